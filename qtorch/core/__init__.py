@@ -1,0 +1,1 @@
+"""The floor under everything: errors, configuration, identity, trust, the process's defaults."""
