@@ -66,5 +66,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], *, limit: int = 12)
     names = sorted(valid)
     guess = nearest(name, names)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    shown = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+    shown = ", ".join(names[:limit]) + (
+        f", ... ({len(names)} in all)" if len(names) > limit else ""
+    )
     return f"unknown {kind} {name!r}.{hint} Known: {shown or 'none'}."

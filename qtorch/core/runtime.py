@@ -1,0 +1,95 @@
+"""The process: seeds, devices, logging, progress."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from qtorch.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+SHOW_AFTER_SECONDS = 2.0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (every device) alike."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from numpy's global generator
+    torch.manual_seed(seed)
+
+
+def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
+    """A torch device: "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises ConfigError for a CUDA device that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{device!r} is no device; expected 'auto', 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
+    count = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ConfigError(f"{device!r} was asked for, but this machine has {count} CUDA devices.")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def configure_logging(level: int | str = logging.INFO) -> None:
+    """qtorch's log lines on stderr, by rich on a terminal; repeated calls change the level."""
+    logger = logging.getLogger("qtorch")
+    logger.setLevel(level)
+    if logger.handlers:
+        return
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
+            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        )
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal once they take longer than two seconds."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    begin = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(description, total=total, visible=False)
+        for item in items:
+            yield item
+            bars.update(bar, advance=1, visible=time.monotonic() - begin > SHOW_AFTER_SECONDS)
