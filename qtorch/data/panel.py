@@ -123,9 +123,7 @@ class Panel:
         """A panel of some fields, instruments and dates (both ends inclusive)."""
         rows = self.rows(start, end)
         values, mask = self.values[rows], self.mask[rows]
-        spans = (self.spans - rows.start).clamp(min=-1)
-        spans[:, 0].clamp_(min=0)
-        spans[:, 1].clamp_(max=len(self.calendar[rows]) - 1)
+        spans = clip_spans(self.spans - rows.start, values.shape[0])
         names = self.instruments
         if instruments is not None:
             keep = names.get_indexer(pd.Index(instruments, dtype="str"))
@@ -133,23 +131,18 @@ class Panel:
                 missing = str(list(instruments)[int(np.flatnonzero(keep < 0)[0])])
                 raise DataError(unknown_name("instrument", missing, names))
             chosen = torch.as_tensor(keep, device=values.device)
-            values, mask = values[:, chosen], mask[:, chosen]
+            values = values.permute(2, 0, 1)[:, :, chosen].permute(1, 2, 0)
+            mask = mask[:, chosen]
             spans, names = spans[chosen], names[keep]
         if fields is not None:
-            values = values[:, :, [self.position(f) for f in fields]]
-        return Panel(
-            values, self.calendar[rows], names, fields or self.fields, mask=mask, spans=spans
-        )
+            chosen = torch.tensor([self.position(f) for f in fields], device=values.device)
+            values = values.permute(2, 0, 1)[chosen].permute(1, 2, 0)
+        wanted = self.fields if fields is None else fields
+        return Panel(values, self.calendar[rows], names, wanted, mask=mask, spans=spans)
 
     def rows(self, start: Any = None, end: Any = None) -> slice:
         """The calendar rows of the inclusive date span `start..end` (None is open)."""
-        first = 0 if start is None else self.calendar.searchsorted(_stamp(start), side="left")
-        last = (
-            len(self.calendar)
-            if end is None
-            else self.calendar.searchsorted(_last_instant(end), side="right")
-        )
-        return slice(int(first), max(int(first), int(last)))
+        return calendar_rows(self.calendar, start, end)
 
     def gather(self, dates: Tensor, instruments: Tensor, step_len: int = 1) -> Tensor:
         """Windows `[B, T, F]` that end at each (date row, instrument column) pair.
@@ -235,10 +228,27 @@ class Panel:
         return pd.DataFrame(data, index=index, columns=pd.Index(names, dtype="str"))
 
 
+def calendar_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) -> slice:
+    """The rows of a calendar in the inclusive date span `start..end` (None is open).
+
+    A bare date as `end` holds its whole day, so that intraday bars of the last day belong.
+    """
+    first = 0 if start is None else calendar.searchsorted(_stamp(start), side="left")
+    last = len(calendar) if end is None else calendar.searchsorted(_last_instant(end), side="right")
+    return slice(int(first), max(int(first), int(last)))
+
+
 def within_spans(spans: Tensor, num_dates: int) -> Tensor:
     """`[D, N]` bool: the rows between an instrument's first and last stored day."""
     order = torch.arange(num_dates, device=spans.device)[:, None]
     return (order >= spans[:, 0]) & (order <= spans[:, 1])
+
+
+def clip_spans(spans: Tensor, num_dates: int) -> Tensor:
+    """Spans `[N, 2]` cut to the rows `0..num_dates-1`; `(0, -1)` where nothing is left."""
+    first, last = spans[:, 0].clamp(min=0), spans[:, 1].clamp(max=num_dates - 1)
+    empty = last < first
+    return torch.stack([first.masked_fill(empty, 0), last.masked_fill(empty, -1)], 1)
 
 
 def _spans_of(values: Tensor) -> Tensor:

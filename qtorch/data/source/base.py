@@ -1,0 +1,260 @@
+"""What every source of bars gives: calendars, universes, and panels of bars."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.configured import Configured
+from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.trust import trusted_type
+from qtorch.data.panel import Panel, calendar_rows, clip_spans, within_spans
+
+Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
+Membership: TypeAlias = dict[str, Spans]
+Instruments: TypeAlias = str | Sequence[str] | Mapping[str, Spans]
+
+_ALIASES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
+
+
+class Bars(NamedTuple):
+    """What `Source.read_bars` returns.
+
+    `values [F, D, N]` float32, NaN where there is no bar; `spans [N, 2]` int64 first and last
+    stored row of each instrument, both inclusive, counted from the first row that was asked for
+    and not cut to the rows asked for (`(0, -1)` where the instrument stores nothing).
+    """
+
+    values: Tensor
+    spans: Tensor
+
+
+@trusted_type
+class Source(Configured, ABC):
+    """A place that bars come from; every dataset starts at one.
+
+    A source of one's own implements the six `read_*`, `fields`, `universes` and `fingerprint`
+    methods; the rest follows. Field names stand without Qlib's `$`. The argument `instruments`
+    is everywhere the name of a universe, a list of instruments (each a member on all days), or
+    a mapping of instruments to membership spans. Dates are inclusive at both ends.
+    """
+
+    # -- what a source implements ----------------------------------------------------------------
+
+    @abstractmethod
+    def read_calendar(self, freq: str) -> pd.DatetimeIndex:
+        """The whole calendar of a frequency, ascending, ns."""
+
+    @abstractmethod
+    def read_membership(self, universe: str) -> Membership:
+        """The membership spans of a known universe; instruments in any order."""
+
+    @abstractmethod
+    def read_bars(
+        self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
+    ) -> Bars:
+        """The bars of the calendar rows `rows`; DataError for an unknown field."""
+
+    @abstractmethod
+    def fields(self, freq: str = "day") -> tuple[str, ...]:
+        """The fields stored for a frequency, without `$`."""
+
+    @abstractmethod
+    def universes(self) -> tuple[str, ...]:
+        """The names of the universes."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the content (not of the place): equal data, equal fingerprint."""
+
+    # -- what follows ----------------------------------------------------------------------------
+
+    def stored_instruments(self) -> frozenset[str]:
+        """Every instrument that may be named in a list."""
+        return frozenset(name for u in self.universes() for name in self.read_membership(u))
+
+    def calendar(
+        self, start_time: Any = None, end_time: Any = None, freq: str = "day"
+    ) -> pd.DatetimeIndex:
+        """The trading days (or time stamps) of an inclusive date span; `D.calendar` in Qlib."""
+        calendar = self.read_calendar(frequency(freq))
+        return calendar[calendar_rows(calendar, start_time, end_time)]
+
+    def instruments(self, universe: str = "all") -> Membership:
+        """Membership spans of a universe by instrument, sorted; `D.list_instruments` in Qlib."""
+        return dict(sorted(self.read_membership(self._universe(universe)).items()))
+
+    def load(
+        self,
+        fields: Sequence[str] | None = None,
+        *,
+        instruments: Instruments = "all",
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+        before: int | None = 0,
+        after: int | None = 0,
+    ) -> Panel:
+        """A panel of bars: all fields, or those named, of the members between two dates.
+
+        `before` and `after` add that many calendar rows at the ends (None: all there are), for
+        windows that reach beyond the dates; the caller selects the dates again. An instrument is
+        in the panel if it is a member on some day between the dates. Its values are all that is
+        stored, on days outside its membership too; `mask` is membership and stored span, on all
+        rows of the panel.
+
+        Raises DataError where dates, universe, instrument or field select nothing or are unknown.
+        """
+        freq = frequency(freq)
+        calendar = self.read_calendar(freq)
+        rows = _selected_rows(calendar, start_time, end_time)
+        first = 0 if before is None else max(0, rows.start - before)
+        last = len(calendar) if after is None else min(len(calendar), rows.stop + after)
+        membership = self._membership(instruments, calendar, rows)
+        wanted = tuple(self.fields(freq) if fields is None else (f.lstrip("$") for f in fields))
+        names = self._stored(sorted(membership), freq)
+        bars = self.read_bars(names, wanted, freq, slice(first, last))
+        spans = clip_spans(bars.spans, last - first)
+        mask = within_spans(spans, last - first)
+        mask &= _member_rows([membership[n] for n in names], calendar[first:last])
+        return Panel(
+            bars.values.permute(1, 2, 0),
+            calendar[first:last],
+            names,
+            wanted,
+            mask=mask,
+            spans=spans,
+        )
+
+    def features(
+        self,
+        instruments: Instruments,
+        fields: Sequence[str],
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+    ) -> pd.DataFrame:
+        """Expressions as a frame; `D.features` in Qlib.
+
+        Rows are `(instrument, datetime)` in Qlib's order, columns the expressions as given,
+        float32. Windows see all the history that they need before `start_time`.
+        """
+        from qtorch.data.expression import evaluate, fields_of, reach
+
+        if isinstance(fields, str) or not len(fields):
+            raise DataError(f"fields must be a list of expressions with at least one; got {fields!r}.")
+        before, after = 0, 0
+        for expression in fields:
+            reached, ahead = reach(expression)
+            before = None if reached is None or before is None else max(before, reached)
+            after = max(after, ahead)
+        bars = self.load(
+            fields_of(fields),
+            instruments=instruments,
+            start_time=start_time,
+            end_time=end_time,
+            freq=freq,
+            before=before,
+            after=after,
+        )
+        frame = evaluate(list(fields), bars).to_frame(start=start_time, end=end_time)
+        return frame.swaplevel().sort_index()
+
+    # -- selection -------------------------------------------------------------------------------
+
+    def _universe(self, name: str) -> str:
+        """The stored name of a universe (Qlib's file names are lower case)."""
+        known = self.universes()
+        if name in known:
+            return name
+        if name.lower() in known:
+            return name.lower()
+        raise DataError(unknown_name("universe", name, known))
+
+    def _stored(self, names: list[str], freq: str) -> list[str]:
+        """The names that have bars; a source may leave out, with a warning, those that have not."""
+        return names
+
+    def _membership(
+        self, instruments: Instruments, calendar: pd.DatetimeIndex, rows: slice
+    ) -> Membership:
+        """The spans of the instruments that are members on some day of the rows."""
+        start, end = calendar[rows.start], calendar[rows.stop - 1]
+        if isinstance(instruments, str):
+            found = self.read_membership(self._universe(instruments))
+            what = f"universe {instruments!r}"
+        else:
+            found = self._listed(instruments)
+            what = f"the list of {len(found)} instruments"
+        inside = {
+            name: spans
+            for name, spans in found.items()
+            if any(first <= end and whole_day(last) >= start for first, last in spans)
+        }
+        if not inside:
+            raise DataError(
+                f"{what} has no member between {start:%Y-%m-%d} and {end:%Y-%m-%d}; "
+                "choose other dates or another universe."
+            )
+        return inside
+
+    def _listed(self, instruments: Sequence[str] | Mapping[str, Spans]) -> Membership:
+        """A list or mapping of instruments as spans; each name must be known."""
+        if not isinstance(instruments, Mapping):
+            always = (pd.Timestamp.min, pd.Timestamp.max)
+            instruments = {str(name): [always] for name in instruments}
+        known = self.stored_instruments()
+        for name in instruments:
+            if name not in known:
+                raise DataError(unknown_name("instrument", name, known))
+        return {
+            str(name): [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in spans]
+            for name, spans in instruments.items()
+        }
+
+
+def frequency(freq: str) -> str:
+    """The name of a frequency as Qlib's files carry it: `day`, `1min`, `5min`, ..."""
+    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
+    if match is None:
+        raise DataError(f"{freq!r} is not a frequency; expected e.g. 'day', '1min', '30min'.")
+    count, unit = match.group(1), match.group(2)
+    if unit in ("min", "minute"):
+        return f"{int(count or 1)}min"
+    unit = _ALIASES.get(unit, unit)
+    return unit if count in ("", "1") else f"{count}{unit}"
+
+
+def whole_day(stamp: pd.Timestamp) -> pd.Timestamp:
+    """The last instant that a span's end means: a bare date holds its whole day."""
+    if stamp == stamp.normalize() and stamp < pd.Timestamp.max.normalize():
+        return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns")
+    return stamp
+
+
+def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
+    """The rows of the dates, or an error that says what the calendar holds."""
+    rows = calendar_rows(calendar, start, end)
+    if rows.start < rows.stop:
+        return rows
+    held = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
+    raise DataError(f"no trading day between {start} and {end}; the calendar holds {held}.")
+
+
+def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:
+    """`[D, N]` bool: the days on which each instrument is a member."""
+    flat = [(n, first, whole_day(last)) for n, s in enumerate(spans) for first, last in s]
+    columns = np.array([f[0] for f in flat], dtype=np.int64)
+    starts = calendar.searchsorted(pd.DatetimeIndex([f[1] for f in flat]), side="left")
+    stops = calendar.searchsorted(pd.DatetimeIndex([f[2] for f in flat]), side="right")
+    change = np.zeros((len(calendar) + 1, len(spans)), dtype=np.int32)
+    np.add.at(change, (starts, columns), 1)
+    np.add.at(change, (np.maximum(starts, stops), columns), -1)
+    return torch.from_numpy(change.cumsum(0)[:-1] > 0)
