@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -48,9 +48,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= count:
         raise ConfigError(f"{device!r} was asked for, but this machine has {count} CUDA devices.")
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 def configure_logging(level: int | str = logging.INFO) -> None:
@@ -79,7 +77,7 @@ def configure_logging(level: int | str = logging.INFO) -> None:
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, with a bar on a terminal once they take longer than two seconds."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if not sys.stderr.isatty():
         yield from items

@@ -51,7 +51,7 @@ def init(
     limit), `tracking_uri` MLflow's, `task_url` the task pool's, `seed` the default seed,
     `trusted` the packages whose classes stored objects and pool tasks may name.
     """
-    global _process  # noqa: PLW0603 - the one place that holds the process's defaults
+    global _process
     given = {
         "provider_uri": provider_uri,
         "region": region,

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole check: lint, types, tests, in a virtual environment of its own (.venv-test).
+#   bash scripts/test.sh                  everything that this machine can run
+#   bash scripts/test.sh -m "not slow"    the fast suite; any pytest arguments
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment .venv-test "[dev]"
+
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 # two threads under contention are slower than one
+export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MPLBACKEND=Agg
+bin=$PWD/.venv-test/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+exec "$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@"
