@@ -1,1 +1,21 @@
-"""."""
+"""What is made of a fitted model inside its run: scores, labels, their quality."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.record.base import Record as Record
+    from qtorch.record.segment_ic import SegmentICRecord as SegmentICRecord
+    from qtorch.record.signal import SignalRecord as SignalRecord
+    from qtorch.record.signal_analysis import SigAnaRecord as SigAnaRecord
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Record": "qtorch.record.base",
+        "SegmentICRecord": "qtorch.record.segment_ic",
+        "SigAnaRecord": "qtorch.record.signal_analysis",
+        "SignalRecord": "qtorch.record.signal",
+    },
+)

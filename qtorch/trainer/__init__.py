@@ -1,1 +1,25 @@
-"""."""
+"""From a task to a finished run: the two phases of training, and the trainers of many tasks."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.trainer.base import Trainer as Trainer
+    from qtorch.trainer.recorded import DelayTrainerR as DelayTrainerR
+    from qtorch.trainer.recorded import TrainerR as TrainerR
+    from qtorch.trainer.run import begin_task_train as begin_task_train
+    from qtorch.trainer.run import end_task_train as end_task_train
+    from qtorch.trainer.run import task_train as task_train
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "DelayTrainerR": "qtorch.trainer.recorded",
+        "Trainer": "qtorch.trainer.base",
+        "TrainerR": "qtorch.trainer.recorded",
+        "begin_task_train": "qtorch.trainer.run",
+        "end_task_train": "qtorch.trainer.run",
+        "task_train": "qtorch.trainer.run",
+    },
+)

@@ -1,0 +1,60 @@
+"""`qtorch COMMAND ...`: finds the command's file and runs it; imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import qtorch
+from qtorch.core.errors import unknown_name
+
+# command -> (module with `main(argv) -> exit code`, one line for --help)
+COMMANDS = {
+    "train": ("qtorch.cli.train", "train and judge a model; Hydra overrides follow, -m sweeps"),
+    "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
+    "data": ("qtorch.cli.data", "import: any source to Qlib's layout; describe: what is there"),
+    "tracking": ("qtorch.cli.tracking", "send: deliver what an unreachable server did not get"),
+}
+
+HELP = """\
+qtorch: deep learning for stock research on PyTorch Lightning, Hydra and MLflow
+
+usage: qtorch COMMAND [--debug] ...
+
+{commands}
+
+  qtorch COMMAND --help     what a command takes
+  qtorch --version          the version
+
+first steps
+  qtorch train                                       an LSTM on the embedded synthetic market
+  qtorch train model=gru trainer.max_epochs=5        other parts, other settings
+  qtorch train -m model=lstm,gru seed=0,1,2          a sweep, each job its own run
+  qtorch train data=qlib data.provider_uri=~/qlib_data universe=nyse500
+  qtorch predict run=RUN_ID segment=test out=scores.parquet
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        listing = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+        print(HELP.format(commands=listing))
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"qtorch {qtorch.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    from qtorch.cli.guard import guarded
+
+    command = importlib.import_module(COMMANDS[name][0])
+    return guarded(command.main, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

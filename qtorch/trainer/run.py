@@ -1,0 +1,132 @@
+"""One task, one run: log it, fit, save, make its records."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import (
+    auto_filter_kwargs,
+    fill_placeholder,
+    flatten_dict,
+    init_instance_by_config,
+)
+from qtorch.core.runtime import seed_everything
+from qtorch.core.session import session_context
+from qtorch.tracking.r import R
+from qtorch.tracking.recorder import Recorder
+from qtorch.trainer.failure import note_started, record_failure
+from qtorch.trainer.prepare import complete_task, shown_task
+
+log = logging.getLogger(__name__)
+
+RECORD_MODULE = "qtorch.record"
+
+
+def task_train(
+    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+) -> Recorder:
+    """Train one task in a run of its own and return the run.
+
+    The run holds the flattened task as params, `task`, the tag `hostname`, the fitted model as
+    `params.pkl`, the dataset's configuration as `dataset` (no data), and what the task's records
+    write. An error marks it FAILED, is stored in it (tag `error`, `error.txt`) and raised again;
+    Ctrl-C marks it KILLED. Answers to qlib/model/trainer.py.
+    """
+    complete = complete_task(task)
+    with R.start(experiment_name=experiment_name, recorder_name=recorder_name):
+        recorder = R.get_recorder()
+        note_started(recorder)
+        try:
+            _log_task(recorder, complete)
+            _execute(recorder, complete)
+        except Exception as error:
+            record_failure(recorder, error)
+            raise
+    return recorder
+
+
+def begin_task_train(
+    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+) -> Recorder:
+    """The first step alone: a run that holds the task and waits, SCHEDULED, for the rest."""
+    complete = complete_task(task)
+    R.start_exp(experiment_name=experiment_name, recorder_name=recorder_name)
+    recorder = R.get_recorder()
+    status = Recorder.STATUS_FA
+    try:
+        note_started(recorder)
+        _log_task(recorder, complete)
+        status = Recorder.STATUS_S
+    except Exception as error:
+        record_failure(recorder, error)
+        raise
+    finally:
+        R.end_exp(recorder_status=status)
+    return recorder
+
+
+def end_task_train(rec: Recorder, experiment_name: str | None = None) -> Recorder:
+    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it."""
+    name = experiment_name or rec.experiment_name
+    with R.start(experiment_name=name, recorder_id=rec.id, resume=True):
+        recorder = R.get_recorder()
+        note_started(recorder)
+        try:
+            _execute(recorder, complete_task(recorder.load_object("task")))
+        except Exception as error:
+            record_failure(recorder, error)
+            raise
+    return recorder
+
+
+def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
+    recorder.log_params(**flatten_dict(shown_task(task)))
+    recorder.save_objects(task=task)
+    recorder.set_tags(hostname=socket.gethostname())
+
+
+def _execute(recorder: Recorder, task: dict[str, Any]) -> None:
+    with session_context(seed=task["seed"]):
+        seed_everything(task["seed"])
+        model = _built(task["model"])
+        dataset = _built(task["dataset"])
+        options: dict[str, Any] = {"recorder": recorder}
+        if task.get("reweighter") is not None:
+            options["reweighter"] = _built(task["reweighter"])
+        auto_filter_kwargs(model.fit)(dataset, **options)
+        recorder.save_objects(**{"params.pkl": model})
+        _save_dataset(recorder, dataset)
+        _make_records(recorder, task.get("record"), model, dataset)
+
+
+def _built(config: Any) -> Any:
+    """The object of a configuration; a live object of any class is taken as it is."""
+    if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
+        return init_instance_by_config(config)
+    return config
+
+
+def _save_dataset(recorder: Recorder, dataset: Any) -> None:
+    """What rebuilds the dataset, without its data: predictions from this run begin with it."""
+    if callable(getattr(dataset, "config", None)):
+        dataset.config(dump_all=False, recursive=True)
+    try:
+        recorder.save_objects(dataset=dataset)
+    except ConfigError as error:
+        log.warning("the dataset is not stored with the run: %s", error)
+
+
+def _make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
+    listed = [records] if isinstance(records, Mapping | str) else list(records or [])
+    for config in fill_placeholder(listed, {"<MODEL>": model, "<DATASET>": dataset}):
+        record = init_instance_by_config(
+            config,
+            default_module=RECORD_MODULE,
+            try_kwargs={"model": model, "dataset": dataset, "recorder": recorder},
+        )
+        log.info("record %s", type(record).__name__)
+        record.generate()
