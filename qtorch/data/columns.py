@@ -1,0 +1,270 @@
+"""Named columns over `[D, N]`: what processors change and batches are gathered from."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Self
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import DataError, unknown_name
+from qtorch.data.elementwise import Chain, Elementwise
+from qtorch.data.gather import DensePacked, Packed
+from qtorch.data.panel import Panel
+
+# Columns moved together when field-major storage is turned into instrument-major storage: one
+# cache line of float32.
+BLOCK = 16
+
+
+class Columns(ABC):
+    """Named columns of float32 over a calendar (D) and instruments (N). Immutable.
+
+    Columns made from others (`with_elementwise`, `with_columns`, `keep`) share their storage:
+    only what a processor writes is new memory. NaN is a missing value.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        calendar: pd.DatetimeIndex,
+        instruments: pd.Index,
+        *,
+        owned: Mapping[str, Tensor] | None = None,
+        chain: Chain | None = None,
+    ) -> None:
+        self.names = tuple(names)
+        self.calendar = calendar
+        self.instruments = instruments
+        self._owned = dict(owned or {})
+        self._chain = chain or Chain()
+        self._packs: dict[tuple[torch.device, int], weakref.ref[Packed]] = {}
+        if len(set(self.names)) != len(self.names):
+            twice = pd.Index(self.names)[pd.Index(self.names).duplicated()].tolist()[:5]
+            raise DataError(f"each column may stand once; given twice: {twice}.")
+
+    # -- what a subclass says ------------------------------------------------------------------
+
+    @abstractmethod
+    def _stored(self, name: str) -> Tensor:
+        """`[D, N]`, a column of the shared storage before the chain; it is not written to."""
+
+    @abstractmethod
+    def _derive(self, names: Sequence[str], owned: Mapping[str, Tensor], chain: Chain) -> Self:
+        """The same storage with other names, owned columns and chain."""
+
+    @abstractmethod
+    def _pack(self, device: torch.device, history: Tensor | None) -> Packed:
+        """The storage for gathering, on `device`."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the storage lies."""
+
+    # -- access --------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(D, N, F)`."""
+        return len(self.calendar), len(self.instruments), len(self.names)
+
+    def column(self, name: str) -> Tensor:
+        """One column `[D, N]` as it stands after every operation; not to be written to."""
+        self._check([name])
+        raw = self._raw(name)
+        fused = self._chain.compile([name], self.device)
+        # clone: a stage may write in place, and the storage belongs to other views too.
+        return fused(raw[..., None].clone())[..., 0] if len(fused) else raw
+
+    def block(self, names: Sequence[str]) -> Tensor:
+        """Several columns `[K, D, N]`, each contiguous: a copy that the caller may write to.
+
+        Where the storage keeps an instrument's columns side by side, reading sixteen at once
+        costs hardly more than reading one.
+        """
+        self._check(names)
+        out = torch.empty(len(names), *self.shape[:2], device=self.device)
+        self._fill(list(names), out)
+        fused = self._chain.compile(list(names), self.device)
+        return fused(out.permute(1, 2, 0)).permute(2, 0, 1) if len(fused) else out
+
+    def _fill(self, names: Sequence[str], out: Tensor) -> None:
+        """Raw columns into `out [K, D, N]`."""
+        for k, name in enumerate(names):
+            out[k] = self._raw(name)
+
+    def _raw(self, name: str) -> Tensor:
+        owned = self._owned.get(name)
+        return self._stored(name) if owned is None else owned
+
+    def _check(self, names: Sequence[str]) -> None:
+        known = set(self.names)
+        for name in names:
+            if name not in known:
+                raise DataError(unknown_name("column", name, self.names))
+
+    # -- derived -------------------------------------------------------------------------------
+
+    def with_elementwise(self, names: Sequence[str], operation: Elementwise) -> Self:
+        """These columns with an operation that is applied when they are read or gathered.
+
+        `operation` holds one parameter set for each of `names`, in their order, or one for all.
+        """
+        self._check(names)
+        return self._derive(self.names, self._owned, self._chain.then(names, operation))
+
+    def with_columns(self, columns: Mapping[str, Tensor]) -> Self:
+        """These columns with some replaced, or added at the end, by `[D, N]` tensors.
+
+        The tensors are kept as they are: the caller does not write to them afterwards. Earlier
+        element-wise operations no longer act on a replaced column.
+        """
+        for name, values in columns.items():
+            if tuple(values.shape) != self.shape[:2]:
+                raise DataError(
+                    f"column {name!r} has shape {tuple(values.shape)}, expected "
+                    f"{self.shape[:2]} (dates, instruments)."
+                )
+        given = {n: v.to(dtype=torch.float32, device=self.device) for n, v in columns.items()}
+        known = set(self.names)
+        names = [*self.names, *(n for n in given if n not in known)]
+        return self._derive(names, {**self._owned, **given}, self._chain.without(list(given)))
+
+    def keep(self, names: Sequence[str]) -> Self:
+        """Only these columns, in the order given."""
+        self._check(names)
+        wanted = set(names)
+        owned = {n: v for n, v in self._owned.items() if n in wanted}
+        gone = [n for n in self.names if n not in wanted]
+        return self._derive(tuple(names), owned, self._chain.without(gone))
+
+    def pack(self, device: torch.device | str = "cpu", *, history: Tensor | None = None) -> Packed:
+        """The columns laid out for gathering windows, on `device`.
+
+        `history [D, N]` bool says which rows exist; a window shows the others as missing (all
+        exist if it is not given). Nothing is copied where the storage is on the device, laid out
+        by instrument and holds exactly these columns; the chain is then applied to each batch.
+        Otherwise the copy has the chain applied already. One pack is shared by all who ask for
+        the same device and history as long as somebody holds it.
+        """
+        target = torch.device(device)
+        key = (target, 0 if history is None else id(history))
+        shared = self._packs.get(key)
+        found = shared() if shared is not None else None
+        if found is not None and (history is None or found.source_history is history):
+            return found
+        packed = self._pack(target, history)
+        packed.source_history = history
+        self._packs[key] = weakref.ref(packed)
+        return packed
+
+    def __repr__(self) -> str:
+        d, n, f = self.shape
+        return f"{type(self).__name__}({d} dates, {n} instruments, {f} columns)"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_packs": {}}
+
+
+class PanelColumns(Columns):
+    """Columns over a Panel's storage, of any strides.
+
+    Give storage made by `instrument_major` to have it gathered without a copy.
+    """
+
+    def __init__(
+        self,
+        panel: Panel,
+        names: Sequence[str] | None = None,
+        *,
+        owned: Mapping[str, Tensor] | None = None,
+        chain: Chain | None = None,
+    ) -> None:
+        super().__init__(
+            panel.fields if names is None else names,
+            panel.calendar,
+            panel.instruments,
+            owned=owned,
+            chain=chain,
+        )
+        self._panel = panel
+        for name in self.names:
+            if name not in self._owned:
+                panel.position(name)
+
+    @property
+    def device(self) -> torch.device:
+        return self._panel.device
+
+    def _stored(self, name: str) -> Tensor:
+        return self._panel.column(name)
+
+    def _derive(
+        self, names: Sequence[str], owned: Mapping[str, Tensor], chain: Chain
+    ) -> PanelColumns:
+        return PanelColumns(self._panel, names, owned=owned, chain=chain)
+
+    def _fill(self, names: Sequence[str], out: Tensor) -> None:
+        by_column = out.permute(1, 2, 0)
+        self._copy(names, by_column)
+
+    def _copy(self, names: Sequence[str], out: Tensor) -> None:
+        """Raw columns into `out [D, N, K]` of any strides, a cache line of columns at a time."""
+        for first in range(0, len(names), BLOCK):
+            part = names[first : first + BLOCK]
+            stored = [k for k, name in enumerate(part) if name not in self._owned]
+            if stored:
+                source = [self._panel.position(part[k]) for k in stored]
+                _copy_columns(self._panel.values, source, out, [first + k for k in stored])
+            for k, name in enumerate(part):
+                if name in self._owned:
+                    out[:, :, first + k] = self._owned[name]
+
+    def _is_whole(self) -> bool:
+        return not self._owned and self.names == self._panel.fields
+
+    def _pack(self, device: torch.device, history: Tensor | None) -> Packed:
+        values = self._panel.values.permute(1, 0, 2)
+        if self._is_whole() and values.is_contiguous() and device == values.device:
+            return DensePacked(
+                values, history=history, fused=self._chain.compile(self.names, device)
+            )
+        d, n, f = self.shape
+        out = torch.empty(n, d, f, device=device)
+        fused = self._chain.compile(self.names, device)
+        if self._is_whole() and values.is_contiguous():
+            out.copy_(values)
+        else:
+            self._copy(self.names, out.permute(1, 0, 2))
+        if len(fused):
+            for part in out.split(max(1, n // 16)):
+                result = fused(part)
+                if result is not part:
+                    part.copy_(result)
+        return DensePacked(out, history=history)
+
+
+def instrument_major(num_dates: int, num_instruments: int, num_fields: int) -> Tensor:
+    """Uninitialised values `[D, N, F]` whose storage is `[N, D, F]`: packing them is free."""
+    return torch.empty(num_instruments, num_dates, num_fields).permute(1, 0, 2)
+
+
+def _copy_columns(
+    values: Tensor, source: Sequence[int], out: Tensor, target: Sequence[int]
+) -> None:
+    """`out[:, :, target] = values[:, :, source]`, an instrument's rows at a time."""
+    if _adjacent(source) and _adjacent(target):
+        out[:, :, target[0] : target[-1] + 1] = values[:, :, source[0] : source[-1] + 1]
+        return
+    for k, column in zip(target, source, strict=True):
+        out[:, :, k] = values[:, :, column]
+
+
+def _adjacent(places: Sequence[int]) -> bool:
+    return all(b - a == 1 for a, b in pairwise(places))
