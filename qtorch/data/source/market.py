@@ -20,7 +20,10 @@ DRIFT_FOR_ONE_IC = 1.0
 
 @dataclass(frozen=True)
 class Shocks:
-    """What the market draws before any drift; all arrays `[D, N]`."""
+    """What the market draws before any drift; all `[D, N]`.
+
+    `sigma` is the deviation of the instrument's own part, known the day before.
+    """
 
     returns: Array
     sigma: Array
@@ -35,48 +38,59 @@ class Life:
     traded: Array
 
 
-def garch(rng: np.random.Generator, shape: tuple[int, int], *, df: float, arch: float) -> Array:
-    """Innovations `[D, K]` of variance one on average with clustering and fat tails.
+def garch(
+    rng: np.random.Generator, shape: tuple[int, int], *, df: float, arch: float
+) -> tuple[Array, Array]:
+    """Innovations `[D, K]` with clustering and fat tails, and the deviation known before each.
 
-    GARCH(1,1) of persistence 0.98 (Bollerslev 1986) with Student t shocks: the variance of a
-    day is 0.02 + arch * last square + (0.98 - arch) * last variance.
+    GARCH(1,1) of persistence 0.985 and variance one (Bollerslev 1986) with Student t shocks: the
+    variance of a day is 0.015 + arch * last square + (0.985 - arch) * last variance.
     """
     num_dates, width = shape
     shocks = rng.standard_t(df, size=shape) * np.sqrt((df - 2) / df)
     variance = np.exp(rng.normal(-0.15, 0.5, width))
-    out = np.empty(shape)
+    out, deviation = np.empty(shape), np.empty(shape)
     for t in range(num_dates):
-        out[t] = np.sqrt(variance) * shocks[t]
+        deviation[t] = np.sqrt(variance)
+        out[t] = deviation[t] * shocks[t]
         # A single wild day may not blow the variance up for months.
-        variance = 0.02 + arch * np.minimum(out[t] ** 2, 25.0) + (0.98 - arch) * variance
-    return out
+        variance = 0.015 + arch * np.minimum(out[t] ** 2, 16.0) + (0.985 - arch) * variance
+    return out, deviation
+
+
+def wave(rng: np.random.Generator, shape: tuple[int, int], *, keep: float, sd: float) -> Array:
+    """Stationary AR(1) paths `[D, K]` of standard deviation `sd`."""
+    steps = rng.normal(0, sd * np.sqrt(1 - keep**2), shape)
+    steps[0] = rng.normal(0, sd, shape[1])
+    for t in range(1, shape[0]):
+        steps[t] += keep * steps[t - 1]
+    return steps
 
 
 def draw_shocks(rng: np.random.Generator, num_dates: int, num: int, num_sectors: int) -> Shocks:
-    """Returns by factors, without drift, and the volume that goes with them."""
-    market = 0.0003 + 0.0085 * garch(rng, (num_dates, 1), df=6, arch=0.09)
-    sectors = 0.0055 * garch(rng, (num_dates, num_sectors), df=6, arch=0.06)
-    own = garch(rng, (num_dates, num), df=4.5, arch=0.07)
+    """Returns by factors, without drift, and the volume that goes with them.
+
+    Calm years and crises are one slow wave in the volatility of everything.
+    """
+    unrest = np.exp(wave(rng, (num_dates, 1), keep=0.99, sd=0.4) - 0.08)
+    market = unrest * garch(rng, (num_dates, 1), df=7, arch=0.11)[0]
+    sectors = unrest * garch(rng, (num_dates, num_sectors), df=7, arch=0.09)[0]
+    own, deviation = garch(rng, (num_dates, num), df=4.5, arch=0.11)
     beta = rng.normal(1.0, 0.25, num).clip(0.3, 1.9)
     sector = rng.integers(0, num_sectors, num)
     loading = rng.uniform(0.6, 1.4, num)
-    sigma = np.exp(rng.normal(np.log(0.015), 0.3, num)).clip(0.007, 0.035)
-    returns = beta * market + loading * sectors[:, sector] + sigma * own
-    return Shocks(returns, sigma, _draw_volume(rng, own, market))
+    level = np.exp(rng.normal(np.log(0.0145), 0.3, num)).clip(0.007, 0.035)
+    sigma = level * np.sqrt(unrest)
+    returns = 0.0003 + 0.0085 * beta * market + 0.0055 * loading * sectors[:, sector] + sigma * own
+    return Shocks(returns, sigma * deviation, _draw_volume(rng, own, market))
 
 
 def _draw_volume(rng: np.random.Generator, own: Array, market: Array) -> Array:
     """Volume in shares: a level, a slow wave, and more of it on days of large moves."""
-    num_dates, num = own.shape
-    level = rng.normal(13.5, 1.1, num)
-    slow = np.empty((num_dates, num))
-    state = rng.normal(0, 0.3, num)
-    steps = rng.normal(0, 0.09, (num_dates, num))
-    for t in range(num_dates):
-        state = 0.95 * state + steps[t]
-        slow[t] = state
-    busy = 0.22 * (np.abs(own) - 0.75).clip(-0.75, 6.0) + 12.0 * (np.abs(market) - 0.006)
-    return np.exp(level + slow + busy + rng.normal(0, 0.22, (num_dates, num)))
+    level = rng.normal(13.5, 1.1, own.shape[1])
+    slow = wave(rng, own.shape, keep=0.96, sd=0.32)
+    busy = 0.25 * (np.abs(own) - 0.75).clip(-0.75, 6.0) + 0.1 * (np.abs(market) - 0.75)
+    return np.exp(level + slow + busy + rng.normal(0, 0.2, own.shape))
 
 
 def draw_life(rng: np.random.Generator, num_dates: int, num: int) -> Life:
@@ -114,7 +128,7 @@ def add_drift(shocks: Shocks, life: Life, strength: float) -> tuple[Array, Array
     age = np.cumsum(life.listed, axis=0)
     path = np.zeros((num_dates + 1, num))
     for t in range(num_dates):
-        returns[t] = shocks.returns[t] + (drift * score[t - 2] if t >= 2 else 0.0)
+        returns[t] = shocks.returns[t] + (drift[t] * score[t - 2] if t >= 2 else 0.0)
         returns[t] *= age[t] > 1
         path[t + 1] = path[t] + returns[t]
         recent = returns[t] + (SECOND_DAY * returns[t - 1] if t else 0.0)
@@ -160,7 +174,7 @@ def draw_bars(rng: np.random.Generator, returns: Array, sigma: Array) -> dict[st
     start = close - returns + night
     move = close - start
     # The day's own unrest grows with its move, as a calm day of a wild month is calm.
-    unrest = (0.45 * sigma + 0.35 * np.abs(move)) ** 2
+    unrest = (0.65 * sigma + 0.35 * np.abs(move)) ** 2
     up = np.sqrt(move**2 - 2 * unrest * np.log(rng.uniform(1e-9, 1.0, shape)))
     down = np.sqrt(move**2 - 2 * unrest * np.log(rng.uniform(1e-9, 1.0, shape)))
     middle = (start + close) / 2
