@@ -1,1 +1,57 @@
-"""."""
+"""Data: panels, sources, expressions, processors, handlers, datasets, batches."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.data.alpha import Alpha158 as Alpha158
+    from qtorch.data.alpha import Alpha158vwap as Alpha158vwap
+    from qtorch.data.alpha import Alpha360 as Alpha360
+    from qtorch.data.alpha import Alpha360vwap as Alpha360vwap
+    from qtorch.data.dataset import DatasetH as DatasetH
+    from qtorch.data.dataset import TSDatasetH as TSDatasetH
+    from qtorch.data.filter import ExpressionDFilter as ExpressionDFilter
+    from qtorch.data.filter import NameDFilter as NameDFilter
+    from qtorch.data.handler import DataHandler as DataHandler
+    from qtorch.data.handler import DataHandlerLP as DataHandlerLP
+    from qtorch.data.loader import NestedDataLoader as NestedDataLoader
+    from qtorch.data.loader import QlibDataLoader as QlibDataLoader
+    from qtorch.data.loader import StaticDataLoader as StaticDataLoader
+    from qtorch.data.panel import Panel as Panel
+    from qtorch.data.reweighter import Reweighter as Reweighter
+    from qtorch.data.source.base import Source as Source
+    from qtorch.data.source.frame import FrameSource as FrameSource
+    from qtorch.data.source.qlib import QlibSource as QlibSource
+    from qtorch.data.source.qlib_writer import write_qlib as write_qlib
+    from qtorch.data.source.synthetic import SyntheticSource as SyntheticSource
+    from qtorch.data.source.table import TableSource as TableSource
+    from qtorch.data.view import View as View
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Alpha158": "qtorch.data.alpha",
+        "Alpha158vwap": "qtorch.data.alpha",
+        "Alpha360": "qtorch.data.alpha",
+        "Alpha360vwap": "qtorch.data.alpha",
+        "DatasetH": "qtorch.data.dataset",
+        "TSDatasetH": "qtorch.data.dataset",
+        "ExpressionDFilter": "qtorch.data.filter",
+        "NameDFilter": "qtorch.data.filter",
+        "DataHandler": "qtorch.data.handler",
+        "DataHandlerLP": "qtorch.data.handler",
+        "NestedDataLoader": "qtorch.data.loader",
+        "QlibDataLoader": "qtorch.data.loader",
+        "StaticDataLoader": "qtorch.data.loader",
+        "Panel": "qtorch.data.panel",
+        "Reweighter": "qtorch.data.reweighter",
+        "Source": "qtorch.data.source.base",
+        "FrameSource": "qtorch.data.source.frame",
+        "QlibSource": "qtorch.data.source.qlib",
+        "write_qlib": "qtorch.data.source.qlib_writer",
+        "SyntheticSource": "qtorch.data.source.synthetic",
+        "TableSource": "qtorch.data.source.table",
+        "View": "qtorch.data.view",
+    },
+)
