@@ -1,0 +1,68 @@
+"""Risk of a series of returns: annualised return, information ratio, drawdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, unknown_name
+
+# Periods a year. A trading minute counts in days of 240 minutes.
+PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
+_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
+
+
+def periods_per_year(freq: str) -> float:
+    """Periods of a year at a frequency such as "day", "week", "month", "5min" or "2week"."""
+    match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", freq.strip())
+    unit = match[2].lower() if match else freq
+    unit = _ALIASES.get(unit, unit)
+    if match is None or unit not in PERIODS:
+        raise ConfigError(unknown_name("frequency", freq, PERIODS))
+    return PERIODS[unit] / int(match[1] or 1)
+
+
+def risk_analysis(
+    r: pd.Series,
+    N: float | None = None,
+    freq: str | None = None,
+    mode: Literal["sum", "product"] = "sum",
+) -> pd.DataFrame:
+    """mean, std, annualized_return, information_ratio and max_drawdown of returns.
+
+    `r` are returns per period (fractions). `N` is the number of periods a year, by default that
+    of `freq` ("day": 238). Mode "sum" adds returns up: annual return mean x N, drawdown
+    min(cumsum - cummax(cumsum)). Mode "product" compounds them: geometric mean, the standard
+    deviation of log returns, drawdown as a share of the peak. Standard deviations have ddof 1.
+    Gives a frame with one column "risk". Answers to `risk_analysis` of qlib/contrib/evaluate.py.
+    Difference: `freq` is "day" unless given, so that `N` alone is no warning; both is an error.
+    """
+    if N is not None and freq is not None:
+        raise ConfigError("risk_analysis takes N or freq, not both.")
+    scale = float(N) if N is not None else periods_per_year(freq or "day")
+    if mode == "sum":
+        total = r.cumsum()
+        mean, std = float(r.mean()), float(r.std(ddof=1))
+        annual = mean * scale
+        drawdown = float((total - total.cummax()).min())
+    elif mode == "product":
+        curve = (1 + r).cumprod()
+        growth = float(curve.iloc[-1]) if len(curve) else math.nan
+        mean = growth ** (1 / max(len(r), 1)) - 1
+        std = float(np.log(1 + r).std(ddof=1))
+        annual = growth ** (scale / max(len(r), 1)) - 1
+        drawdown = float((curve / curve.cummax() - 1).min())
+    else:
+        raise ConfigError(unknown_name("mode of risk_analysis", str(mode), ("sum", "product")))
+    values = {
+        "mean": mean,
+        "std": std,
+        "annualized_return": annual,
+        "information_ratio": float(np.divide(mean, std) * math.sqrt(scale)),
+        "max_drawdown": drawdown,
+    }
+    return pd.Series(values).to_frame("risk")

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.core.errors import ConfigError
+from qtorch.metrics.risk import periods_per_year, risk_analysis
+
+RETURNS = [0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("freq", "expected"),
+    [("day", 238), ("1day", 238), ("week", 50), ("month", 12), ("5min", 240 * 238 / 5), ("2w", 25)],
+)
+def test_periods(freq: str, expected: float) -> None:
+    assert periods_per_year(freq) == expected
+
+
+def test_sum_by_hand() -> None:
+    r = pd.Series([0.1, -0.2, 0.05])
+    risk = risk_analysis(r)["risk"]
+    std = np.std([0.1, -0.2, 0.05], ddof=1)
+    assert risk["mean"] == pytest.approx(-0.05 / 3)
+    assert risk["annualized_return"] == pytest.approx(-0.05 / 3 * 238)
+    assert risk["information_ratio"] == pytest.approx(-0.05 / 3 / std * np.sqrt(238))
+    assert risk["max_drawdown"] == pytest.approx(-0.2)
+
+
+def test_product_by_hand() -> None:
+    risk = risk_analysis(pd.Series([0.1, -0.2, 0.05]), N=3, mode="product")["risk"]
+    growth = 1.1 * 0.8 * 1.05
+    assert risk["annualized_return"] == pytest.approx(growth - 1)
+    assert risk["mean"] == pytest.approx(growth ** (1 / 3) - 1)
+    assert risk["max_drawdown"] == pytest.approx(0.8 - 1)
+    assert risk["std"] == pytest.approx(np.std(np.log([1.1, 0.8, 1.05]), ddof=1))
+
+
+@pytest.mark.qlib
+def test_equal_to_qlib() -> None:
+    script = f"""
+import json, pandas as pd
+from qlib.contrib.evaluate import risk_analysis
+r = pd.Series({RETURNS})
+print("RESULT" + json.dumps([
+    risk_analysis(r, freq=f, mode=m)["risk"].to_dict()
+    for f in ("day", "week", "month") for m in ("sum", "product")]))
+"""
+    done = subprocess.run(
+        [os.environ["QTORCH_QLIB_PYTHON"], "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.split("RESULT")[1])
+    ours = [
+        risk_analysis(pd.Series(RETURNS), freq=f, mode=m)["risk"].to_dict()
+        for f in ("day", "week", "month")
+        for m in ("sum", "product")
+    ]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, abs=1e-12)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'week'"):
+        risk_analysis(pd.Series([0.1]), freq="weak")
+    with pytest.raises(ConfigError, match="sum"):
+        risk_analysis(pd.Series([0.1]), mode="prod")
+    with pytest.raises(ConfigError, match="not both"):
+        risk_analysis(pd.Series([0.1]), N=252, freq="day")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.metrics.signal import (
+    annual_return,
+    annual_sharpe,
+    calc_ic,
+    calc_long_short_return,
+    mean_over_std,
+)
+
+GOLDEN = Path(__file__).parent / "golden_signal.json"
+
+_ORACLE = """
+import json, sys
+import pandas as pd
+from qlib.contrib.eva.alpha import calc_ic, calc_long_short_return
+frame = pd.read_json(sys.argv[1], orient="table")
+pred, label = frame["pred"], frame["label"]
+out = {}
+for name, dropna in (("kept", False), ("dropped", True)):
+    ic, ric = calc_ic(pred, label, dropna=dropna)
+    long_short, long_avg = calc_long_short_return(pred, label, dropna=dropna)
+    series = {"ic": ic, "ric": ric, "long_short": long_short, "long_avg": long_avg}
+    out[name] = {k: {str(d.date()): (None if v != v else v) for d, v in s.items()}
+                 for k, s in series.items()}
+print("RESULT" + json.dumps(out))
+"""
+
+
+def _ours(signal: pd.DataFrame, dropna: bool) -> dict[str, pd.Series]:
+    ic, ric = calc_ic(signal["pred"], signal["label"], dropna=dropna)
+    long_short, long_avg = calc_long_short_return(signal["pred"], signal["label"], dropna=dropna)
+    return {"ic": ic, "ric": ric, "long_short": long_short, "long_avg": long_avg}
+
+
+def _compare(signal: pd.DataFrame, expected: dict) -> None:
+    for name, dropna in (("kept", False), ("dropped", True)):
+        for key, series in _ours(signal, dropna).items():
+            theirs = expected[name][key]
+            assert [str(d.date()) for d in series.index] == list(theirs), (name, key)
+            want = [math.nan if v is None else v for v in theirs.values()]
+            np.testing.assert_allclose(series, want, rtol=0, atol=1e-9, err_msg=f"{name} {key}")
+
+
+def test_equal_to_the_golden_of_qlib(signal: pd.DataFrame) -> None:
+    _compare(signal, json.loads(GOLDEN.read_text()))
+
+
+@pytest.mark.qlib
+def test_equal_to_qlib_itself(signal: pd.DataFrame, tmp_path: Path) -> None:
+    path = tmp_path / "signal.json"
+    path.write_text(signal.to_json(orient="table", double_precision=15))
+    done = subprocess.run(
+        [os.environ["QTORCH_QLIB_PYTHON"], "-c", _ORACLE, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.split("RESULT")[1])
+    _compare(signal, result)
+    assert result == json.loads(GOLDEN.read_text()), "the golden is not what this Qlib gives"
+
+
+def test_long_short_by_hand() -> None:
+    index = pd.MultiIndex.from_product(
+        [[pd.Timestamp("2020-01-01")], list("abcdefghij")], names=["datetime", "instrument"]
+    )
+    pred = pd.Series([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], index=index, dtype=float)
+    label = pd.Series([0.3, 0.1, 0, 0, 0, 0, 0, 0, -0.1, -0.3], index=index)
+    long_short, average = calc_long_short_return(pred, label)
+    assert long_short.iloc[0] == pytest.approx((0.2 - -0.2) / 2)
+    assert average.iloc[0] == pytest.approx(0.0)
+
+
+def test_a_constant_score_has_no_ic_even_where_its_mean_rounds(signal: pd.DataFrame) -> None:
+    day = signal.loc[[signal.index[0][0]]]
+    ic, rank_ic = calc_ic(pd.Series(0.1, index=day.index), day["label"])
+    assert ic.isna().all()
+    assert rank_ic.isna().all()
+
+
+def test_the_order_of_rows_does_not_matter_for_ic(signal: pd.DataFrame) -> None:
+    mixed = signal.sample(frac=1, random_state=0)
+    for a, b in zip(
+        calc_ic(signal["pred"], signal["label"]),
+        calc_ic(mixed["pred"], mixed["label"]),
+        strict=True,
+    ):
+        pd.testing.assert_series_equal(a, b)
+
+
+def test_ratios() -> None:
+    daily = pd.Series([0.01, 0.03, np.nan])
+    assert mean_over_std(daily) == pytest.approx(0.02 / np.std([0.01, 0.03], ddof=1))
+    assert annual_return(daily) == pytest.approx(0.02 * 252)
+    assert annual_sharpe(daily) == pytest.approx(mean_over_std(daily) * math.sqrt(252))
+    assert math.isnan(mean_over_std(pd.Series([0.01])))
