@@ -188,11 +188,8 @@ class Panel:
         Raises DataError for other index levels, doubled or descending rows, time zones, and
         columns that are not numeric.
         """
-        dates, names = _index_of(frame)
+        calendar, rows, instruments, columns = _index_of(frame)
         numeric = _numeric(frame)
-        calendar = pd.DatetimeIndex(np.unique(dates))
-        instruments, columns = np.unique(names, return_inverse=True)
-        rows = calendar.get_indexer(dates)
         _check_rows(rows, columns, calendar, instruments)
         d, n, f = len(calendar), len(instruments), numeric.shape[1]
         values = torch.full((f, d, n), float("nan"))
@@ -282,16 +279,26 @@ def _last_instant(date: Any) -> pd.Timestamp:
     return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if bare else stamp
 
 
-def _index_of(frame: pd.DataFrame) -> tuple[pd.DatetimeIndex, np.ndarray]:
+def _index_of(
+    frame: pd.DataFrame,
+) -> tuple[pd.DatetimeIndex, np.ndarray, list[str], np.ndarray]:
+    """`(calendar, row of each frame row, instruments, column of each frame row)`, sorted."""
     if not isinstance(frame.index, pd.MultiIndex) or set(frame.index.names) != set(NAMES):
         raise DataError(
             f"expected a frame indexed by {NAMES}, got levels {list(frame.index.names)}. Mend it "
             "with frame.set_index(['datetime', 'instrument'])."
         )
-    dates = normalise_calendar(frame.index.get_level_values(NAMES[0]))
-    if dates.hasnans:
+    index = frame.index.remove_unused_levels()
+    coded = {name: (index.levels[k], index.codes[k]) for k, name in enumerate(index.names)}
+    dates, row = coded[NAMES[0]]
+    names, column = coded[NAMES[1]]
+    if (np.asarray(row) < 0).any():
         raise DataError("some rows have no date (NaT); drop or mend them first.")
-    return dates, frame.index.get_level_values(NAMES[1]).astype(str).to_numpy(dtype=object)
+    if (np.asarray(column) < 0).any():
+        raise DataError("some rows have no instrument; drop or mend them first.")
+    calendar, row_of = np.unique(normalise_calendar(dates), return_inverse=True)
+    texts, column_of = np.unique(np.array([str(n) for n in names], dtype=object), return_inverse=True)
+    return pd.DatetimeIndex(calendar), row_of[row], list(texts), column_of[column]
 
 
 def _numeric(frame: pd.DataFrame) -> np.ndarray:
