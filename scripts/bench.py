@@ -1,0 +1,206 @@
+"""Speed and memory beside real Qlib, KunQuant and hand-written code, as ratios of one run.
+
+    python scripts/bench.py --provider FOLDER --qlib-python PYTHON [--threads 2] [--only windows,lstm]
+
+FOLDER holds bars in Qlib's layout with a universe nyse500; PYTHON is one with pyqlib (and
+kunquant, a compiler for it). Every measurement runs in a process of its own, ours and theirs in
+turns on the same data and threads. Prints a table in Markdown; --json keeps the raw figures.
+Without --qlib-python the columns that need it stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent / "benchmark"
+
+
+class Bench:
+    """Runs the works in subprocesses and collects rows of the table."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.rows: list[tuple[str, str, str, str, str]] = []
+        self.raw: dict[str, Any] = {}
+
+    def run(self, side: str, work: str, *, threads: int, **options: Any) -> dict[str, Any] | None:
+        python = sys.executable if side == "qtorch_side" else self.args.qlib_python
+        if python is None:
+            return None
+        command = [python, str(HERE / f"{side}.py"), work, "--threads", str(threads)]
+        if side != "kunquant_side":
+            command += ["--provider", self.args.provider, "--work", str(self.folder)]
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DO_NOT_TRACK": "true"}
+        print(f"... {side} {work} threads={threads}", file=sys.stderr, flush=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            print(done.stderr[-3000:], file=sys.stderr)
+            return None
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        self.raw[f"{side} {work} {threads}"] = result
+        return result
+
+    def ours(self, work: str, *, threads: int, **options: Any) -> dict[str, Any] | None:
+        return self.run("qtorch_side", work, threads=threads, **options)
+
+    def qlib(self, work: str, *, threads: int) -> dict[str, Any] | None:
+        return self.run("qlib_side", work, threads=threads)
+
+    def row(self, work: str, ours: Any, theirs: Any, ratio: float | None, goal: str) -> None:
+        shown = "" if ratio is None else f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}"
+        self.rows.append((work, str(ours), str(theirs), shown, goal))
+        print("| " + " | ".join(self.rows[-1]) + " |", file=sys.stderr, flush=True)
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s"
+
+
+def rate(count: float, value: float | None) -> str:
+    return "-" if value is None else f"{count / value:,.0f}/s"
+
+
+def features(bench: Bench) -> None:
+    for threads in sorted({1, bench.args.threads}):
+        ours = bench.ours("features", threads=threads, repeats=bench.args.repeats)
+        qlib = bench.qlib("features", threads=threads)
+        kun = bench.run("kunquant_side", str(bench.folder / "bars.npz"), threads=threads)
+        if ours is None:
+            continue
+        theirs = qlib and qlib["seconds"]
+        name = f"Alpha158, 158 columns, {threads} thread(s)"
+        bench.row(name + ", reading", seconds(ours["seconds"]), "Qlib " + seconds(theirs),
+                  over(theirs, ours["seconds"]), ">= 20")  # fmt: skip
+        compiled = median(kun["seconds"]) if kun else None
+        bench.row(name + ", alone", seconds(ours["alone"]), "KunQuant " + seconds(compiled),
+                  over(compiled, ours["alone"]), "> 1")  # fmt: skip
+
+
+def handlers(bench: Bench) -> None:
+    for work, speed, memory in (("alpha158", ">= 10", "<= 0.5"), ("alpha360", ">= 20", "<= 0.33")):
+        ours = bench.ours(work, threads=bench.args.threads)
+        qlib = bench.qlib(work, threads=bench.args.threads)
+        if ours is None:
+            continue
+        theirs = qlib or {"seconds": None, "mib": None}
+        name = f"{work.capitalize()} handler to the first batch"
+        bench.row(name, seconds(ours["seconds"]), "Qlib " + seconds(theirs["seconds"]),
+                  over(theirs["seconds"], ours["seconds"]), speed)  # fmt: skip
+        bench.row(name + ", peak memory", f"{ours['mib']:,.0f} MiB",
+                  f"Qlib {theirs['mib'] or 0:,.0f} MiB", over(ours["mib"], theirs["mib"]), memory)  # fmt: skip
+        bench.row(f"{work.capitalize()} prepare, the full frame", seconds(ours["prepare_seconds"]),
+                  f"{ours['prepare_mib']:,.0f} MiB more", None, "")  # fmt: skip
+
+
+def windows(bench: Bench) -> None:
+    ours = bench.ours("windows", threads=1, repeats=bench.args.repeats)
+    qlib = bench.qlib("windows", threads=1)
+    if ours is None:
+        return
+    speed = ours["samples"] / ours["seconds"]
+    theirs = qlib["samples"] / qlib["seconds"] if qlib else None
+    bench.row("Random window batches, 20 x 20", f"{speed:,.0f}/s",
+              f"Qlib {theirs or 0:,.0f}/s", over(speed, theirs), ">= 30")  # fmt: skip
+    bench.row("The same, beside a bare index gather", f"{speed:,.0f}/s",
+              f"bare {rate(ours['samples'], ours['bare'])}", ours["bare"] / ours["seconds"], ">= 0.8")  # fmt: skip
+
+
+def lstm(bench: Bench) -> None:
+    ours = bench.ours("lstm", threads=1, repeats=3)
+    qlib = bench.qlib("lstm", threads=1)
+    if ours is None:
+        return
+    n = ours["samples"]
+    train = ours["train_seconds"]
+    bench.row("LSTM fit, train pass", rate(n, train), f"hand-written {rate(n, ours['hand'])}",
+              ours["hand"] / train, ">= 0.95")  # fmt: skip
+    epoch = qlib and qlib["epoch"]
+    bench.row("LSTM fit, whole epoch", seconds(ours["epoch_seconds"]), "Qlib " + seconds(epoch),
+              over(epoch, ours["epoch_seconds"]), ">= 1.7")  # fmt: skip
+    m = ours["test_samples"]
+    bench.row("LSTM predict, test segment", rate(m, ours["predict"]),
+              f"ready tensors {rate(m, ours['infer'])}", ours["infer"] / ours["predict"], ">= 0.9")  # fmt: skip
+    predict = qlib and qlib["predict"]
+    bench.row("LSTM predict, test segment", seconds(ours["predict"]), "Qlib " + seconds(predict),
+              over(predict, ours["predict"]), "stated")  # fmt: skip
+
+
+def mlp(bench: Bench) -> None:
+    ours = bench.ours("mlp", threads=1, repeats=4)
+    if ours is None:
+        return
+    n, train = ours["samples"], ours["train_seconds"]
+    step = 1000 * ours["hand"] / (n / 800)
+    bench.row(f"MLP fit, a step of {step:.2f} ms, inner_steps=16", rate(n, train),
+              f"hand-written {rate(n, ours['hand'])}", ours["hand"] / train, ">= 0.85")  # fmt: skip
+
+
+def trainer(bench: Bench) -> None:
+    ours = bench.ours("trainer", threads=1)
+    qlib = bench.qlib("trainer", threads=1)
+    if ours is None:
+        return
+    mine = ours["task"] - ours["bare"]
+    theirs = qlib["task"] - qlib["bare"] if qlib else None
+    bench.row("TrainerR, overhead of a tiny task, sqlite", seconds(mine),
+              "Qlib " + seconds(theirs), over(theirs, mine), ">= 1")  # fmt: skip
+
+
+WORKS = {
+    "features": features,
+    "handlers": handlers,
+    "windows": windows,
+    "lstm": lstm,
+    "mlp": mlp,
+    "trainer": trainer,
+}
+
+
+def device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--provider", required=True)
+    parser.add_argument("--qlib-python", default=os.environ.get("QTORCH_QLIB_PYTHON"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default=",".join(WORKS), help="works, by comma")
+    parser.add_argument("--json", help="a file for the raw figures")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        for name in args.only.split(","):
+            WORKS[name](bench)
+    print(f"\nMeasured on {device_name()}.\n")
+    print("| work | qtorch | beside | ratio | asked |\n|---|---|---|---|---|")
+    for row in bench.rows:
+        print("| " + " | ".join(row) + " |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(bench.raw, indent=1))
+
+
+if __name__ == "__main__":
+    main()

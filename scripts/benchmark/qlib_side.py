@@ -1,0 +1,243 @@
+"""Real Qlib's side of the benchmark; runs under a Python that has pyqlib.
+
+    python qlib_side.py WORK --provider FOLDER --threads 2 [--work DIR]
+
+prints one line of JSON. Every work runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from memory import Peak
+
+SPAN = ("2008-01-02", "2017-12-08")
+SEGMENTS = {
+    "train": ("2014-01-01", "2014-12-31"),
+    "valid": ("2015-01-01", "2015-12-31"),
+    "test": ("2016-01-01", "2017-11-30"),
+}
+FIT = ("2008-01-01", "2014-12-31")
+COLUMNS = [
+    "RESI5", "WVMA5", "RSQR5", "KLEN", "RSQR10", "CORR5", "CORD5", "CORR10", "ROC60", "RESI10",
+    "VSTD5", "RSQR60", "CORR60", "WVMA60", "STD5", "RSQR20", "CORD60", "CORD10", "CORR20", "KLOW",
+]  # fmt: skip
+
+
+def init(provider: str, threads: int, folder: str) -> None:
+    import qlib
+
+    uri = f"sqlite:///{folder}/qlib.db"
+    qlib.init(
+        provider_uri=provider,
+        region="us",
+        kernels=threads,
+        logging_level=30,
+        exp_manager={
+            "class": "MLflowExpManager",
+            "module_path": "qlib.workflow.expm",
+            "kwargs": {"uri": uri, "default_exp_name": "bench"},
+        },
+    )
+
+
+def handler_config(name: str, span: tuple[str, str] = SPAN) -> dict:
+    return {
+        "class": name,
+        "module_path": "qlib.contrib.data.handler",
+        "kwargs": {
+            "instruments": "nyse500",
+            "start_time": span[0],
+            "end_time": span[1],
+            "fit_start_time": FIT[0],
+            "fit_end_time": FIT[1],
+        },
+    }
+
+
+def lstm_handler() -> dict:
+    config = handler_config("Alpha158", ("2013-06-01", SPAN[1]))
+    config["kwargs"]["fit_start_time"] = "2013-06-01"
+    config["kwargs"]["infer_processors"] = [
+        {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": COLUMNS}},
+        {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature", "clip_outlier": True}},
+        {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+    ]
+    config["kwargs"]["learn_processors"] = [
+        {"class": "DropnaLabel"},
+        {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}},
+    ]
+    return config
+
+
+def features(args: argparse.Namespace) -> dict:
+    from qlib.contrib.data.loader import Alpha158DL
+    from qlib.data import D
+
+    expressions, _ = Alpha158DL.get_feature_config(
+        {
+            "kbar": {},
+            "price": {"windows": [0], "feature": ["OPEN", "HIGH", "LOW", "VWAP"]},
+            "rolling": {},
+        }
+    )
+    begin = time.perf_counter()
+    frame = D.features(D.instruments("nyse500"), expressions, SPAN[0], SPAN[1])
+    return {"seconds": time.perf_counter() - begin, "rows": len(frame), "columns": len(expressions)}
+
+
+def handler(args: argparse.Namespace, name: str) -> dict:
+    from qlib.utils import init_instance_by_config
+
+    begin = time.perf_counter()
+    peak = Peak()
+    built = init_instance_by_config(handler_config(name))
+    return {"seconds": time.perf_counter() - begin, "mib": peak.mib, "rows": len(built._infer)}
+
+
+def _window_dataset():
+    from qlib.data.dataset import TSDatasetH
+
+    return TSDatasetH(handler=lstm_handler(), segments=SEGMENTS, step_len=20)
+
+
+def windows(args: argparse.Namespace) -> dict:
+    from torch.utils.data import DataLoader
+
+    sampler = _window_dataset().prepare("train", col_set=["feature", "label"], data_key="learn")
+    sampler.config(fillna_type="ffill+bfill")
+    loader = DataLoader(sampler, batch_size=800, shuffle=True, num_workers=0, drop_last=True)
+    seen, begin = 0, time.perf_counter()
+    for batch in loader:
+        seen += len(batch)
+        if seen >= 60_000:
+            break
+    return {"seconds": time.perf_counter() - begin, "samples": seen}
+
+
+def lstm(args: argparse.Namespace) -> dict:
+    import pandas as pd
+    from qlib.contrib.model.pytorch_lstm_ts import LSTM
+
+    dataset = _window_dataset()
+    num_train = len(dataset.prepare("train", data_key="learn"))
+    model = LSTM(d_feat=20, hidden_size=64, num_layers=2, dropout=0.0, n_epochs=1, lr=1e-3,
+                 batch_size=800, early_stop=10, n_jobs=0, GPU=-1, seed=0)  # fmt: skip
+    begin = time.perf_counter()
+    model.fit(dataset, evals_result={}, save_path=os.path.join(args.work, "lstm.pt"))
+    fitted = time.perf_counter()
+    scores = model.predict(dataset)
+    end = time.perf_counter()
+    assert isinstance(scores, pd.Series)
+    return {
+        "epoch": fitted - begin,
+        "predict": end - fitted,
+        "train_samples": num_train,
+        "test_samples": len(scores),
+    }
+
+
+def trainer(args: argparse.Namespace) -> dict:
+    """Ten tiny tasks through TrainerR, beside the same fits and predictions bare."""
+    import numpy as np
+    import pandas as pd
+    from qlib.data.dataset import DatasetH
+    from qlib.model.trainer import TrainerR
+    from qlib.utils import init_instance_by_config
+
+    dates = pd.bdate_range("2020-01-01", periods=60)
+    names = [f"S{k:02d}" for k in range(10)]
+    index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
+    rng = np.random.default_rng(0)
+    columns = pd.MultiIndex.from_tuples([("feature", "a"), ("feature", "b"), ("label", "y")])
+    frame = pd.DataFrame(rng.standard_normal((len(index), 3)), index=index, columns=columns)
+    path = os.path.join(args.work, "tiny.pkl")
+    frame.to_pickle(path)
+    dataset = {
+        "class": "DatasetH",
+        "module_path": "qlib.data.dataset",
+        "kwargs": {
+            "handler": {
+                "class": "DataHandlerLP",
+                "module_path": "qlib.data.dataset.handler",
+                "kwargs": {
+                    "data_loader": {
+                        "class": "StaticDataLoader",
+                        "module_path": "qlib.data.dataset.loader",
+                        "kwargs": {"config": path},
+                    }
+                },
+            },
+            "segments": {
+                "train": (dates[0], dates[39]),
+                "valid": (dates[40], dates[49]),
+                "test": (dates[50], dates[59]),
+            },
+        },
+    }
+
+    def task(seed: int) -> dict:
+        return {
+            "model": {
+                "class": "LinearModel",
+                "module_path": "qlib.contrib.model.linear",
+                "kwargs": {"estimator": "ridge", "alpha": 0.1 + seed},
+            },
+            "dataset": dataset,
+            "record": {
+                "class": "SignalRecord",
+                "module_path": "qlib.workflow.record_temp",
+                "kwargs": {"model": "<MODEL>", "dataset": "<DATASET>"},
+            },
+        }
+
+    def bare(seed: int) -> None:
+        t = task(seed)
+        data: DatasetH = init_instance_by_config(t["dataset"])
+        model = init_instance_by_config(t["model"])
+        model.fit(data)
+        model.predict(data)
+
+    TrainerR(experiment_name="warm")([task(100)])
+    bare(0)
+    begin = time.perf_counter()
+    for seed in range(10):
+        bare(seed)
+    middle = time.perf_counter()
+    TrainerR(experiment_name="tiny")([task(seed) for seed in range(10)])
+    end = time.perf_counter()
+    return {"bare": (middle - begin) / 10, "task": (end - middle) / 10}
+
+
+WORKS = {
+    "features": features,
+    "alpha158": lambda a: handler(a, "Alpha158"),
+    "alpha360": lambda a: handler(a, "Alpha360"),
+    "windows": windows,
+    "lstm": lstm,
+    "trainer": trainer,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=WORKS)
+    parser.add_argument("--provider", required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", required=True)
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    init(args.provider, args.threads, args.work)
+    print(json.dumps(WORKS[args.name](args)))
+
+
+if __name__ == "__main__":
+    main()
