@@ -61,7 +61,8 @@ class TrainerR(Trainer):
         recorders = []
         for task in progress(as_list(tasks, Mapping), "train tasks"):  # type: ignore[type-abstract]
             recorder = self._run(function, task, name, recorder_name=self.default_rec_name)
-            recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
+            if recorder.status != Recorder.STATUS_FA:
+                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
             recorders.append(recorder)
         _warn_of_failures(recorders)
         return recorders
@@ -127,8 +128,9 @@ class DelayTrainerR(TrainerR):
         function = end_train_func or self.end_train_func
         ended = []
         for given in progress(as_list(models, Recorder), "train tasks"):
-            recorder = given
-            if given.list_tags().get(self.STATUS_KEY) != self.STATUS_END:
+            recorder, status = given, given.list_tags().get(self.STATUS_KEY)
+            # Without the tag its preparation failed: there is nothing to take up.
+            if status is not None and status != self.STATUS_END:
                 recorder = self._run(function, given, name)
                 if recorder.status != Recorder.STATUS_FA:
                     recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})

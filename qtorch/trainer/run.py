@@ -18,7 +18,7 @@ from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session_context
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.failure import note_started, record_failure
+from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
 from qtorch.trainer.prepare import complete_task, shown_task
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ def end_task_train(rec: Recorder, experiment_name: str | None = None) -> Recorde
         recorder = R.get_recorder()
         note_started(recorder)
         try:
+            if ERROR_TAG in recorder.list_tags():
+                recorder.delete_tags(ERROR_TAG)  # of the attempt before
             _execute(recorder, complete_task(recorder.load_object("task")))
         except Exception as error:
             record_failure(recorder, error)

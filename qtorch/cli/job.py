@@ -1,0 +1,139 @@
+"""One job of `qtorch train`: a composed configuration becomes a run and a result."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qtorch.cli import table
+from qtorch.cli.guard import debugging, error_line
+from qtorch.cli.hydra_errors import explain
+from qtorch.cli.segments import with_dates
+from qtorch.cli.sweep import JobResult
+from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import plain
+from qtorch.core.runtime import configure_logging
+from qtorch.core.session import init
+from qtorch.tracking.r import R
+from qtorch.tracking.recorder import Recorder
+from qtorch.trainer.failure import started_runs
+from qtorch.trainer.run import end_task_train, task_train
+
+log = logging.getLogger(__name__)
+
+FINISHED, FAILED, KILLED = Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_KILLED
+TASK_KEYS = (
+    "task",
+    "seed",
+    "experiment_name",
+    "run_name",
+    "tracking",
+    "log_level",
+    "run",
+    "resume",
+)
+
+
+def run_job(config: DictConfig) -> None:
+    """Train what the configuration describes; never raises but for an interruption.
+
+    Hydra drops what jobs return and stops a sweep at the first exception, so that the result, a
+    failure too, is stored in the job's folder and printed by the command at its end.
+    """
+    begin = time.perf_counter()
+    with started_runs() as runs:
+        result = _result(config)
+        try:
+            recorder = _train(config)
+            result.status = FINISHED
+            result.metrics = recorder.list_metrics()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            result.status = KILLED
+            message = _how_to_resume(runs)
+            result.error = message
+            raise KeyboardInterrupt(message) from stop
+        except Exception as error:
+            if debugging():
+                log.error("the job failed", exc_info=error)
+            result.error = error_line(error)
+        finally:
+            result.seconds = time.perf_counter() - begin
+            if runs:
+                result.run_id, result.experiment = runs[-1].id, runs[-1].experiment_name
+            _store(result)
+    if result.status == FINISHED:
+        table.print_summary(result, recorder)
+    elif "num" in HydraConfig.get().job:
+        print(f"job {result.number} failed: {result.error}", file=sys.stderr)
+
+
+def _train(config: DictConfig) -> Recorder:
+    try:
+        settings = plain(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    configure_logging(settings["log_level"])
+    uri = (settings["tracking"] or {}).get("uri")
+    if uri is not None:
+        init(tracking_uri=uri)
+    resumed = _resumed_run(settings)
+    if resumed is not None:
+        recorder = R.get_recorder(recorder_id=resumed)
+        return end_task_train(recorder, recorder.experiment_name)
+    task = with_dates(settings["task"])
+    return task_train(task, settings["experiment_name"], settings["run_name"])
+
+
+def _resumed_run(settings: Mapping[str, Any]) -> str | None:
+    """The run that `resume=ID` or `run=ID resume=true` names."""
+    resume, run = settings.get("resume"), settings.get("run")
+    if resume is None or resume is False:
+        if run is not None:
+            raise ConfigError(f"run={run} is given without resume=true; say resume={run}.")
+        return None
+    named = run if resume is True else resume
+    if named is None:
+        raise ConfigError(
+            "resume=true needs the run's id: resume=RUN_ID, or run=RUN_ID resume=true."
+        )
+    other = [
+        o
+        for o in HydraConfig.get().overrides.task
+        if not o.lstrip("+").startswith(("resume=", "run=", "tracking", "log_level="))
+    ]
+    if other:
+        raise ConfigError(
+            f"a resumed run goes on with its own task, so {', '.join(other)} would not count; "
+            "leave it out, or start a new run."
+        )
+    return str(named)
+
+
+def _result(config: DictConfig) -> JobResult:
+    hydra = HydraConfig.get()
+    number = int(hydra.job.num) if not OmegaConf.is_missing(hydra.job, "num") else 0
+    return JobResult(number, list(hydra.overrides.task), FAILED, 0.0)
+
+
+def _store(result: JobResult) -> None:
+    try:
+        result.store(Path(HydraConfig.get().runtime.output_dir))
+    except OSError as error:
+        log.warning("the job's result cannot be written: %s", error)
+
+
+def _how_to_resume(runs: list[Recorder]) -> str:
+    if not runs:
+        return "Nothing had been started."
+    return (
+        f"Run {runs[-1].id} is {KILLED}; its last checkpoint is kept. Resume it with: "
+        f"qtorch train resume={runs[-1].id}"
+    )

@@ -1,0 +1,89 @@
+"""What a command says at its end: the summary of a run, the table of a sweep."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qtorch.cli.sweep import JobResult
+from qtorch.tracking.r import R
+from qtorch.tracking.recorder import Recorder
+
+FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+SEGMENTS = ("train", "valid", "test")
+STATUS_STYLE = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
+
+
+def print_summary(result: JobResult, recorder: Recorder) -> None:
+    """The data, the training, the quality by segment, and where to look further."""
+    metrics = result.metrics
+    console = Console()
+    lines = Table.grid(padding=(0, 2))
+    for name, text in _facts(result, recorder):
+        lines.add_row(f"[dim]{name}[/dim]", text)
+    console.print()
+    console.print(lines)
+    quality = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    quality.add_column("segment")
+    for figure in FIGURES:
+        quality.add_column(figure, justify="right")
+    for segment in SEGMENTS:
+        values = [metrics.get(f"{segment}.{f}") for f in FIGURES]
+        if any(v is not None for v in values):
+            quality.add_row(segment, *(number(v) for v in values))
+    if quality.row_count:
+        console.print(quality)
+    console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
+
+
+def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
+    metrics = result.metrics
+    facts = [("run", f"{result.run_id} ({result.experiment})")]
+    facts.append(("time", f"{result.seconds:.1f} s"))
+    long_short = metrics.get("Long-Short Ann Return")
+    if long_short is not None:
+        sharpe = number(metrics.get("Long-Short Ann Sharpe"), 2)
+        facts.append(("long-short", f"{long_short:.1%} a year before costs, Sharpe {sharpe}"))
+    return facts
+
+
+def print_jobs(jobs: Sequence[JobResult]) -> None:
+    """One row a job: what it varied, how it ended, its test figures."""
+    shown = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{len(jobs)} jobs", title_justify="left"
+    )
+    for name in ("job", "overrides", "status", "run"):
+        shown.add_column(name, overflow="fold")
+    for name in (*FIGURES, "seconds"):
+        shown.add_column(name, justify="right")
+    common = set.intersection(*(set(j.overrides) for j in jobs)) if len(jobs) > 1 else set()
+    for job in jobs:
+        style = STATUS_STYLE.get(job.status, "")
+        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in FIGURES]
+        shown.add_row(
+            str(job.number),
+            " ".join(o for o in job.overrides if o not in common) or "-",
+            f"[{style}]{job.status}[/{style}]" if style else job.status,
+            job.run_id or "-",
+            *(number(v) for v in values),
+            f"{job.seconds:.1f}",
+        )
+    Console().print(shown)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure of fixed digits; a dash where there is none."""
+    return "-" if value is None else f"{float(value):.{digits}f}"
+
+
+def page_command() -> str:
+    """The command that opens MLflow's page on the store in use, or the server's address."""
+    uri = R.get_uri()
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000"

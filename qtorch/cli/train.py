@@ -1,0 +1,65 @@
+"""`qtorch train`: compose a task from conf/ and overrides, run it (or a sweep), tell the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+
+from qtorch.cli import job, table
+from qtorch.cli.config_path import ROOT_CONFIG, config_path
+from qtorch.cli.guard import INTERRUPTED
+from qtorch.cli.hydra_errors import explained
+from qtorch.cli.signals import interruptible
+from qtorch.cli.sweep import finished_jobs, forget_jobs
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what the overrides ask for; 0 where every job finished, 130 after Ctrl-C, else 1."""
+    forget_jobs()
+    many = any(a in ("-m", "--multirun") for a in argv)
+    interrupted: KeyboardInterrupt | None = None
+    with _as_program(argv), interruptible(), explained(argv):
+        try:
+            hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
+                job.run_job
+            )()
+        except KeyboardInterrupt as stop:
+            interrupted = stop
+        except SystemExit as end:
+            if end.code not in (0, None):
+                raise
+            return 0  # --help and its like
+        finally:
+            GlobalHydra.instance().clear()
+    jobs = finished_jobs()
+    if many and jobs:
+        table.print_jobs(jobs)
+    if interrupted is not None:
+        raise interrupted
+    for failed in (j for j in jobs if j.error):
+        where = f"job {failed.number}: " if many else ""
+        print(f"error: {where}{failed.error}", file=sys.stderr)
+    if any(j.status == job.KILLED for j in jobs):
+        return INTERRUPTED
+    return int(any(j.error for j in jobs))
+
+
+@contextmanager
+def _as_program(argv: Sequence[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, and hides its exceptions unless told not to."""
+    before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["qtorch train", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if variable is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = variable

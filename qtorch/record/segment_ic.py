@@ -1,0 +1,57 @@
+"""The quality of the scores by segment: what tells overfitting from no signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from qtorch.core.errors import LoadObjectError
+from qtorch.metrics.signal import calc_ic
+from qtorch.record.base import Record
+from qtorch.record.signal import as_frame, raw_label
+from qtorch.record.signal_analysis import finite, ic_figures
+from qtorch.tracking.recorder import Recorder
+
+
+class SegmentICRecord(Record):
+    """Logs `valid.IC`, `valid.Rank IC`, `test.ICIR`, ... against the raw label.
+
+    `segments` are predicted in turn, those that the dataset has; `train` is left out by default,
+    for it is the largest. The test segment's scores are taken from `pred.pkl` where it is there.
+    """
+
+    artifact_path: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        model: Any = None,
+        dataset: Any = None,
+        recorder: Recorder | None = None,
+        segments: Sequence[str] = ("valid", "test"),
+        label_col: int = 0,
+    ) -> None:
+        super().__init__(recorder)
+        self.model = model
+        self.dataset = dataset
+        self.segments = segments
+        self.label_col = label_col
+
+    def generate(self) -> dict[str, float]:
+        """Predict each segment, log and return the figures."""
+        there = getattr(self.dataset, "segments", {})
+        metrics: dict[str, float] = {}
+        for segment in (s for s in self.segments if s in there):
+            label = raw_label(self.dataset, segment).iloc[:, self.label_col]
+            ic, rank_ic = calc_ic(self._scores(segment).iloc[:, 0], label)
+            metrics |= {f"{segment}.{k}": v for k, v in ic_figures(ic, rank_ic).items()}
+        metrics = finite(metrics)
+        self.recorder.log_metrics(**metrics)
+        return metrics
+
+    def _scores(self, segment: str) -> Any:
+        if segment == "test":
+            try:
+                return self.recorder.load_object("pred.pkl")
+            except LoadObjectError:
+                return as_frame(self.model.predict(self.dataset))
+        return as_frame(self.model.predict(self.dataset, segment))

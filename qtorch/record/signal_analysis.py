@@ -1,0 +1,121 @@
+"""How good the stored scores are: daily IC, Rank IC, long-short returns, and a picture."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from qtorch.core.errors import RecordError
+from qtorch.metrics.signal import (
+    annual_return,
+    annual_sharpe,
+    calc_ic,
+    calc_long_short_return,
+    mean_over_std,
+)
+from qtorch.record.base import Record
+from qtorch.record.ic_chart import ic_chart
+from qtorch.record.signal import SignalRecord
+from qtorch.tracking.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+CHART = "ic.png"
+
+
+class SigAnaRecord(Record):
+    """Judges `pred.pkl` by `label.pkl`; writes under `sig_analysis/`, logs the figures.
+
+    Writes `ic.pkl`, `ric.pkl` (Series by day) and the chart `ic.png`; with `ana_long_short` also
+    `long_short_r.pkl` and `long_avg_r.pkl`. Logs IC, ICIR, Rank IC, Rank ICIR, and with
+    `ana_long_short` the annual return (mean x `ann_scaler`) and Sharpe ratio of both.
+    `label_col` chooses among several label columns, `skip_existing` leaves finished work alone.
+    Answers to Qlib's SigAnaRecord; a missing dependency is an error here.
+    """
+
+    artifact_path: ClassVar[str | None] = "sig_analysis"
+    depend_cls: ClassVar[type[Record] | None] = SignalRecord
+
+    def __init__(
+        self,
+        recorder: Recorder | None = None,
+        ana_long_short: bool = False,
+        ann_scaler: float = 252,
+        label_col: int = 0,
+        skip_existing: bool = False,
+    ) -> None:
+        super().__init__(recorder)
+        self.ana_long_short = ana_long_short
+        self.ann_scaler = ann_scaler
+        self.label_col = label_col
+        self.skip_existing = skip_existing
+
+    def generate(self) -> dict[str, pd.Series] | None:
+        """Compute, store, log; returns the series (None where skipped)."""
+        if self.skip_existing and all(self._holds(self.get_path(n)) for n in self.list()):
+            log.info("sig_analysis is there already and stays as it is")
+            return None
+        self.check()
+        score, label = self.load("pred.pkl").iloc[:, 0], self._label()
+        ic, rank_ic = calc_ic(score, label)
+        metrics = ic_figures(ic, rank_ic)
+        series = {"ic.pkl": ic, "ric.pkl": rank_ic}
+        if self.ana_long_short:
+            returns = calc_long_short_return(score, label)
+            series |= dict(zip(("long_short_r.pkl", "long_avg_r.pkl"), returns, strict=True))
+            for name, daily in zip(("Long-Short", "Long-Avg"), returns, strict=True):
+                metrics[f"{name} Ann Return"] = annual_return(daily, self.ann_scaler)
+                metrics[f"{name} Ann Sharpe"] = annual_sharpe(daily, self.ann_scaler)
+        self.recorder.log_metrics(**finite(metrics))
+        self.save(**series)
+        self._save_chart(ic, rank_ic)
+        return series
+
+    def list(self) -> list[str]:
+        long_short = ["long_short_r.pkl", "long_avg_r.pkl"] if self.ana_long_short else []
+        return ["ic.pkl", "ric.pkl", *long_short]
+
+    def _needs(self) -> list[str]:
+        return ["pred.pkl", "label.pkl"]
+
+    def _label(self) -> pd.Series:
+        label = self.load("label.pkl")
+        if not -label.shape[1] <= self.label_col < label.shape[1]:
+            raise RecordError(
+                f"SigAnaRecord: label_col={self.label_col}, but label.pkl has {label.shape[1]} "
+                f"columns: {list(map(str, label.columns))}."
+            )
+        return label.iloc[:, self.label_col]
+
+    def _save_chart(self, ic: pd.Series, rank_ic: pd.Series) -> None:
+        figure = ic_chart(ic, rank_ic)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, CHART)
+            figure.savefig(path, dpi=130)
+            self.recorder.log_artifact(str(path), artifact_path=self.artifact_path)
+
+
+def ic_figures(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
+    """The four figures of a run: means over days, and mean / std (ddof 1), not annualised."""
+    return {
+        "IC": float(ic.mean()),
+        "ICIR": mean_over_std(ic),
+        "Rank IC": float(rank_ic.mean()),
+        "Rank ICIR": mean_over_std(rank_ic),
+    }
+
+
+def finite(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers; what is undefined (one day, one instrument) is named."""
+    undefined = [k for k, v in metrics.items() if pd.isna(v)]
+    if undefined:
+        log.warning(
+            "undefined and not logged: %s (no day has two instruments with a score and a label, "
+            "or all days are equal)",
+            ", ".join(undefined),
+        )
+    return {k: float(v) for k, v in metrics.items() if k not in undefined}
