@@ -74,6 +74,12 @@ class Columns(ABC):
         """`(D, N, F)`."""
         return len(self.calendar), len(self.instruments), len(self.names)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the packed columns will take, about."""
+        d, n, f = self.shape
+        return 4 * d * n * f
+
     def column(self, name: str) -> Tensor:
         """One column `[D, N]` as it stands after every operation; not to be written to."""
         self._check([name])
@@ -243,7 +249,8 @@ class PanelColumns(Columns):
         else:
             self._copy(self.names, out.permute(1, 0, 2))
         if len(fused):
-            for part in out.split(max(1, n // 16)):
+            for first in range(0, n, 32):
+                part = out[first : first + 32]
                 result = fused(part)
                 if result is not part:
                     part.copy_(result)

@@ -30,8 +30,8 @@ class Elementwise(ABC):
 
     def __init__(self, *parameters: Number) -> None:
         shaped = [torch.as_tensor(p, dtype=torch.float32).reshape(-1) for p in parameters]
-        self.parameters = tuple(torch.broadcast_tensors(*shaped)) if shaped else ()
-        self._same = [float(p[0]) if _all_same(p) else None for p in self.parameters]
+        self.parameters = _broadcast(shaped)
+        self._same = [_single(p) for p in self.parameters]
 
     @abstractmethod
     def apply_(self, x: Tensor) -> Tensor:
@@ -61,6 +61,10 @@ class Elementwise(ABC):
         )
         return self._with(taken)
 
+    def windowed(self, num_steps: int) -> Self:
+        """Parameters of field-major columns (`F * num_steps`) for windows `[.., num_steps, F]`."""
+        return self._with(tuple(p.view(-1, num_steps).t().contiguous() for p in self.parameters))
+
     def to(self, device: torch.device) -> Self:
         """The same operation for values on another device."""
         return self._with(tuple(p.to(device) for p in self.parameters))
@@ -69,7 +73,7 @@ class Elementwise(ABC):
         other = object.__new__(type(self))
         other.parameters = parameters
         # Read here, once: reading a device's number in `apply_` would stop the device.
-        other._same = [float(p[0]) if _all_same(p) else None for p in parameters]
+        other._same = [_single(p) for p in parameters]
         return other
 
     def __repr__(self) -> str:
@@ -150,9 +154,21 @@ class Tanh(Elementwise):
         return torch.where(self.parameters[0] > 0, x.tanh(), x)
 
 
-def _all_same(parameter: Tensor) -> bool:
-    first = parameter[:1]
-    return bool(((parameter == first) | (parameter.isnan() & first.isnan())).all())
+def _broadcast(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    length = max((p.numel() for p in parameters), default=0)
+    for p in parameters:
+        if p.numel() not in (1, length):
+            raise ArgumentError(f"parameters for {p.numel()} and for {length} columns were given.")
+    return tuple(p.expand(length) for p in parameters)
+
+
+def _single(parameter: Tensor) -> float | None:
+    """The value that all columns share, if they do."""
+    values = parameter.flatten()
+    if not values.numel():
+        return None
+    same = (values == values[0]) | (values.isnan() & values[0].isnan())
+    return float(values[0]) if bool(same.all()) else None
 
 
 class Chain:

@@ -90,6 +90,7 @@ class Packed(ABC):
     """Columns laid out for gathering windows on one device."""
 
     source_history: Tensor | None = None
+    checked: bool = False
     values: Tensor
     history: History
     fused: Fused
@@ -113,6 +114,10 @@ class Packed(ABC):
     def num_steps(self, step_len: int) -> int:
         """T of the windows for a dataset's `step_len`."""
         return step_len
+
+    def features_of(self, step_len: int) -> int:
+        """F of the windows for a dataset's `step_len`."""
+        return self.num_features
 
     @property
     def device(self) -> torch.device:

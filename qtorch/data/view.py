@@ -140,12 +140,10 @@ def multi_index(
     calendar: pd.DatetimeIndex, instruments: pd.Index, date: Tensor, instrument: Tensor
 ) -> pd.MultiIndex:
     """The `(datetime, instrument)` index of pairs of calendar rows and instrument columns."""
-    return pd.MultiIndex(
-        levels=[calendar, instruments],
-        codes=[date.cpu().numpy(), instrument.cpu().numpy()],
-        names=list(NAMES),
-        verify_integrity=False,
-    ).remove_unused_levels()
+    levels: list[Any] = [calendar, instruments]
+    codes: list[Any] = [date.cpu().numpy(), instrument.cpu().numpy()]
+    index = pd.MultiIndex(levels=levels, codes=codes, names=list(NAMES), verify_integrity=False)
+    return index.remove_unused_levels()
 
 
 def date_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) -> slice:

@@ -1,0 +1,344 @@
+"""Samples: pairs (date row, instrument column) into columns that stay on the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.data.batches import Batch
+from qtorch.data.columns import Columns
+from qtorch.data.gather import NAN, Packed, check_fill
+from qtorch.data.reweighter import Reweighter, checked_weights
+from qtorch.data.view import multi_index
+
+log = logging.getLogger(__name__)
+
+Store = Literal["auto", "device", "host"]
+STORES: tuple[str, ...] = ("auto", "device", "host")
+# Of the device's free memory, what the columns may take before they stay on the host.
+DEVICE_SHARE = 0.6
+DAY_BUCKETS = 8
+
+
+class Samples:
+    """The samples of one segment in (datetime, instrument) order, and how to gather them.
+
+    `date` and `instrument` are int64 `[S]`; `target [S, Q]` the processed labels, `raw_label
+    [S, Q]` the unprocessed ones (for IC), `weight [S]`; each of the last three may be None.
+    `features` are Columns, packed on the device at the first batch or by `to(device)`, or an
+    object already packed. Features that hold an infinity are refused when they are packed.
+    """
+
+    def __init__(
+        self,
+        features: Columns | Packed,
+        date: Tensor,
+        instrument: Tensor,
+        *,
+        calendar: pd.DatetimeIndex,
+        instruments: pd.Index,
+        feature_names: Iterable[str],
+        label_names: Iterable[str] = (),
+        target: Tensor | None = None,
+        raw_label: Tensor | None = None,
+        weight: Tensor | None = None,
+        history: Tensor | None = None,
+        step_len: int = 1,
+        fill: str = "ffill+bfill",
+        place: tuple[Tensor, Tensor] | None = None,
+        notes: Mapping[str, int] | None = None,
+    ) -> None:
+        check_fill(fill)
+        if step_len < 1:
+            raise ConfigError(f"step_len must be at least 1, got {step_len}.")
+        self.date, self.instrument = date, instrument
+        self.calendar, self.instruments = calendar, instruments
+        self.feature_names, self.label_names = tuple(feature_names), tuple(label_names)
+        self.target, self.raw_label, self.weight = target, raw_label, weight
+        self.history = history
+        self.step_len, self.fill = step_len, fill
+        self.notes = dict(notes or {})
+        self.store = "device"
+        self.device = date.device
+        self._place = place
+        self._columns = features if isinstance(features, Columns) else None
+        self._packed = features if isinstance(features, Packed) else None
+        self._set_days()
+
+    def _set_days(self) -> None:
+        days, counts = torch.unique_consecutive(self.date, return_counts=True)
+        if len(days) and bool((days[1:] <= days[:-1]).any()):
+            raise AssertionError("samples must come in (datetime, instrument) order")
+        self._counts = counts.cpu()
+        self._starts = (counts.cumsum(0) - counts).to(self.date.device)
+        largest = int(self._counts.max()) if len(days) else 0
+        self._bucket = max(1, -(-largest // DAY_BUCKETS))
+
+    # -- what there is -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.date)
+
+    @property
+    def num_days(self) -> int:
+        """Days with at least one sample."""
+        return len(self._counts)
+
+    @property
+    def packed(self) -> Packed:
+        """The features laid out for gathering; packed now if they were not."""
+        return self._pack(self.date.device)
+
+    @property
+    def num_features(self) -> int:
+        """F of a batch's `x [B, T, F]`."""
+        return self.packed.features_of(self.step_len)
+
+    @property
+    def num_steps(self) -> int:
+        """T of a batch's `x [B, T, F]`."""
+        return self.packed.num_steps(self.step_len)
+
+    @property
+    def index(self) -> pd.MultiIndex:
+        """`(datetime, instrument)` of every sample, in their order."""
+        return multi_index(self.calendar, self.instruments, self.date, self.instrument)
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where the row numbers given to `batch` should lie."""
+        return self.date.device
+
+    def describe(self) -> dict[str, Any]:
+        """What a log line or a summary says of these samples."""
+        days = self.date[[0, -1]].tolist() if len(self) else []
+        span = [f"{self.calendar[d]:%Y-%m-%d}" for d in days]
+        return {
+            "samples": len(self),
+            "days": self.num_days,
+            "instruments": int(torch.bincount(self.instrument).count_nonzero()),
+            "start": span[0] if span else None,
+            "end": span[1] if span else None,
+            "features": len(self.feature_names),
+            "labels": len(self.label_names),
+            "step_len": self.step_len,
+            **self.notes,
+        }
+
+    def frame(self, groups: Iterable[str] = ("label",)) -> pd.DataFrame:
+        """The samples' own rows: `(datetime, instrument)` by `(group, name)`.
+
+        Groups: "label" (processed), "raw_label", "feature" (the last step of the window).
+        """
+        parts: dict[tuple[str, str], np.ndarray] = {}
+        for group in groups:
+            names, values = self._group_values(group)
+            for k, name in enumerate(names):
+                parts[group, name] = values[:, k].cpu().numpy()
+        return pd.DataFrame(parts, index=self.index)
+
+    def _group_values(self, group: str) -> tuple[tuple[str, ...], Tensor]:
+        found = {"label": self.target, "raw_label": self.raw_label}
+        if group == "feature":
+            if self._columns is not None:
+                date, who = self.date.to(self._columns.device), self.instrument
+                taken = [
+                    self._columns.column(n)[date, who.to(date.device)] for n in self.feature_names
+                ]
+                return self.feature_names, torch.stack(taken, 1)
+            rows = torch.arange(len(self), device=self.index_device)
+            x = torch.cat([self.batch(part).x[:, -1] for part in torch.split(rows, 4096)])
+            return self.feature_names, x
+        if group not in found:
+            raise DataError(unknown_name("group of columns", group, ("feature", *found)))
+        values = found[group]
+        if values is None:
+            raise DataError(f"these samples have no {group}.")
+        return self.label_names, values
+
+    def __repr__(self) -> str:
+        told = self.describe()
+        return (
+            f"Samples({told['samples']:,} of {told['start']}..{told['end']}, "
+            f"{told['instruments']} instruments, {told['features']} features)"
+        )
+
+    # -- batches -------------------------------------------------------------------------------
+
+    def batch(self, rows: Tensor, *, size: int | None = None) -> Batch:
+        """The samples `rows`, int64 `[B]` on `index_device`.
+
+        With `size` the batch is padded to so many rows and has a mask.
+        """
+        if size is None:
+            return self._gathered(rows, None)
+        there = torch.arange(size, device=rows.device) < len(rows)
+        filled = torch.nn.functional.pad(rows, (0, size - len(rows)))
+        batch = self._gathered(filled, there)
+        batch.num_samples = len(rows)
+        return batch
+
+    def day_batch(self, days: Tensor, *, num_days: int | None = None) -> Batch:
+        """Whole days `[G, N, ...]`: `days` int64 `[G]` on the CPU count the days with samples.
+
+        Every row of a day is one sample of that date, so a batch holds true cross-sections. N is
+        the largest day's size rounded up to one of at most eight sizes; `num_days` pads G.
+        """
+        counts = self._counts[days]
+        width = -(-int(counts.max()) // self._bucket) * self._bucket
+        num_samples = int(counts.sum())
+        if num_days is not None and num_days > len(days):
+            pad = num_days - len(days)
+            days = torch.nn.functional.pad(days, (0, pad))
+            counts = torch.nn.functional.pad(counts, (0, pad))
+        device = self.index_device
+        offsets = torch.arange(width, device=device)
+        there = offsets < counts.to(device)[:, None]
+        rows = self._starts[days.to(device)][:, None] + offsets * there
+        batch = self._gathered(rows.reshape(-1), there.reshape(-1))
+        batch = batch.unflattened(len(days), width)
+        batch.num_samples = num_samples
+        return batch
+
+    def _gathered(self, rows: Tensor, mask: Tensor | None) -> Batch:
+        date, instrument = self.date[rows], self.instrument[rows]
+        at = (date, instrument)
+        if self._place is not None:
+            at = (self._place[0][rows], self._place[1][rows])
+        x = self.packed.gather(*at, self.step_len, self.fill)
+        y, raw, weight = (
+            None if v is None else v[rows] for v in (self.target, self.raw_label, self.weight)
+        )
+        if mask is not None:
+            gone = ~mask
+            x.masked_fill_(gone[:, None, None], 0.0)
+            y, raw = (None if v is None else v.masked_fill(gone[:, None], NAN) for v in (y, raw))
+            weight = None if weight is None else weight * mask
+        extra = {} if raw is None else {"raw_label": raw}
+        return Batch(
+            x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
+        )
+
+    # -- device --------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str, *, store: Store = "auto") -> Samples:
+        """These samples for batches on `device`.
+
+        `store`: "device" keeps the features there, "host" in host memory (each batch is then
+        sent over while the one before it is worked on), "auto" decides by the device's free
+        memory.
+        """
+        if store not in STORES:
+            raise ConfigError(unknown_name("store", store, STORES))
+        target = torch.device(device)
+        if str(target) == "cuda":
+            target = torch.device("cuda", torch.cuda.current_device())
+        where = "host" if store == "host" or (store == "auto" and self._too_large(target)) else ""
+        home = torch.device("cpu") if where == "host" else target
+        moved = self._moved(home)
+        moved.store = where or "device"
+        moved.device = target
+        if where == "host" and target.type != "cpu":
+            log.info(
+                "the features (%.2f GB) stay in host memory; batches are sent to %s ahead of use",
+                self._num_bytes() / 1e9,
+                target,
+            )
+        moved._pack(home)
+        return moved
+
+    def sent(self, batch: Batch) -> Batch:
+        """A batch gathered in host memory on its way to the device; returns at once."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+    def _moved(self, home: torch.device) -> Samples:
+        def there(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(home)
+
+        place = self._place
+        features: Columns | Packed | None = self._columns
+        if features is None:
+            packed = self.packed
+            features = packed if packed.device == home else packed.to(home)
+        return Samples(
+            features,
+            self.date.to(home),
+            self.instrument.to(home),
+            calendar=self.calendar,
+            instruments=self.instruments,
+            feature_names=self.feature_names,
+            label_names=self.label_names,
+            target=there(self.target),
+            raw_label=there(self.raw_label),
+            weight=there(self.weight),
+            history=self.history,
+            step_len=self.step_len,
+            fill=self.fill,
+            place=None if place is None else (place[0].to(home), place[1].to(home)),
+            notes=self.notes,
+        )
+
+    def _pack(self, device: torch.device) -> Packed:
+        if self._packed is not None:
+            return self._packed
+        assert self._columns is not None
+        packed = self._columns.pack(device, history=self.history)
+        if not packed.checked:
+            bad = packed.infinite().cpu().numpy()
+            if bad.any():
+                names = [n for n, wrong in zip(self._columns.names, bad, strict=True) if wrong]
+                raise DataError(infinite_message(names, "features"))
+            packed.checked = True
+        self._packed = packed
+        return packed
+
+    def _num_bytes(self) -> int:
+        if self._packed is not None:
+            return self._packed.num_bytes
+        assert self._columns is not None
+        return self._columns.num_bytes
+
+    def _too_large(self, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        return self._num_bytes() > DEVICE_SHARE * free
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def reweighted(self, reweighter: Reweighter | Any | None) -> Samples:
+        """These samples with the weights of a reweighter (None: unchanged).
+
+        Anything with Qlib's `reweight(data)` will do; it is handed `frame(reweighter.needs)`.
+        """
+        if reweighter is None:
+            return self
+        if not callable(getattr(reweighter, "reweight", None)):
+            raise ConfigError(
+                f"{type(reweighter).__name__} is no reweighter: it has no reweight(data) method."
+            )
+        data = self.frame(getattr(reweighter, "needs", ("label",)))
+        weight = checked_weights(reweighter.reweight(data), self.index)
+        moved = self._moved(self.date.device)
+        moved.weight = weight.to(self.date.device)
+        moved.store, moved.device = self.store, self.device
+        moved._packed = self._packed
+        return moved
+
+
+def infinite_message(names: list[str], what: str) -> str:
+    """The error for infinities that survived processing."""
+    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return (
+        f"infinite values in the {what}: {shown}. Put ProcessInf before the other processors, "
+        "or mend the expression (a division by zero?)."
+    )
