@@ -1,6 +1,6 @@
 """Speed and memory beside real Qlib, KunQuant and hand-written code, as ratios of one run.
 
-    python scripts/bench.py --provider FOLDER --qlib-python PYTHON [--threads 2] [--only windows,lstm]
+    python scripts/bench.py --provider FOLDER --qlib-python PYTHON [--threads 2] [--only lstm]
 
 FOLDER holds bars in Qlib's layout with a universe nyse500; PYTHON is one with pyqlib (and
 kunquant, a compiler for it). Every measurement runs in a process of its own, ours and theirs in
@@ -102,7 +102,8 @@ def handlers(bench: Bench) -> None:
         bench.row(name, seconds(ours["seconds"]), "Qlib " + seconds(theirs["seconds"]),
                   over(theirs["seconds"], ours["seconds"]), speed)  # fmt: skip
         bench.row(name + ", peak memory", f"{ours['mib']:,.0f} MiB",
-                  f"Qlib {theirs['mib'] or 0:,.0f} MiB", over(ours["mib"], theirs["mib"]), memory)  # fmt: skip
+                  f"Qlib {theirs['mib'] or 0:,.0f} MiB",
+                  over(ours["mib"], theirs["mib"]), memory)  # fmt: skip
         bench.row(f"{work.capitalize()} prepare, the full frame", seconds(ours["prepare_seconds"]),
                   f"{ours['prepare_mib']:,.0f} MiB more", None, "")  # fmt: skip
 
@@ -117,7 +118,8 @@ def windows(bench: Bench) -> None:
     bench.row("Random window batches, 20 x 20", f"{speed:,.0f}/s",
               f"Qlib {theirs or 0:,.0f}/s", over(speed, theirs), ">= 30")  # fmt: skip
     bench.row("The same, beside a bare index gather", f"{speed:,.0f}/s",
-              f"bare {rate(ours['samples'], ours['bare'])}", ours["bare"] / ours["seconds"], ">= 0.8")  # fmt: skip
+              f"bare {rate(ours['samples'], ours['bare'])}",
+              ours["bare"] / ours["seconds"], ">= 0.8")  # fmt: skip
 
 
 def lstm(bench: Bench) -> None:
@@ -134,7 +136,8 @@ def lstm(bench: Bench) -> None:
               over(epoch, ours["epoch_seconds"]), ">= 1.7")  # fmt: skip
     m = ours["test_samples"]
     bench.row("LSTM predict, test segment", rate(m, ours["predict"]),
-              f"ready tensors {rate(m, ours['infer'])}", ours["infer"] / ours["predict"], ">= 0.9")  # fmt: skip
+              f"ready tensors {rate(m, ours['infer'])}",
+              ours["infer"] / ours["predict"], ">= 0.9")  # fmt: skip
     predict = qlib and qlib["predict"]
     bench.row("LSTM predict, test segment", seconds(ours["predict"]), "Qlib " + seconds(predict),
               over(predict, ours["predict"]), "stated")  # fmt: skip
