@@ -126,7 +126,7 @@ class Panel:
         spans = clip_spans(self.spans - rows.start, values.shape[0])
         names = self.instruments
         if instruments is not None:
-            keep = names.get_indexer(pd.Index(instruments, dtype="str"))
+            keep = names.get_indexer(pd.Index(list(instruments), dtype="str"))
             if (keep < 0).any():
                 missing = str(list(instruments)[int(np.flatnonzero(keep < 0)[0])])
                 raise DataError(unknown_name("instrument", missing, names))
@@ -212,12 +212,12 @@ class Panel:
         rows = self.rows(start, end)
         names = list(self.fields if fields is None else fields)
         at = torch.nonzero(self.mask[rows], as_tuple=True)
-        index = pd.MultiIndex.from_arrays(
-            [
-                self.calendar[rows][at[0].cpu().numpy()],
-                self.instruments[at[1].cpu().numpy()],
-            ],
+        # Levels and codes are known: nothing is sorted or looked up.
+        index = pd.MultiIndex(
+            levels=[self.calendar[rows], self.instruments],  # type: ignore[list-item]
+            codes=[a.cpu().numpy() for a in at],  # type: ignore[misc]
             names=list(NAMES),
+            verify_integrity=False,
         )
         data = np.empty((len(index), len(names)), dtype=np.float32)
         for k, name in enumerate(names):
@@ -297,7 +297,9 @@ def _index_of(
     if (np.asarray(column) < 0).any():
         raise DataError("some rows have no instrument; drop or mend them first.")
     calendar, row_of = np.unique(normalise_calendar(dates), return_inverse=True)
-    texts, column_of = np.unique(np.array([str(n) for n in names], dtype=object), return_inverse=True)
+    texts, column_of = np.unique(
+        np.array([str(n) for n in names], dtype=object), return_inverse=True
+    )
     return pd.DatetimeIndex(calendar), row_of[row], list(texts), column_of[column]
 
 
@@ -310,7 +312,7 @@ def _numeric(frame: pd.DataFrame) -> np.ndarray:
 
 
 def _check_rows(
-    rows: np.ndarray, columns: np.ndarray, calendar: pd.DatetimeIndex, instruments: np.ndarray
+    rows: np.ndarray, columns: np.ndarray, calendar: pd.DatetimeIndex, instruments: Sequence[str]
 ) -> None:
     """Refuse doubled rows and rows whose dates descend within an instrument."""
     if len(rows) == 0:

@@ -146,10 +146,13 @@ class Source(Configured, ABC):
         Rows are `(instrument, datetime)` in Qlib's order, columns the expressions as given,
         float32. Windows see all the history that they need before `start_time`.
         """
-        from qtorch.data.expression import evaluate, fields_of, reach
+        from qtorch.data.expression.evaluate import evaluate
+        from qtorch.data.expression.reach import fields_of, reach
 
         if isinstance(fields, str) or not len(fields):
-            raise DataError(f"fields must be a list of expressions with at least one; got {fields!r}.")
+            raise DataError(
+                f"fields must be a list of expressions with at least one; got {fields!r}."
+            )
         before, after = 0, 0
         for expression in fields:
             reached, ahead = reach(expression)

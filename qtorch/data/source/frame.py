@@ -140,10 +140,9 @@ def sorted_panel(panel: Panel) -> Panel:
 def span_membership(panel: Panel) -> Membership:
     """Each instrument from its first to its last stored day."""
     dates = panel.calendar
-    spans = panel.spans.cpu().numpy()
     return {
         name: [(dates[first], dates[last])]
-        for name, (first, last) in zip(panel.instruments, spans, strict=True)
+        for name, (first, last) in zip(panel.instruments, panel.spans.tolist(), strict=True)
         if last >= first
     }
 
@@ -152,8 +151,8 @@ def mask_membership(panel: Panel) -> Membership:
     """The panel's mask as spans of dates."""
     edge = np.zeros((1, panel.shape[1]), dtype=np.int8)
     change = np.diff(panel.mask.cpu().numpy().astype(np.int8), axis=0, prepend=edge, append=edge)
-    columns, starts = np.nonzero((change == 1).T)
-    stops = np.nonzero((change == -1).T)[1]
+    columns, starts = (a.tolist() for a in np.nonzero((change == 1).T))
+    stops = np.nonzero((change == -1).T)[1].tolist()
     membership: Membership = {}
     for column, first, stop in zip(columns, starts, stops, strict=True):
         spans = membership.setdefault(panel.instruments[column], [])

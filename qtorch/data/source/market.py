@@ -90,7 +90,8 @@ def _draw_volume(rng: np.random.Generator, own: Array, market: Array) -> Array:
     level = rng.normal(13.5, 1.1, own.shape[1])
     slow = wave(rng, own.shape, keep=0.96, sd=0.32)
     busy = 0.25 * (np.abs(own) - 0.75).clip(-0.75, 6.0) + 0.1 * (np.abs(market) - 0.75)
-    return np.exp(level + slow + busy + rng.normal(0, 0.2, own.shape))
+    volume: Array = np.exp(level + slow + busy + rng.normal(0, 0.2, own.shape))
+    return volume
 
 
 def draw_life(rng: np.random.Generator, num_dates: int, num: int) -> Life:
@@ -148,7 +149,8 @@ def standardised(values: Array, where: Array) -> Array:
         return np.zeros_like(values)
     centred = np.where(where, values - (values @ where) / count, 0.0)
     spread = np.sqrt((centred @ centred) / count)
-    return (centred / max(spread, 1e-12)).clip(-3.0, 3.0)
+    scores: Array = (centred / max(spread, 1e-12)).clip(-3.0, 3.0)
+    return scores
 
 
 def relative_volume(volume: Array, life: Life) -> Array:
@@ -220,4 +222,5 @@ def liquid_spans(turnover: Array, listed: Array, size: int, every: int = 63) -> 
         score = np.where(listed[max(start - 1, 0)], seen.sum(0) / counts, -1.0)
         chosen = np.argsort(-score, kind="stable")[:size]
         member[start : start + every, chosen[score[chosen] > 0]] = True
-    return member & listed
+    member &= listed
+    return member

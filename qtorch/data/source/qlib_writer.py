@@ -16,7 +16,7 @@ import pandas as pd
 from qtorch.core.errors import DataError
 from qtorch.data.panel import Panel
 from qtorch.data.source.base import Membership, Source, frequency
-from qtorch.data.source.frame import as_source, checked_membership
+from qtorch.data.source.frame import as_source, checked_membership, span_membership
 from qtorch.data.source.qlib import folder_name
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def write_qlib(
     memberships = {name: source.instruments(name) for name in source.universes()}
     for name, listed in (universes or {}).items():
         memberships[name] = checked_membership(name, listed, panel)
-    memberships["all"] = _stored_spans(panel)
+    memberships["all"] = span_membership(panel)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -105,7 +105,7 @@ def _write(panel: Panel, memberships: Mapping[str, Membership], folder: Path, fr
             for first, last in spans
         ]
         (folder / "instruments" / f"{universe.lower()}.txt").write_text("\n".join(rows) + "\n")
-    spans = panel.spans.cpu().numpy()
+    spans = panel.spans.tolist()
     paths = [folder / "features" / folder_name(name) for name in panel.instruments]
     for path in paths:
         path.mkdir()
@@ -118,15 +118,6 @@ def _write(panel: Panel, memberships: Mapping[str, Membership], folder: Path, fr
             content = np.empty(last - first + 2, dtype="<f4")
             content[0], content[1:] = first, values[first : last + 1]
             content.tofile(path / f"{field.lower()}.{freq}.bin")
-
-
-def _stored_spans(panel: Panel) -> Membership:
-    dates = panel.calendar
-    return {
-        name: [(dates[first], dates[last])]
-        for name, (first, last) in zip(panel.instruments, panel.spans.cpu().numpy(), strict=True)
-        if last >= first
-    }
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -71,8 +71,8 @@ class SyntheticSource(PanelSource):
         self._dates = pd.bdate_range(start_time, end_time).as_unit("ns")
         if len(self._dates) < 2:
             raise ConfigError(
-                f"SyntheticSource: {start_time}..{end_time} holds {len(self._dates)} business days; "
-                "at least 2 are needed."
+                f"SyntheticSource: {start_time}..{end_time} holds {len(self._dates)} business "
+                "days; at least 2 are needed."
             )
         self._made: _Market | None = None
 
@@ -100,7 +100,11 @@ class SyntheticSource(PanelSource):
         )
 
     def planted_rank_ic(
-        self, start_time: str | None = None, end_time: str | None = None, *, universe: str = "stocks"
+        self,
+        start_time: str | None = None,
+        end_time: str | None = None,
+        *,
+        universe: str = "stocks",
     ) -> pd.Series:
         """Spearman correlation by day of the true score with the label, members only."""
         bars = self.load(["close"], instruments=universe)

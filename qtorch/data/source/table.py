@@ -191,9 +191,7 @@ class TableSource(PanelSource):
             raise DataError(f"{file}: some rows have no date in {column!r}.")
         return column, dates
 
-    def _column(
-        self, ours: str, sought: Sequence[str], table: pd.DataFrame, file: Path
-    ) -> str:
+    def _column(self, ours: str, sought: Sequence[str], table: pd.DataFrame, file: Path) -> str:
         """The file's column for the date or the instrument: as mapped, else by its usual names."""
         mapped = self.columns.get(ours)
         if mapped is not None:
@@ -265,10 +263,10 @@ def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, An
 
 def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """Parts as one frame; those of a folder need not be named in the order of their dates."""
-    held = [f for f in frames if len(f)] or frames[:1]
-    if len(held) == 1:
-        return held[0]
-    return pd.concat(sorted(held, key=lambda f: f.index[0][0]))
+    held = [frame for frame in frames if len(frame)] or frames[:1]
+    starts = [frame.index[0][0] if len(frame) else 0 for frame in held]
+    order = sorted(range(len(held)), key=lambda k: starts[k])
+    return held[0] if len(held) == 1 else pd.concat([held[k] for k in order])
 
 
 def _known(column: str, table: pd.DataFrame, file: Path) -> None:
