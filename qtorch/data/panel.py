@@ -135,7 +135,8 @@ class Panel:
             mask = mask[:, chosen]
             spans, names = spans[chosen], names[keep]
         if fields is not None:
-            chosen = torch.tensor([self.position(f) for f in fields], device=values.device)
+            places = [self.position(f) for f in fields]
+            chosen = torch.tensor(places, dtype=torch.int64, device=values.device)
             values = values.permute(2, 0, 1)[chosen].permute(1, 2, 0)
         wanted = self.fields if fields is None else fields
         return Panel(values, self.calendar[rows], names, wanted, mask=mask, spans=spans)
@@ -230,6 +231,7 @@ def calendar_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None
 
     A bare date as `end` holds its whole day, so that intraday bars of the last day belong.
     """
+    calendar = calendar.as_unit("ns")
     first = 0 if start is None else calendar.searchsorted(_stamp(start), side="left")
     last = len(calendar) if end is None else calendar.searchsorted(_last_instant(end), side="right")
     return slice(int(first), max(int(first), int(last)))

@@ -229,7 +229,7 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
         )
     content = np.frombuffer(raw, dtype="<f4")
     first, count = float(content[0]), len(content) - 1
-    if not (first >= 0 and first == int(first)):
+    if not (first >= 0 and first.is_integer()):
         raise DataError(f"{path} is damaged: its first value, a calendar row, is {first}.")
     if first + count > num_dates:
         raise DataError(
