@@ -1,0 +1,193 @@
+"""Rolling operators made of sums: mean, variance, skewness, regression, correlation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtorch.data.expression.machine import Kernel, Machine
+from qtorch.data.expression.plan import Step
+from qtorch.data.expression.series import Series
+
+_NAN = float("nan")
+
+
+def _window(step: Step) -> int:
+    return int(step.numbers[0])
+
+
+def _narrowed(values: Tensor, step: Step) -> Tensor:
+    return values.to(step.dtype)
+
+
+# -- moments ---------------------------------------------------------------------------------------
+
+
+def _sum(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    total, empty = series.sum("sum", window), series.empty(window)
+    if empty is not None:
+        return machine.block.seal(total + empty)
+    # The sum is shared with other operators: what is sealed in place must be a copy.
+    return machine.block.seal(total.to(step.dtype, copy=True))
+
+
+def _mean(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    mean = series.sum("sum", window) * series.per_count(window)
+    return machine.block.seal(_narrowed(mean, step))
+
+
+def _variance(machine: Machine, step: Step) -> Tensor:
+    variance = machine.series(step).variance(_window(step))
+    return machine.block.seal(variance.to(step.dtype, copy=True))
+
+
+def _deviation(machine: Machine, step: Step) -> Tensor:
+    variance = machine.series(step).variance(_window(step))
+    narrow = variance.to(step.dtype)
+    deviation = narrow.sqrt() if narrow is variance else narrow.sqrt_()
+    return machine.block.seal(deviation)
+
+
+def _count(machine: Machine, step: Step) -> Tensor:
+    counted = machine.series(step).count(_window(step))
+    return machine.block.seal(
+        counted.to(torch.float32).expand(machine.block.inside.shape).clone(), head=True
+    )
+
+
+def _central_moments(series: Series, window: int, highest: int) -> list[Tensor]:
+    """The central moments 2..highest of each window, by powers about the instrument's mean."""
+    scale = series.per_count(window)
+    m1, m2, m3, *rest = (series.sum(f"power{k}", window) * scale for k in range(1, highest + 1))
+    second = m2 - m1**2
+    third = m3 - m1**3 - 3 * m1 * second
+    fourth = [m4 - m1**4 - 6 * second * m1**2 - 4 * m1 * third for m4 in rest]
+    return [second, third, *fourth]
+
+
+def _is_flat(series: Series, window: int) -> Tensor:
+    """Windows that hold one value only; there higher moments are rounding errors."""
+    return series.variance(window) == 0
+
+
+def _skewness(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    n = series.count(window)
+    second, third = _central_moments(series, window, 3)
+    skew = (n * (n - 1)).sqrt() / (n - 2) * third / second**1.5
+    skew = _flat_as(skew, series, window, 0.0)
+    return machine.block.seal(_narrowed(skew.masked_fill_(n < 3, _NAN), step))
+
+
+def _kurtosis(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    n = series.count(window)
+    second, _, fourth = _central_moments(series, window, 4)
+    kurt = ((n * n - 1) * fourth / second**2 - 3 * (n - 1) ** 2) / ((n - 2) * (n - 3))
+    kurt = _flat_as(kurt, series, window, -3.0)
+    return machine.block.seal(_narrowed(kurt.masked_fill_(n < 4, _NAN), step))
+
+
+def _flat_as(values: Tensor, series: Series, window: int, constant: float) -> Tensor:
+    return torch.where(_is_flat(series, window), constant, values)
+
+
+# -- regression on the row number ------------------------------------------------------------------
+
+
+def _regression(series: Series, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(codeviation, mean row, 1 / sum of squared row deviations)` of value and row number.
+
+    Rows without a value leave a gap in the row numbers; they do not close up.
+    """
+    block = series.block
+    total, position = series.sum("sum", window), series.sum("position", window)
+    if series.complete:
+        n = series.count(window)
+        mean_row = block.rows - (n - 1) / 2
+        scale = 12 / (n * (n * n - 1))
+    else:
+        position_sum = series.sum("valid_position", window)
+        mean_row = position_sum * series.per_count(window)
+        squares = series.sum("valid_square", window)
+        scale = torch.addcmul(squares, mean_row, position_sum, value=-1).reciprocal_()
+    return torch.addcmul(position, mean_row, total, value=-1), mean_row, scale
+
+
+def _slope(machine: Machine, step: Step) -> Tensor:
+    codeviation, _, scale = _regression(machine.series(step), _window(step))
+    return machine.block.seal(_narrowed(codeviation.mul_(scale), step))
+
+
+def _residual(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    codeviation, mean_row, scale = _regression(series, window)
+    fitted = codeviation.mul_(scale * (machine.block.rows - mean_row))
+    fitted.addcmul_(series.sum("sum", window).to(torch.float64), series.per_count(window))
+    residual = torch.sub(series.filled, fitted, out=fitted)
+    return machine.block.seal(series.reopen(_narrowed(residual, step)))
+
+
+def _r_squared(machine: Machine, step: Step) -> Tensor:
+    series, window = machine.series(step), _window(step)
+    codeviation, _, scale = _regression(series, window)
+    # Qlib guards the rolling form and leaves the expanding one alone.
+    variance = series.guarded_variance(window) if window else series.variance(window)
+    result = codeviation.square_().div_(variance).mul_(scale * series.per_freedom(window))
+    return machine.block.seal(_narrowed(result, step))
+
+
+def _weighted_mean(machine: Machine, step: Step) -> Tensor:
+    """Weights 1..L over the L rows of the window, divided by their sum and by the value count.
+
+    The second division is Qlib's (its mean of weighted values), so a WMA is about 1/L of a mean.
+    """
+    series, window = machine.series(step), _window(step)
+    length = series.lengths(window)
+    before = machine.block.rows - length
+    total = torch.addcmul(
+        series.sum("position", window), series.sum("sum", window).to(torch.float64), before, value=-1
+    )
+    total.div_(length * (length + 1) / 2).mul_(series.per_count(window))
+    return machine.block.seal(_narrowed(total, step))
+
+
+# -- two series ------------------------------------------------------------------------------------
+
+
+def _covariance(machine: Machine, step: Step) -> Tensor:
+    pair, window = machine.pair(step), _window(step)
+    covariance = pair.codeviation(window).mul_(pair.left.per_freedom(window))
+    return machine.block.seal(_narrowed(covariance, step))
+
+
+def _correlation(machine: Machine, step: Step) -> Tensor:
+    pair, window = machine.pair(step), _window(step)
+    covariance = pair.codeviation(window).mul_(pair.left.per_freedom(window))
+    sides = []
+    for side, alone in zip((pair.left, pair.right), pair.alone, strict=True):
+        variance = alone.guarded_variance(window)
+        if side is not alone:  # the guard looks at each side's own rows
+            variance = side.variance(window) + variance * 0
+        sides.append(variance.to(step.dtype))
+    deviation = sides[0].sqrt().mul_(sides[1].sqrt())
+    return machine.block.seal(_narrowed(covariance, step).div_(deviation))
+
+
+KERNELS: dict[str, Kernel] = {
+    "Sum": _sum,
+    "Mean": _mean,
+    "Var": _variance,
+    "Std": _deviation,
+    "Count": _count,
+    "Skew": _skewness,
+    "Kurt": _kurtosis,
+    "Slope": _slope,
+    "Resi": _residual,
+    "Rsquare": _r_squared,
+    "WMA": _weighted_mean,
+    "Cov": _covariance,
+    "Corr": _correlation,
+}

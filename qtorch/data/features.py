@@ -1,0 +1,195 @@
+"""Alpha158 and Alpha360: Qlib's two feature sets as lists of expressions.
+
+Columns, their order and their names are those of Qlib's contrib/data/loader.py; the handlers that
+use them are in `qtorch.data.alpha`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from qtorch.core.errors import ConfigError, unknown_name
+
+Features: TypeAlias = tuple[list[str], list[str]]
+"""Expressions and their names, one for one."""
+
+LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
+"""The return from tomorrow's close to the next one: what a signal of today's close can earn."""
+VWAP_LABEL = "Ref($vwap, -2)/Ref($vwap, -1) - 1"
+DEFAULT_LABEL: tuple[tuple[str, ...], tuple[str, ...]] = ((LABEL,), ("LABEL0",))
+DEFAULT_VWAP_LABEL: tuple[tuple[str, ...], tuple[str, ...]] = ((VWAP_LABEL,), ("LABEL0",))
+
+SELECTED_20 = (
+    *("RESI5", "WVMA5", "RSQR5", "KLEN", "RSQR10", "CORR5", "CORD5", "CORR10", "ROC60", "RESI10"),
+    *("VSTD5", "RSQR60", "CORR60", "WVMA60", "STD5", "RSQR20", "CORD60", "CORD10", "CORR20"),
+    "KLOW",
+)
+"""The columns of Alpha158 on which Qlib's benchmarks train LSTM, GRU and the like."""
+
+_WINDOWS = (5, 10, 20, 30, 60)
+_PRICES = ("OPEN", "HIGH", "LOW", "VWAP")
+_RANGE = "($high-$low+1e-12)"
+_TOP, _BOTTOM = "Greater($open, $close)", "Less($open, $close)"
+
+KBAR = {
+    "KMID": "($close-$open)/$open",
+    "KLEN": "($high-$low)/$open",
+    "KMID2": f"($close-$open)/{_RANGE}",
+    "KUP": f"($high-{_TOP})/$open",
+    "KUP2": f"($high-{_TOP})/{_RANGE}",
+    "KLOW": f"({_BOTTOM}-$low)/$open",
+    "KLOW2": f"({_BOTTOM}-$low)/{_RANGE}",
+    "KSFT": "(2*$close-$high-$low)/$open",
+    "KSFT2": f"(2*$close-$high-$low)/{_RANGE}",
+}
+"""The shape of one day's bar."""
+
+
+def _moves(field: str) -> dict[str, Callable[[int], str]]:
+    """Shares of rises, of falls, and their difference, in all moves of a field."""
+    rise, fall = f"{field}-Ref({field}, 1)", f"Ref({field}, 1)-{field}"
+
+    def over(top: str) -> Callable[[int], str]:
+        return lambda d: f"{top}/(Sum(Abs({rise}), {d})+1e-12)".replace("#", str(d))
+
+    up, down = f"Sum(Greater({rise}, 0), #)", f"Sum(Greater({fall}, 0), #)"
+    return {"P": over(up), "N": over(down), "D": over(f"({up}-{down})")}
+
+
+_CLOSE_MOVES, _VOLUME_MOVES = _moves("$close"), _moves("$volume")
+_TURN = "Abs($close/Ref($close, 1)-1)*$volume"
+
+ROLLING: dict[str, tuple[str, Callable[[int], str]]] = {
+    "ROC": ("ROC", lambda d: f"Ref($close, {d})/$close"),
+    "MA": ("MA", lambda d: f"Mean($close, {d})/$close"),
+    "STD": ("STD", lambda d: f"Std($close, {d})/$close"),
+    "BETA": ("BETA", lambda d: f"Slope($close, {d})/$close"),
+    "RSQR": ("RSQR", lambda d: f"Rsquare($close, {d})"),
+    "RESI": ("RESI", lambda d: f"Resi($close, {d})/$close"),
+    "MAX": ("MAX", lambda d: f"Max($high, {d})/$close"),
+    "LOW": ("MIN", lambda d: f"Min($low, {d})/$close"),
+    "QTLU": ("QTLU", lambda d: f"Quantile($close, {d}, 0.8)/$close"),
+    "QTLD": ("QTLD", lambda d: f"Quantile($close, {d}, 0.2)/$close"),
+    "RANK": ("RANK", lambda d: f"Rank($close, {d})"),
+    "RSV": (
+        "RSV",
+        lambda d: f"($close-Min($low, {d}))/(Max($high, {d})-Min($low, {d})+1e-12)",
+    ),
+    "IMAX": ("IMAX", lambda d: f"IdxMax($high, {d})/{d}"),
+    "IMIN": ("IMIN", lambda d: f"IdxMin($low, {d})/{d}"),
+    "IMXD": ("IMXD", lambda d: f"(IdxMax($high, {d})-IdxMin($low, {d}))/{d}"),
+    "CORR": ("CORR", lambda d: f"Corr($close, Log($volume+1), {d})"),
+    "CORD": (
+        "CORD",
+        lambda d: f"Corr($close/Ref($close,1), Log($volume/Ref($volume, 1)+1), {d})",
+    ),
+    "CNTP": ("CNTP", lambda d: f"Mean($close>Ref($close, 1), {d})"),
+    "CNTN": ("CNTN", lambda d: f"Mean($close<Ref($close, 1), {d})"),
+    "CNTD": (
+        "CNTD",
+        lambda d: f"Mean($close>Ref($close, 1), {d})-Mean($close<Ref($close, 1), {d})",
+    ),
+    "SUMP": ("SUMP", _CLOSE_MOVES["P"]),
+    "SUMN": ("SUMN", _CLOSE_MOVES["N"]),
+    "SUMD": ("SUMD", _CLOSE_MOVES["D"]),
+    "VMA": ("VMA", lambda d: f"Mean($volume, {d})/($volume+1e-12)"),
+    "VSTD": ("VSTD", lambda d: f"Std($volume, {d})/($volume+1e-12)"),
+    "WVMA": ("WVMA", lambda d: f"Std({_TURN}, {d})/(Mean({_TURN}, {d})+1e-12)"),
+    "VSUMP": ("VSUMP", _VOLUME_MOVES["P"]),
+    "VSUMN": ("VSUMN", _VOLUME_MOVES["N"]),
+    "VSUMD": ("VSUMD", _VOLUME_MOVES["D"]),
+}
+"""Rolling columns: what `include` and `exclude` call them (Qlib's LOW makes MIN5, ...), the
+column's prefix, and the expression of a window."""
+
+
+def alpha158(
+    *,
+    kbar: bool = True,
+    price_fields: Sequence[str] = _PRICES,
+    price_windows: Iterable[int] = (0,),
+    volume_windows: Iterable[int] = (),
+    windows: Sequence[int] = _WINDOWS,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> Features:
+    """Expressions and names of Alpha158, or of a part or extension of it.
+
+    `price_fields` and `volume_windows` give raw prices over today's close and volumes over
+    today's volume at each of the windows' lags; `include` and `exclude` choose the rolling
+    columns by the keys of `ROLLING`. Everything is known at the close of its date.
+
+    Raises ConfigError for an unknown key.
+    """
+    for key in [*(include or ()), *exclude]:
+        if key not in ROLLING:
+            raise ConfigError(unknown_name("rolling column", key, ROLLING, limit=40))
+    columns = dict(KBAR) if kbar else {}
+    lags = list(price_windows)
+    for field in price_fields:
+        columns |= {f"{field.upper()}{d}": _lagged(field.lower(), d, "$close") for d in lags}
+    columns |= {f"VOLUME{d}": _lagged("volume", d, "($volume+1e-12)") for d in volume_windows}
+    for key, (prefix, expression) in ROLLING.items():
+        if key not in exclude and (include is None or key in include):
+            columns |= {f"{prefix}{d}": expression(d) for d in windows}
+    return list(columns.values()), list(columns)
+
+
+def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
+    """Qlib's `Alpha158DL.get_feature_config(config)`: keys kbar, price, volume, rolling.
+
+    A key that is there turns its part on, with Qlib's defaults for what it leaves out (price and
+    volume: lags 0 to 4). Raises ConfigError for keys that Qlib does not know either.
+    """
+    known = {
+        "kbar": set[str](),
+        "price": {"windows", "feature"},
+        "volume": {"windows"},
+        "rolling": {"windows", "include", "exclude"},
+    }
+    for part, options in config.items():
+        if part not in known:
+            raise ConfigError(unknown_name("part of Alpha158", part, known))
+        for option in options or {}:
+            if option not in known[part]:
+                raise ConfigError(unknown_name(f"option of {part}", option, known[part]))
+    price, volume, rolling = (config.get(k) or {} for k in ("price", "volume", "rolling"))
+    fields = price.get("feature", ("OPEN", "HIGH", "LOW", "CLOSE", "VWAP"))
+    return alpha158(
+        kbar="kbar" in config,
+        price_fields=_strings(fields) if "price" in config else (),
+        price_windows=_numbers(price.get("windows", range(5))),
+        volume_windows=_numbers(volume.get("windows", range(5))) if "volume" in config else (),
+        windows=_numbers(rolling.get("windows", _WINDOWS)) if "rolling" in config else (),
+        include=_strings(rolling["include"]) if rolling.get("include") is not None else None,
+        exclude=_strings(rolling.get("exclude") or ()),
+    )
+
+
+def alpha360() -> Features:
+    """Expressions and names of Alpha360: the last 60 bars over today's close and volume.
+
+    Feature-major: CLOSE59..CLOSE0, then OPEN, HIGH, LOW, VWAP, VOLUME.
+    """
+    columns = {}
+    for field in ("close", "open", "high", "low", "vwap", "volume"):
+        scale = "($volume+1e-12)" if field == "volume" else "$close"
+        columns |= {f"{field.upper()}{d}": _lagged(field, d, scale) for d in range(59, -1, -1)}
+    return list(columns.values()), list(columns)
+
+
+def _lagged(field: str, lag: int, scale: str) -> str:
+    return f"Ref(${field}, {lag})/{scale}" if lag else f"${field}/{scale}"
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"expected a list of names, got {value!r}.")
+    return tuple(str(v) for v in value)
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"expected a list of whole numbers, got {value!r}.")
+    return tuple(int(v) for v in value)
