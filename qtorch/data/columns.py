@@ -17,9 +17,9 @@ from qtorch.data.elementwise import Chain, Elementwise
 from qtorch.data.gather import DensePacked, Packed
 from qtorch.data.panel import Panel
 
-# Columns moved together when field-major storage is turned into instrument-major storage: one
-# cache line of float32.
-BLOCK = 16
+# What is copied at a time between field-major and instrument-major storage, so that the lines
+# touched stay in the cache.
+DATES, INSTRUMENTS = 32, 4
 
 
 class Columns(ABC):
@@ -217,20 +217,16 @@ class PanelColumns(Columns):
         return PanelColumns(self._panel, names, owned=owned, chain=chain)
 
     def _fill(self, names: Sequence[str], out: Tensor) -> None:
-        by_column = out.permute(1, 2, 0)
-        self._copy(names, by_column)
+        self._copy(names, out.permute(1, 2, 0))
 
     def _copy(self, names: Sequence[str], out: Tensor) -> None:
-        """Raw columns into `out [D, N, K]` of any strides, a cache line of columns at a time."""
-        for first in range(0, len(names), BLOCK):
-            part = names[first : first + BLOCK]
-            stored = [k for k, name in enumerate(part) if name not in self._owned]
-            if stored:
-                source = [self._panel.position(part[k]) for k in stored]
-                _copy_columns(self._panel.values, source, out, [first + k for k in stored])
-            for k, name in enumerate(part):
-                if name in self._owned:
-                    out[:, :, first + k] = self._owned[name]
+        """Raw columns into `out [D, N, K]` of any strides, in pieces that the cache holds."""
+        stored = [(k, self._panel.position(n)) for k, n in enumerate(names) if n not in self._owned]
+        if stored:
+            _copy_columns(self._panel.values, out, stored)
+        for k, name in enumerate(names):
+            if name in self._owned:
+                out[:, :, k] = self._owned[name]
 
     def _is_whole(self) -> bool:
         return not self._owned and self.names == self._panel.fields
@@ -254,7 +250,7 @@ class PanelColumns(Columns):
                 result = fused(part)
                 if result is not part:
                     part.copy_(result)
-        return DensePacked(out, history=history)
+        return DensePacked(out, history=history, own=True)
 
 
 def instrument_major(num_dates: int, num_instruments: int, num_fields: int) -> Tensor:
@@ -262,15 +258,23 @@ def instrument_major(num_dates: int, num_instruments: int, num_fields: int) -> T
     return torch.empty(num_instruments, num_dates, num_fields).permute(1, 0, 2)
 
 
-def _copy_columns(
-    values: Tensor, source: Sequence[int], out: Tensor, target: Sequence[int]
-) -> None:
-    """`out[:, :, target] = values[:, :, source]`, an instrument's rows at a time."""
-    if _adjacent(source) and _adjacent(target):
-        out[:, :, target[0] : target[-1] + 1] = values[:, :, source[0] : source[-1] + 1]
+def _copy_columns(values: Tensor, out: Tensor, places: Sequence[tuple[int, int]]) -> None:
+    """`out[:, :, t] = values[:, :, s]` for each (t, s)."""
+    target, source = [t for t, _ in places], [s for _, s in places]
+    together = _adjacent(target)
+    if together and values.stride(2) == 1 and not _adjacent(source):
+        chosen = torch.tensor(source, device=values.device)
+        for first in range(0, values.shape[1], INSTRUMENTS):
+            part = slice(first, first + INSTRUMENTS)
+            out[:, part, target[0] : target[-1] + 1] = values[:, part].index_select(2, chosen)
         return
-    for k, column in zip(target, source, strict=True):
-        out[:, :, k] = values[:, :, column]
+    for first in range(0, values.shape[0], DATES):
+        rows = slice(first, first + DATES)
+        if together and _adjacent(source):
+            out[rows, :, target[0] : target[-1] + 1] = values[rows, :, source[0] : source[-1] + 1]
+            continue
+        for t, s in places:
+            out[rows, :, t] = values[rows, :, s]
 
 
 def _adjacent(places: Sequence[int]) -> bool:

@@ -165,7 +165,7 @@ def _of_windows(
             f"the windows have {values.shape[2]} columns of which {num_labels} are labels; "
             "no feature is left."
         )
-    packed = DensePacked(values[:, :, :count], history=exists)
+    packed = DensePacked(values[:, :, :count].clone(), history=exists, own=True)
     bad = packed.infinite().tolist()
     if any(bad):
         at = [f"column {k}" for k, wrong in enumerate(bad) if wrong]

@@ -14,6 +14,9 @@ from qtorch.data.elementwise import Fused
 Fill = Literal["none", "ffill", "ffill+bfill"]
 FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
 NAN = float("nan")
+# What the filled windows of a pack may take beside its values.
+EXTENSION_BYTES, EXTENSION_SHARE = 64 << 20, 0.25
+PIECE = 4096
 
 
 class History:
@@ -23,46 +26,29 @@ class History:
     `step_len` days *on which any instrument has a row*; a day on which this instrument has none
     is missing. "none" leaves it NaN, "ffill" takes the instrument's last row before it inside
     the window, "ffill+bfill" then takes the window's first row for what is missing before that.
-    Missing are rows, not cells: a NaN in a row that exists stays.
+    Missing are rows, not cells: a NaN in a row that exists stays. A window that ends at a row
+    that does not exist is NaN throughout.
     """
 
-    def __init__(self, exists: Tensor | None, num_dates: int, device: torch.device) -> None:
-        self.exists = None if exists is None else exists.to(device)
-        self.num_dates = num_dates
+    def __init__(self, exists: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+        if exists is None:
+            exists = torch.ones(shape, dtype=torch.bool)
+        self.exists = exists.to(device)
+        self.num_dates = shape[0]
         # Days without any row (a holiday of this universe) are not part of a window.
         self.days: Tensor | None = None
         self.rank: Tensor | None = None
-        if self.exists is not None and self.exists.numel():
-            occupied = self.exists.any(1)
-            if not bool(occupied.all()):
-                self.days = torch.nonzero(occupied)[:, 0]
-                self.rank = occupied.cumsum(0) - 1
-        self._complete: dict[int, tuple[Tensor, bool]] = {}
+        occupied = self.exists.any(1)
+        if not bool(occupied.all()):
+            self.days = torch.nonzero(occupied)[:, 0]
+            self.rank = occupied.cumsum(0) - 1
 
-    def complete(self, step_len: int) -> Tensor:
-        """`[N * D]` bool, instrument by instrument: the window that ends here misses nothing."""
-        return self._completeness(step_len)[0]
-
-    def all_complete(self, step_len: int, date: Tensor, instrument: Tensor) -> bool:
-        """Whether none of these windows misses a row (reads one number from the device)."""
-        flags = self.complete(step_len)
-        return bool(flags[instrument * self.num_dates + date].all())
-
-    def _completeness(self, step_len: int) -> tuple[Tensor, bool]:
-        found = self._complete.get(step_len)
-        if found is None:
-            flags = self._flags(step_len)
-            found = self._complete[step_len] = (flags, bool(flags.all()))
-        return found
-
-    def _flags(self, step_len: int) -> Tensor:
-        if self.exists is None:
-            raise AssertionError("flags are asked for only where rows may be missing")
+    def incomplete(self, step_len: int) -> Tensor:
+        """`[N, D]` bool: the window that ends at a row is not `step_len` adjacent rows."""
         count = self.exists.to(torch.int32).cumsum(0)
         shifted = torch.zeros_like(count)
-        if step_len < self.num_dates:
-            shifted[step_len:] = count[:-step_len]
-        return (count - shifted == step_len).t().reshape(-1)
+        shifted[step_len:] = count[:-step_len]
+        return (count - shifted != step_len).t()
 
     def rows(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
         """The calendar row `[B, T]` behind each step of each window; -1 where it stays missing."""
@@ -72,18 +58,14 @@ class History:
         else:
             place = self.rank[date][:, None] + steps
             rows = torch.where(place >= 0, self.days[place.clamp(min=0)], place)
-        there = rows >= 0
-        if self.exists is not None:
-            there = there & self.exists[rows.clamp(min=0), instrument[:, None]]
+        there = (rows >= 0) & self.exists[rows.clamp(min=0), instrument[:, None]]
         rows = rows.masked_fill(~there, -1)
-        if fill == "none":
-            return rows
-        rows = rows.cummax(1).values  # rows ascend in a window: the largest yet is the latest
-        if fill == "ffill":
-            return rows
-        first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
-        first = first.masked_fill(first == self.num_dates, -1)
-        return torch.where(rows < 0, first, rows)
+        if fill != "none":
+            rows = rows.cummax(1).values  # rows ascend in a window: the largest yet is the latest
+        if fill == "ffill+bfill":
+            first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
+            rows = torch.where(rows < 0, first, rows)
+        return rows.masked_fill(~self.exists[date, instrument][:, None], -1)
 
 
 class Packed(ABC):
@@ -139,7 +121,13 @@ class Packed(ABC):
 
 
 class DensePacked(Packed):
-    """`[N, D, F]` values: a window is one contiguous piece of memory."""
+    """`[N, D, F]` values: a window is one contiguous piece of memory.
+
+    Where the values are the pack's `own` (with nothing fused), the incomplete windows are filled
+    once and stand behind them, so that every window is contiguous and a gather is one
+    `index_select`, without a question that a GPU's host would wait for. Otherwise, or where
+    that would take too much memory, incomplete windows are mended batch by batch.
+    """
 
     def __init__(
         self,
@@ -147,12 +135,16 @@ class DensePacked(Packed):
         *,
         history: Tensor | None = None,
         fused: Fused | None = None,
+        own: bool = False,
     ) -> None:
         self.values = values.contiguous()
         self.fused = fused or Fused()
         n, d, f = self.values.shape
-        self.history = History(history, d, values.device)
-        self._flat = self.values.reshape(n * d, f)
+        self.history = History(history, (d, n), values.device)
+        self._own = own and not len(self.fused)
+        self._flat = self.values.view(n * d, f)
+        self._starts: dict[tuple[int, str], Tensor | None] = {}
+        self._flags: dict[int, Tensor] = {}
 
     @property
     def num_features(self) -> int:
@@ -162,43 +154,74 @@ class DensePacked(Packed):
         self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
     ) -> Tensor:
         check_fill(fill)
-        d = self.values.shape[1]
-        last = instrument * d + date
-        if self.history.exists is None and step_len == 1:
-            return self.fused(self._flat.index_select(0, last)[:, None])
-        if step_len > d or self.values.is_cuda or self.history.exists is None:
-            # On a GPU the remapped gather costs what the plain one does, and finding the
-            # incomplete windows would make the host wait.
+        last = instrument * self.values.shape[1] + date
+        starts = self._starts_of(step_len, fill)
+        if starts is not None:
+            return self._contiguous(starts.index_select(0, last), step_len)
+        if step_len > self.values.shape[1] or self.values.is_cuda:
+            # On a GPU, finding the incomplete windows would make the host wait.
             return self._remapped(date, instrument, step_len, fill)
-        x = self._contiguous(last, step_len)
-        incomplete = torch.nonzero(~self.history.complete(step_len)[last])[:, 0]
-        if not incomplete.numel():
-            return self.fused(x)
-        if incomplete.numel() == len(last):
-            return self._remapped(date, instrument, step_len, fill)
-        mended = self._remapped(date[incomplete], instrument[incomplete], step_len, fill)
-        x = self.fused(x)
-        x[incomplete] = mended
+        x = self.fused(self._contiguous((last - (step_len - 1)).clamp_(min=0), step_len))
+        incomplete = torch.nonzero(self._incomplete(step_len)[last])[:, 0]
+        if incomplete.numel():
+            at = date[incomplete], instrument[incomplete]
+            x.index_copy_(0, incomplete, self._remapped(*at, step_len, fill))
         return x
 
-    def _contiguous(self, last: Tensor, step_len: int) -> Tensor:
-        """Windows as if nothing were missing: one row of an overlapping `[.., T * F]` view."""
+    def _contiguous(self, first: Tensor, step_len: int) -> Tensor:
+        """`step_len` rows from each of `first`: one row of an overlapping `[.., T * F]` view."""
         f = self.num_features
         count = self._flat.shape[0] - step_len + 1
         windows = self._flat.as_strided((count, step_len * f), (f, 1), self._flat.storage_offset())
-        first = (last - (step_len - 1)).clamp_(min=0)
         return windows.index_select(0, first).view(-1, step_len, f)
 
     def _remapped(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
+        """Windows row by row, with what is missing filled or NaN."""
         rows = self.history.rows(date, instrument, step_len, fill)
         at = instrument[:, None] * self.values.shape[1] + rows.clamp(min=0)
         x = self._flat.index_select(0, at.reshape(-1)).view(*rows.shape, -1)
         return self.fused(x).masked_fill_((rows < 0)[..., None], NAN)
 
+    def _incomplete(self, step_len: int) -> Tensor:
+        if step_len not in self._flags:
+            self._flags[step_len] = self.history.incomplete(step_len).reshape(-1)
+        return self._flags[step_len]
+
+    def _starts_of(self, step_len: int, fill: str) -> Tensor | None:
+        """`[N * D]`: where each window begins in the storage; None where not every one does."""
+        if (step_len, fill) not in self._starts:
+            self._starts[step_len, fill] = self._extend(step_len, fill) if self._own else None
+        return self._starts[step_len, fill]
+
+    def _extend(self, step_len: int, fill: str) -> Tensor | None:
+        """Put the filled incomplete windows behind the values; None where they are too many."""
+        n, d, f = self.values.shape
+        incomplete = self.history.incomplete(step_len)
+        who, date = torch.nonzero(incomplete & self.history.exists.t(), as_tuple=True)
+        size = (len(date) + 1) * step_len * f * self.values.element_size()
+        if size > max(EXTENSION_BYTES, EXTENSION_SHARE * self.num_bytes):
+            return None
+        old = self._flat.shape[0]
+        # The last of them is all NaN, for rows that do not exist.
+        flat = self.values.new_full((old + (len(date) + 1) * step_len, f), NAN)
+        flat[:old] = self._flat
+        for first in range(0, len(date), PIECE):
+            part = slice(first, first + PIECE)
+            filled = self._remapped(date[part], who[part], step_len, fill).flatten(0, 1)
+            flat[old + first * step_len :][: len(filled)] = filled
+        starts = torch.arange(n * d, device=flat.device).view(n, d) - (step_len - 1)
+        starts[incomplete] = old + len(date) * step_len
+        starts[who, date] = old + torch.arange(len(date), device=flat.device) * step_len
+        self._flat, self.values = flat, flat[: n * d].view(n, d, f)
+        return starts.reshape(-1).to(torch.int32 if len(flat) < 2**31 else torch.int64)
+
     def to(self, device: torch.device) -> Packed:
-        return DensePacked(
-            self.values.to(device), history=self.history.exists, fused=self.fused.to(device)
-        )
+        values = self.values.to(device, copy=True)
+        fused = self.fused.to(device)
+        if len(fused):
+            for first in range(0, len(values), PIECE):
+                values[first : first + PIECE] = fused(values[first : first + PIECE])
+        return DensePacked(values, history=self.history.exists, own=True)
 
     def infinite(self) -> Tensor:
         n, _, f = self.values.shape
@@ -208,8 +231,7 @@ class DensePacked(Packed):
             if not bool(part.isinf().any()):
                 continue
             x = self.fused(part.clone()).isinf()
-            if self.history.exists is not None:
-                x &= self.history.exists[:, first : first + 16].t()[..., None]
+            x &= self.history.exists[:, first : first + 16].t()[..., None]
             found |= x.flatten(0, 1).any(0)
         return found
 

@@ -208,14 +208,15 @@ class Samples:
         return batch
 
     def _gathered(self, rows: Tensor, mask: Tensor | None) -> Batch:
-        date, instrument = self.date[rows], self.instrument[rows]
+        def taken(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_select(0, rows)
+
+        date, instrument = self.date.index_select(0, rows), self.instrument.index_select(0, rows)
         at = (date, instrument)
         if self._place is not None:
-            at = (self._place[0][rows], self._place[1][rows])
+            at = (self._place[0].index_select(0, rows), self._place[1].index_select(0, rows))
         x = self.packed.gather(*at, self.step_len, self.fill)
-        y, raw, weight = (
-            None if v is None else v[rows] for v in (self.target, self.raw_label, self.weight)
-        )
+        y, raw, weight = taken(self.target), taken(self.raw_label), taken(self.weight)
         if mask is not None:
             gone = ~mask
             x.masked_fill_(gone[:, None, None], 0.0)

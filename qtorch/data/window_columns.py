@@ -166,7 +166,7 @@ class WindowPacked(Packed):
         n, rows, k = values.shape
         device = values.device
         self._dates = rows - num_steps + 1
-        self.history = History(history, self._dates, device)
+        self.history = History(history, (self._dates, n), device)
         self._flat = values.reshape(n * rows, k)
         self._today = torch.tensor([self.fields.index(_normaliser(f)) for f in fields]).to(device)
         self._add = torch.tensor([EPSILON if f == VOLUME else 0.0 for f in fields]).to(device)
@@ -263,7 +263,7 @@ class WindowPacked(Packed):
         n = self.values.shape[0]
         dates = torch.arange(self._dates, device=self.device)
         for who in range(n):
-            at = dates if exists is None else dates[exists[:, who]]
+            at = dates[exists[:, who]]
             x = self.gather_flat(at, torch.full_like(at, who))
             found |= x.isinf().any(0)
         return found
