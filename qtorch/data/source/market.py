@@ -13,9 +13,6 @@ Array: TypeAlias = np.ndarray
 REVERSAL, MOMENTUM = 0.8, 0.6
 SECOND_DAY = 0.5
 VOLUME_WINDOW, MOMENTUM_WINDOW = 20, 60
-# The share of idiosyncratic in cross-sectional variance and the fat tails make a drift of one
-# unit show less than one unit of Rank IC; measured over 40 seeds.
-DRIFT_FOR_ONE_IC = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def add_drift(shocks: Shocks, life: Life, strength: float) -> tuple[Array, Array
     returns = np.zeros((num_dates, num))
     score = np.zeros((num_dates, num))
     relative = relative_volume(shocks.volume, life)
-    drift = strength * DRIFT_FOR_ONE_IC * shocks.sigma
+    drift = strength * shocks.sigma
     age = np.cumsum(life.listed, axis=0)
     path = np.zeros((num_dates + 1, num))
     for t in range(num_dates):

@@ -1,0 +1,281 @@
+"""The synthetic market: does it look like one, and is its signal the one that it states?"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.source import market
+from qtorch.data.source.synthetic import FIELDS, SyntheticSource
+
+
+@pytest.fixture(scope="module")
+def source() -> SyntheticSource:
+    """The default market."""
+    return SyntheticSource()
+
+
+@pytest.fixture(scope="module")
+def frames(source) -> dict[str, pd.DataFrame]:
+    """Its fields, dates down, stocks across, float64."""
+    panel = source.load(FIELDS, instruments="stocks")
+    return {
+        f: pd.DataFrame(panel.column(f).double().numpy(), panel.calendar, panel.instruments)
+        for f in panel.fields
+    }
+
+
+def daily_rank_ic(score: pd.DataFrame, close: pd.DataFrame) -> pd.Series:
+    """By scipy, day by day, with the label written out."""
+    label = close.shift(-2) / close.shift(-1) - 1
+    both = score.notna() & label.notna()
+    days = [d for d in score.index if both.loc[d].sum() > 10]
+    values = [
+        stats.spearmanr(score.loc[d][both.loc[d]], label.loc[d][both.loc[d]])[0] for d in days
+    ]
+    return pd.Series(values, index=days)
+
+
+# -- the shape of it -----------------------------------------------------------------------------
+
+
+def test_it_is_made_in_under_two_seconds():
+    start = time.process_time()
+    SyntheticSource(seed=11).panel()
+    assert time.process_time() - start < 2.0
+
+
+def test_default_size_calendar_and_universes(source):
+    panel = source.load()
+    assert panel.shape == (1566, 301, 8)
+    assert panel.fields == ("open", "high", "low", "close", "volume", "vwap", "factor", "change")
+    assert panel.values.permute(2, 0, 1).is_contiguous()
+    assert panel.calendar.equals(pd.bdate_range("2015-01-01", "2020-12-31", unit="ns"))
+    assert source.universes() == ("all", "liquid", "stocks")
+    assert set(source.instruments("all")) - set(source.instruments("stocks")) == {"MARKET"}
+
+
+def small(seed: int, signal: float = 0.06) -> SyntheticSource:
+    return SyntheticSource(40, "2018-01-01", "2019-12-31", seed=seed, signal=signal)
+
+
+def test_equal_seed_equal_market_other_seed_other_market():
+    assert small(3).fingerprint() == small(3).fingerprint()
+    assert small(3).to_config()["seed"] == 3
+    assert small(4).fingerprint() != small(3).fingerprint()
+
+
+def test_signal_changes_the_drift_and_nothing_else():
+    a, b = small(3).panel(), small(3, signal=0.0).panel()
+    assert torch.equal(a.mask, b.mask)
+    assert torch.equal(a.column("volume").isnan(), b.column("volume").isnan())
+    moved = (a.column("change") - b.column("change")).nan_to_num().abs()
+    assert 0 < float(moved.max()) < 0.05
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ConfigError, match="num_instruments must be at least 1"):
+        SyntheticSource(0)
+    with pytest.raises(ConfigError, match="signal must be"):
+        SyntheticSource(signal=6)
+    with pytest.raises(ConfigError, match="business days"):
+        SyntheticSource(start_time="2020-01-01", end_time="2019-01-01")
+    with pytest.raises(DataError, match=r"unknown frequency '1min'.*day"):
+        SyntheticSource(3).load(freq="1min")
+
+
+@pytest.mark.parametrize("num", [1, 2, 7])
+def test_tiny_markets(num):
+    source = SyntheticSource(num, "2020-01-01", "2020-06-30")
+    assert source.load(instruments="stocks").shape[1] == num
+    assert source.planted_signal().shape[1] == num
+
+
+# -- bars ----------------------------------------------------------------------------------------
+
+
+def test_bars_are_consistent(frames):
+    low, high = frames["low"], frames["high"]
+    there = frames["close"].notna()
+    for field in ("open", "close", "vwap"):
+        assert ((low <= frames[field]) | ~there).all().all()
+        assert ((frames[field] <= high) | ~there).all().all()
+    assert (frames["volume"][there] > 0).any().all()
+    assert all(frames[f].notna().equals(there) for f in FIELDS if f != "change")
+    assert not np.isinf(frames["change"].to_numpy()).any()
+
+
+def test_change_is_the_move_from_the_last_bar(frames):
+    close = frames["close"]
+    expected = close / close.ffill().shift(1) - 1
+    np.testing.assert_allclose(frames["change"], expected, atol=2e-6)
+    # Float32 prices; a wrong row would be off by percents.
+    assert frames["change"].notna().sum().sum() == close.notna().sum().sum() - close.shape[1]
+
+
+def test_benchmark_is_the_equal_weighted_index(source, frames):
+    panel = source.load(instruments=["MARKET"])
+    index = {f: panel.column(f)[:, 0].double().numpy() for f in panel.fields}
+    mean = frames["change"].mean(axis=1).to_numpy()[1:]
+    np.testing.assert_allclose(index["close"][1:] / index["close"][:-1] - 1, mean, atol=1e-5)
+    for field in ("open", "close", "vwap"):
+        assert (index["low"] <= index[field] * (1 + 1e-6)).all()
+        assert (index[field] <= index["high"] * (1 + 1e-6)).all()
+
+
+def test_splits_move_the_raw_price_and_not_the_adjusted(frames):
+    factor = frames["factor"].ffill()
+    jump = factor / factor.shift(1)
+    splits = [(d, n) for d, n in jump[jump > 1.5].stack().dropna().index]
+    assert len(splits) > 10
+    raw = frames["close"] / frames["factor"]
+    for date, name in splits:
+        where = factor.index.get_loc(date)
+        before, after = raw[name].iloc[where - 1], raw[name].iloc[where]
+        if np.isfinite(before) and np.isfinite(after):
+            assert 0.35 < after / before < 0.7, (date, name)
+            assert abs(frames["close"][name].pct_change(fill_method=None).iloc[where]) < 0.3
+
+
+def test_late_listings_delistings_suspensions(source, frames):
+    panel = source.load(instruments="stocks")
+    first, last = panel.spans.T
+    num = len(first)
+    assert 0.08 * num < int((first > 0).sum()) < 0.28 * num
+    assert 0.03 * num < int((last < len(panel.calendar) - 1).sum()) < 0.16 * num
+    inside = panel.mask.numpy() & frames["close"].isna().to_numpy()
+    assert 0.003 < inside.sum() / panel.mask.sum() < 0.03
+    assert frames["close"].notna().to_numpy()[first, np.arange(num)].all()
+
+
+def test_liquid_universe_has_entries_and_exits(source):
+    spans = source.instruments("liquid")
+    assert any(len(s) > 1 for s in spans.values())
+    panel = source.load(["volume", "vwap"], instruments="liquid")
+    count = panel.mask.sum(1)
+    assert int(count.max()) <= 200
+    assert int(count.min()) > 150
+    # Chosen by what was traded before: members trade more than the others.
+    everything = source.load(["volume", "vwap"], instruments="stocks")
+    turnover = (everything.column("volume") * everything.column("vwap")).nanmedian()
+    members = (panel.column("volume") * panel.column("vwap"))[panel.mask].nanmedian()
+    assert members > 1.3 * turnover
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+def test_returns_have_fat_tails_and_cluster(source, frames):
+    returns = frames["change"]
+    assert 1.5 < returns.kurt().median() < 15
+    size = returns.abs()
+    for lag, least in ((1, 0.1), (5, 0.08), (20, 0.04)):
+        assert size.apply(lambda x, lag=lag: x.autocorr(lag)).median() > least
+    assert abs(returns.apply(lambda x: x.autocorr(1)).median()) < 0.06
+    index = source.load(["change"], instruments=["MARKET"]).column("change")[:, 0].numpy()
+    deviation = np.nanstd(index) * 252**0.5
+    assert 0.08 < deviation < 0.3
+    yearly = returns.std() * 252**0.5
+    assert 0.2 < yearly.median() < 0.4
+
+
+def test_a_market_factor_and_sectors(frames):
+    returns = frames["change"].dropna(axis=1, thresh=1400).fillna(0)
+    values = np.linalg.eigvalsh(returns.corr().to_numpy())[::-1]
+    # The first is the market; about ten sectors stand out of what chance gives.
+    chance = (1 + (returns.shape[1] / len(returns)) ** 0.5) ** 2
+    assert values[0] > 0.15 * returns.shape[1]
+    assert 4 <= (values[1:] > 1.15 * chance).sum() <= 14
+
+
+def test_volume_goes_with_moves(frames):
+    level = np.log(frames["volume"])
+    assert 0.15 < level.corrwith(frames["change"].abs()).median() < 0.6
+    assert level.apply(lambda x: x.autocorr(1)).median() > 0.4
+
+
+# -- the planted signal --------------------------------------------------------------------------
+
+
+def test_planted_rank_ic_is_in_the_stated_band(source):
+    assert 0.054 < source.planted_rank_ic().mean() < 0.065
+    for seed in (1, 2):
+        assert 0.054 < SyntheticSource(seed=seed).planted_rank_ic().mean() < 0.065
+
+
+def test_planted_rank_ic_is_what_scipy_finds(source, frames):
+    score = source.planted_signal()
+    score = pd.DataFrame(score.column("score").numpy(), score.calendar, score.instruments)
+    days = slice("2020-01-01", "2020-03-31")
+    expected = daily_rank_ic(score[days], frames["close"][days])
+    found = source.planted_rank_ic("2020-01-01", "2020-03-31").reindex(expected.index)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_the_score_is_of_the_stated_timing(source, frames):
+    """It says something of the return from t+1 to t+2, and of no other."""
+    score = source.planted_signal()
+    score = pd.DataFrame(score.column("score").double().numpy(), score.calendar, score.instruments)
+    own = frames["change"].sub(frames["change"].mean(axis=1), axis=0)
+    # Fast part only: the slow part goes on working for weeks.
+    fast = score - score.shift(5).rolling(20, min_periods=1).mean()
+    ranks = fast.rank(axis=1)
+    ics = {k: ranks.corrwith(own.shift(-k).rank(axis=1), axis=1).mean() for k in (1, 2, 3)}
+    assert ics[2] > 0.04
+    assert ics[1] < 0.5 * ics[2]
+    assert ics[3] < 0.5 * ics[2]
+
+
+def test_without_a_signal_there_is_none():
+    ic = pd.concat([SyntheticSource(seed=k, signal=0.0).planted_rank_ic() for k in range(3)])
+    error = ic.std() / len(ic) ** 0.5
+    assert abs(ic.mean()) < 1.96 * error
+    assert error < 0.002
+
+
+def test_the_score_is_a_function_of_the_bars_up_to_its_day(source, frames):
+    """Recomputed with pandas from close and volume alone, it is the same for clean histories."""
+    close, volume = frames["close"], frames["volume"]
+    move = np.log(close / close.shift(1))
+    relative = (volume / volume.rolling(20, min_periods=1).mean()).clip(0.2, 4)
+    recent = (move.fillna(0) + 0.5 * move.shift(1).fillna(0)) * relative
+    momentum = np.log(close / close.shift(60))
+
+    def z(x):
+        return x.sub(x.mean(axis=1), axis=0).div(x.std(axis=1, ddof=0), axis=0).clip(-3, 3)
+
+    mine = z(-0.8 * z(recent) + 0.6 * z(momentum).fillna(0))
+    score = source.planted_signal()
+    score = pd.DataFrame(score.column("score").double().numpy(), score.calendar, score.instruments)
+    clean = close.notna().rolling(61).sum() == 61
+    mine, score = mine[clean].iloc[100:], score[clean].iloc[100:]
+    assert score.notna().sum().sum() > 200_000
+    assert mine.corrwith(score, axis=1).min() > 0.99
+
+
+def test_the_score_of_a_day_does_not_move_with_the_days_after():
+    """The same market cut short has the same scores and returns up to there."""
+    rng = np.random.default_rng(5)
+    shocks = market.draw_shocks(rng, 300, 20, 3)
+    life = market.draw_life(rng, 300, 20)
+    whole = market.add_drift(shocks, life, 0.06)
+    cut = market.add_drift(
+        market.Shocks(shocks.returns[:200], shocks.sigma[:200], shocks.volume[:200]),
+        market.Life(life.listed[:200], life.traded[:200]),
+        0.06,
+    )
+    for all_days, some_days in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(all_days[:200], some_days)
+
+
+def test_the_score_is_standardised_by_day(source):
+    score = source.planted_signal().column("score").double().numpy()
+    assert np.abs(np.nanmean(score, axis=1)).max() < 0.1
+    assert 0.85 < np.nanmedian(np.nanstd(score, axis=1)) <= 1.0001
+    assert np.nanmax(np.abs(score)) <= 3.0
