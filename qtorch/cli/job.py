@@ -17,7 +17,7 @@ from qtorch.cli import table
 from qtorch.cli.guard import debugging, error_line
 from qtorch.cli.hydra_errors import explain
 from qtorch.cli.segments import with_dates
-from qtorch.cli.sweep import JobResult
+from qtorch.cli.sweep import FAILED, FINISHED, KILLED, JobResult
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import plain
 from qtorch.core.runtime import configure_logging
@@ -28,18 +28,6 @@ from qtorch.trainer.failure import started_runs
 from qtorch.trainer.run import end_task_train, task_train
 
 log = logging.getLogger(__name__)
-
-FINISHED, FAILED, KILLED = Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_KILLED
-TASK_KEYS = (
-    "task",
-    "seed",
-    "experiment_name",
-    "run_name",
-    "tracking",
-    "log_level",
-    "run",
-    "resume",
-)
 
 
 def run_job(config: DictConfig) -> None:

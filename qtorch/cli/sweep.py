@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 log = logging.getLogger(__name__)
 
 RESULT_FILE = "job.json"
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # a run's own words
 
 _here: list[JobResult] = []
 _sweep_folder: Path | None = None

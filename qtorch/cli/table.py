@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qtorch.cli.sweep import JobResult
+from qtorch.core.errors import LoadObjectError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -42,14 +43,42 @@ def print_summary(result: JobResult, recorder: Recorder) -> None:
 
 
 def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
-    metrics = result.metrics
-    facts = [("run", f"{result.run_id} ({result.experiment})")]
+    metrics, task = result.metrics, recorder.load_object("task")
+    fit = _fit_report(recorder)
+    facts = [("data", _data(task))]
+    if fit:
+        counts = f"{fit['samples']:,} train, {fit['valid_samples']:,} valid"
+        facts.append(("samples", f"{counts}, {len(recorder.load_object('pred.pkl')):,} test"))
+        best = "" if fit.get("best_epoch") is None else f", the best is number {fit['best_epoch']}"
+        facts.append(("epochs", f"{fit['epochs']}{best} (counted from 0, by {fit['monitor']})"))
+        facts.append(
+            ("speed", f"{fit['samples_per_second']:,.0f} samples/s in training on {fit['device']}")
+        )
     facts.append(("time", f"{result.seconds:.1f} s"))
     long_short = metrics.get("Long-Short Ann Return")
     if long_short is not None:
         sharpe = number(metrics.get("Long-Short Ann Sharpe"), 2)
         facts.append(("long-short", f"{long_short:.1%} a year before costs, Sharpe {sharpe}"))
-    return facts
+    return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
+
+
+def _data(task: Any) -> str:
+    """The source and the segments of a task, as far as it says."""
+    dataset = task.get("dataset", {})
+    handler = dataset.get("handler") or {}
+    source = str((handler.get("source") or {}).get("_target_", "")).rpartition(".")[2]
+    spans = [
+        f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
+        for name, span in (dataset.get("segments") or {}).items()
+    ]
+    return " ".join([f"{source}({handler.get('instruments')})", ", ".join(spans)])
+
+
+def _fit_report(recorder: Recorder) -> dict[str, Any]:
+    try:
+        return dict(recorder.load_object("fit_report"))
+    except LoadObjectError:
+        return {}
 
 
 def print_jobs(jobs: Sequence[JobResult]) -> None:

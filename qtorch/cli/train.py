@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
-from qtorch.cli import job, table
 from qtorch.cli.config_path import ROOT_CONFIG, config_path
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.hydra_errors import explained
 from qtorch.cli.signals import interruptible
-from qtorch.cli.sweep import finished_jobs, forget_jobs
+from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,27 +26,34 @@ def main(argv: Sequence[str]) -> int:
     with _as_program(argv), interruptible(), explained(argv):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
-                job.run_job
+                _run
             )()
         except KeyboardInterrupt as stop:
             interrupted = stop
         except SystemExit as end:
-            if end.code not in (0, None):
-                raise
-            return 0  # --help and its like
+            return end.code if isinstance(end.code, int) else 0  # --help, a wrong option
         finally:
             GlobalHydra.instance().clear()
     jobs = finished_jobs()
     if many and jobs:
-        table.print_jobs(jobs)
+        from qtorch.cli.table import print_jobs
+
+        print_jobs(jobs)
     if interrupted is not None:
         raise interrupted
     for failed in (j for j in jobs if j.error):
         where = f"job {failed.number}: " if many else ""
         print(f"error: {where}{failed.error}", file=sys.stderr)
-    if any(j.status == job.KILLED for j in jobs):
+    if any(j.status == KILLED for j in jobs):
         return INTERRUPTED
     return int(any(j.error for j in jobs))
+
+
+def _run(config: DictConfig) -> None:
+    """Imported with the first job: composing, --cfg and --help need no torch."""
+    from qtorch.cli.job import run_job
+
+    run_job(config)
 
 
 @contextmanager

@@ -62,6 +62,11 @@ class SigAnaRecord(Record):
         self.check()
         score, label = self.load("pred.pkl").iloc[:, 0], self._label()
         ic, rank_ic = calc_ic(score, label)
+        if ic.isna().all():
+            raise RecordError(
+                f"the IC is undefined on all {len(ic)} days: no day has two instruments with "
+                "different scores and labels. Judge a universe of several instruments."
+            )
         metrics = ic_figures(ic, rank_ic)
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
         if self.ana_long_short:
@@ -114,8 +119,7 @@ def finite(metrics: dict[str, Any]) -> dict[str, float]:
     undefined = [k for k, v in metrics.items() if pd.isna(v)]
     if undefined:
         log.warning(
-            "undefined and not logged: %s (no day has two instruments with a score and a label, "
-            "or all days are equal)",
+            "undefined and not logged: %s (it needs two days with two instruments at least)",
             ", ".join(undefined),
         )
     return {k: float(v) for k, v in metrics.items() if k not in undefined}

@@ -22,7 +22,7 @@ from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.session import init, session
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.failure import note_started, one_line, started_runs
+from qtorch.trainer.failure import note_started, one_line, record_failure, started_runs
 
 GRACE_SECONDS = 30.0
 
@@ -55,9 +55,11 @@ def call_isolated(
     if "error" in told:
         raise IsolatedError(told["error"])
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if recorder is not None:
-        recorder.end_run(Recorder.STATUS_FA)  # nobody else can: its process is gone
-    raise IsolatedError(f"the task's process {how} without a result.")
+    lost = IsolatedError(f"the task's process {how} without a result.")
+    if recorder is not None:  # nobody else can close its run: the process is gone
+        record_failure(recorder, lost)
+        recorder.end_run(Recorder.STATUS_FA)
+    raise lost
 
 
 def _pickled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from qtorch.core.session import session
 
 NEEDED = ("model", "dataset")
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
+PATHS = {"provider_uri", "path"}  # arguments of sources that name a place on disk
 
 
 def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,18 +63,24 @@ def _shown(value: Any) -> Any:
 
 
 def _with_source(dataset: Any) -> Any:
-    """The dataset's configuration with the session's source in a handler that names none."""
-    provider = session().provider_uri
-    if provider is None or not isinstance(dataset, Mapping):
-        return dataset
-    options = _options(dataset)
-    handler = options.get("handler")
+    """The dataset's configuration with a source that means the same in any folder.
+
+    A handler that names none gets the session's; a relative path becomes absolute.
+    """
+    handler = _options(dataset).get("handler") if isinstance(dataset, Mapping) else None
     if not isinstance(handler, Mapping):
         return dataset
     given = _options(handler)
-    if given.get("source") is not None or given.get("data_loader") is not None:
+    source = given.get("source")
+    if isinstance(source, Mapping):
+        for key in PATHS & _options(source).keys():
+            path = os.path.abspath(os.path.expanduser(str(_options(source)[key])))
+            source = _replaced(source, key, path)
+    elif source is None and given.get("data_loader") is None and session().provider_uri:
+        provider = os.path.abspath(str(session().provider_uri))
+        source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
+    if source is None:
         return dataset
-    source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
     return _replaced(dataset, "handler", _replaced(handler, "source", source))
 
 

@@ -16,6 +16,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session_context
+from qtorch.core.trust import check_config
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
@@ -24,6 +25,7 @@ from qtorch.trainer.prepare import complete_task, shown_task
 log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
+FIT_REPORT = "fit_report"  # epochs, seconds, samples a second: no metrics, for they never repeat
 
 
 def task_train(
@@ -78,7 +80,7 @@ def end_task_train(rec: Recorder, experiment_name: str | None = None) -> Recorde
         try:
             if ERROR_TAG in recorder.list_tags():
                 recorder.delete_tags(ERROR_TAG)  # of the attempt before
-            _execute(recorder, complete_task(recorder.load_object("task")))
+            _execute(recorder, complete_task(recorder.load_object("task")), stored=True)
         except Exception as error:
             record_failure(recorder, error)
             raise
@@ -91,9 +93,12 @@ def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.set_tags(hostname=socket.gethostname())
 
 
-def _execute(recorder: Recorder, task: dict[str, Any]) -> None:
+def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) -> None:
+    """Fit, save, make the records; the names in a `stored` task pass the trust rule."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
+        if stored:
+            check_config(task)
         model = _built(task["model"])
         dataset = _built(task["dataset"])
         options: dict[str, Any] = {"recorder": recorder}
@@ -101,6 +106,8 @@ def _execute(recorder: Recorder, task: dict[str, Any]) -> None:
             options["reweighter"] = _built(task["reweighter"])
         auto_filter_kwargs(model.fit)(dataset, **options)
         recorder.save_objects(**{"params.pkl": model})
+        if getattr(model, "fit_report_", None):
+            recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
         _make_records(recorder, task.get("record"), model, dataset)
 

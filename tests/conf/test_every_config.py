@@ -1,0 +1,101 @@
+"""Every YAML of conf/ composes, and what it describes can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qtorch.cli.compose import composed
+from qtorch.cli.config_path import config_path
+from qtorch.core.instantiate import init_instance_by_config
+
+CONF = config_path()
+ROOTS = ("bars", "predict", "train")
+FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
+CHOICES = [f for f in FILES if "/" in f and not f.startswith("hydra/")]
+# What must be given before a choice can be built.
+GIVEN = {
+    "data/qlib": ["data.provider_uri=bars"],
+    "data/table": ["data.path=bars.parquet"],
+    "model/lightning": ["+model.network._target_=qtorch.nn.GRU"],
+    "experiment/nyse500": ["data.provider_uri=bars", "universe=stocks"],
+    "tracking/server": ["tracking.uri=http://127.0.0.1:9"],
+}
+
+
+def settings_of(choice: str, *more: str) -> dict:
+    group, option = choice.rsplit("/", 1)
+    fixed = [] if group in ("data", "experiment", "debug") else ["data=synthetic_tiny"]
+    return composed("train", [f"{group}={option}", *fixed, *GIVEN.get(choice, []), *more])
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory) -> Path:
+    """The tiny market as a Qlib folder and as a table."""
+    from qtorch.data.source.qlib_writer import write_qlib
+
+    folder = tmp_path_factory.mktemp("bars")
+    source = init_instance_by_config(composed("bars", ["data=synthetic_tiny"])["data"])
+    write_qlib(source, folder / "bars")
+    source.load().to_frame().reset_index().to_parquet(folder / "bars.parquet", index=False)
+    return folder
+
+
+def test_every_file_is_a_root_a_choice_or_hydras():
+    assert {f for f in FILES if "/" not in f} == set(ROOTS)
+    assert CHOICES
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_it_composes_and_says_what_it_is_for(choice, bars, monkeypatch):
+    monkeypatch.chdir(bars)
+    task = settings_of(choice)["task"]
+    assert set(task) == {"model", "dataset", "record", "reweighter", "seed"}
+    text = (CONF / f"{choice}.yaml").read_text()
+    assert choice.startswith("model/optimizer/") or text.startswith("#")
+    assert len(text.splitlines()) < 40
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_it_builds(choice, bars, monkeypatch):
+    monkeypatch.chdir(bars)
+    group = choice.split("/")[0]
+    settings = settings_of(choice)
+    if group == "data":
+        source = init_instance_by_config(settings["data"])
+        assert settings["universe"] in source.universes()
+        assert len(source.calendar()) > 100
+    elif group in ("handler", "dataset"):
+        given = settings[group]
+        if group == "dataset":
+            first, middle, last = "2018-07-02", "2019-06-28", "2020-06-30"
+            given = {**given, "segments": {"train": [first, middle], "test": ["2019-07-01", last]}}
+        assert init_instance_by_config(given) is not None
+    elif group in ("model", "trainer", "callbacks"):
+        init_instance_by_config(settings["model"])
+    elif group == "record":
+        for record in settings["record"]:
+            init_instance_by_config(record, try_kwargs={"recorder": None})
+    else:
+        init_instance_by_config(settings["data"])
+        init_instance_by_config(settings["model"])
+
+
+def test_the_main_job_is_qlibs_lstm_benchmark():
+    """What Qlib's LSTM benchmark on Alpha158 says, by its YAML of version 0.9.7."""
+    settings = composed("train", [])
+    handler, dataset, network = (
+        settings["handler"],
+        settings["dataset"],
+        settings["model"]["network"],
+    )
+    names = [p["_target_"].rsplit(".", 1)[1] for p in handler["infer_processors"]]
+    assert names == ["FilterCol", "RobustZScoreNorm", "Fillna"]
+    assert len(handler["infer_processors"][0]["col_list"]) == 20
+    assert [p["_target_"].rsplit(".", 1)[1] for p in handler["learn_processors"]] == [
+        "DropnaLabel",
+        "CSRankNorm",
+    ]
+    assert dataset["step_len"] == 20
+    assert (network["hidden_size"], network["num_layers"], network["dropout"]) == (64, 2, 0.0)
