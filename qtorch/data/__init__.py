@@ -10,15 +10,14 @@ if TYPE_CHECKING:
     from qtorch.data.alpha import Alpha360 as Alpha360
     from qtorch.data.alpha import Alpha360vwap as Alpha360vwap
     from qtorch.data.dataset import DatasetH as DatasetH
-    from qtorch.data.dataset import TSDatasetH as TSDatasetH
     from qtorch.data.filter import ExpressionDFilter as ExpressionDFilter
     from qtorch.data.filter import NameDFilter as NameDFilter
-    from qtorch.data.handler import DataHandler as DataHandler
     from qtorch.data.handler import DataHandlerLP as DataHandlerLP
     from qtorch.data.loader import NestedDataLoader as NestedDataLoader
     from qtorch.data.loader import QlibDataLoader as QlibDataLoader
     from qtorch.data.loader import StaticDataLoader as StaticDataLoader
     from qtorch.data.panel import Panel as Panel
+    from qtorch.data.raw_handler import DataHandler as DataHandler
     from qtorch.data.reweighter import Reweighter as Reweighter
     from qtorch.data.source.base import Source as Source
     from qtorch.data.source.frame import FrameSource as FrameSource
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from qtorch.data.source.synthetic import SyntheticSource as SyntheticSource
     from qtorch.data.source.table import TableSource as TableSource
     from qtorch.data.view import View as View
+    from qtorch.data.window_dataset import TSDatasetH as TSDatasetH
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -36,10 +36,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Alpha360": "qtorch.data.alpha",
         "Alpha360vwap": "qtorch.data.alpha",
         "DatasetH": "qtorch.data.dataset",
-        "TSDatasetH": "qtorch.data.dataset",
+        "TSDatasetH": "qtorch.data.window_dataset",
         "ExpressionDFilter": "qtorch.data.filter",
         "NameDFilter": "qtorch.data.filter",
-        "DataHandler": "qtorch.data.handler",
+        "DataHandler": "qtorch.data.raw_handler",
         "DataHandlerLP": "qtorch.data.handler",
         "NestedDataLoader": "qtorch.data.loader",
         "QlibDataLoader": "qtorch.data.loader",

@@ -64,6 +64,9 @@ class Processor(Configured, Serializable, ABC):
         """The columns that stay, by group, of those given."""
         return names
 
+    def check_names(self, names: Names) -> None:
+        """Warn of names in the arguments that the data lacks; asked once, with all columns."""
+
     def config(
         self,
         dump_all: bool | None = None,

@@ -123,7 +123,8 @@ def frame_of(view: View) -> pd.DataFrame:
 def _index_again(items: Sequence[Any]) -> pd.Index[Any]:
     if items and isinstance(items[0], list):
         return pd.MultiIndex.from_tuples([tuple(i) for i in items])
-    return pd.Index(items)
+    index: pd.Index[Any] = pd.Index(items)
+    return index
 
 
 def _by_group(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -35,10 +35,12 @@ class DropCol(_Selection):
 
     def selects(self, names: Names) -> Names:
         gone = set(self.col_list)
-        known = {n for columns in names.values() for n in columns}
-        for name in sorted(gone - known):
-            log.warning("DropCol: %s", unknown_name("column", name, known))
         return {g: tuple(n for n in columns if n not in gone) for g, columns in names.items()}
+
+    def check_names(self, names: Names) -> None:
+        known = {n for columns in names.values() for n in columns}
+        for name in sorted(set(self.col_list) - known):
+            log.warning("DropCol: %s", unknown_name("column", name, known))
 
 
 class FilterCol(_Selection):
