@@ -40,7 +40,7 @@ DOORS = {
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
 }
-NN_IMPORTS = {"torch", "qtorch", "__future__", "math", "typing", "collections", "abc"}
+NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 BANNED_NAMES = ("utils", "helpers", "legacy", "_v2", "_ts")
 
