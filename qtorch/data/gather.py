@@ -39,7 +39,7 @@ class History:
         self.days: Tensor | None = None
         self.rank: Tensor | None = None
         occupied = self.exists.any(1)
-        if not bool(occupied.all()):
+        if bool(occupied.any()) and not bool(occupied.all()):
             self.days = torch.nonzero(occupied)[:, 0]
             self.rank = occupied.cumsum(0) - 1
 
