@@ -1,0 +1,101 @@
+"""Losses, optimizers and schedulers from what a configuration says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.metrics.loss import LOSSES
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class SchedulerPlan:
+    """A factory of schedulers and when they step.
+
+    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency`
+    how many of them, `monitor` the metric that a scheduler such as ReduceLROnPlateau is given.
+    """
+
+    factory: Callable[[Optimizer], Any]
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+
+
+def loss_of(spec: Any) -> Callable[..., Any]:
+    """A loss: "mse", "mae", "huber", a configuration, or a callable (score, target) -> scalar."""
+    if isinstance(spec, str) and "." not in spec:
+        if spec not in LOSSES:
+            raise ConfigError(unknown_name("loss", spec, LOSSES))
+        return LOSSES[spec]()
+    built = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
+    if not callable(built):
+        raise ConfigError(f"the loss is a {type(built).__name__}, which cannot be called.")
+    return built  # type: ignore[no-any-return]
+
+
+def optimizer_factory(spec: Any) -> OptimizerFactory:
+    """parameters -> optimizer; `spec` is None (Adam, lr 1e-3), a name of torch.optim, a
+    configuration without `params`, or a callable."""
+    if spec is None:
+        return partial(torch.optim.Adam, lr=1e-3)
+    if isinstance(spec, str) and "." not in spec:
+        known = {n: c for n, c in vars(torch.optim).items() if _is_optimizer(c)}
+        for name, found in known.items():
+            if name.lower() == spec.lower():
+                return cast(OptimizerFactory, found)
+        raise ConfigError(unknown_name("optimizer", spec, known))
+    return _factory(spec, "optimizer")
+
+
+def scheduler_plan(spec: Any) -> SchedulerPlan | None:
+    """What `spec` says: None; a configuration without `optimizer`; a callable; or a mapping with
+    `scheduler` and any of `interval`, `frequency`, `monitor`."""
+    if spec is None or isinstance(spec, SchedulerPlan):
+        return spec
+    options: dict[str, Any] = {}
+    if isinstance(spec, Mapping) and "scheduler" in spec:
+        options = {k: v for k, v in spec.items() if k != "scheduler"}
+        spec = spec["scheduler"]
+        for name in options:
+            if name not in ("interval", "frequency", "monitor"):
+                valid = ("scheduler", "interval", "frequency", "monitor")
+                raise ConfigError(unknown_name("option of scheduler", name, valid))
+    plan = SchedulerPlan(_factory(spec, "scheduler"), **options)
+    if plan.interval not in ("epoch", "step"):
+        raise ConfigError(
+            unknown_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+        )
+    return plan
+
+
+def _factory(spec: Any, what: str) -> Callable[..., Any]:
+    if isinstance(spec, str):
+        spec = {"_target_": spec}
+    if isinstance(spec, Mapping):
+        if "_target_" not in spec:
+            raise ConfigError(
+                f"the {what} is configured by {sorted(spec)}; give "
+                f"{{'_target_': 'torch.optim....', 'lr': ...}}."
+            )
+        spec = init_instance_by_config({**spec, "_partial_": True})
+    if not callable(spec):
+        raise ConfigError(
+            f"the {what} is a {type(spec).__name__}; expected a configuration or a callable that "
+            "makes one."
+        )
+    return spec  # type: ignore[no-any-return]
+
+
+def _is_optimizer(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer

@@ -1,0 +1,329 @@
+"""One training: samples, module, trainer, checkpoints; from the first step or from where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from qtorch.core.configured import plain_value
+from qtorch.core.errors import ConfigError
+from qtorch.core.identity import digest
+from qtorch.core.runtime import seed_everything
+from qtorch.data.batches import BatchLoader
+from qtorch.data.sample_set import Samples
+from qtorch.metrics.loss import Loss
+from qtorch.model.checkpoint import LAST, checkpoint_to_resume
+from qtorch.model.factories import loss_of, optimizer_factory, scheduler_plan
+from qtorch.model.generators import preserved_generators
+from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
+from qtorch.model.keeper import Keeper, weights_of
+from qtorch.model.module import ScoreModule
+from qtorch.model.recorder_logger import RecorderLogger
+from qtorch.model.step_loader import StepLoader
+from qtorch.model.trainer_options import (
+    TrainerOptions,
+    build_trainer,
+    early_stopping,
+    inner_steps_of,
+    limited,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Recipe:
+    """How to train: the model's arguments, checked."""
+
+    loss: Any
+    optimizer: Any
+    scheduler: Any
+    batch: dict[str, Any]
+    trainer: TrainerOptions
+    monitor: str
+    early_stop: Any
+    checkpoint: dict[str, Any]
+    inner_steps: int | str
+    compile: bool | dict[str, Any]
+    seed: int
+
+
+@dataclass
+class Fitted:
+    """What a training leaves: the network with its best weights, its history, its figures."""
+
+    network: nn.Module
+    history: list[dict[str, float]]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def fit_network(
+    make_network: Callable[[], nn.Module],
+    train: Samples,
+    valid: Samples | None,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    recorder: Any,
+    resume: str | Path | None,
+    start: str = "fresh",
+) -> Fitted:
+    """Train and give the best weights. Global generators are afterwards as they were before.
+
+    `make_network` is called with the generators seeded. `start` says where the weights come from,
+    which tells this training's checkpoints from those of another one.
+    """
+    with preserved_generators(), _quiet_lightning(), Interruption() as interruption:
+        seed_everything(recipe.seed)
+        network = make_network()
+        identity = training_identity(network, train, valid, recipe, start)
+        fit = _Fit(network, train.to(device), None if valid is None else valid.to(device), recipe)
+        with _folder(recipe, recorder) as folder:
+            found = checkpoint_to_resume(resume, folder, identity)
+            keeper = fit.prepare(folder, identity, interruption, recorder)
+            try:
+                fit.run(None if found is None else found[0])
+            except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
+                if isinstance(stop, SystemExit) and not isinstance(
+                    stop.__context__, KeyboardInterrupt
+                ):
+                    raise
+                raise _interrupted(keeper, folder, recorder) from None
+        return fit.result(found)
+
+
+class _Fit:
+    """The parts of one training, and Lightning's run over them."""
+
+    def __init__(
+        self, network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe
+    ) -> None:
+        self.recipe, self.train, self.valid = recipe, train, valid
+        self.own_module = isinstance(network, pl.LightningModule)
+        self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.network = network
+
+    def prepare(
+        self, folder: Path | None, identity: str, interruption: Interruption, recorder: Any
+    ) -> Keeper:
+        recipe, options = self.recipe, self.recipe.trainer
+        stopper, monitor, mode = early_stopping(recipe.early_stop, recipe.monitor)
+        if stopper is not None and self.valid is None and monitor.startswith("valid/"):
+            raise ConfigError(
+                f"early_stop watches {monitor!r}, but the dataset has no segment 'valid'."
+            )
+        every = recipe.checkpoint.get("every_n_steps")
+        if every is not None:
+            every = -(-int(every) // options.accumulate) * options.accumulate
+        self.module = self._module(interruption)
+        self.loader = self._loader(self.train, True, options.limit_train, every)
+        keeper = Keeper(
+            self.loader,
+            folder=folder,
+            identity=identity,
+            monitor=monitor,
+            mode=mode,
+            interruption=interruption,
+            every_n_steps=every,
+        )
+        self.keeper = keeper
+        own = [keeper] if stopper is None else [stopper, keeper]
+        self.trainer = build_trainer(
+            options,
+            own=own,
+            logger=None if recorder is None else RecorderLogger(recorder),
+            folder=folder,
+            automatic=self.module.automatic_optimization,
+        )
+        keeper.show = not self.trainer.progress_bar_callback
+        return keeper
+
+    def _module(self, interruption: Interruption) -> pl.LightningModule:
+        if isinstance(self.network, pl.LightningModule):
+            return self.network
+        recipe, options = self.recipe, self.recipe.trainer
+        loss = loss_of(recipe.loss)
+        weighted = self.train.weight is not None
+        if weighted and not isinstance(loss, Loss):
+            raise ConfigError(
+                f"a reweighter is given, but the loss {type(loss).__name__} takes no weights; "
+                "derive it from qtorch.metrics.loss.Loss."
+            )
+        if recipe.compile:
+            self.network.compile(**(recipe.compile if isinstance(recipe.compile, dict) else {}))
+        return ScoreModule(
+            self.network,
+            loss,
+            optimizer_factory(recipe.optimizer),
+            scheduler_plan(recipe.scheduler),
+            num_days=len(self.train.calendar if self.valid is None else self.valid.calendar),
+            accumulate=options.accumulate,
+            clip_value=options.clip_value,
+            clip_algorithm=options.clip_algorithm,
+            interrupted=lambda: interruption.requested,
+        )
+
+    def _loader(
+        self, samples: Samples, training: bool, limit: int | float | None, cut: int | None
+    ) -> StepLoader:
+        batch, options = self.recipe.batch, self.recipe.trainer
+        order = batch["order"]
+        if not training:
+            order = "day_sequential" if order.startswith("day") else "sequential"
+        source = BatchLoader(
+            samples,
+            batch_size=batch["size"] if training else batch["eval_size"],
+            order=order,
+            seed=self.recipe.seed,
+            days_per_batch=batch["days_per_batch"],
+        )
+        number = limited(len(source), limit)
+        if number == 0 and training:
+            raise ConfigError(f"limit_train_batches {limit} leaves no batch of {len(source)}.")
+        return StepLoader(
+            source,
+            lambda: self.trainer.current_epoch,
+            inner_steps=inner_steps_of(self.recipe.inner_steps, options, number),
+            limit=number,
+            cut_every=cut,
+            plain=self.own_module,
+        )
+
+    def run(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            log.info("resuming from %s", checkpoint)
+        loader = None
+        if self.valid is not None and self.recipe.trainer.limit_valid != 0:
+            loader = self._loader(self.valid, False, self.recipe.trainer.limit_valid, None)
+        self.trainer.fit(
+            self.module,
+            self.loader,
+            loader,
+            ckpt_path=None if checkpoint is None else str(checkpoint),
+            weights_only=None if checkpoint is None else True,
+        )
+
+    def result(self, found: tuple[Path, dict[str, Any]] | None) -> Fitted:
+        keeper, network = self.keeper, weights_of(self.module)
+        keeper._elapse()
+        if keeper.best_weights is not None:
+            network.load_state_dict(keeper.best_weights)
+        network.cpu()
+        if self.recipe.compile:
+            network._compiled_call_impl = None  # a compiled call cannot be saved
+        rate = keeper.num_trained / keeper.train_seconds if keeper.train_seconds else 0.0
+        report = {
+            "epochs": len(keeper.history),
+            "best_epoch": keeper.best_epoch,
+            "monitor": keeper.monitor,
+            "best_value": keeper.best_value,
+            "seconds": keeper.seconds,
+            "train_seconds": keeper.train_seconds,
+            "samples": len(self.train),
+            "valid_samples": 0 if self.valid is None else len(self.valid),
+            "samples_per_second": rate,
+            "parameters": self.num_parameters,
+            "device": str(self.train.device),
+            "inner_steps": self.loader.inner_steps,
+            "seed": self.recipe.seed,
+            "resumed_from": None if found is None else str(found[0]),
+        }
+        return Fitted(network, keeper.history, report)
+
+
+def training_identity(
+    network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe, start: str
+) -> str:
+    """What tells a training from another: network, data, batches, optimizer, seed, start; not how
+    long it lasts nor how it is shown."""
+    options = recipe.trainer
+    parts = {
+        "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
+        "class": type(network).__qualname__,
+        "data": [None if s is None else data_identity(s) for s in (train, valid)],
+        "batch": {k: v for k, v in recipe.batch.items() if k != "eval_size"},
+        "rules": [_named(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
+        "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
+        "limit": options.limit_train,
+        "precision": str(options.rest.get("precision")),
+        "seed": recipe.seed,
+        "start": start,
+    }
+    return digest(parts)
+
+
+def data_identity(samples: Samples) -> list[Any]:
+    """A short description of samples that other samples are unlikely to share."""
+    told = samples.describe()
+    sums = [
+        None if t is None else float(torch.nan_to_num(t).double().sum())
+        for t in (samples.date, samples.instrument, samples.target, samples.weight)
+    ]
+    names = hashlib.sha256(repr(samples.feature_names).encode()).hexdigest()
+    return [told["samples"], told["start"], told["end"], samples.step_len, names, *sums]
+
+
+def _named(spec: Any) -> Any:
+    try:
+        return plain_value(spec)
+    except ConfigError:
+        return type(spec).__qualname__
+
+
+@contextmanager
+def _folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
+    """Where checkpoints go: the given folder, the run's, or a temporary one that stays only when
+    the training does not end well."""
+    if recipe.checkpoint.get("enabled", True) is False:
+        yield None
+        return
+    given = recipe.checkpoint.get("dir")
+    if given is not None or recorder is not None:
+        folder = Path(given) if given is not None else Path(recorder.checkpoint_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _interrupted(keeper: Keeper, folder: Path | None, recorder: Any) -> TrainingInterrupted:
+    path = None if folder is None or not (folder / LAST).exists() else folder / LAST
+    where = ""
+    if keeper.stopped_at is not None:
+        epoch, position = keeper.stopped_at
+        where = f" in epoch {epoch} after batch {position} of {keeper.loader.num_batches}"
+    if path is None:
+        return TrainingInterrupted(f"training interrupted{where}; there is no checkpoint.")
+    how = f"fit(..., resume={str(path)!r})"
+    if recorder is not None:
+        how = f"the same fit in run {recorder.id} (R.start(recorder_id=..., resume=True))"
+    return TrainingInterrupted(
+        f"training interrupted{where}; the checkpoint {path} is kept. Go on with {how}.", str(path)
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's greetings (devices found, why it stopped) are not the user's log."""
+    loggers = [logging.getLogger(n) for n in ("pytorch_lightning", "lightning.pytorch")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logging.WARNING, logger.level))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

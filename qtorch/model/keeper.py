@@ -1,0 +1,205 @@
+"""What a fit keeps: history, best weights, and checkpoints from which it goes on exactly."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
+
+from qtorch.core.errors import DataError
+from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
+from qtorch.model.generators import generator_states, restore_generators
+from qtorch.model.interruption import Interruption, StopTraining
+from qtorch.model.module import TRAIN_LOSS, ScoreModule
+from qtorch.model.step_loader import StepLoader
+
+log = logging.getLogger(__name__)
+
+
+class Keeper(Checkpoint):
+    """Keeps history, best weights and checkpoints; the last callback to see an epoch's end.
+
+    Lightning's checkpoint, completed by what an exact continuation needs: the generators of
+    torch, CUDA, numpy and Python, the best weights and their value, and the metrics so far. A
+    checkpoint is written after each epoch, and within it at each multiple of `every_n_steps`
+    batches. An interruption is answered at the next such place: a checkpoint, then StopTraining.
+
+    `monitor` is the metric whose best epoch's weights are kept (`mode` min or max).
+    """
+
+    def __init__(
+        self,
+        loader: StepLoader,
+        *,
+        folder: Path | None,
+        identity: str,
+        monitor: str,
+        mode: str,
+        interruption: Interruption,
+        every_n_steps: int | None = None,
+        show: bool = True,
+    ) -> None:
+        self.loader, self.folder, self.identity = loader, folder, identity
+        self.monitor, self.mode = monitor, mode
+        self.every_n_steps, self.interruption, self.show = every_n_steps, interruption, show
+        self.history: list[dict[str, float]] = []
+        self.best_epoch: int | None = None
+        self.best_value = math.nan
+        self.best_weights: dict[str, Tensor] | None = None
+        self.seconds = self.train_seconds = 0.0
+        self.num_trained = 0  # samples, over all epochs
+        self.stopped_at: tuple[int, int] | None = None
+        self._states: dict[str, Any] | None = None
+        self._begin = self._epoch_begin = time.perf_counter()
+        self._valid_seconds = 0.0
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin = self._epoch_begin = time.perf_counter()
+        self._valid_seconds = 0.0
+        for epoch, values in enumerate(self.history):  # what a killed process had not delivered
+            self._send(trainer, values, epoch)
+        if self._states is not None:
+            restore_generators(self._states)
+            self._states = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_begin = time.perf_counter()
+        self._valid_seconds = 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._valid_begin = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._valid_seconds += time.perf_counter() - self._valid_begin
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        position = self.loader.position
+        waiting = getattr(pl_module, "pending", position % trainer.accumulate_grad_batches)
+        if position >= self.loader.num_batches or waiting:
+            return  # gradients that wait for their step are in no checkpoint
+        stop = self.interruption.requested
+        due = self.every_n_steps is not None and position % self.every_n_steps == 0
+        if stop or due:
+            self._save(trainer)
+        if stop:
+            self._stop(trainer.current_epoch, position)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, ScoreModule):
+            values = dict(pl_module.told)
+        else:
+            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.history.append(values)
+        now = time.perf_counter()
+        self.train_seconds += now - self._epoch_begin - self._valid_seconds
+        self.num_trained += len(self.loader.source.samples)
+        self._say(trainer, values, now - self._epoch_begin)
+        improved = self._keep_if_best(trainer, pl_module, values)
+        if isinstance(pl_module, ScoreModule):
+            # Sent before the checkpoint: what is lost between the two is sent again, not never.
+            self._send(trainer, values, trainer.current_epoch)
+            self._check(trainer, values)
+        if self.folder is not None:
+            self._save(trainer)
+            if improved:
+                keep_best(self.folder)
+        if self.interruption.requested:
+            self._stop(trainer.current_epoch + 1, 0)
+
+    # -- what it does --------------------------------------------------------------------------
+
+    def _keep_if_best(
+        self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float]
+    ) -> bool:
+        value = values.get(self.monitor, math.nan)
+        better = value < self.best_value if self.mode == "min" else value > self.best_value
+        if math.isnan(value) or not (better or math.isnan(self.best_value)):
+            return False
+        kept = weights_of(module).state_dict()
+        self.best_weights = {k: v.detach().clone() for k, v in kept.items()}
+        self.best_epoch, self.best_value = trainer.current_epoch, value
+        return True
+
+    def _check(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        if math.isfinite(values[TRAIN_LOSS]):
+            return
+        found = f"the training loss of epoch {trainer.current_epoch} is {values[TRAIN_LOSS]}"
+        if self.best_weights is None:
+            raise DataError(
+                f"{found}. Are there NaN features (put a Fillna processor) or huge ones (a "
+                "normalising processor)? Else lower the learning rate or set gradient_clip_val."
+            )
+        log.warning("%s: stopping, the best weights are of epoch %d.", found, self.best_epoch)
+        trainer.should_stop = True
+
+    def _send(self, trainer: pl.Trainer, values: dict[str, float], epoch: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=epoch)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.folder is not None:
+            self._elapse()
+            save_rotating(trainer.save_checkpoint, self.folder)
+
+    def _elapse(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._begin
+        self._begin = now
+
+    def _stop(self, epoch: int, position: int) -> None:
+        self.stopped_at = (epoch, position)
+        raise StopTraining
+
+    def _say(self, trainer: pl.Trainer, values: dict[str, float], seconds: float) -> None:
+        told = "  ".join(f"{k} {v:.6g}" for k, v in values.items())
+        level = logging.INFO if self.show else logging.DEBUG
+        log.log(level, "epoch %d: %s  (%.2f s)", trainer.current_epoch, told, seconds)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEEPER] = {
+            "identity": self.identity,
+            "generators": generator_states(),
+            "history": [dict(v) for v in self.history],
+            "best_epoch": self.best_epoch,
+            "best_value": self.best_value,
+            "best_weights": self.best_weights,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "num_trained": self.num_trained,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint[KEEPER]
+        self._states = state["generators"]
+        self.history = [dict(v) for v in state["history"]]
+        self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
+        self.best_weights = state["best_weights"]
+        self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        self.num_trained = state["num_trained"]
+
+
+def weights_of(module: pl.LightningModule) -> torch.nn.Module:
+    """What holds the weights that count: the network of ours, a user's module itself."""
+    return module.network if isinstance(module, ScoreModule) else module

@@ -1,0 +1,197 @@
+"""The `trainer` mapping: any argument of pl.Trainer, those that the module itself follows apart."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
+
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.runtime import resolve_device
+from qtorch.model.checkpoint import AtomicCheckpointIO
+from qtorch.model.module import MONITORS
+
+MAX_EPOCHS = 100
+INNER_STEPS = 16
+# A callback that looks at single batches sees each of them only where a step holds one.
+BATCH_HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+)
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """`given` is what the user said; `rest` goes to pl.Trainer, the others to the module."""
+
+    given: dict[str, Any]
+    rest: dict[str, Any]
+    accumulate: int = 1
+    clip_value: float | None = None
+    clip_algorithm: str | None = None
+    limit_train: int | float | None = None
+    limit_valid: int | float | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether an argument counts training batches one by one."""
+        rest = self.rest
+        whole = rest.get("val_check_interval") in (None, 1.0)
+        return bool(not whole or rest.get("fast_dev_run") or rest.get("overfit_batches"))
+
+
+def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -> TrainerOptions:
+    """Checked arguments. An unknown one is an ArgumentError with the nearest name."""
+    given = dict(given or {})
+    valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
+    for name in given:
+        if name not in valid:
+            raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
+    if str(given.get("devices", 1)) not in ("1", "auto", "[0]") and _count(given["devices"]) != 1:
+        raise ConfigError(
+            f"trainer.devices is {given['devices']!r}: one fit uses one device. Start one fit for "
+            "each device, or name one: devices=[1]."
+        )
+    rest = dict(given)
+    clip = rest.pop("gradient_clip_val", None)
+    extra = rest.pop("callbacks", None) or []
+    listed = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
+    return TrainerOptions(
+        given=given,
+        rest=rest,
+        accumulate=int(rest.pop("accumulate_grad_batches", None) or 1),
+        clip_value=None if clip is None else float(clip),
+        clip_algorithm=rest.pop("gradient_clip_algorithm", None),
+        limit_train=rest.pop("limit_train_batches", None),
+        limit_valid=rest.pop("limit_val_batches", None),
+        callbacks=[init_instance_by_config(c, accept_types=Callback) for c in listed],
+    )
+
+
+def _count(devices: Any) -> int:
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return int(devices) if str(devices).lstrip("-").isdigit() else 0
+
+
+def device_name(options: TrainerOptions) -> str:
+    """The device that the trainer's `accelerator` and `devices` mean, as torch names it."""
+    accelerator = options.rest.get("accelerator") or "auto"
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return str(accelerator)
+    devices = options.rest.get("devices")
+    number = int(devices[0]) if isinstance(devices, list | tuple) else 0
+    if accelerator == "auto" and resolve_device("auto").type == "cpu":
+        return "cpu"
+    return f"cuda:{number}"
+
+
+def inner_steps_of(asked: int | str, options: TrainerOptions, num_batches: int) -> int:
+    """How many batches one training_step runs: "auto" is one where something counts them."""
+    looking = options.counts_batches or any(_looks_at_batches(c) for c in options.callbacks)
+    if asked == "auto":
+        return 1 if looking else max(1, min(INNER_STEPS, num_batches))
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+        raise ConfigError(f"inner_steps is {asked!r}; expected 'auto' or a number from 1.")
+    if asked > 1 and options.counts_batches:
+        raise ConfigError(
+            "val_check_interval, overfit_batches and fast_dev_run count single batches: they need "
+            "inner_steps=1 (or 'auto')."
+        )
+    return asked
+
+
+def _looks_at_batches(callback: Callback) -> bool:
+    return any(getattr(type(callback), h) is not getattr(Callback, h) for h in BATCH_HOOKS)
+
+
+def limited(num_batches: int, limit: int | float | None) -> int:
+    """The number of batches that Lightning's limit_*_batches leaves: a count, or a share."""
+    if limit is None:
+        return num_batches
+    return min(num_batches, limit if isinstance(limit, int) else int(num_batches * limit))
+
+
+def monitored(monitor: str, mode: str | None = None) -> tuple[str, str]:
+    """The metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
+    name = MONITORS.get(monitor, monitor)
+    if mode not in (None, "min", "max"):
+        raise ConfigError(unknown_name("mode of the monitor", str(mode), ("min", "max")))
+    lesser = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
+    return name, mode or ("min" if lesser else "max")
+
+
+def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
+    """`(callback or None, metric, mode)`; `spec` is None, a patience, or a mapping with
+    `patience` and any of `monitor`, `mode`, `min_delta`."""
+    if spec is None or spec is False:
+        return (None, *monitored(monitor))
+    options: dict[str, Any] = {"patience": spec} if isinstance(spec, int) else dict(spec)
+    valid = ("monitor", "patience", "mode", "min_delta")
+    for name in options:
+        if name not in valid:
+            raise ConfigError(unknown_name("option of early_stop", name, valid))
+    name, mode = monitored(options.pop("monitor", monitor), options.pop("mode", None))
+    patience = int(options.pop("patience", 10))
+    stopper = EarlyStopping(
+        monitor=name, mode=mode, patience=patience, check_finite=False, **options
+    )
+    return stopper, name, mode
+
+
+def build_trainer(
+    options: TrainerOptions,
+    *,
+    own: Sequence[Callback],
+    logger: Any,
+    folder: Path | None,
+    automatic: bool,
+) -> pl.Trainer:
+    """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own."""
+    arguments: dict[str, Any] = {
+        "max_epochs": MAX_EPOCHS if options.rest.get("max_steps", -1) == -1 else -1,
+        "devices": 1,
+        "num_sanity_val_steps": 0,  # would draw from generators before the first step
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "log_every_n_steps": 1,
+        "default_root_dir": str(folder) if folder is not None else None,
+        **options.rest,
+    }
+    arguments["accelerator"] = (
+        "cpu" if device_name(options) == "cpu" else arguments.get("accelerator", "auto")
+    )
+    if automatic:
+        arguments["accumulate_grad_batches"] = options.accumulate
+        arguments["gradient_clip_val"] = options.clip_value
+        arguments["gradient_clip_algorithm"] = options.clip_algorithm
+    arguments["enable_checkpointing"] = True  # the keeper is one of Lightning's checkpointers
+    loggers = arguments.get("logger")
+    wanted = [] if loggers in (None, True, False) else loggers
+    wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    built = [init_instance_by_config(w) if isinstance(w, Mapping) else w for w in wanted]
+    arguments["logger"] = [*built, *([] if logger is None else [logger])] or False
+    plugins = arguments.get("plugins") or []
+    listed = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    # Else Lightning takes a job of a scheduler for a job of its own.
+    arguments["plugins"] = [*listed, AtomicCheckpointIO(), LightningEnvironment()]
+    callbacks = [*options.callbacks, *own]
+    if arguments["enable_progress_bar"] and not _has_bar(callbacks):
+        callbacks.append(RichProgressBar())
+    return pl.Trainer(**{**arguments, "callbacks": callbacks})
+
+
+def _has_bar(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)

@@ -1,0 +1,239 @@
+"""A training that was killed and resumed is the training that never was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import ToyDataset, ToyRecorder, resumable_model
+
+from qtorch.core.errors import ConfigError
+from qtorch.model.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, read_checkpoint
+
+SCRIPT = Path(__file__).parent / "toy_training.py"
+
+
+def _weights(model) -> dict[str, torch.Tensor]:
+    return model.network_.state_dict()
+
+
+def _same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
+    torch.set_num_threads(1)
+    recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
+    model = resumable_model()
+    model.fit(ToyDataset(), recorder=recorder)
+    return model, recorder.history()
+
+
+def _killed(folder: Path, at: str, how: str = "SIGKILL") -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), at, how],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def _resumed(folder: Path, **changes):
+    recorder = ToyRecorder(folder)
+    model = resumable_model(**changes)
+    model.fit(ToyDataset(), recorder=recorder)
+    return model, recorder.history()
+
+
+def test_killed_in_mid_epoch_and_resumed(tmp_path: Path, uninterrupted) -> None:
+    done = _killed(tmp_path / "run", "1:10")
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    model, history = _resumed(tmp_path / "run")
+    assert model.fit_report_["resumed_from"] is not None
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+    assert model.evals_result_ == uninterrupted[0].evals_result_
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["0:2", "0:5", "1:0", "1:4", "2:9", "2:19", "3:19"])
+def test_killed_anywhere(tmp_path: Path, uninterrupted, at: str) -> None:
+    assert _killed(tmp_path / "run", at).returncode == -signal.SIGKILL
+    model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_with_other_inner_steps(tmp_path: Path, uninterrupted) -> None:
+    for at in ("1:9", "2:14"):
+        assert _killed(tmp_path / "run", at).returncode == -signal.SIGKILL
+    model, history = _resumed(tmp_path / "run", inner_steps=7)
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stopped_after(monkeypatch: pytest.MonkeyPatch, folder: Path, epoch: int, step: int) -> None:
+    """A training that dies by an exception before a batch, in this process: quick to make."""
+    from qtorch.data.batches import BatchLoader
+
+    whole = BatchLoader.batches
+
+    def dying(self, number: int, start_step: int = 0):
+        for k, batch in enumerate(whole(self, number, start_step), start_step):
+            if self.order == "random" and (number, k) == (epoch, step):
+                raise _Stop
+            yield batch
+
+    folder.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "batches", dying)
+        with pytest.raises(_Stop):
+            resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
+
+
+@pytest.mark.parametrize("at", [(0, 6), (1, 0), (2, 13)])
+def test_resumed_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, at: tuple[int, int]
+) -> None:
+    _stopped_after(monkeypatch, tmp_path / "run", *at)
+    model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, caplog
+) -> None:
+    _stopped_after(monkeypatch, tmp_path / "run", 2, 13)
+    last = tmp_path / "run" / "checkpoints" / LAST
+    last.write_bytes(last.read_bytes()[:-2000])
+    with caplog.at_level(logging.WARNING, logger="qtorch"):
+        model, history = _resumed(tmp_path / "run")
+    assert "cannot be read" in caplog.text
+    assert model.fit_report_["resumed_from"].endswith(PREVIOUS)
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupted) -> None:
+    resumable_model().fit(ToyDataset(), recorder=recorder)
+    count = len(recorder.logged)
+    again = resumable_model()
+    again.fit(ToyDataset(), recorder=recorder)
+    assert again.fit_report_["resumed_from"] is not None
+    assert _same(_weights(again), _weights(uninterrupted[0]))
+    assert len(recorder.logged) == count
+    longer = resumable_model(trainer={**again.trainer, "max_epochs": 5})
+    longer.fit(ToyDataset(), recorder=recorder)
+    assert longer.fit_report_["epochs"] == 5
+
+
+def test_another_training_in_the_same_run_starts_anew(recorder: ToyRecorder, caplog) -> None:
+    resumable_model().fit(ToyDataset(), recorder=recorder)
+    other = resumable_model(seed=6)
+    with caplog.at_level(logging.WARNING, logger="qtorch"):
+        other.fit(ToyDataset(), recorder=recorder)
+    assert "another training" in caplog.text
+    assert other.fit_report_["resumed_from"] is None
+
+
+def test_a_path_of_another_training_is_an_error(recorder: ToyRecorder, tmp_path: Path) -> None:
+    resumable_model().fit(ToyDataset(), recorder=recorder)
+    path = recorder.checkpoint_dir() / LAST
+    with pytest.raises(ConfigError, match="another training"):
+        resumable_model(seed=6).fit(ToyDataset(), resume=path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        resumable_model().fit(ToyDataset(), resume=tmp_path / "nothing.ckpt")
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        resumable_model().fit(ToyDataset(), resume=tmp_path)
+
+
+def test_last_previous_and_best_are_kept(recorder: ToyRecorder) -> None:
+    model = resumable_model()
+    model.fit(ToyDataset(), recorder=recorder)
+    folder = recorder.checkpoint_dir()
+    assert sorted(p.name for p in folder.iterdir()) == sorted([LAST, PREVIOUS, BEST])
+    best = read_checkpoint(folder / BEST)["state_dict"]
+    assert all(torch.equal(best[f"network.{k}"], v) for k, v in _weights(model).items())
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_what_was(
+    recorder: ToyRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumable_model().fit(ToyDataset(), recorder=recorder)
+    folder = recorder.checkpoint_dir()
+    before = (folder / LAST).read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        resumable_model(seed=1).fit(ToyDataset(), recorder=recorder)
+    assert (folder / LAST).read_bytes() == before
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_ctrl_c_in_mid_epoch_keeps_a_checkpoint(tmp_path: Path, uninterrupted) -> None:
+    done = _killed(tmp_path / "run", "2:7", "SIGINT")
+    assert done.returncode != 0
+    assert "TrainingInterrupted: training interrupted in epoch 2 after batch 8 of 20" in done.stderr
+    assert "Go on with the same fit in run toy" in done.stderr
+    model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from toy_training import *
+from qtorch.data.batches import BatchLoader
+import pathlib
+whole = BatchLoader.batches
+def slow(self, epoch, start_step=0):
+    for step, batch in enumerate(whole(self, epoch, start_step), start_step):
+        if self.order == "random" and step == 5:
+            print("READY", flush=True)
+            for _ in range(600):
+                time.sleep(0.1)
+        yield batch
+BatchLoader.batches = slow
+resumable_model().fit(ToyDataset(), recorder=ToyRecorder(pathlib.Path(sys.argv[2])))
+"""
+    (tmp_path / "run").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(SCRIPT.parent), str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "READY"
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None, "the first one waits for the step"
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 10
+    assert process.returncode != 0
+    assert "TrainingInterrupted" in errors

@@ -1,0 +1,158 @@
+"""A small market and a recorder in memory or in a file, for the tests of training.
+
+Run as a script it trains in a process of its own, which a test may kill; see `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from qtorch.data.columns import PanelColumns
+from qtorch.data.panel import Panel
+from qtorch.data.sample_set import Samples
+from qtorch.data.segment_samples import build_samples
+from qtorch.data.view import View
+
+NUM_FEATURES = 4
+
+
+class ToyDataset:
+    """Features of noise; the label is a known mixture of the newest two days' features.
+
+    30 instruments, with holes; label "label" is the raw one over its standard deviation, so that
+    the two differ.
+    """
+
+    def __init__(self, num_days: int = 60, num_instruments: int = 30, step_len: int = 3) -> None:
+        rng = np.random.default_rng(0)
+        days = pd.date_range("2020-01-01", periods=num_days, name="datetime")
+        names = pd.Index([f"S{k:03d}" for k in range(num_instruments)], name="instrument")
+        x = rng.normal(size=(num_days, num_instruments, NUM_FEATURES)).astype(np.float32)
+        before = np.concatenate([x[:1], x[:-1]])
+        signal = x[:, :, 0] - 0.5 * before[:, :, 1]
+        raw = 0.02 * (signal + rng.normal(size=signal.shape))
+        values = np.concatenate([x, raw[..., None], raw[..., None] / raw.std()], axis=2)
+        rows = torch.tensor(rng.random((num_days, num_instruments)) > 0.1)
+        fields = [*(f"F{k}" for k in range(NUM_FEATURES)), "RAW", "LABEL"]
+        panel = Panel(torch.tensor(values, dtype=torch.float32), days, names, fields)
+        columns = {
+            "feature": PanelColumns(panel, fields[:NUM_FEATURES]),
+            "label": PanelColumns(panel, ["LABEL"]),
+        }
+        self.raw = PanelColumns(panel, ["RAW"])
+        self.view = View(columns, rows, rows)
+        self.step_len = step_len
+        cut = [int(num_days * share) for share in (0.6, 0.8)]
+        self.segments = {
+            "train": (days[0], days[cut[0] - 1]),
+            "valid": (days[cut[0]], days[cut[1] - 1]),
+            "test": (days[cut[1]], days[-1]),
+        }
+
+    def samples(
+        self, segment: str | slice, *, data_key: str = "infer", purge: bool = False
+    ) -> Samples:
+        dates = segment if isinstance(segment, slice) else slice(*self.segments[segment])
+        return build_samples(
+            self.view,
+            start=dates.start,
+            end=dates.stop,
+            raw_label=self.raw,
+            step_len=self.step_len,
+            learn=data_key == "learn",
+        )
+
+
+class ToyRecorder:
+    """Keeps what is logged, in memory and line by line in a file."""
+
+    id = "toy"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.logged: list[tuple[str, int, float]] = []
+
+    def checkpoint_dir(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def log_batch(self, metrics: dict[str, float], step: int = 0) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            for key, value in metrics.items():
+                self.logged.append((key, step, value))
+                file.write(json.dumps([key, step, value]) + "\n")
+
+    def history(self) -> dict[tuple[str, int], float]:
+        """What was logged, each key and step once; an unequal repetition is an error."""
+        out: dict[tuple[str, int], float] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            key, step, value = json.loads(line)
+            if (key, step) in out and out[key, step] != value:
+                raise AssertionError(f"{key} at {step}: {out[key, step]} and then {value}")
+            out[key, step] = value
+        return out
+
+
+def resumable_model(**changes: Any) -> Any:
+    """A model whose training depends on everything that a checkpoint has to hold."""
+    from qtorch.model.lightning_model import LightningModel
+
+    arguments: dict[str, Any] = {
+        "network": {"_target_": "qtorch.nn.LSTM", "hidden_size": 8, "dropout": 0.3},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
+        "scheduler": {
+            "scheduler": {
+                "_target_": "torch.optim.lr_scheduler.StepLR",
+                "step_size": 3,
+                "gamma": 0.9,
+            },
+            "interval": "step",
+        },
+        "batch": {"size": 50},
+        "trainer": {
+            "max_epochs": 4,
+            "accelerator": "cpu",
+            "gradient_clip_val": 1.0,
+            "enable_progress_bar": False,
+        },
+        "monitor": "rank_ic",
+        "early_stop": 10,
+        "checkpoint": {"every_n_steps": 4},
+        "inner_steps": 3,
+        "seed": 5,
+    }
+    return LightningModel(**{**arguments, **changes})
+
+
+def main(folder: str, kill_at: str = "never", how: str = "SIGKILL") -> None:
+    """Train in `folder`; before batch `kill_at` ("epoch:step") this process gets a signal.
+
+    Writes the weights to `folder/weights.pt` if it comes to the end.
+    """
+    from qtorch.data.batches import BatchLoader
+
+    torch.set_num_threads(1)
+    whole = BatchLoader.batches
+
+    def dying(self: Any, epoch: int, start_step: int = 0) -> Any:
+        for step, batch in enumerate(whole(self, epoch, start_step), start_step):
+            if self.order == "random" and f"{epoch}:{step}" == kill_at:
+                os.kill(os.getpid(), getattr(signal, how))
+            yield batch
+
+    BatchLoader.batches = dying  # type: ignore[method-assign]
+    model = resumable_model()
+    model.fit(ToyDataset(), recorder=ToyRecorder(Path(folder)))
+    torch.save(model.network_.state_dict(), Path(folder) / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
