@@ -26,13 +26,17 @@ RELATIVE, OF_SCALE, SHARE = 1e-4, 1e-6, 0.9999
 
 @dataclass(frozen=True)
 class Row:
-    """One column's agreement: cells, the share that agrees, differing NaNs, the worst excess."""
+    """One column's agreement: cells, the share that agrees, differing NaNs, the worst excess.
+
+    `flat` counts the declared difference: exactly 0 here, Qlib's rounding (under 1e-5) there.
+    """
 
     name: str
     cells: int
     agree: float
     other_nan: int
     outside: int
+    flat: int
     worst: float
 
     @property
@@ -43,7 +47,7 @@ class Row:
         mark = "ok" if self.passes else "FAILS"
         return (
             f"{self.name[:60]:60} {self.cells:9d} {100 * self.agree:9.4f}% nan {self.other_nan:5d} "
-            f"outside {self.outside:5d} worst {self.worst:9.2e} {mark}"
+            f"outside {self.outside:5d} flat {self.flat:4d} worst {self.worst:9.2e} {mark}"
         )
 
 
@@ -92,10 +96,12 @@ def compare_column(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
     same_nan = np.isnan(ours) == np.isnan(theirs)
     allowed = RELATIVE * np.abs(theirs) + OF_SCALE * scale
     with np.errstate(invalid="ignore"):
-        excess = np.where(ours == theirs, 0.0, np.abs(ours - theirs) - allowed)
-    outside = ~np.isnan(excess) & (excess > 0)
+        outside = ~(np.abs(ours - theirs) <= allowed) & (ours != theirs)
+    infinite = np.isinf(ours) | np.isinf(theirs)
+    outside = same_nan & ~np.isnan(ours) & (outside | (infinite & (ours != theirs)))
+    flat = outside & (ours == 0) & (np.abs(theirs) < 1e-5)
+    outside &= ~flat
     agree = same_nan & ~outside
     worst = float(np.abs(ours - theirs)[outside].max()) if outside.any() else 0.0
-    return Row(
-        name, len(ours), float(agree.mean()), int((~same_nan).sum()), int(outside.sum()), worst
-    )
+    counts = (int((~same_nan).sum()), int(outside.sum()), int(flat.sum()))
+    return Row(name, len(ours), float(agree.mean()), *counts, worst)

@@ -26,6 +26,23 @@ def expressions_of(wanted: object) -> tuple[list[str], list[str]]:
     return list(wanted), list(wanted)
 
 
+def features(D: object, expressions: list[str]) -> tuple[object, set[str]]:
+    """The frame of all expressions that Qlib computes, and those that it fails on."""
+    instruments = D.instruments("all")
+    try:
+        return D.features(instruments, expressions, freq="day"), set()
+    except Exception:  # noqa: BLE001 - Qlib raises whatever the failing operator raised
+        refused = set()
+        for expression in expressions:
+            try:
+                D.features(instruments, [expression], freq="day")
+            except Exception as error:  # noqa: BLE001
+                print(f"Qlib fails on {expression}: {error!r}"[:200], file=sys.stderr)
+                refused.add(expression)
+        kept = [e for e in expressions if e not in refused]
+        return D.features(instruments, kept, freq="day"), refused
+
+
 def main(provider: str, wanted_path: str, out: str, kernels: str = "1") -> None:
     import qlib
     from qlib.data import D
@@ -42,15 +59,17 @@ def main(provider: str, wanted_path: str, out: str, kernels: str = "1") -> None:
     )
     expressions, names = expressions_of(wanted)
     started = time.perf_counter()
-    frame = D.features(D.instruments("all"), expressions, freq="day")
+    frame, refused = features(D, expressions)
     seconds = time.perf_counter() - started
+    dates = frame.index.get_level_values("datetime")
     np.savez(
         out,
         values=frame.to_numpy(dtype=np.float32),
         instrument=frame.index.get_level_values("instrument").to_numpy().astype(str),
-        datetime=frame.index.get_level_values("datetime").to_numpy().astype("datetime64[ns]").astype(np.int64),
-        names=np.array(names),
-        expressions=np.array(expressions),
+        datetime=dates.to_numpy().astype("datetime64[ns]").astype(np.int64),
+        names=np.array([n for n, e in zip(names, expressions) if e not in refused]),
+        expressions=np.array([e for e in expressions if e not in refused]),
+        refused=np.array(sorted(refused), dtype=str),
         seconds=seconds,
     )
 

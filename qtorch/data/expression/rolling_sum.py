@@ -67,18 +67,12 @@ def _central_moments(series: Series, window: int, highest: int) -> list[Tensor]:
     return [second, third, *fourth]
 
 
-def _is_flat(series: Series, window: int) -> Tensor:
-    """Windows that hold one value only; there higher moments are rounding errors."""
-    return series.variance(window) == 0
-
-
 def _skewness(machine: Machine, step: Step) -> Tensor:
     series, window = machine.series(step), _window(step)
     n = series.count(window)
     second, third = _central_moments(series, window, 3)
     skew = (n * (n - 1)).sqrt() / (n - 2) * third / second**1.5
-    skew = _flat_as(skew, series, window, 0.0)
-    return machine.block.seal(_narrowed(skew.masked_fill_(n < 3, _NAN), step))
+    return machine.block.seal(_narrowed(_unless_flat(skew, series, window, 3), step))
 
 
 def _kurtosis(machine: Machine, step: Step) -> Tensor:
@@ -86,12 +80,13 @@ def _kurtosis(machine: Machine, step: Step) -> Tensor:
     n = series.count(window)
     second, _, fourth = _central_moments(series, window, 4)
     kurt = ((n * n - 1) * fourth / second**2 - 3 * (n - 1) ** 2) / ((n - 2) * (n - 3))
-    kurt = _flat_as(kurt, series, window, -3.0)
-    return machine.block.seal(_narrowed(kurt.masked_fill_(n < 4, _NAN), step))
+    return machine.block.seal(_narrowed(_unless_flat(kurt, series, window, 4), step))
 
 
-def _flat_as(values: Tensor, series: Series, window: int, constant: float) -> Tensor:
-    return torch.where(_is_flat(series, window), constant, values)
+def _unless_flat(values: Tensor, series: Series, window: int, least: int) -> Tensor:
+    """NaN where there are too few values, or one value only: its higher moments are rounding."""
+    values.masked_fill_(series.variance(window) == 0, _NAN)
+    return values.masked_fill_(series.count(window) < least, _NAN)
 
 
 # -- regression on the row number ------------------------------------------------------------------
