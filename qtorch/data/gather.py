@@ -26,8 +26,7 @@ class History:
     `step_len` days *on which any instrument has a row*; a day on which this instrument has none
     is missing. "none" leaves it NaN, "ffill" takes the instrument's last row before it inside
     the window, "ffill+bfill" then takes the window's first row for what is missing before that.
-    Missing are rows, not cells: a NaN in a row that exists stays. A window that ends at a row
-    that does not exist is NaN throughout.
+    Missing are rows, not cells: a NaN in a row that exists stays.
     """
 
     def __init__(self, exists: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
@@ -64,8 +63,8 @@ class History:
             rows = rows.cummax(1).values  # rows ascend in a window: the largest yet is the latest
         if fill == "ffill+bfill":
             first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
-            rows = torch.where(rows < 0, first, rows)
-        return rows.masked_fill(~self.exists[date, instrument][:, None], -1)
+            rows = torch.where(rows < 0, first, rows).masked_fill(first == self.num_dates, -1)
+        return rows
 
 
 class Packed(ABC):
@@ -125,8 +124,9 @@ class DensePacked(Packed):
 
     Where the values are the pack's `own` (with nothing fused), the incomplete windows are filled
     once and stand behind them, so that every window is contiguous and a gather is one
-    `index_select`, without a question that a GPU's host would wait for. Otherwise, or where
-    that would take too much memory, incomplete windows are mended batch by batch.
+    `index_select`, without a question that a GPU's host would wait for (a window that ends at
+    a row that does not exist, and so is no sample, is all NaN then). Otherwise, or where that
+    would take too much memory, incomplete windows are mended batch by batch.
     """
 
     def __init__(
