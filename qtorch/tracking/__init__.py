@@ -1,1 +1,29 @@
-"""."""
+"""Runs on record: Recorder, Experiment, ExpManager and R on MLflow."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.tracking.current import current_recorder as current_recorder
+    from qtorch.tracking.experiment import Experiment as Experiment
+    from qtorch.tracking.experiment import MLflowExperiment as MLflowExperiment
+    from qtorch.tracking.manager import ExpManager as ExpManager
+    from qtorch.tracking.manager import MLflowExpManager as MLflowExpManager
+    from qtorch.tracking.mlflow_recorder import MLflowRecorder as MLflowRecorder
+    from qtorch.tracking.r import R as R
+    from qtorch.tracking.recorder import Recorder as Recorder
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "ExpManager": "qtorch.tracking.manager",
+        "Experiment": "qtorch.tracking.experiment",
+        "MLflowExpManager": "qtorch.tracking.manager",
+        "MLflowExperiment": "qtorch.tracking.experiment",
+        "MLflowRecorder": "qtorch.tracking.mlflow_recorder",
+        "R": "qtorch.tracking.r",
+        "Recorder": "qtorch.tracking.recorder",
+        "current_recorder": "qtorch.tracking.current",
+    },
+)

@@ -1,0 +1,300 @@
+"""A named collection of runs."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import pandas as pd
+
+from qtorch.core.errors import ArgumentError, unknown_name
+from qtorch.tracking.current import running_here
+from qtorch.tracking.errors import NotInStoreError
+from qtorch.tracking.locations import resolve_uri
+from qtorch.tracking.mlflow_recorder import MLflowRecorder
+from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.rows import RunRow
+
+if TYPE_CHECKING:
+    from qtorch.tracking.mlflow_store import MLflowStore
+
+log = logging.getLogger(__name__)
+
+Searched = Sequence[str] | None
+
+
+class Experiment(ABC):
+    """A handle on an experiment of a store. Answers to qlib/workflow/exp.py."""
+
+    RT_D = "dict"
+    RT_L = "list"
+    UNLIMITED = 50_000
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id = id
+        self.name = name
+
+    @property
+    @abstractmethod
+    def active_recorder(self) -> Recorder | None:
+        """The innermost running recorder of this experiment in this context."""
+
+    @abstractmethod
+    def start(
+        self,
+        *,
+        recorder_id: str | None = None,
+        recorder_name: str | None = None,
+        resume: bool = False,
+    ) -> Recorder:
+        """Start a new run, or with `resume` go on with the one of that id or name."""
+
+    def end(self, recorder_status: str = Recorder.STATUS_FI) -> None:
+        """End the running recorder, if there is one."""
+        if self.active_recorder is not None:
+            self.active_recorder.end_run(recorder_status)
+
+    @abstractmethod
+    def create_recorder(self, recorder_name: str | None = None) -> Recorder:
+        """A recorder that has not started."""
+
+    @abstractmethod
+    def get_recorder(
+        self,
+        recorder_id: str | None = None,
+        recorder_name: str | None = None,
+        create: bool = True,
+        start: bool = False,
+    ) -> Recorder:
+        """The recorder of that id or name, the newest of that name; the running one by default."""
+
+    @abstractmethod
+    def delete_recorder(
+        self, recorder_id: str | None = None, recorder_name: str | None = None
+    ) -> None:
+        """Mark a run deleted."""
+
+    @abstractmethod
+    def search_records(
+        self,
+        *,
+        filter_string: str | None = None,
+        run_view_type: int | None = None,
+        max_results: int | None = None,
+        order_by: Searched = None,
+    ) -> pd.DataFrame:
+        """The runs of this experiment as a table: `ExpManager.search_records`."""
+
+    @property
+    def info(self) -> dict[str, object]:
+        """Class, id, name, active_recorder, recorders (their ids)."""
+        active = self.active_recorder
+        return {
+            "class": "Experiment",
+            "id": self.id,
+            "name": self.name,
+            "active_recorder": active.id if active else None,
+            "recorders": list(self.list_recorders()),
+        }
+
+    @abstractmethod
+    def list_recorders(
+        self,
+        rtype: Literal["dict", "list"] = "dict",
+        max_results: int = UNLIMITED,
+        status: str | None = None,
+        filter_string: str = "",
+    ) -> Any:
+        """The runs, the newest first: `{id: recorder}` or a list; of one status if given."""
+
+
+class MLflowExperiment(Experiment):
+    """An experiment of an MLflow store."""
+
+    default_recorder_name = "mlflow_recorder"  # Qlib's
+
+    def __init__(self, id: str, name: str, uri: str) -> None:
+        super().__init__(id, name)
+        self._uri = resolve_uri(uri)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(id={self.id!r}, name={self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MLflowExperiment):
+            return NotImplemented
+        return (self.id, self._uri) == (other.id, other._uri)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self._uri))
+
+    def _holds(self, recorder: MLflowRecorder) -> bool:
+        return (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
+
+    @property
+    def _store(self) -> MLflowStore:
+        from qtorch.tracking.mlflow_store import store_at
+
+        return store_at(self._uri)
+
+    @property
+    def active_recorder(self) -> MLflowRecorder | None:
+        """The innermost running recorder of this experiment in this context."""
+        for recorder in reversed(running_here()):
+            if isinstance(recorder, MLflowRecorder) and self._holds(recorder):
+                return recorder
+        return None
+
+    def start(
+        self,
+        *,
+        recorder_id: str | None = None,
+        recorder_name: str | None = None,
+        resume: bool = False,
+    ) -> MLflowRecorder:
+        """Start a new run, or with `resume` go on with the one of that id or name.
+
+        A name that no run has starts one, also with `resume` (Qlib's rule, so that a program can
+        be repeated as it is); an id that no run has is a NotInStoreError.
+        """
+        name = recorder_name or self.default_recorder_name
+        if not resume:
+            if recorder_id is not None:
+                raise ArgumentError(
+                    f"recorder_id={recorder_id!r} names a run that exists: give resume=True to go "
+                    "on with it, or leave the id out for a new run."
+                )
+            return self.create_recorder(name).start_run()
+        if recorder_id is not None:
+            return self._by_id(recorder_id).start_run()
+        return (self._by_name(name) or self.create_recorder(name)).start_run()
+
+    def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
+        """A recorder that has not started."""
+        name = recorder_name or self.default_recorder_name
+        return MLflowRecorder(self.id, self._uri, name, experiment_name=self.name)
+
+    def get_recorder(
+        self,
+        recorder_id: str | None = None,
+        recorder_name: str | None = None,
+        create: bool = True,
+        start: bool = False,
+    ) -> MLflowRecorder:
+        """The recorder of that id or name, the newest of that name; the running one by default.
+
+        `create` makes one of that name where there is none, `start` starts one that was made.
+        Otherwise a NotInStoreError.
+        """
+        if recorder_id is None and recorder_name is None and self.active_recorder is not None:
+            return self.active_recorder
+        if recorder_id is not None:
+            return self._by_id(recorder_id)
+        found = self._by_name(recorder_name or self.default_recorder_name)
+        if found is not None:
+            return found
+        if not create:
+            names = {str(r.name) for r in self.list_recorders("list")}
+            wanted = recorder_name or self.default_recorder_name
+            raise NotInStoreError(
+                f"experiment {self.name!r}: {unknown_name('recorder', wanted, names)}"
+            )
+        made = self.create_recorder(recorder_name)
+        return made.start_run() if start else made
+
+    def _by_id(self, recorder_id: str) -> MLflowRecorder:
+        for recorder in running_here():
+            if recorder.id == recorder_id and isinstance(recorder, MLflowRecorder):
+                return recorder
+        row = self._store.run(recorder_id)
+        if row.experiment_id != self.id:
+            raise NotInStoreError(
+                f"the run {recorder_id} is not of experiment {self.name!r} (id {self.id}) but of "
+                f"the one of id {row.experiment_id}."
+            )
+        return self._recorder(row)
+
+    def _by_name(self, name: str) -> MLflowRecorder | None:
+        for recorder in reversed(running_here()):
+            mine = isinstance(recorder, MLflowRecorder) and self._holds(recorder)
+            if mine and recorder.name == name:
+                return cast(MLflowRecorder, recorder)
+        found = [r for r in self._store.runs([self.id]) if r.name == name]
+        if len(found) > 1:
+            log.info("%d runs are called %r; the newest is taken", len(found), name)
+        return self._recorder(found[0]) if found else None
+
+    def _recorder(self, row: RunRow) -> MLflowRecorder:
+        return MLflowRecorder(self.id, self._uri, mlflow_run=row, experiment_name=self.name)
+
+    def delete_recorder(
+        self, recorder_id: str | None = None, recorder_name: str | None = None
+    ) -> None:
+        """Mark a run deleted, by id or the newest of a name; NotInStoreError where none is."""
+        if recorder_id is None and recorder_name is None:
+            raise ArgumentError("delete_recorder needs a recorder_id or a recorder_name.")
+        found = self.get_recorder(recorder_id, recorder_name, create=False)
+        self._store.delete_run(str(found.id))
+
+    def search_records(
+        self,
+        *,
+        filter_string: str | None = None,
+        run_view_type: int | None = None,
+        max_results: int | None = None,
+        order_by: Searched = None,
+    ) -> pd.DataFrame:
+        """The runs of this experiment as a table: `ExpManager.search_records`."""
+        rows = self._store.runs(
+            [self.id],
+            filter_string=filter_string or "",
+            run_view_type=run_view_type or 1,
+            max_results=100_000 if max_results is None else max_results,
+            order_by=order_by,
+        )
+        return runs_table(rows)
+
+    def list_recorders(
+        self,
+        rtype: Literal["dict", "list"] = "dict",
+        max_results: int = Experiment.UNLIMITED,
+        status: str | None = None,
+        filter_string: str = "",
+    ) -> Any:
+        """The runs, the newest first: `{id: recorder}` or a list; of one status if given."""
+        if rtype not in (self.RT_D, self.RT_L):
+            raise ArgumentError(unknown_name("rtype", str(rtype), (self.RT_D, self.RT_L)))
+        rows = self._store.runs([self.id], filter_string=filter_string, max_results=max_results)
+        found = [self._recorder(row) for row in rows if status in (None, row.status)]
+        return {str(r.id): r for r in found} if rtype == self.RT_D else found
+
+
+def runs_table(rows: Sequence[RunRow]) -> pd.DataFrame:
+    """One row a run: run_id, experiment_id, status, artifact_uri, start_time, end_time (UTC), and
+    a column for each metric, param and tag, `metrics.*` (NaN where a run has none), `params.*`
+    and `tags.*` (None)."""
+    table = pd.DataFrame(
+        {
+            "run_id": pd.Series([r.id for r in rows], dtype=object),
+            "experiment_id": pd.Series([r.experiment_id for r in rows], dtype=object),
+            "status": pd.Series([r.status for r in rows], dtype=object),
+            "artifact_uri": pd.Series([r.artifact_uri for r in rows], dtype=object),
+            "start_time": _times([r.start_time for r in rows]),
+            "end_time": _times([r.end_time for r in rows]),
+        }
+    )
+    columns = {}
+    for key in sorted({k for r in rows for k in r.metrics}):
+        values = [r.metrics.get(key, float("nan")) for r in rows]
+        columns[f"metrics.{key}"] = pd.Series(values, dtype=float)
+    for key in sorted({k for r in rows for k in r.params}):
+        columns[f"params.{key}"] = pd.Series([r.params.get(key) for r in rows], dtype=object)
+    for key in sorted({k for r in rows for k in r.tags}):
+        columns[f"tags.{key}"] = pd.Series([r.tags.get(key) for r in rows], dtype=object)
+    return pd.concat([table, pd.DataFrame(columns)], axis=1) if columns else table
+
+
+def _times(milliseconds: list[int | None]) -> pd.Series:
+    return pd.to_datetime(pd.Series(milliseconds, dtype="Int64"), unit="ms", utc=True)

@@ -1,0 +1,393 @@
+"""MLflow behind one door: the only module that imports it.
+
+Everything goes through a client of one tracking URI; MLflow's own global URI and active run are
+neither read nor set. Its environment variables (credentials, timeouts, system metrics) hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow.store.db_migrations
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from qtorch.core.errors import TrackingError
+from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError, RefusedError
+from qtorch.tracking.locations import cache_folder, file_lock, redacted, resolve_uri, sqlite_path
+from qtorch.tracking.rows import ExperimentRow, MetricPoint, RunRow
+from qtorch.tracking.sqlite_file import ensure_sqlite_store
+
+log = logging.getLogger(__name__)
+
+MAX_METRICS, MAX_PARAMS, PAGE = 1000, 100, 1000
+FRESH_SECONDS = 10.0  # a server that answered so lately is not asked again whether it is there
+TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
+DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_INFINITE = sys.float_info.max  # what MLflow stores for an infinite value
+
+_stores: dict[tuple[int, str], MLflowStore] = {}
+_stores_lock = threading.Lock()
+
+
+def store_at(uri: str) -> MLflowStore:
+    """The store of a tracking URI, opened once a process.
+
+    Raises TrackingError, within seconds, where nothing answers.
+    """
+    resolved = resolve_uri(uri)
+    key = (os.getpid(), resolved)
+    with _stores_lock:
+        if key not in _stores:
+            _stores[key] = MLflowStore(resolved)
+        return _stores[key]
+
+
+class MLflowStore:
+    """Experiments, runs and artifacts of one tracking URI, errors in qtorch's own classes."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = resolve_uri(uri)
+        self._answered = -math.inf
+        self.check_answers()
+        path = sqlite_path(self.uri)
+        with self._asked("open the store"):
+            if path is not None:
+                ensure_sqlite_store(path, _schema_name(), _migrate)
+                self.client = MlflowClient(tracking_uri=self.uri)
+            else:
+                # A fresh database of a server is migrated by the first who opens it.
+                name = sha256(self.uri.encode()).hexdigest()[:16]
+                with file_lock(cache_folder() / f"open-{name}.lock"):
+                    self.client = MlflowClient(tracking_uri=self.uri)
+                    self.client.search_experiments(max_results=1)
+        _opened.add(self)
+
+    def check_answers(self) -> None:
+        """TrackingError, within QTORCH_TRACKING_TIMEOUT seconds (10), unless the server is there.
+
+        MLflow's own requests go on retrying for minutes, so this stands before them.
+        """
+        parts = urlsplit(self.uri)
+        if not parts.hostname or time.monotonic() - self._answered < FRESH_SECONDS:
+            return
+        timeout = float(os.environ.get(TIMEOUT_VARIABLE, "10"))
+        try:
+            if parts.scheme in ("http", "https"):
+                _get_health(self.uri, timeout)
+            else:
+                port = parts.port or DEFAULT_PORTS.get(parts.scheme.split("+")[0], 0)
+                socket.create_connection((parts.hostname, port), timeout=timeout).close()
+        except (MlflowException, OSError, ValueError) as error:
+            raise TrackingError(
+                f"the tracking server {redacted(self.uri)} does not answer ({_first_line(error)}). "
+                "Start it, or give another tracking URI."
+            ) from error
+        self._answered = time.monotonic()
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Errors of MLflow become qtorch's; a success tells that the server is there."""
+        self.check_answers()
+        try:
+            yield
+        except TrackingError:
+            raise
+        except MlflowException as error:
+            kinds: dict[str, type[TrackingError]] = {
+                "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
+                "RESOURCE_ALREADY_EXISTS": AlreadyInStoreError,
+                "INVALID_PARAMETER_VALUE": RefusedError,
+            }
+            self._answered = -math.inf
+            kind = kinds.get(str(error.error_code), TrackingError)
+            raise kind(self._failed(what, error)) from error
+        except Exception as error:
+            self._answered = -math.inf
+            raise TrackingError(self._failed(what, error)) from error
+        self._answered = time.monotonic()
+
+    def _failed(self, what: str, error: Exception) -> str:
+        return f"could not {what} at {redacted(self.uri)}: {_first_line(error)}"
+
+    # Experiments
+
+    def experiment(self, *, id: str | None = None, name: str | None = None) -> ExperimentRow | None:
+        """The experiment, a deleted one too; None where there is none."""
+        try:
+            with self._asked(f"read the experiment {name or id!r}"):
+                if id is not None:
+                    return _experiment_row(self.client.get_experiment(str(id)))
+                found = self.client.get_experiment_by_name(name or "")
+                return None if found is None else _experiment_row(found)
+        except (NotInStoreError, RefusedError):
+            return None
+
+    def create_experiment(self, name: str) -> ExperimentRow:
+        """A new experiment; AlreadyInStoreError where the name is taken, by a deleted one too."""
+        path = sqlite_path(self.uri)
+        folder = None if path is None else str(path.parent / "artifacts" / _folder_name(name))
+        with self._asked(f"create the experiment {name!r}"):
+            created = self.client.create_experiment(name, artifact_location=folder)
+        return ExperimentRow(str(created), name)
+
+    def experiments(self) -> list[ExperimentRow]:
+        """All that are not deleted."""
+        with self._asked("list the experiments"):
+            return [_experiment_row(e) for e in _pages(self.client.search_experiments)]
+
+    def delete_experiment(self, id: str) -> None:
+        """Mark it deleted, as MLflow does; `mlflow gc` removes it for good."""
+        with self._asked(f"delete the experiment {id}"):
+            self.client.delete_experiment(id)
+
+    # Runs
+
+    def create_run(
+        self, experiment_id: str, name: str | None, tags: Mapping[str, str], start_time: int
+    ) -> RunRow:
+        """A new run, status RUNNING."""
+        with self._asked("create a run"):
+            run = self.client.create_run(
+                experiment_id, start_time=start_time, tags=dict(tags), run_name=name
+            )
+        return _run_row(run)
+
+    def run(self, run_id: str) -> RunRow:
+        """One run; NotInStoreError where there is none."""
+        try:
+            with self._asked(f"read the run {run_id}"):
+                return _run_row(self.client.get_run(run_id))
+        except RefusedError as error:
+            raise NotInStoreError(str(error)) from error
+
+    def set_status(self, run_id: str, status: str, end_time: int | None = None) -> None:
+        """A final status with its end, or RUNNING again."""
+        with self._asked(f"set the run {run_id} to {status}"):
+            if end_time is None:
+                self.client.update_run(run_id, status=status)
+            else:
+                self.client.set_terminated(run_id, status=status, end_time=end_time)
+
+    def delete_run(self, run_id: str) -> None:
+        """Mark it deleted."""
+        with self._asked(f"delete the run {run_id}"):
+            self.client.delete_run(run_id)
+
+    def runs(
+        self,
+        experiment_ids: Sequence[str],
+        *,
+        filter_string: str = "",
+        run_view_type: int = 1,
+        max_results: int = 100_000,
+        order_by: Sequence[str] | None = None,
+    ) -> list[RunRow]:
+        """Runs by MLflow's filter language, the newest first unless `order_by` says else."""
+
+        def page(page_token: str | None, max_results: int) -> Any:
+            return self.client.search_runs(
+                list(experiment_ids),
+                filter_string,
+                run_view_type,
+                max_results,
+                list(order_by) if order_by else None,
+                page_token,
+            )
+
+        with self._asked("search the runs"):
+            return [_run_row(run) for run in _pages(page, max_results)]
+
+    # What a run logs
+
+    def log_batch(
+        self,
+        run_id: str,
+        metrics: Iterable[MetricPoint] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """At most 1000 metrics, 100 params, 100 tags, all or nothing.
+
+        A metric of the same step, time and value is not stored twice.
+        """
+        with self._asked(f"log to the run {run_id}"):
+            self.client.log_batch(
+                run_id,
+                [Metric(m.key, m.value, m.time, m.step) for m in metrics],
+                [Param(k, v) for k, v in (params or {}).items()],
+                [RunTag(k, v) for k, v in (tags or {}).items()],
+            )
+
+    def history(self, run_id: str, keys: Iterable[str]) -> dict[str, dict[int, float]]:
+        """`{key: {step: value}}`, the newest value where a step has several."""
+        found: dict[str, dict[int, float]] = {}
+        with self._asked(f"read the metrics of the run {run_id}"):
+            for key in keys:
+                points = self.client.get_metric_history(run_id, key)
+                ordered = sorted(points, key=lambda p: int(p.timestamp))
+                found[key] = {p.step: value_of(p.value) for p in ordered}
+        return found
+
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """Remove a tag; one that is not there is no error."""
+        try:
+            with self._asked(f"delete the tag {key!r}"):
+                self.client.delete_tag(run_id, key)
+        except NotInStoreError:
+            log.debug("the run %s has no tag %r", run_id, key)
+
+    # Artifacts on another machine, by MLflow's own repositories
+
+    def artifacts(self, run_id: str, folder: str | None) -> list[tuple[str, bool]]:
+        """`(path, is a folder)` of what lies directly in `folder`."""
+        with self._asked("list the artifacts"):
+            return [(a.path, a.is_dir) for a in self.client.list_artifacts(run_id, folder)]
+
+    def upload(self, run_id: str, local: Path, folder: str | None) -> None:
+        """A file, or what a folder holds, into the run's `folder`."""
+        with self._asked(f"store {local.name!r}"):
+            if local.is_dir():
+                self.client.log_artifacts(run_id, str(local), folder)
+            else:
+                self.client.log_artifact(run_id, str(local), folder)
+
+    def download(self, run_id: str, path: str, target: str | None) -> str:
+        """Fetch a file or folder; the local path."""
+        with self._asked(f"fetch {path!r}"):
+            return str(self.client.download_artifacts(run_id, path, target))
+
+    def remove(self, run_id: str, path: str) -> None:
+        """Delete an artifact; TrackingError where the repository cannot."""
+        with self._asked(f"delete {path!r}"):
+            repository: Any = self.client._tracking_client._get_artifact_repo(run_id)
+            repository.delete_artifacts(path)
+
+
+def start_monitor(uri: str, run_id: str, *, resumed: bool) -> Callable[[], None] | None:
+    """MLflow's system metrics where its users switched them on; what ends them."""
+    switch: Any = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    if not switch.get():
+        return None
+    try:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        kind: Any = SystemMetricsMonitor
+        monitor = kind(run_id, resume_logging=resumed, tracking_uri=uri)
+        monitor.start()
+    except Exception as error:
+        log.warning("no system metrics are logged: %s", _first_line(error))
+        return None
+    finish: Callable[[], None] = monitor.finish
+    return finish
+
+
+def value_of(stored: float) -> float:
+    """A metric's value from the store: MLflow keeps infinity as the largest float."""
+    return math.copysign(math.inf, stored) if abs(stored) >= _INFINITE else stored
+
+
+def _get_health(uri: str, timeout: float) -> None:
+    """Any answer will do, with MLflow's own credentials and certificates."""
+    creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    http_request(  # type: ignore[no-untyped-call]
+        creds, "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
+    )
+
+
+def _experiment_row(entity: Any) -> ExperimentRow:
+    return ExperimentRow(
+        str(entity.experiment_id), entity.name, entity.lifecycle_stage == "deleted"
+    )
+
+
+def _run_row(run: Any) -> RunRow:
+    info, data = run.info, run.data
+    return RunRow(
+        id=info.run_id,
+        name=info.run_name or data.tags.get("mlflow.runName", ""),
+        experiment_id=str(info.experiment_id),
+        status=info.status,
+        start_time=info.start_time,
+        end_time=info.end_time,
+        artifact_uri=info.artifact_uri,
+        deleted=info.lifecycle_stage == "deleted",
+        metrics={k: value_of(v) for k, v in data.metrics.items()},
+        params=dict(data.params),
+        tags=dict(data.tags),
+    )
+
+
+def _pages(fetch: Callable[..., Any], limit: int = sys.maxsize) -> Iterator[Any]:
+    token, left = None, limit
+    while left > 0:
+        page = fetch(page_token=token, max_results=min(left, PAGE))
+        yield from page
+        token, left = page.token, left - len(page)
+        if not token:
+            return
+
+
+def _folder_name(name: str) -> str:
+    """A folder for an experiment of any name: readable, and its own."""
+    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
+    return f"{readable[:60]}-{sha256(f'{name}{time.time_ns()}'.encode()).hexdigest()[:6]}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _schema_name() -> str:
+    """MLflow's version and its number of migrations: what a template file is good for."""
+    folder = Path(mlflow.store.db_migrations.__path__[0], "versions")
+    return f"{mlflow.__version__}-{len(list(folder.glob('*.py')))}"
+
+
+def _migrate(path: Path) -> None:
+    """Let MLflow build its tables in a file that nobody else sees."""
+    noisy = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in noisy]
+    try:
+        for logger in noisy:
+            logger.setLevel(logging.WARNING)
+        client = MlflowClient(tracking_uri=f"sqlite:///{path}")
+        client.search_experiments(max_results=1)
+        client._tracking_client.store.engine.dispose()
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+_opened: weakref.WeakSet[MLflowStore] = weakref.WeakSet()
+
+
+def _forget_connections() -> None:
+    """A forked child must not use its parent's database connections."""
+    global _stores_lock  # another thread may have held it at the fork
+    _stores_lock = threading.Lock()
+    for store in list(_opened):
+        engine = getattr(store.client._tracking_client.store, "engine", None)
+        if engine is not None:
+            engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_connections)

@@ -1,0 +1,31 @@
+"""Classes of a user's own that tests store."""
+
+from __future__ import annotations
+
+import torch
+
+from qtorch.core.serial import State
+
+
+class Counter:
+    """Picklable, nothing more."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+class Plan:
+    """Stored as a state."""
+
+    def __init__(self, steps: tuple, weights: list[float] | None = None) -> None:
+        self.steps = steps
+        self.weights = None if weights is None else torch.tensor(weights)
+
+    def to_state(self) -> State:
+        tensors = {} if self.weights is None else {"weights": self.weights}
+        return State({"steps": self.steps}, tensors)
+
+    @classmethod
+    def from_state(cls, state: State) -> Plan:
+        weights = state.tensors.get("weights")
+        return cls(state.config["steps"], None if weights is None else weights.tolist())
