@@ -15,6 +15,8 @@ from torch import Tensor
 from qtorch.core.configured import Configured
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.core.trust import trusted_type
+from qtorch.data.expression.evaluation import evaluate
+from qtorch.data.expression.requirement import fields_of, reach
 from qtorch.data.panel import Panel, calendar_rows, clip_spans, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
@@ -146,26 +148,20 @@ class Source(Configured, ABC):
         Rows are `(instrument, datetime)` in Qlib's order, columns the expressions as given,
         float32. Windows see all the history that they need before `start_time`.
         """
-        from qtorch.data.expression.evaluate import evaluate
-        from qtorch.data.expression.reach import fields_of, reach
-
         if isinstance(fields, str) or not len(fields):
             raise DataError(
                 f"fields must be a list of expressions with at least one; got {fields!r}."
             )
-        before, after = 0, 0
-        for expression in fields:
-            reached, ahead = reach(expression)
-            before = None if reached is None or before is None else max(before, reached)
-            after = max(after, ahead)
+        reaches = [reach(expression) for expression in fields]
+        histories = [before for before, _ in reaches if before is not None]
         bars = self.load(
             fields_of(fields),
             instruments=instruments,
             start_time=start_time,
             end_time=end_time,
             freq=freq,
-            before=before,
-            after=after,
+            before=max(histories) if len(histories) == len(reaches) else None,
+            after=max(after for _, after in reaches),
         )
         frame = evaluate(list(fields), bars).to_frame(start=start_time, end=end_time)
         return frame.swaplevel().sort_index()

@@ -117,6 +117,7 @@ def test_names_that_would_share_a_folder(tmp_path):
         write_qlib(frame, tmp_path / "market")
 
 
+DATES = {"start_time": "2018-06-01", "end_time": "2019-03-29"}
 ASK_QLIB = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
@@ -132,6 +133,8 @@ for universe in ("all", "stocks", "liquid"):
     found[universe] = {k: [[str(a), str(b)] for a, b in v] for k, v in spans.items()}
 fields = ["$open", "$high", "$low", "$close", "$volume", "$vwap", "$factor", "$change"]
 D.features(D.instruments("all"), fields).to_pickle(out + ".all")
+made = ["$close/Ref($close, 1)-1", "Mean($volume, 5)", "Ref($close, -2)/Ref($close, -1)-1"]
+D.features(D.instruments("liquid"), made, "2018-06-01", "2019-03-29").to_pickle(out + ".made")
 D.features(D.instruments("liquid"), fields, "2018-06-01", "2019-03-29").to_pickle(out + ".liquid")
 json.dump(found, open(out + ".json", "w"))
 """
@@ -151,10 +154,16 @@ def test_real_qlib_reads_what_is_written(market, qlib_folder, qlib_source, qlib_
         spans = {k: [[str(a), str(b)] for a, b in v] for k, v in ours.items()}
         assert found[universe] == spans
     fields = ["open", "high", "low", "close", "volume", "vwap", "factor", "change"]
-    for universe, dates in (("all", {}), ("liquid", dict(start="2018-06-01", end="2019-03-29"))):
+    for universe, dates in (("all", {}), ("liquid", DATES)):
         theirs = pd.read_pickle(f"{out}.{universe}")
-        spans = {f"{k}_time": v for k, v in dates.items()}
-        mine = qlib_source.load(fields, instruments=universe, **spans).to_frame()
+        mine = qlib_source.load(fields, instruments=universe, **dates).to_frame()
         mine = mine.swaplevel().sort_index()
         assert list(mine.index) == list(theirs.index)
         np.testing.assert_array_equal(mine.to_numpy(), theirs.to_numpy())
+    made = ["$close/Ref($close, 1)-1", "Mean($volume, 5)", "Ref($close, -2)/Ref($close, -1)-1"]
+    theirs = pd.read_pickle(f"{out}.made")
+    mine = qlib_source.features("liquid", made, "2018-06-01", "2019-03-29")
+    assert list(mine.index) == list(theirs.index)
+    assert mine.index.names == theirs.index.names
+    assert list(mine.columns) == list(theirs.columns)
+    np.testing.assert_allclose(mine.to_numpy(), theirs.to_numpy(), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,100 @@
+"""What every source gives beside its bars: expressions, spans, a source of one's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ArgumentError, DataError
+from qtorch.data.panel import Panel
+from qtorch.data.source.base import Bars, Source, frequency, whole_day
+
+
+def test_features_are_expressions_by_instrument_and_date(market):
+    expressions = ["$close", "Mean($close, 5)", "Ref($close, -2)/Ref($close, -1)-1"]
+    frame = market.features(["S03", "S01"], expressions, "2018-06-01", "2018-06-29")
+    assert frame.index.names == ["instrument", "datetime"]
+    assert list(frame.columns) == expressions
+    assert frame.index.is_monotonic_increasing
+    assert frame.index.get_level_values(0).unique().tolist() == ["S01", "S03"]
+    panel = market.load(["close"], instruments=["S03"])
+    close = pd.Series(panel.column("close")[:, 0].double().numpy(), panel.calendar)
+    days = slice("2018-06-01", "2018-06-29")
+    # Windows reach before the first date, the label beyond the last.
+    mean = close.rolling(5, min_periods=1).mean()[days]
+    label = (close.shift(-2) / close.shift(-1) - 1)[days]
+    found = frame.xs("S03")
+    np.testing.assert_allclose(found["Mean($close, 5)"], mean, rtol=1e-5)
+    np.testing.assert_allclose(found.iloc[:, 2], label, atol=1e-6)
+
+
+def test_features_of_all_history_start_at_the_first_stored_row(market):
+    whole = market.features(["S03"], ["EMA($close, 200)"])
+    late = market.features(["S03"], ["EMA($close, 200)"], "2019-06-03")
+    np.testing.assert_allclose(late, whole[-len(late) :], rtol=1e-6)
+
+
+def test_features_want_a_list(market):
+    with pytest.raises(DataError, match="list of expressions"):
+        market.features("all", "$close")
+    with pytest.raises(DataError, match="list of expressions"):
+        market.features("all", [])
+    with pytest.raises(DataError, match=r"'clos'.*'close'"):
+        market.features("all", ["Mean($clos, 5)"])
+
+
+def test_unknown_arguments_of_a_source_are_refused():
+    from qtorch.data.source.synthetic import SyntheticSource
+
+    with pytest.raises(ArgumentError, match=r"'num_instrument'.*'num_instruments'"):
+        SyntheticSource(num_instrument=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("day", "day"), ("1d", "day"), ("1day", "day"), ("min", "1min"), ("30minute", "30min"),
+     ("5MIN", "5min"), ("week", "week"), ("2w", "2week")],
+)  # fmt: skip
+def test_names_of_frequencies(given, expected):
+    assert frequency(given) == expected
+
+
+def test_a_bare_end_holds_its_day_and_the_end_of_time_stays():
+    assert whole_day(pd.Timestamp("2020-01-02")).hour == 23
+    assert whole_day(pd.Timestamp("2020-01-02 10:00")).hour == 10
+    assert whole_day(pd.Timestamp.max) == pd.Timestamp.max
+
+
+class ThreeDays(Source):
+    """A source of one's own, as small as it can be."""
+
+    days = pd.bdate_range("2020-01-01", periods=3, unit="ns")
+
+    def read_calendar(self, freq):
+        return self.days
+
+    def read_membership(self, universe):
+        return {"A": [(self.days[1], self.days[2])], "B": [(self.days[0], self.days[0])]}
+
+    def read_bars(self, instruments, fields, freq, rows):
+        values = torch.arange(3.0)[None, rows, None].expand(len(fields), -1, len(instruments))
+        return Bars(values, torch.tensor([[0, 2]]).repeat(len(instruments), 1) - rows.start)
+
+    def fields(self, freq="day"):
+        return ("close",)
+
+    def universes(self):
+        return ("all",)
+
+    def fingerprint(self):
+        return "three"
+
+
+def test_a_source_of_ones_own():
+    panel = ThreeDays().load()
+    assert isinstance(panel, Panel)
+    assert panel.mask.int().tolist() == [[0, 1], [1, 0], [1, 0]]
+    assert ThreeDays().load(start_time="2020-01-02").instruments.tolist() == ["A"]
+    assert ThreeDays().features("all", ["Ref($close, 1)"]).iloc[:, 0].tolist()[:2] == [0, 1]

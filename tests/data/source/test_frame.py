@@ -1,0 +1,95 @@
+"""A user's own DataFrame or Panel as a source."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.source.frame import FrameSource, as_source
+
+
+@pytest.fixture
+def frame(long_frame):
+    return long_frame.set_index(["datetime", "instrument"])
+
+
+def test_a_frame_in_one_line(frame):
+    source = FrameSource(frame)
+    assert source.fields() == ("open", "close", "volume")
+    pd.testing.assert_frame_equal(
+        source.load().to_frame().dropna(),
+        frame.sort_index().astype(np.float32),
+        check_index_type=False,
+        check_column_type=False,
+    )
+
+
+def test_days_that_the_frame_lacks_are_suspended(frame):
+    days = frame.index.get_level_values(0).unique().sort_values()[100:103]
+    gone = [(d, "S02") for d in days]
+    source = FrameSource(frame.drop(index=[g for g in gone if g in frame.index]))
+    panel = source.load(["close"], start_time=days[0], end_time=days[-1], instruments=["S02"])
+    assert panel.column("close").isnan().all()
+    assert panel.mask.all()
+
+
+def test_dollar_names_and_instruments_are_put_in_order(frame):
+    panel = FrameSource(frame).load().select(instruments=["S05", "S01", "S03"])
+    source = FrameSource(panel)
+    assert list(source.load().instruments) == ["S01", "S03", "S05"]
+    expected = panel.select(instruments=["S03"]).column("close")
+    found = source.load(["close"], instruments=["S03"]).column("close")
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert FrameSource(frame.add_prefix("$")).fields() == ("open", "close", "volume")
+
+
+def test_selections_agree_with_the_whole(frame):
+    source = FrameSource(frame)
+    whole = source.load()
+    part = source.load(["volume", "open"], instruments=["S04", "S01"], start_time="2019-01-01")
+    expected = whole.select(
+        fields=["volume", "open"], instruments=["S01", "S04"], start="2019-01-01"
+    )
+    torch.testing.assert_close(part.values, expected.values, equal_nan=True)
+    assert torch.equal(part.spans, expected.spans)
+
+
+def test_universes_by_list_and_by_spans(frame):
+    source = FrameSource(
+        frame, universes={"two": ["S01", "S02"], "spans": {"S03": [("2018-02-01", "2018-03-01")]}}
+    )
+    assert source.universes() == ("all", "spans", "two")
+    assert source.load(instruments="two").shape[1] == 2
+    days = source.load(instruments="spans")
+    assert str(days.calendar[days.mask[:, 0].numpy()][-1].date()) == "2018-03-01"
+    with pytest.raises(DataError, match=r"universe 'x'.*unknown instrument 'S9'"):
+        FrameSource(frame, universes={"x": ["S9"]})
+
+
+def test_as_source(frame):
+    source = FrameSource(frame)
+    assert as_source(source) is source
+    assert as_source(frame).fields() == source.fields()
+    with pytest.raises(DataError, match="got list"):
+        as_source([1])
+
+
+def test_a_frame_is_no_configuration(frame):
+    with pytest.raises(ConfigError, match=r"FrameSource\.frame"):
+        FrameSource(frame).to_config()
+
+
+def test_fingerprint_is_of_bars_and_universes(frame):
+    first = FrameSource(frame).fingerprint()
+    assert FrameSource(frame.copy()).fingerprint() == first
+    assert FrameSource(frame * 1.0001).fingerprint() != first
+    assert FrameSource(frame, universes={"two": ["S01"]}).fingerprint() != first
+
+
+def test_an_infinite_value_passes_through(frame):
+    frame = frame.copy()
+    frame.iloc[3, 1] = np.inf
+    assert FrameSource(frame).load().column("close").isinf().sum() == 1

@@ -1,0 +1,237 @@
+"""Parquet and CSV: layouts, mappings, and what a table may not hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.source.frame import FrameSource
+from qtorch.data.source.qlib import QlibSource
+from qtorch.data.source.table import TableSource
+
+
+@pytest.fixture(scope="module")
+def expected(long_frame):
+    return FrameSource(long_frame.set_index(["datetime", "instrument"])).load()
+
+
+def assert_same(source, expected):
+    panel = source.load()
+    assert sorted(panel.fields) == sorted(expected.fields)
+    assert list(panel.instruments) == list(expected.instruments)
+    assert panel.calendar.equals(expected.calendar)
+    assert torch.equal(panel.mask, expected.mask)
+    for field in expected.fields:
+        torch.testing.assert_close(
+            panel.column(field), expected.column(field), equal_nan=True, rtol=1e-6, atol=0
+        )
+
+
+# -- layouts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz"])
+def test_one_long_file(tmp_path, long_frame, expected, ending):
+    path = tmp_path / f"bars.{ending}"
+    write = long_frame.to_parquet if ending == "parquet" else long_frame.to_csv
+    write(path, index=False)
+    assert_same(TableSource(path), expected)
+
+
+@pytest.mark.parametrize("order", [["datetime", "instrument"], ["instrument", "datetime"]])
+def test_a_stored_index(tmp_path, long_frame, expected, order):
+    long_frame.set_index(order).sort_index().to_parquet(tmp_path / "bars.parquet")
+    assert_same(TableSource(tmp_path / "bars.parquet"), expected)
+
+
+def test_a_folder_of_parts_in_any_order(tmp_path, long_frame, expected):
+    years = long_frame["datetime"].dt.year
+    # The later year comes first by name.
+    long_frame[years == 2019].to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "deep").mkdir()
+    long_frame[years == 2018].to_csv(tmp_path / "deep" / "b.csv", index=False)
+    assert_same(TableSource(tmp_path), expected)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_one_file_an_instrument(tmp_path, long_frame, expected, ending):
+    for name, bars in long_frame.groupby("instrument"):
+        bars = bars.drop(columns="instrument").rename(columns={"datetime": "date"})
+        path = tmp_path / f"{name}.{ending}"
+        if ending == "csv":
+            bars.to_csv(path, index=False)
+        else:
+            bars.set_index("date").to_parquet(path)
+    assert_same(TableSource(tmp_path, layout="per_instrument"), expected)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_one_file_a_field(tmp_path, long_frame, expected, ending):
+    for field in ("open", "close", "volume"):
+        wide = long_frame.pivot(index="datetime", columns="instrument", values=field)
+        if ending == "csv":
+            wide.to_csv(tmp_path / f"{field}.csv")
+        else:
+            wide.rename_axis(index=None, columns=None).to_parquet(tmp_path / f"{field}.parquet")
+    assert_same(TableSource(tmp_path, layout="wide"), expected)
+    some = TableSource(tmp_path, layout="wide", columns={"price": "close"})
+    assert some.fields() == ("price",)
+    with pytest.raises(DataError, match=r"unknown file of a field 'clos'.*'close'"):
+        TableSource(tmp_path, layout="wide", columns={"price": "clos"}).load()
+
+
+def test_names_with_a_dot_and_na(tmp_path):
+    days = pd.bdate_range("2020-01-01", periods=3)
+    for name in ("BRK.B", "NA"):
+        frame = pd.DataFrame({"date": days, "close": [1.0, 2.0, 3.0]})
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    source = TableSource(tmp_path, layout="per_instrument")
+    assert list(source.load().instruments) == ["BRK.B", "NA"]
+    long = pd.DataFrame({"date": days, "symbol": ["NA"] * 3, "close": ["1", "", "3"]})
+    long.to_csv(tmp_path / "long.csv", index=False)
+    panel = TableSource(tmp_path / "long.csv").load()
+    assert list(panel.instruments) == ["NA"]
+    assert panel.column("close")[:, 0].isnan().tolist() == [False, True, False]
+
+
+# -- mapping -------------------------------------------------------------------------------------
+
+
+def test_columns_by_mapping(tmp_path, long_frame):
+    path = tmp_path / "bars.csv"
+    table = long_frame.rename(columns={"datetime": "day", "instrument": "who", "close": "adj"})
+    table.assign(note="text").to_csv(path, index=False)
+    columns = {"datetime": "day", "instrument": "who", "close": "adj", "$volume": "volume"}
+    source = TableSource(path, columns=columns)
+    assert source.fields() == ("close", "volume")
+    assert source.to_config()["columns"] == columns
+
+
+def test_dates_written_as_numbers(tmp_path, long_frame, expected):
+    table = long_frame.assign(datetime=long_frame["datetime"].dt.strftime("%Y%m%d"))
+    table.to_csv(tmp_path / "bars.csv", index=False)
+    assert_same(TableSource(tmp_path / "bars.csv"), expected)
+    table.assign(datetime=range(len(table))).to_csv(tmp_path / "bars.csv", index=False)
+    with pytest.raises(DataError, match="holds numbers, not dates"):
+        TableSource(tmp_path / "bars.csv").load()
+
+
+def test_a_membership_file(tmp_path, long_frame):
+    long_frame.to_parquet(tmp_path / "bars.parquet")
+    (tmp_path / "members.csv").write_text(
+        "universe,instrument,start,end\n"
+        "two,S01,2018-01-01,2018-03-30\n"
+        "two,S01,2019-01-01,\n"
+        "two,S02,,\n"
+    )
+    source = TableSource(tmp_path / "bars.parquet", universes=tmp_path / "members.csv")
+    assert source.universes() == ("all", "two")
+    panel = source.load(instruments="two")
+    days = panel.calendar[panel.mask[:, 0].numpy()]
+    assert days[days < "2019"].max() == pd.Timestamp("2018-03-30")
+    assert days.max() == panel.calendar[int(panel.spans[0, 1])]
+    assert panel.mask[:, 1].sum() == panel.spans[1, 1] - panel.spans[1, 0] + 1
+    with pytest.raises(DataError, match="no membership file"):
+        TableSource(tmp_path / "bars.parquet", universes=tmp_path / "no.csv").load()
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def read(tmp_path, table, **options):
+    table.to_parquet(tmp_path / "bars.parquet", index=False)
+    return TableSource(tmp_path / "bars.parquet", **options).load()
+
+
+def refuse(tmp_path, table, match, **options):
+    with pytest.raises(DataError, match=match) as error:
+        read(tmp_path, table, **options)
+    assert "\n" not in str(error.value)
+    assert "bars.parquet" in str(error.value)
+
+
+def test_doubled_and_descending_rows(tmp_path, long_frame):
+    refuse(tmp_path, pd.concat([long_frame, long_frame.iloc[[5]]]), "doubled|unsorted")
+    refuse(tmp_path, long_frame.iloc[[*range(6), 5, *range(6, 60)]], r"doubled row \(2018-")
+    refuse(tmp_path, long_frame.iloc[::-1], r"unsorted row .*sort_index")
+
+
+def test_time_zones(tmp_path, long_frame):
+    zoned = long_frame.assign(datetime=long_frame["datetime"].dt.tz_localize("UTC"))
+    refuse(tmp_path, zoned, "column 'datetime': the dates carry the time zone UTC")
+
+
+def test_columns_that_are_not_numeric(tmp_path, long_frame):
+    refuse(tmp_path, long_frame.assign(name="x"), r"not numeric: 'name'.*columns=")
+
+
+def test_unknown_columns(tmp_path, long_frame):
+    refuse(tmp_path, long_frame, r"unknown column 'clos'.*'close'", columns={"close": "clos"})
+    refuse(tmp_path, long_frame, r"unknown column 'Date'.*'datetime'", columns={"datetime": "Date"})
+    refuse(
+        tmp_path,
+        long_frame.rename(columns={"instrument": "who"}),
+        "no column for the instrument; name it with columns=",
+    )
+    refuse(
+        tmp_path,
+        long_frame.rename(columns={"datetime": "wann"}),
+        "no column for the datetime",
+    )
+
+
+def test_missing_dates_and_names(tmp_path, long_frame):
+    others = long_frame.index != 3
+    for column, match in (("datetime", "have no date"), ("instrument", "have no instrument")):
+        table = long_frame.assign(**{column: long_frame[column].where(others)})
+        refuse(tmp_path, table, match)
+
+
+def test_places_that_are_no_tables(tmp_path, long_frame):
+    with pytest.raises(DataError, match="no file or folder"):
+        TableSource(tmp_path / "no.parquet")
+    with pytest.raises(ConfigError, match=r"unknown layout 'wid'.*'wide'"):
+        TableSource(tmp_path, layout="wid")
+    with pytest.raises(DataError, match="holds no table"):
+        TableSource(tmp_path).load()
+    (tmp_path / "bars.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(DataError, match="cannot be read as a table"):
+        TableSource(tmp_path / "bars.parquet").load()
+    (tmp_path / "bars.txt").write_text("x")
+    with pytest.raises(DataError, match="is no table"):
+        TableSource(tmp_path / "bars.txt").load()
+    with pytest.raises(DataError, match="needs a folder"):
+        TableSource(tmp_path / "bars.txt", layout="wide")
+
+
+def test_files_of_other_columns(tmp_path):
+    days = pd.bdate_range("2020-01-01", periods=2)
+    pd.DataFrame({"date": days, "close": 1.0, "pe": 2.0}).to_csv(tmp_path / "A.csv", index=False)
+    pd.DataFrame({"date": days, "close": 1.0}).to_csv(tmp_path / "B.csv", index=False)
+    with pytest.raises(DataError, match=r"\['pe'\] are not in all"):
+        TableSource(tmp_path, layout="per_instrument").load()
+    one = TableSource(tmp_path, layout="per_instrument", columns={"close": "close"})
+    assert one.load().shape == (2, 2, 1)
+
+
+def test_wide_dates_descend(tmp_path):
+    days = pd.bdate_range("2020-01-01", periods=3)[::-1]
+    pd.DataFrame({"date": days, "A": np.ones(3)}).to_csv(tmp_path / "close.csv", index=False)
+    with pytest.raises(DataError, match="dates must ascend"):
+        TableSource(tmp_path, layout="wide").load()
+
+
+# -- real data -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_real_table_and_real_qlib_folder_agree(market_data):
+    table = TableSource(market_data / "us_nyse500.parquet").load()
+    qlib = QlibSource(market_data / "qlib_nyse500").load(table.fields)
+    assert list(table.instruments) == list(qlib.instruments)
+    assert torch.equal(table.mask, qlib.mask)
+    assert torch.equal(table.spans, qlib.spans)
+    torch.testing.assert_close(table.values, qlib.values, rtol=0, atol=0, equal_nan=True)
