@@ -23,7 +23,7 @@ from qtorch.core.runtime import seed_everything
 from qtorch.data.batches import BatchLoader
 from qtorch.data.sample_set import Samples
 from qtorch.metrics.loss import Loss
-from qtorch.model.checkpoint import LAST, checkpoint_to_resume
+from qtorch.model.checkpoint import KEEPER, LAST, checkpoint_to_resume
 from qtorch.model.factories import loss_of, optimizer_factory, scheduler_plan
 from qtorch.model.generators import preserved_generators
 from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
@@ -93,7 +93,7 @@ def fit_network(
             found = checkpoint_to_resume(resume, folder, identity)
             keeper = fit.prepare(folder, identity, interruption, recorder)
             try:
-                fit.run(None if found is None else found[0])
+                fit.run(found)
             except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
                 if isinstance(stop, SystemExit) and not isinstance(
                     stop.__context__, KeyboardInterrupt
@@ -200,9 +200,11 @@ class _Fit:
             plain=self.own_module,
         )
 
-    def run(self, checkpoint: Path | None) -> None:
-        if checkpoint is not None:
+    def run(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        checkpoint = None if found is None else found[0]
+        if found is not None:
             log.info("resuming from %s", checkpoint)
+            self.loader.cut(found[1][KEEPER]["inner_steps"], found[1][KEEPER]["cut_every"])
         loader = None
         if self.valid is not None and self.recipe.trainer.limit_valid != 0:
             loader = self._loader(self.valid, False, self.recipe.trainer.limit_valid, None)

@@ -186,6 +186,8 @@ class Keeper(Checkpoint):
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "num_trained": self.num_trained,
+            "inner_steps": self.loader.inner_steps,
+            "cut_every": self.loader.cut_every,
         }
 
     def on_load_checkpoint(

@@ -60,9 +60,12 @@ class StepLoader:
         self._epoch, self._plain = epoch, plain
         self._chunk = 0
         self._resume: dict[str, int] | None = None
-        self._cut(inner_steps, cut_every)
+        self.cut(inner_steps, cut_every)
 
-    def _cut(self, inner_steps: int, cut_every: int | None) -> None:
+    def cut(self, inner_steps: int, cut_every: int | None) -> None:
+        """Say anew where each Steps ends. An epoch that is taken up again needs the cuts of the
+        training that began it, or Lightning's counts would not fit; numbers do not depend on it.
+        """
         self.inner_steps = 1 if self._plain else inner_steps
         self.cut_every = cut_every
         ends = {self.num_batches, *range(self.inner_steps, self.num_batches, self.inner_steps)}
@@ -93,16 +96,9 @@ class StepLoader:
         return state["position"], state["chunk"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the running epoch stands, and how it is cut."""
-        return {
-            "epoch": self._epoch(),
-            "position": self.position,
-            "chunk": self._chunk,
-            "inner_steps": self.inner_steps,
-            "cut_every": self.cut_every,
-        }
+        """Where the running epoch stands."""
+        return {"epoch": self._epoch(), "position": self.position, "chunk": self._chunk}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state's epoch; its cuts stay, or Lightning's counts would not fit."""
+        """Take up the epoch of a saved state: the next iteration goes on from there."""
         self._resume = {k: int(state[k]) for k in ("epoch", "position", "chunk")}
-        self._cut(int(state["inner_steps"]), state["cut_every"])
