@@ -77,9 +77,9 @@ class Samples:
         if len(days) and bool((days[1:] <= days[:-1]).any()):
             raise AssertionError("samples must come in (datetime, instrument) order")
         self._counts = counts.cpu()
-        self._starts = (counts.cumsum(0) - counts).to(self.date.device)
-        largest = int(self._counts.max()) if len(days) else 0
-        self._bucket = max(1, -(-largest // DAY_BUCKETS))
+        self._first = self._counts.cumsum(0) - self._counts
+        self._largest = int(self._counts.max()) if len(days) else 0
+        self._bucket = max(1, -(-self._largest // DAY_BUCKETS))
 
     # -- what there is -------------------------------------------------------------------------
 
@@ -177,12 +177,12 @@ class Samples:
 
         With `size` the batch is padded to so many rows and has a mask.
         """
+        count = len(rows)
         if size is None:
-            return self._gathered(rows, None)
-        there = torch.arange(size, device=rows.device) < len(rows)
-        filled = torch.nn.functional.pad(rows, (0, size - len(rows)))
-        batch = self._gathered(filled, there)
-        batch.num_samples = len(rows)
+            return self._gathered(rows)
+        gone = torch.arange(count, size, device=rows.device)
+        batch = self._gathered(torch.nn.functional.pad(rows, (0, size - count)), gone)
+        batch.num_samples = count
         return batch
 
     def day_batch(self, days: Tensor, *, num_days: int | None = None) -> Batch:
@@ -192,36 +192,41 @@ class Samples:
         the largest day's size rounded up to one of at most eight sizes; `num_days` pads G.
         """
         counts = self._counts[days]
-        width = -(-int(counts.max()) // self._bucket) * self._bucket
+        width = min(self._largest, -(-int(counts.max()) // self._bucket) * self._bucket)
         num_samples = int(counts.sum())
         if num_days is not None and num_days > len(days):
-            pad = num_days - len(days)
-            days = torch.nn.functional.pad(days, (0, pad))
-            counts = torch.nn.functional.pad(counts, (0, pad))
+            pad = (0, num_days - len(days))
+            days, counts = (torch.nn.functional.pad(t, pad) for t in (days, counts))
+        # What is padding is known on the host: the device is not asked.
+        offsets = torch.arange(width)
+        there = offsets < counts[:, None]
+        gone = torch.nonzero(~there.reshape(-1))[:, 0]
+        rows = (self._first[days][:, None] + offsets * there).reshape(-1)
         device = self.index_device
-        offsets = torch.arange(width, device=device)
-        there = offsets < counts.to(device)[:, None]
-        rows = self._starts[days.to(device)][:, None] + offsets * there
-        batch = self._gathered(rows.reshape(-1), there.reshape(-1))
-        batch = batch.unflattened(len(days), width)
+        batch = self._gathered(rows.to(device), gone.to(device)).unflattened(len(days), width)
         batch.num_samples = num_samples
         return batch
 
-    def _gathered(self, rows: Tensor, mask: Tensor | None) -> Batch:
-        def taken(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.index_select(0, rows)
+    def _gathered(self, rows: Tensor, gone: Tensor | None = None) -> Batch:
+        """The samples `rows`; with `gone`, places in the batch that are padding, a mask too."""
+
+        def taken(values: Tensor | None, filler: float) -> Tensor | None:
+            if values is None:
+                return None
+            found = values.index_select(0, rows)
+            return found if gone is None else found.index_fill_(0, gone, filler)
 
         date, instrument = self.date.index_select(0, rows), self.instrument.index_select(0, rows)
         at = (date, instrument)
         if self._place is not None:
             at = (self._place[0].index_select(0, rows), self._place[1].index_select(0, rows))
         x = self.packed.gather(*at, self.step_len, self.fill)
-        y, raw, weight = taken(self.target), taken(self.raw_label), taken(self.weight)
-        if mask is not None:
-            gone = ~mask
-            x.masked_fill_(gone[:, None, None], 0.0)
-            y, raw = (None if v is None else v.masked_fill(gone[:, None], NAN) for v in (y, raw))
-            weight = None if weight is None else weight * mask
+        y, raw = taken(self.target, NAN), taken(self.raw_label, NAN)
+        weight, mask = taken(self.weight, 0.0), None
+        if gone is not None:
+            x.index_fill_(0, gone, 0.0)
+            mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            mask.index_fill_(0, gone, False)
         extra = {} if raw is None else {"raw_label": raw}
         return Batch(
             x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
