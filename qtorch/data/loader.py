@@ -24,7 +24,7 @@ from qtorch.data.frames import (
 )
 from qtorch.data.inst_processor import build_inst_processors
 from qtorch.data.join import HOW, joined, restricted
-from qtorch.data.panel import Panel
+from qtorch.data.panel import Panel, clip_spans
 from qtorch.data.processor.base import Names
 from qtorch.data.provider import build_source, default_source
 from qtorch.data.source.base import Source
@@ -33,6 +33,7 @@ from qtorch.data.view import View
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data.loader"
+INSTRUMENTS_AT_ONCE = 128
 
 
 class QlibDataLoader(DataLoader):
@@ -273,13 +274,30 @@ def evaluated(expressions: Mapping[str, str], bars: Panel, span: slice) -> Colum
     # What lies behind the dates is only for labels; features shall not pay for it.
     stop = min(len(bars.calendar), span.stop + ahead)
     seen = bars.select(end=bars.calendar[stop - 1]) if stop < len(bars.calendar) else bars
-    d, n = seen.shape[:2]
-    out = instrument_major(d, n, len(expressions))
-    panel = evaluate(expressions, seen, out=out)
-    if span == slice(0, d):
-        return PanelColumns(panel)
-    first, last = seen.calendar[span.start], seen.calendar[span.stop - 1]
-    return PanelColumns(panel.select(start=first, end=last))
+    n = len(bars.instruments)
+    out = instrument_major(span.stop - span.start, n, len(expressions))
+    if span == slice(0, len(seen.calendar)):
+        return PanelColumns(evaluate(expressions, seen, out=out))
+    # History in front is not kept: blocks of instruments are computed whole and cut.
+    for first in range(0, n, INSTRUMENTS_AT_ONCE):
+        part = slice(first, first + INSTRUMENTS_AT_ONCE)
+        out[:, part] = evaluate(expressions, _instruments(seen, part)).values[span]
+    dates = bars.calendar[span]
+    mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
+    return PanelColumns(
+        Panel(out, dates, bars.instruments, list(expressions), mask=mask, spans=spans)
+    )
+
+
+def _instruments(bars: Panel, part: slice) -> Panel:
+    return Panel(
+        bars.values[:, part],
+        bars.calendar,
+        bars.instruments[part],
+        bars.fields,
+        mask=bars.mask[:, part],
+        spans=bars.spans[part],
+    )
 
 
 def static_members(instruments: Any, view: View, source: Source | None) -> Any:

@@ -52,7 +52,7 @@ def day_rank_norm(values: Tensor, rows: Tensor) -> Tensor:
     smaller = count - largest.sum(1, keepdim=True)
     ranks = torch.where(largest, ((smaller + count + 1) / 2).to(ranks.dtype), ranks)
     ranks = _rank_outside(ranks, values, used, ordered)
-    return (ranks / count - 0.5) * RANK_SCALE
+    return ((ranks.double() / count - 0.5) * RANK_SCALE).to(values.dtype)
 
 
 def day_mean_fill(values: Tensor, rows: Tensor) -> Tensor:

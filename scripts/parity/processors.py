@@ -1,0 +1,127 @@
+"""qtorch's processors against real Qlib's, both data keys and process types.
+
+    compare(frame, qlib_npz, cases) -> list[Row]
+
+Qlib's numbers come from `qlib_processors.py`, which `ask_qlib` starts under a Python with pyqlib.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from processor_cases import TEST, TRAIN, Case
+
+from qtorch.data.dataset import DatasetH
+from qtorch.data.handler import DataHandlerLP
+
+OF_SCALE = 1e-5
+"""|ours - Qlib's| <= OF_SCALE x the column's deviation (or its size, where it is constant)."""
+SEGMENTS = {"train": TRAIN, "test": TEST}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case's agreement: cells, differing NaNs, worst difference in units of the scale."""
+
+    name: str
+    cells: int
+    same_index: bool
+    same_columns: bool
+    other_nan: int
+    worst: float
+
+    @property
+    def passes(self) -> bool:
+        return self.same_index and self.same_columns and not self.other_nan and self.worst <= OF_SCALE
+
+    def __str__(self) -> str:
+        index = "index, columns equal" if self.same_index and self.same_columns else "INDEX DIFFERS"
+        mark = "ok" if self.passes else "FAILS"
+        return (
+            f"{self.name:40} {self.cells:8d} cells {index} nan {self.other_nan:4d} "
+            f"worst {self.worst:8.1e} of scale {mark}"
+        )
+
+
+def ask_qlib(python: str, frame: pd.DataFrame, cases: Mapping[str, Case]) -> dict[str, np.ndarray]:
+    """Real Qlib's answer to the cases."""
+    script = Path(__file__).with_name("qlib_processors.py")
+    with tempfile.TemporaryDirectory() as folder:
+        source, asked, out = (Path(folder) / n for n in ("frame.parquet", "cases.json", "out.npz"))
+        flat = frame.copy(deep=False)
+        flat.columns = ["/".join(c) for c in frame.columns]
+        flat.to_parquet(source)
+        asked.write_text(json.dumps({"cases": dict(cases), "segments": SEGMENTS}))
+        done = subprocess.run(
+            [python, str(script), str(source), str(asked), str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-4000:])
+        with np.load(out) as found:
+            return {key: found[key] for key in found.files}
+
+
+def compare(
+    frame: pd.DataFrame, qlib: Mapping[str, np.ndarray], cases: Mapping[str, Case]
+) -> list[Row]:
+    """Every case, data key and segment of Qlib's answer beside ours."""
+    table = []
+    for name, case in cases.items():
+        handler = DataHandlerLP.from_df(frame, **case)
+        dataset = DatasetH(handler, SEGMENTS)
+        for key in ("infer", "learn"):
+            for segment in SEGMENTS:
+                where = f"{name}|{key}|{segment}"
+                ours = dataset.prepare(segment, col_set="__raw", data_key=key)
+                parts = {p: qlib[f"{where}|{p}"] for p in ("values", "rows", "columns")}
+                table.append(compare_frames(where, ours, frame.index, parts))
+    return table
+
+
+def compare_frames(
+    name: str, ours: pd.DataFrame, index: pd.MultiIndex, qlib: Mapping[str, np.ndarray]
+) -> Row:
+    """One prepared frame; the scale of a column is the deviation of Qlib's finite values."""
+    theirs = qlib["values"]
+    same_index = index[qlib["rows"]].equals(ours.index)
+    same_columns = [*qlib["columns"]] == ["/".join(c) for c in ours.columns]
+    if not same_index or not same_columns:
+        return Row(name, theirs.size, same_index, same_columns, 0, float("nan"))
+    values = ours.to_numpy(dtype=np.float64)
+    other_nan = int((np.isnan(values) != np.isnan(theirs)).sum())
+    other_nan += int((np.isinf(values) | np.isinf(theirs))[values != theirs].sum())
+    both = np.isfinite(values) & np.isfinite(theirs)
+    worst = 0.0
+    for k in range(values.shape[1]):
+        a, b = values[both[:, k], k], theirs[both[:, k], k]
+        if len(b):
+            scale = b.std() if b.std() > 1e-6 * np.abs(b).max() else max(np.abs(b).max(), 1e-12)
+            worst = max(worst, float(np.abs(a - b).max() / scale))
+    return Row(name, theirs.size, same_index, same_columns, other_nan, worst)
+
+
+def main(python: str) -> list[Row]:
+    """Print the table; the rows."""
+    from processor_cases import cases, stress_frame
+
+    frame, asked = stress_frame(), cases()
+    rows = compare(frame, ask_qlib(python, frame, asked), asked)
+    for row in rows:
+        print(row)
+    return rows
+
+
+if __name__ == "__main__":
+    import os
+
+    main(os.environ["QTORCH_QLIB_PYTHON"])
