@@ -47,6 +47,7 @@ class Series:
         self.block, self.values, self._asked = block, values, asked
         self._sums: dict[str, dict[int, Tensor]] = {}
         self._cache: dict[tuple[str, int], Tensor] = {}
+        self.quantiles: dict[tuple[int, float], Tensor] | None = None
 
     def effective(self, window: int) -> int:
         """The window that sees the same rows: 0 is all, and none is longer than the calendar."""
