@@ -316,7 +316,10 @@ def _numeric(frame: pd.DataFrame) -> np.ndarray:
 def _check_rows(
     rows: np.ndarray, columns: np.ndarray, calendar: pd.DatetimeIndex, instruments: Sequence[str]
 ) -> None:
-    """Refuse doubled rows and rows whose dates descend within an instrument."""
+    """Refuse doubled rows and rows whose dates descend within an instrument.
+
+    Dates that ascend from row to row hold no date twice, so neighbours are all there is to see.
+    """
     if len(rows) == 0:
         return
     order = np.argsort(columns, kind="stable")
@@ -332,7 +335,3 @@ def _check_rows(
                 else "sort with frame.sort_index()"
             )
             raise DataError(f"{what} row {where}, {int(wrong.sum())} in all; {mend}.")
-    # A doubled row need not be adjacent: an instrument's rows may interleave.
-    cells = columns.astype(np.int64) * len(calendar) + rows
-    if len(np.unique(cells)) != len(cells):
-        raise DataError("doubled (datetime, instrument) rows; drop one of each.")

@@ -195,7 +195,7 @@ class Source(Configured, ABC):
         inside = {
             name: spans
             for name, spans in found.items()
-            if any(first <= end and whole_day(last) >= start for first, last in spans)
+            if any(first <= end and last >= start.normalize() for first, last in spans)
         }
         if not inside:
             raise DataError(
@@ -231,11 +231,10 @@ def frequency(freq: str) -> str:
     return unit if count in ("", "1") else f"{count}{unit}"
 
 
-def whole_day(stamp: pd.Timestamp) -> pd.Timestamp:
-    """The last instant that a span's end means: a bare date holds its whole day."""
-    if stamp == stamp.normalize() and stamp < pd.Timestamp.max.normalize():
-        return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns")
-    return stamp
+def whole_days(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    """The last instants that the ends of spans mean: a bare date holds its whole day."""
+    bare = (ends == ends.normalize()) & (ends < pd.Timestamp.max.normalize())
+    return pd.DatetimeIndex(ends.asi8 + np.where(bare, 86_400 * 10**9 - 1, 0))
 
 
 def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
@@ -249,11 +248,12 @@ def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
 
 def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:
     """`[D, N]` bool: the days on which each instrument is a member."""
-    flat = [(n, first, whole_day(last)) for n, s in enumerate(spans) for first, last in s]
-    columns = np.array([f[0] for f in flat], dtype=np.int64)
-    starts = calendar.searchsorted(pd.DatetimeIndex([f[1] for f in flat]), side="left")
-    stops = calendar.searchsorted(pd.DatetimeIndex([f[2] for f in flat]), side="right")
-    change = np.zeros((len(calendar) + 1, len(spans)), dtype=np.int32)
+    columns = np.repeat(np.arange(len(spans)), [len(s) for s in spans])
+    flat = [edge for instrument in spans for span in instrument for edge in span]
+    edges = pd.DatetimeIndex(flat).as_unit("ns")
+    starts = calendar.searchsorted(edges[::2], side="left")
+    stops = calendar.searchsorted(whole_days(edges[1::2]), side="right")
+    change = np.zeros((len(calendar) + 1, len(spans)), dtype=np.int16)
     np.add.at(change, (starts, columns), 1)
     np.add.at(change, (np.maximum(starts, stops), columns), -1)
-    return torch.from_numpy(change.cumsum(0)[:-1] > 0)
+    return torch.from_numpy(change.cumsum(0, dtype=np.int16)[:-1] > 0)

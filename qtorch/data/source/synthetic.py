@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -125,6 +125,10 @@ class SyntheticSource(PanelSource):
         ic = ranks[0].corrwith(ranks[1], axis=1)
         ic.index = bars.calendar
         return ic[calendar_rows(bars.calendar, start_time, end_time)].dropna().rename("rank_ic")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is made anew from the seed is neither copied nor stored."""
+        return {**self.__dict__, "_made": None}
 
     def _market(self) -> _Market:
         if self._made is None:

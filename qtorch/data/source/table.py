@@ -100,6 +100,10 @@ class TableSource(PanelSource):
             self._memberships = found
         return self._memberships
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is read anew from the files is neither copied nor stored."""
+        return {**self.__dict__, "_panel": None, "_memberships": None}
+
     # -- layouts ---------------------------------------------------------------------------------
 
     def _read_long(self) -> Panel:

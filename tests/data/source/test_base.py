@@ -9,7 +9,7 @@ import torch
 
 from qtorch.core.errors import ArgumentError, DataError
 from qtorch.data.panel import Panel
-from qtorch.data.source.base import Bars, Source, frequency, whole_day
+from qtorch.data.source.base import Bars, Source, frequency, whole_days
 
 
 def test_features_are_expressions_by_instrument_and_date(market):
@@ -62,9 +62,11 @@ def test_names_of_frequencies(given, expected):
 
 
 def test_a_bare_end_holds_its_day_and_the_end_of_time_stays():
-    assert whole_day(pd.Timestamp("2020-01-02")).hour == 23
-    assert whole_day(pd.Timestamp("2020-01-02 10:00")).hour == 10
-    assert whole_day(pd.Timestamp.max) == pd.Timestamp.max
+    ends = ["2020-01-02", "2020-01-02 10:00", pd.Timestamp.max, pd.Timestamp.max.normalize()]
+    ends = pd.DatetimeIndex(ends).as_unit("ns")
+    found = whole_days(ends)
+    assert found[0] == pd.Timestamp("2020-01-02 23:59:59.999999999")
+    assert list(found[1:]) == list(ends[1:])
 
 
 class ThreeDays(Source):
