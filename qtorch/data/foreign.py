@@ -256,6 +256,6 @@ def _raw_label(dataset: Any, segment: Any, index: pd.MultiIndex) -> Tensor | Non
         ),
         axis=0,
     )
-    values = frame.reindex(index).to_numpy(dtype=np.float32)
+    values = frame.reindex(index).to_numpy(dtype=np.float32, copy=True)
     values[np.isinf(values)] = np.nan
     return torch.as_tensor(values)
