@@ -22,7 +22,7 @@ from qtorch.core.errors import ConfigError, unknown_name
 
 QUOTES = (
     "Values that hold ( ) , = : or $ need quotes inside the shell's: "
-    "'label=\"Ref($close,-2)/Ref($close,-1)-1\"'."
+    "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def run_job(config: DictConfig) -> None:
         finally:
             result.seconds = time.perf_counter() - begin
             if runs:
-                result.run_id, result.experiment = runs[-1].id, runs[-1].experiment_name
+                run = runs[-1]
+                result.run_id = run.id
+                result.experiment = getattr(run, "experiment_name", None)
             _store(result)
     if result.status == FINISHED:
         table.print_summary(result, recorder)
@@ -69,15 +72,17 @@ def _train(config: DictConfig) -> Recorder:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     configure_logging(settings["log_level"])
+    # Lightning's own use of torch; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     uri = (settings["tracking"] or {}).get("uri")
     if uri is not None:
         init(tracking_uri=uri)
     resumed = _resumed_run(settings)
     if resumed is not None:
-        recorder = R.get_recorder(recorder_id=resumed)
-        return end_task_train(recorder, recorder.experiment_name)
+        return end_task_train(R.get_recorder(recorder_id=resumed))
     task = with_dates(settings["task"])
-    return task_train(task, settings["experiment_name"], settings["run_name"])
+    name = settings["run_name"] or HydraConfig.get().runtime.choices.get("model")
+    return task_train(task, settings["experiment_name"], name)
 
 
 def _resumed_run(settings: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ STATUS_STYLE = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
 def print_summary(result: JobResult, recorder: Recorder) -> None:
     """The data, the training, the quality by segment, and where to look further."""
     metrics = result.metrics
-    console = Console()
+    console = _console()
     lines = Table.grid(padding=(0, 2))
     for name, text in _facts(result, recorder):
         lines.add_row(f"[dim]{name}[/dim]", text)
@@ -44,11 +45,13 @@ def print_summary(result: JobResult, recorder: Recorder) -> None:
 
 def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
     metrics, task = result.metrics, recorder.load_object("task")
-    fit = _fit_report(recorder)
-    facts = [("data", _data(task))]
+    fit = _stored(recorder, "fit_report")
+    facts = _data(task)
     if fit:
-        counts = f"{fit['samples']:,} train, {fit['valid_samples']:,} valid"
-        facts.append(("samples", f"{counts}, {len(recorder.load_object('pred.pkl')):,} test"))
+        counts = [f"{fit['samples']:,} train", f"{fit['valid_samples']:,} valid"]
+        scores = _stored(recorder, "pred.pkl")
+        counts += [] if scores is None else [f"{len(scores):,} test"]
+        facts.append(("samples", ", ".join(counts)))
         best = "" if fit.get("best_epoch") is None else f", the best is number {fit['best_epoch']}"
         facts.append(("epochs", f"{fit['epochs']}{best} (counted from 0, by {fit['monitor']})"))
         facts.append(
@@ -62,7 +65,7 @@ def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
     return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
 
 
-def _data(task: Any) -> str:
+def _data(task: Any) -> list[tuple[str, str]]:
     """The source and the segments of a task, as far as it says."""
     dataset = task.get("dataset", {})
     handler = dataset.get("handler") or {}
@@ -71,14 +74,14 @@ def _data(task: Any) -> str:
         f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
         for name, span in (dataset.get("segments") or {}).items()
     ]
-    return " ".join([f"{source}({handler.get('instruments')})", ", ".join(spans)])
+    return [("data", f"{source}, {handler.get('instruments')}"), ("segments", ", ".join(spans))]
 
 
-def _fit_report(recorder: Recorder) -> dict[str, Any]:
+def _stored(recorder: Recorder, name: str) -> Any:
     try:
-        return dict(recorder.load_object("fit_report"))
+        return recorder.load_object(name)
     except LoadObjectError:
-        return {}
+        return None
 
 
 def print_jobs(jobs: Sequence[JobResult]) -> None:
@@ -102,7 +105,12 @@ def print_jobs(jobs: Sequence[JobResult]) -> None:
             *(number(v) for v in values),
             f"{job.seconds:.1f}",
         )
-    Console().print(shown)
+    _console().print(shown)
+
+
+def _console() -> Console:
+    """The terminal; a pipe or a file is taken to be wide, for it is searched and not looked at."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def number(value: Any, digits: int = 4) -> str:

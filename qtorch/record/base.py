@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from qtorch.core.configured import Configured
 from qtorch.core.errors import LoadObjectError, RecordError
 from qtorch.core.trust import trusted_type
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.recorder import Recorder
+
+Names: TypeAlias = list[str]  # inside the class, `list` is the method of Qlib's name
 
 
 @trusted_type
@@ -48,7 +50,7 @@ class Record(Configured, ABC):
     def generate(self) -> Any:
         """Make and store the record."""
 
-    def list(self) -> list[str]:
+    def list(self) -> Names:
         """The artifacts it writes, without its folder."""
         return []
 
@@ -61,7 +63,7 @@ class Record(Configured, ABC):
 
         Raises RecordError that names what was looked for.
         """
-        tried: list[str] = []
+        tried: Names = []
         record: type[Record] | None = type(self)
         while record is not None:
             tried.append(record.get_path(name))
@@ -84,7 +86,7 @@ class Record(Configured, ABC):
         if missing:
             raise RecordError(self._missing(missing))
 
-    def _needs(self) -> list[str]:
+    def _needs(self) -> Names:
         """Artifacts of `depend_cls` that this record reads."""
         return []
 
@@ -92,7 +94,7 @@ class Record(Configured, ABC):
         folder, _, _ = path.rpartition("/")
         return path in self.recorder.list_artifacts(folder or None)
 
-    def _missing(self, paths: list[str]) -> str:
+    def _missing(self, paths: Names) -> str:
         maker = f" Put {self.depend_cls.__name__} before it." if self.depend_cls else ""
         return (
             f"{type(self).__name__} needs {', '.join(paths)}, which run {self.recorder.id} does "

@@ -45,7 +45,7 @@ class SegmentICRecord(Record):
             ic, rank_ic = calc_ic(self._scores(segment).iloc[:, 0], label)
             metrics |= {f"{segment}.{k}": v for k, v in ic_figures(ic, rank_ic).items()}
         metrics = finite(metrics)
-        self.recorder.log_metrics(**metrics)
+        self.recorder.log_batch(metrics, step=0)
         return metrics
 
     def _scores(self, segment: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from qtorch.core.errors import RecordError
-from qtorch.record.base import Record
+from qtorch.record.base import Names, Record
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class SignalRecord(Record):
         log.info("%d scores of the test segment are stored as pred.pkl", len(pred))
         return pred
 
-    def list(self) -> list[str]:
+    def list(self) -> Names:
         return ["pred.pkl", "label.pkl"]
 
 
@@ -57,8 +57,14 @@ def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
 
     RecordError where the handler has thrown its raw data away.
     """
+    handler, segments = (getattr(dataset, n, None) for n in ("handler", "segments"))
     try:
-        label = dataset.prepare(segment, col_set="label", data_key="raw")
+        if handler is not None and segments is not None:
+            # Not prepare: that of a dataset of windows gives windows.
+            span = slice(*segments[segment])
+            label = handler.fetch(span, col_set="label", data_key="raw")
+        else:
+            label = dataset.prepare(segment, col_set="label", data_key="raw")
     except AttributeError as error:  # Qlib's own handlers with drop_raw=True
         raise RecordError(
             f"the raw label of segment {segment!r} is gone: the handler was made with "

@@ -17,7 +17,7 @@ from qtorch.metrics.signal import (
     calc_long_short_return,
     mean_over_std,
 )
-from qtorch.record.base import Record
+from qtorch.record.base import Names, Record
 from qtorch.record.ic_chart import ic_chart
 from qtorch.record.signal import SignalRecord
 from qtorch.tracking.recorder import Recorder
@@ -75,16 +75,16 @@ class SigAnaRecord(Record):
             for name, daily in zip(("Long-Short", "Long-Avg"), returns, strict=True):
                 metrics[f"{name} Ann Return"] = annual_return(daily, self.ann_scaler)
                 metrics[f"{name} Ann Sharpe"] = annual_sharpe(daily, self.ann_scaler)
-        self.recorder.log_metrics(**finite(metrics))
+        self.recorder.log_batch(finite(metrics), step=0)
         self.save(**series)
         self._save_chart(ic, rank_ic)
         return series
 
-    def list(self) -> list[str]:
+    def list(self) -> Names:
         long_short = ["long_short_r.pkl", "long_avg_r.pkl"] if self.ana_long_short else []
         return ["ic.pkl", "ric.pkl", *long_short]
 
-    def _needs(self) -> list[str]:
+    def _needs(self) -> Names:
         return ["pred.pkl", "label.pkl"]
 
     def _label(self) -> pd.Series:

@@ -72,9 +72,11 @@ def begin_task_train(
 
 
 def end_task_train(rec: Recorder, experiment_name: str | None = None) -> Recorder:
-    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it."""
-    name = experiment_name or rec.experiment_name
-    with R.start(experiment_name=name, recorder_id=rec.id, resume=True):
+    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it.
+
+    The run knows its experiment; `experiment_name` is there for Qlib's calls.
+    """
+    with R.start(experiment_id=rec.experiment_id, recorder_id=rec.id, resume=True):
         recorder = R.get_recorder()
         note_started(recorder)
         try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qtorch
 
-FAKES = str(Path(__file__).with_name("fakes.py"))
+FAKES = "trainer_fakes"  # pytest puts this folder on sys.path
 
 
 @pytest.fixture(autouse=True)
@@ -38,5 +37,5 @@ def make_task():
 
 @pytest.fixture
 def fakes() -> str:
-    """The file of the fake parts, for `module_path`."""
+    """The module of the fake parts, for `module_path`."""
     return FAKES

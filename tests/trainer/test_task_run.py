@@ -96,7 +96,7 @@ def test_an_interruption_leaves_a_killed_run(make_task, how, raised):
     with pytest.raises(raised):
         task_train(make_task(fail=how), "exp")
     (recorder,) = R.list_recorders(experiment_name="exp").values()
-    assert recorder.status == Recorder.STATUS_KILLED
+    assert recorder.status == Recorder.STATUS_K
 
 
 def test_begin_prepares_and_end_does_the_rest_in_the_same_run(make_task):
@@ -136,7 +136,7 @@ def test_a_record_before_what_it_depends_on_fails_by_name(make_task):
 def test_live_objects_are_taken_as_they_are(make_task):
     from qtorch.core.instantiate import init_instance_by_config
 
-    task = make_task()
+    task = make_task(value=1.0)
     model = init_instance_by_config(task["model"])
     dataset = init_instance_by_config(task["dataset"])
     recorder = task_train({"model": model, "dataset": dataset, "record": []}, "exp")

@@ -54,7 +54,7 @@ def test_ctrl_c_ends_the_list(make_task):
     with pytest.raises(KeyboardInterrupt):
         TrainerR("exp")([make_task(fail="interrupt"), make_task()])
     (recorder,) = R.list_recorders(experiment_name="exp").values()
-    assert recorder.status == Recorder.STATUS_KILLED
+    assert recorder.status == Recorder.STATUS_K
 
 
 def test_a_delayed_trainer_fits_in_end_train_and_skips_what_has_ended(make_task, tmp_path):
