@@ -163,14 +163,17 @@ def mask_membership(panel: Panel) -> Membership:
 def checked_membership(
     universe: str, listed: Sequence[str] | Mapping[str, Any], panel: Panel
 ) -> Membership:
-    """A user's universe as spans; each instrument must be in the panel."""
+    """A user's universe as spans within the calendar; each instrument must be in the panel."""
     known = set(panel.instruments)
     always: Spans = [(panel.calendar[0], panel.calendar[-1])]
     given = listed if isinstance(listed, Mapping) else dict.fromkeys(listed, always)
     for name in given:
         if name not in known:
             raise DataError(f"universe {universe!r}: {unknown_name('instrument', name, known)}")
+    start, end = always[0]
     return {
-        str(name): [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in spans]
+        str(name): [
+            (max(pd.Timestamp(first), start), min(pd.Timestamp(last), end)) for first, last in spans
+        ]
         for name, spans in given.items()
     }

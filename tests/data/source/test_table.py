@@ -129,6 +129,7 @@ def test_a_membership_file(tmp_path, long_frame):
     )
     source = TableSource(tmp_path / "bars.parquet", universes=tmp_path / "members.csv")
     assert source.universes() == ("all", "two")
+    assert source.instruments("two")["S01"][1][1] == source.calendar()[-1]
     panel = source.load(instruments="two")
     days = panel.calendar[panel.mask[:, 0].numpy()]
     assert days[days < "2019"].max() == pd.Timestamp("2018-03-30")
