@@ -48,26 +48,21 @@ def build_samples(
     counts as unknown.
     """
     asked = view.date_rows(start, end)
-    starts = [view.date_rows(date, None).start for date in later_starts]
-    kept = purged_rows(asked, starts, horizon)
+    starts = [view.date_rows(date).start for date in later_starts]
+    date, instrument = view.sample_rows(purged_rows(asked, starts, horizon), rows)
     before = view.rows[asked] if rows is None else view.rows[asked] & rows[asked]
-    date, instrument = view.sample_rows(kept, rows)
     notes = {"purged": int(before.sum()) - len(date)}
     if not len(date):
         raise DataError(_empty(view, name, start, end, notes["purged"]))
     features = view.group(feature_group)
     labels = view.groups.get(label_group)
-    target = None if labels is None or not labels.names else _at(labels, date, instrument)
-    raw = None if raw_label is None else _at(raw_label, date, instrument)
-    if raw is not None and raw_label is not None:
-        raw = finite_labels(raw_label.names, raw, learn=False)
-    if labels is not None and target is not None:
-        target = finite_labels(labels.names, target, learn)
-        if learn:
-            known = labelled(f"{name} ({start}..{end})", labels.names, target)
-            notes["unlabelled"] = int((~known).sum())
-            date, instrument, target = date[known], instrument[known], target[known]
-            raw = None if raw is None else raw[known]
+    target = _at(labels, date, instrument, learn)
+    raw = _at(raw_label, date, instrument)
+    if learn and labels is not None and target is not None:
+        known = labelled(f"{name} ({start}..{end})", labels.names, target)
+        notes["unlabelled"] = int((~known).sum())
+        date, instrument, target = date[known], instrument[known], target[known]
+        raw = None if raw is None else raw[known]
     _say(name, len(date), notes, horizon)
     return Samples(
         features,
@@ -86,8 +81,14 @@ def build_samples(
     )
 
 
-def _at(columns: Columns, date: Tensor, instrument: Tensor) -> Tensor:
-    return torch.stack([columns.column(n)[date, instrument] for n in columns.names], 1)
+def _at(
+    columns: Columns | None, date: Tensor, instrument: Tensor, learn: bool = False
+) -> Tensor | None:
+    """Labels `[S, Q]` of the samples; None where there are none."""
+    if columns is None or not columns.names:
+        return None
+    values = torch.stack([columns.column(n)[date, instrument] for n in columns.names], 1)
+    return finite_labels(columns.names, values, learn)
 
 
 def finite_labels(names: Sequence[str], target: Tensor, learn: bool) -> Tensor:
