@@ -43,15 +43,13 @@ def build_samples(
     mask); for prediction every row of the view is a sample. Without the label's group the
     samples have no target.
 
-    Raises DataError for a segment without samples, a label that is NaN everywhere, and
-    infinite labels in learning (features are looked at when they are packed). An infinite raw label
-    counts as unknown.
+    Raises DataError for a segment without samples, a label that is NaN everywhere, and infinite
+    labels for `learn` (features are looked at when they are packed; elsewhere inf is unknown).
     """
     asked = view.date_rows(start, end)
     starts = [view.date_rows(date).start for date in later_starts]
     date, instrument = view.sample_rows(purged_rows(asked, starts, horizon), rows)
-    before = view.rows[asked] if rows is None else view.rows[asked] & rows[asked]
-    notes = {"purged": int(before.sum()) - len(date)}
+    notes = {"purged": len(view.sample_rows(asked, rows)[0]) - len(date)}
     if not len(date):
         raise DataError(_empty(view, name, start, end, notes["purged"]))
     features = view.group(feature_group)
