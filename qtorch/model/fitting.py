@@ -111,6 +111,8 @@ class _Fit:
     ) -> None:
         self.recipe, self.train, self.valid = recipe, train, valid
         self.own_module = isinstance(network, pl.LightningModule)
+        if not self.own_module:
+            train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
 
@@ -171,6 +173,7 @@ class _Fit:
             accumulate=options.accumulate,
             clip_value=options.clip_value,
             clip_algorithm=options.clip_algorithm,
+            complete=self.train.target is not None and not bool(self.train.target.isnan().any()),
             interrupted=lambda: interruption.requested,
         )
 

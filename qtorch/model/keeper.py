@@ -90,7 +90,10 @@ class Keeper(Checkpoint):
         batch_idx: int,
     ) -> None:
         position = self.loader.position
-        waiting = getattr(pl_module, "pending", position % trainer.accumulate_grad_batches)
+        if isinstance(pl_module, ScoreModule):
+            waiting = pl_module.tally.pending
+        else:
+            waiting = position % trainer.accumulate_grad_batches
         if position >= self.loader.num_batches or waiting:
             return  # gradients that wait for their step are in no checkpoint
         stop = self.interruption.requested
@@ -102,7 +105,7 @@ class Keeper(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, ScoreModule):
-            values = dict(pl_module.told)
+            values = dict(pl_module.tally.told)
         else:
             values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.history.append(values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -19,6 +22,7 @@ from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import Loss, mean_of
 from qtorch.model.factories import OptimizerFactory, SchedulerPlan
 from qtorch.model.step_loader import Steps
+from qtorch.model.tally import Tally, weighted_mean
 
 TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
     "train/loss",
@@ -30,6 +34,13 @@ TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
 STATE = "qtorch_module"
+# Hooks of callbacks that lie between a batch's backward and its optimizer step.
+STEP_HOOKS = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+)
 
 
 def network_input(x: Tensor, inputs: str) -> Tensor:
@@ -61,7 +72,10 @@ class ScoreModule(pl.LightningModule):
     against `batch.extra["raw_label"]` where it is, else `y`; the first label column), `lr`.
 
     `loss` is a `Loss`, or any callable (score, target) -> mean, which is then weighted by the
-    number of samples of a batch and takes neither weights nor masks.
+    number of samples of a batch and takes neither weights nor masks. `complete` vouches that no
+    label of the training samples is missing. Where no callback looks between backward and step
+    (and neither a GradScaler nor a strategy has work there), both are called without Lightning's
+    hooks: the same numbers, faster.
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class ScoreModule(pl.LightningModule):
         accumulate: int = 1,
         clip_value: float | None = None,
         clip_algorithm: str | None = None,
+        complete: bool = False,
         interrupted: Callable[[], bool] = no_interruption,
     ) -> None:
         super().__init__()
@@ -88,10 +103,9 @@ class ScoreModule(pl.LightningModule):
         self.clip_value, self.clip_algorithm = clip_value, clip_algorithm
         self.interrupted = interrupted
         self.meter = ICMeter(num_days)
-        self.pending = 0  # batches whose gradients wait for an optimizer step
-        self.sums = torch.zeros(2, dtype=torch.float64)  # of the running epoch: loss, weight
-        self.valid_sums = torch.zeros(2, dtype=torch.float64)
-        self.told: dict[str, float] = {}  # the metrics of the running epoch
+        self.complete = complete
+        self.direct = False
+        self.tally, self.valid_tally = Tally(), Tally()
 
     # -- one batch -----------------------------------------------------------------------------
 
@@ -109,63 +123,82 @@ class ScoreModule(pl.LightningModule):
         return as_columns(functional_call(self.network, dict(state), (x,)))
 
     def loss_sums(
-        self, batch: Batch, state: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, batch: Batch, state: Mapping[str, Tensor] | None = None, *, complete: bool = False
+    ) -> tuple[Tensor, Tensor | int, Tensor]:
         """`(sum of weight x loss, sum of weight, scores [B, Q])` of a batch.
 
         With `state` a pure function of (parameters and buffers, batch), so that members of one
         architecture can be stacked; without, of the network's own.
         """
         score = self.scores(batch, state)
-        if batch.y is None:
+        target = batch.y
+        if target is None:
             raise ConfigError("these batches have no label to learn from (`y` is None).")
+        plain = batch.weight is None and batch.mask is None
         if isinstance(self.loss, Loss):
-            total, share = self.loss.sums(score, batch.y, batch.weight, batch.mask)
-            return total, share, score
-        if batch.weight is not None or batch.mask is not None:
+            if complete and plain:
+                return self.loss.complete_sum(score, target), target.numel(), score
+            return (*self.loss.sums(score, target, batch.weight, batch.mask), score)
+        if not plain:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} takes neither sample weights nor masks; "
                 "derive it from qtorch.metrics.loss.Loss."
             )
-        if score.shape != batch.y.shape:
-            raise ValueError(f"score {list(score.shape)}, but target {list(batch.y.shape)}.")
-        share = torch.tensor(float(len(score)), device=score.device)
-        return self.loss(score, batch.y) * share, share, score
+        if score.shape != target.shape:
+            raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
+        return self.loss(score, target) * len(score), len(score), score
 
     # -- training ------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        self.sums = self.sums.to(self.device)
+        self.direct = _nothing_between(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.pending = 0
-        self.told = {}
+        self.tally.reset(self.device)
+        self.tally.told = {}
 
     def training_step(self, steps: Steps) -> None:
+        tally, accumulate = self.tally, self.accumulate
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         mixed = torch.is_autocast_enabled(self.device.type)
         for batch in steps:
-            total, share, _ = self.loss_sums(batch.flat())
-            loss = mean_of(total, share)
-            if self.accumulate > 1:
-                loss = loss / self.accumulate
-            if mixed:
-                # Lightning keeps the precision's context open around a whole training_step.
-                with torch.autocast(self.device.type, enabled=False):
-                    self.manual_backward(loss)
-            else:
-                self.manual_backward(loss)
-            self.sums += torch.stack((total.detach(), share))
-            self.pending += 1
-            if self.pending < self.accumulate and not steps.at_end:
+            total, share, _ = self.loss_sums(batch.flat(), complete=self.complete)
+            loss = total / share if isinstance(share, int) else mean_of(total, share)
+            self._backward(loss if accumulate == 1 else loss / accumulate, mixed)
+            tally.add(total.detach(), share)
+            tally.pending += 1
+            if tally.pending < accumulate and not steps.at_end:
                 continue
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
-            self.pending = 0
-            self._step_scheduler("step", self.trainer.global_step)
+            self._optimize(optimizer)
+            tally.pending = 0
+            if self.plan is not None:
+                self._step_scheduler("step", self.trainer.global_step)
             if self._stops(steps):
                 break
+
+    def _backward(self, loss: Tensor, mixed: bool) -> None:
+        call = loss.backward if self.direct else partial(self.manual_backward, loss)
+        if not mixed:
+            call()
+            return
+        # Lightning keeps the precision's context open around a whole training_step.
+        with torch.autocast(self.device.type, enabled=False):
+            call()
+
+    def _optimize(self, optimizer: LightningOptimizer) -> None:
+        if not self.direct:
+            optimizer.step()
+            optimizer.zero_grad()
+            return
+        bare = optimizer.optimizer
+        self.on_before_optimizer_step(bare)
+        bare.step()
+        bare.zero_grad()
+        # What LightningOptimizer.step counts: the trainer's global_step.
+        done = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        done.increment_ready()
+        done.increment_completed()
 
     def _stops(self, steps: Steps) -> bool:
         if self.interrupted() and not steps.final:
@@ -178,37 +211,36 @@ class ScoreModule(pl.LightningModule):
             self.clip_gradients(optimizer, self.clip_value, self.clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
-        total, share = self.sums.tolist()
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._tell({TRAIN_LOSS: total / share if share else math.nan, RATE: float(rate)})
+        self._tell({TRAIN_LOSS: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
         self._step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.valid_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.valid_tally.reset(self.device)
         self.meter.reset()
 
     def validation_step(self, steps: Steps) -> None:
         for each in steps:
             batch = each.flat()
             total, share, score = self.loss_sums(batch)
-            self.valid_sums += torch.stack((total, share))
+            self.valid_tally.add(total, share)
             label = batch.extra.get("raw_label", batch.y)
             assert label is not None
             self.meter.update(score[:, 0], label[:, 0], batch.date, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
         daily = self.meter.compute()
-        read = torch.stack((daily.mean_ic(), daily.mean_rank_ic()))
-        total, share, ic, rank_ic = torch.cat((self.valid_sums, read.to(self.device))).tolist()
+        found = torch.stack((daily.mean_ic(), daily.mean_rank_ic())).to(self.device)
+        total, weight, ic, rank_ic = torch.cat((self.valid_tally.sums(), found)).tolist()
         self.meter.reset()
-        loss = total / share if share else math.nan
+        loss = weighted_mean(total, weight)
         self._tell({VALID_LOSS: loss, VALID_IC: ic, VALID_RANK_IC: rank_ic})
 
     def _tell(self, values: dict[str, float]) -> None:
         """To the callbacks and the progress bar; the keeper sends them to the run."""
-        self.told.update(values)
+        self.tally.told.update(values)
         self.log_dict(values, logger=False, prog_bar=True, on_step=False, on_epoch=True)
 
     # -- optimizer and scheduler ---------------------------------------------------------------
@@ -242,8 +274,22 @@ class ScoreModule(pl.LightningModule):
         return batch  # the loader gathers on the device
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = {"sums": self.sums.cpu(), "told": dict(self.told)}
+        checkpoint[STATE] = self.tally.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.sums = checkpoint[STATE]["sums"].to(self.device)
-        self.told = dict(checkpoint[STATE]["told"])
+        self.tally.load(checkpoint[STATE], self.device)
+
+
+def _nothing_between(trainer: Any) -> bool:
+    """Whether backward and optimizer step may be called without Lightning's hooks around them."""
+    bare = all(
+        getattr(type(callback), hook) is getattr(pl.Callback, hook)
+        for callback in trainer.callbacks
+        for hook in STEP_HOOKS
+    )
+    return (
+        bare
+        and isinstance(trainer.strategy, SingleDeviceStrategy)
+        and isinstance(trainer.profiler, PassThroughProfiler)
+        and getattr(trainer.precision_plugin, "scaler", None) is None
+    )

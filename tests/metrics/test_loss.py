@@ -43,12 +43,16 @@ def test_sums_of_batches_make_the_mean_of_the_whole(loss: Loss) -> None:
     parts = [loss.sums(score[k : k + 4], target[k : k + 4], weight[k : k + 4]) for k in (0, 4, 8)]
     total, share = (sum(part) for part in zip(*parts, strict=True))
     torch.testing.assert_close(mean_of(total, share), loss(score, target, weight))
+    complete = torch.nan_to_num(target)
+    torch.testing.assert_close(loss.complete_sum(score, complete), loss.sums(score, complete)[0])
 
 
 @pytest.mark.parametrize("loss", [cls() for cls in LOSSES.values()])
 def test_a_shape_mismatch_never_broadcasts(loss: Loss) -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         loss(torch.zeros(5, 1), torch.zeros(5))
+    with pytest.raises(ValueError, match="differ in shape"):
+        loss.complete_sum(torch.zeros(5, 1), torch.zeros(5))
     with pytest.raises(ValueError, match="weight"):
         loss(torch.zeros(5), torch.zeros(5), torch.zeros(5, 1))
     with pytest.raises(ValueError, match="mask"):
