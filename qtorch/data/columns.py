@@ -80,6 +80,10 @@ class Columns(ABC):
         d, n, f = self.shape
         return 4 * d * n * f
 
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        """`(T, F)` of the windows that a pack gathers for a dataset's `step_len`."""
+        return step_len, len(self.names)
+
     def column(self, name: str) -> Tensor:
         """One column `[D, N]` as it stands after every operation; not to be written to."""
         self._check([name])

@@ -87,18 +87,9 @@ class Packed(ABC):
         memory.
         """
 
-    @property
     @abstractmethod
-    def num_features(self) -> int:
-        """F of the windows."""
-
-    def num_steps(self, step_len: int) -> int:
-        """T of the windows for a dataset's `step_len`."""
-        return step_len
-
-    def features_of(self, step_len: int) -> int:
-        """F of the windows for a dataset's `step_len`."""
-        return self.num_features
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        """`(T, F)` of the windows for a dataset's `step_len`."""
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +137,8 @@ class DensePacked(Packed):
         self._starts: dict[tuple[int, str], Tensor | None] = {}
         self._flags: dict[int, Tensor] = {}
 
-    @property
-    def num_features(self) -> int:
-        return int(self.values.shape[2])
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        return step_len, int(self.values.shape[2])
 
     def gather(
         self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
@@ -170,7 +160,7 @@ class DensePacked(Packed):
 
     def _contiguous(self, first: Tensor, step_len: int) -> Tensor:
         """`step_len` rows from each of `first`: one row of an overlapping `[.., T * F]` view."""
-        f = self.num_features
+        f = self.values.shape[2]
         count = self._flat.shape[0] - step_len + 1
         windows = self._flat.as_strided((count, step_len * f), (f, 1), self._flat.storage_offset())
         return windows.index_select(0, first).view(-1, step_len, f)

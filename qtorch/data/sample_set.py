@@ -99,12 +99,16 @@ class Samples:
     @property
     def num_features(self) -> int:
         """F of a batch's `x [B, T, F]`."""
-        return self.packed.features_of(self.step_len)
+        return self._window_shape()[1]
 
     @property
     def num_steps(self) -> int:
         """T of a batch's `x [B, T, F]`."""
-        return self.packed.num_steps(self.step_len)
+        return self._window_shape()[0]
+
+    def _window_shape(self) -> tuple[int, int]:
+        features = self._columns if self._columns is not None else self.packed
+        return features.window_shape(self.step_len)
 
     @property
     def index(self) -> pd.MultiIndex:

@@ -85,6 +85,12 @@ class WindowColumns(Columns):
             fields.append(field)
         return tuple(fields)
 
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        fields = self.window_fields
+        if step_len == 1 and fields is not None:
+            return self.num_steps, len(fields)
+        return super().window_shape(step_len)
+
     @property
     def num_bytes(self) -> int:
         d, n, _ = self.shape
@@ -185,18 +191,10 @@ class WindowPacked(Packed):
         place.update({name: base + k for k, name in enumerate(self._owned_names)})
         return torch.tensor([place[name] for name in self.names], dtype=torch.int64)
 
-    @property
-    def num_features(self) -> int:
-        return self._num_fields if self._num_fields is not None else len(self.names)
-
-    def num_steps(self, step_len: int) -> int:
-        return self._num_steps if self._is_grid(step_len) else step_len
-
-    def features_of(self, step_len: int) -> int:
-        return self.num_features if self._is_grid(step_len) else len(self.names)
-
-    def _is_grid(self, step_len: int) -> bool:
-        return step_len == 1 and self._num_fields is not None
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        if step_len == 1 and self._num_fields is not None:
+            return self._num_steps, self._num_fields
+        return step_len, len(self.names)
 
     def gather(
         self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
@@ -207,7 +205,7 @@ class WindowPacked(Packed):
         holds the flat columns: `[B, step_len, len(names)]`.
         """
         check_fill(fill)
-        if self._is_grid(step_len):
+        if step_len == 1 and self._num_fields is not None:
             x = self._windows(date, instrument)[..., : self._num_fields]
             if self._owned_names:
                 x = self._overwritten(x, date, instrument)

@@ -223,7 +223,8 @@ def test_windows_hold_the_columns_in_feature_major_order():
     packed = columns.pack()
     x = packed.gather(date, who)
     assert x.shape == (3, STEPS, 6)
-    assert (packed.num_features, packed.num_steps(1)) == (6, STEPS)
+    assert packed.window_shape(1) == columns.window_shape(1) == (STEPS, 6)
+    assert packed.window_shape(2) == columns.window_shape(2) == (2, 6 * STEPS)
     flat = x.permute(0, 2, 1).flatten(1)
     for k, name in enumerate(columns.names):
         assert same(flat[:, k], columns.column(name)[date, who]), name
@@ -264,7 +265,7 @@ def test_chosen_fields_stay_windows_and_chosen_columns_become_flat():
     assert x.shape == (D, STEPS, 2)
     some = columns.keep(["HIGH2", "CLOSE5"]).with_columns({"MINE": torch.ones(D, N)})
     packed = some.pack()
-    assert packed.num_steps(1) == 1
+    assert packed.window_shape(1) == some.window_shape(1) == (1, 3)
     x = packed.gather(date, who)[:, 0]
     for k, name in enumerate(some.names):
         assert same(x[:, k], some.column(name)[date, who])

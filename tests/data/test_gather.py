@@ -174,4 +174,4 @@ def test_a_panel_pack_goes_through_the_same_windows():
     date, who = view.sample_rows()
     packed = columns.pack("cpu", history=view.history)
     x = packed.gather(date, who, 1, "none")[:, 0]
-    assert same(x, torch.from_numpy(frame["feature"].to_numpy(np.float32)))
+    assert same(x, torch.tensor(frame["feature"].to_numpy(np.float32)))
