@@ -45,5 +45,5 @@ def test_overlapping_segments_are_named():
         )
     with pytest.raises(ConfigError, match="overlap"):
         check_segments({"train": (None, None), "test": ("2016-01-01", None)})
-    with pytest.raises(ConfigError, match="ends .* before it starts"):
+    with pytest.raises(ConfigError, match=r"ends .* before it starts"):
         check_segments({"train": ("2015-01-01", "2014-01-01")})

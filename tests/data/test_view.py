@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused():
     made = view()
     with pytest.raises(DataError, match=r"rows must be bool of shape \(4, 3\)"):
         made.with_rows(torch.ones(3, 3, dtype=torch.bool))
-    with pytest.raises(DataError, match="unknown group of columns 'labels'.*'label'"):
+    with pytest.raises(DataError, match=r"unknown group of columns 'labels'.*'label'"):
         made.group("labels")
     other = Panel(torch.zeros(5, 3, 1), pd.bdate_range("2020", periods=5), list("ABC"), ["X"])
     with pytest.raises(DataError, match="group 'extra' has shape"):
