@@ -60,7 +60,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def redacted(uri: str) -> str:
     """The URI without its password: for logs, messages and what is kept on disk."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", uri)
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def local_folder(artifact_uri: str | None) -> Path | None:

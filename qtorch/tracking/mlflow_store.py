@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import mlflow.store.db_migrations
@@ -36,11 +36,17 @@ from qtorch.tracking.rows import ExperimentRow, MetricPoint, RunRow
 from qtorch.tracking.sqlite_file import ensure_sqlite_store
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_METRICS, MAX_PARAMS, PAGE = 1000, 100, 1000
-FRESH_SECONDS = 10.0  # a server that answered so lately is not asked again whether it is there
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+LOCKED_ATTEMPTS, _LOCKED = 5, "database is locked"
+_KINDS: dict[str, type[TrackingError]] = {
+    "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
+    "RESOURCE_ALREADY_EXISTS": AlreadyInStoreError,
+    "INVALID_PARAMETER_VALUE": RefusedError,
+}
 _INFINITE = sys.float_info.max  # what MLflow stores for an infinite value
 
 _stores: dict[tuple[int, str], MLflowStore] = {}
@@ -65,28 +71,26 @@ class MLflowStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = resolve_uri(uri)
-        self._answered = -math.inf
         self.check_answers()
         path = sqlite_path(self.uri)
-        with self._asked("open the store"):
-            if path is not None:
-                ensure_sqlite_store(path, _schema_name(), _migrate)
-                self.client = MlflowClient(tracking_uri=self.uri)
-            else:
-                # A fresh database of a server is migrated by the first who opens it.
-                name = sha256(self.uri.encode()).hexdigest()[:16]
-                with file_lock(cache_folder() / f"open-{name}.lock"):
-                    self.client = MlflowClient(tracking_uri=self.uri)
-                    self.client.search_experiments(max_results=1)
+        if path is not None:
+            self._ask("make", lambda: ensure_sqlite_store(path, _schema_name(), _migrate))
+            self.client = self._ask("open", lambda: MlflowClient(tracking_uri=self.uri))
+        else:
+            # A fresh database of a server is migrated by the first who opens it.
+            name = sha256(self.uri.encode()).hexdigest()[:16]
+            with file_lock(cache_folder() / f"open-{name}.lock"):
+                self.client = self._ask("open", lambda: MlflowClient(tracking_uri=self.uri))
+                self._ask("open", lambda: self.client.search_experiments(max_results=1))
         _opened.add(self)
 
     def check_answers(self) -> None:
         """TrackingError, within QTORCH_TRACKING_TIMEOUT seconds (10), unless the server is there.
 
-        MLflow's own requests go on retrying for minutes, so this stands before them.
+        MLflow's own requests go on retrying for minutes, so this stands before each of them.
         """
         parts = urlsplit(self.uri)
-        if not parts.hostname or time.monotonic() - self._answered < FRESH_SECONDS:
+        if not parts.hostname:
             return
         timeout = float(os.environ.get(TIMEOUT_VARIABLE, "10"))
         try:
@@ -100,29 +104,26 @@ class MLflowStore:
                 f"the tracking server {redacted(self.uri)} does not answer ({_first_line(error)}). "
                 "Start it, or give another tracking URI."
             ) from error
-        self._answered = time.monotonic()
 
-    @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
-        """Errors of MLflow become qtorch's; a success tells that the server is there."""
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        """The answer, or MLflow's error as one of qtorch's.
+
+        A sqlite file that other processes hold for longer than MLflow waits is asked again.
+        """
         self.check_answers()
-        try:
-            yield
-        except TrackingError:
-            raise
-        except MlflowException as error:
-            kinds: dict[str, type[TrackingError]] = {
-                "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
-                "RESOURCE_ALREADY_EXISTS": AlreadyInStoreError,
-                "INVALID_PARAMETER_VALUE": RefusedError,
-            }
-            self._answered = -math.inf
-            kind = kinds.get(str(error.error_code), TrackingError)
-            raise kind(self._failed(what, error)) from error
-        except Exception as error:
-            self._answered = -math.inf
-            raise TrackingError(self._failed(what, error)) from error
-        self._answered = time.monotonic()
+        for attempt in range(LOCKED_ATTEMPTS):
+            try:
+                return call()
+            except TrackingError:
+                raise
+            except Exception as error:
+                if _LOCKED in str(error) and attempt + 1 < LOCKED_ATTEMPTS:
+                    log.debug("could not %s: the database is locked", what)
+                    time.sleep(random.uniform(0.05, 0.5))
+                    continue
+                code = str(getattr(error, "error_code", ""))
+                raise _KINDS.get(code, TrackingError)(self._failed(what, error)) from error
+        raise AssertionError("the last attempt returns or raises")
 
     def _failed(self, what: str, error: Exception) -> str:
         return f"could not {what} at {redacted(self.uri)}: {_first_line(error)}"
@@ -131,32 +132,36 @@ class MLflowStore:
 
     def experiment(self, *, id: str | None = None, name: str | None = None) -> ExperimentRow | None:
         """The experiment, a deleted one too; None where there is none."""
+        what = f"read the experiment {name or id!r}"
         try:
-            with self._asked(f"read the experiment {name or id!r}"):
-                if id is not None:
-                    return _experiment_row(self.client.get_experiment(str(id)))
-                found = self.client.get_experiment_by_name(name or "")
-                return None if found is None else _experiment_row(found)
+            if id is not None:
+                found: Any = self._ask(what, lambda: self.client.get_experiment(str(id)))
+            else:
+                found = self._ask(what, lambda: self.client.get_experiment_by_name(name or ""))
         except (NotInStoreError, RefusedError):
             return None
+        return None if found is None else _experiment_row(found)
 
     def create_experiment(self, name: str) -> ExperimentRow:
         """A new experiment; AlreadyInStoreError where the name is taken, by a deleted one too."""
         path = sqlite_path(self.uri)
         folder = None if path is None else str(path.parent / "artifacts" / _folder_name(name))
-        with self._asked(f"create the experiment {name!r}"):
-            created = self.client.create_experiment(name, artifact_location=folder)
+        created = self._ask(
+            f"create the experiment {name!r}",
+            lambda: self.client.create_experiment(name, artifact_location=folder),
+        )
         return ExperimentRow(str(created), name)
 
     def experiments(self) -> list[ExperimentRow]:
         """All that are not deleted."""
-        with self._asked("list the experiments"):
-            return [_experiment_row(e) for e in _pages(self.client.search_experiments)]
+        found = self._ask(
+            "list the experiments", lambda: list(_pages(self.client.search_experiments))
+        )
+        return [_experiment_row(e) for e in found]
 
     def delete_experiment(self, id: str) -> None:
         """Mark it deleted, as MLflow does; `mlflow gc` removes it for good."""
-        with self._asked(f"delete the experiment {id}"):
-            self.client.delete_experiment(id)
+        self._ask(f"delete the experiment {id}", lambda: self.client.delete_experiment(id))
 
     # Runs
 
@@ -164,32 +169,32 @@ class MLflowStore:
         self, experiment_id: str, name: str | None, tags: Mapping[str, str], start_time: int
     ) -> RunRow:
         """A new run, status RUNNING."""
-        with self._asked("create a run"):
-            run = self.client.create_run(
+        run = self._ask(
+            "create a run",
+            lambda: self.client.create_run(
                 experiment_id, start_time=start_time, tags=dict(tags), run_name=name
-            )
+            ),
+        )
         return _run_row(run)
 
     def run(self, run_id: str) -> RunRow:
         """One run; NotInStoreError where there is none."""
         try:
-            with self._asked(f"read the run {run_id}"):
-                return _run_row(self.client.get_run(run_id))
+            return _run_row(self._ask(f"read run {run_id}", lambda: self.client.get_run(run_id)))
         except RefusedError as error:
             raise NotInStoreError(str(error)) from error
 
     def set_status(self, run_id: str, status: str, end_time: int | None = None) -> None:
         """A final status with its end, or RUNNING again."""
-        with self._asked(f"set the run {run_id} to {status}"):
-            if end_time is None:
-                self.client.update_run(run_id, status=status)
-            else:
-                self.client.set_terminated(run_id, status=status, end_time=end_time)
+        what = f"set the run {run_id} to {status}"
+        if end_time is None:
+            self._ask(what, lambda: self.client.update_run(run_id, status=status))
+        else:
+            self._ask(what, lambda: self.client.set_terminated(run_id, status, end_time))
 
     def delete_run(self, run_id: str) -> None:
         """Mark it deleted."""
-        with self._asked(f"delete the run {run_id}"):
-            self.client.delete_run(run_id)
+        self._ask(f"delete the run {run_id}", lambda: self.client.delete_run(run_id))
 
     def runs(
         self,
@@ -212,8 +217,8 @@ class MLflowStore:
                 page_token,
             )
 
-        with self._asked("search the runs"):
-            return [_run_row(run) for run in _pages(page, max_results)]
+        found = self._ask("search the runs", lambda: list(_pages(page, max_results)))
+        return [_run_row(run) for run in found]
 
     # What a run logs
 
@@ -228,29 +233,25 @@ class MLflowStore:
 
         A metric of the same step, time and value is not stored twice.
         """
-        with self._asked(f"log to the run {run_id}"):
-            self.client.log_batch(
-                run_id,
-                [Metric(m.key, m.value, m.time, m.step) for m in metrics],
-                [Param(k, v) for k, v in (params or {}).items()],
-                [RunTag(k, v) for k, v in (tags or {}).items()],
-            )
+        points = [Metric(m.key, m.value, m.time, m.step) for m in metrics]
+        held = [Param(k, v) for k, v in (params or {}).items()]
+        marks = [RunTag(k, v) for k, v in (tags or {}).items()]
+        what = f"log to the run {run_id}"
+        self._ask(what, lambda: self.client.log_batch(run_id, points, held, marks))
 
     def history(self, run_id: str, keys: Iterable[str]) -> dict[str, dict[int, float]]:
         """`{key: {step: value}}`, the newest value where a step has several."""
-        found: dict[str, dict[int, float]] = {}
-        with self._asked(f"read the metrics of the run {run_id}"):
-            for key in keys:
-                points = self.client.get_metric_history(run_id, key)
-                ordered = sorted(points, key=lambda p: int(p.timestamp))
-                found[key] = {p.step: value_of(p.value) for p in ordered}
-        return found
+        points = self._ask(
+            f"read the metrics of the run {run_id}",
+            lambda: {key: self.client.get_metric_history(run_id, key) for key in keys},
+        )
+        ordered = {k: sorted(p, key=lambda point: int(point.timestamp)) for k, p in points.items()}
+        return {k: {p.step: value_of(p.value) for p in some} for k, some in ordered.items()}
 
     def delete_tag(self, run_id: str, key: str) -> None:
         """Remove a tag; one that is not there is no error."""
         try:
-            with self._asked(f"delete the tag {key!r}"):
-                self.client.delete_tag(run_id, key)
+            self._ask(f"delete the tag {key!r}", lambda: self.client.delete_tag(run_id, key))
         except NotInStoreError:
             log.debug("the run %s has no tag %r", run_id, key)
 
@@ -258,27 +259,24 @@ class MLflowStore:
 
     def artifacts(self, run_id: str, folder: str | None) -> list[tuple[str, bool]]:
         """`(path, is a folder)` of what lies directly in `folder`."""
-        with self._asked("list the artifacts"):
-            return [(a.path, a.is_dir) for a in self.client.list_artifacts(run_id, folder)]
+        listed = self._ask("list artifacts", lambda: self.client.list_artifacts(run_id, folder))
+        return [(a.path, a.is_dir) for a in listed]
 
     def upload(self, run_id: str, local: Path, folder: str | None) -> None:
         """A file, or what a folder holds, into the run's `folder`."""
-        with self._asked(f"store {local.name!r}"):
-            if local.is_dir():
-                self.client.log_artifacts(run_id, str(local), folder)
-            else:
-                self.client.log_artifact(run_id, str(local), folder)
+        send = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
+        self._ask(f"store {local.name!r}", lambda: send(run_id, str(local), folder))
 
     def download(self, run_id: str, path: str, target: str | None) -> str:
         """Fetch a file or folder; the local path."""
-        with self._asked(f"fetch {path!r}"):
-            return str(self.client.download_artifacts(run_id, path, target))
+        fetch = self.client.download_artifacts
+        return str(self._ask(f"fetch {path!r}", lambda: fetch(run_id, path, target)))
 
     def remove(self, run_id: str, path: str) -> None:
         """Delete an artifact; TrackingError where the repository cannot."""
-        with self._asked(f"delete {path!r}"):
-            repository: Any = self.client._tracking_client._get_artifact_repo(run_id)
-            repository.delete_artifacts(path)
+        client: Any = self.client._tracking_client
+        what = f"delete {path!r}"
+        self._ask(what, lambda: client._get_artifact_repo(run_id).delete_artifacts(path))
 
 
 def start_monitor(uri: str, run_id: str, *, resumed: bool) -> Callable[[], None] | None:

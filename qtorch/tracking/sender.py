@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds that entries gather before they are sent as one request
 LONGEST_PAUSE = 30.0
+BUSY_SECONDS = 120.0  # how long the end of a run waits for a store that has not failed
 PATIENCE_VARIABLE = "QTORCH_TRACKING_PATIENCE"
 DEFAULT_PATIENCE = 30.0
 
@@ -105,21 +106,28 @@ class Sender:
         return not self._queue
 
     def close(self, timeout: float | None = None) -> TrackingError | None:
-        """Send the rest, trying for `timeout` seconds; None, or why some of it stays on disk."""
+        """Send the rest; None, or why some of it stays on disk.
+
+        A store that fails is asked again for `timeout` seconds (`patience()`), one that is merely
+        slow gets BUSY_SECONDS more.
+        """
         if self._pid != os.getpid():
             return None
-        end = time.monotonic() + (patience() if timeout is None else timeout)
-        pause = 0.2
-        while not self.flush(max(0.1, end - time.monotonic())) and time.monotonic() < end:
-            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+        begin, pause = time.monotonic(), 0.2
+        allowed = patience() if timeout is None else timeout
+        while not self.flush(BUSY_SECONDS):
+            left = begin + allowed - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(pause, left))
             pause *= 2
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            left, error = len(self._queue), self._error
+            rest, error = len(self._queue), self._error
         if self._thread is not None:
             self._thread.join(timeout=1.0)
-        if left:
+        if rest:
             where = redacted(self._store.uri)
             return error or TrackingError(f"the tracking store {where} took too long.")
         return None

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from stored_things import Counter, Plan
 
 from qtorch.core.errors import LoadObjectError, TrackingError, TrustError
 from qtorch.core.session import session_context
 from qtorch.tracking.artifacts import logical_name, object_files, read_object, write_object
-from stored_things import Counter, Plan
 
 
 def there_and_back(value, folder: Path, name: str = "thing.pkl"):
@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_file(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qtorch.tracking.artifacts._write_json", full)
-    with pytest.raises(TrackingError, match="'task' could not be written .*No space left"):
+    with pytest.raises(TrackingError, match=r"'task' could not be written .*No space left"):
         write_object({"a": 1}, tmp_path, "task")
     assert list(tmp_path.iterdir()) == []
 

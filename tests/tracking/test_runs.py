@@ -1,0 +1,475 @@
+"""R, experiments, recorders: what a Qlib user relies on, and what is better."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError
+from qtorch.core.session import init
+from qtorch.tracking import R, Recorder
+from qtorch.tracking.current import current_recorder
+from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError
+from qtorch.tracking.mlflow_recorder import MLflowRecorder
+from qtorch.tracking.mlflow_store import store_at
+
+
+def history(recorder, key) -> list[tuple[int, float]]:
+    """Every stored point of a metric, through MLflow's own client."""
+    points = recorder.client.get_metric_history(recorder.id, key)
+    return sorted((p.step, p.value) for p in points)
+
+
+def status(recorder) -> str:
+    return store_at(recorder.uri).run(recorder.id).status
+
+
+def run_to_end(error: BaseException | None = None) -> MLflowRecorder:
+    with suppress(type(error) if error else ()), R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        if error is not None:
+            raise error
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, "FINISHED"),
+        (ValueError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(1), "KILLED"),
+    ],
+)
+def test_a_run_ends_as_its_block_does(uri, error, expected):
+    recorder = run_to_end(error)
+    assert recorder.status == expected == status(recorder)
+    assert recorder.end_time is not None
+    assert current_recorder() is None
+
+
+def test_ctrl_c_of_a_real_process_kills_the_run(uri, tmp_path, fork):
+    R.get_exp(experiment_name="e")
+
+    def job():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with R.start(experiment_name="e"):
+            (tmp_path / "ready").touch()
+            time.sleep(30)
+
+    pid = fork(job)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    os.waitpid(pid, 0)
+    assert [r.status for r in R.list_recorders(experiment_name="e").values()] == ["KILLED"]
+
+
+def test_the_concepts_of_qlib_hold(uri):
+    with R.start(experiment_name="test", recorder_name="first") as experiment:
+        recorder = R.get_recorder()
+        assert R.get_exp() == experiment == R.get_exp(experiment_name="test")
+        assert experiment.active_recorder is recorder
+        assert recorder.info["status"] == "RUNNING"
+        assert current_recorder() is recorder
+        R.log_params(lr=0.1, layers=[1, 2])
+        R.log_metrics(loss=0.5, step=3)
+        R.set_tags(kind="x")
+        R.save_objects(**{"pred.pkl": pd.Series([1.0])}, artifact_path="sig")
+        R.save_objects(task={"a": (1,)})
+        assert recorder.list_params() == {**recorder.list_params(), "lr": "0.1", "layers": "[1, 2]"}
+        assert recorder.list_metrics() == {"loss": 0.5}
+        assert recorder.list_tags()["kind"] == "x"
+        recorder.delete_tags("kind", "never there")
+        assert "kind" not in recorder.list_tags()
+        assert R.load_object("task") == {"a": (1,)}
+    assert R.get_recorder(recorder_name="first", experiment_name="test").id == recorder.id
+    again = R.get_recorder(recorder_id=recorder.id, experiment_name="test")
+    assert again == recorder
+    assert again.load_object("sig/pred.pkl").tolist() == [1.0]
+    assert again.name == "first"
+    assert again.start_time == recorder.start_time
+    assert list(R.list_recorders(experiment_name="test")) == [recorder.id]
+    assert set(R.list_experiments()) == {"Default", "test"}
+    assert experiment.list_recorders("list", status="FAILED") == []
+
+
+def test_runs_nest_and_threads_do_not_see_each_other(uri):
+    with R.start(experiment_name="outer"):
+        outer = R.get_recorder()
+        with R.start(experiment_name="inner"):
+            assert R.get_exp().name == "inner"
+        assert R.get_recorder() is outer
+    names, meet = {}, threading.Barrier(3)
+
+    def job(name):
+        with R.start(experiment_name=name):
+            meet.wait()
+            names[name] = R.get_exp().name
+            R.log_metrics(m=1.0)
+            meet.wait()
+
+    threads = [threading.Thread(target=job, args=(f"t{k}",)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names == {f"t{k}": f"t{k}" for k in range(3)}
+
+
+def test_a_worker_thread_finds_the_run_of_its_process(uri):
+    found = []
+    with R.start(experiment_name="e"):
+        thread = threading.Thread(target=lambda: found.append(current_recorder()))
+        thread.start()
+        thread.join()
+        assert found == [R.get_recorder()]
+
+
+def test_start_exp_and_end_exp(uri):
+    experiment = R.start_exp(experiment_name="e")
+    recorder = experiment.active_recorder
+    R.end_exp("FAILED")
+    assert status(recorder) == "FAILED"
+    R.end_exp()  # nothing runs: nothing happens
+
+
+def test_logging_without_a_run_starts_one(uri, caplog):
+    R.log_metrics(m=1.0)
+    recorder = R.get_recorder()
+    assert "no run is active" in caplog.text
+    R.log_metrics(m=2.0)
+    assert R.get_recorder() is recorder
+    assert R.get_exp().name == "Experiment"
+    R.end_exp()
+    assert history(recorder, "m") == [(0, 1.0), (1, 2.0)]
+
+
+def test_resume_sends_only_what_the_history_lacks(uri, caplog):
+    with R.start(experiment_name="e", recorder_name="r"):
+        R.log_params(lr=0.1, depth=2)
+        for step in range(5):
+            R.log_metrics(step=step, loss=float(step))
+        R.log_metrics(IC=0.1)
+        recorder = R.get_recorder()
+    with R.start(recorder_id=recorder.id, resume=True):
+        resumed = R.get_recorder()
+        assert resumed == recorder
+        assert status(resumed) == "RUNNING"
+        assert R.get_exp().name == "e"
+        assert resumed.logged("loss") == {s: float(s) for s in range(5)}
+        R.log_params(lr=0.1, depth=3, new=1)
+        for step in range(3, 8):
+            R.log_metrics(step=step, loss=float(step))
+        R.log_metrics(step=0, loss=9.0)
+        R.log_metrics(IC=0.1)
+        assert resumed.logged("loss") == {s: float(s) for s in range(8)}
+    assert history(recorder, "loss") == [(s, float(s)) for s in range(8)]
+    assert history(recorder, "IC") == [(0, 0.1)]
+    assert "'loss' at step 0 stands as 0.0; the new value 9.0 is not sent" in caplog.text
+    params, tags = resumed.list_params(), resumed.list_tags()
+    assert (params["lr"], params["depth"], params["new"]) == ("0.1", "2", "1")
+    assert tags["qtorch.changed_param.depth"] == "3"
+    assert "param 'depth' stands as '2'" in caplog.text
+    assert resumed.status == "FINISHED"
+
+
+def test_a_metric_without_step_counts_and_the_newest_value_stands(uri):
+    with R.start(experiment_name="e"):
+        for value in (1.0, 1.0, 2.0):
+            R.log_metrics(loss=value)
+        R.log_metrics(IC=0.1)
+        recorder = R.get_recorder()
+    with R.start(recorder_id=recorder.id, resume=True):
+        for value in (1.0, 1.0, 2.0, 3.0):  # the program again, and on
+            R.log_metrics(loss=value)
+        R.log_metrics(IC=0.2)  # another model: a new figure
+    assert history(recorder, "loss") == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+    assert history(recorder, "IC") == [(0, 0.1), (1, 0.2)]
+    assert recorder.list_metrics() == {"loss": 3.0, "IC": 0.2}
+
+
+def test_nan_and_infinity_are_stored_and_said(uri, caplog):
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        recorder.log_batch({"loss": math.inf, "ic": math.nan}, 2)
+    with R.start(recorder_id=recorder.id, resume=True):
+        recorder = R.get_recorder()
+        recorder.log_batch({"loss": math.inf, "ic": math.nan}, 2)
+        assert recorder.logged("loss") == {2: math.inf}
+    assert len(history(recorder, "loss")) == len(history(recorder, "ic")) == 1
+    assert recorder.list_metrics()["loss"] == math.inf
+    assert math.isnan(recorder.list_metrics()["ic"])
+    assert "'loss' is inf at step 2" in caplog.text
+    with pytest.raises(ArgumentError, match="a metric is one number"):
+        recorder.log_metrics(loss="high")
+
+
+def test_long_values_and_odd_names_are_kept_and_said(uri, caplog):
+    with R.start(experiment_name="e"):
+        R.log_params(**{"net": "x" * 7000, "loss(mse)/a": 1})
+        R.set_tags(long="y" * 9000)
+        R.log_metrics(**{"ic[0]": 1.0})
+        recorder = R.get_recorder()
+    assert recorder.list_params()["net"] == "x" * 6000
+    assert recorder.list_params()["loss_mse_/a"] == "1"
+    assert recorder.list_metrics() == {"ic_0_": 1.0}
+    with open(recorder.download_artifact("long_values/net.txt")) as file:
+        assert file.read() == "x" * 7000
+    assert len(recorder.list_tags()["long"]) == 8000
+    assert "'net' has 7000 characters" in caplog.text
+    assert "'loss(mse)/a' is logged as 'loss_mse_/a'" in caplog.text
+    with R.start(recorder_id=recorder.id, resume=True):
+        R.log_params(net="x" * 7000)
+    assert not [t for t in recorder.list_tags() if t.startswith("qtorch.changed")]
+
+
+def test_search_gives_the_documented_table(uri):
+    ids = []
+    for k in range(3):
+        with R.start(experiment_name="e"):
+            R.log_metrics(ic=0.1 * k)
+            if k:
+                R.log_params(lr=k)
+            ids.append(R.get_recorder().id)
+    experiment = R.get_exp(experiment_name="e")
+    table = R.search_records([experiment.id], order_by=["metrics.ic DESC"])
+    assert list(table["run_id"]) == ids[::-1]
+    assert list(table["params.lr"]) == ["2", "1", None]
+    assert table["metrics.ic"].dtype == float
+    assert str(table["start_time"].dt.tz) == "UTC"
+    assert (table["tags.mlflow.runName"] == "mlflow_recorder").all()
+    few = experiment.search_records(filter_string="metrics.ic > 0.05", max_results=1)
+    assert len(few) == 1
+    assert len(R.search_records(filter_string="params.lr = '9'")) == 0
+
+
+@pytest.mark.parametrize("name", ["a/b", "Käse 实验", "100%", "../up", "x" * 200])
+def test_names_of_any_kind(uri, name, shared_store):
+    with R.start(experiment_name=name, recorder_name=name):
+        R.save_objects(task={"a": 1})
+        recorder = R.get_recorder()
+    found = R.get_recorder(experiment_name=name, recorder_name=name)
+    assert found.load_object("task") == {"a": 1}
+    assert shared_store.parent / "artifacts" in Path(recorder.get_local_dir()).parents
+
+
+def test_wrong_names_show_the_nearest(uri):
+    with R.start(experiment_name="alpha", recorder_name="lstm"):
+        recorder = R.get_recorder()
+    with pytest.raises(NotInStoreError, match=r"'alpa'.*Did you mean 'alpha'"):
+        R.get_exp(experiment_name="alpa", create=False)
+    with pytest.raises(ValueError, match=r"'lstn'.*Did you mean 'lstm'"):
+        R.get_recorder(recorder_name="lstn", experiment_name="alpha")
+    with pytest.raises(NotInStoreError, match="not found"):
+        R.get_recorder(recorder_id="0" * 32)
+    with pytest.raises(NotInStoreError, match="no run is active"):
+        R.get_recorder()
+    with pytest.raises(NotInStoreError, match="is not of experiment 'Default'"):
+        R.get_recorder(recorder_id=recorder.id, experiment_name="Default")
+    with pytest.raises(ArgumentError, match="resume=True"), R.start(recorder_id=recorder.id):
+        pass
+    with pytest.raises(NotInStoreError), R.start(recorder_id="0" * 32, resume=True):
+        pass
+    with pytest.raises(ArgumentError, match="Did you mean 'FINISHED'"):
+        recorder.end_run("FINISHD")
+    with pytest.raises(AlreadyInStoreError):
+        R.exp_manager.create_exp("alpha")
+    with pytest.raises(TrackingError, match="has not been started"):
+        R.get_exp(experiment_name="alpha").create_recorder("new").log_metrics(a=1)
+
+
+def test_deleting(uri):
+    with R.start(experiment_name="e"):
+        first = R.get_recorder().id
+    R.delete_recorder(recorder_id=first)
+    assert R.list_recorders(experiment_name="e") == {}
+    with pytest.raises(TrackingError, match="deleted"), R.start(recorder_id=first, resume=True):
+        pass
+    R.delete_exp(experiment_name="e")
+    assert "e" not in R.list_experiments()
+    with pytest.raises(NotInStoreError, match=r"is deleted.*restore"):
+        R.get_exp(experiment_name="e")
+
+
+def test_artifacts_by_logical_and_by_file_name(uri, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "ic.png").write_bytes(b"png")
+    (tmp_path / "raw.json").write_text("{}")
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        R.save_objects(**{"pred.pkl": pd.Series([1.0]), "sig/ic.pkl": pd.Series([2.0])}, task={})
+        R.log_artifact(tmp_path / "plots")
+        R.save_objects(local_path=tmp_path / "plots", artifact_path="flat")
+        R.log_artifact(tmp_path / "raw.json")
+    listed = [n for n in recorder.list_artifacts() if not n.startswith("code_")]
+    assert listed == ["flat", "plots", "pred.pkl", "raw.json", "sig", "task"]
+    assert recorder.list_artifacts("sig") == ["sig/ic.pkl"]
+    assert recorder.list_artifacts("flat") == ["flat/ic.png"]
+    assert recorder.list_artifacts("nowhere") == []
+    assert recorder.download_artifact("pred.pkl").endswith("pred.pkl.parquet")
+    copy = recorder.download_artifact("plots", str(tmp_path / "got"))
+    assert os.listdir(copy) == ["ic.png"]
+    with pytest.raises(LoadObjectError, match=r"'pred\.pk'.*Did you mean 'pred\.pkl'.*task"):
+        recorder.load_object("pred.pk")
+    with pytest.raises(LoadObjectError, match="is a folder"):
+        recorder.load_object("sig")
+    for bad in ("../x", "/etc/passwd", ""):
+        with pytest.raises(ArgumentError):
+            recorder.load_object(bad)
+        with pytest.raises(ArgumentError):
+            recorder.save_objects(**{bad: 1})
+    with pytest.raises(ArgumentError, match="no file or folder"):
+        recorder.log_artifact("not there")
+
+
+def test_an_object_saved_again_replaces_the_one_of_another_kind(uri):
+    with R.start(experiment_name="e"):
+        R.save_objects(thing=pd.Series([1.0]))
+        R.save_objects(thing={"now": "plain"})
+        assert R.load_object("thing") == {"now": "plain"}
+        R.save_objects(thing=pd.Series([3.0]))
+        assert R.load_object("thing").tolist() == [3.0]
+        assert R.get_recorder().list_artifacts().count("thing") == 1
+
+
+def test_a_full_disk_fails_the_run_with_one_clear_error(uri, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(TrackingError, match=r"'pred.pkl' could not be written.*No space left"),
+        R.start(experiment_name="e"),
+    ):
+        recorder = R.get_recorder()
+        monkeypatch.setattr("pyarrow.parquet.write_table", full)
+        R.save_objects(**{"pred.pkl": pd.Series([1.0])})
+    assert status(recorder) == "FAILED"
+    assert "pred.pkl" not in recorder.list_artifacts()
+
+
+def test_folders_of_a_run_persist(uri):
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        (recorder.checkpoint_dir() / "last.ckpt").write_text("x")
+    again = R.get_recorder(recorder_id=recorder.id)
+    assert (again.checkpoint_dir() / "last.ckpt").read_text() == "x"
+    assert again.list_artifacts("checkpoints") == ["checkpoints/last.ckpt"]
+    assert os.path.isdir(again.get_local_dir())
+
+
+def test_a_recorder_travels_to_another_process(uri):
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        sent = pickle.dumps(recorder)
+        copy = pickle.loads(sent)
+        copy.log_metrics(step=1, from_elsewhere=1.0)
+        copy.save_objects(x=1)
+        assert R.load_object("x") == 1
+    assert recorder.list_metrics() == {"from_elsewhere": 1.0}
+
+
+def test_a_run_of_a_process_that_died_can_be_ended_from_outside(uri, fork):
+    R.get_exp(experiment_name="e")
+    pid = fork(lambda: (R.start_exp(experiment_name="e"), os.kill(os.getpid(), signal.SIGKILL)))
+    os.waitpid(pid, 0)
+    (recorder,) = R.list_recorders(experiment_name="e").values()
+    assert recorder.status == "RUNNING"
+    recorder.end_run(Recorder.STATUS_FA)
+    assert status(recorder) == "FAILED"
+
+
+def test_the_origin_of_a_run_is_recorded(uri, tmp_path, monkeypatch):
+    repository = tmp_path / "repo"
+    repository.mkdir()
+    monkeypatch.chdir(repository)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y"]
+    (repository / "code.py").write_text("a = 1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    (repository / "code.py").write_text("a = 2\n")
+    monkeypatch.setenv("QTORCH_SOMETHING", "postgresql://me:secret@host/db")
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+    params = recorder.list_params()
+    assert params["QTORCH_SOMETHING"] == "postgresql://me:***@host/db"
+    assert "pytest" in params["cmd-sys.argv"]
+    with open(recorder.download_artifact("code_diff.txt")) as file:
+        assert "+a = 2" in file.read()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert recorder.list_tags()["mlflow.source.git.commit"] == head.stdout.strip()
+    with R.start(recorder_id=recorder.id, resume=True):
+        pass
+    assert recorder.list_tags()["qtorch.attempt"] == "2"
+
+
+def test_the_default_store_and_its_order(tmp_path, monkeypatch):
+    assert R.get_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///env.db")
+    assert R.get_uri() == f"sqlite:///{tmp_path}/env.db"
+    init(tracking_uri="sqlite:///of_init.db")
+    assert R.get_uri() == f"sqlite:///{tmp_path}/of_init.db"
+    with R.uri_context("sqlite:///context.db"):
+        assert R.get_uri() == f"sqlite:///{tmp_path}/context.db"
+        with R.start(experiment_name="e", uri="sqlite:///own.db"):
+            assert R.get_uri() == f"sqlite:///{tmp_path}/own.db"
+            assert R.get_exp().name == "e"
+            recorder = R.get_recorder()
+    assert (tmp_path / "own.db").exists()
+    assert not (tmp_path / "context.db").exists()
+    with R.uri_context(recorder.uri):
+        assert R.get_recorder(recorder_id=recorder.id) == recorder
+    assert str(tmp_path / "artifacts") in recorder.get_artifact_uri()
+    with pytest.raises(TrackingError, match=r"sqlite:///.*mlruns/mlflow.db"):
+        R.set_uri("mlruns")
+    with pytest.raises(TrackingError, match=r"mlflow.db"):
+        R.set_uri("file:///some/mlruns")
+
+
+@pytest.mark.parametrize("bad", ["http://127.0.0.1:9", "postgresql://me:pw@127.0.0.1:9/db"])
+def test_a_store_that_does_not_answer_is_one_quick_error(bad):
+    begin = time.monotonic()
+    silent = pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.* does not answer")
+    with silent as error, R.start(experiment_name="e", uri=bad):
+        pass
+    assert time.monotonic() - begin < 5
+    assert "pw" not in str(error.value)
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_text("this is no database, " * 50)
+    refused = pytest.raises(TrackingError, match=r"mlflow\.db cannot be opened")
+    with refused, R.start(uri="sqlite:///mlflow.db"):
+        pass
+    (tmp_path / "file").touch()
+    refused = pytest.raises(TrackingError, match="cannot be opened or made")
+    with refused, R.start(uri="sqlite:///file/mlflow.db"):
+        pass
+
+
+def test_mlflow_itself_is_left_alone(uri):
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    with R.start(experiment_name="e"):
+        assert mlflow.active_run() is None
+        assert mlflow.get_tracking_uri() == before
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_nothing_is_logged_twice_to_the_console(uri, caplog):
+    caplog.set_level(logging.INFO)
+    with R.start(experiment_name="e"):
+        pass
+    assert len([r for r in caplog.records if "is running" in r.message]) == 1

@@ -1,0 +1,215 @@
+"""The store itself: many processes at once, a real server, MLflow's own switches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pandas as pd
+import pytest
+
+from qtorch.tracking import R, outbox
+from qtorch.tracking.mlflow_store import store_at
+
+
+def race(fork, jobs: int, uri: str, runs: int = 1) -> list[int]:
+    """Each job starts runs in one experiment of one fresh store, all at the same moment."""
+    begin = time.time() + 0.3
+
+    def job():
+        time.sleep(max(0.0, begin - time.time()))
+        for _ in range(runs):
+            with R.start(experiment_name="shared", uri=uri):
+                R.log_metrics(step=0, loss=1.0)
+                R.save_objects(task={"a": 1})
+
+    pids = [fork(job) for _ in range(jobs)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def check_race(uri: str, count: int) -> None:
+    with R.uri_context(uri):
+        runs = R.list_recorders(experiment_name="shared")
+        assert len(runs) == count
+        assert {r.status for r in runs.values()} == {"FINISHED"}
+        assert all(r.list_metrics() == {"loss": 1.0} for r in runs.values())
+        assert set(R.list_experiments()) == {"Default", "shared"}
+
+
+def test_eight_processes_race_for_a_fresh_store(tmp_path, fork):
+    store_at(f"sqlite:///{tmp_path}/other.db")  # so that there is a template
+    uri = f"sqlite:///{tmp_path}/fresh folder/mlflow.db"
+    assert race(fork, 8, uri) == [0] * 8
+    check_race(uri, 8)
+
+
+@pytest.mark.slow
+def test_eight_processes_race_without_a_template(tmp_path, fork, monkeypatch):
+    monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert race(fork, 8, uri, runs=5) == [0] * 8
+    check_race(uri, 40)
+    assert len(list((tmp_path / "cache").glob("mlflow-*.db"))) == 1
+
+
+def test_a_damaged_template_is_made_anew(tmp_path, template_cache, monkeypatch):
+    store_at(f"sqlite:///{tmp_path}/a.db")
+    (template,) = template_cache.glob("mlflow-*.db")
+    mine = tmp_path / "cache"
+    mine.mkdir()
+    (mine / template.name).write_bytes(template.read_bytes()[:50_000])
+    monkeypatch.setenv("QTORCH_CACHE", str(mine))
+    migrated = []
+
+    def migrate(path):
+        migrated.append(path)
+        path.write_bytes(template.read_bytes())
+
+    monkeypatch.setattr("qtorch.tracking.mlflow_store._migrate", migrate)
+    store_at(f"sqlite:///{tmp_path}/b.db").experiments()
+    assert len(migrated) == 1
+    assert (mine / template.name).stat().st_size == template.stat().st_size
+
+
+def test_what_a_killed_process_left_does_not_hurt(tmp_path):
+    (tmp_path / ".mlflow.db.init-999").write_text("half a file")
+    (tmp_path / "mlflow.db").touch()
+    assert [e.name for e in store_at("sqlite:///mlflow.db").experiments()] == ["Default"]
+    assert not (tmp_path / ".mlflow.db.init-999").exists()
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        ((where,),) = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    assert where == str(tmp_path / "artifacts" / "Default")
+
+
+@pytest.mark.slow
+def test_system_metrics_as_mlflow_users_know_them(uri, monkeypatch):
+    pytest.importorskip("psutil")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    with R.start(experiment_name="e"):
+        time.sleep(3)
+        recorder = R.get_recorder()
+    assert "system/cpu_utilization_percentage" in recorder.list_metrics()
+
+
+SCRIPT = """
+from qtorch.tracking import R
+R.log_metrics(m=1.0)
+{last}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [("", "FINISHED"), ("1 / 0", "FAILED"), ("raise KeyboardInterrupt", "KILLED")],
+)
+def test_a_run_that_nobody_ends_ends_with_its_program(uri, last, expected):
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    subprocess.run([sys.executable, "-c", SCRIPT.format(last=last)], env=environment, check=False)
+    (recorder,) = R.list_recorders(experiment_name="Experiment").values()
+    assert recorder.status == expected
+    assert recorder.list_metrics() == {"m": 1.0}
+
+
+class Server:
+    """A real `mlflow server` on loopback that can be stopped and started again."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", f"{self.folder}/files"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.time() + 90
+        while time.time() < end:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            time.sleep(0.2)
+        raise AssertionError("the server did not come up")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path):
+    store_at(f"sqlite:///{tmp_path}/server.db")  # a copy is quicker than the server's migrations
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_real_server_that_goes_away_and_returns(server, monkeypatch, outbox_folder):
+    monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "20")
+    with R.start(experiment_name="a/b ü", uri=server.uri):
+        recorder = R.get_recorder()
+        R.log_params(lr=0.1)
+        R.save_objects(**{"pred.pkl": pd.Series([1.0])})
+        for step in range(100):
+            R.log_metrics(step=step, loss=float(step), bad=float("nan"))
+        assert recorder.flush()
+        server.stop()
+        for step in range(100, 200):
+            R.log_metrics(step=step, loss=float(step))
+        assert not recorder.flush()
+        server.start()
+    points = recorder.client.get_metric_history(recorder.id, "loss")
+    assert sorted((p.step, p.value) for p in points) == [(s, float(s)) for s in range(200)]
+    with R.uri_context(server.uri):
+        again = R.get_recorder(recorder_id=recorder.id)
+        assert again.status == "FINISHED"
+        assert again.load_object("pred.pkl").tolist() == [1.0]
+        assert "pred.pkl" in again.list_artifacts()
+        assert again.get_artifact_uri().startswith("mlflow-artifacts:")
+        assert len(again.logged("bad")) == 100
+        with R.start(recorder_id=recorder.id, resume=True):
+            R.log_metrics(step=199, loss=199.0, inf=float("inf"))
+            R.log_metrics(step=200, loss=200.0)
+        assert len(again.client.get_metric_history(again.id, "loss")) == 201
+        assert again.list_metrics()["inf"] == float("inf")
+    assert list(outbox_folder.glob("*")) == []
+
+
+@pytest.mark.slow
+def test_a_real_server_that_dies_leaves_all_in_the_outbox(server, outbox_folder, caplog):
+    with R.start(experiment_name="e", uri=server.uri):
+        recorder = R.get_recorder()
+        recorder.flush()
+        server.stop()
+        R.log_metrics(step=0, loss=0.5)
+        R.save_objects(task={"a": 1})
+    assert "qtorch tracking send" in caplog.text
+    server.start()
+    (report,) = outbox.send()
+    assert report.error is None
+    with R.uri_context(server.uri):
+        again = R.get_recorder(recorder_id=recorder.id)
+        assert again.status == "FINISHED"
+        assert again.list_metrics() == {"loss": 0.5}
+        assert again.load_object("task") == {"a": 1}
+    assert list(outbox_folder.glob("*")) == []
