@@ -130,9 +130,7 @@ def ask_qlib(python: str, provider: Path, asked: Mapping[str, Case]) -> dict[str
             return {key: found[key] for key in found.files}
 
 
-def compare(
-    provider: Path, qlib: Mapping[str, np.ndarray], asked: Mapping[str, Case]
-) -> list[Row]:
+def compare(provider: Path, qlib: Mapping[str, np.ndarray], asked: Mapping[str, Case]) -> list[Row]:
     """Every case and data key of Qlib's answer beside ours."""
     table = []
     for name, case in asked.items():

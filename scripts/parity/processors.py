@@ -39,7 +39,9 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        return self.same_index and self.same_columns and not self.other_nan and self.worst <= OF_SCALE
+        return (
+            self.same_index and self.same_columns and not self.other_nan and self.worst <= OF_SCALE
+        )
 
     def __str__(self) -> str:
         index = "index, columns equal" if self.same_index and self.same_columns else "INDEX DIFFERS"

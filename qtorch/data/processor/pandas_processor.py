@@ -109,9 +109,8 @@ class PandasProcessor(Processor):
         for name, tensor in state.tensors.items():
             setattr(self.inner, name, tensor.numpy())
         for name, stored in state.config["attributes"].items():
-            setattr(
-                self.inner, name, _index_again(stored) if "index" in stored else stored["value"]
-            )
+            value = _index_again(stored["index"]) if "index" in stored else stored["value"]
+            setattr(self.inner, name, value)
 
 
 def frame_of(view: View) -> pd.DataFrame:

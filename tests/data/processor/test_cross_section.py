@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from qtorch.data.processor import cross_section as cs
+
+NAN, INF = float("nan"), float("inf")
+CELLS = st.one_of(st.sampled_from([NAN, NAN, 0.0, 1.0, 1.0, -2.0]), st.floats(-100, 100, width=32))
+DAYS = arrays(np.float32, (4, 7), elements=CELLS)
+MASKS = arrays(np.bool_, (4, 7))
+
+
+def by_day(values: np.ndarray, rows: np.ndarray, function) -> np.ndarray:
+    """pandas on each day's rows alone; NaN elsewhere."""
+    out = np.full(values.shape, np.nan)
+    for d in range(len(values)):
+        out[d, rows[d]] = function(pd.Series(values[d, rows[d]].astype(np.float64)))
+    return out
+
+
+def check(found: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found.numpy()[rows], expected[rows], rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DAYS, MASKS)
+def test_rank_is_pandas_rank_of_the_rows(values: np.ndarray, rows: np.ndarray) -> None:
+    expected = by_day(values, rows, lambda x: (x.rank(pct=True) - 0.5) * 3.46)
+    check(cs.day_rank_norm(torch.tensor(values), torch.tensor(rows)), rows, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DAYS, MASKS)
+def test_median_and_mean_fill_are_pandas(values: np.ndarray, rows: np.ndarray) -> None:
+    x, r = torch.tensor(values), torch.tensor(rows)
+    medians = [pd.Series(v[m]).median() for v, m in zip(values, rows, strict=True)]
+    np.testing.assert_allclose(cs.day_median(x, r)[:, 0].numpy(), medians, rtol=1e-5, atol=1e-5)
+    expected = by_day(values, rows, lambda v: v.fillna(v.mean()))
+    check(cs.day_mean_fill(x, r), rows, expected)
+
+
+def test_zscore_is_pandas_with_ddof_1() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((5, 9)).astype(np.float32)
+    values[rng.random(values.shape) < 0.2] = NAN
+    rows = rng.random(values.shape) < 0.8
+    expected = by_day(values, rows, lambda x: (x - x.mean()) / x.std())
+    check(cs.day_zscore(torch.tensor(values), torch.tensor(rows)), rows, expected)
+    robust = by_day(
+        values,
+        rows,
+        lambda x: ((x - x.median()) / (x - x.median()).abs().median() / 1.4826).clip(-3, 3),
+    )
+    check(cs.day_robust_zscore(torch.tensor(values), torch.tensor(rows)), rows, robust)
+
+
+@pytest.mark.parametrize(
+    ("day", "expected"),
+    [
+        ([0.1, 0.1, 0.1], [NAN, NAN, NAN]),  # equal values, not exact in binary
+        ([5.0, NAN, NAN], [NAN, NAN, NAN]),  # one value
+        ([1.0, INF, 2.0], [NAN, NAN, NAN]),  # an infinite one
+        ([NAN, NAN, NAN], [NAN, NAN, NAN]),
+        ([1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]),
+    ],
+)
+def test_zscore_of_days_that_have_none(day: list[float], expected: list[float]) -> None:
+    x = torch.tensor([day])
+    found = cs.day_zscore(x, torch.ones_like(x, dtype=torch.bool))
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
+
+
+def test_infinities_rank_at_the_ends_and_tie_with_each_other() -> None:
+    x = torch.tensor([[INF, 3.0, -INF, INF, NAN]])
+    rank = cs.day_rank_norm(x, torch.ones_like(x, dtype=torch.bool))[0] / 3.46 + 0.5
+    np.testing.assert_allclose(rank.numpy() * 4, [3.5, 2, 1, 3.5, NAN], atol=1e-5)
+    rows = torch.tensor([[True, True, True, False, True]])
+    rank = cs.day_rank_norm(x, rows)[0] / 3.46 + 0.5
+    np.testing.assert_allclose(rank.numpy()[:3] * 3, [3, 2, 1], atol=1e-5)
+
+
+def test_values_outside_the_rows_are_placed_between_them_and_change_nothing() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 2.5, 9.0, 2.0, NAN]])
+    rows = torch.tensor([[True] * 4 + [False] * 4])
+    rank = (cs.day_rank_norm(x, rows)[0] / 3.46 + 0.5) * 4
+    np.testing.assert_allclose(rank.numpy(), [1, 2, 3, 4, 2.5, 4.5, 2, NAN], atol=1e-5)
+    z = cs.day_zscore(x, rows)[0]
+    assert float(z[6]) == pytest.approx(float(z[1]))
+    assert float(z[4]) == pytest.approx((2.5 - 2.5) / 1.290994, abs=1e-5)
+
+
+def test_finite_mean_leaves_out_infinite_and_missing_values() -> None:
+    x = torch.tensor([[1.0, INF, NAN, 3.0], [INF, -INF, NAN, NAN]])
+    mean = cs.day_finite_mean(x, torch.ones_like(x, dtype=torch.bool))
+    np.testing.assert_allclose(mean.numpy(), [2.0, NAN])

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.core.errors import ConfigError
+from qtorch.data.processor import CSRankNorm, CSZFillna, CSZScoreNorm
+
+
+def of_day(frame: pd.DataFrame) -> pd.core.groupby.DataFrameGroupBy:
+    return frame.sort_index().astype(np.float64).groupby("datetime", group_keys=False)
+
+
+def test_only_the_group_is_written(frame, view, unchanged) -> None:
+    check = unchanged(view)
+    result = CSRankNorm(fields_group="label")(view)
+    expected = (of_day(frame["label"]).rank(pct=True) - 0.5) * 3.46
+    np.testing.assert_allclose(result.frame()["label"], expected, atol=1e-5)
+    before, after = view.group("feature"), result.group("feature")
+    assert before is after
+    check()
+
+
+def test_several_groups_at_once(frame, view) -> None:
+    result = CSZScoreNorm(fields_group=["feature", "label"])(view).frame()
+    expected = of_day(frame).transform(lambda x: (x - x.mean()) / x.std())
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_one_column_of_a_group(frame, view) -> None:
+    result = CSZScoreNorm(fields_group=[("feature", "y")])(view).frame()
+    expected = of_day(frame[[("feature", "y")]]).transform(lambda x: (x - x.mean()) / x.std())
+    np.testing.assert_allclose(result[[("feature", "y")]], expected, atol=1e-5)
+    pd.testing.assert_frame_equal(result[[("feature", "x")]], view.frame()[[("feature", "x")]])
+
+
+def test_fill_by_the_days_mean(frame, view) -> None:
+    result = CSZFillna(fields_group="feature")(view).frame()["feature"]
+    expected = of_day(frame["feature"]).transform(lambda x: x.fillna(x.mean()))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def test_an_unknown_method_shows_the_known() -> None:
+    with pytest.raises(ConfigError, match="unknown method of CSZScoreNorm 'zscores'"):
+        CSZScoreNorm(method="zscores")

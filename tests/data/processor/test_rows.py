@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.data.frames import view_of_frame
+from qtorch.data.processor import DropnaLabel, DropnaProcessor, TimeRangeFlt
+
+
+def test_dropna_label_takes_samples_but_not_history(frame, view, unchanged) -> None:
+    check = unchanged(view)
+    result = DropnaLabel()(view)
+    expected = frame.sort_index().dropna(subset=[("label", "LABEL0")])
+    assert result.frame().index.equals(expected.index)
+    assert torch.equal(result.history, view.history)
+    assert not DropnaLabel().is_for_infer()
+    check()
+
+
+@pytest.mark.parametrize("group", ["feature", None])
+def test_dropna_takes_rows_from_windows_too(frame, view, group) -> None:
+    result = DropnaProcessor(fields_group=group)(view)
+    columns = frame.columns if group is None else [c for c in frame.columns if c[0] == group]
+    expected = frame.sort_index().dropna(subset=list(columns))
+    assert result.frame().index.equals(expected.index)
+    assert torch.equal(result.history, result.rows)
+
+
+def test_infinite_values_are_not_missing(frame) -> None:
+    frame = frame.fillna(0.0)
+    frame.iloc[0, 0] = np.inf
+    assert len(DropnaProcessor()(view_of_frame(frame)).frame()) == len(frame)
+
+
+def test_time_range_keeps_instruments_that_span_it() -> None:
+    dates = pd.bdate_range("2020-01-01", periods=10)
+    spans = {"whole": (0, 9), "late": (3, 9), "early": (0, 6), "hole": (0, 9)}
+    rows = [(dates[d], k) for k, (a, b) in spans.items() for d in range(a, b + 1)]
+    rows = [r for r in rows if r[1] != "hole" or r[0] not in dates[4:6]]
+    index = pd.MultiIndex.from_tuples(rows, names=["datetime", "instrument"])
+    view = view_of_frame(pd.DataFrame({"x": 1.0}, index))
+
+    def kept(start, end) -> set[str]:
+        found = TimeRangeFlt(start, end)(view).frame()
+        return set(found.index.get_level_values("instrument"))
+
+    assert kept(dates[0], dates[9]) == {"whole", "hole"}
+    assert kept(dates[0], None) == {"whole", "early", "hole"}
+    assert kept(None, dates[9]) == {"whole", "late", "hole"}
+    assert kept(dates[3], dates[6]) == {"whole", "late", "early", "hole"}
+    # A weekend means the first trading day after it, and the last before.
+    assert kept("2020-01-04", "2020-01-12") == {"whole", "late", "hole"}
