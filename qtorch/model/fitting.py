@@ -6,6 +6,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from qtorch.model.trainer_options import (
 )
 
 log = logging.getLogger(__name__)
+
+QUIET = (r".*LeafSpec.*is deprecated", r".*`validation_step` but have no `val_dataloader`")
 
 
 @dataclass
@@ -86,7 +89,7 @@ def fit_network(
     """
     with preserved_generators(), _quiet_lightning(), Interruption() as interruption:
         seed_everything(recipe.seed)
-        network = make_network()
+        network = make_network().train()  # a fitted one comes in evaluation mode
         identity = training_identity(network, train, valid, recipe, start)
         fit = _Fit(network, train.to(device), None if valid is None else valid.to(device), recipe)
         with _folder(recipe, recorder) as folder:
@@ -322,13 +325,17 @@ def _interrupted(keeper: Keeper, folder: Path | None, recorder: Any) -> Training
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Lightning's greetings (devices found, why it stopped) are not the user's log."""
+    """Lightning's greetings (devices found, why it stopped) are not the user's log, nor are its
+    warnings of what is meant here (no valid segment) or is its own affair."""
     loggers = [logging.getLogger(n) for n in ("pytorch_lightning", "lightning.pytorch")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logging.WARNING, logger.level))
     try:
-        yield
+        with warnings.catch_warnings():
+            for text in QUIET:
+                warnings.filterwarnings("ignore", message=text)
+            yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

@@ -1,0 +1,60 @@
+"""What a user might bring: a plain torch module, a LightningModule that trains itself."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from qtorch.data.batches import Batch
+
+
+class LastStep(nn.Module):
+    """A linear model of the newest step; no class of qtorch's."""
+
+    def __init__(self, d_feat: int, step_len: int = 0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_feat, 1)
+        self.step_len = step_len
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, -1])
+
+
+class OwnModule(pl.LightningModule):
+    """Takes a Batch, logs what it likes, and gives scores in `predict_step`."""
+
+    def __init__(self, d_feat: int, lr: float = 0.05) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Dropout(0.2), nn.Linear(d_feat, 1))
+        self.lr = lr
+
+    def scores(self, batch: Batch) -> Tensor:
+        return self.net(batch.x[:, -1])[:, 0]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.scores(batch), batch.y[:, 0])
+        self.log("own_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.x))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = nn.functional.mse_loss(self.scores(batch), batch.y[:, 0])
+        self.log("own_valid_loss", loss, batch_size=len(batch.x))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.scores(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Nonsense(nn.Module):
+    """Gives one number for a whole batch."""
+
+    def __init__(self, d_feat: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_feat, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, -1]).mean()
