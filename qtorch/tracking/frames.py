@@ -31,7 +31,9 @@ def write_frame(data: pd.DataFrame | pd.Series, path: Path, header: dict[str, An
     if _signature(_from_table(sample, layout)) != _signature(data.iloc[:2]):
         raise NotTabularError("its dtypes have no counterpart in parquet")
     held = json.dumps({**header, "layout": layout})
-    pq.write_table(table.replace_schema_metadata({METADATA: held.encode()}), path)
+    table = table.replace_schema_metadata({METADATA: held.encode()})
+    repeating = [f.name for f in table.schema if not pa.types.is_floating(f.type)]
+    pq.write_table(table, path, use_dictionary=repeating or False)
 
 
 def frame_header(path: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from qtorch.core.session import session
 
 SQLITE = "sqlite:///"
 ALLOW_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+NAMED_STORES = ("databricks", "databricks-uc", "uc")  # MLflow's URIs that are bare words
 
 
 def default_uri() -> str:
@@ -39,6 +40,8 @@ def resolve_uri(uri: str | Path) -> str:
         _, question, query = text.partition("?")
         return f"{SQLITE}{path}{question}{query}"
     scheme = urlsplit(text).scheme
+    if text in NAMED_STORES:
+        return text
     if scheme in ("", "file") and os.environ.get(ALLOW_FILE_STORE, "").lower() != "true":
         folder = Path(unquote(urlsplit(text).path) if scheme else text).expanduser().absolute()
         raise TrackingError(

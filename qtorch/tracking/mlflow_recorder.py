@@ -199,11 +199,12 @@ class MLflowRecorder(Recorder):
             stop()
         sender, self._sender = self._sender, None
         journal = sender.journal if sender else outbox.Journal(run_id, self._uri, self._attempt)
-        failure = sender.close() if sender else None
+        failure: BaseException | None = None
         try:
+            failure = sender.close() if sender else None
             if failure is None:
                 self._store.set_status(run_id, status, end)
-        except TrackingError as error:
+        except BaseException as error:  # of a second Ctrl-C too: the status must not get lost
             failure = error
         if failure is not None:
             journal.append([{"status": status, "time": end}])
@@ -215,6 +216,8 @@ class MLflowRecorder(Recorder):
                 failure or "the tracking store did not take everything.",
                 journal.path,
             )
+        if failure is not None and not isinstance(failure, TrackingError):
+            raise failure
 
     # What it logs
 

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 MAX_METRICS, MAX_PARAMS, PAGE = 1000, 100, 1000
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
-DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 LOCKED_ATTEMPTS, _LOCKED = 5, "database is locked"
 _KINDS: dict[str, type[TrackingError]] = {
     "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
@@ -90,15 +90,14 @@ class MLflowStore:
         MLflow's own requests go on retrying for minutes, so this stands before each of them.
         """
         parts = urlsplit(self.uri)
-        if not parts.hostname:
-            return
+        port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
         timeout = float(os.environ.get(TIMEOUT_VARIABLE, "10"))
         try:
             if parts.scheme in ("http", "https"):
                 _get_health(self.uri, timeout)
-            else:
-                port = parts.port or DEFAULT_PORTS.get(parts.scheme.split("+")[0], 0)
-                socket.create_connection((parts.hostname, port), timeout=timeout).close()
+            elif port and parts.hostname and "," not in parts.hostname:
+                address = (parts.hostname, parts.port or port)
+                socket.create_connection(address, timeout=timeout).close()
         except (MlflowException, OSError, ValueError) as error:
             raise TrackingError(
                 f"the tracking server {redacted(self.uri)} does not answer ({_first_line(error)}). "

@@ -152,14 +152,21 @@ class Delivery:
     error: str | None = None
 
 
-def waiting(run_id: str | None = None) -> list[Path]:
-    """The outbox files, the oldest first."""
-    files = outbox_folder().glob(f"{run_id or '*'}.*.jsonl")
+def waiting(run_id: str | None = None, folder: str | Path | None = None) -> list[Path]:
+    """The outbox files of one run or all, the oldest first."""
+    files = Path(folder or outbox_folder()).glob(f"{run_id or '*'}.*.jsonl")
     return sorted(files, key=lambda p: p.stat().st_mtime if p.exists() else 0.0)
 
 
-def send(run_id: str | None = None, *, tracking_uri: str | None = None) -> list[Delivery]:
-    """Deliver what waits in the outbox, of one run or all; what came of each file.
+def send(
+    run_id: str | None = None,
+    *,
+    tracking_uri: str | None = None,
+    folder: str | Path | None = None,
+) -> list[Delivery]:
+    """Deliver what waits in the outbox (or another `folder`), of one run or all.
+
+    What came of each file is returned.
 
     Files of processes that still run are left to them. A file is removed once the store has all
     of it, so that this can be called again. `tracking_uri` replaces the one in the files, which
@@ -168,7 +175,7 @@ def send(run_id: str | None = None, *, tracking_uri: str | None = None) -> list[
     from qtorch.tracking.mlflow_store import store_at
 
     done = []
-    for path in waiting(run_id):
+    for path in waiting(run_id, folder):
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -146,6 +146,24 @@ def test_the_file_of_a_living_process_is_left_to_it(uri, away):
     assert outbox.waiting() == []
 
 
+def test_a_second_ctrl_c_while_the_run_ends_loses_nothing(uri, away, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    recorder = R.start_exp(experiment_name="e").active_recorder
+    recorder.flush()
+    away.on = True
+    R.log_metrics(step=0, loss=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("qtorch.tracking.sender.time.sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            R.end_exp("KILLED")
+    away.on = False
+    assert outbox.send()[0].error is None
+    assert store_at(uri).run(recorder.id).status == "KILLED"
+    assert history(recorder, "loss") == [(0, 0.5)]
+
+
 def test_a_cut_or_damaged_line_does_not_hold_up_the_rest(uri, away, outbox_folder, caplog):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()

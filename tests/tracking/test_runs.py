@@ -21,6 +21,7 @@ from qtorch.core.session import init
 from qtorch.tracking import R, Recorder
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError
+from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.mlflow_store import store_at
 
@@ -435,6 +436,8 @@ def test_the_default_store_and_its_order(tmp_path, monkeypatch):
         R.set_uri("mlruns")
     with pytest.raises(TrackingError, match=r"mlflow.db"):
         R.set_uri("file:///some/mlruns")
+    for other in ("databricks", "databricks://profile", "postgresql://h1,h2/db"):
+        assert resolve_uri(other) == other
 
 
 @pytest.mark.parametrize("bad", ["http://127.0.0.1:9", "postgresql://me:pw@127.0.0.1:9/db"])
