@@ -31,6 +31,7 @@ from qtorch.model.interruption import Interruption, StopTraining, TrainingInterr
 from qtorch.model.keeper import Keeper, weights_of
 from qtorch.model.module import ScoreModule
 from qtorch.model.recorder_logger import RecorderLogger
+from qtorch.model.scoring import evaluation_size
 from qtorch.model.step_loader import StepLoader
 from qtorch.model.trainer_options import (
     TrainerOptions,
@@ -189,7 +190,7 @@ class _Fit:
             order = "day_sequential" if order.startswith("day") else "sequential"
         source = BatchLoader(
             samples,
-            batch_size=batch["size"] if training else batch["eval_size"],
+            batch_size=batch["size"] if training else evaluation_size(batch, samples.device),
             order=order,
             seed=self.recipe.seed,
             days_per_batch=batch["days_per_batch"],

@@ -17,7 +17,7 @@ from qtorch.core.errors import DataError
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
 from qtorch.model.generators import generator_states, restore_generators
 from qtorch.model.interruption import Interruption, StopTraining
-from qtorch.model.module import TRAIN_LOSS, ScoreModule
+from qtorch.model.module import METRICS, TRAIN_LOSS, ScoreModule
 from qtorch.model.step_loader import StepLoader
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ class Keeper(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, ScoreModule):
-            values = dict(pl_module.tally.told)
+            told = pl_module.tally.told
+            values = {k: told[k] for k in METRICS if k in told}
         else:
             values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.history.append(values)

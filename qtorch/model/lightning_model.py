@@ -23,7 +23,7 @@ from qtorch.data.samples import samples_of
 from qtorch.model.base import ModelFT
 from qtorch.model.fitting import Fitted, Recipe, fit_network
 from qtorch.model.network_config import build_network, complete_network, network_config
-from qtorch.model.scoring import score_series
+from qtorch.model.scoring import evaluation_size, score_series
 from qtorch.model.trainer_options import device_name, trainer_options
 from qtorch.tracking.current import current_recorder
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 BATCH: dict[str, Any] = {"size": 800, "order": "random", "days_per_batch": 1, "eval_size": None}
 CHECKPOINT: dict[str, Any] = {"every_n_steps": None, "dir": None, "enabled": True}
-EVAL_SIZE = 4096
 
 
 class LightningModel(ModelFT):
@@ -48,7 +47,7 @@ class LightningModel(ModelFT):
 
     `loss`, `optimizer`, `scheduler`: see `qtorch.model.factories`.
     `batch`: `size`, `order` ("random", or "day" for whole days, `days_per_batch` at once),
-    `eval_size` (samples a batch where nothing is learnt).
+    `eval_size` (samples a batch where nothing is learnt; by default more on a GPU).
     `trainer`: any argument of pl.Trainer.
     `monitor`: the metric whose best epoch's weights are kept: "loss", "ic", "rank_ic" of the
     valid segment, or a full name. `early_stop`: None, a patience in epochs, or a mapping
@@ -84,8 +83,6 @@ class LightningModel(ModelFT):
         self.network = network
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.batch = _merged("batch", batch, BATCH)
-        if self.batch["eval_size"] is None:
-            self.batch["eval_size"] = max(EVAL_SIZE, int(self.batch["size"]))
         self.trainer = dict(trainer or {})
         self.monitor, self.early_stop = monitor, early_stop
         self.checkpoint = _merged("checkpoint", checkpoint, CHECKPOINT)
@@ -219,7 +216,7 @@ class LightningModel(ModelFT):
         samples = samples_of(dataset, segment, data_key="infer")
         self._check_features(samples)
         device = resolve_device(device_name(trainer_options(self.trainer, ())))
-        size = int(self.batch["eval_size"])
+        size = evaluation_size(self.batch, device)
         return score_series(network, samples, device=device, batch_size=size)
 
     def _fitted(self) -> nn.Module:

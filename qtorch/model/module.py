@@ -31,6 +31,7 @@ TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
     "valid/rank_ic",
     "lr",
 )
+METRICS = (TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE)
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
 STATE = "qtorch_module"

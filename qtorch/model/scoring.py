@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,15 @@ from qtorch.data.sample_set import Samples
 from qtorch.model.module import as_columns, network_input
 
 SCORE = "score"
+GPU_BATCH = 8192
+
+
+def evaluation_size(batch: Mapping[str, Any], device: torch.device) -> int:
+    """Samples a batch where nothing is learnt: as given, else what suits the device. A CPU's
+    caches like a training batch, a GPU is kept busy by a larger one."""
+    if batch["eval_size"] is not None:
+        return int(batch["eval_size"])
+    return int(batch["size"]) if device.type == "cpu" else max(GPU_BATCH, int(batch["size"]))
 
 
 def score_series(

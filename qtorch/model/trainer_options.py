@@ -11,7 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.callbacks import Callback, EarlyStopping, RichProgressBar
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
@@ -59,15 +65,13 @@ def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -
     for name in given:
         if name not in valid:
             raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
-    if str(given.get("devices", 1)) not in ("1", "auto", "[0]") and _count(given["devices"]) != 1:
-        raise ConfigError(
-            f"trainer.devices is {given['devices']!r}: one fit uses one device. Start one fit for "
-            "each device, or name one: devices=[1]."
-        )
     rest = dict(given)
+    _check_devices(given)
     clip = rest.pop("gradient_clip_val", None)
     extra = rest.pop("callbacks", None) or []
     listed = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
+    built = [init_instance_by_config(c, accept_types=Callback) for c in listed]
+    refuse_averaging(built)
     return TrainerOptions(
         given=given,
         rest=rest,
@@ -76,14 +80,28 @@ def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -
         clip_algorithm=rest.pop("gradient_clip_algorithm", None),
         limit_train=rest.pop("limit_train_batches", None),
         limit_valid=rest.pop("limit_val_batches", None),
-        callbacks=[init_instance_by_config(c, accept_types=Callback) for c in listed],
+        callbacks=built,
     )
 
 
-def _count(devices: Any) -> int:
-    if isinstance(devices, list | tuple):
-        return len(devices)
-    return int(devices) if str(devices).lstrip("-").isdigit() else 0
+def _check_devices(given: Mapping[str, Any]) -> None:
+    devices = given.get("devices", 1)
+    single = len(devices) == 1 if isinstance(devices, list | tuple) else str(devices) == "1"
+    if (not single and devices != "auto") or given.get("num_nodes", 1) != 1:
+        raise ConfigError(
+            f"trainer.devices is {devices!r}: one fit uses one device. Start one fit for each "
+            "device, or name one: devices=[1]."
+        )
+
+
+def refuse_averaging(callbacks: Sequence[Callback]) -> None:
+    """ConfigError for callbacks that put other weights in place of those that were judged."""
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} puts averaged weights in place at the end, but a fit "
+                "keeps the weights of the best epoch: the two do not go together."
+            )
 
 
 def device_name(options: TrainerOptions) -> str:
@@ -162,7 +180,6 @@ def build_trainer(
     """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own."""
     arguments: dict[str, Any] = {
         "max_epochs": MAX_EPOCHS if options.rest.get("max_steps", -1) == -1 else -1,
-        "devices": 1,
         "num_sanity_val_steps": 0,  # would draw from generators before the first step
         "enable_model_summary": False,
         "enable_progress_bar": sys.stderr.isatty(),
@@ -170,6 +187,8 @@ def build_trainer(
         "default_root_dir": str(folder) if folder is not None else None,
         **options.rest,
     }
+    if arguments.get("devices", "auto") == "auto":
+        arguments["devices"] = 1
     arguments["accelerator"] = (
         "cpu" if device_name(options) == "cpu" else arguments.get("accelerator", "auto")
     )

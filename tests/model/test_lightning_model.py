@@ -47,7 +47,7 @@ def test_every_sample_once_in_any_batch_size(dataset: ToyDataset, fitted: Lightn
     for size in (1, 7, len(samples) - 1, len(samples)):
         fitted.batch["eval_size"] = size
         pd.testing.assert_series_equal(fitted.predict(dataset), whole, rtol=1e-5, atol=1e-6)
-    fitted.batch["eval_size"] = 4096
+    fitted.batch["eval_size"] = None
 
 
 def test_calling_is_predicting_and_a_slice_is_dates(
@@ -105,6 +105,7 @@ def test_wrong_names_say_the_nearest_one(dataset: ToyDataset) -> None:
         ({"inner_steps": 0}, "inner_steps"),
         ({"scheduler": {"scheduler": "torch.optim.lr_scheduler.StepLR", "interva": 1}}, "interval"),
         ({"trainer": {"devices": 2}}, "one device"),
+        ({"callbacks": [pl.callbacks.EMAWeightAveraging()]}, "best epoch"),
     ):
         with pytest.raises(ConfigError, match=text):
             model_of(**changes).fit(dataset)

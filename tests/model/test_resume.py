@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,16 @@ import torch
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.core.errors import ConfigError
-from qtorch.model.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, read_checkpoint
+from qtorch.data.batches import BatchLoader
+from qtorch.model.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    CheckpointError,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from qtorch.model.interruption import TrainingInterrupted
 
 SCRIPT = Path(__file__).parent / "toy_training.py"
 
@@ -90,8 +98,6 @@ class _Stop(Exception):
 
 def _stopped_after(monkeypatch: pytest.MonkeyPatch, folder: Path, epoch: int, step: int) -> None:
     """A training that dies by an exception before a batch, in this process: quick to make."""
-    from qtorch.data.batches import BatchLoader
-
     whole = BatchLoader.batches
 
     def dying(self, number: int, start_step: int = 0):
@@ -190,50 +196,84 @@ def test_a_full_disk_is_one_clear_error_and_leaves_what_was(
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_ctrl_c_in_mid_epoch_keeps_a_checkpoint(tmp_path: Path, uninterrupted) -> None:
-    done = _killed(tmp_path / "run", "2:7", "SIGINT")
-    assert done.returncode != 0
-    assert "TrainingInterrupted: training interrupted in epoch 2 after batch 8 of 20" in done.stderr
-    assert "Go on with the same fit in run toy" in done.stderr
+def _signalled(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, at: tuple[int, int], *numbers: signal.Signals
+) -> TrainingInterrupted:
+    """The error of a training that gets signals before a batch."""
+    whole = BatchLoader.batches
+
+    def signalling(self, epoch: int, start_step: int = 0):
+        for k, batch in enumerate(whole(self, epoch, start_step), start_step):
+            if self.order == "random" and (epoch, k) == at:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            yield batch
+
+    folder.mkdir(exist_ok=True)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "batches", signalling)
+        with pytest.raises(TrainingInterrupted) as caught:
+            resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return caught.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_mid_epoch_keeps_a_checkpoint_of_this_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, number: signal.Signals
+) -> None:
+    error = _signalled(monkeypatch, tmp_path / "run", (2, 7), number)
+    assert isinstance(error, KeyboardInterrupt)
+    assert "in epoch 2 after batch 8 of 20" in str(error)
+    assert "Go on with the same fit in run toy" in str(error)
+    assert error.checkpoint == str(tmp_path / "run" / "checkpoints" / LAST)
     model, history = _resumed(tmp_path / "run")
     assert _same(_weights(model), _weights(uninterrupted[0]))
     assert history == uninterrupted[1]
 
 
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    code = """
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-from toy_training import *
-from qtorch.data.batches import BatchLoader
-import pathlib
-whole = BatchLoader.batches
-def slow(self, epoch, start_step=0):
-    for step, batch in enumerate(whole(self, epoch, start_step), start_step):
-        if self.order == "random" and step == 5:
-            print("READY", flush=True)
-            for _ in range(600):
-                time.sleep(0.1)
-        yield batch
-BatchLoader.batches = slow
-resumable_model().fit(ToyDataset(), recorder=ToyRecorder(pathlib.Path(sys.argv[2])))
-"""
-    (tmp_path / "run").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(SCRIPT.parent), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "READY"
-    process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
-    assert process.poll() is None, "the first one waits for the step"
-    process.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 10
-    assert process.returncode != 0
-    assert "TrainingInterrupted" in errors
+def test_ctrl_c_in_the_last_step_of_an_epoch_waits_for_its_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted
+) -> None:
+    error = _signalled(monkeypatch, tmp_path / "run", (1, 19), signal.SIGINT)
+    assert "in epoch 2 after batch 0 of 20" in str(error)
+    model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted
+) -> None:
+    twice = (signal.SIGINT, signal.SIGINT)
+    _signalled(monkeypatch, tmp_path / "run", (2, 7), *twice)
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found[1]["global_step"] == 2 * 20 + 4  # not of step 8: of the last multiple of four
+    model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+def test_without_a_recorder_the_checkpoint_of_an_interrupted_fit_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uninterrupted
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    whole = BatchLoader.batches
+
+    def signalling(self, epoch: int, start_step: int = 0):
+        for k, batch in enumerate(whole(self, epoch, start_step), start_step):
+            if self.order == "random" and (epoch, k) == (1, 3):
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "batches", signalling)
+        with pytest.raises(TrainingInterrupted, match="resume=") as caught:
+            resumable_model().fit(ToyDataset())
+    model = resumable_model()
+    model.fit(ToyDataset(), resume=caught.value.checkpoint)
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    left = {p.name for p in tmp_path.glob("qtorch-fit-*")}
+    assert left == {Path(caught.value.checkpoint or "").parent.name}
