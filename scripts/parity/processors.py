@@ -1,6 +1,7 @@
 """qtorch's processors against real Qlib's, both data keys and process types.
 
     compare(frame, qlib_npz, cases) -> list[Row]
+    python processors.py [GOLDEN.npz]     the table, or Qlib's answers kept for the tests
 
 Qlib's numbers come from `qlib_processors.py`, which `ask_qlib` starts under a Python with pyqlib.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from processor_cases import TEST, TRAIN, Case
+from processor_cases import TEST, TRAIN, Case, cases, stress_frame
 
 from qtorch.data.dataset import DatasetH
 from qtorch.data.handler import DataHandlerLP
@@ -90,6 +91,61 @@ def compare(
     return table
 
 
+def golden_input() -> tuple[pd.DataFrame, dict[str, Case]]:
+    """A smaller frame over the same dates, and the cases: what the repository keeps of Qlib."""
+    return stress_frame(44, 9, freq="3B"), cases()
+
+
+def write_golden(python: str, target: Path) -> None:
+    """Keep Qlib's answer to `golden_input`: of each frame the columns that it changed."""
+    frame, asked = golden_input()
+    found = ask_qlib(python, frame, asked)
+    out = {}
+    for where in {key.rsplit("|", 1)[0] for key in found}:
+        values, rows, columns = (found[f"{where}|{p}"] for p in ("values", "rows", "columns"))
+        given = _given(frame, rows, columns)
+        changed = [k for k in range(len(columns)) if not _equal(values[:, k], given[:, k])]
+        out[f"{where}|columns"] = columns
+        out[f"{where}|rows"] = rows.astype(np.int16)
+        out[f"{where}|changed"] = np.array(changed, dtype=np.int16)
+        out[f"{where}|values"] = values[:, changed].astype(np.float32)
+    np.savez_compressed(target, **{k: v for k, v in sorted(out.items()) if not _doubled(k, out)})
+
+
+def read_golden(source: Path) -> dict[str, np.ndarray]:
+    """What `write_golden` kept, as `ask_qlib` gives it."""
+    frame, _ = golden_input()
+    with np.load(source) as kept:
+        out = {key: kept[key] for key in kept.files}
+    for key in [k for k in out if "|infer|" in k]:
+        out.setdefault(key.replace("|infer|", "|learn|"), out[key])
+    for where in {key.rsplit("|", 1)[0] for key in out}:
+        values = _given(frame, out[f"{where}|rows"], out[f"{where}|columns"])
+        values[:, out.pop(f"{where}|changed")] = out[f"{where}|values"]
+        out[f"{where}|values"] = values
+    return out
+
+
+def _doubled(key: str, out: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is an array of learn that infer has too."""
+    other = out[key.replace("|learn|", "|infer|")]
+    return (
+        "|learn|" in key
+        and other.dtype == out[key].dtype
+        and np.array_equal(other, out[key], equal_nan=other.dtype.kind == "f")
+    )
+
+
+def _given(frame: pd.DataFrame, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The raw values of these rows and columns."""
+    wanted = [tuple(c.split("/", 1)) for c in columns]
+    return frame[wanted].to_numpy(dtype=np.float64)[rows]
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(((a == b) | (np.isnan(a) & np.isnan(b))).all())
+
+
 def compare_frames(
     name: str, ours: pd.DataFrame, index: pd.MultiIndex, qlib: Mapping[str, np.ndarray]
 ) -> Row:
@@ -114,8 +170,6 @@ def compare_frames(
 
 def main(python: str) -> list[Row]:
     """Print the table; the rows."""
-    from processor_cases import cases, stress_frame
-
     frame, asked = stress_frame(), cases()
     rows = compare(frame, ask_qlib(python, frame, asked), asked)
     for row in rows:
@@ -125,5 +179,10 @@ def main(python: str) -> list[Row]:
 
 if __name__ == "__main__":
     import os
+    import sys
 
-    main(os.environ["QTORCH_QLIB_PYTHON"])
+    qlib_python = os.environ["QTORCH_QLIB_PYTHON"]
+    if len(sys.argv) > 1:
+        write_golden(qlib_python, Path(sys.argv[1]))
+    else:
+        main(qlib_python)

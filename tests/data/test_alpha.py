@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.data import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, SyntheticSource
+from qtorch.data.alpha_loader import Alpha158DL, Alpha360DL
+from qtorch.data.columns import PanelColumns
+from qtorch.data.features import SELECTED_20, alpha360
+from qtorch.data.handler import DataHandlerLP
+from qtorch.data.loader import QlibDataLoader
+from qtorch.data.window_columns import WindowColumns
+
+SPAN = {"start_time": "2015-06-01", "end_time": "2015-12-31"}
+FIT = {"fit_start_time": "2015-06-01", "fit_end_time": "2015-09-30"}
+
+
+@pytest.fixture(scope="module")
+def source() -> SyntheticSource:
+    return SyntheticSource(8, "2015-01-01", "2016-01-29", seed=3)
+
+
+def test_158_columns_in_qlibs_order(source) -> None:
+    handler = Alpha158(**SPAN, source=source)
+    names = handler.get_cols("feature", "raw")
+    assert len(names) == 158
+    assert names[:4] == ["KMID", "KLEN", "KMID2", "KUP"]
+    assert names[9:15] == ["OPEN0", "HIGH0", "LOW0", "VWAP0", "ROC5", "ROC10"]
+    assert names[-1] == "VSUMD60"
+    assert handler.get_cols("label") == ["LABEL0"]
+
+
+def test_the_label_is_the_return_from_tomorrow(source) -> None:
+    close = source.features("all", ["$close"])["$close"].unstack(0)
+    expected = (close.shift(-2) / close.shift(-1) - 1).loc[SPAN["start_time"] : SPAN["end_time"]]
+    label = Alpha158(**SPAN, source=source).fetch(col_set="label", data_key="raw")["LABEL0"]
+    expected = expected.stack(future_stack=True).reindex(label.index)
+    np.testing.assert_allclose(label, expected, rtol=1e-4, atol=1e-6)
+    vwap = Alpha158vwap(**SPAN, source=source).get_label_config()
+    assert vwap == (["Ref($vwap, -2)/Ref($vwap, -1) - 1"], ["LABEL0"])
+    assert Alpha360vwap(**SPAN, source=source).get_label_config() == vwap
+
+
+def test_default_processors_are_qlibs(source) -> None:
+    kinds = [type(p).__name__ for p in Alpha158(source=source).get_all_processors()]
+    assert kinds == ["DropnaLabel", "CSZScoreNorm"]
+    kinds = [type(p).__name__ for p in Alpha360(source=source).get_all_processors()]
+    assert kinds == ["ProcessInf", "ZScoreNorm", "Fillna", "DropnaLabel", "CSZScoreNorm"]
+
+
+def test_some_columns_alone_are_computed_and_equal(source) -> None:
+    whole = Alpha158(**SPAN, source=source)
+    some = Alpha158(**SPAN, source=source, columns=SELECTED_20)
+    names = some.get_cols("feature")
+    assert sorted(names) == sorted(SELECTED_20)
+    frame = whole.fetch(col_set="feature", data_key="raw")
+    assert names == [n for n in frame.columns if n in SELECTED_20]
+    np.testing.assert_array_equal(some.fetch(col_set="feature"), frame[names])
+    keep = {"class": "FilterCol", "kwargs": {"col_list": list(SELECTED_20)}}
+    filtered = Alpha158(**SPAN, source=source, infer_processors=[keep])
+    np.testing.assert_array_equal(filtered.fetch(col_set="feature"), frame[names])
+    assert filtered._raw is not None
+    assert filtered._raw.group("feature").names == tuple(names)
+    with pytest.raises(ConfigError, match="Did you mean 'KSFT'"):
+        Alpha158(columns=["KSFT3"], source=source)
+    wrong = {"class": "FilterCol", "kwargs": {"col_list": ["KMIDD"]}}
+    with pytest.raises(ConfigError, match="Did you mean 'KMID"):
+        Alpha158(**SPAN, source=source, infer_processors=[wrong]).fetch()
+
+
+def test_features_are_packed_without_a_copy(source) -> None:
+    view = Alpha158(**SPAN, source=source).view("learn")
+    columns = view.group("feature")
+    assert isinstance(columns, PanelColumns)
+    packed = columns.pack("cpu", history=view.history)
+    assert packed.values.data_ptr() == columns.column("KMID").data_ptr()
+
+
+def test_alpha360_is_a_window_and_prepares_360_equal_columns(source) -> None:
+    handler = Alpha360(**SPAN, **FIT, source=source)
+    columns = handler.view("raw").group("feature")
+    assert isinstance(columns, WindowColumns)
+    expressions, names = alpha360()
+    plain = DataHandlerLP(
+        "all", **SPAN, data_loader=QlibDataLoader({"feature": (expressions, names)}), source=source
+    )
+    theirs = plain.fetch(col_set="feature")
+    ours = handler.fetch(col_set="feature", data_key="raw")
+    assert list(ours.columns) == names
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    # The first date's window reaches back before the start.
+    first = ours.loc["2015-06-01"]
+    assert first["CLOSE59"].notna().any()
+
+
+def test_alpha360_batches_hold_the_processed_columns(source) -> None:
+    handler = Alpha360(**SPAN, **FIT, source=source)
+    view = handler.view("infer")
+    frame = handler.fetch(col_set="feature")
+    packed = view.group("feature").pack("cpu", history=view.history)
+    date, instrument = view.sample_rows()
+    x = packed.gather(date, instrument)
+    assert x.shape[1:] == (60, 6)
+    flat = x.transpose(1, 2).flatten(1).numpy()
+    np.testing.assert_allclose(flat, frame.to_numpy(), rtol=1e-5, atol=1e-5)
+    assert not np.isnan(flat).any()
+
+
+def test_alpha360_some_columns(source) -> None:
+    names = ["CLOSE3", "VOLUME0"]
+    frame = Alpha360(**SPAN, **FIT, source=source, columns=names).fetch(col_set="feature")
+    whole = Alpha360(**SPAN, **FIT, source=source).fetch(col_set="feature")
+    np.testing.assert_array_equal(frame[names], whole[names])
+
+
+def test_a_label_of_ones_own(source) -> None:
+    handler = Alpha158(**SPAN, source=source, label=["Ref($close, -6)/Ref($close, -1)-1"])
+    assert handler.get_cols("label") == ["Ref($close, -6)/Ref($close, -1)-1"]
+    assert handler.horizon() == 6
+    several = Alpha158(
+        **SPAN, source=source, label=(["Ref($close,-2)", "Ref($close,-9)"], ["L2", "L9"])
+    )
+    assert several.get_cols("label") == ["L2", "L9"]
+    assert several.horizon() == 9
+
+
+def test_it_is_rebuilt_from_its_configuration(source) -> None:
+    processors = [{"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}}]
+    first = Alpha158(**SPAN, source=source, infer_processors=processors, **FIT)
+    config = first.to_config()
+    assert config["source"]["_target_"].endswith("SyntheticSource")
+    second = init_instance_by_config(config)
+    pd.testing.assert_frame_equal(second.fetch(), first.fetch())
+    assert processors == [{"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}}]
+
+
+def test_the_loaders_by_themselves(source) -> None:
+    assert len(Alpha158DL(source=source).names()["feature"]) == 158
+    only = Alpha158DL.get_feature_config({"kbar": {}, "rolling": {"include": ["ROC"]}})
+    assert len(only[1]) == 14
+    view = Alpha360DL(source=source).view(None, "2015-12-01", "2015-12-31")
+    assert view.group("feature").shape[2] == 360
+    own = Alpha360DL({"feature": (["$close"], ["C"])}, source=source)
+    assert own.view(None).group("feature").names == ("C",)
+    torch.testing.assert_close(
+        view.group("feature").column("CLOSE0").nan_to_num(1.0), torch.ones(view.rows.shape)
+    )

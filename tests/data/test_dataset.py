@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ArgumentError, ConfigError, DataError
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.serial import State
+from qtorch.data import DataHandlerLP, DatasetH, FrameSource, TSDatasetH
+from qtorch.data.loader import QlibDataLoader
+from qtorch.data.samples import samples_of
+
+DATES = pd.bdate_range("2020-01-01", periods=60)
+NAMES = ["A", "B", "C", "D"]
+SEGMENTS = {
+    "train": ("2020-01-01", "2020-01-31"),
+    "valid": ("2020-02-03", "2020-02-14"),
+    "test": ("2020-02-17", "2020-03-24"),
+}
+FIELDS = {
+    "feature": (["$close/$open", "$open"], ["CO", "O"]),
+    "label": (["Ref($close,-2)/Ref($close,-1)-1"], ["LABEL0"]),
+}
+ZSCORE = {"class": "ZScoreNorm", "kwargs": {"fields_group": "feature"}}
+LEARN = ["DropnaLabel", {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}}]
+
+
+def bars() -> pd.DataFrame:
+    index = pd.MultiIndex.from_product([DATES, NAMES], names=["datetime", "instrument"])
+    rng = np.random.default_rng(11)
+    close = (10 + rng.random(len(index))).astype(np.float32)
+    return pd.DataFrame({"close": close, "open": close - rng.random(len(index)) / 2}, index)
+
+
+def make(kind=DatasetH, handler: dict | None = None, **options) -> DatasetH:
+    given = {"infer_processors": [ZSCORE], "learn_processors": LEARN, **(handler or {})}
+    built = DataHandlerLP(
+        "all", data_loader=QlibDataLoader(FIELDS), source=FrameSource(bars()), **given
+    )
+    return kind(built, options.pop("segments", SEGMENTS), **options)
+
+
+# -- prepare ---------------------------------------------------------------------------------------
+
+
+def test_names_lists_and_dates() -> None:
+    dataset = make()
+    train = dataset.prepare("train", col_set="__raw")
+    dates = train.index.get_level_values("datetime")
+    assert (dates.min(), dates.max()) == (DATES[0], pd.Timestamp("2020-01-31"))
+    both = dataset.prepare(["train", "valid"], col_set="feature", data_key="learn")
+    assert [len(f) for f in both] == [23 * 4, 10 * 4]
+    span = dataset.prepare(slice("2020-01-30", "2020-02-04"), col_set="label", data_key="raw")
+    assert len(span) == 4 * 4
+    assert len(dataset.prepare(("2020-01-30", "2020-02-04"))) == 4 * 4
+    assert len(dataset.prepare("2020-02")) == 20 * 4
+    with pytest.raises(ConfigError, match=r"unknown segment 'trian'\. Did you mean 'train'"):
+        dataset.prepare("trian")
+    with pytest.raises(TypeError, match="colset"):
+        dataset.prepare("train", colset="feature")
+
+
+def test_the_fit_window_is_the_train_segment() -> None:
+    dataset = make()
+    raw = dataset.prepare("train", col_set="feature", data_key="raw").astype(np.float64)
+    found = dataset.prepare("test", col_set="feature")
+    test = dataset.prepare("test", col_set="feature", data_key="raw")
+    np.testing.assert_allclose(found, (test - raw.mean()) / raw.std(ddof=0), atol=1e-4)
+
+
+def test_one_handler_in_two_datasets_is_fitted_for_each() -> None:
+    first = make()
+    later = {**SEGMENTS, "train": ("2020-01-01", "2020-01-10")}
+    second = DatasetH(first.handler, later)
+    one, other = first.prepare("test"), second.prepare("test")
+    assert not np.allclose(one["CO"], other["CO"])
+    pd.testing.assert_frame_equal(first.prepare("test"), one)
+
+
+def test_config_moves_segments_and_fit_window() -> None:
+    dataset = make()
+    before = dataset.prepare("test")
+    dataset.config(segments={**SEGMENTS, "train": ("2020-01-01", "2020-01-10")})
+    assert not np.allclose(dataset.prepare("test")["CO"], before["CO"])
+    dataset.config(handler_kwargs={"end_time": "2020-03-02"})
+    last = dataset.prepare("test").index.get_level_values("datetime").max()
+    assert last == pd.Timestamp("2020-03-02")
+
+
+@pytest.mark.parametrize(
+    ("segments", "said"),
+    [
+        ({"a": ("2020-01-01", "2020-02-01"), "b": ("2020-02-01", "2020-03-01")}, "overlap"),
+        ({"a": ("2020-02-01", "2020-01-01")}, "ends"),
+        ({"a": ("2020-01-01", None), "b": ("2020-02-01", None)}, "overlap"),
+        ({"a": "2020-01-01"}, "must be two dates"),
+        ([("2020-01-01", "2020-02-01")], "segments must be"),
+    ],
+)
+def test_segments_that_cannot_be_meant(segments, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(segments=segments)
+
+
+def test_overlap_can_be_allowed() -> None:
+    segments = {"a": ("2020-01-01", "2020-02-14"), "b": ("2020-02-03", "2020-02-28")}
+    dataset = make(segments=segments, allow_overlap=True, handler={"infer_processors": []})
+    assert len(dataset.prepare("b")) == 20 * 4
+
+
+@pytest.mark.parametrize("kind", [DatasetH, TSDatasetH])
+def test_an_empty_segment_names_what_the_data_covers(kind) -> None:
+    dataset = make(kind, segments={**SEGMENTS, "test": ("2021-01-01", "2021-03-01")})
+    with pytest.raises(DataError, match=r"segment 'test'.*2020-01-01\.\.2020-03-24"):
+        dataset.prepare("test")
+    with pytest.raises(DataError, match=r"test.*2020-01-01\.\.2020-03-24"):
+        dataset.samples("test", data_key="infer")
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_learn_view_purged_by_the_labels_reach(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    dataset = make()
+    samples = dataset.samples("train")
+    days = samples.index.get_level_values("datetime").unique()
+    assert list(days) == list(DATES[:21])  # 23 days, the labels of the last 2 reach into valid
+    assert "8 samples purged" in caplog.text
+    learn = dataset.prepare("train", col_set=["feature", "label"], data_key="learn")
+    learn = learn.loc[: DATES[20]]
+    batch = samples.batch(torch.arange(len(samples)))
+    np.testing.assert_allclose(batch.x[:, 0], learn["feature"], atol=1e-6)
+    np.testing.assert_allclose(batch.y, learn["label"], atol=1e-6)
+    raw = dataset.prepare("train", col_set="label", data_key="raw").loc[: DATES[20]]
+    np.testing.assert_allclose(batch.extra["raw_label"], raw, atol=1e-7)
+    assert len(dataset.samples("train", purge=False)) == 23 * 4
+    assert len(dataset.samples("train", horizon=5)) == 18 * 4
+    assert len(make(horizon=1).samples("train")) == 22 * 4
+    assert len(dataset.samples("valid")) == 8 * 4
+
+
+def test_the_last_segment_is_not_purged_and_prediction_never_is() -> None:
+    dataset = make()
+    index = dataset.samples("test", data_key="infer").index
+    assert list(index) == list(dataset.prepare("test").index)
+    assert len(dataset.samples("test")) == 25 * 4  # 27 days, of which 2 have no label
+    assert len(dataset.samples("train", data_key="infer")) == 23 * 4
+
+
+def test_dates_instead_of_a_name() -> None:
+    dataset = make()
+    assert len(dataset.samples(slice("2020-01-20", "2020-01-31"), purge=True)) == 8 * 4
+    assert len(samples_of(dataset, slice("2020-01-20", "2020-01-31"))) == 10 * 4
+    with pytest.raises(ConfigError, match="Did you mean 'valid'"):
+        dataset.samples("valids")
+
+
+def test_an_unknown_horizon_is_said(caplog) -> None:
+    frame = make().prepare(slice(None), col_set="__raw", data_key="raw")
+    dataset = DatasetH(DataHandlerLP.from_df(frame), SEGMENTS)
+    assert len(dataset.samples("train")) == 23 * 4
+    assert "no sample is purged" in caplog.text
+
+
+def test_windows_reach_back_and_over_rows_without_label() -> None:
+    dataset = make(TSDatasetH, step_len=5)
+    samples = dataset.samples("valid")
+    assert (samples.num_steps, samples.num_features) == (5, 2)
+    features = make().prepare(slice(None), col_set="feature").xs("B", level="instrument")
+    row = list(samples.index).index((DATES[25], "B"))
+    x = samples.batch(torch.tensor([row])).x[0]
+    np.testing.assert_allclose(x, features.loc[DATES[21] : DATES[25]], atol=1e-6)
+    # The last days have no label: they are no samples, yet a window would see them.
+    learn = dataset.view("learn")
+    assert not learn.rows[-2:].any()
+    assert learn.history.all()
+
+
+def test_a_column_of_truth_values_chooses_samples() -> None:
+    fields = {**FIELDS, "use": (["$close > 10.5"], ["USE"])}
+    handler = DataHandlerLP("all", data_loader=QlibDataLoader(fields), source=FrameSource(bars()))
+    dataset = TSDatasetH(handler, SEGMENTS, step_len=3, flt_col="use")
+    chosen = (bars()["close"] > np.float32(10.5)).sort_index().loc["2020-02-17":"2020-03-24"]
+    expected = list(chosen.index[chosen])
+    assert list(dataset.samples("test", data_key="infer").index) == expected
+    sampler = dataset.prepare("test", col_set="feature")
+    assert sorted(sampler.get_index()) == expected
+    with pytest.raises(ConfigError, match="must be a group of one column"):
+        dataset.prepare("test", flt_col="feature")
+
+
+# -- storing ---------------------------------------------------------------------------------------
+
+
+def stored(dataset: DatasetH) -> State:
+    """The state as a store gives it back: plain JSON and tensors."""
+    import json
+
+    state = dataset.to_state()
+    return State(json.loads(json.dumps(state.config)), dict(state.tensors))
+
+
+@pytest.mark.parametrize("kind", [DatasetH, TSDatasetH])
+def test_a_stored_dataset_goes_on_to_a_later_end_without_fitting(kind, tmp_path) -> None:
+    from qtorch.data import QlibSource, write_qlib
+
+    early, late = bars().loc[: DATES[49]], bars()
+    source = QlibSource(write_qlib(FrameSource(early), tmp_path / "early"))
+    handler = {
+        "class": "DataHandlerLP",
+        "module_path": "qtorch.data.handler",
+        "kwargs": {
+            "instruments": "all",
+            "end_time": DATES[49],
+            "data_loader": {"class": "QlibDataLoader", "kwargs": {"config": FIELDS}},
+            "infer_processors": [ZSCORE],
+            "source": source,
+        },
+    }
+    segments = {**SEGMENTS, "test": ("2020-02-17", "2020-03-10")}
+    first = kind(handler, segments)
+    expected = first.view("infer").frame(end=DATES[45])
+    state = stored(first)
+    assert set(state.tensors) == {"processors.0.center_", "processors.0.scale_"}
+
+    again = kind.from_state(state)
+    pd.testing.assert_frame_equal(again.view("infer").frame(end=DATES[45]), expected)
+    # Other data behind it, a later end, and a train segment that would fit otherwise.
+    again.setup_data(source=str(write_qlib(FrameSource(late), tmp_path / "late")))
+    again.config(
+        handler_kwargs={"end_time": "2020-03-24"},
+        segments={"train": ("2020-01-01", "2020-02-10"), "test": ("2020-02-17", "2020-03-24")},
+    )
+    again.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+    found = again.view("infer").frame()
+    assert found.index[-1][0] == DATES[-1]
+    pd.testing.assert_frame_equal(found.loc[: DATES[45]], expected)
+
+
+def test_what_has_no_configuration_says_so() -> None:
+    frame = make().prepare(slice(None), col_set="__raw", data_key="raw")
+    with pytest.raises(ConfigError, match="live DataFrame"):
+        DatasetH(DataHandlerLP.from_df(frame), SEGMENTS).to_state()
+
+
+def test_configurations_build_it_and_stay_as_they_are() -> None:
+    config = {
+        "class": "TSDatasetH",
+        "module_path": "qtorch.data",
+        "kwargs": {
+            "handler": {
+                "class": "Alpha158",
+                "module_path": "qtorch.data",
+                "kwargs": {"instruments": "all", "source": FrameSource(bars())},
+            },
+            "segments": {k: list(v) for k, v in SEGMENTS.items()},
+            "step_len": 4,
+        },
+    }
+    segments = config["kwargs"]["segments"]  # type: ignore[index]
+    dataset = init_instance_by_config(config)
+    assert isinstance(dataset, TSDatasetH)
+    dataset.config(segments=SEGMENTS, step_len=6)
+    assert dataset.step_len == 6
+    assert segments["train"] == list(SEGMENTS["train"])
+    with pytest.raises(ConfigError, match=r"DataHandlerLP\.from_df"):
+        DatasetH(config, SEGMENTS)
+    with pytest.raises(ArgumentError, match="Did you mean 'step_len'"):
+        TSDatasetH(dataset.handler, SEGMENTS, steplen=3)
+    with pytest.raises(ConfigError, match="step_len must be at least 1"):
+        TSDatasetH(dataset.handler, SEGMENTS, step_len=0)
+
+
+def test_the_extremes_of_segments() -> None:
+    assert DatasetH.get_min_time(SEGMENTS) == "2020-01-01"
+    assert DatasetH.get_max_time(SEGMENTS) == "2020-03-24"
+    assert DatasetH.get_max_time({"a": ("2020-01-01", None)}) is None

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.core.errors import ConfigError, DataError, ExpressionError
+from qtorch.data import ExpressionDFilter, FrameSource, NameDFilter
+from qtorch.data.filter import build_filters
+from qtorch.data.loader import QlibDataLoader
+
+DATES = pd.bdate_range("2020-01-01", periods=12)
+NAMES = ["AA", "AB", "BA"]
+
+
+@pytest.fixture
+def source() -> FrameSource:
+    index = pd.MultiIndex.from_product([DATES, NAMES], names=["datetime", "instrument"])
+    close = np.arange(len(index), dtype=np.float32)
+    close[7] = np.nan
+    return FrameSource(pd.DataFrame({"close": close}, index))
+
+
+def rows(source: FrameSource, *pipe, start=None, end=None) -> set[tuple[int, str]]:
+    loader = QlibDataLoader(["$close"], filter_pipe=list(pipe), source=source)
+    index = loader.load("all", start, end).index
+    return {(int(DATES.get_loc(d)), name) for d, name in index}
+
+
+def everything() -> set[tuple[int, str]]:
+    return {(d, name) for d in range(12) for name in NAMES}
+
+
+def test_name_filter_matches_from_the_beginning(source: FrameSource) -> None:
+    assert {n for _, n in rows(source, NameDFilter("A"))} == {"AA", "AB"}
+    assert {n for _, n in rows(source, NameDFilter(".B$"))} == {"AB"}
+
+
+def test_outside_its_dates_a_filter_leaves_membership_alone(source: FrameSource) -> None:
+    found = rows(source, NameDFilter("A", DATES[3], DATES[5]))
+    assert everything() - found == {(d, "BA") for d in (3, 4, 5)}
+
+
+def test_expression_filter_by_day_and_missing_is_not_true(source: FrameSource) -> None:
+    found = rows(source, ExpressionDFilter("$close >= 6"))
+    expected = {(d, n) for d, n in everything() if 3 * d + NAMES.index(n) >= 6} - {(2, "AB")}
+    assert found == expected
+    assert (2, "AB") not in rows(source, ExpressionDFilter("$close"))
+
+
+def test_expression_filter_sees_history_before_the_dates(source: FrameSource) -> None:
+    found = rows(source, ExpressionDFilter("Ref($close, 4) >= 0"), start=DATES[4], end=DATES[5])
+    assert found == {(d, n) for d in (4, 5) for n in NAMES}
+
+
+def test_filters_act_one_after_the_other(source: FrameSource) -> None:
+    found = rows(source, NameDFilter("A"), ExpressionDFilter("$close < 9", None, DATES[6]))
+    assert {n for _, n in found} == {"AA", "AB"}
+    assert {d for d, _ in found} == {0, 1, 2, 7, 8, 9, 10, 11}
+
+
+def test_qlibs_dicts_and_configurations(source: FrameSource) -> None:
+    old = {
+        "filter_type": "ExpressionDFilter",
+        "rule_expression": "$close < 9",
+        "filter_start_time": None,
+        "filter_end_time": "2020-01-09",
+        "keep": False,
+    }
+    new = {"class": "ExpressionDFilter", "kwargs": {"rule_expression": "$close < 9"}}
+    first, second = build_filters([old, new])
+    assert isinstance(first, ExpressionDFilter)
+    assert first.fend_time == "2020-01-09"
+    assert second.to_config()["rule_expression"] == "$close < 9"
+    market = {
+        "market": "all",
+        "filter_pipe": [{"class": "NameDFilter", "kwargs": {"name_rule_re": "B"}}],
+    }
+    frame = QlibDataLoader(["$close"], source=source).load(market)
+    assert set(frame.index.get_level_values("instrument")) == {"BA"}
+
+
+def test_errors(source: FrameSource) -> None:
+    with pytest.raises(DataError, match="leaves no instrument on any day"):
+        rows(source, NameDFilter("Z"))
+    with pytest.raises(ConfigError, match="no regular expression"):
+        NameDFilter("(")
+    with pytest.raises(ConfigError, match="unknown filter_type 'NameFilter'"):
+        build_filters([{"filter_type": "NameFilter"}])
+    with pytest.raises(ConfigError, match="must be a list"):
+        build_filters({"filter_type": "NameDFilter"})
+    with pytest.raises(ExpressionError, match="clos"):
+        rows(source, ExpressionDFilter("$close <"))
