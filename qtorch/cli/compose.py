@@ -9,10 +9,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
 from qtorch.cli.config_path import config_path
-from qtorch.cli.hydra_errors import explained
+from qtorch.cli.hydra_errors import check_complete, explained
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.instantiate import plain
 
@@ -27,9 +26,7 @@ def composed(root: str, argv: Sequence[str]) -> dict[str, Any]:
         if folder is not None:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
         config = compose(root, overrides=overrides)
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError(f"{missing[0]} must be given: add {missing[0]}=... to the command.")
+        check_complete(config)
         settings: dict[str, Any] = plain(config)
     return settings
 

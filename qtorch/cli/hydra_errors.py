@@ -35,6 +35,13 @@ def explained(argv: Sequence[str], root: str = ROOT_CONFIG) -> Iterator[None]:
         raise ConfigError(explain(error, argv, root)) from error
 
 
+def check_complete(config: DictConfig) -> None:
+    """ConfigError for a value that must be given and is not."""
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda k: (k.count("."), k))
+    if missing:
+        raise ConfigError(_must_be_given(missing[0]))
+
+
 def explain(error: BaseException, argv: Sequence[str] = (), root: str = ROOT_CONFIG) -> str:
     """One sentence for an error of Hydra or OmegaConf."""
     text = _chain_text(error)
@@ -51,10 +58,14 @@ def explain(error: BaseException, argv: Sequence[str] = (), root: str = ROOT_CON
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
         key = re.search(r"(?:full_key|Missing mandatory value): ([\w.\[\]]+)", text)
         name = key[1] if key else "a value"
-        return f"{name} must be given: add {name}=... to the command."
+        return _must_be_given(name)
     if isinstance(error, InterpolationResolutionError):
         return f"the configuration does not resolve: {' '.join(text.split())}"
     return " ".join(text.split())
+
+
+def _must_be_given(name: str) -> str:
+    return f"{name} must be given: add {name}=... to the command."
 
 
 def _chain_text(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtorch.cli import table
 from qtorch.cli.guard import debugging, error_line
-from qtorch.cli.hydra_errors import explain
+from qtorch.cli.hydra_errors import check_complete, explain
 from qtorch.cli.segments import with_dates
 from qtorch.cli.sweep import FAILED, FINISHED, KILLED, JobResult
 from qtorch.core.errors import ConfigError
@@ -62,18 +62,18 @@ def run_job(config: DictConfig) -> None:
             _store(result)
     if result.status == FINISHED:
         table.print_summary(result, recorder)
-    elif "num" in HydraConfig.get().job:
+    elif not OmegaConf.is_missing(HydraConfig.get().job, "num"):
         print(f"job {result.number} failed: {result.error}", file=sys.stderr)
 
 
 def _train(config: DictConfig) -> Recorder:
     try:
+        check_complete(config)
         settings = plain(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     configure_logging(settings["log_level"])
-    # Lightning's own use of torch; nothing that a user could change.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    _quiet_libraries()
     uri = (settings["tracking"] or {}).get("uri")
     if uri is not None:
         init(tracking_uri=uri)
@@ -83,6 +83,13 @@ def _train(config: DictConfig) -> Recorder:
     task = with_dates(settings["task"])
     name = settings["run_name"] or HydraConfig.get().runtime.choices.get("model")
     return task_train(task, settings["experiment_name"], name)
+
+
+def _quiet_libraries() -> None:
+    """What libraries say that is no news, or that they raise as an error too."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    if not debugging():
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
 
 
 def _resumed_run(settings: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.hydra_errors import explained
 from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
+
+
+_OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,7 +64,9 @@ def _run(config: DictConfig) -> None:
 def _as_program(argv: Sequence[str]) -> Iterator[None]:
     """Hydra reads sys.argv, and hides its exceptions unless told not to."""
     before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["qtorch train", *argv]
+    # argparse takes overrides in one stretch only; here they may stand before options too.
+    overrides = [a for a in argv if _OVERRIDE.match(a)]
+    sys.argv = ["qtorch train", *(a for a in argv if not _OVERRIDE.match(a)), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

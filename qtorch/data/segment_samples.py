@@ -116,6 +116,12 @@ def _empty(view: View, name: str, start: Any, end: Any, purged: int) -> str:
         f"{view.calendar[0]:%Y-%m-%d}..{view.calendar[-1]:%Y-%m-%d}" if len(view.calendar) else ""
     )
     why = f"; {purged} samples were purged by the label's horizon" if purged else ""
+    asked = view.history[view.date_rows(start, end)]
+    if bool(asked.any()) and not purged:
+        return (
+            f"{name} ({start}..{end}) holds no sample: the processors dropped all its "
+            f"{int(asked.sum())} rows. Is the label NaN everywhere (its expression, its data)?"
+        )
     return (
         f"{name} ({start}..{end}) holds no sample: the data covers {span or 'no dates'} with "
         f"{int(view.rows.sum())} sample rows of {len(view.instruments)} instruments{why}. Check "

@@ -39,9 +39,10 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
     for name, axis in axes.items():
         _calm(axis)
         if name != "spread":
-            locator = AutoDateLocator(minticks=4, maxticks=8)
+            locator = AutoDateLocator(minticks=4, maxticks=8)  # type: ignore[no-untyped-call]
             axis.xaxis.set_major_locator(locator)
-            axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+            form = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
+            axis.xaxis.set_major_formatter(form)
             axis.margins(x=0.01)
     return figure
 

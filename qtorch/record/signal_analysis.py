@@ -94,7 +94,8 @@ class SigAnaRecord(Record):
                 f"SigAnaRecord: label_col={self.label_col}, but label.pkl has {label.shape[1]} "
                 f"columns: {list(map(str, label.columns))}."
             )
-        return label.iloc[:, self.label_col]
+        column: pd.Series = label.iloc[:, self.label_col]
+        return column
 
     def _save_chart(self, ic: pd.Series, rank_ic: pd.Series) -> None:
         figure = ic_chart(ic, rank_ic)

@@ -59,7 +59,7 @@ class TrainerR(Trainer):
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
         recorders = []
-        for task in progress(as_list(tasks, Mapping), "train tasks"):  # type: ignore[type-abstract]
+        for task in progress(as_list(tasks, Mapping), "train tasks"):
             recorder = self._run(function, task, name, recorder_name=self.default_rec_name)
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})

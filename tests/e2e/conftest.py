@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -51,7 +52,12 @@ def qtorch_cli(folder, capsys):
         told = capsys.readouterr()
         return Told(code, told.out, told.err)
 
-    return run
+    yield run
+    # What a command sets for its process: log lines on this test's own stderr.
+    logger = logging.getLogger("qtorch")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
