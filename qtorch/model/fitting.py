@@ -150,6 +150,7 @@ class _Fit:
             own=own,
             logger=None if recorder is None else RecorderLogger(recorder),
             folder=folder,
+            loader=self.loader,
             automatic=self.module.automatic_optimization,
         )
         keeper.show = not self.trainer.progress_bar_callback

@@ -23,7 +23,7 @@ def generator_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, list(numbers), next_gauss],
+        "python": [version, torch.tensor(numbers), next_gauss],
     }
 
 
@@ -36,7 +36,7 @@ def restore_generators(states: dict[str, Any]) -> None:
     state = (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
     np.random.set_state(state)  # noqa: NPY002
     version, numbers, next_gauss = states["python"]
-    random.setstate((version, tuple(numbers), next_gauss))
+    random.setstate((version, tuple(numbers.tolist()), next_gauss))
 
 
 @contextmanager

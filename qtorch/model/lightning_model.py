@@ -190,6 +190,9 @@ class LightningModel(ModelFT):
         seed = self.seed if self.seed is not None else session().seed
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
+        checkpoint = dict(self.checkpoint)
+        if trainer.get("enable_checkpointing") is False:
+            checkpoint["enabled"] = False
         return Recipe(
             loss=self.loss,
             optimizer=optimizer,
@@ -198,7 +201,7 @@ class LightningModel(ModelFT):
             trainer=trainer_options(trainer, self.callbacks),
             monitor=self.monitor,
             early_stop=self.early_stop,
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint,
             inner_steps=self.inner_steps,
             compile=dict(self.compile) if isinstance(self.compile, Mapping) else self.compile,
             seed=seed,

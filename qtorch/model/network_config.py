@@ -60,7 +60,12 @@ def build_network(complete: dict[str, Any] | nn.Module, *, stored: bool = False)
     """
     if isinstance(complete, nn.Module):
         return copy.deepcopy(complete)
-    built = init_instance_by_config(complete, stored=stored)
+    try:
+        built = init_instance_by_config(complete, stored=stored)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{complete['_target_']}: {error}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"the network is a {type(built).__name__}, not a torch.nn.Module.")
     return built

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
-    RichProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -24,6 +24,8 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.checkpoint import AtomicCheckpointIO
 from qtorch.model.module import MONITORS
+from qtorch.model.progress_bar import BatchBar
+from qtorch.model.step_loader import StepLoader
 
 MAX_EPOCHS = 100
 INNER_STEPS = 16
@@ -175,9 +177,13 @@ def build_trainer(
     own: Sequence[Callback],
     logger: Any,
     folder: Path | None,
+    loader: StepLoader,
     automatic: bool,
 ) -> pl.Trainer:
-    """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own."""
+    """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own.
+
+    Raises ConfigError for what Lightning does not take.
+    """
     arguments: dict[str, Any] = {
         "max_epochs": MAX_EPOCHS if options.rest.get("max_steps", -1) == -1 else -1,
         "num_sanity_val_steps": 0,  # would draw from generators before the first step
@@ -208,8 +214,11 @@ def build_trainer(
     arguments["plugins"] = [*listed, AtomicCheckpointIO(), LightningEnvironment()]
     callbacks = [*options.callbacks, *own]
     if arguments["enable_progress_bar"] and not _has_bar(callbacks):
-        callbacks.append(RichProgressBar())
-    return pl.Trainer(**{**arguments, "callbacks": callbacks})
+        callbacks.append(BatchBar(loader))
+    try:
+        return pl.Trainer(**{**arguments, "callbacks": callbacks})
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"Lightning does not take these trainer arguments: {error}") from error
 
 
 def _has_bar(callbacks: Sequence[Callback]) -> bool:

@@ -22,6 +22,7 @@ from qtorch.core.errors import (
 from qtorch.core.serial import State
 from qtorch.core.session import init
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
+from qtorch.model.progress_bar import BatchBar
 from qtorch.nn import LSTM, MLP
 
 
@@ -105,10 +106,28 @@ def test_wrong_names_say_the_nearest_one(dataset: ToyDataset) -> None:
         ({"inner_steps": 0}, "inner_steps"),
         ({"scheduler": {"scheduler": "torch.optim.lr_scheduler.StepLR", "interva": 1}}, "interval"),
         ({"trainer": {"devices": 2}}, "one device"),
+        ({"trainer": {"precision": "12-bit"}}, "does not take these trainer arguments"),
+        ({"network": {"_target_": "qtorch.nn.Transformer", "nhead": 3}}, "multiple of nhead"),
         ({"callbacks": [pl.callbacks.EMAWeightAveraging()]}, "best epoch"),
     ):
         with pytest.raises(ConfigError, match=text):
             model_of(**changes).fit(dataset)
+
+
+def test_the_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> None:
+    seen = []
+
+    def update(self, number, current, *rest, **more) -> None:
+        seen.append((current, self.total_train_batches))
+
+    monkeypatch.setattr(BatchBar, "_update", update)
+    model_of(trainer={"max_epochs": 1, "enable_progress_bar": True}, inner_steps=5).fit(dataset)
+    assert [pair for pair in seen if pair[0] > 4] == [(5, 16), (10, 16), (15, 16), (16, 16)]
+
+
+def test_a_trainer_without_checkpoints(dataset: ToyDataset, recorder: ToyRecorder) -> None:
+    model_of(checkpoint={}, trainer={"enable_checkpointing": False}).fit(dataset, recorder=recorder)
+    assert not list(recorder.checkpoint_dir().glob("*"))
 
 
 def test_names_in_short(dataset: ToyDataset) -> None:

@@ -1,0 +1,33 @@
+"""Lightning's rich bar, counting batches where a step of Lightning's holds several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+
+from qtorch.model.step_loader import StepLoader
+
+
+class BatchBar(RichProgressBar):
+    """Counts the batches of the training's loader."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        super().__init__()
+        self.loader = loader
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.loader.num_batches
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        done = self.loader.position - 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
