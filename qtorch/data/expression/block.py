@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -49,10 +49,23 @@ class Block:
         """`[D, n]` float32: 0 within the spans, NaN outside; adding it is the quickest mask."""
         return torch.zeros(self.inside.shape, device=self.device).masked_fill_(~self.inside, NAN)
 
+    def window(self, asked: int) -> int:
+        """The window that sees the same rows: 0 is all, and none is longer than the calendar."""
+        rows = max(self.num_rows, 1)
+        return rows if asked == 0 else min(asked, rows)
+
+    def windows(self, asked: Iterable[int]) -> tuple[int, ...]:
+        """The same for many, ascending and each once."""
+        return tuple(sorted({self.window(w) for w in asked}))
+
     def first_row(self, window: int) -> Tensor:
         """`[D, 1]` or `[D, n]` float64: the first row of each window cut at the span's start."""
         start = (self.rows - (window - 1)).clamp_(min=0)
         return start if self.whole else torch.maximum(start, self.first.to(start.dtype))
+
+    def lengths(self, window: int) -> Tensor:
+        """Rows in each window, with or without a value: `[D, 1]` or `[D, n]` float64."""
+        return (self.rows + 1 - self.first_row(window)).clamp_(min=0)
 
     def seal(self, values: Tensor, *, head: bool = False) -> Tensor:
         """NaN after the last stored row (and before the first: `head`), in place."""

@@ -19,7 +19,8 @@ def _arithmetic(function: Callable[..., Tensor], *, opens: bool = False) -> Kern
         left, right = machine.operand(step, 0), machine.operand(step, 1)
         if step.dtype == torch.float64:
             left, right = _wide(left), _wide(right)
-        result = function(left, right)
+        into = machine.destination(step)
+        result = function(left, right) if into is None else function(left, right, out=into)
         return machine.block.seal(result, head=True) if opens else result
 
     return kernel
@@ -29,22 +30,18 @@ def _wide(value: Tensor | int | float) -> Tensor | int | float:
     return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
-def _extreme(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _extreme(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch's maximum and minimum for a tensor and a constant too; NaN wins, as in numpy."""
 
-    def apply(left: Tensor | float, right: Tensor | float) -> Tensor:
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
-            return function(left, right)
-        if isinstance(left, Tensor):
-            return function(left, left.new_tensor(right))
-        assert isinstance(right, Tensor)
-        return function(right.new_tensor(left), right)
+    def apply(left: Tensor | float, right: Tensor | float, *, out: Tensor | None = None) -> Tensor:
+        if not isinstance(left, Tensor):
+            left, right = right, left
+        assert isinstance(left, Tensor)
+        if not isinstance(right, Tensor):
+            right = left.new_tensor(right)
+        return function(left, right, out=out)
 
     return apply
-
-
-def _power(base: Tensor | float, exponent: Tensor | float) -> Tensor:
-    return torch.pow(base, exponent)  # type: ignore[no-any-return, call-overload, unused-ignore]
 
 
 def _comparison(function: Callable[..., Tensor]) -> Kernel:
@@ -119,7 +116,7 @@ KERNELS: dict[str, Kernel] = {
     "Sub": _arithmetic(torch.sub),
     "Mul": _arithmetic(torch.mul),
     "Div": _arithmetic(torch.div),
-    "Power": _arithmetic(_power, opens=True),
+    "Power": _arithmetic(torch.pow, opens=True),
     "Greater": _arithmetic(_extreme(torch.maximum)),
     "Less": _arithmetic(_extreme(torch.minimum)),
     "Gt": _comparison(torch.gt),

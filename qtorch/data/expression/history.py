@@ -49,8 +49,8 @@ def _exponential_mean(machine: Machine, step: Step) -> Tensor:
     else:
         alpha = given if 0 < given < 1 else 2 / (given + 1)
         total = _decayed(series.filled.to(torch.float64), 1 - alpha)
-        weight = _decayed(series.valid.to(torch.float64), 1 - alpha)
-        mean = _held(total / weight, series.valid)
+        weight = _decayed(series.rows.valid.to(torch.float64), 1 - alpha)
+        mean = _held(total / weight, series.rows.valid)
     return block.seal(mean.to(step.dtype))
 
 
@@ -89,7 +89,7 @@ def _expanding_exponential(machine: Machine, step: Step) -> Tensor:
     mean = weights @ moved.masked_fill_(beyond, 0.0)
     back = (rows[:, None] - block.first).clamp(min=0)
     # pandas asks for one value in the window, however old.
-    seen = series.valid.cumsum(0) > 0
+    seen = series.rows.valid.cumsum(0) > 0
     return mean.gather(0, back).masked_fill_(~seen, NAN)
 
 
@@ -98,16 +98,14 @@ def _expanding_exponential(machine: Machine, step: Step) -> Tensor:
 
 def _mean_absolute_deviation(machine: Machine, step: Step) -> Tensor:
     series = machine.series(step)
-    window = series.effective(int(step.numbers[0]))
-    mean = series.sum("sum", window) * series.per_count(window)
-    mean = mean.to(torch.float64)
+    window, rows = machine.window(step), series.rows
+    mean = series.sum("sum", window).to(torch.float64) * rows.per_count(window)
     total = torch.zeros_like(mean)
     for lag in range(window):
         distance = (series.filled[: len(mean) - lag] - mean[lag:]).abs_()
-        if not series.complete:
-            distance *= series.valid[: len(mean) - lag]
+        distance *= rows.valid[: len(mean) - lag]
         total[lag:] += distance
-    return machine.block.seal(total.mul_(series.per_count(window)).to(step.dtype))
+    return machine.block.seal(total.mul_(rows.per_count(window)).to(step.dtype))
 
 
 KERNELS: dict[str, Kernel] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from qtorch.data.expression.block import Block
 from qtorch.data.expression.node import Number, Text
 from qtorch.data.expression.plan import Key, Plan, Step
+from qtorch.data.expression.rows import Rows, find_rows
 from qtorch.data.expression.series import Pair, Series
 
 Kernel: TypeAlias = "Callable[[Machine, Step], Tensor]"
@@ -28,17 +29,27 @@ class Machine:
         self._values: dict[int, Tensor] = {}
         self._series: dict[int, Series] = {}
         self._pairs: dict[Key, Pair] = {}
+        self._rows: list[Rows] = []
+        self._target: Tensor | None = None
         self._left = [len(step.consumers) for step in plan.steps]
 
     def run(self, out: Callable[[int], Tensor]) -> None:
         """Compute all steps; output `k` is written into `out(k)` `[D, n]`."""
         for at, step in enumerate(self.plan.steps):
+            targets = [out(output) for output in step.outputs]
+            self._target = targets[0] if targets and not step.consumers else None
             value = self.kernels[step.operator](self, step)
-            for output in step.outputs:
-                self._write(out(output), value)
+            for target in targets:
+                if target is not value:
+                    self._write(target, value)
             self._release(step)
             if step.consumers:
                 self._values[at] = value if step.condition else value.to(step.dtype)
+
+    def destination(self, step: Step) -> Tensor | None:
+        """Where a kernel may write a result that is an output and nothing else, saving a copy."""
+        narrow = all(self._values[i].dtype == torch.float32 for i in step.inputs)
+        return self._target if narrow else None
 
     def _write(self, target: Tensor, value: Tensor) -> None:
         if value.dtype == torch.bool:
@@ -84,6 +95,7 @@ class Machine:
                 self.block,
                 self._values[argument],
                 lambda *families: self.plan.windows_of(key, *families),
+                self.rows_of,
             )
         return self._series[argument]
 
@@ -92,6 +104,18 @@ class Machine:
         key = step.inputs
         if key not in self._pairs:
             self._pairs[key] = Pair(
-                self.series(step, 0), self.series(step, 1), lambda: self.plan.windows_of(key)
+                self.series(step, 0),
+                self.series(step, 1),
+                lambda: self.plan.windows_of(key),
+                self.rows_of,
             )
         return self._pairs[key]
+
+    def rows_of(self, values: Tensor) -> Rows:
+        """Where there are values; the same object for all series with values in the same cells."""
+        windows = self.block.windows(self.plan.all_windows)
+        return find_rows(self._rows, self.block, windows, values)
+
+    def window(self, step: Step) -> int:
+        """The step's window, cut to the calendar; 0 (all rows so far) is the whole calendar."""
+        return self.block.window(int(step.numbers[0]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -86,6 +87,12 @@ class Plan:
     steps: list[Step]
     windows: dict[tuple[Key, str], tuple[int, ...]]
     shares: dict[tuple[Key, int], tuple[float, ...]]
+
+    @cached_property
+    def all_windows(self) -> tuple[int, ...]:
+        """All windows asked of anything, for what all series share."""
+        long = [w for (_, w) in self.shares]
+        return tuple(sorted({w for windows in self.windows.values() for w in windows} | {*long}))
 
     def windows_of(self, key: Key, *families: str) -> tuple[int, ...]:
         """All windows asked of the families of a series, ascending; all families if none named."""
@@ -281,7 +288,3 @@ def _split(window: int, built: set[int]) -> tuple[int, int]:
         return window - largest, largest
     return 1, window - 1
 
-
-def chain_for(windows: Iterable[int], num_rows: int, *, overlap: bool = False) -> tuple[Link, ...]:
-    """The chain for windows cut to the number of rows (a longer window sees no more)."""
-    return window_chain({min(w, max(num_rows, 1)) for w in windows}, overlap=overlap)

@@ -23,16 +23,16 @@ Found = dict[tuple[int, float], Tensor]
 
 
 def _quantile(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), int(step.numbers[0])
+    series, window = machine.series(step), machine.window(step)
     share = float(step.numbers[1]) if step.operator == "Quantile" else 0.5
     found = series.quantiles
     if found is None:
         asked: dict[int, set[float]] = {}
         for (key, w), shares in machine.plan.shares.items():
             if key == step.inputs:
-                asked.setdefault(series.effective(w), set()).update(shares)
+                asked.setdefault(machine.block.window(w), set()).update(shares)
         found = series.quantiles = _quantiles(series, {w: tuple(s) for w, s in asked.items()})
-    return machine.block.seal(found[series.effective(window), share].to(step.dtype, copy=True))
+    return machine.block.seal(found[window, share].to(step.dtype, copy=True))
 
 
 def _quantiles(series: Series, asked: Shares) -> Found:
@@ -48,7 +48,7 @@ def _quantiles(series: Series, asked: Shares) -> Found:
 
 def _cut_cells(series: Series, window: int) -> Tensor:
     """`[D, n]` bool: windows that hold some values, but fewer than the window."""
-    n = series.count(window)
+    n = series.rows.count(window)
     block = series.block
     return ((n < window) & (n > 0)).expand(block.num_rows, block.num_columns)
 
@@ -56,7 +56,7 @@ def _cut_cells(series: Series, window: int) -> Tensor:
 def _padded(series: Series, window: int) -> Tensor:
     """Values with `window - 1` rows before; missing ones and the rows before are infinite."""
     values = series.numbers
-    if not series.complete:
+    if not series.rows.solid or series.rows.lead:
         values = torch.nan_to_num(values, nan=_INFINITE)
     return torch.cat([values.new_full((window - 1, values.shape[1]), _INFINITE), values])
 
@@ -76,15 +76,14 @@ def _few_cut(series: Series, asked: Shares) -> Found:
     for w, shares in asked.items():
         cells = _cut_cells(series, w).nonzero(as_tuple=True)
         sorted_cells = _sorted_cells(padded, cells, w, longest)
-        n = series.count(w).expand(series.values.shape)[cells]
+        n = series.rows.count(w).expand(series.values.shape)[cells]
         rows = slice(longest - w, None)
         for share in shares:
             low, *high = (ordered[w][k][rows] for k in _places(share, w))
             part = share * (w - 1) - floor(share * (w - 1))
             value = torch.lerp(low, high[0], part) if high else low.clone()
             value[cells] = _pick(sorted_cells, n, share).to(value.dtype)
-            # An empty window is all infinite: NaN.
-            found[w, share] = value if series.complete else value + value * 0
+            found[w, share] = series.rows.void(value, w)
     return found
 
 
@@ -127,7 +126,7 @@ def _many_cut(series: Series, asked: Shares) -> Found:
     ordered = run(program(tuple(wanted)), _padded(series, longest))
     found: Found = {}
     for w, shares in asked.items():
-        n = series.count(w).expand(series.values.shape)
+        n = series.rows.count(w).expand(series.values.shape)
         stack = torch.stack([ordered[w].pop(k)[longest - w :] for k in sorted(ordered[w])])
         for share in shares:
             place = share * (n - 1).clamp(min=0)
@@ -136,7 +135,7 @@ def _many_cut(series: Series, asked: Shares) -> Found:
             high = (low + (part > 0)).clamp(max=len(stack) - 1)
             below = stack.gather(0, low[None])[0].to(torch.float64)
             above = stack.gather(0, high[None])[0].to(torch.float64)
-            # inf - inf is NaN: an empty window.
+            # An empty window is all infinite, and inf - inf is NaN.
             found[w, share] = below + (above - below) * part
     return found
 

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from qtorch.data.expression.chain import rolling_extremes
 from qtorch.data.expression.machine import Kernel, Machine
-from qtorch.data.expression.plan import Step, chain_for
+from qtorch.data.expression.plan import Step, window_chain
 from qtorch.data.expression.series import Series
 
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 
 
-def rolling_extremes(
-    base: Tensor, windows: tuple[int, ...], function: Callable[..., Tensor]
-) -> dict[int, Tensor]:
-    """Maximum or minimum over each window, cut at the first row; windows may overlap in two."""
-    built = {1: base}
-    chain = chain_for(windows, len(base), overlap=True)
-    for at, link in enumerate(chain):
-        newer, older, cut = built[link.newer], built[link.older], link.shift
-        total = torch.empty_like(base)
-        function(newer[cut:], older[:-cut], out=total[cut:])
-        total[:cut] = newer[:cut]
-        built[link.window] = total
-        needed = {w for later in chain[at + 1 :] for w in (later.newer, later.older)}
-        for spent in [w for w in built if w not in needed and w not in windows]:
-            del built[spent]
-    return {w: built[w] for w in windows}
-
-
 def _extreme(*, largest: bool) -> Kernel:
     family = "max" if largest else "min"
-    function = torch.maximum if largest else torch.minimum
     nothing = float("-inf") if largest else float("inf")
 
     def build(series: Series) -> dict[int, Tensor]:
         base = series.numbers
-        if not series.complete:
-            base = torch.nan_to_num(base, nan=nothing, posinf=nothing, neginf=nothing)
-        return rolling_extremes(base, series.windows(family), function)
+        if not series.rows.solid or series.rows.lead:
+            base = torch.nan_to_num(base, nan=nothing)
+        return rolling_extremes(base, series.windows(family), largest=largest)
 
     def kernel(machine: Machine, step: Step) -> Tensor:
-        series = machine.series(step)
-        found = series.built(family, build)[series.effective(int(step.numbers[0]))]
-        if series.complete:
-            return found
-        return machine.block.seal(found + found * 0)  # what saw no value is infinite: NaN
+        series, window = machine.series(step), machine.window(step)
+        found = series.built(family, build)[window]
+        return machine.block.seal(series.rows.void(found.clone(), window))
 
     return kernel
 
@@ -57,20 +35,12 @@ def _place(*, largest: bool) -> Kernel:
     family = "argmax" if largest else "argmin"
 
     def kernel(machine: Machine, step: Step) -> Tensor:
-        series, window = machine.series(step), int(step.numbers[0])
-        row = series.built(family, lambda s: _rows_of_extreme(s, family, largest))
-        place = row[series.effective(window)] - _first_rows(series, window)
-        empty = series.empty(window)
-        if empty is not None:
-            place += empty
-        return machine.block.seal(place, head=True)
+        series, window = machine.series(step), machine.window(step)
+        row = series.built(family, lambda s: _rows_of_extreme(s, family, largest))[window]
+        place = row - (machine.block.first_row(window) - 1).to(torch.float32)
+        return machine.block.seal(series.rows.void(place, window), head=True)
 
     return kernel
-
-
-def _first_rows(series: Series, window: int) -> Tensor:
-    """The row before each window's first one, float32."""
-    return (series.block.first_row(series.effective(window)) - 1).to(torch.float32)
 
 
 def _rows_of_extreme(series: Series, family: str, largest: bool) -> dict[int, Tensor]:
@@ -85,13 +55,13 @@ def _rows_of_extreme(series: Series, family: str, largest: bool) -> dict[int, Te
         return _rows_by_pairs(series, values, series.windows(family))
     bits = (values + 0.0).view(torch.int32)  # + 0.0: -0 equals 0
     bits = bits ^ ((bits >> 31) & _HIGHEST)
-    if not series.complete:
+    if not series.rows.solid or series.rows.lead:
         bits = bits.masked_fill_(values.isnan(), _HIGHEST)
         if not block.whole:
             bits.masked_fill_(~block.inside, _LOWEST)
     from_end = block.num_rows - block.rows.to(torch.int64)
     keys = (bits.to(torch.int64) << 32) | from_end
-    built = rolling_extremes(keys, series.windows(family), torch.maximum)
+    built = rolling_extremes(keys, series.windows(family), largest=True)
     return {
         w: block.num_rows - (key & 0xFFFFFFFF).to(torch.float32) for w, key in built.items()
     }
@@ -107,7 +77,7 @@ def _rows_by_pairs(
     values = values.masked_fill(~block.inside, lowest)
     rows = block.rows.expand_as(values).to(torch.float32).contiguous()
     built = {1: (values, rows)}
-    for link in chain_for(windows, block.num_rows, overlap=True):
+    for link in window_chain(windows, overlap=True):
         cut = link.shift
         (new, new_row), (old, old_row) = built[link.newer], built[link.older]
         older = old[:-cut] >= new[cut:]
@@ -119,11 +89,11 @@ def _rows_by_pairs(
 
 
 def _rank(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), int(step.numbers[0])
-    ahead = series.built("rank", _leads)[series.effective(window)]
-    n = series.count(window)
+    series, window = machine.series(step), machine.window(step)
+    ahead = series.built("rank", _leads)[window]
+    n = series.rows.count(window)
     rank = (ahead + (n + 1).to(ahead.dtype)).mul_((0.5 / n).to(ahead.dtype))
-    return machine.block.seal(series.reopen(rank.to(step.dtype)))
+    return machine.block.seal(series.rows.reopen(rank.to(step.dtype)))
 
 
 def _leads(series: Series) -> dict[int, Tensor]:
@@ -134,13 +104,14 @@ def _leads(series: Series) -> dict[int, Tensor]:
     values, windows = series.numbers, series.windows("rank")
     leads, found = torch.zeros_like(values), {}
     buffer = torch.empty_like(values)
+    clean = series.rows.solid and not series.rows.lead
     for lag in range(1, max(windows) + 1):
         if lag in windows:
             found[lag] = leads.clone()
         if lag == max(windows):
             break
         ahead = torch.sub(values[lag:], values[:-lag], out=buffer[lag:]).sign_()
-        leads[lag:] += ahead if series.complete else ahead.nan_to_num_(nan=0.0)
+        leads[lag:] += ahead if clean else ahead.nan_to_num_(nan=0.0)
     return found
 
 

@@ -12,10 +12,6 @@ from qtorch.data.expression.series import Series
 _NAN = float("nan")
 
 
-def _window(step: Step) -> int:
-    return int(step.numbers[0])
-
-
 def _narrowed(values: Tensor, step: Step) -> Tensor:
     return values.to(step.dtype)
 
@@ -24,34 +20,32 @@ def _narrowed(values: Tensor, step: Step) -> Tensor:
 
 
 def _sum(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    total, empty = series.sum("sum", window), series.empty(window)
-    if empty is not None:
-        return machine.block.seal(total + empty)
-    # The sum is shared with other operators: what is sealed in place must be a copy.
-    return machine.block.seal(total.to(step.dtype, copy=True))
+    series, window = machine.series(step), machine.window(step)
+    # The sum is shared with other operators: what is changed in place must be a copy.
+    total = series.sum("sum", window).to(step.dtype, copy=True)
+    return machine.block.seal(series.rows.void(total, window))
 
 
 def _mean(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    mean = series.sum("sum", window) * series.per_count(window)
+    series, window = machine.series(step), machine.window(step)
+    mean = series.sum("sum", window) * series.rows.per_count(window)
     return machine.block.seal(_narrowed(mean, step))
 
 
 def _variance(machine: Machine, step: Step) -> Tensor:
-    variance = machine.series(step).variance(_window(step))
+    variance = machine.series(step).variance(machine.window(step))
     return machine.block.seal(variance.to(step.dtype, copy=True))
 
 
 def _deviation(machine: Machine, step: Step) -> Tensor:
-    variance = machine.series(step).variance(_window(step))
+    variance = machine.series(step).variance(machine.window(step))
     narrow = variance.to(step.dtype)
     deviation = narrow.sqrt() if narrow is variance else narrow.sqrt_()
     return machine.block.seal(deviation)
 
 
 def _count(machine: Machine, step: Step) -> Tensor:
-    counted = machine.series(step).count(_window(step))
+    counted = machine.series(step).rows.count(machine.window(step))
     return machine.block.seal(
         counted.to(torch.float32).expand(machine.block.inside.shape).clone(), head=True
     )
@@ -59,7 +53,7 @@ def _count(machine: Machine, step: Step) -> Tensor:
 
 def _central_moments(series: Series, window: int, highest: int) -> list[Tensor]:
     """The central moments 2..highest of each window, by powers about the instrument's mean."""
-    scale = series.per_count(window)
+    scale = series.rows.per_count(window)
     m1, m2, m3, *rest = (series.sum(f"power{k}", window) * scale for k in range(1, highest + 1))
     second = m2 - m1**2
     third = m3 - m1**3 - 3 * m1 * second
@@ -68,16 +62,16 @@ def _central_moments(series: Series, window: int, highest: int) -> list[Tensor]:
 
 
 def _skewness(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    n = series.count(window)
+    series, window = machine.series(step), machine.window(step)
+    n = series.rows.count(window)
     second, third = _central_moments(series, window, 3)
     skew = (n * (n - 1)).sqrt() / (n - 2) * third / second**1.5
     return machine.block.seal(_narrowed(_unless_flat(skew, series, window, 3), step))
 
 
 def _kurtosis(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    n = series.count(window)
+    series, window = machine.series(step), machine.window(step)
+    n = series.rows.count(window)
     second, _, fourth = _central_moments(series, window, 4)
     kurt = ((n * n - 1) * fourth / second**2 - 3 * (n - 1) ** 2) / ((n - 2) * (n - 3))
     return machine.block.seal(_narrowed(_unless_flat(kurt, series, window, 4), step))
@@ -86,51 +80,45 @@ def _kurtosis(machine: Machine, step: Step) -> Tensor:
 def _unless_flat(values: Tensor, series: Series, window: int, least: int) -> Tensor:
     """NaN where there are too few values, or one value only: its higher moments are rounding."""
     values.masked_fill_(series.variance(window) == 0, _NAN)
-    return values.masked_fill_(series.count(window) < least, _NAN)
+    return values.masked_fill_(series.rows.count(window) < least, _NAN)
 
 
 # -- regression on the row number ------------------------------------------------------------------
 
 
-def _regression(series: Series, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(codeviation, mean row, 1 / sum of squared row deviations)` of value and row number.
+def _codeviation(series: Series, window: int) -> Tensor:
+    """Sum of products of the deviations of value and row number.
 
     Rows without a value leave a gap in the row numbers; they do not close up.
     """
-    block = series.block
     total, position = series.sum("sum", window), series.sum("position", window)
-    if series.complete:
-        n = series.count(window)
-        mean_row = block.rows - (n - 1) / 2
-        scale = 12 / (n * (n * n - 1))
-    else:
-        position_sum = series.sum("valid_position", window)
-        mean_row = position_sum * series.per_count(window)
-        squares = series.sum("valid_square", window)
-        scale = torch.addcmul(squares, mean_row, position_sum, value=-1).reciprocal_()
-    return torch.addcmul(position, mean_row, total, value=-1), mean_row, scale
+    return torch.addcmul(position, series.rows.mean_row(window), total, value=-1)
 
 
 def _slope(machine: Machine, step: Step) -> Tensor:
-    codeviation, _, scale = _regression(machine.series(step), _window(step))
-    return machine.block.seal(_narrowed(codeviation.mul_(scale), step))
+    series, window = machine.series(step), machine.window(step)
+    slope = _codeviation(series, window).mul_(series.rows.per_row_deviation(window))
+    return machine.block.seal(_narrowed(slope, step))
 
 
 def _residual(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    codeviation, mean_row, scale = _regression(series, window)
-    fitted = codeviation.mul_(scale * (machine.block.rows - mean_row))
-    fitted.addcmul_(series.sum("sum", window).to(torch.float64), series.per_count(window))
+    series, window = machine.series(step), machine.window(step)
+    rows = series.rows
+    ahead = machine.block.rows - rows.mean_row(window)
+    fitted = _codeviation(series, window).mul_(rows.per_row_deviation(window) * ahead)
+    fitted.addcmul_(series.sum("sum", window).to(torch.float64), rows.per_count(window))
     residual = torch.sub(series.filled, fitted, out=fitted)
-    return machine.block.seal(series.reopen(_narrowed(residual, step)))
+    return machine.block.seal(rows.reopen(_narrowed(residual, step)))
 
 
 def _r_squared(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), _window(step)
-    codeviation, _, scale = _regression(series, window)
+    series, window = machine.series(step), machine.window(step)
+    rows = series.rows
     # Qlib guards the rolling form and leaves the expanding one alone.
-    variance = series.guarded_variance(window) if window else series.variance(window)
-    result = codeviation.square_().div_(variance).mul_(scale * series.per_freedom(window))
+    expanding = step.numbers[0] == 0
+    variance = series.variance(window) if expanding else series.guarded_variance(window)
+    result = _codeviation(series, window).square_().div_(variance)
+    result.mul_(rows.per_row_deviation(window) * rows.per_freedom(window))
     return machine.block.seal(_narrowed(result, step))
 
 
@@ -139,13 +127,13 @@ def _weighted_mean(machine: Machine, step: Step) -> Tensor:
 
     The second division is Qlib's (its mean of weighted values), so a WMA is about 1/L of a mean.
     """
-    series, window = machine.series(step), _window(step)
-    length = series.lengths(window)
+    series, window = machine.series(step), machine.window(step)
+    length = machine.block.lengths(window)
     before = machine.block.rows - length
     total = torch.addcmul(
         series.sum("position", window), series.sum("sum", window).to(torch.float64), before, value=-1
     )
-    total.div_(length * (length + 1) / 2).mul_(series.per_count(window))
+    total.div_(length * (length + 1) / 2).mul_(series.rows.per_count(window))
     return machine.block.seal(_narrowed(total, step))
 
 
@@ -153,14 +141,14 @@ def _weighted_mean(machine: Machine, step: Step) -> Tensor:
 
 
 def _covariance(machine: Machine, step: Step) -> Tensor:
-    pair, window = machine.pair(step), _window(step)
-    covariance = pair.codeviation(window).mul_(pair.left.per_freedom(window))
+    pair, window = machine.pair(step), machine.window(step)
+    covariance = pair.codeviation(window).mul_(pair.left.rows.per_freedom(window))
     return machine.block.seal(_narrowed(covariance, step))
 
 
 def _correlation(machine: Machine, step: Step) -> Tensor:
-    pair, window = machine.pair(step), _window(step)
-    covariance = pair.codeviation(window).mul_(pair.left.per_freedom(window))
+    pair, window = machine.pair(step), machine.window(step)
+    covariance = pair.codeviation(window).mul_(pair.left.rows.per_freedom(window))
     sides = []
     for side, alone in zip((pair.left, pair.right), pair.alone, strict=True):
         variance = alone.guarded_variance(window)
