@@ -92,22 +92,32 @@ class Columns(ABC):
         # clone: a stage may write in place, and the storage belongs to other views too.
         return fused(raw[..., None].clone())[..., 0] if len(fused) else raw
 
-    def block(self, names: Sequence[str]) -> Tensor:
+    def block(
+        self, names: Sequence[str], *, rows: slice | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Several columns `[K, D, N]`, each contiguous: a copy that the caller may write to.
 
         Where the storage keeps an instrument's columns side by side, reading sixteen at once
-        costs hardly more than reading one.
+        costs hardly more than reading one. `rows` takes some dates alone; `out` is memory to
+        use again (fresh memory costs more than what is done with it).
         """
         self._check(names)
-        out = torch.empty(len(names), *self.shape[:2], device=self.device)
-        self._fill(list(names), out)
+        dates = slice(0, self.shape[0]) if rows is None else rows
+        if out is None:
+            shape = (len(names), dates.stop - dates.start, self.shape[1])
+            out = torch.empty(shape, device=self.device)
+        self._fill(list(names), out, dates)
         fused = self._chain.compile(list(names), self.device)
         return fused(out.permute(1, 2, 0)).permute(2, 0, 1) if len(fused) else out
 
-    def _fill(self, names: Sequence[str], out: Tensor) -> None:
-        """Raw columns into `out [K, D, N]`."""
+    def is_surely_finite(self) -> bool:
+        """Whether a look at the storage excludes infinities; False means: not known."""
+        return False
+
+    def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+        """Raw columns of the dates `rows` into `out [K, D, N]`."""
         for k, name in enumerate(names):
-            out[k] = self._raw(name)
+            out[k] = self._raw(name)[rows]
 
     def _raw(self, name: str) -> Tensor:
         owned = self._owned.get(name)
@@ -220,17 +230,17 @@ class PanelColumns(Columns):
     ) -> PanelColumns:
         return PanelColumns(self._panel, names, owned=owned, chain=chain)
 
-    def _fill(self, names: Sequence[str], out: Tensor) -> None:
-        self._copy(names, out.permute(1, 2, 0))
+    def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+        self._copy(names, out.permute(1, 2, 0), rows)
 
-    def _copy(self, names: Sequence[str], out: Tensor) -> None:
-        """Raw columns into `out [D, N, K]` of any strides, in pieces that the cache holds."""
+    def _copy(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+        """Raw columns of the dates `rows` into `out [D, N, K]` of any strides."""
         stored = [(k, self._panel.position(n)) for k, n in enumerate(names) if n not in self._owned]
         if stored:
-            _copy_columns(self._panel.values, out, stored)
+            _copy_columns(self._panel.values[rows], out, stored)
         for k, name in enumerate(names):
             if name in self._owned:
-                out[:, :, k] = self._owned[name]
+                out[:, :, k] = self._owned[name][rows]
 
     def _is_whole(self) -> bool:
         return not self._owned and self.names == self._panel.fields
@@ -247,7 +257,7 @@ class PanelColumns(Columns):
         if self._is_whole() and values.is_contiguous():
             out.copy_(values)
         else:
-            self._copy(self.names, out.permute(1, 0, 2))
+            self._copy(self.names, out.permute(1, 0, 2), slice(0, d))
         if len(fused):
             for first in range(0, n, 32):
                 part = out[first : first + 32]

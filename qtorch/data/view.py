@@ -114,7 +114,8 @@ class View:
 
         This is the one thing that costs a full frame of memory.
         """
-        date, instrument = self.sample_rows(self.date_rows(start, end))
+        span = self.date_rows(start, end)
+        date, instrument = self.sample_rows(span)
         chosen = list(self.groups) if groups is None else list(groups)
         pairs = [(g, name) for g in chosen for name in self.group(g).names]
         data = np.empty((len(pairs), len(date)), dtype=np.float32)
@@ -123,7 +124,7 @@ class View:
             columns = self.group(g)
             for first in range(0, len(columns.names), 16):
                 part = columns.names[first : first + 16]
-                taken = columns.block(part)[:, date, instrument]
+                taken = columns.block(part, rows=span)[:, date - span.start, instrument]
                 data[done : done + len(part)] = taken.cpu().numpy()
                 done += len(part)
         return pd.DataFrame(

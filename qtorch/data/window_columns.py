@@ -17,6 +17,7 @@ FIELDS = ("close", "open", "high", "low", "vwap", "volume")
 VOLUME = "volume"
 PRICE = "close"
 EPSILON = 1e-12
+LARGEST = 1e38  # of float32, with some room
 
 
 class WindowColumns(Columns):
@@ -95,6 +96,16 @@ class WindowColumns(Columns):
     def num_bytes(self) -> int:
         d, n, _ = self.shape
         return 4 * n * (d + self.num_steps) * (len(self._fields) + len(self._owned))
+
+    def is_surely_finite(self) -> bool:
+        if self._owned or len(self._chain):
+            return False
+        size = {f: self._bars.column(f).abs().nan_to_num(0.0) for f in (*self._fields, PRICE)}
+        price = self._bars.column(PRICE)[self._lead :].abs().nan_to_num(1.0)
+        if not price.numel():
+            return True
+        least = {f: EPSILON if f == VOLUME else float(price.min()) for f in size}
+        return all(float(x.max()) < LARGEST * least[f] for f, x in size.items())
 
     def _stored(self, name: str) -> Tensor:
         field, step = self._place[name]

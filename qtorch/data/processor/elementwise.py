@@ -63,6 +63,8 @@ class ProcessInf(Processor):
 def _mended(columns: Columns, rows: Tensor, seen: Tensor) -> dict[str, Tensor]:
     """The columns that hold an infinity in a row that anyone sees, with the mean in its place."""
     out: dict[str, Tensor] = {}
+    if columns.is_surely_finite():
+        return out
     for first in range(0, len(columns.names), BLOCK):
         part = columns.names[first : first + BLOCK]
         block = columns.block(part)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from qtorch.data.processor.base import (
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
 from qtorch.data.view import View
 
+T = TypeVar("T")
+R = TypeVar("R")
 BLOCK = 16  # columns read together: one cache line where an instrument's columns lie side by side
 TINY = 1e-12  # Qlib's EPS
 
@@ -162,23 +165,37 @@ def _by_column(
 ) -> list[tuple[float, float]]:
     """The statistics of columns over the cells `used [D, N]`, a block at a time, by threads."""
     days = np.flatnonzero(used.any(1))
-    first, last = int(days[0]), int(days[-1]) + 1
-    cells = np.flatnonzero(used[first:last])
-    whole = len(cells) == used[first:last].size
+    rows = slice(int(days[0]), int(days[-1]) + 1)
+    cells = np.flatnonzero(used[rows])
+    whole = len(cells) == used[rows].size
     parts = [names[k : k + BLOCK] for k in range(0, len(names), BLOCK)]
+    kept = threading.local()
 
     def statistics(part: Sequence[str]) -> list[tuple[float, float]]:
-        block = columns.block(part).cpu().numpy()[:, first:last]
+        if getattr(kept, "block", None) is None:
+            shape = (min(BLOCK, len(names)), rows.stop - rows.start, used.shape[1])
+            kept.block = torch.empty(shape, device=columns.device)
+        block = columns.block(part, rows=rows, out=kept.block[: len(part)])
         out = []
-        for values in block:
+        for values in block.cpu().numpy():
             flat = values.reshape(-1)
             taken = flat if whole else flat.take(cells)
             missing = np.isnan(taken)
             out.append(norm.column_statistics(taken[~missing] if missing.any() else taken))
         return out
 
-    threads = min(len(parts), torch.get_num_threads())
-    if threads <= 1:
-        return [pair for part in parts for pair in statistics(part)]
-    with ThreadPoolExecutor(threads) as pool:
-        return [pair for found in pool.map(statistics, parts) for pair in found]
+    return [pair for found in _in_threads(statistics, parts) for pair in found]
+
+
+def _in_threads(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+    """`work` of every part, in order, by as many threads as torch has; one torch thread each."""
+    before = torch.get_num_threads()
+    if min(len(parts), before) <= 1:
+        return [work(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(
+            min(len(parts), before), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(before)
