@@ -79,7 +79,10 @@ def _train(config: DictConfig) -> Recorder:
         init(tracking_uri=uri)
     resumed = _resumed_run(settings)
     if resumed is not None:
-        return end_task_train(R.get_recorder(recorder_id=resumed))
+        recorder = R.get_recorder(recorder_id=resumed)
+        if recorder.status == FINISHED:
+            raise ConfigError(f"run {resumed} is {FINISHED}: there is nothing to go on with.")
+        return end_task_train(recorder)
     task = with_dates(settings["task"])
     name = settings["run_name"] or HydraConfig.get().runtime.choices.get("model")
     return task_train(task, settings["experiment_name"], name)

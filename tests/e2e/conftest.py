@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 TINY = ("debug=tiny", "log_level=WARNING")
+SMALL = ("model.network.hidden_size=8", "model.network.num_layers=1")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Told:
 def folder(tmp_path, monkeypatch) -> Path:
     """A foreign working folder: everything a command leaves behind is in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
@@ -62,8 +63,13 @@ def qtorch_cli(folder, capsys):
 
 @pytest.fixture
 def train(qtorch_cli):
-    """`train(...)`: one epoch on the tiny market, overrides after it."""
-    return lambda *overrides: qtorch_cli("train", *TINY, *overrides)
+    """`train(...)`: one epoch on the tiny market, a small LSTM unless the overrides name one."""
+
+    def run(*overrides: str) -> Told:
+        own = any(o.startswith("model") for o in overrides)
+        return qtorch_cli("train", *TINY, *(() if own else SMALL), *overrides)
+
+    return run
 
 
 @pytest.fixture

@@ -116,6 +116,7 @@ def test_a_faulty_table(how, train, runs, folder):
     without_finished(runs)
 
 
+@pytest.mark.slow
 def test_process_inf_handles_infinite_values(train, runs, folder):
     spoilt(closes(), "infinite").to_parquet(folder / "bars.parquet", index=False)
     told = train(
@@ -146,6 +147,7 @@ def test_predict_before_fit(train, runs, qtorch_cli):
     assert "only a finished run holds a fitted model" in told.error()
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving(train, runs, folder, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "1")
     disk = folder / "disk"

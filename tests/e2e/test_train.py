@@ -37,7 +37,7 @@ def test_one_command_trains_judges_and_keeps_everything_in_one_run(train, runs):
 
 
 def test_predict_gives_the_scores_of_the_run_again(train, runs, qtorch_cli, folder):
-    assert train("model.network.hidden_size=8").code == 0
+    assert train().code == 0
     (run,) = runs()
     told = qtorch_cli("predict", f"run={run.id}", "out=scores.parquet")
     assert told.code == 0, told.err
@@ -53,6 +53,7 @@ def test_predict_gives_the_scores_of_the_run_again(train, runs, qtorch_cli, fold
     assert "Did you mean 'test'?" in told.error()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_job_and_one_failing_takes_no_other_along(train, runs, folder):
     told = train("-m", "model=lstm,gru", "seed=0,1", "model.network.hidden_size=8,-1")
     assert told.code == 1
@@ -97,6 +98,7 @@ def test_what_the_configuration_is_can_be_asked_without_running_it(qtorch_cli, r
     assert runs() == []
 
 
+@pytest.mark.slow
 def test_bars_come_in_from_a_table_and_are_described(qtorch_cli, train, folder):
     told = qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars")
     assert told.code == 0, told.err
