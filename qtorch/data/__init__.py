@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from qtorch.data.alpha import Alpha158vwap as Alpha158vwap
     from qtorch.data.alpha import Alpha360 as Alpha360
     from qtorch.data.alpha import Alpha360vwap as Alpha360vwap
+    from qtorch.data.batches import Batch as Batch
+    from qtorch.data.batches import BatchLoader as BatchLoader
+    from qtorch.data.data_loader import DataLoader as DataLoader
     from qtorch.data.dataset import DatasetH as DatasetH
+    from qtorch.data.expression.evaluation import evaluate as evaluate
+    from qtorch.data.expression.operators import register_operator as register_operator
     from qtorch.data.filter import ExpressionDFilter as ExpressionDFilter
     from qtorch.data.filter import NameDFilter as NameDFilter
     from qtorch.data.handler import DataHandlerLP as DataHandlerLP
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
     from qtorch.data.panel import Panel as Panel
     from qtorch.data.raw_handler import DataHandler as DataHandler
     from qtorch.data.reweighter import Reweighter as Reweighter
+    from qtorch.data.sample_set import Samples as Samples
+    from qtorch.data.sampler import TSDataSampler as TSDataSampler
+    from qtorch.data.samples import samples_of as samples_of
     from qtorch.data.source.base import Source as Source
     from qtorch.data.source.frame import FrameSource as FrameSource
     from qtorch.data.source.qlib import QlibSource as QlibSource
@@ -35,17 +43,24 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Alpha158vwap": "qtorch.data.alpha",
         "Alpha360": "qtorch.data.alpha",
         "Alpha360vwap": "qtorch.data.alpha",
+        "Batch": "qtorch.data.batches",
+        "BatchLoader": "qtorch.data.batches",
+        "DataLoader": "qtorch.data.data_loader",
         "DatasetH": "qtorch.data.dataset",
-        "TSDatasetH": "qtorch.data.window_dataset",
+        "evaluate": "qtorch.data.expression.evaluation",
+        "register_operator": "qtorch.data.expression.operators",
         "ExpressionDFilter": "qtorch.data.filter",
         "NameDFilter": "qtorch.data.filter",
-        "DataHandler": "qtorch.data.raw_handler",
         "DataHandlerLP": "qtorch.data.handler",
         "NestedDataLoader": "qtorch.data.loader",
         "QlibDataLoader": "qtorch.data.loader",
         "StaticDataLoader": "qtorch.data.loader",
         "Panel": "qtorch.data.panel",
+        "DataHandler": "qtorch.data.raw_handler",
         "Reweighter": "qtorch.data.reweighter",
+        "Samples": "qtorch.data.sample_set",
+        "TSDataSampler": "qtorch.data.sampler",
+        "samples_of": "qtorch.data.samples",
         "Source": "qtorch.data.source.base",
         "FrameSource": "qtorch.data.source.frame",
         "QlibSource": "qtorch.data.source.qlib",
@@ -53,5 +68,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SyntheticSource": "qtorch.data.source.synthetic",
         "TableSource": "qtorch.data.source.table",
         "View": "qtorch.data.view",
+        "TSDatasetH": "qtorch.data.window_dataset",
     },
 )

@@ -22,7 +22,8 @@ from qtorch.data.view import View
 def view_of_frame(frame: pd.DataFrame) -> View:
     """A view of a `(datetime, instrument)` frame; two-level columns are `(group, column)`.
 
-    Rows may come in any order. DataError where the frame is refused (`Panel.from_frame`).
+    Raises DataError for a frame that `Panel.from_frame` refuses: doubled rows, dates that do not
+    ascend, time zones, columns that are not numeric.
     """
     levels = frame.columns.nlevels
     if levels > 2:
@@ -31,7 +32,7 @@ def view_of_frame(frame: pd.DataFrame) -> View:
         )
     if not isinstance(frame.index, pd.MultiIndex) or set(frame.index.names) != set(NAMES):
         frame = _indexed(frame)
-    panel = Panel.from_frame(frame.sort_index())
+    panel = Panel.from_frame(frame)
     if levels == 1:
         return View({FLAT: PanelColumns(panel)}, panel.mask, panel.mask)
     groups: dict[str, list[int]] = {}

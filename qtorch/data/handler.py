@@ -46,8 +46,10 @@ class DataHandlerLP(DataHandler):
     #: Whether the processors have learnt; `is_frozen` if from a store: then only
     #: `setup_data(init_type="fit_seq")` fits them again.
     is_fitted: bool = False
+    is_learn_fitted: bool = False
     is_frozen: bool = False
 
+    _shared: View | None = None
     _infer: View | None = None
     _learn: View | None = None
     _train: Window | None = None
@@ -107,8 +109,10 @@ class DataHandlerLP(DataHandler):
         check_key(data_key)
         if data_key == DK_R:
             return self._raw_view(groups)
-        if self._infer is None or self._learn is None:
-            self._process()
+        if self._infer is None:
+            self._process_infer()
+        if data_key == DK_L and self._learn is None:
+            self._process_learn()
         view = self._learn if data_key == DK_L else self._infer
         assert view is not None
         return view
@@ -137,8 +141,8 @@ class DataHandlerLP(DataHandler):
             return False
         return all(g in raw.groups and raw.groups[g].names == names.get(g) for g in groups)
 
-    def _process(self) -> None:
-        """Load what the processors need, fit them unless they are fitted, and run them."""
+    def _process_infer(self) -> None:
+        """Load what the processors need, fit those of inference once, and run them."""
         names = self.data_loader.names()
         columns = None
         if names is not None:
@@ -150,17 +154,22 @@ class DataHandlerLP(DataHandler):
             self._raw_is_whole = columns is None
         if names is None:
             self._needed(names_of(raw))
-        fit = not self.is_fitted
-        window = self._window()
+        fit, window = not self.is_fitted, self._window()
         if fit:
             self._check_windows(raw)
         shared = pipeline.run(raw, self.shared_processors, fit=fit, window=window)
         infer = pipeline.run(shared, self.infer_processors, fit=fit, window=window)
-        base = infer if self.process_type == self.PTYPE_A else shared
-        learn = pipeline.run(base, self.learn_processors, fit=fit, window=window)
         self._raw = _label_alone(raw) if self.drop_raw else raw
-        self._infer, self._learn = infer, learn
+        self._shared, self._infer = shared, infer
         self.is_fitted = True
+
+    def _process_learn(self) -> None:
+        """The same for learning; apart, because new data may have no label yet."""
+        base = self._infer if self.process_type == self.PTYPE_A else self._shared
+        assert base is not None
+        fit = not self.is_learn_fitted
+        self._learn = pipeline.run(base, self.learn_processors, fit=fit, window=self._window())
+        self.is_learn_fitted = True
 
     def _needed(self, names: Names) -> Names:
         """The columns that infer and learn depend on; the processors' names are checked."""
@@ -190,8 +199,8 @@ class DataHandlerLP(DataHandler):
         if self._infer is not None:
             self._check_windows(self._infer)
         if any(p.has_fit_window() and not self._is_given(p) for p in self.get_all_processors()):
-            self._infer = self._learn = None
-            self.is_fitted = False
+            self._forget_processed()
+            self.is_fitted = self.is_learn_fitted = False
 
     def _is_given(self, processor: Processor) -> bool:
         """Whether the fit window does not depend on the train segment."""
@@ -223,7 +232,7 @@ class DataHandlerLP(DataHandler):
         """Fit every processor on the raw data, without processing it."""
         for processor in self.get_all_processors():
             pipeline.fit_one(processor, self._raw_view(), self._window())
-        self.is_fitted = True
+        self.is_fitted = self.is_learn_fitted = True
 
     def fit_process_data(self) -> None:
         """Fit each processor on what the one before it gives."""
@@ -235,9 +244,10 @@ class DataHandlerLP(DataHandler):
             raise NotFittedError(
                 "the processors are not fitted: process_data(with_fit=True), or load a state."
             )
-        self.is_fitted = not with_fit
-        self._infer = self._learn = None
-        self._process()
+        if with_fit:
+            self.is_fitted = self.is_learn_fitted = False
+        self._forget_processed()
+        self._process_infer()
 
     def setup_data(self, init_type: str = IT_FIT_SEQ) -> None:
         """Load the data again and process it.
@@ -286,21 +296,26 @@ class DataHandlerLP(DataHandler):
     def _forget(self) -> None:
         super()._forget()
         self._raw_is_whole = False
-        self._infer = self._learn = None
+        self._forget_processed()
+
+    def _forget_processed(self) -> None:
+        self._shared = self._infer = self._learn = None
 
     # -- storing -------------------------------------------------------------------------------
 
     def fitted_state(self) -> State:
         """What the processors have learnt: plain data and tensors."""
-        states = [p.fitted_state() if self.is_fitted else None for p in self.get_all_processors()]
-        tensors = {
-            f"processors.{k}.{name}": tensor
-            for k, state in enumerate(states)
-            if state is not None
-            for name, tensor in state.tensors.items()
-        }
-        learnt = [None if s is None else s.config for s in states]
-        return State({"fitted": self.is_fitted, "processors": learnt}, tensors)
+        first_of_learn = len(self.get_all_processors()) - len(self.learn_processors)
+        learnt: list[dict[str, Any] | None] = []
+        tensors = {}
+        for k, processor in enumerate(self.get_all_processors()):
+            fitted = self.is_fitted if k < first_of_learn else self.is_learn_fitted
+            state = processor.fitted_state() if fitted else None
+            learnt.append(None if state is None else state.config)
+            for name, tensor in ({} if state is None else state.tensors).items():
+                tensors[f"processors.{k}.{name}"] = tensor
+        flags = {"fitted": self.is_fitted, "learn_fitted": self.is_learn_fitted}
+        return State({**flags, "processors": learnt}, tensors)
 
     def load_fitted(self, state: State) -> None:
         """Take over what another handler's processors have learnt; they are not fitted again."""
@@ -311,6 +326,11 @@ class DataHandlerLP(DataHandler):
             own = {n[len(start) :]: t for n, t in state.tensors.items() if n.startswith(start)}
             self.get_all_processors()[k].load_fitted(State(learnt, own))
         self.is_fitted = self.is_frozen = bool(state.config["fitted"])
+        self.is_learn_fitted = bool(state.config["learn_fitted"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.is_frozen = self.is_fitted
 
     @classmethod
     def cast(cls, handler: DataHandlerLP) -> DataHandlerLP:
@@ -323,7 +343,7 @@ class DataHandlerLP(DataHandler):
         new = DataHandlerLP(data_loader=StaticDataLoader(None))
         for name in ("instruments", "start_time", "end_time", "fetch_orig", "drop_raw"):
             setattr(new, name, getattr(handler, name))
-        new.from_cast = new.is_fitted = new.is_frozen = True
+        new.from_cast = new.is_fitted = new.is_learn_fitted = new.is_frozen = True
         new._infer, new._learn = infer, learn
         return new
 

@@ -13,8 +13,8 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.serial import Serializable
 from qtorch.core.session import session
 from qtorch.core.trust import trusted_type
-from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeezed
 from qtorch.data.data_loader import DataLoader
+from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeezed
 from qtorch.data.loader import build_loader
 from qtorch.data.processor.base import Names
 from qtorch.data.provider import build_source, default_source

@@ -7,7 +7,14 @@ import torch
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.data import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, SyntheticSource
+from qtorch.data import (
+    Alpha158,
+    Alpha158vwap,
+    Alpha360,
+    Alpha360vwap,
+    FrameSource,
+    SyntheticSource,
+)
 from qtorch.data.alpha_loader import Alpha158DL, Alpha360DL
 from qtorch.data.columns import PanelColumns
 from qtorch.data.features import SELECTED_20, alpha360
@@ -108,6 +115,30 @@ def test_alpha360_batches_hold_the_processed_columns(source) -> None:
     flat = x.transpose(1, 2).flatten(1).numpy()
     np.testing.assert_allclose(flat, frame.to_numpy(), rtol=1e-5, atol=1e-5)
     assert not np.isnan(flat).any()
+
+
+def test_alpha360_with_infinities_is_what_the_expressions_give() -> None:
+    bars = SyntheticSource(5, "2015-01-01", "2015-12-31", seed=3).load(start_time="2015-01-01")
+    frame = bars.to_frame()
+    frame.loc[("2015-09-01", frame.index[0][1]), "close"] = 0.0
+    frame.loc[("2015-09-03", frame.index[1][1]), "volume"] = np.inf
+    source = FrameSource(frame)
+    expressions = {"feature": alpha360()}
+    steps = [{"class": "ProcessInf"}, {"class": "ZScoreNorm"}, {"class": "Fillna"}]
+    plain = DataHandlerLP(
+        "all",
+        **SPAN,
+        **FIT,
+        data_loader=QlibDataLoader(expressions),
+        infer_processors=steps,
+        source=source,
+    )
+    handler = Alpha360(**SPAN, **FIT, source=source)
+    raw = handler.fetch(col_set="feature", data_key="raw").to_numpy()
+    assert np.isinf(raw).any()
+    found, expected = (h.fetch(col_set="feature") for h in (handler, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(found.to_numpy()).all()
 
 
 def test_alpha360_some_columns(source) -> None:

@@ -228,9 +228,7 @@ def test_a_wider_window_is_refused_unless_allowed(frame: pd.DataFrame, caplog) -
     own = ZScoreNorm("2020-01-01", "2020-02-14", fields_group="feature")
     handler = DataHandlerLP.from_df(frame, infer_processors=[own])
     handler.bind_train("2020-01-01", "2020-01-24")
-    with pytest.raises(
-        ConfigError, match=r"ZScoreNorm would be fitted on 2020-01-01\.\.2020-02"
-    ):
+    with pytest.raises(ConfigError, match=r"ZScoreNorm would be fitted on 2020-01-01\.\.2020-02"):
         handler.fetch()
 
 
@@ -360,6 +358,25 @@ def test_config_and_load_state_reach_a_later_end_without_fitting(frame: pd.DataF
     pd.testing.assert_frame_equal(later.loc[first.index], first)
     handler.setup_data()  # fit_seq: the processors' new window
     assert not np.allclose(handler.fetch(col_set="feature").loc[first.index], first)
+
+
+def test_data_without_labels_is_there_for_inference(frame: pd.DataFrame) -> None:
+    frame["label"] = np.nan
+    handler = DataHandlerLP.from_df(
+        frame, infer_processors=[ZSCORE], learn_processors=["DropnaLabel"], **WINDOW
+    )
+    assert len(handler.fetch()) == 200
+    with pytest.raises(DataError, match="missing in every row"):
+        handler.fetch(data_key="learn")
+
+
+def test_a_pickle_keeps_what_was_learnt(frame: pd.DataFrame) -> None:
+    handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE])
+    handler.bind_train("2020-01-01", "2020-01-31")
+    expected = handler.fetch()
+    again = pickle.loads(pickle.dumps(handler))
+    again.bind_train("2020-01-01", "2020-01-10")
+    pd.testing.assert_frame_equal(again.fetch(), expected)
 
 
 def test_fit_ind_fits_on_raw_data(frame: pd.DataFrame) -> None:

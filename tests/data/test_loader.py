@@ -222,6 +222,7 @@ def test_static_universe_comes_from_a_source(source: FrameSource) -> None:
     [
         (pd.DataFrame({"x": [1.0]}), "expected an index or columns"),
         (bars_frame().iloc[[0, 0]], "doubled"),
+        (bars_frame().iloc[::-1], "unsorted"),
         (bars_frame().assign(name="x"), "must be numeric"),
         (bars_frame().tz_localize("UTC", level=0), "time zone"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtorch.core.errors import DataError
 from qtorch.data.processor.base import FieldsGroup, Processor, chosen_columns, names_of
 from qtorch.data.view import View
 
@@ -35,7 +36,7 @@ class DropnaLabel(DropnaProcessor):
     """Takes away the samples without a label; for learning alone.
 
     A window may still look back at such a row, whose features are known: a deliberate difference
-    from Qlib, whose training windows are blank there.
+    from Qlib, whose training windows are blank there. Raises DataError where no row is left.
     """
 
     def __init__(self, fields_group: FieldsGroup = "label") -> None:
@@ -43,6 +44,16 @@ class DropnaLabel(DropnaProcessor):
 
     def is_for_infer(self) -> bool:
         return False
+
+    def __call__(self, view: View) -> View:
+        result = super().__call__(view)
+        if bool(view.rows.any()) and not bool(result.rows.any()):
+            names = chosen_columns(names_of(view), self.fields_group)
+            raise DataError(
+                f"{type(self).__name__}: the label {names} is missing in every row, so that "
+                "nothing is left to learn from. Look at the label's expression and its data."
+            )
+        return result
 
 
 class TimeRangeFlt(Processor):

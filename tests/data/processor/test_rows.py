@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from qtorch.core.errors import DataError
 from qtorch.data.frames import view_of_frame
 from qtorch.data.processor import DropnaLabel, DropnaProcessor, TimeRangeFlt
 
@@ -17,6 +18,12 @@ def test_dropna_label_takes_samples_but_not_history(frame, view, unchanged) -> N
     assert torch.equal(result.history, view.history)
     assert not DropnaLabel().is_for_infer()
     check()
+
+
+def test_a_label_that_is_missing_everywhere_is_said(frame) -> None:
+    frame["label"] = np.nan
+    with pytest.raises(DataError, match=r"'LABEL0'.* is missing in every row"):
+        DropnaLabel()(view_of_frame(frame))
 
 
 @pytest.mark.parametrize("group", ["feature", None])
