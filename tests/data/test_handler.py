@@ -366,7 +366,7 @@ def test_data_without_labels_is_there_for_inference(frame: pd.DataFrame) -> None
         frame, infer_processors=[ZSCORE], learn_processors=["DropnaLabel"], **WINDOW
     )
     assert len(handler.fetch()) == 200
-    with pytest.raises(DataError, match="missing in every row"):
+    with pytest.raises(DataError, match="leaves none of 200 rows"):
         handler.fetch(data_key="learn")
 
 

@@ -48,10 +48,11 @@ class DropnaLabel(DropnaProcessor):
     def __call__(self, view: View) -> View:
         result = super().__call__(view)
         if bool(view.rows.any()) and not bool(result.rows.any()):
-            names = chosen_columns(names_of(view), self.fields_group)
+            chosen = chosen_columns(names_of(view), self.fields_group)
+            names = ", ".join(n for part in chosen.values() for n in part)
             raise DataError(
-                f"{type(self).__name__}: the label {names} is missing in every row, so that "
-                "nothing is left to learn from. Look at the label's expression and its data."
+                f"{type(self).__name__} leaves none of {int(view.rows.sum())} rows to learn from. "
+                f"Is the label NaN everywhere (its expression, its data)? Columns: {names}."
             )
         return result
 

@@ -22,7 +22,7 @@ def test_dropna_label_takes_samples_but_not_history(frame, view, unchanged) -> N
 
 def test_a_label_that_is_missing_everywhere_is_said(frame) -> None:
     frame["label"] = np.nan
-    with pytest.raises(DataError, match=r"'LABEL0'.* is missing in every row"):
+    with pytest.raises(DataError, match=r"none of 81 rows.*NaN everywhere.*LABEL0"):
         DropnaLabel()(view_of_frame(frame))
 
 
