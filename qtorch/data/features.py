@@ -172,7 +172,7 @@ def alpha360() -> Features:
 
     Feature-major: CLOSE59..CLOSE0, then OPEN, HIGH, LOW, VWAP, VOLUME.
     """
-    columns = {}
+    columns: dict[str, str] = {}
     for field in ("close", "open", "high", "low", "vwap", "volume"):
         scale = "($volume+1e-12)" if field == "volume" else "$close"
         columns |= {f"{field.upper()}{d}": _lagged(field, d, scale) for d in range(59, -1, -1)}

@@ -18,7 +18,9 @@ def operator_expressions() -> list[str]:
         for window in windows
         if window == 0 or window >= _SMALLEST.get(name, 1)
     ]
-    found += [f"Quantile($close, {w}, {q})" for w in (1, 5, 24, 60, 0) for q in (0, 0.2, 0.5, 0.83, 1)]
+    found += [
+        f"Quantile($close, {w}, {q})" for w in (1, 5, 24, 60, 0) for q in (0, 0.2, 0.5, 0.83, 1)
+    ]
     found += [f"Quantile($volume, 20, {q})" for q in (0.1, 0.9)]
     found += [f"EMA($close, {a})" for a in (0.05, 0.5, 0.94)]
     found += [f"Corr($close, $volume, {w})" for w in (2, 5, 20, 60)]
@@ -33,12 +35,24 @@ def _elementwise() -> list[str]:
     tests = [f"{name}($close, $open)" for name in ("Gt", "Ge", "Lt", "Le", "Eq", "Ne")]
     return [
         *("$close", "Feature('close')", "Abs($close-$open)", "Sign($close-$open)", "Log($volume)"),
-        *("Power($close, 2)", "$close**0.5", "2**($close/$open)", "Power($close/$open, $high/$low)"),
+        *(
+            "Power($close, 2)",
+            "$close**0.5",
+            "2**($close/$open)",
+            "Power($close/$open, $high/$low)",
+        ),
         *("Add($close, $open)", "Sub($close, 1.5)", "Mul(2, $close)", "Div($close, $volume)"),
         *("$close+$open", "$close-$open", "3*$close", "1/$volume", "$close/3", "10-$close"),
         *("Greater($close, $open)", "Less($close, $open)", "Greater($close-$open, 0)"),
         *tests,
-        *("$close>$open", "$close>=20", "$close<$open", "$close<=20", "$close==$open", "$close!=$vwap"),
+        *(
+            "$close>$open",
+            "$close>=20",
+            "$close<$open",
+            "$close<=20",
+            "$close==$open",
+            "$close!=$vwap",
+        ),
         *("15<$close", "And($close>$open, $volume>100000)", "Or($close>$open, $volume>100000)"),
         *("($close>$open)&($close>20)", "($close>$open)|($close>20)", "Not($close>$open)"),
         *("If($close>$open, $high, $low)", "If($close>$open, 1, $low)", "If($close>$open, 1, 0)"),

@@ -31,12 +31,12 @@ def features(D: object, expressions: list[str]) -> tuple[object, set[str]]:
     instruments = D.instruments("all")
     try:
         return D.features(instruments, expressions, freq="day"), set()
-    except Exception:  # noqa: BLE001 - Qlib raises whatever the failing operator raised
+    except Exception:  # Qlib raises whatever the failing operator raised
         refused = set()
         for expression in expressions:
             try:
                 D.features(instruments, [expression], freq="day")
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 print(f"Qlib fails on {expression}: {error!r}"[:200], file=sys.stderr)
                 refused.add(expression)
         kept = [e for e in expressions if e not in refused]
@@ -67,7 +67,7 @@ def main(provider: str, wanted_path: str, out: str, kernels: str = "1") -> None:
         values=frame.to_numpy(dtype=np.float32),
         instrument=frame.index.get_level_values("instrument").to_numpy().astype(str),
         datetime=dates.to_numpy().astype("datetime64[ns]").astype(np.int64),
-        names=np.array([n for n, e in zip(names, expressions) if e not in refused]),
+        names=np.array([n for n, e in zip(names, expressions, strict=True) if e not in refused]),
         expressions=np.array([e for e in expressions if e not in refused]),
         refused=np.array(sorted(refused), dtype=str),
         seconds=seconds,

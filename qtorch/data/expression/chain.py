@@ -12,9 +12,7 @@ from qtorch.data.expression.plan import Link, window_chain
 
 
 @lru_cache(maxsize=256)
-def _links(
-    windows: tuple[int, ...], overlap: bool
-) -> tuple[tuple[Link, tuple[int, ...]], ...]:
+def _links(windows: tuple[int, ...], overlap: bool) -> tuple[tuple[Link, tuple[int, ...]], ...]:
     """The chain's links, each with the windows that are not needed after it."""
     chain = window_chain(windows, overlap=overlap)
     links, alive = [], {1}
@@ -51,8 +49,6 @@ def rolling_sums(base: Tensor, windows: tuple[int, ...]) -> dict[int, Tensor]:
     return _build(base, windows, torch.add, overlap=False)
 
 
-def rolling_extremes(
-    base: Tensor, windows: tuple[int, ...], *, largest: bool
-) -> dict[int, Tensor]:
+def rolling_extremes(base: Tensor, windows: tuple[int, ...], *, largest: bool) -> dict[int, Tensor]:
     """Maxima or minima over each window, cut at the first row; parts of a window may overlap."""
     return _build(base, windows, torch.maximum if largest else torch.minimum, overlap=True)

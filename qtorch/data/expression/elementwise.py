@@ -36,7 +36,7 @@ def _extreme(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(left: Tensor | float, right: Tensor | float, *, out: Tensor | None = None) -> Tensor:
         if not isinstance(left, Tensor):
             left, right = right, left
-        assert isinstance(left, Tensor)
+        assert isinstance(left, Tensor), "the parser asks for a series in every call"
         if not isinstance(right, Tensor):
             right = left.new_tensor(right)
         return function(left, right, out=out)
@@ -44,21 +44,12 @@ def _extreme(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return apply
 
 
-def _comparison(function: Callable[..., Tensor]) -> Kernel:
-    mirrored = {
-        torch.gt: torch.lt,
-        torch.ge: torch.le,
-        torch.lt: torch.gt,
-        torch.le: torch.ge,
-        torch.eq: torch.eq,
-        torch.ne: torch.ne,
-    }
-
+def _comparison(function: Callable[..., Tensor], mirrored: Callable[..., Tensor]) -> Kernel:
     def kernel(machine: Machine, step: Step) -> Tensor:
         left, right = machine.operand(step, 0), machine.operand(step, 1)
         if isinstance(left, Tensor):
             return function(left, right)
-        return mirrored[function](right, left)
+        return mirrored(right, left)
 
     return kernel
 
@@ -100,14 +91,9 @@ def _if(machine: Machine, step: Step) -> Tensor:
     condition = machine.value(step, 0)
     if condition.dtype != torch.bool:
         condition = condition != 0  # NaN counts as true, as in numpy
-    dtype = torch.float64 if step.dtype == torch.float64 else torch.float32
-    chosen = []
-    for place in (1, 2):
-        value = machine.operand(step, place)
-        if not isinstance(value, Tensor):
-            value = torch.tensor(value, device=machine.block.device)
-        chosen.append(value.to(dtype))
-    return machine.block.seal(torch.where(condition, *chosen), head=True)
+    chosen = [torch.as_tensor(machine.operand(step, place)).to(step.dtype) for place in (1, 2)]
+    left, right = (value.to(condition.device) for value in chosen)
+    return machine.block.seal(torch.where(condition, left, right), head=True)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -119,12 +105,12 @@ KERNELS: dict[str, Kernel] = {
     "Power": _arithmetic(torch.pow, opens=True),
     "Greater": _arithmetic(_extreme(torch.maximum)),
     "Less": _arithmetic(_extreme(torch.minimum)),
-    "Gt": _comparison(torch.gt),
-    "Ge": _comparison(torch.ge),
-    "Lt": _comparison(torch.lt),
-    "Le": _comparison(torch.le),
-    "Eq": _comparison(torch.eq),
-    "Ne": _comparison(torch.ne),
+    "Gt": _comparison(torch.gt, torch.lt),
+    "Ge": _comparison(torch.ge, torch.le),
+    "Lt": _comparison(torch.lt, torch.gt),
+    "Le": _comparison(torch.le, torch.ge),
+    "Eq": _comparison(torch.eq, torch.eq),
+    "Ne": _comparison(torch.ne, torch.ne),
     "And": _condition(torch.logical_and),
     "Or": _condition(torch.logical_or),
     "Not": _condition(torch.logical_not),

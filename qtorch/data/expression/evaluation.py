@@ -6,13 +6,21 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
-from qtorch.data.expression import elementwise, history, masking, quantile, rolling_order, rolling_sum
+from qtorch.data.expression import (
+    elementwise,
+    history,
+    masking,
+    quantile,
+    rolling_order,
+    rolling_sum,
+)
 from qtorch.data.expression.block import Block, field_name
 from qtorch.data.expression.machine import Kernel, Machine
 from qtorch.data.expression.node import Field, walk
@@ -82,9 +90,7 @@ def evaluate(
     if d and n:
         with torch.no_grad():
             _run_all(run, _spans(n, bars.device), _threads(num_threads, bars.device))
-    return Panel(
-        target, bars.calendar, bars.instruments, names, mask=bars.mask, spans=bars.spans
-    )
+    return Panel(target, bars.calendar, bars.instruments, names, mask=bars.mask, spans=bars.spans)
 
 
 def _named(expressions: str | Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -140,7 +146,7 @@ def _spans(n: int, device: torch.device) -> list[tuple[int, int]]:
     width = _COLUMNS if device.type == "cpu" else 1024
     blocks = -(-n // width)
     edges = [round(k * n / blocks) for k in range(blocks + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _threads(num_threads: int | None, device: torch.device) -> int:
@@ -160,7 +166,8 @@ def _run_all(
     waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     for span in spans:
         waiting.put(span)
-    before, errors = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    errors: list[BaseException] = []
 
     def work() -> None:
         torch.set_num_threads(1)

@@ -73,8 +73,12 @@ def program(wanted: Wanted) -> Program:
     builder = _Builder()
     ordered = {1: [0]}
     for link in window_chain(w for w, _ in wanted):
-        newer = [builder.add(_Instruction("newer", r, rows=link.older)) for r in ordered[link.newer]]
-        older = [builder.add(_Instruction("older", r, rows=link.newer)) for r in ordered[link.older]]
+        newer = [
+            builder.add(_Instruction("newer", r, rows=link.older)) for r in ordered[link.newer]
+        ]
+        older = [
+            builder.add(_Instruction("older", r, rows=link.newer)) for r in ordered[link.older]
+        ]
         ordered[link.window] = builder.merge(newer, older)
     outputs = {w: {place: ordered[w][place] for place in places} for w, places in wanted}
     return _trimmed(builder.instructions, outputs)

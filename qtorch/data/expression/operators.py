@@ -124,7 +124,9 @@ def _rolling() -> list[Operator]:
             reach=_window_reach,
         ),
         Operator("EMA", window, "exponential mean", decay=True, reach=_all_history),
-        Operator("Corr", pair, "rolling correlation; NaN at deviations < 2e-5", reach=_window_reach),
+        Operator(
+            "Corr", pair, "rolling correlation; NaN at deviations < 2e-5", reach=_window_reach
+        ),
         Operator("Cov", pair, "rolling covariance (n - 1)", reach=_window_reach),
         Operator("Ref", ("series", "lag"), "value `lag` rows ago; 0: the first", reach=_lag_reach),
         Operator("Delta", ("series", "lag"), "change over `lag` rows", reach=_delta_reach),
@@ -175,7 +177,9 @@ def register_operator(
     Raises ConfigError where the name is taken (unless `replace`; a built-in stays) or is no name.
     """
     if not name.isidentifier():
-        raise ConfigError(f"{name!r} cannot name an operator: give letters, digits and underscores.")
+        raise ConfigError(
+            f"{name!r} cannot name an operator: give letters, digits and underscores."
+        )
     if name in BUILT_IN or (name in _registered and not replace):
         raise ConfigError(
             f"the operator {name!r} exists already; choose another name"

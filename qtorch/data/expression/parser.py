@@ -7,7 +7,10 @@ comparison binds weakest, then `|`, `&`, `+ -`, `* /`, unary `- + ~`, `**`. Qlib
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from qtorch.core.errors import ExpressionError, unknown_name
 from qtorch.data.expression.node import SYMBOLS, Call, Field, Node, Number, Span, Text
@@ -19,6 +22,13 @@ _LEVELS = {"|": 2, "&": 3, "+": 4, "-": 4, "*": 5, "/": 5}
 _LEVELS |= dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), _COMPARISON)
 _UNARY = 6
 _NAMES = {symbol: name for name, symbol in SYMBOLS.items()}
+_CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": operator.truediv,
+    "Power": lambda a, b: a**b if abs(b) <= 64 else float(a) ** b,
+}
 _WORDS = {"and": "&", "or": "|", "not": "~"}
 _DEEPEST = 100
 
@@ -145,7 +155,9 @@ class _Parser:
         if name.text in NOT_SUPPORTED:
             raise error_at(name.span, f"{name.text}: {NOT_SUPPORTED[name.text]}")
         if name.text not in known_operators():
-            raise error_at(name.span, unknown_name("operator", name.text, known_operators(), limit=60))
+            raise error_at(
+                name.span, unknown_name("operator", name.text, known_operators(), limit=60)
+            )
         opened = self.take()
         arguments: list[Node] = []
         while self.peek().text != ")":
@@ -195,43 +207,35 @@ def _number(value: int | float, span: Span) -> Number:
 
 
 def _fold(name: str, left: Number, right: Number, span: Span) -> Number:
-    a, b = left.value, right.value
+    if name not in _CONSTANT:
+        raise error_at(span, "a comparison of two constants has no value by date")
     try:
-        value = {
-            "Add": lambda: a + b,
-            "Sub": lambda: a - b,
-            "Mul": lambda: a * b,
-            "Div": lambda: a / b,
-            "Power": lambda: float(a) ** b if abs(b) > 64 else a**b,
-        }[name]()
-    except KeyError:
-        raise error_at(span, "a comparison of two constants has no value by date") from None
+        value = _CONSTANT[name](left.value, right.value)
     except ArithmeticError as error:
         raise error_at(span, f"this constant cannot be computed ({error})") from error
     if isinstance(value, complex):
         raise error_at(span, "this constant is not a real number")
-    return _number(value, span)
+    # Powers of powers of integers would grow for ever.
+    return _number(float(value) if abs(value) > 1e18 else value, span)
 
 
 # -- the check of a call against the table of operators ------------------------------------------
 
 
 def _checked(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
-    operator = known_operators()[name]
-    if len(arguments) != len(operator.arguments):
+    known = known_operators()[name]
+    if len(arguments) != len(known.arguments):
         raise error_at(
             span,
-            f"{name} takes {len(operator.arguments)} argument"
-            f"{'' if len(operator.arguments) == 1 else 's'} ({', '.join(operator.arguments)}), "
+            f"{name} takes {len(known.arguments)} argument"
+            f"{'' if len(known.arguments) == 1 else 's'} ({', '.join(known.arguments)}), "
             f"got {len(arguments)}",
         )
-    for place, (kind, node) in enumerate(zip(operator.arguments, arguments, strict=True), start=1):
-        problem = _problem(operator, kind, node)
+    for place, (kind, node) in enumerate(zip(known.arguments, arguments, strict=True), start=1):
+        problem = _problem(known, kind, node)
         if problem:
             raise error_at(node.span, f"argument {place} of {SYMBOLS.get(name, name)}: {problem}")
-    if "operand" in operator.arguments and not any(
-        isinstance(a, Field | Call) for a in arguments
-    ):
+    if "operand" in known.arguments and not any(isinstance(a, Field | Call) for a in arguments):
         raise error_at(span, f"{name} needs at least one argument with a field in it")
     if name in ("Add", "Sub") and all(is_condition(a) for a in arguments):
         # numpy's "+" of two conditions is "or" and its "-" an error: neither is what is meant.
@@ -251,7 +255,7 @@ def is_condition(node: Node) -> bool:
     )
 
 
-def _problem(operator: Operator, kind: Kind, node: Node) -> str | None:
+def _problem(known: Operator, kind: Kind, node: Node) -> str | None:
     """What is wrong with an argument, or None."""
     if kind == "text":
         return None if isinstance(node, Text) else "expected a quoted name, as in 'SH600000'"
@@ -260,26 +264,26 @@ def _problem(operator: Operator, kind: Kind, node: Node) -> str | None:
     if kind in ("window", "lag", "share"):
         if not isinstance(node, Number):
             return f"expected a plain number for the {kind}"
-        return _number_problem(operator, kind, node)
+        return _number_problem(known, kind, node)
     if kind == "condition" and not is_condition(node):
         got = "a constant" if isinstance(node, Number) else "numbers"
         hint = "; & and | bind tighter than comparisons, as in ($a > 1) & ($b < 2)"
-        return f"expected a condition, got {got}" + (hint if operator.name in ("And", "Or") else "")
+        return f"expected a condition, got {got}" + (hint if known.name in ("And", "Or") else "")
     if kind != "operand" and isinstance(node, Number):
         return "expected an expression with a field in it, got a constant"
     return None
 
 
-def _number_problem(operator: Operator, kind: Kind, node: Number) -> str | None:
+def _number_problem(known: Operator, kind: Kind, node: Number) -> str | None:
     value = node.value
     if kind == "share":
         return None if 0 <= value <= 1 else f"expected a number from 0 to 1, got {value}"
     if kind == "lag":
         return None if node.whole else f"expected a whole number of rows, got {value}"
-    if operator.decay and not node.whole:
+    if known.decay and not node.whole:
         return None if 0 < value < 1 else f"expected a span or an alpha in (0, 1), got {value}"
     if not node.whole or value < 0:
         return f"expected a whole number of rows (0: all rows so far), got {value}"
-    if 0 < value < operator.smallest:
-        return f"expected a window of at least {operator.smallest}, got {value}"
+    if 0 < value < known.smallest:
+        return f"expected a window of at least {known.smallest}, got {value}"
     return None

@@ -287,4 +287,3 @@ def _split(window: int, built: set[int]) -> tuple[int, int]:
     if largest:
         return window - largest, largest
     return 1, window - 1
-

@@ -61,7 +61,7 @@ def _padded(series: Series, window: int) -> Tensor:
     return torch.cat([values.new_full((window - 1, values.shape[1]), _INFINITE), values])
 
 
-# -- nearly all windows are full: the place of a quantile is known -----------------------------------
+# -- nearly all windows are full: the place of a quantile is known ---------------------------------
 
 
 def _few_cut(series: Series, asked: Shares) -> Found:
@@ -94,9 +94,7 @@ def _places(share: float, n: int) -> tuple[int, ...]:
     return (low,) if low == exact else (low, low + 1)
 
 
-def _sorted_cells(
-    padded: Tensor, cells: tuple[Tensor, ...], window: int, longest: int
-) -> Tensor:
+def _sorted_cells(padded: Tensor, cells: tuple[Tensor, ...], window: int, longest: int) -> Tensor:
     """The sorted windows `[M, window]` of some cells."""
     rows, columns = cells
     steps = torch.arange(longest - window, longest, device=padded.device)
@@ -114,7 +112,7 @@ def _pick(ordered: Tensor, n: Tensor, share: float) -> Tensor:
     return torch.where(part > 0, below + (above - below) * part, below)
 
 
-# -- many windows are cut: the place changes from cell to cell ---------------------------------------
+# -- many windows are cut: the place changes from cell to cell -------------------------------------
 
 
 def _many_cut(series: Series, asked: Shares) -> Found:
@@ -140,7 +138,7 @@ def _many_cut(series: Series, asked: Shares) -> Found:
     return found
 
 
-# -- long windows ------------------------------------------------------------------------------------
+# -- long windows ----------------------------------------------------------------------------------
 
 
 def _by_insertion(series: Series, asked: Shares) -> Found:

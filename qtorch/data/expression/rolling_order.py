@@ -62,14 +62,10 @@ def _rows_of_extreme(series: Series, family: str, largest: bool) -> dict[int, Te
     from_end = block.num_rows - block.rows.to(torch.int64)
     keys = (bits.to(torch.int64) << 32) | from_end
     built = rolling_extremes(keys, series.windows(family), largest=True)
-    return {
-        w: block.num_rows - (key & 0xFFFFFFFF).to(torch.float32) for w, key in built.items()
-    }
+    return {w: block.num_rows - (key & 0xFFFFFFFF).to(torch.float32) for w, key in built.items()}
 
 
-def _rows_by_pairs(
-    series: Series, values: Tensor, windows: tuple[int, ...]
-) -> dict[int, Tensor]:
+def _rows_by_pairs(series: Series, values: Tensor, windows: tuple[int, ...]) -> dict[int, Tensor]:
     """The same for float64 values, whose bits leave no room for the row."""
     block = series.block
     lowest, highest = torch.finfo(torch.float64).min, float("inf")

@@ -114,9 +114,10 @@ def _residual(machine: Machine, step: Step) -> Tensor:
 def _r_squared(machine: Machine, step: Step) -> Tensor:
     series, window = machine.series(step), machine.window(step)
     rows = series.rows
-    # Qlib guards the rolling form and leaves the expanding one alone.
-    expanding = step.numbers[0] == 0
-    variance = series.variance(window) if expanding else series.guarded_variance(window)
+    if step.numbers[0]:
+        variance = series.guarded_variance(window)
+    else:  # Qlib leaves the expanding form unguarded; a flat series has no R squared all the same
+        variance = torch.threshold(series.variance(window), 0.0, _NAN)
     result = _codeviation(series, window).square_().div_(variance)
     result.mul_(rows.per_row_deviation(window) * rows.per_freedom(window))
     return machine.block.seal(_narrowed(result, step))
@@ -131,7 +132,10 @@ def _weighted_mean(machine: Machine, step: Step) -> Tensor:
     length = machine.block.lengths(window)
     before = machine.block.rows - length
     total = torch.addcmul(
-        series.sum("position", window), series.sum("sum", window).to(torch.float64), before, value=-1
+        series.sum("position", window),
+        series.sum("sum", window).to(torch.float64),
+        before,
+        value=-1,
     )
     total.div_(length * (length + 1) / 2).mul_(series.rows.per_count(window))
     return machine.block.seal(_narrowed(total, step))

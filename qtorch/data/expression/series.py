@@ -90,9 +90,7 @@ class Series:
         mean = self.filled.sum(0, dtype=torch.float64) / valid.sum(0, dtype=torch.float64)
         return (self.filled - torch.nan_to_num(mean)) * valid
 
-    def built(
-        self, family: str, build: Callable[[Series], dict[int, Tensor]]
-    ) -> dict[int, Tensor]:
+    def built(self, family: str, build: Callable[[Series], dict[int, Tensor]]) -> dict[int, Tensor]:
         """What `build` makes of the series, by window; kept for all operators of the family."""
         if family not in self._sums:
             self._sums[family] = build(self)
