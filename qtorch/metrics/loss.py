@@ -25,6 +25,10 @@ class Loss(nn.Module):
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         """The loss of each element, of the same shape as `score` and `target`."""
 
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        """The sum of `elementwise`, where one operation gives it."""
+        return self.elementwise(score, target).sum()
+
     def sums(
         self,
         score: Tensor,
@@ -48,7 +52,7 @@ class Loss(nn.Module):
     def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
         """Sum of the loss where no label is missing and none weighs more: fewer operations."""
         score = _comparable(score, target)
-        return self.elementwise(score, target.to(score.dtype)).sum()
+        return self.total(score, target.to(score.dtype))
 
     def forward(
         self,
@@ -90,14 +94,20 @@ class MSE(Loss):
     """Mean squared error."""
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        return (score - target).square()
+        return F.mse_loss(score, target, reduction="none")
+
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(score, target, reduction="sum")
 
 
 class MAE(Loss):
     """Mean absolute error."""
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        return (score - target).abs()
+        return F.l1_loss(score, target, reduction="none")
+
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(score, target, reduction="sum")
 
 
 class Huber(Loss):
@@ -114,6 +124,9 @@ class Huber(Loss):
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         return F.huber_loss(score, target, reduction="none", delta=self.delta)
+
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(score, target, reduction="sum", delta=self.delta)
 
 
 LOSSES: dict[str, type[Loss]] = {"mse": MSE, "mae": MAE, "huber": Huber}

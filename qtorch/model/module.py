@@ -112,21 +112,27 @@ class ScoreModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """The scores `[B, Q]` of a batch; of a day batch `[G * N, Q]`."""
-        return self.scores(batch.flat())
+        return as_columns(self.scores(batch.flat()))
 
     def scores(self, batch: Batch, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Scores `[B, Q]`; with `state` (parameters and buffers by name) a pure function of it."""
+        """Scores as the network gives them, `[B]` or `[B, Q]`.
+
+        With `state` (parameters and buffers by name) a pure function of (state, batch).
+        """
         x = network_input(batch.x, self.inputs)
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if state is None:
-            return as_columns(self.network(x))
-        return as_columns(functional_call(self.network, dict(state), (x,)))
+            found = self.network(x)
+        else:
+            found = functional_call(self.network, dict(state), (x,))
+        assert isinstance(found, Tensor)
+        return found
 
     def loss_sums(
         self, batch: Batch, state: Mapping[str, Tensor] | None = None, *, complete: bool = False
     ) -> tuple[Tensor, Tensor | int, Tensor]:
-        """`(sum of weight x loss, sum of weight, scores [B, Q])` of a batch.
+        """`(sum of weight x loss, sum of weight, scores)` of a batch.
 
         With `state` a pure function of (parameters and buffers, batch), so that members of one
         architecture can be stacked; without, of the network's own.
@@ -135,6 +141,8 @@ class ScoreModule(pl.LightningModule):
         target = batch.y
         if target is None:
             raise ConfigError("these batches have no label to learn from (`y` is None).")
+        if score.dim() == 1 and target.shape[1] == 1:
+            target = target[:, 0]
         plain = batch.weight is None and batch.mask is None
         if isinstance(self.loss, Loss):
             if complete and plain:
@@ -163,6 +171,7 @@ class ScoreModule(pl.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         mixed = torch.is_autocast_enabled(self.device.type)
+        ends = self.plan is not None or self.trainer.max_steps != -1
         for batch in steps:
             total, share, _ = self.loss_sums(batch.flat(), complete=self.complete)
             loss = total / share if isinstance(share, int) else mean_of(total, share)
@@ -173,9 +182,9 @@ class ScoreModule(pl.LightningModule):
                 continue
             self._optimize(optimizer)
             tally.pending = 0
-            if self.plan is not None:
-                self._step_scheduler("step", self.trainer.global_step)
-            if self._stops(steps):
+            if ends and self._ends_training():
+                break
+            if self.interrupted() and not steps.final:
                 break
 
     def _backward(self, loss: Tensor, mixed: bool) -> None:
@@ -201,10 +210,11 @@ class ScoreModule(pl.LightningModule):
         done.increment_ready()
         done.increment_completed()
 
-    def _stops(self, steps: Steps) -> bool:
-        if self.interrupted() and not steps.final:
-            return True
-        return self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps
+    def _ends_training(self) -> bool:
+        """After an optimizer step: the scheduler's turn, and whether max_steps are done."""
+        step, most = self.trainer.global_step, self.trainer.max_steps
+        self._step_scheduler("step", step)
+        return most != -1 and step >= most
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Behind the GradScaler's unscaling, whatever the precision.
@@ -229,7 +239,7 @@ class ScoreModule(pl.LightningModule):
             self.valid_tally.add(total, share)
             label = batch.extra.get("raw_label", batch.y)
             assert label is not None
-            self.meter.update(score[:, 0], label[:, 0], batch.date, batch.mask)
+            self.meter.update(as_columns(score)[:, 0], label[:, 0], batch.date, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
         daily = self.meter.compute()

@@ -27,6 +27,16 @@ def test_weights_masks_and_missing_labels_by_hand() -> None:
     torch.testing.assert_close(score.grad, torch.tensor([2 * 1 / 4, 3 * 4 / 4, 0.0, 0.0]))
 
 
+def test_a_loss_of_ones_own_gives_the_elements_alone() -> None:
+    class Cube(Loss):
+        def elementwise(self, score: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return (score - target).abs() ** 3
+
+    score, target = torch.tensor([1.0, 3.0]), torch.tensor([0.0, NAN])
+    assert Cube()(score, target).item() == 1.0
+    assert Cube().complete_sum(score, torch.zeros(2)).item() == 28.0
+
+
 def test_a_missing_score_under_the_mask_does_not_spoil_the_gradient() -> None:
     score = torch.tensor([1.0, NAN], requires_grad=True)
     MAE()(score, torch.zeros(2), mask=torch.tensor([True, False])).backward()
