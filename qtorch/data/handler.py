@@ -139,7 +139,8 @@ class DataHandlerLP(DataHandler):
         names, raw = self.data_loader.names(), self._raw
         if groups is None or names is None or raw is None:
             return False
-        return all(g in raw.groups and raw.groups[g].names == names.get(g) for g in groups)
+        known = [g for g in groups if g in names]
+        return all(g in raw.groups and raw.groups[g].names == names[g] for g in known)
 
     def _process_infer(self) -> None:
         """Load what the processors need, fit those of inference once, and run them."""

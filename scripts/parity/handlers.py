@@ -100,7 +100,6 @@ def cases() -> dict[str, Case]:
     windows = {"step_len": 7, "col_set": ["feature", "label"], "keys": ["infer"]}
     return {
         "Alpha158": {"handler": "Alpha158", "kwargs": members, "keys": keys, **both},
-        "Alpha158vwap": {"handler": "Alpha158vwap", "kwargs": members, "keys": ["raw"], **both},
         "Alpha360": {"handler": "Alpha360", "kwargs": members, "keys": keys, **both},
         "recurrent": {"handler": "Alpha158", "kwargs": recurrent, "keys": keys, **both},
         "windows": {"handler": "Alpha158", "kwargs": recurrent, **both, **windows},

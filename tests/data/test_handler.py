@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
-from qtorch.data import DataHandler, DataHandlerLP, FrameSource
+from qtorch.data import DataHandler, DataHandlerLP, DatasetH, FrameSource
 from qtorch.data.data_loader import DataLoader
 from qtorch.data.loader import QlibDataLoader, StaticDataLoader
 from qtorch.data.processor import Processor, ZScoreNorm
@@ -327,6 +327,16 @@ def test_columns_that_are_filtered_away_are_not_computed(source: FrameSource, ki
     assert len(asked) == (2 if kind == "append" else 1)
     whole = DataHandlerLP(data_loader=QlibDataLoader(fields), source=source, **WINDOW)
     np.testing.assert_array_equal(raw, whole.fetch(col_set="feature"))
+
+
+def test_a_group_that_is_not_there_loads_nothing(source: FrameSource) -> None:
+    asked.clear()
+    fields = {"feature": (["$close", "$open"], ["A", "B"])}
+    keep = {"class": "FilterCol", "kwargs": {"col_list": ["A"]}}
+    handler = DataHandlerLP(data_loader=Recording(fields), infer_processors=[keep], source=source)
+    dataset = DatasetH(handler, {"test": ("2020-01-01", "2020-01-31")})
+    assert dataset.samples("test", data_key="infer").raw_label is None
+    assert len(asked) == 1
 
 
 def test_a_step_that_reads_every_column_needs_every_column(source: FrameSource) -> None:
