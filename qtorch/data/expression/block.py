@@ -28,7 +28,7 @@ class Block:
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start
-        spans = bars.spans[start:stop]
+        spans = bars.spans[start:stop].to(self.device)
         self.first, self.last = spans[:, 0].contiguous(), spans[:, 1].contiguous()
         self.whole = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
         self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows

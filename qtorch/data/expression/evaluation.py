@@ -87,9 +87,11 @@ def evaluate(
         machine.run(lambda k: target[:, start:stop, k])
 
     kernels = _kernels(plan)
+    threads = _threads(num_threads, bars.device)
     if d and n:
         with torch.no_grad():
-            _run_all(run, _spans(n, bars.device), _threads(num_threads, bars.device))
+            spans = _spans(n, bars.device)
+            _run_all(run, spans, min(len(spans), threads))
     return Panel(target, bars.calendar, bars.instruments, names, mask=bars.mask, spans=bars.spans)
 
 

@@ -163,7 +163,8 @@ def register_operator(
     `function(*arguments)` gets a `[D, N]` tensor for each series (float32 or float64; NaN is
     "no value", also before an instrument's first and after its last stored row) and a number for
     each constant, and returns a `[D, N]` tensor. Its columns are instruments, and a call may hold
-    any subset of them: work down the rows, never across the columns. Conditions come as 0 and 1.
+    any subset of them: work down the rows, never across the columns, and change no argument in
+    place. Conditions come as 0 and 1.
 
     `arguments` lists what each argument is (see `Kind`); `reach(*numbers)` gives the rows needed
     (before, after) from the numeric arguments, None before meaning all history. Without it a

@@ -69,12 +69,12 @@ class Step:
     consumers: list[int] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The steps that this one reads."""
         return tuple(a for a in self.arguments if isinstance(a, int))
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[int | float, ...]:
         """Its constants in order."""
         return tuple(a.value for a in self.arguments if isinstance(a, Number))
