@@ -18,7 +18,6 @@ from qtorch.cli.hydra_errors import explained
 from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
 
-
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 
 

@@ -126,10 +126,11 @@ class DelayTrainerR(TrainerR):
         """Fit what is not yet fitted; the recorders in the order given."""
         name = experiment_name or self.experiment_name
         function = end_train_func or self.end_train_func
-        ended = []
+        ended: list[Recorder] = []
         for given in progress(as_list(models, Recorder), "train tasks"):
-            recorder, status = given, given.list_tags().get(self.STATUS_KEY)
-            # Without the tag its preparation failed: there is nothing to take up.
+            status = given.list_tags().get(self.STATUS_KEY)
+            # Ended already; or, without the tag, its preparation failed: as the store has it.
+            recorder: Recorder = R.get_recorder(recorder_id=given.id)
             if status is not None and status != self.STATUS_END:
                 recorder = self._run(function, given, name)
                 if recorder.status != Recorder.STATUS_FA:

@@ -54,7 +54,22 @@ CONFIG_FAULTS = {
 DATES = ["segments.train=[2018-07-01,2019-06-30]", "segments.valid=[2019-07-01,2019-09-30]"]
 
 
-@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+# A second is little, but there are many: one of each kind in the fast suite.
+FAST = (
+    "missing provider folder",
+    "unknown universe",
+    "unknown model option",
+    "unknown field",
+    "unknown operator",
+    "syntax error",
+    "label of nothing",
+    "empty segment",
+    "tracking that does not answer",
+)
+FAULTS = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in CONFIG_FAULTS]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
     overrides, said = CONFIG_FAULTS[fault]
