@@ -89,10 +89,6 @@ class Rows:
         """1 / (count - 1), for variances; infinite where there is one value."""
         return self._cached("per_freedom", window, lambda: (self.count(window) - 1).reciprocal())
 
-    def less_freedom(self, window: int) -> Tensor:
-        """-1 / (count - 1), which spares variances a pass."""
-        return self._cached("less_freedom", window, lambda: (1 - self.count(window)).reciprocal())
-
     # -- row numbers -----------------------------------------------------------------------------
 
     def mean_row(self, window: int) -> Tensor:

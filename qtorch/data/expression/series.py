@@ -76,8 +76,9 @@ class Series:
         """What a family sums."""
         if family == "sum":
             return self.filled
-        if family == "square":
-            return self.filled * self.filled
+        if family == "square":  # less what rounding may add, so that a flat window deviates by 0
+            values = self.filled.to(torch.float64)
+            return (values * values).mul_(1 - _FLAT)
         if family == "position":
             return self.filled * self.block.rows
         assert family.startswith("power"), family
@@ -102,9 +103,9 @@ class Series:
 
     def _variance(self, window: int) -> Tensor:
         total = self.sum("sum", window).to(torch.float64)
-        below = (total * total).mul_(self.rows.per_count(window))
-        below.sub_(self.sum("square", window), alpha=1 - _FLAT).clamp_(max=0)
-        return below.mul_(self.rows.less_freedom(window))
+        mean_part = (total * total).mul_(self.rows.per_count(window))
+        deviation = torch.sub(self.sum("square", window), mean_part, out=mean_part)
+        return deviation.clamp_(min=0).mul_(self.rows.per_freedom(window))
 
     def guarded_variance(self, window: int) -> Tensor:
         """Variance, NaN where the deviation is at most 2e-5 (Qlib's guard in Corr and Rsquare)."""
