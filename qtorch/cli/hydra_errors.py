@@ -25,6 +25,8 @@ QUOTES = (
     "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
 )
 
+PLUGINS = "Launchers and sweepers are plugins: pip install 'qtorch[sweep]' brings joblib."
+
 
 @contextmanager
 def explained(argv: Sequence[str], root: str = ROOT_CONFIG) -> Iterator[None]:
@@ -52,7 +54,8 @@ def explain(error: BaseException, argv: Sequence[str] = (), root: str = ROOT_CON
         listed = text.partition("Available options in")[2].split("\n")[1:]
         options = [line.strip() for line in listed if line.strip()]
         if group and options:
-            return unknown_name(f"option of {group}", option, [o for o in options if " " not in o])
+            told = unknown_name(f"option of {group}", option, [o for o in options if " " not in o])
+            return f"{told} {PLUGINS}" if group.startswith("hydra/") else told
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], argv, root)
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:

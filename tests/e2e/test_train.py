@@ -111,3 +111,19 @@ def test_bars_come_in_from_a_table_and_are_described(qtorch_cli, train, folder):
     assert (folder / "bars.png").stat().st_size > 10_000
     told = train("data=qlib", "data.provider_uri=bars", "universe=stocks")
     assert told.code == 0, told.err
+
+
+@pytest.mark.slow
+def test_a_run_predicts_on_another_source(train, runs, qtorch_cli, folder):
+    assert train().code == 0
+    (run,) = runs()
+    assert qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars").code == 0
+    other = ("data=qlib", "data.provider_uri=bars")
+    told = qtorch_cli("predict", f"run={run.id}", "out=x.parquet", *other)
+    assert told.code == 0, told.err
+    expected = run.load_object("pred.pkl").sort_index()
+    scores = pd.read_parquet(folder / "x.parquet").sort_index()
+    pd.testing.assert_frame_equal(scores, expected, rtol=1e-4, atol=1e-5)
+    told = qtorch_cli("predict", f"run={run.id}", "out=x.parquet", "data=synthetic")
+    assert told.code == 0  # other instruments, the same features and fitted processors
+    assert len(pd.read_parquet(folder / "x.parquet")) > 5 * len(expected)

@@ -1,0 +1,30 @@
+"""scripts/workflow_by_code.py: the main job in Python."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "workflow_by_code.py"
+
+
+@pytest.mark.slow
+def test_it_trains_saves_and_judges(folder, monkeypatch, capsys, runs):
+    spec = importlib.util.spec_from_file_location("workflow_by_code", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    few = {"class": "SyntheticSource", "module_path": "qtorch.data"}
+    few["kwargs"] = {"num_instruments": 10, "num_sectors": 2}
+    monkeypatch.setattr(script, "source_config", lambda arguments: few)
+    script.main(Namespace(provider_uri=None, universe=None, epochs=1, seed=0))
+    told = capsys.readouterr().out
+    (run,) = runs("workflow")
+    assert run.id in told
+    assert "Rank ICIR" in told
+    assert run.status == "FINISHED"
+    assert run.list_params()["model.kwargs.trainer.max_epochs"] == "1"
+    assert run.load_object("trained_model").network_ is not None
+    assert len(run.load_object("sig_analysis/ic.pkl")) > 300
