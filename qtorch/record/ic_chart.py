@@ -87,7 +87,8 @@ def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
     axis.set_ylabel("days", color=SOFT, fontsize=9)
     axis.margins(y=0.3)
     axis.set_ylim(bottom=0)
-    axis.legend(loc="upper left", frameon=False, fontsize=8.5, handlelength=1.2)
+    box = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
+    axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **box)
 
 
 def _above(columns: int) -> dict[str, Any]:
