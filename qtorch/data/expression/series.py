@@ -69,7 +69,7 @@ class Series:
     # -- sums ----------------------------------------------------------------------------------
 
     def sum(self, family: str, window: int) -> Tensor:
-        """The rolling sum of a family: sum, square, position (row number x value), power1..4."""
+        """The rolling sum of a family: sum, square, position (row number x value)."""
         return self.built(family, lambda s: rolling_sums(s.base(family), s.windows(family)))[window]
 
     def base(self, family: str) -> Tensor:
@@ -79,17 +79,8 @@ class Series:
         if family == "square":  # less what rounding may add, so that a flat window deviates by 0
             values = self.filled.to(torch.float64)
             return (values * values).mul_(1 - _FLAT)
-        if family == "position":
-            return self.filled * self.block.rows
-        assert family.startswith("power"), family
-        return self.centred ** int(family[5:])
-
-    @cached_property
-    def centred(self) -> Tensor:
-        """Values less their instrument's mean (0 where there is none), for higher powers."""
-        valid = self.rows.valid
-        mean = self.filled.sum(0, dtype=torch.float64) / valid.sum(0, dtype=torch.float64)
-        return (self.filled - torch.nan_to_num(mean)) * valid
+        assert family == "position", family
+        return self.filled * self.block.rows
 
     def built(self, family: str, build: Callable[[Series], dict[int, Tensor]]) -> dict[int, Tensor]:
         """What `build` makes of the series, by window; kept for all operators of the family."""
