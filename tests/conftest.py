@@ -18,7 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a part which is not here say which."""
     for item in items:
         if item.get_closest_marker("qlib") and not os.environ.get("QTORCH_QLIB_PYTHON"):
-            item.add_marker(pytest.mark.skip(reason="QTORCH_QLIB_PYTHON names no Python with pyqlib"))
+            item.add_marker(
+                pytest.mark.skip(reason="QTORCH_QLIB_PYTHON names no Python with pyqlib")
+            )
         if item.get_closest_marker("gpu"):
             import torch
 
