@@ -34,6 +34,7 @@ FLOORS = {
 DOORS = {
     "pytorch_lightning": ("qtorch/model/",),
     "lightning": ("qtorch/model/",),
+    "lightning_fabric": ("qtorch/model/",),
     "mlflow": ("qtorch/tracking/mlflow_store.py",),
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),

@@ -90,9 +90,9 @@ def device() -> torch.device:
 def features(args: argparse.Namespace) -> dict[str, Any]:
     """The 158 columns: with the reading of bars (Qlib's work), and alone (KunQuant's)."""
     import numpy as np
-    from qtorch.data.features import alpha158
 
     from qtorch.data.expression import evaluate
+    from qtorch.data.features import alpha158
 
     expressions, names = alpha158()
     named = dict(zip(names, expressions, strict=True))
