@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,11 +32,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test begins with qtorch's defaults, whatever another one set."""
     from qtorch.core import session
 
     monkeypatch.setattr(session, "_process", session.Session())
+    yield
+    # A command writes its log to the stderr of its time, which ends with the test.
+    logger = logging.getLogger("qtorch")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def template_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the session that the first store fills, from the user's where that has one."""
+    from qtorch.tracking.locations import cache_folder
+
+    folder = tmp_path_factory.mktemp("cache")
+    for template in cache_folder().glob("mlflow-*.db"):
+        shutil.copy(template, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes outside its folders, none reads the user's settings."""
+    monkeypatch.setenv("QTORCH_CACHE", str(template_cache))
+    monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="session")

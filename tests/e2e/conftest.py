@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -36,8 +35,6 @@ class Told:
 def folder(tmp_path, monkeypatch) -> Path:
     """A foreign working folder: everything a command leaves behind is in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
@@ -53,12 +50,7 @@ def qtorch_cli(folder, capsys):
         told = capsys.readouterr()
         return Told(code, told.out, told.err)
 
-    yield run
-    # What a command sets for its process: log lines on this test's own stderr.
-    logger = logging.getLogger("qtorch")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
+    return run
 
 
 @pytest.fixture

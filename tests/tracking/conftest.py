@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import sqlite3
 import sys
 import traceback
@@ -16,18 +15,8 @@ import pytest
 
 from qtorch.core.session import init
 from qtorch.tracking import current
-from qtorch.tracking.locations import cache_folder
 
 KEPT_TABLES = {"alembic_version", "experiments", "workspaces", "sqlite_sequence"}
-
-
-@pytest.fixture(scope="session")
-def template_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the session that the first store fills, from the user's where that has one."""
-    folder = tmp_path_factory.mktemp("cache")
-    for template in cache_folder().glob("mlflow-*.db"):
-        shutil.copy(template, folder)
-    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,14 +31,9 @@ def one_schema() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_place(
-    template_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """No test writes outside its folder or waits long; none leaves a run behind."""
-    monkeypatch.setenv("QTORCH_CACHE", str(template_cache))
-    monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
+def quiet_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test waits long, and none leaves a run behind."""
     monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "1")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     yield
     left = current.all_running()

@@ -104,7 +104,9 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("value", PLAIN, ids=repr)
+@pytest.mark.parametrize(
+    "value", PLAIN, ids=lambda value: f"{type(value).__name__} of {len(repr(value))}"
+)
 def test_plain_data_is_json(value, tmp_path):
     back, path = there_and_back(value, tmp_path, "task")
     assert back == value

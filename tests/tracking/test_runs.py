@@ -401,11 +401,12 @@ def test_the_origin_of_a_run_is_recorded(uri, tmp_path, monkeypatch):
         subprocess.run([*git, *command], check=True)
     (repository / "code.py").write_text("a = 2\n")
     monkeypatch.setenv("QTORCH_SOMETHING", "postgresql://me:secret@host/db")
+    monkeypatch.setattr("sys.argv", ["study.py", "--seed", "3"])
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
     params = recorder.list_params()
     assert params["QTORCH_SOMETHING"] == "postgresql://me:***@host/db"
-    assert "pytest" in params["cmd-sys.argv"]
+    assert params["cmd-sys.argv"] == "study.py --seed 3"
     with open(recorder.download_artifact("code_diff.txt")) as file:
         assert "+a = 2" in file.read()
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
