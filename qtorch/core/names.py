@@ -38,13 +38,17 @@ def load_module(path: str | ModuleType) -> ModuleType:
         raise ConfigError(f"there is no module {path!r} ({error.name!r} was not found).") from error
 
 
+def file_module_name(path: str | Path) -> str:
+    """The name under which a `.py` file is loaded: of its whole path, so that two files called
+    model.py stay two modules and stored objects find theirs again."""
+    full = Path(path).expanduser().resolve()
+    return f"{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
+
+
 def _module_of_file(path: Path) -> ModuleType:
-    full = path.expanduser().resolve()
+    full, name = path.expanduser().resolve(), file_module_name(path)
     if not full.is_file():
         raise ConfigError(f"there is no file {str(path)!r} to take a class from.")
-    # A name of the whole path: two files called model.py stay two modules, and objects of it
-    # pickle within the process.
-    name = f"{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, full)

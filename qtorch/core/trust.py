@@ -1,9 +1,9 @@
 """What stored data may name: the rule for artifacts, pickles and tasks of a pool.
 
 A name is allowed where its package is on the list and the thing behind it is of a kind that
-belongs in a task (a network, an optimizer, a Model, a Dataset, ...). Packages of the user's are
-added by `qtorch.init(trusted=["mypackage"])` or the environment's QTORCH_TRUSTED; in those,
-everything is allowed.
+belongs in a task (a network, an optimizer, a Model, a Dataset, ...). The user's packages and
+`.py` files are added by `qtorch.init(trusted=["mypackage", "path/of/my.py"])` or the environment's
+QTORCH_TRUSTED; in those, everything is allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qtorch.core.errors import DataError, TrustError
-from qtorch.core.names import attribute, load_module, locate
+from qtorch.core.names import attribute, file_module_name, load_module, locate
 from qtorch.core.session import TRUSTED_VARIABLE, trusted_packages
 
 ALLOWED_PACKAGES = ("qtorch", "torch", "pytorch_lightning", "lightning")
@@ -65,7 +65,7 @@ def trusted_type(cls: C) -> C:
 
 def check_trusted(name: str, thing: Any) -> None:
     """TrustError unless stored data may name `thing` (of dotted name `name`)."""
-    if _in_packages(name, trusted_packages()):
+    if _in_packages(name, _trusted()):
         return
     if _in_packages(name, ALLOWED_PACKAGES) and _kind_allowed(thing):
         return
@@ -105,7 +105,7 @@ def check_name(name: str, module: str | None = None) -> None:
                 f"yours: qtorch.init(trusted=[{module!r}])."
             )
         return
-    if _in_packages(full, (*ALLOWED_PACKAGES, *trusted_packages())):
+    if _in_packages(full, (*ALLOWED_PACKAGES, *_trusted())):
         check_trusted(full, locate(full) if "." in full else None)
     elif "." in full:
         check_trusted(full, None)
@@ -131,10 +131,22 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) not in SAFE_GLOBALS:
             full = f"{module}.{name}"
-            known = _in_packages(full, (*ALLOWED_PACKAGES, *trusted_packages()))
+            known = _in_packages(full, (*ALLOWED_PACKAGES, *_trusted()))
             # An untrusted module is not even imported: importing runs it.
             check_trusted(full, _dig(module, name) if known else None)
         return super().find_class(module, name)
+
+
+def _trusted() -> tuple[str, ...]:
+    """The user's packages; his trusted `.py` files under the names of their modules, loaded."""
+    names = []
+    for name in trusted_packages():
+        if name.endswith(".py") and Path(name).expanduser().is_file():
+            load_module(name)
+            names.append(file_module_name(name))
+        else:
+            names.append(name)
+    return tuple(names)
 
 
 def _dig(module: str, name: str) -> Any:

@@ -232,8 +232,8 @@ def calendar_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None
     A bare date as `end` holds its whole day, so that intraday bars of the last day belong.
     """
     calendar = calendar.as_unit("ns")
-    first = 0 if start is None else calendar.searchsorted(_stamp(start), side="left")
-    last = len(calendar) if end is None else calendar.searchsorted(_last_instant(end), side="right")
+    first = 0 if start is None else calendar.searchsorted(as_stamp(start), side="left")
+    last = len(calendar) if end is None else calendar.searchsorted(last_instant(end), side="right")
     return slice(int(first), max(int(first), int(last)))
 
 
@@ -264,7 +264,8 @@ def _spans_of(values: Tensor) -> Tensor:
     return torch.stack([torch.where(last < 0, torch.zeros_like(first), first), last], 1)
 
 
-def _stamp(date: Any) -> pd.Timestamp:
+def as_stamp(date: Any) -> pd.Timestamp:
+    """The Timestamp of what names a date; DataError for what does not, or carries a time zone."""
     try:
         stamp = pd.Timestamp(date)
     except (ValueError, TypeError) as error:
@@ -274,9 +275,9 @@ def _stamp(date: Any) -> pd.Timestamp:
     return stamp
 
 
-def _last_instant(date: Any) -> pd.Timestamp:
+def last_instant(date: Any) -> pd.Timestamp:
     """The end of a day for a bare date (so that intraday bars of the last day belong)."""
-    stamp = _stamp(date)
+    stamp = as_stamp(date)
     bare = stamp == stamp.normalize() and not (isinstance(date, str) and ":" in date)
     return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if bare else stamp
 

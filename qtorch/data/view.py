@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.data.columns import Columns
-from qtorch.data.panel import NAMES, _last_instant, _stamp
+from qtorch.data.panel import NAMES, as_stamp, last_instant
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def multi_index(
 
 def date_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) -> slice:
     """The calendar rows of the inclusive date span `start..end` (None is open)."""
-    first = 0 if start is None else int(calendar.searchsorted(_stamp(start), side="left"))
+    first = 0 if start is None else int(calendar.searchsorted(as_stamp(start), side="left"))
     last = len(calendar)
     if end is not None:
-        last = int(calendar.searchsorted(_last_instant(end), side="right"))
+        last = int(calendar.searchsorted(last_instant(end), side="right"))
     return slice(first, max(first, last))

@@ -54,7 +54,7 @@ class Keeper(Checkpoint):
         self.best_value = math.nan
         self.best_weights: dict[str, Tensor] | None = None
         self.seconds = self.train_seconds = 0.0
-        self.num_trained = 0  # samples, over all epochs
+        self.num_trained = 0  # samples in those train_seconds
         self.stopped_at: tuple[int, int] | None = None
         self._states: dict[str, Any] | None = None
         self._begin = self._epoch_begin = time.perf_counter()
@@ -112,7 +112,8 @@ class Keeper(Checkpoint):
         self.history.append(values)
         now = time.perf_counter()
         self.train_seconds += now - self._epoch_begin - self._valid_seconds
-        self.num_trained += len(self.loader.source.samples)
+        source, done = self.loader.source, self.loader.num_batches - self.loader.begun
+        self.num_trained += round(len(source.samples) * done / len(source))
         self._say(trainer, values, now - self._epoch_begin)
         improved = self._keep_if_best(trainer, pl_module, values)
         if isinstance(pl_module, ScoreModule):

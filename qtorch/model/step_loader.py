@@ -57,6 +57,7 @@ class StepLoader:
         self.source = source
         self.num_batches = len(source) if limit is None else min(limit, len(source))
         self.position = 0
+        self.begun = 0  # the position from which this process worked on the epoch
         self._epoch, self._plain = epoch, plain
         self._chunk = 0
         self._resume: dict[str, int] | None = None
@@ -79,6 +80,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[Steps | Batch]:
         epoch = self._epoch()
         self.position, self._chunk = self._start(epoch)
+        self.begun = self.position
         batches = self.source.batches(epoch, self.position)
         for end in self._ends[self._chunk :]:
             self._chunk += 1

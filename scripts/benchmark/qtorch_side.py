@@ -206,7 +206,8 @@ def fit_and_hand(
     total = time.perf_counter() - begin
     samples = dataset.samples("train", data_key="learn").to(device())
     x, y = ready(samples)
-    bare = init_instance_by_config({**network, "d_feat": samples.num_features}).to(device())
+    wide = samples.num_features * (x.shape[1] if network["_target_"].endswith("MLP") else 1)
+    bare = init_instance_by_config({**network, "d_feat": wide}).to(device())
     if bare.inputs == "flat":
         x = x.flatten(1)
     optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3)
@@ -215,8 +216,9 @@ def fit_and_hand(
     report = model.fit_report_
     return {
         "samples": len(samples),
-        "train_seconds": report["train_seconds"],
-        "epoch_seconds": report["epoch_seconds"],
+        "train_seconds": report["train_seconds"] / report["epochs"],
+        "epoch_seconds": report["seconds"] / report["epochs"],
+        "inner_steps": report["inner_steps"],
         "fit": total,
         "hand": median(hand),
         "model": model,
@@ -250,8 +252,8 @@ def lstm(args: argparse.Namespace) -> dict[str, Any]:
 
 def mlp(args: argparse.Namespace) -> dict[str, Any]:
     """A network whose step takes about a millisecond."""
-    network = {"_target_": "qtorch.nn.MLP", "hidden_sizes": [32], "step_len": 20}
-    out = fit_and_hand(args, network, epochs=args.repeats, inner_steps=args.inner_steps)
+    network = {"_target_": "qtorch.nn.MLP", "layers": [32]}
+    out = fit_and_hand(args, network, epochs=args.repeats, inner_steps="auto")
     return {k: v for k, v in out.items() if k not in ("model", "dataset", "bare")}
 
 
@@ -332,7 +334,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--inner-steps", type=int, default=16)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = WORKS[args.name](args)

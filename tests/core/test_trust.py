@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -77,3 +79,17 @@ def test_a_damaged_pickle_says_so(tmp_path: Path):
     path.write_bytes(b"\x80\x04not a pickle")
     with pytest.raises(DataError, match=r"x\.pkl cannot be read"):
         load_pickle(path)
+
+
+def test_classes_of_a_trusted_file_come_back_in_another_process(tmp_path: Path):
+    code = tmp_path / "own.py"
+    code.write_text("class Own:\n    value = 3\n")
+    save = (
+        "import sys, pickle; from qtorch.core.names import load_module;"
+        f"pickle.dump(load_module({str(code)!r}).Own(), open({str(tmp_path / 'own.pkl')!r}, 'wb'))"
+    )
+    subprocess.run([sys.executable, "-c", save], check=True)
+    with pytest.raises(TrustError, match="own_"):
+        load_pickle(tmp_path / "own.pkl")
+    with session_context(trusted=[str(code)]):
+        assert load_pickle(tmp_path / "own.pkl").value == 3
