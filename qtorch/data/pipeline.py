@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.core.heartbeat import beat
 from qtorch.data.panel import calendar_rows
 from qtorch.data.processor.base import FLAT, Names, Processor, in_window
 from qtorch.data.view import View
@@ -76,6 +77,7 @@ def run(
     """The view after every processor; with `fit`, each is fitted on what the one before gave."""
     for processor in processors:
         began = time.perf_counter()
+        beat("processors", processor=type(processor).__name__)
         if fit:
             fit_one(processor, view, window)
         view = processor(view)

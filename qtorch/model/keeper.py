@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from qtorch.core.errors import DataError
+from qtorch.core.heartbeat import beat, is_heard
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
 from qtorch.model.generators import generator_states, restore_generators
 from qtorch.model.interruption import Interruption, StopTraining
@@ -90,6 +91,8 @@ class Keeper(Checkpoint):
         batch_idx: int,
     ) -> None:
         position = self.loader.position
+        if is_heard():
+            self._beat(trainer, position)
         if isinstance(pl_module, ScoreModule):
             waiting = pl_module.tally.pending
         else:
@@ -115,6 +118,8 @@ class Keeper(Checkpoint):
         source, done = self.loader.source, self.loader.num_batches - self.loader.begun
         self.num_trained += round(len(source.samples) * done / len(source))
         self._say(trainer, values, now - self._epoch_begin)
+        if is_heard():
+            self._beat(trainer, self.loader.position, values)
         improved = self._keep_if_best(trainer, pl_module, values)
         if isinstance(pl_module, ScoreModule):
             # Sent before the checkpoint: what is lost between the two is sent again, not never.
@@ -160,7 +165,25 @@ class Keeper(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if self.folder is not None:
             self._elapse()
+            beat("checkpoint")
             save_rotating(trainer.save_checkpoint, self.folder)
+
+    def _beat(
+        self, trainer: pl.Trainer, position: int, values: dict[str, float] | None = None
+    ) -> None:
+        done = position - self.loader.begun
+        seconds = time.perf_counter() - self._epoch_begin - self._valid_seconds
+        size = len(self.loader.source.samples) / max(len(self.loader.source), 1)
+        details: dict[str, Any] = {"metrics": values} if values else {}
+        beat(
+            "training",
+            epoch=trainer.current_epoch,
+            epochs=trainer.max_epochs,
+            batch=position,
+            batches=self.loader.num_batches,
+            samples_per_second=round(done * size / seconds) if seconds > 0 else None,
+            **details,
+        )
 
     def _elapse(self) -> None:
         now = time.perf_counter()

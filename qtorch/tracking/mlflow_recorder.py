@@ -67,6 +67,7 @@ class MLflowRecorder(Recorder):
         self.experiment_name = experiment_name
         self._uri = resolve_uri(uri)
         self.artifact_uri: str | None = None  # known once it has started
+        self.deleted = False
         self._ledger: Ledger | None = None
         self._sender: Sender | None = None
         self._files_: RunFiles | None = None
@@ -79,7 +80,7 @@ class MLflowRecorder(Recorder):
         self.id, self.name, self.status = run.id, run.name, run.status
         self.experiment_id = run.experiment_id
         self.start_time, self.end_time = local_time(run.start_time), local_time(run.end_time)
-        self.artifact_uri = run.artifact_uri
+        self.artifact_uri, self.deleted = run.artifact_uri, run.deleted
         self._attempt = int(run.tags.get(outbox.ATTEMPT_TAG, "1"))
 
     def __getstate__(self) -> dict[str, Any]:

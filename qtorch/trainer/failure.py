@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from qtorch.core.heartbeat import RUN, beat
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,13 @@ def started_runs(runs: list[Recorder] | None = None) -> Iterator[list[Recorder]]
 
 
 def note_started(recorder: Recorder) -> None:
-    """Tell the enclosing `started_runs` of a run."""
+    """Tell the enclosing `started_runs` of a run, and whoever keeps the task's lease."""
+    beat(
+        RUN,
+        experiment_id=recorder.experiment_id,
+        recorder_id=recorder.id,
+        tracking_uri=getattr(recorder, "uri", None),
+    )
     runs = _started.get()
     if runs is not None:
         runs.append(recorder)

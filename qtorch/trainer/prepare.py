@@ -13,8 +13,25 @@ from qtorch.core.instantiate import plain
 from qtorch.core.session import session
 
 NEEDED = ("model", "dataset")
+PLACE, PLACE_KEYS = "tracking", ("experiment_name", "recorder_name", "uri")
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
 PATHS = {"provider_uri", "path"}  # arguments of sources that name a place on disk
+
+
+def split_place(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """A task without its `tracking`, and that: where its run belongs.
+
+    `{"experiment_name", "recorder_name", "uri"}`, each may be missing. A trainer with a task pool
+    writes it, so that a worker in another folder puts the run where the trainer's user expects it.
+    It is no part of what is trained: the run's params and its artifact `task` do not show it.
+    """
+    if not isinstance(task, Mapping) or PLACE not in task:
+        return task, {}
+    place = task[PLACE] or {}
+    unknown = [k for k in place if k not in PLACE_KEYS] if isinstance(place, Mapping) else [PLACE]
+    if unknown:
+        raise ConfigError(unknown_name(f"key of a task's {PLACE!r}", str(unknown[0]), PLACE_KEYS))
+    return {k: v for k, v in task.items() if k != PLACE}, place
 
 
 def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:

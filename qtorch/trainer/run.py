@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.heartbeat import beat
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
@@ -17,19 +19,25 @@ from qtorch.core.instantiate import (
 from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session_context
 from qtorch.core.trust import check_config
+from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
-from qtorch.trainer.prepare import complete_task, shown_task
+from qtorch.trainer.prepare import complete_task, shown_task, split_place
 
 log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
+TASK = "task"
 FIT_REPORT = "fit_report"  # epochs, seconds, samples a second: no metrics, for they never repeat
 
 
 def task_train(
-    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+    task: Mapping[str, Any],
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
 ) -> Recorder:
     """Train one task in a run of its own and return the run.
 
@@ -37,17 +45,38 @@ def task_train(
     `params.pkl`, the dataset's configuration as `dataset` (no data), and what the task's records
     write. An error marks it FAILED, is stored in it (tag `error`, `error.txt`) and raised again;
     Ctrl-C marks it KILLED. Answers to qlib/model/trainer.py.
+
+    `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task: the
+    training goes on in it, from its last checkpoint; one that is FINISHED is returned as it is.
+    A task may say where its run belongs (`tracking`, see `qtorch.trainer.prepare`); arguments win.
     """
-    complete = complete_task(task)
-    with R.start(experiment_name=experiment_name, recorder_name=recorder_name):
-        recorder = R.get_recorder()
-        note_started(recorder)
-        try:
-            _log_task(recorder, complete)
-            _execute(recorder, complete)
-        except Exception as error:
-            record_failure(recorder, error)
-            raise
+    own, place = split_place(task)
+    complete = complete_task(own)
+    name = experiment_name or place.get("experiment_name")
+    with _store_of(run, place):
+        earlier = _earlier_run(run)
+        if earlier is not None and earlier.status == Recorder.STATUS_FI:
+            note_started(earlier)
+            return earlier
+        if earlier is not None and own.get("seed") is None:
+            complete["seed"] = _drawn_seed(earlier, complete["seed"])
+        with R.start(
+            experiment_id=None if earlier is None else earlier.experiment_id,
+            experiment_name=name if earlier is None else None,
+            recorder_id=None if earlier is None else earlier.id,
+            recorder_name=recorder_name or place.get("recorder_name"),
+            resume=earlier is not None,
+        ):
+            recorder = R.get_recorder()
+            note_started(recorder)
+            try:
+                if earlier is not None:
+                    _forget_failure(recorder)
+                _log_task(recorder, complete)
+                _execute(recorder, complete)
+            except Exception as error:
+                record_failure(recorder, error)
+                raise
     return recorder
 
 
@@ -55,43 +84,95 @@ def begin_task_train(
     task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
 ) -> Recorder:
     """The first step alone: a run that holds the task and waits, SCHEDULED, for the rest."""
-    complete = complete_task(task)
-    R.start_exp(experiment_name=experiment_name, recorder_name=recorder_name)
-    recorder = R.get_recorder()
-    status = Recorder.STATUS_FA
-    try:
-        note_started(recorder)
-        _log_task(recorder, complete)
-        status = Recorder.STATUS_S
-    except Exception as error:
-        record_failure(recorder, error)
-        raise
-    finally:
-        R.end_exp(recorder_status=status)
-    return recorder
-
-
-def end_task_train(rec: Recorder, experiment_name: str | None = None) -> Recorder:
-    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it.
-
-    The run knows its experiment; `experiment_name` is there for Qlib's calls.
-    """
-    with R.start(experiment_id=rec.experiment_id, recorder_id=rec.id, resume=True):
+    complete, place = split_place(task)
+    complete = complete_task(complete)
+    with _store_of(None, place):
+        R.start_exp(
+            experiment_name=experiment_name or place.get("experiment_name"),
+            recorder_name=recorder_name or place.get("recorder_name"),
+        )
         recorder = R.get_recorder()
-        note_started(recorder)
+        status = Recorder.STATUS_FA
         try:
-            if ERROR_TAG in recorder.list_tags():
-                recorder.delete_tags(ERROR_TAG)  # of the attempt before
-            _execute(recorder, complete_task(recorder.load_object("task")), stored=True)
+            note_started(recorder)
+            _log_task(recorder, complete)
+            status = Recorder.STATUS_S
         except Exception as error:
             record_failure(recorder, error)
             raise
+        finally:
+            R.end_exp(recorder_status=status)
     return recorder
+
+
+def end_task_train(
+    rec: Recorder,
+    experiment_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
+) -> Recorder:
+    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it.
+
+    The run knows its experiment; `experiment_name` is there for Qlib's calls. `run` says that an
+    earlier attempt was made: one that is FINISHED is then returned as it is.
+    """
+    with _store_of({"tracking_uri": getattr(rec, "uri", None)}, {}):
+        if run is not None:
+            earlier = R.get_recorder(recorder_id=rec.id)
+            if earlier.status == Recorder.STATUS_FI:
+                note_started(earlier)
+                return earlier
+        with R.start(experiment_id=rec.experiment_id, recorder_id=rec.id, resume=True):
+            recorder = R.get_recorder()
+            note_started(recorder)
+            try:
+                _forget_failure(recorder)
+                _execute(recorder, complete_task(recorder.load_object(TASK)), stored=True)
+            except Exception as error:
+                record_failure(recorder, error)
+                raise
+    return recorder
+
+
+def _store_of(
+    run: Mapping[str, Any] | None, place: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """The tracking store of an earlier run, else of the task, else the one in force."""
+    uri = (run or {}).get("tracking_uri") or place.get("uri")
+    return nullcontext() if uri is None else R.uri_context(str(uri))
+
+
+def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
+    """The run of an earlier attempt; None where there was none, or where it is gone."""
+    if run is None:
+        return None
+    try:
+        recorder: Recorder = R.get_recorder(recorder_id=str(run["recorder_id"]))
+    except NotInStoreError as error:
+        log.warning("the run of an earlier attempt is gone, a new one is started: %s", error)
+        return None
+    if getattr(recorder, "deleted", False):
+        log.warning("the run %s of an earlier attempt is deleted: a new one is started", recorder.id)
+        return None
+    return recorder
+
+
+def _drawn_seed(recorder: Recorder, fresh: int) -> int:
+    """The seed that an earlier attempt drew: with another one nothing could go on."""
+    if TASK not in recorder.list_artifacts():
+        return fresh
+    return int(recorder.load_object(TASK)["seed"])
+
+
+def _forget_failure(recorder: Recorder) -> None:
+    """The error of the attempt before is no longer this run's."""
+    if ERROR_TAG in recorder.list_tags():
+        recorder.delete_tags(ERROR_TAG)
 
 
 def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.log_params(**flatten_dict(shown_task(task)))
-    recorder.save_objects(task=task)
+    recorder.save_objects(**{TASK: task})
     recorder.set_tags(hostname=socket.gethostname())
 
 
@@ -101,12 +182,14 @@ def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) 
         seed_everything(task["seed"])
         if stored:
             check_config(task)
+        beat("data")
         model = _built(task["model"])
         dataset = _built(task["dataset"])
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
             options["reweighter"] = _built(task["reweighter"])
         auto_filter_kwargs(model.fit)(dataset, **options)
+        beat("saving")
         recorder.save_objects(**{"params.pkl": model})
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
@@ -140,4 +223,5 @@ def _make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) ->
             try_kwargs={"model": model, "dataset": dataset, "recorder": recorder},
         )
         log.info("record %s", type(record).__name__)
+        beat("record", record=type(record).__name__)
         record.generate()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
+from qtorch.core.heartbeat import beat
 from qtorch.data.expression import (
     elementwise,
     history,
@@ -83,6 +84,7 @@ def evaluate(
 
     def run(span: tuple[int, int]) -> None:
         start, stop = span
+        beat("features", columns=f"{stop}/{n}")
         machine = Machine(Block(bars, start, stop), plan, kernels)
         machine.run(lambda k: target[:, start:stop, k])
 
