@@ -6,12 +6,10 @@ import datetime
 import enum
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Self
-
-import numpy as np
-import pandas as pd
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.names import dotted_name
@@ -83,9 +81,9 @@ def plain_value(value: Any, where: str = "value") -> Any:
         return value.value if isinstance(value, enum.Enum) else value
     if isinstance(value, Configured):
         return value.to_config()
-    if isinstance(value, np.generic):
+    if is_numpy_scalar(value):
         return value.item()
-    if isinstance(value, pd.Timestamp | datetime.date | datetime.datetime):
+    if isinstance(value, datetime.date):
         return _date_text(value)
     if isinstance(value, PurePath):
         return str(value)
@@ -107,9 +105,19 @@ def plain_value(value: Any, where: str = "value") -> Any:
     )
 
 
+def is_numpy_scalar(value: Any) -> bool:
+    """Whether it is a number of numpy's, which this module does without importing."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)
+
+
 def _date_text(value: datetime.date) -> str:
-    stamp = pd.Timestamp(value)
-    return f"{stamp:%Y-%m-%d}" if stamp == stamp.normalize() else stamp.isoformat()
+    """A day, or day and time; pandas' time stamps are dates of Python's too."""
+    if not isinstance(value, datetime.datetime):
+        return value.isoformat()
+    midnight = datetime.time()
+    whole = value == value and value.time() == midnight and not getattr(value, "nanosecond", 0)
+    return value.date().isoformat() if whole else value.isoformat()
 
 
 def _flat_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:

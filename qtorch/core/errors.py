@@ -50,6 +50,38 @@ class RecordError(QtorchError, RuntimeError):
     """A record misses what it depends on."""
 
 
+class TaskError(QtorchError, RuntimeError):
+    """Something is wrong with a task of a pool, or with the pool."""
+
+
+class TaskDefinitionError(TaskError, ValueError):
+    """A pool's task whose definition cannot be read, or not be stored."""
+
+
+class TaskResultError(TaskError, TypeError):
+    """A result that the pool cannot store: it is neither plain data nor a recorder."""
+
+
+class LeaseLost(TaskError):
+    """The task is no longer this worker's: its lease ran out or somebody reset it."""
+
+
+class TaskTimeout(TaskError, TimeoutError):
+    """Tasks were not finished in the given time; the message and `unfinished` name them."""
+
+    def __init__(self, message: str, unfinished: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.unfinished = list(unfinished)
+
+
+class TaskStoreError(TaskError, ConnectionError):
+    """The pool's store cannot be opened, or has not answered for as long as was waited."""
+
+
+class TaskStoreVersionError(TaskError):
+    """The pool's store was written by a newer qtorch."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name most like `name`, or None where nothing is close."""
     names = list(valid)

@@ -1,0 +1,97 @@
+"""Keeping a lease alive from a thread while the work goes on in another."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from qtorch.core.errors import LeaseLost, TaskError
+
+if TYPE_CHECKING:
+    from qtorch.task.definition import Task
+    from qtorch.task.manager import TaskManager
+
+log = logging.getLogger(__name__)
+
+
+class LeaseKeeper:
+    """Inside the block a thread renews the task's lease; `lost` is set where that fails.
+
+    `note(progress)` and `note_run(run)` are sent with the next renewal, a run at once. `on_lost`
+    is called (in the thread) when the lease is lost.
+    """
+
+    def __init__(
+        self, manager: TaskManager, task: Task, on_lost: Callable[[], None] | None = None
+    ) -> None:
+        self.manager, self.task, self.on_lost = manager, task, on_lost
+        self.lost = threading.Event()
+        self._wake, self._end = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._progress: dict[str, Any] | None = None
+        self._run: dict[str, Any] | None = None
+        self._thread = threading.Thread(
+            target=self._keep, name=f"lease of task {task['_id']}", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the renewals; a lost lease after this is told to nobody."""
+        self._end.set()
+        self._wake.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)  # one that waits for an absent store is left behind
+
+    def note(self, progress: Mapping[str, Any]) -> None:
+        """What the work is at, for the next renewal."""
+        with self._lock:
+            self._progress = dict(progress)
+
+    def note_run(self, run: Mapping[str, Any]) -> None:
+        """The run that holds the work, sent at once: a later attempt takes it up again."""
+        with self._lock:
+            self._run = dict(run)
+        self._wake.set()
+
+    def beat(self, stage: str, details: Mapping[str, Any]) -> None:
+        """A sign of progress as `qtorch.core.heartbeat` tells it."""
+        if stage == "run":
+            self.note_run({"tracking_uri": None, **details})
+        else:
+            self.note({"stage": stage, **details})
+
+    def _keep(self) -> None:
+        while not self._end.is_set():
+            self._wake.wait(self.manager.renew_every)
+            self._wake.clear()
+            if self._end.is_set():
+                return
+            with self._lock:
+                progress, run = self._progress, self._run
+                self._progress = self._run = None
+            try:
+                self.manager.renew(self.task, progress=progress, run=run)
+            except LeaseLost as error:
+                # One that was just committed or given back is not lost.
+                if not self._end.is_set() and not self.task.settling:
+                    log.warning("%s", error)
+                    self.lost.set()
+                    if self.on_lost is not None:
+                        self.on_lost()
+                return
+            except TaskError as error:  # the store was away for longer than patience
+                log.error("task %s: its lease cannot be renewed: %s", self.task["_id"], error)
