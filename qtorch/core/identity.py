@@ -23,8 +23,8 @@ SILENT_TRAINER_ARGUMENTS = frozenset(
         "profiler",
     }
 )
-# Where data lie; the data's fingerprint stands for them.
-DATA_PLACES = frozenset({"source"})
+# Where data and their features lie; the data's fingerprint stands for them.
+DATA_PLACES = frozenset({"source", "cache"})
 
 
 def canonical_json(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from qtorch.data.alpha_loader import Alpha158DL, Alpha360DL
@@ -56,7 +57,8 @@ class Alpha158(_Alpha):
 
     `instruments`: a universe or a list (Qlib's default is "csi500", here every instrument).
     `infer_processors`, `learn_processors`, `shared_processors`, `process_type`, `drop_raw`, the
-    fit window and `source` are DataHandlerLP's. `label`: expressions, or (expressions, names).
+    fit window, `source` and `cache` are DataHandlerLP's. `label`: expressions, or (expressions,
+    names).
     `columns` takes some of the 158 by name: the others are then not computed; neither are those
     that a FilterCol or DropCol takes out, as long as nobody asks for the raw data.
     """
@@ -85,6 +87,7 @@ class Alpha158(_Alpha):
         init_data: bool = False,
         fetch_orig: bool = True,
         source: Any = None,
+        cache: bool | str | Path = False,
     ) -> None:
         loader = self._build_loader(label, columns, filter_pipe, freq, inst_processors)
         super().__init__(
@@ -103,6 +106,7 @@ class Alpha158(_Alpha):
             init_data=init_data,
             fetch_orig=fetch_orig,
             source=source,
+            cache=cache,
         )
 
 
@@ -143,6 +147,7 @@ class Alpha360(_Alpha):
         init_data: bool = False,
         fetch_orig: bool = True,
         source: Any = None,
+        cache: bool | str | Path = False,
     ) -> None:
         loader = self._build_loader(label, columns, filter_pipe, freq, inst_processors)
         super().__init__(
@@ -161,6 +166,7 @@ class Alpha360(_Alpha):
             init_data=init_data,
             fetch_orig=fetch_orig,
             source=source,
+            cache=cache,
         )
 
 

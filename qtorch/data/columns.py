@@ -222,6 +222,10 @@ class PanelColumns(Columns):
     def device(self) -> torch.device:
         return self._panel.device
 
+    def bare_panel(self) -> Panel | None:
+        """The panel where these columns are just that: none replaced, taken out or operated on."""
+        return self._panel if self._is_whole() and not len(self._chain) else None
+
     def _stored(self, name: str) -> Tensor:
         return self._panel.column(name)
 

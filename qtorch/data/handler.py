@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pandas as pd
@@ -73,6 +74,7 @@ class DataHandlerLP(DataHandler):
         init_data: bool = False,
         fetch_orig: bool = True,
         source: Any = None,
+        cache: bool | str | Path = False,
     ) -> None:
         if process_type not in (self.PTYPE_A, self.PTYPE_I):
             known = (self.PTYPE_A, self.PTYPE_I)
@@ -95,6 +97,7 @@ class DataHandlerLP(DataHandler):
             init_data,
             fetch_orig,
             source=source,
+            cache=cache,
         )
 
     def get_all_processors(self) -> list[Processor]:

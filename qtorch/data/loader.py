@@ -15,8 +15,10 @@ from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.data.columns import Columns, PanelColumns, instrument_major
 from qtorch.data.data_loader import DataLoader, ForeignLoader
 from qtorch.data.expression import evaluate, fields_of, reach
+from qtorch.data.feature_cache import cache_in_use
+from qtorch.data.feature_key import feature_key
 from qtorch.data.fields import narrowed, parse_fields, reach_of
-from qtorch.data.filter import build_filters
+from qtorch.data.filter import DynamicFilter, build_filters
 from qtorch.data.frames import (
     read_frame,
     view_of_frame,
@@ -106,6 +108,36 @@ class QlibDataLoader(DataLoader):
         source = self._own_source or source or default_source()
         universe, more = _universe(instruments)
         filters = [*self._filters, *build_filters(more)]
+
+        def compute() -> View:
+            return self._computed(source, universe, start_time, end_time, fields, filters)
+
+        cache, named = cache_in_use(), None
+        if cache is not None:
+            named = feature_key(
+                self,
+                source,
+                universe=universe,
+                start_time=start_time,
+                end_time=end_time,
+                freq=self.freq,
+                fields=fields,
+                filters=filters,
+            )
+        view = compute() if cache is None or named is None else cache.get(*named, make=compute)
+        for process in self._inst_processors:
+            view = process(view)
+        return view
+
+    def _computed(
+        self,
+        source: Source,
+        universe: Any,
+        start_time: Any,
+        end_time: Any,
+        fields: Mapping[str, Mapping[str, str]],
+        filters: Sequence[DynamicFilter],
+    ) -> View:
         rules = [e for f in filters for e in f.expressions()]
         bars = self._bars(source, universe, start_time, end_time, fields, rules)
         for each in filters:
@@ -122,10 +154,7 @@ class QlibDataLoader(DataLoader):
         span = bars.rows(start_time, end_time)
         groups = {g: self.columns_of(g, bars, span, names) for g, names in fields.items()}
         rows = bars.mask[span].contiguous()
-        view = View(groups, rows, rows)
-        for process in self._inst_processors:
-            view = process(view)
-        return view
+        return View(groups, rows, rows)
 
     def columns_of(
         self, group: str, bars: Panel, span: slice, expressions: Mapping[str, str]

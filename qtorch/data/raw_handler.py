@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -14,6 +15,7 @@ from qtorch.core.serial import Serializable
 from qtorch.core.session import session
 from qtorch.core.trust import trusted_type
 from qtorch.data.data_loader import DataLoader
+from qtorch.data.feature_cache import caching
 from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeezed
 from qtorch.data.loader import build_loader
 from qtorch.data.processor.base import Names
@@ -31,7 +33,9 @@ class DataHandler(Configured, Serializable):
 
     `instruments`: a universe's name, a list, or None for all. Dates are inclusive. `data_loader`:
     a loader, its configuration, or a DataFrame. `source`: where bars come from (a Source, its
-    configuration, a folder in Qlib's layout); None takes that of `qtorch.init`. `init_data=True`
+    configuration, a folder in Qlib's layout); None takes that of `qtorch.init`. `cache` keeps the
+    loader's features on disk for whoever asks for the same (True: in QTORCH_CACHE; a path: there;
+    see qtorch.data.feature_cache). `init_data=True`
     loads at once (Qlib's default). `fetch_orig` is taken for Qlib's sake: what is fetched is
     always the caller's own copy.
 
@@ -57,7 +61,9 @@ class DataHandler(Configured, Serializable):
         fetch_orig: bool = True,
         *,
         source: Any = None,
+        cache: bool | str | Path = False,
     ) -> None:
+        self.cache = cache
         self.instruments = instruments
         self.start_time = start_time
         self.end_time = end_time
@@ -93,13 +99,14 @@ class DataHandler(Configured, Serializable):
         return self._raw
 
     def _load(self, columns: Names | None) -> View:
-        view = self.data_loader.view(
-            self.instruments,
-            self.start_time,
-            self.end_time,
-            source=self.source,
-            columns=columns,
-        )
+        with caching(self.cache):
+            view = self.data_loader.view(
+                self.instruments,
+                self.start_time,
+                self.end_time,
+                source=self.source,
+                columns=columns,
+            )
         if not bool(view.rows.any()):
             raise DataError(f"there is no row between {self.start_time} and {self.end_time}.")
         return view

@@ -70,6 +70,20 @@ class WindowColumns(Columns):
     def device(self) -> torch.device:
         return self._bars.device
 
+    def bare_panel(self) -> Panel | None:
+        """The bars where nothing was replaced or operated on; `lead` rows come before the dates."""
+        return None if self._owned or len(self._chain) else self._bars
+
+    @property
+    def lead(self) -> int:
+        """How many rows of the bars come before the first date."""
+        return self._lead
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that have windows."""
+        return self._fields
+
     @property
     def window_fields(self) -> tuple[str, ...] | None:
         """The fields of whole windows, or None where single columns were taken out or added."""

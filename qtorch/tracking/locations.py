@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from qtorch.core.errors import TrackingError
+from qtorch.core.files import cache_folder as cache_folder
 from qtorch.core.session import session
 
 SQLITE = "sqlite:///"
@@ -74,14 +75,6 @@ def local_folder(artifact_uri: str | None) -> Path | None:
     if parts.scheme == "file":
         return Path(unquote(parts.path))
     return Path(artifact_uri) if parts.scheme == "" else None
-
-
-def cache_folder() -> Path:
-    """QTORCH_CACHE, else `qtorch` under XDG_CACHE_HOME or `~/.cache`."""
-    given = os.environ.get("QTORCH_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qtorch"
 
 
 def outbox_folder() -> Path:

@@ -1,0 +1,39 @@
+"""What is made of many runs: rolling studies, collectors, ensembles and groups."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.study.collect import Collector as Collector
+    from qtorch.study.collect import MergeCollector as MergeCollector
+    from qtorch.study.collect import RecorderCollector as RecorderCollector
+    from qtorch.study.ensemble import AverageEnsemble as AverageEnsemble
+    from qtorch.study.ensemble import Ensemble as Ensemble
+    from qtorch.study.ensemble import RollingEnsemble as RollingEnsemble
+    from qtorch.study.ensemble import SingleKeyEnsemble as SingleKeyEnsemble
+    from qtorch.study.group import Group as Group
+    from qtorch.study.group import RollingGroup as RollingGroup
+    from qtorch.study.rolling import RollingResult as RollingResult
+    from qtorch.study.rolling import StudyError as StudyError
+    from qtorch.study.rolling import rolling_study as rolling_study
+    from qtorch.study.warm_start import WarmStart as WarmStart
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "AverageEnsemble": "qtorch.study.ensemble",
+        "Collector": "qtorch.study.collect",
+        "Ensemble": "qtorch.study.ensemble",
+        "Group": "qtorch.study.group",
+        "MergeCollector": "qtorch.study.collect",
+        "RecorderCollector": "qtorch.study.collect",
+        "RollingEnsemble": "qtorch.study.ensemble",
+        "RollingGroup": "qtorch.study.group",
+        "RollingResult": "qtorch.study.rolling",
+        "SingleKeyEnsemble": "qtorch.study.ensemble",
+        "StudyError": "qtorch.study.rolling",
+        "WarmStart": "qtorch.study.warm_start",
+        "rolling_study": "qtorch.study.rolling",
+    },
+)
