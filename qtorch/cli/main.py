@@ -13,7 +13,10 @@ from qtorch.core.errors import unknown_name
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and judge a model; Hydra overrides follow, -m sweeps"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
-    "data": ("qtorch.cli.data", "import: any source to Qlib's layout; describe: what is there"),
+    "rolling": ("qtorch.cli.rolling", "train again and again through time: model=gru step=40"),
+    "worker": ("qtorch.cli.worker", "train the tasks of a pool: pool=NAME url=... devices=..."),
+    "tasks": ("qtorch.cli.tasks", "a pool's tasks: list, stat, show, wait, retry, remove, ..."),
+    "data": ("qtorch.cli.data", "import: to Qlib's layout; describe: what is there; cache: kept features"),
     "tracking": ("qtorch.cli.tracking", "send: deliver what an unreachable server did not get"),
 }
 

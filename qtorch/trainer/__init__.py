@@ -6,6 +6,8 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.trainer.base import Trainer as Trainer
+    from qtorch.trainer.pooled import DelayTrainerRM as DelayTrainerRM
+    from qtorch.trainer.pooled import TrainerRM as TrainerRM
     from qtorch.trainer.recorded import DelayTrainerR as DelayTrainerR
     from qtorch.trainer.recorded import TrainerR as TrainerR
     from qtorch.trainer.run import begin_task_train as begin_task_train
@@ -16,8 +18,10 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "DelayTrainerR": "qtorch.trainer.recorded",
+        "DelayTrainerRM": "qtorch.trainer.pooled",
         "Trainer": "qtorch.trainer.base",
         "TrainerR": "qtorch.trainer.recorded",
+        "TrainerRM": "qtorch.trainer.pooled",
         "begin_task_train": "qtorch.trainer.run",
         "end_task_train": "qtorch.trainer.run",
         "task_train": "qtorch.trainer.run",

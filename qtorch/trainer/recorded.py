@@ -64,7 +64,7 @@ class TrainerR(Trainer):
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
             recorders.append(recorder)
-        _warn_of_failures(recorders)
+        warn_of_failures(recorders)
         return recorders
 
     def end_train(self, models: Recorder | Sequence[Recorder]) -> list[Recorder]:
@@ -94,7 +94,7 @@ class TrainerR(Trainer):
                     record_failure(first, error)
                     first.end_run(Recorder.STATUS_FA)
                     return first
-                return _failed_run(experiment_name, error, **options)
+                return failed_run(experiment_name, error, **options)
 
 
 class DelayTrainerR(TrainerR):
@@ -136,11 +136,11 @@ class DelayTrainerR(TrainerR):
                 if recorder.status != Recorder.STATUS_FA:
                     recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
             ended.append(recorder)
-        _warn_of_failures(ended)
+        warn_of_failures(ended)
         return ended
 
 
-def _failed_run(
+def failed_run(
     experiment_name: str | None, error: Exception, recorder_name: str | None = None
 ) -> Recorder:
     """A run for a task that failed before it had one (its definition is wrong, say)."""
@@ -153,7 +153,8 @@ def _failed_run(
     return recorder
 
 
-def _warn_of_failures(recorders: Sequence[Recorder]) -> None:
+def warn_of_failures(recorders: Sequence[Recorder]) -> None:
+    """One warning that lists the failed runs and their errors."""
     failed = [r for r in recorders if r.status == Recorder.STATUS_FA]
     if failed:
         lines = "".join(f"\n  run {r.id}: {error_of(r)}" for r in failed)

@@ -152,7 +152,9 @@ def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
         log.warning("the run of an earlier attempt is gone, a new one is started: %s", error)
         return None
     if getattr(recorder, "deleted", False):
-        log.warning("the run %s of an earlier attempt is deleted: a new one is started", recorder.id)
+        log.warning(
+            "the run %s of an earlier attempt is deleted: a new one begins", recorder.id
+        )
         return None
     return recorder
 
@@ -172,7 +174,7 @@ def _forget_failure(recorder: Recorder) -> None:
 
 def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.log_params(**flatten_dict(shown_task(task)))
-    recorder.save_objects(**{TASK: task})
+    recorder.save_objects(task=task)
     recorder.set_tags(hostname=socket.gethostname())
 
 
