@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from qtorch.core.configured import check_arguments
-from qtorch.core.errors import ConfigError, LeaseLost, QtorchError, TaskResultError
+from qtorch.core.errors import ConfigError, LeaseLost, QtorchError, TaskResultError, TrustError
 from qtorch.core.heartbeat import listening
 from qtorch.core.names import dotted_name, locate
 from qtorch.core.trust import check_config
@@ -21,6 +21,7 @@ from qtorch.task.definition import Task
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
 from qtorch.task.query import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
+from qtorch.task.released import call_released
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +192,6 @@ class _Work:
             options["run"] = task["run"]
         if self.released_name is None:
             return self.function(first, **options)
-        from qtorch.task.released import call_released
-
         return call_released(self.released_name, task, self.before, options, keeper)
 
     def _commit(self, task: Task, result: Any) -> None:
@@ -219,14 +218,15 @@ class _Work:
             signals.raise_if_received()
             raise error
         else:
-            self._failed(task, error, final=False)
+            self._failed(task, error, final=isinstance(error, TrustError))
 
     def _failed(self, task: Task, error: BaseException, *, final: bool) -> None:
         log.error("task %s failed: %s", task["_id"], error, exc_info=None if final else error)
         if final:
             self.manager.fail_task(task, error)
         else:
-            self.manager.return_task(task, self.before, error=error)
+            text = getattr(error, "traceback_text", None)
+            self.manager.return_task(task, self.before, error=error, traceback=text)
 
 
 def _nothing_more(

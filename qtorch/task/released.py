@@ -1,0 +1,82 @@
+"""One task in a process of its own, whose memory (the GPU's too) comes back whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from qtorch.core.errors import TaskError, TrustError
+from qtorch.core.heartbeat import RUN
+from qtorch.core.session import TRUSTED_VARIABLE, session, trusted_packages
+from qtorch.task.definition import Task
+from qtorch.task.lease import LeaseKeeper
+from qtorch.task.process import ChildProcess
+from qtorch.task.query import PART_DONE
+
+LOOK_SECONDS = 0.2
+GRACE_SECONDS = 30.0  # to a training that was asked to stop, for its checkpoint
+
+
+class ReleasedError(TaskError):
+    """The task's process failed; `traceback_text` is its traceback, if it could tell one."""
+
+    def __init__(self, message: str, traceback_text: str | None = None) -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
+def call_released(
+    name: str, task: Task, before: str, options: Mapping[str, Any], keeper: LeaseKeeper
+) -> Any:
+    """What the function of that dotted name returns for the task, as the pool stores it.
+
+    The child takes over the environment, the import path, the trusted packages and the tracking
+    store. Interrupted, it is asked to stop and given time for a checkpoint.
+    """
+    child = ChildProcess(environment=_environment(), silence=keeper.manager.lease)
+    try:
+        request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
+        child.say({**request, "res": task["res"] if before == PART_DONE else None})
+        return _answer(child, keeper, None)
+    except KeyboardInterrupt:
+        child.say({"stop": True})
+        with suppress(ReleasedError):  # it was asked to stop, and says how it did
+            _answer(child, keeper, time.monotonic() + GRACE_SECONDS)
+        raise
+    finally:
+        child.kill()
+
+
+def _answer(child: ChildProcess, keeper: LeaseKeeper, until: float | None) -> Any:
+    while until is None or time.monotonic() < until:
+        child.ping()
+        messages = child.messages(LOOK_SECONDS)
+        if messages is None:
+            raise ReleasedError(f"the task's process {child.how_it_ended()} without a result.")
+        for message in messages:
+            if "run" in message:
+                keeper.beat(RUN, message["run"])
+            elif "beat" in message:
+                keeper.note(message["beat"])
+            elif "result" in message:
+                return message["result"]
+            elif "refused" in message:
+                raise TrustError(message["refused"])
+            elif "error" in message:
+                raise ReleasedError(message["error"], message.get("traceback"))
+            elif "interrupted" in message:
+                raise KeyboardInterrupt
+    return None
+
+
+def _environment() -> dict[str, str]:
+    given = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if trusted_packages():
+        given[TRUSTED_VARIABLE] = ",".join(trusted_packages())
+    if session().tracking_uri:
+        given["MLFLOW_TRACKING_URI"] = str(session().tracking_uri)
+    return given
