@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from qtorch.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ SHOW_AFTER_SECONDS = 2.0
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch (every device) alike."""
+    import numpy as np
     import torch
 
     random.seed(seed)

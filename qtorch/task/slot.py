@@ -58,6 +58,7 @@ class Orders:
     """What the places of a worker share: how many tasks may still be taken, when to stop."""
 
     def __init__(self, max_tasks: int | None) -> None:
+        self.ending = False  # take no further task
         self.stop = threading.Event()  # hand the tasks back, keeping checkpoints
         self.hurry = threading.Event()  # ... without waiting for any
         self._left = max_tasks
@@ -135,7 +136,7 @@ class Slot(threading.Thread):
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
-        while not self.orders.stop.is_set():
+        while not self.orders.ending:
             if not self.orders.take():
                 return
             taken = self._fetch(manager)

@@ -112,6 +112,7 @@ class Supervisor:
     def _listening(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
             self._signals.append((number, time.monotonic()))
+            self.orders.ending = True
 
         before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:

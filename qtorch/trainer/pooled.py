@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtorch.core.errors import ConfigError, TaskError, TaskTimeout
-from qtorch.core.identity import digest
 from qtorch.core.session import session
 from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
@@ -289,13 +288,14 @@ def pool_definition(
 ) -> dict[str, Any]:
     """A task as a pool holds it: complete, with where its run belongs.
 
-    Raises ConfigError for a task without model or dataset.
+    Raises ConfigError for a task without model or dataset, TaskDefinitionError for live objects.
     """
     own, place = split_place(task)
     complete = complete_task(own)
     if own.get("seed") is None and session().seed is None:
         # A drawn seed would make each sending another task, and each attempt another training.
-        complete["seed"] = int(digest({k: v for k, v in complete.items() if k != "seed"})[:7], 16)
+        bare = encode_definition({k: v for k, v in complete.items() if k != "seed"})
+        complete["seed"] = int(bare.hash[:7], 16)
     uri = R.get_uri()
     defaults = {
         "experiment_name": experiment_name,

@@ -1,0 +1,300 @@
+"""`qtorch worker` as real processes: what they do with tasks, signals and children that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pool_workers import HERE, until
+
+from qtorch.task import TaskManager
+
+pytestmark = pytest.mark.slow
+
+
+class Pool:
+    """A pool on SQLite, its workers, and what its tasks wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.url = folder, f"sqlite:///{folder}/tasks.db"
+        self.manager = TaskManager("pool", self.url, lease=2.0)
+        self.journal, self.go = folder / "journal", folder / "go"
+        self.workers: list[subprocess.Popen[str]] = []
+
+    def add(self, *hows: str) -> list[str]:
+        """A task for each way to act; their ids."""
+        shared = {"journal": str(self.journal), "go": str(self.go)}
+        first = sum(self.manager.task_stat().values())
+        defs = [{"how": how, "number": first + k, **shared} for k, how in enumerate(hows)]
+        return self.manager.create_task(defs)
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """A worker in its own process group."""
+        command = [sys.executable, "-m", "qtorch.cli.main", "worker", "pool=pool"]
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        worker = subprocess.Popen(
+            [*command, f"url={self.url}", "func=worker_parts.act", "devices=cpu", *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.workers.append(worker)
+        return worker
+
+    def lines(self) -> list[list[str]]:
+        """What the attempts wrote."""
+        return [line.split() for line in self.journal.read_text().splitlines()]
+
+    def child(self) -> int:
+        """The process of the newest attempt."""
+        return int([line for line in self.lines() if line[0] != "checkpoint"][-1][1])
+
+    def task(self, id: str) -> Any:
+        return self.manager.re_query(id)
+
+    def runs(self, id: str) -> bool:
+        """Whether the task is in mid-work, and its run is known to the pool."""
+        task = self.task(id)
+        return task["status"] == "running" and bool(task["run"]) and bool(task["progress"])
+
+
+@pytest.fixture
+def pool(tmp_path) -> Iterator[Pool]:
+    made = Pool(tmp_path)
+    yield made
+    for worker in made.workers:
+        if worker.poll() is None:
+            os.kill(worker.pid, signal.SIGCONT)
+            worker.kill()
+        worker.communicate()
+    made.manager.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def ended(worker: subprocess.Popen[str], seconds: float = 30.0) -> str:
+    out, _ = worker.communicate(timeout=seconds)
+    return out
+
+
+def test_good_bad_and_deadly_tasks(pool):
+    ids = pool.add("quick", "raise", "die", "exit", "quick")
+    out = ended(pool.start("idle_timeout=0.5", "lease=5"), 60)
+    assert pool.workers[0].returncode == 0, out
+    tasks = [pool.task(i) for i in ids]
+    assert [t["status"] for t in tasks] == ["done", "failed", "failed", "failed", "done"]
+    assert tasks[0]["res"] == {"number": 0, "device": "", "run": None}
+    assert tasks[1]["error"] == "ValueError: this task fails"
+    assert 'raise ValueError("this task' in tasks[1]["traceback"]
+    assert tasks[2]["error"] == "the task's process was ended by SIGKILL"
+    assert tasks[3]["error"] == "SystemExit: 3"
+    assert [(t["errors"], t["lost"]) for t in tasks[1:4]] == [(3, 0)] * 3
+    lines = pool.lines()
+    assert len(lines) == 2 + 3 * 3
+    parent = {line[2] for line in lines}
+    assert len(parent) == 1
+    assert "ended: 2 done, 9 failed, 0 returned, 0 lost" in out
+
+
+def test_one_child_serves_many_tasks_unless_each_shall_have_its_own(pool):
+    pool.add(*["quick"] * 3)
+    ended(pool.start("idle_timeout=0"))
+    assert len({line[1] for line in pool.lines()}) == 1
+    pool.journal.unlink()
+    pool.add(*["quick"] * 3)
+    ended(pool.start("idle_timeout=0", "force_release=true"))
+    assert len({line[1] for line in pool.lines()}) == 3
+
+
+def test_max_tasks_and_several_to_a_device(pool):
+    pool.add(*["quick"] * 6)
+    out = ended(pool.start("max_tasks=4", "devices=7,9", "per_device=2", "idle_timeout=30"))
+    assert pool.manager.task_stat() == {"done": 4, "waiting": 2}, out
+    devices = {t["res"]["device"] for t in pool.manager.query({"status": "done"})}
+    assert devices <= {"7", "9"}
+
+
+def test_what_is_no_function_or_not_trusted_fails_with_the_reason(pool):
+    (id,) = pool.add("quick")
+    worker = pool.start("func=worker_parts.akt", "idle_timeout=0")
+    ended(worker)
+    assert "Did you mean 'act'" in pool.task(id)["error"]
+    definition = {"model": {"_target_": "os.system", "command": "true"}}
+    (id,) = pool.manager.create_task([definition])
+    ended(pool.start("idle_timeout=0"))
+    task = pool.task(id)
+    assert (task["status"], task["errors"]) == ("failed", 1)
+    assert "QTORCH_TRUSTED" in task["error"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_hands_the_task_back_with_a_checkpoint(pool, number):
+    (id,) = pool.add("long")
+    worker = pool.start("lease=30")
+    until(lambda: pool.runs(id))
+    begin = time.monotonic()
+    worker.send_signal(number)
+    out = ended(worker)
+    assert time.monotonic() - begin < 5
+    assert worker.returncode == 128 + number, out
+    task = pool.task(id)
+    assert (task["status"], task["preemptions"], task["errors"], task["lost"]) == (
+        "waiting", 1, 0, 0,
+    )  # fmt: skip
+    assert pool.lines()[-1][0] == "checkpoint"
+    assert not alive(pool.child())
+    pool.go.touch()
+    ended(pool.start("idle_timeout=0"))
+    assert pool.task(id)["res"]["run"] == "run0"
+
+
+def test_a_schedulers_signal_to_every_process_still_leaves_a_checkpoint(pool):
+    (id,) = pool.add("long")
+    worker = pool.start("lease=30")
+    until(lambda: pool.runs(id))
+    for pid in (worker.pid, pool.child()):
+        os.kill(pid, signal.SIGTERM)
+    ended(worker)
+    assert pool.lines()[-1][0] == "checkpoint"
+    assert pool.task(id)["preemptions"] == 1
+
+
+def test_a_second_signal_ends_at_once(pool):
+    (id,) = pool.add("hang")
+    worker = pool.start("lease=30", "grace=60")
+    until(lambda: pool.journal.exists())
+    child = pool.child()
+    os.kill(child, signal.SIGSTOP)  # it cannot answer
+    worker.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert worker.poll() is None
+    begin = time.monotonic()
+    worker.send_signal(signal.SIGINT)
+    ended(worker)
+    assert time.monotonic() - begin < 5
+    assert worker.returncode == 130
+    assert not alive(child)
+    assert (pool.task(id)["status"], pool.task(id)["preemptions"]) == ("waiting", 1)
+
+
+def test_a_child_that_hangs_does_not_keep_its_task(pool):
+    (id,) = pool.add("hang")
+    out = ended(pool.start("hang_after=1", "lease=2", "idle_timeout=0.5"), 60)
+    task = pool.task(id)
+    assert (task["status"], task["errors"], task["lost"]) == ("failed", 3, 0), out
+    assert "no sign of life for 1 s" in task["error"]
+
+
+def test_kill_9_of_the_worker_ends_its_child_and_frees_its_task(pool):
+    (id,) = pool.add("long")
+    worker = pool.start("lease=2")
+    until(lambda: pool.runs(id))
+    child = pool.child()
+    worker.kill()
+    until(lambda: not alive(child), 2.0)
+    pool.go.touch()
+    ended(pool.start("lease=2", "idle_timeout=4"))
+    task = pool.task(id)
+    assert (task["status"], task["attempt"], task["lost"]) == ("done", 2, 1)
+    assert task["res"]["run"] == "run0"
+
+
+def test_kill_9_of_the_child_is_an_error_of_the_task(pool):
+    (id,) = pool.add("long")
+    pool.start("lease=2")
+    until(lambda: pool.runs(id))
+    os.kill(pool.child(), signal.SIGKILL)
+    pool.go.touch()
+    until(lambda: pool.task(id)["status"] == "done")
+    task = pool.task(id)
+    assert (task["attempt"], task["errors"], task["res"]["run"]) == (2, 1, "run0")
+
+
+def test_a_stopped_worker_loses_its_lease_its_child_and_its_say(pool):
+    """SIGSTOP: the child ends itself before the lease does, another worker does the task once."""
+    (id,) = pool.add("long")
+    worker = pool.start("lease=2")
+    until(lambda: pool.runs(id))
+    child = pool.child()
+    os.kill(worker.pid, signal.SIGSTOP)
+    until(lambda: not alive(child), 2.0)
+    assert pool.manager.fetch_task() is None  # the lease is not over yet
+    other = pool.start("lease=2")
+    until(lambda: pool.task(id)["attempt"] == 2)
+    until(lambda: pool.runs(id))
+    os.kill(worker.pid, signal.SIGCONT)
+    time.sleep(1.0)
+    pool.go.touch()
+    until(lambda: pool.task(id)["status"] == "done")
+    task = pool.task(id)
+    assert (task["attempt"], task["errors"], task["lost"]) == (2, 0, 1)
+    assert task["worker"]["pid"] == other.pid
+    worker.terminate()
+    assert "is no longer ours" in ended(worker)
+
+
+def test_a_store_that_is_locked_for_longer_than_a_lease(pool):
+    """Work in hand goes on, and is committed when the store answers again."""
+    import sqlite3
+
+    (id,) = pool.add("long")
+    worker = pool.start("lease=2")
+    until(lambda: pool.runs(id))
+    child = pool.child()
+    lock = sqlite3.connect(pool.folder / "tasks.db", isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    time.sleep(2.0)
+    pool.go.touch()
+    time.sleep(2.0)
+    assert worker.poll() is None
+    assert alive(child)
+    lock.rollback()
+    lock.close()
+    until(lambda: pool.task(id)["status"] == "done")
+    assert (pool.task(id)["attempt"], pool.task(id)["lost"]) == (1, 0)
+
+
+def test_a_supervisor_is_small_and_starts_quickly():
+    code = (
+        "import sys, qtorch.cli.main, qtorch.cli.worker, qtorch.task.sql, qtorch.task.supervisor;"
+        "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy', 'pytorch_lightning', 'hydra')"
+        " if m in sys.modules])"
+    )
+    best = min(_seconds(code) for _ in range(3))
+    assert best < 1.0
+
+
+def _seconds(code: str) -> float:
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    return time.perf_counter() - begin
+
+
+def test_what_a_user_gets_wrong(pool):
+    words: dict[str, Callable[[str], bool]] = {
+        "lease=x": lambda out: "expected a number of seconds" in out,
+        "leese=3": lambda out: "Did you mean 'lease'" in out,
+        "lease=0": lambda out: "above 0" in out,
+        "devices=,": lambda out: "expected auto, cpu" in out,
+        "url=redis://x": lambda out: "names no store" in out,
+    }
+    for word, said in words.items():
+        out = ended(pool.start(word))
+        assert "Traceback" not in out, out
+        assert said(out), out
