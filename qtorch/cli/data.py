@@ -1,4 +1,4 @@
-"""`qtorch data`: bring bars into Qlib's layout, and see what is there."""
+"""`qtorch data`: bring bars into Qlib's layout, see what is there, and the features kept of it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,29 @@ qtorch data: bars in, bars seen
 
 usage: qtorch data import   data=table data.path=bars.parquet out=FOLDER
        qtorch data describe data=qlib data.provider_uri=FOLDER [universe=all] [out=bars.png]
+       qtorch data cache    [clear | remove KEY ...] [folder=FOLDER]
 
   import    writes any source in Qlib's own layout: calendars, instruments, features/*.bin
   describe  dates, instruments, holes and large moves, in words and as a picture
+  cache     the features that handlers keep on disk (cache=true): shows them, clears them
 
   data is synthetic, qlib, table, or a file of your own in --config-dir DIR/data.
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `import` or `describe`."""
+    """Run `import`, `describe` or `cache`."""
     if not argv or any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0 if argv else 2
     actions = {"import": _import, "describe": _describe}
-    if argv[0] not in actions:
-        raise ConfigError(unknown_name("data command", argv[0], actions))
+    if argv[0] not in (*actions, "cache"):
+        raise ConfigError(unknown_name("data command", argv[0], (*actions, "cache")))
     configure_logging()
+    if argv[0] == "cache":
+        from qtorch.cli.cache import run_cache
+
+        return run_cache(argv[1:])
     settings = composed("bars", argv[1:])
     with interruptible():
         return actions[argv[0]](settings)
