@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,14 @@ log = logging.getLogger(__name__)
 
 Query = Mapping[str, Any]
 IDLE_PAUSES = (0.1, 1.0)  # seconds between two looks into an empty pool: the first, the longest
+
+
+_current: ContextVar[Task | None] = ContextVar("qtorch_task", default=None)
+
+
+def current_task() -> Task | None:
+    """The task that `run_task` is running here, for a function that wants to know its attempt."""
+    return _current.get()
 
 
 def run_task(
@@ -191,7 +200,11 @@ class _Work:
         if self.takes_run and task["run"]:
             options["run"] = task["run"]
         if self.released_name is None:
-            return self.function(first, **options)
+            mark = _current.set(task)
+            try:
+                return self.function(first, **options)
+            finally:
+                _current.reset(mark)
         return call_released(self.released_name, task, self.before, options, keeper)
 
     def _commit(self, task: Task, result: Any) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from qtorch.task.run import current_task, run_task
 
 HERE = Path(__file__).parent
 
@@ -42,7 +47,58 @@ def note(path: str, line: str) -> None:
 
 
 def brief(definition: Mapping[str, Any], journal: str, seconds: float = 0.02) -> dict[str, Any]:
-    """A short task: says that it runs, sleeps a little, gives its number back."""
-    note(journal, f"{definition['number']} {os.getpid()}")
-    time.sleep(seconds)
-    return {"number": definition["number"], "pid": os.getpid()}
+    """A short task: notes number and attempt, sleeps a little; may raise or kill its worker."""
+    task = current_task()
+    assert task is not None
+    note(journal, f"{definition['number']} {task['attempt']}")
+    what = definition.get("what")
+    if what == "raise":
+        raise ValueError("always")
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(definition.get("seconds", seconds))
+    return {"number": definition["number"], "attempt": task["attempt"]}
+
+
+def work(pool: str, url: str, journal: str, lease: float, seconds: float) -> None:
+    """A worker until every task of the pool is finished."""
+    run_task(brief, pool, url=url, lease=lease, idle_timeout=None, journal=journal, seconds=seconds)
+
+
+def nursery(
+    count: int, pool: str, url: str, journal: str, lease: float, seconds: float, murder: float
+) -> None:
+    """`count` workers; one of them is killed with -9 every `murder` seconds (0: none).
+
+    One that was killed (by itself too) is replaced; the nursery ends when all have ended well.
+    """
+    import_module(f"qtorch.task.{'mongo' if url.startswith('mongo') else 'sql'}")  # once for all
+    living: set[int] = set()
+
+    def bear() -> None:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(pool, url, journal, lease, seconds)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        living.add(pid)
+
+    for _ in range(count):
+        bear()
+    last = time.monotonic()
+    while living:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            living.discard(pid)
+            if os.WIFSIGNALED(status):
+                bear()
+            elif os.waitstatus_to_exitcode(status) != 0:
+                sys.exit(f"a worker ended with {status}")
+        elif murder and time.monotonic() - last > murder:
+            last = time.monotonic()
+            os.kill(random.choice(sorted(living)), signal.SIGKILL)
+        else:
+            time.sleep(0.01)
