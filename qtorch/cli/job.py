@@ -18,8 +18,8 @@ from qtorch.cli import table
 from qtorch.cli.guard import debugging, error_line
 from qtorch.cli.hydra_errors import check_complete, explain
 from qtorch.cli.segments import with_dates
-from qtorch.cli.sweep import FAILED, FINISHED, KILLED, JobResult
-from qtorch.core.errors import ConfigError
+from qtorch.cli.sweep import FAILED, FINISHED, KILLED, SENT, JobResult
+from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import plain
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
@@ -29,6 +29,9 @@ from qtorch.trainer.failure import started_runs
 from qtorch.trainer.run import end_task_train, task_train
 
 log = logging.getLogger(__name__)
+
+LOCAL, POOL = "local", "rm"
+RUNNERS = (LOCAL, POOL)
 
 
 def run_job(config: DictConfig) -> None:
@@ -41,9 +44,14 @@ def run_job(config: DictConfig) -> None:
     with started_runs() as runs:
         result = _result(config)
         try:
-            recorder = _train(config)
-            result.status = FINISHED
-            result.metrics = recorder.list_metrics()
+            settings = _prepared(config)
+            if settings["runner"] == LOCAL:
+                recorder = _train(settings)
+                result.status = FINISHED
+                result.metrics = recorder.list_metrics()
+            else:
+                result.sent = _send(settings)
+                result.status = SENT
         except (KeyboardInterrupt, SystemExit) as stop:
             result.status = KILLED
             message = _how_to_resume(runs)
@@ -62,14 +70,15 @@ def run_job(config: DictConfig) -> None:
             _store(result)
     if result.status == FINISHED:
         table.print_summary(result, recorder)
-    elif not OmegaConf.is_missing(HydraConfig.get().job, "num"):
+    elif result.status != SENT and not OmegaConf.is_missing(HydraConfig.get().job, "num"):
         print(f"job {result.number} failed: {result.error}", file=sys.stderr)
 
 
-def _train(config: DictConfig) -> Recorder:
+def _prepared(config: DictConfig) -> dict[str, Any]:
+    """The settings as plain data; logging and the tracking store as they say."""
     try:
         check_complete(config)
-        settings = plain(config)
+        settings: dict[str, Any] = plain(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     configure_logging(settings["log_level"])
@@ -77,15 +86,39 @@ def _train(config: DictConfig) -> Recorder:
     uri = (settings["tracking"] or {}).get("uri")
     if uri is not None:
         init(tracking_uri=uri)
+    if settings["runner"] not in RUNNERS:
+        raise ConfigError(unknown_name("runner", str(settings["runner"]), RUNNERS))
+    return settings
+
+
+def _train(settings: Mapping[str, Any]) -> Recorder:
     resumed = _resumed_run(settings)
     if resumed is not None:
         recorder = R.get_recorder(recorder_id=resumed)
         if recorder.status == FINISHED:
             raise ConfigError(f"run {resumed} is {FINISHED}: there is nothing to go on with.")
         return end_task_train(recorder)
-    task = with_dates(settings["task"])
+    return task_train(with_dates(settings["task"]), settings["experiment_name"], _name(settings))
+
+
+def _send(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the job's task into a pool; where it is then."""
+    from qtorch.task.manager import TaskManager
+    from qtorch.trainer.pooled import pool_definition
+
+    if _resumed_run(settings) is not None:
+        raise ConfigError("a run is resumed here (runner=local); a pool resumes its own tasks.")
+    task, experiment = with_dates(settings["task"]), settings["experiment_name"]
+    pool = settings["pool"] or experiment
+    manager = TaskManager(pool, settings["url"])
+    (id,) = manager.create_task([pool_definition(task, experiment, _name(settings))])
+    return {"id": id, "pool": pool, "url": manager.url, "wait": bool(settings["wait"])}
+
+
+def _name(settings: Mapping[str, Any]) -> str | None:
+    """The run's name: the given one, else the choice of the model."""
     name = settings["run_name"] or HydraConfig.get().runtime.choices.get("model")
-    return task_train(task, settings["experiment_name"], name)
+    return None if name is None else str(name)
 
 
 def _quiet_libraries() -> None:

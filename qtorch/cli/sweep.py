@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 RESULT_FILE = "job.json"
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # a run's own words
+SENT = "SENT"  # into a pool, for workers
 
 _here: list[JobResult] = []
 _sweep_folder: Path | None = None
@@ -32,6 +33,7 @@ class JobResult:
     experiment: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    sent: dict[str, Any] | None = None  # of a task in a pool: its id, pool, url, wait
 
     def store(self, folder: Path) -> None:
         """Keep the result for the process that started the sweep."""

@@ -38,7 +38,12 @@ def main(argv: Sequence[str]) -> int:
         finally:
             GlobalHydra.instance().clear()
     jobs = finished_jobs()
-    if many and jobs:
+    if any(j.sent for j in jobs) and interrupted is None:
+        from qtorch.cli.sent import await_jobs
+
+        with interruptible():
+            await_jobs(jobs)
+    if jobs and (many or any(j.sent for j in jobs)):
         from qtorch.cli.table import print_jobs
 
         print_jobs(jobs)

@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.files import cache_folder
@@ -118,9 +119,9 @@ class FeatureCache:
         try:
             view = read_view(path)
             os.utime(path / META)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            if not path.exists():
+                return None
             log.warning(
                 "the cached features in %s cannot be read and are made anew: %s", path, error
             )

@@ -59,7 +59,8 @@ def write_view(view: View, folder: Path, about: dict[str, Any]) -> None:
 def read_view(folder: Path) -> View:
     """The view again; its values are mapped, private to this process and shared until written.
 
-    Raises FileNotFoundError where there is none, ValueError for files that are not whole.
+    Raises OSError where a file is missing, ValueError, KeyError or BadZipFile for files that are
+    not whole.
     """
     meta = json.loads((folder / META).read_text())
     if meta["format"] != FORMAT:
@@ -89,7 +90,7 @@ def _write_columns(
     values = panel.values.permute(1, 0, 2)  # by instrument: packing needs no copy
     with (folder / told["file"]).open("wb") as file:
         for first in range(0, len(values), AT_ONCE):
-            values[first : first + AT_ONCE].contiguous().cpu().numpy().tofile(file)
+            values[first : first + AT_ONCE].float().contiguous().cpu().numpy().tofile(file)
         _to_disk(file)
     arrays[f"mask{number}"] = panel.mask.cpu().numpy()
     arrays[f"spans{number}"] = panel.spans.cpu().numpy()

@@ -168,7 +168,8 @@ def _correlation(machine: Machine, step: Step) -> Tensor:
             variance = side.variance(window) + variance * 0
         sides.append(variance.to(step.dtype))
     deviation = sides[0].sqrt().mul_(sides[1].sqrt())
-    return machine.block.seal(_narrowed(covariance, step).div_(deviation))
+    # Two or three pairs that hardly move give a quotient of rounding, but never more than 1.
+    return machine.block.seal(_narrowed(covariance, step).div_(deviation).clamp_(-1, 1))
 
 
 KERNELS: dict[str, Kernel] = {
