@@ -1,0 +1,225 @@
+"""Rolling studies on a small market: windows, their runs, and the stitched signal."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch import R
+from qtorch.core.errors import ConfigError
+from qtorch.data.feature_cache import FeatureCache
+from qtorch.data.loader import QlibDataLoader
+from qtorch.metrics.signal import calc_ic
+from qtorch.model.lightning_model import LightningModel
+from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
+from qtorch.study.rolling import PARENT_TAG, SPAN_TAG, WINDOW_TAG
+from qtorch.study.windows import rolled
+from qtorch.trainer import DelayTrainerR, TrainerR
+
+
+def study(task, folder, trainer=None, **options):
+    options = {"step": 25, "cache": str(folder / "features"), **options}
+    return rolling_study(task, trainer, experiment_name="study", **options)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often features were computed."""
+    calls = []
+    real = QlibDataLoader._computed
+    monkeypatch.setattr(
+        QlibDataLoader, "_computed", lambda self, *a: calls.append(1) or real(self, *a)
+    )
+    return calls
+
+
+def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
+    task = make_task()
+    before = copy.deepcopy(task)
+    result = study(task, tmp_path)
+    assert task == before
+    assert len(result.windows) == len(result.tasks) == 5
+    assert len(computed) == 1  # five windows and the stitched signal
+
+    # Every trading day of the test, each sample once.
+    days = result.prediction.index.get_level_values("datetime").unique()
+    assert days[0] == pd.Timestamp("2019-01-01")
+    assert days[-1] == pd.Timestamp("2019-05-31")
+    assert days.equals(pd.bdate_range(days[0], days[-1]).rename("datetime").as_unit(days.unit))
+    assert result.prediction.index.is_unique
+    whole = make_task()["dataset"]
+    whole["handler"]["end_time"] = "2019-05-31"
+    from qtorch import init_instance_by_config
+
+    samples = init_instance_by_config(whole).samples("test", data_key="infer")
+    assert result.prediction.index.equals(samples.index)
+
+    # The parent holds the signal and what the task's records say of it.
+    parent = R.get_recorder(recorder_id=result.recorder.id)
+    assert parent.status == "FINISHED"
+    pd.testing.assert_frame_equal(parent.load_object("pred.pkl"), result.prediction)
+    metrics = parent.list_metrics()
+    ic, _ = calc_ic(result.prediction["score"], parent.load_object("label.pkl").iloc[:, 0])
+    assert metrics["IC"] == pytest.approx(ic.mean(), abs=1e-6)
+    assert {"ICIR", "Rank IC", "window.IC"} <= metrics.keys()
+    assert parent.list_params()["rolling.windows"] == "5"
+    assert parent.load_object("task")["seed"] == 3
+
+    # The windows are its children, in order.
+    listed = parent.load_object("rolling")
+    assert [w["recorder_id"] for w in listed] == [r.id for r in result.windows]
+    for number, recorder in enumerate(result.windows):
+        tags = R.get_recorder(recorder_id=recorder.id).list_tags()
+        assert tags[PARENT_TAG] == parent.id
+        assert tags[WINDOW_TAG] == str(number)
+        assert tags[SPAN_TAG] == "..".join(listed[number]["segments"]["test"])
+    children = RecorderCollector(
+        "study",
+        [RollingEnsemble()],
+        rec_filter_func=lambda r: r.list_tags().get(PARENT_TAG) == parent.id,
+    )
+    pd.testing.assert_frame_equal(children()["pred"], result.prediction)
+
+
+def test_trainers_and_the_cache_change_no_number(store, tmp_path, make_task, computed):
+    reference = study(make_task(), tmp_path, cache=False)
+    assert len(computed) == 5
+    for trainer in (TrainerR("study"), DelayTrainerR("study")):
+        other = study(make_task(), tmp_path, trainer)
+        pd.testing.assert_frame_equal(other.prediction, reference.prediction, check_exact=True)
+    assert len(computed) == 6
+
+
+def test_the_windows_share_one_span_and_differ_in_the_rest(make_task, tmp_path):
+    tasks = rolled(
+        make_task(),
+        step=25,
+        rtype="sliding",
+        horizon=3,
+        trunc_days=None,
+        cache=str(tmp_path),
+        calendar=None,
+        records=["SignalRecord"],
+    )
+    handlers = [t["dataset"]["handler"] for t in tasks]
+    assert {h["end_time"] for h in handlers} == {"2019-05-31"}
+    assert {h["cache"] for h in handlers} == {str(tmp_path)}
+    assert {h["label"][0] for h in handlers} == {"Ref($close, -4)/Ref($close, -1) - 1"}
+    assert len({t["dataset"]["segments"]["train"][0] for t in tasks}) == len(tasks)
+
+
+def test_a_window_equals_the_same_task_by_itself(store, tmp_path, make_task):
+    """Neither the shared span nor the cache leaks into a window."""
+    from qtorch.task import RollingGen
+
+    result = study(make_task(), tmp_path)
+    alone = RollingGen(25)(make_task())[2]
+    (recorder,) = TrainerR("alone")([alone])
+    pd.testing.assert_frame_equal(
+        recorder.load_object("pred.pkl"),
+        result.windows[2].load_object("pred.pkl"),
+        check_exact=True,
+    )
+
+
+def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_task, monkeypatch):
+    real = LightningModel.fit
+
+    def fit(self, dataset, *args, **options):
+        if str(dataset.segments["test"][0]) > "2019-04-01":
+            raise ValueError("no luck")
+        return real(self, dataset, *args, **options)
+
+    monkeypatch.setattr(LightningModel, "fit", fit)
+    with pytest.raises(StudyError, match=r"2 of 5 windows did not finish.*window 3.*no luck"):
+        study(make_task(), tmp_path)
+    runs = list(R.list_recorders(experiment_name="study").values())
+    assert sorted(r.status for r in runs) == ["FAILED"] * 3 + ["FINISHED"] * 3
+    parent = next(r for r in runs if r.name == "rolling")
+    assert parent.status == "FAILED"
+    assert "no luck" in parent.list_tags()["error"]
+    assert sum(r.list_tags().get(PARENT_TAG) == parent.id for r in runs) == 5
+
+
+def test_records_of_the_windows_and_of_the_whole(store, tmp_path, make_task):
+    record = [{"_target_": "qtorch.record.SegmentICRecord", "segments": ["valid", "test"]}]
+    result = study(make_task(record=record), tmp_path, part_records=record)
+    window = result.windows[0].list_metrics()
+    assert {"valid.IC", "test.IC"} <= window.keys()
+    metrics = result.recorder.list_metrics()
+    assert "test.IC" in metrics
+    assert "valid.IC" not in metrics  # the stitched signal has no such segment
+    assert "pred.pkl" in result.recorder.list_artifacts()
+
+
+def test_a_task_that_cannot_be_rolled_says_why(store, tmp_path, make_task):
+    with pytest.raises(ConfigError, match="at least one day"):
+        study(make_task(), tmp_path, horizon=0)
+    live = make_task()
+    live["dataset"]["handler"] = object()
+    with pytest.raises(ConfigError, match="label of a handler's configuration"):
+        study(live, tmp_path, horizon=2)
+
+
+# -- warm start ------------------------------------------------------------------------------------
+
+
+def test_a_warm_window_begins_from_the_one_before(store, tmp_path, make_task):
+    cold = study(make_task(epochs=2), tmp_path)
+    warm = study(make_task(epochs=2), tmp_path, warm_start=True)
+    first, second, third = (r.load_object("params.pkl") for r in warm.windows[:3])
+    # The first is as without; from the second on they part.
+    ours, theirs = (s.windows[0].load_object("pred.pkl") for s in (warm, cold))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    assert not np.allclose(
+        warm.windows[1].load_object("pred.pkl"), cold.windows[1].load_object("pred.pkl")
+    )
+    # The second is what finetune makes of the first.
+    from qtorch import init_instance_by_config
+    from qtorch.core.session import session_context
+
+    dataset = init_instance_by_config(warm.tasks[1]["dataset"])
+    with session_context(seed=3):
+        first.finetune(dataset)
+    ours, by_hand = second.model_.network_.state_dict(), first.network_.state_dict()
+    assert all((ours[k] == by_hand[k]).all() for k in ours)
+    # The lineage can be followed from the last to the first.
+    ids = [r.id for r in warm.windows]
+    tags = [R.get_recorder(recorder_id=i).list_tags() for i in ids]
+    assert [t.get("warm_start.from") for t in tags] == [None, *ids[:-1]]
+    assert [t.get("warm_start.depth") for t in tags] == [None, "1", "2", "3", "4"]
+    assert third.fit_report_["epochs"] == 2
+    # What was loaded predicts.
+    again = third.predict(init_instance_by_config(warm.tasks[2]["dataset"]))
+    stored = warm.windows[2].load_object("pred.pkl")["score"]
+    pd.testing.assert_series_equal(again, stored, check_exact=True)
+
+
+def test_options_of_a_warm_start_and_a_chain_that_breaks(store, tmp_path, make_task, monkeypatch):
+    options = {"trainer": {"max_epochs": 1}}
+    warm = study(make_task(epochs=2), tmp_path, warm_start=options, step=50)
+    assert [r.load_object("params.pkl").fit_report_["epochs"] for r in warm.windows] == [2, 1, 1]
+
+    def broken(self, *args, **options):
+        raise ValueError("no finetune today")
+
+    monkeypatch.setattr(LightningModel, "finetune", broken)
+    with pytest.raises(StudyError, match=r"window 1.*no finetune today"):
+        study(make_task(), tmp_path, warm_start=True)
+
+
+def test_warm_start_by_itself(store, tmp_path, make_task):
+    from qtorch.core.errors import NotFittedError
+    from qtorch.study import WarmStart
+
+    with pytest.raises(NotFittedError, match="no weights yet"):
+        WarmStart("x").predict(None)
+    with R.start(experiment_name="e"):
+        R.save_objects(**{"params.pkl": {"no": "model"}})
+        run = R.get_recorder().id
+    with pytest.raises(ConfigError, match="has no finetune"):
+        WarmStart(run).fit(None)
+    assert FeatureCache(tmp_path / "features").entries() == []
