@@ -1,0 +1,62 @@
+"""The jobs of `qtorch train runner=rm`: waited for, and made into results as if trained here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qtorch.cli import task_table
+from qtorch.cli.guard import error_line
+from qtorch.cli.sweep import FAILED, FINISHED, JobResult
+from qtorch.core.errors import QtorchError
+from qtorch.task.definition import Task
+from qtorch.task.manager import TaskManager
+from qtorch.tracking.recorder import Recorder
+
+
+def await_jobs(jobs: Sequence[JobResult]) -> None:
+    """Wait for the tasks that the jobs sent, and fill the jobs' results from their runs."""
+    pools: dict[tuple[str, str], list[JobResult]] = {}
+    for job in jobs:
+        if job.sent:
+            pools.setdefault((job.sent["pool"], job.sent["url"]), []).append(job)
+    for (pool, url), sent in pools.items():
+        manager = TaskManager(pool, url)
+        ids = [j.sent["id"] for j in sent if j.sent]
+        query = {"_id": {"$in": ids}}
+        print(
+            f"{len(set(ids))} tasks in pool {pool}; workers: qtorch worker pool={pool} url={url}",
+            file=sys.stderr,
+        )
+        if not all(j.sent and j.sent["wait"] for j in sent):
+            print(f"their end: qtorch tasks wait pool={pool} url={url}", file=sys.stderr)
+            continue
+        try:
+            with task_table.progress_shown(pool) as on_progress:
+                manager.wait(query, on_progress=on_progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"The tasks stay in the pool: qtorch tasks wait pool={pool} url={url}"
+            ) from None
+        tasks = {t["_id"]: t for t in manager.query(query)}
+        for job in sent:
+            _fill(job, tasks[job.sent["id"]] if job.sent else None)
+
+
+def _fill(job: JobResult, task: Task | None) -> None:
+    if task is None:
+        return
+    job.run_id = task_table.run_of(task) or None
+    if task["status"] != TaskManager.STATUS_DONE:
+        job.status, job.error = FAILED, str(task["error"])
+        return
+    job.status, job.error = FINISHED, None
+    recorder = task["res"]
+    if isinstance(recorder, Recorder):
+        job.run_id = recorder.id
+        job.experiment = getattr(recorder, "experiment_name", None)
+        try:
+            job.metrics = recorder.list_metrics()
+            job.seconds = float(recorder.load_object("fit_report")["seconds"])
+        except QtorchError as error:
+            print(f"run {recorder.id}: {error_line(error)}", file=sys.stderr)
