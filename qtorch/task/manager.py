@@ -23,6 +23,7 @@ Query = Mapping[str, Any]
 LEASE_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
 FRESH = {"errors": 0, "lost": 0, "error": None, "traceback": None}
+SWEEP_SECONDS = 0.5  # between two looks for lost leases while other tasks wait
 NAMED_AT_MOST = 10
 
 
@@ -209,10 +210,12 @@ class TaskManager:
         claimant; `decode` as in `query`.
         """
         condition = parse_query(query, status)
+        self._pool.take_back_expired(at_most_every=SWEEP_SECONDS)
         while True:
-            self._pool.take_back_expired()
             row = self._pool.claim(condition, status, worker)
             if row is None:
+                if self._pool.take_back_expired():
+                    continue
                 return None
             try:
                 return task_of(row, live=decode)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
 import threading
+import time
 import traceback as tracebacks
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,7 @@ class Pool:
         self.max_lost = max_lost
         self.patience = patience
         self._opened: tuple[int, Store] | None = None
+        self._swept = -math.inf  # when expired leases were last looked for
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,8 +92,15 @@ class Pool:
 
         return self.call("fetch a task", claim)
 
-    def take_back_expired(self) -> None:
-        """Let tasks whose lease has run out wait again; fail those that lost too many."""
+    def take_back_expired(self, *, at_most_every: float = 0.0) -> int:
+        """Let tasks whose lease has run out wait again; fail those that lost too many.
+
+        How many there were. `at_most_every` so many seconds the store is asked.
+        """
+        now, count = time.monotonic(), 0
+        if now - self._swept < at_most_every:
+            return 0
+        self._swept = now
         for row in self.call("look for lost leases", lambda s: s.expired(self.task_pool)):
             lost = int(row["lost"]) + 1
             who = json.loads(row["worker"] or "{}")
@@ -98,7 +108,9 @@ class Pool:
             over = lost >= self.max_lost
             values = {"status": FAILED if over else row["origin"] or WAITING, "error": text}
             if self._take_back(row, Change(values, {"lost": 1})):
+                count += 1
                 log.warning("task %s %s%s", row["id"], text, ": failed" if over else "")
+        return count
 
     def _take_back(self, row: Row, change: Change) -> bool:
         return self.call(

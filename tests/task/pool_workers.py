@@ -102,3 +102,11 @@ def nursery(
             os.kill(random.choice(sorted(living)), signal.SIGKILL)
         else:
             time.sleep(0.01)
+
+
+def told_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
+    """A task that says which process did it, or kills that process."""
+    if definition.get("what") == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    note(journal, str(os.getpid()))
+    return {"pid": os.getpid()}
