@@ -110,8 +110,8 @@ class Columns(ABC):
         fused = self._chain.compile(list(names), self.device)
         return fused(out.permute(1, 2, 0)).permute(2, 0, 1) if len(fused) else out
 
-    def is_surely_finite(self) -> bool:
-        """Whether a look at the storage excludes infinities; False means: not known."""
+    def is_surely_finite(self, names: Sequence[str] | None = None) -> bool:
+        """Whether infinities are excluded in some columns (None: all); False means: not known."""
         return False
 
     def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
@@ -195,7 +195,8 @@ class Columns(ABC):
 class PanelColumns(Columns):
     """Columns over a Panel's storage, of any strides.
 
-    Give storage made by `instrument_major` to have it gathered without a copy.
+    Give storage made by `instrument_major` to have it gathered without a copy. `finite` names
+    fields of the panel that are known to hold no infinity, so that nobody has to look.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class PanelColumns(Columns):
         *,
         owned: Mapping[str, Tensor] | None = None,
         chain: Chain | None = None,
+        finite: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(
             panel.fields if names is None else names,
@@ -214,6 +216,7 @@ class PanelColumns(Columns):
             chain=chain,
         )
         self._panel = panel
+        self._finite = finite
         for name in self.names:
             if name not in self._owned:
                 panel.position(name)
@@ -221,6 +224,11 @@ class PanelColumns(Columns):
     @property
     def device(self) -> torch.device:
         return self._panel.device
+
+    def is_surely_finite(self, names: Sequence[str] | None = None) -> bool:
+        wanted = set(self.names if names is None else names)
+        known = self._finite.difference(self._owned)
+        return not len(self._chain) and wanted <= known
 
     def bare_panel(self) -> Panel | None:
         """The panel where these columns are just that: none replaced, taken out or operated on."""
@@ -232,7 +240,7 @@ class PanelColumns(Columns):
     def _derive(
         self, names: Sequence[str], owned: Mapping[str, Tensor], chain: Chain
     ) -> PanelColumns:
-        return PanelColumns(self._panel, names, owned=owned, chain=chain)
+        return PanelColumns(self._panel, names, owned=owned, chain=chain, finite=self._finite)
 
     def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
         self._copy(names, out.permute(1, 2, 0), rows)
@@ -253,7 +261,10 @@ class PanelColumns(Columns):
         values = self._panel.values.permute(1, 0, 2)
         if self._is_whole() and values.is_contiguous() and device == values.device:
             return DensePacked(
-                values, history=history, fused=self._chain.compile(self.names, device)
+                values,
+                history=history,
+                fused=self._chain.compile(self.names, device),
+                finite=self._finite.issuperset(self.names),
             )
         d, n, f = self.shape
         out = torch.empty(n, d, f, device=device)

@@ -88,10 +88,15 @@ def _write_columns(
     else:
         told["kind"] = "panel"
     values = panel.values.permute(1, 0, 2)  # by instrument: packing needs no copy
+    infinite = torch.zeros(len(panel.fields), dtype=torch.bool)
     with (folder / told["file"]).open("wb") as file:
         for first in range(0, len(values), AT_ONCE):
-            values[first : first + AT_ONCE].float().contiguous().cpu().numpy().tofile(file)
+            part = values[first : first + AT_ONCE].float().contiguous().cpu()
+            infinite |= part.isinf().flatten(0, 1).any(0)
+            part.numpy().tofile(file)
         _to_disk(file)
+    # Told once, so that no reader has to look for infinities.
+    told["finite"] = [name for name, bad in zip(panel.fields, infinite, strict=True) if not bad]
     arrays[f"mask{number}"] = panel.mask.cpu().numpy()
     arrays[f"spans{number}"] = panel.spans.cpu().numpy()
     arrays[f"calendar{number}"] = panel.calendar.as_unit("ns").asi8
@@ -118,7 +123,7 @@ def _read_columns(
         spans=torch.from_numpy(arrays[f"spans{number}"]),
     )
     if told["kind"] == "panel":
-        return PanelColumns(panel, told["names"])
+        return PanelColumns(panel, told["names"], finite=frozenset(told["finite"]))
     return WindowColumns(
         panel,
         told["names"],

@@ -111,7 +111,7 @@ class WindowColumns(Columns):
         d, n, _ = self.shape
         return 4 * n * (d + self.num_steps) * (len(self._fields) + len(self._owned))
 
-    def is_surely_finite(self) -> bool:
+    def is_surely_finite(self, names: Sequence[str] | None = None) -> bool:
         if self._owned or len(self._chain):
             return False
         size = {f: self._bars.column(f).abs().nan_to_num(0.0) for f in (*self._fields, PRICE)}

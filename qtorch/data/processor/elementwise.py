@@ -67,6 +67,8 @@ def _mended(columns: Columns, rows: Tensor, seen: Tensor) -> dict[str, Tensor]:
         return out
     for first in range(0, len(columns.names), BLOCK):
         part = columns.names[first : first + BLOCK]
+        if columns.is_surely_finite(part):
+            continue
         block = columns.block(part)
         if not bool(block.isinf().any()):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -192,16 +193,21 @@ class QlibSource(Source):
     def fingerprint(self) -> str:
         """A hash of every file's bytes; within a process, unchanged files are hashed once."""
         digest = hashlib.sha256()
-        for path, relative in self._files():
+        for entry, relative in self._files():
             digest.update(relative.encode())
-            digest.update(_digest_of(path))
+            digest.update(_digest_of(entry))
         return digest.hexdigest()[:32]
 
-    def _files(self) -> Iterator[tuple[Path, str]]:
-        for folder in ("calendars", "instruments", "features"):
-            pattern = "*/*.bin" if folder == "features" else "*.txt"
-            for path in sorted((self._folder / folder).glob(pattern)):
-                yield path, path.relative_to(self._folder).as_posix()
+    def _files(self) -> Iterator[tuple[os.DirEntry[str], str]]:
+        for folder in ("calendars", "instruments"):
+            for entry in _entries(self._folder / folder):
+                if entry.name.endswith(".txt"):
+                    yield entry, f"{folder}/{entry.name}"
+        for instrument in _entries(self._folder / "features"):
+            if instrument.is_dir():
+                for entry in _entries(instrument.path):
+                    if entry.name.endswith(".bin"):
+                        yield entry, f"features/{instrument.name}/{entry.name}"
 
 
 class _Stored(NamedTuple):
@@ -264,10 +270,17 @@ def _read_instruments(path: Path) -> Membership:
     return membership
 
 
-def _digest_of(path: Path) -> bytes:
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name."""
+    with os.scandir(folder) as found:
+        return sorted(found, key=lambda entry: entry.name)
+
+
+def _digest_of(entry: os.DirEntry[str]) -> bytes:
     """The hash of a file, remembered by its size and time of change."""
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    stat = entry.stat()
+    key = (entry.path, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:
-        _digests[key] = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        with open(entry.path, "rb") as file:
+            _digests[key] = hashlib.blake2b(file.read(), digest_size=16).digest()
     return _digests[key]
