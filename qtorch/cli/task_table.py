@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qtorch.cli.task_text import duration, model_of
+from qtorch.cli.task_text import counts_text, duration, model_of
 from qtorch.cli.worker_table import doing, epoch_of, metric_of
 from qtorch.task.definition import RECORDER, Task
 
-STATUSES = ("waiting", "running", "part_done", "done", "failed")
 STYLE = {"done": "green", "failed": "red", "running": "cyan"}
 CSV_COLUMNS = (
     "id", "status", "model", "seed", "priority", "attempt", "errors", "lost", "preemptions",
@@ -102,11 +101,6 @@ def _at(task: Mapping[str, Any]) -> str:
     host = (task.get("worker") or {}).get("host", "")
     parts = (doing(progress), epoch_of(progress), metric_of(progress), f"on {host}" if host else "")
     return "  ".join(p for p in parts if p)
-
-
-def counts_text(stat: Mapping[str, int]) -> str:
-    """`3 waiting, 40 done`."""
-    return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
 
 
 def csv_text(tasks: Sequence[Task]) -> str:

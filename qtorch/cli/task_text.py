@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qtorch.task.query import STATUSES
+
+if TYPE_CHECKING:
+    from qtorch.task.slot import View
 
 KEYS = ("_target_", "class", "func")
 
@@ -16,6 +21,20 @@ def model_of(definition: Any) -> str:
     options = model if "_target_" in model else model.get("kwargs") or {}
     network = options.get("network")
     return (_name(network) if network is not None else "") or _name(model)
+
+
+def counts_text(stat: Mapping[str, int]) -> str:
+    """`3 waiting, 40 done`."""
+    return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
+
+
+def counts_of(views: Iterable[View]) -> dict[str, int]:
+    """What all places of a worker have done, by how it ended."""
+    totals: dict[str, int] = {}
+    for view in views:
+        for name, number in view.counts.items():
+            totals[name] = totals.get(name, 0) + number
+    return totals
 
 
 def duration(seconds: float | None) -> str:

@@ -13,10 +13,12 @@ from qtorch.cli import task_table
 from qtorch.cli.options import count, known_options, needed, seconds, switch
 from qtorch.cli.signals import interruptible
 from qtorch.cli.task_query import chosen_tasks, store_query
+from qtorch.cli.task_text import counts_text
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.runtime import configure_logging
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
+from qtorch.task.query import STATUSES
 
 USAGE = """\
 qtorch tasks: look at a task pool and mend it
@@ -80,8 +82,8 @@ def _stat(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
         stat = manager.task_stat(query)
     else:
         tasks = chosen_tasks(manager, words)
-        stat = {s: n for s in task_table.STATUSES if (n := sum(t["status"] == s for t in tasks))}
-    print(task_table.counts_text(stat) or "no task")
+        stat = {s: n for s in STATUSES if (n := sum(t["status"] == s for t in tasks))}
+    print(counts_text(stat) or "no task")
     return 0
 
 
@@ -101,7 +103,7 @@ def _wait(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     with interruptible(), task_table.progress_shown(manager.task_pool) as on_progress:
         begin = time.monotonic()
         stat = manager.wait(query, timeout=options.get("timeout"), on_progress=on_progress)
-    print(f"{task_table.counts_text(stat)} after {time.monotonic() - begin:.1f} s")
+    print(f"{counts_text(stat)} after {time.monotonic() - begin:.1f} s")
     for task in stat.failed:
         print(f"error: task {task['_id']}: {task['error']}", file=sys.stderr)
     return int(bool(stat.failed))

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.cli.options import count, needed, options_of, seconds, switch
+from qtorch.cli.task_text import counts_of, counts_text
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import configure_logging
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.slot import WorkerOptions
 from qtorch.task.supervisor import Show, Supervisor
+from qtorch.tracking.locations import redacted
 
 USAGE = """\
 qtorch worker: take tasks from a pool and train them, until told to stop
@@ -74,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     options = worker_options(given)
     devices = device_names(given.get("devices"))
     devices = [d for d in devices for _ in range(given.get("per_device") or 1)]
-    TaskManager(options.pool, options.url, patience=10.0).task_stat()  # a wrong URL is said now
+    manager = TaskManager(options.pool, options.url, patience=10.0)
+    told = counts_text(manager.task_stat()) or "no task yet"  # a wrong URL is said now
+    manager.close()
     level = given.get("log_level") or "INFO"
     table = given.get("table")
     table = sys.stdout.isatty() if table is None else table
@@ -82,15 +86,15 @@ def main(argv: Sequence[str]) -> int:
     configure_logging(logging.WARNING if table else level)
     os.environ["QTORCH_WORKER_LOG"] = level
     where = f", its trainings print into {logs}" if logs else ""
-    print(f"worker {os.getpid()} on pool {options.pool}: {', '.join(devices)}{where}", flush=True)
+    print(f"worker {os.getpid()} on {', '.join(devices)}{where}")
+    print(f"pool {options.pool} ({told}) in {redacted(manager.url)}", flush=True)
     with _shown(options.pool, table) as show:
         supervisor = Supervisor(options, devices, show=show, logs=logs)
         code = supervisor.run()
-    totals: dict[str, int] = {}
-    for slot in supervisor.slots:
-        for name, number in slot.view.counts.items():
-            totals[name] = totals.get(name, 0) + number
+    totals = counts_of([slot.view for slot in supervisor.slots])
     print("ended: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
+    for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 

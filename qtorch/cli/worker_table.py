@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from qtorch.cli.task_text import duration, model_of
+from qtorch.cli.task_text import counts_of, duration, model_of
 from qtorch.task.slot import View
 
 COLUMNS = ("place", "device", "task", "model", "doing", "epoch", "samples/s", "metric", "since")
@@ -17,10 +17,7 @@ COLUMNS = ("place", "device", "task", "model", "doing", "epoch", "samples/s", "m
 
 def worker_table(pool: str, views: Sequence[View]) -> Table:
     """One row a place; the counts of all of them in the title."""
-    counts: dict[str, int] = {}
-    for view in views:
-        for name, number in view.counts.items():
-            counts[name] = counts.get(name, 0) + number
+    counts = counts_of(views)
     told = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name == "done")
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title=f"pool {pool}: {told}", title_justify="left"

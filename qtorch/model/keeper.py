@@ -79,6 +79,9 @@ class Keeper(Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._valid_begin = time.perf_counter()
 
+    def on_validation_batch_end(self, *_: Any) -> None:
+        beat("validation")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._valid_seconds += time.perf_counter() - self._valid_begin
 

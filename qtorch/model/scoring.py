@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.heartbeat import beat
 from qtorch.data.batches import Batch, BatchLoader
 from qtorch.data.sample_set import Samples
 from qtorch.model.module import as_columns, network_input
@@ -40,7 +41,10 @@ def score_series(
     loader = BatchLoader(moved, batch_size=batch_size, order="sequential")
     with torch.inference_mode(), evaluated(network, device):
         call = batch_scorer(network)
-        parts = [call(batch, number) for number, batch in enumerate(loader)]
+        parts = []
+        for number, batch in enumerate(loader):
+            beat("scoring")
+            parts.append(call(batch, number))
         scores = torch.cat(parts).float().cpu().numpy() if parts else torch.zeros(0).numpy()
     return pd.Series(scores, index=samples.index, name=SCORE)
 

@@ -129,8 +129,16 @@ class Link:
 
     def _gone(self) -> None:
         if self.busy:
+            self._say_goodbye()
             _end_group()
         self._requests.put(None)
+
+    def _say_goodbye(self) -> None:
+        """A supervisor that was only stopped for a while learns that the task is not to blame."""
+        if self._lock.acquire(timeout=0.1):
+            os.set_blocking(self._replies, False)
+            with contextlib.suppress(OSError):
+                os.write(self._replies, b'{"interrupted": true}\n')
 
 
 def _end_group() -> None:
@@ -140,18 +148,28 @@ def _end_group() -> None:
     os._exit(ORPHANED)
 
 
-def answer(request: Mapping[str, Any], stops: Stops) -> dict[str, Any]:
+def answer(request: Mapping[str, Any], stops: Stops, link: Link) -> dict[str, Any]:
     """Run one task; how it ended, as the supervisor is told.
 
-    One of `{"result": JSON}`, `{"refused": text}` (the trust rule: trying again is no use),
-    `{"error": text, "traceback": text}`, `{"interrupted": true}`.
+    One of `{"result": JSON}`, `{"error": text, "traceback": text}`, `{"interrupted": true}`,
+    `{"refused": text}` (it names what is not trusted, or what there is not: no use in trying
+    again), `{"unusable": text}` (this process cannot work, which is not the task's fault). Once
+    the work has begun `{"ready": true}` is said before.
     """
     try:
-        beat("importing", func=request["func"])
+        beat("importing")
         function = locate(request["func"])
-        beat("starting")
+    except KeyboardInterrupt:
+        return {"interrupted": True}
+    except BaseException as error:
+        return {"unusable": f"{request['func']} cannot be used here: {one_line(error)}"}
+    try:
+        link.say({"ready": True})
         definition = request["definition"]
-        check_config(definition)
+        try:
+            check_config(definition)
+        except QtorchError as error:
+            return {"refused": str(error)}
         earlier = request.get("res")
         first = definition if earlier is None else decode_result(json.dumps(earlier))
         options = taken_by(function, request["options"])
@@ -188,9 +206,9 @@ def main(argv: list[str]) -> int:
     try:
         with listening(link.beat):
             while (request := link.request()) is not None:
-                told = answer(request, stops)
+                told = answer(request, stops, link)
                 link.say(told)
-                if request.get("last") or "error" in told or "interrupted" in told:
+                if request.get("last") or not {"result", "refused"} & told.keys():
                     break  # memory goes back whole; after an error nothing is taken for granted
     except KeyboardInterrupt:
         log.debug("stopped while idle")

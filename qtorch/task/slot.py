@@ -121,6 +121,9 @@ class Slot(threading.Thread):
         """Until there is nothing more to do, or a stop is ordered."""
         try:
             self._work()
+        except TaskError as error:
+            self.error = error
+            log.error("%s ends: %s", self.name, error)
         except BaseException as error:
             self.error = error
             log.exception("%s ends", self.name)
@@ -183,21 +186,26 @@ class Slot(threading.Thread):
             self.view.task = None
 
     def _watched(self, task: Task, status: str, lease: LeaseKeeper) -> dict[str, Any]:
-        """The child's answer; or `died`, `hung`, `interrupted`, `lost` where it gives none."""
+        """The child's answer; or `died`, `hung`, `interrupted`, `lost` where it gives none.
+
+        A child that ends before its work has begun is `unusable`: that is no fault of the task.
+        """
         child = self._ready_child()
         child.say(self._request(task, status))
-        sign, stopped = time.monotonic(), None
+        sign, stopped, ready = time.monotonic(), None, False
         while True:
             messages = child.messages(LOOK_SECONDS)
             now = time.monotonic()
             if messages is None:
                 how = child.how_it_ended()
                 self._drop_child()
-                asked = stopped is not None
-                return {"interrupted": True} if asked else {"died": f"the task's process {how}"}
+                if stopped is not None:
+                    return {"interrupted": True}
+                kind = "died" if ready else "unusable"
+                return {kind: f"the task's process {how}"}
             for message in messages:
-                sign = now
-                if "beat" not in message and "run" not in message:
+                sign, ready = now, ready or "ready" in message
+                if not {"beat", "run", "ready"} & message.keys():
                     return message
                 self._note(message, lease)
             if lease.lost.is_set():
@@ -238,7 +246,7 @@ class Slot(threading.Thread):
         if "run" in message:
             self.view.run = dict(message["run"])
             lease.note_run(self.view.run)
-        else:
+        elif "beat" in message:
             # A new stage keeps what is known of the training: its epoch, its metrics.
             self.view.progress = {**self.view.progress, **message["beat"]}
             lease.note(self.view.progress)
@@ -261,16 +269,19 @@ class Slot(threading.Thread):
                 view.counts["done"] += 1
                 log.info("%s: %s is done", self.name, name)
             elif outcome.get("interrupted"):
-                manager.return_task(task, status, preempted=True)
+                _held(manager.return_task(task, status, preempted=True))
                 view.counts["returned"] += 1
                 log.info("%s: %s goes back to the pool", self.name, name)
+            elif "unusable" in outcome:
+                manager.return_task(task, status)
+                raise TaskError(f"this worker cannot work: {outcome['unusable']}")
             else:
                 self._patiently(lambda: self._failed(manager, task, status, outcome), lease)
                 view.counts["failed"] += 1
         except LeaseLost as lost:
             view.counts["lost"] += 1
             log.warning("%s: %s is no longer ours, nothing is committed: %s", self.name, name, lost)
-        if "result" not in outcome or self.options.force_release:
+        if self.options.force_release or not {"result", "refused"} & outcome.keys():
             self._drop_child()
 
     def _failed(
@@ -278,10 +289,11 @@ class Slot(threading.Thread):
     ) -> None:
         if "refused" in outcome:  # no further attempt can mend that
             text = outcome["refused"]
-            manager.fail_task(task, text)
+            _held(manager.fail_task(task, text))
         else:
             text = outcome.get("error") or outcome.get("died") or outcome.get("hung")
-            manager.return_task(task, status, error=text, traceback=outcome.get("traceback"))
+            trace = outcome.get("traceback")
+            _held(manager.return_task(task, status, error=text, traceback=trace))
         log.error("%s: task %s failed: %s", self.name, task["_id"], text)
 
     def _patiently(self, call: Callable[[], Any], lease: LeaseKeeper) -> None:
@@ -313,3 +325,9 @@ class Slot(threading.Thread):
         child, self.child = self.child, None
         if child is not None:
             child.kill() if kill else child.finish()
+
+
+def _held(told: bool) -> None:
+    """LeaseLost where the pool took no word of this worker's on the task."""
+    if not told:
+        raise LeaseLost("its lease ran out meanwhile")

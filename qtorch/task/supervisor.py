@@ -1,7 +1,7 @@
 """A worker: a small process without torch that has its children train, and keeps their leases.
 
 One thread for each place (`qtorch.task.slot`), a child in each; this module's main thread minds
-the signals, tells the children that it lives, and shows what they do.
+the signals and shows what they do, another one tells the children that this process lives.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,16 +75,22 @@ class Supervisor:
         with self._listening():
             for slot in self.slots:
                 slot.start()
+            threading.Thread(target=self._ping, daemon=True, name="ping").start()
             while any(slot.is_alive() for slot in self.slots):
                 self._mind_signals()
-                for slot in self.slots:
-                    slot.ping()
                 if self.show is not None:
                     self.show([slot.view for slot in self.slots])
                 time.sleep(TICK_SECONDS)
         if self._signals:
             return 128 + self._signals[0][0]
         return int(any(slot.error is not None for slot in self.slots))
+
+    def _ping(self) -> None:
+        """Tell the children that this process lives, also while a terminal is held up."""
+        while True:
+            for slot in self.slots:
+                slot.ping()
+            time.sleep(TICK_SECONDS)
 
     def _mind_signals(self) -> None:
         if not self._signals:

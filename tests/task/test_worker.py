@@ -129,17 +129,36 @@ def test_max_tasks_and_several_to_a_device(pool):
     assert devices <= {"7", "9"}
 
 
-def test_what_is_no_function_or_not_trusted_fails_with_the_reason(pool):
-    (id,) = pool.add("quick")
-    worker = pool.start("func=worker_parts.akt", "idle_timeout=0")
-    ended(worker)
-    assert "Did you mean 'act'" in pool.task(id)["error"]
-    definition = {"model": {"_target_": "os.system", "command": "true"}}
-    (id,) = pool.manager.create_task([definition])
+def test_what_is_not_trusted_or_not_there_fails_with_the_reason(pool):
+    targets = {"os.system": "QTORCH_TRUSTED", "qtorch.nn.LSTN": "Did you mean 'LSTM'"}
+    definitions = [{"model": {"_target_": name, "command": "true"}} for name in targets]
+    ids = [*pool.manager.create_task(definitions), *pool.add("quick")]
     ended(pool.start("idle_timeout=0"))
+    for id, said in zip(ids, targets.values(), strict=False):
+        task = pool.task(id)
+        assert (task["status"], task["errors"]) == ("failed", 1)
+        assert said in task["error"]
+    assert pool.task(ids[-1])["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["func=worker_parts.akt"], "Did you mean 'act'"),
+        (["func=no_such_module.act"], "no_such_module"),
+        (["func=broken_library.act"], "ended with code 1"),
+    ],
+)
+def test_a_worker_that_cannot_work_spoils_no_task(pool, words, said):
+    """A wrong function, a library that does not load: the tasks are not to blame."""
+    (id,) = pool.add("quick")
+    (pool.folder / "broken_library.py").write_text("import os\nos._exit(1)\n")
+    worker = pool.start(*words)
+    out = ended(worker)
+    assert worker.returncode == 1
+    assert said in out.splitlines()[-1]
     task = pool.task(id)
-    assert (task["status"], task["errors"]) == ("failed", 1)
-    assert "QTORCH_TRUSTED" in task["error"]
+    assert (task["status"], task["errors"], task["lost"]) == ("waiting", 0, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -271,7 +290,7 @@ def test_a_store_that_is_locked_for_longer_than_a_lease(pool):
 
 def test_a_supervisor_is_small_and_starts_quickly():
     code = (
-        "import sys, time, qtorch.cli.main, qtorch.cli.worker, qtorch.task.sql, qtorch.task.supervisor;"
+        "import sys, time, qtorch.cli.worker, qtorch.task.sql, qtorch.task.supervisor;"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy', 'pytorch_lightning', 'hydra')"
         " if m in sys.modules], time.process_time(), sep='|')"
     )
