@@ -11,7 +11,7 @@ from qtorch.cli.config_path import config_path
 from qtorch.core.instantiate import init_instance_by_config
 
 CONF = config_path()
-ROOTS = ("bars", "predict", "train")
+ROOTS = ("bars", "predict", "rolling", "train")
 FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
 CHOICES = [f for f in FILES if "/" in f and not f.startswith("hydra/")]
 # What must be given before a choice can be built.
@@ -93,3 +93,9 @@ def test_the_main_job_is_qlibs_lstm_benchmark():
     ]
     assert dataset["step_len"] == 20
     assert (network["hidden_size"], network["num_layers"], network["dropout"]) == (64, 2, 0.0)
+
+
+def test_rolling_takes_the_groups_of_train():
+    settings, train = composed("rolling", ["data=synthetic_tiny"]), composed("train", [])
+    assert settings["task"].keys() == train["task"].keys()
+    assert settings["handler"] == train["handler"] | {"source": settings["data"]}

@@ -1,0 +1,190 @@
+"""`qtorch rolling`, here and through a pool, and a real study whose worker is killed."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_pool_training import HERE, in_mid_training, until
+
+from qtorch import R
+from qtorch.cli.compose import composed
+from qtorch.data.source.qlib import QlibSource
+from qtorch.study import rolling_study
+from qtorch.study.rolling import PARENT_TAG
+from qtorch.task import TaskManager
+from qtorch.trainer import DelayTrainerRM, TrainerR
+
+TINY = ("debug=tiny", "log_level=WARNING", "model.network.hidden_size=8", "step=35")
+LEASE = 6.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit-equal means: with one number of threads; the workers are started with one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def parent_and_windows(experiment: str = "debug"):
+    """The newest study of an experiment, and its windows in order."""
+    runs = list(R.list_recorders(experiment_name=experiment).values())
+    tags = {r.id: r.list_tags() for r in runs}
+    parent = next(r for r in runs if PARENT_TAG not in tags[r.id])
+    windows = [r for r in runs if tags[r.id].get(PARENT_TAG) == parent.id]
+    return parent, sorted(windows, key=lambda r: int(tags[r.id]["rolling.window"]))
+
+
+@pytest.mark.slow
+def test_a_study_here_and_through_a_pool(qtorch_cli, folder):
+    told = qtorch_cli("rolling", *TINY, f"cache={folder}/features")
+    assert told.code == 0, told.err
+    parent, windows = parent_and_windows()
+    assert len(windows) == 4
+    assert parent.name == "rolling LSTM"
+    assert all(r.id in told.out for r in (parent, *windows))
+    assert {"IC", "test.IC", "window.IC"} <= parent.list_metrics().keys()
+    expected = parent.load_object("pred.pkl")
+
+    shown = qtorch_cli("data", "cache", f"folder={folder}/features").out
+    assert "1 entries" in shown
+
+    told = qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows")
+    assert told.code == 0, told.err
+    pooled, children = parent_and_windows()
+    assert pooled.id != parent.id
+    pd.testing.assert_frame_equal(pooled.load_object("pred.pkl"), expected, check_exact=True)
+    assert TaskManager("windows").task_stat()["done"] == 4
+
+    # The same study again finds its windows done, and takes them as its own.
+    assert qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows").code == 0
+    again, same = parent_and_windows()
+    assert again.id != pooled.id
+    assert [r.id for r in same] == [r.id for r in children]
+
+
+@pytest.mark.slow
+def test_horizon_and_warm_start_from_the_command_line(qtorch_cli, folder):
+    words = ["horizon=5", "warm_start=true", "rtype=sliding", "step=70"]
+    told = qtorch_cli("rolling", *TINY, *words, f"cache={folder}/features")
+    assert told.code == 0, told.err
+    parent, windows = parent_and_windows()
+    task = windows[1].load_object("task")
+    assert task["dataset"]["handler"]["label"] == ["Ref($close, -6)/Ref($close, -1) - 1"]
+    assert windows[1].list_tags()["warm_start.from"] == windows[0].id
+    assert parent.list_params()["rolling.horizon"] == "5"
+    test, valid = (task["dataset"]["segments"][s] for s in ("test", "valid"))
+    days = pd.bdate_range(valid[1], test[0])
+    assert len(days) - 1 == 6  # as far as this label looks
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stp=40"], "Did you mean"),
+        (["runner=rmm"], "Did you mean 'rm'"),
+        (["rtype=slidin"], "Did you mean 'sliding'"),
+        (["step=0"], "at least one trading day"),
+    ],
+)
+def test_misuse_is_one_line(qtorch_cli, words, said):
+    assert said in qtorch_cli("rolling", "debug=tiny", *words).error()
+
+
+def test_help_names_the_options(qtorch_cli):
+    told = qtorch_cli("rolling", "--help")
+    assert told.code == 0
+    assert all(word in told.out for word in ("step", "rtype", "horizon", "warm_start", "runner"))
+
+
+# -- a real study ----------------------------------------------------------------------------------
+
+STEP, WINDOWS = 20, 12
+
+
+def real_task(provider: Path, model: str, cache: Path) -> dict:
+    """Two years of training on 100 instruments, 12 windows of 20 days."""
+    source = QlibSource(str(provider))
+    days, names = source.calendar(), sorted(source.instruments("nyse500"))[:100]
+    ends = [len(days) - 1 - k for k in (WINDOWS * STEP + 360, WINDOWS * STEP + 40, WINDOWS * STEP)]
+    first, train, valid = (f"{days[k]:%Y-%m-%d}" for k in ends)
+    behind = [f"{days[k + 1]:%Y-%m-%d}" for k in ends[1:]]
+    settings = composed(
+        "rolling",
+        [
+            "data=qlib",
+            f"data.provider_uri={provider}",
+            f"model={model}",
+            "dataset.step_len=10",
+            "model.network.hidden_size=16",
+            "model.network.dropout=0.1",
+            "model.checkpoint.every_n_steps=5",
+            "trainer.max_epochs=3",
+            "trainer.accelerator=cpu",
+            "callbacks=no_stop",
+        ],
+    )
+    task = settings["task"]
+    task["dataset"]["handler"] |= {"instruments": names, "cache": str(cache)}
+    task["dataset"]["segments"] = {
+        "train": [first, train],
+        "valid": [behind[0], valid],
+        "test": [behind[1], f"{days[-1]:%Y-%m-%d}"],
+    }
+    return task
+
+
+@pytest.mark.slow
+def test_a_real_study_survives_the_death_of_a_worker(start, folder, market_data):
+    """24 windows of LSTM and GRU, two workers, one of them killed, another one comes."""
+    provider = market_data / "qlib_nyse500"
+    tasks = {name: real_task(provider, name, folder / "features") for name in ("lstm", "gru")}
+    options = {"step": STEP, "rtype": "sliding", "cache": str(folder / "features")}
+    trainer = DelayTrainerRM("study", "pool", skip_run_task=True, lease=LEASE)
+    pool = TaskManager("pool", lease=LEASE)
+
+    def worker():
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        return start("worker", "pool=pool", f"lease={LEASE}", PYTHONPATH=path)
+
+    def in_the_firsts_hands():
+        running = pool.query({"status": "running"}, decode=False)
+        return any(
+            t["worker"]["pid"] == first.pid and in_mid_training(pool, t["_id"])() for t in running
+        )
+
+    first, _ = worker(), worker()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(
+            lambda: {
+                n: rolling_study(t, trainer, recorder_name=n, **options) for n, t in tasks.items()
+            }
+        )
+        until(in_the_firsts_hands, first, patience=300)
+        first.kill()
+        first.communicate()
+        worker()
+        results = running.result(timeout=1500)
+
+    assert pool.task_stat() == {**dict.fromkeys(pool.task_stat(), 0), "done": 2 * WINDOWS}
+    lost = [t for t in pool.query({}) if t["lost"]]
+    assert len(lost) == 1
+    assert lost[0]["res"].list_tags()["qtorch.attempt"] != "1"  # resumed in its own run
+    for name, result in results.items():
+        assert len(result.windows) == WINDOWS
+        days = result.prediction.index.get_level_values("datetime").unique()
+        start_day, end_day = tasks[name]["dataset"]["segments"]["test"]
+        assert days.equals(
+            QlibSource(str(provider)).calendar(start_day, end_day).rename("datetime")
+        )
+        assert result.prediction.index.is_unique
+        assert {"IC", "Rank IC", "test.ICIR"} <= result.recorder.list_metrics().keys()
+        here = rolling_study(tasks[name], TrainerR("here"), **options)
+        pd.testing.assert_frame_equal(here.prediction, result.prediction, check_exact=True)
