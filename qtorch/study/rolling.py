@@ -73,8 +73,8 @@ def rolling_study(
 
     The windows store their scores, and what `part_records` (like a task's `record`) make; the
     task's own records run on the stitched signal. The study's run holds `pred.pkl`, `label.pkl`,
-    `task`, the list of windows as `rolling`, and each window's IC as the metric `window.IC` by
-    number. Raises StudyError where windows failed: their runs, and the study's, say why.
+    `task`, the list of windows as `rolling`, and each window's IC as the metric `window.IC`.
+    Raises StudyError where windows failed: their runs, and the study's, say why.
     """
     base = complete_task(task)
     tasks = rolled(
@@ -87,21 +87,25 @@ def rolling_study(
         calendar=calendar,
         records=window_records(part_records),
     )
-    trainer = TrainerR(experiment_name) if trainer is None else trainer
+    trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
-    told = {"step": step, "rtype": rtype, "horizon": horizon, "warm_start": warm_start}
+    told: dict[str, Any] = {
+        "step": step,
+        "rtype": rtype,
+        "horizon": horizon,
+        "warm_start": warm_start,
+    }
+    told["windows"] = len(tasks)
     with R.start(experiment_name=name, recorder_name=recorder_name):
         parent = R.get_recorder()
         try:
-            shown = {**shown_task(base), "rolling": {**told, "windows": len(tasks)}}
-            parent.log_params(**flatten_dict(shown))
+            parent.log_params(**flatten_dict({**shown_task(base), "rolling": told}))
             parent.save_objects(task=base)
             log.info("%d windows of %d days, %s", len(tasks), step, span_text(tasks))
             if warm_start is False:
                 windows = _trained(trainer, tasks, parent)
             else:
-                options = warm_start if isinstance(warm_start, Mapping) else {}
-                windows = _trained_in_turn(trainer, tasks, parent, options)
+                windows = _trained_in_turn(trainer, tasks, parent, warm_start)
             _keep_windows(parent, tasks, windows)
             result = _stitched(base, parent, tasks, windows)
         except Exception as error:
@@ -129,9 +133,10 @@ def _trained_in_turn(
     trainer: Trainer,
     tasks: Sequence[dict[str, Any]],
     parent: Recorder,
-    options: Mapping[str, Any],
+    warm_start: bool | Mapping[str, Any],
 ) -> list[Recorder]:
     """The same where each window needs the one before it."""
+    options = warm_start if isinstance(warm_start, Mapping) else {}
     done: list[Recorder] = []
     for number, task in enumerate(tasks):
         task = warmed(task, done[-1], options) if done else task

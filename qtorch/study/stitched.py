@@ -15,7 +15,7 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.model.base import BaseModel
 from qtorch.task.parts import dataset_of, segments_of, with_options
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.run import _make_records as make_records
+from qtorch.trainer.run import make_records
 
 log = logging.getLogger(__name__)
 

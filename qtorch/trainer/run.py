@@ -152,9 +152,7 @@ def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
         log.warning("the run of an earlier attempt is gone, a new one is started: %s", error)
         return None
     if getattr(recorder, "deleted", False):
-        log.warning(
-            "the run %s of an earlier attempt is deleted: a new one begins", recorder.id
-        )
+        log.warning("the run %s of an earlier attempt is deleted: a new one begins", recorder.id)
         return None
     return recorder
 
@@ -196,7 +194,7 @@ def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) 
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
-        _make_records(recorder, task.get("record"), model, dataset)
+        make_records(recorder, task.get("record"), model, dataset)
 
 
 def _built(config: Any) -> Any:
@@ -216,7 +214,8 @@ def _save_dataset(recorder: Recorder, dataset: Any) -> None:
         log.warning("the dataset is not stored with the run: %s", error)
 
 
-def _make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
+def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
+    """Make a task's `record` of a model and a dataset, in order, in a run."""
     listed = [records] if isinstance(records, Mapping | str) else list(records or [])
     for config in fill_placeholder(listed, {"<MODEL>": model, "<DATASET>": dataset}):
         record = init_instance_by_config(
