@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError, TaskTimeout
+from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.pool import Pool, default_url, task_of, told
-from qtorch.task.query import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status, parse_query
+from qtorch.task.query import (
+    DONE,
+    FAILED,
+    PART_DONE,
+    RUNNING,
+    WAITING,
+    Condition,
+    check_status,
+    parse_query,
+)
 from qtorch.task.store import Change, open_store, retrying
+from qtorch.task.waiting import WaitResult, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +33,6 @@ LEASE_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
 FRESH = {"errors": 0, "lost": 0, "error": None, "traceback": None}
 SWEEP_SECONDS = 0.5  # between two looks for lost leases while other tasks wait
-NAMED_AT_MOST = 10
-
-
-class WaitResult(dict[str, int]):
-    """How many tasks have which status; `failed` holds the failed tasks themselves."""
-
-    failed: list[Task]
 
 
 class TaskManager:
@@ -106,6 +108,8 @@ class TaskManager:
         known = self._ids_of(definitions)
         new = {d.hash: d for d in definitions if d.hash not in known}
         log.info("tasks in all: %d, new ones: %d", len(definitions), len(new))
+        if known:
+            self._warn_of_failed(tuple(known))
         if print_nt:
             for definition in new.values():
                 log.info("new task: %s", definition.text)
@@ -336,46 +340,26 @@ class TaskManager:
         `on_progress` gets the counts whenever they change. Raises TaskTimeout after `timeout`
         seconds; failed tasks are in `.failed` of what is returned, and logged.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        before: dict[str, int] | None = None
-        while True:
-            self._pool.take_back_expired()
-            stat = self.task_stat(query)
-            if stat != before and on_progress is not None:
-                on_progress(dict(stat))
-            if before is None and any(stat.get(s) for s in (WAITING, RUNNING, PART_DONE)):
-                log.info("waiting for tasks of pool %r: %s", self.task_pool, stat)
-            before = stat
-            if not any(n for status, n in stat.items() if status not in finished):
-                return self._waited(stat, query)
-            if end is not None and time.monotonic() >= end:
-                raise self._timeout(float(timeout or 0), query, finished)
-            time.sleep(poll if end is None else max(0.0, min(poll, end - time.monotonic())))
+        return wait_for(
+            self, query, timeout=timeout, poll=poll, on_progress=on_progress, finished=finished
+        )
+
+    def take_back_expired(self) -> int:
+        """Let tasks whose lease has run out wait again (or fail, by `max_lost`); how many."""
+        return self._pool.take_back_expired()
 
     # Steps
 
-    def _waited(self, stat: dict[str, int], query: Query | None) -> WaitResult:
-        result = WaitResult(stat)
-        result.failed = []
-        if stat.get(FAILED):
-            listed = self.query(query, decode=False)
-            result.failed = [t for t in listed if t["status"] == FAILED]
-            lines = "".join(f"\n  task {t['_id']}: {t['error']}" for t in result.failed)
-            log.warning("%d of %d tasks failed:%s", stat[FAILED], sum(stat.values()), lines)
-        return result
-
-    def _timeout(self, timeout: float, query: Query | None, finished: Sequence[str]) -> TaskTimeout:
-        tasks = [t for t in self.query(query, decode=False) if t["status"] not in finished]
-        shown = [
-            f"{t['_id']} ({t['status']}{' on ' + t['worker']['host'] if t['worker'] else ''})"
-            for t in tasks[:NAMED_AT_MOST]
-        ]
-        more = f", and {len(tasks) - len(shown)} more" if len(tasks) > len(shown) else ""
-        return TaskTimeout(
-            f"after {timeout:g} s, {len(tasks)} tasks of pool {self.task_pool!r} are unfinished: "
-            f"{', '.join(shown)}{more}. Start workers, or wait longer.",
-            [t["_id"] for t in tasks],
-        )
+    def _warn_of_failed(self, hashes: tuple[str, ...]) -> None:
+        condition = Condition(hashes=hashes, statuses=(FAILED,))
+        stat = self._pool.call("count tasks", lambda s: s.count(self.task_pool, condition))
+        if stat:
+            log.warning(
+                "%d of these tasks are in pool %r already, as failed, and stay so until "
+                "`reset_status(query, 'waiting')` or `qtorch tasks retry`",
+                stat[FAILED],
+                self.task_pool,
+            )
 
     def _ids_of(self, definitions: Sequence[Definition]) -> dict[str, str]:
         hashes = [d.hash for d in definitions]

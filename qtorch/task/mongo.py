@@ -171,7 +171,7 @@ class MongoStore(Store):
         if version == SCHEMA_VERSION:
             return
         self._tasks.create_index([("pool", 1), ("hash", 1)], unique=True)
-        self._tasks.create_index([("pool", 1), ("status", 1), *TURN])
+        self._tasks.create_index([("status", 1), ("pool", 1), *TURN])
         for step in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
             MIGRATIONS[step](self._database)
         schema.update_one({"_id": "version"}, {"$set": {"version": SCHEMA_VERSION}}, upsert=True)

@@ -56,9 +56,9 @@ def run_task(
 
     `func(definition, **kwargs)` for `before_status` waiting, `func(result, **kwargs)` for
     part_done; a dotted name will do. If it has a parameter `run` and an earlier attempt had a run,
-    it gets that run's ids. Ends when nothing more can be taken for `idle_timeout` seconds (None:
-    when every task that matches is done or failed, also those that others run), or after
-    `max_tasks`. `force_release` gives each task a process of its own.
+    it gets that run's ids. Ends when nothing could be taken for `idle_timeout` seconds (None: when
+    nothing is left to take, and others run nothing that may come back), or after `max_tasks`.
+    `force_release` gives each task a process of its own.
 
     A thread renews the lease. An error of `func` counts for its task and the next one is taken; a
     definition that names what is not trusted, or what there is not, fails at once. SIGTERM and
@@ -79,7 +79,7 @@ def run_task(
                     count += 1
                     work.attempt(task, signals)
                     idle_since, pause = time.monotonic(), IDLE_PAUSES[0]
-                elif _nothing_more(manager, query, idle_timeout, time.monotonic() - idle_since):
+                elif work.is_over(query, idle_timeout, time.monotonic() - idle_since):
                     break
                 else:
                     time.sleep(pause * random.uniform(0.7, 1.0))
@@ -173,6 +173,13 @@ class _Work:
         self.takes_run = "run" in signature.parameters and "run" not in self.arguments
         self.released_name = dotted_name(self.function) if force_release else None
 
+    def is_over(self, query: Query | None, idle_timeout: float | None, idle: float) -> bool:
+        """Whether a worker that found nothing to take for `idle` seconds ends."""
+        if idle_timeout is not None:
+            return idle >= idle_timeout
+        stat = self.manager.task_stat(query)  # what runs elsewhere may come back
+        return not stat.get(self.before) and not stat.get(RUNNING)
+
     def attempt(self, task: Task, signals: Signals) -> None:
         """Run one task and tell the pool how it ended."""
         log.info("task %s, attempt %d", task["_id"], task["attempt"])
@@ -240,12 +247,3 @@ class _Work:
         else:
             text = getattr(error, "traceback_text", None)
             self.manager.return_task(task, self.before, error=error, traceback=text)
-
-
-def _nothing_more(
-    manager: TaskManager, query: Query | None, idle_timeout: float | None, idle: float
-) -> bool:
-    if idle_timeout is not None:
-        return idle >= idle_timeout
-    stat = manager.task_stat(query)
-    return not any(n for status, n in stat.items() if status not in (DONE, FAILED))

@@ -89,6 +89,7 @@ def make_manager(url: str, pool_name: str) -> Iterator[Callable[..., TaskManager
 
     yield make
     for manager in made:
+        manager.remove()  # servers are shared, and slower the more they hold
         manager.close()
 
 

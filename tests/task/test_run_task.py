@@ -103,7 +103,8 @@ def test_a_definition_that_names_the_wrong_thing_fails_at_once(manager, url, mod
 
 def test_two_phases(manager, url):
     manager.create_task(numbers(2))
-    run_task(lambda task: task["number"] + 10, manager.task_pool, url=url, after_status="part_done")
+    first = {"after_status": "part_done", "idle_timeout": None}
+    run_task(lambda task: task["number"] + 10, manager.task_pool, url=url, **first)
     assert manager.task_stat() == {"part_done": 2}
     run_task(lambda result: result * 2, manager.task_pool, url=url, before_status="part_done")
     assert [t["res"] for t in manager.query()] == [20, 22]
