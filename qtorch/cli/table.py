@@ -101,7 +101,7 @@ def print_jobs(jobs: Sequence[JobResult]) -> None:
             str(job.number),
             " ".join(o for o in job.overrides if o not in common) or "-",
             f"[{style}]{job.status}[/{style}]" if style else job.status,
-            job.run_id or "-",
+            job.run_id or (f"task {job.sent['id']}" if job.sent else "-"),
             *(number(v) for v in values),
             f"{job.seconds:.1f}",
         )

@@ -20,11 +20,11 @@ pytestmark = pytest.mark.slow
 
 
 class Pool:
-    """A pool on SQLite, its workers, and what its tasks wrote."""
+    """A pool (on SQLite unless it is told), its workers, and what its tasks wrote."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.url = folder, f"sqlite:///{folder}/tasks.db"
-        self.manager = TaskManager("pool", self.url, lease=2.0)
+    def __init__(self, folder: Path, url: str | None = None, name: str = "pool") -> None:
+        self.folder, self.url, self.name = folder, url or f"sqlite:///{folder}/tasks.db", name
+        self.manager = TaskManager(name, self.url, lease=2.0)
         self.journal, self.go = folder / "journal", folder / "go"
         self.workers: list[subprocess.Popen[str]] = []
 
@@ -37,7 +37,7 @@ class Pool:
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """A worker in its own process group."""
-        command = [sys.executable, "-m", "qtorch.cli.main", "worker", "pool=pool"]
+        command = [sys.executable, "-m", "qtorch.cli.main", "worker", f"pool={self.name}"]
         path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         worker = subprocess.Popen(
             [*command, f"url={self.url}", "func=worker_parts.act", "devices=cpu", *words],
@@ -67,17 +67,28 @@ class Pool:
         task = self.task(id)
         return task["status"] == "running" and bool(task["run"]) and bool(task["progress"])
 
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                os.kill(worker.pid, signal.SIGCONT)
+                worker.kill()
+            worker.communicate()
+        self.manager.close()
+
 
 @pytest.fixture
 def pool(tmp_path) -> Iterator[Pool]:
     made = Pool(tmp_path)
     yield made
-    for worker in made.workers:
-        if worker.poll() is None:
-            os.kill(worker.pid, signal.SIGCONT)
-            worker.kill()
-        worker.communicate()
-    made.manager.close()
+    made.close()
+
+
+@pytest.fixture
+def pool_anywhere(tmp_path, url, pool_name) -> Iterator[Pool]:
+    """A pool on each store in turn."""
+    made = Pool(tmp_path, url, pool_name)
+    yield made
+    made.close()
 
 
 def alive(pid: int) -> bool:
@@ -265,6 +276,20 @@ def test_a_stopped_worker_loses_its_lease_its_child_and_its_say(pool):
     assert task["worker"]["pid"] == other.pid
     worker.terminate()
     assert "is no longer ours" in ended(worker)
+
+
+def test_every_store_serves_workers(pool_anywhere):
+    pool = pool_anywhere
+    (id,) = pool.add("long")
+    first = pool.start("lease=2")
+    until(lambda: pool.runs(id))
+    pool.add(*["quick"] * 3)
+    first.kill()
+    pool.go.touch()
+    out = ended(pool.start("lease=2", "idle_timeout=4", "per_device=2"), 60)
+    assert pool.manager.task_stat() == {"done": 4}, out
+    task = pool.task(id)
+    assert (task["attempt"], task["lost"], task["res"]["run"]) == (2, 1, "run0")
 
 
 def test_a_store_that_is_locked_for_longer_than_a_lease(pool):
