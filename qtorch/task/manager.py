@@ -10,7 +10,7 @@ from typing import Any
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
 from qtorch.task.lease import LeaseKeeper
-from qtorch.task.pool import Pool, default_url, task_of, told
+from qtorch.task.pool import Pool, default_url, open_store, task_of, told
 from qtorch.task.query import (
     DONE,
     FAILED,
@@ -21,7 +21,7 @@ from qtorch.task.query import (
     check_status,
     parse_query,
 )
-from qtorch.task.store import Change, open_store, retrying
+from qtorch.task.store import Change, retrying
 from qtorch.task.waiting import WaitResult, wait_for
 
 log = logging.getLogger(__name__)

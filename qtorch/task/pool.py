@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qtorch.core.errors import LeaseLost, TaskDefinitionError
+from qtorch.core.errors import LeaseLost, TaskDefinitionError, TaskStoreError
 from qtorch.core.session import session
 from qtorch.task.definition import Task, decode_definition, decode_result
 from qtorch.task.query import FAILED, RUNNING, WAITING, Condition
-from qtorch.task.store import Change, Row, Store, open_store, retrying
+from qtorch.task.store import Change, Row, Store, retrying
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,23 @@ def default_url() -> str:
     """
     given = session().task_url or os.environ.get(URL_VARIABLE)
     return given or f"sqlite:///{Path('mlruns', 'tasks.db').absolute()}"
+
+
+def open_store(url: str) -> Store:
+    """The store behind a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
+    scheme = url.partition(":")[0].partition("+")[0]
+    if scheme in ("sqlite", "postgresql", "postgres"):
+        from qtorch.task.sql import SqlStore
+
+        return SqlStore(url)
+    if scheme == "mongodb":
+        from qtorch.task.mongo import MongoStore
+
+        return MongoStore(url)
+    raise TaskStoreError(
+        f"the task URL {url!r} names no store that pools know. Write sqlite:///FILE, "
+        "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
+    )
 
 
 class Pool:

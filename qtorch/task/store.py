@@ -107,23 +107,6 @@ class Store(ABC):
         """Give the connections back."""
 
 
-def open_store(url: str) -> Store:
-    """The store behind a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
-    scheme = url.partition(":")[0].partition("+")[0]
-    if scheme in ("sqlite", "postgresql", "postgres"):
-        from qtorch.task.sql import SqlStore
-
-        return SqlStore(url)
-    if scheme == "mongodb":
-        from qtorch.task.mongo import MongoStore
-
-        return MongoStore(url)
-    raise TaskStoreError(
-        f"the task URL {url!r} names no store that pools know. Write sqlite:///FILE, "
-        "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
-    )
-
-
 def retrying(call: Callable[[], T], *, patience: float, what: str) -> T:
     """The call's result, tried again for `patience` seconds while the store is away.
 
