@@ -89,36 +89,38 @@ def rolling_study(
     )
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
-    told: dict[str, Any] = {
-        "step": step,
-        "rtype": rtype,
-        "horizon": horizon,
-        "warm_start": warm_start,
-    }
-    told["windows"] = len(tasks)
+    told = {"step": step, "rtype": rtype, "horizon": horizon, "warm_start": warm_start}
     with R.start(experiment_name=name, recorder_name=recorder_name):
         parent = R.get_recorder()
         try:
-            parent.log_params(**flatten_dict({**shown_task(base), "rolling": told}))
-            parent.save_objects(task=base)
-            log.info("%d windows of %d days, %s", len(tasks), step, span_text(tasks))
-            if warm_start is False:
-                windows = _trained(trainer, tasks, parent)
-            else:
-                windows = _trained_in_turn(trainer, tasks, parent, warm_start)
+            _begin(parent, base, tasks, told)
+            train = _trained if warm_start is False else _trained_in_turn
+            windows = train(trainer, tasks, parent, warm_start)
             _keep_windows(parent, tasks, windows)
-            result = _stitched(base, parent, tasks, windows)
+            return _stitched(base, parent, tasks, windows)
         except Exception as error:
             record_failure(parent, error)
             raise
-    return result
+
+
+def _begin(
+    parent: Recorder,
+    base: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, Any]],
+    told: Mapping[str, Any],
+) -> None:
+    """What the study is, into its run."""
+    rolling = {**told, "windows": len(tasks)}
+    parent.log_params(**flatten_dict({**shown_task(base), "rolling": rolling}))
+    parent.save_objects(task=base)
+    log.info("%d windows of %d days, %s", len(tasks), told["step"], span_text(tasks))
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def _trained(
-    trainer: Trainer, tasks: Sequence[Mapping[str, Any]], parent: Recorder
+    trainer: Trainer, tasks: Sequence[dict[str, Any]], parent: Recorder, warm_start: Any
 ) -> list[Recorder]:
     """The windows' runs; each is the study's child as soon as the trainer tells of it."""
     begun = trainer.train(list(tasks))
@@ -133,7 +135,7 @@ def _trained_in_turn(
     trainer: Trainer,
     tasks: Sequence[dict[str, Any]],
     parent: Recorder,
-    warm_start: bool | Mapping[str, Any],
+    warm_start: Any,
 ) -> list[Recorder]:
     """The same where each window needs the one before it."""
     options = warm_start if isinstance(warm_start, Mapping) else {}

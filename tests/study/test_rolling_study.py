@@ -21,7 +21,7 @@ from qtorch.trainer import DelayTrainerR, TrainerR
 
 
 def study(task, folder, trainer=None, **options):
-    options = {"step": 25, "cache": str(folder / "features"), **options}
+    options = {"step": 40, "cache": str(folder / "features"), **options}
     return rolling_study(task, trainer, experiment_name="study", **options)
 
 
@@ -41,8 +41,8 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     before = copy.deepcopy(task)
     result = study(task, tmp_path)
     assert task == before
-    assert len(result.windows) == len(result.tasks) == 5
-    assert len(computed) == 1  # five windows and the stitched signal
+    assert len(result.windows) == len(result.tasks) == 3
+    assert len(computed) == 1  # three windows and the stitched signal
 
     # Every trading day of the test, each sample once.
     days = result.prediction.index.get_level_values("datetime").unique()
@@ -65,7 +65,7 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     ic, _ = calc_ic(result.prediction["score"], parent.load_object("label.pkl").iloc[:, 0])
     assert metrics["IC"] == pytest.approx(ic.mean(), abs=1e-6)
     assert {"ICIR", "Rank IC", "window.IC"} <= metrics.keys()
-    assert parent.list_params()["rolling.windows"] == "5"
+    assert parent.list_params()["rolling.windows"] == "3"
     assert parent.load_object("task")["seed"] == 3
 
     # The windows are its children, in order.
@@ -84,13 +84,14 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     pd.testing.assert_frame_equal(children()["pred"], result.prediction)
 
 
+@pytest.mark.slow
 def test_trainers_and_the_cache_change_no_number(store, tmp_path, make_task, computed):
     reference = study(make_task(), tmp_path, cache=False)
-    assert len(computed) == 5
+    assert len(computed) == 3
     for trainer in (TrainerR("study"), DelayTrainerR("study")):
         other = study(make_task(), tmp_path, trainer)
         pd.testing.assert_frame_equal(other.prediction, reference.prediction, check_exact=True)
-    assert len(computed) == 6
+    assert len(computed) == 4
 
 
 def test_the_windows_share_one_span_and_differ_in_the_rest(make_task, tmp_path):
@@ -111,16 +112,17 @@ def test_the_windows_share_one_span_and_differ_in_the_rest(make_task, tmp_path):
     assert len({t["dataset"]["segments"]["train"][0] for t in tasks}) == len(tasks)
 
 
+@pytest.mark.slow
 def test_a_window_equals_the_same_task_by_itself(store, tmp_path, make_task):
     """Neither the shared span nor the cache leaks into a window."""
     from qtorch.task import RollingGen
 
     result = study(make_task(), tmp_path)
-    alone = RollingGen(25)(make_task())[2]
+    alone = RollingGen(40)(make_task())[1]
     (recorder,) = TrainerR("alone")([alone])
     pd.testing.assert_frame_equal(
         recorder.load_object("pred.pkl"),
-        result.windows[2].load_object("pred.pkl"),
+        result.windows[1].load_object("pred.pkl"),
         check_exact=True,
     )
 
@@ -134,14 +136,14 @@ def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_
         return real(self, dataset, *args, **options)
 
     monkeypatch.setattr(LightningModel, "fit", fit)
-    with pytest.raises(StudyError, match=r"2 of 5 windows did not finish.*window 3.*no luck"):
+    with pytest.raises(StudyError, match=r"1 of 3 windows did not finish.*window 2.*no luck"):
         study(make_task(), tmp_path)
     runs = list(R.list_recorders(experiment_name="study").values())
-    assert sorted(r.status for r in runs) == ["FAILED"] * 3 + ["FINISHED"] * 3
+    assert sorted(r.status for r in runs) == ["FAILED"] * 2 + ["FINISHED"] * 2
     parent = next(r for r in runs if r.name == "rolling")
     assert parent.status == "FAILED"
     assert "no luck" in parent.list_tags()["error"]
-    assert sum(r.list_tags().get(PARENT_TAG) == parent.id for r in runs) == 5
+    assert sum(r.list_tags().get(PARENT_TAG) == parent.id for r in runs) == 3
 
 
 def test_records_of_the_windows_and_of_the_whole(store, tmp_path, make_task):
@@ -167,6 +169,7 @@ def test_a_task_that_cannot_be_rolled_says_why(store, tmp_path, make_task):
 # -- warm start ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_warm_window_begins_from_the_one_before(store, tmp_path, make_task):
     cold = study(make_task(epochs=2), tmp_path)
     warm = study(make_task(epochs=2), tmp_path, warm_start=True)
@@ -190,7 +193,7 @@ def test_a_warm_window_begins_from_the_one_before(store, tmp_path, make_task):
     ids = [r.id for r in warm.windows]
     tags = [R.get_recorder(recorder_id=i).list_tags() for i in ids]
     assert [t.get("warm_start.from") for t in tags] == [None, *ids[:-1]]
-    assert [t.get("warm_start.depth") for t in tags] == [None, "1", "2", "3", "4"]
+    assert [t.get("warm_start.depth") for t in tags] == [None, "1", "2"]
     assert third.fit_report_["epochs"] == 2
     # What was loaded predicts.
     again = third.predict(init_instance_by_config(warm.tasks[2]["dataset"]))
@@ -198,9 +201,10 @@ def test_a_warm_window_begins_from_the_one_before(store, tmp_path, make_task):
     pd.testing.assert_series_equal(again, stored, check_exact=True)
 
 
+@pytest.mark.slow
 def test_options_of_a_warm_start_and_a_chain_that_breaks(store, tmp_path, make_task, monkeypatch):
     options = {"trainer": {"max_epochs": 1}}
-    warm = study(make_task(epochs=2), tmp_path, warm_start=options, step=50)
+    warm = study(make_task(epochs=2), tmp_path, warm_start=options)
     assert [r.load_object("params.pkl").fit_report_["epochs"] for r in warm.windows] == [2, 1, 1]
 
     def broken(self, *args, **options):
