@@ -33,7 +33,8 @@ class Bench:
         self.raw: dict[str, Any] = {}
 
     def run(self, side: str, work: str, *, threads: int, **options: Any) -> dict[str, Any] | None:
-        python = sys.executable if side == "qtorch_side" else self.args.qlib_python
+        theirs = side in ("qlib_side", "kunquant_side")
+        python = self.args.qlib_python if theirs else sys.executable
         if python is None:
             return None
         command = [python, str(HERE / f"{side}.py"), work, "--threads", str(threads)]
@@ -165,6 +166,15 @@ def trainer(bench: Bench) -> None:
               "Qlib " + seconds(theirs), over(theirs, mine), ">= 1")  # fmt: skip
 
 
+def rolling(bench: Bench) -> None:
+    done = bench.run("rolling_side", "rolling", threads=bench.args.threads)
+    if done is None:
+        return
+    bench.row(f"Rolling study, {done['windows']} windows, Alpha158, shared features",
+              seconds(done["shared"]), f"each its own {seconds(done['own'])}",
+              done["ratio"], ">= 3")  # fmt: skip
+
+
 WORKS = {
     "features": features,
     "handlers": handlers,
@@ -172,6 +182,7 @@ WORKS = {
     "lstm": lstm,
     "mlp": mlp,
     "trainer": trainer,
+    "rolling": rolling,
 }
 
 

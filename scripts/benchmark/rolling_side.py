@@ -1,6 +1,6 @@
 """A rolling study whose windows share features, beside one where each computes its own.
 
-    python rolling_side.py --provider FOLDER [--universe nyse500] [--tasks 40] [--threads 2]
+    python rolling_side.py rolling --provider FOLDER [--universe nyse500] [--tasks 40] [--threads 2]
 
 FOLDER holds bars in Qlib's layout. Both studies are the same tasks (Alpha158 with all its columns,
 trained on a year, a small network); the one reads the features that its first window computed,
@@ -108,7 +108,7 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
     from qtorch.trainer import TrainerR
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.chdir(folder)
         qtorch.init(tracking_uri=f"sqlite:///{folder}/runs.db")
         R.get_exp(experiment_name="bench")  # the store's own start is no part of a study
@@ -134,7 +134,9 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("work", choices=("rolling",))
     parser.add_argument("--provider", required=True, type=os.path.abspath)
+    parser.add_argument("--work", dest="folder", type=os.path.abspath, help="for runs and features")
     parser.add_argument("--universe", default="nyse500")
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
