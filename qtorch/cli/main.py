@@ -16,7 +16,10 @@ COMMANDS = {
     "rolling": ("qtorch.cli.rolling", "train again and again through time: model=gru step=40"),
     "worker": ("qtorch.cli.worker", "train the tasks of a pool: pool=NAME url=... devices=..."),
     "tasks": ("qtorch.cli.tasks", "a pool's tasks: list, stat, show, wait, retry, remove, ..."),
-    "data": ("qtorch.cli.data", "import: to Qlib's layout; describe: a source; cache: kept features"),
+    "data": (
+        "qtorch.cli.data",
+        "import: to Qlib's layout; describe: a source; cache: kept features",
+    ),
     "tracking": ("qtorch.cli.tracking", "send: deliver what an unreachable server did not get"),
 }
 
