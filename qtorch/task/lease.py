@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qtorch.core.errors import LeaseLost, TaskError
+from qtorch.core.errors import LeaseLost, TaskResultError
 
 if TYPE_CHECKING:
     from qtorch.task.definition import Task
@@ -84,7 +84,7 @@ class LeaseKeeper:
                 progress, run = self._progress, self._run
                 self._progress = self._run = None
             try:
-                self.manager.renew(self.task, progress=progress, run=run)
+                self._renew(progress, run)
             except LeaseLost as error:
                 # One that was just committed or given back is not lost.
                 if not self._end.is_set() and not self.task.settling:
@@ -93,5 +93,12 @@ class LeaseKeeper:
                     if self.on_lost is not None:
                         self.on_lost()
                 return
-            except TaskError as error:  # the store was away for longer than patience
-                log.error("task %s: its lease cannot be renewed: %s", self.task["_id"], error)
+            except Exception:  # such as a store that was away for longer than patience
+                log.exception("task %s: its lease could not be renewed", self.task["_id"])
+
+    def _renew(self, progress: dict[str, Any] | None, run: dict[str, Any] | None) -> None:
+        try:
+            self.manager.renew(self.task, progress=progress, run=run)
+        except TaskResultError as error:
+            log.warning("task %s: its progress cannot be stored: %s", self.task["_id"], error)
+            self.manager.renew(self.task, run=run)

@@ -185,9 +185,7 @@ class TaskManager:
         Whoever works on one of them loses its lease. A task with a run goes on in that run.
         """
         condition = parse_query(query)
-        if check_status(status) == RUNNING:
-            raise ConfigError("a task is running when a worker fetches it; no reset makes it so.")
-        change = Change({**FRESH, "status": status, "origin": None, "claim": None})
+        change = Change({**FRESH, "status": _settled(status), "origin": None, "claim": None})
         return self._pool.call(
             "reset tasks", lambda s: s.change_all(self.task_pool, condition, change)
         )
@@ -290,7 +288,7 @@ class TaskManager:
         longer the caller's; TaskResultError for what is no plain data. The same commit sent twice
         is one.
         """
-        after = check_status(status or DONE)
+        after = _settled(status or DONE)
         values = {"status": after, "res": encode_result(res), "committed": task["attempt"]}
         self._pool.change_mine(task, Change({**values, "error": None, "traceback": None}), "commit")
         task.update(status=after, res=res, error=None, traceback=None, deadline=None)
@@ -309,7 +307,7 @@ class TaskManager:
         With `error` it counts as an error of the task, and the last of `max_errors` fails it.
         `preempted` counts as neither error nor lost lease; without both nothing is counted.
         """
-        values: dict[str, Any] = {"status": check_status(status or WAITING)}
+        values: dict[str, Any] = {"status": _settled(status or WAITING)}
         steps = {"preemptions": 1} if preempted else {}
         if error is not None and not preempted:
             values.update(told(error, traceback))
@@ -375,3 +373,10 @@ class TaskManager:
             max_lost=self._pool.max_lost,
             patience=self._pool.patience,
         )
+
+
+def _settled(status: str) -> str:
+    """A status that a task may be given; ConfigError for running, which needs a lease."""
+    if check_status(status) == RUNNING:
+        raise ConfigError("a task is running when a worker fetches it; nothing else makes it so.")
+    return status

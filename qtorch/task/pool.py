@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 URL_VARIABLE = "QTORCH_TASK_URL"
+ERROR_LETTERS, TRACEBACK_LETTERS = 5000, 100_000
 JSON_COLUMNS = ("worker", "run", "progress")
 PLAIN_COLUMNS = ("status", "priority", "attempt", "errors", "lost", "preemptions", "deadline",
                  "created", "updated", "error", "traceback")  # fmt: skip
@@ -72,14 +73,15 @@ class Pool:
         self.max_lost = max_lost
         self.patience = patience
         self._opened: tuple[int, Store] | None = None
+        self._inherited: list[Store] = []  # of the process that this one was forked from
         self._swept = -math.inf  # when expired leases were last looked for
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_opened", "_lock")}
+        return {k: v for k, v in vars(self).items() if k not in ("_opened", "_inherited", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opened=None, _lock=threading.Lock())
+        vars(self).update(state, _opened=None, _inherited=[], _lock=threading.Lock())
 
     def call(self, what: str, step: Callable[[Store], T]) -> T:
         """One step of the store, tried again while it is away."""
@@ -167,7 +169,10 @@ class Pool:
 
     def _store(self) -> Store:
         with self._lock:
-            if self._opened is None or self._opened[0] != os.getpid():
+            if self._opened is not None and self._opened[0] != os.getpid():
+                self._inherited.append(self._opened[1])  # closing it would end the parent's
+                self._opened = None
+            if self._opened is None:
                 self._opened = (os.getpid(), open_store(self.url))
             return self._opened[1]
 
@@ -192,12 +197,13 @@ def task_of(row: Row, *, live: bool, strict: bool = True) -> Task:
 
 def told(error: BaseException | str, traceback: str | None) -> dict[str, Any]:
     """An error as a row keeps it."""
-    if isinstance(error, str):
-        return {"error": error, "traceback": traceback}
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = error
+    if not isinstance(error, str):
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        traceback = traceback or "".join(tracebacks.format_exception(error))
     return {
-        "error": text,
-        "traceback": traceback or "".join(tracebacks.format_exception(error)),
+        "error": str(text)[:ERROR_LETTERS],
+        "traceback": traceback and traceback[-TRACEBACK_LETTERS:],
     }
 
 

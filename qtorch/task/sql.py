@@ -36,6 +36,7 @@ COLUMNS = (
 )
 # PostgreSQL's states that pass: connection lost, shutting down, too many clients, deadlock.
 PASSING_STATES = ("08", "40", "53", "55", "57")
+PASSING_WORDS = ("locked", "busy", "disk is full", "disk I/O error")  # of SQLite
 REFUSED = re.compile(r"authentication|does not exist|no pg_hba|role .* not|permission", re.I)
 
 # What brings a store of an older version to the next: {from: statements}.
@@ -233,7 +234,11 @@ class SqlStore(Store):
         if not self.lite:
             options["connect_args"] = {"connect_timeout": CONNECT_SECONDS, "keepalives_idle": 30}
             return _engine(self.url, options)
-        Path(str(self.url.database)).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(str(self.url.database)).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TaskStoreError(f"there is no folder {folder} for the pool: {error}") from error
         options["connect_args"] = {"timeout": BUSY_SECONDS}
         engine = _engine(self.url, options)
 
@@ -277,7 +282,7 @@ class SqlStore(Store):
     def _passes(self, error: exc.DBAPIError) -> bool:
         text = str(error.orig)
         if self.lite:
-            return "locked" in text or "busy" in text
+            return any(word in text for word in PASSING_WORDS)
         state = getattr(error.orig, "sqlstate", None)
         if state:
             return str(state).startswith(PASSING_STATES)

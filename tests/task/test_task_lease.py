@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pool_workers import until
 
 from qtorch.core.errors import (
     ConfigError,
@@ -14,6 +15,7 @@ from qtorch.core.errors import (
     TaskResultError,
     TaskTimeout,
 )
+from qtorch.task.lease import LeaseKeeper
 
 
 def lstm(seed: int, **more):
@@ -208,6 +210,21 @@ class TestLeases:
         assert (task["errors"], task["error"], task["attempt"]) == (0, None, 3)
         with pytest.raises(ConfigError, match="fetches it"):
             manager.reset_status({}, "running")
+
+    def test_progress_that_cannot_be_stored_costs_no_lease(self, make_manager):
+        manager = make_manager(lease=0.6)
+        manager.create_task([lstm(1)])
+        task = manager.fetch_task()
+        with LeaseKeeper(manager, task) as keeper:
+            keeper.note({"tensor": object()})
+            keeper.note_run({"recorder_id": "r"})
+            until(lambda: manager.re_query(task["_id"])["run"])
+            keeper.note({"epoch": 1})
+            until(lambda: manager.re_query(task["_id"])["progress"] == {"epoch": 1})
+            assert not keeper.lost.is_set()
+            manager.commit_task_res(task, 1)
+            time.sleep(0.2)
+        assert not keeper.lost.is_set()  # a renewal after the commit is no loss
 
     def test_safe_fetch(self, make_manager):
         manager = make_manager(lease=0.4, max_errors=2)
