@@ -38,7 +38,7 @@ DEFAULT_BYTES = 20 * 2**30
 FREE_SHARE = 0.05  # of the disk is left free
 STALE_SECONDS = 3600.0  # a writer that died left this behind
 PATIENCE = 900.0  # the longest that one waits for another's computation
-_PART, _GONE = ".part-", ".gone-"
+_PART, _GONE, _LOCK = ".part-", ".gone-", ".lock-"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -96,6 +96,8 @@ class FeatureCache:
         path = self.folder / key
         gone = self.folder / f"{_GONE}{key}-{os.getpid()}-{time.monotonic_ns()}"
         try:
+            # Who holds the lock keeps it; at worst somebody else computes the same beside him.
+            (self.folder / f"{_LOCK}{key}").unlink(missing_ok=True)
             path.rename(gone)  # at once: nobody finds half an entry
         except OSError:
             return False
@@ -194,7 +196,7 @@ class FeatureCache:
         handle, waited = None, False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = self.folder / f".lock-{key}"
+            name = self.folder / f"{_LOCK}{key}"
             handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             waited = _locked(handle)
         except OSError as error:

@@ -35,10 +35,9 @@ def write_view(view: View, folder: Path, about: dict[str, Any]) -> None:
 
     Raises DataError for columns that are neither a panel's nor windows of one.
     """
-    arrays: dict[str, np.ndarray] = {
-        "rows": view.rows.cpu().numpy(),
-        "history": view.history.cpu().numpy(),
-    }
+    arrays: dict[str, np.ndarray] = {"rows": view.rows.cpu().numpy()}
+    if view.history is not view.rows:
+        arrays["history"] = view.history.cpu().numpy()
     groups = []
     for k, (name, columns) in enumerate(view.groups.items()):
         groups.append({"group": name, **_write_columns(columns, folder, k, arrays)})
@@ -70,7 +69,9 @@ def read_view(folder: Path) -> View:
     groups = {
         g["group"]: _read_columns(g, folder, arrays, meta["instruments"]) for g in meta["groups"]
     }
-    return View(groups, torch.from_numpy(arrays["rows"]), torch.from_numpy(arrays["history"]))
+    rows = torch.from_numpy(arrays["rows"])
+    history = torch.from_numpy(arrays["history"]) if "history" in arrays else rows
+    return View(groups, rows, history)
 
 
 def _write_columns(

@@ -67,7 +67,7 @@ class MergeCollector(Collector):
     ) -> None:
         super().__init__(process_list)
         self.collector_dict = dict(collector_dict)
-        self.merge_func = merge_func or (lambda outer, inner: (outer, inner))
+        self.merge_func = merge_func or _pair
 
     def collect(self) -> dict[Any, Any]:
         """Each collector is called, its processes run too."""
@@ -112,7 +112,7 @@ class RecorderCollector(Collector):
         self.experiment = experiment
         self.artifacts_path = dict(artifacts_path)
         self.artifacts_key = self._known(artifacts_key)
-        self.rec_key_func = rec_key_func or (lambda recorder: recorder.id)
+        self.rec_key_func = rec_key_func or _id_of
         self.rec_filter_func = rec_filter_func
         self.list_kwargs = dict(list_kwargs or {})
         self.status = None if status is None else frozenset(_texts(status))
@@ -177,6 +177,14 @@ class RecorderCollector(Collector):
         if key == self.ART_KEY_RAW:
             return recorder
         return recorder.load_object(self.artifacts_path[key])
+
+
+def _id_of(recorder: Recorder) -> Any:
+    return recorder.id
+
+
+def _pair(outer: Any, inner: Any) -> tuple[Any, Any]:
+    return outer, inner
 
 
 def _as_list(processes: Process | Sequence[Process]) -> list[Process]:
