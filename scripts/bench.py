@@ -166,6 +166,15 @@ def trainer(bench: Bench) -> None:
               "Qlib " + seconds(theirs), over(theirs, mine), ">= 1")  # fmt: skip
 
 
+def pooled(bench: Bench) -> None:
+    done = bench.run("pooled_side", "pooled", threads=1)
+    if done is None:
+        return
+    mine, theirs = done["pooled"], done["here"]
+    bench.row("TrainerRM, a tiny training, sqlite", seconds(mine),
+              "TrainerR " + seconds(theirs), over(theirs, mine), ">= 0.95")  # fmt: skip
+
+
 def rolling(bench: Bench) -> None:
     done = bench.run("rolling_side", "rolling", threads=bench.args.threads)
     if done is None:
@@ -182,6 +191,7 @@ WORKS = {
     "lstm": lstm,
     "mlp": mlp,
     "trainer": trainer,
+    "pooled": pooled,
     "rolling": rolling,
 }
 

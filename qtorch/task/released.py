@@ -68,6 +68,8 @@ def _answer(child: ChildProcess, keeper: LeaseKeeper, until: float | None) -> An
                 raise TrustError(message["refused"])
             elif "error" in message:
                 raise ReleasedError(message["error"], message.get("traceback"))
+            elif "unusable" in message:
+                raise ReleasedError(message["unusable"])
             elif "interrupted" in message:
                 raise KeyboardInterrupt
     return None
