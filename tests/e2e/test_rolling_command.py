@@ -72,7 +72,7 @@ def test_a_study_here_and_through_a_pool(qtorch_cli, folder):
 
 @pytest.mark.slow
 def test_horizon_and_warm_start_from_the_command_line(qtorch_cli, folder):
-    words = ["horizon=5", "warm_start=true", "rtype=sliding", "step=70"]
+    words = ["horizon=5", "warm_start=true", "rtype=sliding", "step=70", "runner=rm"]
     told = qtorch_cli("rolling", *TINY, *words, f"cache={folder}/features")
     assert told.code == 0, told.err
     parent, windows = parent_and_windows()
