@@ -8,6 +8,7 @@ the URL names, else `qtorch`.
 from __future__ import annotations
 
 import datetime
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ DATABASE = "qtorch"
 ANSWER_MS = 5000  # for a server to be found; retrying goes on from there
 # Shutting down, stepped down, not primary, write conflict: the next try may find it well.
 PASSING_CODES = frozenset({91, 112, 189, 10058, 10107, 11600, 11602, 13435, 13436})
+CANDIDATES = 16
 TURN = [("priority", -1), ("created", 1), ("_id", 1)]
 TIMES = ("deadline", "created", "updated")
 EMPTY: Document = dict.fromkeys(
@@ -85,14 +87,21 @@ class MongoStore(Store):
             return {d["hash"]: str(d["_id"]) for d in found}
 
     def claim(self, pool: str, status: str, condition: Condition, change: Change) -> Row | None:
+        wanted = {**_filter(pool, condition), "status": status}
         with self._answering():
-            document = self._tasks.find_one_and_update(
-                {**_filter(pool, condition), "status": status},
-                _pipeline(change),
-                sort=TURN,
-                return_document=pymongo.ReturnDocument.AFTER,
-            )
-            return None if document is None else _row(document)
+            while found := list(self._tasks.find(wanted, {"_id": 1}, sort=TURN, limit=CANDIDATES)):
+                # The first; if another worker was quicker, any of the next, so that workers which
+                # came together do not all reach for the same one again.
+                first, *others = found
+                for candidate in (first, *random.sample(others, len(others))):
+                    document = self._tasks.find_one_and_update(
+                        {"_id": candidate["_id"], "status": status},
+                        _pipeline(change),
+                        return_document=pymongo.ReturnDocument.AFTER,
+                    )
+                    if document is not None:
+                        return _row(document)
+        return None
 
     def claimed(self, pool: str, claim: str) -> Row | None:
         with self._answering():
