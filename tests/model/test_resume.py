@@ -64,6 +64,7 @@ def _resumed(folder: Path, **changes):
     return model, recorder.history()
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_and_resumed(tmp_path: Path, uninterrupted) -> None:
     done = _killed(tmp_path / "run", "1:10")
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

@@ -76,6 +76,7 @@ def test_a_task_that_kills_and_a_task_that_raises(manager, tmp_path):
     assert "in brief" in raiser["traceback"]
 
 
+@pytest.mark.slow
 def test_killed_between_the_work_and_the_commit(manager, tmp_path):
     journal = tmp_path / "journal"
     raised(manager, 1)
@@ -92,6 +93,7 @@ TaskManager.commit_task_res = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
     assert journal.read_text() == "0 1\n0 2\n"
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_stopped_past_its_lease(manager, tmp_path):
     """Continued, it finishes what it was at, and its commit is refused."""
     journal = tmp_path / "journal"

@@ -35,6 +35,7 @@ def tags(recorder) -> dict[str, str]:
     return {k: v for k, v in recorder.list_tags().items() if k in ("train_status", TrainerRM.TM_ID)}
 
 
+@pytest.mark.slow
 def test_the_four_ways_give_the_same_predictions_bit_for_bit(make_task):
     tasks = [make_task(seed=s, value=v) for s, v in ((1, 0.5), (2, 1.5), (3, 2.5))]
     ways = [TrainerR, DelayTrainerR, TrainerRM, DelayTrainerRM]
