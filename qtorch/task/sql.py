@@ -310,7 +310,12 @@ class SqlStore(Store):
         if connection is None:
             with self._engine.connect() as own:
                 return self._version(own)
-        if not sa.inspect(connection).has_table(SCHEMA):
+        there = (
+            f"SELECT name FROM sqlite_master WHERE type = 'table' AND name = '{SCHEMA}'"
+            if self.lite
+            else f"SELECT to_regclass('{SCHEMA}')"
+        )
+        if connection.exec_driver_sql(there).scalar() is None:
             return None
         found = connection.exec_driver_sql(f"SELECT max(version) FROM {SCHEMA}").scalar()
         return None if found is None else int(found)
