@@ -20,6 +20,8 @@ from qtorch.data.panel import Panel
 # What is copied at a time between field-major and instrument-major storage, so that the lines
 # touched stay in the cache.
 DATES, INSTRUMENTS = 32, 4
+# Up to here, columns with a chain are copied and the chain is applied once, not to each batch.
+COPIED_BYTES = 256 << 20
 
 
 class Columns(ABC):
@@ -170,7 +172,8 @@ class Columns(ABC):
         `history [D, N]` bool says which rows exist; a window shows the others as missing (all
         exist if it is not given). Nothing is copied where the storage is on the device, laid out
         by instrument and holds exactly these columns; the chain is then applied to each batch.
-        Otherwise the copy has the chain applied already. One pack is shared by all who ask for
+        Otherwise (and where a chain meets few bytes, as a copy costs less than its repetition)
+        the copy has the chain applied already. One pack is shared by all who ask for
         the same device and history as long as somebody holds it.
         """
         target = torch.device(device)
@@ -259,7 +262,13 @@ class PanelColumns(Columns):
 
     def _pack(self, device: torch.device, history: Tensor | None) -> Packed:
         values = self._panel.values.permute(1, 0, 2)
-        if self._is_whole() and values.is_contiguous() and device == values.device:
+        small = values.numel() * values.element_size() <= COPIED_BYTES
+        if (
+            self._is_whole()
+            and values.is_contiguous()
+            and device == values.device
+            and not (len(self._chain) and small)
+        ):
             return DensePacked(
                 values,
                 history=history,

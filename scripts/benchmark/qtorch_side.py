@@ -50,7 +50,7 @@ def dataset_config(
     }
 
 
-def lstm_dataset(args: argparse.Namespace) -> Any:
+def lstm_dataset(args: argparse.Namespace, *, windows: bool = True) -> Any:
     options = {
         "start_time": "2013-06-01",
         "fit_start_time": "2014-01-01",
@@ -65,7 +65,7 @@ def lstm_dataset(args: argparse.Namespace) -> Any:
             {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}},
         ],
     }
-    return init_instance_by_config(dataset_config(args, "Alpha158", windows=True, **options))
+    return init_instance_by_config(dataset_config(args, "Alpha158", windows=windows, **options))
 
 
 def timed(function: Callable[[], Any], repeats: int) -> list[float]:
@@ -187,10 +187,15 @@ def hand_epoch(network: torch.nn.Module, optimizer: Any, x: torch.Tensor, y: tor
 
 
 def fit_and_hand(
-    args: argparse.Namespace, network: dict[str, Any], epochs: int, **options: Any
+    args: argparse.Namespace,
+    network: dict[str, Any],
+    epochs: int,
+    *,
+    windows: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Seconds of one epoch of training: the model's own `fit`, and a hand-written loop."""
-    dataset = lstm_dataset(args)
+    dataset = lstm_dataset(args, windows=windows)
     config = {
         "_target_": "qtorch.model.LightningModel",
         "network": network,
@@ -207,9 +212,8 @@ def fit_and_hand(
     total = time.perf_counter() - begin
     samples = dataset.samples("train", data_key="learn").to(device())
     x, y = ready(samples)
-    wide = samples.num_features * (x.shape[1] if network["_target_"].endswith("MLP") else 1)
-    bare = init_instance_by_config({**network, "d_feat": wide}).to(device())
-    if bare.inputs == "flat":
+    bare = init_instance_by_config({**network, "d_feat": samples.num_features}).to(device())
+    if bare.inputs == "flat":  # the dataset has no windows: x is [rows, F] or [rows, 1, F]
         x = x.flatten(1)
     optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3)
     hand_epoch(bare, optimizer, x[: 20 * BATCH], y[: 20 * BATCH])
@@ -253,8 +257,8 @@ def lstm(args: argparse.Namespace) -> dict[str, Any]:
 
 def mlp(args: argparse.Namespace) -> dict[str, Any]:
     """A network whose step takes about a millisecond."""
-    network = {"_target_": "qtorch.nn.MLP", "layers": [32]}
-    out = fit_and_hand(args, network, epochs=args.repeats, inner_steps="auto")
+    network = {"_target_": "qtorch.nn.MLP", "layers": [32], "dropout": 0.0}
+    out = fit_and_hand(args, network, epochs=args.repeats, windows=False, inner_steps="auto")
     return {k: v for k, v in out.items() if k not in ("model", "dataset", "bare")}
 
 
