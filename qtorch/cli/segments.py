@@ -17,10 +17,12 @@ def with_dates(task: Mapping[str, Any]) -> dict[str, Any]:
     Segments that are dates already stay as they are, and the source is then not touched.
     """
     dataset = task.get("dataset")
-    segments = dataset.get("segments") if isinstance(dataset, Mapping) else None
+    if not isinstance(dataset, Mapping):
+        return dict(task)
+    segments = dataset.get("segments")
     if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
         return dict(task)
-    source = (dataset.get("handler") or {}).get("source")  # type: ignore[union-attr]
+    source = (dataset.get("handler") or {}).get("source")
     if source is None:
         raise ConfigError(
             "segments given as fractions need the data's calendar, but the handler names no "
@@ -28,7 +30,7 @@ def with_dates(task: Mapping[str, Any]) -> dict[str, Any]:
         )
     calendar = init_instance_by_config(source).calendar()
     dates = dates_of(segments, calendar)
-    return {**task, "dataset": {**dataset, "segments": dates}}  # type: ignore[dict-item]
+    return {**task, "dataset": {**dataset, "segments": dates}}
 
 
 def dates_of(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> dict[str, list[str]]:

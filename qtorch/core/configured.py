@@ -50,7 +50,8 @@ class Configured:
 
 def constructor_signature(cls: type) -> inspect.Signature:
     """The signature of a class's `__init__` without self (a class may define `__new__` too)."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    init = getattr(cls, "__init__")  # noqa: B009 - of this very class; mypy minds the plain access
+    parameters = list(inspect.signature(init).parameters.values())[1:]
     return inspect.Signature(parameters)
 
 

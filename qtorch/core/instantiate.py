@@ -106,7 +106,7 @@ def _named(name: Any, module: str | ModuleType | None) -> Any:
 def _callable(thing: Any, name: Any) -> Callable[..., Any]:
     if not callable(thing):
         raise ConfigError(f"{name!r} is a {type(thing).__name__}, not a class or function.")
-    return thing  # type: ignore[no-any-return]
+    return thing  # type: ignore[no-any-return]  # callable() does not say of what
 
 
 def _build(

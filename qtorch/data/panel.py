@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
 
 NAMES = ("datetime", "instrument")
@@ -143,7 +144,7 @@ class Panel:
 
     def rows(self, start: Any = None, end: Any = None) -> slice:
         """The calendar rows of the inclusive date span `start..end` (None is open)."""
-        return calendar_rows(self.calendar, start, end)
+        return date_rows(self.calendar, start, end)
 
     def gather(self, dates: Tensor, instruments: Tensor, step_len: int = 1) -> Tensor:
         """Windows `[B, T, F]` that end at each (date row, instrument column) pair.
@@ -226,17 +227,6 @@ class Panel:
         return pd.DataFrame(data, index=index, columns=pd.Index(names, dtype="str"))
 
 
-def calendar_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) -> slice:
-    """The rows of a calendar in the inclusive date span `start..end` (None is open).
-
-    A bare date as `end` holds its whole day, so that intraday bars of the last day belong.
-    """
-    calendar = calendar.as_unit("ns")
-    first = 0 if start is None else calendar.searchsorted(as_stamp(start), side="left")
-    last = len(calendar) if end is None else calendar.searchsorted(last_instant(end), side="right")
-    return slice(int(first), max(int(first), int(last)))
-
-
 def within_spans(spans: Tensor, num_dates: int) -> Tensor:
     """`[D, N]` bool: the rows between an instrument's first and last stored day."""
     order = torch.arange(num_dates, device=spans.device)[:, None]
@@ -262,24 +252,6 @@ def _spans_of(values: Tensor) -> Tensor:
     first = torch.where(seen, order, d).amin(0)
     last = torch.where(seen, order, -1).amax(0)
     return torch.stack([torch.where(last < 0, torch.zeros_like(first), first), last], 1)
-
-
-def as_stamp(date: Any) -> pd.Timestamp:
-    """The Timestamp of what names a date; DataError for what does not, or carries a time zone."""
-    try:
-        stamp = pd.Timestamp(date)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{date!r} is not a date: {error}") from error
-    if stamp.tz is not None:
-        raise DataError(f"the date {date!r} carries a time zone; give a naive date.")
-    return stamp
-
-
-def last_instant(date: Any) -> pd.Timestamp:
-    """The end of a day for a bare date (so that intraday bars of the last day belong)."""
-    stamp = as_stamp(date)
-    bare = stamp == stamp.normalize() and not (isinstance(date, str) and ":" in date)
-    return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if bare else stamp
 
 
 def _index_of(

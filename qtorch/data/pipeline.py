@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.heartbeat import beat
-from qtorch.data.panel import calendar_rows
 from qtorch.data.processor.base import FLAT, Names, Processor, in_window
 from qtorch.data.view import View
 
@@ -108,7 +108,7 @@ def check_window(
     calendar: pd.DatetimeIndex, window: Window, train: Window, who: str, allow_wide: bool
 ) -> None:
     """Refuse a fit window that reaches beyond the train segment."""
-    rows, allowed = calendar_rows(calendar, *window), calendar_rows(calendar, *train)
+    rows, allowed = date_rows(calendar, *window), date_rows(calendar, *train)
     if rows.start >= rows.stop or (rows.start >= allowed.start and rows.stop <= allowed.stop):
         return
     said = (

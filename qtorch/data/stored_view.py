@@ -42,7 +42,7 @@ def write_view(view: View, folder: Path, about: dict[str, Any]) -> None:
     for k, (name, columns) in enumerate(view.groups.items()):
         groups.append({"group": name, **_write_columns(columns, folder, k, arrays)})
     with (folder / ARRAYS).open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # its names are strings
         _to_disk(file)
     meta = {
         "format": FORMAT,

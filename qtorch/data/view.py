@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.data.columns import Columns
-from qtorch.data.panel import NAMES, as_stamp, last_instant
+from qtorch.data.panel import NAMES
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,3 @@ def multi_index(
     codes: list[Any] = [date.cpu().numpy(), instrument.cpu().numpy()]
     index = pd.MultiIndex(levels=levels, codes=codes, names=list(NAMES), verify_integrity=False)
     return index.remove_unused_levels()
-
-
-def date_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) -> slice:
-    """The calendar rows of the inclusive date span `start..end` (None is open)."""
-    first = 0 if start is None else int(calendar.searchsorted(as_stamp(start), side="left"))
-    last = len(calendar)
-    if end is not None:
-        last = int(calendar.searchsorted(last_instant(end), side="right"))
-    return slice(first, max(first, last))

@@ -46,7 +46,7 @@ class TSDatasetH(DatasetH):
             handler, segments, fetch_kwargs, horizon=horizon, allow_overlap=allow_overlap
         )
 
-    def prepare(  # type: ignore[override]
+    def prepare(  # type: ignore[override]  # samplers for frames, as in Qlib
         self,
         segments: Any,
         col_set: str | Sequence[str] = CS_ALL,

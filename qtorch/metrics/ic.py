@@ -103,8 +103,10 @@ class ICMeter:
     def update(self, score: Tensor, label: Tensor, day: Tensor, mask: Tensor | None = None) -> None:
         """Take a batch: tensors of one shape, `[B]` or `[G, N]`."""
         keep = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
-        parts = (score.detach().float(), label, day, keep)
-        self._parts.append(tuple(p.reshape(-1) for p in parts))  # type: ignore[arg-type]
+        found = score.detach().float()
+        self._parts.append(
+            (found.reshape(-1), label.reshape(-1), day.reshape(-1), keep.reshape(-1))
+        )
 
     def compute(self) -> DailyIC:
         """Of all batches since `reset`; every day NaN where there were none."""

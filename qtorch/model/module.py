@@ -269,7 +269,7 @@ class ScoreModule(pl.LightningModule):
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()  # type: ignore[union-attr]
+            scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
             return
         name = MONITORS.get(plan.monitor or "loss", plan.monitor or "loss")
         metrics = self.trainer.callback_metrics

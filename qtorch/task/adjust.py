@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from qtorch.core.dates import end_row, first_row
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TimeAdjuster:
 
     def set_end_time(self, end_time: Any = None) -> None:
         """End the calendar at a date; None is its own end."""
-        stop = None if end_time is None else int(self._all.searchsorted(_last(end_time), "right"))
+        stop = None if end_time is None else end_row(self._all, end_time)
         self.cals = self._all[:stop]
         if not len(self.cals):
             raise DataError(f"no trading day up to {end_time}; the first is {self._all[0]:%F}.")
@@ -88,8 +89,8 @@ class TimeAdjuster:
         if time_point is None:
             return None
         if tp_type == "start":
-            return int(self.cals.searchsorted(_stamp(time_point), side="left"))
-        return int(self.cals.searchsorted(_last(time_point), side="right")) - 1
+            return first_row(self.cals, time_point)
+        return end_row(self.cals, time_point) - 1
 
     def cal_interval(self, time_point_A: Any, time_point_B: Any) -> int:
         """Trading days from B to A."""
@@ -174,25 +175,3 @@ def _pair(segment: Any) -> tuple[Any, Any]:
     if isinstance(segment, list | tuple) and len(segment) == 2:
         return segment[0], segment[1]
     raise ConfigError(f"a segment is two dates (start, end), got {segment!r:.80}.")
-
-
-def _stamp(date: Any) -> pd.Timestamp:
-    """A naive Timestamp; numbers are refused: pandas takes them for nanoseconds since 1970."""
-    if isinstance(date, bool | int | float):
-        raise ConfigError(
-            f"{date!r} is no date; segments that are fractions of a calendar have to be dates here."
-        )
-    try:
-        stamp = pd.Timestamp(date)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{date!r} is not a date: {error}") from error
-    if stamp.tz is not None:
-        raise ConfigError(f"the date {date!r} carries a time zone; give a naive date.")
-    return stamp
-
-
-def _last(date: Any) -> pd.Timestamp:
-    """The last instant that a date means: a bare one holds its whole day."""
-    stamp = _stamp(date)
-    bare = stamp == stamp.normalize() and not (isinstance(date, str) and ":" in date)
-    return stamp + pd.Timedelta(days=1) - pd.Timedelta(1, "ns") if bare else stamp

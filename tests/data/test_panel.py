@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError
-from qtorch.data.panel import Panel, calendar_rows, clip_spans, normalise_calendar, within_spans
+from qtorch.data.panel import Panel, clip_spans, normalise_calendar, within_spans
 
 NAN = float("nan")
 
@@ -48,9 +49,9 @@ def test_what_is_no_date_is_refused():
 
 def test_bare_end_date_holds_its_whole_day():
     calendar = pd.date_range("2020-01-02 09:30", periods=4, freq="6h")
-    assert calendar_rows(calendar, "2020-01-02", "2020-01-02") == slice(0, 3)
-    assert calendar_rows(calendar, None, "2020-01-02 15:30") == slice(0, 2)
-    assert calendar_rows(calendar, "2020-02-01", "2020-01-01").start == 4
+    assert date_rows(calendar, "2020-01-02", "2020-01-02") == slice(0, 3)
+    assert date_rows(calendar, None, "2020-01-02 15:30") == slice(0, 2)
+    assert date_rows(calendar, "2020-02-01", "2020-01-01").start == 4
 
 
 def test_a_date_with_a_zone_is_refused_in_a_selection():

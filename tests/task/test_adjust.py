@@ -107,7 +107,7 @@ def test_without_any_calendar_it_says_what_to_give():
 
 @pytest.mark.parametrize("wrong", [0.7, True, "soon", pd.Timestamp("2018-01-01", tz="UTC")])
 def test_what_is_no_date_is_refused(adjuster, wrong):
-    with pytest.raises(ConfigError, match="date"):
+    with pytest.raises(DataError, match="date"):
         adjuster.align_idx(wrong)
     with pytest.raises(ConfigError, match="two dates"):
         adjuster.align_seg(wrong)

@@ -64,7 +64,7 @@ def _condition(function: Callable[..., Tensor]) -> Kernel:
 def _field(machine: Machine, step: Step) -> Tensor:
     node = step.node
     assert step.operator == "Field"
-    return machine.block.load(node)  # type: ignore[arg-type]
+    return machine.block.load(node)  # type: ignore[arg-type]  # as asserted
 
 
 def _log(machine: Machine, step: Step) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.core.trust import trusted_type
 from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import fields_of, reach
-from qtorch.data.panel import Panel, calendar_rows, clip_spans, within_spans
+from qtorch.data.panel import Panel, clip_spans, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
@@ -87,7 +88,7 @@ class Source(Configured, ABC):
     ) -> pd.DatetimeIndex:
         """The trading days (or time stamps) of an inclusive date span; `D.calendar` in Qlib."""
         calendar = self.read_calendar(frequency(freq))
-        return calendar[calendar_rows(calendar, start_time, end_time)]
+        return calendar[date_rows(calendar, start_time, end_time)]
 
     def instruments(self, universe: str = "all") -> Membership:
         """Membership spans of a universe by instrument, sorted; `D.list_instruments` in Qlib."""
@@ -239,7 +240,7 @@ def whole_days(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:
 
 def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
     """The rows of the dates, or an error that says what the calendar holds."""
-    rows = calendar_rows(calendar, start, end)
+    rows = date_rows(calendar, start, end)
     if rows.start < rows.stop:
         return rows
     held = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import ConfigError
-from qtorch.data.panel import Panel, calendar_rows
+from qtorch.data.panel import Panel
 from qtorch.data.source import market
 from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import PanelSource, mask_membership, span_membership
@@ -124,7 +125,7 @@ class SyntheticSource(PanelSource):
         ]
         ic = ranks[0].corrwith(ranks[1], axis=1)
         ic.index = bars.calendar
-        return ic[calendar_rows(bars.calendar, start_time, end_time)].dropna().rename("rank_ic")
+        return ic[date_rows(bars.calendar, start_time, end_time)].dropna().rename("rank_ic")
 
     def __getstate__(self) -> dict[str, Any]:
         """What is made anew from the seed is neither copied nor stored."""
