@@ -13,6 +13,10 @@ from qtorch.core.errors import unknown_name
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and judge a model; Hydra overrides follow, -m sweeps"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
+    "finetune": (
+        "qtorch.cli.finetune",
+        "a run's model learns on: run=ID dataset.segments.train=...",
+    ),
     "rolling": ("qtorch.cli.rolling", "train again and again through time: model=gru step=40"),
     "worker": ("qtorch.cli.worker", "train the tasks of a pool: pool=NAME url=... devices=..."),
     "tasks": ("qtorch.cli.tasks", "a pool's tasks: list, stat, show, wait, retry, remove, ..."),

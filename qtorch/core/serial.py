@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from qtorch.core.errors import ArgumentError, unknown_name
-from qtorch.core.trust import load_pickle
+from qtorch.core.trust import load_pickle, trusted_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@trusted_type
 @dataclass
 class State:
     """What rebuilds an object: plain JSON data and named tensors."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qtorch.data.dataset import DatasetH as DatasetH
     from qtorch.data.expression.evaluation import evaluate as evaluate
     from qtorch.data.expression.operators import register_operator as register_operator
+    from qtorch.data.extras import Concepts as Concepts
+    from qtorch.data.extras import Extra as Extra
     from qtorch.data.filter import ExpressionDFilter as ExpressionDFilter
     from qtorch.data.filter import NameDFilter as NameDFilter
     from qtorch.data.handler import DataHandlerLP as DataHandlerLP
@@ -45,6 +47,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Alpha360vwap": "qtorch.data.alpha",
         "Batch": "qtorch.data.batches",
         "BatchLoader": "qtorch.data.batches",
+        "Concepts": "qtorch.data.extras",
+        "Extra": "qtorch.data.extras",
         "DataLoader": "qtorch.data.data_loader",
         "DatasetH": "qtorch.data.dataset",
         "evaluate": "qtorch.data.expression.evaluation",

@@ -14,6 +14,7 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trusted_type
+from qtorch.data.extras import Extra, check_extras
 from qtorch.data.fetch import CS_ALL
 from qtorch.data.handler import DataHandlerLP
 from qtorch.data.purge import check_segments
@@ -43,7 +44,8 @@ class DatasetH(Dataset):
 
     `horizon`: calendar rows that the label looks ahead, if the loader cannot read it from the
     label's expression. Overlapping segments are an error unless `allow_overlap`. `fetch_kwargs`
-    are passed to `handler.fetch` by `prepare`.
+    are passed to `handler.fetch` by `prepare`. `extras`: tensors that go with each sample by
+    name, for networks that ask for them (`qtorch.data.Concepts`, or an `Extra` of one's own).
     """
 
     def __init__(
@@ -54,12 +56,17 @@ class DatasetH(Dataset):
         *,
         horizon: int | None = None,
         allow_overlap: bool = False,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         self.handler: DataHandler = _handler(handler)
         self.allow_overlap = allow_overlap
         self.segments = self._checked(segments)
         self.fetch_kwargs = dict(plain(fetch_kwargs) or {})
         self.horizon = horizon
+        self.extras: dict[str, Extra] = {
+            name: init_instance_by_config(each, accept_types=Extra)
+            for name, each in check_extras(plain(extras)).items()
+        }
         # The configuration is that of the parts as they are now, also after `config(...)`.
         self._arguments = {
             **self._arguments,
@@ -180,6 +187,7 @@ class DatasetH(Dataset):
             horizon=self._horizon(horizon, label_group) if purged else 0,
             later_starts=self._starts_behind(name, end) if purged else (),
             learn=data_key == DK_L,
+            extras=self.extras,
         )
 
     def _dates(self, segment: Any) -> tuple[str, Segment]:

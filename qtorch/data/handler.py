@@ -322,8 +322,17 @@ class DataHandlerLP(DataHandler):
         return State({**flags, "processors": learnt}, tensors)
 
     def load_fitted(self, state: State) -> None:
-        """Take over what another handler's processors have learnt; they are not fitted again."""
-        for k, learnt in enumerate(state.config["processors"]):
+        """Take over what another handler's processors have learnt; they are not fitted again.
+
+        Raises ConfigError where that handler had another number of processors.
+        """
+        stored, own_count = state.config["processors"], len(self.get_all_processors())
+        if len(stored) != own_count:
+            raise ConfigError(
+                f"the state is of {len(stored)} processors, this handler has {own_count}."
+            )
+        self._forget_processed()
+        for k, learnt in enumerate(stored):
             if learnt is None:
                 continue
             start = f"processors.{k}."

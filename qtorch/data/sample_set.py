@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.batches import Batch
-from qtorch.data.columns import Columns
+from qtorch.data.columns import Columns, PanelColumns
+from qtorch.data.extras import Gatherable
 from qtorch.data.gather import NAN, Packed, check_fill
 from qtorch.data.reweighter import Reweighter, checked_weights
 from qtorch.data.view import multi_index
@@ -34,6 +35,7 @@ class Samples:
     [S, Q]` the unprocessed ones (for IC), `weight [S]`; each of the last three may be None.
     `features` are Columns, packed on the device at the first batch or by `to(device)`, or an
     object already packed. Features that hold an infinity are refused when they are packed.
+    `extras`: named tensors that each batch has in its `extra`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Samples:
         fill: str = "ffill+bfill",
         place: tuple[Tensor, Tensor] | None = None,
         notes: Mapping[str, int] | None = None,
+        extras: Mapping[str, Gatherable] | None = None,
     ) -> None:
         check_fill(fill)
         if step_len < 1:
@@ -65,6 +68,7 @@ class Samples:
         self.history = history
         self.step_len, self.fill = step_len, fill
         self.notes = dict(notes or {})
+        self.extras = dict(extras or {})
         self.store = "device"
         self.device = date.device
         self._place = place
@@ -225,13 +229,16 @@ class Samples:
         if self._place is not None:
             at = (self._place[0].index_select(0, rows), self._place[1].index_select(0, rows))
         x = self.packed.gather(*at, self.step_len, self.fill)
+        extra = {name: source.gather(date, instrument) for name, source in self.extras.items()}
         y, raw = taken(self.target, NAN), taken(self.raw_label, NAN)
         weight, mask = taken(self.weight, 0.0), None
         if gone is not None:
-            x.index_fill_(0, gone, 0.0)
+            for value in (x, *(e for e in extra.values() if e.is_floating_point())):
+                value.index_fill_(0, gone, 0.0)
             mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             mask.index_fill_(0, gone, False)
-        extra = {} if raw is None else {"raw_label": raw}
+        if raw is not None:
+            extra["raw_label"] = raw
         return Batch(
             x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
         )
@@ -270,12 +277,12 @@ class Samples:
             return batch.to(self.device)
         return batch.pin_memory().to(self.device, non_blocking=True)
 
-    def _moved(self, home: torch.device) -> Samples:
+    def _moved(self, home: torch.device, columns: Columns | None = None) -> Samples:
         def there(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(home)
 
         place = self._place
-        features: Columns | Packed | None = self._columns
+        features: Columns | Packed | None = self._columns if columns is None else columns
         if features is None:
             packed = self.packed
             features = packed if packed.device == home else packed.to(home)
@@ -295,6 +302,7 @@ class Samples:
             fill=self.fill,
             place=None if place is None else (place[0].to(home), place[1].to(home)),
             notes=self.notes,
+            extras={name: source.to(home) for name, source in self.extras.items()},
         )
 
     def _pack(self, device: torch.device) -> Packed:
@@ -322,6 +330,18 @@ class Samples:
             return False
         free, _ = torch.cuda.mem_get_info(device)
         return self._num_bytes() > DEVICE_SHARE * free
+
+    @property
+    def arrangeable(self) -> bool:
+        """Whether `with_features` can put the features in another order."""
+        return isinstance(self._columns, PanelColumns)
+
+    def with_features(self, names: Sequence[str]) -> Samples:
+        """These samples with their features by `names`, in that order."""
+        assert self._columns is not None, "ask `arrangeable` first"
+        moved = self._moved(self.date.device, self._columns.keep(names))
+        moved.feature_names = tuple(names)
+        return moved
 
     # -- weights -------------------------------------------------------------------------------
 

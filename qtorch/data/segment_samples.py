@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError
 from qtorch.data.columns import Columns
+from qtorch.data.extras import Extra
 from qtorch.data.purge import purged_rows
 from qtorch.data.sample_set import Samples, infinite_message
 from qtorch.data.view import View
@@ -33,6 +34,7 @@ def build_samples(
     horizon: int = 0,
     later_starts: Iterable[Any] = (),
     learn: bool = False,
+    extras: Mapping[str, Extra] | None = None,
 ) -> Samples:
     """The samples of a view between two dates, both inclusive.
 
@@ -41,10 +43,8 @@ def build_samples(
     into the next segment are left out, and the log says how many. For `learn`, rows whose
     labels are all NaN are left out too (a row with some labels keeps its NaN, for the loss to
     mask); for prediction every row of the view is a sample. Without the label's group the
-    samples have no target.
-
-    Raises DataError for a segment without samples, a label that is NaN everywhere, and infinite
-    labels for `learn` (features are looked at when they are packed; elsewhere inf is unknown).
+    samples have no target. Raises DataError for a segment without samples, a label that is NaN
+    everywhere, and for `learn` infinite labels (features are looked at when they are packed).
     """
     asked = view.date_rows(start, end)
     starts = [view.date_rows(date).start for date in later_starts]
@@ -76,6 +76,7 @@ def build_samples(
         step_len=step_len,
         fill=fill,
         notes=notes,
+        extras={k: e.bind(view.calendar, view.instruments) for k, e in (extras or {}).items()},
     )
 
 

@@ -37,13 +37,19 @@ class TSDatasetH(DatasetH):
         fillna_type: str = "ffill+bfill",
         horizon: int | None = None,
         allow_overlap: bool = False,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         check_fill(fillna_type)
         self.step_len = _positive(step_len)
         self.flt_col = flt_col
         self.fillna_type = fillna_type
         super().__init__(
-            handler, segments, fetch_kwargs, horizon=horizon, allow_overlap=allow_overlap
+            handler,
+            segments,
+            fetch_kwargs,
+            horizon=horizon,
+            allow_overlap=allow_overlap,
+            extras=extras,
         )
 
     def prepare(  # type: ignore[override]  # samplers for frames, as in Qlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,14 @@ class Loss(nn.Module):
     A subclass gives `elementwise`.
     """
 
+    def num_outputs(self, num_labels: int) -> int:
+        """Outputs that a network needs for so many label columns."""
+        return num_labels
+
+    def readout(self, score: Tensor) -> Tensor:
+        """Outputs `[..., Q]` as the one score `[...]` that is judged and predicted: the first."""
+        return score[..., 0]
+
     @abstractmethod
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         """The loss of each element, of the same shape as `score` and `target`."""
@@ -37,13 +46,8 @@ class Loss(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`(sum of weight x loss, sum of weight)`: what adds up over batches to an exact mean."""
-        score = _comparable(score, target)
-        valid = ~torch.isnan(target)
-        if mask is not None:
-            valid = valid & _spread(mask, score, "mask")
-        share = valid.to(score.dtype)
-        if weight is not None:
-            share = share * _spread(weight, score, "weight")
+        score = comparable(score, target)
+        valid, share = counted(target, weight, mask)
         # Both sides are filled before the loss: a NaN times zero would still be a NaN gradient.
         score = torch.where(valid, score, 0.0)
         target = torch.where(valid, target, 0.0).to(score.dtype)
@@ -51,7 +55,7 @@ class Loss(nn.Module):
 
     def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
         """Sum of the loss where no label is missing and none weighs more: fewer operations."""
-        score = _comparable(score, target)
+        score = comparable(score, target)
         return self.total(score, target.to(score.dtype))
 
     def forward(
@@ -70,7 +74,8 @@ def mean_of(total: Tensor, share: Tensor) -> Tensor:
     return total / torch.where(share == 0, 1.0, share)
 
 
-def _comparable(score: Tensor, target: Tensor) -> Tensor:
+def comparable(score: Tensor, target: Tensor) -> Tensor:
+    """The score in float32 or better; a ValueError where its shape is not the target's."""
     if score.shape != target.shape:
         raise ValueError(
             f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
@@ -79,7 +84,19 @@ def _comparable(score: Tensor, target: Tensor) -> Tensor:
     return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
 
 
-def _spread(values: Tensor, score: Tensor, name: str) -> Tensor:
+def counted(target: Tensor, weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(what has a label and counts, bool; its weight)`, both in the target's shape."""
+    valid = ~torch.isnan(target)
+    if mask is not None:
+        valid = valid & spread(mask, target, "mask")
+    share = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
+    if weight is not None:
+        share = share * spread(weight, target, "weight")
+    return valid, share
+
+
+def spread(values: Tensor, score: Tensor, name: str) -> Tensor:
+    """Weights or a mask in the shape of the scores, whose last axis they may lack."""
     if values.shape == score.shape:
         return values
     if score.dim() > 1 and values.shape == score.shape[:-1]:
@@ -129,4 +146,118 @@ class Huber(Loss):
         return F.huber_loss(score, target, reduction="sum", delta=self.delta)
 
 
-LOSSES: dict[str, type[Loss]] = {"mse": MSE, "mae": MAE, "huber": Huber}
+class Quantile(Loss):
+    """Pinball loss: the score becomes the `tau` quantile of the label.
+
+    Koenker and Bassett, "Regression Quantiles", 1978.
+    """
+
+    def __init__(self, tau: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < tau < 1:
+            raise ValueError(f"tau is {tau}; a quantile lies between 0 and 1.")
+        self.tau = tau
+
+    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
+        error = target - score
+        return torch.maximum(self.tau * error, (self.tau - 1) * error)
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy of the bin that the label falls into; the score is the expected bin.
+
+    `num_bins` bins of equal probability under a standard normal label (what a z-score or rank
+    normalisation by day gives), or those between the ascending `edges`. The network has an
+    output for each bin, `[B, K]` for one label column `[B]`; its score lies in [-1, 1].
+    """
+
+    edges: Tensor
+
+    def __init__(self, num_bins: int = 5, edges: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if edges is None:
+            if num_bins < 2:
+                raise ValueError(f"num_bins is {num_bins}; there must be two bins at least.")
+            shares = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
+            found = torch.special.ndtri(shares).float()
+        else:
+            found = torch.tensor([float(e) for e in edges])
+            if not len(found) or bool((found[1:] <= found[:-1]).any()):
+                raise ValueError(f"edges are {list(edges)}; they must ascend.")
+        self.register_buffer("edges", found)
+
+    @property
+    def num_bins(self) -> int:
+        """Bins, and outputs of the network."""
+        return len(self.edges) + 1
+
+    def num_outputs(self, num_labels: int) -> int:
+        if num_labels > 1:
+            raise ValueError(f"CrossEntropy takes one label column, there are {num_labels}.")
+        return self.num_bins
+
+    def readout(self, score: Tensor) -> Tensor:
+        place = torch.linspace(-1, 1, self.num_bins, device=score.device)
+        return score.float().softmax(-1) @ place
+
+    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
+        """`score [..., K]`, `target [...]` to `[...]`."""
+        chosen = torch.bucketize(target, self.edges)
+        return -score.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+
+    def sums(
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if score.shape != (*target.shape, self.num_bins):
+            raise ValueError(
+                f"score {list(score.shape)} and target {list(target.shape)}: cross-entropy on "
+                f"{self.num_bins} bins compares [B, {self.num_bins}] with [B] (num_outputs="
+                f"{self.num_bins})."
+            )
+        score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+        valid, share = counted(target, weight, mask)
+        score = torch.where(valid[..., None], score, 0.0)
+        target = torch.where(valid, target, 0.0).to(score.dtype)
+        return (self.elementwise(score, target) * share).sum(), share.sum()
+
+    def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
+        return self.sums(score, target)[0]
+
+
+class Combined(Loss):
+    """A weighted sum of losses: sum of weight x mean of each.
+
+    `parts`: pairs (loss, weight). What one of them asks of scores and batches they all get.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Loss, float]]) -> None:
+        super().__init__()
+        if not parts:
+            raise ValueError("a sum of losses needs one at least.")
+        self.parts = nn.ModuleList([loss for loss, _ in parts])
+        self.shares = tuple(float(share) for _, share in parts)
+
+    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError("a sum of losses has no loss of one element")
+
+    def sums(
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mean = score.new_zeros(())
+        for loss, share in zip(self.parts, self.shares, strict=True):
+            assert isinstance(loss, Loss)
+            mean = mean + share * mean_of(*loss.sums(score, target, weight, mask))
+        count = counted(target, None, mask)[0].sum()
+        return mean * count, count
+
+    def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
+        total, count = self.sums(score, target)
+        return total * (target.numel() / count)

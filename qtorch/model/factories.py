@@ -13,8 +13,21 @@ from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.metrics.loss import LOSSES
+from qtorch.metrics.loss import MAE, MSE, Combined, CrossEntropy, Huber, Loss, Quantile
+from qtorch.metrics.ranking import IC, ListMLE, ListNet, Pairwise, RankIC
 
+LOSSES: dict[str, type[Loss]] = {
+    "mse": MSE,
+    "mae": MAE,
+    "huber": Huber,
+    "quantile": Quantile,
+    "cross_entropy": CrossEntropy,
+    "ic": IC,
+    "rank_ic": RankIC,
+    "pairwise": Pairwise,
+    "listnet": ListNet,
+    "listmle": ListMLE,
+}
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -33,15 +46,37 @@ class SchedulerPlan:
 
 
 def loss_of(spec: Any) -> Callable[..., Any]:
-    """A loss: "mse", "mae", "huber", a configuration, or a callable (score, target) -> scalar."""
+    """A loss: a name of `LOSSES`; a configuration; a callable (score, target) -> scalar; or a
+    mapping {name: weight} of several, whose weighted sum it is."""
     if isinstance(spec, str) and "." not in spec:
         if spec not in LOSSES:
             raise ConfigError(unknown_name("loss", spec, LOSSES))
         return LOSSES[spec]()
+    if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
+        return _combined(spec)
     built = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
     if not callable(built):
         raise ConfigError(f"the loss is a {type(built).__name__}, which cannot be called.")
     return built  # type: ignore[no-any-return]  # callable() tells mypy nothing of its result
+
+
+def _combined(spec: Mapping[Any, Any]) -> Combined:
+    """`{"mse": 1.0, "ic": 0.5}`, or `{any: {"loss": ..., "weight": ...}}`."""
+    parts = []
+    for name, share in spec.items():
+        given = share if isinstance(share, Mapping) else {"loss": str(name), "weight": share}
+        if set(given) - {"loss", "weight"} or "loss" not in given:
+            raise ConfigError(
+                f"the loss {name!r} is given as {dict(given)}; expected a weight, or "
+                "{'loss': ..., 'weight': ...}."
+            )
+        loss, weight = loss_of(given["loss"]), given.get("weight", 1.0)
+        if not isinstance(loss, Loss):
+            raise ConfigError(f"{name!r}: a sum is made of qtorch.metrics.loss.Loss alone.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ConfigError(f"the weight of the loss {name!r} is {weight!r}, not a number.")
+        parts.append((loss, float(weight)))
+    return Combined(parts)
 
 
 def optimizer_factory(spec: Any) -> OptimizerFactory:
@@ -55,7 +90,12 @@ def optimizer_factory(spec: Any) -> OptimizerFactory:
             if name.lower() == spec.lower():
                 return cast(OptimizerFactory, found)
         raise ConfigError(unknown_name("optimizer", spec, known))
-    return _factory(spec, "optimizer")
+    return configured_factory(spec, "optimizer")
+
+
+def with_rate(spec: Any, lr: float | None) -> Any:
+    """An optimizer's specification with another learning rate (None: its own)."""
+    return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
 
 
 def scheduler_plan(spec: Any) -> SchedulerPlan | None:
@@ -71,7 +111,7 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
             if name not in ("interval", "frequency", "monitor"):
                 valid = ("scheduler", "interval", "frequency", "monitor")
                 raise ConfigError(unknown_name("option of scheduler", name, valid))
-    plan = SchedulerPlan(_factory(spec, "scheduler"), **options)
+    plan = SchedulerPlan(configured_factory(spec, "scheduler"), **options)
     if plan.interval not in ("epoch", "step"):
         raise ConfigError(
             unknown_name("interval of the scheduler", plan.interval, ("epoch", "step"))
@@ -79,7 +119,8 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
     return plan
 
 
-def _factory(spec: Any, what: str) -> Callable[..., Any]:
+def configured_factory(spec: Any, what: str) -> Callable[..., Any]:
+    """What makes a `what`: a name or configuration whose further arguments come later."""
     if isinstance(spec, str):
         spec = {"_target_": spec}
     if isinstance(spec, Mapping):

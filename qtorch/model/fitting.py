@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,22 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.batches import BatchLoader
 from qtorch.data.sample_set import Samples
 from qtorch.metrics.loss import Loss
 from qtorch.model.checkpoint import KEEPER, LAST, checkpoint_to_resume
-from qtorch.model.factories import loss_of, optimizer_factory, scheduler_plan
+from qtorch.model.day_label import day_label
+from qtorch.model.factories import (
+    OptimizerFactory,
+    configured_factory,
+    loss_of,
+    optimizer_factory,
+    scheduler_plan,
+)
+from qtorch.model.finetuning import FineTuning
 from qtorch.model.generators import preserved_generators
 from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.keeper import Keeper, weights_of
@@ -40,6 +47,7 @@ from qtorch.model.trainer_options import (
     inner_steps_of,
     limited,
 )
+from qtorch.model.training_identity import training_identity
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +59,8 @@ class Recipe:
     """How to train: the model's arguments, checked."""
 
     loss: Any
+    module: Any
+    day_label: Any
     optimizer: Any
     scheduler: Any
     batch: dict[str, Any]
@@ -70,6 +80,7 @@ class Fitted:
     network: nn.Module
     history: list[dict[str, float]]
     report: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: dict[str, Any] | None = None
 
 
 def fit_network(
@@ -82,17 +93,24 @@ def fit_network(
     recorder: Any,
     resume: str | Path | None,
     start: str = "fresh",
+    tuning: FineTuning | None = None,
+    optimizer_state: dict[str, Any] | None = None,
 ) -> Fitted:
     """Train and give the best weights. Global generators are afterwards as they were before.
 
     `make_network` is called with the generators seeded. `start` says where the weights come from,
-    which tells this training's checkpoints from those of another one.
+    which tells this training's checkpoints from those of another one. `tuning` says what of a
+    fitted network learns on, `optimizer_state` where its optimizer begins.
     """
     with preserved_generators(), _quiet_lightning(), Interruption() as interruption:
         seed_everything(recipe.seed)
         network = make_network().train()  # a fitted one comes in evaluation mode
+        if tuning is not None:
+            network = tuning.prepared(network)
+            start = digest({"start": start, "tuning": tuning.description})
         identity = training_identity(network, train, valid, recipe, start)
-        fit = _Fit(network, train.to(device), None if valid is None else valid.to(device), recipe)
+        moved = train.to(device), None if valid is None else valid.to(device)
+        fit = _Fit(network, *moved, recipe, tuning, optimizer_state)
         with _folder(recipe, recorder) as folder:
             found = checkpoint_to_resume(resume, folder, identity)
             keeper = fit.prepare(folder, identity, interruption, recorder)
@@ -111,9 +129,16 @@ class _Fit:
     """The parts of one training, and Lightning's run over them."""
 
     def __init__(
-        self, network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe
+        self,
+        network: nn.Module,
+        train: Samples,
+        valid: Samples | None,
+        recipe: Recipe,
+        tuning: FineTuning | None,
+        optimizer_state: dict[str, Any] | None,
     ) -> None:
         self.recipe, self.train, self.valid = recipe, train, valid
+        self.tuning, self.optimizer_state = tuning, optimizer_state
         self.own_module = isinstance(network, pl.LightningModule)
         if not self.own_module:
             train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
@@ -144,7 +169,9 @@ class _Fit:
             every_n_steps=every,
         )
         self.keeper = keeper
-        own = [keeper] if stopper is None else [stopper, keeper]
+        own: list[pl.Callback] = [keeper] if stopper is None else [stopper, keeper]
+        if self.tuning is not None:
+            own = [*self.tuning.callbacks(self.network), *own]
         self.trainer = build_trainer(
             options,
             own=own,
@@ -169,18 +196,35 @@ class _Fit:
             )
         if recipe.compile:
             self.network.compile(**(recipe.compile if isinstance(recipe.compile, dict) else {}))
-        return ScoreModule(
+        make = ScoreModule
+        if recipe.module is not None:
+            make = configured_factory(recipe.module, "module")  # type: ignore[assignment]  # asked below
+        module = make(
             self.network,
             loss,
-            optimizer_factory(recipe.optimizer),
+            self._optimizer(),
             scheduler_plan(recipe.scheduler),
             num_days=len(self.train.calendar if self.valid is None else self.valid.calendar),
             accumulate=options.accumulate,
             clip_value=options.clip_value,
             clip_algorithm=options.clip_algorithm,
             complete=self.train.target is not None and not bool(self.train.target.isnan().any()),
+            day_label=day_label(recipe.day_label),
             interrupted=lambda: interruption.requested,
         )
+        if not isinstance(module, ScoreModule):
+            raise ConfigError(
+                f"the module is a {type(module).__name__}; expected a qtorch.model.ScoreModule. "
+                "(A LightningModule that trains itself is given as the network.)"
+            )
+        module.bind(self.train, self.valid)
+        return module
+
+    def _optimizer(self) -> OptimizerFactory:
+        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        if self.tuning is not None:
+            factory = self.tuning.optimizer(factory, self.network)
+        return factory if state is None else partial(_taken_up, factory, state)
 
     def _loader(
         self, samples: Samples, training: bool, limit: int | float | None, cut: int | None
@@ -230,10 +274,12 @@ class _Fit:
         if keeper.best_weights is not None:
             network.load_state_dict(keeper.best_weights)
         network.cpu()
+        if self.tuning is not None:
+            network = self.tuning.finished(network)
         if self.recipe.compile:
             network._compiled_call_impl = None  # a compiled call cannot be saved
         rate = keeper.num_trained / keeper.train_seconds if keeper.train_seconds else 0.0
-        report = {
+        report: dict[str, Any] = {
             "epochs": len(keeper.history),
             "best_epoch": keeper.best_epoch,
             "monitor": keeper.monitor,
@@ -249,46 +295,19 @@ class _Fit:
             "seed": self.recipe.seed,
             "resumed_from": None if found is None else str(found[0]),
         }
-        return Fitted(network, keeper.history, report)
+        if self.tuning is not None:
+            report["tuning"] = self.tuning.description
+        return Fitted(network, keeper.history, report, keeper.best_optimizer)
 
 
-def training_identity(
-    network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe, start: str
-) -> str:
-    """What tells a training from another: network, data, batches, optimizer, seed, start; not how
-    long it lasts nor how it is shown."""
-    options = recipe.trainer
-    parts = {
-        "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
-        "class": type(network).__qualname__,
-        "data": [None if s is None else data_identity(s) for s in (train, valid)],
-        "batch": {k: v for k, v in recipe.batch.items() if k != "eval_size"},
-        "rules": [_named(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
-        "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
-        "limit": options.limit_train,
-        "precision": str(options.rest.get("precision")),
-        "seed": recipe.seed,
-        "start": start,
-    }
-    return digest(parts)
-
-
-def data_identity(samples: Samples) -> list[Any]:
-    """A short description of samples that other samples are unlikely to share."""
-    told = samples.describe()
-    sums = [
-        None if t is None else float(torch.nan_to_num(t).double().sum())
-        for t in (samples.date, samples.instrument, samples.target, samples.weight)
-    ]
-    names = hashlib.sha256(repr(samples.feature_names).encode()).hexdigest()
-    return [told["samples"], told["start"], told["end"], samples.step_len, names, *sums]
-
-
-def _named(spec: Any) -> Any:
-    try:
-        return plain_value(spec)
-    except ConfigError:
-        return type(spec).__qualname__
+def _taken_up(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:
+    """An optimizer that begins with another's moments, and its own rates."""
+    optimizer = factory(parameters)
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if count != sum(len(group["params"]) for group in state["param_groups"]):
+        raise ConfigError("keep_optimizer: the optimizer's state is of other parameters.")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    return optimizer
 
 
 @contextmanager
@@ -341,3 +360,16 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def check_labels(train: Samples, valid: Samples | None) -> None:
+    """Raise DataError where there is nothing to learn from."""
+    for name, samples in (("train", train), ("valid", valid)):
+        if samples is None:
+            continue
+        if not len(samples):
+            raise DataError(f"the segment {name!r} holds no sample.")
+        if samples.target is None:
+            raise DataError(f"the samples of {name!r} have no label to learn from.")
+        if bool(samples.target.isnan().all()):
+            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")

@@ -54,6 +54,7 @@ class Keeper(Checkpoint):
         self.best_epoch: int | None = None
         self.best_value = math.nan
         self.best_weights: dict[str, Tensor] | None = None
+        self.best_optimizer: dict[str, Any] | None = None
         self.seconds = self.train_seconds = 0.0
         self.num_trained = 0  # samples in those train_seconds
         self.stopped_at: tuple[int, int] | None = None
@@ -146,6 +147,8 @@ class Keeper(Checkpoint):
             return False
         kept = weights_of(module).state_dict()
         self.best_weights = {k: v.detach().clone() for k, v in kept.items()}
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        self.best_optimizer = None if optimizer is None else _copied(optimizer.state_dict())
         self.best_epoch, self.best_value = trainer.current_epoch, value
         return True
 
@@ -214,6 +217,7 @@ class Keeper(Checkpoint):
             "best_epoch": self.best_epoch,
             "best_value": self.best_value,
             "best_weights": self.best_weights,
+            "best_optimizer": self.best_optimizer,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "num_trained": self.num_trained,
@@ -229,6 +233,7 @@ class Keeper(Checkpoint):
         self.history = [dict(v) for v in state["history"]]
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.best_weights = state["best_weights"]
+        self.best_optimizer = state.get("best_optimizer")  # not in checkpoints of before
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.num_trained = state["num_trained"]
 
@@ -236,3 +241,12 @@ class Keeper(Checkpoint):
 def weights_of(module: pl.LightningModule) -> torch.nn.Module:
     """What holds the weights that count: the network of ours, a user's module itself."""
     return module.network if isinstance(module, ScoreModule) else module
+
+
+def _copied(state: Any) -> Any:
+    """Nested state with its tensors copied."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {k: _copied(v) for k, v in state.items()}
+    return [_copied(v) for v in state] if isinstance(state, list) else state

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name
+from qtorch.core.errors import ConfigError, NotFittedError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.data.sample_set import Samples
 from qtorch.data.samples import samples_of
+from qtorch.metrics.loss import Loss
 from qtorch.model.base import ModelFT
-from qtorch.model.fitting import Fitted, Recipe, fit_network
+from qtorch.model.factories import loss_of, with_rate
+from qtorch.model.feeding import readout_of
+from qtorch.model.finetuning import FineTuning, Statistics
+from qtorch.model.fitting import Fitted, Recipe, check_labels, fit_network
+from qtorch.model.matching import LearntFrom
+from qtorch.model.model_state import state_of, take_state, weights_digest
 from qtorch.model.network_config import build_network, complete_network, network_config
 from qtorch.model.scoring import evaluation_size, score_series
+from qtorch.model.statistics import apply_statistics, fitted_statistics
 from qtorch.model.trainer_options import device_name, trainer_options
 from qtorch.tracking.current import current_recorder
+from qtorch.tracking.lineage import tag_lineage
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
@@ -55,6 +62,10 @@ class LightningModel(ModelFT):
     `checkpoint`: `every_n_steps` (also within an epoch, at each multiple of it), `dir`,
     `enabled`. They lie in the recorder's run, else in a temporary folder.
     `callbacks`: Lightning's, by configuration or live.
+    `module`: what trains the network where its training step is another one: a subclass of
+    `qtorch.model.ScoreModule` by name, or a configuration with its further arguments.
+    `day_label`: `drop_extreme` (share) and `zscore` of each training day's labels; for day
+    batches.
     `inner_steps`: batches to one training_step of Lightning; the numbers do not depend on it.
     `compile`: True or the arguments of torch.compile.
     `seed`: of the weights, dropout and order; None is the session's, or one that is drawn.
@@ -76,6 +87,8 @@ class LightningModel(ModelFT):
         early_stop: int | Mapping[str, Any] | None = None,
         checkpoint: Mapping[str, Any] | None = None,
         callbacks: Sequence[Any] = (),
+        module: Any = None,
+        day_label: Mapping[str, Any] | None = None,
         inner_steps: int | Literal["auto"] = "auto",
         compile: bool | Mapping[str, Any] = False,
         seed: int | None = None,
@@ -87,11 +100,15 @@ class LightningModel(ModelFT):
         self.monitor, self.early_stop = monitor, early_stop
         self.checkpoint = _merged("checkpoint", checkpoint, CHECKPOINT)
         self.callbacks = list(callbacks or ())
+        self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
         trainer_options(self.trainer, ())  # a wrong name is said now, not after the data are read
         self.network_: nn.Module | None = None
         self.network_config_: dict[str, Any] | None = None
-        self.num_features_: int | None = None
+        self.learnt_: LearntFrom | None = None
+        self.statistics_: State | None = None
+        self.optimizer_state_: dict[str, Any] | None = None
+        self._loaded_from: Recorder | None = None
         self.evals_result_: dict[str, dict[str, list[float]]] = {}
         self.fit_report_: dict[str, Any] = {}
         self.seed_: int | None = None
@@ -118,7 +135,7 @@ class LightningModel(ModelFT):
         KeyboardInterrupt); a second one ends at once. Raises DataError where there is nothing to
         learn from, ConfigError for what cannot be meant.
         """
-        self._learn(dataset, reweighter, recorder, resume, self.trainer, self.optimizer, None)
+        self._learn(dataset, reweighter, recorder, resume, self._recipe())
 
     def finetune(
         self,
@@ -129,16 +146,57 @@ class LightningModel(ModelFT):
         resume: str | Path | None = "auto",
         trainer: Mapping[str, Any] | None = None,
         optimizer: Any = None,
+        scheduler: Any = None,
+        early_stop: int | Mapping[str, Any] | None = None,
+        max_epochs: int | None = None,
+        lr: float | None = None,
+        train: str | Sequence[str] = "all",
+        frozen: Sequence[str] = (),
+        layer_decay: float = 1.0,
+        unfreeze_every: int | None = None,
+        lora: Mapping[str, Any] | None = None,
+        keep_optimizer: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
-        """Train on from the fitted weights, with a new optimizer.
+        """Train on from the fitted weights.
 
-        `trainer` and `optimizer` stand in for the model's own; `trainer` argument by argument.
-        Raises NotFittedError before `fit`.
+        `trainer` (argument by argument), `optimizer`, `scheduler`, `early_stop`, `max_epochs` and
+        `lr` stand in for the model's own. What learns on, and how fast: `train`, `frozen`,
+        `layer_decay`, `unfreeze_every`, `lora`, `keep_optimizer`, see `FineTuning`.
+        `statistics`: what the dataset's processors and batch norms normalise by: "keep" as when
+        the weights were learnt, "refit" of the new data, "adapt" half of each; None leaves the
+        dataset as it is given. Where the model was loaded from a run, the recorder's tags name it.
+
+        Raises NotFittedError before `fit`, DataError that lists the differences where the data
+        do not fit the weights (features are matched by name).
         """
         fitted = self._fitted()
-        arguments = {**self.trainer, **(trainer or {})}
-        chosen = self.optimizer if optimizer is None else optimizer
-        self._learn(dataset, reweighter, recorder, resume, arguments, chosen, fitted)
+        tuning = FineTuning(
+            train=train,
+            frozen=frozen,
+            layer_decay=layer_decay,
+            unfreeze_every=unfreeze_every,
+            lora=lora,
+            keep_optimizer=keep_optimizer,
+            statistics=statistics,
+        )
+        if isinstance(fitted, pl.LightningModule) and tuning != FineTuning():
+            raise ConfigError(
+                "a LightningModule that trains itself says itself what learns on; leave out "
+                f"{', '.join(tuning.description)}."
+            )
+        epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
+        recipe = self._recipe(
+            trainer={**self.trainer, **(trainer or {}), **epochs},
+            optimizer=with_rate(self.optimizer if optimizer is None else optimizer, lr),
+            scheduler=self.scheduler if scheduler is None else scheduler,
+            early_stop=self.early_stop if early_stop is None else early_stop,
+        )
+        apply_statistics(dataset, self.statistics_, statistics)
+        run = current_recorder() if recorder is None else recorder
+        if run is not None and self._loaded_from is not None:
+            tag_lineage(run, self._loaded_from)
+        self._learn(dataset, reweighter, run, resume, recipe, fitted, tuning)
 
     def _learn(
         self,
@@ -146,20 +204,25 @@ class LightningModel(ModelFT):
         reweighter: Any,
         recorder: Recorder | None,
         resume: str | Path | None,
-        trainer: Mapping[str, Any],
-        optimizer: Any,
-        fitted: nn.Module | None,
+        recipe: Recipe,
+        fitted: nn.Module | None = None,
+        tuning: FineTuning | None = None,
     ) -> None:
-        recipe = self._recipe(trainer, optimizer)
         device = resolve_device(device_name(recipe.trainer))
-        train = samples_of(dataset, "train", data_key="learn").reweighted(reweighter)
+        train = self._samples(dataset, "train", reweighter)
         valid = None
         if "valid" in getattr(dataset, "segments", ("train", "valid")):
-            valid = samples_of(dataset, "valid", data_key="learn").reweighted(reweighter)
-        _check_labels(train, valid)
-        spec = complete_network(self.network, train) if fitted is None else fitted
-        if fitted is not None:
-            self._check_features(train)
+            valid = self._samples(dataset, "valid", reweighter)
+        check_labels(train, valid)
+        if fitted is None:
+            loss = loss_of(self.loss)
+            outputs = loss.num_outputs(len(train.label_names)) if isinstance(loss, Loss) else None
+            self.network_config_ = None
+            spec = complete_network(self.network, train, outputs)
+        else:
+            assert self.learnt_ is not None, "a fitted model knows what it learnt from"
+            spec, train = fitted, self.learnt_.matched(train)
+            valid = None if valid is None else self.learnt_.matched(valid)
         result = fit_network(
             lambda: build_network(spec),
             train,
@@ -168,16 +231,30 @@ class LightningModel(ModelFT):
             device=device,
             recorder=current_recorder() if recorder is None else recorder,
             resume=resume,
-            start="fresh" if fitted is None else _weights_digest(fitted),
+            start="fresh" if fitted is None else weights_digest(fitted),
+            tuning=tuning,
+            optimizer_state=self._optimizer_state(tuning),
         )
         if fitted is None:
             self.network_config_ = spec if isinstance(spec, dict) else None
-        self.num_features_ = train.num_features
+            self.learnt_ = LearntFrom.of(train)
+        self.statistics_ = fitted_statistics(dataset)
         self.seed_ = recipe.seed
         self._take(result)
 
+    def _samples(self, dataset: Any, segment: str, reweighter: Any) -> Samples:
+        return samples_of(dataset, segment, data_key="learn").reweighted(reweighter)
+
+    def _optimizer_state(self, tuning: FineTuning | None) -> dict[str, Any] | None:
+        if tuning is None or not tuning.keep_optimizer:
+            return None
+        if self.optimizer_state_ is None:
+            raise ConfigError("keep_optimizer: this model was saved without its optimizer's state.")
+        return self.optimizer_state_
+
     def _take(self, result: Fitted) -> None:
         self.network_ = result.network.eval()
+        self.optimizer_state_ = result.optimizer_state
         self.fit_report_ = result.report
         self.evals_result_ = {}
         for epoch in result.history:
@@ -186,7 +263,9 @@ class LightningModel(ModelFT):
                 group = self.evals_result_.setdefault(segment if name else "train", {})
                 group.setdefault(name or segment, []).append(value)
 
-    def _recipe(self, trainer: Mapping[str, Any], optimizer: Any) -> Recipe:
+    def _recipe(self, **changes: Any) -> Recipe:
+        """The model's arguments, with those of a fine-tuning in their place."""
+        trainer = changes.get("trainer", self.trainer)
         seed = self.seed if self.seed is not None else session().seed
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
@@ -195,12 +274,14 @@ class LightningModel(ModelFT):
             checkpoint["enabled"] = False
         return Recipe(
             loss=self.loss,
-            optimizer=optimizer,
-            scheduler=self.scheduler,
+            module=self.module,
+            day_label=self.day_label,
+            optimizer=changes.get("optimizer", self.optimizer),
+            scheduler=changes.get("scheduler", self.scheduler),
             batch=self.batch,
             trainer=trainer_options(trainer, self.callbacks),
             monitor=self.monitor,
-            early_stop=self.early_stop,
+            early_stop=changes.get("early_stop", self.early_stop),
             checkpoint=checkpoint,
             inner_steps=self.inner_steps,
             compile=dict(self.compile) if isinstance(self.compile, Mapping) else self.compile,
@@ -212,15 +293,23 @@ class LightningModel(ModelFT):
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
         """Scores of a segment: float32 Series "score" by (datetime, instrument), each sample once.
 
-        Of several outputs the first is given. Raises NotFittedError before `fit`, DataError where
-        the dataset has another number of features than the one that was learnt from.
+        Of several outputs the first is given, or what the loss makes of them. Raises
+        NotFittedError before `fit`, DataError where the dataset has another number of features
+        than the one that was learnt from.
         """
         network = self._fitted()
         samples = samples_of(dataset, segment, data_key="infer")
-        self._check_features(samples)
+        if self.learnt_ is not None:
+            samples = self.learnt_.matched(samples)
         device = resolve_device(device_name(trainer_options(self.trainer, ())))
         size = evaluation_size(self.batch, device)
-        return score_series(network, samples, device=device, batch_size=size)
+        return score_series(
+            network,
+            samples,
+            device=device,
+            batch_size=size,
+            readout=readout_of(loss_of(self.loss)),
+        )
 
     def _fitted(self) -> nn.Module:
         if self.network_ is None:
@@ -229,13 +318,6 @@ class LightningModel(ModelFT):
                 "a fitted one."
             )
         return self.network_
-
-    def _check_features(self, samples: Samples) -> None:
-        if self.num_features_ not in (None, samples.num_features):
-            raise DataError(
-                f"the dataset has {samples.num_features} features, the model learnt from "
-                f"{self.num_features_}."
-            )
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -250,18 +332,7 @@ class LightningModel(ModelFT):
 
         Raises ConfigError where an argument is a live object that no configuration describes.
         """
-        state: dict[str, Any] = {"model": self.to_config(), "fitted": None}
-        if self.network_ is None:
-            return State(state)
-        state["fitted"] = {
-            "network": self.network_config_ or network_config(self.network),
-            "num_features": self.num_features_,
-            "seed": self.seed_,
-            "evals_result": _json_numbers(self.evals_result_),
-            "fit_report": _json_numbers(self.fit_report_),
-        }
-        weights = self.network_.state_dict()
-        return State(state, {k: v.detach().cpu().clone() for k, v in weights.items()})
+        return state_of(self)
 
     @classmethod
     def from_state(cls, state: State) -> Self:
@@ -269,15 +340,12 @@ class LightningModel(ModelFT):
         built = init_instance_by_config(state.config["model"], stored=True)
         if not isinstance(built, cls):
             raise TypeError(f"the state is of a {type(built).__qualname__}, not a {cls.__name__}.")
-        fitted = state.config["fitted"]
-        if fitted is not None:
-            built.network_ = build_network(fitted["network"], stored=True).eval()
-            built.network_.load_state_dict(state.tensors)
-            built.network_config_ = fitted["network"]
-            built.num_features_, built.seed_ = fitted["num_features"], fitted["seed"]
-            built.evals_result_ = _floats(fitted["evals_result"])
-            built.fit_report_ = fitted["fit_report"]
+        take_state(built, state)
         return built
+
+    def loaded_from(self, recorder: Recorder) -> None:
+        """Remember the run whose artifact this model is: a fine-tuning's run names it."""
+        self._loaded_from = recorder
 
 
 def _merged(
@@ -287,42 +355,3 @@ def _merged(
         if name not in defaults:
             raise ConfigError(unknown_name(f"option of {what}", name, defaults))
     return {**defaults, **(given or {})}
-
-
-def _check_labels(train: Samples, valid: Samples | None) -> None:
-    for name, samples in (("train", train), ("valid", valid)):
-        if samples is None:
-            continue
-        if not len(samples):
-            raise DataError(f"the segment {name!r} holds no sample.")
-        if samples.target is None:
-            raise DataError(f"the samples of {name!r} have no label to learn from.")
-        if bool(samples.target.isnan().all()):
-            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")
-
-
-def _weights_digest(network: nn.Module) -> str:
-    hashed = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        hashed.update(name.encode())
-        hashed.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return hashed.hexdigest()[:32]
-
-
-def _json_numbers(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as None."""
-    if isinstance(value, Mapping):
-        return {k: _json_numbers(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_numbers(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _floats(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_floats(v) for v in value]
-    return math.nan if value is None else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,17 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.data.batches import Batch
+from qtorch.data.sample_set import Samples
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import Loss, mean_of
+from qtorch.model.day_label import DayLabel
 from qtorch.model.factories import OptimizerFactory, SchedulerPlan
+from qtorch.model.feeding import Feeder, readout_of
 from qtorch.model.step_loader import Steps
 from qtorch.model.tally import Tally, weighted_mean
 
@@ -44,16 +47,6 @@ STEP_HOOKS = (
 )
 
 
-def network_input(x: Tensor, inputs: str) -> Tensor:
-    """`x [B, T, F]` as a network declares it: "window" as it is, "flat" `[B, F * T]`."""
-    return x.transpose(1, 2).flatten(1) if inputs == "flat" else x
-
-
-def as_columns(score: Tensor) -> Tensor:
-    """Scores `[B]` or `[B, Q]` as `[B, Q]`."""
-    return score[:, None] if score.dim() == 1 else score
-
-
 def no_interruption() -> bool:
     """Stands where nobody asks to stop."""
     return False
@@ -74,7 +67,8 @@ class ScoreModule(pl.LightningModule):
 
     `loss` is a `Loss`, or any callable (score, target) -> mean, which is then weighted by the
     number of samples of a batch and takes neither weights nor masks. `complete` vouches that no
-    label of the training samples is missing. Where no callback looks between backward and step
+    label of the training samples is missing. `day_label` treats the labels of training batches.
+    Where no callback looks between backward and step
     (and neither a GradScaler nor a strategy has work there), both are called without Lightning's
     hooks: the same numbers, faster.
     """
@@ -91,12 +85,13 @@ class ScoreModule(pl.LightningModule):
         clip_value: float | None = None,
         clip_algorithm: str | None = None,
         complete: bool = False,
+        day_label: DayLabel | None = None,
         interrupted: Callable[[], bool] = no_interruption,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network = network
-        self.inputs: str = getattr(network, "inputs", "window")
+        self.feeder = Feeder(network)
         self.loss = loss
         self.optimizer_factory = optimizer
         self.plan = scheduler
@@ -105,29 +100,16 @@ class ScoreModule(pl.LightningModule):
         self.interrupted = interrupted
         self.meter = ICMeter(num_days)
         self.complete = complete
+        self.day_label = day_label
         self.direct = False
         self.tally, self.valid_tally = Tally(), Tally()
 
     # -- one batch -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """The scores `[B, Q]` of a batch; of a day batch `[G * N, Q]`."""
-        return as_columns(self.scores(batch.flat()))
-
-    def scores(self, batch: Batch, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Scores as the network gives them, `[B]` or `[B, Q]`.
-
-        With `state` (parameters and buffers by name) a pure function of (state, batch).
-        """
-        x = network_input(batch.x, self.inputs)
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
-        if state is None:
-            found = self.network(x)
-        else:
-            found = functional_call(self.network, dict(state), (x,))
-        assert isinstance(found, Tensor)
-        return found
+        """The scores of a batch, as the network gives them: `[B]` or `[B, Q]`, of a day batch
+        `[G, N]` or `[G, N, Q]`."""
+        return self.feeder(batch)
 
     def loss_sums(
         self, batch: Batch, state: Mapping[str, Tensor] | None = None, *, complete: bool = False
@@ -137,17 +119,24 @@ class ScoreModule(pl.LightningModule):
         With `state` a pure function of (parameters and buffers, batch), so that members of one
         architecture can be stacked; without, of the network's own.
         """
-        score = self.scores(batch, state)
+        score = self.feeder(batch, state)
+        return (*self.sums_of(score, batch, complete=complete), score)
+
+    def sums_of(
+        self, score: Tensor, batch: Batch, *, complete: bool = False
+    ) -> tuple[Tensor, Tensor | int]:
+        """`(sum of weight x loss, sum of weight)` of scores in the form of their batch."""
         target = batch.y
         if target is None:
             raise ConfigError("these batches have no label to learn from (`y` is None).")
-        if score.dim() == 1 and target.shape[1] == 1:
-            target = target[:, 0]
+        columns = score.dim() > batch.date.dim() and score.shape[-1] == 1
+        if target.shape[-1] == 1 and not columns:
+            target = target[..., 0]
         plain = batch.weight is None and batch.mask is None
         if isinstance(self.loss, Loss):
             if complete and plain:
-                return self.loss.complete_sum(score, target), target.numel(), score
-            return (*self.loss.sums(score, target, batch.weight, batch.mask), score)
+                return self.loss.complete_sum(score, target), target.numel()
+            return self.loss.sums(score, target, batch.weight, batch.mask)
         if not plain:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} takes neither sample weights nor masks; "
@@ -155,9 +144,24 @@ class ScoreModule(pl.LightningModule):
             )
         if score.shape != target.shape:
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
-        return self.loss(score, target) * len(score), len(score), score
+        return self.loss(score, target) * len(score), len(score)
 
     # -- training ------------------------------------------------------------------------------
+
+    def bind(self, train: Samples, valid: Samples | None) -> None:
+        """Hook: the samples, on the device, before the training begins."""
+
+    def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
+        """Hook: `(sum of weight x loss, sum of weight)` that a training batch is learnt by."""
+        return self.loss_sums(self.to_learn(batch), complete=self.complete)[:2]
+
+    def to_learn(self, batch: Batch) -> Batch:
+        """A training batch with its labels treated by day, where that is asked for."""
+        if self.day_label is None or batch.y is None:
+            return batch
+        if not batch.is_day:
+            raise ConfigError("day_label treats the labels of a day together: batch.order=day.")
+        return replace(batch, y=self.day_label(batch.y, batch.mask))
 
     def on_train_start(self) -> None:
         self.direct = _nothing_between(self.trainer)
@@ -173,7 +177,7 @@ class ScoreModule(pl.LightningModule):
         mixed = torch.is_autocast_enabled(self.device.type)
         ends = self.plan is not None or self.trainer.max_steps != -1
         for batch in steps:
-            total, share, _ = self.loss_sums(batch.flat(), complete=self.complete)
+            total, share = self.training_sums(batch)
             loss = total / share if isinstance(share, int) else mean_of(total, share)
             self._backward(loss if accumulate == 1 else loss / accumulate, mixed)
             tally.add(total.detach(), share)
@@ -233,13 +237,13 @@ class ScoreModule(pl.LightningModule):
         self.meter.reset()
 
     def validation_step(self, steps: Steps) -> None:
-        for each in steps:
-            batch = each.flat()
+        for batch in steps:
             total, share, score = self.loss_sums(batch)
             self.valid_tally.add(total, share)
             label = batch.extra.get("raw_label", batch.y)
             assert label is not None
-            self.meter.update(as_columns(score)[:, 0], label[:, 0], batch.date, batch.mask)
+            first = score if score.dim() == batch.date.dim() else readout_of(self.loss)(score)
+            self.meter.update(first, label[..., 0], batch.date, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
         daily = self.meter.compute()

@@ -19,12 +19,16 @@ from qtorch.nn.network import Network
 NETWORK_MODULE = "qtorch.nn"
 
 
-def complete_network(spec: Any, samples: Samples) -> dict[str, Any] | nn.Module:
-    """`spec` with `d_feat`, `step_len` and `num_outputs` filled in where the network takes them
-    and the configuration does not say; a live module comes back unchanged.
+def complete_network(
+    spec: Any, samples: Samples, num_outputs: int | None = None
+) -> dict[str, Any] | nn.Module:
+    """`spec` with what the data know filled in, where the network takes it and the configuration
+    does not say; a live module comes back unchanged.
 
-    `d_feat` is the number of features, for a flat network times the number of steps. Raises
-    ConfigError where the configuration says another number than the data.
+    `d_feat` is the number of features, for a flat network times the number of steps; `step_len`,
+    `num_outputs` (labels, unless given), `num_instruments` and `num_days` (of the panel), and for
+    an extra "concept" `num_concepts`, its width. Raises ConfigError where the configuration says
+    another number than the data.
     """
     if isinstance(spec, nn.Module):
         return spec
@@ -35,7 +39,10 @@ def complete_network(spec: Any, samples: Samples) -> dict[str, Any] | nn.Module:
     known = {
         "d_feat": features * steps if flat else features,
         "step_len": steps,
-        "num_outputs": max(labels, 1),
+        "num_outputs": max(labels, 1) if num_outputs is None else num_outputs,
+        "num_instruments": len(samples.instruments),
+        "num_days": len(samples.calendar),
+        **{f"num_{name}s": each.width for name, each in samples.extras.items()},
     }
     takes = inspect.signature(target).parameters
     for name, value in known.items():

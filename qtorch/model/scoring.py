@@ -15,7 +15,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.heartbeat import beat
 from qtorch.data.batches import Batch, BatchLoader
 from qtorch.data.sample_set import Samples
-from qtorch.model.module import as_columns, network_input
+from qtorch.model.feeding import Feeder
 
 SCORE = "score"
 GPU_BATCH = 8192
@@ -30,42 +30,73 @@ def evaluation_size(batch: Mapping[str, Any], device: torch.device) -> int:
 
 
 def score_series(
-    network: nn.Module, samples: Samples, *, device: torch.device, batch_size: int
+    network: nn.Module,
+    samples: Samples,
+    *,
+    device: torch.device,
+    batch_size: int,
+    readout: Callable[[Tensor], Tensor] | None = None,
 ) -> pd.Series:
-    """A float32 Series "score" by (datetime, instrument); the first output where there are more.
+    """A float32 Series "score" by (datetime, instrument); of several outputs what `readout`
+    makes of them, by default the first.
 
     `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)` gives the
     scores `[B]` or `[B, Q]` of a Batch. It is left on the device and in the mode where it was.
     """
     moved = samples.to(device)
-    loader = BatchLoader(moved, batch_size=batch_size, order="sequential")
+    by_day = bool(getattr(network, "cross_section", False))
+    loader = BatchLoader(
+        moved,
+        batch_size=batch_size,
+        order="day_sequential" if by_day else "sequential",
+        days_per_batch=max(1, batch_size * moved.num_days // max(1, len(moved))),
+    )
     with torch.inference_mode(), evaluated(network, device):
         call = batch_scorer(network)
-        parts = []
+        parts, masks = [], []
         for number, batch in enumerate(loader):
             beat("scoring")
-            parts.append(call(batch, number))
-        scores = torch.cat(parts).float().cpu().numpy() if parts else torch.zeros(0).numpy()
-    return pd.Series(scores, index=samples.index, name=SCORE)
+            score = call(batch, number)
+            if score.dim() > batch.date.dim():
+                score = score[..., 0] if readout is None else readout(score)
+            parts.append(score.flatten())
+            masks.append(
+                torch.ones_like(parts[-1], dtype=torch.bool)
+                if batch.mask is None
+                else batch.mask.flatten()
+            )
+        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
+    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
 
 
 def batch_scorer(network: nn.Module) -> Callable[[Batch, int], Tensor]:
-    """`(batch, number) -> scores [B]` of a network or of a LightningModule."""
+    """`(batch, number) -> scores` of a network or of a LightningModule, in the batch's form."""
+    call: Callable[[Batch, int], Any]
     if isinstance(network, pl.LightningModule):
-        step: Any = network.predict_step
-        return lambda batch, number: _first(step(batch, number), batch, network)
-    inputs = getattr(network, "inputs", "window")
-    return lambda batch, number: _first(network(network_input(batch.x, inputs)), batch, network)
+        call = network.predict_step
+    else:
+        feed = Feeder(network)
+
+        def call(batch: Batch, number: int) -> Any:
+            return feed(batch)
+
+    return lambda batch, number: _checked(call(batch, number), batch, network)
 
 
-def _first(score: Any, batch: Batch, network: nn.Module) -> Tensor:
-    if not isinstance(score, Tensor) or score.dim() not in (1, 2) or len(score) != len(batch.x):
+def _checked(score: Any, batch: Batch, network: nn.Module) -> Tensor:
+    form = batch.date.shape
+    if (
+        not isinstance(score, Tensor)
+        or score.shape[: len(form)] != form
+        or score.dim() > 1 + len(form)
+    ):
         shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        wanted = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
         raise ConfigError(
-            f"{type(network).__name__} gave {shape} for a batch of {len(batch.x)} samples; "
-            "expected scores [B] or [B, Q]."
+            f"{type(network).__name__} gave {shape} for a batch of {list(form)} samples; "
+            f"expected scores {wanted}."
         )
-    return as_columns(score)[:, 0]
+    return score
 
 
 @contextmanager

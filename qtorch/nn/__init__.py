@@ -5,19 +5,35 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.nn.dlinear import DLinear as DLinear
     from qtorch.nn.gru import GRU as GRU
+    from qtorch.nn.itransformer import ITransformer as ITransformer
     from qtorch.nn.lstm import LSTM as LSTM
+    from qtorch.nn.mamba import Mamba as Mamba
     from qtorch.nn.mlp import MLP as MLP
     from qtorch.nn.network import Network as Network
+    from qtorch.nn.patchtst import PatchTST as PatchTST
+    from qtorch.nn.recurrent import recurrent_layers as recurrent_layers
+    from qtorch.nn.stacked import stack_members as stack_members
+    from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.transformer import Transformer as Transformer
+    from qtorch.nn.tsmixer import TSMixer as TSMixer
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "DLinear": "qtorch.nn.dlinear",
+        "ITransformer": "qtorch.nn.itransformer",
+        "Mamba": "qtorch.nn.mamba",
+        "PatchTST": "qtorch.nn.patchtst",
+        "TSMixer": "qtorch.nn.tsmixer",
         "GRU": "qtorch.nn.gru",
         "LSTM": "qtorch.nn.lstm",
         "MLP": "qtorch.nn.mlp",
         "Network": "qtorch.nn.network",
+        "recurrent_layers": "qtorch.nn.recurrent",
+        "stack_members": "qtorch.nn.stacked",
+        "stacked_call": "qtorch.nn.stacked",
         "Transformer": "qtorch.nn.transformer",
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qtorch.nn.network import Network
+from qtorch.nn.recurrent import GRULayers
 
 
 class GRU(Network):
@@ -24,8 +25,7 @@ class GRU(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        between = dropout if num_layers > 1 else 0.0
-        self.rnn = nn.GRU(d_feat, hidden_size, num_layers, batch_first=True, dropout=between)
+        self.rnn = GRULayers(d_feat, hidden_size, num_layers, dropout)
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from qtorch.nn.network import Network
+from qtorch.nn.recurrent import LSTMLayers
 
 
 class LSTM(Network):
@@ -26,16 +26,10 @@ class LSTM(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        between = dropout if num_layers > 1 else 0.0
-        self.rnn = nn.LSTM(d_feat, hidden_size, num_layers, batch_first=True, dropout=between)
+        self.rnn = LSTMLayers(d_feat, hidden_size, num_layers, dropout)
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [B, T, F]` to `[B]` or `[B, Q]`."""
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # oneDNN has no half-precision LSTM for many CPUs and raises where it has none.
-            with torch.autocast("cpu", enabled=False):
-                states, _ = self.rnn(x.float())  # [B, T, H]
-        else:
-            states, _ = self.rnn(x)  # [B, T, H]
+        states, _ = self.rnn(x)  # [B, T, H]
         return self.scores(self.fc_out(states[:, -1]))

@@ -15,12 +15,23 @@ class Network(nn.Module):
     feature by feature (all steps of the first feature, oldest first, then of the second), the
     order in which Qlib lays out Alpha360. `forward` returns `[B]`, or `[B, Q]` where
     `num_outputs` (Q, one per label column) is more than one. `d_feat` is the number of features
-    (of inputs, for a flat network) and is filled from the dataset where it is not given.
+    (of inputs, for a flat network) and is filled from the dataset where it is not given, as are
+    `step_len` (T), `num_instruments` (of the dataset's panel) and `num_days` (of its calendar)
+    where the constructor takes them.
+
+    With `cross_section` a network sees whole days: `forward(x, mask)` takes `x [G, N, T, F]`
+    (`[G, N, F * T]` if flat) and `mask [G, N]` bool, False for padding, and returns `[G, N]` or
+    `[G, N, Q]`. What it gives for padding is of no consequence, and padding changes nothing else.
+
+    `extras` names the tensors that `forward` takes by keyword besides: "instrument" and "date"
+    (`[B]` int64, the panel's columns and rows), and whatever the dataset adds by the same name.
 
     A network keeps its constructor's arguments, so that `config` describes it.
     """
 
     inputs: ClassVar[Literal["window", "flat"]] = "window"
+    cross_section: ClassVar[bool] = False
+    extras: ClassVar[tuple[str, ...]] = ()
 
     num_outputs: int
     arguments: dict[str, Any]
@@ -46,5 +57,5 @@ class Network(nn.Module):
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **self.arguments}
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """`[B, Q]` outputs of the last layer as `[B, Q]`, or `[B]` where Q is one."""
-        return outputs[:, 0] if self.num_outputs == 1 else outputs
+        """`[..., Q]` outputs of the last layer as they are, or `[...]` where Q is one."""
+        return outputs[..., 0] if self.num_outputs == 1 else outputs

@@ -17,6 +17,7 @@ from qtorch.study.ensemble import RollingEnsemble
 from qtorch.study.stitched import TEST, make_stitched_records, window_records
 from qtorch.study.windows import rolled, span_text, warmed
 from qtorch.task.parts import segments_of
+from qtorch.tracking.lineage import PARENT_TAG
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.base import Trainer
@@ -26,7 +27,6 @@ from qtorch.trainer.recorded import TrainerR
 
 log = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"  # nests the windows under the study on MLflow's page
 WINDOW_TAG, SPAN_TAG = "rolling.window", "rolling.test"
 WINDOWS = "rolling"  # the artifact that lists them
 

@@ -15,15 +15,13 @@ from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name
 from qtorch.model.base import Model, ModelFT
 from qtorch.tracking.current import current_recorder
+from qtorch.tracking.lineage import tag_lineage
 from qtorch.tracking.r import R
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
-
-FROM_TAG = "warm_start.from"
-DEPTH_TAG = "warm_start.depth"  # how many trainings lie behind the weights
 
 
 class WarmStart(ModelFT):
@@ -73,8 +71,7 @@ class WarmStart(ModelFT):
                 "nothing can begin from it."
             )
         if run is not None:
-            depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
-            run.set_tags(**{FROM_TAG: self.recorder_id, DEPTH_TAG: depth})
+            tag_lineage(run, earlier)
         found: Model = model
         return found
 

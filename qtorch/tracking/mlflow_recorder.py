@@ -25,6 +25,7 @@ from qtorch.tracking.limits import (
     number,
     say_once,
 )
+from qtorch.tracking.lineage import told_of
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.provenance import (
     command_line,
@@ -336,10 +337,9 @@ class MLflowRecorder(Recorder):
     def load_object(self, name: str, unpickler: Callable[..., Any] | None = None) -> Any:
         """An object by its logical name; LoadObjectError says what there is.
 
-        What is no data is rebuilt under the trust rule; an `unpickler` of the caller's own reads
-        pickles by its own rule.
+        What is no data is rebuilt under the trust rule, or by an `unpickler` of the caller's own.
         """
-        return self._files.load(name, unpickler)
+        return told_of(self, self._files.load(name, unpickler))
 
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
         """A local file or folder as it is, under its own name."""

@@ -14,8 +14,8 @@ from qtorch import R
 from qtorch.cli.compose import composed
 from qtorch.data.source.qlib import QlibSource
 from qtorch.study import rolling_study
-from qtorch.study.rolling import PARENT_TAG
 from qtorch.task import TaskManager
+from qtorch.tracking.lineage import PARENT_TAG
 from qtorch.trainer import DelayTrainerRM, TrainerR
 
 TINY = ("debug=tiny", "log_level=WARNING", "model.network.hidden_size=8", "step=35")

@@ -3,9 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtorch.metrics.loss import LOSSES, MAE, MSE, Huber, Loss, mean_of
+from qtorch.metrics.loss import (
+    MAE,
+    MSE,
+    Combined,
+    CrossEntropy,
+    Huber,
+    Loss,
+    Quantile,
+    mean_of,
+)
 
 NAN = float("nan")
+ELEMENTWISE = [MSE(), MAE(), Huber(), Quantile(0.3)]
 
 
 def test_values_by_hand() -> None:
@@ -44,7 +54,7 @@ def test_a_missing_score_under_the_mask_does_not_spoil_the_gradient() -> None:
     assert torch.isfinite(score.grad).all()
 
 
-@pytest.mark.parametrize("loss", [cls() for cls in LOSSES.values()])
+@pytest.mark.parametrize("loss", ELEMENTWISE)
 def test_sums_of_batches_make_the_mean_of_the_whole(loss: Loss) -> None:
     g = torch.Generator().manual_seed(0)
     score, target, weight = (torch.rand(11, 2, generator=g) for _ in range(3))
@@ -57,7 +67,7 @@ def test_sums_of_batches_make_the_mean_of_the_whole(loss: Loss) -> None:
     torch.testing.assert_close(loss.complete_sum(score, complete), loss.sums(score, complete)[0])
 
 
-@pytest.mark.parametrize("loss", [cls() for cls in LOSSES.values()])
+@pytest.mark.parametrize("loss", ELEMENTWISE)
 def test_a_shape_mismatch_never_broadcasts(loss: Loss) -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         loss(torch.zeros(5, 1), torch.zeros(5))
@@ -69,7 +79,7 @@ def test_a_shape_mismatch_never_broadcasts(loss: Loss) -> None:
         loss(torch.zeros(5), torch.zeros(5), mask=torch.ones(4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("loss", [cls() for cls in LOSSES.values()])
+@pytest.mark.parametrize("loss", ELEMENTWISE)
 def test_a_batch_of_one_and_a_batch_without_labels(loss: Loss) -> None:
     score = torch.tensor([2.0], requires_grad=True)
     assert loss(score, torch.tensor([0.0])).dim() == 0
@@ -89,3 +99,46 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
 def test_delta_must_be_positive() -> None:
     with pytest.raises(ValueError, match="delta"):
         Huber(0.0)
+
+
+def test_the_quantile_loss_is_least_at_the_quantile() -> None:
+    labels = torch.arange(101.0)
+    found = [Quantile(0.8)(torch.full_like(labels, guess), labels).item() for guess in range(101)]
+    assert min(range(101), key=found.__getitem__) == 80
+    with pytest.raises(ValueError, match="tau"):
+        Quantile(1.0)
+
+
+def test_cross_entropy_on_bins_by_hand() -> None:
+    loss = CrossEntropy(edges=[-1.0, 1.0])
+    score = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [9.0, 9.0, 0.0]], requires_grad=True)
+    target = torch.tensor([-3.0, 0.5, NAN])
+    expected = (-torch.log_softmax(score.detach()[0], 0)[0] + torch.log(torch.tensor(3.0))) / 2
+    found = loss(score, target)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert score.grad is not None
+    assert torch.equal(score.grad[2], torch.zeros(3))
+    assert loss.num_outputs(1) == 3
+    with pytest.raises(ValueError, match="num_outputs=3"):
+        loss(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="ascend"):
+        CrossEntropy(edges=[1.0, 0.0])
+
+
+def test_the_expected_bin_orders_the_samples() -> None:
+    loss = CrossEntropy(num_bins=5)
+    assert loss.edges.tolist() == pytest.approx([-0.8416, -0.2533, 0.2533, 0.8416], abs=1e-4)
+    certain = 50.0 * torch.eye(5)
+    assert loss.readout(certain).tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+
+
+def test_a_sum_of_losses() -> None:
+    g = torch.Generator().manual_seed(0)
+    score, target = torch.rand(7, generator=g), torch.rand(7, generator=g)
+    target[2] = NAN
+    both = Combined([(MSE(), 2.0), (MAE(), 0.5)])
+    expected = 2 * MSE()(score, target) + 0.5 * MAE()(score, target)
+    torch.testing.assert_close(both(score, target), expected)
+    with pytest.raises(ValueError, match="one at least"):
+        Combined([])

@@ -3,120 +3,194 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pickle
-import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from network_inputs import NETWORKS, F, T, build, feed, real
 from torch.func import functional_call
 
-import qtorch.nn
 from qtorch.nn import MLP, Transformer
 from qtorch.nn.network import Network
+from qtorch.nn.stacked import stack_members, stacked_call
 
-B, T, F = 5, 6, 4
-
-
-def _networks() -> list[type[Network]]:
-    found = set()
-    for module in pkgutil.iter_modules(qtorch.nn.__path__):
-        for _, thing in inspect.getmembers(importlib.import_module(f"qtorch.nn.{module.name}")):
-            if inspect.isclass(thing) and issubclass(thing, Network) and thing is not Network:
-                found.add(thing)
-    return sorted(found, key=lambda c: c.__name__)
-
-
-NETWORKS = _networks()
-
-
-def _build(cls: type[Network], **arguments: object) -> Network:
-    torch.manual_seed(0)
-    return cls(d_feat=F * T if cls.inputs == "flat" else F, **arguments)
-
-
-def _inputs(cls: type[Network], batch: int = B) -> torch.Tensor:
-    x = torch.randn(batch, T, F, generator=torch.Generator().manual_seed(1))
-    return x.transpose(1, 2).reshape(batch, F * T) if cls.inputs == "flat" else x
+every = pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
+CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def test_the_first_networks_are_found() -> None:
     assert {"MLP", "LSTM", "GRU", "Transformer"} <= {c.__name__ for c in NETWORKS}
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
-@pytest.mark.parametrize("batch", [B, 1])
+def test_every_network_has_a_configuration() -> None:
+    named = set()
+    for path in CONF.glob("*.yaml"):
+        network = yaml.safe_load(path.read_text()).get("network")
+        if isinstance(network, dict):
+            named.add(network["_target_"].rsplit(".", 1)[1])
+    assert not {c.__name__ for c in NETWORKS} - named
+
+
+@every
+@pytest.mark.parametrize("size", [None, 1])
 @pytest.mark.parametrize("training", [True, False])
-def test_shape_of_one_score_and_of_several(cls: type[Network], batch: int, training: bool) -> None:
-    x = _inputs(cls, batch)
-    assert _build(cls).train(training)(x).shape == (batch,)
-    assert _build(cls, num_outputs=3).train(training)(x).shape == (batch, 3)
+def test_shape_of_one_score_and_of_several(
+    cls: type[Network], size: int | None, training: bool
+) -> None:
+    given = feed(cls, size=size)
+    form = given["x"].shape[: 2 if cls.cross_section else 1]
+    assert build(cls).train(training)(**given).shape == form
+    assert build(cls, num_outputs=3).train(training)(**given).shape == (*form, 3)
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
 def test_every_parameter_gets_a_finite_gradient(cls: type[Network]) -> None:
-    network = _build(cls)
-    network(_inputs(cls)).square().sum().backward()
+    network, given = build(cls), feed(cls)
+    real(cls, network(**given), given).square().sum().backward()
     for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
 def test_evaluation_is_deterministic_and_batches_do_not_matter(cls: type[Network]) -> None:
-    network, x = _build(cls).eval(), _inputs(cls)
+    network, given = build(cls).eval(), feed(cls)
     with torch.no_grad():
-        whole = network(x)
-        assert torch.equal(whole, network(x))
-        assert torch.isfinite(whole).all()
-        torch.testing.assert_close(whole, torch.cat([network(x[:2]), network(x[2:])]))
+        whole = network(**given)
+        assert torch.equal(whole, network(**given))
+        assert torch.isfinite(real(cls, whole, given)).all()
+        parts = [network(**{k: v[s] for k, v in given.items()}) for s in (slice(2), slice(2, None))]
+        torch.testing.assert_close(
+            real(cls, whole, given), real(cls, torch.cat(parts), given), rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
 def test_the_order_of_time_is_seen(cls: type[Network]) -> None:
-    network, x = _build(cls).eval(), _inputs(cls)
+    network, given = build(cls).eval(), feed(cls)
+    x = given["x"]
+    turned = x.unflatten(-1, (F, T)).flip(-1).flatten(-2) if cls.inputs == "flat" else x.flip(-2)
     with torch.no_grad():
-        assert not torch.allclose(network(x), network(x.flip(1)))
+        assert not torch.allclose(network(**given), network(**{**given, "x": turned}))
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
+def test_the_order_of_the_samples_does_not_matter(cls: type[Network]) -> None:
+    network, given = build(cls).eval(), feed(cls)
+    axis = 1 if cls.cross_section else 0
+    order = torch.randperm(given["x"].shape[axis], generator=torch.Generator().manual_seed(3))
+    mixed = {k: v.index_select(axis, order) for k, v in given.items()}
+    with torch.no_grad():
+        expected = real(cls, network(**given).index_select(axis, order), mixed)
+        found = real(cls, network(**mixed), mixed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cls", [c for c in NETWORKS if c.cross_section], ids=lambda cls: cls.__name__
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_changes_nothing(cls: type[Network], training: bool) -> None:
+    given = feed(cls)
+    mask = given["mask"]
+    junk = {k: v.clone() for k, v in given.items()}
+    junk["x"][~mask] = 50.0
+    if "concept" in junk:
+        junk["concept"][~mask] = 1.0
+    found, grads = [], []
+    for each in (given, junk):
+        network = build(cls, **_without_dropout(cls)).train(training)
+        score = real(cls, network(**each), each)
+        score.square().sum().backward()
+        found.append(score.detach())
+        grads.append([p.grad for p in network.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@every
 def test_functional_call_gives_the_same(cls: type[Network]) -> None:
-    network, x = _build(cls).eval(), _inputs(cls)
+    network, given = build(cls).eval(), feed(cls)
     state = {k: v.clone() for k, v in network.state_dict().items()}
-    expected = network(x)
+    expected = network(**given)
     for value in network.parameters():
         value.data.zero_()
-    torch.testing.assert_close(functional_call(network, state, (x,)), expected)
+    torch.testing.assert_close(functional_call(network, state, (), given), expected)
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_members_equal_each_alone(cls: type[Network], training: bool) -> None:
+    given = feed(cls)
+    members = [build(cls, seed, **_without_dropout(cls)).train(training) for seed in range(3)]
+    state = {k: v.detach().clone() for k, v in stack_members(members).items()}
+    learnt = dict(members[0].named_parameters())
+    for name, value in state.items():
+        value.requires_grad_(name in learnt and learnt[name].requires_grad)
+    found = stacked_call(members[0], state, **given)
+    torch.stack([real(cls, f, given).square().sum() for f in found]).sum().backward()
+    for k, member in enumerate(members):
+        expected = member(**given)
+        torch.testing.assert_close(
+            real(cls, found[k], given), real(cls, expected, given), rtol=1e-4, atol=1e-5
+        )
+        real(cls, expected, given).square().sum().backward()
+        for name, parameter in member.named_parameters():
+            if parameter.grad is not None:
+                grad = state[name].grad
+                assert grad is not None, name
+                torch.testing.assert_close(grad[k], parameter.grad, rtol=1e-3, atol=1e-4)
+        for name, buffer in member.named_buffers():
+            if name in state:
+                torch.testing.assert_close(state[name][k], buffer, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_compiling_captures_it(cls: type[Network]) -> None:
+    network, given = build(cls).eval(), feed(cls)
+    compiled = torch.compile(network, backend="eager")
+    torch.testing.assert_close(compiled(**given), network(**given))
+    torch._dynamo.reset()
+
+
+@every
 def test_bf16_autocast(cls: type[Network]) -> None:
-    network, x = _build(cls).eval(), _inputs(cls)
+    network, given = build(cls).eval(), feed(cls)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = network(x)
+        rough = real(cls, network(**given), given)
     assert torch.isfinite(rough).all()
-    torch.testing.assert_close(rough.float(), network(x), atol=0.1, rtol=0.1)
+    exact = real(cls, network(**given), given)
+    torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
 def test_config_builds_the_same_form_and_pickling_keeps_everything(cls: type[Network]) -> None:
-    network = _build(cls, num_outputs=2)
+    network = build(cls, num_outputs=2)
     config = dict(network.config)
     module, name = config.pop("_target_").rsplit(".", 1)
     twin = getattr(importlib.import_module(module), name)(**config)
     twin.load_state_dict(network.state_dict())
     copy = pickle.loads(pickle.dumps(network))
-    x = _inputs(cls)
-    expected = network.eval()(x)
+    given = feed(cls)
+    expected = network.eval()(**given)
     for other in (twin, copy):
-        torch.testing.assert_close(other.eval()(x), expected)
+        torch.testing.assert_close(other.eval()(**given), expected)
         assert other.config == network.config
 
 
-@pytest.mark.parametrize("cls", NETWORKS)
+@every
 def test_the_seed_decides_the_weights(cls: type[Network]) -> None:
-    first, second = _build(cls).state_dict(), _build(cls).state_dict()
+    first, second = build(cls).state_dict(), build(cls).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def _without_dropout(cls: type[Network]) -> dict[str, float]:
+    names = cls.__init__.__code__.co_varnames
+    return {n: 0.0 for n in names if n.endswith("dropout")}
 
 
 def test_a_training_batch_of_one_leaves_the_running_statistics_of_the_mlp() -> None:

@@ -15,8 +15,9 @@ from qtorch.data.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
 from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
-from qtorch.study.rolling import PARENT_TAG, SPAN_TAG, WINDOW_TAG
+from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG
 from qtorch.study.windows import rolled
+from qtorch.tracking.lineage import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
 

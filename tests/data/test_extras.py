@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data import Concepts
+from qtorch.data.extras import check_extras
+
+CALENDAR = pd.date_range("2020-01-01", periods=5, name="datetime")
+NAMES = pd.Index(["A", "B", "C"], name="instrument")
+TABLE = pd.DataFrame(
+    [
+        ("A", "tech", None, "2020-01-02"),
+        ("A", "bank", "2020-01-03", None),
+        ("A", "tech", "2020-01-05", None),
+        ("B", "bank", None, None),
+        ("Z", "mine", None, None),
+    ],
+    columns=["instrument", "concept", "start", "end"],
+)
+
+
+def by_day(concepts: Concepts, instrument: int) -> list[list[float]]:
+    bound = concepts.bind(CALENDAR, NAMES)
+    date = torch.arange(5)
+    return bound.gather(date, torch.full((5,), instrument)).tolist()
+
+
+def test_memberships_are_as_of_the_date() -> None:
+    # Columns: bank, mine, tech.
+    assert by_day(Concepts(TABLE), 0) == [[0, 0, 1], [0, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 1]]
+    assert by_day(Concepts(TABLE), 1) == [[1, 0, 0]] * 5
+    assert by_day(Concepts(TABLE), 2) == [[0, 0, 0]] * 5
+
+
+def test_a_table_without_dates_and_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "concepts.csv"
+    TABLE[["instrument", "concept"]].to_csv(path, index=False)
+    assert by_day(Concepts(str(path)), 0) == [[1, 0, 1]] * 5
+
+
+def test_what_cannot_be_meant() -> None:
+    with pytest.raises(DataError, match=r"lacks \['concept'\]"):
+        Concepts(TABLE.drop(columns="concept")).bind(CALENDAR, NAMES)
+    with pytest.raises(DataError, match="no file"):
+        Concepts("nowhere.csv").bind(CALENDAR, NAMES)
+    with pytest.raises(DataError, match="lacks its instrument"):
+        Concepts(TABLE.assign(instrument=None)).bind(CALENDAR, NAMES)
+    with pytest.raises(ConfigError, match="raw_label"):
+        check_extras({"raw_label": None})
