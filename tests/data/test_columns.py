@@ -141,15 +141,23 @@ def test_errors_name_the_nearest_column():
 # -- packing -----------------------------------------------------------------------------------
 
 
-def test_whole_instrument_major_storage_is_packed_without_a_copy():
+def test_whole_instrument_major_storage_is_packed_without_a_copy(monkeypatch):
     data = panel()
-    packed = PanelColumns(data).with_elementwise(NAMES, FillNaN(0.0)).pack()
-    assert packed.values.data_ptr() == data.values.data_ptr()
+    assert PanelColumns(data).pack().values.data_ptr() == data.values.data_ptr()
+    chained = PanelColumns(data).with_elementwise(NAMES, FillNaN(0.0))
+    few = chained.pack()  # few bytes: the chain is applied once, to a copy
+    assert few.values.data_ptr() != data.values.data_ptr()
+    assert not len(few.fused)
+    del few
+    monkeypatch.setattr("qtorch.data.columns.COPIED_BYTES", 0)
+    assert chained.pack().values.data_ptr() == data.values.data_ptr()
 
 
+@pytest.mark.parametrize("copied", [0, 256 << 20])
 @pytest.mark.parametrize("layout", ["instrument", "field"])
 @pytest.mark.parametrize("names", [NAMES, NAMES[2:5], ["F6", "F0", "F3"]])
-def test_every_layout_packs_the_same(layout, names):
+def test_every_layout_packs_the_same(layout, names, copied, monkeypatch):
+    monkeypatch.setattr("qtorch.data.columns.COPIED_BYTES", copied)
     data = panel(layout, num_dates=70)  # more than one block of dates
     columns = PanelColumns(data).keep(names).with_elementwise(names[:1], Clip(-1.0, 1.0))
     x = columns.pack().gather(torch.tensor([69, 5]), torch.tensor([4, 0]), 1, "none")[:, 0]
