@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from qtorch.data.source.synthetic import SyntheticSource as SyntheticSource
     from qtorch.data.source.table import TableSource as TableSource
     from qtorch.data.view import View as View
+    from qtorch.data.weighting import ExpressionWeight as ExpressionWeight
+    from qtorch.data.weighting import LiquidityWeight as LiquidityWeight
+    from qtorch.data.weighting import TimeDecay as TimeDecay
+    from qtorch.data.weighting import VolatilityWeight as VolatilityWeight
     from qtorch.data.window_dataset import TSDatasetH as TSDatasetH
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -62,6 +66,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Panel": "qtorch.data.panel",
         "DataHandler": "qtorch.data.raw_handler",
         "Reweighter": "qtorch.data.reweighter",
+        "LiquidityWeight": "qtorch.data.weighting",
+        "VolatilityWeight": "qtorch.data.weighting",
+        "ExpressionWeight": "qtorch.data.weighting",
+        "TimeDecay": "qtorch.data.weighting",
         "Samples": "qtorch.data.sample_set",
         "TSDataSampler": "qtorch.data.sampler",
         "samples_of": "qtorch.data.samples",

@@ -25,6 +25,9 @@ class Reweighter(Configured):
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
 
+    def bind(self, dataset: Any) -> None:
+        """Hook: the dataset whose samples are to be weighted, before `reweight`."""
+
     @abstractmethod
     def reweight(self, data: pd.DataFrame) -> Any:
         """One weight a sample, >= 0: a Series on the frame's index, an array, or a tensor `[S]`.

@@ -243,6 +243,8 @@ class LightningModel(ModelFT):
         self._take(result)
 
     def _samples(self, dataset: Any, segment: str, reweighter: Any) -> Samples:
+        if callable(getattr(reweighter, "bind", None)):
+            reweighter.bind(dataset)
         return samples_of(dataset, segment, data_key="learn").reweighted(reweighter)
 
     def _optimizer_state(self, tuning: FineTuning | None) -> dict[str, Any] | None:

@@ -1,0 +1,90 @@
+"""Reweighters: by age, and by what bars say of an instrument on the day."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.expression import fields_of
+from qtorch.data.provider import build_source, default_source
+from qtorch.data.reweighter import Reweighter
+from qtorch.data.source.base import Source
+
+
+class TimeDecay(Reweighter):
+    """The newest day weighs 1, and each `half_life` trading days of age halve that.
+
+    Ages count the days of the samples themselves; no weight falls below `floor`.
+    """
+
+    def __init__(self, half_life: float = 250.0, floor: float = 0.0) -> None:
+        if not half_life > 0 or not 0 <= floor <= 1:
+            raise ConfigError(
+                f"half_life {half_life} must be positive, and floor {floor} lie from 0 to 1."
+            )
+        self.half_life, self.floor = half_life, floor
+
+    def reweight(self, data: pd.DataFrame) -> pd.Series:
+        place = data.index.get_level_values("datetime").factorize(sort=True)[0]
+        weight = 0.5 ** ((place.max() - place) / self.half_life)
+        return pd.Series(np.maximum(weight, self.floor), index=data.index)
+
+
+class ExpressionWeight(Reweighter):
+    """(value / its median on the day) ** `power` of an expression over bars.
+
+    `limit`: no weight is further than this factor from 1. A sample without a value weighs as the
+    median. The expression is of the sample's own day and sees nothing later; `source` is where
+    the bars come from, by default the dataset's own.
+    """
+
+    def __init__(
+        self, expression: str, power: float = 1.0, limit: float = 10.0, source: Any = None
+    ) -> None:
+        if not limit >= 1:
+            raise ConfigError(f"limit is {limit}; a factor from 1 on.")
+        fields_of([expression])  # a mistake is said now
+        self.expression, self.power, self.limit, self.source = expression, power, limit, source
+        self._source: Source | None = None if source is None else build_source(source)
+
+    def bind(self, dataset: Any) -> None:
+        """Take the dataset's source of bars, where none was given."""
+        if self.source is None:
+            self._source = getattr(getattr(dataset, "handler", None), "source", None)
+
+    def reweight(self, data: pd.DataFrame) -> pd.Series:
+        source = self._source or default_source()
+        dates = data.index.get_level_values("datetime")
+        names = data.index.get_level_values("instrument").unique().tolist()
+        frame = source.features(names, [self.expression], dates.min(), dates.max())
+        value = frame.iloc[:, 0].swaplevel().reindex(data.index)
+        if value.isna().all():
+            raise DataError(f"{self.expression} has no value for any of {len(value)} samples.")
+        if (value < 0).any():
+            raise DataError(f"{self.expression} is negative for {int((value < 0).sum())} samples.")
+        share = value / value.groupby(level="datetime").transform("median")
+        weight = share.where(share > 0) ** self.power
+        return weight.fillna(1.0).clip(1 / self.limit, self.limit)
+
+
+class VolatilityWeight(ExpressionWeight):
+    """By the deviation of the last `window` daily returns; -1: calm instruments weigh more."""
+
+    def __init__(
+        self, window: int = 20, power: float = -1.0, limit: float = 10.0, source: Any = None
+    ) -> None:
+        self.window = window
+        super().__init__(f"Std($close / Ref($close, 1) - 1, {window})", power, limit, source)
+
+
+class LiquidityWeight(ExpressionWeight):
+    """By the mean money traded in the last `window` days; its square root by default."""
+
+    def __init__(
+        self, window: int = 20, power: float = 0.5, limit: float = 10.0, source: Any = None
+    ) -> None:
+        self.window = window
+        super().__init__(f"Mean($close * $volume, {window})", power, limit, source)
