@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.nn.alstm import ALSTM as ALSTM
     from qtorch.nn.dlinear import DLinear as DLinear
+    from qtorch.nn.gats import GATs as GATs
     from qtorch.nn.gru import GRU as GRU
+    from qtorch.nn.hist import HIST as HIST
     from qtorch.nn.itransformer import ITransformer as ITransformer
     from qtorch.nn.lstm import LSTM as LSTM
     from qtorch.nn.mamba import Mamba as Mamba
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
         "Mamba": "qtorch.nn.mamba",
@@ -35,5 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "stack_members": "qtorch.nn.stacked",
         "stacked_call": "qtorch.nn.stacked",
         "Transformer": "qtorch.nn.transformer",
+        "GATs": "qtorch.nn.gats",
+        "HIST": "qtorch.nn.hist",
     },
 )
