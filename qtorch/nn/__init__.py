@@ -10,21 +10,34 @@ if TYPE_CHECKING:
     from qtorch.nn.gats import GATs as GATs
     from qtorch.nn.gru import GRU as GRU
     from qtorch.nn.hist import HIST as HIST
+    from qtorch.nn.igmtf import IGMTF as IGMTF
     from qtorch.nn.itransformer import ITransformer as ITransformer
+    from qtorch.nn.krnn import KRNN as KRNN
+    from qtorch.nn.localformer import Localformer as Localformer
     from qtorch.nn.lstm import LSTM as LSTM
     from qtorch.nn.mamba import Mamba as Mamba
+    from qtorch.nn.master import MASTER as MASTER
     from qtorch.nn.mlp import MLP as MLP
     from qtorch.nn.network import Network as Network
     from qtorch.nn.patchtst import PatchTST as PatchTST
     from qtorch.nn.recurrent import recurrent_layers as recurrent_layers
+    from qtorch.nn.sandwich import Sandwich as Sandwich
+    from qtorch.nn.sfm import SFM as SFM
     from qtorch.nn.stacked import stack_members as stack_members
     from qtorch.nn.stacked import stacked_call as stacked_call
+    from qtorch.nn.stockmixer import StockMixer as StockMixer
+    from qtorch.nn.tcn import TCN as TCN
     from qtorch.nn.transformer import Transformer as Transformer
     from qtorch.nn.tsmixer import TSMixer as TSMixer
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "Sandwich": "qtorch.nn.sandwich",
+        "KRNN": "qtorch.nn.krnn",
+        "SFM": "qtorch.nn.sfm",
+        "Localformer": "qtorch.nn.localformer",
+        "TCN": "qtorch.nn.tcn",
         "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
@@ -41,5 +54,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Transformer": "qtorch.nn.transformer",
         "GATs": "qtorch.nn.gats",
         "HIST": "qtorch.nn.hist",
+        "MASTER": "qtorch.nn.master",
+        "StockMixer": "qtorch.nn.stockmixer",
+        "IGMTF": "qtorch.nn.igmtf",
     },
 )
