@@ -96,6 +96,11 @@ class Samples:
         return len(self._counts)
 
     @property
+    def most_a_day(self) -> int:
+        """Samples of the day that has most of them."""
+        return self._largest
+
+    @property
     def packed(self) -> Packed:
         """The features laid out for gathering; packed now if they were not."""
         return self._pack(self.date.device)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
+    from qtorch.model.igmtf_module import IGMTFModule as IGMTFModule
     from qtorch.model.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.module import ScoreModule as ScoreModule
@@ -21,5 +22,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ModelFT": "qtorch.model.base",
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
+        "IGMTFModule": "qtorch.model.igmtf_module",
     },
 )

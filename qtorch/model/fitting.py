@@ -140,8 +140,6 @@ class _Fit:
         self.recipe, self.train, self.valid = recipe, train, valid
         self.tuning, self.optimizer_state = tuning, optimizer_state
         self.own_module = isinstance(network, pl.LightningModule)
-        if not self.own_module:
-            train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
 
@@ -218,6 +216,7 @@ class _Fit:
                 "(A LightningModule that trains itself is given as the network.)"
             )
         module.bind(self.train, self.valid)
+        self.train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
         return module
 
     def _optimizer(self) -> OptimizerFactory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -38,6 +38,7 @@ METRICS = (TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE)
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
 STATE = "qtorch_module"
+Kind = TypeVar("Kind", bound=nn.Module)
 # Hooks of callbacks that lie between a batch's backward and its optimizer step.
 STEP_HOOKS = (
     "on_before_backward",
@@ -149,7 +150,17 @@ class ScoreModule(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
-        """Hook: the samples, on the device, before the training begins."""
+        """Hook: the samples, on the device, before the training begins; after it those of `train`
+        have their raw labels no more."""
+
+    def trains(self, kind: type[Kind]) -> Kind:
+        """The network, for a step that only fits one kind; ConfigError where it is another."""
+        if not isinstance(self.network, kind):
+            raise ConfigError(
+                f"{type(self).__name__} trains a {kind.__name__}; the network is a "
+                f"{type(self.network).__name__}."
+            )
+        return self.network
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         """Hook: `(sum of weight x loss, sum of weight)` that a training batch is learnt by."""

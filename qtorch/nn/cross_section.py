@@ -11,19 +11,22 @@ from qtorch.nn.recurrent import GRULayers, LSTMLayers
 def newest_states(rnn: LSTMLayers | GRULayers, x: Tensor) -> Tensor:
     """The state after the newest step: `x [G, N, T, F]` to `[G, N, H]`."""
     states, _ = rnn(x.flatten(0, 1))  # [G * N, T, H]
-    return states[:, -1].unflatten(0, x.shape[:2])
+    newest: Tensor = states[:, -1].unflatten(0, x.shape[:2])
+    return newest
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last axis where the mask is; zero elsewhere, and where it is nowhere."""
     least = torch.finfo(scores.dtype).min
-    return torch.softmax(scores.masked_fill(~mask, least), -1) * mask
+    share: Tensor = torch.softmax(scores.masked_fill(~mask, least), -1)
+    return share * mask
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over a day's instruments: `values [G, N, ...]`, `mask [G, N]` to `[G, ...]`."""
     there = mask.reshape(*mask.shape, *(1 for _ in values.shape[2:])).to(values.dtype)
-    return (values * there).sum(1) / there.sum(1).clamp(min=1)
+    mean: Tensor = (values * there).sum(1) / there.sum(1).clamp(min=1)
+    return mean
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -33,4 +36,5 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True) @ torch.linalg.vector_norm(
         y, dim=-1, keepdim=True
     ).transpose(-1, -2)
-    return x @ y.transpose(-1, -2) / (lengths + 1e-6)
+    alike: Tensor = x @ y.transpose(-1, -2) / (lengths + 1e-6)
+    return alike
