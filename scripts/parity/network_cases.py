@@ -20,7 +20,7 @@ import numpy as np
 Sizes = Mapping[str, Any]
 Arguments = Callable[[Sizes], dict[str, Any]]
 NUM_CONCEPTS, BANK_DAYS = 5, (3, 7, 4, 5, 3, 6)
-NUM_ERRORS = 4  # past steps whose errors TRA is told
+NUM_ERRORS, ROUTER = 4, 5  # past steps whose errors TRA is told; its router's width
 
 BASE = {
     "d_feat": (3, 6),
@@ -94,6 +94,11 @@ def _krnn(feature: str) -> Arguments:
 
 def _sandwich(feature: str) -> Arguments:
     return _side_by_side(("cnn_dim_1", "cnn_dim_2"), ("rnn_dim_1", "rnn_dim_2"), feature)
+
+
+def _router(arguments: Arguments) -> Arguments:
+    """TRA's, with the router that `qlib_networks.py` builds."""
+    return lambda s: arguments(s) | {"router_size": ROUTER, "lookback": NUM_ERRORS}
 
 
 def few(s: Sizes) -> dict[str, int]:
@@ -182,72 +187,70 @@ def _twins() -> dict[str, Twin]:
 
 def _own_steps() -> dict[str, Twin]:
     """Networks whose training step is their own."""
-    tabnet = _named(
-        "n_d", "n_a", "n_shared", "n_ind", "n_steps", "relax", inp_dim="d_feat", out_dim="out_dim"
-    )
+    rnn, stack = _named(*_STACK, "base_model"), _named(*_STACK)
+    tabnet = ("out_dim", "n_d", "n_a", "n_shared", "n_ind", "n_steps")
+    errors = {"num_states": (2, 3)}
+
+    def adarnn(s: Sizes) -> dict[str, Any]:
+        widths = [s["hidden_size"]] * s["num_layers"]
+        sizes = {"n_input": s["d_feat"], "n_hiddens": widths, "len_seq": s["step_len"]}
+        return {**sizes, "n_output": 1, "trans_loss": "mmd", "GPU": -1}
+
     return {
         "pytorch_add": Twin(
             "ADD",
             "pytorch_add.ADDModel",
             "by feature",
-            lambda s: {**_named(*_STACK, "base_model")(s), "dec_dropout": 0.0},
-            lambda s: {**_named(*_STACK, "base_model")(s), "dec_dropout": 0.0},
-            {**RNN, "step_len": (2, 5, 20)},  # Qlib takes the second step's shape
+            lambda s: rnn(s) | {"dec_dropout": 0.0},
+            rnn,
+            {**RNN, "step_len": (2, 5, 20)},  # Qlib takes its form from the second step
         ),
         "pytorch_adarnn": Twin(
             "ADARNN",
             "pytorch_adarnn.AdaRNN",
             "window",
-            lambda s: {
-                "n_input": s["d_feat"],
-                "n_hiddens": [s["hidden_size"]] * s["num_layers"],
-                "n_output": 1,
-                "len_seq": s["step_len"],
-                "trans_loss": s["trans_loss"],
-                "GPU": -1,
-            },
-            _named(*_STACK, "step_len"),
+            adarnn,
+            stack,
             # Qlib's gates need two steps, and its domains are the halves of a batch.
-            {"trans_loss": ("cosine", "mmd"), "step_len": (2, 5, 20), "batch": (1, 2, 8)},
+            {"step_len": (2, 5, 20), "batch": (1, 2, 8)},
         ),
-        "pytorch_tcts": Twin(
-            "TCTS", "pytorch_tcts.GRUModel", "by feature", _named(*_STACK), _named(*_STACK), {}
-        ),
+        "pytorch_tcts": Twin("TCTS", "pytorch_tcts.GRUModel", "by feature", stack, stack, {}),
         "pytorch_tra": Twin(
             "TRA",
-            "pytorch_tra.TRA",
+            "pytorch_tra.RNN",
             "window",
-            lambda s: {
-                "backbone": {
-                    "input_size": s["d_feat"],
-                    "hidden_size": s["hidden_size"],
-                    "num_layers": s["num_layers"],
-                    "rnn_arch": s["base_model"],
-                    "use_attn": s["use_attn"],
-                },
-                "router": {"num_states": s["num_states"], "hidden_size": 5},
-            },
-            _named(*_STACK, "base_model", "use_attn", "num_states"),
-            {**RNN, "use_attn": (True, False), "num_states": (1, 3)},
+            _named(
+                "hidden_size", "num_layers", "use_attn", input_size="d_feat", rnn_arch="base_model"
+            ),
+            _router(_named(*_STACK, "use_attn", "num_states", rnn_arch="base_model")),
+            {**RNN, **errors, "use_attn": (True, False)},
+        ),
+        "pytorch_tra (Transformer)": Twin(
+            "TRA",
+            "pytorch_tra.Transformer",
+            "window",
+            _named("hidden_size", "num_layers", input_size="d_feat", num_heads="nhead"),
+            _router(_named(*_STACK, "nhead", "num_states", backbone="backbone")),
+            {**errors, "d_feat": (4, 6), "nhead": (1, 2), "backbone": ("Transformer",)},
         ),
         "pytorch_tabnet": Twin(
             "TabNet",
             "pytorch_tabnet.TabNet",
             "by feature",
-            tabnet,
-            tabnet,
+            _named(*tabnet, inp_dim="d_feat"),
+            # As Qlib has it: nothing is remembered of what was picked.
+            lambda s: _named("d_feat", *tabnet)(s) | {"relax": None},
             {
                 "num_layers": (1,),
-                "hidden_size": (4,),
+                "hidden_size": (1,),
                 "step_len": (1,),
                 "d_feat": (5, 12),
                 "out_dim": (4, 8),
                 "n_d": (3, 6),
                 "n_a": (4,),
-                "n_shared": (1, 2),  # without a shared layer Qlib adds what has another width
+                "n_shared": (1, 2),  # without one Qlib adds what has another width
                 "n_ind": (2, 3),
-                "n_steps": (2, 3),
-                "relax": (1.2, 2.0),
+                "n_steps": (2, 3, 5),
             },
         ),
     }

@@ -11,8 +11,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# Patterns of names and what stands there instead; None is a parameter that Qlib's forward never
-# reads. The first that fits a name is taken.
+# Patterns of names and what stands there instead; None is a parameter that no score depends on.
+# The first that fits a name is taken.
 NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "ALSTM": (
         (r"^net\.fc_in", "embed"),
@@ -35,6 +35,10 @@ NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
     ),
     "HIST": ((r"^fc_(es_middle|is_middle|indi_fore|out_es|out_is|out_indi)\.", None),),
     "IGMTF": ((r"^fc_output\.", None),),
+    "ADD": ((r"^(enc_market|pred_market|adv_market|adv_excess|dec)\.", None),),
+    "ADARNN": ((r"^(gate|bn_lst)\.", None),),
+    "TRA": ((r"^tra\.", ""),),
+    "TabNet": ((r"^model\.", ""), (r"^fc\.", "fc_out.")),
 }
 
 

@@ -2,7 +2,7 @@
 
     QTORCH_QLIB_PYTHON=/path/to/python python scripts/parity/networks.py [OUT.npz]
 
-prints the table of the whole grid; with OUT.npz it writes every 7th point of it instead, which
+prints the table of the whole grid; with OUT.npz it writes every 13th point of it instead, which
 is tests/golden/qlib_networks.npz.
 """
 
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from network_cases import BANK_DAYS, TWINS, Case, cases, inputs, laid_out, weights
-from network_weights import to_ours
-from torch import Tensor
+from network_weights import State, to_ours
+from torch import Tensor, nn
 
 import qtorch.nn
 from qtorch.nn.network import Network
 
-TOLERANCE, EVERY = 1e-5, 7
+TOLERANCE, EVERY = 1e-5, 13
 PADDING = 2  # instruments that are not there, in the day batches
 
 Shapes = list[tuple[str, list[int]]]
@@ -130,54 +130,104 @@ def compare(answers: Mapping[str, Answer]) -> list[Row]:
 
 def compared(case: Case, answer: Answer) -> list[tuple[np.ndarray, np.ndarray]]:
     """(qtorch's, Qlib's) outputs of a case: the score, and further parts that both give."""
-    network = twin_network(case, answer.shapes)
+    theirs = {name: torch.from_numpy(value) for name, value in weights(answer.shapes).items()}
+    network = twin_network(case, theirs)
     with torch.no_grad():
-        parts = RUN.get(case.twin.ours, one)(network, case)
+        parts = RUN.get(case.twin.ours, one)(network, case, theirs)
     pairs = []
     for part, found in parts.items():
-        ours, theirs = found.numpy().reshape(-1), answer.parts[part]
-        if ours.shape != theirs.shape:
-            raise RuntimeError(f"{case.name}: {part} {ours.shape}, Qlib's {theirs.shape}.")
-        pairs.append((ours.astype(np.float64), theirs.astype(np.float64)))
+        own, qlib = found.numpy().reshape(-1), answer.parts[part]
+        if own.shape != qlib.shape:
+            raise RuntimeError(f"{case.name}: {part} {own.shape}, Qlib's {qlib.shape}.")
+        pairs.append((own.astype(np.float64), qlib.astype(np.float64)))
     return pairs
 
 
-def twin_network(case: Case, shapes: Shapes) -> Network:
+def twin_network(case: Case, theirs: State) -> Network:
     """qtorch's network with the weights that Qlib's had."""
     network: Network = getattr(qtorch.nn, case.twin.ours)(**case.twin.own(case.sizes)).eval()
-    theirs = {name: torch.from_numpy(value) for name, value in weights(shapes).items()}
-    state = to_ours(case.twin.ours, theirs, case.sizes)
+    load(network, to_ours(case.twin.ours, theirs, case.sizes), case.name)
+    return network
+
+
+def load(network: nn.Module, state: State, what: str) -> None:
+    """Each weight gets a value, and each value has a weight."""
     held = set(network.state_dict())
     lacking = {n for n in held - set(state) if not _no_weight(n)}
     if lacking or set(state) - held:
         raise RuntimeError(
-            f"{case.name}: without a value {sorted(lacking)}, not known {sorted(set(state) - held)}"
+            f"{what}: without a value {sorted(lacking)}, not known {sorted(set(state) - held)}"
         )
     network.load_state_dict(state, strict=False)
-    return network
 
 
 def _no_weight(name: str) -> bool:
     return name.endswith("num_batches_tracked") or name.split(".")[-1].startswith("bank")
 
 
-def one(network: Network, case: Case) -> Parts:
+def one(network: Network, case: Case, theirs: State) -> Parts:
     """The score of samples, or of a day with padding after its instruments."""
     given = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
     given["x"] = as_declared(network, given["x"])
     if not network.cross_section:
-        return {"score": network(given["x"])}
+        return {"score": network(given["x"], **{name: given[name] for name in network.extras})}
     extras = {name: day(given[name])[0] for name in network.extras}
     x, mask = day(given["x"])
     return {"score": network(x=x, mask=mask, **extras)[mask]}
 
 
-def with_bank(network: Any, case: Case) -> Parts:
+def with_bank(network: Any, case: Case, theirs: State) -> Parts:
     """IGMTF's, its bank written from the past days' windows."""
     network.reserve(len(BANK_DAYS), max(BANK_DAYS) + PADDING)
     for k, past in enumerate(v for name, v in inputs(case).items() if name.startswith("bank")):
         network.keep(k, *day(torch.from_numpy(past)))
-    return one(network, case)
+    return one(network, case, theirs)
+
+
+def with_lessons(network: Any, case: Case, theirs: State) -> Parts:
+    """ADD's, and what its Disentangler says."""
+    teacher = network.disentangler().eval()
+    held = set(teacher.state_dict())
+    load(teacher, {name: value for name, value in theirs.items() if name in held}, case.name)
+    x, mask = day(torch.from_numpy(inputs(case)["x"]))
+    said = teacher(x, mask, network.encode(x), 1.0)
+    names = {"rebuilt": "reconstructed_feature"}
+    parts = {names.get(name, name): value[mask] for name, value in said._asdict().items()}
+    return one(network, case, theirs) | parts
+
+
+def with_gates(network: Any, case: Case, theirs: State) -> Parts:
+    """ADARNN's, and its distance between the halves of a batch."""
+    from qtorch.nn.adarnn import StepGates, step_distances
+
+    x = torch.from_numpy(inputs(case)["x"])
+    parts = one(network, case, theirs)
+    if len(x) % 2 == 0:
+        sizes = [case.sizes[n] for n in ("num_layers", "step_len", "hidden_size")]
+        gates = StepGates(*sizes).eval()
+        held = set(gates.state_dict())
+        load(gates, {name: value for name, value in theirs.items() if name in held}, case.name)
+        states = network.states(x)
+        halves = [[layer.chunk(2)[k] for layer in states] for k in range(2)]
+        share = gates(*halves)
+        far = torch.stack([step_distances("mmd", *pair) for pair in zip(*halves, strict=True)])
+        parts |= {f"gate{k}": value for k, value in enumerate(share)}
+        parts["distance"] = (share * far).sum()
+    return parts
+
+
+def with_routes(network: Any, case: Case, theirs: State) -> Parts:
+    """TRA's, each predictor's, and the router's shares."""
+    given = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
+    each, logits = network.patterns(given["x"], given["errors"])
+    return one(network, case, theirs) | {"each": each, "share": logits.softmax(-1)}
+
+
+def with_picks(network: Any, case: Case, theirs: State) -> Parts:
+    """TabNet's, what its encoder says, and the entropy of what it picked as Qlib scales it."""
+    encoded, entropy = network.encode(torch.from_numpy(inputs(case)["x"][:, 0]))
+    scale = (case.sizes["n_steps"] - 1) / case.sizes["d_feat"]
+    return one(network, case, theirs) | {"encoded": encoded, "sparsity": entropy.mean() * scale}
 
 
 def as_declared(network: Network, x: Tensor) -> Tensor:
@@ -194,7 +244,13 @@ def day(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((values, junk))[None], mask[None]
 
 
-RUN: dict[str, Callable[[Any, Case], Parts]] = {"IGMTF": with_bank}
+RUN: dict[str, Callable[[Any, Case, State], Parts]] = {
+    "IGMTF": with_bank,
+    "ADD": with_lessons,
+    "ADARNN": with_gates,
+    "TRA": with_routes,
+    "TabNet": with_picks,
+}
 
 
 def main(python: str) -> list[Row]:

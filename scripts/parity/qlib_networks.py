@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
-from network_cases import BANK_DAYS, Case, cases, few, inputs, laid_out, weights
+from network_cases import BANK_DAYS, ROUTER, Case, cases, few, inputs, laid_out, weights
 from torch import Tensor, nn
 
 # HIST asks the tensor's device by a call that knows no CPU.
@@ -35,10 +35,10 @@ def plain(case: Case) -> nn.Module:
 
 
 def backbone_and_router(case: Case) -> nn.Module:
-    arguments, qlib = case.twin.theirs(case.sizes), module_of(case)
-    backbone = qlib.RNN(**arguments["backbone"])
-    router = qlib.TRA(backbone.output_size, **arguments["router"])
-    return nn.ModuleDict({"backbone": backbone, "router": router})
+    model = plain(case)
+    states = case.sizes["num_states"]
+    tra = module_of(case).TRA(model.output_size, num_states=states, hidden_size=ROUTER)
+    return nn.ModuleDict({"model": model, "tra": tra})
 
 
 def encoder_with_head(case: Case) -> nn.Module:
@@ -73,9 +73,7 @@ def predicted(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
 
 
 def routed(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
-    each, _, share = network["router"](network["backbone"](x), given["errors"])
-    if share is None:
-        return {"score": each}
+    each, _, share = network["tra"](network["model"](x), given["errors"])
     return {"score": each.gather(1, share.argmax(1, keepdim=True)), "each": each, "share": share}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,21 @@ every = pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
 # Days whose instruments have weights of their own.
 OF_A_UNIVERSE = [c for c in NETWORKS if c.cross_section and "instrument" in c.extras]
 CONF = Path(__file__).parents[2] / "conf" / "model"
+MOST_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """The compiler imported and warm, which is no network's own cost."""
+    torch.compile(torch.nn.Tanh(), backend="eager")(torch.zeros(1))
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Each point of the contract costs a network little: seconds of work, whoever else works."""
+    begun = time.thread_time()
+    yield
+    assert time.thread_time() - begun < MOST_SECONDS
 
 
 def test_the_first_networks_are_found() -> None:
@@ -187,6 +204,7 @@ def test_stacked_members_equal_each_alone(cls: type[Network], training: bool) ->
 
 
 @every
+@pytest.mark.usefixtures("compiler")
 def test_compiling_captures_it(cls: type[Network]) -> None:
     network, given = build(cls).eval(), feed(cls)
     compiled = torch.compile(network, backend="eager")

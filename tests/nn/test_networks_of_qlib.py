@@ -55,10 +55,9 @@ def test_the_comparison_notices_a_score_that_differs() -> None:
 
 
 def test_the_comparison_notices_weights_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = ((r"^project1", "project2"), (r"^project2", "project1"))
-    names = {"IGMTF": swapped + network_weights.NAMES["IGMTF"]}
-    monkeypatch.setattr(network_weights, "NAMES", names)
-    assert not row_of(kept("pytorch_igmtf")).passes
+    swapped = ((r"^transformation", "fc"), (r"^fc\.", "transformation."))
+    monkeypatch.setitem(network_weights.NAMES, "GATs", swapped)
+    assert not row_of(kept("pytorch_gats")).passes
 
 
 def test_a_parameter_without_a_place_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
