@@ -6,7 +6,7 @@
   the counts are taken by date; so a "day" is some days of one instrument, or of two.
 - GeneralPTNN's loss (pytorch_general_nn.py): labels are made `[N, 1]`, and its own default
   network scores `[N]`; the mean runs over all N x N pairs.
-- Tails (pytorch_gru.py and twelve more; `drop_last` in the rest): what does not fill a batch is
+- Tails (pytorch_gru.py and eleven more; `drop_last` in eight): what does not fill a batch is
   neither trained on nor validated; with fewer rows than a batch nothing is.
 """
 
@@ -125,7 +125,7 @@ def _num_dates(rows: list[str]) -> int:
 
 
 def _shown(batches: list[list[str]]) -> str:
-    return " | ".join(", ".join(rows) for rows in batches)
+    return " / ".join(", ".join(rows) for rows in batches)
 
 
 def _losses(found: dict[str, float]) -> str:
