@@ -99,7 +99,8 @@ def handlers(bench: Bench) -> None:
         if ours is None:
             continue
         theirs = qlib or {"seconds": None, "mib": None}
-        name = f"{work.capitalize()} handler to the first batch"
+        years = ", 2 years" if work == "alpha360" else ""
+        name = f"{work.capitalize()}{years}, handler to the first batch"
         bench.row(name, seconds(ours["seconds"]), "Qlib " + seconds(theirs["seconds"]),
                   over(theirs["seconds"], ours["seconds"]), speed)  # fmt: skip
         bench.row(name + ", peak memory", f"{ours['mib']:,.0f} MiB",
