@@ -96,6 +96,16 @@ class WarmStart(ModelFT):
         return self.model_
 
     @property
+    def network_(self) -> Any:
+        """The model's fitted network; None before `fit`, or where it has none."""
+        return getattr(self.model_, "network_", None)
+
+    @property
+    def learnt_(self) -> Any:
+        """The form of the samples that the model learnt from, where it tells."""
+        return getattr(self.model_, "learnt_", None)
+
+    @property
     def fit_report_(self) -> dict[str, Any]:
         """The model's figures of its last training."""
         return dict(getattr(self.model_, "fit_report_", None) or {})
