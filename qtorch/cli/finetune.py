@@ -50,6 +50,8 @@ OPTIONS = (
     "trainer",
 )
 
+DEFAULTS = {"train": "all", "layer_decay": 1.0, "keep_optimizer": False}
+
 
 def main(argv: Sequence[str]) -> int:
     """Load the run's task, train its model on, print the summary."""
@@ -78,7 +80,8 @@ def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
 
     earlier = finished_run(settings["run"])
     task = earlier.load_object("task")
-    options = {k: settings[k] for k in OPTIONS if settings[k] not in (None, [], {})}
+    unsaid = (None, [], {})  # what the model's own argument says is left to it
+    options = {k: settings[k] for k in OPTIONS if settings[k] not in (*unsaid, DEFAULTS.get(k))}
     model = {
         "_target_": "qtorch.study.WarmStart",
         "recorder_id": earlier.id,

@@ -23,7 +23,7 @@ from qtorch.model.factories import loss_of
 from qtorch.model.feeding import readout_of
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.network_config import build_network, network_config
-from qtorch.study.export_program import Scoring, traced
+from qtorch.study.export_program import Scoring, first_line, traced
 from qtorch.study.warm_start import WarmStart
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
@@ -86,9 +86,7 @@ def export_model(
     batches = [scoring.inputs_of(batch) for batch in _batches(samples, scoring.cross_section)]
     told = {KEY: qtorch.__version__, "format": form, "run": run, **_described(fitted, samples)}
     data, call, told = _written(form, scoring, batches[-1], told)
-    masks = [b[1] if scoring.cross_section else torch.ones(len(b[0])).bool() for b in batches]
-    with torch.inference_mode():
-        found = torch.cat([call(b)[m] for b, m in zip(batches, masks, strict=True)])
+    found = torch.cat([_scored(call, inputs, scoring, form) for inputs in batches])
     difference, allowed = _difference(found, expected, tolerance, form)
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
@@ -160,6 +158,20 @@ def _batches(samples: Samples, by_day: bool) -> list[Batch]:
     make = samples.day_batch if by_day else samples.batch
     parts = [torch.arange(1), torch.arange(1, count)]
     return [make(part) for part in parts if len(part)]
+
+
+def _scored(call: Run, inputs: Sequence[Tensor], scoring: Scoring, form: str) -> Tensor:
+    """The scores of a batch's samples, by the file."""
+    size = " x ".join(str(n) for n in inputs[0].shape[: scoring.num_axes])
+    try:
+        with torch.inference_mode():
+            found = call(inputs)
+    except Exception as error:  # of the runtime's own kinds
+        raise ExportError(
+            f"the {form} file of this {type(scoring.network).__name__} cannot score a batch of "
+            f"{size}: {first_line(error)} Nothing is written."
+        ) from error
+    return found[inputs[1]] if scoring.cross_section else found.flatten()
 
 
 def _difference(

@@ -77,7 +77,7 @@ def traced(scoring: Scoring, example: Sequence[Tensor]) -> Traced:
             )
     except Exception as error:  # of dozens of kinds
         raise ConfigError(
-            f"{name} cannot be traced by torch.export: {_first_line(error)} "
+            f"{name} cannot be traced by torch.export: {first_line(error)} "
             "format=safetensors takes any network of a configuration."
         ) from error
     shapes = [_shape(node, scoring.num_axes) for node in _inputs(program)]
@@ -103,7 +103,8 @@ def _shape(node: Any, num_axes: int) -> list[str | int]:
     ]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if text.endswith(".") else f"{text}."
