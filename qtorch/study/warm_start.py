@@ -31,7 +31,8 @@ class WarmStart(ModelFT):
 
     As data it says what comes before, so that a task of a pool can be one: `recorder_id` is the
     earlier run, whose `params.pkl` holds a ModelFT. `options` are arguments of its `finetune`
-    (`max_epochs`, `lora`, ...); ArgumentError for one that it does not take. The run's tags keep the lineage: `warm_start.from` and `warm_start.depth`.
+    (`max_epochs`, `lora`, ...); ArgumentError for one that it does not take. The run's tags keep
+    the lineage: `warm_start.from` and `warm_start.depth`.
 
     Raises NotFittedError where it is used before `fit`, ConfigError where the earlier model
     cannot be trained on.
