@@ -42,11 +42,11 @@ def apply_statistics(dataset: Any, learnt: State | None, how: str | None) -> Non
         )
     if how == "adapt":
         dataset.view()  # fits the processors on this dataset's train segment
-        learnt = _between(learnt, handler.fitted_state())
+        learnt = between(learnt, handler.fitted_state())
     handler.load_fitted(learnt)
 
 
-def _between(old: State, new: State) -> State:
+def between(old: State, new: State) -> State:
     """Half of each, column by column: by name, for the new data may hold them in another order."""
     kinds = [[p is None for p in state.config["processors"]] for state in (old, new)]
     if kinds[0] != kinds[1] or set(old.tensors) != set(new.tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -169,3 +170,20 @@ def test_what_cannot_be_exported_says_why(fitted, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"needs onnxruntime: pip install 'qtorch\[export\]'"):
         export_model(model, dataset, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SFM", "IGMTF", "MASTER", "StockMixer", "Mamba"])
+def test_loops_and_banks_become_programs_of_any_batch(name, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "nn")
+    from network_inputs import NETWORKS, build, feed
+
+    from qtorch.study.export_program import Scoring, traced
+
+    cls = next(c for c in NETWORKS if c.__name__ == name)
+    scoring = Scoring(build(cls).eval(), lambda score: score[..., 0])
+    several, one = ([feed(cls, size=s)[n] for n in scoring.names] for s in (None, 1))
+    program = traced(scoring, several).program.module()
+    with torch.inference_mode():
+        for given in (several, one):
+            torch.testing.assert_close(program(*given), scoring(*given), rtol=1e-4, atol=1e-6)
