@@ -40,6 +40,9 @@ DOORS = {
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
+    "onnx": ("qtorch/study/onnx_file.py",),
+    "onnxruntime": ("qtorch/study/onnx_file.py",),
+    "onnxscript": ("qtorch/study/onnx_file.py",),
 }
 NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
