@@ -313,7 +313,9 @@ class SqlStore(Store):
         there = (
             f"SELECT name FROM sqlite_master WHERE type = 'table' AND name = '{SCHEMA}'"
             if self.lite
-            else f"SELECT to_regclass('{SCHEMA}')"
+            # Not to_regclass: its answer may be an older one, from before the lock was waited for.
+            else "SELECT tablename FROM pg_tables "
+            f"WHERE tablename = '{SCHEMA}' AND schemaname = ANY(current_schemas(false))"
         )
         if connection.exec_driver_sql(there).scalar() is None:
             return None
