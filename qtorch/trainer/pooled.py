@@ -29,9 +29,9 @@ class TrainerRM(TrainerR):
     """Trains tasks through a pool: here, and by every worker that takes part.
 
     `task_pool` is the pool's name (by default `experiment_name`), `url` its store, `lease` as of
-    TaskManager, `hang_after` as of run_task. With `skip_run_task` this process does none of the work: it sends the tasks and
-    waits for workers (`qtorch worker pool=NAME`, or `worker()` in another process).
-    `force_release` gives each task done here a process of its own.
+    TaskManager, `hang_after` as of run_task. With `skip_run_task` this process does none of the
+    work: it sends the tasks and waits for workers (`qtorch worker pool=NAME`, or `worker()` in
+    another process). `force_release` gives each task done here a process of its own.
 
     A task that is in the pool already (an equal definition) is not trained again; one without a
     seed gets one that depends on its definition. Tasks that fail are tried again as the pool

@@ -189,7 +189,10 @@ def test_a_function_that_hangs_does_not_keep_its_task(manager, url, monkeypatch)
 
     run_task(work, manager.task_pool, url=url, hang_after=0.6)
     first, second = manager.query()
-    assert [(t["res"], t["attempt"], t["errors"]) for t in (first, second)] == [(0, 2, 1), (1, 1, 0)]
+    assert [(t["res"], t["attempt"], t["errors"]) for t in (first, second)] == [
+        (0, 2, 1),
+        (1, 1, 0),
+    ]
     with pytest.raises(ConfigError, match="hang_after is a number of seconds above 0"):
         run_task(work, manager.task_pool, url=url, hang_after=0)
 
