@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from qtorch.model.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.module import ScoreModule as ScoreModule
+    from qtorch.model.tcts_module import TCTSModule as TCTSModule
+    from qtorch.model.tra_module import TRAModule as TRAModule
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -22,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ModelFT": "qtorch.model.base",
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
+        "TRAModule": "qtorch.model.tra_module",
         "IGMTFModule": "qtorch.model.igmtf_module",
     },
 )
