@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.model.adarnn_module import ADARNNModule as ADARNNModule
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
         "TRAModule": "qtorch.model.tra_module",
+        "ADARNNModule": "qtorch.model.adarnn_module",
         "IGMTFModule": "qtorch.model.igmtf_module",
     },
 )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.nn.adarnn import ADARNN as ADARNN
     from qtorch.nn.alstm import ALSTM as ALSTM
     from qtorch.nn.dlinear import DLinear as DLinear
     from qtorch.nn.gats import GATs as GATs
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SFM": "qtorch.nn.sfm",
         "Localformer": "qtorch.nn.localformer",
         "TCN": "qtorch.nn.tcn",
+        "ADARNN": "qtorch.nn.adarnn",
         "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
