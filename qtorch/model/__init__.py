@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ModelFT": "qtorch.model.base",
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
+        "TCTSModule": "qtorch.model.tcts_module",
         "TRAModule": "qtorch.model.tra_module",
         "ADARNNModule": "qtorch.model.adarnn_module",
         "IGMTFModule": "qtorch.model.igmtf_module",

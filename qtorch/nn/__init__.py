@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.stockmixer import StockMixer as StockMixer
     from qtorch.nn.tcn import TCN as TCN
+    from qtorch.nn.tcts import TCTS as TCTS
     from qtorch.nn.tra import TRA as TRA
     from qtorch.nn.transformer import Transformer as Transformer
     from qtorch.nn.tsmixer import TSMixer as TSMixer
@@ -54,6 +55,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "recurrent_layers": "qtorch.nn.recurrent",
         "stack_members": "qtorch.nn.stacked",
         "stacked_call": "qtorch.nn.stacked",
+        "TCTS": "qtorch.nn.tcts",
         "TRA": "qtorch.nn.tra",
         "Transformer": "qtorch.nn.transformer",
         "GATs": "qtorch.nn.gats",

@@ -26,6 +26,7 @@ STEPS = {
     "IGMTF": {"network": {"k_day": 2, "n_neighbor": 3}, "batch": DAYS},
     "TRA": {"network": {"lookback": 4, "router_size": 4}, "module": {"pretrain": 1}},
     "ADARNN": {"module": {"pre_epoch": 1}},
+    "TCTS": {"module": {"steps": 2}},
 }
 LABELS = {"TCTS": 3}
 every = pytest.mark.parametrize("name", STEPS)
