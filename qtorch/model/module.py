@@ -183,7 +183,8 @@ class ScoreModule(pl.LightningModule):
 
     def training_step(self, steps: Steps) -> None:
         tally, accumulate = self.tally, self.accumulate
-        optimizer = self.optimizers()
+        found = self.optimizers()
+        optimizer = found[0] if isinstance(found, list) else found
         assert isinstance(optimizer, LightningOptimizer)
         mixed = torch.is_autocast_enabled(self.device.type)
         ends = self.plan is not None or self.trainer.max_steps != -1
@@ -271,12 +272,18 @@ class ScoreModule(pl.LightningModule):
 
     # -- optimizer and scheduler ---------------------------------------------------------------
 
+    def learnt(self) -> list[nn.Parameter]:
+        """Hook: the parameters that the optimizer moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def further_optimizers(self) -> list[Optimizer]:
+        """Hook: optimizers beside that one. They are in the checkpoints; the module's own step
+        makes them step."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(trained)
-        if self.plan is None:
-            return optimizer
-        return [optimizer], [self.plan.factory(optimizer)]
+        optimizers = [self.optimizer_factory(self.learnt()), *self.further_optimizers()]
+        return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
 
     def _step_scheduler(self, interval: str, count: int) -> None:
         plan = self.plan
