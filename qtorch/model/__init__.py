@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtorch.model.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.module import ScoreModule as ScoreModule
+    from qtorch.model.tabnet_module import TabNetModule as TabNetModule
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -23,5 +24,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
         "IGMTFModule": "qtorch.model.igmtf_module",
+        "TabNetModule": "qtorch.model.tabnet_module",
     },
 )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qtorch.nn.stacked import stack_members as stack_members
     from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.stockmixer import StockMixer as StockMixer
+    from qtorch.nn.tabnet import TabNet as TabNet
     from qtorch.nn.tcn import TCN as TCN
     from qtorch.nn.transformer import Transformer as Transformer
     from qtorch.nn.tsmixer import TSMixer as TSMixer
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SFM": "qtorch.nn.sfm",
         "Localformer": "qtorch.nn.localformer",
         "TCN": "qtorch.nn.tcn",
+        "TabNet": "qtorch.nn.tabnet",
         "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
