@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.model.add_module import ADDModule as ADDModule
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
@@ -25,5 +26,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "TrainingInterrupted": "qtorch.model.interruption",
         "IGMTFModule": "qtorch.model.igmtf_module",
         "TabNetModule": "qtorch.model.tabnet_module",
+        "ADDModule": "qtorch.model.add_module",
     },
 )

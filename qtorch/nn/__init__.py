@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.nn.add import ADD as ADD
     from qtorch.nn.alstm import ALSTM as ALSTM
     from qtorch.nn.dlinear import DLinear as DLinear
     from qtorch.nn.gats import GATs as GATs
@@ -54,6 +55,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "stack_members": "qtorch.nn.stacked",
         "stacked_call": "qtorch.nn.stacked",
         "Transformer": "qtorch.nn.transformer",
+        "ADD": "qtorch.nn.add",
         "GATs": "qtorch.nn.gats",
         "HIST": "qtorch.nn.hist",
         "MASTER": "qtorch.nn.master",
