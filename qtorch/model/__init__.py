@@ -6,6 +6,7 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.model.adarnn_module import ADARNNModule as ADARNNModule
+    from qtorch.model.add_module import ADDModule as ADDModule
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from qtorch.model.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.module import ScoreModule as ScoreModule
+    from qtorch.model.tabnet_module import TabNetModule as TabNetModule
     from qtorch.model.tcts_module import TCTSModule as TCTSModule
     from qtorch.model.tra_module import TRAModule as TRAModule
 
@@ -29,5 +31,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "TRAModule": "qtorch.model.tra_module",
         "ADARNNModule": "qtorch.model.adarnn_module",
         "IGMTFModule": "qtorch.model.igmtf_module",
+        "TabNetModule": "qtorch.model.tabnet_module",
+        "ADDModule": "qtorch.model.add_module",
     },
 )

@@ -113,13 +113,18 @@ class FineTuning:
         own = dict(network.named_parameters())
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            learnt = {id(p) for p in parameters}
+            given = list(parameters)
+            learnt, inner = {id(p) for p in given}, {id(p) for p in own.values()}
             groups, shares = [], []
             for depth, names in enumerate(reversed(layers)):
                 kept = [own[n] for n in names if id(own[n]) in learnt]
                 if kept:
                     groups.append({"params": kept})
                     shares.append(self.layer_decay**depth)
+            # What a module teaches the network with is no layer of it.
+            if beside := [p for p in given if id(p) not in inner]:
+                groups.append({"params": beside})
+                shares.append(1.0)
             optimizer = factory(groups)  # type: ignore[arg-type]  # groups, as torch takes them
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = group["lr"] * share

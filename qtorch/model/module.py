@@ -34,7 +34,16 @@ TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
     "valid/rank_ic",
     "lr",
 )
-METRICS = (TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE)
+PRETRAIN_LOSS, PRETRAIN_VALID = "train/pretrain_loss", "valid/pretrain_loss"
+METRICS = (
+    TRAIN_LOSS,
+    VALID_LOSS,
+    VALID_IC,
+    VALID_RANK_IC,
+    PRETRAIN_LOSS,
+    PRETRAIN_VALID,
+    RATE,
+)
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
 STATE = "qtorch_module"
@@ -103,6 +112,7 @@ class ScoreModule(pl.LightningModule):
         self.complete = complete
         self.day_label = day_label
         self.direct = False
+        self.pretraining_epochs = 0
         self.tally, self.valid_tally = Tally(), Tally()
 
     # -- one batch -----------------------------------------------------------------------------
@@ -152,6 +162,13 @@ class ScoreModule(pl.LightningModule):
     def bind(self, train: Samples, valid: Samples | None) -> None:
         """Hook: the samples, on the device, before the training begins; after it those of `train`
         have their raw labels no more."""
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the running epoch is one of the first `pretraining_epochs`. They are added to
+        the trainer's `max_epochs`, have losses of their own names, and neither the best weights
+        nor an early stop nor the scheduler knows of them."""
+        return self.current_epoch < self.pretraining_epochs
 
     def trains(self, kind: type[Kind]) -> Kind:
         """The network, for a step that only fits one kind; ConfigError where it is another."""
@@ -239,7 +256,8 @@ class ScoreModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._tell({TRAIN_LOSS: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
+        name = PRETRAIN_LOSS if self.pretrains else TRAIN_LOSS
+        self._tell({name: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
         self._step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
@@ -287,7 +305,7 @@ class ScoreModule(pl.LightningModule):
 
     def _step_scheduler(self, interval: str, count: int) -> None:
         plan = self.plan
-        if plan is None or plan.interval != interval or count % plan.frequency:
+        if plan is None or plan.interval != interval or count % plan.frequency or self.pretrains:
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):

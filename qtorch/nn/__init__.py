@@ -6,6 +6,7 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.nn.adarnn import ADARNN as ADARNN
+    from qtorch.nn.add import ADD as ADD
     from qtorch.nn.alstm import ALSTM as ALSTM
     from qtorch.nn.dlinear import DLinear as DLinear
     from qtorch.nn.gats import GATs as GATs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qtorch.nn.stacked import stack_members as stack_members
     from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.stockmixer import StockMixer as StockMixer
+    from qtorch.nn.tabnet import TabNet as TabNet
     from qtorch.nn.tcn import TCN as TCN
     from qtorch.nn.tcts import TCTS as TCTS
     from qtorch.nn.tra import TRA as TRA
@@ -42,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Localformer": "qtorch.nn.localformer",
         "TCN": "qtorch.nn.tcn",
         "ADARNN": "qtorch.nn.adarnn",
+        "TabNet": "qtorch.nn.tabnet",
         "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
@@ -58,6 +61,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "TCTS": "qtorch.nn.tcts",
         "TRA": "qtorch.nn.tra",
         "Transformer": "qtorch.nn.transformer",
+        "ADD": "qtorch.nn.add",
         "GATs": "qtorch.nn.gats",
         "HIST": "qtorch.nn.hist",
         "MASTER": "qtorch.nn.master",
