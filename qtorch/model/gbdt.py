@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.errors import ArgumentError, ConfigError, nearest, unknown_name
 from qtorch.core.heartbeat import beat
 from qtorch.core.session import session
 from qtorch.model.base import ModelFT
@@ -213,7 +213,9 @@ def _canonical(parameters: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for given, value in parameters.items():
         if given not in names:
-            valid = (*names, "loss", "num_boost_round", "early_stopping_rounds")
+            valid = {*names.values(), *OWN.values()} - set(OWN)
+            if nearest(given, valid) is None:
+                valid |= set(names)
             raise ArgumentError(unknown_name("parameter of LightGBM", given, valid))
         name = names[given]
         if name in OWN:
