@@ -21,9 +21,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import zoo_cells
-from benchmark.zoo_cells import QLIB, SPEED, Settings, cell_key, find_rows
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmark"))
+import zoo_cells
+from zoo_cells import QLIB, SPEED, Settings, cell_key, find_rows
 
 from qtorch.core.files import whole_file
 
@@ -79,7 +79,9 @@ def work_off(args: argparse.Namespace, results: Results, settings: Settings) -> 
     jobs = [(*cell, settings) for cell in missing_cells(args, results)]
     failed = []
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(args.processes, max(len(jobs), 1)), zoo_cells.prepare, (settings,)) as pool:
+    with context.Pool(
+        min(args.processes, max(len(jobs), 1)), zoo_cells.prepare, (settings,)
+    ) as pool:
         for number, (key, cell) in enumerate(pool.imap_unordered(run_cell, jobs), 1):
             if "error" in cell:
                 failed.append(key)

@@ -90,9 +90,7 @@ class LinearModel(TabularModel):
 
     def _score(self, x: np.ndarray) -> np.ndarray:
         assert self.coef_ is not None, "it was asked before"
-        parts = [
-            x[k : k + PIECE].astype(np.float64) @ self.coef_ for k in range(0, len(x), PIECE)
-        ]
+        parts = [x[k : k + PIECE].astype(np.float64) @ self.coef_ for k in range(0, len(x), PIECE)]
         return np.concatenate(parts) + self.intercept_
 
     def _fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

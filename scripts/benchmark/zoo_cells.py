@@ -188,12 +188,12 @@ def _speed(choice: str, settings: Settings) -> dict[str, Any]:
 # -- Qlib's ----------------------------------------------------------------------------------------
 
 
-def _qlib(network: str, seed: int | str, settings: Settings) -> dict[str, Any]:
-    """Qlib's own class on the same instruments, days, features, processors, hyperparameters."""
+def qlib_job(network: str, seed: int | str, settings: Settings) -> Path:
+    """A file that tells `zoo_qlib.py` what to train: the same instruments, days, features,
+    processors and hyperparameters as ours."""
     task = task_of(network, 0, settings)
     handler, model = task["dataset"]["handler"], task["model"]
-    folder = Path(settings.folder)
-    name = f"qlib-{network}-{seed}"
+    path = Path(settings.folder) / f"qlib-{network}-{seed}.json"
     job = {
         "network": network,
         "provider": settings.provider,
@@ -211,10 +211,14 @@ def _qlib(network: str, seed: int | str, settings: Settings) -> dict[str, Any]:
         "instruments": handler["instruments"],
         **_span(settings),
         "columns": handler["infer_processors"][0]["col_list"],
-        "work": str(folder / name),
+        "work": str(path.with_suffix("")),
     }
-    path = folder / f"{name}.json"
     path.write_text(json.dumps(job))
+    return path
+
+
+def _qlib(network: str, seed: int | str, settings: Settings) -> dict[str, Any]:
+    path = qlib_job(network, seed, settings)
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     command = [str(settings.qlib_python), str(SIDE), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -223,7 +227,7 @@ def _qlib(network: str, seed: int | str, settings: Settings) -> dict[str, Any]:
     cell: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if seed == SPEED:
         return cell
-    scores = pd.read_csv(folder / f"{name}.csv", parse_dates=["datetime"])
+    scores = pd.read_csv(path.with_suffix(".csv"), parse_dates=["datetime"])
     scores = scores.set_index(["datetime", "instrument"])["score"]
     label = _label(settings)
     if len(scores.index.intersection(label.index)) < 0.99 * len(scores):

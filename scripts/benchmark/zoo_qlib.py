@@ -80,8 +80,18 @@ def model_of(job: dict):
     arguments = {k: v for k, v in job["arguments"].items() if k not in FIXED}
     batch = {} if job["network"] == "gats" else {"batch_size": job["batch_size"]}
     extra = {"reg": job["weight_decay"]} if job["network"] == "transformer" else {}
-    return cls(d_feat=len(job["columns"]), n_epochs=job["epochs"], lr=job["lr"], n_jobs=0, GPU=-1,
-               early_stop=job["patience"], seed=job["seed"], **batch, **extra, **arguments)  # fmt: skip
+    return cls(
+        d_feat=len(job["columns"]),
+        n_epochs=job["epochs"],
+        lr=job["lr"],
+        n_jobs=0,
+        GPU=-1,
+        early_stop=job["patience"],
+        seed=job["seed"],
+        **batch,
+        **extra,
+        **arguments,
+    )
 
 
 def timed(model, name: str, seconds: dict[str, float]) -> None:

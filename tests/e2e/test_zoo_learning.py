@@ -13,6 +13,7 @@ import torch
 from qtorch.cli.compose import composed
 from qtorch.cli.config_path import config_path
 from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
+from qtorch.core.names import dotted_name
 from qtorch.core.session import session_context
 from qtorch.data import Concepts
 from qtorch.metrics import calc_ic
@@ -65,7 +66,12 @@ def small(choice: str) -> Any:
     target, given = get_callable_kwargs(config["network"], "qtorch.nn")
     narrow = {k: min(v, SMALL[k]) for k, v in given.items() if k in SMALL}
     quiet = {k: 0.0 for k in given if k.endswith("dropout")}
-    config["network"] = {"_target_": f"{target.__module__}.{target.__name__}", **given, **narrow, **quiet}
+    config["network"] = {
+        "_target_": f"{target.__module__}.{target.__name__}",
+        **given,
+        **narrow,
+        **quiet,
+    }
     config["optimizer"]["lr"] = LR
     config["batch"]["size"] = 200
     return config

@@ -107,7 +107,8 @@ def test_linear_estimators_are_those_of_scikit_learn(dataset):
 
 def test_linear_learns_from_valid_too_if_asked_and_leaves_incomplete_rows_out():
     dataset = ToyDataset()
-    x, y = (np.concatenate(p) for p in zip(*(rows_of(dataset, s) for s in ("train", "valid"))))
+    (x, y), (vx, vy) = (rows_of(dataset, s) for s in ("train", "valid"))
+    x, y = np.concatenate((x, vx)), np.concatenate((y, vy))
     ours = LinearModel(include_valid=True)
     ours.fit(dataset)
     np.testing.assert_allclose(ours.coef_, np.linalg.lstsq(x, y)[0], rtol=1e-5)
@@ -153,9 +154,7 @@ def test_lightgbm_is_its_own_library_on_the_same_rows(dataset, tmp_path):
     np.testing.assert_allclose(ours.predict(dataset), theirs.predict(tx), rtol=1e-4, atol=1e-5)
     assert ours.booster.num_trees() == theirs.best_iteration < 300
     assert ours.fit_report_["best_epoch"] == theirs.best_iteration - 1
-    np.testing.assert_allclose(
-        ours.evals_result_["valid"]["l2"], found["valid_0"]["l2"], rtol=1e-5
-    )
+    np.testing.assert_allclose(ours.evals_result_["valid"]["l2"], found["valid_0"]["l2"], rtol=1e-5)
     history = recorder.history()
     assert history["valid/l2", 0] == ours.evals_result_["valid"]["l2"][0]
     assert {name for name, _ in history} == {"train/l2", "valid/l2"}
