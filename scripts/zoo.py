@@ -65,13 +65,20 @@ def missing_cells(args: argparse.Namespace, results: Results) -> list[tuple[str,
 def run_cell(job: tuple[str, int | str, Settings]) -> tuple[str, dict[str, Any]]:
     """One cell in a worker; an error is a result too."""
     row, seed, settings = job
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), cpu_seconds()
     try:
         cell = zoo_cells.measure(row, seed, settings)
     except Exception as error:
         traceback.print_exc()
         return cell_key(row, seed), {"error": f"{type(error).__name__}: {error}"}
-    return cell_key(row, seed), {**cell, "cell_seconds": time.perf_counter() - begin}
+    spent = {"cell_seconds": time.perf_counter() - begin, "cpu_seconds": cpu_seconds() - cpu}
+    return cell_key(row, seed), {**cell, **spent}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it waited for: what a busy machine does not change."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def work_off(args: argparse.Namespace, results: Results, settings: Settings) -> list[str]:
@@ -89,7 +96,7 @@ def work_off(args: argparse.Namespace, results: Results, settings: Settings) -> 
             else:
                 results.add(key, cell)
                 told = f"Rank IC {cell['Rank IC']:.4f}" if "Rank IC" in cell else ""
-                told += f" in {cell['cell_seconds']:.0f} s"
+                told += f" in {cell['cell_seconds']:.0f} s, {cell['cpu_seconds']:.0f} of the CPU"
             print(f"{number}/{len(jobs)} {key} {told}", file=sys.stderr, flush=True)
     return failed
 

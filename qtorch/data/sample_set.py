@@ -167,8 +167,8 @@ class Samples:
         """
         out = torch.empty(len(self.feature_names), len(self), device=self.date.device)
         if self._columns is None:
-            parts = torch.arange(len(self), device=self.index_device).split(ROWS_AT_ONCE)
-            for part in parts:
+            every = torch.arange(len(self), device=self.index_device)
+            for part in torch.split(every, ROWS_AT_ONCE):
                 out[:, part] = self.batch(part).x[:, -1].t()
             return out.t()
         home = self._columns.device

@@ -84,7 +84,8 @@ class LinearModel(TabularModel):
     def _solved(self, moments: _Moments) -> np.ndarray:
         gram, moment = moments.centred() if self.fit_intercept else (moments.xx, moments.xy)
         if self.estimator in ("ols", "ridge"):
-            return np.linalg.lstsq(gram + self.alpha * np.eye(len(gram)), moment)[0]
+            found: np.ndarray = np.linalg.lstsq(gram + self.alpha * np.eye(len(gram)), moment)[0]
+            return found
         gram, moment = gram / moments.weight, moment / moments.weight
         return _descent(gram, moment, self.alpha, positive=self.estimator == "nnls")
 

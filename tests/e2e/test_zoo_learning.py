@@ -31,15 +31,11 @@ MARKET = (
     "segments.test=[2019-04-01,2019-09-26]",
     "dataset.step_len=8",
     "trainer.accelerator=cpu",
-    "trainer.max_epochs=3",
+    "trainer.max_epochs=2",
 )
 SHARE = 0.5
 # Wherever a network has such an argument: enough for this market, and quick.
-SMALL = {
-    "hidden_size": 32,
-    "d_model": 32,
-    "dim_feedforward": 64,
-}
+SMALL = {"hidden_size": 32, "d_model": 32, "dim_feedforward": 64}
 LR = 0.003
 CHOICES = sorted(p.stem for p in config_path().joinpath("model").glob("*.yaml"))
 CHOICES.remove("lightning")
@@ -66,12 +62,7 @@ def small(choice: str) -> Any:
     target, given = get_callable_kwargs(config["network"], "qtorch.nn")
     narrow = {k: min(v, SMALL[k]) for k, v in given.items() if k in SMALL}
     quiet = {k: 0.0 for k in given if k.endswith("dropout")}
-    config["network"] = {
-        "_target_": f"{target.__module__}.{target.__name__}",
-        **given,
-        **narrow,
-        **quiet,
-    }
+    config["network"] = {"_target_": dotted_name(target), **given, **narrow, **quiet}
     config["optimizer"]["lr"] = LR
     config["batch"]["size"] = 200
     return config
