@@ -38,6 +38,7 @@ DOORS = {
     "mlflow": ("qtorch/tracking/mlflow_store.py",),
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
+    "lightgbm": ("qtorch/model/gbdt.py",),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
     "onnx": ("qtorch/study/onnx_file.py",),
