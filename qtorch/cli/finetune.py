@@ -80,7 +80,7 @@ def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
 
     earlier = finished_run(settings["run"])
     task = earlier.load_object("task")
-    unsaid = (None, [], {})  # what the model's own argument says is left to it
+    unsaid: tuple[Any, ...] = (None, [], {})  # what the model's own argument says is left to it
     options = {k: settings[k] for k in OPTIONS if settings[k] not in (*unsaid, DEFAULTS.get(k))}
     model = {
         "_target_": "qtorch.study.WarmStart",
