@@ -80,8 +80,10 @@ def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
 
     earlier = finished_run(settings["run"])
     task = earlier.load_object("task")
-    unsaid: tuple[Any, ...] = (None, [], {})  # what the model's own argument says is left to it
-    options = {k: settings[k] for k in OPTIONS if settings[k] not in (*unsaid, DEFAULTS.get(k))}
+    # What is not said is left to the model's own arguments.
+    options = {
+        k: settings[k] for k in OPTIONS if settings[k] not in (None, [], {}, DEFAULTS.get(k))
+    }
     model = {
         "_target_": "qtorch.study.WarmStart",
         "recorder_id": earlier.id,

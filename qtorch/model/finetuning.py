@@ -64,8 +64,10 @@ class FineTuning:
                 "the optimizer's state fits the training of all weights at one rate alone: "
                 "leave out keep_optimizer, or lora, train, frozen and layer_decay."
             )
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "description"}
-        self.description.update({k: v for k, v in plain.items() if v not in (None, (), [])})
+        said = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.init}
+        unsaid = {k for k, (value, default) in said.items() if value in (default, [])}
+        kept = {k: value for k, (value, _) in said.items() if k not in unsaid or k == "train"}
+        self.description.update(kept)
 
     # -- before and after ----------------------------------------------------------------------
 

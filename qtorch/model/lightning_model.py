@@ -204,6 +204,9 @@ class LightningModel(ModelFT):
             scheduler=self.scheduler if scheduler is None else scheduler,
             early_stop=self.early_stop if early_stop is None else early_stop,
         )
+        if self.learnt_ is not None and statistics in ("keep", "adapt"):
+            # Before processors meet columns that they do not know, and can tell but one of them.
+            self.learnt_.matched(samples_of(dataset, "train"))
         apply_statistics(dataset, self.statistics_, statistics)
         run = current_recorder() if recorder is None else recorder
         if run is not None and self._loaded_from is not None:

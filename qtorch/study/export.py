@@ -81,7 +81,8 @@ def export_model(
     if form not in SUFFIXES:
         raise ConfigError(unknown_name("format", form, SUFFIXES))
     fitted = _fitted(model)
-    scoring = Scoring(copy.deepcopy(fitted._fitted()).eval(), readout_of(loss_of(fitted.loss)))
+    network = copy.deepcopy(fitted._fitted()).eval()
+    scoring = Scoring(network, readout_of(loss_of(fitted.loss)))
     samples, expected = _checked_samples(fitted, dataset, segment)
     batches = [scoring.inputs_of(batch) for batch in _batches(samples, scoring.cross_section)]
     told = {KEY: qtorch.__version__, "format": form, "run": run, **_described(fitted, samples)}
