@@ -51,7 +51,11 @@ from qtorch.model.training_identity import training_identity
 
 log = logging.getLogger(__name__)
 
-QUIET = (r".*LeafSpec.*is deprecated", r".*`validation_step` but have no `val_dataloader`")
+QUIET = (
+    r".*LeafSpec.*is deprecated",
+    r".*`validation_step` but have no `val_dataloader`",
+    r".*`srun` command is available",  # a fit is one process on any node of a cluster
+)
 
 
 @dataclass
