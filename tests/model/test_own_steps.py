@@ -37,7 +37,7 @@ STEPS = {
     "IGMTF": {"network": {**SMALL, "k_day": 2, "n_neighbor": 3}, "batch": DAYS},
     "TabNet": {"network": PICKS, "module": {"pretrain_epochs": 1}, "batch": {"size": 128}},
     "ADD": {"network": SMALL, "batch": DAYS, "module": {"gamma": 1.0}},
-    "TRA": {"network": {**SMALL, "lookback": 4, "router_size": 4}, "module": {"pretrain": 1}},
+    "TRA": {"network": {**SMALL, "lookback": 4, "router_size": 4}, "module": {"alpha": 0.5}},
     "ADARNN": {"network": SMALL, "module": {"pre_epoch": 1}},
     "TCTS": {"network": SMALL, "module": {"steps": 2}},
 }

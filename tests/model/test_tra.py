@@ -79,6 +79,24 @@ def test_batches_do_not_matter_to_a_prediction(dataset: ToyDataset) -> None:
     )
 
 
+def test_while_the_transport_routes_the_router_learns_nothing(dataset: ToyDataset) -> None:
+    learnt = []
+    for pretrain in (1, 0):
+        model = own(
+            "TRA",
+            trainer={"max_epochs": 1},
+            network=STEPS["TRA"]["network"],
+            module={"pretrain": pretrain, "rho": 0.5},
+        )
+        model.fit(dataset)
+        learnt.append(model.network_)
+    torch.manual_seed(3)
+    fresh = TRA(d_feat=4, hidden_size=8, num_layers=1, router_size=4)
+    assert torch.equal(learnt[0].fc.weight, fresh.fc.weight)
+    assert not torch.equal(learnt[0].predictors.weight, fresh.predictors.weight)
+    assert not torch.equal(learnt[1].fc.weight, fresh.fc.weight)
+
+
 def test_the_valid_segment_is_scored_as_it_is_predicted(dataset: ToyDataset) -> None:
     model = own("TRA", trainer={"max_epochs": 1}, **STEPS["TRA"])
     model.fit(dataset)
