@@ -38,8 +38,12 @@ DOORS = {
     "mlflow": ("qtorch/tracking/mlflow_store.py",),
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
+    "lightgbm": ("qtorch/model/gbdt.py",),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
+    "onnx": ("qtorch/study/onnx_file.py",),
+    "onnxruntime": ("qtorch/study/onnx_file.py",),
+    "onnxscript": ("qtorch/study/onnx_file.py",),
 }
 NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -185,24 +184,3 @@ def _fitting(names: Sequence[str], patterns: Sequence[str], what: str) -> set[st
             raise ConfigError(f"{what}: {pattern!r} fits no parameter; there are {list(names)}.")
         found |= own
     return found
-
-
-def warm_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Copy the weights of another architecture that the network shares by name and shape.
-
-    Returns their names. Raises ConfigError where it shares none.
-    """
-    own = network.state_dict()
-    shared = [n for n, w in weights.items() if n in own and own[n].shape == w.shape]
-    if not shared:
-        raise ConfigError(
-            f"a {type(network).__name__} shares no weight with that run's network: it has "
-            f"{_shapes(own)}, the run {_shapes(weights)}. Give both the same hidden_size, "
-            "num_layers and features."
-        )
-    network.load_state_dict({**own, **{n: weights[n] for n in shared}})
-    return shared
-
-
-def _shapes(weights: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(f"{n} {list(w.shape)}" for n, w in list(weights.items())[:6])

@@ -36,8 +36,13 @@ TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
 )
 PRETRAIN_LOSS, PRETRAIN_VALID = "train/pretrain_loss", "valid/pretrain_loss"
 METRICS = (
-    *(TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC),
-    *(PRETRAIN_LOSS, PRETRAIN_VALID, RATE),
+    TRAIN_LOSS,
+    VALID_LOSS,
+    VALID_IC,
+    VALID_RANK_IC,
+    PRETRAIN_LOSS,
+    PRETRAIN_VALID,
+    RATE,
 )
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
@@ -195,7 +200,8 @@ class ScoreModule(pl.LightningModule):
 
     def training_step(self, steps: Steps) -> None:
         tally, accumulate = self.tally, self.accumulate
-        optimizer = self.optimizers()
+        found = self.optimizers()
+        optimizer = found[0] if isinstance(found, list) else found
         assert isinstance(optimizer, LightningOptimizer)
         mixed = torch.is_autocast_enabled(self.device.type)
         ends = self.plan is not None or self.trainer.max_steps != -1
@@ -284,12 +290,18 @@ class ScoreModule(pl.LightningModule):
 
     # -- optimizer and scheduler ---------------------------------------------------------------
 
+    def learnt(self) -> list[nn.Parameter]:
+        """Hook: the parameters that the optimizer moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def further_optimizers(self) -> list[Optimizer]:
+        """Hook: optimizers beside that one. They are in the checkpoints; the module's own step
+        makes them step."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(trained)
-        if self.plan is None:
-            return optimizer
-        return [optimizer], [self.plan.factory(optimizer)]
+        optimizers = [self.optimizer_factory(self.learnt()), *self.further_optimizers()]
+        return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
 
     def _step_scheduler(self, interval: str, count: int) -> None:
         plan = self.plan

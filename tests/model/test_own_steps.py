@@ -37,22 +37,31 @@ STEPS = {
     "IGMTF": {"network": {**SMALL, "k_day": 2, "n_neighbor": 3}, "batch": DAYS},
     "TabNet": {"network": PICKS, "module": {"pretrain_epochs": 1}, "batch": {"size": 128}},
     "ADD": {"network": SMALL, "batch": DAYS, "module": {"gamma": 1.0}},
+    "TRA": {"network": {**SMALL, "lookback": 4, "router_size": 4}, "module": {"pretrain": 1}},
+    "ADARNN": {"network": SMALL, "module": {"pre_epoch": 1}},
+    "TCTS": {"network": SMALL, "module": {"steps": 2}},
 }
+LABELS = {"TCTS": 3}
 every = pytest.mark.parametrize("name", STEPS)
 
 
+@pytest.fixture
+def data(name: str) -> ToyDataset:
+    return ToyDataset(num_labels=LABELS.get(name, 1))
+
+
 @every
-def test_it_learns_and_scores_each_sample_once(dataset: ToyDataset, name: str) -> None:
+def test_it_learns_and_scores_each_sample_once(data: ToyDataset, name: str) -> None:
     model = own(name, trainer={"max_epochs": 12}, **STEPS[name])
-    model.fit(dataset)
-    scores = model.predict(dataset)
-    assert scores.index.equals(dataset.samples("test").index)
+    model.fit(data)
+    scores = model.predict(data)
+    assert scores.index.equals(data.samples("test").index)
     assert max(model.evals_result_["valid"]["ic"]) > 0.3
 
 
 @every
 def test_a_resumed_training_ends_with_the_same_weights(name: str, tmp_path) -> None:
-    dataset = ToyDataset(40, 16)
+    dataset = ToyDataset(40, 16, num_labels=LABELS.get(name, 1))
     changes = {
         "monitor": "train_loss",
         "checkpoint": {"every_n_steps": 2},
@@ -90,18 +99,18 @@ def killed_at(epoch: int, number: int):
 
 
 @every
-def test_the_module_refuses_another_network(dataset: ToyDataset, name: str) -> None:
+def test_the_module_refuses_another_network(data: ToyDataset, name: str) -> None:
     changes = {k: v for k, v in STEPS[name].items() if k != "network"}
     with pytest.raises(ConfigError, match=f"trains a {name}"):
-        own("LSTM", f"{name}Module", **changes).fit(dataset)
+        own("LSTM", f"{name}Module", **changes).fit(data)
 
 
 @every
-def test_a_saved_model_predicts_the_same(dataset: ToyDataset, name: str) -> None:
+def test_a_saved_model_predicts_the_same(data: ToyDataset, name: str) -> None:
     model = own(name, trainer={"max_epochs": 1}, **STEPS[name])
-    model.fit(dataset)
+    model.fit(data)
     again = LightningModel.from_state(model.to_state())
-    assert again.predict(dataset).equals(model.predict(dataset))
+    assert again.predict(data).equals(model.predict(data))
 
 
 def test_the_bank_of_igmtf_holds_the_train_days(dataset: ToyDataset) -> None:
