@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtorch.nn import ADD, IGMTF
+from qtorch.nn import ADD, IGMTF, MASTER
 from qtorch.nn.add import reversed_gradient
 from qtorch.nn.cross_section import MaskedBatchNorm
+from qtorch.nn.stockmixer import CausalLinear, InstrumentMixer
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -55,6 +57,50 @@ def test_a_disentangler_does_not_see_padding(base: str) -> None:
     assert [list(f.shape[2:]) for f in found[0]] == [[3], [3], [2], [6, 3]]
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first[mask], second[mask])
+
+
+def test_a_whole_universe_is_mixed_as_by_layers_over_it() -> None:
+    torch.manual_seed(0)
+    mixer, x = InstrumentMixer(6, 3), torch.randn(2, 6, 5)
+    nn.init.normal_(mixer.norm.weight)
+    nn.init.normal_(mixer.norm.bias)
+    states = F.hardswish(mixer.dense1(mixer.norm(x.transpose(1, 2))))
+    expected = mixer.dense2(states).transpose(1, 2)
+    order = torch.stack([torch.randperm(6) for _ in range(2)])
+    mixed = x.gather(1, order[..., None].expand_as(x))
+    found = mixer(mixed, torch.ones(2, 6, dtype=torch.bool), order)
+    torch.testing.assert_close(found, expected.gather(1, order[..., None].expand_as(x)))
+
+
+def test_stockmixer_mixes_time_causally() -> None:
+    torch.manual_seed(0)
+    layer, x = CausalLinear(5), torch.randn(2, 5, requires_grad=True)
+    for t, value in enumerate(layer(x)[0]):
+        grad = torch.autograd.grad(value, x, retain_graph=True)[0][0]
+        assert (grad[: t + 1] != 0).all()
+        assert (grad[t + 1 :] == 0).all()
+
+
+def test_masters_market_weighs_its_features() -> None:
+    torch.manual_seed(0)
+    small = {"d_model": 8, "t_nhead": 2, "s_nhead": 2}
+    network = MASTER(d_feat=5, gate_input_start_index=3, beta=2.0, **small).eval()
+    x, mask = torch.randn(2, 4, 6, 5), torch.ones(2, 4, dtype=torch.bool)
+    weight = network._gate(x, mask)
+    expected = 3 * torch.softmax(network.feature_gate(x[:, :, -1, 3:]) / 2.0, -1)
+    torch.testing.assert_close(weight[:, :, 0], expected)
+    # Nothing else sees the market's columns, and of those but the newest.
+    other = x.clone()
+    other[:, :, :-1, 3:] += 5.0
+    torch.testing.assert_close(network(other, mask), network(x, mask))
+    other[:, :, -1, 3:] += 5.0
+    assert not torch.allclose(network(other, mask), network(x, mask))
+    plain = MASTER(d_feat=5, **small).eval()
+    expected = 5 * torch.softmax(plain.feature_gate(x[:, :, -1].mean(1)) / 5.0, -1)
+    torch.testing.assert_close(plain._gate(x, mask)[:, 0, 0], expected)
+    for start, end in ((0, 5), (5, 5), (3, 6)):
+        with pytest.raises(ValueError, match="gate's columns"):
+            MASTER(d_feat=5, gate_input_start_index=start, gate_input_end_index=end)
 
 
 def kept(network: IGMTF, x: Tensor, mask: Tensor) -> IGMTF:

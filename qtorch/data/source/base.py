@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.core.trust import trusted_type
 from qtorch.data.expression.evaluation import evaluate
-from qtorch.data.expression.requirement import fields_of, reach
+from qtorch.data.expression.requirement import fields_of, masked_of, reach
 from qtorch.data.panel import Panel, clip_spans, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
@@ -155,17 +155,25 @@ class Source(Configured, ABC):
             )
         reaches = [reach(expression) for expression in fields]
         histories = [before for before, _ in reaches if before is not None]
-        bars = self.load(
-            fields_of(fields),
-            instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            freq=freq,
-            before=max(histories) if len(histories) == len(reaches) else None,
-            after=max(after for _, after in reaches),
-        )
-        frame = evaluate(list(fields), bars).to_frame(start=start_time, end=end_time)
-        return frame.swaplevel().sort_index()
+        wanted: dict[str, Any] = {
+            "fields": fields_of(fields),
+            "start_time": start_time,
+            "end_time": end_time,
+            "freq": freq,
+            "before": max(histories) if len(histories) == len(reaches) else None,
+            "after": max(after for _, after in reaches),
+        }
+        bars = self.load(instruments=instruments, **wanted)
+        others = self.masked(fields, **wanted)
+        found = evaluate(list(fields), bars, others=others)
+        return found.to_frame(start=start_time, end=end_time).swaplevel().sort_index()
+
+    def masked(self, expressions: Iterable[str], **wanted: Any) -> Panel | None:
+        """The bars of the instruments that `Mask` names in the expressions, whatever the
+        universe; `wanted` are `load`'s other arguments. None where none is known."""
+        known = {name.lower(): name for name in self.stored_instruments()}
+        names = {known[n.lower()] for n in masked_of(expressions) if n.lower() in known}
+        return self.load(instruments=sorted(names), **wanted) if names else None
 
     # -- selection -------------------------------------------------------------------------------
 
