@@ -106,7 +106,8 @@ def handlers(bench: Bench) -> None:
         if ours is None:
             continue
         theirs = qlib or {"seconds": None, "mib": None}
-        name = f"{work.capitalize()} handler to the first batch"
+        years = ", 2 years" if work == "alpha360" else ""
+        name = f"{work.capitalize()}{years}, handler to the first batch"
         bench.row(name, seconds(ours["seconds"]), "Qlib " + seconds(theirs["seconds"]),
                   over(theirs["seconds"], ours["seconds"]), speed)  # fmt: skip
         bench.row(name + ", peak memory", f"{ours['mib']:,.0f} MiB",
@@ -200,7 +201,21 @@ def pooled(bench: Bench) -> None:
         return
     mine, theirs = done["pooled"], done["here"]
     bench.row("TrainerRM, a tiny training, sqlite", seconds(mine),
-              "TrainerR " + seconds(theirs), over(theirs, mine), ">= 0.95")  # fmt: skip
+              "TrainerR " + seconds(theirs), 1 / done["ratio"], ">= 0.95")  # fmt: skip
+
+
+def pool(bench: Bench) -> None:
+    for store, name, asked in (
+        ("sqlite", "SQLite", {"1": 300, "8": 300}),
+        ("postgres", "PostgreSQL", {"8": 500}),
+        ("mongo", "MongoDB's wire (SecantusDB)", {}),
+    ):
+        done = bench.run("pool_side", store, threads=1)
+        for workers, pace in done[store].items() if done else ():
+            least = asked.get(workers)
+            bench.row(f"Pool on {name}, claim and commit, {workers} workers", f"{pace:,.0f}/s",
+                      "asked " + (f"{least}/s" if least else "-"), over(pace, least),
+                      ">= 1" if least else "-")  # fmt: skip
 
 
 def rolling(bench: Bench) -> None:
@@ -220,6 +235,7 @@ WORKS = {
     "mlp": mlp,
     "networks": networks,
     "trainer": trainer,
+    "pool": pool,
     "pooled": pooled,
     "rolling": rolling,
 }

@@ -41,6 +41,9 @@ DOORS = {
     "lightgbm": ("qtorch/model/gbdt.py",),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
+    "onnx": ("qtorch/study/onnx_file.py",),
+    "onnxruntime": ("qtorch/study/onnx_file.py",),
+    "onnxscript": ("qtorch/study/onnx_file.py",),
 }
 NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qtorch.cli.compose import composed
+from qtorch.cli.finished import finished_run
 from qtorch.cli.segments import with_dates
 from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import FINISHED, JobResult
@@ -49,6 +50,8 @@ OPTIONS = (
     "trainer",
 )
 
+DEFAULTS = {"train": "all", "layer_decay": 1.0, "keep_optimizer": False}
+
 
 def main(argv: Sequence[str]) -> int:
     """Load the run's task, train its model on, print the summary."""
@@ -73,17 +76,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
-    from qtorch.tracking.r import R
-    from qtorch.tracking.recorder import Recorder
     from qtorch.trainer.run import task_train
 
-    earlier = R.get_recorder(recorder_id=settings["run"])
-    if earlier.status != Recorder.STATUS_FI:
-        raise ConfigError(
-            f"run {earlier.id} is {earlier.status}; only a finished run holds a fitted model."
-        )
+    earlier = finished_run(settings["run"])
     task = earlier.load_object("task")
-    options = {k: settings[k] for k in OPTIONS if settings[k] not in (None, [], {})}
+    unsaid = (None, [], {})  # what the model's own argument says is left to it
+    options = {k: settings[k] for k in OPTIONS if settings[k] not in (*unsaid, DEFAULTS.get(k))}
     model = {
         "_target_": "qtorch.study.WarmStart",
         "recorder_id": earlier.id,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from qtorch.cli.compose import composed
+from qtorch.cli.finished import finished_run, model_and_dataset, segment_of
 from qtorch.cli.signals import interruptible
-from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
 from qtorch.record.signal import as_frame
-from qtorch.tracking.r import R
-from qtorch.tracking.recorder import Recorder
 
 USAGE = """\
 qtorch predict: scores of a finished run
@@ -42,38 +39,15 @@ def main(argv: Sequence[str]) -> int:
     if settings["tracking"].get("uri") is not None:
         init(tracking_uri=settings["tracking"]["uri"])
     with interruptible():
-        recorder = R.get_recorder(recorder_id=settings["run"])
-        if recorder.status != Recorder.STATUS_FI:
-            raise ConfigError(
-                f"run {recorder.id} is {recorder.status}; only a finished run holds a fitted model."
-            )
-        model = recorder.load_object("params.pkl")
-        dataset = recorder.load_object("dataset")
-        if settings.get("data") is not None:
-            dataset = _moved(dataset, settings["data"])
-        scores = as_frame(model.predict(dataset, segment=_segment(settings["segment"], dataset)))
+        recorder = finished_run(settings["run"])
+        model, dataset = model_and_dataset(recorder, settings.get("data"))
+        span = segment_of(settings["segment"], dataset)
+        scores = as_frame(model.predict(dataset, segment=span))
     if not len(scores):
         raise DataError(f"segment {settings['segment']} holds no sample: nothing is written.")
     write(scores, path)
     print(f"{len(scores):,} scores of {_span(scores)} in {path}")
     return 0
-
-
-def _segment(given: Any, dataset: Any) -> Any:
-    if isinstance(given, list | tuple):
-        if len(given) != 2:
-            raise ConfigError(f"segment={given}: expected a name or two dates.")
-        return slice(*(str(date) for date in given))
-    known = getattr(dataset, "segments", {})
-    if given not in known:
-        raise ConfigError(unknown_name("segment", str(given), known))
-    return given
-
-
-def _moved(dataset: Any, source: dict[str, Any]) -> Any:
-    """The dataset on another source, with its fitted processors as they are."""
-    dataset.setup_data(source=init_instance_by_config(source))
-    return dataset
 
 
 def _writer(path: Path) -> Callable[[pd.DataFrame, Path], None]:

@@ -46,6 +46,10 @@ class LoadObjectError(TrackingError):
     """A recorder holds no object of that name, or it cannot be read."""
 
 
+class ExportError(QtorchError, RuntimeError):
+    """An exported file does not give the scores of the model that it was made of."""
+
+
 class RecordError(QtorchError, RuntimeError):
     """A record misses what it depends on."""
 

@@ -67,6 +67,20 @@ def check_names(processors: Sequence[Processor], names: Names) -> None:
         names = processor.selects(names)
 
 
+def warn_of_dropped_labels(processors: Sequence[Processor], names: Names) -> None:
+    """Say it loudly where rows that are to be predicted go because of their labels."""
+    for processor in processors:
+        if processor.drops_by_label(names):
+            log.warning(
+                "%s stands before inference and drops rows by their label: what is left of a test "
+                "segment was chosen with knowledge of its future, and on the newest days nothing "
+                "is left. Name the features (fields_group='feature'), or use DropnaLabel among "
+                "learn_processors.",
+                type(processor).__name__,
+            )
+        names = processor.selects(names)
+
+
 def run(
     view: View,
     processors: Sequence[Processor],

@@ -37,7 +37,8 @@ class Samples:
     [S, Q]` the unprocessed ones (for IC), `weight [S]`; each of the last three may be None.
     `features` are Columns, packed on the device at the first batch or by `to(device)`, or an
     object already packed. Features that hold an infinity are refused when they are packed.
-    `extras`: named tensors that each batch has in its `extra`.
+    `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar rows that the
+    labels look ahead, None where that was not asked or is not known.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Samples:
         place: tuple[Tensor, Tensor] | None = None,
         notes: Mapping[str, int] | None = None,
         extras: Mapping[str, Gatherable] | None = None,
+        horizon: int | None = None,
     ) -> None:
         check_fill(fill)
         if step_len < 1:
@@ -71,6 +73,7 @@ class Samples:
         self.step_len, self.fill = step_len, fill
         self.notes = dict(notes or {})
         self.extras = dict(extras or {})
+        self.horizon = horizon
         self.store = "device"
         self.device = date.device
         self._place = place
@@ -323,6 +326,7 @@ class Samples:
             place=None if place is None else (place[0].to(home), place[1].to(home)),
             notes=self.notes,
             extras={name: source.to(home) for name, source in self.extras.items()},
+            horizon=self.horizon,
         )
 
     def _pack(self, device: torch.device) -> Packed:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.model.adarnn_module import ADARNNModule as ADARNNModule
+    from qtorch.model.add_module import ADDModule as ADDModule
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.linear import LinearModel as LinearModel
     from qtorch.model.module import ScoreModule as ScoreModule
+    from qtorch.model.tabnet_module import TabNetModule as TabNetModule
+    from qtorch.model.tcts_module import TCTSModule as TCTSModule
+    from qtorch.model.tra_module import TRAModule as TRAModule
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -26,6 +31,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "ModelFT": "qtorch.model.base",
         "ScoreModule": "qtorch.model.module",
         "TrainingInterrupted": "qtorch.model.interruption",
+        "TCTSModule": "qtorch.model.tcts_module",
+        "TRAModule": "qtorch.model.tra_module",
+        "ADARNNModule": "qtorch.model.adarnn_module",
         "IGMTFModule": "qtorch.model.igmtf_module",
+        "TabNetModule": "qtorch.model.tabnet_module",
+        "ADDModule": "qtorch.model.add_module",
     },
 )

@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -114,13 +113,18 @@ class FineTuning:
         own = dict(network.named_parameters())
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            learnt = {id(p) for p in parameters}
+            given = list(parameters)
+            learnt, inner = {id(p) for p in given}, {id(p) for p in own.values()}
             groups, shares = [], []
             for depth, names in enumerate(reversed(layers)):
                 kept = [own[n] for n in names if id(own[n]) in learnt]
                 if kept:
                     groups.append({"params": kept})
                     shares.append(self.layer_decay**depth)
+            # What a module teaches the network with is no layer of it.
+            if beside := [p for p in given if id(p) not in inner]:
+                groups.append({"params": beside})
+                shares.append(1.0)
             optimizer = factory(groups)  # type: ignore[arg-type]  # groups, as torch takes them
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = group["lr"] * share
@@ -180,24 +184,3 @@ def _fitting(names: Sequence[str], patterns: Sequence[str], what: str) -> set[st
             raise ConfigError(f"{what}: {pattern!r} fits no parameter; there are {list(names)}.")
         found |= own
     return found
-
-
-def warm_weights(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Copy the weights of another architecture that the network shares by name and shape.
-
-    Returns their names. Raises ConfigError where it shares none.
-    """
-    own = network.state_dict()
-    shared = [n for n, w in weights.items() if n in own and own[n].shape == w.shape]
-    if not shared:
-        raise ConfigError(
-            f"a {type(network).__name__} shares no weight with that run's network: it has "
-            f"{_shapes(own)}, the run {_shapes(weights)}. Give both the same hidden_size, "
-            "num_layers and features."
-        )
-    network.load_state_dict({**own, **{n: weights[n] for n in shared}})
-    return shared
-
-
-def _shapes(weights: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(f"{n} {list(w.shape)}" for n, w in list(weights.items())[:6])

@@ -178,6 +178,8 @@ class _Fit:
             loader=self.loader,
             automatic=self.module.automatic_optimization,
         )
+        if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
+            self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
         keeper.show = not self.trainer.progress_bar_callback
         return keeper
 
@@ -215,6 +217,8 @@ class _Fit:
                 f"the module is a {type(module).__name__}; expected a qtorch.model.ScoreModule. "
                 "(A LightningModule that trains itself is given as the network.)"
             )
+        if self.tuning is not None:
+            module.pretraining_epochs = 0  # weights that were learnt go on from where they are
         module.bind(self.train, self.valid)
         self.train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
         return module

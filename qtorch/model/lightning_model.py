@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -21,16 +22,19 @@ from qtorch.data.sample_set import Samples
 from qtorch.data.samples import samples_of
 from qtorch.metrics.loss import Loss
 from qtorch.model.base import ModelFT
+from qtorch.model.error_memory import recalling
 from qtorch.model.factories import loss_of, with_rate
 from qtorch.model.feeding import readout_of
 from qtorch.model.finetuning import FineTuning, Statistics
 from qtorch.model.fitting import Fitted, Recipe, check_labels, fit_network
+from qtorch.model.initial import Initial, check_init_from
 from qtorch.model.matching import LearntFrom
 from qtorch.model.model_state import state_of, take_state, weights_digest
 from qtorch.model.network_config import build_network, complete_network, network_config
 from qtorch.model.scoring import evaluation_size, score_series
 from qtorch.model.statistics import apply_statistics, fitted_statistics
 from qtorch.model.trainer_options import device_name, trainer_options
+from qtorch.nn.tra import TRA
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.lineage import tag_lineage
 
@@ -68,6 +72,10 @@ class LightningModel(ModelFT):
     batches.
     `inner_steps`: batches to one training_step of Lightning; the numbers do not depend on it.
     `compile`: True or the arguments of torch.compile.
+    `init_from`: "run:RUN_ID" (of the tracking store in force): `fit` begins with the weights that
+    the network shares by name and shape with that run's, which may be of another architecture
+    (GATs or HIST from an LSTM or GRU, as their papers do it); its tags name the run. Features are
+    matched by name. "run:RUN_ID/NAME" takes the model that was saved there as NAME.
     `seed`: of the weights, dropout and order; None is the session's, or one that is drawn.
 
     After `fit`: `network_`, `evals_result_` ({"train": {"loss": [...]}, "valid": {...}}),
@@ -91,6 +99,7 @@ class LightningModel(ModelFT):
         day_label: Mapping[str, Any] | None = None,
         inner_steps: int | Literal["auto"] = "auto",
         compile: bool | Mapping[str, Any] = False,
+        init_from: str | None = None,
         seed: int | None = None,
     ) -> None:
         self.network = network
@@ -102,6 +111,8 @@ class LightningModel(ModelFT):
         self.callbacks = list(callbacks or ())
         self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
+        check_init_from(init_from)
+        self.init_from = init_from
         trainer_options(self.trainer, ())  # a wrong name is said now, not after the data are read
         self.network_: nn.Module | None = None
         self.network_config_: dict[str, Any] | None = None
@@ -133,7 +144,8 @@ class LightningModel(ModelFT):
 
         Ctrl-C stops after the step, keeps a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second one ends at once. Raises DataError where there is nothing to
-        learn from, ConfigError for what cannot be meant.
+        learn from, ConfigError for what cannot be meant (an `init_from` without such a run or
+        without a weight that fits: it names the shapes).
         """
         self._learn(dataset, reweighter, recorder, resume, self._recipe())
 
@@ -209,35 +221,47 @@ class LightningModel(ModelFT):
         tuning: FineTuning | None = None,
     ) -> None:
         device = resolve_device(device_name(recipe.trainer))
+        run = current_recorder() if recorder is None else recorder
+        initial = None
+        if fitted is None and self.init_from is not None:
+            initial = Initial.of(self.init_from, run)
         train = self._samples(dataset, "train", reweighter)
         valid = None
         if "valid" in getattr(dataset, "segments", ("train", "valid")):
             valid = self._samples(dataset, "valid", reweighter)
         check_labels(train, valid)
+        known = initial if fitted is None else self.learnt_
+        if known is not None:
+            train, valid = known.matched(train), None if valid is None else known.matched(valid)
         if fitted is None:
             loss = loss_of(self.loss)
             outputs = loss.num_outputs(len(train.label_names)) if isinstance(loss, Loss) else None
             self.network_config_ = None
             spec = complete_network(self.network, train, outputs)
+            start = "fresh" if initial is None else initial.digest
         else:
-            assert self.learnt_ is not None, "a fitted model knows what it learnt from"
-            spec, train = fitted, self.learnt_.matched(train)
-            valid = None if valid is None else self.learnt_.matched(valid)
+            spec, start = fitted, weights_digest(fitted)
+
+        def make_network() -> nn.Module:
+            return build_network(spec) if initial is None else initial.into(build_network(spec))
+
         result = fit_network(
-            lambda: build_network(spec),
+            make_network,
             train,
             valid,
             recipe,
             device=device,
-            recorder=current_recorder() if recorder is None else recorder,
+            recorder=run,
             resume=resume,
-            start="fresh" if fitted is None else weights_digest(fitted),
+            start=start,
             tuning=tuning,
             optimizer_state=self._optimizer_state(tuning),
         )
         if fitted is None:
             self.network_config_ = spec if isinstance(spec, dict) else None
             self.learnt_ = LearntFrom.of(train)
+        if initial is not None:
+            result.report["init_from"] = initial.described
         self.statistics_ = fitted_statistics(dataset)
         self.seed_ = recipe.seed
         self._take(result)
@@ -305,6 +329,8 @@ class LightningModel(ModelFT):
             samples = self.learnt_.matched(samples)
         device = resolve_device(device_name(trainer_options(self.trainer, ())))
         size = evaluation_size(self.batch, device)
+        if isinstance(network, TRA):
+            samples = recalling(network, samples.to(device), partial(self._past, dataset))
         return score_series(
             network,
             samples,
@@ -312,6 +338,11 @@ class LightningModel(ModelFT):
             batch_size=size,
             readout=readout_of(loss_of(self.loss)),
         )
+
+    def _past(self, dataset: Any, dates: slice) -> Samples:
+        """All samples of some dates that have a label, as they were learnt from."""
+        found = samples_of(dataset, dates, data_key="learn", purge=False)
+        return found if self.learnt_ is None else self.learnt_.matched(found)
 
     def _fitted(self) -> nn.Module:
         if self.network_ is None:

@@ -37,13 +37,15 @@ class LearntFrom:
         """As JSON can hold it."""
         return {**asdict(self), "feature_names": list(self.feature_names)}
 
-    def matched(self, samples: Samples) -> Samples:
+    def matched(self, samples: Samples, *, any_steps: bool = False) -> Samples:
         """Samples with the features learnt from, in the order learnt: matched by name.
+
+        With `any_steps` the windows may be of another length.
 
         Raises DataError that lists the differences: features that are missing or new, another
         number of steps, another order where the data cannot be put in this one.
         """
-        wrong = self._differences(samples)
+        wrong = self._differences(samples, any_steps)
         if wrong:
             lines = "".join(f"\n  {line}" for line in wrong)
             raise DataError(f"the dataset does not fit the fitted model:{lines}")
@@ -52,7 +54,7 @@ class LearntFrom:
         log.info("the features stand in another order than the model learnt; matched by name")
         return samples.with_features(self.feature_names)
 
-    def _differences(self, samples: Samples) -> list[str]:
+    def _differences(self, samples: Samples, any_steps: bool) -> list[str]:
         wrong = []
         if samples.num_features != self.num_features:
             wrong.append(
@@ -64,7 +66,7 @@ class LearntFrom:
             wrong.append(f"features that are missing: {_listed(missing)}")
         if added:
             wrong.append(f"features that the model does not know: {_listed(added)}")
-        if samples.num_steps != self.num_steps:
+        if samples.num_steps != self.num_steps and not any_steps:
             wrong.append(
                 f"windows of {samples.num_steps} steps, the model learnt from {self.num_steps} "
                 "(dataset.step_len)"

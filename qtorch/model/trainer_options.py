@@ -23,7 +23,7 @@ from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.checkpoint import AtomicCheckpointIO
-from qtorch.model.module import MONITORS
+from qtorch.model.module import MONITORS, ScoreModule
 from qtorch.model.progress_bar import BatchBar
 from qtorch.model.step_loader import StepLoader
 
@@ -153,6 +153,22 @@ def monitored(monitor: str, mode: str | None = None) -> tuple[str, str]:
     return name, mode or ("min" if lesser else "max")
 
 
+class Stopper(EarlyStopping):
+    """An early stop that does not count epochs of pretraining: they have no score to watch."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _pretrains(pl_module):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _pretrains(pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def _pretrains(module: pl.LightningModule) -> bool:
+    return isinstance(module, ScoreModule) and module.pretrains
+
+
 def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
     """`(callback or None, metric, mode)`; `spec` is None, a patience, or a mapping with
     `patience` and any of `monitor`, `mode`, `min_delta`."""
@@ -165,9 +181,7 @@ def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, 
             raise ConfigError(unknown_name("option of early_stop", name, valid))
     name, mode = monitored(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
-    stopper = EarlyStopping(
-        monitor=name, mode=mode, patience=patience, check_finite=False, **options
-    )
+    stopper = Stopper(monitor=name, mode=mode, patience=patience, check_finite=False, **options)
     return stopper, name, mode
 
 

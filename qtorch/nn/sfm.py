@@ -68,9 +68,10 @@ class SFM(Network):
         """`x [B, T, F]` to `[B]` or `[B, Q]`."""
         hidden, frequencies = self._parts[0], self._parts[-1]
         given = self.gates(x * _kept(x[:, :1], self.dropout_W, self.training))  # [B, T, 4H + K]
-        state = given.new_zeros(len(x), hidden)  # [B, H]
+        count = x.shape[0]  # len(x) is a constant to a program that is exported
+        state = given.new_zeros(count, hidden)  # [B, H]
         kept = _kept(state, self.dropout_U, self.training)
-        real = imaginary = given.new_zeros(len(x), hidden, frequencies)  # [B, H, K]
+        real = imaginary = given.new_zeros(count, hidden, frequencies)  # [B, H, K]
         for step in range(x.shape[1]):
             parts = given[:, step] + self.recur(state * kept)
             i, slow, c, o, fast = parts.split(self._parts, -1)

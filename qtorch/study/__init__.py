@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from qtorch.study.ensemble import Ensemble as Ensemble
     from qtorch.study.ensemble import RollingEnsemble as RollingEnsemble
     from qtorch.study.ensemble import SingleKeyEnsemble as SingleKeyEnsemble
+    from qtorch.study.export import Exported as Exported
+    from qtorch.study.export import export_model as export_model
+    from qtorch.study.export import load_network as load_network
     from qtorch.study.group import Group as Group
     from qtorch.study.group import RollingGroup as RollingGroup
     from qtorch.study.rolling import RollingResult as RollingResult
@@ -25,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "AverageEnsemble": "qtorch.study.ensemble",
         "Collector": "qtorch.study.collect",
         "Ensemble": "qtorch.study.ensemble",
+        "Exported": "qtorch.study.export",
         "Group": "qtorch.study.group",
         "MergeCollector": "qtorch.study.collect",
         "RecorderCollector": "qtorch.study.collect",
@@ -34,6 +38,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SingleKeyEnsemble": "qtorch.study.ensemble",
         "StudyError": "qtorch.study.rolling",
         "WarmStart": "qtorch.study.warm_start",
+        "export_model": "qtorch.study.export",
+        "load_network": "qtorch.study.export",
         "rolling_study": "qtorch.study.rolling",
     },
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
+from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.instantiate import auto_filter_kwargs, init_instance_by_config
 from qtorch.core.names import dotted_name
@@ -28,8 +30,9 @@ class WarmStart(ModelFT):
     """Goes on from the fitted model of an earlier run: its `fit` is that model's `finetune`.
 
     As data it says what comes before, so that a task of a pool can be one: `recorder_id` is the
-    earlier run, whose `params.pkl` holds a ModelFT. `options` go to its `finetune` (`trainer`,
-    `optimizer`). The run's tags keep the lineage: `warm_start.from` and `warm_start.depth`.
+    earlier run, whose `params.pkl` holds a ModelFT. `options` are arguments of its `finetune`
+    (`max_epochs`, `lora`, ...); ArgumentError for one that it does not take. The run's tags keep
+    the lineage: `warm_start.from` and `warm_start.depth`.
 
     Raises NotFittedError where it is used before `fit`, ConfigError where the earlier model
     cannot be trained on.
@@ -78,10 +81,13 @@ class WarmStart(ModelFT):
     def _finetune(
         self, model: Model, dataset: Any, reweighter: Any, recorder: Recorder | None
     ) -> None:
+        act: Any = model.finetune  # type: ignore[attr-defined]
+        # A model of the user's may take no recorder; an option that it does not take is a mistake.
+        check_arguments(act, inspect.signature(act), self.options)
         given: dict[str, Any] = {"recorder": recorder, **self.options}
         if reweighter is not None:
             given["reweighter"] = reweighter
-        auto_filter_kwargs(model.finetune)(dataset, **given)  # type: ignore[attr-defined]
+        auto_filter_kwargs(act)(dataset, **given)
         self.model_ = model
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
@@ -94,6 +100,16 @@ class WarmStart(ModelFT):
                 "this WarmStart has no weights yet: call fit(dataset) first, or load a fitted one."
             )
         return self.model_
+
+    @property
+    def network_(self) -> Any:
+        """The model's fitted network; None before `fit`, or where it has none."""
+        return getattr(self.model_, "network_", None)
+
+    @property
+    def learnt_(self) -> Any:
+        """The form of the samples that the model learnt from, where it tells."""
+        return getattr(self.model_, "learnt_", None)
 
     @property
     def fit_report_(self) -> dict[str, Any]:

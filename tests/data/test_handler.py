@@ -212,6 +212,24 @@ def test_the_window_moves_with_the_train_segment(frame: pd.DataFrame) -> None:
         np.testing.assert_allclose(found, zscored(frame, end), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("group", "where", "said"),
+    [
+        (None, "infer_processors", True),
+        ("label", "shared_processors", True),
+        (["feature", "label"], "infer_processors", True),
+        ("feature", "infer_processors", False),
+        ("label", "learn_processors", False),
+    ],
+)
+def test_dropping_test_rows_by_their_label_is_said(
+    frame: pd.DataFrame, caplog, group, where: str, said: bool
+) -> None:
+    processor = {"class": "DropnaProcessor", "kwargs": {"fields_group": group}}
+    DataHandlerLP.from_df(frame, **{where: [processor]}).fetch()
+    assert ("DropnaProcessor stands before inference" in caplog.text) == said
+
+
 def test_a_wider_window_is_refused_unless_allowed(frame: pd.DataFrame, caplog) -> None:
     def bound(**options) -> DataHandlerLP:
         handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE], **options)

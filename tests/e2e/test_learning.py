@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from statistics import median
 
 import numpy as np
 import pytest
 
+from qtorch import init_instance_by_config
 from qtorch.data.source.synthetic import SyntheticSource
+from qtorch.metrics.signal import calc_ic
+from qtorch.model.lightning_model import LightningModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("learning")]
 
@@ -40,3 +44,64 @@ def test_a_market_without_a_signal_gives_none(qtorch_cli, runs):
     error = ric.std() / np.sqrt(len(ric))
     assert error < 0.01
     assert abs(ric.mean()) < 1.96 * error
+
+
+def test_learning_on_with_the_same_data_does_no_harm():
+    source = {
+        "_target_": "qtorch.data.SyntheticSource",
+        "num_instruments": 60,
+        "start_time": "2017-01-01",
+        "end_time": "2019-12-31",
+        "signal": 0.12,
+    }
+    handler = {
+        "_target_": "qtorch.data.Alpha158",
+        "source": source,
+        "instruments": "stocks",
+        "columns": ["KLEN", "KLOW", "ROC5", "ROC60", "MA5", "STD5", "RESI5", "CORR5", "VSTD5"],
+        "infer_processors": [
+            {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}},
+            {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+        ],
+        "learn_processors": [
+            {"class": "DropnaLabel"},
+            {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}},
+        ],
+    }
+    segments = {
+        "train": ("2017-03-01", "2018-09-30"),
+        "valid": ("2018-10-01", "2018-12-31"),
+        "test": ("2019-01-01", "2019-12-20"),
+    }
+    dataset = init_instance_by_config(
+        {
+            "_target_": "qtorch.data.TSDatasetH",
+            "handler": handler,
+            "segments": segments,
+            "step_len": 4,
+        }
+    )
+    label = dataset.samples("test").frame(["raw_label"])["raw_label"].iloc[:, 0]
+
+    def rank_ic(model) -> float:
+        return calc_ic(model.predict(dataset), label)[1].mean()
+
+    before, after = [], {"all": [], "lora": []}
+    for seed in range(3):
+        model = LightningModel(
+            {"_target_": "qtorch.nn.GRU", "hidden_size": 16, "num_layers": 1},
+            optimizer={"_target_": "torch.optim.Adam", "lr": 2e-3},
+            trainer={"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False},
+            checkpoint={"enabled": False},
+            seed=seed,
+        )
+        model.fit(dataset)
+        before.append(rank_ic(model))
+        for way, options in (("all", {}), ("lora", {"lora": {"rank": 2}})):
+            tuned = copy.deepcopy(model)
+            tuned.finetune(dataset, max_epochs=2, **options)
+            after[way].append(rank_ic(tuned))
+    spread = max(before) - min(before)
+    assert np.mean(before) > 0.05  # something was learnt that could be lost
+    for way in after:
+        assert np.mean(after[way]) > np.mean(before) - max(spread, 0.005), (before, after)

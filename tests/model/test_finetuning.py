@@ -12,7 +12,9 @@ from torch import nn
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.serial import State
 from qtorch.model.lightning_model import LightningModel
+from qtorch.model.statistics import between
 from qtorch.nn import LSTM, MLP, Transformer
 from qtorch.nn.layers import layer_groups
 from qtorch.nn.lora import LoRA
@@ -180,3 +182,19 @@ def test_features_are_matched_by_name(dataset: ToyDataset) -> None:
     fewer.view.groups["feature"] = features.keep(["F0", "F1", "F2"])
     with pytest.raises(DataError, match=r"(?s)3 features.*missing: F3"):
         model.predict(fewer)
+
+
+def test_adapted_statistics_are_matched_by_name() -> None:
+    def state(names: str, centre: list[float]) -> State:
+        columns = [["feature", name] for name in names]
+        tensors = {"processors.1.center_": torch.tensor(centre)}
+        return State({"fitted": True, "processors": [None, {"columns": columns}]}, tensors)
+
+    old = state("AB", [1.0, 2.0])
+    found = between(old, state("BA", [4.0, 3.0]))
+    assert found.tensors["processors.1.center_"].tolist() == [2.0, 3.0]
+    assert found.config == old.config
+    with pytest.raises(DataError, match="missing are B; new are C"):
+        between(old, state("AC", [4.0, 3.0]))
+    with pytest.raises(ConfigError, match="are not the model's"):
+        between(old, State({"processors": [{}, None]}, old.tensors))

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -126,4 +127,6 @@ def told_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
     if definition.get("what") == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     note(journal, str(os.getpid()))
+    if definition.get("what") == "hang":
+        threading.Event().wait()
     return {"pid": os.getpid()}

@@ -1,0 +1,205 @@
+"""Is fine-tuning worth it? Pretrain on half of a universe, learn on with the other's last year.
+
+python scripts/finetune_study.py --provider-uri ~/qlib_data --universe nyse500
+
+Each seed trains a network on the first half's years, then on the other half: from scratch, the
+head alone, LoRA, all weights; and the pretrained network as it is. Every second instrument by name
+is of a half. One thread; the table is Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from workflow_by_code import COLUMNS
+
+import qtorch
+from qtorch import init_instance_by_config
+from qtorch.core.runtime import configure_logging
+from qtorch.data import SyntheticSource
+from qtorch.data.source.qlib import QlibSource
+from qtorch.metrics.signal import calc_ic
+from qtorch.model import LightningModel
+
+YEARS = {
+    "pretrain": ("2008-01-01", "2013-12-31"),
+    "pretrain valid": ("2014-01-01", "2014-12-31"),
+    "learn on": ("2015-01-01", "2015-09-30"),
+    "valid": ("2015-10-01", "2015-12-31"),
+    "test": ("2016-01-01", "2017-11-30"),
+}
+EMBEDDED = {"start_time": "2008-01-01", "end_time": "2017-12-29", "signal": 0.06}
+FIGURES = ("IC", "Rank IC", "best epoch", "epochs", "CPU s")
+
+
+def halves(arguments: argparse.Namespace) -> tuple[Any, list[str], list[str]]:
+    """The source's configuration, and every second instrument of its universe each."""
+    if arguments.provider_uri is None:
+        options = {**EMBEDDED, "num_instruments": arguments.instruments or 100}
+        config: dict[str, Any] = {"_target_": "qtorch.data.SyntheticSource", **options}
+        source: Any = SyntheticSource(**options)
+    else:
+        config = {
+            "_target_": "qtorch.data.source.qlib.QlibSource",
+            "provider_uri": arguments.provider_uri,
+        }
+        source = QlibSource(arguments.provider_uri)
+    names = sorted(source.instruments(arguments.universe))[: arguments.instruments]
+    return config, names[::2], names[1::2]
+
+
+def dataset_of(source: Any, names: list[str], parts: dict[str, str], step_len: int) -> Any:
+    """Windows of a half; its processors are fitted on its own train segment."""
+    handler = {
+        "_target_": "qtorch.data.Alpha158",
+        "source": source,
+        "instruments": names,
+        "columns": COLUMNS,
+        "infer_processors": [
+            {"class": "RobustZScoreNorm",
+             "kwargs": {"fields_group": "feature", "clip_outlier": True}},
+            {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+        ],
+        "learn_processors": [
+            {"class": "DropnaLabel"},
+            {"class": "CSRankNorm", "kwargs": {"fields_group": "label"}},
+        ],
+    }  # fmt: skip
+    segments = {name: YEARS[part] for name, part in parts.items()}
+    first, last = min(s for s, _ in segments.values()), max(e for _, e in segments.values())
+    return init_instance_by_config(
+        {
+            "_target_": "qtorch.data.TSDatasetH",
+            "handler": {**handler, "start_time": first, "end_time": last},
+            "segments": segments,
+            "step_len": step_len,
+        }
+    )
+
+
+def model_of(arguments: argparse.Namespace, seed: int) -> LightningModel:
+    """A GRU as all four begin with it."""
+    return LightningModel(
+        {
+            "_target_": "qtorch.nn.GRU",
+            "hidden_size": arguments.hidden_size,
+            "num_layers": arguments.num_layers,
+        },
+        optimizer={"_target_": "torch.optim.Adam", "lr": arguments.lr},
+        batch={"size": arguments.batch_size},
+        trainer={
+            "max_epochs": arguments.epochs,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        },
+        monitor=arguments.monitor,
+        early_stop=arguments.patience,
+        checkpoint={"enabled": False},
+        seed=seed,
+    )
+
+
+def figures(model: LightningModel, dataset: Any, seconds: float) -> dict[str, float]:
+    """What a model scores on the test years, and what it cost."""
+    label = dataset.samples("test").frame(["raw_label"])["raw_label"].iloc[:, 0]
+    ic, rank_ic = calc_ic(model.predict(dataset), label)
+    report = model.fit_report_ if seconds else {}
+    cost = (report.get("best_epoch", -1) + 1, report.get("epochs", 0), seconds)
+    return dict(zip(FIGURES, (ic.mean(), rank_ic.mean(), *cost), strict=True))
+
+
+def timed(act: Callable[[], None]) -> float:
+    """Seconds of the CPU that it took: the same on a machine that others use too."""
+    begin = time.process_time()
+    act()
+    return time.process_time() - begin
+
+
+def one_seed(arguments: argparse.Namespace, seed: int, old: Any, new: Any) -> pd.DataFrame:
+    """Every way of learning on, for one seed; figures by way."""
+    rows = {}
+    pretrained, own = model_of(arguments, seed), model_of(arguments, seed)
+    own.trainer["max_epochs"] = arguments.tune_epochs
+    seconds = timed(lambda: pretrained.fit(old))
+    print(f"seed {seed}: pretrained in {seconds:.0f} s, {pretrained.fit_report_['epochs']} epochs")
+    rows["pretrained, as it is"] = figures(pretrained, new, 0.0)
+    rows["from scratch"] = figures(own, new, timed(lambda: own.fit(new)))
+    ways: dict[str, dict[str, Any]] = {
+        "head only": {"train": "head", "lr": arguments.lr},
+        f"LoRA, rank {arguments.rank}": {"lora": {"rank": arguments.rank}, "lr": arguments.lr},
+        "all weights": {"lr": arguments.tune_lr},
+    }
+    for way, options in ways.items():
+        model = copy.deepcopy(pretrained)
+        rows[way] = figures(
+            model,
+            new,
+            timed(
+                lambda m=model, o=options: m.finetune(new, max_epochs=arguments.tune_epochs, **o)
+            ),
+        )
+    return pd.DataFrame(rows).T
+
+
+def table(parts: list[pd.DataFrame]) -> str:
+    """Mean and spread (largest less smallest) over the seeds."""
+    values = np.stack([part.to_numpy() for part in parts])  # [seeds, ways, figures]
+    mean, spread = values.mean(0), values.max(0) - values.min(0)
+    lines = [f"| | {' | '.join(FIGURES)} |", "|---" * (1 + len(FIGURES)) + "|"]
+    for k, way in enumerate(parts[0].index):
+        cells = [f"{m:.4f} ({s:.4f})" for m, s in zip(mean[k, :2], spread[k, :2], strict=True)]
+        cells += [f"{m:.1f}" for m in mean[k, 2:]] if mean[k, -1] else ["-"] * 3
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train them all, print the table."""
+    configure_logging("WARNING")
+    qtorch.init(seed=0)
+    torch.set_num_threads(1)
+    source, first, second = halves(arguments)
+    parts = {"train": "pretrain", "valid": "pretrain valid"}
+    old = dataset_of(source, first, parts, arguments.step_len)
+    parts = {"train": "learn on", "valid": "valid", "test": "test"}
+    new = dataset_of(source, second, parts, arguments.step_len)
+    begin = time.process_time()
+    found = [one_seed(arguments, seed, old, new) for seed in range(arguments.seeds)]
+    spans = ", ".join(f"{name} {span[0][:7]}..{span[1][:7]}" for name, span in YEARS.items())
+    print(
+        f"\nGRU {arguments.hidden_size} x {arguments.num_layers}, 20 columns of Alpha158, "
+        f"{arguments.step_len} steps; {len(first)} instruments to pretrain, {len(second)} others "
+        f"to learn on; {spans}. At most {arguments.epochs} epochs, then {arguments.tune_epochs}, "
+        f"patience {arguments.patience} by valid {arguments.monitor}; rate {arguments.lr:g}, for "
+        f"all weights again {arguments.tune_lr:g}. {arguments.seeds} seeds: mean (largest less "
+        f"smallest). One thread, {time.process_time() - begin:.0f} s in all.\n\n{table(found)}"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--provider-uri", help="a folder in Qlib's layout; default: synthetic bars")
+    parser.add_argument("--universe", default="all")
+    parser.add_argument("--instruments", type=int, help="so many of the universe alone")
+    parser.add_argument("--step-len", type=int, default=10)
+    parser.add_argument("--hidden-size", type=int, default=32)
+    parser.add_argument("--num-layers", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--tune-epochs", type=int, default=10)
+    parser.add_argument("--patience", type=int, default=3)
+    parser.add_argument("--monitor", default="rank_ic")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tune-lr", type=float, default=2e-4)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    main(parser.parse_args())
