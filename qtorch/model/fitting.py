@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.batches import BatchLoader
@@ -367,16 +367,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def check_labels(train: Samples, valid: Samples | None) -> None:
-    """Raise DataError where there is nothing to learn from."""
-    for name, samples in (("train", train), ("valid", valid)):
-        if samples is None:
-            continue
-        if not len(samples):
-            raise DataError(f"the segment {name!r} holds no sample.")
-        if samples.target is None:
-            raise DataError(f"the samples of {name!r} have no label to learn from.")
-        if bool(samples.target.isnan().all()):
-            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")

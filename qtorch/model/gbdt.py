@@ -17,6 +17,7 @@ from qtorch.core.heartbeat import beat
 from qtorch.core.session import session
 from qtorch.model.base import ModelFT
 from qtorch.model.tabular import Rows, TabularModel
+from qtorch.tracking.current import current_recorder
 
 if TYPE_CHECKING:
     import lightgbm
@@ -143,8 +144,9 @@ class LGBModel(TabularModel, ModelFT):
         self._booster, self.feature_names_ = None, train.names
         self.evals_result_ = {name: dict(values) for name, values in found.items()}
         self._report(train, valid, booster.best_iteration, time.perf_counter() - begin)
-        if recorder is not None:
-            _log(self.evals_result_, recorder)
+        run = current_recorder() if recorder is None else recorder
+        if run is not None:
+            _log(self.evals_result_, run)
 
     def _parameters(self) -> dict[str, Any]:
         fixed: dict[str, Any] = {"verbosity": -1, "deterministic": True}

@@ -26,9 +26,9 @@ from qtorch.model.error_memory import recalling
 from qtorch.model.factories import loss_of, with_rate
 from qtorch.model.feeding import readout_of
 from qtorch.model.finetuning import FineTuning, Statistics
-from qtorch.model.fitting import Fitted, Recipe, check_labels, fit_network
+from qtorch.model.fitting import Fitted, Recipe, fit_network
 from qtorch.model.initial import Initial, check_init_from
-from qtorch.model.matching import LearntFrom
+from qtorch.model.matching import LearntFrom, check_labels
 from qtorch.model.model_state import state_of, take_state, weights_digest
 from qtorch.model.network_config import build_network, complete_network, network_config
 from qtorch.model.scoring import evaluation_size, score_series

@@ -17,9 +17,9 @@ from qtorch.core.serial import State
 from qtorch.data.sample_set import Samples, infinite_message
 from qtorch.data.samples import samples_of
 from qtorch.model.base import Model
-from qtorch.model.fitting import check_labels
-from qtorch.model.matching import LearntFrom
-from qtorch.model.scoring import SCORE
+from qtorch.model.matching import LearntFrom, check_labels
+
+SCORE = "score"
 
 
 @dataclass(frozen=True)

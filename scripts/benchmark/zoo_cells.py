@@ -33,7 +33,9 @@ SIDE = Path(__file__).with_name("zoo_qlib.py")
 CONCEPTS = "+dataset.extras.concept={{_target_: qtorch.data.Concepts, table: {}}}"
 WARM_UP_DAYS = 90  # calendar days before the train segment, for its first windows
 
-# What a network's own paper or its form asks of the dataset.
+HORIZONS = [f"Ref($close, -{k + 1}) / Ref($close, -1) - 1" for k in (1, 2, 3)]
+
+# What a network's own paper or its form asks of the dataset, and of a few epochs.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "mlp": ("dataset=day",),
     "linear": ("dataset=day",),
@@ -41,6 +43,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hist": (CONCEPTS,),
     "master": ("dataset.step_len=8",),
     "stockmixer": ("dataset.step_len=16",),
+    "tabnet": ("dataset=day", "model.module.pretrain_epochs=2", "model.batch.size=800"),
+    "adarnn": ("model.module.pre_epoch=1",),
+    "tcts": ("handler.label=[{}]".format(",".join(map(repr, HORIZONS))),),
 }
 
 
@@ -144,6 +149,8 @@ def task_of(choice: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 def _quality(choice: str, seed: int, settings: Settings) -> dict[str, Any]:
     (recorder,) = TrainerR("zoo", default_rec_name=choice)([task_of(choice, seed, settings)])
+    if recorder.status != "FINISHED":
+        raise RuntimeError(recorder.list_tags().get("error", recorder.status))
     metrics, report = recorder.list_metrics(), recorder.load_object("fit_report")
     figures = {name: metrics[name] for name in ("IC", "ICIR", "Rank IC", "Rank ICIR")}
     rates = {"train_rate": report["samples_per_second"], "parameters": report.get("parameters")}

@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "overrides",
-    [("model=lightgbm", "model.num_boost_round=20", "model.min_data_in_leaf=5"),
+    [("model=lightgbm", "model.num_boost_round=20"),
      ("model=linear", "dataset=day")],
     ids=["lightgbm on windows", "linear on days"],
 )  # fmt: skip
