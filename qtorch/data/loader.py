@@ -15,6 +15,7 @@ from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.data.columns import Columns, PanelColumns, instrument_major
 from qtorch.data.data_loader import DataLoader, ForeignLoader
 from qtorch.data.expression import evaluate, fields_of, reach
+from qtorch.data.expression.requirement import check_fields
 from qtorch.data.feature_cache import cache_in_use
 from qtorch.data.feature_key import feature_key
 from qtorch.data.fields import narrowed, parse_fields, reach_of
@@ -184,15 +185,21 @@ class QlibDataLoader(DataLoader):
         before = None if any(b is None for b, _ in reaches) else max(b or 0 for b, _ in reaches)
         wanted = dict.fromkeys(f for g, e in fields.items() for f in self.fields_of_group(g, e))
         wanted.update(dict.fromkeys(fields_of(rules)))
-        return source.load(
-            list(wanted),
-            instruments=universe,
-            start_time=start_time,
-            end_time=end_time,
-            freq=self.freq,
-            before=before,
-            after=max(a for _, a in reaches),
-        )
+        try:
+            return source.load(
+                list(wanted),
+                instruments=universe,
+                start_time=start_time,
+                end_time=end_time,
+                freq=self.freq,
+                before=before,
+                after=max(a for _, a in reaches),
+            )
+        except DataError:
+            # If a field was the reason, the expression that reads it is what a user can look for.
+            said = [e for part in fields.values() for e in part.values()]
+            check_fields([*said, *rules], source.fields(self.freq))
+            raise
 
 
 class StaticDataLoader(DataLoader):
