@@ -218,6 +218,18 @@ def test_a_file_cut_between_values_is_seen_by_its_siblings(own_folder, caplog):
     assert panel.column("close")[:, 1].isnan().any()
 
 
+def test_a_file_cut_behind_its_first_number(own_folder, caplog):
+    path = own_folder / "features" / "s01" / "close.day.bin"
+    path.write_bytes(path.read_bytes()[:4])
+    with pytest.raises(DataError, match=r"s01/close.day.bin holds no value: cut in the") as error:
+        QlibSource(own_folder).load(["open", "close"])
+    one_line(error)
+    with caplog.at_level(logging.WARNING):
+        panel = QlibSource(own_folder, strict=False).load(["open", "close"])
+    assert "holds no value" in caplog.text
+    assert panel.column("close")[:, 1].isnan().all()
+
+
 def test_a_file_longer_than_the_calendar(own_folder):
     path = own_folder / "features" / "s01" / "close.day.bin"
     path.write_bytes(path.read_bytes() + np.ones(1000, dtype="<f4").tobytes())
