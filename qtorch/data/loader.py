@@ -140,8 +140,9 @@ class QlibDataLoader(DataLoader):
     ) -> View:
         rules = [e for f in filters for e in f.expressions()]
         wanted = self._wanted(start_time, end_time, fields, rules)
-        bars = source.load(instruments=universe, **wanted)
-        others = source.masked([e for f in fields.values() for e in f.values()], **wanted)
+        said = [e for part in fields.values() for e in part.values()]
+        bars = source.load_for([*said, *rules], instruments=universe, **wanted)
+        others = source.masked(said, **wanted)
         for each in filters:
             mask = each.members(bars)
             bars = Panel(

@@ -28,6 +28,7 @@ from qtorch.model.day_label import day_label
 from qtorch.model.factories import (
     OptimizerFactory,
     configured_factory,
+    explained,
     loss_of,
     optimizer_factory,
     scheduler_plan,
@@ -43,6 +44,7 @@ from qtorch.model.step_loader import StepLoader
 from qtorch.model.trainer_options import (
     TrainerOptions,
     build_trainer,
+    check_monitor,
     early_stopping,
     inner_steps_of,
     limited,
@@ -152,6 +154,8 @@ class _Fit:
     ) -> Keeper:
         recipe, options = self.recipe, self.recipe.trainer
         stopper, monitor, mode = early_stopping(recipe.early_stop, recipe.monitor)
+        if not self.own_module:
+            check_monitor(monitor)
         if stopper is not None and self.valid is None and monitor.startswith("valid/"):
             raise ConfigError(
                 f"early_stop watches {monitor!r}, but the dataset has no segment 'valid'."
@@ -228,7 +232,7 @@ class _Fit:
         return module
 
     def _optimizer(self) -> OptimizerFactory:
-        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        factory, state = explained(optimizer_factory(self.recipe.optimizer)), self.optimizer_state
         if self.tuning is not None:
             factory = self.tuning.optimizer(factory, self.network)
         return factory if state is None else partial(_taken_up, factory, state)

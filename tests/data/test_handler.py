@@ -204,6 +204,13 @@ def test_without_a_window_the_train_segment_is_asked_for(frame: pd.DataFrame) ->
     np.testing.assert_allclose(handler.fetch(col_set="feature"), zscored(frame), atol=1e-5)
 
 
+def test_a_train_segment_without_rows_is_named(frame: pd.DataFrame) -> None:
+    handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE])
+    handler.bind_train("2031-01-01", "2031-12-31")
+    with pytest.raises(DataError, match=r"fit window 2031-01-01\.\.2031-12-31 .* covers 2020-01-"):
+        handler.fetch()
+
+
 def test_the_window_moves_with_the_train_segment(frame: pd.DataFrame) -> None:
     handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE])
     for end in ("2020-01-31", "2020-02-14"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from qtorch.data.expression.block import field_name
 from qtorch.data.expression.node import Call, Field, Node, Number, Text, walk
 from qtorch.data.expression.operators import known_operators
 from qtorch.data.expression.parser import parse
@@ -30,6 +31,14 @@ def _nodes(expressions: str | Iterable[str] | Mapping[str, str]) -> Iterator[Nod
         expressions = expressions.values()
     for expression in expressions:
         yield from walk(parse(expression))
+
+
+def check_fields(expressions: Iterable[str], known: Sequence[str]) -> None:
+    """ExpressionError, at its place and with the nearest name, for a field that is not stored."""
+    for expression in expressions:
+        for node in walk(parse(expression)):
+            if isinstance(node, Field):
+                field_name(node, known)
 
 
 def reach(expression: str) -> tuple[int | None, int]:
