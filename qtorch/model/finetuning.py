@@ -71,6 +71,14 @@ class FineTuning:
 
     # -- before and after ----------------------------------------------------------------------
 
+    def check(self, network: nn.Module) -> None:
+        """ConfigError where a LightningModule that trains itself is told what learns on."""
+        if isinstance(network, pl.LightningModule) and self != FineTuning():
+            raise ConfigError(
+                "a LightningModule that trains itself says itself what learns on; leave out "
+                f"{', '.join(self.description)}."
+            )
+
     def prepared(self, network: nn.Module) -> nn.Module:
         """The network with what learns marked; with `lora`, wrapped."""
         if self.statistics == "refit":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -192,11 +191,7 @@ class LightningModel(ModelFT):
             keep_optimizer=keep_optimizer,
             statistics=statistics,
         )
-        if isinstance(fitted, pl.LightningModule) and tuning != FineTuning():
-            raise ConfigError(
-                "a LightningModule that trains itself says itself what learns on; leave out "
-                f"{', '.join(tuning.description)}."
-            )
+        tuning.check(fitted)
         epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
         recipe = self._recipe(
             trainer={**self.trainer, **(trainer or {}), **epochs},
