@@ -40,6 +40,7 @@ def build(cls: type[Network], seed: int = 0, **arguments: Any) -> Network:
         "num_days": NUM_DAYS,
         "num_concepts": NUM_CONCEPTS,
         "num_states": NUM_STATES,
+        "n_steps": 3,  # of TabNet, whose five are slow to trace
     }
     takes = inspect.signature(cls).parameters
     torch.manual_seed(seed)
