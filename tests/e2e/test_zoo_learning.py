@@ -41,17 +41,20 @@ SMALL = {
     "dim_feedforward": 64,
     "n_d": 16,
     "n_a": 16,
+    "n_steps": 3,
     "out_dim": 16,
-    "vbs": 100,
+    "vbs": BATCH,
     "weight_hidden_size": 16,
     # Epochs and days that a market of half a year has not.
     "pre_epoch": 1,
-    "pretrain_epochs": 1,
+    "pretrain_epochs": 0,
     "lookback": 20,
 }
 HORIZONS = [f"Ref($close, -{k + 1}) / Ref($close, -1) - 1" for k in (1, 2, 3)]
 # The networks that learn several labels.
 NUM_LABELS = {"tcts": 3}
+# Its attention over features takes longer to settle.
+EPOCHS = {"tabnet": 5}
 CHOICES = sorted(p.stem for p in config_path().joinpath("model").glob("*.yaml"))
 CHOICES.remove("lightning")
 
@@ -80,7 +83,8 @@ def small(choice: str) -> Any:
         given = config.get(part) or {}
         given |= {k: min(v, SMALL[k]) for k, v in given.items() if k in SMALL}
         given |= {k: 0.0 for k in given if k.endswith("dropout")}
-    config["optimizer"]["lr"] = LR
+    config["optimizer"]["lr"] = max(LR, config["optimizer"]["lr"])
+    config["trainer"]["max_epochs"] = EPOCHS.get(choice, config["trainer"]["max_epochs"])
     config["batch"] |= {"size": BATCH, "days_per_batch": 1}
     return config
 
