@@ -223,6 +223,12 @@ class MLflowExpManager(ExpManager):
             experiment.start()
         return experiment
 
+    def recorder(self, recorder_id: str) -> MLflowRecorder:
+        """The run of that id, whatever its experiment; NotInStoreError where there is none."""
+        row = self._store().run(recorder_id)
+        experiment = self.get_exp(experiment_id=row.experiment_id, create=False)
+        return experiment.get_recorder(recorder_id, create=False)
+
     def _find(self, store: MLflowStore, id: str | None, name: str | None) -> ExperimentRow | None:
         row = store.experiment(id=id, name=name)
         if row is not None and row.deleted:
@@ -299,3 +305,8 @@ class MLflowExpManager(ExpManager):
             order_by=order_by,
         )
         return runs_table(rows)
+
+
+#: The process's own manager: `R`'s, so that its `set_uri` and `uri_context` hold for whoever looks
+#: a run up.
+MANAGER = MLflowExpManager()

@@ -13,7 +13,7 @@ import pandas as pd
 from qtorch.core.errors import ArgumentError
 from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.experiment import MLflowExperiment, Searched
-from qtorch.tracking.manager import MLflowExpManager
+from qtorch.tracking.manager import MANAGER, MLflowExpManager
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.recorder import Recorder, final_status
 
@@ -178,9 +178,8 @@ class Workflow:
         """
         manager = self.exp_manager
         if recorder_id is not None and experiment_id is None and experiment_name is None:
-            row = manager._store().run(recorder_id)
-            experiment_id = row.experiment_id
-        elif recorder_id is None and recorder_name is None and manager.active_experiment is None:
+            return manager.recorder(recorder_id)
+        if recorder_id is None and recorder_name is None and manager.active_experiment is None:
             raise NotInStoreError(
                 "no run is active: give get_recorder a recorder_id, or call it inside R.start(...)."
             )
@@ -234,4 +233,4 @@ class Workflow:
         self._recorder().set_tags(**kwargs)
 
 
-R = Workflow(MLflowExpManager())
+R = Workflow(MANAGER)
