@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent / "benchmark"
+NETWORKS = ("lstm", "gru", "alstm", "tcn", "transformer", "gats")
 
 
 class Bench:
@@ -33,23 +34,29 @@ class Bench:
         self.raw: dict[str, Any] = {}
 
     def run(self, side: str, work: str, *, threads: int, **options: Any) -> dict[str, Any] | None:
-        theirs = side in ("qlib_side", "kunquant_side")
+        theirs = side in ("qlib_side", "kunquant_side", "zoo_qlib")
         python = self.args.qlib_python if theirs else sys.executable
         if python is None:
             return None
-        command = [python, str(HERE / f"{side}.py"), work, "--threads", str(threads)]
+        command = [python, str(HERE / f"{side}.py"), work]
+        if side == "zoo_qlib":  # its file says everything
+            return self._answer(command, f"{side} {Path(work).stem}", threads)
+        command += ["--threads", str(threads)]
         if side != "kunquant_side":
             command += ["--provider", self.args.provider, "--work", str(self.folder)]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
+        return self._answer(command, f"{side} {work}", threads)
+
+    def _answer(self, command: list[str], name: str, threads: int) -> dict[str, Any] | None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DO_NOT_TRACK": "true"}
-        print(f"... {side} {work} threads={threads}", file=sys.stderr, flush=True)
+        print(f"... {name} threads={threads}", file=sys.stderr, flush=True)
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             print(done.stderr[-3000:], file=sys.stderr)
             return None
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        self.raw[f"{side} {work} {threads}"] = result
+        self.raw[f"{name} {threads}"] = result
         return result
 
     def ours(self, work: str, *, threads: int, **options: Any) -> dict[str, Any] | None:
@@ -99,7 +106,8 @@ def handlers(bench: Bench) -> None:
         if ours is None:
             continue
         theirs = qlib or {"seconds": None, "mib": None}
-        name = f"{work.capitalize()} handler to the first batch"
+        years = ", 2 years" if work == "alpha360" else ""
+        name = f"{work.capitalize()}{years}, handler to the first batch"
         bench.row(name, seconds(ours["seconds"]), "Qlib " + seconds(theirs["seconds"]),
                   over(theirs["seconds"], ours["seconds"]), speed)  # fmt: skip
         bench.row(name + ", peak memory", f"{ours['mib']:,.0f} MiB",
@@ -155,6 +163,27 @@ def mlp(bench: Bench) -> None:
               f"hand-written {rate(n, ours['hand'])}", ours["hand"] / train, ">= 0.85")  # fmt: skip
 
 
+def networks(bench: Bench) -> None:
+    """Whole epochs beside Qlib's own classes, and train passes beside a hand-written loop.
+
+    An epoch of ours is the train pass and the valid segment; Qlib's `fit` goes over the train
+    segment once more, for its metric.
+    """
+    for name in NETWORKS:
+        ours = bench.run("network_side", name, threads=1, repeats=3)
+        if ours is None:
+            continue
+        step = 1000 * ours["hand_step"]
+        shown = f"{name} fit, {ours['instruments']} instruments, {ours['days']} days"
+        bench.row(f"{shown}, train pass, a step of {step:.0f} ms", f"{ours['train_rate']:,.0f}/s",
+                  f"hand-written {ours['hand_rate']:,.0f}/s", ours["share"],
+                  ">= 0.95" if step >= 20 else ">= 0.85")  # fmt: skip
+        qlib = bench.run("zoo_qlib", ours["job"], threads=1)
+        epoch, theirs = ours["epoch_rate"], qlib and qlib["epoch_rate"]
+        bench.row(f"{shown}, whole epoch", f"{epoch:,.0f}/s",
+                  f"Qlib {theirs or 0:,.0f}/s", over(epoch, theirs), "stated")  # fmt: skip
+
+
 def trainer(bench: Bench) -> None:
     ours = bench.ours("trainer", threads=1)
     qlib = bench.qlib("trainer", threads=1)
@@ -172,7 +201,21 @@ def pooled(bench: Bench) -> None:
         return
     mine, theirs = done["pooled"], done["here"]
     bench.row("TrainerRM, a tiny training, sqlite", seconds(mine),
-              "TrainerR " + seconds(theirs), over(theirs, mine), ">= 0.95")  # fmt: skip
+              "TrainerR " + seconds(theirs), 1 / done["ratio"], ">= 0.95")  # fmt: skip
+
+
+def pool(bench: Bench) -> None:
+    for store, name, asked in (
+        ("sqlite", "SQLite", {"1": 300, "8": 300}),
+        ("postgres", "PostgreSQL", {"8": 500}),
+        ("mongo", "MongoDB's wire (SecantusDB)", {}),
+    ):
+        done = bench.run("pool_side", store, threads=1)
+        for workers, pace in done[store].items() if done else ():
+            least = asked.get(workers)
+            bench.row(f"Pool on {name}, claim and commit, {workers} workers", f"{pace:,.0f}/s",
+                      "asked " + (f"{least}/s" if least else "-"), over(pace, least),
+                      ">= 1" if least else "-")  # fmt: skip
 
 
 def rolling(bench: Bench) -> None:
@@ -190,7 +233,9 @@ WORKS = {
     "windows": windows,
     "lstm": lstm,
     "mlp": mlp,
+    "networks": networks,
     "trainer": trainer,
+    "pool": pool,
     "pooled": pooled,
     "rolling": rolling,
 }

@@ -1,4 +1,5 @@
-"""qtorch's numbers beside real Qlib's: operators, feature sets, processors, windows, signals.
+"""qtorch's numbers beside real Qlib's: operators, feature sets, processors, windows, signals,
+networks; and the faults of Qlib's that it does not repeat.
 
     python scripts/parity_qlib.py --qlib-python PYTHON [--provider FOLDER] [--only features,windows]
 
@@ -25,8 +26,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "parity"))
 
 import expressions as operator_cases
+import faults as qlib_faults
 import features as feature_parity
 import handlers as handler_parity
+import networks as network_parity
 import processor_cases
 import processors as processor_parity
 import stress
@@ -190,12 +193,33 @@ def signal(args: argparse.Namespace) -> Iterator[Line]:
     )
 
 
+def networks(args: argparse.Namespace) -> Iterator[Line]:
+    """Each network with Qlib's weights over a grid of sizes."""
+    for row in network_parity.compare(network_parity.ask_qlib(args.qlib_python)):
+        what = f"network {row.ours}"
+        if not row.here:
+            yield Line(what, row.file, 0, 0.0, "not in qtorch.nn", True)
+            continue
+        note = f"{row.cases} sizes; worst {row.worst:.1e}, scores spread {row.spread:.2f}"
+        yield Line(what, row.file, row.outputs, row.agree / row.outputs, note, row.passes)
+
+
+def faults(args: argparse.Namespace) -> Iterator[Line]:
+    """What Qlib does wrong: whether it still does, and qtorch does not."""
+    for fault in qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python)):
+        note = f"Qlib: {fault.qlib}; qtorch: {fault.ours}"
+        right = fault.shows and fault.avoided
+        yield Line(f"fault: {fault.name}", "eleven rows", 1, float(fault.avoided), note, right)
+
+
 CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "features": features,
     "processors": processors,
     "handlers": handlers,
     "windows": windows,
     "signal": signal,
+    "networks": networks,
+    "faults": faults,
 }
 
 

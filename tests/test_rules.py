@@ -38,6 +38,7 @@ DOORS = {
     "mlflow": ("qtorch/tracking/mlflow_store.py",),
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
+    "lightgbm": ("qtorch/model/gbdt.py",),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
     "onnx": ("qtorch/study/onnx_file.py",),
@@ -205,6 +206,56 @@ def test_no_prints_no_bare_squeeze_no_swallowed_errors():
                 if broad and all(isinstance(s, ast.Pass | ast.Continue) for s in node.body):
                     wrong.append(f"{where}:{node.lineno} swallows every error")
     assert not wrong, "\n".join(wrong)
+
+
+# The hooks of another framework, which name arguments that nobody here reads.
+FOREIGN_HOOKS = {"on_multirun_start", "log_hyperparams"}
+
+
+def test_keywords_of_any_name_are_passed_on():
+    """A `**kwargs` that nobody reads would swallow a typo."""
+    wrong = []
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.args.kwarg:
+                continue
+            decorators = {getattr(d, "id", "") for d in node.decorator_list}
+            if "abstractmethod" in decorators or node.name in FOREIGN_HOOKS:
+                continue
+            read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+            if node.args.kwarg.arg not in read:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_networks_models_and_records_are_given_their_recorder():
+    """They ask the one hook of tracking/ for the current run, never `R`."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in modules().items()
+        if folder(name_of(path)) in ("core", "data", "nn", "metrics", "model", "record")
+        for module, node in imports(tree)
+        if module == "qtorch.tracking.r" or module.endswith(".R")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+# Where a process may keep a changing value of its own, and what for.
+GLOBALS = {
+    "qtorch/core/session.py": {"_process"},  # what `qtorch.init` sets
+    "qtorch/core/heartbeat.py": {"_listeners", "_next"},
+    "qtorch/cli/sweep.py": {"_sweep_folder"},
+    "qtorch/tracking/mlflow_store.py": {"_stores_lock"},
+}
+
+
+def test_no_configuration_singleton():
+    found = {}
+    for path, tree in modules().items():
+        names = {n for node in ast.walk(tree) if isinstance(node, ast.Global) for n in node.names}
+        if names:
+            found[path.relative_to(ROOT).as_posix()] = names
+    assert found == GLOBALS
 
 
 def test_names_say_what_a_file_holds():

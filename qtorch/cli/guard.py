@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from qtorch.core.errors import QtorchError
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
 INTERRUPTED = 130
+# The two lines that an ExpressionError ends with.
+_POINTER = re.compile(r"[.:]?\n {4}(?P<line>[^\n]+)\n {4}(?P<before> *)(?P<caret>\^+)")
 
 
 def debugging() -> bool:
@@ -50,7 +53,7 @@ def report(error: BaseException) -> None:
 def error_line(error: BaseException) -> str:
     """An error as one line: the message of a known kind, the type too for any other."""
     told = _innermost_known(error)
-    text = " ".join(str(told).split())
+    text = " ".join(_POINTER.sub(_place, str(told)).split())
     if isinstance(told, QtorchError):
         return text
     if isinstance(told, OSError) and told.errno == errno.ENOSPC:
@@ -59,6 +62,14 @@ def error_line(error: BaseException) -> str:
     if isinstance(told, OSError) and told.filename:
         return f"{told.strerror}: {told.filename}"
     return f"{type(told).__name__}: {text} (QTORCH_DEBUG=1 shows where)"
+
+
+def _place(found: re.Match[str]) -> str:
+    """What a caret under an expression points at, said in words: carets need lines."""
+    line, begin = found["line"], len(found["before"])
+    marked = line[begin : begin + len(found["caret"])]
+    where = f"{marked!r}, character {begin + 1}" if marked.strip() else "the end"
+    return f": {where} of {line!r}"
 
 
 def _innermost_known(error: BaseException) -> BaseException:

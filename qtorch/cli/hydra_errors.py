@@ -94,6 +94,8 @@ def _unknown_key(key: str, argv: Sequence[str], root: str) -> str:
             f"unknown option {key!r}: there is no {where!r} in the configuration "
             "(qtorch train --cfg job shows one)."
         )
+    if last in node:
+        return f"{key} is a mapping, whose keys are not all known here: +{key}={{...}} adds some."
     told = unknown_name(f"option of {where}" if where else "option", last, [str(k) for k in node])
     return f"{told} (To add a new one: +{key}=...)"
 

@@ -54,7 +54,7 @@ def run_job(config: DictConfig) -> None:
                 result.status = SENT
         except (KeyboardInterrupt, SystemExit) as stop:
             result.status = KILLED
-            message = _how_to_resume(runs)
+            message = _how_to_resume(runs, stop)
             result.error = message
             raise KeyboardInterrupt(message) from stop
         except Exception as error:
@@ -166,10 +166,19 @@ def _store(result: JobResult) -> None:
         log.warning("the job's result cannot be written: %s", error)
 
 
-def _how_to_resume(runs: list[Recorder]) -> str:
+def _how_to_resume(runs: list[Recorder], stop: BaseException) -> str:
+    """Which run was stopped, what of it is kept, and the command that goes on with it."""
     if not runs:
         return "Nothing had been started."
-    return (
-        f"Run {runs[-1].id} is {KILLED}; its last checkpoint is kept. Resume it with: "
-        f"qtorch train resume={runs[-1].id}"
-    )
+    run = runs[-1]
+    where = getattr(stop, "checkpoint", None) or _checkpoint_of(run)
+    kept = f"the checkpoint {where} is kept" if where else "it had not come to a checkpoint yet"
+    how = "Resume it with" if where else "Begin it again, in the same run, with"
+    return f"Run {run.id} is {KILLED}; {kept}. {how}: qtorch train resume={run.id}"
+
+
+def _checkpoint_of(run: Recorder) -> str | None:
+    from qtorch.model.checkpoint import LAST  # with Lightning, which a job may not have needed yet
+
+    path = run.checkpoint_dir() / LAST
+    return str(path) if path.is_file() else None

@@ -63,8 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from qtorch.cli.guard import guarded
 
-    command = importlib.import_module(COMMANDS[name][0])
-    return guarded(command.main, rest)
+    def command(argv: Sequence[str]) -> int:
+        code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
+        return code
+
+    return guarded(command, rest)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from qtorch.cli.sweep import FAILED, FINISHED, JobResult
 from qtorch.core.errors import QtorchError
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
+from qtorch.task.pool import URL_VARIABLE
+from qtorch.tracking.locations import redacted
 from qtorch.tracking.recorder import Recorder
 
 
@@ -25,22 +28,29 @@ def await_jobs(jobs: Sequence[JobResult]) -> None:
         ids = [j.sent["id"] for j in sent if j.sent]
         query = {"_id": {"$in": ids}}
         print(
-            f"{len(set(ids))} tasks in pool {pool}; workers: qtorch worker pool={pool} url={url}",
+            f"{len(set(ids))} tasks in pool {pool}; workers: qtorch worker {_named(pool, url)}",
             file=sys.stderr,
         )
         if not all(j.sent and j.sent["wait"] for j in sent):
-            print(f"their end: qtorch tasks wait pool={pool} url={url}", file=sys.stderr)
+            print(f"their end: qtorch tasks wait {_named(pool, url)}", file=sys.stderr)
             continue
         try:
             with task_table.progress_shown(pool) as on_progress:
                 manager.wait(query, on_progress=on_progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"The tasks stay in the pool: qtorch tasks wait pool={pool} url={url}"
+                f"The tasks stay in the pool: qtorch tasks wait {_named(pool, url)}"
             ) from None
         tasks = {t["_id"]: t for t in manager.query(query)}
         for job in sent:
             _fill(job, tasks[job.sent["id"]] if job.sent else None)
+
+
+def _named(pool: str, url: str) -> str:
+    """The words that name a pool on a command line: no password, and no URL that all know."""
+    if url == os.environ.get(URL_VARIABLE):
+        return f"pool={pool}"
+    return f"pool={pool} url={redacted(url)}"
 
 
 def _fill(job: JobResult, task: Task | None) -> None:

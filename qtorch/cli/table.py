@@ -53,7 +53,8 @@ def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
         counts += [] if scores is None else [f"{len(scores):,} test"]
         facts.append(("samples", ", ".join(counts)))
         best = "" if fit.get("best_epoch") is None else f", the best is number {fit['best_epoch']}"
-        facts.append(("epochs", f"{fit['epochs']}{best} (counted from 0, by {fit['monitor']})"))
+        if fit["monitor"] is not None:
+            facts.append(("epochs", f"{fit['epochs']}{best} (counted from 0, by {fit['monitor']})"))
         facts.append(
             ("speed", f"{fit['samples_per_second']:,.0f} samples/s in training on {fit['device']}")
         )

@@ -103,7 +103,7 @@ def _wait(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     with interruptible(), task_table.progress_shown(manager.task_pool) as on_progress:
         begin = time.monotonic()
         stat = manager.wait(query, timeout=options.get("timeout"), on_progress=on_progress)
-    print(f"{counts_text(stat)} after {time.monotonic() - begin:.1f} s")
+    print(f"{counts_text(stat) or 'no task'} after {time.monotonic() - begin:.1f} s")
     for task in stat.failed:
         print(f"error: task {task['_id']}: {task['error']}", file=sys.stderr)
     return int(bool(stat.failed))

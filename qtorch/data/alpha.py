@@ -42,6 +42,7 @@ class _Alpha(DataHandlerLP):
         filter_pipe: Sequence[Any] | None,
         freq: str,
         inst_processors: Sequence[Any] | None,
+        **more: Any,
     ) -> QlibDataLoader:
         return self.loader(
             {"label": self.get_label_config() if label is None else label},
@@ -49,6 +50,7 @@ class _Alpha(DataHandlerLP):
             freq=freq,
             inst_processors=inst_processors,
             columns=columns,
+            **more,
         )
 
 
@@ -61,6 +63,9 @@ class Alpha158(_Alpha):
     names).
     `columns` takes some of the 158 by name: the others are then not computed; neither are those
     that a FilterCol or DropCol takes out, as long as nobody asks for the raw data.
+    `market`: indices by name, of the universe or not; what they did comes behind the other
+    columns, 21 of each index and the same for all instruments (see
+    `qtorch.data.features.market_features`): the gate of MASTER.
     """
 
     loader = Alpha158DL
@@ -82,6 +87,7 @@ class Alpha158(_Alpha):
         shared_processors: Sequence[Any] = (),
         label: Any = None,
         columns: Sequence[str] | None = None,
+        market: Sequence[str] = (),
         drop_raw: bool = False,
         allow_wide_fit: bool = False,
         init_data: bool = False,
@@ -89,7 +95,9 @@ class Alpha158(_Alpha):
         source: Any = None,
         cache: bool | str | Path = False,
     ) -> None:
-        loader = self._build_loader(label, columns, filter_pipe, freq, inst_processors)
+        loader = self._build_loader(
+            label, columns, filter_pipe, freq, inst_processors, market=market
+        )
         super().__init__(
             instruments,
             start_time,

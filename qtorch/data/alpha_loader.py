@@ -7,7 +7,7 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.data.columns import Columns
-from qtorch.data.features import alpha158, alpha158_from_config, alpha360
+from qtorch.data.features import alpha158, alpha158_from_config, alpha360, market_features
 from qtorch.data.loader import QlibDataLoader
 from qtorch.data.panel import Panel
 from qtorch.data.window_columns import FIELDS, WindowColumns
@@ -17,7 +17,10 @@ STEPS = 60
 
 
 class Alpha158DL(QlibDataLoader):
-    """Alpha158's features under the group "feature"; `config` adds or replaces groups."""
+    """Alpha158's features under the group "feature"; `config` adds or replaces groups.
+
+    `market`: indices whose `market_features` come behind them.
+    """
 
     def __init__(
         self,
@@ -28,10 +31,12 @@ class Alpha158DL(QlibDataLoader):
         inst_processors: Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         columns: Sequence[str] | None = None,
+        market: Sequence[str] = (),
         source: Any = None,
     ) -> None:
+        own, ours = chosen(alpha158(), columns), market_features(market)
         super().__init__(
-            {FEATURE: chosen(alpha158(), columns), **(config or {})},
+            {FEATURE: (own[0] + ours[0], own[1] + ours[1]), **(config or {})},
             filter_pipe,
             swap_level,
             freq,
@@ -91,10 +96,15 @@ class Alpha360DL(QlibDataLoader):
         return super().fields_of_group(group, expressions)
 
     def columns_of(
-        self, group: str, bars: Panel, span: slice, expressions: Mapping[str, str]
+        self,
+        group: str,
+        bars: Panel,
+        span: slice,
+        expressions: Mapping[str, str],
+        others: Panel | None = None,
     ) -> Columns:
         if group != FEATURE or not self._windowed:
-            return super().columns_of(group, bars, span, expressions)
+            return super().columns_of(group, bars, span, expressions, others)
         first = max(0, span.start - STEPS + 1)
         dates = bars.calendar[[first, span.stop - 1]]
         seen = bars.select(start=dates[0], end=dates[1])

@@ -148,7 +148,9 @@ class Description:
         middle.set(ylabel="instruments by first day", xticks=[])
         middle.set_xlabel("blue: a bar; orange: suspended; grey: not listed or no member")
         bottom.plot(dates, self.index, color="#333333", linewidth=1)
-        bottom.set(ylabel="equal-weighted index", yscale="log", xlim=(dates[0], dates[-1]))
+        bottom.set(
+            ylabel="equal-weighted index (first = 1, log)", yscale="log", xlim=(dates[0], dates[-1])
+        )
         bottom.yaxis.set_major_formatter("{x:.3g}")
         bottom.yaxis.set_minor_formatter("{x:.3g}")
         bottom.tick_params(axis="y", which="both", labelsize=8)

@@ -167,6 +167,30 @@ def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
     )
 
 
+def market_features(instruments: Sequence[str]) -> Features:
+    """What indices did, for every instrument: expressions and names, 21 of each index.
+
+    The day's return; mean and deviation of the returns and of the amounts (close times volume,
+    over today's) of the last 5, 10, 20, 30, 60 days. An index without volume has amounts of NaN.
+
+    The market information of MASTER (Li et al., AAAI 2024; there over indices of China).
+    Raises ConfigError for a name in place of a list of them.
+    """
+    if isinstance(instruments, str):
+        raise ConfigError(f"market is {instruments!r}; expected a list of instruments.")
+    moved, amount = "$close/Ref($close, 1)-1", "$close*$volume"
+    columns = {"RET": moved}
+    for d in _WINDOWS:
+        columns |= {f"RETMEAN{d}": f"Mean({moved}, {d})", f"RETSTD{d}": f"Std({moved}, {d})"}
+    for d in _WINDOWS:
+        columns |= {
+            f"AMOUNTMEAN{d}": f"Mean({amount}, {d})/({amount}+1e-12)",
+            f"AMOUNTSTD{d}": f"Std({amount}, {d})/({amount}+1e-12)",
+        }
+    pairs = [(n, e, i) for i in instruments for n, e in columns.items()]
+    return [f"Mask({e}, '{i}')" for _, e, i in pairs], [f"{n}_{i}" for n, _, i in pairs]
+
+
 def alpha360() -> Features:
     """Expressions and names of Alpha360: the last 60 bars over today's close and volume.
 

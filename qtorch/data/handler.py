@@ -181,6 +181,7 @@ class DataHandlerLP(DataHandler):
         appended = self.process_type == self.PTYPE_A
         learning = [*(inference if appended else self.shared_processors), *self.learn_processors]
         pipeline.check_names(self.get_all_processors() if appended else inference, names)
+        pipeline.warn_of_dropped_labels(inference, names)
         needed = pipeline.needed_columns(inference, names)
         if appended:
             return needed

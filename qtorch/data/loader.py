@@ -139,7 +139,10 @@ class QlibDataLoader(DataLoader):
         filters: Sequence[DynamicFilter],
     ) -> View:
         rules = [e for f in filters for e in f.expressions()]
-        bars = self._bars(source, universe, start_time, end_time, fields, rules)
+        wanted = self._wanted(start_time, end_time, fields, rules)
+        said = [e for part in fields.values() for e in part.values()]
+        bars = source.load_for([*said, *rules], instruments=universe, **wanted)
+        others = source.masked(said, **wanted)
         for each in filters:
             mask = each.members(bars)
             bars = Panel(
@@ -152,15 +155,22 @@ class QlibDataLoader(DataLoader):
             )
         bars = _members_only(bars, start_time, end_time) if filters else bars
         span = bars.rows(start_time, end_time)
-        groups = {g: self.columns_of(g, bars, span, names) for g, names in fields.items()}
+        more = {} if others is None else {"others": others}
+        groups = {g: self.columns_of(g, bars, span, names, **more) for g, names in fields.items()}
         rows = bars.mask[span].contiguous()
         return View(groups, rows, rows)
 
     def columns_of(
-        self, group: str, bars: Panel, span: slice, expressions: Mapping[str, str]
+        self,
+        group: str,
+        bars: Panel,
+        span: slice,
+        expressions: Mapping[str, str],
+        others: Panel | None = None,
     ) -> Columns:
-        """The columns of one group for the rows `span` of the bars."""
-        return evaluated(expressions, bars, span)
+        """The columns of one group for the rows `span` of the bars; `others` are the bars of
+        instruments that the expressions look at besides."""
+        return evaluated(expressions, bars, span, others)
 
     def needs(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
         """Rows before and after the dates that a group's expressions need."""
@@ -170,29 +180,27 @@ class QlibDataLoader(DataLoader):
         """The stored fields that a group's expressions read."""
         return fields_of(expressions)
 
-    def _bars(
+    def _wanted(
         self,
-        source: Source,
-        universe: Any,
         start_time: Any,
         end_time: Any,
         fields: Mapping[str, Mapping[str, str]],
         rules: Sequence[str],
-    ) -> Panel:
+    ) -> dict[str, Any]:
+        """What to load, but for the instruments."""
         reaches = [self.needs(group, expressions) for group, expressions in fields.items()]
         reaches.append(reach_of(rules))
         before = None if any(b is None for b, _ in reaches) else max(b or 0 for b, _ in reaches)
         wanted = dict.fromkeys(f for g, e in fields.items() for f in self.fields_of_group(g, e))
         wanted.update(dict.fromkeys(fields_of(rules)))
-        return source.load(
-            list(wanted),
-            instruments=universe,
-            start_time=start_time,
-            end_time=end_time,
-            freq=self.freq,
-            before=before,
-            after=max(a for _, a in reaches),
-        )
+        return {
+            "fields": list(wanted),
+            "start_time": start_time,
+            "end_time": end_time,
+            "freq": self.freq,
+            "before": before,
+            "after": max(a for _, a in reaches),
+        }
 
 
 class StaticDataLoader(DataLoader):
@@ -297,20 +305,26 @@ def build_loader(config: Any) -> DataLoader:
     return made if isinstance(made, DataLoader) else ForeignLoader(made)
 
 
-def evaluated(expressions: Mapping[str, str], bars: Panel, span: slice) -> Columns:
+def evaluated(
+    expressions: Mapping[str, str], bars: Panel, span: slice, others: Panel | None = None
+) -> Columns:
     """Expressions of the bars on the rows `span`, stored by instrument: packing them is free."""
     ahead = reach_of(expressions.values())[1]
     # What lies behind the dates is only for labels; features shall not pay for it.
     stop = min(len(bars.calendar), span.stop + ahead)
-    seen = bars.select(end=bars.calendar[stop - 1]) if stop < len(bars.calendar) else bars
+    seen = bars
+    if stop < len(bars.calendar):
+        end = bars.calendar[stop - 1]
+        seen, others = bars.select(end=end), None if others is None else others.select(end=end)
     n = len(bars.instruments)
     out = instrument_major(span.stop - span.start, n, len(expressions))
     if span == slice(0, len(seen.calendar)):
-        return PanelColumns(evaluate(expressions, seen, out=out))
+        return PanelColumns(evaluate(expressions, seen, out=out, others=others))
     # History in front is not kept: blocks of instruments are computed whole and cut.
     for first in range(0, n, INSTRUMENTS_AT_ONCE):
         part = slice(first, first + INSTRUMENTS_AT_ONCE)
-        out[:, part] = evaluate(expressions, _instruments(seen, part)).values[span]
+        block = _instruments(seen, part)
+        out[:, part] = evaluate(expressions, block, others=others).values[span]
     dates = bars.calendar[span]
     mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
     return PanelColumns(

@@ -26,14 +26,20 @@ def normalise_calendar(dates: Any) -> pd.DatetimeIndex:
     try:
         index = pd.DatetimeIndex(dates)
     except (ValueError, TypeError) as error:
+        if "Mixed timezones" in str(error):  # text with offsets, on both sides of a summer time
+            raise DataError(_aware("several time zones")) from error
         raise DataError(f"the dates cannot be read as dates: {error}") from error
     if index.tz is not None:
-        raise DataError(
-            f"the dates carry the time zone {index.tz}; qtorch works on naive local session dates. "
-            "Mend it with df.index.tz_convert(market_zone).tz_localize(None) for the zone whose "
-            "midnight separates your sessions."
-        )
+        raise DataError(_aware(f"the time zone {index.tz}"))
     return index.as_unit("ns").rename(NAMES[0])
+
+
+def _aware(zone: str) -> str:
+    return (
+        f"the dates carry {zone}; qtorch works on naive local session dates. Mend it with "
+        "df.index.tz_convert(market_zone).tz_localize(None) for the zone whose midnight separates "
+        "your sessions (text with offsets: pd.to_datetime(text, utc=True) first)."
+    )
 
 
 class Panel:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from qtorch.core.dates import date_rows
-from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.heartbeat import beat
 from qtorch.data.processor.base import FLAT, Names, Processor, in_window
 from qtorch.data.view import View
@@ -67,6 +67,20 @@ def check_names(processors: Sequence[Processor], names: Names) -> None:
         names = processor.selects(names)
 
 
+def warn_of_dropped_labels(processors: Sequence[Processor], names: Names) -> None:
+    """Say it loudly where rows that are to be predicted go because of their labels."""
+    for processor in processors:
+        if processor.drops_by_label(names):
+            log.warning(
+                "%s stands before inference and drops rows by their label: what is left of a test "
+                "segment was chosen with knowledge of its future, and on the newest days nothing "
+                "is left. Name the features (fields_group='feature'), or use DropnaLabel among "
+                "learn_processors.",
+                type(processor).__name__,
+            )
+        names = processor.selects(names)
+
+
 def run(
     view: View,
     processors: Sequence[Processor],
@@ -96,7 +110,15 @@ def fit_one(processor: Processor, view: View, window: Window | None) -> None:
             "fit_start_time and fit_end_time, or put the handler into a dataset with a 'train' "
             "segment (its dates are then the window)."
         )
-    processor.fit(in_window(view, *window))
+    seen = in_window(view, *window)
+    if not bool(seen.rows.any()):
+        dates = view.calendar
+        held = f"{_date(dates[0])}..{_date(dates[-1])}" if len(dates) else "no dates"
+        raise DataError(
+            f"{type(processor).__name__}: the fit window {window} (the train segment, unless one "
+            f"is given) holds no row; the data covers {held}."
+        )
+    processor.fit(seen)
 
 
 def has_own_window(processor: Processor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.panel import normalise_calendar
 
 
@@ -36,8 +36,11 @@ def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
     """
     spans = []
     for name, (start, end) in segments.items():
-        first = pd.Timestamp.min if start is None else normalise_calendar([start])[0]
-        last = pd.Timestamp.max if end is None else normalise_calendar([end])[0]
+        try:
+            first = pd.Timestamp.min if start is None else normalise_calendar([start])[0]
+            last = pd.Timestamp.max if end is None else normalise_calendar([end])[0]
+        except DataError as error:
+            raise ConfigError(f"segment {name!r} ({start}..{end}): {error}") from error
         if last < first:
             raise ConfigError(f"segment {name!r} ends ({end}) before it starts ({start}).")
         spans.append((first, last, name))

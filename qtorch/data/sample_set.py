@@ -26,6 +26,8 @@ STORES: tuple[str, ...] = ("auto", "device", "host")
 # Of the device's free memory, what the columns may take before they stay on the host.
 DEVICE_SHARE = 0.6
 DAY_BUCKETS = 8
+# How much is laid out at once where the features become a matrix.
+ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4096, 16
 
 
 class Samples:
@@ -35,7 +37,8 @@ class Samples:
     [S, Q]` the unprocessed ones (for IC), `weight [S]`; each of the last three may be None.
     `features` are Columns, packed on the device at the first batch or by `to(device)`, or an
     object already packed. Features that hold an infinity are refused when they are packed.
-    `extras`: named tensors that each batch has in its `extra`.
+    `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar rows that the
+    labels look ahead, None where that was not asked or is not known.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Samples:
         place: tuple[Tensor, Tensor] | None = None,
         notes: Mapping[str, int] | None = None,
         extras: Mapping[str, Gatherable] | None = None,
+        horizon: int | None = None,
     ) -> None:
         check_fill(fill)
         if step_len < 1:
@@ -69,6 +73,7 @@ class Samples:
         self.step_len, self.fill = step_len, fill
         self.notes = dict(notes or {})
         self.extras = dict(extras or {})
+        self.horizon = horizon
         self.store = "device"
         self.device = date.device
         self._place = place
@@ -157,18 +162,31 @@ class Samples:
                 parts[group, name] = values[:, k].cpu().numpy()
         return pd.DataFrame(parts, index=self.index)
 
+    def rows(self) -> Tensor:
+        """The features of each sample's own day, `[S, F]` float32, as `feature_names` calls them.
+
+        Of windows it is the last step. A column lies in one piece, so that nothing is copied by
+        who wants columns; the whole is what it costs.
+        """
+        out = torch.empty(len(self.feature_names), len(self), device=self.date.device)
+        if self._columns is None:
+            every = torch.arange(len(self), device=self.index_device)
+            for part in torch.split(every, ROWS_AT_ONCE):
+                out[:, part] = self.batch(part).x[:, -1].t()
+            return out.t()
+        home = self._columns.device
+        first, last = (int(self.date[k]) for k in (0, -1))
+        at = (self.date - first).to(home) * len(self.instruments) + self.instrument.to(home)
+        for k in range(0, len(out), COLUMNS_AT_ONCE):
+            names = self.feature_names[k : k + COLUMNS_AT_ONCE]
+            block = self._columns.block(names, rows=slice(first, last + 1)).flatten(1)
+            out[k : k + len(names)] = block.index_select(1, at)
+        return out.t()
+
     def _group_values(self, group: str) -> tuple[tuple[str, ...], Tensor]:
         found = {"label": self.target, "raw_label": self.raw_label}
         if group == "feature":
-            if self._columns is not None:
-                date, who = self.date.to(self._columns.device), self.instrument
-                taken = [
-                    self._columns.column(n)[date, who.to(date.device)] for n in self.feature_names
-                ]
-                return self.feature_names, torch.stack(taken, 1)
-            rows = torch.arange(len(self), device=self.index_device)
-            x = torch.cat([self.batch(part).x[:, -1] for part in torch.split(rows, 4096)])
-            return self.feature_names, x
+            return self.feature_names, self.rows()
         if group not in found:
             raise DataError(unknown_name("group of columns", group, ("feature", *found)))
         values = found[group]
@@ -308,6 +326,7 @@ class Samples:
             place=None if place is None else (place[0].to(home), place[1].to(home)),
             notes=self.notes,
             extras={name: source.to(home) for name, source in self.extras.items()},
+            horizon=self.horizon,
         )
 
     def _pack(self, device: torch.device) -> Packed:

@@ -77,6 +77,7 @@ def build_samples(
         fill=fill,
         notes=notes,
         extras={k: e.bind(view.calendar, view.instruments) for k, e in (extras or {}).items()},
+        horizon=horizon or None,
     )
 
 

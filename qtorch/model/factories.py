@@ -93,6 +93,21 @@ def optimizer_factory(spec: Any) -> OptimizerFactory:
     return configured_factory(spec, "optimizer")
 
 
+def explained(factory: OptimizerFactory) -> OptimizerFactory:
+    """The factory, whose refusal of an argument (a word for the rate, say) is a ConfigError."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        try:
+            return factory(parameters)
+        except (TypeError, ValueError) as error:
+            made = getattr(factory, "func", factory)
+            given = getattr(factory, "keywords", {})
+            name = getattr(made, "__name__", type(made).__name__)
+            raise ConfigError(f"the optimizer {name} does not take {given}: {error}") from error
+
+    return make
+
+
 def with_rate(spec: Any, lr: float | None) -> Any:
     """An optimizer's specification with another learning rate (None: its own)."""
     return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)

@@ -71,6 +71,14 @@ class FineTuning:
 
     # -- before and after ----------------------------------------------------------------------
 
+    def check(self, network: nn.Module) -> None:
+        """ConfigError where a LightningModule that trains itself is told what learns on."""
+        if isinstance(network, pl.LightningModule) and self != FineTuning():
+            raise ConfigError(
+                "a LightningModule that trains itself says itself what learns on; leave out "
+                f"{', '.join(self.description)}."
+            )
+
     def prepared(self, network: nn.Module) -> nn.Module:
         """The network with what learns marked; with `lora`, wrapped."""
         if self.statistics == "refit":
@@ -115,13 +123,18 @@ class FineTuning:
         own = dict(network.named_parameters())
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            learnt = {id(p) for p in parameters}
+            given = list(parameters)
+            learnt, inner = {id(p) for p in given}, {id(p) for p in own.values()}
             groups, shares = [], []
             for depth, names in enumerate(reversed(layers)):
                 kept = [own[n] for n in names if id(own[n]) in learnt]
                 if kept:
                     groups.append({"params": kept})
                     shares.append(self.layer_decay**depth)
+            # What a module teaches the network with is no layer of it.
+            if beside := [p for p in given if id(p) not in inner]:
+                groups.append({"params": beside})
+                shares.append(1.0)
             optimizer = factory(groups)  # type: ignore[arg-type]  # groups, as torch takes them
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = group["lr"] * share

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.batches import BatchLoader
@@ -28,6 +28,7 @@ from qtorch.model.day_label import day_label
 from qtorch.model.factories import (
     OptimizerFactory,
     configured_factory,
+    explained,
     loss_of,
     optimizer_factory,
     scheduler_plan,
@@ -43,6 +44,7 @@ from qtorch.model.step_loader import StepLoader
 from qtorch.model.trainer_options import (
     TrainerOptions,
     build_trainer,
+    check_monitor,
     early_stopping,
     inner_steps_of,
     limited,
@@ -51,7 +53,11 @@ from qtorch.model.training_identity import training_identity
 
 log = logging.getLogger(__name__)
 
-QUIET = (r".*LeafSpec.*is deprecated", r".*`validation_step` but have no `val_dataloader`")
+QUIET = (
+    r".*LeafSpec.*is deprecated",
+    r".*`validation_step` but have no `val_dataloader`",
+    r".*`srun` command is available",  # a fit is one process on any node of a cluster
+)
 
 
 @dataclass
@@ -148,6 +154,8 @@ class _Fit:
     ) -> Keeper:
         recipe, options = self.recipe, self.recipe.trainer
         stopper, monitor, mode = early_stopping(recipe.early_stop, recipe.monitor)
+        if not self.own_module:
+            check_monitor(monitor)
         if stopper is not None and self.valid is None and monitor.startswith("valid/"):
             raise ConfigError(
                 f"early_stop watches {monitor!r}, but the dataset has no segment 'valid'."
@@ -178,6 +186,8 @@ class _Fit:
             loader=self.loader,
             automatic=self.module.automatic_optimization,
         )
+        if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
+            self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
         keeper.show = not self.trainer.progress_bar_callback
         return keeper
 
@@ -215,12 +225,14 @@ class _Fit:
                 f"the module is a {type(module).__name__}; expected a qtorch.model.ScoreModule. "
                 "(A LightningModule that trains itself is given as the network.)"
             )
+        if self.tuning is not None:
+            module.pretraining_epochs = 0  # weights that were learnt go on from where they are
         module.bind(self.train, self.valid)
         self.train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
         return module
 
     def _optimizer(self) -> OptimizerFactory:
-        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        factory, state = explained(optimizer_factory(self.recipe.optimizer)), self.optimizer_state
         if self.tuning is not None:
             factory = self.tuning.optimizer(factory, self.network)
         return factory if state is None else partial(_taken_up, factory, state)
@@ -359,16 +371,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def check_labels(train: Samples, valid: Samples | None) -> None:
-    """Raise DataError where there is nothing to learn from."""
-    for name, samples in (("train", train), ("valid", valid)):
-        if samples is None:
-            continue
-        if not len(samples):
-            raise DataError(f"the segment {name!r} holds no sample.")
-        if samples.target is None:
-            raise DataError(f"the samples of {name!r} have no label to learn from.")
-        if bool(samples.target.isnan().all()):
-            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")

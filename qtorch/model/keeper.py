@@ -18,7 +18,7 @@ from qtorch.core.heartbeat import beat, is_heard
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
 from qtorch.model.generators import generator_states, restore_generators
 from qtorch.model.interruption import Interruption, StopTraining
-from qtorch.model.module import METRICS, TRAIN_LOSS, ScoreModule
+from qtorch.model.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
 from qtorch.model.step_loader import StepLoader
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,10 @@ class Keeper(Checkpoint):
         return True
 
     def _check(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        if math.isfinite(values[TRAIN_LOSS]):
+        loss = values.get(TRAIN_LOSS, values.get(PRETRAIN_LOSS, math.nan))
+        if math.isfinite(loss):
             return
-        found = f"the training loss of epoch {trainer.current_epoch} is {values[TRAIN_LOSS]}"
+        found = f"the training loss of epoch {trainer.current_epoch} is {loss}"
         if self.best_weights is None:
             raise DataError(
                 f"{found}. Are there NaN features (put a Fillna processor) or huge ones (a "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -21,17 +21,19 @@ from qtorch.data.sample_set import Samples
 from qtorch.data.samples import samples_of
 from qtorch.metrics.loss import Loss
 from qtorch.model.base import ModelFT
+from qtorch.model.error_memory import recalling
 from qtorch.model.factories import loss_of, with_rate
 from qtorch.model.feeding import readout_of
 from qtorch.model.finetuning import FineTuning, Statistics
-from qtorch.model.fitting import Fitted, Recipe, check_labels, fit_network
+from qtorch.model.fitting import Fitted, Recipe, fit_network
 from qtorch.model.initial import Initial, check_init_from
-from qtorch.model.matching import LearntFrom
+from qtorch.model.matching import LearntFrom, check_labels
 from qtorch.model.model_state import state_of, take_state, weights_digest
 from qtorch.model.network_config import build_network, complete_network, network_config
 from qtorch.model.scoring import evaluation_size, score_series
 from qtorch.model.statistics import apply_statistics, fitted_statistics
 from qtorch.model.trainer_options import device_name, trainer_options
+from qtorch.nn.tra import TRA
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.lineage import tag_lineage
 
@@ -189,11 +191,7 @@ class LightningModel(ModelFT):
             keep_optimizer=keep_optimizer,
             statistics=statistics,
         )
-        if isinstance(fitted, pl.LightningModule) and tuning != FineTuning():
-            raise ConfigError(
-                "a LightningModule that trains itself says itself what learns on; leave out "
-                f"{', '.join(tuning.description)}."
-            )
+        tuning.check(fitted)
         epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
         recipe = self._recipe(
             trainer={**self.trainer, **(trainer or {}), **epochs},
@@ -329,6 +327,8 @@ class LightningModel(ModelFT):
             samples = self.learnt_.matched(samples)
         device = resolve_device(device_name(trainer_options(self.trainer, ())))
         size = evaluation_size(self.batch, device)
+        if isinstance(network, TRA):
+            samples = recalling(network, samples.to(device), partial(self._past, dataset))
         return score_series(
             network,
             samples,
@@ -336,6 +336,11 @@ class LightningModel(ModelFT):
             batch_size=size,
             readout=readout_of(loss_of(self.loss)),
         )
+
+    def _past(self, dataset: Any, dates: slice) -> Samples:
+        """All samples of some dates that have a label, as they were learnt from."""
+        found = samples_of(dataset, dates, data_key="learn", purge=False)
+        return found if self.learnt_ is None else self.learnt_.matched(found)
 
     def _fitted(self) -> nn.Module:
         if self.network_ is None:

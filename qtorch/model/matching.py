@@ -81,6 +81,19 @@ class LearntFrom:
         return wrong
 
 
+def check_labels(train: Samples, valid: Samples | None) -> None:
+    """Raise DataError where there is nothing to learn from."""
+    for name, samples in (("train", train), ("valid", valid)):
+        if samples is None:
+            continue
+        if not len(samples):
+            raise DataError(f"the segment {name!r} holds no sample.")
+        if samples.target is None:
+            raise DataError(f"the samples of {name!r} have no label to learn from.")
+        if bool(samples.target.isnan().all()):
+            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")
+
+
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:8])
     return shown + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

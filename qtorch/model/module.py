@@ -34,7 +34,16 @@ TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
     "valid/rank_ic",
     "lr",
 )
-METRICS = (TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE)
+PRETRAIN_LOSS, PRETRAIN_VALID = "train/pretrain_loss", "valid/pretrain_loss"
+METRICS = (
+    TRAIN_LOSS,
+    VALID_LOSS,
+    VALID_IC,
+    VALID_RANK_IC,
+    PRETRAIN_LOSS,
+    PRETRAIN_VALID,
+    RATE,
+)
 # Short names of what an early stop or a scheduler may watch, and whether less is better.
 MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
 STATE = "qtorch_module"
@@ -103,6 +112,7 @@ class ScoreModule(pl.LightningModule):
         self.complete = complete
         self.day_label = day_label
         self.direct = False
+        self.pretraining_epochs = 0
         self.tally, self.valid_tally = Tally(), Tally()
 
     # -- one batch -----------------------------------------------------------------------------
@@ -153,6 +163,13 @@ class ScoreModule(pl.LightningModule):
         """Hook: the samples, on the device, before the training begins; after it those of `train`
         have their raw labels no more."""
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the running epoch is one of the first `pretraining_epochs`. They are added to
+        the trainer's `max_epochs`, have losses of their own names, and neither the best weights
+        nor an early stop nor the scheduler knows of them."""
+        return self.current_epoch < self.pretraining_epochs
+
     def trains(self, kind: type[Kind]) -> Kind:
         """The network, for a step that only fits one kind; ConfigError where it is another."""
         if not isinstance(self.network, kind):
@@ -183,7 +200,8 @@ class ScoreModule(pl.LightningModule):
 
     def training_step(self, steps: Steps) -> None:
         tally, accumulate = self.tally, self.accumulate
-        optimizer = self.optimizers()
+        found = self.optimizers()
+        optimizer = found[0] if isinstance(found, list) else found
         assert isinstance(optimizer, LightningOptimizer)
         mixed = torch.is_autocast_enabled(self.device.type)
         ends = self.plan is not None or self.trainer.max_steps != -1
@@ -238,7 +256,8 @@ class ScoreModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._tell({TRAIN_LOSS: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
+        name = PRETRAIN_LOSS if self.pretrains else TRAIN_LOSS
+        self._tell({name: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
         self._step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
@@ -271,16 +290,22 @@ class ScoreModule(pl.LightningModule):
 
     # -- optimizer and scheduler ---------------------------------------------------------------
 
+    def learnt(self) -> list[nn.Parameter]:
+        """Hook: the parameters that the optimizer moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def further_optimizers(self) -> list[Optimizer]:
+        """Hook: optimizers beside that one. They are in the checkpoints; the module's own step
+        makes them step."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(trained)
-        if self.plan is None:
-            return optimizer
-        return [optimizer], [self.plan.factory(optimizer)]
+        optimizers = [self.optimizer_factory(self.learnt()), *self.further_optimizers()]
+        return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
 
     def _step_scheduler(self, interval: str, count: int) -> None:
         plan = self.plan
-        if plan is None or plan.interval != interval or count % plan.frequency:
+        if plan is None or plan.interval != interval or count % plan.frequency or self.pretrains:
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):

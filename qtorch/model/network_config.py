@@ -26,9 +26,10 @@ def complete_network(
     does not say; a live module comes back unchanged.
 
     `d_feat` is the number of features, for a flat network times the number of steps; `step_len`,
-    `num_outputs` (labels, unless given), `num_instruments` and `num_days` (of the panel), and for
-    an extra "concept" `num_concepts`, its width. Raises ConfigError where the configuration says
-    another number than the data.
+    `num_outputs` (labels, unless given), `num_instruments` and `num_days` (of the panel),
+    `label_horizon` (rows that the labels look ahead, where that is known), and for an extra
+    "concept" `num_concepts`, its width. Raises ConfigError where the configuration says another
+    number than the data.
     """
     if isinstance(spec, nn.Module):
         return spec
@@ -43,6 +44,7 @@ def complete_network(
         "num_instruments": len(samples.instruments),
         "num_days": len(samples.calendar),
         **{f"num_{name}s": each.width for name, each in samples.extras.items()},
+        **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
     }
     takes = inspect.signature(target).parameters
     for name, value in known.items():

@@ -23,7 +23,7 @@ from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.checkpoint import AtomicCheckpointIO
-from qtorch.model.module import MONITORS
+from qtorch.model.module import METRICS, MONITORS, ScoreModule
 from qtorch.model.progress_bar import BatchBar
 from qtorch.model.step_loader import StepLoader
 
@@ -37,6 +37,13 @@ BATCH_HOOKS = (
     "on_after_backward",
     "on_before_zero_grad",
 )
+
+NUMBERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
+    **dict.fromkeys(("limit_train_batches", "limit_val_batches"), (int, float)),
+    "gradient_clip_val": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -
             raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
     rest = dict(given)
     _check_devices(given)
+    _check_numbers(given)
     clip = rest.pop("gradient_clip_val", None)
     extra = rest.pop("callbacks", None) or []
     listed = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
@@ -94,6 +102,15 @@ def _check_devices(given: Mapping[str, Any]) -> None:
             f"trainer.devices is {devices!r}: one fit uses one device. Start one fit for each "
             "device, or name one: devices=[1]."
         )
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """Lightning answers a word in a number's place with an empty assertion."""
+    for name, kinds in NUMBERS.items():
+        value = given.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            what = "a number" if float in kinds else "a whole number"
+            raise ConfigError(f"trainer.{name} is {value!r}; expected {what}.")
 
 
 def refuse_averaging(callbacks: Sequence[Callback]) -> None:
@@ -153,6 +170,29 @@ def monitored(monitor: str, mode: str | None = None) -> tuple[str, str]:
     return name, mode or ("min" if lesser else "max")
 
 
+def check_monitor(*names: str) -> None:
+    """ConfigError, with the nearest name, for a metric that no training of ours gives."""
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(unknown_name("metric to monitor", name, (*MONITORS, *METRICS)))
+
+
+class Stopper(EarlyStopping):
+    """An early stop that does not count epochs of pretraining: they have no score to watch."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _pretrains(pl_module):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _pretrains(pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def _pretrains(module: pl.LightningModule) -> bool:
+    return isinstance(module, ScoreModule) and module.pretrains
+
+
 def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
     """`(callback or None, metric, mode)`; `spec` is None, a patience, or a mapping with
     `patience` and any of `monitor`, `mode`, `min_delta`."""
@@ -165,9 +205,7 @@ def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, 
             raise ConfigError(unknown_name("option of early_stop", name, valid))
     name, mode = monitored(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
-    stopper = EarlyStopping(
-        monitor=name, mode=mode, patience=patience, check_finite=False, **options
-    )
+    stopper = Stopper(monitor=name, mode=mode, patience=patience, check_finite=False, **options)
     return stopper, name, mode
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.nn.adarnn import ADARNN as ADARNN
+    from qtorch.nn.add import ADD as ADD
     from qtorch.nn.alstm import ALSTM as ALSTM
     from qtorch.nn.dlinear import DLinear as DLinear
     from qtorch.nn.gats import GATs as GATs
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
     from qtorch.nn.stacked import stack_members as stack_members
     from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.stockmixer import StockMixer as StockMixer
+    from qtorch.nn.tabnet import TabNet as TabNet
     from qtorch.nn.tcn import TCN as TCN
+    from qtorch.nn.tcts import TCTS as TCTS
+    from qtorch.nn.tra import TRA as TRA
     from qtorch.nn.transformer import Transformer as Transformer
     from qtorch.nn.tsmixer import TSMixer as TSMixer
 
@@ -38,6 +43,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SFM": "qtorch.nn.sfm",
         "Localformer": "qtorch.nn.localformer",
         "TCN": "qtorch.nn.tcn",
+        "ADARNN": "qtorch.nn.adarnn",
+        "TabNet": "qtorch.nn.tabnet",
         "ALSTM": "qtorch.nn.alstm",
         "DLinear": "qtorch.nn.dlinear",
         "ITransformer": "qtorch.nn.itransformer",
@@ -51,7 +58,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "recurrent_layers": "qtorch.nn.recurrent",
         "stack_members": "qtorch.nn.stacked",
         "stacked_call": "qtorch.nn.stacked",
+        "TCTS": "qtorch.nn.tcts",
+        "TRA": "qtorch.nn.tra",
         "Transformer": "qtorch.nn.transformer",
+        "ADD": "qtorch.nn.add",
         "GATs": "qtorch.nn.gats",
         "HIST": "qtorch.nn.hist",
         "MASTER": "qtorch.nn.master",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtorch.nn.recurrent import GRULayers, LSTMLayers
 
@@ -38,3 +38,37 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
     ).transpose(-1, -2)
     alike: Tensor = x @ y.transpose(-1, -2) / (lengths + 1e-6)
     return alike
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of `[G, N, H]` over the samples that `mask [G, N]` says are there.
+
+    Where there is but one, the running statistics stand in.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # a mask too
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            there = mask[..., None].to(x.dtype)
+            count = there.sum()
+            several = count > 1
+            own = (x * there).sum((0, 1)) / count.clamp(min=1)
+            squares = ((x - own) * there).square().sum((0, 1))
+            mean = torch.where(several, own, mean)
+            variance = torch.where(several, squares / count.clamp(min=1), variance)
+            self._move_on(own.detach(), (squares / (count - 1)).detach(), several)
+        scaled: Tensor = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return scaled
+
+    @torch.no_grad()
+    def _move_on(self, mean: Tensor, variance: Tensor, several: Tensor) -> None:
+        """The running statistics by a batch of several samples."""
+        for kept, found in ((self.running_mean, mean), (self.running_var, variance)):
+            kept.copy_(torch.where(several, kept + self.momentum * (found - kept), kept))
+        self.num_batches_tracked.add_(several)

@@ -17,9 +17,10 @@ class GATs(Network):
     Velickovic et al., "Graph Attention Networks", ICLR 2018, on the complete graph of a day.
     Answers to Qlib's pytorch_gats.py and pytorch_gats_ts.py; the layers have the same names, so
     that the recurrent part can come from a trained LSTM or GRU. Differences: a batch is whole
-    days (Qlib's `_ts` splits a rolled index, which is days only while it stays sorted by date)
-    and padding is masked; the logits of all pairs are a sum of two terms instead of a product
-    with `[N * N, 2 H]` pairs; `num_outputs`; a day of one instrument stays a day.
+    days (Qlib's `_ts` cuts windows that are sorted by instrument as though they were sorted by
+    date, so that its "days" are stretches of one instrument's) and padding is masked; the logits
+    of all pairs are a sum of two terms instead of a product with `[N * N, 2 H]` pairs;
+    `num_outputs`; a day of one instrument stays a day.
     """
 
     cross_section = True

@@ -84,11 +84,11 @@ class IGMTF(Network):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x [G, N, T, F]`, `mask [G, N]` to `[G, N]` or `[G, N, Q]`."""
         state = self.states(x)  # [G, N, H]
-        days = cosines(masked_mean(state, mask), self.bank_day)  # [G, D]
+        days = _alike(masked_mean(state, mask), self.bank_day)  # [G, D]
         near = days.topk(min(self.k_day, days.shape[-1]), -1).indices  # [G, k]
         kept = self.project2(self.lins(self.bank[near].flatten(1, 2)))  # [G, C, H]
         there = self.bank_mask[near].flatten(1, 2)  # [G, C]
-        alike = cosines(self.project1(state), kept).masked_fill(~there[:, None], NOBODY)
+        alike = _alike(self.project1(state), kept).masked_fill(~there[:, None], NOBODY)
         most, which = alike.topk(min(self.n_neighbor, alike.shape[-1]), -1)  # [G, N, n]
         share = torch.where(most > NOBODY / 2, most, 0.0) / self.n_neighbor
         place = which.flatten(1)[..., None].expand(-1, -1, kept.shape[-1])
@@ -100,3 +100,9 @@ class IGMTF(Network):
         if f"{prefix}bank_mask" in state_dict:  # a bank is as large as its training was long
             self.reserve(*state_dict[f"{prefix}bank_mask"].shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _alike(x: Tensor, y: Tensor) -> Tensor:
+    """Cosines in full precision: who is nearest is a choice, which rounding would make."""
+    with torch.autocast(x.device.type, enabled=False):
+        return cosines(x.float(), y.float())

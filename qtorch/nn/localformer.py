@@ -16,9 +16,9 @@ class Localformer(Network):
     The idea is Li et al.'s, "Enhancing the Locality and Breaking the Memory Bottleneck of
     Transformer on Time Series Forecasting", 2019; the form is of Qlib's pytorch_localformer.py
     and pytorch_localformer_ts.py, to which this answers; there is no paper of its own.
-    Differences: Qlib keeps the encoder layer that it copies as a further member, whose weights
-    the optimizer decays and nothing uses; its copies begin equal, ours each with weights of
-    their own; `dim_feedforward` and `num_outputs` can be set.
+    Differences: Qlib's weights hold the encoder layer that it copies, too, which nothing uses;
+    its copies begin equal, ours each with weights of their own; `dim_feedforward` and
+    `num_outputs` can be set.
     """
 
     def __init__(

@@ -16,9 +16,10 @@ class MASTER(Network):
 
     Li et al., "MASTER: Market-Guided Stock Transformer for Stock Price Forecasting", AAAI 2024.
     The features from `gate_input_start_index` on, up to `gate_input_end_index` (None: the last),
-    describe the market; their newest values give each other feature its weight, the more even
-    the higher `beta` is. Follows the authors' master.py (attention over time is not scaled
-    there, residuals begin behind the norm). Differences: a batch is whole days with padding
+    describe the market (the columns that the handler's `market` adds, see
+    conf/experiment/master.yaml); their newest values give each other feature its weight, the
+    more even the higher `beta` is. Follows the authors' master.py (attention over time is not
+    scaled there, residuals begin behind the norm). Differences: a batch is whole days with padding
     masked; where no gate columns are given, the day's mean of the features stands for the state
     of the market; `num_outputs`. Authors and Qlib's proposal for it train with
     `day_label: {drop_extreme: 0.05, zscore: true}`.

@@ -41,7 +41,7 @@ class Transformer(Network):
     Vaswani et al., "Attention Is All You Need", 2017. Answers to Qlib's pytorch_transformer.py
     and pytorch_transformer_ts.py; the layers have the same names. Differences: `num_outputs`;
     `dim_feedforward` can be set (Qlib leaves torch's 2048); the table of positions is no part of
-    the weights.
+    the weights; Qlib's hold the encoder layer that it copies, too, which nothing uses.
     """
 
     def __init__(

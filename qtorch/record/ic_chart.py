@@ -57,6 +57,7 @@ def _draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
         )
     axis.axhline(0, color=INK, linewidth=0.8)
     axis.set_title("Daily IC (bars) and rolling means", loc="left", fontsize=10, color=INK)
+    axis.set_ylabel("correlation", color=SOFT, fontsize=9)
     axis.legend(**_above(2))
 
 
@@ -68,10 +69,13 @@ def _draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
     axis.set_title(
         "Cumulative: a steady slope is a steady signal", loc="left", fontsize=10, color=INK
     )
+    axis.set_ylabel("sum of daily correlations", color=SOFT, fontsize=9)
     axis.legend(**_above(2))
 
 
 def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()])
     edges = (
         np.histogram_bin_edges(values, bins=min(40, max(5, len(ic) // 8))) if len(values) else 10
@@ -84,10 +88,12 @@ def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
             axis.axvline(series.mean(), color=colour, linewidth=1.6, linestyle="--")
     axis.axvline(0, color=INK, linewidth=0.8)
     axis.set_title(f"Distribution over {len(ic)} days", loc="left", fontsize=10, color=INK)
+    axis.set_xlabel("correlation of a day", color=SOFT, fontsize=9)
     axis.set_ylabel("days", color=SOFT, fontsize=9)
     axis.margins(y=0.3)
     axis.set_ylim(bottom=0)
-    box = {"frameon": True, "framealpha": 0.85, "edgecolor": "none"}
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    box = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
     axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **box)
 
 

@@ -35,7 +35,8 @@ def call_released(
     """What the function of that dotted name returns for the task, as the pool stores it.
 
     The child takes over the environment, the import path, the trusted packages and the tracking
-    store. Interrupted, it is asked to stop and given time for a checkpoint.
+    store. Interrupted, it is asked to stop and given time for a checkpoint; one that hangs, or
+    whose task another worker may have by now, is ended at once.
     """
     child = ChildProcess(environment=_environment(), silence=keeper.manager.lease)
     try:
@@ -43,6 +44,8 @@ def call_released(
         child.say({**request, "res": task["res"] if before == PART_DONE else None})
         return _answer(child, keeper, None)
     except KeyboardInterrupt:
+        if keeper.lost.is_set() or keeper.hung.is_set():
+            raise
         child.say({"stop": True})
         with suppress(ReleasedError):  # it was asked to stop, and says how it did
             _answer(child, keeper, time.monotonic() + GRACE_SECONDS)
@@ -54,6 +57,8 @@ def call_released(
 def _answer(child: ChildProcess, keeper: LeaseKeeper, until: float | None) -> Any:
     while until is None or time.monotonic() < until:
         child.ping()
+        if keeper.lost.is_set() or keeper.hung.is_set():
+            raise KeyboardInterrupt  # also where run_task is in a thread, which no signal reaches
         messages = child.messages(LOOK_SECONDS)
         if messages is None:
             raise ReleasedError(f"the task's process {child.how_it_ended()} without a result.")

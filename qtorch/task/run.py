@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import FrameType
@@ -27,6 +28,7 @@ from qtorch.task.released import call_released
 log = logging.getLogger(__name__)
 
 Query = Mapping[str, Any]
+HANG_SECONDS = 600.0  # without a sign of life, as of `qtorch worker`
 IDLE_PAUSES = (0.1, 1.0)  # seconds between two looks into an empty pool: the first, the longest
 
 
@@ -50,6 +52,7 @@ def run_task(
     lease: float = LEASE_SECONDS,
     max_tasks: int | None = None,
     idle_timeout: float | None = 0.0,
+    hang_after: float | None = HANG_SECONDS,
     **kwargs: Any,
 ) -> bool:
     """Take tasks of a pool, call `func`, commit what it returns; whether there was any.
@@ -60,7 +63,10 @@ def run_task(
     nothing is left to take, and others run nothing that may come back), or after `max_tasks`.
     `force_release` gives each task a process of its own.
 
-    A thread renews the lease. An error of `func` counts for its task and the next one is taken; a
+    A thread renews the lease while `func` gives signs of life (`qtorch.core.heartbeat.beat`, as
+    every training does): after `hang_after` seconds without one it is interrupted, which counts as
+    its error; what cannot be interrupted loses its lease. None: for a `func` that gives no signs.
+    An error of `func` counts for its task and the next one is taken; a
     definition that names what is not trusted, or what there is not, fails at once. SIGTERM and
     Ctrl-C give the task back uncounted and end the loop; the second ends at once. Where the lease
     was lost, `func` is interrupted and nothing is committed.
@@ -68,7 +74,7 @@ def run_task(
     Answers to qlib/workflow/task/manage.py.
     """
     manager = TaskManager(task_pool, url, lease=lease)
-    work = _Work(manager, func, before_status, after_status, kwargs, force_release)
+    work = _Work(manager, func, before_status, after_status, kwargs, force_release, hang_after)
     count, idle_since, pause = 0, time.monotonic(), IDLE_PAUSES[0]
     with Signals() as signals:
         try:
@@ -158,6 +164,7 @@ class _Work:
         after: str,
         arguments: Mapping[str, Any],
         force_release: bool,
+        hang_after: float | None,
     ) -> None:
         if before not in (WAITING, PART_DONE):
             raise ConfigError(
@@ -165,7 +172,10 @@ class _Work:
             )
         if check_status(after) in (RUNNING, FAILED):
             raise ConfigError(f"a task that was run becomes part_done or done; got {after!r}.")
+        if hang_after is not None and hang_after <= 0:
+            raise ConfigError(f"hang_after is a number of seconds above 0; got {hang_after!r}.")
         self.manager, self.before, self.after = manager, before, after
+        self.hang_after = hang_after
         self.function = locate(func) if isinstance(func, str) else func
         self.arguments = dict(arguments)
         signature = inspect.signature(self.function)
@@ -188,7 +198,9 @@ class _Work:
         except QtorchError as error:
             self._failed(task, error, final=True)
             return
-        with LeaseKeeper(self.manager, task, on_lost=signals.interrupt) as keeper:
+        with LeaseKeeper(
+            self.manager, task, signals.interrupt, hang_after=self.hang_after
+        ) as keeper:
             try:
                 with listening(keeper.beat):
                     signals.working = True
@@ -231,6 +243,12 @@ class _Work:
             stopping = False  # the task's own, not somebody's wish that the worker ends
         if keeper.lost.is_set():
             log.warning("task %s was stopped: its lease is lost", task["_id"])
+            signals.raise_if_received()
+        elif keeper.hung.is_set():
+            text = f"no sign of life for {self.hang_after:g} s (hang_after)"
+            log.error("task %s was stopped: %s", task["_id"], text)
+            where = "".join(traceback.format_exception(error))
+            self.manager.return_task(task, self.before, error=text, traceback=where)
             signals.raise_if_received()
         elif stopping:
             log.warning("task %s goes back to the pool", task["_id"])

@@ -179,7 +179,7 @@ class Slot(threading.Thread):
         self.view.progress, self.view.run = {"stage": "starting"}, task.get("run")
         log.info("%s takes task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
-            with LeaseKeeper(manager, task) as lease:
+            with LeaseKeeper(manager, task, hang_after=self.options.hang_after) as lease:
                 outcome = self._watched(task, status, lease)
                 self._settle(manager, task, status, outcome, lease)
         finally:

@@ -26,33 +26,15 @@ from qtorch.core.errors import TaskStoreError, TaskStoreVersionError
 from qtorch.task.definition import Definition
 from qtorch.task.query import RUNNING, WAITING, Condition
 from qtorch.task.store import SCHEMA, SCHEMA_VERSION, TASKS, Change, Row, Store, StoreAway
+from qtorch.task.tables import COLUMNS, INDEX, MIGRATIONS, TABLE
 
 BUSY_SECONDS = 5.0
 CONNECT_SECONDS = 10
 LOCK_KEY = 716_726_384  # of PostgreSQL's advisory locks
-COLUMNS = (
-    "id, pool, hash, status, origin, priority, attempt, committed, errors, lost, preemptions, "
-    "deadline, created, updated, claim, worker, run, progress, error, traceback, res, definition"
-)
 # PostgreSQL's states that pass: connection lost, shutting down, too many clients, deadlock.
 PASSING_STATES = ("08", "40", "53", "55", "57")
 PASSING_WORDS = ("locked", "busy", "disk is full", "disk I/O error")  # of SQLite
 REFUSED = re.compile(r"authentication|does not exist|no pg_hba|role .* not|permission", re.I)
-
-# What brings a store of an older version to the next: {from: statements}.
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
-
-TABLE = """
-CREATE TABLE IF NOT EXISTS {tasks} (
-    id {id}, pool TEXT NOT NULL, hash TEXT NOT NULL, status TEXT NOT NULL, origin TEXT,
-    priority BIGINT NOT NULL DEFAULT 0, attempt BIGINT NOT NULL DEFAULT 0, committed BIGINT,
-    errors BIGINT NOT NULL DEFAULT 0, lost BIGINT NOT NULL DEFAULT 0,
-    preemptions BIGINT NOT NULL DEFAULT 0, deadline {time}, created {time}, updated {time},
-    claim TEXT, worker TEXT, run TEXT, progress TEXT, error TEXT, traceback TEXT, res TEXT,
-    definition TEXT NOT NULL, tokens TEXT NOT NULL,
-    UNIQUE (pool, hash))
-"""
-INDEX = "CREATE INDEX IF NOT EXISTS {tasks}_by_turn ON {tasks} (pool, status, priority DESC, id)"
 
 
 class SqlStore(Store):
@@ -80,9 +62,9 @@ class SqlStore(Store):
         with self._transaction() as connection:
             if not self.lite:  # two storms at once would wait for each other's rows
                 lock = f"SELECT pg_advisory_xact_lock({LOCK_KEY}, hashtext(:pool))"
-                self._execute(connection, lock, {"pool": pool})
+                connection.exec_driver_sql(self._native(lock), {"pool": pool})
             for row in rows:
-                added += self._execute(connection, statement, row).rowcount
+                added += connection.exec_driver_sql(self._native(statement), row).rowcount
         return added
 
     def ids(self, pool: str, hashes: Sequence[str]) -> dict[str, str]:
@@ -210,21 +192,42 @@ class SqlStore(Store):
         return f"{column} = ANY(CAST(:{name} AS {'BIGINT' if column == 'id' else 'TEXT'}[]))"
 
     def _rows(self, statement: str, given: Mapping[str, Any]) -> list[Row]:
-        with self._answering(), self._engine.connect() as connection:
-            found = self._execute(connection, statement, given)
-            return [{**row, "id": str(row["id"])} if "id" in row else dict(row)
-                    for row in found.mappings().all()]  # fmt: skip
+        with self._sent(statement, given) as cursor:
+            names = [column[0] for column in cursor.description]
+            rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        return [{**row, "id": str(row["id"])} if "id" in row else row for row in rows]
 
     def _changed(self, statement: str, given: Mapping[str, Any]) -> int:
-        with self._answering(), self._engine.connect() as connection:
-            return int(self._execute(connection, statement, given).rowcount)
+        with self._sent(statement, given) as cursor:
+            return int(cursor.rowcount)
 
-    def _execute(
-        self, connection: Connection, statement: str, given: Mapping[str, Any]
-    ) -> sa.CursorResult[Any]:
-        """A statement with `:name` parameters, in the driver's own form: a claim is short."""
-        native = statement if self.lite else _percent(statement)
-        return connection.exec_driver_sql(native, dict(given))
+    @contextmanager
+    def _sent(self, statement: str, given: Mapping[str, Any]) -> Iterator[Any]:
+        """The driver's own cursor after a statement: SQLAlchemy's costs more than a claim does."""
+        dialect, driver = self._engine.dialect, self._engine.dialect.loaded_dbapi
+        connection = cursor = None
+        with self._answering():
+            try:
+                connection = self._engine.raw_connection()
+                cursor = connection.cursor()
+                cursor.execute(self._native(statement), dict(given))
+                yield cursor
+            except driver.Error as error:
+                link = connection and connection.driver_connection
+                gone = bool(link and dialect.is_disconnect(error, link, cursor))
+                if connection and gone:
+                    connection.invalidate(error)
+                raise exc.DBAPIError.instance(
+                    statement, None, error, driver.Error,
+                    connection_invalidated=gone, dialect=dialect,
+                ) from error  # fmt: skip
+            finally:
+                if connection:
+                    connection.close()
+
+    def _native(self, statement: str) -> str:
+        """A statement with `:name` parameters, in the driver's own form."""
+        return statement if self.lite else _percent(statement)
 
     # The connection
 
@@ -313,7 +316,9 @@ class SqlStore(Store):
         there = (
             f"SELECT name FROM sqlite_master WHERE type = 'table' AND name = '{SCHEMA}'"
             if self.lite
-            else f"SELECT to_regclass('{SCHEMA}')"
+            # Not to_regclass: its answer may be an older one, from before the lock was waited for.
+            else "SELECT tablename FROM pg_tables "
+            f"WHERE tablename = '{SCHEMA}' AND schemaname = ANY(current_schemas(false))"
         )
         if connection.exec_driver_sql(there).scalar() is None:
             return None

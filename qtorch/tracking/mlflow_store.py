@@ -100,7 +100,7 @@ class MLflowStore:
                 socket.create_connection(address, timeout=timeout).close()
         except (MlflowException, OSError, ValueError) as error:
             raise TrackingError(
-                f"the tracking server {redacted(self.uri)} does not answer ({_first_line(error)}). "
+                f"the tracking server {redacted(self.uri)} does not answer ({_reason(error)}). "
                 "Start it, or give another tracking URI."
             ) from error
 
@@ -351,6 +351,16 @@ def _folder_name(name: str) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where a library wrapped it in sentences of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConnectionError | TimeoutError | socket.gaierror) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return _first_line(error)
 
 
 def _schema_name() -> str:

@@ -11,7 +11,7 @@ from qtorch.core.session import session
 from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
-from qtorch.task.run import run_task
+from qtorch.task.run import HANG_SECONDS, run_task
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.base import Task, as_list
@@ -29,9 +29,9 @@ class TrainerRM(TrainerR):
     """Trains tasks through a pool: here, and by every worker that takes part.
 
     `task_pool` is the pool's name (by default `experiment_name`), `url` its store, `lease` as of
-    TaskManager. With `skip_run_task` this process does none of the work: it sends the tasks and
-    waits for workers (`qtorch worker pool=NAME`, or `worker()` in another process).
-    `force_release` gives each task done here a process of its own.
+    TaskManager, `hang_after` as of run_task. With `skip_run_task` this process does none of the
+    work: it sends the tasks and waits for workers (`qtorch worker pool=NAME`, or `worker()` in
+    another process). `force_release` gives each task done here a process of its own.
 
     A task that is in the pool already (an equal definition) is not trained again; one without a
     seed gets one that depends on its definition. Tasks that fail are tried again as the pool
@@ -51,10 +51,12 @@ class TrainerRM(TrainerR):
         *,
         url: str | None = None,
         lease: float = LEASE_SECONDS,
+        hang_after: float | None = HANG_SECONDS,
         force_release: bool = False,
     ) -> None:
         super().__init__(experiment_name, train_func, False, default_rec_name)
         self.task_pool, self.url, self.lease = task_pool, url, lease
+        self.hang_after = hang_after
         self.skip_run_task, self.force_release = skip_run_task, force_release
 
     def has_worker(self) -> bool:
@@ -181,6 +183,7 @@ class TrainerRM(TrainerR):
             after,
             url=self.url,
             lease=self.lease,
+            hang_after=self.hang_after,
             **options,
         )
 
@@ -228,6 +231,7 @@ class DelayTrainerRM(TrainerRM):
         *,
         url: str | None = None,
         lease: float = LEASE_SECONDS,
+        hang_after: float | None = HANG_SECONDS,
         force_release: bool = False,
     ) -> None:
         super().__init__(
@@ -238,6 +242,7 @@ class DelayTrainerRM(TrainerRM):
             default_rec_name,
             url=url,
             lease=lease,
+            hang_after=hang_after,
             force_release=force_release,
         )
         self.end_train_func = end_train_func

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
 TASK = "task"
+TEST = "test"
 FIT_REPORT = "fit_report"  # epochs, seconds, samples a second: no metrics, for they never repeat
 
 
@@ -188,6 +189,7 @@ def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) 
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
             options["reweighter"] = _built(task["reweighter"])
+        _check_test(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
         beat("saving")
         recorder.save_objects(**{"params.pkl": model})
@@ -195,6 +197,13 @@ def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) 
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
         make_records(recorder, task.get("record"), model, dataset)
+
+
+def _check_test(dataset: Any, records: Any) -> None:
+    """DataError now, and not after the training, for a test segment that holds nothing."""
+    samples = getattr(dataset, "samples", None)
+    if records and callable(samples) and TEST in getattr(dataset, "segments", {}):
+        samples(TEST, data_key="infer")
 
 
 def _built(config: Any) -> Any:

@@ -48,9 +48,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", help="not used: workers are processes")
+    parser.add_argument("--provider", help="not used: the tasks are invented")
+    parser.add_argument("--work", help="where the stores' temporary folders are made")
     args = parser.parse_args()
     report: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
         for store in args.stores:
             with served(store, Path(folder)) as url:
                 for workers in args.workers:

@@ -1,10 +1,12 @@
 """What a task pool adds to a tiny training: TrainerRM beside TrainerR on the same tasks.
 
-    python scripts/benchmark/pooled_side.py pooled [--tasks 6] [--repeats 3] [--threads 1]
+    python scripts/benchmark/pooled_side.py pooled [--tasks 3] [--repeats 9] [--threads 1]
 
 The tasks are an LSTM for one epoch on the embedded market of thirty instruments, the pool is an
-SQLite file. Both trainers run in this process, in turns, after one of each that is not counted.
-Prints one line of JSON: seconds and processor seconds a task.
+SQLite file. Both trainers run in this process, in turns whose order alternates, after one of each
+that is not counted. Prints one line of JSON: medians of the seconds and processor seconds a task,
+and of the ratio within a turn (what else the machine does meets both sides of it alike), with the
+quarter of the turns below and above.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=["pooled"])
-    parser.add_argument("--tasks", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tasks", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--provider", help="not used: the market is embedded")
     parser.add_argument("--work", help="where temporary folders are made")
@@ -65,13 +67,18 @@ def measured(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     ways = {"here": TrainerR("here"), "pooled": TrainerRM("pooled")}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(args.repeats + 1):
-        for name, trainer in ways.items():
-            figures = timed(trainer)
+        for name in sorted(ways, reverse=bool(turn % 2)):
+            figures = timed(ways[name])
             if turn:
                 found[name].append(figures)
     told: dict[str, Any] = {}
     for name, rows in found.items():
         told[name], told[f"{name}_cpu"] = (median(column) for column in zip(*rows, strict=True))
+    turns = list(zip(found["pooled"], found["here"], strict=True))
+    for k, name in enumerate(("ratio", "cpu_ratio")):
+        ratios = [pooled[k] / here[k] for pooled, here in turns]
+        told[name] = median(ratios)
+        told[f"{name}_quartiles"] = quantiles(ratios, n=4)[::2]
     return told
 
 

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory import Peak
 
 SPAN = ("2008-01-02", "2017-12-08")
+# Qlib's processors take more than twenty minutes over all years of Alpha360.
+SPANS = {"Alpha158": SPAN, "Alpha360": ("2014-01-01", "2015-12-31")}
 SEGMENTS = {
     "train": ("2014-01-01", "2014-12-31"),
     "valid": ("2015-01-01", "2015-12-31"),
@@ -97,7 +99,7 @@ def handler(args: argparse.Namespace, name: str) -> dict:
 
     begin = time.perf_counter()
     peak = Peak()
-    built = init_instance_by_config(handler_config(name))
+    built = init_instance_by_config(handler_config(name, SPANS[name]))
     return {"seconds": time.perf_counter() - begin, "mib": peak.mib, "rows": len(built._infer)}
 
 

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory import Peak
-from qlib_side import COLUMNS, FIT, SEGMENTS, SPAN
+from qlib_side import COLUMNS, FIT, SEGMENTS, SPAN, SPANS
 
 from qtorch.core.instantiate import init_instance_by_config
 
@@ -42,8 +42,8 @@ def dataset_config(
             "_target_": f"qtorch.data.{handler}",
             "source": source_config(args),
             "instruments": "nyse500",
-            "start_time": SPAN[0],
-            "end_time": SPAN[1],
+            "start_time": SPANS[handler][0],
+            "end_time": SPANS[handler][1],
             **options,
         },
         "segments": SEGMENTS if windows else {**SEGMENTS, "train": FIT},
@@ -124,7 +124,7 @@ def handler(args: argparse.Namespace, name: str) -> dict[str, Any]:
     seconds, mib = time.perf_counter() - begin, peak.mib
     assert batch.x.shape[0] == BATCH
     frame_peak, begin = Peak(), time.perf_counter()
-    rows = len(dataset.prepare(slice(*SPAN), col_set=["feature", "label"], data_key="infer"))
+    rows = len(dataset.prepare(slice(*SPANS[name]), col_set=["feature", "label"], data_key="infer"))
     return {
         "seconds": seconds,
         "mib": mib,

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from qtorch.cli.main import main
 from qtorch.cli.options import count, options_of, seconds, switch
+from qtorch.cli.sent import _named
 from qtorch.cli.task_text import duration, model_of
 from qtorch.cli.worker_table import worker_table
 from qtorch.core.errors import ConfigError
@@ -194,6 +195,14 @@ def test_options():
     }.items():
         with pytest.raises(ConfigError, match=said):
             options_of([word], readers, "it")
+
+
+def test_a_pool_is_named_without_a_password(monkeypatch):
+    """What is printed for other terminals shows no secret, and no URL that each of them has."""
+    url = "postgresql+psycopg://me:secret@db/pool"
+    assert _named("zoo", url) == "pool=zoo url=postgresql+psycopg://me:***@db/pool"
+    monkeypatch.setenv("QTORCH_TASK_URL", url)
+    assert _named("zoo", url) == "pool=zoo"
 
 
 def test_texts():

@@ -8,7 +8,8 @@ import pytest
 
 from qtorch.cli.guard import error_line, guarded
 from qtorch.cli.main import main
-from qtorch.core.errors import DataError
+from qtorch.core.errors import DataError, ExpressionError
+from qtorch.data.expression import parse
 
 
 def raising(error):
@@ -37,6 +38,22 @@ def test_an_error_that_is_not_ours_names_its_type_and_how_to_see_more():
 def test_a_full_disk_is_called_so():
     told = error_line(OSError(errno.ENOSPC, "No space left on device", "/x/y.parquet"))
     assert told.startswith("the disk is full while writing /x/y.parquet")
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("Ref($close,-2)/Reff($close,-1)", ": 'Reff', character 16 of 'Ref($close,-2)/Reff($c"),
+        ("Mean($close, 5", ": '(', character 5 of 'Mean($close, 5'"),
+        ("$close +", "was expected: the end of '$close +'"),
+    ],
+)
+def test_the_place_in_an_expression_is_said_in_words(expression, said):
+    with pytest.raises(ExpressionError) as caught:
+        parse(expression)
+    line = error_line(caught.value)
+    assert said in line
+    assert "^" not in line
 
 
 def test_debug_shows_the_traceback_for_this_command_alone(capsys, monkeypatch):

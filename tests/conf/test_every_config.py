@@ -99,3 +99,13 @@ def test_rolling_takes_the_groups_of_train():
     settings, train = composed("rolling", ["data=synthetic_tiny"]), composed("train", [])
     assert settings["task"].keys() == train["task"].keys()
     assert settings["handler"] == train["handler"] | {"source": settings["data"]}
+
+
+def test_an_option_that_takes_a_mapping_takes_one():
+    """An empty mapping as default would refuse every key of the user's."""
+    wrong = [f for f in FILES if ": {}" in (CONF / f"{f}.yaml").read_text()]
+    assert not wrong
+    table = composed("bars", ["data=table", "data.path=x", "data.columns={close:last}"])
+    assert table["data"]["columns"] == {"close": "last"}
+    tuned = composed("finetune", ["run=x", "trainer={gradient_clip_val:1.0}"])
+    assert tuned["trainer"] == {"gradient_clip_val": 1.0}

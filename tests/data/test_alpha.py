@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, ExpressionError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.data import (
     Alpha158,
@@ -17,7 +17,7 @@ from qtorch.data import (
 )
 from qtorch.data.alpha_loader import Alpha158DL, Alpha360DL
 from qtorch.data.columns import PanelColumns
-from qtorch.data.features import SELECTED_20, alpha360
+from qtorch.data.features import SELECTED_20, alpha360, market_features
 from qtorch.data.handler import DataHandlerLP
 from qtorch.data.loader import QlibDataLoader
 from qtorch.data.window_columns import WindowColumns
@@ -39,6 +39,46 @@ def test_158_columns_in_qlibs_order(source) -> None:
     assert names[9:15] == ["OPEN0", "HIGH0", "LOW0", "VWAP0", "ROC5", "ROC10"]
     assert names[-1] == "VSUMD60"
     assert handler.get_cols("label") == ["LABEL0"]
+
+
+def test_what_an_index_did_comes_last_and_is_the_same_for_all(source) -> None:
+    handler = Alpha158("stocks", **SPAN, source=source, columns=["KMID"], market=["market"])
+    found = handler.fetch(col_set="feature", data_key="raw")
+    assert list(found) == ["KMID", *market_features(["market"])[1]]
+    assert len(found.columns) == 22
+    assert "MARKET" not in found.index.get_level_values("instrument")
+    by_day = found.drop(columns="KMID").groupby(level="datetime")
+    assert (by_day.nunique(dropna=False) == 1).all(axis=None)
+    index = source.features(["MARKET"], ["$close", "$volume"]).droplevel("instrument")
+    moved, amount = index["$close"].pct_change(), index["$close"] * index["$volume"]
+    expected = {
+        "RET": moved,
+        "RETMEAN60": moved.rolling(60, min_periods=1).mean(),
+        "RETSTD5": moved.rolling(5, min_periods=1).std(),
+        "AMOUNTMEAN10": amount.rolling(10, min_periods=1).mean() / amount,
+        "AMOUNTSTD20": amount.rolling(20, min_periods=1).std() / amount,
+    }
+    for name, values in expected.items():
+        first = by_day[f"{name}_market"].first()
+        np.testing.assert_allclose(first, values[first.index], rtol=2e-3, atol=1e-5, err_msg=name)
+    with pytest.raises(ConfigError, match="expected a list"):
+        Alpha158(source=source, market="MARKET")
+
+
+def test_another_instrument_is_seen_whatever_the_universe_and_its_size() -> None:
+    many = SyntheticSource(140, "2015-01-01", "2015-04-30", seed=3)
+    loader = QlibDataLoader(["Mask(Mean($close, 5), 'market')", "$close"], source=many)
+    last = sorted(many.instruments("stocks"))[-3:]
+    for universe in ("stocks", last):  # more than what is computed at once; and few
+        found = loader.load(universe, "2015-03-02", "2015-04-30").iloc[:, 0].unstack()
+        expected = many.features(["MARKET"], ["Mean($close, 5)"], "2015-03-02", "2015-04-30")
+        assert len(found.columns) == 3 if universe is last else len(found.columns) > 130
+        filled = found.ffill(axis=1).bfill(axis=1)  # a day that an instrument lacks has no value
+        np.testing.assert_allclose(filled.iloc[:, 0], expected.iloc[:, 0], rtol=1e-6)
+    same = many.features(last, ["Mask(Mean($close, 5), 'market')"], "2015-03-02", "2015-03-02")
+    np.testing.assert_allclose(same.iloc[:, 0], expected.iloc[0, 0], rtol=1e-6)
+    with pytest.raises(ExpressionError, match="unknown instrument 'nobody'"):
+        QlibDataLoader(["Mask($close, 'nobody')"], source=many).load("stocks")
 
 
 def test_the_label_is_the_return_from_tomorrow(source) -> None:

@@ -204,12 +204,37 @@ def test_without_a_window_the_train_segment_is_asked_for(frame: pd.DataFrame) ->
     np.testing.assert_allclose(handler.fetch(col_set="feature"), zscored(frame), atol=1e-5)
 
 
+def test_a_train_segment_without_rows_is_named(frame: pd.DataFrame) -> None:
+    handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE])
+    handler.bind_train("2031-01-01", "2031-12-31")
+    with pytest.raises(DataError, match=r"fit window 2031-01-01\.\.2031-12-31 .* covers 2020-01-"):
+        handler.fetch()
+
+
 def test_the_window_moves_with_the_train_segment(frame: pd.DataFrame) -> None:
     handler = DataHandlerLP.from_df(frame, infer_processors=[ZSCORE])
     for end in ("2020-01-31", "2020-02-14"):
         handler.bind_train("2020-01-01", end)
         found = handler.fetch(col_set="feature")
         np.testing.assert_allclose(found, zscored(frame, end), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group", "where", "said"),
+    [
+        (None, "infer_processors", True),
+        ("label", "shared_processors", True),
+        (["feature", "label"], "infer_processors", True),
+        ("feature", "infer_processors", False),
+        ("label", "learn_processors", False),
+    ],
+)
+def test_dropping_test_rows_by_their_label_is_said(
+    frame: pd.DataFrame, caplog, group, where: str, said: bool
+) -> None:
+    processor = {"class": "DropnaProcessor", "kwargs": {"fields_group": group}}
+    DataHandlerLP.from_df(frame, **{where: [processor]}).fetch()
+    assert ("DropnaProcessor stands before inference" in caplog.text) == said
 
 
 def test_a_wider_window_is_refused_unless_allowed(frame: pd.DataFrame, caplog) -> None:

@@ -47,3 +47,7 @@ def test_overlapping_segments_are_named():
         check_segments({"train": (None, None), "test": ("2016-01-01", None)})
     with pytest.raises(ConfigError, match=r"ends .* before it starts"):
         check_segments({"train": ("2015-01-01", "2014-01-01")})
+    with pytest.raises(
+        ConfigError, match=r"segment 'valid' \(2015-01-01\.\.abc\): the dates cannot"
+    ):
+        check_segments({"valid": ("2015-01-01", "abc")})

@@ -37,16 +37,24 @@ CONFIG_FAULTS = {
     "unknown group": (["modle=lstm"], "Did you mean 'model'?"),
     "unknown class": (["model.network._target_=qtorch.nn.LSTN"], "LSTM"),
     "unquoted expression": (["handler.label=Ref($close,-2)/$close"], "need quotes"),
-    "unknown field": (["handler.label=['$closs/$open-1']"], "Did you mean 'close'?"),
+    "unknown field": (
+        ["handler.label=['$closs/$open-1']"],
+        "vwap: '$closs', character 1 of '$closs/",
+    ),
     "unknown operator": (["handler.label=['Reff($close,-2)/$close']"], "Did you mean 'Ref'?"),
-    "syntax error": (["handler.label=['Ref($close,-2']"], "Ref($close,-2"),
+    "syntax error": (["handler.label=['Ref($close,-2']"], "'(', character 4 of 'Ref($close,-2'"),
+    "unknown metric": (["callbacks.monitor=icc"], "Did you mean 'ic'?"),
+    "word for a number": (["trainer.max_epochs=abc"], "trainer.max_epochs is 'abc'"),
     "label of nothing": (
         ["handler.label=['Ref($close,-9999)/$close']"],
         "Is the label NaN everywhere",
     ),
     "empty segment": (["segments.test=[2031-01-01,2031-12-31]", *()], "test"),
     "segments over one": (["segments.test=0.9"], "their sum is at most 1"),
-    "tracking that does not answer": (["tracking.uri=http://127.0.0.1:9"], "127.0.0.1:9"),
+    "tracking that does not answer": (
+        ["tracking.uri=http://127.0.0.1:9"],
+        "http://127.0.0.1:9 does not answer (Connection refused)",
+    ),
     "a bare folder as store": (["tracking.uri=runs"], "sqlite:///"),
     "resume of nothing": (["resume=true"], "resume=RUN_ID"),
     "resume of an unknown run": (["resume=abc"], "abc"),
@@ -81,6 +89,9 @@ def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
         told = train(*overrides)
     assert said in told.error()
     assert told.code == 1
+    if fault == "empty segment":  # said before the training, not after it
+        (run,) = runs()
+        assert run.logged("train/loss") == {}
     if "tracking" not in fault and "store" not in fault:
         without_finished(runs)
 

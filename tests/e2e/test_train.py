@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from qtorch.data.source.synthetic import SyntheticSource
+
 FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 
 
@@ -111,6 +113,20 @@ def test_bars_come_in_from_a_table_and_are_described(qtorch_cli, train, folder):
     assert (folder / "bars.png").stat().st_size > 10_000
     told = train("data=qlib", "data.provider_uri=bars", "universe=stocks")
     assert told.code == 0, told.err
+
+
+@pytest.mark.slow
+def test_a_table_of_other_names_by_the_command_line(qtorch_cli, folder):
+    bars = SyntheticSource(4, "2019-01-01", "2019-06-28").load().to_frame().reset_index()
+    bars = bars.rename(columns={"datetime": "day", "instrument": "ticker", "close": "last"})
+    bars.to_parquet(folder / "bars.parquet", index=False)
+    names = "data.columns={datetime:day,instrument:ticker,close:last,volume:volume}"
+    told = qtorch_cli("data", "describe", "data=table", "data.path=bars.parquet", names)
+    assert told.code == 0, told.err
+    assert "fields      close, volume" in told.out
+    told = qtorch_cli("data", "import", "data=table", "data.path=bars.parquet", names, "out=bars")
+    assert told.code == 0, told.err
+    assert len(list((folder / "bars" / "features").glob("*/close.day.bin"))) == 5
 
 
 @pytest.mark.slow

@@ -125,6 +125,18 @@ def test_the_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> No
     assert [pair for pair in seen if pair[0] > 4] == [(5, 16), (10, 16), (15, 16), (16, 16)]
 
 
+def test_a_login_node_of_a_cluster_is_no_reason_for_a_warning(
+    dataset: ToyDataset, tmp_path, monkeypatch, recwarn
+) -> None:
+    """Lightning's advice to start each command with srun is for another way of working."""
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = model_of(trainer={"max_epochs": 1})
+    model.fit(dataset)
+    model.predict(dataset)
+    assert not [w for w in recwarn if "srun" in str(w.message)]
+
+
 def test_a_trainer_without_checkpoints(dataset: ToyDataset, recorder: ToyRecorder) -> None:
     model_of(checkpoint={}, trainer={"enable_checkpointing": False}).fit(dataset, recorder=recorder)
     assert not list(recorder.checkpoint_dir().glob("*"))

@@ -24,12 +24,18 @@ from qtorch.model.checkpoint import (
     read_checkpoint,
     save_rotating,
 )
-from qtorch.model.factories import loss_of, optimizer_factory, scheduler_plan
+from qtorch.model.factories import explained, loss_of, optimizer_factory, scheduler_plan
 from qtorch.model.generators import generator_states, preserved_generators, restore_generators
 from qtorch.model.recorder_logger import RecorderLogger
 from qtorch.model.step_loader import StepLoader
 from qtorch.model.tally import Tally, weighted_mean
-from qtorch.model.trainer_options import early_stopping, limited, monitored, trainer_options
+from qtorch.model.trainer_options import (
+    check_monitor,
+    early_stopping,
+    limited,
+    monitored,
+    trainer_options,
+)
 
 
 def _draws() -> list[float]:
@@ -152,6 +158,27 @@ def test_monitors_and_limits() -> None:
     options = trainer_options({"max_epochs": 3, "gradient_clip_val": 2}, ())
     assert options.rest == {"max_epochs": 3}
     assert options.clip_value == 2.0
+
+
+def test_a_metric_that_nothing_gives_is_named() -> None:
+    check_monitor("valid/ic", "train/loss")
+    with pytest.raises(ConfigError, match=r"metric to monitor 'icc'. Did you mean 'ic'"):
+        check_monitor("icc")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_epochs", "abc"), ("max_epochs", 2.5), ("gradient_clip_val", "x"), ("max_steps", True)],
+)
+def test_a_word_in_a_numbers_place_is_named(name, value) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{name} is .*; expected a .*number"):
+        trainer_options({name: value}, ())
+
+
+def test_what_an_optimizer_refuses_is_told_with_what_was_given() -> None:
+    factory = explained(optimizer_factory({"_target_": "torch.optim.SGD", "lr": "abc"}))
+    with pytest.raises(ConfigError, match=r"the optimizer SGD does not take {'lr': 'abc'}"):
+        factory([torch.nn.Parameter(torch.zeros(1))])
 
 
 def test_factories() -> None:

@@ -29,10 +29,16 @@ class ToyDataset:
     """Features of noise; the label is a known mixture of the newest two days' features.
 
     30 instruments, with holes; label "label" is the raw one over its standard deviation, so that
-    the two differ.
+    the two differ. Of `num_labels` the second is the signal without noise, the others oppose it.
     """
 
-    def __init__(self, num_days: int = 60, num_instruments: int = 30, step_len: int = 3) -> None:
+    def __init__(
+        self,
+        num_days: int = 60,
+        num_instruments: int = 30,
+        step_len: int = 3,
+        num_labels: int = 1,
+    ) -> None:
         rng = np.random.default_rng(0)
         days = pd.date_range("2020-01-01", periods=num_days, name="datetime")
         names = pd.Index([f"S{k:03d}" for k in range(num_instruments)], name="instrument")
@@ -40,13 +46,15 @@ class ToyDataset:
         before = np.concatenate([x[:1], x[:-1]])
         signal = x[:, :, 0] - 0.5 * before[:, :, 1]
         raw = 0.02 * (signal + rng.normal(size=signal.shape))
-        values = np.concatenate([x, raw[..., None], raw[..., None] / raw.std()], axis=2)
+        labels = [raw / raw.std(), signal, *[-signal] * num_labels][:num_labels]
+        values = np.concatenate([x, np.stack([raw, *labels], 2)], axis=2)
         rows = torch.tensor(rng.random((num_days, num_instruments)) > 0.1)
-        fields = [*(f"F{k}" for k in range(NUM_FEATURES)), "RAW", "LABEL"]
+        label_names = ["LABEL", *(f"LABEL{k}" for k in range(1, num_labels))]
+        fields = [*(f"F{k}" for k in range(NUM_FEATURES)), "RAW", *label_names]
         panel = Panel(torch.tensor(values, dtype=torch.float32), days, names, fields)
         columns = {
             "feature": PanelColumns(panel, fields[:NUM_FEATURES]),
-            "label": PanelColumns(panel, ["LABEL"]),
+            "label": PanelColumns(panel, label_names),
         }
         self.raw = PanelColumns(panel, ["RAW"])
         self.view = View(columns, rows, rows)

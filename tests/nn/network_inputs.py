@@ -14,7 +14,7 @@ import qtorch.nn
 from qtorch.nn.network import Network
 
 G, N, T, F = 3, 7, 6, 4
-NUM_INSTRUMENTS, NUM_DAYS, NUM_CONCEPTS = 11, 20, 5
+NUM_INSTRUMENTS, NUM_DAYS, NUM_CONCEPTS, NUM_STATES = 11, 20, 5, 3
 # Padding of the day batch: the last day has three instruments, the first is full.
 COUNTS = (N, 5, 3)
 
@@ -39,6 +39,8 @@ def build(cls: type[Network], seed: int = 0, **arguments: Any) -> Network:
         "num_instruments": NUM_INSTRUMENTS,
         "num_days": NUM_DAYS,
         "num_concepts": NUM_CONCEPTS,
+        "num_states": NUM_STATES,
+        "n_steps": 3,  # of TabNet, whose five are slow to trace
     }
     takes = inspect.signature(cls).parameters
     torch.manual_seed(seed)
@@ -65,6 +67,7 @@ def feed(cls: type[Network], *, size: int | None = None, seed: int = 1) -> dict[
         "date": torch.arange(5, 5 + form[0])[:, None].expand(form)
         if cls.cross_section
         else torch.randint(NUM_DAYS, form, generator=g),
+        "errors": torch.rand(*form, T, NUM_STATES, generator=g),
         "concept": (torch.rand(*form, NUM_CONCEPTS, generator=g) > 0.5).float(),
     }
     return {**given, **{name: extras[name] for name in cls.extras}}

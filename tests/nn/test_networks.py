@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from network_inputs import NETWORKS, F, T, build, feed, real
+from network_inputs import NETWORKS, NUM_INSTRUMENTS, F, T, build, feed, real
 from torch.func import functional_call
 
-from qtorch.nn import MLP, Transformer
+from qtorch.nn import MLP, StockMixer, Transformer
 from qtorch.nn.network import Network
 from qtorch.nn.stacked import stack_members, stacked_call
 
 every = pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
+# Days whose instruments have weights of their own.
+OF_A_UNIVERSE = [c for c in NETWORKS if c.cross_section and "instrument" in c.extras]
 CONF = Path(__file__).parents[2] / "conf" / "model"
+MOST_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """The compiler imported and warm, which is no network's own cost."""
+    torch.compile(torch.nn.Tanh(), backend="eager")(torch.zeros(1))
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Each point of the contract costs a network little: seconds of work, whoever else works."""
+    begun = time.thread_time()
+    yield
+    assert time.thread_time() - begun < MOST_SECONDS
 
 
 def test_the_first_networks_are_found() -> None:
@@ -56,6 +75,26 @@ def test_every_parameter_gets_a_finite_gradient(cls: type[Network]) -> None:
 
 
 @every
+@pytest.mark.parametrize("training", [True, False])
+def test_holes_that_were_filled_give_finite_scores_and_gradients(
+    cls: type[Network], training: bool
+) -> None:
+    """Zeros where values were missing: half of all, one column, one instrument, a whole day."""
+    given = feed(cls)
+    x = given["x"]
+    holes = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    holes[..., 0] = holes[0] = holes[1, 0] = True
+    given["x"] = x.masked_fill(holes, torch.nan).nan_to_num(0.0)
+    network = build(cls).train(training)
+    score = real(cls, network(**given), given)
+    assert torch.isfinite(score).all()
+    score.square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+@every
 def test_evaluation_is_deterministic_and_batches_do_not_matter(cls: type[Network]) -> None:
     network, given = build(cls).eval(), feed(cls)
     with torch.no_grad():
@@ -87,6 +126,21 @@ def test_the_order_of_the_samples_does_not_matter(cls: type[Network]) -> None:
         expected = real(cls, network(**given).index_select(axis, order), mixed)
         found = real(cls, network(**mixed), mixed)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", OF_A_UNIVERSE, ids=lambda cls: cls.__name__)
+def test_who_an_instrument_is_matters_where_weights_are_its_own(cls: type[Network]) -> None:
+    """The windows of a full day change places while the names stay: other scores, not the same
+    ones in another place, as StockMixer's paper has it."""
+    network, given = build(cls).eval(), feed(cls, size=NUM_INSTRUMENTS)
+    order = torch.arange(NUM_INSTRUMENTS).roll(1)
+    mixed = {k: v if k == "instrument" else v[:, order] for k, v in given.items()}
+    with torch.no_grad():
+        assert not torch.allclose(network(**mixed), network(**given)[:, order], atol=1e-3)
+
+
+def test_the_networks_of_a_universe_are_found() -> None:
+    assert StockMixer in OF_A_UNIVERSE
 
 
 @pytest.mark.parametrize(
@@ -150,6 +204,7 @@ def test_stacked_members_equal_each_alone(cls: type[Network], training: bool) ->
 
 
 @every
+@pytest.mark.usefixtures("compiler")
 def test_compiling_captures_it(cls: type[Network]) -> None:
     network, given = build(cls).eval(), feed(cls)
     compiled = torch.compile(network, backend="eager")

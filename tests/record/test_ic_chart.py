@@ -23,5 +23,7 @@ def test_it_draws_any_number_of_days(num_days, tmp_path):
 def test_it_shows_the_means_that_are_logged():
     dates = pd.bdate_range("2020-01-01", periods=50)
     ic = pd.Series(np.linspace(-0.1, 0.2, 50), dates)
-    told = [t.get_text() for a in ic_chart(ic, ic).axes for t in a.get_legend().get_texts()]
+    axes = ic_chart(ic, ic).axes
+    assert all(a.get_ylabel() for a in axes)
+    told = [t.get_text() for a in axes for t in a.get_legend().get_texts()]
     assert "IC: mean 0.0500, std 0.0892" in told

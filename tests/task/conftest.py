@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pool_workers import postgres
+from pool_workers import STARTED, end, postgres
 
 from qtorch.task import TaskManager
 
@@ -27,14 +27,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A PostgreSQL server of the session: the one that the environment names, else one of ours."""
     if os.environ.get(POSTGRES_VARIABLE):
         yield os.environ[POSTGRES_VARIABLE]
         return
-    server = postgres(tmp_path_factory.mktemp("postgres"))
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+    with postgres() as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +60,14 @@ def mongo_url() -> Iterator[str]:
     yield url
     server.terminate()
     server.wait(20)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """What a test has started ends with it, however that ends."""
+    yield
+    while STARTED:
+        end(STARTED.pop())
 
 
 @pytest.fixture(params=STORES)

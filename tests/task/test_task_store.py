@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -251,6 +252,32 @@ def test_a_wrong_url_says_so_at_once(url, said):
         pytest.importorskip("pymongo")
     with pytest.raises(TaskStoreError, match=said):
         TaskManager("p", url).task_stat()
+
+
+def test_workers_that_come_together_make_a_fresh_stores_tables_once(postgres_url):
+    """Eight find none; the one that has the lock makes them, the others find them then."""
+    import sqlalchemy as sa
+
+    name = f"fresh_{uuid.uuid4().hex[:8]}"
+    server = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    url = sa.make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    holder = sa.create_engine(url)
+    managers = [TaskManager("p", url) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        with holder.begin() as lock:
+            lock.exec_driver_sql(f"SELECT pg_advisory_xact_lock({sql.LOCK_KEY}, 0)")
+            told = [threads.submit(m.task_stat) for m in managers]
+            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            until(lambda: lock.exec_driver_sql(waiting).scalar() == 8)
+        assert [t.result() for t in told] == [{}] * 8
+    for manager in managers:
+        manager.close()
+    holder.dispose()
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
+    server.dispose()
 
 
 def test_patience_ends(tmp_path):

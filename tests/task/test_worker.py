@@ -15,6 +15,8 @@ import pytest
 from pool_workers import HERE, until
 
 from qtorch.task import TaskManager
+from qtorch.task.query import parse_query
+from qtorch.task.store import Change
 
 pytestmark = pytest.mark.slow
 
@@ -143,9 +145,11 @@ def test_max_tasks_and_several_to_a_device(pool):
 def test_what_is_not_trusted_or_not_there_fails_with_the_reason(pool):
     targets = {"os.system": "QTORCH_TRUSTED", "qtorch.nn.LSTN": "Did you mean 'LSTM'"}
     definitions = [{"model": {"_target_": name, "command": "true"}} for name in targets]
-    ids = [*pool.manager.create_task(definitions), *pool.add("quick")]
+    ids = [*pool.manager.create_task([*definitions, {"broken": 1}]), *pool.add("quick")]
+    broken = parse_query({"_id": ids[2]})
+    pool.manager._pool._store().change_all("pool", broken, Change({"definition": '{"model": '}))
     ended(pool.start("idle_timeout=0"))
-    for id, said in zip(ids, targets.values(), strict=False):
+    for id, said in zip(ids, [*targets.values(), "is no JSON"], strict=False):
         task = pool.task(id)
         assert (task["status"], task["errors"]) == ("failed", 1)
         assert said in task["error"]

@@ -20,11 +20,12 @@ class Block:
     """Some instruments (columns `start..stop`) of the bars, all rows.
 
     Values here are `[D, n]` tensors. A number is NaN outside its instrument's span; what a
-    condition holds there is undefined, and `numbers` mends it.
+    condition holds there is undefined, and `numbers` mends it. `others` are bars of instruments
+    that `Mask` may name besides.
     """
 
-    def __init__(self, bars: Panel, start: int, stop: int) -> None:
-        self.bars, self.start, self.stop = bars, start, stop
+    def __init__(self, bars: Panel, start: int, stop: int, others: Panel | None = None) -> None:
+        self.bars, self.start, self.stop, self.others = bars, start, stop, others
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start

@@ -46,6 +46,7 @@ def evaluate(
     bars: Panel,
     *,
     out: Tensor | None = None,
+    others: Panel | None = None,
     num_threads: int | None = None,
 ) -> Panel:
     """The values of expressions over bars, as a panel with the bars' calendar and instruments.
@@ -58,6 +59,7 @@ def evaluate(
     bars: `[D, N, F]` of stored fields, on the CPU or a GPU; computed where it lies.
     out: a float32 tensor `[D, N, number of expressions]` of any strides to write into; else new
     field-major storage.
+    others: bars of the same dates and fields of instruments that `Mask` may name besides.
     num_threads: Python threads on the CPU, each with one torch thread; default: torch's number.
 
     Differences from Qlib, on purpose: on flat windows a deviation is exactly 0 (Qlib's rounding
@@ -85,7 +87,7 @@ def evaluate(
     def run(span: tuple[int, int]) -> None:
         start, stop = span
         beat("features", columns=f"{stop}/{n}")
-        machine = Machine(Block(bars, start, stop), plan, kernels)
+        machine = Machine(Block(bars, start, stop, others), plan, kernels)
         machine.run(lambda k: target[:, start:stop, k])
 
     kernels = _kernels(plan)

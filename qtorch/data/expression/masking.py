@@ -22,11 +22,15 @@ def _mask(machine: Machine, step: Step) -> Tensor:
     assert isinstance(node, Call)
     name = node.arguments[1]
     assert isinstance(name, Text)
-    known = {i.lower(): i for i in block.bars.instruments}
-    if name.value.lower() not in known:
+    for bars in (block.bars, block.others):
+        known = {} if bars is None else {i.lower(): i for i in bars.instruments}
+        if bars is not None and name.value.lower() in known:
+            bars = bars.select(instruments=[known[name.value.lower()]])
+            break
+    else:
         raise error_at(name.span, unknown_name("instrument", name.value, block.bars.instruments))
-    bars = block.bars.select(instruments=[known[name.value.lower()]])
-    other = Machine(Block(bars, 0, 1), make_plan([node.arguments[0]]), machine.kernels)
+    inner = Block(bars, 0, 1, block.others)
+    other = Machine(inner, make_plan([node.arguments[0]]), machine.kernels)
     column = block.empty(rows=block.num_rows)[:, :1]
     other.run(lambda _: column)
     values = column.expand(-1, block.num_columns).contiguous()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from qtorch.data.expression.node import Call, Field, Node, Number, walk
+from qtorch.data.expression.block import field_name
+from qtorch.data.expression.node import Call, Field, Node, Number, Text, walk
 from qtorch.data.expression.operators import known_operators
 from qtorch.data.expression.parser import parse
 
@@ -14,16 +15,30 @@ def fields_of(expressions: str | Iterable[str] | Mapping[str, str]) -> tuple[str
 
     A mapping's values are its expressions.
     """
+    return tuple(dict.fromkeys(n.name for n in _nodes(expressions) if isinstance(n, Field)))
+
+
+def masked_of(expressions: str | Iterable[str] | Mapping[str, str]) -> tuple[str, ...]:
+    """The other instruments that the expressions look at (`Mask`), as they are written there."""
+    calls = (n for n in _nodes(expressions) if isinstance(n, Call) and n.operator == "Mask")
+    return tuple(dict.fromkeys(a.value for c in calls for a in c.arguments if isinstance(a, Text)))
+
+
+def _nodes(expressions: str | Iterable[str] | Mapping[str, str]) -> Iterator[Node]:
     if isinstance(expressions, str):
         expressions = [expressions]
     elif isinstance(expressions, Mapping):
         expressions = expressions.values()
-    found: dict[str, None] = {}
+    for expression in expressions:
+        yield from walk(parse(expression))
+
+
+def check_fields(expressions: Iterable[str], known: Sequence[str]) -> None:
+    """ExpressionError, at its place and with the nearest name, for a field that is not stored."""
     for expression in expressions:
         for node in walk(parse(expression)):
             if isinstance(node, Field):
-                found[node.name] = None
-    return tuple(found)
+                field_name(node, known)
 
 
 def reach(expression: str) -> tuple[int | None, int]:

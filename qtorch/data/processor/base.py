@@ -64,6 +64,10 @@ class Processor(Configured, Serializable, ABC):
         """The columns that stay, by group, of those given."""
         return names
 
+    def drops_by_label(self, names: Names) -> bool:
+        """Whether rows are taken away because of what their label is, or is missing."""
+        return False
+
     def check_names(self, names: Names) -> None:
         """Warn of names in the arguments that the data lacks; asked once, with all columns."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError
-from qtorch.data.processor.base import FieldsGroup, Processor, chosen_columns, names_of
+from qtorch.data.processor.base import FieldsGroup, Names, Processor, chosen_columns, names_of
 from qtorch.data.view import View
 
 BLOCK = 16
@@ -24,6 +24,9 @@ class DropnaProcessor(Processor):
 
     def __init__(self, fields_group: FieldsGroup = None) -> None:
         self.fields_group = fields_group
+
+    def drops_by_label(self, names: Names) -> bool:
+        return "label" in chosen_columns(names, self.fields_group)
 
     def __call__(self, view: View) -> View:
         complete = _complete(view, self.fields_group)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,8 +18,10 @@ from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.core.trust import trusted_type
 from qtorch.data.expression.evaluation import evaluate
-from qtorch.data.expression.requirement import fields_of, reach
+from qtorch.data.expression.requirement import check_fields, fields_of, masked_of, reach
 from qtorch.data.panel import Panel, clip_spans, within_spans
+
+log = logging.getLogger(__name__)
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
@@ -124,6 +127,7 @@ class Source(Configured, ABC):
         wanted = tuple(self.fields(freq) if fields is None else (f.lstrip("$") for f in fields))
         names = self._stored(sorted(membership), freq)
         bars = self.read_bars(names, wanted, freq, slice(first, last))
+        _say_infinite(bars.values, wanted)
         spans = clip_spans(bars.spans, last - first)
         mask = within_spans(spans, last - first)
         mask &= _member_rows([membership[n] for n in names], calendar[first:last])
@@ -155,17 +159,34 @@ class Source(Configured, ABC):
             )
         reaches = [reach(expression) for expression in fields]
         histories = [before for before, _ in reaches if before is not None]
-        bars = self.load(
-            fields_of(fields),
-            instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-            freq=freq,
-            before=max(histories) if len(histories) == len(reaches) else None,
-            after=max(after for _, after in reaches),
-        )
-        frame = evaluate(list(fields), bars).to_frame(start=start_time, end=end_time)
-        return frame.swaplevel().sort_index()
+        wanted: dict[str, Any] = {
+            "fields": fields_of(fields),
+            "start_time": start_time,
+            "end_time": end_time,
+            "freq": freq,
+            "before": max(histories) if len(histories) == len(reaches) else None,
+            "after": max(after for _, after in reaches),
+        }
+        bars = self.load_for(fields, instruments=instruments, **wanted)
+        others = self.masked(fields, **wanted)
+        found = evaluate(list(fields), bars, others=others)
+        return found.to_frame(start=start_time, end=end_time).swaplevel().sort_index()
+
+    def load_for(self, expressions: Iterable[str], **wanted: Any) -> Panel:
+        """What `load(**wanted)` gives; where a field is missing, the error shows the expression
+        that reads it, which is what a user can look for."""
+        try:
+            return self.load(**wanted)
+        except DataError:
+            check_fields(expressions, self.fields(wanted["freq"]))
+            raise
+
+    def masked(self, expressions: Iterable[str], **wanted: Any) -> Panel | None:
+        """The bars of the instruments that `Mask` names in the expressions, whatever the
+        universe; `wanted` are `load`'s other arguments. None where none is known."""
+        known = {name.lower(): name for name in self.stored_instruments()}
+        names = {known[n.lower()] for n in masked_of(expressions) if n.lower() in known}
+        return self.load(instruments=sorted(names), **wanted) if names else None
 
     # -- selection -------------------------------------------------------------------------------
 
@@ -245,6 +266,18 @@ def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
         return rows
     held = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
     raise DataError(f"no trading day between {start} and {end}; the calendar holds {held}.")
+
+
+def _say_infinite(values: Tensor, fields: Sequence[str]) -> None:
+    """A warning: a processor that clips would let infinite bars pass without a word."""
+    counts = {f: int(v.isinf().sum()) for f, v in zip(fields, values, strict=True)}
+    held = ", ".join(f"{f} ({count})" for f, count in counts.items() if count)
+    if held:
+        log.warning(
+            "infinite values in the bars: %s. Mend them in the data, or put ProcessInf before the "
+            "other processors.",
+            held,
+        )
 
 
 def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:

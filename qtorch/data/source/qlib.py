@@ -151,6 +151,9 @@ class QlibSource(Source):
                 if stored is None:
                     continue
                 first, data = stored
+                if not len(data):
+                    self._cut(f"{path} holds no value")
+                    continue
                 reach[k, i] = first, first + len(data) - 1
                 lo, hi = max(first, rows.start), min(first + len(data), rows.stop)
                 if lo < hi:
@@ -179,11 +182,15 @@ class QlibSource(Source):
         if not short.any():
             return
         k, i = (int(a[0]) for a in np.nonzero(short))
-        message = (
+        self._cut(
             f"{self._folder}/features/{folder_name(instruments[i])}: {fields[bars[k]]} ends at "
             f"calendar row {last[k, i]}, its other bar fields at {last[:, i].max()} "
-            f"({int(short.sum())} such files): cut in the middle? Write it again"
+            f"({int(short.sum())} such files)"
         )
+
+    def _cut(self, found: str) -> None:
+        """An error where this source is strict, else a warning."""
+        message = f"{found}: cut in the middle? Write it again"
         if self.strict:
             raise DataError(f"{message}, or read it as it is with QlibSource(..., strict=False).")
         logger.warning("%s.", message)
@@ -242,7 +249,7 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
             f"{path} holds {count} values from calendar row {int(first)} on, but the calendar has "
             f"{num_dates} rows. The calendar or this file is of another version."
         )
-    return _Stored(int(first), content[1:]) if count else None
+    return _Stored(int(first), content[1:])
 
 
 def _read_instruments(path: Path) -> Membership:

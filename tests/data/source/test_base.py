@@ -100,3 +100,17 @@ def test_a_source_of_ones_own():
     assert panel.mask.int().tolist() == [[0, 1], [1, 0], [1, 0]]
     assert ThreeDays().load(start_time="2020-01-02").instruments.tolist() == ["A"]
     assert ThreeDays().features("all", ["Ref($close, 1)"]).iloc[:, 0].tolist()[:2] == [0, 1]
+
+
+def test_infinite_bars_are_said(caplog):
+    class Broken(ThreeDays):
+        def read_bars(self, instruments, fields, freq, rows):
+            bars = super().read_bars(instruments, fields, freq, rows)
+            values = bars.values.clone()
+            values[0, 1, 0] = float("inf")
+            return Bars(values, bars.spans)
+
+    ThreeDays().load()
+    assert "infinite" not in caplog.text
+    Broken().load()
+    assert "infinite values in the bars: close (1)" in caplog.text

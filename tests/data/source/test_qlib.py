@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.core.errors import ArgumentError, ConfigError, DataError
+from qtorch.core.errors import ArgumentError, ConfigError, DataError, ExpressionError
 from qtorch.core.session import session_context
+from qtorch.data.loader import QlibDataLoader
 from qtorch.data.source.qlib import QlibSource
 
 DAYS = pd.bdate_range("2020-01-01", periods=6)
@@ -169,6 +170,11 @@ def test_unknown_names_show_the_nearest(own_folder):
     with pytest.raises(DataError, match=r"unknown field 'clsoe'.*'close'") as error:
         source.load(["open", "clsoe"])
     one_line(error)
+    with pytest.raises(ExpressionError, match=r"unknown field 'clsoe'.*'close'") as error:
+        source.features("all", ["$open", "Mean($clsoe, 5)"])
+    assert str(error.value).splitlines()[1:] == ["    Mean($clsoe, 5)", "         ^^^^^^"]
+    with pytest.raises(ExpressionError, match=r"unknown field 'clsoe'"):
+        QlibDataLoader({"feature": ["$clsoe"]}, source=source).view()
     with pytest.raises(DataError, match=r"unknown instrument 'S0O'.*S0"):
         source.load(instruments=["S0O"])
     with pytest.raises(DataError, match=r"unknown frequency '5min'.*day"):
@@ -210,6 +216,18 @@ def test_a_file_cut_between_values_is_seen_by_its_siblings(own_folder, caplog):
         panel = QlibSource(own_folder, strict=False).load(["open", "close"])
     assert "cut in the middle" in caplog.text
     assert panel.column("close")[:, 1].isnan().any()
+
+
+def test_a_file_cut_behind_its_first_number(own_folder, caplog):
+    path = own_folder / "features" / "s01" / "close.day.bin"
+    path.write_bytes(path.read_bytes()[:4])
+    with pytest.raises(DataError, match=r"s01/close.day.bin holds no value: cut in the") as error:
+        QlibSource(own_folder).load(["open", "close"])
+    one_line(error)
+    with caplog.at_level(logging.WARNING):
+        panel = QlibSource(own_folder, strict=False).load(["open", "close"])
+    assert "holds no value" in caplog.text
+    assert panel.column("close")[:, 1].isnan().all()
 
 
 def test_a_file_longer_than_the_calendar(own_folder):

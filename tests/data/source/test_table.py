@@ -163,6 +163,9 @@ def test_doubled_and_descending_rows(tmp_path, long_frame):
 def test_time_zones(tmp_path, long_frame):
     zoned = long_frame.assign(datetime=long_frame["datetime"].dt.tz_localize("UTC"))
     refuse(tmp_path, zoned, "column 'datetime': the dates carry the time zone UTC")
+    offsets = ["2020-03-06 00:00:00-05:00", "2020-03-09 00:00:00-04:00"] * len(long_frame)
+    text = long_frame.assign(datetime=offsets[: len(long_frame)])
+    refuse(tmp_path, text, "column 'datetime': the dates carry several time zones")
 
 
 def test_columns_that_are_not_numeric(tmp_path, long_frame):

@@ -1,0 +1,111 @@
+"""The time domains of ADARNN, the distance of their states, and its growing importance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_own_steps import STEPS, own
+from toy_training import ToyDataset
+
+from qtorch.core.errors import ConfigError
+from qtorch.data.batches import Batch
+from qtorch.model.adarnn_module import ADARNNModule, _diverse_cuts
+from qtorch.nn.adarnn import ADARNN, step_distances
+
+
+def module_of(dataset: ToyDataset, **arguments) -> ADARNNModule:
+    torch.manual_seed(0)
+    network = ADARNN(d_feat=4, hidden_size=5, num_layers=2)
+    module = ADARNNModule(network, torch.nn.MSELoss(), torch.optim.Adam, **arguments)
+    module.bind(dataset.samples("train", data_key="learn"), None)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mmd", "coral"])
+def test_distances_by_hand(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(6, 2, 3, generator=g), torch.randn(6, 2, 3, generator=g) + 1
+    found = step_distances(kind, first, second)
+    for step in range(2):
+        a, b = first[:, step], second[:, step]
+        mean = a.mean(0), b.mean(0)
+        expected = {
+            "cosine": 1 - mean[0] @ mean[1] / (mean[0].norm() * mean[1].norm()),
+            "mmd": (mean[0] - mean[1]).norm() ** 2,
+            "coral": (torch.cov(a.T) - torch.cov(b.T)).norm() ** 2 / 36,
+        }[kind]
+        torch.testing.assert_close(found[step], expected)
+    torch.testing.assert_close(step_distances(kind, first, first), torch.zeros(2))
+
+
+def test_each_pair_is_of_two_domains(dataset: ToyDataset) -> None:
+    module = module_of(dataset, num_domains=3)
+    days = dataset.samples("train", data_key="learn").date.unique()
+    assert module.domain[days].bincount().tolist() == [12, 12, 12]
+    date = days[torch.tensor([1, 30, 14, 35, 2, 3])]
+    batch = Batch(x=torch.zeros(6, 3, 4), date=date, instrument=torch.zeros(6, dtype=torch.int64))
+    pairs = module._paired(batch)
+    assert [(a.tolist(), b.tolist(), bool(m)) for a, b, m in pairs] == [
+        ([0, 4, 5, 0, 4, 5], [2] * 6, True),
+        ([0, 4, 5, 0, 4, 5], [1, 3, 1, 3, 1, 3], True),
+        ([2] * 6, [1, 3, 1, 3, 1, 3], True),
+    ]
+    alone = Batch(x=batch.x[:1], date=date[:1], instrument=batch.instrument[:1])
+    assert not any(bool(met) for *_, met in module._paired(alone))
+
+
+def test_diverse_domains_part_where_the_features_change() -> None:
+    means = torch.zeros(10, 2, dtype=torch.float64)
+    means[3:7, 0], means[7:, 1] = 3.0, 3.0
+    counts = torch.full((10,), 5.0, dtype=torch.float64)
+    assert _diverse_cuts(means, counts, 2) == (7,)
+    assert _diverse_cuts(means, counts, 3) == (3, 7)
+
+
+def test_importance_is_learnt_and_then_boosted(dataset: ToyDataset, monkeypatch) -> None:
+    seen, start = [], ADARNNModule.on_train_epoch_start
+
+    def watched(self) -> None:
+        kept = [b.clone() for b in (self.importance, self.distance, self.distance_before)]
+        start(self)
+        seen.append((*kept, self.importance.clone()))
+
+    monkeypatch.setattr(ADARNNModule, "on_train_epoch_start", watched)
+    module = {"pre_epoch": 1, "loss_type": "mmd"}
+    own("ADARNN", module=module, trainer={"max_epochs": 5}).fit(dataset)
+    learnt, *_, importance = seen[1]
+    torch.testing.assert_close(importance, learnt / learnt.sum(-1, keepdim=True))
+    assert importance.std(-1).min() > 0
+    torch.testing.assert_close(seen[2][0], seen[2][3])  # nothing yet to compare with
+    before, new, old, after = seen[3]
+    gain = torch.where(new > old + 1e-5, 1 + torch.sigmoid(new - old), 1.0)
+    expected = before * gain
+    torch.testing.assert_close(after, expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(after.sum(-1), torch.ones(1, 1))
+
+
+def test_the_states_of_the_domains_are_drawn_together(dataset: ToyDataset) -> None:
+    apart = []
+    for dw in (0.0, 20.0):
+        module = {"dw": dw, "loss_type": "mmd", "pre_epoch": 3}
+        model = own("ADARNN", module=module, trainer={"max_epochs": 3}, monitor="train_loss")
+        model.fit(dataset)
+        samples = dataset.samples("train", data_key="learn")
+        half = len(samples) // 2
+        x = samples.batch(torch.arange(2 * half)).x
+        with torch.no_grad():
+            states = model.network_.states(x)[-1]
+        apart.append(float(step_distances("mmd", states[:half], states[half:]).sum()))
+    assert apart[1] < apart[0]
+
+
+def test_what_cannot_be_meant(dataset: ToyDataset) -> None:
+    for changes, match in (
+        ({"num_domains": 1}, "num_domains"),
+        ({"loss_type": "adv"}, "loss_type"),
+        ({"domains": "odd"}, "domains"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            own("ADARNN", module=changes).fit(dataset)
+    with pytest.raises(ConfigError, match="order=random"):
+        own("ADARNN", batch={"order": "day"}, **STEPS["ADARNN"]).fit(dataset)
