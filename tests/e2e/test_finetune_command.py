@@ -96,9 +96,10 @@ def test_every_option_reaches_the_training(parent, tuned, qtorch_cli):
     assert kept.load_object("fit_report")["tuning"]["keep_optimizer"] is True
     lora = tuned("max_epochs=1", "lora={rank: 2, targets: [rnn.*]}")
     assert moved(lora) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", *heads}
-    told = qtorch_cli("finetune", f"run={parent.id}", "train=[fc_uot.*]")
+    again = ("finetune", f"run={parent.id}", "log_level=WARNING")
+    told = qtorch_cli(*again, "train=[fc_uot.*]")
     assert "fits no parameter" in told.error()
-    told = qtorch_cli("finetune", f"run={parent.id}", "lora={rang: 2}")
+    told = qtorch_cli(*again, "lora={rang: 2}")
     assert "Did you mean 'rank'?" in told.error()
 
 
