@@ -14,9 +14,9 @@ from qtorch.data.sample_set import Samples
 from qtorch.model.matching import LearntFrom
 from qtorch.model.model_state import weights_digest
 from qtorch.nn.layers import layer_groups
+from qtorch.tracking.earlier import earlier_run
 from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.lineage import tag_lineage
-from qtorch.tracking.r import R
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
@@ -58,7 +58,7 @@ class Initial:
         run_id, _, name = init_from.removeprefix(RUN).partition("/")
         name = name or MODEL
         try:
-            recorder = R.get_recorder(recorder_id=run_id)
+            recorder = earlier_run(run_id)
         except NotInStoreError as error:
             raise ConfigError(f"init_from={init_from!r}: {error}") from error
         try:
