@@ -72,8 +72,8 @@ class GhostNorm(nn.Module):
         self.bn = BatchNorm(width, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = len(x) // self.vbs
-        if not self.training or parts < 2:
+        parts = x.shape[0] // self.vbs if self.training else 1
+        if parts < 2:
             whole: Tensor = self.bn(x)
             return whole
         return torch.cat([self.bn(part) for part in x.tensor_split(parts)])
