@@ -149,6 +149,7 @@ def test_data_that_do_not_fit_are_told_by_their_differences(parent, qtorch_cli):
         task_train({**task, "model": {**model, "options": options}}, "debug")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_by_another_process(parent, qtorch_cli, folder):
     told = qtorch_cli("export", f"run={parent.id}", "format=safetensors")
     assert told.code == 0, told.err
