@@ -47,6 +47,7 @@ DOORS = {
 }
 NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+BLOCK_LINES = 8
 BANNED_NAMES = ("utils", "helpers", "legacy", "_v2", "_ts")
 
 
@@ -160,6 +161,38 @@ def test_sizes():
                 if size > MAX_FUNCTION_LINES:
                     wrong.append(f"{path.relative_to(ROOT)}: {node.name} has {size} lines")
     assert not wrong, "\n".join(wrong)
+
+
+def test_networks_and_models_say_nothing_twice():
+    """No block of eight lines stands twice; signatures, imports and words aside."""
+    seen: dict[tuple[str, ...], str] = {}
+    twice = []
+    for path, tree in modules().items():
+        if path.parent.name not in ("nn", "model") or path.name == "__init__.py":
+            continue
+        lines = code_lines(path, tree)
+        for start in range(len(lines) - BLOCK_LINES + 1):
+            block = tuple(text for _, text in lines[start : start + BLOCK_LINES])
+            place = f"{path.relative_to(ROOT)}:{lines[start][0]}"
+            if (first := seen.setdefault(block, place)) != place:
+                twice.append(f"{place} stands at {first} too")
+    assert not twice, "\n".join(twice)
+
+
+def code_lines(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
+    """Numbered lines without imports, docstrings, comments and the heads of functions."""
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+        if isinstance(node, ast.FunctionDef):
+            left_out |= set(range(node.lineno, node.body[0].lineno))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            left_out |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = [(k, text.strip()) for k, text in enumerate(path.read_text().splitlines(), 1)]
+    return [(k, t) for k, t in lines if t and not t.startswith("#") and k not in left_out]
 
 
 def test_no_mutable_defaults():
