@@ -70,7 +70,7 @@ def features(args: argparse.Namespace) -> Iterator[Line]:
             bars = QlibSource(provider).load()
             cases = {
                 "Alpha158": "alpha158",
-                "operators": operator_cases.operator_expressions(),
+                "operators": operator_cases.operator_expressions(tuple(bars.instruments[:2])),
                 "Alpha360": "alpha360",
             }
             for what, wanted in cases.items():

@@ -9,8 +9,9 @@ ROLLING = (
 _SMALLEST = {"Skew": 3, "Kurt": 4}
 
 
-def operator_expressions() -> list[str]:
-    """One list for the parity table and the goldens."""
+def operator_expressions(others: tuple[str, str] = ("STR000", "STR001")) -> list[str]:
+    """One list for the parity table and the goldens; `others` are two instruments of the bars,
+    for the operators that look at another one."""
     found = [
         f"{name}(${field}, {window})"
         for name in ROLLING
@@ -27,7 +28,7 @@ def operator_expressions() -> list[str]:
     found += [f"Cov($close, $open, {w})" for w in (2, 5, 20, 60)]
     found += ["Ref($close, -1)", "Ref($close, -5)", "Delta($close, -3)", "Ref(Ref($close, 3), -2)"]
     found += _elementwise()
-    found += _nested()
+    found += _nested(others)
     return found
 
 
@@ -61,7 +62,7 @@ def _elementwise() -> list[str]:
     ]
 
 
-def _nested() -> list[str]:
+def _nested(others: tuple[str, str]) -> list[str]:
     return [
         "Mean($close, 5)-Mean($close, 10)",
         "EMA($close, 12)/$close-EMA($close, 26)/$close",
@@ -101,8 +102,8 @@ def _nested() -> list[str]:
         "Log(Mean($volume, 5))",
         "Power(Mean($close, 5)/$close, 2)-1",
         "Var($close, 5)*Var($volume, 5)",
-        "Mask($close, 'STR000')",
-        "$close/Mask($close, 'STR001')",
-        "Mean(Mask($close, 'str001'), 5)/$close",
-        "ChangeInstrument('STR000', Mean($close, 5))",
+        f"Mask($close, '{others[0]}')",
+        f"$close/Mask($close, '{others[1]}')",
+        f"Mean(Mask($close, '{others[1].lower()}'), 5)/$close",
+        f"ChangeInstrument('{others[0]}', Mean($close, 5))",
     ]

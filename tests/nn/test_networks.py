@@ -22,7 +22,7 @@ every = pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
 # Days whose instruments have weights of their own.
 OF_A_UNIVERSE = [c for c in NETWORKS if c.cross_section and "instrument" in c.extras]
 CONF = Path(__file__).parents[2] / "conf" / "model"
-MOST_SECONDS = 2.0
+MOST_SECONDS = 5.0  # two where a machine is quiet; its busy caches cost as much again
 
 
 @pytest.fixture(scope="module")
