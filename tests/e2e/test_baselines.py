@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [("model=lightgbm", "model.num_boost_round=20"),

@@ -59,6 +59,7 @@ def test_it_learns_and_scores_each_sample_once(data: ToyDataset, name: str) -> N
     assert max(model.evals_result_["valid"]["ic"]) > 0.3
 
 
+@pytest.mark.slow
 @every
 def test_a_resumed_training_ends_with_the_same_weights(name: str, tmp_path) -> None:
     dataset = ToyDataset(40, 16, num_labels=LABELS.get(name, 1))

@@ -203,6 +203,7 @@ def test_stacked_members_equal_each_alone(cls: type[Network], training: bool) ->
                 torch.testing.assert_close(state[name][k], buffer, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.usefixtures("compiler")
 def test_compiling_captures_it(cls: type[Network]) -> None:
