@@ -55,8 +55,6 @@ class TopkDropoutStrategy(Strategy):
         for name, least, value in (("topk", 1, topk), ("n_drop", 0, n_drop)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r}: expected a whole number from {least} on.")
-        if n_drop > topk:
-            raise ConfigError(f"n_drop={n_drop} is more than topk={topk}: it cannot drop so many.")
         if method_sell not in ("bottom", "random"):
             raise ConfigError(unknown_name("method_sell", method_sell, ("bottom", "random")))
         if method_buy not in ("top", "random"):

@@ -58,8 +58,12 @@ def ask_qlib(
     *,
     benchmark: str,
     codes: str = "all",
+    mended: bool = False,
 ) -> list[Answer]:
-    """Run real Qlib over the settings; its answers in their order."""
+    """Run real Qlib over the settings; its answers in their order.
+
+    `mended`: with the strategy's slices repaired (`qlib_backtest.py` says which).
+    """
     job = {
         "provider": provider,
         "scores": str(folder / "scores.pkl"),
@@ -69,6 +73,7 @@ def ask_qlib(
         "benchmark": benchmark,
         "codes": codes,
         "cases": list(asked),
+        "mended": mended,
     }
     scores.to_pickle(job["scores"])
     (folder / "job.json").write_text(json.dumps(job))

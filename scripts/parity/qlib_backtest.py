@@ -2,14 +2,19 @@
 
     python qlib_backtest.py JOB.json OUT
 
-JOB: provider, scores (a pickle), start, end, account, benchmark, cases. OUT gets one parquet file
-a case and kind: report, positions, orders.
+JOB: provider, scores (a pickle), start, end, account, benchmark, codes, cases, mended. OUT gets one
+parquet file a case and kind: report, positions, orders, indicators.
+
+`mended` repairs what Qlib's strategy does when it holds so much that it has no room for
+candidates (`faults.py` shows it): a negative number of them cuts Python lists from behind.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,31 @@ def orders_frame(indicator: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["datetime", "instrument", "amount", "deal_amount", "cost"])
 
 
+REPAIRS = (
+    ("return list(li)[:n]", "return list(li)[: max(n, 0)]"),
+    (
+        "for si in reversed(li) if reverse else li:",
+        "for si in (reversed(li) if reverse else li) if n > 0 else []:",
+    ),
+    (
+        "buy = today[: len(sell) + self.topk - len(last)]",
+        "buy = today[: max(len(sell) + self.topk - len(last), 0)]",
+    ),
+)
+
+
+def mended(strategy: type) -> type:
+    """Qlib's strategy with the three places repaired."""
+    source = textwrap.dedent(inspect.getsource(strategy.generate_trade_decision))
+    for wrong, right in REPAIRS:
+        assert source.count(wrong) == 1, f"Qlib's source has changed: {wrong}"
+        source = source.replace(wrong, right)
+    names = dict(vars(inspect.getmodule(strategy)))
+    exec(source, names)
+    decide = {"generate_trade_decision": names["generate_trade_decision"]}
+    return type("Mended", (strategy,), decide)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     out = Path(sys.argv[2])
@@ -51,13 +81,14 @@ def main() -> None:
     from qlib.contrib.strategy import TopkDropoutStrategy
 
     scores = pd.read_pickle(job["scores"])
+    strategy = mended(TopkDropoutStrategy) if job["mended"] else TopkDropoutStrategy
     seconds = []
     for number, case in enumerate(job["cases"]):
         begin = time.perf_counter()
         portfolio, indicators = backtest(
             start_time=job["start"],
             end_time=job["end"],
-            strategy=TopkDropoutStrategy(signal=scores, **strategy_kwargs(case)),
+            strategy=strategy(signal=scores, **strategy_kwargs(case)),
             executor={
                 "class": "SimulatorExecutor",
                 "module_path": "qlib.backtest.executor",
