@@ -54,9 +54,13 @@ def backtest(
     portfolio counts at the start (Qlib's first return takes it for a profit); the benchmark is
     None unless given.
     """
-    built = init_instance_by_config(plain(strategy), "qtorch.backtest", accept_types=Strategy)
+    built = strategy
+    if isinstance(plain(strategy), Mapping | str):
+        built = init_instance_by_config(plain(strategy), "qtorch.backtest", accept_types=Strategy)
     if not isinstance(built, Strategy):
-        raise ConfigError(f"strategy is {type(built).__name__}; expected a Strategy.")
+        raise ConfigError(
+            f"strategy is {type(built).__name__}; expected a Strategy or its configuration."
+        )
     steps = _steps(executor)
     exchange = _exchange(exchange_kwargs, source, steps)
     frame = built.scores()
