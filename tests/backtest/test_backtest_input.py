@@ -89,9 +89,9 @@ def test_what_has_no_score_is_not_bought(scores, source, days):
 
 
 def test_a_benchmark_that_is_not_there(scores, source):
-    with pytest.raises(DataError, match="benchmark.*'SH000300'"):
+    with pytest.raises(DataError, match=r"benchmark.*'SH000300'"):
         run(scores, source, benchmark="SH000300")
-    with pytest.raises(DataError, match="instrument of the benchmark.*'D'"):
+    with pytest.raises(DataError, match=r"instrument of the benchmark.*'D'"):
         run(scores, source, benchmark=["A", "D"])
     old = pd.Series([0.1], index=pd.to_datetime(["1999-01-01"]))
     with pytest.raises(DataError, match="cover none of 2020-01-02"):
@@ -138,7 +138,7 @@ def test_strategies_without_scores_and_unknown_arguments(scores):
         TopkDropoutStrategy(topk=1, n_drop=1)
     with pytest.raises(ArgumentError, match="topk"):
         TopkDropoutStrategy(topkk=1, n_drop=1, signal=scores)
-    with pytest.raises(ConfigError, match="quantile=0.9"):
+    with pytest.raises(ConfigError, match=r"quantile=0\.9"):
         LongShortStrategy(signal=scores, quantile=0.9)
 
 
@@ -151,9 +151,9 @@ def test_spans_accounts_and_executors(scores, source):
         run(scores, source, account=-1)
     with pytest.raises(ConfigError, match="neither cash nor positions"):
         run(scores, source, account=0)
-    with pytest.raises(ConfigError, match="instrument of the account.*'Z'"):
+    with pytest.raises(ConfigError, match=r"instrument of the account.*'Z'"):
         run(scores, source, account={"cash": 1, "Z": 5})
-    with pytest.raises(ConfigError, match="NestedExecutor.*not supported"):
+    with pytest.raises(ConfigError, match=r"NestedExecutor.*not supported"):
         run(scores, source, executor={"class": "NestedExecutor", "kwargs": {}})
     with pytest.raises(ConfigError, match="trade_type"):
         run(scores, source, executor={"kwargs": {"trade_type": "random"}})
