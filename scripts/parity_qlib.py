@@ -218,8 +218,8 @@ def faults(args: argparse.Namespace) -> Iterator[Line]:
 def backtests(args: argparse.Namespace) -> Iterator[Line]:
     """Every day's account, position and cost of 36 settings of TopkDropoutStrategy.
 
-    Where they differ from Qlib's, they must be those of its strategy with the slices repaired
-    that go wrong when it holds too much (`faults` shows that).
+    Where they differ from Qlib's, they must be those of its strategy with its faults repaired,
+    those of a portfolio that is too full (`parity/backtest_faults.py` shows them).
     """
     if not args.provider:
         return
@@ -248,7 +248,7 @@ def backtests(args: argparse.Namespace) -> Iterator[Line]:
     other = [case for case, row in zip(asked, rows, strict=True) if not row.passes]
     yield _backtest_line("backtests equal to Qlib's", [r for r in rows if r.passes])
     if other:
-        yield _backtest_line("backtests with slices repaired", compared(other, mended=True))
+        yield _backtest_line("backtests, its faults repaired", compared(other, mended=True))
 
 
 def _backtest_line(what: str, rows: list[backtest_parity.Row]) -> Line:
@@ -256,6 +256,8 @@ def _backtest_line(what: str, rows: list[backtest_parity.Row]) -> Line:
     good = sum(r.cells for r in rows if r.passes)
     worst = max(max(r.account, r.amount, r.cost) for r in rows)
     note = f"{len(rows)} settings, {rows[0].days} days; worst relative difference {worst:.1e}"
+    failing = [r.name for r in rows if not r.passes]
+    note += f"; failing: {failing}" if failing else ""
     return Line(what, "real bars", cells, good / cells, note, good == cells)
 
 

@@ -62,7 +62,7 @@ def ask_qlib(
 ) -> list[Answer]:
     """Run real Qlib over the settings; its answers in their order.
 
-    `mended`: with the strategy's slices repaired (`qlib_backtest.py` says which).
+    `mended`: with the strategy's faults repaired (`qlib_backtest.py` says which).
     """
     job = {
         "provider": provider,

@@ -6,7 +6,9 @@ JOB: provider, scores (a pickle), start, end, account, benchmark, codes, cases, 
 parquet file a case and kind: report, positions, orders, indicators.
 
 `mended` repairs what Qlib's strategy does when it holds so much that it has no room for
-candidates (`faults.py` shows it): a negative number of them cuts Python lists from behind.
+candidates (`backtest_faults.py` shows it): a negative number of them cuts Python lists from
+behind, and which of the held instruments without a score goes first is the order of a set of
+strings, another one in each process.
 """
 
 from __future__ import annotations
@@ -53,6 +55,10 @@ REPAIRS = (
     (
         "for si in reversed(li) if reverse else li:",
         "for si in (reversed(li) if reverse else li) if n > 0 else []:",
+    ),
+    (
+        "current_stock_list = current_temp.get_stock_list()",
+        "current_stock_list = sorted(current_temp.get_stock_list())",
     ),
     (
         "buy = today[: len(sell) + self.topk - len(last)]",

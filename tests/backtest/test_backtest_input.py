@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import bars, score_table  # type: ignore[import-not-found]
+from small_market import bars, score_table
 
 import qtorch
 from qtorch.backtest import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import score_table  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_market import score_table
 
 from qtorch.backtest import LongShortStrategy, TopkDropoutStrategy, WeightStrategy, backtest
 from qtorch.data.source.frame import FrameSource
@@ -199,7 +199,7 @@ def test_foresight_beats_every_other_score_and_noise_loses_its_costs(wild_market
 
 
 def test_yesterdays_score_trades_today(days):
-    from conftest import bars
+    from small_market import bars
 
     source = bars({"A": [10, 20, 20, 20], "B": [10, 10, 30, 30]})
     scores = score_table({"A": [1, 0, 0], "B": [0, 1, 1]}, days)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import bars, score_table  # type: ignore[import-not-found]
+from small_market import bars, score_table
 
 from qtorch.backtest import Orders, Strategy, TopkDropoutStrategy, backtest
 from qtorch.core.errors import ConfigError
+from qtorch.data.source.frame import FrameSource
 
 
 class Fixed(Strategy):
@@ -229,3 +230,29 @@ def test_holding_too_much_leaves_no_room_for_candidates(days):
     # The worst of the five is sold; nothing is bought, for four are still held.
     assert result.orders["direction"].droplevel(0).to_dict() == {"A": "sell"}
     assert len(result.positions) == 4
+
+
+def test_bars_within_the_day():
+    times = pd.DatetimeIndex(
+        [f"2020-01-0{d} {h}:{m}" for d in (2, 3) for h, m in ((9, 30), (10, "00"), (10, 30))]
+    )
+    index = pd.MultiIndex.from_product([times, ["A", "B"]], names=["datetime", "instrument"])
+    frame = pd.DataFrame({"close": 10.0, "volume": 1_000.0, "factor": 1.0}, index=index)
+    source = FrameSource(frame, freq="30min")
+    stamps = times - pd.Timedelta(minutes=0)
+    first = pd.MultiIndex.from_product([stamps, ["A", "B"]], names=["datetime", "instrument"])
+    scores = pd.Series([1, 0, 0, 1] * 3, index=first, dtype=float)
+    result = backtest(
+        strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1),
+        account=1e4,
+        executor={"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}},
+        exchange_kwargs={"trade_unit": None, "volume_threshold": ("cum", "0.1*$volume")},
+        source=source,
+    )
+    assert result.freq == "30min"
+    assert len(result.report) == 5
+    # A day's cumulative limit of 100 shares a name; the next day begins anew.
+    bought = result.orders.query("direction == 'buy'")["deal_amount"]
+    by_day = bought.groupby([bought.index.get_level_values(0).normalize(), "instrument"]).sum()
+    assert (by_day <= 100).all()
+    assert by_day.max() == 100
