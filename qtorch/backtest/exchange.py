@@ -132,14 +132,15 @@ class Exchange(Configured):
             panel.calendar,
             min(1, row),
             panel.instruments,
-            close,
-            *(self._deal_price(read(what), close, what) for what in ("buy", "sell")),
-            read("volume") if "volume" in names else np.full_like(close, np.nan),
-            self._usable(factor, close),
-            limit_buy,
-            limit_sell,
-            tuple(limits[k] for k in limits if k != "sell"),
-            tuple(limits[k] for k in limits if k != "buy"),
+            close=close,
+            buy_price=self._deal_price(read("buy"), close, "buy"),
+            sell_price=self._deal_price(read("sell"), close, "sell"),
+            volume=read("volume") if "volume" in names else np.full_like(close, np.nan),
+            factor=self._usable(factor, close),
+            limit_buy=limit_buy,
+            limit_sell=limit_sell,
+            buy_volume=tuple(limits[k] for k in limits if k != "sell"),
+            sell_volume=tuple(limits[k] for k in limits if k != "buy"),
         )
         return quotes if self.extra_quote is None else self._with_extra(quotes)
 

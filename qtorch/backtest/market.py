@@ -32,13 +32,16 @@ class Market:
 
     def price(self, side: Side) -> Floats:
         """Deal prices; the close where there is none."""
-        return (self.quotes.buy_price if side == "buy" else self.quotes.sell_price)[self.row]
+        prices = self.quotes.buy_price if side == "buy" else self.quotes.sell_price
+        row: Floats = prices[self.row]
+        return row
 
     def tradable(self, side: Side | None = None) -> Bools:
         """Neither suspended nor at the limit of that side (None: of either side)."""
         buy, sell = self.quotes.limit_buy[self.row], self.quotes.limit_sell[self.row]
         limited = buy | sell if side is None else buy if side == "buy" else sell
-        return ~(self.suspended | limited)
+        open_: Bools = ~(self.suspended | limited)
+        return open_
 
     def rounded(self, amount: Floats, instrument: Places) -> Floats:
         """Adjusted amounts down to whole trade units; `instrument` gives each one's place."""

@@ -67,14 +67,20 @@ class Quotes:
         def wide_limits(limits: tuple[VolumeLimit, ...]) -> tuple[VolumeLimit, ...]:
             return tuple(VolumeLimit(wide(x.amount, np.nan), x.cumulative) for x in limits)
 
+        def closed(array: Bools) -> Bools:
+            return np.where(known, array[:, place], True)
+
         return Quotes(
             self.dates,
             self.first,
             names,
-            *(wide(x, np.nan) for x in (self.close, self.buy_price, self.sell_price)),
-            wide(self.volume, np.nan),
-            None if self.factor is None else wide(self.factor, np.nan),
-            *(np.where(known, x[:, place], True) for x in (self.limit_buy, self.limit_sell)),
-            wide_limits(self.buy_volume),
-            wide_limits(self.sell_volume),
+            close=wide(self.close, np.nan),
+            buy_price=wide(self.buy_price, np.nan),
+            sell_price=wide(self.sell_price, np.nan),
+            volume=wide(self.volume, np.nan),
+            factor=None if self.factor is None else wide(self.factor, np.nan),
+            limit_buy=closed(self.limit_buy),
+            limit_sell=closed(self.limit_sell),
+            buy_volume=wide_limits(self.buy_volume),
+            sell_volume=wide_limits(self.sell_volume),
         )

@@ -158,7 +158,7 @@ class BacktestResult:
     def _index(self, rows: list[Any], columns: list[Any]) -> pd.MultiIndex:
         return pd.MultiIndex(
             levels=[self.dates, self._instruments],  # type: ignore[list-item]  # stubs: lists only
-            codes=[np.concatenate(rows), np.concatenate(columns)],
+            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]
             names=["datetime", "instrument"],
         ).remove_unused_levels()
 

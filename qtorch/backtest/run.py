@@ -70,7 +70,7 @@ def backtest(
     scores = None if frame is None else Scores(frame, quotes.dates, exchange.freq)
     members = ["account"] if scores is None else scores.members
     quotes = quotes if scores is None else _with_unknown(quotes, scores)
-    known = ~quotes.suspended.all(axis=0)
+    known = np.asarray((~quotes.suspended).any(axis=0))
     if scores is not None:
         known &= quotes.instruments.isin(scores.instruments)
     opened = _account(account, quotes, exchange, len(members), steps)
@@ -174,7 +174,7 @@ def _with_unknown(quotes: Quotes, scores: Scores) -> Quotes:
         "%s%s.",
         len(unknown),
         len(scores.instruments),
-        ", ".join(unknown[:5]),
+        ", ".join(map(str, unknown[:5])),
         ", ..." if len(unknown) > 5 else "",
     )
     return quotes.widened(unknown)

@@ -71,10 +71,11 @@ def _checked(scores: Frame) -> Frame:
             f"{int(doubled.sum())} rows of the scores stand twice, the first at {row[0]}, "
             f"{row[1]}; each (datetime, instrument) may stand once."
         )
-    kept = scores[~np.isnan(values).all(axis=1)]
+    kept: Frame = scores[~np.isnan(values).all(axis=1)]
     if not len(kept):
         raise DataError("every score is NaN.")
-    return kept.rename_axis(index=_LEVELS)
+    named: Frame = kept.rename_axis(index=_LEVELS)
+    return named
 
 
 class Scores:

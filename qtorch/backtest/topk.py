@@ -83,7 +83,7 @@ class TopkDropoutStrategy(Strategy):
         """Sales of the worst, then purchases of the best, by `[M, N]` masks in rank order."""
         if now.score is None:
             return Orders.none()
-        active = (~np.isnan(now.score)).any(axis=1)[:, None]  # a member without scores rests
+        active = (~np.isnan(now.score)).any(axis=1, keepdims=True)  # a member without scores rests
         order = np.argsort(-now.score, axis=1, kind="stable")  # NaN last, equal scores by name
         held = now.account.held
         rank = _Ranking(order, held & active, now.score, self._eligible(now))
@@ -99,13 +99,14 @@ class TopkDropoutStrategy(Strategy):
 
     def _eligible(self, now: Moment) -> Bools:
         market = now.market
-        return market.tradable() if self.only_tradable else np.ones_like(market.suspended)
+        return market.tradable() if self.only_tradable else np.ones(len(market.close), np.bool_)
 
     def _candidates(self, rank: _Ranking, most: Floats, now: Moment) -> Bools:
         """Up to `most [M, 1]` instruments that one would buy, in rank order."""
         if self.method_buy == "top":
-            able = rank.scored & rank.eligible & ~rank.held
-            return able & (np.cumsum(able, axis=1) <= most)
+            able: Bools = rank.scored & rank.eligible & ~rank.held
+            able &= np.cumsum(able, axis=1) <= most
+            return able
         best = rank.scored & rank.eligible
         best &= np.cumsum(best, axis=1) <= self.topk
         return self._drawn(best & ~rank.held, most, now.step, 0)
@@ -117,7 +118,8 @@ class TopkDropoutStrategy(Strategy):
             return self._drawn(rank.held & rank.eligible, most, now.step, 1)
         both = (rank.held | today) & rank.eligible
         from_behind = np.cumsum(both[:, ::-1], axis=1)[:, ::-1]
-        return rank.held & both & (from_behind <= self.n_drop)
+        worst: Bools = rank.held & both & (from_behind <= self.n_drop)
+        return worst
 
     def _drawn(self, among: Bools, most: Floats, step: int, which: int) -> Bools:
         """Random choices without replacement; all where there are not enough."""

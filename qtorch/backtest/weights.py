@@ -32,7 +32,8 @@ class WeightStrategy(Strategy):
     def scores(self) -> pd.DataFrame | None:
         signal = self.signal
         if isinstance(signal, pd.DataFrame) and not isinstance(signal.index, pd.MultiIndex):
-            signal = signal.stack().rename("weight")
+            table: Any = signal  # the stubs do not know that stack() gives a series
+            signal = table.stack().rename("weight")
         return None if signal is None else self._checked(score_frame(signal))
 
     def target_weights(self, now: Moment) -> Floats:
