@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "parity"))
 
 import backtest_cases
+import backtest_faults
 import backtests as backtest_parity
 import expressions as operator_cases
 import faults as qlib_faults
@@ -209,10 +210,11 @@ def networks(args: argparse.Namespace) -> Iterator[Line]:
 
 def faults(args: argparse.Namespace) -> Iterator[Line]:
     """What Qlib does wrong: whether it still does, and qtorch does not."""
-    for fault in qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python)):
+    found = qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python))
+    for fault in [*found, *backtest_faults.faults(args.qlib_python)]:
         note = f"Qlib: {fault.qlib}; qtorch: {fault.ours}"
         right = fault.shows and fault.avoided
-        yield Line(f"fault: {fault.name}", "eleven rows", 1, float(fault.avoided), note, right)
+        yield Line(f"fault: {fault.name}", "by hand", 1, float(fault.avoided), note, right)
 
 
 def backtests(args: argparse.Namespace) -> Iterator[Line]:
