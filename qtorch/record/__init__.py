@@ -1,4 +1,4 @@
-"""What is made of a fitted model inside its run: scores, labels, their quality."""
+"""What is made of a fitted model inside its run: scores, labels, their quality, the report."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.record.base import Record as Record
+    from qtorch.record.report import ReportRecord as ReportRecord
     from qtorch.record.segment_ic import SegmentICRecord as SegmentICRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
     from qtorch.record.signal_analysis import SigAnaRecord as SigAnaRecord
@@ -14,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "Record": "qtorch.record.base",
+        "ReportRecord": "qtorch.record.report",
         "SegmentICRecord": "qtorch.record.segment_ic",
         "SigAnaRecord": "qtorch.record.signal_analysis",
         "SignalRecord": "qtorch.record.signal",

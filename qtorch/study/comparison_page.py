@@ -1,0 +1,202 @@
+"""The comparison of several runs as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qtorch.record.page import Cell, Markup, Number, Page, facts, folded, paragraph, table
+from qtorch.record.run_results import told_of_run
+from qtorch.study.comparison import (
+    SERIES,
+    Comparison,
+    RunGroup,
+    compare_runs,
+    differing,
+)
+from qtorch.study.comparison_chart import curves_chart, dots_chart
+from qtorch.tracking.recorder import Recorder
+
+PAGE = "comparison.html"
+SHORT_ID = 8
+
+
+def write_comparison(
+    recorders: Sequence[Recorder], folder: str | Path, *, tries: int | None = None
+) -> Path:
+    """Compare runs (`compare_runs`) and write `comparison.html` and its PNGs into a folder."""
+    compared = compare_runs(recorders, tries=tries)
+    title = f"Comparison of {len(compared.runs)} runs in {len(compared.groups)} groups"
+    page = Page(Path(folder), title)
+    told = told_of_run(recorders[0])
+    common = {k: told[k] for k in ("Data", "Tested on") if k in told}
+    page.add(f"<header>\n<h1>{title}</h1>", facts(common.items()), "</header>")
+    _add_groups(page, compared)
+    _add_curves(page, compared)
+    _add_tests(page, compared)
+    _add_sharpe(page, compared)
+    _add_runs(page, compared)
+    return page.write(PAGE)
+
+
+def _columns(compared: Comparison) -> dict[str, str]:
+    """`{metric: heading}` of the metrics that any run has."""
+    freq = compared.runs[0].freq
+    excess = f"{freq}.excess_return_with_cost"
+    wanted = {
+        "IC": "IC",
+        "ICIR": "ICIR",
+        "Rank IC": "Rank IC",
+        "Rank ICIR": "Rank ICIR",
+        "Long-Short Ann Return": "Long-short, a year",
+        f"{excess}.annualized_return": "Excess return, a year",
+        f"{excess}.information_ratio": "Information ratio",
+        f"{excess}.max_drawdown": "Drawdown of the excess",
+        "report.annualized_return": "Return, a year",
+        "report.max_drawdown": "Drawdown",
+        "report.turnover": "Turnover, a day",
+    }
+    held = {m for run in compared.runs for m in run.metrics}
+    return {m: heading for m, heading in wanted.items() if m in held}
+
+
+def _add_groups(page: Page, compared: Comparison) -> None:
+    columns = _columns(compared)
+    rows = [
+        [group.name, str(len(group.runs)), *(_mean_cell(group, m) for m in columns)]
+        for group in compared.groups
+    ]
+    differ = differing(compared.groups)
+    names = [group.name for group in compared.groups]
+    page.section(
+        "Groups",
+        paragraph("Runs with equal parameters but for the seed are a group. Mean over its runs "
+                  "± standard deviation (one run has none).", "note"),
+        table(["Group", "Runs", *columns.values()], rows),
+        _dots(page, compared, columns),
+        folded("Parameters that differ", table(
+            ["Parameter", *names], [[k, *v] for k, v in differ.items()], kind="wrap"))
+        if differ else "",
+    )  # fmt: skip
+
+
+def _dots(page: Page, compared: Comparison, columns: dict[str, str]) -> str:
+    shown = [m for m in ("IC", "Rank IC", *columns) if m in columns]
+    shown = [m for m in shown if "ICIR" not in m and "drawdown" not in m][:3]
+    values = {
+        columns[m]: {g.name: [r.metrics[m] for r in g.runs if m in r.metrics]
+                     for g in compared.groups}
+        for m in shown
+    }  # fmt: skip
+    if not values:
+        return ""
+    says = f"{', '.join(values)} of each run, by group."
+    return page.picture("by_run", dots_chart, values, says=says)
+
+
+def _mean_cell(group: RunGroup, metric: str) -> Cell:
+    mean, std = group.mean_and_std(metric)
+    first = Number(metric, mean, group.name).html()
+    if std != std:
+        return Markup(first)
+    return Markup(f"{first} ± {Number(f'{metric}.std', std, group.name).html()}")
+
+
+def _add_curves(page: Page, compared: Comparison) -> None:
+    pictures = []
+    for series, title, unit in (
+        ("rank_ic", "Cumulative Rank IC", "sum of daily correlations"),
+        ("returns", "Cumulative return", "% (sum of daily returns)"),
+    ):
+        tables = {g.name: g.by_run(series) for g in compared.groups}
+        tables = {name: t for name, t in tables.items() if t.shape[1]}
+        if tables:
+            pictures.append(
+                page.picture(f"cumulative_{series}", curves_chart, tables, title, unit,
+                             percent=series == "returns", says=f"{title} by group.")
+            )  # fmt: skip
+    told = f"The return is: {compared.returns_of}. Line: mean of the runs; band: from the least to "
+    text = paragraph(f"{told}the most of them.", "note")
+    page.section("Through time", text, *pictures)
+
+
+def _add_tests(page: Page, compared: Comparison) -> None:
+    if len(compared.groups) < 2:
+        page.section("Paired tests", paragraph(
+            "All runs are of one group: there is nothing to test them against.", "missing"))  # fmt: skip
+        return
+    rows: list[Sequence[Cell]] = [
+        [
+            SERIES[t.series],
+            f"{t.first} − {t.second}",
+            Number(f"{t.series}.difference" if t.series != "returns" else "return",
+                   t.test.mean, f"{t.first} − {t.second}"),
+            Number("t", t.test.statistic, f"{t.first} − {t.second}"),
+            Number(f"{t.series}.p_value", t.test.p_value, f"{t.first} − {t.second}"),
+            Number(f"{t.series}.adjusted_p_value", t.adjusted, f"{t.first} − {t.second}"),
+            f"{t.test.count:,}",
+        ]
+        for t in compared.tests
+    ]  # fmt: skip
+    lags = sorted({t.test.lags for t in compared.tests})
+    page.section(
+        "Paired tests",
+        paragraph("Each group is the mean of its runs; the two are compared day by day. The "
+                  "standard error is that of Newey and West for days that follow each other "
+                  f"({', '.join(map(str, lags))} lags); p-values are two-sided, and adjusted for "
+                  "the number of pairs by Holm. They speak of these days, not of other seeds.",
+                  "note"),
+        table(["Series", "Groups", "Mean difference", "t", "p", "p, adjusted", "Days"], rows),
+    )  # fmt: skip
+
+
+def _add_sharpe(page: Page, compared: Comparison) -> None:
+    if not compared.sharpe:
+        page.section("Deflated Sharpe ratio", paragraph(
+            "No run holds a daily return. Add PortAnaRecord, or SigAnaRecord with "
+            "ana_long_short=true, to the tasks' record.", "missing"))  # fmt: skip
+        return
+    where = {r.id: (g.name, r.seed) for g in compared.groups for r in g.runs}
+    ranked = sorted(compared.sharpe.items(), key=lambda item: -item[1].sharpe)
+    rows: list[Sequence[Cell]] = [
+        [
+            run[:SHORT_ID],
+            where[run][0],
+            where[run][1],
+            Number("sharpe", sure.sharpe, run),
+            Number("expected_best", sure.expected_best, run),
+            Number("deflated_sharpe", sure.probability, run),
+            f"{sure.count:,}",
+        ]
+        for run, sure in ranked
+    ]
+    tries = Number("tries", compared.tries).html()
+    given = "the runs compared" if compared.tries == len(compared.runs) else "as stated"
+    page.section(
+        "Deflated Sharpe ratio",
+        Markup(f'<p>Number of tries: <strong>{tries}</strong> ({given}). Where more strategies '
+               "were tried than are shown, state it: <code>tries=N</code>.</p>"),
+        paragraph("Of so many tries without any skill, the best would have the Sharpe ratio "
+                  "“best by luck”. The deflated Sharpe ratio is the probability that the true "
+                  "ratio lies above it, given the number of days, skew and kurtosis (Bailey and "
+                  "Lopez de Prado, 2014). Ratios are of a day, not annual; the variance of the "
+                  "tries is that of these runs, which are taken as independent. Return: "
+                  f"{compared.returns_of}.", "note"),
+        table(["Run", "Group", "Seed", "Sharpe, a day", "Best by luck", "Deflated", "Days"], rows),
+    )  # fmt: skip
+
+
+def _add_runs(page: Page, compared: Comparison) -> None:
+    columns = _columns(compared)
+    rows: list[Sequence[Cell]] = [
+        [Markup(f'<code title="{run.id}">{run.id[:SHORT_ID]}</code>'), group.name, run.seed]
+        + [Number(m, run.metrics[m], run.id) if m in run.metrics else "–" for m in columns]
+        for group in compared.groups
+        for run in group.runs
+    ]
+    ids = table(["Run", "Name", "Id"], [[r.id[:SHORT_ID], r.name, r.id] for r in compared.runs])
+    page.section(
+        "All runs",
+        table(["Run", "Group", "Seed", *columns.values()], rows),
+        folded("Whole ids", ids),
+    )
