@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qtorch.cli.compose import composed
@@ -69,11 +70,13 @@ def _one(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
 def _several(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> str:
     from qtorch.study.comparison_page import write_comparison
 
-    page = write_comparison(recorders, out, tries=settings["tries"])
-    if settings["log"]:
-        for recorder in recorders:
-            recorder.save_objects(str(out), artifact_path=COMPARISON)
-    return f"{page}: the comparison of {len(recorders)} runs"
+    with TemporaryDirectory() as scratch:
+        page = write_comparison(recorders, scratch, tries=settings["tries"])
+        shutil.copytree(scratch, out, dirs_exist_ok=True)
+        if settings["log"]:
+            for recorder in recorders:
+                recorder.save_objects(scratch, artifact_path=COMPARISON)
+    return f"{out / page.name}: the comparison of {len(recorders)} runs"
 
 
 def _ids(given: Any) -> list[str]:

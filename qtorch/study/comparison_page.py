@@ -115,15 +115,16 @@ def _add_curves(page: Page, compared: Comparison) -> None:
                 page.picture(f"cumulative_{series}", curves_chart, tables, title, unit,
                              percent=series == "returns", says=f"{title} by group.")
             )  # fmt: skip
-    told = f"The return is: {compared.returns_of}. Line: mean of the runs; band: from the least to "
-    text = paragraph(f"{told}the most of them.", "note")
-    page.section("Through time", text, *pictures)
+    told = (
+        f"Return: {compared.returns_of}. Line: mean of the runs; band: from the least to the most."
+    )
+    page.section("Through time", paragraph(told, "note"), *pictures)
 
 
 def _add_tests(page: Page, compared: Comparison) -> None:
     if len(compared.groups) < 2:
-        page.section("Paired tests", paragraph(
-            "All runs are of one group: there is nothing to test them against.", "missing"))  # fmt: skip
+        told = "All runs are of one group: there is nothing to test them against."
+        page.section("Paired tests", paragraph(told, "missing"))
         return
     rows: list[Sequence[Cell]] = [
         [
