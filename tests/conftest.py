@@ -145,6 +145,14 @@ def elements() -> Callable[[str], list[dict[str, str]]]:
     return parse
 
 
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose figures are made but not drawn, which is what takes seconds."""
+    from qtorch.record import page
+
+    monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
+
+
 @pytest.fixture(scope="session")
 def in_browser() -> Callable[..., str]:
     """`in_browser(path)`: the DOM after Chromium has loaded it; skips where there is none."""

@@ -72,7 +72,9 @@ def _several(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> s
 
     with TemporaryDirectory() as scratch:
         page = write_comparison(recorders, scratch, tries=settings["tries"])
-        shutil.copytree(scratch, out, dirs_exist_ok=True)
+        out.mkdir(exist_ok=True)
+        for file in Path(scratch).iterdir():
+            shutil.copy(file, out)
         if settings["log"]:
             for recorder in recorders:
                 recorder.save_objects(scratch, artifact_path=COMPARISON)

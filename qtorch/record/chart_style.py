@@ -21,6 +21,7 @@ ROLLING_DAYS = 20
 
 # Inches at 96 dots each: a column of the page, the width of a phone.
 WIDE, NARROW = 9.0, 3.75
+MOST_BESIDE = 20  # letters of a legend's entry that a narrow figure has room for twice
 
 
 def new_figure(height: float, *, narrow: bool, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -34,6 +35,9 @@ def new_figure(height: float, *, narrow: bool, rows: int = 1, columns: int = 1) 
         rows, columns = rows * columns, 1
     size = (NARROW if narrow else WIDE, height * rows)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.06, h_pad=0.06, wspace=0.06, hspace=0.04)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes.reshape(-1)
 
@@ -51,6 +55,7 @@ def calm(axis: Any) -> None:
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(colors=SOFT, labelsize=8.5, length=0)
+    axis.tick_params(axis="x", pad=6)
     for side, spine in axis.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)
@@ -78,7 +83,7 @@ def legend(axis: Any, *, narrow: bool, columns: int = 3) -> None:
     if not narrow:
         axis.legend(handles, names, **above(columns))
         return
-    columns = 1 if max(map(len, names)) > 24 else min(columns, 2)
+    columns = 1 if max(map(len, names)) > MOST_BESIDE else min(columns, 2)
     rows = -(-len(names) // columns)
     axis.set_title(
         axis.get_title(loc="left"), loc="left", fontsize=10, color=INK, pad=8 + 12.5 * rows
@@ -107,6 +112,14 @@ def date_axis(axis: Any, *, narrow: bool = False) -> None:
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axis.margins(x=0.01)
+    axis.set_xlabel("date", color=SOFT, fontsize=9)
+
+
+def from_zero(axis: Any) -> None:
+    """The vertical axis from zero (or what lies under it) to a little over the highest value."""
+    low, high = axis.dataLim.y0, axis.dataLim.y1
+    low = min(0.0, low)
+    axis.set_ylim(low, low + 1.12 * ((high - low) or 1.0))
 
 
 def percent_axis(axis: Any, decimals: int | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,12 +18,13 @@ from qtorch.record.page_style import STYLE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_VECTOR_BYTES = 90_000  # a picture of more than this as SVG is a PNG in the page
-PNG_DPI, PAGE_DPI = 150, 144
+DOTS = 192  # an inch: two for each of the page's, for sharp screens and for paper
 PHONE = "screen and (max-width: 600px)"
 
 _PERCENT = ("return", "drawdown", "turnover", "cost", "weight", "share", "spread", "volatility")
-_PROBABILITY = ("probabilistic_sharpe", "deflated_sharpe", "p_value")
+_PROBABILITY = ("probabilistic_sharpe", "deflated_sharpe")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+_BREAK = re.compile(r"(?<=\w)([._/])(?=\w)")  # where a long name may go on in the next line
 _OF = ("mean", "std")  # of what the word before says
 _COUNT = ("positions", "days", "tries", "epoch", "count")
 
@@ -35,8 +37,10 @@ def shown(value: float, metric: str = "") -> str:
     name = next((w for w in reversed(words) if not (w.isdigit() or w in _OF)), "")
     if name.endswith(_PROBABILITY):
         text = f"{value:.1%}"
+    elif name.endswith("p_value"):
+        text = f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
     elif any(part in name for part in _PERCENT) and "ratio" not in name:
-        text = f"{value:.2%}" if abs(value) >= 0.001 or value == 0 else f"{value:.4%}"
+        text = f"{value:.2%}" if abs(value) >= 0.01 or value == 0 else f"{value:.3%}"
     elif name.endswith(_COUNT):
         text = f"{value:,.1f}".removesuffix(".0")
     elif abs(value) >= 1000 or (value and abs(value) < 1e-4):
@@ -103,7 +107,9 @@ def cards(numbers: Sequence[tuple[str, Number]]) -> str:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """What a page is about: names and words."""
-    inner = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
+    inner = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{_DATE.sub(_whole, escape(v))}</dd></div>" for k, v in pairs
+    )
     return f'<dl class="facts">{inner}</dl>'
 
 
@@ -112,10 +118,15 @@ def folded(summary: str, inner: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
 
 
+def _whole(found: re.Match[str]) -> str:
+    """A date that no line break divides."""
+    return f'<span class="date">{found[0]}</span>'
+
+
 def _cell(cell: Cell, first: bool) -> str:
     if isinstance(cell, Number):
         return cell.html("td")
-    text = cell if isinstance(cell, Markup) else escape(cell)
+    text = cell if isinstance(cell, Markup) else _BREAK.sub(r"\1<wbr>", escape(cell))
     return f'<th scope="row">{text}</th>' if first else f"<td>{text}</td>"
 
 
@@ -132,7 +143,6 @@ class Page:
     def __init__(self, folder: Path, title: str) -> None:
         self.folder = folder
         self.title = title
-        self.pictures: list[Path] = []
         self._parts: list[str] = []
 
     def add(self, *parts: str) -> None:
@@ -140,9 +150,12 @@ class Page:
         self._parts += [p for p in parts if p]
 
     def section(self, title: str, *parts: str) -> None:
-        """A heading and what stands under it."""
-        inner = "\n".join(p for p in parts if p)
-        self._parts.append(f"<section>\n<h2>{escape(title)}</h2>\n{inner}\n</section>")
+        """A heading and what stands under it; on paper it keeps with its first picture."""
+        held = [p for p in parts if p]
+        first = next((k + 1 for k, p in enumerate(held) if p.startswith("<figure")), 1)
+        together = "\n".join([f"<h2>{escape(title)}</h2>", *held[:first]])
+        rest = "\n".join(held[first:])
+        self._parts.append(f'<section>\n<div class="together">{together}</div>\n{rest}\n</section>')
 
     def picture(
         self, name: str, draw: Callable[..., Figure], *args: Any, says: str, **options: Any
@@ -151,18 +164,14 @@ class Page:
 
         `says` is what it shows, for who cannot see it.
         """
-        wide = draw(*args, narrow=False, **options)
+        wide, narrow = (_png(draw(*args, narrow=n, **options)) for n in (False, True))
         path = self.folder / f"{name}.png"
         with whole_file(path) as temporary:
-            wide.savefig(temporary, dpi=PNG_DPI, format="png")
-        self.pictures.append(path)
-        narrow = draw(*args, narrow=True, **options)
-        width, height = (round(96 * inches) for inches in wide.get_size_inches())
+            temporary.write_bytes(wide.data)
         return (
             f'<figure id="{escape(name)}"><picture>'
-            f'<source media="{PHONE}" srcset="{image_uri(narrow)}">'
-            f'<img src="{image_uri(wide)}" alt="{escape(says)}" width="{width}" '
-            f'height="{height}"></picture></figure>'
+            f'<source media="{PHONE}" srcset="{narrow.uri}" {narrow.size}>'
+            f'<img src="{wide.uri}" alt="{escape(says)}" {wide.size}></picture></figure>'
         )
 
     def write(self, name: str) -> Path:
@@ -180,16 +189,23 @@ class Page:
         return path
 
 
-def image_uri(figure: Figure) -> str:
-    """A figure as a data URI: SVG, sharp at every size, or PNG where that is much smaller."""
-    import matplotlib
+@dataclass(frozen=True)
+class _Png:
+    data: bytes
+    size: str  # the element's attributes
 
-    out = io.BytesIO()
-    # Letters as outlines look the same everywhere; a fixed salt makes equal figures equal files.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "qtorch"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    kind = "svg+xml"
-    if out.tell() > MOST_VECTOR_BYTES:
-        out, kind = io.BytesIO(), "png"
-        figure.savefig(out, format="png", dpi=PAGE_DPI)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    @property
+    def uri(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.data).decode()}"
+
+
+def _png(figure: Figure) -> _Png:
+    """A figure in 256 colours: enough for lines and letters, at a third of the size."""
+    from PIL import Image
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, dpi=DOTS, format="png")
+    with Image.open(full) as image:
+        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return _Png(small.getvalue(), f'width="{width}" height="{height}"')

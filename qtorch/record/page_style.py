@@ -20,9 +20,10 @@ figure img { display: block; width: 100%; height: auto; }
 dl { margin: 0; }
 dt { color: var(--soft); font-size: 0.8125rem; line-height: 1.3; }
 dd { margin: 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr));
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr));
   gap: 10px 24px; margin: 12px 0 24px; font-size: 0.9375rem; }
 .facts dd { overflow-wrap: anywhere; }
+.date { white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr));
   gap: 1px; background: var(--line); border: 1px solid var(--line); }
 .cards > div { background: #fff; padding: 10px 12px; display: flex; flex-direction: column;
@@ -35,9 +36,9 @@ caption { text-align: left; color: var(--soft); padding-bottom: 4px; }
 th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--ink);
-  vertical-align: bottom; }
+  vertical-align: bottom; white-space: normal; }
 th:first-child { text-align: left; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
 tbody tr:hover { background: var(--wash); }
 .wrap th, .wrap td { white-space: normal; overflow-wrap: anywhere; text-align: left;
   vertical-align: top; }
@@ -63,11 +64,13 @@ a { color: #2364aa; }
   main { max-width: none; padding: 0; }
   h2, h3 { break-after: avoid; }
   h2 { margin-top: 22pt; }
-  figure, .cards, tr, .missing { break-inside: avoid; }
-  .note { break-after: avoid; }
+  figure, .cards, tr, p, .together { break-inside: avoid; }
+  details { display: none; }
   thead { display: table-header-group; }
   .scroll { overflow: visible; }
-  .cards { grid-template-columns: repeat(5, 1fr); }
+  table { font-size: 8.5pt; }
+  th, td { padding: 3pt 10pt 3pt 0; }
+  .cards { grid-template-columns: repeat(6, 1fr); }
   .cards dd { font-size: 14pt; }
   a { color: inherit; text-decoration: none; }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ from qtorch.record.chart_style import (
     date_axis,
     day_bars,
     finish,
+    from_zero,
     legend,
     lines,
     name_axis,
@@ -25,7 +26,7 @@ from qtorch.record.chart_style import (
     rolling_mean,
     zero_line,
 )
-from qtorch.record.run_results import has_benchmark, net_return
+from qtorch.record.run_results import has_benchmark, judged_return, net_return
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,24 +36,33 @@ FALL_UNITS = {"sum": "% of the start", "product": "% of the highest value"}
 
 
 def return_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = False) -> Figure:
-    """Cumulative return with and without cost, the benchmark's, and what is in excess of it."""
-    bench = has_benchmark(report)
-    figure, axes = new_figure(2.9, narrow=narrow, rows=2 if bench else 1)
-    gross, net = report["return"], net_return(report)
-    curves = [("without cost", gross, GROSS_COLOUR), ("with cost", net, NET_COLOUR)]
-    if bench:
+    """Cumulative return with and without cost, and the benchmark's."""
+    curves = [
+        ("without cost", report["return"], GROSS_COLOUR),
+        ("with cost", net_return(report), NET_COLOUR),
+    ]
+    if has_benchmark(report):
         curves.append(("benchmark", report["bench"], BENCH_COLOUR))
+    return _curves("Cumulative return", curves, mode, narrow)
+
+
+def excess_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = False) -> Figure:
+    """Cumulative return in excess of the benchmark, with and without cost."""
+    curves = [
+        ("without cost", report["return"] - report["bench"], GROSS_COLOUR),
+        ("with cost", judged_return(report), NET_COLOUR),
+    ]
+    return _curves("Cumulative return in excess of the benchmark", curves, mode, narrow)
+
+
+def _curves(title: str, curves: list[tuple[str, pd.Series, str]], mode: Mode, narrow: bool) -> Any:
+    figure, axes = new_figure(2.9, narrow=narrow)
     lines(axes[0], [(n, cumulative_return(r, mode), c) for n, r, c in curves])
-    name_axis(axes[0], "Cumulative return", UNITS[mode])
-    if bench:
-        over = [(n, r - report["bench"], c) for n, r, c in curves[:2]]
-        lines(axes[1], [(n, cumulative_return(r, mode), c) for n, r, c in over])
-        name_axis(axes[1], "In excess of the benchmark", UNITS[mode])
-    for axis in axes:
-        zero_line(axis)
-        percent_axis(axis)
-        date_axis(axis, narrow=narrow)
-        legend(axis, narrow=narrow)
+    zero_line(axes[0])
+    name_axis(axes[0], title, UNITS[mode])
+    percent_axis(axes[0])
+    date_axis(axes[0], narrow=narrow)
+    legend(axes[0], narrow=narrow)
     return finish(figure)
 
 
@@ -88,7 +98,7 @@ def turnover_chart(report: pd.DataFrame, *, narrow: bool = False) -> Figure:
     lines(axes[1], [("cost", report["cost"].cumsum(), RANK_COLOUR)])
     name_axis(axes[1], "Cumulative cost", "% (sum of daily costs)")
     for axis in axes:
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         percent_axis(axis)
         date_axis(axis, narrow=True)
     return finish(figure)
@@ -118,8 +128,7 @@ def concentration_chart(spread: pd.DataFrame, *, narrow: bool = False) -> Figure
     name_axis(axes[3], "Exposure", "% of the account")
     for axis in axes:
         date_axis(axis, narrow=True)
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]) if axis is axes[3] else 0)
-        axis.margins(y=0.1)
+        from_zero(axis)
     for axis in (axes[1], axes[3]):
         percent_axis(axis)
     for axis in (axes[0], axes[3]):

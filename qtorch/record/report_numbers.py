@@ -13,7 +13,7 @@ from qtorch.metrics.decay import ic_decay, score_autocorrelation
 from qtorch.metrics.holdings import concentration
 from qtorch.metrics.quantile import quantile_returns
 from qtorch.metrics.risk import periods_per_year, risk_analysis
-from qtorch.metrics.sharpe import DeflatedSharpe, deflated_sharpe
+from qtorch.metrics.sharpe import deflated_sharpe
 from qtorch.record.run_results import has_benchmark, judged_return, net_return
 from qtorch.tracking.recorder import Recorder
 
@@ -96,7 +96,10 @@ def portfolio_numbers(
         numbers["benchmark_annualized_return"] = bench["annualized_return"]
         numbers["benchmark_max_drawdown"] = bench["max_drawdown"]
     sure = deflated_sharpe(judged_return(report), tries)
-    numbers[sharpe_name(sure)] = sure.probability
+    if tries > 1:
+        numbers |= {"deflated_sharpe": sure.probability, "tries": tries}
+    else:
+        numbers["probabilistic_sharpe"] = sure.probability
     if weight is not None:
         means = spread_of(weight, report).mean()
         numbers |= {
@@ -107,11 +110,6 @@ def portfolio_numbers(
             "cash_share": means["cash"],
         }
     return _named(numbers)
-
-
-def sharpe_name(sure: DeflatedSharpe) -> str:
-    """One try is the probabilistic Sharpe ratio, several the deflated one."""
-    return "probabilistic_sharpe" if sure.tries == 1 else "deflated_sharpe"
 
 
 def log_numbers(recorder: Recorder, numbers: Mapping[str, float]) -> None:

@@ -12,6 +12,7 @@ from qtorch.record.page import Cell, Number, Page, cards, folded, paragraph, sho
 from qtorch.record.portfolio_chart import (
     concentration_chart,
     drawdown_chart,
+    excess_chart,
     return_chart,
     turnover_chart,
 )
@@ -52,7 +53,8 @@ def key_numbers(metrics: Metrics, freq: str) -> str:
         ("Annual excess return", f"{excess}.annualized_return"),
         ("Information ratio", f"{excess}.information_ratio"),
         ("Turnover, a day", f"{PREFIX}turnover"),
-        ("P(true Sharpe > 0)", f"{PREFIX}probabilistic_sharpe"),
+        ("Probabilistic Sharpe", f"{PREFIX}probabilistic_sharpe"),
+        ("Deflated Sharpe", f"{PREFIX}deflated_sharpe"),
     )
     return cards([(name, Number(key, metrics[key])) for name, key in wanted if key in metrics])
 
@@ -74,9 +76,14 @@ def add_portfolio(
             says=f"Cumulative return with and without cost over {days}. {told}",
         ),
         page.picture(
+            "excess_return", excess_chart, report, mode,
+            says=f"Cumulative return in excess of the benchmark over {days}.",
+        ) if has_benchmark(report) else "",
+        page.picture(
             "drawdown", drawdown_chart, report, mode, says=f"Drawdown over {days}. {told}"
         ),
         _numbers_table(metrics, RETURN_ROWS),
+        _sharpe_words(metrics, has_benchmark(report)),
     )  # fmt: skip
     page.section(
         "Turnover and cost",
@@ -214,7 +221,7 @@ RETURN_ROWS = (
     ("Sharpe ratio, annual", f"{PREFIX}sharpe_ratio"),
     ("Maximum drawdown", f"{PREFIX}max_drawdown"),
     ("Maximum drawdown of the benchmark", f"{PREFIX}benchmark_max_drawdown"),
-    ("Probabilistic Sharpe ratio: P(true ratio > 0)", f"{PREFIX}probabilistic_sharpe"),
+    ("Probabilistic Sharpe ratio", f"{PREFIX}probabilistic_sharpe"),
     ("Deflated Sharpe ratio", f"{PREFIX}deflated_sharpe"),
 )
 TRADE_ROWS = (
@@ -230,6 +237,20 @@ HOLDING_ROWS = (
 )
 IC_ROWS = tuple((name, name) for name in ("IC", "ICIR", "Rank IC", "Rank ICIR"))
 _GROUPS = {"train": "Training", "valid": "Training", "report": "Report", "system": "System"}
+
+
+def _sharpe_words(metrics: Metrics, bench: bool) -> str:
+    """What the probability of the table means, with the number of tries."""
+    of = "return after cost" + (", in excess of the benchmark," if bench else "")
+    source = "(Bailey and Lopez de Prado, 2012 and 2014)"
+    if f"{PREFIX}deflated_sharpe" not in metrics:
+        return paragraph(f"Probabilistic Sharpe ratio: the probability that the true Sharpe ratio "
+                         f"of the {of} is above 0 {source}. It takes the strategy for the only "
+                         "one that was tried.", "note")  # fmt: skip
+    tries = Number(f"{PREFIX}tries", metrics[f"{PREFIX}tries"]).html()
+    return (f'<p class="note">Deflated Sharpe ratio: the probability that the true Sharpe ratio '
+            f"of the {of} is above what the best of {tries} tries without skill would have by "
+            f"luck {source}.</p>")  # fmt: skip
 
 
 def _numbers_table(metrics: Metrics, rows: Sequence[tuple[str, str]]) -> str:

@@ -90,8 +90,8 @@ def told_of_run(recorder: Recorder) -> dict[str, str]:
         "Validated on": _segment(params, "valid"),
         "Tested on": _segment(params, "test"),
         "Seed": params.get("seed", ""),
+        "Run": f"{recorder.name}, {recorder.id}",
         "Experiment": str(getattr(recorder, "experiment_name", "") or ""),
-        "Run": f"{recorder.name} ({recorder.id})",
         "Started": recorder.start_time or "",
     }
     return {name: words for name, words in told.items() if words}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MIDDLE = "#9aa3ad"
 MOST_SHOWN = 12  # years with a number in each cell of the heat map
 
 
@@ -103,7 +104,7 @@ def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = readable_on(image.cmap(image.norm(value)))
-            text = f"{value:.2f}".replace("0.", ".", 1)
+            text = f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
             axis.text(
                 column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=colour
             )
@@ -139,7 +140,7 @@ def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
     """Mean return of each score quantile; their cumulative returns over the mean of all."""
     figure, axes = new_figure(3.0, narrow=narrow, columns=2)
     count = len(returns.columns)
-    colours = [diverging_map()(_strong(k, count)) for k in range(count)]
+    colours = [_graded(k, count) for k in range(count)]
     error = 2 * returns.std(ddof=1) / np.sqrt(returns.notna().sum())
     axes[0].bar(
         range(count),
@@ -168,15 +169,21 @@ def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
     percent_axis(axes[1])
     name_axis(axes[1], "Cumulative, less the mean of all", "% (sum of daily returns)")
     date_axis(axes[1], narrow=True)
-    handles, told = axes[1].get_legend_handles_labels()
-    axes[1].legend(handles[::-1], told[::-1], frameon=False, fontsize=8.5, loc="upper left")
+    if narrow:
+        legend(axes[1], narrow=True, columns=2)
+    else:  # beside the axes, in the order of the lines
+        handles, told = axes[1].get_legend_handles_labels()
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes[1].legend(handles[::-1], told[::-1], frameon=False, fontsize=8.5, **place)
     return finish(figure)
 
 
-def _strong(k: int, count: int) -> float:
-    """A place of the diverging map, away from its white middle."""
+def _graded(k: int, count: int) -> Any:
+    """From orange over grey to blue, away from the map's white middle."""
     place = k / max(count - 1, 1)
-    return place * 0.8 if place < 0.5 else 0.2 + place * 0.8 if place > 0.5 else 0.37
+    if place == 0.5:
+        return MIDDLE
+    return diverging_map()(place * 0.8 if place < 0.5 else 0.2 + place * 0.8)
 
 
 def spread_chart(spread: pd.Series, *, narrow: bool = False) -> Figure:

@@ -57,8 +57,10 @@ class RunGroup:
     runs: tuple[ComparedRun, ...]
 
     def mean_and_std(self, metric: str) -> tuple[float, float]:
-        """Over the runs that have the metric (ddof 1; NaN for one run)."""
-        values = pd.Series([r.metrics[metric] for r in self.runs if metric in r.metrics])
+        """Over its runs (ddof 1; NaN for one run); NaN where one of them lacks the metric."""
+        values = pd.Series([r.metrics.get(metric, math.nan) for r in self.runs])
+        if values.isna().any():
+            return math.nan, math.nan
         return float(values.mean()), float(values.std(ddof=1))
 
     def by_run(self, series: str) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from qtorch.record.chart_style import (
     DASHES,
     INK,
     SERIES,
+    SOFT,
     date_axis,
     finish,
     legend,
@@ -62,9 +63,17 @@ def curves_chart(
 
 
 def dots_chart(
-    by_metric: Mapping[str, Mapping[str, Sequence[float]]], *, narrow: bool = False
+    by_metric: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    percent: Collection[str] = (),
+    narrow: bool = False,
 ) -> Figure:
-    """A panel a metric: each run a dot in its group's row, the mean of the group a bar."""
+    """A panel a metric: each run a dot in its group's row, the mean of the group a bar.
+
+    Metrics named in `percent` are fractions that are written as per cent.
+    """
+    from matplotlib.ticker import PercentFormatter
+
     groups = len(next(iter(by_metric.values())))
     figure, axes = new_figure(0.95 + 0.28 * groups, narrow=narrow, columns=len(by_metric))
     for place, (axis, (metric, by_group)) in enumerate(zip(axes, by_metric.items(), strict=True)):
@@ -80,5 +89,8 @@ def dots_chart(
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(metric, loc="left", fontsize=10, color=INK)
-        axis.set_xlabel("a dot a run, the bar their mean", fontsize=8.5, color="#5f6b78")
+        unit = "" if metric not in percent else "%; "
+        if unit:
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        axis.set_xlabel(f"{unit}a dot a run, the bar their mean", fontsize=8.5, color=SOFT)
     return finish(figure)

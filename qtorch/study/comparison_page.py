@@ -39,16 +39,12 @@ def write_comparison(
     return page.write(PAGE)
 
 
-def _columns(compared: Comparison) -> dict[str, str]:
-    """`{metric: heading}` of the metrics that any run has."""
-    freq = compared.runs[0].freq
-    excess = f"{freq}.excess_return_with_cost"
-    wanted = {
-        "IC": "IC",
-        "ICIR": "ICIR",
-        "Rank IC": "Rank IC",
-        "Rank ICIR": "Rank ICIR",
-        "Long-Short Ann Return": "Long-short, a year",
+def _columns(compared: Comparison) -> tuple[dict[str, str], dict[str, str]]:
+    """`{metric: heading}` of the signal's and of the portfolio's metrics that any run has."""
+    excess = f"{compared.runs[0].freq}.excess_return_with_cost"
+    signal = {name: name for name in ("IC", "ICIR", "Rank IC", "Rank ICIR")}
+    signal["Long-Short Ann Return"] = "Long-short, a year"
+    portfolio = {
         f"{excess}.annualized_return": "Excess return, a year",
         f"{excess}.information_ratio": "Information ratio",
         f"{excess}.max_drawdown": "Drawdown of the excess",
@@ -57,23 +53,29 @@ def _columns(compared: Comparison) -> dict[str, str]:
         "report.turnover": "Turnover, a day",
     }
     held = {m for run in compared.runs for m in run.metrics}
-    return {m: heading for m, heading in wanted.items() if m in held}
+    first, second = ({m: h for m, h in part.items() if m in held} for part in (signal, portfolio))
+    return first, second
 
 
 def _add_groups(page: Page, compared: Comparison) -> None:
-    columns = _columns(compared)
-    rows = [
-        [group.name, str(len(group.runs)), *(_mean_cell(group, m) for m in columns)]
-        for group in compared.groups
-    ]
+    parts = _columns(compared)
+    tables = [
+        table(
+            ["Group", "Runs", *columns.values()],
+            [[g.name, str(len(g.runs)), *(_mean_cell(g, m) for m in columns)]
+             for g in compared.groups],
+        )
+        for columns in parts
+        if columns
+    ]  # fmt: skip
     differ = differing(compared.groups)
     names = [group.name for group in compared.groups]
     page.section(
         "Groups",
         paragraph("Runs with equal parameters but for the seed are a group. Mean over its runs "
                   "± standard deviation (one run has none).", "note"),
-        table(["Group", "Runs", *columns.values()], rows),
-        _dots(page, compared, columns),
+        *tables,
+        _dots(page, compared, parts[0] | parts[1]),
         folded("Parameters that differ", table(
             ["Parameter", *names], [[k, *v] for k, v in differ.items()], kind="wrap"))
         if differ else "",
@@ -81,21 +83,24 @@ def _add_groups(page: Page, compared: Comparison) -> None:
 
 
 def _dots(page: Page, compared: Comparison, columns: dict[str, str]) -> str:
-    shown = [m for m in ("IC", "Rank IC", *columns) if m in columns]
-    shown = [m for m in shown if "ICIR" not in m and "drawdown" not in m][:3]
+    returns = [m for m in columns if m.endswith(("annualized_return", "Ann Return"))]
+    drawn = [m for m in ("IC", "Rank IC") if m in columns] + sorted(returns)[:1]
     values = {
         columns[m]: {g.name: [r.metrics[m] for r in g.runs if m in r.metrics]
                      for g in compared.groups}
-        for m in shown
+        for m in drawn
     }  # fmt: skip
     if not values:
         return ""
+    percent = [columns[m] for m in returns]
     says = f"{', '.join(values)} of each run, by group."
-    return page.picture("by_run", dots_chart, values, says=says)
+    return page.picture("by_run", dots_chart, values, percent=percent, says=says)
 
 
 def _mean_cell(group: RunGroup, metric: str) -> Cell:
     mean, std = group.mean_and_std(metric)
+    if mean != mean:
+        return "–"
     first = Number(metric, mean, group.name).html()
     if std != std:
         return Markup(first)
@@ -188,16 +193,15 @@ def _add_sharpe(page: Page, compared: Comparison) -> None:
 
 
 def _add_runs(page: Page, compared: Comparison) -> None:
-    columns = _columns(compared)
-    rows: list[Sequence[Cell]] = [
-        [Markup(f'<code title="{run.id}">{run.id[:SHORT_ID]}</code>'), group.name, run.seed]
-        + [Number(m, run.metrics[m], run.id) if m in run.metrics else "–" for m in columns]
-        for group in compared.groups
-        for run in group.runs
-    ]
+    tables = [
+        table(
+            ["Run", "Group", "Seed", *columns.values()],
+            [[run.id[:SHORT_ID], group.name, run.seed]
+             + [Number(m, run.metrics[m], run.id) if m in run.metrics else "–" for m in columns]
+             for group in compared.groups for run in group.runs],
+        )
+        for columns in _columns(compared)
+        if columns
+    ]  # fmt: skip
     ids = table(["Run", "Name", "Id"], [[r.id[:SHORT_ID], r.name, r.id] for r in compared.runs])
-    page.section(
-        "All runs",
-        table(["Run", "Group", "Seed", *columns.values()], rows),
-        folded("Whole ids", ids),
-    )
+    page.section("All runs", *tables, folded("Whole ids", ids))

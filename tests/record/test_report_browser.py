@@ -24,7 +24,7 @@ addEventListener("load", () => {
     const y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
     if (x > 1 && y > 1) overlaps++;
   }));
-  const images = [...document.images].map(i => [i.currentSrc.length, i.naturalWidth, i.width]);
+  const images = [...document.images].map(i => [i.naturalWidth, i.width]);
   const cut = [...document.querySelectorAll(".cards dd")]
     .filter(e => e.scrollWidth > e.clientWidth);
   const found = {
@@ -64,6 +64,7 @@ def test_a_browser_shows_the_numbers_of_the_run(page, in_browser, elements, reco
     }
     assert carried == recorder.list_metrics()
 
+    assert page.stat().st_size < 3_000_000
     measured = page.read_text().replace("</body>", MEASURE + "</body>")
     for width, narrow in ((1100, False), (380, True)):
         frame = tmp_path / f"{width}.html"
@@ -73,7 +74,7 @@ def test_a_browser_shows_the_numbers_of_the_run(page, in_browser, elements, reco
         found = json.loads(unescape(told[1]))
         assert found["beyond"] <= 0, "the page is wider than the screen"
         assert found["overlaps"] == found["cut"] == 0
-        assert len(found["images"]) == 11
-        for _, natural, shown in found["images"]:
-            assert 0.85 < shown / natural < 1.15 or natural > 1000  # letters of their own size
-            assert (natural < 400) == narrow or natural > 1000
+        assert len(found["images"]) == 12
+        for natural, shown in found["images"]:
+            assert natural == (720 if narrow else 1728)
+            assert 0.9 < 2 * shown / natural < 1.1, "letters are not of their own size"
