@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
 def _one(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
     from qtorch.record.report import ReportRecord
 
-    record = ReportRecord(recorder, mode=settings["mode"], tries=settings["tries"] or 1)
+    tries = 1 if settings["tries"] is None else settings["tries"]
+    record = ReportRecord(recorder, mode=settings["mode"], tries=tries)
     record.generate()
     folder = Path(recorder.download_artifact(record.get_path()))
     if out is not None:

@@ -21,23 +21,25 @@ ROLLING_DAYS = 20
 
 # Inches at 96 dots each: a column of the page, the width of a phone.
 WIDE, NARROW = 9.0, 3.75
-MOST_BESIDE = 20  # letters of a legend's entry that a narrow figure has room for twice
+# Letters of a line of legends: of the whole width, and what a handle takes.
+WIDE_LETTERS, NARROW_LETTERS, HANDLE_LETTERS = 130, 56, 6
 
 
-def new_figure(height: float, *, narrow: bool, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(
+    height: float, *, narrow: bool, rows: int = 1, columns: int = 1
+) -> tuple[Figure, Any]:
     """A figure and its axes, an array `[rows, columns]`; stacked in one column where narrow.
 
     `height` is that of one row in inches. Without pyplot: no global state, no display.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if narrow:
         rows, columns = rows * columns, 1
     size = (NARROW if narrow else WIDE, height * rows)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.06, h_pad=0.06, wspace=0.06, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.06, hspace=0.04)
+    figure = Figure(figsize=size, layout=layout, facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes.reshape(-1)
 
@@ -69,37 +71,35 @@ def name_axis(axis: Any, title: str, y: str, x: str | None = None) -> None:
         axis.set_xlabel(x, color=SOFT, fontsize=9)
 
 
-def above(columns: int) -> dict[str, Any]:
-    """A legend over the axes' right end, where it hides nothing."""
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0.0}
-    return {**place, "frameon": False, "fontsize": 9, "ncols": columns}
-
-
-def legend(axis: Any, *, narrow: bool, columns: int = 3) -> None:
-    """The legend beside the title or, where that is too narrow, between title and axes."""
+def legend(axis: Any, *, narrow: bool = False) -> None:
+    """A legend that hides nothing: beside the title where both fit, else under it."""
     handles, names = axis.get_legend_handles_labels()
     if not handles:
         return
-    if not narrow:
-        axis.legend(handles, names, **above(columns))
+    title = axis.get_title(loc="left")
+    grid = axis.get_gridspec()
+    room = NARROW_LETTERS if narrow else WIDE_LETTERS // (grid.ncols if grid else 1)
+    entry = max(map(len, names)) + HANDLE_LETTERS
+    plain = {"frameon": False, "fontsize": 8.5 if narrow else 9, "borderaxespad": 0.0}
+    beside = len(title) + 4 + sum(len(n) + HANDLE_LETTERS for n in names) <= room
+    if beside and not narrow:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "ncols": len(names)}
+        axis.legend(handles, names, **place, **plain)
         return
-    columns = 1 if max(map(len, names)) > MOST_BESIDE else min(columns, 2)
+    columns = max(1, min(len(names), room // entry))
     rows = -(-len(names) // columns)
-    axis.set_title(
-        axis.get_title(loc="left"), loc="left", fontsize=10, color=INK, pad=8 + 12.5 * rows
-    )
-    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    axis.set_title(title, loc="left", fontsize=10, color=INK, pad=9 + 12.5 * rows)
     axis.legend(
         handles,
         names,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.01),
         ncols=columns,
-        frameon=False,
-        fontsize=8.5,
         handlelength=1.4,
         columnspacing=1.2,
         labelspacing=0.25,
         borderpad=0.0,
-        **place,
+        **plain,
     )
 
 
@@ -118,7 +118,7 @@ def date_axis(axis: Any, *, narrow: bool = False) -> None:
 def from_zero(axis: Any) -> None:
     """The vertical axis from zero (or what lies under it) to a little over the highest value."""
     low, high = axis.dataLim.y0, axis.dataLim.y1
-    low = min(0.0, low)
+    low, high = (min(0.0, low), high) if np.isfinite(high) else (0.0, 1.0)
     axis.set_ylim(low, low + 1.12 * ((high - low) or 1.0))
 
 

@@ -61,7 +61,7 @@ def draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = Fa
         )
     zero_line(axis)
     name_axis(axis, "Daily IC (bars) and rolling means", "correlation")
-    legend(axis, narrow=narrow, columns=2)
+    legend(axis, narrow=narrow)
 
 
 def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
@@ -70,8 +70,9 @@ def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = Fal
         total = series.cumsum()
         axis.plot(total.index, total, color=colour, linewidth=1.8, label=name)
     zero_line(axis)
-    name_axis(axis, "Cumulative: a steady slope is a steady signal", "sum of daily correlations")
-    legend(axis, narrow=narrow, columns=2)
+    title = "Cumulative" if narrow else "Cumulative: a steady slope is a steady signal"
+    name_axis(axis, title, "sum of daily correlations")
+    legend(axis, narrow=narrow)
 
 
 def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:

@@ -48,5 +48,5 @@ def learning_chart(
             )
         name_axis(axis, panel.capitalize(), panel, "epoch, from 0")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        legend(axis, narrow=narrow, columns=2)
+        legend(axis, narrow=narrow)
     return finish(figure)

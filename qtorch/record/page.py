@@ -64,9 +64,10 @@ class Number:
     def html(self, tag: str = "span") -> str:
         """The element, with `data-metric` and `data-value` (and `data-of`)."""
         of = f' data-of="{escape(self.of)}"' if self.of else ""
+        short = escape(shown(self.value, self.metric))
         return (
             f'<{tag} class="number" data-metric="{escape(self.metric)}" '
-            f'data-value="{float(self.value)!r}"{of}>{shown(self.value, self.metric)}</{tag}>'
+            f'data-value="{float(self.value)!r}"{of}>{short}</{tag}>'
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -55,7 +55,9 @@ def excess_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = Fal
     return _curves("Cumulative return in excess of the benchmark", curves, mode, narrow)
 
 
-def _curves(title: str, curves: list[tuple[str, pd.Series, str]], mode: Mode, narrow: bool) -> Any:
+def _curves(
+    title: str, curves: list[tuple[str, pd.Series, str]], mode: Mode, narrow: bool
+) -> Figure:
     figure, axes = new_figure(2.9, narrow=narrow)
     lines(axes[0], [(n, cumulative_return(r, mode), c) for n, r, c in curves])
     zero_line(axes[0])

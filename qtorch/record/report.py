@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import ClassVar
 
-from qtorch.core.errors import RecordError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.metrics.curve import MODES, Mode
 from qtorch.metrics.decay import HORIZONS
 from qtorch.record.base import Names, Record
@@ -65,7 +65,9 @@ class ReportRecord(Record):
     ) -> None:
         super().__init__(recorder)
         if mode not in MODES:
-            raise RecordError(unknown_name("mode of the report", str(mode), MODES))
+            raise ConfigError(unknown_name("mode of the report", str(mode), MODES))
+        if tries < 1:
+            raise ConfigError(f"tries={tries}: expected the number of strategies tried, from 1.")
         self.mode: Mode = mode
         self.tries = tries
         self.num_quantiles = num_quantiles
@@ -90,7 +92,8 @@ class ReportRecord(Record):
         return [PAGE]
 
     def _numbers(self, results: RunResults) -> tuple[SignalTables | None, dict[str, float]]:
-        tables, numbers = None, {}
+        tables: SignalTables | None = None
+        numbers: dict[str, float] = {}
         if results.score is not None and results.label is not None:
             tables = signal_tables(
                 results.score, results.label, self.horizons, self.lags, self.num_quantiles

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from qtorch.metrics.curve import Mode
+from qtorch.metrics.curve import Mode, cumulative_return
 from qtorch.metrics.decay import ic_decay, score_autocorrelation
 from qtorch.metrics.holdings import concentration
 from qtorch.metrics.quantile import quantile_returns
@@ -82,7 +82,7 @@ def portfolio_numbers(
     risk, before = (risk_analysis(r, freq=freq, mode=mode)["risk"] for r in (net, gross))
     periods = periods_per_year(freq)
     numbers = {
-        "total_return": float((1 + net).prod() - 1),
+        "total_return": float(cumulative_return(net, "product").iloc[-1]),
         "annualized_return": risk["annualized_return"],
         "annualized_return_without_cost": before["annualized_return"],
         "annualized_volatility": risk["std"] * math.sqrt(periods),

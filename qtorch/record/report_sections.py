@@ -159,7 +159,7 @@ def add_signal(page: Page, tables: SignalTables, metrics: Metrics) -> None:
         table(
             ["Quantile", "Mean return"],
             [[_end(q, count), _cell(metrics, f"{PREFIX}quantile_return.{q}")]
-             for q in tables.quantiles.columns]
+             for q in range(1, count + 1)]
             + [["Highest − lowest", _cell(metrics, f"{PREFIX}quantile_spread")]],
         ),
     )  # fmt: skip
@@ -254,7 +254,9 @@ def _sharpe_words(metrics: Metrics, bench: bool) -> str:
 
 
 def _numbers_table(metrics: Metrics, rows: Sequence[tuple[str, str]]) -> str:
-    held = [[name, Number(key, metrics[key])] for name, key in rows if key in metrics]
+    held: list[Sequence[Cell]] = [
+        [name, Number(key, metrics[key])] for name, key in rows if key in metrics
+    ]
     return table(["Mean over days" if rows is HOLDING_ROWS else "", ""], held) if held else ""
 
 

@@ -132,7 +132,7 @@ def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
     zero_line(axis)
     axis.set_xticks(place, [str(h) for h in decay.index])
     name_axis(axis, "IC by horizon", "mean correlation", "horizon, trading days")
-    legend(axis, narrow=narrow, columns=2)
+    legend(axis, narrow=narrow)
     return finish(figure)
 
 
@@ -170,7 +170,7 @@ def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
     name_axis(axes[1], "Cumulative, less the mean of all", "% (sum of daily returns)")
     date_axis(axes[1], narrow=True)
     if narrow:
-        legend(axes[1], narrow=True, columns=2)
+        legend(axes[1], narrow=True)
     else:  # beside the axes, in the order of the lines
         handles, told = axes[1].get_legend_handles_labels()
         place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}

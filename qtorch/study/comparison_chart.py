@@ -26,9 +26,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_LETTERS = 26  # of a group's name in a figure; the tables have it whole
+
+
 def _look(number: int) -> tuple[str, str]:
     """Colour and dashes of a group: a colour comes again with other dashes."""
     return SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
 
 
 def curves_chart(
@@ -52,7 +59,9 @@ def curves_chart(
             low, high = total.min(axis=1), total.max(axis=1)
             axis.fill_between(total.index, low, high, color=colour, alpha=0.15, linewidth=0)
         mean = total.mean(axis=1)
-        axis.plot(mean.index, mean, color=colour, linestyle=dashes, linewidth=1.8, label=name)
+        axis.plot(
+            mean.index, mean, color=colour, linestyle=dashes, linewidth=1.8, label=_short(name)
+        )
     zero_line(axis)
     name_axis(axis, title, unit)
     if percent:
@@ -84,7 +93,7 @@ def dots_chart(
             if held:
                 axis.plot([np.mean(held)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.6)
         axis.set_ylim(groups - 0.5, -0.5)
-        names = list(by_group) if narrow or place == 0 else [""] * groups
+        names = [_short(g) for g in by_group] if narrow or place == 0 else [""] * groups
         axis.set_yticks(range(groups), names)
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)

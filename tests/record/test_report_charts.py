@@ -49,7 +49,8 @@ def draw(account_walk):
               for m in ("loss", "rank_ic")}  # fmt: skip
     lags = {lag: score_autocorrelation(score, lag) for lag in (1, 5)}
     groups = {
-        f"GRU, hidden_size={k}": pd.DataFrame(rng.normal(0, 0.01, (320, 3)), DAYS) for k in range(5)
+        f"GRU, hidden_size={k}, lr=0.00{k}": pd.DataFrame(rng.normal(0, 0.01, (320, 3)), DAYS)
+        for k in range(9)
     }
     dots = {m: {g: rng.normal(0.02, 0.01, 3) for g in groups} for m in ("IC", "Return, a year")}
     made = {
@@ -142,17 +143,18 @@ def test_the_months_are_means_by_hand():
 
 def test_the_lines_are_the_returns(draw, account_walk):
     report, _ = account_walk(num_days=320)
-    drawn = {
-        line.get_label(): line.get_ydata() for line in draw["return"](narrow=False).axes[0].lines
-    }
+    drawn = lines_of(draw["return"](narrow=False))
     np.testing.assert_allclose(drawn["without cost"], report["return"].cumsum())
     np.testing.assert_allclose(drawn["with cost"], (report["return"] - report["cost"]).cumsum())
     np.testing.assert_allclose(drawn["benchmark"], report["bench"].cumsum())
-    lines = {
-        line.get_label(): line.get_ydata() for line in draw["drawdown"](narrow=False).axes[0].lines
-    }
+    fall = lines_of(draw["drawdown"](narrow=False))["portfolio, with cost"]
     total = (report["return"] - report["cost"]).cumsum()
-    np.testing.assert_allclose(lines["portfolio, with cost"], total - total.cummax())
+    np.testing.assert_allclose(fall, total - total.cummax())
+
+
+def lines_of(figure) -> dict:
+    """The values of the first axes' lines by their names."""
+    return {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
 
 
 def test_only_what_was_logged_by_epoch_is_a_learning_curve():

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.errors import RecordError
+from qtorch.core.errors import ConfigError, RecordError
 from qtorch.metrics import calc_ic, risk_analysis
 from qtorch.record import ReportRecord, SigAnaRecord, SignalRecord
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 PICTURES = {
-    "cumulative_return", "excess_return", "drawdown", "turnover", "concentration", "rolling_ic", "monthly_ic",
+    "cumulative_return", "excess_return", "drawdown", "turnover", "concentration", "rolling_ic",
+    "monthly_ic",
     "ic_decay", "quantile_returns", "quantile_spread", "score_autocorrelation", "learning_curves",
 }  # fmt: skip
 
@@ -174,8 +175,21 @@ def test_days_and_instruments_that_no_figure_can_use(recorder):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("num_days", [1, 2])
+def test_a_portfolio_of_hardly_a_day(recorder, account_walk, num_days):
+    report, positions = account_walk(num_days=num_days)
+    names = {"report_normal_1day.pkl": report, "positions_normal_1day.pkl": positions.iloc[:0]}
+    recorder.save_objects(artifact_path="portfolio_analysis", **names)
+    found = ReportRecord(recorder).generate()
+    assert found["report.num_positions"] == found["report.largest_weight"] == 0
+    assert "report.effective_positions" not in found
+    assert ("report.sharpe_ratio" in found) == (num_days == 2)
+
+
 def test_bad_arguments_are_refused(full_run):
-    with pytest.raises(RecordError, match=r"mode.*'product'"):
+    with pytest.raises(ConfigError, match=r"mode.*'product'"):
         ReportRecord(full_run, mode="products")
+    with pytest.raises(ConfigError, match="tries=0"):
+        ReportRecord(full_run, tries=0)
     with pytest.raises(RecordError, match="label_col=1"):
         ReportRecord(full_run, label_col=1).generate()

@@ -21,7 +21,7 @@ DAYS = pd.bdate_range("2020-01-01", periods=120, name="datetime")
 
 @pytest.fixture
 def make_run(store, account_walk):
-    """`make_run(model, seed, good, **params)`: a finished run that some training could have left."""
+    """`make_run(model, seed, good, **params)`: a finished run as a training leaves it."""
 
     def make(model: str, seed: int, good: float, portfolio: bool = True, **params):
         rng = np.random.default_rng([seed, int(good * 1000)])
@@ -36,7 +36,7 @@ def make_run(store, account_walk):
             )
             recorder.log_batch({"IC": ic.mean(), "Rank IC": 0.9 * ic.mean()}, step=0)
             if portfolio:
-                report, _ = account_walk(num_days=120, seed=seed)
+                report, _ = account_walk(num_days=120, seed=seed + 10 * len(params))
                 report["return"] += good / 50
                 recorder.save_objects(
                     artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report}
@@ -53,7 +53,7 @@ def make_run(store, account_walk):
 def six(make_run):
     """Two models, three seeds each, one better than the other."""
     made = [make_run("GRU", s, 0.05, hidden_size=8) for s in range(3)]
-    return made + [make_run("MLP", s, 0.02, layers=[4]) for s in range(3)]
+    return made + [make_run("MLP", s, 0.02, layers=[4], depth=1) for s in range(3)]
 
 
 def test_seeds_of_one_setting_are_a_group(six):
@@ -65,7 +65,7 @@ def test_seeds_of_one_setting_are_a_group(six):
     assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert math.isnan(found.groups[0].mean_and_std("none")[0])
     assert set(differing(found.groups)) == {
-        "model.network._target_", "hidden_size", "layers"
+        "model.network._target_", "hidden_size", "layers", "depth"
     }  # fmt: skip
 
 
