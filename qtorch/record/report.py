@@ -121,8 +121,9 @@ class ReportRecord(Record):
         else:
             page.section("Return", missing("Return, drawdown, turnover, concentration",
                          "portfolio_analysis/report_normal_1day.pkl", "PortAnaRecord"))  # fmt: skip
-        if results.ic is not None and results.rank_ic is not None:
-            add_ic(page, results.ic, results.rank_ic, metrics)
+        ic, rank_ic = results.ic, results.rank_ic
+        if ic is not None and rank_ic is not None and ic.notna().any():
+            add_ic(page, ic, rank_ic, metrics)
         else:
             page.section("Information coefficient", missing("IC through time",
                          "sig_analysis/ic.pkl and ric.pkl", "SigAnaRecord"))  # fmt: skip

@@ -142,7 +142,31 @@ def add_signal(page: Page, tables: SignalTables, metrics: Metrics) -> None:
              for h in decay.index],
         ),
     )  # fmt: skip
+    _add_quantiles(page, tables, metrics)
+    if tables.autocorrelation:
+        page.section(
+            "Score autocorrelation",
+            paragraph("Rank correlation of a day's scores with those of some days before, over "
+                      "the instruments that have both: near 1 the ranking hardly changes, and "
+                      "trades little.", "note"),
+            page.picture(
+                "score_autocorrelation", autocorrelation_chart, tables.autocorrelation,
+                says="Rank correlation of the scores with earlier ones, by lag and by day.",
+            ),
+            table(
+                ["Lag, days", "Rank correlation"],
+                [[str(lag), _cell(metrics, f"{PREFIX}score_autocorrelation.{lag}")]
+                 for lag in tables.autocorrelation],
+            ),
+        )  # fmt: skip
+
+
+def _add_quantiles(page: Page, tables: SignalTables, metrics: Metrics) -> None:
     count = len(tables.quantiles.columns)
+    if tables.quantiles.isna().all(axis=None):
+        told = f"No day has {count} instruments with score and label, one for each quantile."
+        page.section("Returns by score quantile", paragraph(told, "missing"))
+        return
     page.section(
         "Returns by score quantile",
         paragraph(f"Each day's instruments in {count} groups of equal size by score; the mean "
@@ -163,22 +187,6 @@ def add_signal(page: Page, tables: SignalTables, metrics: Metrics) -> None:
             + [["Highest − lowest", _cell(metrics, f"{PREFIX}quantile_spread")]],
         ),
     )  # fmt: skip
-    if tables.autocorrelation:
-        page.section(
-            "Score autocorrelation",
-            paragraph("Rank correlation of a day's scores with those of some days before, over "
-                      "the instruments that have both: near 1 the ranking hardly changes, and "
-                      "trades little.", "note"),
-            page.picture(
-                "score_autocorrelation", autocorrelation_chart, tables.autocorrelation,
-                says="Rank correlation of the scores with earlier ones, by lag and by day.",
-            ),
-            table(
-                ["Lag, days", "Rank correlation"],
-                [[str(lag), _cell(metrics, f"{PREFIX}score_autocorrelation.{lag}")]
-                 for lag in tables.autocorrelation],
-            ),
-        )  # fmt: skip
 
 
 def add_training(page: Page, curves: Histories) -> None:

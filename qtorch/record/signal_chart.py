@@ -64,7 +64,7 @@ def monthly_chart(daily: pd.Series, name: str = "IC", *, narrow: bool = False) -
     values = values.T if narrow else values
     figure, axes = new_figure(1.0 + 0.3 * max(len(rows), 2), narrow=narrow)
     axis = axes[0]
-    reach = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.0
+    reach = np.nanmax(np.abs(values)) or 1.0
     image = axis.pcolormesh(
         np.ma.masked_invalid(values),
         cmap=diverging_map(),

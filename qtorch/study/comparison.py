@@ -26,6 +26,7 @@ from qtorch.tracking.mlflow_recorder import COMMAND_PARAM
 from qtorch.tracking.recorder import Recorder
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
+LONG_SHORT = "half of (top fifth − bottom fifth by score), before cost"
 MOST_NAMED = 3  # params in a group's name
 SERIES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily return"}
 
@@ -110,7 +111,8 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
     Holm over the pairs of a series. `tries` is the number of strategies that were tried in all: by
     default the runs given; the deflated Sharpe ratio needs it stated honestly.
     """
-    if len({r.id for r in recorders}) < 2:
+    recorders = list({r.id: r for r in recorders}.values())
+    if len(recorders) < 2:
         raise ConfigError(f"a comparison needs two different runs; got {len(recorders)}.")
     held = [run_results(r) for r in recorders]
     daily, told = _returns(recorders, held)
@@ -201,7 +203,7 @@ def _returns(
     """The same kind of daily return of every run, and its name."""
     reports = [r.report for r in held if r.report is not None]
     if len(reports) < len(held):
-        return [_long_short(r) for r in recorders], "half the top less the bottom fifth, no cost"
+        return [_long_short(r) for r in recorders], LONG_SHORT
     if all(has_benchmark(r) for r in reports):
         return [judged_return(r) for r in reports], "portfolio after cost less benchmark"
     return [net_return(r) for r in reports], "portfolio after cost"

@@ -173,6 +173,7 @@ def test_days_and_instruments_that_no_figure_can_use(recorder):
     found = ReportRecord(recorder).generate()
     expected = {"report.ic_at_horizon.1": 1.0, "report.rank_ic_at_horizon.1": 1.0}
     assert found == pytest.approx(expected)
+    assert "No day has 5 instruments" in page_of(recorder)
 
 
 @pytest.mark.parametrize("num_days", [1, 2])

@@ -105,7 +105,7 @@ def test_each_run_is_judged_as_the_best_of_the_tries(six):
 def test_without_portfolios_the_long_short_return_counts(make_run):
     runs = [make_run("GRU", 0, 0.05), make_run("GRU", 1, 0.05, portfolio=False)]
     found = compare_runs(runs)
-    assert "no cost" in found.returns_of
+    assert "before cost" in found.returns_of
     pd.testing.assert_series_equal(
         found.runs[0].returns, runs[0].load_object("sig_analysis/long_short_r.pkl")
     )
