@@ -26,7 +26,8 @@ def write_comparison(
 ) -> Path:
     """Compare runs (`compare_runs`) and write `comparison.html` and its PNGs into a folder."""
     compared = compare_runs(recorders, tries=tries)
-    title = f"Comparison of {len(compared.runs)} runs in {len(compared.groups)} groups"
+    groups = len(compared.groups)
+    title = f"Comparison of {len(compared.runs)} runs in {groups} group{'s' * (groups > 1)}"
     page = Page(Path(folder), title)
     told = told_of_run(recorders[0])
     common = {k: told[k] for k in ("Data", "Tested on") if k in told}
