@@ -17,12 +17,12 @@ NET_COLOUR, GROSS_COLOUR, BENCH_COLOUR = IC_COLOUR, "#56b4e9", "#5f6b78"
 # Told apart by the colour-blind too: the palette of Okabe and Ito without yellow, led by ours.
 SERIES = (IC_COLOUR, RANK_COLOUR, "#009e73", "#cc79a7", "#56b4e9", "#000000", "#b58900")
 DASHES = ("-", "--", "-.", ":")
-ROLLING_DAYS = 20
+ROLLING_DAYS, LONG_ROLLING_DAYS, LONG = 20, 60, 750  # days; over LONG the longer window
 
 # Inches at 96 dots each: a column of the page, the width of a phone.
 WIDE, NARROW = 9.0, 3.75
-# Letters of a line of legends: of the whole width, and what a handle takes.
-WIDE_LETTERS, NARROW_LETTERS, HANDLE_LETTERS = 130, 56, 6
+# Letters that a line of title and legend has room for, and what a handle takes of them.
+WIDE_LETTERS, NARROW_LETTERS, HANDLE_LETTERS, SHORT_HANDLE_LETTERS = 112, 56, 9, 6
 
 
 def new_figure(
@@ -79,7 +79,7 @@ def legend(axis: Any, *, narrow: bool = False) -> None:
     title = axis.get_title(loc="left")
     grid = axis.get_gridspec()
     room = NARROW_LETTERS if narrow else WIDE_LETTERS // (grid.ncols if grid else 1)
-    entry = max(map(len, names)) + HANDLE_LETTERS
+    entry = max(map(len, names)) + SHORT_HANDLE_LETTERS
     plain = {"frameon": False, "fontsize": 8.5 if narrow else 9, "borderaxespad": 0.0}
     beside = len(title) + 4 + sum(len(n) + HANDLE_LETTERS for n in names) <= room
     if beside and not narrow:
@@ -135,8 +135,9 @@ def zero_line(axis: Any) -> None:
 
 
 def rolling_mean(series: pd.Series) -> tuple[pd.Series, int]:
-    """The mean over the last days (20, fewer for a short series), and how many they are."""
-    window = min(ROLLING_DAYS, max(1, len(series) // 4))
+    """The mean over the last days (20; 60 for years, fewer for weeks), and how many they are."""
+    usual = LONG_ROLLING_DAYS if len(series) > LONG else ROLLING_DAYS
+    window = min(usual, max(1, len(series) // 4))
     return series.rolling(window, min_periods=max(1, window // 2)).mean(), window
 
 

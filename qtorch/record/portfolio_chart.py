@@ -11,6 +11,7 @@ from qtorch.record.chart_style import (
     BENCH_COLOUR,
     GROSS_COLOUR,
     IC_COLOUR,
+    LONG,
     NET_COLOUR,
     RANK_COLOUR,
     SERIES,
@@ -113,21 +114,26 @@ def concentration_chart(spread: pd.DataFrame, *, narrow: bool = False) -> Figure
     account).
     """
     figure, axes = new_figure(2.4, narrow=narrow, rows=2, columns=2)
+    largest, told = spread["largest_weight"], ""
+    if len(spread) > LONG:  # years of days that jump would be a block of colour
+        _, window = rolling_mean(largest)
+        spread = spread.apply(lambda column: rolling_mean(column)[0])
+        told = f", mean of {window} days"
     counts = [
         ("positions", spread["num_positions"], SERIES[0]),
         ("effective number", spread["effective_positions"], SERIES[1]),
     ]
     lines(axes[0], counts, width=1.4)
-    name_axis(axes[0], "Positions", "number")
-    lines(axes[1], [("largest weight", spread["largest_weight"], SERIES[0])], width=1.4)
+    name_axis(axes[0], f"Positions{told}", "number")
+    lines(axes[1], [("largest weight", largest, SERIES[0])], width=1.0)
     name_axis(axes[1], "Largest weight", "% of the account")
     lines(axes[2], [("Herfindahl", spread["herfindahl"], SERIES[0])], width=1.4)
-    name_axis(axes[2], "Herfindahl index", "sum of squared shares")
+    name_axis(axes[2], f"Herfindahl index{told}", "sum of squared shares")
     shares = [("invested", spread["gross"], SERIES[0]), ("cash", spread["cash"], SERIES[1])]
     if not spread["gross"].equals(spread["net"]):
         shares.append(("net", spread["net"], SERIES[2]))
     lines(axes[3], shares, width=1.4)
-    name_axis(axes[3], "Exposure", "% of the account")
+    name_axis(axes[3], f"Exposure{told}", "% of the account")
     for axis in axes:
         date_axis(axis, narrow=True)
         from_zero(axis)

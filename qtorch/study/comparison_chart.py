@@ -98,8 +98,8 @@ def dots_chart(
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(metric, loc="left", fontsize=10, color=INK)
-        unit = "" if metric not in percent else "%; "
-        if unit:
+        unit = "%" if metric in percent else "correlation"
+        if metric in percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        axis.set_xlabel(f"{unit}a dot a run, the bar their mean", fontsize=8.5, color=SOFT)
+        axis.set_xlabel(f"{unit} (dot: run, bar: mean)", fontsize=8.5, color=SOFT)
     return finish(figure)

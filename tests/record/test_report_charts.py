@@ -43,8 +43,11 @@ def draw(account_walk):
     score = score + rng.normal(0, 0.02, len(index))
     ic = pd.Series(rng.normal(0.03, 0.1, len(DAYS)), DAYS)
     quantiles = quantile_returns(score, label)
-    report, positions = account_walk(num_days=320)
-    spread = concentration(positions["weight"]).assign(cash=report["cash"] / report["account"])
+    report, _ = account_walk(num_days=320)
+    spread, years = (
+        concentration(positions["weight"]).assign(cash=days["cash"] / days["account"])
+        for days, positions in (account_walk(num_days=n) for n in (320, 800))
+    )
     curves = {f"{p}/{m}": dict(enumerate(rng.random(9))) for p in ("train", "valid")
               for m in ("loss", "rank_ic")}  # fmt: skip
     lags = {lag: score_autocorrelation(score, lag) for lag in (1, 5)}
@@ -66,6 +69,7 @@ def draw(account_walk):
         "drawdown": lambda **o: drawdown_chart(report, **o),
         "turnover": lambda **o: turnover_chart(report, **o),
         "concentration": lambda **o: concentration_chart(spread, **o),
+        "long_concentration": lambda **o: concentration_chart(years, **o),
         "learning": lambda **o: learning_chart(learning_curves(curves), **o),
         "groups": lambda **o: curves_chart(groups, "Cumulative return", "%", percent=True, **o),
         "dots": lambda **o: dots_chart(dots, percent=["Return, a year"], **o),
@@ -75,7 +79,8 @@ def draw(account_walk):
 
 CHARTS = (
     "rolling_ic", "monthly_ic", "ic_decay", "quantiles", "spread", "autocorrelation", "return",
-    "compounded", "excess", "drawdown", "turnover", "concentration", "learning", "groups", "dots",
+    "compounded", "excess", "drawdown", "turnover", "concentration", "long_concentration",
+    "learning", "groups", "dots",
 )  # fmt: skip
 
 
