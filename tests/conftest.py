@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -77,3 +81,92 @@ def market_data() -> Path:
 def qlib_python() -> str:
     """A Python with pyqlib."""
     return os.environ["QTORCH_QLIB_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def account_walk() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
+    """`account_walk(num_days=60, seed=0, bench=True)`: a portfolio's report and positions.
+
+    The frames of PortAnaRecord, of an account that wanders; cash + value = account.
+    """
+
+    def walk(num_days: int = 60, seed: int = 0, bench: bool = True):
+        rng = np.random.default_rng(seed)
+        days = pd.bdate_range("2020-01-01", periods=num_days, name="datetime")
+        gross = pd.Series(rng.normal(0.0012, 0.01, num_days), days)
+        turnover = pd.Series(np.r_[0.9, rng.uniform(0.05, 0.15, num_days - 1)], days)
+        cost = turnover * 0.0015
+        account = 1e6 * (1 + gross - cost).cumprod()
+        before = account.shift(fill_value=1e6)
+        names = [f"I{k}" for k in range(8)]
+        share = pd.DataFrame(rng.dirichlet(np.full(8, 4.0), num_days) * 0.95, days, names)
+        share = share.where(rng.random(share.shape) > 0.2, 0.0)
+        value = account * share.sum(axis=1)
+        report = pd.DataFrame(
+            {
+                "account": account,
+                "return": gross,
+                "total_turnover": (turnover * before).cumsum(),
+                "turnover": turnover,
+                "total_cost": (cost * before).cumsum(),
+                "cost": cost,
+                "value": value,
+                "cash": account - value,
+                "bench": rng.normal(0.0004, 0.008, num_days) if bench else np.nan,
+            }
+        )
+        held = share.stack().rename_axis(["datetime", "instrument"])
+        held = held[held > 0]
+        worth = held * account.reindex(held.index.get_level_values(0)).to_numpy()
+        positions = pd.DataFrame({"amount": worth / 20, "price": 20.0, "count": 1, "weight": held})
+        return report, positions
+
+    return walk
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append({"tag": tag, **{k: v or "" for k, v in attrs}})
+
+
+@pytest.fixture(scope="session")
+def elements() -> Callable[[str], list[dict[str, str]]]:
+    """`elements(html)`: every element's attributes, with its `tag`."""
+
+    def parse(html: str) -> list[dict[str, str]]:
+        parser = _Elements()
+        parser.feed(html)
+        return parser.found
+
+    return parse
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose figures are made but not drawn, which is what takes seconds."""
+    from qtorch.record import page
+
+    monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
+
+
+@pytest.fixture(scope="session")
+def in_browser() -> Callable[..., str]:
+    """`in_browser(path)`: the DOM after Chromium has loaded it; skips where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the path")
+
+    def dump(path: Path) -> str:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command = [program, *options, f"--user-data-dir={path.parent / 'profile'}", "--dump-dom"]
+        done = subprocess.run(
+            [*command, path.as_uri()], capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout
+
+    return dump

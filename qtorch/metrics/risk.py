@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.metrics.curve import drawdown
 
 # Periods a year. A trading minute counts in days of 240 minutes.
 PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
@@ -45,17 +46,14 @@ def risk_analysis(
         raise ConfigError("risk_analysis takes N or freq, not both.")
     scale = float(N) if N is not None else periods_per_year(freq or "day")
     if mode == "sum":
-        total = r.cumsum()
         mean, std = float(r.mean()), float(r.std(ddof=1))
         annual = mean * scale
-        drawdown = float((total - total.cummax()).min())
     elif mode == "product":
         curve = (1 + r).cumprod()
         growth = float(curve.iloc[-1]) if len(curve) else math.nan
         mean = growth ** (1 / max(len(r), 1)) - 1
         std = float(np.log(1 + r).std(ddof=1))
         annual = growth ** (scale / max(len(r), 1)) - 1
-        drawdown = float((curve / curve.cummax() - 1).min())
     else:
         raise ConfigError(unknown_name("mode of risk_analysis", str(mode), ("sum", "product")))
     values = {
@@ -63,7 +61,7 @@ def risk_analysis(
         "std": std,
         "annualized_return": annual,
         "information_ratio": float(np.divide(mean, std) * math.sqrt(scale)),
-        "max_drawdown": drawdown,
+        "max_drawdown": float(drawdown(r, mode).min()),
     }
     return pd.Series(values).to_frame("risk")
 

@@ -1,4 +1,4 @@
-"""What is made of a fitted model inside its run: scores, labels, their quality."""
+"""What is made of a fitted model inside its run: scores, labels, their quality, the report."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qtorch.record.hf_signal import HFSignalRecord as HFSignalRecord
     from qtorch.record.multi_pass import MultiPassPortAnaRecord as MultiPassPortAnaRecord
     from qtorch.record.portfolio import PortAnaRecord as PortAnaRecord
+    from qtorch.record.report import ReportRecord as ReportRecord
     from qtorch.record.segment_ic import SegmentICRecord as SegmentICRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
     from qtorch.record.signal_analysis import SigAnaRecord as SigAnaRecord
@@ -20,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "MultiPassPortAnaRecord": "qtorch.record.multi_pass",
         "PortAnaRecord": "qtorch.record.portfolio",
         "Record": "qtorch.record.base",
+        "ReportRecord": "qtorch.record.report",
         "SegmentICRecord": "qtorch.record.segment_ic",
         "SigAnaRecord": "qtorch.record.signal_analysis",
         "SignalRecord": "qtorch.record.signal",

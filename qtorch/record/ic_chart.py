@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from qtorch.record.chart_style import (
+    IC_COLOUR,
+    INK,
+    RANK_COLOUR,
+    calm,
+    date_axis,
+    day_bars,
+    legend,
+    name_axis,
+    rolling_mean,
+    zero_line,
+)
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-INK, SOFT, GRID = "#1f2933", "#8a94a0", "#e4e7eb"
-IC_COLOUR, RANK_COLOUR = "#2364aa", "#e07a1f"
-ROLLING_DAYS = 20
 
 
 def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Figure:
@@ -20,7 +29,6 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
 
     Series by day; days without a figure (NaN) are left out.
     """
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
@@ -33,44 +41,38 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
         x=0.01,
         ha="left",
     )
-    _draw_days(axes["day"], ic, rank_ic)
-    _draw_sum(axes["sum"], ic, rank_ic)
+    draw_days(axes["day"], ic, rank_ic)
+    draw_sum(axes["sum"], ic, rank_ic)
     _draw_spread(axes["spread"], ic, rank_ic)
     for name, axis in axes.items():
-        _calm(axis)
+        calm(axis)
         if name != "spread":
-            locator = AutoDateLocator(minticks=4, maxticks=8)  # type: ignore[no-untyped-call]
-            axis.xaxis.set_major_locator(locator)
-            form = ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
-            axis.xaxis.set_major_formatter(form)
-            axis.margins(x=0.01)
+            date_axis(axis)
     return figure
 
 
-def _draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
-    axis.vlines(ic.index, 0, ic.to_numpy(), color=IC_COLOUR, alpha=0.25, linewidth=0.9)
-    window = min(ROLLING_DAYS, max(1, len(ic) // 4))
+def draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+    """The IC of each day as a bar, and the rolling means of both."""
+    day_bars(axis, ic, IC_COLOUR)
     for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
-        mean = series.rolling(window, min_periods=max(1, window // 2)).mean()
+        mean, window = rolling_mean(series)
         axis.plot(
             mean.index, mean, color=colour, linewidth=1.8, label=f"{name}, mean of {window} days"
         )
-    axis.axhline(0, color=INK, linewidth=0.8)
-    axis.set_title("Daily IC (bars) and rolling means", loc="left", fontsize=10, color=INK)
-    axis.set_ylabel("correlation", color=SOFT, fontsize=9)
-    axis.legend(**_above(2))
+    zero_line(axis)
+    name_axis(axis, "Daily IC (bars) and rolling means", "correlation")
+    legend(axis, narrow=narrow)
 
 
-def _draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
+def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+    """Both added up from day to day."""
     for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
         total = series.cumsum()
         axis.plot(total.index, total, color=colour, linewidth=1.8, label=name)
-    axis.axhline(0, color=INK, linewidth=0.8)
-    axis.set_title(
-        "Cumulative: a steady slope is a steady signal", loc="left", fontsize=10, color=INK
-    )
-    axis.set_ylabel("sum of daily correlations", color=SOFT, fontsize=9)
-    axis.legend(**_above(2))
+    zero_line(axis)
+    title = "Cumulative" if narrow else "Cumulative: a steady slope is a steady signal"
+    name_axis(axis, title, "sum of daily correlations")
+    legend(axis, narrow=narrow)
 
 
 def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
@@ -87,29 +89,12 @@ def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
         if len(series):
             axis.axvline(series.mean(), color=colour, linewidth=1.6, linestyle="--")
     axis.axvline(0, color=INK, linewidth=0.8)
-    axis.set_title(f"Distribution over {len(ic)} days", loc="left", fontsize=10, color=INK)
-    axis.set_xlabel("correlation of a day", color=SOFT, fontsize=9)
-    axis.set_ylabel("days", color=SOFT, fontsize=9)
+    name_axis(axis, f"Distribution over {len(ic)} days", "days", "correlation of a day")
     axis.margins(y=0.3)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     box = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
     axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **box)
-
-
-def _above(columns: int) -> dict[str, Any]:
-    """A legend over the axes' right end, where it hides nothing."""
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0.0}
-    return {**place, "frameon": False, "fontsize": 9, "ncols": columns}
-
-
-def _calm(axis: Any) -> None:
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=SOFT, labelsize=8.5, length=0)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRID)
 
 
 def _span(ic: pd.Series) -> str:

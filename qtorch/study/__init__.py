@@ -1,4 +1,4 @@
-"""What is made of many runs: rolling studies, collectors, ensembles and groups."""
+"""What is made of many runs: rolling studies, collectors, ensembles, groups, comparisons."""
 
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from qtorch.study.collect import Collector as Collector
     from qtorch.study.collect import MergeCollector as MergeCollector
     from qtorch.study.collect import RecorderCollector as RecorderCollector
+    from qtorch.study.comparison import Comparison as Comparison
+    from qtorch.study.comparison import compare_runs as compare_runs
+    from qtorch.study.comparison_page import write_comparison as write_comparison
     from qtorch.study.ensemble import AverageEnsemble as AverageEnsemble
     from qtorch.study.ensemble import Ensemble as Ensemble
     from qtorch.study.ensemble import RollingEnsemble as RollingEnsemble
@@ -27,6 +30,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "AverageEnsemble": "qtorch.study.ensemble",
         "Collector": "qtorch.study.collect",
+        "Comparison": "qtorch.study.comparison",
         "Ensemble": "qtorch.study.ensemble",
         "Exported": "qtorch.study.export",
         "Group": "qtorch.study.group",
@@ -38,8 +42,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "SingleKeyEnsemble": "qtorch.study.ensemble",
         "StudyError": "qtorch.study.rolling",
         "WarmStart": "qtorch.study.warm_start",
+        "compare_runs": "qtorch.study.comparison",
         "export_model": "qtorch.study.export",
         "load_network": "qtorch.study.export",
         "rolling_study": "qtorch.study.rolling",
+        "write_comparison": "qtorch.study.comparison_page",
     },
 )

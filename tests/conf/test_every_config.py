@@ -11,7 +11,7 @@ from qtorch.cli.config_path import config_path
 from qtorch.core.instantiate import init_instance_by_config
 
 CONF = config_path()
-ROOTS = ("bars", "export", "finetune", "predict", "rolling", "train")
+ROOTS = ("bars", "export", "finetune", "predict", "report", "rolling", "train")
 FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
 CHOICES = [f for f in FILES if "/" in f and not f.startswith("hydra/")]
 # What must be given before a choice can be built.

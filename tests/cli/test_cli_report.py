@@ -1,0 +1,85 @@
+"""`qtorch report`, as a user calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import qtorch
+from qtorch import R
+from qtorch.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
+
+@pytest.fixture
+def ids(tmp_path, monkeypatch) -> list[str]:
+    """Two finished runs in the store of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    qtorch.init(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db")
+    index = pd.MultiIndex.from_product(
+        [pd.bdate_range("2020-01-01", periods=30), ["A", "B", "C", "D", "E"]],
+        names=["datetime", "instrument"],
+    )
+    found = []
+    for seed in (0, 1):
+        with R.start(experiment_name="debug"):
+            recorder = R.get_recorder()
+            recorder.log_params(seed=seed)
+            values = np.random.default_rng(seed).normal(size=(2, len(index)))
+            recorder.save_objects(
+                **{"pred.pkl": pd.DataFrame({"score": values[0]}, index),
+                   "label.pkl": pd.DataFrame({"LABEL0": values[1]}, index)}
+            )  # fmt: skip
+            found.append(str(recorder.id))
+    return found
+
+
+def test_one_run(ids, capsys, tmp_path):
+    assert main(["report", f"runs=[{ids[0]}]", f"out={tmp_path / 'out'}", "tries=3"]) == 0
+    told = capsys.readouterr().out
+    run = R.get_recorder(recorder_id=ids[0])
+    assert f"the report of run {ids[0]}" in told
+    assert "report.ic_at_horizon.1" in run.list_metrics()
+    kept = Path(run.download_artifact("report/report.html"))
+    assert (tmp_path / "out" / "report.html").read_bytes() == kept.read_bytes()
+    assert main(["report", f"runs={ids[0]}"]) == 0
+
+
+def test_several_runs(ids, capsys, tmp_path):
+    assert main(["report", f"runs=[{','.join(ids)}]", "log=true"]) == 0
+    assert "the comparison of 2 runs" in capsys.readouterr().out
+    assert Path(tmp_path, "comparison", "comparison.html").is_file()
+    for run in ids:
+        held = R.get_recorder(recorder_id=run).list_artifacts("comparison")
+        assert "comparison/comparison.html" in held
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["runs=[]"], "name one run"),
+        (["runs=[nosuchrun]"], "nosuchrun"),
+        (["runs=[x]", "out=nowhere/there"], "there is no folder"),
+        ([], "runs"),
+        (["runs=[x]", "modes=sum"], "mode"),
+    ],
+)
+def test_what_is_wrong_is_one_line(ids, capsys, words, told):
+    assert main(["report", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert told in error
+
+
+def test_a_wrong_mode_is_named(ids, capsys):
+    assert main(["report", f"runs=[{ids[0]}]", "mode=product_"]) == 1
+    assert "'product'" in capsys.readouterr().err
+
+
+def test_help_answers(capsys):
+    assert main(["report", "--help"]) == 0
+    assert "usage: qtorch report" in capsys.readouterr().out

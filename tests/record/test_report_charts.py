@@ -1,0 +1,171 @@
+"""Figures of the report: axes that are named, values that are right, letters that do not touch."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.metrics import concentration, ic_decay, quantile_returns, score_autocorrelation
+from qtorch.record.chart_style import NARROW, WIDE
+from qtorch.record.learning_chart import learning_chart, learning_curves
+from qtorch.record.portfolio_chart import (
+    concentration_chart,
+    drawdown_chart,
+    excess_chart,
+    return_chart,
+    turnover_chart,
+)
+from qtorch.record.signal_chart import (
+    autocorrelation_chart,
+    decay_chart,
+    monthly,
+    monthly_chart,
+    quantile_chart,
+    rolling_ic_chart,
+    spread_chart,
+)
+from qtorch.study.comparison_chart import curves_chart, dots_chart
+
+DAYS = pd.bdate_range("2019-06-03", periods=320, name="datetime")
+NAMES = [f"I{k}" for k in range(12)]
+
+
+@pytest.fixture(scope="module")
+def draw(account_walk):
+    """`draw[name](narrow)`: the figure of that name."""
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([DAYS, NAMES], names=["datetime", "instrument"])
+    label = pd.Series(rng.normal(0, 0.02, len(index)), index)
+    score = label.groupby(level=1).transform(lambda v: v.rolling(5, min_periods=1).mean())
+    score = score + rng.normal(0, 0.02, len(index))
+    ic = pd.Series(rng.normal(0.03, 0.1, len(DAYS)), DAYS)
+    quantiles = quantile_returns(score, label)
+    report, _ = account_walk(num_days=320)
+    spread, years = (
+        concentration(positions["weight"]).assign(cash=days["cash"] / days["account"])
+        for days, positions in (account_walk(num_days=n) for n in (320, 800))
+    )
+    curves = {f"{p}/{m}": dict(enumerate(rng.random(9))) for p in ("train", "valid")
+              for m in ("loss", "rank_ic")}  # fmt: skip
+    lags = {lag: score_autocorrelation(score, lag) for lag in (1, 5)}
+    groups = {
+        f"GRU, hidden_size={k}, lr=0.00{k}": pd.DataFrame(rng.normal(0, 0.01, (320, 3)), DAYS)
+        for k in range(9)
+    }
+    dots = {m: {g: rng.normal(0.02, 0.01, 3) for g in groups} for m in ("IC", "Return, a year")}
+    made = {
+        "rolling_ic": lambda **o: rolling_ic_chart(ic, ic * 0.9, **o),
+        "monthly_ic": lambda **o: monthly_chart(ic, **o),
+        "ic_decay": lambda **o: decay_chart(ic_decay(score, label, (1, 2, 5)), **o),
+        "quantiles": lambda **o: quantile_chart(quantiles, **o),
+        "spread": lambda **o: spread_chart(quantiles[5] - quantiles[1], **o),
+        "autocorrelation": lambda **o: autocorrelation_chart(lags, **o),
+        "return": lambda **o: return_chart(report, **o),
+        "compounded": lambda **o: return_chart(report.assign(bench=np.nan), "product", **o),
+        "excess": lambda **o: excess_chart(report, **o),
+        "drawdown": lambda **o: drawdown_chart(report, **o),
+        "turnover": lambda **o: turnover_chart(report, **o),
+        "concentration": lambda **o: concentration_chart(spread, **o),
+        "long_concentration": lambda **o: concentration_chart(years, **o),
+        "learning": lambda **o: learning_chart(learning_curves(curves), **o),
+        "groups": lambda **o: curves_chart(groups, "Cumulative return", "%", percent=True, **o),
+        "dots": lambda **o: dots_chart(dots, percent=["Return, a year"], **o),
+    }
+    return made
+
+
+CHARTS = (
+    "rolling_ic", "monthly_ic", "ic_decay", "quantiles", "spread", "autocorrelation", "return",
+    "compounded", "excess", "drawdown", "turnover", "concentration", "long_concentration",
+    "learning", "groups", "dots",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_every_axis_is_named_in_both_forms(draw, name):
+    for narrow, width in ((False, WIDE), (True, NARROW)):
+        figure = draw[name](narrow=narrow)
+        assert figure.get_size_inches()[0] == width
+        for axis in figure.axes:
+            if axis.get_label() == "<colorbar>":
+                assert axis.get_ylabel()
+                continue
+            assert axis.get_title(loc="left")
+            assert axis.get_xlabel()
+            assert axis.get_ylabel() or name == "dots"
+
+
+def test_the_charts_are_all_here(draw):
+    assert set(draw) == set(CHARTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHARTS)
+def test_nothing_overlaps_and_nothing_is_cut(draw, name):
+    for narrow in (False, True):
+        figure = draw[name](narrow=narrow)
+        figure.draw_without_rendering()
+        whole = figure.get_window_extent()
+        texts = []
+        for axis in figure.axes:
+            legend = axis.get_legend()
+            parts = [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label]
+            labels = [*axis.get_xticklabels(), *axis.get_yticklabels()]
+            shown = [t for t in [*parts, *labels] if t.get_text() and t.get_visible()]
+            inside = [t for t in shown if not _off(t, axis)]
+            texts += [(t.get_text(), t.get_window_extent()) for t in inside]
+            if legend is not None:
+                texts.append(("legend", legend.get_window_extent()))
+        for told, box in texts:
+            assert box.x0 >= whole.x0 - 1, (narrow, told)
+            assert box.x1 <= whole.x1 + 1, (narrow, told)
+        for (first, a), (second, b) in combinations(texts, 2):
+            wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+            high = min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert wide <= 1 or high <= 1, (narrow, first, second)
+
+
+def _off(text, axis) -> bool:
+    """A tick's label outside the limits, which is not drawn."""
+    box, place = text.get_window_extent(), axis.get_window_extent()
+    middle_x, middle_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    beside = middle_x > place.x0 - 2 and middle_x < place.x1 + 2
+    level = middle_y > place.y0 - 2 and middle_y < place.y1 + 2
+    return not (beside or level)
+
+
+def test_the_months_are_means_by_hand():
+    days = pd.to_datetime(["2019-12-30", "2020-01-02", "2020-01-03", "2020-03-02"])
+    table = monthly(pd.Series([0.1, 0.2, 0.4, np.nan], days))
+    assert table.index.tolist() == [2019, 2020]
+    assert table.loc[2019, 12] == 0.1
+    assert table.loc[2020, 1] == pytest.approx(0.3)
+    assert int(table.notna().sum().sum()) == 2
+
+
+def test_the_lines_are_the_returns(draw, account_walk):
+    report, _ = account_walk(num_days=320)
+    drawn = lines_of(draw["return"](narrow=False))
+    np.testing.assert_allclose(drawn["without cost"], report["return"].cumsum())
+    np.testing.assert_allclose(drawn["with cost"], (report["return"] - report["cost"]).cumsum())
+    np.testing.assert_allclose(drawn["benchmark"], report["bench"].cumsum())
+    fall = lines_of(draw["drawdown"](narrow=False))["portfolio, with cost"]
+    total = (report["return"] - report["cost"]).cumsum()
+    np.testing.assert_allclose(fall, total - total.cummax())
+
+
+def lines_of(figure) -> dict:
+    """The values of the first axes' lines by their names."""
+    return {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+
+
+def test_only_what_was_logged_by_epoch_is_a_learning_curve():
+    histories = {"train/loss": {0: 1.0, 1: 0.5}, "valid/ic": {0: 0.1}, "IC": {0: 1.0, 1: 2.0},
+                 "valid/rank_ic": {0: 0.1, 1: 0.2}}  # fmt: skip
+    panels = learning_curves(histories)
+    assert {k: list(v) for k, v in panels.items()} == {
+        "loss": ["train/loss"], "correlation": ["valid/rank_ic"]
+    }  # fmt: skip

@@ -1,0 +1,196 @@
+"""The report of a run: its numbers are the run's metrics, its page needs nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtorch.core.errors import ConfigError, RecordError
+from qtorch.metrics import calc_ic, risk_analysis
+from qtorch.record import ReportRecord, SigAnaRecord, SignalRecord
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+PICTURES = {
+    "cumulative_return", "excess_return", "drawdown", "turnover", "concentration", "rolling_ic",
+    "monthly_ic",
+    "ic_decay", "quantile_returns", "quantile_spread", "score_autocorrelation", "learning_curves",
+}  # fmt: skip
+
+
+@pytest.fixture
+def full_run(model, dataset, recorder, account_walk):
+    """A run with everything that a report shows."""
+    recorder.log_params(**{"model.network._target_": "mine.<Net>", "seed": 3})
+    for epoch in range(4):
+        values = {"train/loss": 1 / (epoch + 1), "valid/loss": 1.1, "valid/ic": 0.01 * epoch}
+        recorder.log_batch(values, step=epoch)
+    recorder.log_batch({"lr": 0.001}, step=0)
+    SignalRecord(model, dataset, recorder).generate()
+    SigAnaRecord(recorder, ana_long_short=True).generate()
+    report, positions = account_walk(num_days=40)
+    names = {"report_normal_1day.pkl": report, "positions_normal_1day.pkl": positions}
+    recorder.save_objects(artifact_path="portfolio_analysis", **names)
+    excess = risk_analysis(report["return"] - report["cost"] - report["bench"])["risk"]
+    recorder.log_batch({f"1day.excess_return_with_cost.{k}": v for k, v in excess.items()}, step=0)
+    return recorder
+
+
+def page_of(recorder) -> str:
+    return Path(recorder.download_artifact("report/report.html")).read_text(encoding="utf-8")
+
+
+def numbers(found) -> dict[str, set[float]]:
+    """What the elements carry: every value of each metric."""
+    carried: dict[str, set[float]] = {}
+    for element in found:
+        if "data-metric" in element:
+            carried.setdefault(element["data-metric"], set()).add(float(element["data-value"]))
+    return carried
+
+
+def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
+    ReportRecord(full_run).generate()
+    metrics = full_run.list_metrics()
+    assert numbers(elements(page_of(full_run))) == {k: {v} for k, v in metrics.items()}
+    assert {k.split(".")[1] for k in metrics if k.startswith("report.")} >= {
+        "annualized_return", "max_drawdown", "turnover", "cash_share", "ic_at_horizon",
+        "quantile_spread", "score_autocorrelation", "probabilistic_sharpe",
+    }  # fmt: skip
+
+
+def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
+    found = ReportRecord(full_run, horizons=(1, 2), lags=(1,), num_quantiles=4).generate()
+    report, positions = account_walk(num_days=40)
+    net = report["return"] - report["cost"]
+    start = report["account"].iloc[0] / (1 + net.iloc[0])
+    score, label = (full_run.load_object(f"{n}.pkl").iloc[:, 0] for n in ("pred", "label"))
+    best = [
+        label.loc[d][s.droplevel(0).rank() > 19].mean() for d, s in score.groupby(level="datetime")
+    ]
+    weights = positions["weight"].unstack(fill_value=0.0).to_numpy()
+    expected = {
+        "total_return": report["account"].iloc[-1] / start - 1,
+        "annualized_return": net.mean() * 238,
+        "annualized_return_without_cost": report["return"].mean() * 238,
+        "sharpe_ratio": net.mean() / net.std(ddof=1) * np.sqrt(238),
+        "max_drawdown": (net.cumsum() - net.cumsum().cummax()).min(),
+        "benchmark_annualized_return": report["bench"].mean() * 238,
+        "cash_share": 1 - weights.sum(axis=1).mean(),
+        "num_positions": (weights > 0).sum(axis=1).mean(),
+        "largest_weight": weights.max(axis=1).mean(),
+        "ic_at_horizon.1": full_run.list_metrics()["IC"],
+        "quantile_return.4": np.mean(best),
+    }
+    assert {k: found[f"report.{k}"] for k in expected} == pytest.approx(expected, rel=1e-6)
+    assert "report.ic_at_horizon.3" not in found
+    table = score.unstack()
+    before = table.shift(1).stack().rename_axis(score.index.names)
+    assert found["report.score_autocorrelation.1"] == pytest.approx(
+        calc_ic(score, before)[1].mean()
+    )
+
+
+def test_the_page_stands_alone(full_run, elements):
+    ReportRecord(full_run).generate()
+    page = page_of(full_run)
+    assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)
+    figures = [e["id"] for e in elements(page) if e["tag"] == "figure"]
+    assert set(figures) == PICTURES
+    assert len(figures) == len(PICTURES)
+    images = [e for e in elements(page) if e["tag"] in ("img", "source")]
+    assert len(images) == 2 * len(PICTURES)
+    assert all(e["alt"] for e in images if e["tag"] == "img")
+    there = set(full_run.list_artifacts("report"))
+    assert there == {f"report/{n}.png" for n in PICTURES} | {"report/report.html"}
+    assert "&lt;Net&gt;" in page
+    assert "<Net>" not in page
+    assert str(full_run.id) in page
+
+
+def test_a_second_report_logs_nothing_new_and_a_changed_backtest_shows(full_run, elements):
+    ReportRecord(full_run).generate()
+    before = full_run.logged("report.turnover")
+    ReportRecord(full_run).generate()
+    assert full_run.logged("report.turnover") == before
+    report = full_run.load_object("portfolio_analysis/report_normal_1day.pkl")
+    report["turnover"] *= 2
+    full_run.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
+    ReportRecord(full_run).generate()
+    (shown,) = numbers(elements(page_of(full_run)))["report.turnover"]
+    assert shown == full_run.list_metrics()["report.turnover"] == 2 * before[0]
+
+
+def test_what_is_missing_is_said_with_the_record_that_makes_it(recorder, model, dataset):
+    ReportRecord(recorder).generate()
+    page = page_of(recorder)
+    for record in ("PortAnaRecord", "SigAnaRecord", "SignalRecord"):
+        assert f"Add {record} to the task" in page
+    assert "logged no metrics of two epochs" in page
+    assert "<figure" not in page
+    SignalRecord(model, dataset, recorder).generate()
+    ReportRecord(recorder).generate()
+    page = page_of(recorder)
+    assert "Add SignalRecord" not in page
+    assert 'id="ic_decay"' in page
+
+
+def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
+    report, _ = account_walk(num_days=40, bench=False)
+    folder = Path(full_run.download_artifact("portfolio_analysis"))
+    for file in folder.glob("positions*"):
+        file.unlink()
+    full_run.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
+    found = ReportRecord(full_run, mode="product").generate()
+    page = page_of(full_run)
+    assert "given no benchmark" in page
+    assert "no positions_normal" in page
+    assert "report.benchmark_annualized_return" not in found
+    net = report["return"] - report["cost"]
+    compounded = (1 + net).cumprod()
+    deepest = (compounded / compounded.cummax() - 1).min()
+    assert found["report.max_drawdown"] == pytest.approx(deepest)
+
+
+def test_several_tries_tell_the_deflated_ratio(full_run):
+    alone = ReportRecord(full_run).generate()["report.probabilistic_sharpe"]
+    found = ReportRecord(full_run, tries=50).generate()
+    assert found["report.deflated_sharpe"] < alone
+    assert "report.probabilistic_sharpe" not in found
+
+
+def test_days_and_instruments_that_no_figure_can_use(recorder):
+    """One day of two instruments: hardly a number, and no error."""
+    index = pd.MultiIndex.from_product(
+        [pd.to_datetime(["2020-01-01"]), ["A", "B"]], names=["datetime", "instrument"]
+    )
+    for name in ("pred", "label"):
+        frame = pd.DataFrame({"score": [1.0, 2.0]}, index)
+        recorder.save_objects(**{f"{name}.pkl": frame})
+    found = ReportRecord(recorder).generate()
+    expected = {"report.ic_at_horizon.1": 1.0, "report.rank_ic_at_horizon.1": 1.0}
+    assert found == pytest.approx(expected)
+    assert "No day has 5 instruments" in page_of(recorder)
+
+
+@pytest.mark.parametrize("num_days", [1, 2])
+def test_a_portfolio_of_hardly_a_day(recorder, account_walk, num_days):
+    report, positions = account_walk(num_days=num_days)
+    names = {"report_normal_1day.pkl": report, "positions_normal_1day.pkl": positions.iloc[:0]}
+    recorder.save_objects(artifact_path="portfolio_analysis", **names)
+    found = ReportRecord(recorder).generate()
+    assert found["report.num_positions"] == found["report.largest_weight"] == 0
+    assert "report.effective_positions" not in found
+    assert ("report.sharpe_ratio" in found) == (num_days == 2)
+
+
+def test_bad_arguments_are_refused(full_run):
+    with pytest.raises(ConfigError, match=r"mode.*'product'"):
+        ReportRecord(full_run, mode="products")
+    with pytest.raises(ConfigError, match="tries=0"):
+        ReportRecord(full_run, tries=0)
+    with pytest.raises(RecordError, match="label_col=1"):
+        ReportRecord(full_run, label_col=1).generate()
