@@ -97,6 +97,11 @@ def test_bad_arguments_are_refused():
         SyntheticSource(0)
     with pytest.raises(ConfigError, match="signal must be"):
         SyntheticSource(signal=6)
+    for weights in ([0.0, 0.0], [1.0], ["a", 1.0], 3.0, [float("nan"), 1.0]):
+        with pytest.raises(ConfigError, match="expected two weights by date"):
+            SyntheticSource(3, regimes={"2018-01-01": weights})
+    with pytest.raises(ConfigError, match="expected two weights by date"):
+        SyntheticSource(3, regimes={"the first": [1.0, 1.0]})
     with pytest.raises(ConfigError, match="business days"):
         SyntheticSource(start_time="2020-01-01", end_time="2019-01-01")
     with pytest.raises(DataError, match=r"unknown frequency '1min'.*day"):
@@ -291,3 +296,61 @@ def test_the_score_is_standardised_by_day(source):
     assert np.abs(np.nanmean(score, axis=1)).max() < 0.1
     assert 0.85 < np.nanmedian(np.nanstd(score, axis=1)) <= 1.0001
     assert np.nanmax(np.abs(score)) <= 3.0
+
+
+# -- regimes -------------------------------------------------------------------------------------
+
+CHANGE = "2018-12-03"
+
+
+def scores_of(source: SyntheticSource) -> pd.DataFrame:
+    score = source.planted_signal()
+    values = score.column("score").double().numpy()
+    return pd.DataFrame(values, score.calendar, score.instruments)
+
+
+def test_a_regime_changes_nothing_before_its_day_and_no_fingerprint_without_one():
+    plain, turned = small(3), SyntheticSource(
+        40, "2018-01-01", "2019-12-31", seed=3, regimes={CHANGE: (-0.8, -0.6)}
+    )  # fmt: skip
+    assert plain.fingerprint() == SyntheticSource(
+        40, "2018-01-01", "2019-12-31", seed=3, regimes={}
+    ).fingerprint()  # fmt: skip
+    before = turned.calendar().get_loc(CHANGE)
+    one, other = (s.load(["close"], instruments="stocks").column("close") for s in (plain, turned))
+    # The score of the day of change moves the return from the next day to the one after it.
+    assert torch.equal(one[: before + 2].nan_to_num(), other[: before + 2].nan_to_num())
+    assert not torch.equal(one[before + 2].nan_to_num(), other[before + 2].nan_to_num())
+    assert SyntheticSource(**{k: v for k, v in turned.to_config().items() if k != "_target_"}
+                           ).fingerprint() == turned.fingerprint()  # fmt: skip
+
+
+def test_in_a_regime_another_score_is_planted_as_strongly():
+    options = {"num_instruments": 200, "start_time": "2017-01-01", "end_time": "2019-12-31"}
+    old, new = (-0.8, 0.6), (-0.8, -0.6)
+    turned = SyntheticSource(**options, signal=0.12, regimes={CHANGE: new})
+    rank_ic = turned.planted_rank_ic()
+    error = rank_ic.std() / len(rank_ic) ** 0.5
+    for part in (rank_ic[:CHANGE], rank_ic[CHANGE:]):
+        assert abs(part.mean() - 0.12) < 3 * error * 2**0.5
+    # The same bars, asked what the old weights would say: the cosine of the pairs, 0.28.
+    expected = np.dot(old, new) / (np.linalg.norm(old) * np.linalg.norm(new))
+    close = turned.load(["close"], instruments="stocks").column("close").double()
+    shocks = market.Shocks(*(turned_returns(turned, close),) * 2, volume_of(turned))
+    life = market.Life(turned.planted_signal().mask.numpy(), close.isfinite().numpy())
+    _, stale = market.add_drift(shocks, life, 0.0)
+    stale = pd.DataFrame(stale, *scores_of(turned).axes)
+    found = stale.where(scores_of(turned).notna()).corrwith(scores_of(turned), axis=1)
+    assert found[:CHANGE].iloc[61:-1].mean() > 0.95
+    assert abs(found[CHANGE:].mean() - expected) < 0.08
+
+
+def turned_returns(source: SyntheticSource, close: torch.Tensor) -> np.ndarray:
+    """Log returns, zero where there is none."""
+    path = pd.DataFrame(close.numpy()).ffill().apply(np.log)
+    return path.diff().fillna(0.0).to_numpy()
+
+
+def volume_of(source: SyntheticSource) -> np.ndarray:
+    volume = source.load(["volume"], instruments="stocks").column("volume").double()
+    return volume.nan_to_num(nan=1.0).numpy()
