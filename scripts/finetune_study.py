@@ -63,7 +63,8 @@ def source_of(arguments: argparse.Namespace, seed: int) -> Any:
 def halves(arguments: argparse.Namespace, seed: int) -> tuple[Any, list[str], list[str]]:
     """The source, and every second instrument of its universe each."""
     source = source_of(arguments, seed)
-    names = sorted(source.instruments(arguments.universe))[: arguments.instruments]
+    universe = arguments.universe or ("all" if arguments.provider_uri else "stocks")
+    names = sorted(source.instruments(universe))[: arguments.instruments]
     return source, names[::2], names[1::2]
 
 
@@ -166,8 +167,8 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> pd.DataFrame:
         "all weights": {"lr": arguments.tune_lr},
     }
     for way, options in ways.items():
-        model, most = copy.deepcopy(pretrained), arguments.tune_epochs
-        seconds = timed(lambda m=model, o=options: m.finetune(new, max_epochs=most, **o))
+        model, given = copy.deepcopy(pretrained), {"max_epochs": arguments.tune_epochs, **options}
+        seconds = timed(lambda m=model, g=given: m.finetune(new, **g))
         rows[way] = figures(model, new, planted, seconds)
     return pd.DataFrame(rows).T
 
