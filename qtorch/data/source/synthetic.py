@@ -56,7 +56,7 @@ class SyntheticSource(PanelSource):
     which the score is formed) the two parts have other weights, `{date: [recent return, return of
     60 days]}`; before the first they are -0.8 and 0.6, reversal and momentum. Their lengths count
     for nothing, as the score is standardised: the strength and so the planted Rank IC stay as
-    they are, and what was learnt before knows of it about the cosine between the two pairs.
+    they are. What was learnt before holds the better, the nearer the two pairs' directions.
     """
 
     def __init__(
