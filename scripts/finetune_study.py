@@ -9,9 +9,9 @@ instrument by name is of a half. All choose their best epoch on the same months,
 patience. One thread; the tables are Markdown.
 
 Without --provider-uri the bars are synthetic, a market of its own for each seed, and what they
-reward changes as 2015 begins (`SyntheticSource.regimes`): momentum is punished from then on, and
-the recent return still reverts. So the old network knows a part of what the new half's bars show,
-and those alone are few. "true" is the mean Rank IC of the predictions with the planted score.
+reward changes as 2015 begins (`SyntheticSource.regimes`): momentum hardly pays from then on, the
+recent return still reverts. So the old network knows a part of what the new half's bars show, and
+those alone are few. "true" is the mean Rank IC of the predictions with the planted score.
 """
 
 from __future__ import annotations
@@ -143,13 +143,19 @@ def timed(act: Callable[[], None]) -> float:
     return time.process_time() - begin
 
 
-def one_seed(arguments: argparse.Namespace, seed: int) -> pd.DataFrame:
-    """Every way of learning on, for one seed; figures by way."""
+def data_of(arguments: argparse.Namespace, seed: int) -> tuple[Any, Any, pd.Series | None]:
+    """What is pretrained on, what is learnt on with, and the planted score where there is one."""
     source, first, second = halves(arguments, seed)
-    parts = {"train": "pretrain", "valid": "pretrain valid"}
-    old = dataset_of(source, first, parts, arguments.step_len)
-    parts = {"train": "learn on", "valid": "valid", "test": "test"}
-    new, planted = dataset_of(source, second, parts, arguments.step_len), planted_score(source)
+    old = {"train": "pretrain", "valid": "pretrain valid"}
+    new = {"train": "learn on", "valid": "valid", "test": "test"}
+    step_len = arguments.step_len
+    made = dataset_of(source, first, old, step_len), dataset_of(source, second, new, step_len)
+    return *made, planted_score(source)
+
+
+def one_seed(arguments: argparse.Namespace, seed: int, data: Any) -> pd.DataFrame:
+    """Every way of learning on, for one seed; figures by way."""
+    old, new, planted = data
     rows = {}
     pretrained, own = model_of(arguments, seed), model_of(arguments, seed)
     own.trainer["max_epochs"] = arguments.tune_epochs
@@ -217,7 +223,11 @@ def main(arguments: argparse.Namespace) -> None:
     qtorch.init(seed=0)
     torch.set_num_threads(1)
     begin = time.process_time()
-    found = [one_seed(arguments, seed) for seed in range(arguments.seeds)]
+    found, data = [], None
+    for seed in range(arguments.seeds):
+        if data is None or arguments.provider_uri is None:
+            data = data_of(arguments, seed)
+        found.append(one_seed(arguments, seed, data))
     _, first, second = halves(arguments, 0)
     spans = ", ".join(f"{name} {span[0][:7]}..{span[1][:7]}" for name, span in YEARS.items())
     print(

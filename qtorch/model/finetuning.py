@@ -92,8 +92,8 @@ class FineTuning:
         kind = type(network).__name__
         if parts := _parts(report.get("tuning") or {}):
             raise ConfigError(
-                f"keep_optimizer: this {kind} was last trained with {', '.join(parts)}, and the "
-                "optimizer's state is of those parts alone; leave keep_optimizer out."
+                f"keep_optimizer: this {kind} was last trained with {', '.join(parts)}, and its "
+                "optimizer's state fits no other training; leave keep_optimizer out."
             )
         if moved > (own := len(list(network.parameters()))):
             raise ConfigError(

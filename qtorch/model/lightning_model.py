@@ -53,7 +53,7 @@ class LightningModel(ModelFT):
     do: it is given `x [B, T, F]` (or what its `inputs` declares) and returns `[B]` or `[B, Q]`.
     A `LightningModule` trains itself: its `training_step` and `validation_step` take a `Batch`,
     its `predict_step` returns the scores of one; `loss`, `optimizer`, `scheduler` and
-    `inner_steps` are not used, `monitor` is a metric that it logs.
+    `inner_steps` are not used, `monitor` is a metric that it logs (ConfigError where it does not).
 
     `loss`, `optimizer`, `scheduler`: see `qtorch.model.factories`.
     `batch`: `size`, `order` ("random", or "day" for whole days, `days_per_batch` at once),

@@ -43,7 +43,7 @@ def test_fine_tuning_is_worth_it_where_the_market_has_changed(study):
     """Twelve markets, each with a network of its own. The gains are differences on the same bars;
     their means lie well beyond their standard errors, and few markets have none."""
     given = study.parser().parse_args(ARGUMENTS)
-    found = [study.one_seed(given, seed) for seed in SEEDS]
+    found = [study.one_seed(given, seed, study.data_of(given, seed)) for seed in SEEDS]
     for other in (study.OLD, study.SCRATCH):
         gain = study.gain(found, "all weights", other)
         error = gain.std() / len(gain) ** 0.5
