@@ -64,6 +64,12 @@ def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
     if long_short is not None:
         sharpe = number(metrics.get("Long-Short Ann Sharpe"), 2)
         facts.append(("long-short", f"{long_short:.1%} a year before costs, Sharpe {sharpe}"))
+    held = metrics.get("1day.excess_return_with_cost.annualized_return")
+    if held is not None:
+        ratio = number(metrics.get("1day.excess_return_with_cost.information_ratio"), 2)
+        facts.append(
+            ("portfolio", f"{held:.1%} a year over the benchmark after costs, ratio {ratio}")
+        )
     return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
 
 

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from qtorch.metrics.loss import MSE as MSE
     from qtorch.metrics.loss import Huber as Huber
     from qtorch.metrics.loss import Loss as Loss
+    from qtorch.metrics.risk import indicator_analysis as indicator_analysis
     from qtorch.metrics.risk import risk_analysis as risk_analysis
     from qtorch.metrics.signal import calc_ic as calc_ic
+    from qtorch.metrics.signal import calc_long_short_prec as calc_long_short_prec
     from qtorch.metrics.signal import calc_long_short_return as calc_long_short_return
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -26,8 +28,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "MAE": "qtorch.metrics.loss",
         "MSE": "qtorch.metrics.loss",
         "calc_ic": "qtorch.metrics.signal",
+        "calc_long_short_prec": "qtorch.metrics.signal",
         "calc_long_short_return": "qtorch.metrics.signal",
         "daily_ic": "qtorch.metrics.ic",
+        "indicator_analysis": "qtorch.metrics.risk",
         "risk_analysis": "qtorch.metrics.risk",
     },
 )
