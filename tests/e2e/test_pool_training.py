@@ -179,9 +179,9 @@ def test_delayed_trainings_survive_their_workers(worker, pool):
 
 
 def test_a_warm_start_is_the_same_in_a_worker(worker, pool):
-    form = ("model.network.num_layers=1", "model.network.dropout=0")
+    form = ("model.network.num_layers=1", "model.network.dropout=0", "trainer.max_epochs=1")
     (earlier,) = TrainerR("here")(task(*form))
-    warm = task("model=gats", *form, f"model.init_from=run:{earlier.id}", "trainer.max_epochs=2")
+    warm = task("model=gats", *form, f"model.init_from=run:{earlier.id}")
     (inline,) = TrainerR("here")(warm)
     (id,) = send(pool, warm)
     process = worker()
