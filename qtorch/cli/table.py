@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qtorch.cli.sweep import JobResult
 from qtorch.core.errors import LoadObjectError
+from qtorch.core.wording import counted
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -94,7 +95,7 @@ def _stored(recorder: Recorder, name: str) -> Any:
 def print_jobs(jobs: Sequence[JobResult]) -> None:
     """One row a job: what it varied, how it ended, its test figures."""
     shown = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{len(jobs)} jobs", title_justify="left"
+        box=box.SIMPLE_HEAD, pad_edge=False, title=counted(len(jobs), "job"), title_justify="left"
     )
     for name in ("job", "overrides", "status", "run"):
         shown.add_column(name, overflow="fold")
