@@ -157,8 +157,8 @@ class BacktestResult:
 
     def _index(self, rows: list[Any], columns: list[Any]) -> pd.MultiIndex:
         return pd.MultiIndex(
-            levels=[self.dates, self._instruments],  # type: ignore[list-item]  # stubs: lists only
-            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]
+            levels=[self.dates, self._instruments],  # type: ignore[list-item]  # stubs: lists alone
+            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]  # likewise
             names=["datetime", "instrument"],
         ).remove_unused_levels()
 
@@ -167,7 +167,9 @@ class BacktestResult:
     def _joined(self, parts: dict[str, pd.DataFrame], axis: int) -> pd.DataFrame:
         if len(parts) == 1:
             return next(iter(parts.values()))
-        return pd.concat(parts, axis=axis, names=["member"])  # type: ignore[call-overload,no-any-return]
+        whole: pd.DataFrame
+        whole = pd.concat(parts, axis="columns" if axis else "index", names=["member"])
+        return whole
 
     def _place(self, member: str) -> int:
         if member not in self.members:

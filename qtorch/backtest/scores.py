@@ -87,9 +87,10 @@ class Scores:
 
     def __init__(self, scores: Frame, calendar: pd.DatetimeIndex, freq: str) -> None:
         self.members = [str(c) for c in scores.columns]
-        stamps = pd.DatetimeIndex(scores.index.levels[0]).as_unit("ns")  # type: ignore[attr-defined]
-        names = pd.Index(scores.index.levels[1].astype("str"))  # type: ignore[attr-defined]
-        codes = [np.asarray(c) for c in scores.index.codes]  # type: ignore[attr-defined]
+        index: Any = scores.index  # of two levels; the stubs know a plain one
+        stamps = pd.DatetimeIndex(index.levels[0]).as_unit("ns")
+        names = pd.Index(index.levels[1].astype("str"))
+        codes = [np.asarray(c) for c in index.codes]
         bars = _bars_of(stamps, calendar, freq)
         used = np.unique(codes[0])
         _say_outside(stamps[used[bars[used] == -2]], calendar)

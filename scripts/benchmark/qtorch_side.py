@@ -159,7 +159,7 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
     def bare() -> None:
         order = torch.randperm(len(index), device=store.device)
         for rows in order.split(BATCH):
-            view[begin[rows]].view(-1, 20, width)
+            view.index_select(0, begin[rows]).view(-1, 20, width)
 
     def by_rows() -> None:
         order = torch.randperm(len(index), device=store.device)
