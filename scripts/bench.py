@@ -228,6 +228,21 @@ def rolling(bench: Bench) -> None:
               done["ratio"], ">= 3")  # fmt: skip
 
 
+def backtests(bench: Bench) -> None:
+    ours = bench.run("backtest_side", "backtest", threads=1)
+    qlib = bench.qlib("backtest", threads=1)
+    if ours is None:
+        return
+    theirs = qlib or {"seconds": None, "mib": None}
+    name = "Backtest of 23 months, 500 instruments, topk 50"
+    bench.row(name, f"{ours['one']:.3g} s, {ours['one_mib']:,.0f} MiB",
+              f"Qlib {seconds(theirs['seconds'])}, {theirs['mib'] or 0:,.0f} MiB",
+              over(theirs["seconds"], ours["one"]), ">= 20")  # fmt: skip
+    bench.row("64 score columns at once", f"{ours['many']:.3g} s, {ours['many_mib']:,.0f} MiB",
+              f"64 single passes {seconds(ours['singles'])}",
+              over(ours["singles"], ours["many"]), ">= 5")  # fmt: skip
+
+
 WORKS = {
     "features": features,
     "handlers": handlers,
@@ -239,6 +254,7 @@ WORKS = {
     "pool": pool,
     "pooled": pooled,
     "rolling": rolling,
+    "backtests": backtests,
 }
 
 

@@ -1,5 +1,5 @@
 """qtorch's numbers beside real Qlib's: operators, feature sets, processors, windows, signals,
-networks; and the faults of Qlib's that it does not repeat.
+networks, backtests; and the faults of Qlib's that it does not repeat.
 
     python scripts/parity_qlib.py --qlib-python PYTHON [--provider FOLDER] [--only features,windows]
 
@@ -25,6 +25,9 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "parity"))
 
+import backtest_cases
+import backtest_faults
+import backtests as backtest_parity
 import expressions as operator_cases
 import faults as qlib_faults
 import features as feature_parity
@@ -207,10 +210,57 @@ def networks(args: argparse.Namespace) -> Iterator[Line]:
 
 def faults(args: argparse.Namespace) -> Iterator[Line]:
     """What Qlib does wrong: whether it still does, and qtorch does not."""
-    for fault in qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python)):
+    found = qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python))
+    for fault in [*found, *backtest_faults.faults(args.qlib_python)]:
         note = f"Qlib: {fault.qlib}; qtorch: {fault.ours}"
         right = fault.shows and fault.avoided
-        yield Line(f"fault: {fault.name}", "eleven rows", 1, float(fault.avoided), note, right)
+        yield Line(f"fault: {fault.name}", "by hand", 1, float(fault.avoided), note, right)
+
+
+def backtests(args: argparse.Namespace) -> Iterator[Line]:
+    """Every day's account, position and cost of 36 settings of TopkDropoutStrategy.
+
+    Where they differ from Qlib's, they must be those of its strategy with its faults repaired,
+    those of a portfolio that is too full (`parity/backtest_faults.py` shows them).
+    """
+    if not args.provider:
+        return
+    source, asked = QlibSource(args.provider), backtest_cases.cases()
+    calendar, names = source.calendar(), sorted(source.instruments("nyse500"))
+    scores = backtest_cases.scores(calendar[calendar > "2015-12-24"], names)
+    span, market = ("2016-01-01", "2017-11-30"), {"benchmark": "NYSE500EW"}
+
+    def compared(settings: list[backtest_cases.Case], mended: bool) -> list[backtest_parity.Row]:
+        with tempfile.TemporaryDirectory() as folder:
+            answers = backtest_parity.ask_qlib(
+                args.qlib_python,
+                args.provider,
+                scores,
+                span,
+                settings,
+                Path(folder),
+                mended=mended,
+                **market,
+            )
+        own = (backtest_parity.ours(args.provider, scores, span, c, **market) for c in settings)
+        pairs = zip(settings, own, answers, strict=True)
+        return [backtest_parity.compare(str(c), mine, theirs) for c, mine, theirs in pairs]
+
+    rows = compared(asked, mended=False)
+    other = [case for case, row in zip(asked, rows, strict=True) if not row.passes]
+    yield _backtest_line("backtests equal to Qlib's", [r for r in rows if r.passes])
+    if other:
+        yield _backtest_line("backtests, its faults repaired", compared(other, mended=True))
+
+
+def _backtest_line(what: str, rows: list[backtest_parity.Row]) -> Line:
+    cells = sum(r.cells for r in rows)
+    good = sum(r.cells for r in rows if r.passes)
+    worst = max(max(r.account, r.amount, r.cost) for r in rows)
+    note = f"{len(rows)} settings, {rows[0].days} days; worst relative difference {worst:.1e}"
+    failing = [r.name for r in rows if not r.passes]
+    note += f"; failing: {failing}" if failing else ""
+    return Line(what, "real bars", cells, good / cells, note, good == cells)
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
@@ -220,6 +270,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "windows": windows,
     "signal": signal,
     "networks": networks,
+    "backtests": backtests,
     "faults": faults,
 }
 

@@ -13,7 +13,7 @@ import qtorch
 from qtorch import R, init_instance_by_config
 from qtorch.core.instantiate import flatten_dict
 from qtorch.core.runtime import configure_logging, seed_everything
-from qtorch.record import SigAnaRecord, SignalRecord
+from qtorch.record import PortAnaRecord, SigAnaRecord, SignalRecord
 
 COLUMNS = """
 RESI5 WVMA5 RSQR5 KLEN RSQR10 CORR5 CORD5 CORR10 ROC60 RESI10
@@ -73,6 +73,33 @@ def task_config(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def portfolio_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The backtest as Qlib's example writes it."""
+    benchmark = arguments.benchmark or ("MARKET" if arguments.provider_uri is None else "scored")
+    return {
+        "strategy": {
+            "class": "TopkDropoutStrategy",
+            "kwargs": {"signal": "<PRED>", "topk": 50, "n_drop": 5},
+        },
+        "executor": {
+            "class": "SimulatorExecutor",
+            "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
+        },
+        "backtest": {
+            "account": 100000000,
+            "benchmark": benchmark,
+            "exchange_kwargs": {
+                "freq": "day",
+                "limit_threshold": 0.095,
+                "deal_price": "close",
+                "open_cost": 0.0005,
+                "close_cost": 0.0015,
+                "min_cost": 5,
+            },
+        },
+    }
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Train, save, judge."""
     configure_logging()
@@ -91,9 +118,10 @@ def main(arguments: argparse.Namespace) -> None:
         recorder = R.get_recorder()
         SignalRecord(model, dataset, recorder).generate()
         SigAnaRecord(recorder, ana_long_short=True).generate()
+        PortAnaRecord(recorder, portfolio_config(arguments), dataset=dataset).generate()
 
     for name, value in recorder.list_metrics().items():
-        print(f"{name:<24} {value:.4f}")
+        print(f"{name:<58} {value:.4f}")
     print(f"run {recorder.id} in {R.get_uri()}")
 
 
@@ -103,6 +131,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--provider-uri", help="a folder in Qlib's layout")
     parser.add_argument("--universe", help="default: all stocks of the market")
+    parser.add_argument("--benchmark", help="default: MARKET, or the scored instruments' mean")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -39,6 +39,7 @@ DOORS = {
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "lightgbm": ("qtorch/model/gbdt.py",),
+    "cvxpy": ("qtorch/backtest/optimizer.py",),
     "sqlalchemy": ("qtorch/task/sql.py",),
     "pymongo": ("qtorch/task/mongo.py",),
     "onnx": ("qtorch/study/onnx_file.py",),

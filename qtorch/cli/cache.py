@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.wording import counted
 from qtorch.data.feature_cache import Entry, FeatureCache
 
 
@@ -37,7 +38,9 @@ def _chosen(given: Sequence[str], entries: Sequence[Entry]) -> list[str]:
     for start in given:
         found = [k for k in keys if k.startswith(start)]
         if len(found) != 1:
-            what = "no entry begins" if not found else f"{len(found)} entries begin"
+            what = (
+                counted(len(found), "entry begins", "entries begin") if found else "no entry begins"
+            )
             raise ConfigError(f"{what} with {start!r}; qtorch data cache lists the keys.")
         chosen.append(found[0])
     return chosen
@@ -70,8 +73,8 @@ def _show(cache: FeatureCache) -> None:
             )
         console.print(shown)
     console.print(
-        f"{len(entries)} entries, {_size(total)} of at most {_size(cache.max_bytes)} in "
-        f"{cache.folder}",
+        f"{counted(len(entries), 'entry', 'entries')}, {_size(total)} of at most "
+        f"{_size(cache.max_bytes)} in {cache.folder}",
         soft_wrap=True,
     )
 

@@ -11,6 +11,7 @@ from qtorch.cli.signals import interruptible
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import configure_logging
+from qtorch.core.wording import counted
 
 USAGE = """\
 qtorch data: bars in, bars seen
@@ -57,7 +58,7 @@ def _import(settings: dict[str, Any]) -> int:
     write_qlib(source, folder, freq=settings["freq"])
     calendar = source.calendar(freq=settings["freq"])
     print(
-        f"{len(source.instruments())} instruments, {len(calendar)} dates "
+        f"{counted(len(source.instruments()), 'instrument')}, {counted(len(calendar), 'date')} "
         f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d} in {folder}\n"
         f"use it: qtorch train data=qlib data.provider_uri={folder}"
     )

@@ -13,6 +13,7 @@ from qtorch.cli.signals import interruptible
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
+from qtorch.core.wording import counted
 from qtorch.record.signal import as_frame
 
 USAGE = """\
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if not len(scores):
         raise DataError(f"segment {settings['segment']} holds no sample: nothing is written.")
     write(scores, path)
-    print(f"{len(scores):,} scores of {_span(scores)} in {path}")
+    print(f"{counted(len(scores), 'score')} of {_span(scores)} in {path}")
     return 0
 
 

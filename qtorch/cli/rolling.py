@@ -12,6 +12,7 @@ from qtorch.cli.signals import interruptible
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
+from qtorch.core.wording import counted
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult
@@ -116,7 +117,7 @@ def _print(result: RollingResult, seconds: float) -> None:
     shown = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{len(result.windows)} windows, {seconds:.1f} s",
+        title=f"{counted(len(result.windows), 'window')}, {seconds:.1f} s",
         title_justify="left",
     )
     for name in ("window", "train", "test", "run"):

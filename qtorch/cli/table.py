@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qtorch.cli.sweep import JobResult
 from qtorch.core.errors import LoadObjectError
+from qtorch.core.wording import counted
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -63,6 +64,12 @@ def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
     if long_short is not None:
         sharpe = number(metrics.get("Long-Short Ann Sharpe"), 2)
         facts.append(("long-short", f"{long_short:.1%} a year before costs, Sharpe {sharpe}"))
+    held = metrics.get("1day.excess_return_with_cost.annualized_return")
+    if held is not None:
+        ratio = number(metrics.get("1day.excess_return_with_cost.information_ratio"), 2)
+        facts.append(
+            ("portfolio", f"{held:.1%} a year over the benchmark after costs, ratio {ratio}")
+        )
     return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
 
 
@@ -88,7 +95,7 @@ def _stored(recorder: Recorder, name: str) -> Any:
 def print_jobs(jobs: Sequence[JobResult]) -> None:
     """One row a job: what it varied, how it ended, its test figures."""
     shown = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{len(jobs)} jobs", title_justify="left"
+        box=box.SIMPLE_HEAD, pad_edge=False, title=counted(len(jobs), "job"), title_justify="left"
     )
     for name in ("job", "overrides", "status", "run"):
         shown.add_column(name, overflow="fold")

@@ -16,6 +16,7 @@ from qtorch.cli.task_query import chosen_tasks, store_query
 from qtorch.cli.task_text import counts_text
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.runtime import configure_logging
+from qtorch.core.wording import counted
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
 from qtorch.task.query import STATUSES
@@ -131,7 +132,7 @@ def _back(manager: TaskManager, words: Sequence[str]) -> int:
         part = [t for t in tasks if (t["res"] is not None and t["status"] != "done") is begun]
         for query in _chunks(part):
             done += manager.reset_status(query, status)
-    print(f"{done} tasks wait again")
+    print(counted(done, "task waits again", "tasks wait again"))
     return 0
 
 
@@ -140,7 +141,7 @@ def _prioritize(manager: TaskManager, words: Sequence[str], options: dict[str, A
     tasks = chosen_tasks(manager, words)
     for task in tasks:
         manager.prioritize(task, priority)
-    print(f"{len(tasks)} tasks have priority {priority}")
+    print(counted(len(tasks), "task has", "tasks have"), f"priority {priority}")
     return 0
 
 
@@ -151,7 +152,7 @@ def _remove(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
             "(status=failed, id=3,5, model=lstm)."
         )
     done = sum(manager.remove(query) for query in _chunks(chosen_tasks(manager, words)))
-    print(f"{done} tasks are removed")
+    print(counted(done, "task is removed", "tasks are removed"))
     return 0
 
 
@@ -168,7 +169,7 @@ def _export(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
         path.write_text(task_table.csv_text(tasks))
     else:
         path.write_text(json.dumps(tasks, indent=1))
-    print(f"{len(tasks)} tasks in {path}")
+    print(counted(len(tasks), "task"), f"in {path}")
     return 0
 
 

@@ -19,6 +19,8 @@ from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
+# Hydra composes its help without the root configuration, which could say so.
+HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,6 +72,7 @@ def _as_program(argv: Sequence[str]) -> Iterator[None]:
     before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # argparse takes overrides in one stretch only; here they may stand before options too.
     overrides = [a for a in argv if _OVERRIDE.match(a)]
+    overrides += [choice for option, choice in HYDRA_HELP.items() if option in argv]
     sys.argv = ["qtorch train", *(a for a in argv if not _OVERRIDE.match(a)), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -222,8 +222,8 @@ class Panel:
         at = torch.nonzero(self.mask[rows], as_tuple=True)
         # Levels and codes are known: nothing is sorted or looked up.
         index = pd.MultiIndex(
-            levels=[self.calendar[rows], self.instruments],  # type: ignore[list-item]
-            codes=[a.cpu().numpy() for a in at],  # type: ignore[misc]
+            levels=[self.calendar[rows], self.instruments],  # type: ignore[list-item]  # indexes will do
+            codes=[a.cpu().numpy() for a in at],  # type: ignore[misc]  # as will arrays
             names=list(NAMES),
             verify_integrity=False,
         )

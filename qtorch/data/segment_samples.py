@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError
+from qtorch.core.wording import counted
 from qtorch.data.columns import Columns
 from qtorch.data.extras import Extra
 from qtorch.data.purge import purged_rows
@@ -117,7 +118,8 @@ def _empty(view: View, name: str, start: Any, end: Any, purged: int) -> str:
     span = (
         f"{view.calendar[0]:%Y-%m-%d}..{view.calendar[-1]:%Y-%m-%d}" if len(view.calendar) else ""
     )
-    why = f"; {purged} samples were purged by the label's horizon" if purged else ""
+    gone = counted(purged, "sample was", "samples were")
+    why = f"; {gone} purged by the label's horizon" if purged else ""
     asked = view.history[view.date_rows(start, end)]
     if bool(asked.any()) and not purged:
         return (

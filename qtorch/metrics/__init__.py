@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from qtorch.metrics.paired import holm as holm
     from qtorch.metrics.paired import paired_test as paired_test
     from qtorch.metrics.quantile import quantile_returns as quantile_returns
+    from qtorch.metrics.risk import indicator_analysis as indicator_analysis
     from qtorch.metrics.risk import risk_analysis as risk_analysis
     from qtorch.metrics.sharpe import DeflatedSharpe as DeflatedSharpe
     from qtorch.metrics.sharpe import deflated_sharpe as deflated_sharpe
     from qtorch.metrics.sharpe import expected_best_sharpe as expected_best_sharpe
     from qtorch.metrics.sharpe import probabilistic_sharpe as probabilistic_sharpe
     from qtorch.metrics.signal import calc_ic as calc_ic
+    from qtorch.metrics.signal import calc_long_short_prec as calc_long_short_prec
     from qtorch.metrics.signal import calc_long_short_return as calc_long_short_return
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -41,10 +43,12 @@ __getattr__, __dir__, __all__ = lazy_names(
         "MSE": "qtorch.metrics.loss",
         "PairedTest": "qtorch.metrics.paired",
         "calc_ic": "qtorch.metrics.signal",
+        "calc_long_short_prec": "qtorch.metrics.signal",
         "calc_long_short_return": "qtorch.metrics.signal",
         "concentration": "qtorch.metrics.holdings",
         "cumulative_return": "qtorch.metrics.curve",
         "daily_ic": "qtorch.metrics.ic",
+        "indicator_analysis": "qtorch.metrics.risk",
         "deflated_sharpe": "qtorch.metrics.sharpe",
         "drawdown": "qtorch.metrics.curve",
         "expected_best_sharpe": "qtorch.metrics.sharpe",

@@ -64,3 +64,24 @@ def risk_analysis(
         "max_drawdown": float(drawdown(r, mode).min()),
     }
     return pd.Series(values).to_frame("risk")
+
+
+def indicator_analysis(
+    df: pd.DataFrame, method: Literal["mean", "amount_weighted", "value_weighted"] = "mean"
+) -> pd.DataFrame:
+    """ffr, pa and pos of trade indicators over all days, a frame with one column "value".
+
+    `df` has a row a bar with `ffr` (share dealt of what was ordered), `pa` (price advantage),
+    `pos` (share of orders with one), `count`, `deal_amount` and `value` of the orders. `method`
+    weighs ffr and pa by the number of orders ("mean"), or by what was dealt; pos is always
+    weighed by the number. Bars without orders count for nothing. Answers to
+    qlib/contrib/evaluate.py.
+    """
+    weights = {"mean": "count", "amount_weighted": "deal_amount", "value_weighted": "value"}
+    if method not in weights:
+        raise ConfigError(unknown_name("method of indicator_analysis", str(method), weights))
+    found = {}
+    for name, column in (("ffr", weights[method]), ("pa", weights[method]), ("pos", "count")):
+        weight = df[column].abs()
+        found[name] = float(np.divide((df[name] * weight).sum(), weight.sum()))
+    return pd.Series(found).to_frame("value")

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from qtorch.core.errors import DataError
+
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
@@ -73,6 +75,40 @@ def calc_long_short_return(
     average = _mean(values, code, np.arange(len(values)), len(count))
     index = _index(days, date_col)
     return pd.Series((long - short) / 2, index=index), pd.Series(average, index=index)
+
+
+def calc_long_short_prec(
+    pred: pd.Series,
+    label: pd.Series,
+    date_col: str = "datetime",
+    quantile: float = 0.2,
+    dropna: bool = False,
+    is_alpha: bool = False,
+) -> tuple[pd.Series, pd.Series]:
+    """The shares of a day's top scores with a rise and of its bottom scores with a fall.
+
+    Top and bottom are int(n x quantile) by score, n the day's rows; `is_alpha` measures labels
+    from the day's mean. Rows with a NaN label do not count. Answers to qlib/contrib/eva/alpha.py.
+    Raises DataError where no day has 1 / quantile rows.
+    """
+    if is_alpha:
+        label = label - label.groupby(level=date_col).transform("mean")
+    frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
+    if dropna:
+        frame = frame.dropna()
+    by_day = frame.groupby(level=date_col)["pred"]
+    chosen = (by_day.transform("size") * quantile).astype(np.int64)
+    if not chosen.any():
+        raise DataError(
+            f"precision needs days of {math.ceil(1 / quantile)} instruments or more; the largest "
+            f"has {int(by_day.size().max()) if len(frame) else 0}."
+        )
+    found = []
+    for ascending, sign in ((False, 1.0), (True, -1.0)):
+        place = by_day.rank(method="first", ascending=ascending)
+        end = frame["label"][(place <= chosen) & frame["label"].notna()]
+        found.append((sign * end > 0).groupby(level=date_col).mean())
+    return found[0], found[1]
 
 
 def mean_over_std(series: pd.Series) -> float:

@@ -110,10 +110,11 @@ class ADARNNModule(ScoreModule):
                 "ADARNN compares periods within a batch, and whole days are of one: batch.order="
                 "random."
             )
-        network = self.trains(ADARNN)
         (x,), _ = self.feeder.arguments(batch)
-        states = network.states(x)
-        total, share = self.sums_of(network.scored(states), batch, complete=self.complete)
+        with self.acting(ADARNN) as network:
+            states = network.states(x)
+            score = network.scored(states)
+        total, share = self.sums_of(score, batch, complete=self.complete)
         transfer = total.new_zeros(())
         for number, (first, second, met) in enumerate(self._paired(batch)):
             source, target = [s[first] for s in states], [s[second] for s in states]

@@ -61,10 +61,12 @@ class ADDModule(ScoreModule):
         return min(self.gamma_clip, grown)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        batch, network = self.to_learn(batch), self.trains(ADD)
+        batch = self.to_learn(batch)
         (x, mask), _ = self.feeder.arguments(batch)
-        state = network.encode(x)
-        total, share = self.sums_of(network.read(state, mask), batch)
+        with self.acting(ADD) as network:
+            state = network.encode(x)
+            score = network.read(state, mask)
+        total, share = self.sums_of(score, batch)
         found = self.disentangler(x, mask, state, self.alpha)
         adversary, weight = self.sums_of(found.adv_excess, batch)
         market = self.market[batch.date].masked_fill(~mask, UNKNOWN)

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtorch.core.errors import DataError
 from qtorch.data.batches import Batch
 from qtorch.data.extras import Gatherable
 from qtorch.data.sample_set import Samples
 from qtorch.model.scoring import evaluated
+from qtorch.nn.lora import acting
 from qtorch.nn.tra import TRA, minmax
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ class ErrorMemory(Gatherable):
         self.values[row, instrument] = torch.where(known[:, None], errors, 0.0)
 
     @torch.no_grad()
-    def learn(self, network: TRA, samples: Samples) -> None:
-        """Write what the network's predictors err by on samples of this calendar or another."""
+    def learn(self, network: nn.Module, samples: Samples) -> None:
+        """Write what the predictors of a TRA (or of a LoRA's) err by on samples of this calendar
+        or another."""
         days = torch.as_tensor(self.calendar.get_indexer(samples.calendar))
         who = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
         device = self.values.device
@@ -65,13 +67,14 @@ class ErrorMemory(Gatherable):
         asked = days[samples.date.to(device)]
         asked = (asked >= self.start) & (asked < self.end)
         rows = torch.nonzero(asked)[:, 0].to(samples.index_device)
-        with evaluated(network, device):
+        with evaluated(network, device), acting(network) as tra:
+            assert isinstance(tra, TRA), "asked where the training or the prediction begins"
             for part in torch.split(rows, CHUNK):
                 batch = samples.batch(part)
                 if samples.store == "host":
                     batch = samples.sent(batch)
-                x = batch.x.to(network.predictors.weight.dtype)
-                errors, known = errors_of(network.predicted(network.model(x)), batch)
+                x = batch.x.to(tra.predictors.weight.dtype)
+                errors, known = errors_of(tra.predicted(tra.model(x)), batch)
                 instrument = who[batch.instrument]
                 known = known & (instrument >= 0)
                 self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), known)

@@ -30,9 +30,9 @@ class FineTuning:
     one above it; the head has the full rate. `unfreeze_every`: the head alone learns at first,
     and one layer more every so many epochs. `lora`: `rank`, `alpha`, `targets`, `trained` (see
     `qtorch.nn.LoRA`); its products are merged into the weights at the end. `keep_optimizer`: the
-    optimizer goes on with the state of the training before. `statistics`: of batch norms: "keep"
-    leaves the running ones and normalises by them, "refit" begins them anew, "adapt" moves them
-    on; None is "adapt".
+    optimizer goes on with the state of the training before, where that is of the whole network
+    and of nothing beside it. `statistics`: of batch norms: "keep" leaves the running ones and
+    normalises by them, "refit" begins them anew, "adapt" moves them on; None is "adapt".
     """
 
     train: str | Sequence[str] = "all"
@@ -78,6 +78,30 @@ class FineTuning:
                 "a LightningModule that trains itself says itself what learns on; leave out "
                 f"{', '.join(self.description)}."
             )
+
+    def optimizer_state(
+        self, network: nn.Module, state: dict[str, Any] | None, report: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Where the optimizer goes on: the `state` that the training of `report` left; None where
+        it begins anew. ConfigError where that state is of more than the network."""
+        if not self.keep_optimizer:
+            return None
+        if state is None:
+            raise ConfigError("keep_optimizer: this model was saved without its optimizer's state.")
+        moved = sum(len(group["params"]) for group in state["param_groups"])
+        kind = type(network).__name__
+        if parts := _parts(report.get("tuning") or {}):
+            raise ConfigError(
+                f"keep_optimizer: this {kind} was last trained with {', '.join(parts)}, and its "
+                "optimizer's state fits no other training; leave keep_optimizer out."
+            )
+        if moved > (own := len(list(network.parameters()))):
+            raise ConfigError(
+                f"keep_optimizer: the optimizer of this {kind} has moved {moved} tensors, {own} "
+                "of them the network's; the others taught it (a decoder, an adversary, gates) and "
+                "a training begins them anew: leave keep_optimizer out."
+            )
+        return state
 
     def prepared(self, network: nn.Module) -> nn.Module:
         """The network with what learns marked; with `lora`, wrapped."""
@@ -178,6 +202,12 @@ class FrozenNorms(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for norm in _batch_norms(pl_module):
             norm.eval()
+
+
+def _parts(tuning: Mapping[str, Any]) -> list[str]:
+    """The options of a fine-tuning by which its optimizer knew parts, or layers, apart."""
+    whole = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
+    return [name for name in whole if tuning.get(name, whole[name]) != whole[name]]
 
 
 def _batch_norms(network: nn.Module) -> list[Any]:

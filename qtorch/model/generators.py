@@ -16,7 +16,7 @@ def generator_states() -> dict[str, Any]:
 
     Plain, so that a checkpoint that holds them loads without running any code.
     """
-    numpy: Any = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one, which others draw from
     name, keys, position, has_gauss, gauss = numpy
     version, numbers, next_gauss = random.getstate()
     return {
@@ -34,7 +34,7 @@ def restore_generators(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
     name, keys, position, has_gauss, gauss = states["numpy"]
     state = (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
-    np.random.set_state(state)  # noqa: NPY002
+    np.random.set_state(state)  # noqa: NPY002 - as above
     version, numbers, next_gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), next_gauss))
 

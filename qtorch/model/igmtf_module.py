@@ -39,8 +39,8 @@ class IGMTFModule(ScoreModule):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        network, at = self.trains(IGMTF), 0
-        with evaluated(network, self.device):
+        at = 0
+        with evaluated(self.network, self.device), self.acting(IGMTF) as network:
             for days in torch.split(self._days, max(1, CHUNK // self._train.most_a_day)):
                 batch = self._train.day_batch(days)
                 if self._train.store == "host":

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.heartbeat import beat, is_heard
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
 from qtorch.model.generators import generator_states, restore_generators
@@ -61,6 +61,7 @@ class Keeper(Checkpoint):
         self._states: dict[str, Any] | None = None
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
+        self._validated = False
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -76,6 +77,7 @@ class Keeper(Checkpoint):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
+        self._validated = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._valid_begin = time.perf_counter()
@@ -84,15 +86,11 @@ class Keeper(Checkpoint):
         beat("validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = True
         self._valid_seconds += time.perf_counter() - self._valid_begin
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         position = self.loader.position
         if is_heard():
@@ -116,6 +114,7 @@ class Keeper(Checkpoint):
             values = {k: told[k] for k in METRICS if k in told}
         else:
             values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            self._check_logged(values)
         self.history.append(values)
         now = time.perf_counter()
         self.train_seconds += now - self._epoch_begin - self._valid_seconds
@@ -164,6 +163,17 @@ class Keeper(Checkpoint):
             )
         log.warning("%s: stopping, the best weights are of epoch %d.", found, self.best_epoch)
         trainer.should_stop = True
+
+    def _check_logged(self, values: dict[str, float]) -> None:
+        """A module that trains itself names its metrics itself: ConfigError where, after an epoch
+        with its validation, it has not logged the one by which its best weights are known."""
+        if self.monitor in values or not self._validated:
+            return
+        raise ConfigError(
+            f"the best weights are those of the best {self.monitor!r}, which this LightningModule "
+            f"has not logged in an epoch; it has logged {', '.join(sorted(values)) or 'nothing'}. "
+            "Set monitor to one of its metrics, or log that one with self.log."
+        )
 
     def _send(self, trainer: pl.Trainer, values: dict[str, float], epoch: int) -> None:
         for logger in trainer.loggers:

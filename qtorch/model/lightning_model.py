@@ -53,7 +53,7 @@ class LightningModel(ModelFT):
     do: it is given `x [B, T, F]` (or what its `inputs` declares) and returns `[B]` or `[B, Q]`.
     A `LightningModule` trains itself: its `training_step` and `validation_step` take a `Batch`,
     its `predict_step` returns the scores of one; `loss`, `optimizer`, `scheduler` and
-    `inner_steps` are not used, `monitor` is a metric that it logs.
+    `inner_steps` are not used, `monitor` is a metric that it logs (ConfigError where it does not).
 
     `loss`, `optimizer`, `scheduler`: see `qtorch.model.factories`.
     `batch`: `size`, `order` ("random", or "day" for whole days, `days_per_batch` at once),
@@ -192,6 +192,7 @@ class LightningModel(ModelFT):
             statistics=statistics,
         )
         tuning.check(fitted)
+        state = tuning.optimizer_state(fitted, self.optimizer_state_, self.fit_report_)
         epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
         recipe = self._recipe(
             trainer={**self.trainer, **(trainer or {}), **epochs},
@@ -206,7 +207,7 @@ class LightningModel(ModelFT):
         run = current_recorder() if recorder is None else recorder
         if run is not None and self._loaded_from is not None:
             tag_lineage(run, self._loaded_from)
-        self._learn(dataset, reweighter, run, resume, recipe, fitted, tuning)
+        self._learn(dataset, reweighter, run, resume, recipe, fitted, tuning, state)
 
     def _learn(
         self,
@@ -217,6 +218,7 @@ class LightningModel(ModelFT):
         recipe: Recipe,
         fitted: nn.Module | None = None,
         tuning: FineTuning | None = None,
+        optimizer_state: dict[str, Any] | None = None,
     ) -> None:
         device = resolve_device(device_name(recipe.trainer))
         run = current_recorder() if recorder is None else recorder
@@ -253,7 +255,7 @@ class LightningModel(ModelFT):
             resume=resume,
             start=start,
             tuning=tuning,
-            optimizer_state=self._optimizer_state(tuning),
+            optimizer_state=optimizer_state,
         )
         if fitted is None:
             self.network_config_ = spec if isinstance(spec, dict) else None
@@ -268,13 +270,6 @@ class LightningModel(ModelFT):
         if callable(getattr(reweighter, "bind", None)):
             reweighter.bind(dataset)
         return samples_of(dataset, segment, data_key="learn").reweighted(reweighter)
-
-    def _optimizer_state(self, tuning: FineTuning | None) -> dict[str, Any] | None:
-        if tuning is None or not tuning.keep_optimizer:
-            return None
-        if self.optimizer_state_ is None:
-            raise ConfigError("keep_optimizer: this model was saved without its optimizer's state.")
-        return self.optimizer_state_
 
     def _take(self, result: Fitted) -> None:
         self.network_ = result.network.eval()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from qtorch.model.factories import OptimizerFactory, SchedulerPlan
 from qtorch.model.feeding import Feeder, readout_of
 from qtorch.model.step_loader import Steps
 from qtorch.model.tally import Tally, weighted_mean
+from qtorch.nn.lora import LoRA, acting
 
 TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
     "train/loss",
@@ -171,13 +173,23 @@ class ScoreModule(pl.LightningModule):
         return self.current_epoch < self.pretraining_epochs
 
     def trains(self, kind: type[Kind]) -> Kind:
-        """The network, for a step that only fits one kind; ConfigError where it is another."""
-        if not isinstance(self.network, kind):
+        """The network, for a step that only fits one kind; ConfigError where it is another. In a
+        fine-tuning by LoRA it has its own weights, not those that it acts with: see `acting`."""
+        network = self.network.network if isinstance(self.network, LoRA) else self.network
+        if not isinstance(network, kind):
             raise ConfigError(
                 f"{type(self).__name__} trains a {kind.__name__}; the network is a "
-                f"{type(self.network).__name__}."
+                f"{type(network).__name__}."
             )
-        return self.network
+        return network
+
+    @contextmanager
+    def acting(self, kind: type[Kind]) -> Iterator[Kind]:
+        """The network of one kind for a step that calls more of it than `forward`: inside the
+        block it has the weights that it acts with, those of LoRA too."""
+        network = self.trains(kind)
+        with acting(self.network):
+            yield network
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         """Hook: `(sum of weight x loss, sum of weight)` that a training batch is learnt by."""

@@ -68,9 +68,10 @@ class TabNetModule(ScoreModule):
         if not self.lambda_sparse:
             return super().training_sums(batch)
         batch = self.to_learn(batch)
-        network, x, there = self.trains(TabNet), *self._rows(batch)
-        found, entropy = network.encode(x)
-        score = network.scores(network.fc_out(found))
+        x, there = self._rows(batch)
+        with self.acting(TabNet) as network:
+            found, entropy = network.encode(x)
+            score = network.scores(network.fc_out(found))
         total, share = self.sums_of(score.reshape(*batch.date.shape, *score.shape[1:]), batch)
         entropy = mean_of((entropy * there[:, 0]).sum(), there.sum())
         return total + self.lambda_sparse * entropy * share, share

@@ -78,23 +78,23 @@ class TRAModule(ScoreModule):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.memory.learn(self.trains(TRA), self._train)
+        self.memory.learn(self.network, self._train)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         assert self._valid is not None, "there is a valid segment to validate on"
-        network = self.trains(TRA)
-        self.valid_memory.learn(network, self._train)  # its last days
-        self.valid_memory.learn(network, self._valid)
+        self.valid_memory.learn(self.network, self._train)  # its last days
+        self.valid_memory.learn(self.network, self._valid)
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:
         """As ever, with the errors that the valid segment's samples may see."""
         return super().loss_sums(_recalled(batch, self.valid_memory), state, complete=complete)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        network, flat = self.trains(TRA), batch.flat()
+        flat = batch.flat()
         (x,), named = self.feeder.arguments(_recalled(flat, self.memory))
-        found, logits = network.patterns(x, **named)
+        with self.acting(TRA) as network:
+            found, logits = network.patterns(x, **named)
         error, known = errors_of(found, flat)
         with torch.no_grad():
             fresh = minmax(error)

@@ -46,7 +46,9 @@ class ADD(Network):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`x [G, N, T, F]`, `mask [G, N]` to `[G, N]` or `[G, N, Q]`."""
-        return self.read(self.encode(x), mask)
+        # Nothing is expanded; a traced program learns that the sizes are the same, and takes a day
+        # of one instrument.
+        return self.read(self.encode(x), mask.expand(x.shape[:2]))
 
     def encode(self, x: Tensor) -> Tensor | LSTMState:
         """The last state of all layers, `[L, G * N, H]`, two of them where they are LSTM's."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
@@ -20,8 +21,9 @@ class LoRA(nn.Module):
     `A [rank, in]` begins at random and `B [out, rank]` at zero, so that it begins as the network
     itself. Adapted are the weight matrices of linear, recurrent and attention layers whose
     parameter names fit one of `targets` (patterns; all by default), and `trained` names patterns
-    of parameters that learn whole beside them (a head). It feeds as the network does. `merge`
-    gives the network with the products added into its weights.
+    of parameters that learn whole beside them (a head). It feeds as the network does; `applied`
+    lends the network to who calls more of it than `forward`. `merge` gives the network with the
+    products added into its weights.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
@@ -38,6 +40,7 @@ class LoRA(nn.Module):
         if rank < 1:
             raise ValueError(f"rank is {rank}; it must be at least 1.")
         self.network = network
+        self._applied = False
         self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
         self.inputs = getattr(network, "inputs", "window")
         self.cross_section = getattr(network, "cross_section", False)
@@ -58,6 +61,8 @@ class LoRA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives with the adapted weights."""
+        if self._applied:
+            return self.network(*args, **kwargs)
         return functional_call(self.network, self.adapted(), args, kwargs)
 
     def adapted(self) -> dict[str, Tensor]:
@@ -69,6 +74,25 @@ class LoRA(nn.Module):
             if (key := _key(name)) in self.low
         }
 
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The network, with the adapted weights in the place of its own while the block runs; the
+        gradient of what is made of them goes to A and B. It is not to be moved meanwhile."""
+        assert not self._applied, "the weights are adapted already"
+        own: list[tuple[dict[str, Any], str, Any]] = []
+        for name, value in self.adapted().items():
+            path, _, leaf = name.rpartition(".")
+            parameters: dict[str, Any] = self.network.get_submodule(path)._parameters
+            own.append((parameters, leaf, parameters[leaf]))
+            parameters[leaf] = value  # past nn.Module.__setattr__, which takes Parameters alone
+        self._applied = True
+        try:
+            yield self.network
+        finally:
+            self._applied = False
+            for parameters, leaf, weight in own:
+                parameters[leaf] = weight
+
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """The network itself, the products added into its weights, all of it free to learn."""
@@ -78,6 +102,17 @@ class LoRA(nn.Module):
         for name in self.high:
             self.high[name].zero_()
         return self.network.requires_grad_(True)
+
+
+@contextmanager
+def acting(network: nn.Module) -> Iterator[nn.Module]:
+    """A network, all of whose methods see the weights that it acts with: of a LoRA the network in
+    it, see `LoRA.applied`."""
+    if not isinstance(network, LoRA):
+        yield network
+        return
+    with network.applied() as inner:
+        yield inner
 
 
 def adaptable(network: nn.Module) -> Mapping[str, nn.Parameter]:

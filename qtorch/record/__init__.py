@@ -6,6 +6,9 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.record.base import Record as Record
+    from qtorch.record.hf_signal import HFSignalRecord as HFSignalRecord
+    from qtorch.record.multi_pass import MultiPassPortAnaRecord as MultiPassPortAnaRecord
+    from qtorch.record.portfolio import PortAnaRecord as PortAnaRecord
     from qtorch.record.report import ReportRecord as ReportRecord
     from qtorch.record.segment_ic import SegmentICRecord as SegmentICRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "HFSignalRecord": "qtorch.record.hf_signal",
+        "MultiPassPortAnaRecord": "qtorch.record.multi_pass",
+        "PortAnaRecord": "qtorch.record.portfolio",
         "Record": "qtorch.record.base",
         "ReportRecord": "qtorch.record.report",
         "SegmentICRecord": "qtorch.record.segment_ic",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError
+from qtorch.core.wording import counted
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.pool import Pool, default_url, open_store, task_of, told
@@ -353,10 +354,10 @@ class TaskManager:
         stat = self._pool.call("count tasks", lambda s: s.count(self.task_pool, condition))
         if stat:
             log.warning(
-                "%d of these tasks are in pool %r already, as failed, and stay so until "
+                "pool %r holds %s of these already, as failed until "
                 "`reset_status(query, 'waiting')` or `qtorch tasks retry`",
-                stat[FAILED],
                 self.task_pool,
+                counted(stat[FAILED], "task"),
             )
 
     def _ids_of(self, definitions: Sequence[Definition]) -> dict[str, str]:

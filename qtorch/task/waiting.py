@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TaskTimeout
+from qtorch.core.wording import counted
 from qtorch.task.definition import Task
 from qtorch.task.query import FAILED
 
@@ -79,7 +80,7 @@ def _timeout(
     ]
     more = f", and {len(tasks) - len(shown)} more" if len(tasks) > len(shown) else ""
     return TaskTimeout(
-        f"after {timeout:g} s, {len(tasks)} tasks of pool {manager.task_pool!r} are unfinished: "
-        f"{', '.join(shown)}{more}. Start workers, or wait longer.",
+        f"after {timeout:g} s, {counted(len(tasks), 'unfinished task')} of pool "
+        f"{manager.task_pool!r}: {', '.join(shown)}{more}. Start workers, or wait longer.",
         [t["_id"] for t in tasks],
     )

@@ -226,7 +226,8 @@ def _save_dataset(recorder: Recorder, dataset: Any) -> None:
 def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
     """Make a task's `record` of a model and a dataset, in order, in a run."""
     listed = [records] if isinstance(records, Mapping | str) else list(records or [])
-    for config in fill_placeholder(listed, {"<MODEL>": model, "<DATASET>": dataset}):
+    values = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}  # a record's own
+    for config in fill_placeholder(listed, values):
         record = init_instance_by_config(
             config,
             default_module=RECORD_MODULE,

@@ -232,6 +232,56 @@ def trainer(args: argparse.Namespace) -> dict:
     return {"bare": (middle - begin) / 10, "task": (end - middle) / 10}
 
 
+BACKTEST = {
+    "span": ("2016-01-01", "2017-11-30"),
+    "scores": ("2015-12-25", "2017-11-30"),
+    "account": 1e8,
+    "benchmark": "NYSE500EW",
+    "limit_threshold": 0.095,
+    "open_cost": 0.0005,
+    "close_cost": 0.0015,
+    "min_cost": 5.0,
+}
+
+
+def random_scores(calendar, instruments):
+    """Scores that drift slowly, by (datetime, instrument)."""
+    import numpy as np
+    import pandas as pd
+
+    random = np.random.default_rng(0)
+    values = random.standard_normal((len(calendar), len(instruments)))
+    index = pd.MultiIndex.from_product([calendar, instruments], names=["datetime", "instrument"])
+    return pd.Series((np.cumsum(values, axis=0) / 4 + values).ravel(), index=index, name="score")
+
+
+def backtest(args: argparse.Namespace) -> dict:
+    """One pass of TopkDropoutStrategy, topk 50, n_drop 5, over 23 months of 500 instruments."""
+    from qlib.backtest import backtest
+    from qlib.contrib.strategy import TopkDropoutStrategy
+    from qlib.data import D
+
+    calendar = D.calendar(*BACKTEST["scores"])
+    names = sorted(D.list_instruments(D.instruments("nyse500"), as_list=True))
+    scores = random_scores(calendar, names)
+    costs = ("limit_threshold", "open_cost", "close_cost", "min_cost")
+    peak = Peak()
+    begin = time.perf_counter()
+    backtest(
+        *BACKTEST["span"],
+        strategy=TopkDropoutStrategy(signal=scores, topk=50, n_drop=5),
+        executor={
+            "class": "SimulatorExecutor",
+            "module_path": "qlib.backtest.executor",
+            "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
+        },
+        account=BACKTEST["account"],
+        benchmark=BACKTEST["benchmark"],
+        exchange_kwargs={"deal_price": "close", **{k: BACKTEST[k] for k in costs}},
+    )
+    return {"seconds": time.perf_counter() - begin, "mib": peak.mib}
+
+
 WORKS = {
     "features": features,
     "alpha158": lambda a: handler(a, "Alpha158"),
@@ -239,6 +289,7 @@ WORKS = {
     "windows": windows,
     "lstm": lstm,
     "trainer": trainer,
+    "backtest": backtest,
 }
 
 

@@ -104,12 +104,12 @@ def test_retry_reset_prioritize_remove(told, pool):
     def statuses() -> list[str]:
         return [t["status"] for t in pool.query({}, decode=False)]
 
-    assert told("retry", "pool=pool").strip() == "1 tasks wait again"
+    assert told("retry", "pool=pool").strip() == "1 task waits again"
     assert statuses()[1] == "waiting"
     assert pool.re_query("2")["errors"] == 0
-    assert told("reset", "pool=pool").strip() == "1 tasks wait again"
+    assert told("reset", "pool=pool").strip() == "1 task waits again"
     assert statuses()[2:4] == ["waiting", "part_done"]
-    assert told("reset", "pool=pool", "status=part_done").strip() == "1 tasks wait again"
+    assert told("reset", "pool=pool", "status=part_done").strip() == "1 task waits again"
     assert statuses()[3] == "part_done"  # as the delayed trainer left it
     assert told("prioritize", "pool=pool", "priority=5", "seed=2").strip() == (
         "2 tasks have priority 5"
@@ -145,7 +145,7 @@ def test_wait_wakes_within_a_second_of_the_last_commit(told, pool):
     assert "error: task 2: ValueError: no [data] here" in told(
         "wait", "pool=pool", "id=1,2", code=1
     )
-    assert "1 tasks of pool 'pool' are unfinished: 5 (waiting)" in told(
+    assert "1 unfinished task of pool 'pool': 5 (waiting)" in told(
         "wait", "pool=pool", "id=5", "timeout=0.1", code=1
     )
     committed = []

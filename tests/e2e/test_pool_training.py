@@ -178,6 +178,22 @@ def test_delayed_trainings_survive_their_workers(worker, pool):
     assert second.poll() is None
 
 
+def test_a_warm_start_is_the_same_in_a_worker(worker, pool):
+    form = ("model.network.num_layers=1", "model.network.dropout=0", "trainer.max_epochs=1")
+    (earlier,) = TrainerR("here")(task(*form))
+    warm = task("model=gats", *form, f"model.init_from=run:{earlier.id}")
+    (inline,) = TrainerR("here")(warm)
+    (id,) = send(pool, warm)
+    process = worker()
+    until(lambda: pool.re_query(id, decode=False)["status"] == "done", process)
+    recorder = pool.re_query(id)["res"]
+    assert_equal(recorder, inline)
+    assert recorder.list_tags()["warm_start.from"] == earlier.id
+    found = recorder.load_object("fit_report")["init_from"]
+    assert found == inline.load_object("fit_report")["init_from"]
+    assert "rnn.weight_ih_l0" in found["weights"]
+
+
 def test_a_sweep_through_the_pool(worker, qtorch_cli, runs):
     process = worker("experiment=debug")
     told = qtorch_cli(

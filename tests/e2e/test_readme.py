@@ -21,7 +21,7 @@ def blocks() -> list[str]:
 @pytest.mark.slow
 def test_the_tour_in_python_runs(folder, monkeypatch, runs):
     monkeypatch.setenv("HOME", str(folder))
-    market = SyntheticSource(5, "2007-10-01", "2017-12-08")
+    market = SyntheticSource(55, "2007-10-01", "2017-12-08")
     written = Path(write_qlib(market, folder / ".qlib/qlib_data/us_data"))
     shutil.copy(written / "instruments/stocks.txt", written / "instruments/sp500.txt")
     tour, later = blocks()[:2]

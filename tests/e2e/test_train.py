@@ -97,6 +97,10 @@ def test_what_the_configuration_is_can_be_asked_without_running_it(qtorch_cli, r
     told = qtorch_cli("train", "--help")
     assert told.code == 0
     assert "alpha158_20" in told.out
+    told = qtorch_cli("train", "--hydra-help")
+    assert told.code == 0
+    assert "hydra/launcher: basic" in told.out
+    assert "shell-completion" not in told.out  # there is none for a command of a command
     assert runs() == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from test_own_steps import STEPS, own
 from toy_training import ToyDataset
@@ -109,3 +110,36 @@ def test_what_cannot_be_meant(dataset: ToyDataset) -> None:
             own("ADARNN", module=changes).fit(dataset)
     with pytest.raises(ConfigError, match="order=random"):
         own("ADARNN", batch={"order": "day"}, **STEPS["ADARNN"]).fit(dataset)
+
+
+class Rates(pl.Callback):
+    """The rates of the optimizer's groups and the gates, as each epoch begins."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.gates: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        groups = trainer.optimizers[0].param_groups
+        self.rates.append([group["lr"] for group in groups])
+        self.gates.append(pl_module.gates.gate[0].weight.detach().clone())
+        gates = {id(p) for p in pl_module.gates.parameters()}
+        assert {id(p) for p in groups[-1]["params"]} == gates  # a group of their own
+
+
+def test_gates_learn_at_the_full_rate_whatever_the_layers_do(dataset: ToyDataset) -> None:
+    noted = Rates()
+    halved = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+    network = {"hidden_size": 8, "num_layers": 2}
+    model = own("ADARNN", network=network, module={"pre_epoch": 2}, trainer={"max_epochs": 1})
+    model.fit(dataset)
+    model.callbacks = [noted]
+    model.finetune(dataset, lr=0.01, layer_decay=0.1, scheduler=halved, max_epochs=4)
+    # The head, the upper and the lower layer, then the gates; all of them fall together.
+    first = [0.01, 0.001, 0.0001, 0.01]
+    for epoch, rates in enumerate(noted.rates):
+        assert rates == pytest.approx([rate * 0.5**epoch for rate in first])
+    moved = [float((b - a).abs().max()) for a, b in zip(noted.gates, noted.gates[1:], strict=False)]
+    assert moved[0] > 0.01  # steps of about the rate, more than one
+    assert 0 < moved[1] < moved[0]
+    assert moved[2] == 0  # the gates have said what matters: `pre_epoch` is over

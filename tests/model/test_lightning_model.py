@@ -190,6 +190,26 @@ def test_a_lightning_module_of_ones_own(dataset: ToyDataset, recorder: ToyRecord
     assert model.fit_report_["best_value"] < finer + 0.05
 
 
+def test_a_module_that_does_not_log_what_is_watched(dataset: ToyDataset) -> None:
+    epochs = []
+
+    class Epochs(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            epochs.append(trainer.current_epoch)
+
+    told = r"'valid/loss'.*has logged own_loss, own_valid_loss\. Set monitor"
+    model = model_of({"_target_": "user_networks.OwnModule"}, callbacks=[Epochs()])
+    with pytest.raises(ConfigError, match=told):
+        model.fit(dataset)
+    assert epochs == [0]  # it is said after one epoch, not after all of them
+    model.monitor = "own_los"
+    with pytest.raises(ConfigError, match="best 'own_los'"):
+        model.fit(dataset)
+    model.monitor = "own_loss"
+    model.fit(dataset)
+    assert model.fit_report_["best_epoch"] is not None
+
+
 def test_a_network_that_gives_no_scores(dataset: ToyDataset) -> None:
     with pytest.raises((ValueError, IndexError)):
         model_of({"_target_": "user_networks.Nonsense"}).fit(dataset)

@@ -255,3 +255,25 @@ def test_adds_adversaries_grow_stronger_by_the_epoch(dataset: ToyDataset) -> Non
     assert seen == pytest.approx([0.0, math.tanh(0.25), 0.4])
     assert set(state_of(model)) == set(ADD(d_feat=4, **SMALL).state_dict())
     model.finetune(dataset, max_epochs=1, layer_decay=0.5)
+
+
+@pytest.mark.parametrize("name", ["TabNet", "ADD", "ADARNN"])
+def test_an_optimizer_that_moved_more_than_the_network_is_not_kept(
+    data: ToyDataset, name: str
+) -> None:
+    model = own(name, trainer={"max_epochs": 1}, **STEPS[name])
+    model.fit(data)
+    with pytest.raises(ConfigError, match=rf"keep_optimizer: the optimizer of this {name} "):
+        model.finetune(data, keep_optimizer=True, max_epochs=1)
+
+
+def test_tabnets_optimizer_is_kept_where_nothing_else_learnt(dataset: ToyDataset) -> None:
+    model = own("TabNet", network=PICKS, module={"pretrain_epochs": 0}, trainer={"max_epochs": 1})
+    model.fit(dataset)
+    steps = [float(s["step"]) for s in model.optimizer_state_["state"].values()]
+    model.finetune(dataset, keep_optimizer=True, max_epochs=1)
+    more = [float(s["step"]) for s in model.optimizer_state_["state"].values()]
+    assert more == [2 * step for step in steps]
+    model.finetune(dataset, max_epochs=1, layer_decay=0.5)
+    with pytest.raises(ConfigError, match="was last trained with layer_decay"):
+        model.finetune(dataset, keep_optimizer=True)

@@ -25,6 +25,7 @@ def _networks() -> list[type[Network]]:
         for _, thing in inspect.getmembers(importlib.import_module(f"qtorch.nn.{module.name}")):
             if inspect.isclass(thing) and issubclass(thing, Network) and thing is not Network:
                 found.add(thing)
+    found = {cls for cls in found if not inspect.isabstract(cls)}
     return sorted(found, key=lambda c: c.__name__)
 
 

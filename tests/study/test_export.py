@@ -173,7 +173,7 @@ def test_what_cannot_be_exported_says_why(fitted, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SFM", "TabNet", "IGMTF", "MASTER", "StockMixer", "Mamba"])
+@pytest.mark.parametrize("name", ["SFM", "TabNet", "IGMTF", "MASTER", "StockMixer", "Mamba", "ADD"])
 def test_loops_and_banks_become_programs_of_any_batch(name, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "nn")
     from network_inputs import NETWORKS, build, feed
@@ -185,5 +185,8 @@ def test_loops_and_banks_become_programs_of_any_batch(name, monkeypatch):
     several, one = ([feed(cls, size=s)[n] for n in scoring.names] for s in (None, 1))
     program = traced(scoring, several).program.module()
     with torch.inference_mode():
-        for given in (several, one):
+        batches = [several, one]
+        if cls.cross_section:  # days of one instrument, several and one
+            batches += [[given[:, :1] for given in batch] for batch in (several, one)]
+        for given in batches:
             torch.testing.assert_close(program(*given), scoring(*given), rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor
@@ -28,9 +29,9 @@ class _CrossSection(Processor):
     columnwise = True
     fields_group: FieldsGroup
 
+    @abstractmethod
     def of_day(self, values: Tensor, rows: Tensor) -> Tensor:
         """`values [D, N]` by the statistics of each day's `rows`."""
-        raise NotImplementedError
 
     def __call__(self, view: View) -> View:
         for group, names in chosen_columns(names_of(view), self.fields_group).items():

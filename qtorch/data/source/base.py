@@ -153,6 +153,18 @@ class Source(Configured, ABC):
         Rows are `(instrument, datetime)` in Qlib's order, columns the expressions as given,
         float32. Windows see all the history that they need before `start_time`.
         """
+        found = self.feature_panel(instruments, fields, start_time, end_time, freq)
+        return found.to_frame().swaplevel().sort_index()
+
+    def feature_panel(
+        self,
+        instruments: Instruments,
+        fields: Sequence[str],
+        start_time: Any = None,
+        end_time: Any = None,
+        freq: str = "day",
+    ) -> Panel:
+        """What `features` gives, as a panel of the dates asked for."""
         if isinstance(fields, str) or not len(fields):
             raise DataError(
                 f"fields must be a list of expressions with at least one; got {fields!r}."
@@ -170,7 +182,7 @@ class Source(Configured, ABC):
         bars = self.load_for(fields, instruments=instruments, **wanted)
         others = self.masked(fields, **wanted)
         found = evaluate(list(fields), bars, others=others)
-        return found.to_frame(start=start_time, end=end_time).swaplevel().sort_index()
+        return found.select(start=start_time, end=end_time)
 
     def load_for(self, expressions: Iterable[str], **wanted: Any) -> Panel:
         """What `load(**wanted)` gives; where a field is missing, the error shows the expression

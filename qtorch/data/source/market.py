@@ -9,8 +9,9 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray
 
-# Weights of the planted signal's two parts, and the windows that it looks back over.
-REVERSAL, MOMENTUM = 0.8, 0.6
+# Weights of the planted signal's two parts (the recent return, the return of the last 60 days), and
+# the windows that it looks back over.
+WEIGHTS = (-0.8, 0.6)
 SECOND_DAY = 0.5
 VOLUME_WINDOW, MOMENTUM_WINDOW = 20, 60
 
@@ -112,13 +113,18 @@ def draw_life(rng: np.random.Generator, num_dates: int, num: int) -> Life:
     return Life(listed, listed & ~suspended)
 
 
-def add_drift(shocks: Shocks, life: Life, strength: float) -> tuple[Array, Array]:
+def add_drift(
+    shocks: Shocks, life: Life, strength: float, weights: Array | None = None
+) -> tuple[Array, Array]:
     """`(log returns, score)`: each day's drift is the score of the day before yesterday.
 
     The score at the close of t moves the return from the close of t+1 to that of t+2, which is
-    the return that the label `Ref($close,-2)/Ref($close,-1)-1` of day t shows.
+    the return that the label `Ref($close,-2)/Ref($close,-1)-1` of day t shows. `weights [D, 2]`
+    are those of the score's two parts by day; `WEIGHTS` on all days by default.
     """
     num_dates, num = shocks.returns.shape
+    if weights is None:
+        weights = np.tile(WEIGHTS, (num_dates, 1))
     returns = np.zeros((num_dates, num))
     score = np.zeros((num_dates, num))
     relative = relative_volume(shocks.volume, life)
@@ -133,8 +139,8 @@ def add_drift(shocks: Shocks, life: Life, strength: float) -> tuple[Array, Array
         back = max(t + 1 - MOMENTUM_WINDOW, 0)
         momentum = (path[t + 1] - path[back]) * (age[t] > MOMENTUM_WINDOW)
         traded = life.traded[t]
-        parts = -REVERSAL * standardised(recent * relative[t], traded)
-        parts += MOMENTUM * standardised(momentum, traded & (age[t] > MOMENTUM_WINDOW))
+        parts = weights[t, 0] * standardised(recent * relative[t], traded)
+        parts += weights[t, 1] * standardised(momentum, traded & (age[t] > MOMENTUM_WINDOW))
         score[t] = standardised(parts, traded)
     return returns, score
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,12 @@ class SyntheticSource(PanelSource):
     one year's mean 0.0053); 0: no signal. `planted_signal()` gives the score,
     `planted_rank_ic()` its Rank IC by day, which is the most that a model can find, luck aside.
     Least squares on the 20 features of Qlib's LSTM example find nine tenths of it.
+
+    `regimes` change what is rewarded and not how much: from each of its dates on (the closes at
+    which the score is formed) the two parts have other weights, `{date: [recent return, return of
+    60 days]}`; before the first they are -0.8 and 0.6, reversal and momentum. Their lengths count
+    for nothing, as the score is standardised: the strength and so the planted Rank IC stay as
+    they are. What was learnt before holds the better, the nearer the two pairs' directions.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class SyntheticSource(PanelSource):
         seed: int = 0,
         signal: float = 0.06,
         num_sectors: int = 10,
+        regimes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         for name, value in (("num_instruments", num_instruments), ("num_sectors", num_sectors)):
             if value < 1:
@@ -78,6 +85,8 @@ class SyntheticSource(PanelSource):
                 f"SyntheticSource: {start_time}..{end_time} holds {len(self._dates)} business "
                 "days; at least 2 are needed."
             )
+        self.regimes = dict(regimes or {})
+        _weights(self._dates, self.regimes)  # a wrong one is said now
         self._made: _Market | None = None
 
     def panel(self) -> Panel:
@@ -142,7 +151,8 @@ class SyntheticSource(PanelSource):
         streams = np.random.default_rng(self.seed).spawn(4)
         shocks = market.draw_shocks(streams[0], num_dates, num, self.num_sectors)
         life = market.draw_life(streams[1], num_dates, num)
-        returns, score = market.add_drift(shocks, life, self.signal)
+        weights = _weights(self._dates, self.regimes)
+        returns, score = market.add_drift(shocks, life, self.signal, weights)
         bars = market.draw_bars(streams[2], returns, shocks.sigma)
         level = np.exp(streams[3].normal(np.log(40.0), 0.6, num)).clip(8.0, 150.0)
         prices = {name: values * level for name, values in bars.items()}
@@ -162,6 +172,24 @@ class SyntheticSource(PanelSource):
         }
         shown = torch.from_numpy(np.where(life.traded, score, np.nan).astype(np.float32))
         return _Market(panel, shown, memberships)
+
+
+def _weights(dates: pd.DatetimeIndex, regimes: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """The weights `[D, 2]` of the signal's parts by day. ConfigError for what is no regime."""
+    out = np.tile(market.WEIGHTS, (len(dates), 1))
+    try:
+        begins = sorted((pd.Timestamp(date), weights) for date, weights in regimes.items())
+        for begin, weights in begins:
+            recent, momentum = (float(weight) for weight in weights)
+            if not 0 < recent**2 + momentum**2 < np.inf:
+                raise ValueError(f"the weights of {begin.date()} are {recent:g} and {momentum:g}")
+            out[dates >= begin] = recent, momentum
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"SyntheticSource: regimes is {dict(regimes)}; expected two weights by date, such as "
+            f"{{'2015-01-01': [-0.8, -0.6]}} ({error})."
+        ) from error
+    return out
 
 
 def _finished(

@@ -97,6 +97,11 @@ def test_bad_arguments_are_refused():
         SyntheticSource(0)
     with pytest.raises(ConfigError, match="signal must be"):
         SyntheticSource(signal=6)
+    for weights in ([0.0, 0.0], [1.0], ["a", 1.0], 3.0, [float("nan"), 1.0]):
+        with pytest.raises(ConfigError, match="expected two weights by date"):
+            SyntheticSource(3, regimes={"2018-01-01": weights})
+    with pytest.raises(ConfigError, match="expected two weights by date"):
+        SyntheticSource(3, regimes={"the first": [1.0, 1.0]})
     with pytest.raises(ConfigError, match="business days"):
         SyntheticSource(start_time="2020-01-01", end_time="2019-01-01")
     with pytest.raises(DataError, match=r"unknown frequency '1min'.*day"):
@@ -291,3 +296,57 @@ def test_the_score_is_standardised_by_day(source):
     assert np.abs(np.nanmean(score, axis=1)).max() < 0.1
     assert 0.85 < np.nanmedian(np.nanstd(score, axis=1)) <= 1.0001
     assert np.nanmax(np.abs(score)) <= 3.0
+
+
+# -- regimes -------------------------------------------------------------------------------------
+
+CHANGE = "2018-12-03"
+
+
+def scores_of(source: SyntheticSource) -> pd.DataFrame:
+    score = source.planted_signal()
+    values = score.column("score").double().numpy()
+    return pd.DataFrame(values, score.calendar, score.instruments)
+
+
+def test_a_regime_changes_nothing_before_its_day_and_no_fingerprint_without_one():
+    plain, turned = small(3), SyntheticSource(
+        40, "2018-01-01", "2019-12-31", seed=3, regimes={CHANGE: (-0.8, -0.6)}
+    )  # fmt: skip
+    assert plain.fingerprint() == SyntheticSource(
+        40, "2018-01-01", "2019-12-31", seed=3, regimes={}
+    ).fingerprint()  # fmt: skip
+    before = turned.calendar().get_loc(CHANGE)
+    one, other = (s.load(["close"], instruments="stocks").column("close") for s in (plain, turned))
+    # The score of the day of change moves the return from the next day to the one after it.
+    assert torch.equal(one[: before + 2].nan_to_num(), other[: before + 2].nan_to_num())
+    assert not torch.equal(one[before + 2].nan_to_num(), other[before + 2].nan_to_num())
+    assert SyntheticSource(**{k: v for k, v in turned.to_config().items() if k != "_target_"}
+                           ).fingerprint() == turned.fingerprint()  # fmt: skip
+
+
+def test_the_length_of_a_regimes_weights_counts_for_nothing():
+    options = {"num_instruments": 20, "start_time": "2018-01-01", "end_time": "2019-12-31"}
+    plain = SyntheticSource(**options)
+    longer = SyntheticSource(**options, regimes={CHANGE: (-1.6, 1.2)})
+    np.testing.assert_allclose(scores_of(longer), scores_of(plain), atol=1e-5)
+
+
+def test_in_a_regime_another_score_is_planted_as_strongly():
+    options = {"num_instruments": 200, "start_time": "2017-01-01", "end_time": "2019-12-31"}
+    turned = SyntheticSource(**options, signal=0.12, regimes={CHANGE: (-0.8, -0.6)})
+    rank_ic = turned.planted_rank_ic()
+    error = rank_ic.std() / len(rank_ic) ** 0.5
+    for part in (rank_ic[:CHANGE], rank_ic[CHANGE:]):
+        assert abs(part.mean() - 0.12) < 3 * error * 2**0.5
+    # The same bars with the old weights throughout: the score before, nearly none of it after.
+    close = turned.load(["close"], instruments="stocks").column("close").double()
+    volume = turned.load(["volume"], instruments="stocks").column("volume").double()
+    returns = pd.DataFrame(close.log().numpy()).ffill().diff().fillna(0.0).to_numpy()
+    shocks = market.Shocks(returns, returns, volume.nan_to_num(nan=1.0).numpy())
+    life = market.Life(turned.planted_signal().mask.numpy(), close.isfinite().numpy())
+    planted = scores_of(turned)
+    old = pd.DataFrame(market.add_drift(shocks, life, 0.0)[1], planted.index, planted.columns)
+    alike = old.where(planted.notna()).corrwith(planted, axis=1)
+    assert alike[:CHANGE].iloc[61:-1].mean() > 0.95
+    assert abs(alike[CHANGE:].mean()) < 0.3

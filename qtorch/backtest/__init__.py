@@ -1,0 +1,37 @@
+"""From scores to money: exchange, accounts, strategies, and the days one after another."""
+
+from typing import TYPE_CHECKING
+
+from qtorch.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from qtorch.backtest.enhanced_indexing import (
+        EnhancedIndexingStrategy as EnhancedIndexingStrategy,
+    )
+    from qtorch.backtest.exchange import Exchange as Exchange
+    from qtorch.backtest.orders import Orders as Orders
+    from qtorch.backtest.result import BacktestResult as BacktestResult
+    from qtorch.backtest.run import backtest as backtest
+    from qtorch.backtest.strategy import Moment as Moment
+    from qtorch.backtest.strategy import Strategy as Strategy
+    from qtorch.backtest.topk import TopkDropoutStrategy as TopkDropoutStrategy
+    from qtorch.backtest.weights import LongShortStrategy as LongShortStrategy
+    from qtorch.backtest.weights import WeightStrategy as WeightStrategy
+    from qtorch.metrics.risk import risk_analysis as risk_analysis
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "BacktestResult": "qtorch.backtest.result",
+        "EnhancedIndexingStrategy": "qtorch.backtest.enhanced_indexing",
+        "Exchange": "qtorch.backtest.exchange",
+        "LongShortStrategy": "qtorch.backtest.weights",
+        "Moment": "qtorch.backtest.strategy",
+        "Orders": "qtorch.backtest.orders",
+        "Strategy": "qtorch.backtest.strategy",
+        "TopkDropoutStrategy": "qtorch.backtest.topk",
+        "WeightStrategy": "qtorch.backtest.weights",
+        "backtest": "qtorch.backtest.run",
+        "risk_analysis": "qtorch.metrics.risk",
+    },
+)

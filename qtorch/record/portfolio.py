@@ -1,0 +1,233 @@
+"""What the scores are worth: a backtest, its risk, its trades."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from qtorch.backtest.resample import period_name, resampled_indicators, resampled_report
+from qtorch.backtest.result import BacktestResult
+from qtorch.backtest.run import backtest
+from qtorch.backtest.strategy import Strategy
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, unknown_name
+from qtorch.core.instantiate import fill_placeholder, flatten_dict, init_instance_by_config, plain
+from qtorch.metrics.risk import indicator_analysis, risk_analysis
+from qtorch.record.base import Names, Record
+from qtorch.record.signal import SignalRecord
+from qtorch.record.signal_analysis import finite
+from qtorch.tracking.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+PRED = "<PRED>"
+SCORED = "scored"
+DEFAULT_CONFIG: dict[str, Any] = {
+    "strategy": {
+        "class": "TopkDropoutStrategy",
+        "kwargs": {"signal": PRED, "topk": 50, "n_drop": 5},
+    },
+    "backtest": {
+        "account": 1e8,
+        "exchange_kwargs": {
+            "deal_price": "close",
+            "limit_threshold": 0.095,
+            "open_cost": 0.0005,
+            "close_cost": 0.0015,
+            "min_cost": 5,
+        },
+    },
+}
+_PARTS = ("strategy", "executor", "backtest")
+
+
+class PortAnaRecord(Record):
+    """Trades `pred.pkl` by a strategy; writes under `portfolio_analysis/`, logs the figures.
+
+    `config`: `strategy` and `executor`, each an object or a configuration in Qlib's or Hydra's
+    form in which `"<PRED>"` stands for the run's scores (their first column), and `backtest`, the
+    other arguments of `qtorch.backtest.backtest`. Without dates it trades from the first day of
+    the scores to the day after the last; without a `benchmark` (or with "scored") the mean return
+    of the scored instruments is taken, with `benchmark: null` none. Bars come from `source` in
+    `exchange_kwargs`, else from the dataset's source, else from that of `qtorch.init`.
+
+    Writes, for the bars' frequency ("1day") and each other one that is asked for:
+    `report_normal_1day`, `positions_normal_1day`, `orders_normal_1day` (bars only),
+    `indicators_normal_1day`, `port_analysis_1day`, `indicator_analysis_1day`; logs
+    `1day.excess_return_with_cost.annualized_return` and the like (`1day.return_with_cost...`
+    without a benchmark), `1day.ffr`, `1day.pa`, `1day.pos`. `risk_analysis_freq` and
+    `indicator_analysis_freq`: the frequencies analysed, coarser ones by summing up.
+
+    Answers to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime, instrument);
+    coarser frequencies need no executor of their own; the benchmark is not CSI 300 by default.
+    """
+
+    artifact_path: ClassVar[str | None] = "portfolio_analysis"
+    depend_cls: ClassVar[type[Record] | None] = SignalRecord
+
+    def __init__(
+        self,
+        recorder: Recorder | None = None,
+        config: Mapping[str, Any] | None = None,
+        risk_analysis_freq: str | Sequence[str] | None = None,
+        indicator_analysis_freq: str | Sequence[str] | None = None,
+        indicator_analysis_method: str = "mean",
+        skip_existing: bool = False,
+        *,
+        dataset: Any = None,
+    ) -> None:
+        super().__init__(recorder)
+        given = dict(plain(config or DEFAULT_CONFIG))
+        for part in given:
+            if part not in _PARTS:
+                raise ConfigError(unknown_name("part of the config", str(part), _PARTS))
+        self.strategy = given.get("strategy", DEFAULT_CONFIG["strategy"])
+        self.executor = given.get("executor")
+        self.backtest = dict(given.get("backtest", DEFAULT_CONFIG["backtest"]))
+        self.freq = period_name(_bar_freq(self.executor, self.backtest))
+        self.risk_freqs = _names(risk_analysis_freq, self.freq)
+        self.indicator_freqs = _names(indicator_analysis_freq, self.freq)
+        self.indicator_analysis_method = indicator_analysis_method
+        self.skip_existing = skip_existing
+        self.dataset = dataset
+
+    def generate(self) -> dict[str, Any] | None:
+        """Trade, store, log; returns what was stored (None where skipped)."""
+        if self.skip_existing and all(self._holds(self.get_path(n)) for n in self.list()):
+            log.info("%s is there already and stays as it is", self.artifact_path)
+            return None
+        self.check()
+        result = self._run(self.load("pred.pkl").iloc[:, :1])
+        objects, metrics = self._analysed(result)
+        self.recorder.log_batch(finite(metrics), step=0)
+        self.save(**objects)
+        self._tell(metrics)
+        return objects
+
+    def list(self) -> Names:
+        names = [f"{kind}_normal_{self.freq}.pkl" for kind in ("report", "positions", "indicators")]
+        names += [f"port_analysis_{freq}.pkl" for freq in self.risk_freqs]
+        return names + [f"indicator_analysis_{freq}.pkl" for freq in self.indicator_freqs]
+
+    def _needs(self) -> Names:
+        return ["pred.pkl"]
+
+    # -- the backtest ----------------------------------------------------------------------------
+
+    def _run(self, scores: pd.DataFrame) -> BacktestResult:
+        """The backtest of the scores, a member a column."""
+        settings = copy.copy(self.backtest)
+        exchange = dict(settings.pop("exchange_kwargs", None) or {})
+        if "source" not in exchange and "exchange" not in exchange and not settings.get("source"):
+            settings["source"] = self._source()
+        if settings.get("start_time") is None:
+            settings["start_time"] = scores.index.get_level_values("datetime").min()
+        instruments = scores.index.get_level_values("instrument").unique()
+        if settings.setdefault("benchmark", SCORED) == SCORED:
+            settings["benchmark"] = [str(i) for i in instruments]
+        executor = fill_placeholder({"executor": self.executor}, {PRED: scores})["executor"]
+        return backtest(
+            strategy=self._strategy(scores),
+            executor=executor,
+            exchange_kwargs=exchange,
+            **settings,
+        )
+
+    def _strategy(self, scores: pd.DataFrame) -> Strategy:
+        strategy = self.strategy
+        if isinstance(strategy, Strategy):
+            if isinstance(strategy.signal, str) and strategy.signal == PRED:
+                return type(strategy)(**{**strategy._arguments, "signal": scores})
+            return strategy
+        config = dict(fill_placeholder({"s": strategy}, {PRED: scores})["s"])
+        if str(config.get("module_path", "")).startswith("qlib."):
+            del config["module_path"]  # a strategy of Qlib's has the same name here
+        made = init_instance_by_config(config, "qtorch.backtest", accept_types=Strategy)
+        if not isinstance(made, Strategy):
+            raise ConfigError(f"the strategy is {type(made).__name__}; expected a Strategy.")
+        return made
+
+    def _source(self) -> Any:
+        """The dataset's source of bars; None leaves it to `qtorch.init`."""
+        dataset = self.dataset
+        if dataset is None:
+            try:
+                dataset = self.recorder.load_object("dataset")
+            except LoadObjectError:
+                return None
+        return getattr(getattr(dataset, "handler", None), "source", None)
+
+    # -- the analysis ----------------------------------------------------------------------------
+
+    def _analysed(self, result: BacktestResult) -> tuple[dict[str, Any], dict[str, float]]:
+        """Artifacts and metrics of one member."""
+        found = period_name(result.freq)
+        if found != self.freq:
+            raise RecordError(f"the exchange trades {found} bars, the config says {self.freq}.")
+        reports, trades = {self.freq: result.report}, {self.freq: result.indicators}
+        for freq in {*self.risk_freqs, *self.indicator_freqs} - {self.freq}:
+            reports[freq] = resampled_report(result.report, freq)
+            trades[freq] = resampled_indicators(result.indicators, freq)
+        objects: dict[str, Any] = {
+            f"positions_normal_{self.freq}.pkl": result.positions,
+            f"orders_normal_{self.freq}.pkl": result.orders,
+        }
+        objects |= {f"report_normal_{freq}.pkl": frame for freq, frame in reports.items()}
+        objects |= {f"indicators_normal_{freq}.pkl": frame for freq, frame in trades.items()}
+        metrics: dict[str, float] = {}
+        for freq in self.risk_freqs:
+            analysis = risk_of(reports[freq], freq)
+            objects[f"port_analysis_{freq}.pkl"] = analysis
+            nested = analysis["risk"].unstack().T.to_dict()
+            metrics |= {f"{freq}.{name}": v for name, v in flatten_dict(nested).items()}
+        for freq in self.indicator_freqs:
+            method: Any = self.indicator_analysis_method
+            analysis = indicator_analysis(trades[freq], method)
+            objects[f"indicator_analysis_{freq}.pkl"] = analysis
+            metrics |= {f"{freq}.{name}": v for name, v in analysis["value"].items()}
+        return objects, metrics
+
+    def _tell(self, metrics: Mapping[str, float]) -> None:
+        for name in ("excess_return_with_cost", "return_with_cost"):
+            begin = f"{self.freq}.{name}"
+            if f"{begin}.annualized_return" in metrics:
+                log.info(
+                    "%s: %.2f%% a year, information ratio %.2f, drawdown %.2f%%",
+                    name.replace("_", " "),
+                    100 * metrics[f"{begin}.annualized_return"],
+                    metrics[f"{begin}.information_ratio"],
+                    100 * metrics[f"{begin}.max_drawdown"],
+                )
+
+
+def risk_of(report: pd.DataFrame, freq: str) -> pd.DataFrame:
+    """Risk of a report's returns over the benchmark, without and with costs, one below the other;
+    of the returns themselves where there is no benchmark."""
+    bare = report["bench"].isna().all()
+    over = report["return"] if bare else report["return"] - report["bench"]
+    name = "return" if bare else "excess_return"
+    return pd.concat(
+        {
+            f"{name}_without_cost": risk_analysis(over, freq=freq),
+            f"{name}_with_cost": risk_analysis(over - report["cost"], freq=freq),
+        }
+    )
+
+
+def _names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
+    if freqs is None:
+        return [bars]
+    listed = [freqs] if isinstance(freqs, str) else list(freqs)
+    return [period_name(f) for f in listed]
+
+
+def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str:
+    """The frequency that is traded: the executor's, else the exchange's, else days."""
+    if isinstance(executor, Mapping):
+        kwargs = executor.get("kwargs") or executor
+        if kwargs.get("time_per_step"):
+            return str(kwargs["time_per_step"])
+    return str((settings.get("exchange_kwargs") or {}).get("freq", "day"))

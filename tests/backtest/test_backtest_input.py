@@ -1,0 +1,204 @@
+"""Bad input: one clear error each, or the documented treatment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_market import bars, score_table
+
+import qtorch
+from qtorch.backtest import (
+    Exchange,
+    LongShortStrategy,
+    TopkDropoutStrategy,
+    WeightStrategy,
+    backtest,
+)
+from qtorch.core.errors import ArgumentError, ConfigError, DataError
+
+
+@pytest.fixture
+def source():
+    return bars({"A": [10, 11, 12, 13, 14], "B": [10, 9, 8, 7, 6], "C": [5, 5, 5, 5, 5]})
+
+
+@pytest.fixture
+def scores(days):
+    return score_table({"A": [3, 1, 1, 2], "B": [2, 3, 3, 1], "C": [1, 2, 2, 3]}, days)
+
+
+def run(scores, source, **more):
+    setup = {"account": 1e4, "source": source, "exchange_kwargs": {"trade_unit": None}}
+    return backtest(strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1), **setup | more)
+
+
+def test_unknown_instruments_count_as_suspended_with_a_warning(scores, source, days, caplog):
+    more = score_table({"X": [9, 9, 9, 9]}, days)
+    with caplog.at_level("WARNING"):
+        result = run(pd.concat([scores, more]), source)
+    assert "1 of 4 instruments of the scores have no bars" in caplog.text
+    assert "X" in caplog.text
+    assert (result.orders.index.get_level_values(1) != "X").all()
+    with pytest.raises(DataError, match=r"none of the 1 instruments.*'X'"):
+        run(more, source)
+
+
+def test_scores_outside_the_calendar(scores, source, caplog):
+    weekend = pd.Series(
+        [5.0],
+        index=pd.MultiIndex.from_tuples(
+            [(pd.Timestamp("2020-01-04"), "C")], names=["datetime", "instrument"]
+        ),
+    )
+    with caplog.at_level("WARNING"):
+        found = run(pd.concat([scores, weekend.rename("score")]), source)
+    assert "1 dates of the scores are no trading days" in caplog.text
+    assert found.report.equals(run(scores, source).report)
+    moved = scores.copy()
+    moved.index = moved.index.set_levels(moved.index.levels[0] + pd.Timedelta(days=900), level=0)
+    with pytest.raises(DataError, match=r"2022.*the calendar goes from 2020-01-01"):
+        run(moved, source)
+
+
+def test_infinite_doubled_and_empty_scores(scores, source):
+    with pytest.raises(DataError, match="1 scores are infinite, the first at 2020-01-01"):
+        run(scores.where(scores.index != scores.index[0], np.inf), source)
+    with pytest.raises(DataError, match="3 rows of the scores stand twice"):
+        run(pd.concat([scores, scores.iloc[:3]]), source)
+    with pytest.raises(DataError, match="every score is NaN"):
+        run(scores * np.nan, source)
+    with pytest.raises(DataError, match="index of two levels"):
+        run(scores.droplevel(0), source)
+    with pytest.raises(ConfigError, match="signal is list"):
+        run([1, 2, 3], source)
+
+
+def test_a_day_of_nan_is_a_day_of_rest(scores, source, days):
+    rest = scores.copy()
+    rest.loc[days[1]] = np.nan
+    orders = run(rest, source).orders
+    assert days[2] not in orders.index.get_level_values(0)
+    assert days[3] in orders.index.get_level_values(0)
+
+
+def test_what_has_no_score_is_not_bought(scores, source, days):
+    some = scores.where(scores.index.get_level_values(1) != "A")
+    orders = run(some, source).orders
+    assert "A" not in orders.index.get_level_values(1)
+
+
+def test_a_benchmark_that_is_not_there(scores, source):
+    with pytest.raises(DataError, match=r"benchmark.*'SH000300'"):
+        run(scores, source, benchmark="SH000300")
+    with pytest.raises(DataError, match=r"instrument of the benchmark.*'D'"):
+        run(scores, source, benchmark=["A", "D"])
+    old = pd.Series([0.1], index=pd.to_datetime(["1999-01-01"]))
+    with pytest.raises(DataError, match="cover none of 2020-01-02"):
+        run(scores, source, benchmark=old)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "message"),
+    [
+        ({"open_cost": -0.1}, "open_cost=-0.1: a cost is zero or more"),
+        ({"min_cost": -5}, "an amount of money"),
+        ({"close_cost": 5}, "fraction of the trade's value"),
+        ({"trade_unit": -100}, "trade_unit=-100"),
+        ({"limit_threshold": -0.1}, "limit_threshold=-0.1"),
+        ({"deal_price": ("open",)}, "deal_price="),
+        ({"volume_threshold": ("most", "$volume")}, "'cum' or 'current'"),
+        ({"volume_threshold": {"both": ("cum", "$volume")}}, "side of volume_threshold"),
+        ({"deal_price": "clos"}, r"\$?clos.*close"),
+        ({"freq": "day", "opn_cost": 1}, "open_cost"),
+    ],
+)
+def test_exchange_arguments(scores, source, exchange, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(scores, source, exchange_kwargs=exchange)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"topk": 4, "n_drop": 1}, "topk=4 is more than the 3 instruments"),
+        ({"topk": 0, "n_drop": 0}, "topk=0"),
+        ({"topk": 1, "n_drop": -1}, "n_drop=-1"),
+        ({"topk": 1, "n_drop": 1, "method_buy": "best"}, "method_buy"),
+        ({"topk": 1, "n_drop": 1, "risk_degree": 1.5}, "risk_degree=1.5"),
+    ],
+)
+def test_strategy_arguments(scores, source, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        backtest(strategy=TopkDropoutStrategy(signal=scores, **kwargs), account=1e4, source=source)
+
+
+def test_strategies_without_scores_and_unknown_arguments(scores):
+    with pytest.raises(ConfigError, match="<PRED>"):
+        TopkDropoutStrategy(topk=1, n_drop=1)
+    with pytest.raises(ArgumentError, match="topk"):
+        TopkDropoutStrategy(topkk=1, n_drop=1, signal=scores)
+    with pytest.raises(ConfigError, match=r"quantile=0\.9"):
+        LongShortStrategy(signal=scores, quantile=0.9)
+
+
+def test_spans_accounts_and_executors(scores, source):
+    with pytest.raises(ConfigError, match="start_time 2020-01-05 is after end_time 2020-01-02"):
+        run(scores, source, start_time="2020-01-05", end_time="2020-01-02")
+    with pytest.raises(DataError, match="no bar between"):
+        run(scores, source, start_time="2021-01-05", end_time="2021-01-12")
+    with pytest.raises(ConfigError, match="cash is an amount of money"):
+        run(scores, source, account=-1)
+    with pytest.raises(ConfigError, match="neither cash nor positions"):
+        run(scores, source, account=0)
+    with pytest.raises(ConfigError, match=r"instrument of the account.*'Z'"):
+        run(scores, source, account={"cash": 1, "Z": 5})
+    with pytest.raises(ConfigError, match=r"NestedExecutor.*not supported"):
+        run(scores, source, executor={"class": "NestedExecutor", "kwargs": {}})
+    with pytest.raises(ConfigError, match="trade_type"):
+        run(scores, source, executor={"kwargs": {"trade_type": "random"}})
+    with pytest.raises(ConfigError, match="no data source"):
+        run(scores, None)
+
+
+def test_target_weights_that_no_account_can_hold(source, days):
+    table = pd.DataFrame({"A": [0.8, 0.5], "B": [0.4, 0.5]}, index=days[:2])
+    with pytest.raises(DataError, match=r"sum to 1\.2"):
+        backtest(strategy=WeightStrategy(signal=table), account=1e4, source=source)
+    with pytest.raises(DataError, match=r"weight is -0\.8"):
+        backtest(strategy=WeightStrategy(signal=-table), account=1e4, source=source)
+
+
+def test_regions_and_ready_exchanges(scores, source, caplog):
+    qtorch.init(region="cn")
+    exchange = Exchange(source=source)
+    assert (exchange.trade_unit, exchange.limit_threshold) == (100, 0.095)
+    assert Exchange(source=source, limit_threshold="none").limit_threshold is None
+    result = run(scores, None, exchange_kwargs={"exchange": exchange})
+    assert (result.orders["deal_amount"] % 100 == 0).all()
+    with pytest.raises(ConfigError, match="belong to it"):
+        run(scores, None, exchange_kwargs={"exchange": exchange, "min_cost": 1})
+
+
+def test_without_a_factor_nothing_is_rounded_and_that_is_said(scores, caplog):
+    nan = np.nan
+    source = bars({"A": [10] * 5, "B": [10] * 5, "C": [5] * 5}, factor={"A": [nan] * 5})
+    with caplog.at_level("WARNING"):
+        result = run(scores, source, exchange_kwargs={"trade_unit": 100})
+    assert "not rounded to the trade unit of 100" in caplog.text
+    assert (result.orders["deal_amount"] % 100 != 0).any()
+
+
+def test_strategies_as_configurations_and_models_as_signals(scores, source):
+    class Known:
+        def predict(self, dataset, segment="test"):
+            return scores
+
+    config = {"class": "TopkDropoutStrategy", "kwargs": {"topk": 1, "n_drop": 1}}
+    config["kwargs"]["signal"] = (Known(), None)
+    made = backtest(strategy=config, account=1e4, source=source)
+    hydra = {"_target_": "qtorch.backtest.TopkDropoutStrategy", "topk": 1, "n_drop": 1}
+    other = backtest(strategy={**hydra, "signal": scores.to_frame()}, account=1e4, source=source)
+    assert made.report.equals(other.report)
+    with pytest.raises(ConfigError, match="strategy is NoneType"):
+        backtest(strategy=None, account=1e4, source=source)

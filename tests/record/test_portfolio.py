@@ -1,0 +1,199 @@
+"""The backtest inside a run: what is written, logged and refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import qtorch
+from qtorch.backtest import TopkDropoutStrategy, backtest
+from qtorch.core.errors import ConfigError, RecordError
+from qtorch.data import SyntheticSource
+from qtorch.metrics import risk_analysis
+from qtorch.record import HFSignalRecord, MultiPassPortAnaRecord, PortAnaRecord
+
+COSTS = {"open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5}
+BACKTEST = {"account": 1e7, "benchmark": "MARKET", "exchange_kwargs": COSTS}
+
+
+@pytest.fixture(scope="module")
+def market():
+    return SyntheticSource(30, "2019-01-01", "2019-12-31", seed=1)
+
+
+@pytest.fixture(scope="module")
+def scores(market):
+    names = sorted(market.instruments("stocks"))
+    index = pd.MultiIndex.from_product(
+        [market.calendar("2019-03-01", "2019-11-29"), names], names=["datetime", "instrument"]
+    )
+    return pd.Series(np.random.default_rng(0).standard_normal(len(index)), index, name="score")
+
+
+class Dataset:
+    """What a record reads of a dataset: its source of bars."""
+
+    def __init__(self, source):
+        self.handler = type("Handler", (), {"source": source})()
+
+
+@pytest.fixture
+def run(recorder, scores, market):
+    recorder.save_objects(**{"pred.pkl": scores.to_frame()})
+    return recorder, Dataset(market)
+
+
+def config(signal="<PRED>", **settings):
+    strategy = {"class": "TopkDropoutStrategy", "module_path": "qlib.contrib.strategy"}
+    strategy["kwargs"] = {"signal": signal, "topk": 8, "n_drop": 2}
+    return {"strategy": strategy, "backtest": {**BACKTEST, **settings}}
+
+
+def test_what_it_writes_is_the_backtest_and_what_it_logs_is_its_risk(run, scores, market):
+    recorder, dataset = run
+    PortAnaRecord(recorder, config(), dataset=dataset).generate()
+    strategy = TopkDropoutStrategy(signal=scores, topk=8, n_drop=2)
+    start = scores.index[0][0]
+    own = backtest(start, None, strategy, source=market, **BACKTEST)
+    report = recorder.load_object("portfolio_analysis/report_normal_1day.pkl")
+    pd.testing.assert_frame_equal(report, own.report, check_freq=False)
+    positions = recorder.load_object("portfolio_analysis/positions_normal_1day.pkl")
+    np.testing.assert_allclose(positions, own.positions)
+    assert positions.index.names == ["datetime", "instrument"]
+    indicators = recorder.load_object("portfolio_analysis/indicators_normal_1day.pkl")
+    np.testing.assert_allclose(indicators, own.indicators)
+    over = own.report["return"] - own.report["bench"]
+    metrics = recorder.list_metrics()
+    for name, series in (("without", over), ("with", over - own.report["cost"])):
+        risk = risk_analysis(series, freq="day")["risk"]
+        for figure, value in risk.items():
+            logged = metrics[f"1day.excess_return_{name}_cost.{figure}"]
+            assert logged == pytest.approx(value, rel=1e-9)
+    analysis = recorder.load_object("portfolio_analysis/port_analysis_1day.pkl")
+    assert list(analysis.index.get_level_values(0).unique()) == [
+        "excess_return_without_cost",
+        "excess_return_with_cost",
+    ]
+    assert 0.9 < metrics["1day.ffr"] <= 1
+    assert metrics["1day.pa"] == metrics["1day.pos"] == 0
+
+
+def test_hydras_form_a_live_strategy_and_the_runs_own_source(run, market):
+    recorder, dataset = run
+    first = PortAnaRecord(recorder, config(), dataset=dataset).generate()
+    strategy = {"_target_": "qtorch.backtest.TopkDropoutStrategy", "topk": 8, "n_drop": 2}
+    hydra = {"strategy": {**strategy, "signal": "<PRED>"}, "backtest": BACKTEST}
+    live = {"strategy": TopkDropoutStrategy(signal="<PRED>", topk=8, n_drop=2)}
+    exchange = {**BACKTEST, "exchange_kwargs": {**COSTS, "source": market}}
+    name = "report_normal_1day.pkl"
+    for other in (
+        PortAnaRecord(recorder, hydra, dataset=dataset),
+        PortAnaRecord(recorder, {**live, "backtest": exchange}),
+    ):
+        pd.testing.assert_frame_equal(other.generate()[name], first[name])
+    with pytest.raises(ConfigError, match="no data source"):
+        PortAnaRecord(recorder, config()).generate()
+
+
+def test_coarser_frequencies_are_what_trading_so_seldom_would_report(run):
+    recorder, dataset = run
+    freqs = ["day", "week", "month"]
+    found = PortAnaRecord(
+        recorder,
+        config(),
+        risk_analysis_freq=freqs,
+        indicator_analysis_freq=freqs,
+        dataset=dataset,
+    ).generate()
+    day, week = found["report_normal_1day.pkl"], found["report_normal_1week.pkl"]
+    by_week = day.groupby(day.index.to_period("W"))
+    assert len(week) == by_week.ngroups
+    assert week["account"].tolist() == by_week["account"].last().tolist()
+    growth = (1 + week["return"] - week["cost"]).prod()
+    assert growth == pytest.approx((1 + day["return"] - day["cost"]).prod())
+    np.testing.assert_allclose(
+        week["bench"], (1 + by_week["bench"].apply(lambda b: (1 + b).prod() - 1)) - 1
+    )
+    before = week["account"].shift(1).iloc[1:]
+    spent = by_week["total_cost"].last().diff().to_numpy()[1:]
+    np.testing.assert_allclose(week["cost"].iloc[1:], spent / before)
+    metrics = recorder.list_metrics()
+    assert metrics["1month.excess_return_with_cost.mean"] != 0
+    trades = found["indicators_normal_1month.pkl"]
+    assert trades["count"].sum() == found["indicators_normal_1day.pkl"]["count"].sum()
+    assert metrics["1week.ffr"] == pytest.approx(metrics["1day.ffr"])
+
+
+def test_benchmarks_scored_and_none(run, market, scores):
+    recorder, dataset = run
+    given = config()
+    del given["backtest"]["benchmark"]
+    found = PortAnaRecord(recorder, given, dataset=dataset).generate()
+    bench = found["report_normal_1day.pkl"]["bench"]
+    names = sorted(set(scores.index.get_level_values(1)))
+    returns = market.features(names, ["$close/Ref($close,1)-1"], bench.index[0], bench.index[-1])
+    np.testing.assert_allclose(bench, returns.iloc[:, 0].groupby(level=1).mean(), atol=1e-7)
+    found = PortAnaRecord(recorder, config(benchmark=None), dataset=dataset).generate()
+    assert found["report_normal_1day.pkl"]["bench"].isna().all()
+    assert "1day.return_with_cost.annualized_return" in recorder.list_metrics()
+
+
+def test_it_says_what_it_lacks(recorder, scores, market):
+    with pytest.raises(RecordError, match=r"PortAnaRecord needs pred\.pkl"):
+        PortAnaRecord(recorder, config()).generate()
+    with pytest.raises(ConfigError, match="part of the config"):
+        PortAnaRecord(recorder, {"strategi": {}})
+    with pytest.raises(ConfigError, match="frequency"):
+        PortAnaRecord(recorder, config(), risk_analysis_freq="fortnight")
+    recorder.save_objects(**{"pred.pkl": scores.to_frame()})
+    qtorch.init(trusted=[])
+    assert PortAnaRecord(recorder, config(), dataset=Dataset(market)).generate() is not None
+    again = PortAnaRecord(recorder, config(), skip_existing=True, dataset=Dataset(market))
+    assert again.generate() is None
+
+
+def test_several_passes_differ_in_their_first_portfolio_alone(run):
+    recorder, dataset = run
+    record = MultiPassPortAnaRecord(recorder, pass_num=4, config=config(), dataset=dataset)
+    found = record.generate()["multi_pass_port_analysis_1day.pkl"]
+    assert list(found.columns) == ["mean", "std", "mean_std"]
+    assert set(found.index.get_level_values(1)) == {"annualized_return", "information_ratio"}
+    assert (found["std"] > 0).all()
+    metrics = recorder.list_metrics()
+    place = ("excess_return_with_cost", "annualized_return")
+    assert metrics["mean.excess_return_with_cost.annualized_return"] == pytest.approx(
+        found.loc[place, "mean"]
+    )
+    assert "std.excess_return_without_cost.information_ratio" in metrics
+    same = MultiPassPortAnaRecord(
+        recorder, pass_num=3, shuffle_init_score=False, config=config(), dataset=dataset
+    ).generate()["multi_pass_port_analysis_1day.pkl"]
+    assert (same["std"] == 0).all()
+    alone = PortAnaRecord(recorder, config(), dataset=dataset).generate()
+    risk = alone["port_analysis_1day.pkl"]["risk"]
+    assert same.loc[place, "mean"] == pytest.approx(risk[place])
+    with pytest.raises(ConfigError, match="signal: <PRED>"):
+        MultiPassPortAnaRecord(recorder, config=config(signal="other"))
+
+
+def test_precision_of_scores_within_the_day(recorder):
+    times = pd.date_range("2020-01-02 09:31", periods=4, freq="min")
+    index = pd.MultiIndex.from_product(
+        [times, [f"I{k}" for k in range(10)]], names=["datetime", "instrument"]
+    )
+    label = pd.Series(np.tile(np.arange(10) - 4.5, 4), index=index)
+    score = label.copy()
+    score.loc[times[0]] = -label.loc[times[0]].to_numpy()  # the first bar is all wrong
+    recorder.save_objects(
+        **{"pred.pkl": score.to_frame("score"), "label.pkl": label.to_frame("LABEL0")}
+    )
+    found = HFSignalRecord(recorder).generate()
+    assert found["long_pre.pkl"].tolist() == [0, 1, 1, 1]
+    assert found["short_pre.pkl"].tolist() == [0, 1, 1, 1]
+    metrics = recorder.list_metrics()
+    assert metrics["Long precision"] == metrics["Short precision"] == 0.75
+    assert metrics["IC"] == pytest.approx(0.5)
+    assert metrics["Long-Short Average Return"] == pytest.approx((3 - 1) * 4 / 4)
+    stored = recorder.load_object("hg_sig_analysis/long_short_r.pkl")
+    np.testing.assert_allclose(stored, [-4, 4, 4, 4])
