@@ -26,8 +26,8 @@ dd { margin: 0; }
 .date { white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr));
   gap: 1px; padding: 1px; }
-.cards > div { box-shadow: 0 0 0 1px var(--line); padding: 10px 12px; display: flex; flex-direction: column;
-  justify-content: space-between; }
+.cards > div { box-shadow: 0 0 0 1px var(--line); padding: 10px 12px;
+  display: flex; flex-direction: column; justify-content: space-between; }
 .cards dd { font-size: 1.375rem; font-weight: 600; line-height: 1.3; white-space: nowrap; }
 .number { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 8px 0 16px; }
