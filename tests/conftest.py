@@ -153,6 +153,18 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose figures are not even made: their places and files are."""
+    from qtorch.record import page
+
+    def picture(self, name, draw, *data, says, **options):
+        (self.folder / f"{name}.png").write_bytes(b"picture")
+        return f'<figure id="{name}"><img src="data:," alt="{says}"></figure>'
+
+    monkeypatch.setattr(page.Page, "picture", picture)
+
+
 @pytest.fixture(scope="session")
 def in_browser() -> Callable[..., str]:
     """`in_browser(path)`: the DOM after Chromium has loaded it; skips where there is none."""

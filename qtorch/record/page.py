@@ -43,11 +43,18 @@ def shown(value: float, metric: str = "") -> str:
         text = f"{value:.2%}" if abs(value) >= 0.01 or value == 0 else f"{value:.3%}"
     elif name.endswith(_COUNT):
         text = f"{value:,.1f}".removesuffix(".0")
-    elif abs(value) >= 1000 or (value and abs(value) < 1e-4):
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2e}"
     else:
-        text = f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}"
+        text = _plain(value)
     return text.replace("-", "−")
+
+
+def _plain(value: float) -> str:
+    """Four decimals under 1, six where it is small, none from 1000."""
+    size = abs(value)
+    if 0 < size < 1e-6:
+        return f"{value:.2e}"
+    decimals = 0 if size >= 1000 else 3 if size >= 1 else 4 if size >= 1e-4 or not size else 6
+    return f"{value:,.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,7 @@ def _png(figure: Figure) -> _Png:
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, dpi=DOTS, format="png")
     with Image.open(full) as image:
-        image.convert("RGB").quantize(256).save(small, format="png", optimize=True)
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # rare ones stay too
+        few.save(small, format="png", optimize=True)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return _Png(small.getvalue(), f'width="{width}" height="{height}"')

@@ -25,9 +25,9 @@ dd { margin: 0; }
 .facts dd { overflow-wrap: anywhere; }
 .date { white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr));
-  gap: 1px; background: var(--line); border: 1px solid var(--line); }
-.cards > div { background: #fff; padding: 10px 12px; display: flex; flex-direction: column;
-  justify-content: space-between; }
+  gap: 1px; padding: 1px; }
+.cards > div { box-shadow: 0 0 0 1px var(--line); padding: 10px 12px;
+  display: flex; flex-direction: column; justify-content: space-between; }
 .cards dd { font-size: 1.375rem; font-weight: 600; line-height: 1.3; white-space: nowrap; }
 .number { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 8px 0 16px; }

@@ -41,6 +41,7 @@ def missing(what: str, artifact: str, record: str) -> str:
 def key_numbers(metrics: Metrics, freq: str) -> str:
     """The cards on top: those of the numbers that the run has."""
     excess = f"{freq}.excess_return_with_cost"
+    sure = "deflated" if f"{PREFIX}deflated_sharpe" in metrics else "probabilistic"
     wanted = (
         ("IC", "IC"),
         ("ICIR", "ICIR"),
@@ -53,8 +54,7 @@ def key_numbers(metrics: Metrics, freq: str) -> str:
         ("Annual excess return", f"{excess}.annualized_return"),
         ("Information ratio", f"{excess}.information_ratio"),
         ("Turnover, a day", f"{PREFIX}turnover"),
-        ("Probabilistic Sharpe", f"{PREFIX}probabilistic_sharpe"),
-        ("Deflated Sharpe", f"{PREFIX}deflated_sharpe"),
+        (f"{sure.capitalize()} Sharpe", f"{PREFIX}{sure}_sharpe"),
     )
     return cards([(name, Number(key, metrics[key])) for name, key in wanted if key in metrics])
 

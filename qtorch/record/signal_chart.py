@@ -78,8 +78,9 @@ def monthly_chart(daily: pd.Series, name: str = "IC", *, narrow: bool = False) -
     axis.invert_yaxis()
     if len(years) <= MOST_SHOWN:
         _write_cells(axis, values, image, size=7.5 if len(years) > 5 and narrow else 8.5)
-    elif narrow:
-        axis.set_xticks(axis.get_xticks()[::4], columns[::4])
+    if narrow and len(years) > 5:  # their names would touch
+        every = -(-len(years) // 5)
+        axis.set_xticks(axis.get_xticks()[::every], columns[::every])
     name_axis(axis, f"Mean {name} by month", "month" if narrow else "year")
     axis.set_xlabel("year" if narrow else "month", color=SOFT, fontsize=9)
     bar = figure.colorbar(image, ax=axis, pad=0.02, aspect=12 if not narrow else 25)

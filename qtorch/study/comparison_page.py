@@ -45,15 +45,19 @@ def _columns(compared: Comparison) -> tuple[dict[str, str], dict[str, str]]:
     excess = f"{compared.runs[0].freq}.excess_return_with_cost"
     signal = {name: name for name in ("IC", "ICIR", "Rank IC", "Rank ICIR")}
     signal["Long-Short Ann Return"] = "Long-short, a year"
+    held = {m for run in compared.runs for m in run.metrics}
     portfolio = {
         f"{excess}.annualized_return": "Excess return, a year",
         f"{excess}.information_ratio": "Information ratio",
         f"{excess}.max_drawdown": "Drawdown of the excess",
-        "report.annualized_return": "Return, a year",
-        "report.max_drawdown": "Drawdown",
-        "report.turnover": "Turnover, a day",
     }
-    held = {m for run in compared.runs for m in run.metrics}
+    if held.isdisjoint(portfolio):  # no benchmark
+        portfolio = {
+            "report.annualized_return": "Return, a year",
+            "report.sharpe_ratio": "Sharpe ratio",
+            "report.max_drawdown": "Drawdown",
+        }
+    portfolio["report.turnover"] = "Turnover, a day"
     first, second = ({m: h for m, h in part.items() if m in held} for part in (signal, portfolio))
     return first, second
 
@@ -187,7 +191,8 @@ def _add_sharpe(page: Page, compared: Comparison) -> None:
                   "“best by luck”. The deflated Sharpe ratio is the probability that the true "
                   "ratio lies above it, given the number of days, skew and kurtosis (Bailey and "
                   "Lopez de Prado, 2014). Ratios are of a day, not annual; the variance of the "
-                  "tries is that of these runs, which are taken as independent. Return: "
+                  "tries is that of these runs, which are taken as independent: runs that resemble "
+                  "each other make it small. Return: "
                   f"{compared.returns_of}.", "note"),
         table(["Run", "Group", "Seed", "Sharpe, a day", "Best by luck", "Deflated", "Days"], rows),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import qtorch
 from qtorch import R
 from qtorch.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("quick_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture

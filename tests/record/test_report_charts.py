@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from qtorch.metrics import concentration, ic_decay, quantile_returns, score_autocorrelation
-from qtorch.record.chart_style import NARROW, WIDE
+from qtorch.record.chart_style import NARROW, SERIES, WIDE, new_figure
 from qtorch.record.learning_chart import learning_chart, learning_curves
+from qtorch.record.page import _png, shown
 from qtorch.record.portfolio_chart import (
     concentration_chart,
     drawdown_chart,
@@ -42,6 +45,7 @@ def draw(account_walk):
     score = label.groupby(level=1).transform(lambda v: v.rolling(5, min_periods=1).mean())
     score = score + rng.normal(0, 0.02, len(index))
     ic = pd.Series(rng.normal(0.03, 0.1, len(DAYS)), DAYS)
+    decade = pd.Series(rng.normal(0, 0.1, 3650), pd.date_range("2011-01-01", periods=3650))
     quantiles = quantile_returns(score, label)
     report, _ = account_walk(num_days=320)
     spread, years = (
@@ -59,6 +63,7 @@ def draw(account_walk):
     made = {
         "rolling_ic": lambda **o: rolling_ic_chart(ic, ic * 0.9, **o),
         "monthly_ic": lambda **o: monthly_chart(ic, **o),
+        "many_years": lambda **o: monthly_chart(decade, **o),
         "ic_decay": lambda **o: decay_chart(ic_decay(score, label, (1, 2, 5)), **o),
         "quantiles": lambda **o: quantile_chart(quantiles, **o),
         "spread": lambda **o: spread_chart(quantiles[5] - quantiles[1], **o),
@@ -80,7 +85,7 @@ def draw(account_walk):
 CHARTS = (
     "rolling_ic", "monthly_ic", "ic_decay", "quantiles", "spread", "autocorrelation", "return",
     "compounded", "excess", "drawdown", "turnover", "concentration", "long_concentration",
-    "learning", "groups", "dots",
+    "learning", "groups", "dots", "many_years",
 )  # fmt: skip
 
 
@@ -137,6 +142,17 @@ def _off(text, axis) -> bool:
     return not (beside or level)
 
 
+def test_a_picture_keeps_its_colours():
+    figure, axes = new_figure(1.0, narrow=True)
+    for k, colour in enumerate(SERIES):
+        axes[0].fill_between([k, k + 0.02], 0, 1, color=colour, linewidth=0)
+    with Image.open(BytesIO(_png(figure).data)) as image:
+        found = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    for colour in SERIES:
+        wanted = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+        assert min(max(abs(a - b) for a, b in zip(wanted, c, strict=True)) for c in found) <= 4
+
+
 def test_the_months_are_means_by_hand():
     days = pd.to_datetime(["2019-12-30", "2020-01-02", "2020-01-03", "2020-03-02"])
     table = monthly(pd.Series([0.1, 0.2, 0.4, np.nan], days))
@@ -169,3 +185,24 @@ def test_only_what_was_logged_by_epoch_is_a_learning_curve():
     assert {k: list(v) for k, v in panels.items()} == {
         "loss": ["train/loss"], "correlation": ["valid/rank_ic"]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("IC", 0.03125, "0.0312"),
+        ("Rank IC", -2.49e-5, "−0.000025"),
+        ("report.max_drawdown", -0.0512, "−5.12%"),
+        ("report.quantile_return.1", 0.00051, "0.051%"),
+        ("1day.excess_return_with_cost.std", 0.0123, "1.23%"),
+        ("1day.excess_return_with_cost.information_ratio", 1.5, "1.500"),
+        ("report.probabilistic_sharpe", 0.954, "95.4%"),
+        ("ic.p_value", 1e-9, "< 0.0001"),
+        ("report.num_positions", 30.0, "30"),
+        ("train/loss", 12345.6, "12,346"),
+        ("IC", float("nan"), "–"),
+        ("lr", 0.0, "0.0000"),
+    ],
+)
+def test_numbers_are_written_as_they_are_read(metric, value, text):
+    assert shown(value, metric) == text

@@ -52,6 +52,7 @@ def numbers(found) -> dict[str, set[float]]:
     return carried
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
     ReportRecord(full_run).generate()
     metrics = full_run.list_metrics()
@@ -62,6 +63,7 @@ def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
     found = ReportRecord(full_run, horizons=(1, 2), lags=(1,), num_quantiles=4).generate()
     report, positions = account_walk(num_days=40)
@@ -111,6 +113,7 @@ def test_the_page_stands_alone(full_run, elements):
     assert str(full_run.id) in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_second_report_logs_nothing_new_and_a_changed_backtest_shows(full_run, elements):
     ReportRecord(full_run).generate()
     before = full_run.logged("report.turnover")
@@ -155,6 +158,7 @@ def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
     assert found["report.max_drawdown"] == pytest.approx(deepest)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_several_tries_tell_the_deflated_ratio(full_run):
     alone = ReportRecord(full_run).generate()["report.probabilistic_sharpe"]
     found = ReportRecord(full_run, tries=50).generate()
@@ -187,6 +191,7 @@ def test_a_portfolio_of_hardly_a_day(recorder, account_walk, num_days):
     assert ("report.sharpe_ratio" in found) == (num_days == 2)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_bad_arguments_are_refused(full_run):
     with pytest.raises(ConfigError, match=r"mode.*'product'"):
         ReportRecord(full_run, mode="products")

@@ -145,7 +145,7 @@ def test_the_page_shows_each_runs_own_metrics(six, tmp_path, elements):
         assert found["GRU − MLP", f"{test.series}.p_value"] == test.test.p_value
 
 
-@pytest.mark.usefixtures("quick_pictures")
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_hold_little_still_make_a_page(store, tmp_path):
     recorders = []
     for seed in (0, 1):
