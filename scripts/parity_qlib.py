@@ -33,6 +33,7 @@ import faults as qlib_faults
 import features as feature_parity
 import handlers as handler_parity
 import networks as network_parity
+import portfolio_record
 import processor_cases
 import processors as processor_parity
 import stress
@@ -263,6 +264,26 @@ def _backtest_line(what: str, rows: list[backtest_parity.Row]) -> Line:
     return Line(what, "real bars", cells, good / cells, note, good == cells)
 
 
+def portfolio(args: argparse.Namespace) -> Iterator[Line]:
+    """The metrics that PortAnaRecord logs, name by name."""
+    if not args.provider:
+        return
+    source = QlibSource(args.provider)
+    calendar = source.calendar("2015-12-25", "2016-12-30")
+    scores = backtest_cases.scores(calendar, sorted(source.instruments("nyse500")))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = portfolio_record.ask_qlib(args.qlib_python, args.provider, scores, Path(folder))
+        own = portfolio_record.ours(args.provider, scores, Path(folder))
+    far = {k: abs(own.get(k, np.inf) - v) / max(abs(v), 1e-9) for k, v in theirs.items()}
+    close = [difference <= backtest_parity.TOLERANCE for difference in far.values()]
+    note = (
+        f"{', '.join(sorted(theirs)[:2])}, ...; worst relative difference {max(far.values()):.1e}"
+    )
+    yield Line(
+        "PortAnaRecord, metrics", "real bars", len(far), float(np.mean(close)), note, all(close)
+    )
+
+
 CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "features": features,
     "processors": processors,
@@ -271,6 +292,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "signal": signal,
     "networks": networks,
     "backtests": backtests,
+    "portfolio": portfolio,
     "faults": faults,
 }
 

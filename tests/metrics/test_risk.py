@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.metrics.risk import periods_per_year, risk_analysis
+from qtorch.metrics.risk import indicator_analysis, periods_per_year, risk_analysis
 
 RETURNS = [0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
 
@@ -75,3 +75,25 @@ def test_wrong_arguments() -> None:
         risk_analysis(pd.Series([0.1]), mode="prod")
     with pytest.raises(ConfigError, match="not both"):
         risk_analysis(pd.Series([0.1]), N=252, freq="day")
+
+
+def test_indicators_are_weighed_by_orders_or_by_what_was_dealt():
+    nan = float("nan")
+    trades = pd.DataFrame(
+        {
+            "ffr": [0.5, nan, 1.0],
+            "pa": [0.02, nan, -0.01],
+            "pos": [1.0, nan, 0.25],
+            "deal_amount": [10.0, 0.0, 30.0],
+            "value": [-100.0, 0.0, 100.0],
+            "count": [2.0, 0.0, 1.0],
+        }
+    )
+    found = indicator_analysis(trades)["value"]
+    assert found.to_dict() == pytest.approx({"ffr": 2 / 3, "pa": 0.01, "pos": 0.75})
+    found = indicator_analysis(trades, "amount_weighted")["value"]
+    assert found.to_dict() == pytest.approx({"ffr": 0.875, "pa": -0.0025, "pos": 0.75})
+    found = indicator_analysis(trades, "value_weighted")["value"]
+    assert found.to_dict() == pytest.approx({"ffr": 0.75, "pa": 0.005, "pos": 0.75})
+    with pytest.raises(ConfigError, match="method of indicator_analysis"):
+        indicator_analysis(trades, "median")
