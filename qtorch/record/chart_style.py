@@ -107,7 +107,8 @@ def date_axis(axis: Any, *, narrow: bool = False) -> None:
     """Few dates, written short."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-    least, most = (2, 4) if narrow else (4, 8)
+    # Steps of half a year at most: so many ticks that no span falls between months and years.
+    least, most = (2, 5) if narrow else (4, 9)
     locator = AutoDateLocator(minticks=least, maxticks=most)  # type: ignore[no-untyped-call]
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]

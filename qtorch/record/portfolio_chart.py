@@ -53,7 +53,7 @@ def excess_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = Fal
         ("without cost", report["return"] - report["bench"], GROSS_COLOUR),
         ("with cost", judged_return(report), NET_COLOUR),
     ]
-    return _curves("Cumulative return in excess of the benchmark", curves, mode, narrow)
+    return _curves("Cumulative return over the benchmark", curves, mode, narrow)
 
 
 def _curves(

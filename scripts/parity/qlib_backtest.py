@@ -57,8 +57,8 @@ REPAIRS = (
         "for si in (reversed(li) if reverse else li) if n > 0 else []:",
     ),
     (
-        "current_stock_list = current_temp.get_stock_list()",
-        "current_stock_list = sorted(current_temp.get_stock_list())",
+        "current_stock_list = current_temp.get_stock_list()\n    # last",
+        "current_stock_list = sorted(current_temp.get_stock_list())\n    # last",
     ),
     (
         "buy = today[: len(sell) + self.topk - len(last)]",
