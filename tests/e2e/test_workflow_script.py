@@ -17,9 +17,10 @@ def test_it_trains_saves_and_judges(folder, monkeypatch, capsys, runs):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     few = {"class": "SyntheticSource", "module_path": "qtorch.data"}
-    few["kwargs"] = {"num_instruments": 10, "num_sectors": 2}
+    few["kwargs"] = {"num_instruments": 60, "start_time": "2017-06-01"}
     monkeypatch.setattr(script, "source_config", lambda arguments: few)
-    script.main(Namespace(provider_uri=None, universe=None, epochs=1, seed=0))
+    arguments = {"provider_uri": None, "universe": None, "benchmark": None}
+    script.main(Namespace(**arguments, epochs=1, seed=0))
     told = capsys.readouterr().out
     (run,) = runs("workflow")
     assert run.id in told
@@ -28,3 +29,6 @@ def test_it_trains_saves_and_judges(folder, monkeypatch, capsys, runs):
     assert run.list_params()["model.kwargs.trainer.max_epochs"] == "1"
     assert run.load_object("trained_model").network_ is not None
     assert len(run.load_object("sig_analysis/ic.pkl")) > 300
+    report = run.load_object("portfolio_analysis/report_normal_1day.pkl")
+    assert (report["bench"] != 0).any()
+    assert "1day.excess_return_with_cost.information_ratio" in told
