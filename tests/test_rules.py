@@ -165,7 +165,7 @@ def test_sizes():
 
 
 def test_networks_and_models_say_nothing_twice():
-    """No block of eight lines stands twice; signatures, imports and words aside."""
+    """No block of eight lines stands twice; imports and words aside."""
     seen: dict[tuple[str, ...], str] = {}
     twice = []
     for path, tree in modules().items():
@@ -181,13 +181,11 @@ def test_networks_and_models_say_nothing_twice():
 
 
 def code_lines(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
-    """Numbered lines without imports, docstrings, comments and the heads of functions."""
+    """Numbered lines without imports, docstrings and comments."""
     left_out: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             left_out |= set(range(node.lineno, (node.end_lineno or 0) + 1))
-        if isinstance(node, ast.FunctionDef):
-            left_out |= set(range(node.lineno, node.body[0].lineno))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
             node
         ):

@@ -29,8 +29,8 @@ class ADARNN(Network):
         self,
         d_feat: int = 6,
         hidden_size: int = 64,
-        num_layers: int = 2,
         dropout: float = 0.0,
+        num_layers: int = 2,
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)

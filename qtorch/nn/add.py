@@ -33,10 +33,10 @@ class ADD(Network):
     def __init__(
         self,
         d_feat: int = 6,
+        base_model: str = "GRU",
         hidden_size: int = 64,
         num_layers: int = 2,
         dropout: float = 0.0,
-        base_model: str = "GRU",
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)

@@ -27,8 +27,8 @@ class Localformer(Network):
         d_model: int = 64,
         nhead: int = 2,
         num_layers: int = 2,
-        dropout: float = 0.0,
         dim_feedforward: int = 2048,
+        dropout: float = 0.0,
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
