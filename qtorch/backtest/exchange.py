@@ -47,7 +47,8 @@ class Exchange(Configured):
     such pairs: the most that may be dealt in one bar, in adjusted shares; "cum" is less what was
     dealt that day. `extra_quote`: a frame by (instrument, datetime) of further instruments, with
     the column $close and, where they differ, the other prices, $volume, $factor, limit_buy,
-    limit_sell. `codes`: the universe or list whose members trade; others count as suspended.
+    limit_sell. `subscribe_fields`: fields or expressions that a strategy reads by `Market.field`.
+    `codes`: the universe or list whose members trade; others count as suspended.
 
     An instrument without a close is suspended. Differences from Qlib: `change` is computed where
     the source has no such field, where Qlib lets every limit pass; the deal price may be any
@@ -141,6 +142,7 @@ class Exchange(Configured):
             limit_sell=limit_sell,
             buy_volume=tuple(limits[k] for k in limits if k != "sell"),
             sell_volume=tuple(limits[k] for k in limits if k != "buy"),
+            fields={name: read(f"field {name}") for name in self.subscribe_fields},
         )
         return quotes if self.extra_quote is None else self._with_extra(quotes)
 
@@ -153,6 +155,7 @@ class Exchange(Configured):
             names["change"] = "$change" if "change" in known else _CHANGE
         elif self.limit_threshold is not None:
             names["no buying"], names["no selling"] = self.limit_threshold
+        names |= {f"field {name}": _expression(name) for name in self.subscribe_fields}
         return names | {f"volume {k}": v[1] for k, v in self.volume_threshold.items()}
 
     def _limits(self, close: Floats, read: Any) -> tuple[Bools, Bools]:
@@ -232,8 +235,13 @@ def _deal_prices(given: str | Sequence[str] | None) -> tuple[str, str]:
             f"deal_price={given!r}: expected a field or an expression, or two of them "
             "(for buying, for selling)."
         )
-    buy, sell = (f"${p}" if re.fullmatch(r"[A-Za-z_]\w*", p) else p for p in both)
+    buy, sell = map(_expression, both)
     return buy, sell
+
+
+def _expression(given: str) -> str:
+    """A field's name as an expression; an expression as it is."""
+    return f"${given}" if re.fullmatch(r"[A-Za-z_]\w*", given) else given
 
 
 def _limit(given: Limit) -> tuple[str, str] | float | None:

@@ -11,6 +11,7 @@ from qtorch.backtest.account import Account, nearly
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.orders import Fills, Orders
 from qtorch.backtest.quotes import Bools, Floats, Places, Quotes
+from qtorch.core.errors import ConfigError, unknown_name
 
 Side = Literal["buy", "sell"]
 _NOTHING = 1e-5  # money; a smaller trade is none
@@ -34,6 +35,13 @@ class Market:
         """Deal prices; the close where there is none."""
         prices = self.quotes.buy_price if side == "buy" else self.quotes.sell_price
         row: Floats = prices[self.row]
+        return row
+
+    def field(self, name: str) -> Floats:
+        """What `subscribe_fields` asked for, by the name given there."""
+        if name not in self.quotes.fields:
+            raise ConfigError(unknown_name("subscribed field", name, self.quotes.fields))
+        row: Floats = self.quotes.fields[name][self.row]
         return row
 
     def tradable(self, side: Side | None = None) -> Bools:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -35,6 +36,7 @@ class Quotes:
     All arrays `[D, N]`, float64. `close` is NaN where an instrument does not trade. `buy_price`
     and `sell_price` are the close where the deal price is missing. `limit_buy`, `limit_sell`: it
     may not be bought, not be sold. `factor` is None where trade units are not rounded to.
+    `fields` are those that the exchange was asked to subscribe to.
     """
 
     dates: pd.DatetimeIndex
@@ -49,6 +51,7 @@ class Quotes:
     limit_sell: Bools
     buy_volume: tuple[VolumeLimit, ...] = ()
     sell_volume: tuple[VolumeLimit, ...] = ()
+    fields: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def suspended(self) -> Bools:
@@ -83,4 +86,5 @@ class Quotes:
             limit_sell=closed(self.limit_sell),
             buy_volume=wide_limits(self.buy_volume),
             sell_volume=wide_limits(self.sell_volume),
+            fields={name: wide(values, np.nan) for name, values in self.fields.items()},
         )

@@ -184,6 +184,22 @@ def test_benchmarks():
         assert bench.tolist() == pytest.approx(expected, abs=1e-7)
 
 
+def test_a_strategy_reads_what_the_exchange_subscribes_to():
+    source = bars({"A": [10, 10, 10]}, open={"A": [7, 8, 9]})
+    seen = []
+
+    class Reader(Fixed):
+        def decide(self, now):
+            seen.append((now.market.field("open")[0], now.market.field("$close/2")[0]))
+            with pytest.raises(ConfigError, match="subscribed field"):
+                now.market.field("high")
+            return super().decide(now)
+
+    exchange = {"subscribe_fields": ["open", "$close/2"], "trade_unit": None}
+    backtest(strategy=Reader(plan={}), account=1e4, exchange_kwargs=exchange, source=source)
+    assert seen == [(7, 5), (8, 5), (9, 5)]
+
+
 def test_extra_quotes_trade_beside_the_sources(days):
     source = bars({"A": [10, 10, 10]})
     index = pd.MultiIndex.from_product([["ETF"], days[:3]], names=["instrument", "datetime"])
