@@ -59,7 +59,7 @@ def _edges(dates: pd.Index, freq: str) -> tuple[np.ndarray, np.ndarray]:
     match = re.fullmatch(r"(\d+)(\w+)", period_name(freq))
     assert match is not None
     index = pd.DatetimeIndex(dates)
-    number = index.to_period(_UNITS[match[2]]).asi8  # type: ignore[attr-defined,unused-ignore]
+    number = np.asarray(index.to_period(_UNITS[match[2]]).astype("int64"))
     number = (number - number[0]) // int(match[1])
     change = np.flatnonzero(np.diff(number)) + 1
     return np.r_[0, change], np.r_[change - 1, len(index) - 1]

@@ -20,7 +20,8 @@ def run_cache(argv: Sequence[str]) -> int:
         _show(cache)
     elif words == ["clear"]:
         freed = sum(e.num_bytes for e in cache.entries())
-        print(f"{cache.clear()} entries removed, {_size(freed)} freed")
+        removed = counted(cache.clear(), "entry", "entries")
+        print(f"{removed} removed, {_size(freed)} freed")
     elif words[0] == "remove" and len(words) > 1:
         for key in _chosen(words[1:], cache.entries()):
             cache.remove(key)

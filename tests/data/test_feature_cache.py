@@ -375,7 +375,7 @@ def test_the_command_shows_removes_and_clears(market, folder, capsys):
     assert main(["data", "cache", "remove", "zzz", place]) == 1
     assert "no entry begins" in capsys.readouterr().err
     assert main(["data", "cache", "clear", place]) == 0
-    assert "1 entries removed" in capsys.readouterr().out
+    assert "1 entry removed" in capsys.readouterr().out
     assert main(["data", "cache", "cler", place]) == 1
     assert "Did you mean 'clear'" in capsys.readouterr().err
 

@@ -54,7 +54,7 @@ def test_a_study_here_and_through_a_pool(qtorch_cli, folder):
     expected = parent.load_object("pred.pkl")
 
     shown = qtorch_cli("data", "cache", f"folder={folder}/features").out
-    assert "1 entries" in shown
+    assert "1 entry" in shown
 
     told = qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows")
     assert told.code == 0, told.err
