@@ -137,8 +137,9 @@ def handler(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def windows(args: argparse.Namespace) -> dict[str, Any]:
     """Random window batches of 20 x 20 beside bare gathers from a ready tensor.
 
-    `bare`: one index a window into a strided view, where a window is one run of memory (as it is
-    in ours, and the fastest that torch offers). `rows`: one index a row, as one writes it first.
+    `bare`: one index a window into a strided view, where a window is one run of memory. `select`:
+    the same by `index_select`, the fastest that torch offers. `rows`: one index a row, as one
+    writes it first. Ours gathers labels, weights, dates and instruments too.
     """
     from qtorch.data.batches import BatchLoader
 
@@ -159,6 +160,11 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
     def bare() -> None:
         order = torch.randperm(len(index), device=store.device)
         for rows in order.split(BATCH):
+            view[begin[rows]].view(-1, 20, width)
+
+    def select() -> None:
+        order = torch.randperm(len(index), device=store.device)
+        for rows in order.split(BATCH):
             view.index_select(0, begin[rows]).view(-1, 20, width)
 
     def by_rows() -> None:
@@ -166,13 +172,13 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
         for rows in order.split(BATCH):
             store[(index[rows, None] + steps)]
 
-    works = (epoch, bare, by_rows)
-    times: list[list[float]] = [[], [], []]
+    works = (epoch, bare, select, by_rows)
+    times: list[list[float]] = [[] for _ in works]
     for turn in range(args.repeats + 1):  # in turns, so that all see the same machine
         for work, found in zip(works, times, strict=True):
             took = timed(work, 1)
             found += took if turn else []
-    names = ("seconds", "bare", "rows")
+    names = ("seconds", "bare", "select", "rows")
     return {**dict(zip(names, map(median, times), strict=True)), "samples": len(samples)}
 
 
