@@ -123,7 +123,11 @@ def _exchange(given: Mapping[str, Any] | None, source: Any, steps: Mapping[str, 
         exchange = init_instance_by_config(ready, "qtorch.backtest", accept_types=Exchange)
         if source is not None:
             raise ConfigError("the exchange has its own source; leave source out.")
-        return exchange  # type: ignore[no-any-return]  # checked by accept_types
+        if not isinstance(exchange, Exchange):
+            raise ConfigError(
+                f"exchange is {type(exchange).__name__}; expected an Exchange or its configuration."
+            )
+        return exchange
     if source is not None:
         kwargs["source"] = source
     if steps["time_per_step"] is not None:

@@ -176,6 +176,9 @@ def test_regions_and_ready_exchanges(scores, source, caplog):
     assert Exchange(source=source, limit_threshold="none").limit_threshold is None
     result = run(scores, None, exchange_kwargs={"exchange": exchange})
     assert (result.orders["deal_amount"] % 100 == 0).all()
+    other = {"class": "WeightStrategy", "kwargs": {}}
+    with pytest.raises(ConfigError, match="exchange is WeightStrategy; expected an Exchange"):
+        run(scores, None, exchange_kwargs={"exchange": other})
     with pytest.raises(ConfigError, match="belong to it"):
         run(scores, None, exchange_kwargs={"exchange": exchange, "min_cost": 1})
 
