@@ -28,6 +28,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
+from qtorch.core.stops import NOTICES
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
 
@@ -37,7 +38,7 @@ ORPHANED = 97  # the exit code of a child whose supervisor is gone
 
 
 class Stops:
-    """SIGTERM, however often and by whom it is sent, interrupts the work once.
+    """SIGTERM or SIGUSR1, however often and by whom they are sent, interrupt the work once.
 
     A scheduler signals every process of a job and the supervisor tells its child too; what a
     training takes as a second signal would end it without a checkpoint. Python notes each signal
@@ -49,7 +50,8 @@ class Stops:
         os.set_blocking(self._read, False)
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in NOTICES:
+            signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
         self._lock = threading.Lock()
@@ -58,7 +60,7 @@ class Stops:
         """How many of them came."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                self._count += os.read(self._read, 4096).count(signal.SIGTERM)
+                self._count += sum(number in NOTICES for number in os.read(self._read, 4096))
             return self._count
 
     def stop(self) -> None:
