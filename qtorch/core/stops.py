@@ -9,3 +9,17 @@ import signal
 NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 # A terminal's Ctrl-C asks for the same; the second one is meant: end at once.
 STOPS = (signal.SIGINT, *NOTICES)
+
+_answered = False
+
+
+def answer() -> None:
+    """Say that a stop is being answered by who stands in for the process's own handlers (a
+    training): they need not interrupt the work again when they have their signals back."""
+    global _answered
+    _answered = True
+
+
+def is_answered() -> bool:
+    """Whether a stop was answered so."""
+    return _answered

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from qtorch.core.stops import NOTICES, STOPS
+from qtorch.core.stops import NOTICES, STOPS, answer
 
 log = logging.getLogger(__name__)
 
@@ -61,5 +61,6 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)  # a third one needs nobody's consent
             raise StopTraining
         self.requested = True
+        answer()
         name = signal.Signals(number).name
         log.warning("%s: stopping after this step; Ctrl-C once more ends at once.", name)

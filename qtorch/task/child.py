@@ -28,7 +28,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
-from qtorch.core.stops import NOTICES
+from qtorch.core.stops import NOTICES, is_answered
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
 
@@ -54,6 +54,7 @@ class Stops:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
+        self._raised = False
         self._lock = threading.Lock()
 
     def told(self) -> int:
@@ -70,7 +71,8 @@ class Stops:
             signal.pthread_kill(main, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.told() <= 1:
+        if not self._raised and not is_answered():
+            self._raised = True
             raise KeyboardInterrupt("the worker was asked to stop")
 
 
