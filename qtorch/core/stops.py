@@ -10,16 +10,17 @@ NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 # A terminal's Ctrl-C asks for the same; the second one is meant: end at once.
 STOPS = (signal.SIGINT, *NOTICES)
 
-_answered = False
+_answered: int | None = None
 
 
-def answer() -> None:
-    """Say that a stop is being answered by who stands in for the process's own handlers (a
-    training): they need not interrupt the work again when they have their signals back."""
+def answer(number: int | None) -> None:
+    """Note the signal that is being answered by who stands in for the process's own handlers (a
+    training): they need not interrupt the work again when they have their signals back. None
+    begins anew."""
     global _answered
-    _answered = True
+    _answered = number
 
 
-def is_answered() -> bool:
-    """Whether a stop was answered so."""
+def answered() -> int | None:
+    """The signal that was answered so, if one was."""
     return _answered

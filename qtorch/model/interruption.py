@@ -61,6 +61,6 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)  # a third one needs nobody's consent
             raise StopTraining
         self.requested = True
-        answer()
+        answer(number)
         name = signal.Signals(number).name
         log.warning("%s: stopping after this step; Ctrl-C once more ends at once.", name)

@@ -28,7 +28,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
-from qtorch.core.stops import NOTICES, is_answered
+from qtorch.core.stops import NOTICES, answered
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
 
@@ -71,7 +71,7 @@ class Stops:
             signal.pthread_kill(main, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._raised and not is_answered():
+        if not self._raised and answered() is None:
             self._raised = True
             raise KeyboardInterrupt("the worker was asked to stop")
 
