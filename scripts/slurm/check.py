@@ -90,9 +90,7 @@ class Check:
             found = R.list_recorders(experiment_name=experiment).values()
         except Exception:  # no such experiment yet
             return []
-        return [
-            r for r in found if "qtorch.task_id" in r.list_tags() or "qtorch.job" in r.list_tags()
-        ]
+        return [r for r in found if "hostname" in r.list_tags()]  # no sweep's own
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -125,10 +123,8 @@ def sweep(check: Check, jobs: int) -> None:
     """A sweep that loses one job to scancel and a node to kill -9, and is resumed."""
     cluster, name = check.cluster, "study"
     seeds = ",".join(str(k) for k in range(jobs // 2))
-    words = [*check.job, f"experiment_name={name}", "model=mlp,gru", f"seed={seeds}"]
-    command = check.start(
-        "qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words, "dataset=ts"
-    )
+    words = [*check.job, f"experiment_name={name}", "model=lstm,gru", f"seed={seeds}"]
+    command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
     victim = until(lambda: training_jobs(check, "one", name), "jobs in mid-training")[0]
     cluster.run("scancel", victim)
     until(lambda: training_jobs(check, "two", name), "jobs in mid-training on the second node")
@@ -136,8 +132,8 @@ def sweep(check: Check, jobs: int) -> None:
     code = command.wait(PATIENCE)
     check.note("a job cancelled, a node killed", f"{count} processes; exit code {code}", code != 0)
     cluster.start_node("two")
-    before = {r.id: history(r) for r in check.runs(name) if r.status == "FINISHED"}
-    ended = {r.id: r.end_time for r in check.runs(name) if r.status == "FINISHED"}
+    done = [r for r in check.runs(name) if r.status == "FINISHED"]
+    before = {r.id: (history(r), r.end_time) for r in done}
     code = check.call("qtorch", "sweep", "resume", name)
     runs = check.runs(name)
     finished = [r for r in runs if r.status == "FINISHED"]
@@ -146,43 +142,33 @@ def sweep(check: Check, jobs: int) -> None:
         f"exit code {code}; {len(finished)} of {jobs} jobs finished, {len(runs)} runs",
         code == 0 and len(finished) == len(runs) == jobs,
     )
-    same = all(
-        history(r) == before[r.id] and r.end_time == ended[r.id] for r in runs if r.id in before
-    )
-    check.note("no finished job repeated", f"{len(before)} finished before, untouched", same)
-    reports = [r.load_object("fit_report") for r in finished]
-    resumed = sum(report["resumed_from"] is not None for report in reports)
-    check.note(
-        "interrupted jobs went on from their checkpoints", f"{resumed} of them", resumed >= 2
-    )
-    again = next(r for r, t in zip(finished, reports, strict=True) if t["resumed_from"] is not None)
-    task = again.load_object("task")
-    model = "gru" if "GRU" in str(task["model"]["network"]) else "mlp"
-    alone = f"{name}-alone"
+    after = {r.id: (history(r), r.end_time) for r in runs if r.id in before}
+    check.note("no finished job repeated", f"{len(before)} were, untouched", after == before)
+    resumed = [r for r in finished if r.load_object("fit_report")["resumed_from"] is not None]
+    told = f"{len(resumed)} of them"
+    check.note("interrupted jobs went on from their checkpoints", told, len(resumed) >= 2)
+    task, alone = resumed[0].load_object("task"), f"{name}-alone"
+    model = "gru" if "GRU" in str(task["model"]["network"]) else "lstm"
     words = [*check.job, f"experiment_name={alone}", f"model={model}", f"seed={task['seed']}"]
-    check.call("qtorch", "train", *words, "dataset=ts")
-    equal = history(check.runs(alone)[0]) == history(again)
+    check.call("qtorch", "train", *words)
+    equal = history(check.runs(alone)[0]) == history(resumed[0])
     check.note("... as if nothing had been", "metrics equal to an undisturbed run's", equal)
 
 
 def devices(check: Check) -> None:
     """Two processes train one network, started by srun."""
-    words = [*check.job, "model=gru", "dataset=ts"]
     ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
-    for name, head, options in (
-        ("one", ["qtorch", "train"], []),
-        (
-            "srun",
-            ["srun", "--ntasks=2", "--nodes=1", "qtorch", "train"],
-            [*ddp, "trainer.devices=2"],
-        ),
-        (
-            "nodes",
-            ["srun", "--ntasks=2", "--nodes=2", "qtorch", "train"],
+    ways: dict[str, tuple[list[str], list[str]]] = {
+        "one": ([], []),
+        "srun": (["srun", "--ntasks=2", "--nodes=1"], [*ddp, "trainer.devices=2"]),
+        "nodes": (
+            ["srun", "--ntasks=2", "--nodes=2"],
             [*ddp, "trainer.devices=1", "trainer.num_nodes=2"],
         ),
-    ):
-        code = check.call(*head, *words, *options, f"experiment_name=ddp-{name}")
+    }
+    for name, (head, options) in ways.items():
+        words = [*check.job, *options, "model=gru", f"experiment_name=ddp-{name}"]
+        code = check.call(*head, "qtorch", "train", *words)
         found = check.runs(f"ddp-{name}")
         single = check.runs("ddp-one")[0]
         worst = max(
@@ -207,7 +193,7 @@ def array(check: Check) -> None:
     from qtorch.task.manager import TaskManager
 
     name, url = "pool", f"sqlite:///{check.folder / 'tasks.db'}"
-    words = [*check.job, "model=mlp", f"experiment_name={name}", "seed=0,1,2,3,4,5"]
+    words = [*check.job, "model=gru", f"experiment_name={name}", "seed=0,1,2,3,4,5"]
     check.call(
         "qtorch", "train", "-m", "runner=rm", f"url={url}", "pool=pool", "wait=false", *words
     )
@@ -233,7 +219,7 @@ def array(check: Check) -> None:
 def requeued(check: Check) -> None:
     """A job that gets SIGUSR1 keeps a checkpoint, is queued again, and goes on in its run."""
     name = "requeued"
-    words = [*check.job, "model=gru", "dataset=ts", f"experiment_name={name}"]
+    words = [*check.job, "model=gru", f"experiment_name={name}"]
     job = check.cluster.run(
         "sbatch", "--parsable", "--requeue", "--signal=B:USR1@60", f"--chdir={check.folder}",
         f"--export=ALL,PATH={check.environment['PATH']}", f"--output={check.folder}/requeued.log",
@@ -271,7 +257,7 @@ def main() -> int:
     )
     parser.add_argument("provider", nargs="?", help="bars in Qlib's layout, with nyse500")
     parser.add_argument("--jobs", type=int, default=12, help="jobs of the sweep")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--only", default="sweep," + ",".join(CHECKS), help="checks, by comma")
     parser.add_argument("--keep", help="a folder for what the check leaves, instead of none")
     parser.add_argument("--json", help="a file for the table's rows")
