@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cluster import Cluster
 
 PATIENCE = 600.0
-TINY = ["debug=tiny", "data.num_instruments=60"]
+TINY = ["debug=tiny", "model.network.hidden_size=16", "model.network.num_layers=1"]
 REAL = [
     "data=qlib",
     "universe=nyse500",

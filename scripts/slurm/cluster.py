@@ -73,6 +73,8 @@ class Cluster:
 
     def __exit__(self, *error: object) -> None:
         self.run("scancel", "--state=RUNNING", "--state=PENDING", "-u", USER, check=False)
+        for node in NODES:  # else what a job does not end in time would stay behind
+            self.kill_node(node)
         self.run("scontrol", "shutdown", check=False)
         time.sleep(1.0)
         for path in self.folder.glob("*.pid"):
@@ -106,7 +108,8 @@ class Cluster:
             # First those that would tell the controller how the others ended.
             if words.startswith("slurmstepd") and any(f"[{job}." in words for job in jobs):
                 pids.append(int(path.parent.name))
-        pids += [pid for pid, told in processes() if f"SLURMD_NODENAME={node}" in told]
+        own = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        pids += [pid for pid, told in processes() if own <= told]
         for pid in pids:
             end_process(pid)
         return len(pids)
