@@ -39,9 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test begins with qtorch's defaults, whatever another one set."""
     from qtorch.core import session
+    from qtorch.core.stops import noted
 
     monkeypatch.setattr(session, "_process", session.Session())
     yield
+    noted.clear()
     # A command writes its log to the stderr of its time, which ends with the test.
     logger = logging.getLogger("qtorch")
     logger.handlers.clear()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 
-from qtorch.core.stops import answered
+from qtorch.core.stops import noted
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -60,7 +60,7 @@ def queued_again() -> str | None:
     process does, for SLURM ends it at once.
     """
     id = os.environ.get("SLURM_JOB_ID")
-    if answered() != signal.SIGUSR1 or id is None:
+    if signal.SIGUSR1 not in (noted.asked, noted.answered) or id is None:
         return None
     try:
         told = subprocess.run(

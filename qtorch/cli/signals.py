@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.core.stops import NOTICES
+from qtorch.core.stops import NOTICES, noted
 
 
 @contextmanager
@@ -25,6 +25,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    noted.clear()
     pressed = 0
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -33,9 +34,11 @@ def interruptible() -> Iterator[None]:
         if pressed > 1:
             print("interrupted twice: ending at once.", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
+        noted.asked = number
         raise KeyboardInterrupt
 
     def on_notice(number: int, frame: FrameType | None) -> None:
+        noted.asked = number
         raise SystemExit(128 + number)
 
     handlers: dict[int, Any] = dict.fromkeys(NOTICES, on_notice)

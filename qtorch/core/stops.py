@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 
 # A scheduler's notice that the process will be ended soon: SLURM's `--signal` and `scancel`,
 # Kubernetes, Ray. It comes once or several times, and means the same however often it comes.
@@ -10,17 +11,24 @@ NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 # A terminal's Ctrl-C asks for the same; the second one is meant: end at once.
 STOPS = (signal.SIGINT, *NOTICES)
 
-_answered: int | None = None
+
+@dataclass
+class Noted:
+    """What became of the stops of this process; a command or a worker begins with none.
+
+    `asked`: the signal on which the process's own handler has interrupted the work. An exception
+    that a handler raises may come into a destructor, which loses it: work that goes on
+    nevertheless finds here that it should not. `answered`: the signal that a training, which
+    stands in for those handlers, answers by a checkpoint and an error of its own: nothing needs
+    to be interrupted again.
+    """
+
+    asked: int | None = None
+    answered: int | None = None
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.asked = self.answered = None
 
 
-def answer(number: int | None) -> None:
-    """Note the signal that is being answered by who stands in for the process's own handlers (a
-    training): they need not interrupt the work again when they have their signals back. None
-    begins anew."""
-    global _answered
-    _answered = number
-
-
-def answered() -> int | None:
-    """The signal that was answered so, if one was."""
-    return _answered
+noted = Noted()

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from qtorch.core.stops import NOTICES, STOPS, answer
+from qtorch.core.stops import NOTICES, STOPS, noted
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in STOPS}
+            if noted.asked is not None:  # and the exception was lost
+                self._note(noted.asked, None)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,6 +63,6 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)  # a third one needs nobody's consent
             raise StopTraining
         self.requested = True
-        answer(number)
+        noted.answered = number
         name = signal.Signals(number).name
         log.warning("%s: stopping after this step; Ctrl-C once more ends at once.", name)

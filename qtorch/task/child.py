@@ -28,7 +28,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
-from qtorch.core.stops import NOTICES, answered
+from qtorch.core.stops import NOTICES, noted
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
 
@@ -54,7 +54,6 @@ class Stops:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
-        self._raised = False
         self._lock = threading.Lock()
 
     def told(self) -> int:
@@ -71,8 +70,8 @@ class Stops:
             signal.pthread_kill(main, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._raised and answered() is None:
-            self._raised = True
+        if noted.asked is None and noted.answered is None:
+            noted.asked = number
             raise KeyboardInterrupt("the worker was asked to stop")
 
 

@@ -18,7 +18,7 @@ from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, LeaseLost, QtorchError, TaskResultError, TrustError
 from qtorch.core.heartbeat import listening
 from qtorch.core.names import dotted_name, locate
-from qtorch.core.stops import NOTICES, STOPS
+from qtorch.core.stops import NOTICES, STOPS, noted
 from qtorch.core.trust import check_config
 from qtorch.task.definition import Task
 from qtorch.task.lease import LeaseKeeper
@@ -112,6 +112,7 @@ class Signals:
         self._installed = False
 
     def __enter__(self) -> Signals:
+        noted.clear()
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
             for number in STOPS:
@@ -150,7 +151,7 @@ class Signals:
         again = self.received is not None
         if again and number in NOTICES:
             return
-        self.received = number
+        self.received = noted.asked = number
         if again or self.working:
             raise KeyboardInterrupt
         log.warning("%s: ending after this step", signal.Signals(number).name)

@@ -14,7 +14,7 @@ import torch
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.core.errors import ConfigError
-from qtorch.core.stops import STOPS
+from qtorch.core.stops import STOPS, noted
 from qtorch.data.batches import BatchLoader
 from qtorch.model.checkpoint import (
     BEST,
@@ -249,6 +249,20 @@ def test_ctrl_c_in_the_last_step_of_an_epoch_waits_for_its_validation(
     error = _signalled(monkeypatch, tmp_path / "run", (1, 19), signal.SIGINT)
     assert "in epoch 2 after batch 0 of 20" in str(error)
     model, history = _resumed(tmp_path / "run")
+    assert _same(_weights(model), _weights(uninterrupted[0]))
+    assert history == uninterrupted[1]
+
+
+def test_a_stop_whose_exception_was_lost_stops_the_training_that_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr(noted, "asked", signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="in epoch 0 after batch"):
+        resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
+    monkeypatch.undo()
+    model, history = _resumed(folder)
     assert _same(_weights(model), _weights(uninterrupted[0]))
     assert history == uninterrupted[1]
 
