@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
 
+from qtorch.core.errors import ConfigError
 from qtorch.core.stops import noted
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
@@ -16,6 +18,7 @@ log = logging.getLogger(__name__)
 
 JOB_TAG = "qtorch.job"
 JOB_VARIABLE = "QTORCH_JOB"
+NAME = re.compile(r"[\w.:/\-]+")
 REQUEUE_SECONDS = 60.0
 
 
@@ -27,6 +30,8 @@ def scheduled_job() -> str | None:
     """
     given = os.environ.get(JOB_VARIABLE)
     if given:
+        if not NAME.fullmatch(given):
+            raise ConfigError(f"{JOB_VARIABLE}={given!r}: letters, digits, - _ . : / make a name.")
         return given
     id = os.environ.get("SLURM_JOB_ID")
     return None if id is None else f"{os.environ.get('SLURM_CLUSTER_NAME', 'slurm')}.{id}"
@@ -45,7 +50,8 @@ def earlier_attempt(experiment_name: str, tags: Mapping[str, str]) -> dict[str, 
     if JOB_TAG not in tags or not _starts_again():
         return None
     experiment = R.get_exp(experiment_name=experiment_name)
-    for run in experiment.list_recorders(rtype=experiment.RT_L):
+    mine = f"tags.`{JOB_TAG}` = '{tags[JOB_TAG]}'"
+    for run in experiment.list_recorders(rtype="list", filter_string=mine):
         if run.status != Recorder.STATUS_FA and tags.items() <= run.list_tags().items():
             log.info("run %s of this job's earlier start goes on", run.id)
             return {"experiment_id": experiment.id, "recorder_id": run.id}
