@@ -31,14 +31,25 @@ class StopTraining(BaseException):
     """
 
 
-class Interruption:
+class Stoppable:
+    """Something that a training is asked to stop by: `requested`."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def is_requested(self) -> bool:
+        """Whether the training is to stop."""
+        return self.requested
+
+
+class Interruption(Stoppable):
     """Inside the block the first SIGINT or SIGTERM is only noted, the second ends at once.
 
     In another thread than the main one there are no signals, and nothing is changed.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        super().__init__()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
