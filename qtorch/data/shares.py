@@ -117,21 +117,23 @@ class BlockLoader(BatchLoader):
         super().__init__(samples, **named)
         count = self._count if limit is None else min(self._count, limit * self.size)
         per_day = torch.unique_consecutive(samples.date.cpu(), return_counts=True)[1]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), per_day.cumsum(0)])
         if self.by_day:
-            blocks = balanced_blocks(per_day[:count], world)
+            # The bounds of one device's batches: there are losses that depend on where one ends.
+            bounds = torch.arange(0, count, self.size if blanks else 1)
         else:
-            # A limit may cut the last day: what is left of it stays together.
-            ends = per_day.cumsum(0).clamp(max=count)
-            days = int((ends < count).sum()) + 1 if count else 0
-            first = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:days]])
-            blocks = first[balanced_blocks(first.diff(), world)].tolist()
-        self.begin, self.end = blocks[rank], blocks[rank + 1]
+            bounds = starts[starts < count]  # a limit may cut the last day
+        bounds = torch.cat([bounds, torch.tensor([count])])
+        counts = (starts[bounds] if self.by_day else bounds).diff()
+        blocks = bounds[balanced_blocks(counts, world)].tolist()
         sizes = [b - a for a, b in pairwise(blocks)]
         self.num_batches = -(-max(sizes) // self.size)
         if not blanks and min(sizes) < self.num_batches:
             raise ConfigError(
                 f"{samples.num_days} days are too few to be judged by {world} devices: use fewer."
             )
+        self.begin, self.end = blocks[rank], blocks[rank + 1]
+        self.whole_batches = self.by_day and blanks
 
     def __len__(self) -> int:
         return self.num_batches
@@ -142,9 +144,13 @@ class BlockLoader(BatchLoader):
         return super().batches(epoch, start_step)
 
     def _batch(self, order: Tensor, on_device: Tensor, step: int) -> Batch:
-        part = share_of(self.end - self.begin, step, self.num_batches)
-        own = slice(self.begin + part.start, self.begin + part.stop)
-        if part.start == part.stop:
+        if self.whole_batches:
+            first = min(self.begin + step * self.size, self.end)
+            own = slice(first, min(first + self.size, self.end))
+        else:
+            part = share_of(self.end - self.begin, step, self.num_batches)
+            own = slice(self.begin + part.start, self.begin + part.stop)
+        if own.start == own.stop:
             return blank_batch(self.samples, self.by_day)
         if self.by_day:
             return self.samples.day_batch(order[own])

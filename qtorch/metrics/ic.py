@@ -33,11 +33,9 @@ class DailyIC:
         one of them alone, so that nothing changes by it."""
         pair = torch.stack((self.ic, self.rank_ic))
         known = ~pair.isnan()
-        values, there, count = add(
-            torch.cat((pair.nan_to_num(), known.double(), self.count.double()[None]))
-        ).split((2, 2, 1))
-        pair = values.masked_fill(there == 0, torch.nan)
-        return DailyIC(pair[0], pair[1], count[0])
+        found = add(torch.cat((pair.nan_to_num(), known.double(), self.count.double()[None])))
+        pair = found[:2].masked_fill(found[2:4] == 0, torch.nan)
+        return DailyIC(pair[0], pair[1], found[4])
 
 
 def daily_ic(

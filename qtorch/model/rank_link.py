@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +19,13 @@ STOP = b"stop"
 class RankLink(Stoppable):
     """Says what the rank has to say, hears when it is to stop, and ends it without its parent.
 
-    The parent's end of stdin closes when the parent is gone, however it went. Signals are the
-    parent's affair: a scheduler or a terminal sends them to every process.
+    The parent's end of `commands` (stdin) closes when the parent is gone, however it went.
+    Signals are the parent's affair: a scheduler or a terminal sends them to every process.
     """
 
-    def __init__(self, replies: int) -> None:
+    def __init__(self, replies: int, commands: int = 0) -> None:
         super().__init__()
-        self._replies = replies
+        self._replies, self._commands = replies, commands
         self._lock = threading.Lock()
 
     def listen(self) -> None:
@@ -50,9 +49,10 @@ class RankLink(Stoppable):
         self.say(beat=[stage, details])
 
     def _hear(self) -> None:
-        for line in sys.stdin.buffer:
-            if line.strip() == STOP:
-                self.requested = True
+        with os.fdopen(self._commands, "rb") as lines:
+            for line in lines:
+                if line.strip() == STOP:
+                    self.requested = True
         end_group()
 
 

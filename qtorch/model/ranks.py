@@ -214,6 +214,7 @@ class Team:
         end = time.monotonic() + LEAVE
         while time.monotonic() < end and any(h.exit_code() is None for h in self.handles):
             time.sleep(PAUSE)
+            self._hear()
 
 
 def _is_echo(error: dict[str, Any]) -> bool:
@@ -289,10 +290,11 @@ def _check_step(make: Callable[..., Any], size: int) -> None:
     steps = ("training_sums", "training_step", "sums_of", "loss_sums", "on_train_epoch_start")
     for each in kind.__mro__:
         if "undivided" in vars(each):
-            if each.undivided is None:
+            reason = vars(each)["undivided"]
+            if reason is None:
                 return
             raise ConfigError(
-                f"{kind.__name__} does not train on {size} devices: {each.undivided}. Use one: "
+                f"{kind.__name__} does not train on {size} devices: {reason}. Use one: "
                 "trainer.devices=1."
             )
         if any(step in vars(each) for step in steps):

@@ -157,7 +157,8 @@ class Training:
         if self.place is not None:
             # Lightning asks the device before each step whether a signal came; ranks hear their
             # parent instead, and agree by the keeper.
-            self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing_to_ask
+            loop: Any = self.trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = _nothing_to_ask
         return keeper
 
     def _module(self, interruption: Stoppable) -> pl.LightningModule:
