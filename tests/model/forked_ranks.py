@@ -1,37 +1,71 @@
-"""Ranks, and whole trainings, as real processes that need no imports: forked from a server that has
-made them. What they train may be told to die, or to write down what it has used."""
+"""Ranks, and whole trainings, as real processes that need no imports: forked from this one.
+
+What they train may be told to die, or to write down what it has used.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
+from qtorch.data.shares import SharedLoader, share_of
+from qtorch.model import ranks
+from qtorch.model.rank import serve
+from qtorch.model.rank_link import RankLink
 from qtorch.model.rank_process import RankProcess
+from qtorch.model.rank_training import train_rank
 
-SERVER = multiprocessing.get_context("forkserver")
+assert train_rank  # imported here, so that no rank has to
+
 DDP = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "enable_progress_bar": False}
-# "RANK:EPOCH:STEP:HOW", HOW of kill, raise, kill-all, stop, or a pause in seconds.
+# "RANK:EPOCH:STEP:HOW", HOW of kill, raise, kill-all, stop.
 FATE, DIARY = "TOY_FATE", "TOY_DIARY"
+PIDS = "pids"  # a file beside the checkpoints: every rank that was started
+_others: set[int] = set()  # the parent's ends of pipes to ranks, which no other rank may hold
 
 
-def ready() -> None:
-    """Have the server make its imports."""
-    SERVER.set_forkserver_preload(
-        ["toy_training", "forked_ranks", "qtorch.model.rank_training", "qtorch.model.ranks"]
-    )
-    process = SERVER.Process(target=os.getpid)
-    process.start()
-    process.join()
+class Forked:
+    """A process that does `work` and ends."""
+
+    def __init__(self, work: Callable[[], int | None]) -> None:
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                code = work() or 0
+            finally:
+                os._exit(code)
+
+    def exit_code(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def join(self, seconds: float = 120.0) -> int | None:
+        end = time.monotonic() + seconds
+        while self.exit_code() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        return self._code
+
+    def kill(self) -> None:
+        if self.exit_code() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self.join()
 
 
 class ForkedRank(RankProcess):
-    """A RankProcess whose process is forked from the server."""
+    """A RankProcess without a program of its own."""
 
     def __init__(
         self,
@@ -45,66 +79,48 @@ class ForkedRank(RankProcess):
         local: bool,
     ) -> None:
         self.rank, self._rest = rank, b""
-        commands, self._commands = SERVER.Pipe(duplex=False)
-        replies, write = SERVER.Pipe(duplex=False)
-        self._replies = os.dup(replies.fileno())
-        replies.close()
+        commands, self._commands = os.pipe()
+        self._replies, replies = os.pipe()
         os.set_blocking(self._replies, False)
-        told = {k: os.environ[k] for k in (FATE, DIARY) if k in os.environ}
-        arguments = ([str(folder), digest, str(rank), str(local_rank)], commands, write)
-        self._forked = SERVER.Process(target=_rank, args=(*arguments, told, os.getpid()))
-        self._forked.start()
-        commands.close()
-        write.close()
-        self._stdin = os.fdopen(os.dup(self._commands.fileno()), "wb")
-        self._commands.close()
+        _others.update((self._commands, self._replies))
+        parent, argv = os.getpid(), [str(folder), digest, str(rank), str(local_rank)]
+
+        def work() -> int:
+            for fd in _others:
+                os.close(fd)
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            link = RankLink(replies, commands)
+            link.listen()
+            _foretell(rank, parent)
+            return serve(link, argv)
+
+        self._forked = Forked(work)
+        os.close(commands)
+        os.close(replies)
+        if Path(folder).parent.name == "checkpoints":
+            with (Path(folder).parents[1] / PIDS).open("a") as pids:
+                pids.write(f"{self.pid}\n")
 
     @property
     def pid(self) -> int:
-        assert self._forked.pid is not None
         return self._forked.pid
 
     def exit_code(self) -> int | None:
-        return self._forked.exitcode
+        return self._forked.exit_code()
 
     def stop(self) -> None:
-        self._stdin.write(b"stop\n")
-        self._stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._commands, b"stop\n")
 
     def kill(self) -> None:
-        if self._forked.exitcode is None:
-            os.kill(self.pid, signal.SIGKILL)
-        self._forked.join()
-        self._stdin.close()
-        if self._replies >= 0:
-            os.close(self._replies)
-            self._replies = -1
-
-
-def _rank(argv: list[str], commands: Any, write: Any, told: dict[str, str], parent: int) -> None:
-    import torch
-
-    from qtorch.model.rank import serve
-    from qtorch.model.rank_link import RankLink
-
-    os.setsid()
-    os.environ.update(told)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    _foretell(int(argv[2]), parent)
-    link = RankLink(os.dup(write.fileno()), os.dup(commands.fileno()))
-    commands.close()
-    write.close()
-    link.listen()
-    os._exit(serve(link, argv))
+        self._forked.kill()
+        for fd in {self._commands, self._replies} & _others:
+            os.close(fd)
+            _others.discard(fd)
 
 
 def _foretell(rank: int, parent: int) -> None:
     """This rank's fate, before a batch of its training; its diary of the rows it has used."""
-    import time
-
-    from qtorch.data.shares import SharedLoader, share_of
-
     fate, diary = os.environ.get(FATE), os.environ.get(DIARY)
     whole = SharedLoader.batches
 
@@ -131,14 +147,13 @@ def _foretell(rank: int, parent: int) -> None:
     SharedLoader.batches = batches  # type: ignore[method-assign]
 
 
-def train_in(folder: str, told: dict[str, str], changes: dict[str, Any]) -> None:
-    """The toy training on two devices, in a process that may be killed."""
-    import torch
+def training_in(folder: Path, changes: dict[str, Any], **told: str) -> Forked:
+    """The toy training on several devices, in a process that may be killed."""
 
-    import qtorch.model.ranks
+    def work() -> None:
+        os.environ.update(told)
+        ranks.RankProcess = ForkedRank  # type: ignore[misc]
+        resumable_model(**changes).fit(ToyDataset(), recorder=ToyRecorder(folder))
 
-    os.environ.update(told)
-    torch.set_num_threads(1)
-    qtorch.model.ranks.RankProcess = ForkedRank  # type: ignore[misc]
-    model = resumable_model(**changes)
-    model.fit(ToyDataset(), recorder=ToyRecorder(Path(folder)))
+    folder.mkdir(exist_ok=True)
+    return Forked(work)

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked_ranks import DDP, FATE, ForkedRank, ready
+from forked_ranks import DDP, FATE, ForkedRank
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 from user_networks import OwnModule
 
@@ -23,13 +23,8 @@ from qtorch.model.lightning_model import LightningModel
 from qtorch.model.ranks import RankError
 
 
-@pytest.fixture(scope="session")
-def server() -> None:
-    ready()
-
-
 @pytest.fixture
-def forked(server, monkeypatch: pytest.MonkeyPatch) -> list[ForkedRank]:
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[ForkedRank]:
     """Ranks are forked; those that a fit has started."""
     started: list[ForkedRank] = []
 
@@ -123,7 +118,8 @@ CASES = {
     "bank": {
         "batch": {"order": "day", "days_per_batch": 3},
         "network": {"_target_": "qtorch.nn.IGMTF", "hidden_size": 8},
-        "optimizer": SGD,  # its cosines are float32
+        "optimizer": SGD,
+        "trainer": {"precision": "32-true"},  # its cosines are float32 in any case
         "module": "qtorch.model.IGMTFModule",
     },
 }
