@@ -20,6 +20,7 @@ from qtorch.model.interruption import Stoppable, StopTraining
 from qtorch.model.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.rank_states import RankStates
+from qtorch.model.sharding import whole_optimizer, whole_weights
 from qtorch.model.step_loader import StepLoader
 
 log = logging.getLogger(__name__)
@@ -153,10 +154,12 @@ class Keeper(Checkpoint):
         better = value < self.best_value if self.mode == "min" else value > self.best_value
         if math.isnan(value) or not (better or math.isnan(self.best_value)):
             return False
-        kept = weights_of(module).state_dict()
-        self.best_weights = {k: v.detach().clone() for k, v in kept.items()}
-        optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        self.best_optimizer = None if optimizer is None else _copied(optimizer.state_dict())
+        network = weights_of(module)
+        self.best_weights = whole_weights(network)
+        self.best_optimizer = None
+        if trainer.optimizers:
+            state = whole_optimizer(trainer.strategy, trainer.optimizers[0], network)
+            self.best_optimizer = _copied(state)
         self.best_epoch, self.best_value = trainer.current_epoch, value
         return True
 

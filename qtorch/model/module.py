@@ -26,6 +26,7 @@ from qtorch.model.day_label import DayLabel
 from qtorch.model.factories import OptimizerFactory, SchedulerPlan
 from qtorch.model.feeding import Feeder, readout_of
 from qtorch.model.rank_group import RankGroup
+from qtorch.model.sharding import shard
 from qtorch.model.step_loader import Steps
 from qtorch.model.tally import Tally, weighted_mean
 from qtorch.nn.lora import LoRA, acting
@@ -358,6 +359,9 @@ class ScoreModule(pl.LightningModule):
         scheduler.step(float(metrics[name]))
 
     # -- for Lightning -------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        shard(self.network, self.trainer.strategy, self._device_mesh)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

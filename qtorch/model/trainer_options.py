@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
@@ -114,6 +115,14 @@ def _check_devices(given: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"trainer.strategy is {strategy!r}, which copies the running program; a fit starts its "
             "processes itself: strategy=ddp."
+        )
+    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy):
+        raise ConfigError(
+            "Lightning's FSDPStrategy gathers weights around one forward of a whole module, and a "
+            "step here is the forward and backward of several batches. Shard by trainer=fsdp: "
+            "strategy={'_target_': 'pytorch_lightning.strategies.ModelParallelStrategy', "
+            "'data_parallel_size': DEVICES, 'tensor_parallel_size': 1, "
+            "'save_distributed_checkpoint': False}."
         )
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise ConfigError(f"trainer.num_nodes is {nodes!r}; expected a whole number from 1.")
@@ -312,9 +321,11 @@ def _devices(options: TrainerOptions, place: RankPlace | None) -> dict[str, Any]
         "devices": devices_of(given),
     }
     strategy = given.get("strategy") or "auto"
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
     if place is None:
         # A strategy for several devices has nothing to do for one.
-        return {**found, "strategy": "auto" if isinstance(strategy, str) else strategy}
+        return {**found, "strategy": "auto" if _is_for_several(strategy) else strategy}
     found |= {"strategy": "ddp" if strategy == "auto" else strategy}
     found |= {"use_distributed_sampler": False}
     if not cpu:
@@ -322,6 +333,18 @@ def _devices(options: TrainerOptions, place: RankPlace | None) -> dict[str, Any]
     if place.rank > 0:
         found["enable_progress_bar"] = False
     return found
+
+
+def _is_for_several(strategy: Any) -> bool:
+    return isinstance(strategy, str | ParallelStrategy)
+
+
+def shards_weights(options: TrainerOptions) -> bool:
+    """Whether the strategy leaves each device a part of the weights alone."""
+    strategy = options.rest.get("strategy")
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def _has_bar(callbacks: Sequence[Callback]) -> bool:

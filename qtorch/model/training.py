@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from qtorch.model.rank_environment import RankPlace
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.recorder_logger import RecorderLogger
 from qtorch.model.scoring import evaluation_size
+from qtorch.model.sharding import is_sharded, whole_weights
 from qtorch.model.step_loader import StepLoader
 from qtorch.model.trainer_options import (
     TrainerOptions,
@@ -45,6 +47,7 @@ from qtorch.model.trainer_options import (
     early_stopping,
     inner_steps_of,
     limited,
+    shards_weights,
 )
 
 log = logging.getLogger(__name__)
@@ -110,6 +113,9 @@ class Training:
         self.own_module = isinstance(network, pl.LightningModule)
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
+        # What a sharded network is put together in, in the end.
+        sharded = place is not None and shards_weights(recipe.trainer)
+        self.whole = copy.deepcopy(network) if sharded and self.ranks.first else None
 
     def prepare(
         self, folder: Path | None, identity: str, interruption: Stoppable, recorder: Any
@@ -276,8 +282,12 @@ class Training:
         """What the training leaves."""
         keeper, network = self.keeper, weights_of(self.module)
         keeper._elapse()
-        if keeper.best_weights is not None:
-            network.load_state_dict(keeper.best_weights)
+        weights = keeper.best_weights
+        if is_sharded(network):
+            weights = whole_weights(network) if weights is None else weights
+            network = self.network if self.whole is None else self.whole
+        if weights:
+            network.load_state_dict(weights)
         network.cpu()
         if self.tuning is not None:
             network = self.tuning.finished(network)

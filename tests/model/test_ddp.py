@@ -277,3 +277,39 @@ def test_a_step_of_ones_own_must_say_whether_it_can_be_shared(dataset: ToyDatase
 def test_what_cannot_be_meant(dataset, trainer, batch, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         LightningModel("MLP", batch=batch, trainer={**DDP, **trainer}).fit(dataset)
+
+
+FSDP = {
+    **DDP,
+    "strategy": {
+        "_target_": "pytorch_lightning.strategies.ModelParallelStrategy",
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    },
+}
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same(forked, recorder: ToyRecorder) -> None:
+    changes = {
+        "network": {"_target_": "qtorch.nn.Transformer", "d_model": 8, "nhead": 2, "dropout": 0.0},
+        "batch": {"size": 80},
+        "optimizer": SGD,
+    }
+    fits = []
+    for devices in ({"accelerator": "cpu", "enable_progress_bar": False}, FSDP):
+        model = resumable_model(
+            **changes, trainer={"max_epochs": 2, "gradient_clip_val": 1.0, **devices}
+        )
+        model.fit(ToyDataset(), recorder=recorder if devices is FSDP else None)
+        fits.append(model)
+    _same_numbers(*fits, ToyDataset())
+    assert type(fits[1].network_).__name__ == "Transformer"
+    longer = {"max_epochs": 3, "gradient_clip_val": 1.0}
+    whole = resumable_model(**changes, trainer={**longer, **DDP, "devices": 1})
+    whole.fit(ToyDataset())
+    again = resumable_model(**changes, trainer={**longer, **FSDP})
+    again.fit(ToyDataset(), recorder=recorder)
+    assert again.fit_report_["resumed_from"] is not None
+    _same_numbers(whole, again, ToyDataset())
