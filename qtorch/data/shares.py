@@ -127,7 +127,7 @@ class BlockLoader(BatchLoader):
         counts = (starts[bounds] if self.by_day else bounds).diff()
         blocks = bounds[balanced_blocks(counts, world)].tolist()
         sizes = [b - a for a, b in pairwise(blocks)]
-        self.num_batches = -(-max(sizes) // self.size)
+        self.num_batches: int = -(-max(sizes) // self.size)
         if not blanks and min(sizes) < self.num_batches:
             raise ConfigError(
                 f"{samples.num_days} days are too few to be judged by {world} devices: use fewer."

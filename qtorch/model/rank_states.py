@@ -31,7 +31,8 @@ class RankStates:
     def of(cls, ranks: RankGroup, module: pl.LightningModule) -> RankStates:
         """Those of this moment. Every rank must ask."""
         tally = module.tally.sums().cpu() if isinstance(module, ScoreModule) else None
-        found = ranks.gather((generator_states(), tally))
+        states = generator_states(every_device=ranks.size == 1)
+        found = ranks.gather((states, tally))
         return cls([g for g, _ in found], [t for _, t in found])
 
     def content(self) -> dict[str, Any]:

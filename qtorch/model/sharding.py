@@ -34,7 +34,8 @@ def whole_weights(network: nn.Module) -> dict[str, Tensor]:
     if not is_sharded(network):
         return {k: v.detach().clone() for k, v in network.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(network, options=options)
+    found: dict[str, Any] = get_model_state_dict(network, options=options)
+    return found
 
 
 def whole_optimizer(strategy: Any, optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from qtorch.model.trainer_options import (
 log = logging.getLogger(__name__)
 
 LIGHTNINGS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+DDP = (None, "auto", "ddp")
 QUIET = (
     r".*LeafSpec.*is deprecated",
     r".*`validation_step` but have no `val_dataloader`",
@@ -121,7 +122,7 @@ class Training:
         self, folder: Path | None, identity: str, interruption: Stoppable, recorder: Any
     ) -> Keeper:
         """Build module, loader, keeper and trainer."""
-        recipe, options = self.recipe, self.recipe.trainer
+        recipe, options = self.recipe, self._options()
         stopper, monitor, mode = early_stopping(recipe.early_stop, recipe.monitor)
         if not self.own_module:
             check_monitor(monitor)
@@ -166,6 +167,15 @@ class Training:
             loop: Any = self.trainer.fit_loop.epoch_loop
             loop._broadcast_sigterm_tensor = _nothing_to_ask
         return keeper
+
+    def _options(self) -> TrainerOptions:
+        """The trainer's, with DDP told where some weights do not learn yet."""
+        options = self.recipe.trainer
+        waiting = self.tuning is not None and self.tuning.unfreeze_every is not None
+        if self.place is None or not waiting or options.rest.get("strategy") not in DDP:
+            return options
+        rest = {**options.rest, "strategy": "ddp_find_unused_parameters_true"}
+        return replace(options, rest=rest)
 
     def _module(self, interruption: Stoppable) -> pl.LightningModule:
         if isinstance(self.network, pl.LightningModule):

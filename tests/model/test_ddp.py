@@ -295,7 +295,7 @@ def test_sharded_weights_learn_the_same(forked, recorder: ToyRecorder) -> None:
     changes = {
         "network": {"_target_": "qtorch.nn.Transformer", "d_model": 8, "nhead": 2, "dropout": 0.0},
         "batch": {"size": 80},
-        "optimizer": SGD,
+        "optimizer": {**SGD, "lr": 0.003},
     }
     fits = []
     for devices in ({"accelerator": "cpu", "enable_progress_bar": False}, FSDP):
@@ -313,3 +313,18 @@ def test_sharded_weights_learn_the_same(forked, recorder: ToyRecorder) -> None:
     again.fit(ToyDataset(), recorder=recorder)
     assert again.fit_report_["resumed_from"] is not None
     _same_numbers(whole, again, ToyDataset())
+
+
+@pytest.mark.slow
+def test_layers_that_learn_one_after_the_other(forked) -> None:
+    """The averaging of gradients bears weights that do not learn yet."""
+    fits = []
+    for devices in ({"accelerator": "cpu", "enable_progress_bar": False}, DDP):
+        given = {"max_epochs": 1, "precision": "64-true"}
+        model = resumable_model(
+            network={"_target_": "qtorch.nn.LSTM", "hidden_size": 8}, trainer={**given, **devices}
+        )
+        model.fit(ToyDataset())
+        model.finetune(ToyDataset(), unfreeze_every=1, trainer={"max_epochs": 3})
+        fits.append(model)
+    _same_numbers(*fits, ToyDataset())
