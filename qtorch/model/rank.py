@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
-from qtorch.model.rank_link import RankLink
+from qtorch.model.rank_link import RankLink, told
 
 
 def main(argv: list[str]) -> int:
@@ -31,26 +30,6 @@ def serve(link: RankLink, argv: list[str]) -> int:
         link.say(error=told(error))
         return 1
     return 0
-
-
-def told(error: BaseException) -> dict[str, Any]:
-    """An error as the parent is told it; the thing itself too, where it can be sent."""
-    import base64
-    import traceback
-
-    import cloudpickle
-
-    try:
-        sent = base64.b64encode(cloudpickle.dumps(error)).decode()
-    except Exception:  # whatever its own way to be pickled raises
-        sent = ""
-    lines = traceback.format_exception(error)
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(lines),
-        "pickle": sent,
-    }
 
 
 if __name__ == "__main__":

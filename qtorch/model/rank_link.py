@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Mapping
 from typing import Any
+
+import cloudpickle
 
 from qtorch.model.interruption import Stoppable
 
@@ -79,6 +83,21 @@ class LinkRecorder:
     def log_batch(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Send metrics to the parent, which logs them."""
         self._link.say(metrics=[dict(metrics), step])
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """An error as the parent is told it; the thing itself too, where it can be sent."""
+    try:
+        sent = base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # whatever its own way to be pickled raises
+        sent = ""
+    lines = traceback.format_exception(error)
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(lines),
+        "pickle": sent,
+    }
 
 
 def end_group() -> None:

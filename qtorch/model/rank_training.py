@@ -18,9 +18,8 @@ from qtorch.model.checkpoint import read_checkpoint
 from qtorch.model.generators import restore_generators
 from qtorch.model.interruption import StopTraining
 from qtorch.model.keeper import weights_of
-from qtorch.model.rank import told
 from qtorch.model.rank_environment import RankPlace
-from qtorch.model.rank_link import LinkHandler, LinkRecorder, RankLink
+from qtorch.model.rank_link import LinkHandler, LinkRecorder, RankLink, told
 from qtorch.model.rank_request import RESULT, RankRequest, read_request
 from qtorch.model.trainer_options import device_name, devices_of
 from qtorch.model.training import Training, quiet_lightning

@@ -13,7 +13,7 @@ TRAIN = ("qtorch.cli.main", "train", "debug=tiny", "trainer.accelerator=cpu", "m
 
 
 def _torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [sys.executable, *launcher, "-m", *TRAIN, *overrides],
         cwd=folder,
@@ -30,7 +30,5 @@ def test_torchrun_trains_once_on_all_its_processes(tmp_path: Path) -> None:
     done = _torchrun(tmp_path, "trainer=ddp", "record=none")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 0: train/loss") == 1
-    runs = [p for p in (tmp_path / "mlruns" / "artifacts").rglob("task.json")]
-    assert len({p.parents[1] for p in runs}) <= 1
     assert done.stdout.count("experiment debug") == 1
     assert not list(tmp_path.rglob(".ranks-*"))
