@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] 
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.launch import World
+from qtorch.core.stops import STOPS
 from qtorch.model.rank_process import RankHandle, RankProcess, threads_of
 
 VARIABLE = "QTORCH_EXTERNAL_RANKS"  # for what the command of rank 0 starts
 LOOK, PATIENCE, FAREWELL = 0.2, 300.0, 10.0
-END = "qtorch/end"
+SILENCE = 20.0  # seconds without a sign of life of rank 0's process, after which it is gone
+END, ALIVE = "qtorch/end", "qtorch/alive"
 GONE = (DistError, RuntimeError, ConnectionError)
 
 
@@ -126,10 +129,12 @@ def hosting(world: World) -> Iterator[dict[str, int]]:
     told its exit code, which the block puts into what it is given as "code"."""
     store, before = _connected(world, host=True), os.environ.get(VARIABLE)
     os.environ[VARIABLE] = json.dumps(asdict(world))
-    outcome = {"code": 1}
+    outcome, ended = {"code": 1}, threading.Event()
+    threading.Thread(target=_live, args=(world, ended), daemon=True, name="first-rank").start()
     try:
         yield outcome
     finally:
+        ended.set()
         if before is None:
             os.environ.pop(VARIABLE, None)
         with contextlib.suppress(*GONE):
@@ -140,16 +145,18 @@ def hosting(world: World) -> Iterator[dict[str, int]]:
 
 def serve(world: World) -> int:
     """The command of every other rank; the exit code of rank 0's."""
-    terminated = _Terminations()
+    for stop in STOPS:  # a scheduler sends them to every process; rank 0 decides what they mean
+        signal.signal(stop, signal.SIG_IGN)
     number = 0
     try:
         store = _connected(world, host=False)
+        first = _First(store)
         while not store.check([END]):
+            if first.is_gone():
+                return 1
             if store.check([f"qtorch/fit/{number}"]):
-                _serve_fit(store, world, number)
+                _serve_fit(store, world, number, first)
                 number += 1
-            if terminated.count > 1:
-                return 128 + signal.SIGTERM
             time.sleep(LOOK)
         code = int(store.get(END))
         store.set(f"qtorch/left/{world.rank}", "")
@@ -158,7 +165,7 @@ def serve(world: World) -> int:
     return code
 
 
-def _serve_fit(store: Any, world: World, number: int) -> None:
+def _serve_fit(store: Any, world: World, number: int, first: _First) -> None:
     fit = f"qtorch/fit/{number}"
     request = json.loads(store.get(fit))
     threads = threads_of(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
@@ -179,7 +186,8 @@ def _serve_fit(store: Any, world: World, number: int) -> None:
             for message in messages:
                 store.set(f"{fit}/{world.rank}/{told}", json.dumps(message))
                 told += 1
-            if code is not None or store.check([f"{fit}/kill"]) or store.check([END]):
+            ended = store.check([f"{fit}/kill"]) or store.check([END]) or first.is_gone()
+            if code is not None or ended:
                 return
             if not asked and store.check([f"{fit}/stop"]):
                 asked = True
@@ -189,16 +197,27 @@ def _serve_fit(store: Any, world: World, number: int) -> None:
         rank.kill()
 
 
-class _Terminations:
-    """Signals while rank 0 decides what they mean: a scheduler sends them to every process."""
+class _First:
+    """The process of rank 0, as the others hear it."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._count, self._heard = -1, time.monotonic()
 
-    def _note(self, *_: object) -> None:
-        self.count += 1
+    def is_gone(self) -> bool:
+        """Whether it has given no sign of life for so long that it must be."""
+        count = self._store.add(ALIVE, 0)
+        if count != self._count:
+            self._count, self._heard = count, time.monotonic()
+        return time.monotonic() - self._heard > SILENCE
+
+
+def _live(world: World, ended: threading.Event) -> None:
+    """Signs of life of rank 0, until it has ended."""
+    with contextlib.suppress(*GONE):
+        store = _connected(world, host=False)
+        while not ended.wait(1.0):
+            store.add(ALIVE, 1)
 
 
 def _connected(world: World, *, host: bool) -> Any:

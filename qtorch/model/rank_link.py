@@ -14,6 +14,7 @@ from typing import Any
 
 import cloudpickle
 
+from qtorch.core.stops import STOPS
 from qtorch.model.interruption import Stoppable
 
 ORPHANED = 97  # the exit code of a rank whose parent is gone
@@ -34,7 +35,7 @@ class RankLink(Stoppable):
 
     def listen(self) -> None:
         """From now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._hear, daemon=True, name="rank-link").start()
 
