@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,7 @@ class RemoteRank:
 def hosting(world: World) -> Iterator[dict[str, int]]:
     """The command of rank 0: inside the block the others wait for its fits; at the end they are
     told its exit code, which the block puts into what it is given as "code"."""
+    world = _resolved(world)
     store, before = _connected(world, host=True), os.environ.get(VARIABLE)
     os.environ[VARIABLE] = json.dumps(asdict(world))
     outcome, ended = {"code": 1}, threading.Event()
@@ -149,6 +153,7 @@ def serve(world: World) -> int:
         signal.signal(stop, signal.SIG_IGN)
     number = 0
     try:
+        world = _resolved(world)
         store = _connected(world, host=False)
         first = _First(store)
         while not store.check([END]):
@@ -218,6 +223,25 @@ def _live(world: World, ended: threading.Event) -> None:
         store = _connected(world, host=False)
         while not ended.wait(1.0):
             store.add(ALIVE, 1)
+
+
+def _resolved(world: World) -> World:
+    """The world at an address that can be reached: a node of SLURM's may have a name that only
+    SLURM knows."""
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(world.address, world.port)
+        return world
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(
+            ["scontrol", "show", "node", world.address],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        if found := re.search(r"NodeAddr=(\S+)", told.stdout):
+            return replace(world, address=found[1])
+    return world
 
 
 def _connected(world: World, *, host: bool) -> Any:
