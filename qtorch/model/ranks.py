@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.heartbeat import beat
@@ -73,6 +74,7 @@ def fit_by_ranks(
     and the first rank's error that is no mere answer to another's.
     """
     options = recipe.trainer
+    _warn_of_norms(network, options.num_devices, options.rest.get("sync_batchnorm"))
     launch = launched(options.num_local, int(options.rest.get("num_nodes", 1)))
     with _workplace(folder) as work:
         request = RankRequest(
@@ -106,6 +108,17 @@ def fit_by_ranks(
     if fitted.report["resumed_from"] is not None and found is not None:
         fitted.report["resumed_from"] = str(found[0])
     return fitted
+
+
+def _warn_of_norms(network: nn.Module, size: int, together: Any) -> None:
+    if together or not any(isinstance(m, _BatchNorm) for m in network.modules()):
+        return
+    log.warning(
+        "the batch norms of %s see each device's share of a batch alone: the numbers are those of "
+        "batches %d times smaller there. On GPUs trainer.sync_batchnorm=true puts them together.",
+        type(network).__name__,
+        size,
+    )
 
 
 def _started(launch: Launch, work: Path, digest: str, size: int) -> list[RankHandle]:

@@ -328,8 +328,6 @@ def _devices(options: TrainerOptions, place: RankPlace | None) -> dict[str, Any]
         return {**found, "strategy": "auto" if _is_for_several(strategy) else strategy}
     found |= {"strategy": "ddp" if strategy == "auto" else strategy}
     found |= {"use_distributed_sampler": False}
-    if not cpu:
-        found["sync_batchnorm"] = given.get("sync_batchnorm", True)
     if place.rank > 0:
         found["enable_progress_bar"] = False
     return found

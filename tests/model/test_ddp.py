@@ -200,6 +200,14 @@ def test_metrics_and_signs_of_life_come_once(forked, recorder: ToyRecorder, capl
 
 
 @pytest.mark.slow
+def test_batch_norms_of_shares_are_warned_of(forked, caplog) -> None:
+    model = resumable_model(network="MLP", trainer={"max_epochs": 1, **DDP})
+    model.fit(ToyDataset())
+    assert "batch norms of MLP see each device's share" in caplog.text
+    assert model.predict(ToyDataset()).notna().all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "kill"])
 def test_a_rank_that_fails_ends_all_with_its_error(
     forked, recorder: ToyRecorder, monkeypatch, caplog, how: str
