@@ -25,6 +25,7 @@ class World:
     address: str
     port: int
     has_store: bool = False
+    attempt: int = 0  # torchrun starts them all again where one fails
 
 
 def external_world(environment: Mapping[str, str] | None = None) -> World | None:
@@ -45,6 +46,7 @@ def external_world(environment: Mapping[str, str] | None = None) -> World | None
             given["MASTER_ADDR"],
             int(given["MASTER_PORT"]),
             given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            int(given.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
     size = int(given.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_STEP_ID" not in given or size < 2:

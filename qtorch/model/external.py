@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # they are
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.launch import World
@@ -32,7 +32,7 @@ from qtorch.model.rank_process import RankHandle, RankProcess, threads_of
 VARIABLE = "QTORCH_EXTERNAL_RANKS"  # for what the command of rank 0 starts
 LOOK, PATIENCE, FAREWELL = 0.2, 300.0, 10.0
 SILENCE = 20.0  # seconds without a sign of life of rank 0's process, after which it is gone
-END, ALIVE = "qtorch/end", "qtorch/alive"
+END, ALIVE = "end", "alive"
 GONE = (DistError, RuntimeError, ConnectionError)
 
 
@@ -52,9 +52,9 @@ class Launch:
         """Ask the waiting processes for their ranks."""
         if self.store is None:
             return []
-        number = self.store.add("qtorch/fits", 1) - 1
+        number = self.store.add("fits", 1) - 1
         request = {"folder": folder, "digest": digest, "local": self.local}
-        self.store.set(f"qtorch/fit/{number}", json.dumps(request))
+        self.store.set(f"fit/{number}", json.dumps(request))
         return [RemoteRank(self.store, number, rank) for rank in range(1, self.size)]
 
 
@@ -102,7 +102,7 @@ class RemoteRank:
 
     def __init__(self, store: Any, number: int, rank: int) -> None:
         self.rank = rank
-        self._store, self._fit = store, f"qtorch/fit/{number}"
+        self._store, self._fit = store, f"fit/{number}"
         self._heard, self._code = 0, None
 
     def messages(self) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ def hosting(world: World) -> Iterator[dict[str, int]]:
             os.environ.pop(VARIABLE, None)
         with contextlib.suppress(*GONE):
             store.set(END, str(outcome["code"]))
-            others = [f"qtorch/left/{rank}" for rank in range(1, world.size)]
+            others = [f"left/{rank}" for rank in range(1, world.size)]
             store.wait(others, timedelta(seconds=FAREWELL))
 
 
@@ -159,19 +159,19 @@ def serve(world: World) -> int:
         while not store.check([END]):
             if first.is_gone():
                 return 1
-            if store.check([f"qtorch/fit/{number}"]):
+            if store.check([f"fit/{number}"]):
                 _serve_fit(store, world, number, first)
                 number += 1
             time.sleep(LOOK)
         code = int(store.get(END))
-        store.set(f"qtorch/left/{world.rank}", "")
+        store.set(f"left/{world.rank}", "")
     except GONE:
         return 1  # the process of rank 0 is gone, and the store with it
     return code
 
 
 def _serve_fit(store: Any, world: World, number: int, first: _First) -> None:
-    fit = f"qtorch/fit/{number}"
+    fit = f"fit/{number}"
     request = json.loads(store.get(fit))
     threads = threads_of(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
     rank = RankProcess(
@@ -248,13 +248,14 @@ def _connected(world: World, *, host: bool) -> Any:
     """The store where the processes meet: torchrun's own, or one that rank 0 keeps."""
     own = host and not world.has_store
     try:
-        return TCPStore(
+        store = TCPStore(
             world.address,
             world.port,
             is_master=own,
             wait_for_workers=False,
             timeout=timedelta(seconds=PATIENCE),
         )
+        return PrefixStore(f"qtorch {world.attempt}", store)
     except GONE as error:
         raise ConfigError(
             f"the processes of {world.kind} do not meet at {world.address}:{world.port} ({error}). "
