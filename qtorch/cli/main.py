@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import qtorch
 from qtorch.core.errors import unknown_name
@@ -28,6 +28,9 @@ COMMANDS = {
     ),
     "tracking": ("qtorch.cli.tracking", "send: deliver what an unreachable server did not get"),
 }
+
+# Under torchrun and srun the other ranks' commands train along, and do nothing else.
+SHARED = ("train", "finetune")
 
 HELP = """\
 qtorch: deep learning for stock research on PyTorch Lightning, Hydra and MLflow
@@ -68,7 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
         return code
 
+    if name in SHARED:
+        return _shared(lambda: guarded(command, rest))
     return guarded(command, rest)
+
+
+def _shared(work: Callable[[], int]) -> int:
+    """The work, once, where torchrun or srun has started this command for each rank."""
+    from qtorch.core.launch import external_world
+
+    world = external_world()
+    if world is None:
+        return work()
+    from qtorch.model.external import hosting, serve
+
+    if world.rank > 0:
+        return serve(world)
+    with hosting(world) as outcome:
+        outcome["code"] = work()
+    return outcome["code"]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ class Batch:
     columns, int64; `extra` named tensors, `raw_label [B, Q]` among them where it is known.
     Padded rows have x 0, weight 0 and NaN in y and raw_label, so that a loss or metric that
     forgets the mask is loud.
+
+    Where several ranks share a batch, `num_whole` counts the rows (days) of all of them; `blank`
+    says that this rank has none and works on samples whose labels are NaN, for company.
     """
 
     x: Tensor
@@ -38,6 +41,8 @@ class Batch:
     mask: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     num_samples: int = 0
+    num_whole: int = 0
+    blank: bool = False
 
     def __post_init__(self) -> None:
         self.num_samples = self.num_samples or self.date.numel()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError
 from qtorch.data.columns import Columns, PanelColumns
+from qtorch.data.mapped import map_file
 from qtorch.data.panel import Panel
 from qtorch.data.view import View
 from qtorch.data.window_columns import WindowColumns
@@ -138,9 +139,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     size = 4 * int(np.prod(shape))
     if path.stat().st_size != size:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected {size}")
-    if not size:
-        return torch.empty(shape)
-    return torch.from_numpy(np.memmap(path, dtype="<f4", mode="c", shape=shape))
+    return map_file(path).view(torch.float32).view(shape)
 
 
 def _to_disk(file: Any) -> None:

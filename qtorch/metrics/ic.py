@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,15 @@ class DailyIC:
     def mean_rank_ic(self) -> Tensor:
         """Mean Rank IC over the days that have one."""
         return torch.nanmean(self.rank_ic)
+
+    def merged(self, add: Callable[[Tensor], Tensor]) -> DailyIC:
+        """With the days that others know: `add` sums a tensor over all of them. A day is known to
+        one of them alone, so that nothing changes by it."""
+        pair = torch.stack((self.ic, self.rank_ic))
+        known = ~pair.isnan()
+        found = add(torch.cat((pair.nan_to_num(), known.double(), self.count.double()[None])))
+        pair = found[:2].masked_fill(found[2:4] == 0, torch.nan)
+        return DailyIC(pair[0], pair[1], found[4])
 
 
 def daily_ic(

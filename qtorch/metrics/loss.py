@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +232,8 @@ class Combined(Loss):
     """A weighted sum of losses: sum of weight x mean of each.
 
     `parts`: pairs (loss, weight). What one of them asks of scores and batches they all get.
+    `whole`: where ranks share a training batch, what adds a tensor up over them: each mean is of
+    the whole batch then, and this rank's part of it adds up with the others'.
     """
 
     def __init__(self, parts: Sequence[tuple[Loss, float]]) -> None:
@@ -240,6 +242,7 @@ class Combined(Loss):
             raise ValueError("a sum of losses needs one at least.")
         self.parts = nn.ModuleList([loss for loss, _ in parts])
         self.shares = tuple(float(share) for _, share in parts)
+        self.whole: Callable[[Tensor], Tensor] | None = None
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError("a sum of losses has no loss of one element")
@@ -251,12 +254,21 @@ class Combined(Loss):
         weight: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        found = [self._part(loss).sums(score, target, weight, mask) for loss in self.parts]
+        count, weights = counted(target, None, mask)[0].sum(), [weight for _, weight in found]
+        all_of_it = count
+        if self.whole is not None and self.training:
+            sums = self.whole(torch.stack([count.to(weights[0].dtype), *weights]))
+            all_of_it, *weights = sums.unbind()
         mean = score.new_zeros(())
-        for loss, share in zip(self.parts, self.shares, strict=True):
-            assert isinstance(loss, Loss)
-            mean = mean + share * mean_of(*loss.sums(score, target, weight, mask))
-        count = counted(target, None, mask)[0].sum()
-        return mean * count, count
+        for share, (total, _), counts in zip(self.shares, found, weights, strict=True):
+            mean = mean + share * mean_of(total, counts)
+        return mean * all_of_it, count
+
+    @staticmethod
+    def _part(loss: nn.Module) -> Loss:
+        assert isinstance(loss, Loss), "asked where the parts are given"
+        return loss
 
     def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
         total, count = self.sums(score, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class ADARNNModule(ScoreModule):
     importance: Tensor
     distance: Tensor
     distance_before: Tensor
+
+    undivided: ClassVar[str | None] = (
+        "it pairs the samples of a batch across domains, and adds up their distances batch by batch"
+    )
 
     def __init__(
         self,

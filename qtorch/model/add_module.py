@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ class ADDModule(ScoreModule):
     """
 
     market: Tensor
+
+    undivided: ClassVar[str | None] = (
+        "its adversaries' losses are means over a batch, each of other samples"
+    )
 
     def __init__(
         self,

@@ -41,11 +41,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def save_rotating(save: Any, folder: Path) -> Path:
-    """`save(path)` as the folder's last checkpoint; what was last becomes the previous one."""
+def save_rotating(save: Any, folder: Path, *, rotate: bool = True) -> Path:
+    """`save(path)` as the folder's last checkpoint; what was last becomes the previous one.
+
+    `rotate` is False in a process that only takes part in saving what another one writes.
+    """
     last, previous = folder / LAST, folder / PREVIOUS
     fresh = folder / f".new-{LAST}"
     save(str(fresh))
+    if not rotate:
+        return last
     if last.exists():
         os.replace(last, previous)
     os.replace(fresh, last)

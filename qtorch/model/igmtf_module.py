@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,8 @@ class IGMTFModule(ScoreModule):
     bank is part of the network's state and so of each checkpoint: `days x instruments x hidden`
     numbers.
     """
+
+    undivided: ClassVar[str | None] = None  # every rank fills the same bank
 
     def __init__(self, *arguments: Any, num_bank_days: int | None = None, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -32,7 +32,18 @@ class StopTraining(BaseException):
     """
 
 
-class Interruption:
+class Stoppable:
+    """Something that a training is asked to stop by: `requested`."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def is_requested(self) -> bool:
+        """Whether the training is to stop."""
+        return self.requested
+
+
+class Interruption(Stoppable):
     """Inside the block the first signal of `STOPS` is only noted; a Ctrl-C after it ends at once,
     a further notice of a scheduler's does not: it may come twice.
 
@@ -40,7 +51,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        super().__init__()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:

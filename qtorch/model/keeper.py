@@ -16,9 +16,11 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.heartbeat import beat, is_heard
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
-from qtorch.model.generators import generator_states, restore_generators
-from qtorch.model.interruption import Interruption, StopTraining
+from qtorch.model.interruption import Stoppable, StopTraining
 from qtorch.model.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
+from qtorch.model.rank_group import RankGroup
+from qtorch.model.rank_states import RankStates
+from qtorch.model.sharding import whole_optimizer, whole_weights
 from qtorch.model.step_loader import StepLoader
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ class Keeper(Checkpoint):
     torch, CUDA, numpy and Python, the best weights and their value, and the metrics so far. A
     checkpoint is written after each epoch, and within it at each multiple of `every_n_steps`
     batches. An interruption is answered at the next such place: a checkpoint, then StopTraining.
+    Of several ranks the first one writes, with what every rank holds of its own, and all stop
+    after the same step.
 
     `monitor` is the metric whose best epoch's weights are kept (`mode` min or max).
     """
@@ -43,11 +47,13 @@ class Keeper(Checkpoint):
         identity: str,
         monitor: str,
         mode: str,
-        interruption: Interruption,
+        interruption: Stoppable,
+        ranks: RankGroup,
         every_n_steps: int | None = None,
         show: bool = True,
     ) -> None:
         self.loader, self.folder, self.identity = loader, folder, identity
+        self.ranks = ranks
         self.monitor, self.mode = monitor, mode
         self.every_n_steps, self.interruption, self.show = every_n_steps, interruption, show
         self.history: list[dict[str, float]] = []
@@ -58,21 +64,24 @@ class Keeper(Checkpoint):
         self.seconds = self.train_seconds = 0.0
         self.num_trained = 0  # samples in those train_seconds
         self.stopped_at: tuple[int, int] | None = None
-        self._states: dict[str, Any] | None = None
+        self._resumed: RankStates | None = None
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
         self._validated = False
 
     # -- hooks ---------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.ranks.connect()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
         for epoch, values in enumerate(self.history):  # what a killed process had not delivered
             self._send(trainer, values, epoch)
-        if self._states is not None:
-            restore_generators(self._states)
-            self._states = None
+        if self._resumed is not None:
+            self._resumed.take_up(self.ranks, pl_module)
+            self._resumed = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_begin = time.perf_counter()
@@ -101,7 +110,7 @@ class Keeper(Checkpoint):
             waiting = position % trainer.accumulate_grad_batches
         if position >= self.loader.num_batches or waiting:
             return  # gradients that wait for their step are in no checkpoint
-        stop = self.interruption.requested
+        stop = self.ranks.agree(self.interruption.requested)
         due = self.every_n_steps is not None and position % self.every_n_steps == 0
         if stop or due:
             self._save(trainer)
@@ -114,6 +123,7 @@ class Keeper(Checkpoint):
             values = {k: told[k] for k in METRICS if k in told}
         else:
             values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            values = self.ranks.mean(values)
             self._check_logged(values)
         self.history.append(values)
         now = time.perf_counter()
@@ -130,9 +140,9 @@ class Keeper(Checkpoint):
             self._check(trainer, values)
         if self.folder is not None:
             self._save(trainer)
-            if improved:
+            if improved and self.ranks.first:
                 keep_best(self.folder)
-        if self.interruption.requested:
+        if self.ranks.agree(self.interruption.requested):
             self._stop(trainer.current_epoch + 1, 0)
 
     # -- what it does --------------------------------------------------------------------------
@@ -144,10 +154,12 @@ class Keeper(Checkpoint):
         better = value < self.best_value if self.mode == "min" else value > self.best_value
         if math.isnan(value) or not (better or math.isnan(self.best_value)):
             return False
-        kept = weights_of(module).state_dict()
-        self.best_weights = {k: v.detach().clone() for k, v in kept.items()}
-        optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        self.best_optimizer = None if optimizer is None else _copied(optimizer.state_dict())
+        network = weights_of(module)
+        self.best_weights = whole_weights(network)
+        self.best_optimizer = None
+        if trainer.optimizers:
+            state = whole_optimizer(trainer.strategy, trainer.optimizers[0], network)
+            self.best_optimizer = _copied(state)
         self.best_epoch, self.best_value = trainer.current_epoch, value
         return True
 
@@ -183,7 +195,8 @@ class Keeper(Checkpoint):
         if self.folder is not None:
             self._elapse()
             beat("checkpoint")
-            save_rotating(trainer.save_checkpoint, self.folder)
+            # All ranks take part, the first one writes.
+            save_rotating(trainer.save_checkpoint, self.folder, rotate=self.ranks.first)
 
     def _beat(
         self, trainer: pl.Trainer, position: int, values: dict[str, float] | None = None
@@ -223,7 +236,7 @@ class Keeper(Checkpoint):
     ) -> None:
         checkpoint[KEEPER] = {
             "identity": self.identity,
-            "generators": generator_states(),
+            **RankStates.of(self.ranks, pl_module).content(),
             "history": [dict(v) for v in self.history],
             "best_epoch": self.best_epoch,
             "best_value": self.best_value,
@@ -234,13 +247,14 @@ class Keeper(Checkpoint):
             "num_trained": self.num_trained,
             "inner_steps": self.loader.inner_steps,
             "cut_every": self.loader.cut_every,
+            "position": self.loader.position,
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         state = checkpoint[KEEPER]
-        self._states = state["generators"]
+        self._resumed = RankStates.read(checkpoint, self.loader.source.seed)
         self.history = [dict(v) for v in state["history"]]
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.best_weights = state["best_weights"]

@@ -58,7 +58,11 @@ class LightningModel(ModelFT):
     `loss`, `optimizer`, `scheduler`: see `qtorch.model.factories`.
     `batch`: `size`, `order` ("random", or "day" for whole days, `days_per_batch` at once),
     `eval_size` (samples a batch where nothing is learnt; by default more on a GPU).
-    `trainer`: any argument of pl.Trainer.
+    `trainer`: any argument of pl.Trainer. With `devices` (2, [0, 1], -1) and `num_nodes` above one
+    `fit` starts a process for each device; a batch stays as large as on one device and is shared,
+    so that their number changes the time and not the result (but for dropout's draws, batch
+    norms, and a LightningModule's own loss, which becomes the mean of the devices'). `strategy`
+    is Lightning's: "ddp", or a ModelParallelStrategy, which shards the weights (trainer=fsdp).
     `monitor`: the metric whose best epoch's weights are kept: "loss", "ic", "rank_ic" of the
     valid segment, or a full name. `early_stop`: None, a patience in epochs, or a mapping
     (`patience`, `monitor`, `mode`, `min_delta`).
@@ -139,7 +143,8 @@ class LightningModel(ModelFT):
         from the run's last checkpoint where that is of this very training (else starts anew), a
         path from that checkpoint (ConfigError if it is of another training), None starts anew.
         A training that is resumed, killed however it was, ends with the same weights and metrics
-        as one that never was: bit for bit on the CPU with one number of threads.
+        as one that never was: bit for bit on the CPU with one number of threads and of devices.
+        Another number of devices is announced: it goes on with what of the epoch is not yet used.
 
         Ctrl-C stops after the step, keeps a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second one ends at once. Raises DataError where there is nothing to

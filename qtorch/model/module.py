@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -25,6 +25,8 @@ from qtorch.metrics.loss import Loss, mean_of
 from qtorch.model.day_label import DayLabel
 from qtorch.model.factories import OptimizerFactory, SchedulerPlan
 from qtorch.model.feeding import Feeder, readout_of
+from qtorch.model.rank_group import RankGroup
+from qtorch.model.sharding import shard
 from qtorch.model.step_loader import Steps
 from qtorch.model.tally import Tally, weighted_mean
 from qtorch.nn.lora import LoRA, acting
@@ -83,7 +85,15 @@ class ScoreModule(pl.LightningModule):
     Where no callback looks between backward and step
     (and neither a GradScaler nor a strategy has work there), both are called without Lightning's
     hooks: the same numbers, faster.
+
+    `ranks`: the processes that share each batch. The loss of each is its part of the whole
+    batch's mean, so that the averaged gradients are that mean's; sums and days are added up over
+    the ranks before they are told. That bears a step of which `training_sums` of the parts of a
+    batch add up to those of the whole; `undivided` says why another one's do not (None: they do).
+    A subclass with a step of its own says it itself, or a fit on several devices refuses it.
     """
+
+    undivided: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -99,6 +109,7 @@ class ScoreModule(pl.LightningModule):
         complete: bool = False,
         day_label: DayLabel | None = None,
         interrupted: Callable[[], bool] = no_interruption,
+        ranks: RankGroup | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -110,6 +121,7 @@ class ScoreModule(pl.LightningModule):
         self.accumulate = accumulate
         self.clip_value, self.clip_algorithm = clip_value, clip_algorithm
         self.interrupted = interrupted
+        self.ranks = RankGroup() if ranks is None else ranks
         self.meter = ICMeter(num_days)
         self.complete = complete
         self.day_label = day_label
@@ -146,8 +158,11 @@ class ScoreModule(pl.LightningModule):
         if target.shape[-1] == 1 and not columns:
             target = target[..., 0]
         plain = batch.weight is None and batch.mask is None
+        known = plain and (complete or not isinstance(self.loss, Loss))
+        if batch.blank and known:
+            return score.sum() * 0.0, 0
         if isinstance(self.loss, Loss):
-            if complete and plain:
+            if known:
                 return self.loss.complete_sum(score, target), target.numel()
             return self.loss.sums(score, target, batch.weight, batch.mask)
         if not plain:
@@ -219,7 +234,7 @@ class ScoreModule(pl.LightningModule):
         ends = self.plan is not None or self.trainer.max_steps != -1
         for batch in steps:
             total, share = self.training_sums(batch)
-            loss = total / share if isinstance(share, int) else mean_of(total, share)
+            loss = self._mean(total, share, batch)
             self._backward(loss if accumulate == 1 else loss / accumulate, mixed)
             tally.add(total.detach(), share)
             tally.pending += 1
@@ -231,6 +246,17 @@ class ScoreModule(pl.LightningModule):
                 break
             if self.interrupted() and not steps.final:
                 break
+
+    def _mean(self, total: Tensor, share: Tensor | int, batch: Batch) -> Tensor:
+        """The batch's loss; of a shared batch this rank's part, times the number of ranks by which
+        gradients are divided."""
+        size = self.ranks.size
+        if size == 1:
+            return total / share if isinstance(share, int) else mean_of(total, share)
+        if isinstance(share, int):
+            # Every rank counts alike, so that the whole is known without asking.
+            return total * size / max(1, batch.num_whole * share // max(1, batch.num_samples))
+        return mean_of(total * size, self.ranks.sum(share))
 
     def _backward(self, loss: Tensor, mixed: bool) -> None:
         call = loss.backward if self.direct else partial(self.manual_backward, loss)
@@ -269,7 +295,8 @@ class ScoreModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         name = PRETRAIN_LOSS if self.pretrains else TRAIN_LOSS
-        self._tell({name: weighted_mean(*self.tally.sums().tolist()), RATE: float(rate)})
+        sums = self.ranks.sum(self.tally.sums()).tolist()
+        self._tell({name: weighted_mean(*sums), RATE: float(rate)})
         self._step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
@@ -288,9 +315,11 @@ class ScoreModule(pl.LightningModule):
             self.meter.update(first, label[..., 0], batch.date, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
-        daily = self.meter.compute()
+        daily, sums = self.meter.compute(), self.ranks.sum(self.valid_tally.sums())
+        if self.ranks.size > 1:
+            daily = daily.merged(self.ranks.sum)
         found = torch.stack((daily.mean_ic(), daily.mean_rank_ic())).to(self.device)
-        total, weight, ic, rank_ic = torch.cat((self.valid_tally.sums(), found)).tolist()
+        total, weight, ic, rank_ic = torch.cat((sums, found)).tolist()
         self.meter.reset()
         loss = weighted_mean(total, weight)
         self._tell({VALID_LOSS: loss, VALID_IC: ic, VALID_RANK_IC: rank_ic})
@@ -330,6 +359,9 @@ class ScoreModule(pl.LightningModule):
         scheduler.step(float(metrics[name]))
 
     # -- for Lightning -------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        shard(self.network, self.trainer.strategy, self._device_mesh)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

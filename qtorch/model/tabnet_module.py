@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -38,6 +38,10 @@ class TabNetModule(ScoreModule):
     Qlib's pytorch_tabnet.py divides by the spread of what was guessed instead of the features',
     early-stops pretraining by the same patience, and has no entropy in its loss.
     """
+
+    undivided: ClassVar[str | None] = (
+        "its batch norms and its pretraining take statistics over a whole batch"
+    )
 
     def __init__(
         self,

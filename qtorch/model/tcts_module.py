@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class TCTSModule(ScoreModule):
     samples that lack a label are taught by the others; a training is not begun anew with other
     seeds until its valid loss is below a bound.
     """
+
+    undivided: ClassVar[str | None] = (
+        "its upper level draws valid samples for a whole batch and has an optimizer of its own"
+    )
 
     def __init__(
         self,

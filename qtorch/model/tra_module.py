@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class TRAModule(ScoreModule):
     """
 
     errors: Tensor
+
+    undivided: ClassVar[str | None] = (
+        "its transport plan spreads all samples of a batch over the predictors, and "
+        "its memory takes their errors"
+    )
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
@@ -18,6 +19,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
@@ -25,10 +27,12 @@ from qtorch.core.runtime import resolve_device
 from qtorch.model.checkpoint import AtomicCheckpointIO
 from qtorch.model.module import METRICS, MONITORS, ScoreModule
 from qtorch.model.progress_bar import BatchBar
+from qtorch.model.rank_environment import RankEnvironment, RankPlace
 from qtorch.model.step_loader import StepLoader
 
 MAX_EPOCHS = 100
 INNER_STEPS = 16
+FORKING = ("spawn", "fork", "notebook")
 # A callback that looks at single batches sees each of them only where a step holds one.
 BATCH_HOOKS = (
     "on_train_batch_start",
@@ -58,6 +62,17 @@ class TrainerOptions:
     limit_train: int | float | None = None
     limit_valid: int | float | None = None
     callbacks: list[Callback] = field(default_factory=list)
+
+    @property
+    def num_local(self) -> int:
+        """Devices of one node."""
+        devices = devices_of(self.rest)
+        return devices if isinstance(devices, int) else len(devices)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all nodes."""
+        return self.num_local * int(self.rest.get("num_nodes", 1))
 
     @property
     def counts_batches(self) -> bool:
@@ -95,13 +110,53 @@ def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -
 
 
 def _check_devices(given: Mapping[str, Any]) -> None:
-    devices = given.get("devices", 1)
-    single = len(devices) == 1 if isinstance(devices, list | tuple) else str(devices) == "1"
-    if (not single and devices != "auto") or given.get("num_nodes", 1) != 1:
+    strategy, nodes = given.get("strategy"), given.get("num_nodes", 1)
+    if isinstance(strategy, str) and any(word in strategy for word in FORKING):
         raise ConfigError(
-            f"trainer.devices is {devices!r}: one fit uses one device. Start one fit for each "
-            "device, or name one: devices=[1]."
+            f"trainer.strategy is {strategy!r}, which copies the running program; a fit starts its "
+            "processes itself: strategy=ddp."
         )
+    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy):
+        raise ConfigError(
+            "Lightning's FSDPStrategy gathers weights around one forward of a whole module, and a "
+            "step here is the forward and backward of several batches. Shard by trainer=fsdp: "
+            "strategy={'_target_': 'pytorch_lightning.strategies.ModelParallelStrategy', "
+            "'data_parallel_size': DEVICES, 'tensor_parallel_size': 1, "
+            "'save_distributed_checkpoint': False}."
+        )
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise ConfigError(f"trainer.num_nodes is {nodes!r}; expected a whole number from 1.")
+    devices_of(given)
+
+
+def devices_of(given: Mapping[str, Any]) -> int | list[int]:
+    """What `devices` means on one node: a number of them, or which ones.
+
+    "auto" is one device, -1 all GPUs. Raises ConfigError for what is neither.
+    """
+    devices = given.get("devices", 1)
+    if devices in (None, "auto"):
+        return 1
+    if isinstance(devices, str):
+        devices = [d for d in devices.split(",") if d.strip()] if "," in devices else [devices]
+        devices = devices if len(devices) > 1 else devices[0]
+    try:
+        if isinstance(devices, list | tuple):
+            found = [int(d) for d in devices]
+            if found and len(set(found)) == len(found) and min(found) >= 0:
+                return found
+        elif not isinstance(devices, bool):
+            number = int(devices)
+            if number == -1:
+                return max(1, torch.cuda.device_count())
+            if number >= 1:
+                return number
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"trainer.devices is {given['devices']!r}; expected a number of devices (2), a list of "
+        "them ([0, 1]), -1 for all GPUs, or 'auto' for one."
+    )
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
@@ -128,8 +183,8 @@ def device_name(options: TrainerOptions) -> str:
     accelerator = options.rest.get("accelerator") or "auto"
     if accelerator not in ("auto", "gpu", "cuda"):
         return str(accelerator)
-    devices = options.rest.get("devices")
-    number = int(devices[0]) if isinstance(devices, list | tuple) else 0
+    devices = devices_of(options.rest)
+    number = devices[0] if isinstance(devices, list) else 0
     if accelerator == "auto" and resolve_device("auto").type == "cpu":
         return "cpu"
     return f"cuda:{number}"
@@ -217,8 +272,10 @@ def build_trainer(
     folder: Path | None,
     loader: StepLoader,
     automatic: bool,
+    place: RankPlace | None = None,
 ) -> pl.Trainer:
     """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own.
+    `place`: of the rank that this process is, where several devices share the training.
 
     Raises ConfigError for what Lightning does not take.
     """
@@ -231,17 +288,13 @@ def build_trainer(
         "default_root_dir": str(folder) if folder is not None else None,
         **options.rest,
     }
-    if arguments.get("devices", "auto") == "auto":
-        arguments["devices"] = 1
-    arguments["accelerator"] = (
-        "cpu" if device_name(options) == "cpu" else arguments.get("accelerator", "auto")
-    )
+    arguments |= _devices(options, place)
     if automatic:
         arguments["accumulate_grad_batches"] = options.accumulate
         arguments["gradient_clip_val"] = options.clip_value
         arguments["gradient_clip_algorithm"] = options.clip_algorithm
     arguments["enable_checkpointing"] = True  # the keeper is one of Lightning's checkpointers
-    loggers = arguments.get("logger")
+    loggers = arguments.get("logger") if place is None or place.rank == 0 else None
     wanted = [] if loggers in (None, True, False) else loggers
     wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     built = [init_instance_by_config(w) if isinstance(w, Mapping) else w for w in wanted]
@@ -249,7 +302,8 @@ def build_trainer(
     plugins = arguments.get("plugins") or []
     listed = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     # Else Lightning takes a job of a scheduler for a job of its own.
-    arguments["plugins"] = [*listed, AtomicCheckpointIO(), LightningEnvironment()]
+    environment = LightningEnvironment() if place is None else RankEnvironment(place)
+    arguments["plugins"] = [*listed, AtomicCheckpointIO(), environment]
     callbacks = [*options.callbacks, *own]
     if arguments["enable_progress_bar"] and not _has_bar(callbacks):
         callbacks.append(BatchBar(loader))
@@ -257,6 +311,38 @@ def build_trainer(
         return pl.Trainer(**{**arguments, "callbacks": callbacks})
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"Lightning does not take these trainer arguments: {error}") from error
+
+
+def _devices(options: TrainerOptions, place: RankPlace | None) -> dict[str, Any]:
+    """Lightning's arguments of the devices: of one, or of all that share the training."""
+    given, cpu = options.rest, device_name(options) == "cpu"
+    found: dict[str, Any] = {
+        "accelerator": "cpu" if cpu else given.get("accelerator", "auto"),
+        "devices": devices_of(given),
+    }
+    strategy = given.get("strategy") or "auto"
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    if place is None:
+        # A strategy for several devices has nothing to do for one.
+        return {**found, "strategy": "auto" if _is_for_several(strategy) else strategy}
+    found |= {"strategy": "ddp" if strategy == "auto" else strategy}
+    found |= {"use_distributed_sampler": False}
+    if place.rank > 0:
+        found["enable_progress_bar"] = False
+    return found
+
+
+def _is_for_several(strategy: Any) -> bool:
+    return isinstance(strategy, str | ParallelStrategy)
+
+
+def shards_weights(options: TrainerOptions) -> bool:
+    """Whether the strategy leaves each device a part of the weights alone."""
+    strategy = options.rest.get("strategy")
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def _has_bar(callbacks: Sequence[Callback]) -> bool:

@@ -105,7 +105,7 @@ def test_wrong_names_say_the_nearest_one(dataset: ToyDataset) -> None:
         ({"batch": {"order": "rando"}}, "'random'"),
         ({"inner_steps": 0}, "inner_steps"),
         ({"scheduler": {"scheduler": "torch.optim.lr_scheduler.StepLR", "interva": 1}}, "interval"),
-        ({"trainer": {"devices": 2}}, "one device"),
+        ({"trainer": {"devices": 0}}, "number of devices"),
         ({"trainer": {"precision": "12-bit"}}, "does not take these trainer arguments"),
         ({"network": {"_target_": "qtorch.nn.Transformer", "nhead": 3}}, "multiple of nhead"),
         ({"callbacks": [pl.callbacks.EMAWeightAveraging()]}, "best epoch"),

@@ -1,0 +1,338 @@
+"""A training on two devices is the training on one: weights, metrics, errors, interruptions."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from forked_ranks import DDP, FATE, ForkedRank
+from toy_training import ToyDataset, ToyRecorder, resumable_model
+from user_networks import OwnModule
+
+import qtorch.model.ranks
+from qtorch.core.errors import ConfigError
+from qtorch.core.heartbeat import listening
+from qtorch.model.checkpoint import LAST
+from qtorch.model.interruption import TrainingInterrupted
+from qtorch.model.lightning_model import LightningModel
+from qtorch.model.ranks import RankError
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[ForkedRank]:
+    """Ranks are forked; those that a fit has started."""
+    started: list[ForkedRank] = []
+
+    class Kept(ForkedRank):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self)
+
+    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", Kept)
+    return started
+
+
+class Heavier:
+    """Weights by place: no two batches weigh alike."""
+
+    def reweight(self, data):
+        return np.linspace(0.1, 2.0, len(data))
+
+
+def _pair(dataset: Any, reweighter: Any = None, **changes: Any) -> list[LightningModel]:
+    found = []
+    for devices in ({"accelerator": "cpu"}, DDP):
+        # In float64, for Adam makes much of the last bit of a gradient near zero.
+        trainer = {"max_epochs": 2, "gradient_clip_val": 1.0, "precision": "64-true"}
+        trainer |= changes.get("trainer", {})
+        given = {
+            "network": {"_target_": "qtorch.nn.LSTM", "hidden_size": 8},
+            **changes,
+            "trainer": {**trainer, "enable_progress_bar": False, **devices},
+        }
+        model = resumable_model(**given)
+        model.fit(dataset, reweighter)
+        found.append(model)
+    return found
+
+
+def _apart(one: LightningModel, two: LightningModel) -> float:
+    first, second = one.network_.state_dict(), two.network_.state_dict()
+    return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
+
+
+def _same_numbers(one: LightningModel, two: LightningModel, dataset: Any) -> None:
+    assert _apart(one, two) < 1e-6
+    assert one.evals_result_.keys() == two.evals_result_.keys()
+    for segment, values in one.evals_result_.items():
+        for name, history in values.items():
+            np.testing.assert_allclose(
+                history, two.evals_result_[segment][name], atol=1e-6, err_msg=name
+            )
+    assert one.fit_report_["best_epoch"] == two.fit_report_["best_epoch"]
+    first, second = one.predict(dataset), two.predict(dataset)
+    assert first.index.equals(second.index)
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+SGD = {"_target_": "torch.optim.SGD", "lr": 0.05, "momentum": 0.9}
+MIXED = {"mse": 1.0, "ic": 0.5}
+CASES = {
+    "random": {"batch": {"size": 80}},
+    "random-in-float32": {
+        "batch": {"size": 80},
+        "optimizer": SGD,
+        "trainer": {"precision": "32-true"},
+    },
+    "random-weighted": {"batch": {"size": 80}, "weighted": True},
+    "tail-of-one": {"batch": {"size": 487}, "trainer": {"max_epochs": 10}},
+    "accumulated": {"batch": {"size": 41}, "trainer": {"accumulate_grad_batches": 3}},
+    "own-loss": {"batch": {"size": 80}, "loss": torch.nn.functional.mse_loss},
+    "plateau": {
+        "batch": {"size": 80},
+        "scheduler": {
+            "scheduler": {
+                "_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
+                "patience": 0,
+                "threshold": 10.0,
+            },
+            "monitor": "loss",
+        },
+    },
+    "day": {"batch": {"order": "day", "days_per_batch": 3}},
+    "day-weighted-sum-of-losses": {
+        "batch": {"order": "day", "days_per_batch": 5},
+        "loss": MIXED,
+        "weighted": True,
+        "trainer": {"max_epochs": 3},
+    },
+    "cross-section": {
+        "batch": {"order": "day", "days_per_batch": 3},
+        "network": {"_target_": "qtorch.nn.GATs", "hidden_size": 8},
+    },
+    "bank": {
+        "batch": {"order": "day", "days_per_batch": 3},
+        "network": {"_target_": "qtorch.nn.IGMTF", "hidden_size": 8},
+        "optimizer": SGD,
+        "trainer": {"precision": "32-true"},  # its cosines are float32 in any case
+        "module": "qtorch.model.IGMTFModule",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_give_the_numbers_of_one(forked, case: str) -> None:
+    changes = dict(CASES[case])
+    reweighter = Heavier() if changes.pop("weighted", False) else None
+    dataset = ToyDataset()
+    _same_numbers(*_pair(dataset, reweighter, **changes), dataset)
+
+
+class Few(ToyDataset):
+    """Seven samples to learn from, on two days of unequal length."""
+
+    def samples(self, segment, *, data_key="infer", purge=False):
+        found = super().samples(segment, data_key=data_key, purge=purge)
+        if segment != "train":
+            return found
+        keep = torch.nonzero(found.date <= found.date[0] + 1)[:, 0][[0, 1, 2, 3, 4, -2, -1]]
+        found.date, found.instrument = found.date[keep], found.instrument[keep]
+        found.target, found.raw_label = found.target[keep], found.raw_label[keep]
+        if found._place is not None:
+            found._place = (found._place[0][keep], found._place[1][keep])
+        found._known = None
+        found._set_days()
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [{"size": 3}, {"size": 7}, {"order": "day", "days_per_batch": 2}])
+def test_seven_samples_on_two_devices(forked, batch: dict[str, Any]) -> None:
+    dataset = Few()
+    assert len(dataset.samples("train")) == 7
+    pair = _pair(dataset, batch=batch, trainer={"max_epochs": 8})
+    _same_numbers(*pair, dataset)
+
+
+@pytest.mark.slow
+def test_a_module_that_trains_itself(forked, recorder: ToyRecorder) -> None:
+    torch.manual_seed(0)
+    model = LightningModel(
+        OwnModule(d_feat=4),
+        monitor="own_valid_loss",
+        batch={"size": 487},  # and one sample more, which two devices cannot share
+        trainer={"max_epochs": 3, **DDP},
+        seed=1,
+    )
+    model.fit(ToyDataset(), recorder=recorder)
+    assert model.fit_report_["epochs"] == 3
+    assert model.fit_report_["devices"] == 2
+    history = recorder.history()
+    assert history["own_valid_loss", 5] < history["own_valid_loss", 1]
+    assert isinstance(model.network_, OwnModule)
+    assert model.predict(ToyDataset()).notna().all()
+
+
+@pytest.mark.slow
+def test_metrics_and_signs_of_life_come_once(forked, recorder: ToyRecorder, caplog) -> None:
+    heard = []
+    with (
+        listening(lambda stage, details: heard.append((stage, details))),
+        caplog.at_level(logging.INFO, logger="qtorch"),
+    ):
+        model = resumable_model(trainer={"max_epochs": 2, **DDP})
+        model.fit(ToyDataset(), recorder=recorder)
+    assert len(recorder.logged) == len(recorder.history()) == 2 * 5
+    assert [r.getMessage()[:8] for r in caplog.records if "train/loss" in r.getMessage()] == [
+        "epoch 0:",
+        "epoch 1:",
+    ]
+    assert {"starting ranks", "training"} <= {stage for stage, _ in heard}
+    names = sorted(p.name for p in recorder.checkpoint_dir().iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert all(rank.exit_code() == 0 for rank in forked)
+
+
+@pytest.mark.slow
+def test_batch_norms_of_shares_are_warned_of(forked, caplog) -> None:
+    model = resumable_model(network="MLP", trainer={"max_epochs": 1, **DDP})
+    model.fit(ToyDataset())
+    assert "batch norms of MLP see each device's share" in caplog.text
+    assert model.predict(ToyDataset()).notna().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_rank_that_fails_ends_all_with_its_error(
+    forked, recorder: ToyRecorder, monkeypatch, caplog, how: str
+) -> None:
+    monkeypatch.setenv(FATE, f"1:1:3:{how}")
+    model = resumable_model(trainer={"max_epochs": 4, **DDP})
+    kind = ZeroDivisionError if how == "raise" else RankError
+    begin = time.monotonic()
+    with pytest.raises(kind) as caught:
+        model.fit(ToyDataset(), recorder=recorder)
+    assert time.monotonic() - begin < 15
+    if how == "raise":
+        assert str(caught.value) == "a rank divides by zero"
+        assert caught.value.__notes__ == ["in rank 1 of 2"]
+        assert "rank 1 of 2 failed" in caplog.text
+        assert "forked_ranks.py" in caplog.text  # its traceback
+    else:
+        assert "rank 1 of 2 was ended by SIGKILL" in str(caught.value)
+    assert not [rank.pid for rank in forked if psutil.pid_exists(rank.pid)]
+    assert not list(recorder.checkpoint_dir().glob(".ranks-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_ranks_after_one_step(
+    forked, recorder: ToyRecorder, monkeypatch, caplog
+) -> None:
+    changes = {"trainer": {"max_epochs": 3, **DDP}}
+    whole = resumable_model(**changes)
+    whole.fit(ToyDataset())
+    with monkeypatch.context() as patch:
+        patch.setenv(FATE, "1:1:7:stop")
+        with pytest.raises(TrainingInterrupted, match=r"in epoch 1 after batch \d+ of 20") as stop:
+            resumable_model(**changes).fit(ToyDataset(), recorder=recorder)
+    assert stop.value.checkpoint == str(recorder.checkpoint_dir() / LAST)
+    again = resumable_model(**changes)
+    again.fit(ToyDataset(), recorder=recorder)
+    assert again.fit_report_["resumed_from"] is not None
+    assert _apart(whole, again) == 0
+    assert again.evals_result_ == whole.evals_result_
+
+
+@pytest.mark.parametrize("name", ["TRA", "ADARNN", "TCTS", "ADD", "TabNet"])
+def test_steps_that_cannot_be_shared_are_refused_by_name(dataset: ToyDataset, name: str) -> None:
+    model = LightningModel(
+        {"_target_": "qtorch.nn.MLP"},
+        module=f"qtorch.model.{name}Module",
+        batch={"order": "day", "days_per_batch": 4},
+        trainer=DDP,
+    )
+    with pytest.raises(ConfigError, match=f"{name}Module does not train on 2 devices: it"):
+        model.fit(dataset)
+
+
+def test_a_step_of_ones_own_must_say_whether_it_can_be_shared(dataset: ToyDataset) -> None:
+    class Mine(qtorch.model.ScoreModule):
+        def training_sums(self, batch):
+            return super().training_sums(batch)
+
+    model = LightningModel("MLP", module=Mine, trainer=DDP)
+    with pytest.raises(ConfigError, match="Mine has a training step of its own"):
+        model.fit(dataset)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "batch", "said"),
+    [
+        ({"strategy": "ddp_spawn"}, {}, "starts its processes itself"),
+        ({"num_nodes": 2}, {}, "torchrun --nnodes 2 --nproc-per-node 2"),
+        ({"devices": "many"}, {}, "expected a number of devices"),
+        ({"num_nodes": 0}, {}, "num_nodes is 0"),
+        ({}, {"order": "day"}, "set batch.days_per_batch to 2 or more"),
+        ({}, {"size": 1}, "set batch.size to 2 or more"),
+    ],
+)
+def test_what_cannot_be_meant(dataset, trainer, batch, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        LightningModel("MLP", batch=batch, trainer={**DDP, **trainer}).fit(dataset)
+
+
+FSDP = {
+    **DDP,
+    "strategy": {
+        "_target_": "pytorch_lightning.strategies.ModelParallelStrategy",
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    },
+}
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same(forked, recorder: ToyRecorder) -> None:
+    changes = {
+        "network": {"_target_": "qtorch.nn.Transformer", "d_model": 8, "nhead": 2, "dropout": 0.0},
+        "batch": {"size": 80},
+        "optimizer": {**SGD, "lr": 0.003},
+    }
+    fits = []
+    for devices in ({"accelerator": "cpu", "enable_progress_bar": False}, FSDP):
+        model = resumable_model(
+            **changes, trainer={"max_epochs": 2, "gradient_clip_val": 1.0, **devices}
+        )
+        model.fit(ToyDataset(), recorder=recorder if devices is FSDP else None)
+        fits.append(model)
+    _same_numbers(*fits, ToyDataset())
+    assert type(fits[1].network_).__name__ == "Transformer"
+    longer = {"max_epochs": 3, "gradient_clip_val": 1.0}
+    whole = resumable_model(**changes, trainer={**longer, **DDP, "devices": 1})
+    whole.fit(ToyDataset())
+    again = resumable_model(**changes, trainer={**longer, **FSDP})
+    again.fit(ToyDataset(), recorder=recorder)
+    assert again.fit_report_["resumed_from"] is not None
+    _same_numbers(whole, again, ToyDataset())
+
+
+@pytest.mark.slow
+def test_layers_that_learn_one_after_the_other(forked) -> None:
+    """The averaging of gradients bears weights that do not learn yet."""
+    fits = []
+    for devices in ({"accelerator": "cpu", "enable_progress_bar": False}, DDP):
+        given = {"max_epochs": 1, "precision": "64-true"}
+        model = resumable_model(
+            network={"_target_": "qtorch.nn.LSTM", "hidden_size": 8}, trainer={**given, **devices}
+        )
+        model.fit(ToyDataset())
+        model.finetune(ToyDataset(), unfreeze_every=1, trainer={"max_epochs": 3})
+        fits.append(model)
+    _same_numbers(*fits, ToyDataset())
