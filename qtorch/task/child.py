@@ -37,19 +37,21 @@ ORPHANED = 97  # the exit code of a child whose supervisor is gone
 
 
 class Stops:
-    """SIGTERM, however often and by whom it is sent, interrupts the work once.
+    """SIGTERM (or one of `numbers`), however often and by whom it is sent, interrupts once.
 
     A scheduler signals every process of a job and the supervisor tells its child too; what a
     training takes as a second signal would end it without a checkpoint. Python notes each signal
     in the wakeup pipe, whoever handles it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
+        self._numbers = numbers
         self._read, write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in numbers:
+            signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
         self._lock = threading.Lock()
@@ -58,18 +60,19 @@ class Stops:
         """How many of them came."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                self._count += os.read(self._read, 4096).count(signal.SIGTERM)
+                noted = os.read(self._read, 4096)
+                self._count += sum(noted.count(number) for number in self._numbers)
             return self._count
 
-    def stop(self) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Interrupt the main thread, unless it has been already."""
         main = threading.main_thread().ident
         if self.told() == 0 and main is not None:
-            signal.pthread_kill(main, signal.SIGTERM)
+            signal.pthread_kill(main, number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.told() <= 1:
-            raise KeyboardInterrupt("the worker was asked to stop")
+            raise KeyboardInterrupt("asked to stop")
 
 
 class Link:
