@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qtorch.cli.scheduler import submitted
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.heartbeat import RUN, listening
 from qtorch.trainer.forked import Ended, ForkError, Forks, call_at
 
 log = logging.getLogger(__name__)
 
-SUBMITIT = "submitit"  # gives each job a process by itself
 ADDRESS_FILE = ".zygote.json"
 MODES = ("auto", "true", "false")
 
@@ -31,7 +31,7 @@ def isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     told = str(mode).lower()
     if told not in MODES:
         raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
-    return told == "true" or (told == "auto" and sweep and SUBMITIT not in launcher)
+    return told == "true" or (told == "auto" and sweep and not submitted(launcher))
 
 
 def share(forks: Forks, folder: Path) -> None:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtorch.cli.hydra_errors import check_complete, explain
 from qtorch.cli.isolation import close_run, hint, in_own_process, isolated
+from qtorch.cli.scheduler import do_as_submitted, submitted
 from qtorch.cli.sweep import (
     FAILED,
     KILLED,
@@ -22,7 +23,7 @@ from qtorch.cli.sweep import (
     note_here,
     stored_result,
 )
-from qtorch.cli.sweep_start import SWEEP_VARIABLE, the_sweep
+from qtorch.cli.sweep_start import SWEEP_VARIABLE, plain_words, the_sweep
 from qtorch.cli.work import LOCAL, POOL, note_failure, print_failure, store, work
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import plain
@@ -53,7 +54,10 @@ def run_job(config: DictConfig) -> None:
         print_failure(result)
         return
     if not apart:
-        work(request)
+        if submitted(launcher):
+            do_as_submitted(lambda: work(request))
+        else:
+            work(request)
         return
     ended, run = in_own_process(request, Path(str(HydraConfig.get().sweep.dir)).resolve())
     told = stored_result(folder / RESULT_FILE)
@@ -79,7 +83,7 @@ def _request(
         "overrides": result.overrides,
         "folder": str(folder.resolve()),
         "model": hydra.runtime.choices.get("model"),
-        "resume": _resumed_run(settings, result.overrides),
+        "resume": _resumed_run(settings, list(hydra.overrides.task)),
         "sweep": os.environ.get(SWEEP_VARIABLE) if hydra.mode == RunMode.MULTIRUN else None,
     }
 
@@ -136,4 +140,4 @@ def _resumed_run(settings: Mapping[str, Any], overrides: Sequence[str]) -> str |
 def _result(config: DictConfig) -> JobResult:
     hydra = HydraConfig.get()
     number = int(hydra.job.num) if not OmegaConf.is_missing(hydra.job, "num") else 0
-    return JobResult(number, list(hydra.overrides.task), FAILED, 0.0)
+    return JobResult(number, plain_words(hydra.overrides.task), FAILED, 0.0)

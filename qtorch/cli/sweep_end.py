@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from qtorch.cli.guard import INTERRUPTED
+from qtorch.cli.scheduler import submitted
 from qtorch.cli.sweep import KILLED, JobResult
-from qtorch.cli.sweep_start import SweepCommand, submitted, the_sweep
+from qtorch.cli.sweep_start import SweepCommand, the_sweep
 from qtorch.cli.sweep_table import print_sweep
 from qtorch.core.errors import TrackingError
 from qtorch.study.sweep import SweepJob, adopt, end_sweep, sweep_jobs

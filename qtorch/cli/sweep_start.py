@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.isolation import SUBMITIT, isolated, share
+from qtorch.cli.isolation import isolated, share
+from qtorch.cli.scheduler import choose_signal, submitted
 from qtorch.cli.sweep import Refusal
 from qtorch.core.errors import ConfigError
 from qtorch.trainer.forked import Forks
@@ -106,6 +107,8 @@ def begin(config: DictConfig) -> None:
         launcher = sweep.launcher = str(config.hydra.launcher._target_)
         if config.runner == LOCAL and isolated(config.sweep.isolate, launcher, sweep=True):
             sweep.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
+        if submitted(launcher):
+            choose_signal()
         sweep.in_this_thread = launcher.endswith("BasicLauncher")
         sweep.recorder = _run_of(config, sweep.name, overrides)
     except Exception as error:
@@ -130,14 +133,21 @@ def _run_of(config: DictConfig, name: str, overrides: list[str]) -> Any:
         name,
         config.experiment_name,
         typed(),
+        told=plain_words(typed()),
         count=count_of(config, overrides),
         folder=os.getcwd(),
     )
 
 
 def typed() -> list[str]:
-    """The words of the command, without the program's."""
-    return [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
+    """The words of the command that `resume` repeats."""
+    words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
+    return [w for w in dict.fromkeys(words) if not w.startswith("sweep.retry=")]
+
+
+def plain_words(overrides: Sequence[str]) -> list[str]:
+    """The overrides that say what is run, without those that say in what manner."""
+    return [o for o in overrides if not MANNER.match(o)]
 
 
 def sweep_name(given: str | None, overrides: Sequence[str]) -> str:
@@ -146,7 +156,7 @@ def sweep_name(given: str | None, overrides: Sequence[str]) -> str:
         if not NAME.fullmatch(str(given)):
             raise ConfigError(f"sweep.name={given!r}: letters, digits, - _ and . make a name.")
         return str(given)
-    own = sorted(o for o in overrides if not MANNER.match(o))
+    own = sorted(plain_words(overrides))
     parsed = OverridesParser.create().parse_overrides(own)
     keys = [str(p.key_or_group).rpartition(".")[2] for p in parsed if p.is_sweep_override()]
     varied = "-".join(k for k in dict.fromkeys(keys) if NAME.fullmatch(k))
@@ -166,8 +176,3 @@ def count_of(config: DictConfig, overrides: Sequence[str]) -> int | None:
         return math.prod(len(list(p.sweep_string_iterator())) for p in varied)
     except HydraException:
         return None
-
-
-def submitted(launcher: str) -> bool:
-    """Whether the jobs live on without this process, in a scheduler's hands."""
-    return SUBMITIT in launcher

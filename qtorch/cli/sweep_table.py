@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ from qtorch.study.sweep_groups import (
     seed_groups,
 )
 
+log = logging.getLogger(__name__)
+
 
 def print_sweep(name: str, jobs: Sequence[SweepJob], expected: int | None = None) -> None:
     """One row a job; then mean and deviation where there are several seeds; then the best."""
@@ -37,16 +40,19 @@ def print_sweep(name: str, jobs: Sequence[SweepJob], expected: int | None = None
     groups = seed_groups(jobs)
     if any(len(g.jobs) > 1 for g in groups):
         console.print(_groups(groups))
-    try:
-        print_best(jobs, groups, None, None)
-    except ConfigError:
-        console.print("no job has a Rank IC: there is no best one yet.")
+    if groups:
+        try:
+            print_best(jobs, groups, None, None)
+        except ConfigError as error:  # no Rank IC: qtorch sweep best NAME metric=...
+            log.debug("%s", error)
     console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
 
 
 def counts_text(jobs: Sequence[SweepJob], expected: int | None = None) -> str:
     """How many jobs there are, by status."""
     statuses = dict.fromkeys(j.status for j in jobs)
+    if list(statuses) == ["FINISHED"] and len(jobs) >= (expected or 0):
+        return f"{counted(len(jobs), 'job')}, all finished"
     parts = [f"{sum(j.status == s for j in jobs)} {s.lower()}" for s in statuses]
     missing = (expected or 0) - len(jobs)
     if missing > 0:

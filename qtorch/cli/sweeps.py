@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,11 +75,8 @@ def _look_elsewhere(named: str) -> None:
     """Take the store that a sweep was begun in, where this folder's has none of that name."""
     from qtorch.core.session import init
     from qtorch.study.sweep import SWEEP_TAG, list_sweeps, registered_uri
-    from qtorch.tracking.locations import sqlite_path
-    from qtorch.tracking.r import R
 
-    path = sqlite_path(R.get_uri())
-    here = path is None or path.exists()  # asking would make one
+    here = _has_store()
     if here and any(named in (s.id, s.tags[SWEEP_TAG]) for s in list_sweeps()):
         return
     uri = registered_uri(named)
@@ -91,6 +89,15 @@ def _look_elsewhere(named: str) -> None:
         )
 
 
+def _has_store() -> bool:
+    """Whether there is a tracking store: asking one that is not there would make it."""
+    from qtorch.tracking.locations import sqlite_path
+    from qtorch.tracking.r import R
+
+    path = sqlite_path(R.get_uri())
+    return path is None or path.exists()
+
+
 def _list() -> int:
     from rich import box
     from rich.table import Table
@@ -100,7 +107,7 @@ def _list() -> int:
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, count_of, list_sweeps, sweep_jobs
     from qtorch.tracking.limits import local_time
 
-    sweeps = list_sweeps()
+    sweeps = list_sweeps() if _has_store() else []
     if not sweeps:
         terminal().print("no sweep yet: qtorch train -m model=lstm,gru seed=0,1,2 begins one.")
         return 0
@@ -167,6 +174,6 @@ def _resume(named: str, options: dict[str, Any]) -> int:
         os.environ["MLFLOW_TRACKING_URI"] = uri
     codes = []
     for command in plan["commands"]:
-        print(f"in {folder}: qtorch train -m {' '.join(command)}", file=sys.stderr)
-        codes.append(train.main(["-m", *command, *added]))
+        print(f"in {folder}: qtorch train -m {shlex.join(command['words'])}", file=sys.stderr)
+        codes.append(train.main(["-m", *command["words"], *added]))
     return max(codes)

@@ -23,7 +23,7 @@ SEGMENTS = ("train", "valid", "test")
 STATUS_STYLE = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
 
 
-def print_summary(result: JobResult, recorder: Recorder) -> None:
+def print_summary(result: JobResult, recorder: Recorder, *, look: bool = True) -> None:
     """The data, the training, the quality by segment, and where to look further."""
     metrics = result.metrics
     console = terminal()
@@ -42,7 +42,8 @@ def print_summary(result: JobResult, recorder: Recorder) -> None:
             quality.add_row(segment, *(number(v) for v in values))
     if quality.row_count:
         console.print(quality)
-    console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
+    if look:
+        console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
 
 
 def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:

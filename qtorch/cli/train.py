@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, Refusal, finished_jobs, forget_jobs
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
+# Our launcher groups have their plugins' names, and are checked against those; a launcher's workers
+# import this module too.
+warnings.filterwarnings("ignore", message=r".*\n?.*validated against ConfigStore schema")
 # Hydra composes its help without the root configuration, which could say so.
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 

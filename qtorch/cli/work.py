@@ -70,7 +70,7 @@ def work(request: Mapping[str, Any]) -> None:
     if result.status == FINISHED and result.note == SKIPPED:
         print(f"job {result.number}: finished before, in run {result.run_id}", file=sys.stderr)
     elif result.status == FINISHED:
-        table.print_summary(result, recorder)
+        table.print_summary(result, recorder, look=request["sweep"] is None)
     elif result.status == FAILED and request["sweep"] is not None:
         print_failure(result)
 

@@ -7,6 +7,7 @@ which the nodes of a cluster share with the home folder (as the checkpoints do).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -69,7 +70,7 @@ def is_held(path: Path) -> bool:
         return False
     if held["machine"] == _machine():
         # One with the id of a dead holder has begun at another time.
-        return _process(int(held["process"][0])) == held["process"]
+        return bool(_process(int(held["process"][0])) == held["process"])
     return _age(path) < STALE_SECONDS
 
 
@@ -122,14 +123,10 @@ def _age(path: Path) -> float:
 def _machine() -> str:
     """What shares process ids with this process: host, boot, container."""
     parts = [socket.gethostname()]
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ):
-        try:
-            parts.append(read())
-        except OSError:
-            parts.append("")
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 

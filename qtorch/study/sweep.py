@@ -54,13 +54,15 @@ def begin_sweep(
     experiment_name: str | None,
     command: Sequence[str],
     *,
+    told: Sequence[str],
     count: int | None = None,
     **about: Any,
 ) -> MLflowRecorder:
     """The started run of the sweep of that name: a new one, or the one that there is.
 
-    `command` is what `resume` repeats, `about` what it needs beside (JSON); a sweep that was
-    begun by several commands keeps them all. Processes that begin one sweep at once get one run.
+    `command` is what `resume` repeats, `told` the words of it that say what is run (commands that
+    differ in others are one), `about` what is needed beside (JSON). A sweep that was begun by
+    several commands keeps them all. Processes that begin one sweep at once get one run.
     """
     uri = R.get_uri()
     experiment: MLflowExperiment = R.get_exp(experiment_name=experiment_name)
@@ -73,8 +75,9 @@ def begin_sweep(
             with born_with({SWEEP_TAG: name}):
                 recorder = experiment.create_recorder(f"sweep {name}").start_run()
             recorder = _first_of_several(experiment, name, recorder)
-        _keep_plan(recorder, list(command), {**about, "experiment": experiment.name})
-    recorder.set_tags(**{COMMAND_TAG: " ".join(command)})
+        own = {"words": list(command), "told": list(told)}
+        _keep_plan(recorder, own, {**about, "experiment": experiment.name})
+    recorder.set_tags(**{COMMAND_TAG: " ".join(told)})
     if count is not None:
         recorder.set_tags(**{COUNT_TAG: count})
     _register(name, recorder)
@@ -93,14 +96,15 @@ def _first_of_several(
     return experiment.start(recorder_id=first.id, resume=True)
 
 
-def _keep_plan(recorder: MLflowRecorder, command: list[str], about: dict[str, Any]) -> None:
-    commands: list[Any] = []
+def _keep_plan(recorder: MLflowRecorder, command: Any, about: dict[str, Any]) -> None:
+    """The newest of commands that run the same, beside the others."""
+    before: list[Any] = []
     if PLAN in recorder.list_artifacts():
-        commands = list(recorder.load_object(PLAN)["commands"])
-    if command not in commands:
-        commands.append(command)
-        plan: dict[str, Any] = {"format": PLAN_FORMAT, "commands": commands, **about}
-        recorder.save_objects(**{PLAN: plan})
+        before = list(recorder.load_object(PLAN)["commands"])
+    if command not in before:
+        others = [c for c in before if c["told"] != command["told"]]
+        about = {"format": PLAN_FORMAT, "tracking_uri": redacted(recorder.uri), **about}
+        recorder.save_objects(**{PLAN: {**about, "commands": [*others, command]}})
 
 
 def end_sweep(recorder: MLflowRecorder, *, interrupted: bool = False) -> None:

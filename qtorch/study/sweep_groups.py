@@ -87,7 +87,7 @@ def best_group(groups: Sequence[SeedGroup], metric: str, mode: str = "max") -> S
 
 def _name(jobs: Sequence[SweepJob], common: set[str]) -> str:
     told = [o for o in jobs[0].overrides if o not in common and not _is_seed(o)]
-    return " ".join(told) or "-"
+    return " ".join(told) or "one setting"
 
 
 def _is_seed(override: str) -> bool:

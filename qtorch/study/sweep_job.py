@@ -32,7 +32,7 @@ FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this one's records we
 BEGIN_SECONDS = 20.0  # from a claim to its run
 INTERRUPTED = (Recorder.STATUS_R, Recorder.STATUS_K, Recorder.STATUS_S)
 
-TRAINED, SKIPPED, RESUMED, RETRIED = "trained", "finished before", "resumed", "retried"
+TRAINED, SKIPPED, RESUMED, RETRIED = "trained", "skipped", "resumed", "retried"
 RECORDED, ELSEWHERE, REFUSED = "records only", "elsewhere", "failed before"
 
 

@@ -54,6 +54,7 @@ class Stops:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
+        self.first: int | None = None  # the one that came first, once `told` has looked
         self._lock = threading.Lock()
 
     def told(self) -> int:
@@ -61,7 +62,9 @@ class Stops:
         with self._lock:
             with contextlib.suppress(BlockingIOError):
                 noted = os.read(self._read, 4096)
-                self._count += sum(noted.count(number) for number in self._numbers)
+                own = [number for number in noted if number in self._numbers]
+                self.first = self.first or next(iter(own), None)
+                self._count += len(own)
             return self._count
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
