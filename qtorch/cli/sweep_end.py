@@ -11,7 +11,7 @@ from qtorch.cli.sweep import KILLED, JobResult
 from qtorch.cli.sweep_start import SweepCommand, the_sweep
 from qtorch.cli.sweep_table import print_sweep
 from qtorch.core.errors import TrackingError
-from qtorch.study.sweep import SweepJob, adopt, end_sweep, sweep_jobs
+from qtorch.study.sweep import COMMAND_TAG, COUNT_TAG, SweepJob, adopt, end_sweep, sweep_jobs
 
 
 def end(results: Sequence[JobResult], interrupted: BaseException | None) -> int:
@@ -27,7 +27,10 @@ def end(results: Sequence[JobResult], interrupted: BaseException | None) -> int:
     try:
         for result in (r for r in results if r.sent and r.run_id):
             adopt(str(result.run_id), str(sweep.recorder.id), result.number, result.overrides)
-        print_sweep(str(sweep.name), _merged(results, sweep_jobs(str(sweep.recorder.id))))
+        rows = _merged(results, sweep_jobs(str(sweep.recorder.id)))
+        tags = sweep.recorder.list_tags()
+        expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
+        print_sweep(str(sweep.name), rows, expected, tags.get(COMMAND_TAG, ""))
         end_sweep(sweep.recorder, interrupted=stopped)
     except TrackingError as error:
         print(f"error: {error}", file=sys.stderr)

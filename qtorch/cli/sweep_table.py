@@ -27,16 +27,19 @@ from qtorch.study.sweep_groups import (
 log = logging.getLogger(__name__)
 
 
-def print_sweep(name: str, jobs: Sequence[SweepJob], expected: int | None = None) -> None:
+def print_sweep(
+    name: str, jobs: Sequence[SweepJob], expected: int | None = None, command: str = ""
+) -> None:
     """One row a job; then mean and deviation where there are several seeds; then the best."""
     console = terminal()
     if not jobs:
         console.print(f"sweep {name}: no job has a run yet.")
         return
-    console.print(_jobs(f"sweep {name}: {counts_text(jobs, expected)}", jobs))
-    common = sorted(common_overrides(jobs))
+    common = common_overrides(jobs, command)
+    console.print(_jobs(f"sweep {name}: {counts_text(jobs, expected)}", jobs, common))
     if common:
-        console.print(f"[dim]all with:[/dim] {escape(' '.join(common))}", soft_wrap=True)
+        told = " ".join(o for o in jobs[0].overrides if o in common)
+        console.print(f"[dim]all with:[/dim] {escape(told)}", soft_wrap=True)
     groups = seed_groups(jobs)
     if any(len(g.jobs) > 1 for g in groups):
         console.print(_groups(groups))
@@ -81,14 +84,13 @@ def print_best(
         console.print(told, soft_wrap=True)
 
 
-def _jobs(title: str, jobs: Sequence[SweepJob]) -> Table:
+def _jobs(title: str, jobs: Sequence[SweepJob], common: set[str]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     shown.add_column("job", justify="right")
     for name in ("varied", "status", "run"):
         shown.add_column(name, overflow="fold")
     for name in (*FIGURES, "seconds"):
         shown.add_column(name, justify="right", no_wrap=True)
-    common = common_overrides(jobs)
     for job in jobs:
         style = STATUS_STYLE.get(job.status, "")
         status = f"[{style}]{job.status}[/{style}]" if style else job.status

@@ -131,11 +131,11 @@ def _list() -> int:
 
 def _show(named: str, options: dict[str, Any]) -> int:
     from qtorch.cli.sweep_table import print_sweep
-    from qtorch.study.sweep import SWEEP_TAG, count_of, find_sweep, sweep_jobs
+    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, count_of, find_sweep, sweep_jobs
 
     row = find_sweep(named)
     jobs = sweep_jobs(row.id)
-    print_sweep(row.tags[SWEEP_TAG], jobs, count_of(row))
+    print_sweep(row.tags[SWEEP_TAG], jobs, count_of(row), row.tags.get(COMMAND_TAG, ""))
     for job in (j for j in jobs if j.error):
         print(f"job {job.number}: {job.error}", file=sys.stderr)
     return 0

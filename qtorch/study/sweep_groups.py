@@ -32,9 +32,10 @@ class SeedGroup:
         return fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values)
 
 
-def common_overrides(jobs: Sequence[SweepJob]) -> set[str]:
-    """What every job was told alike."""
-    return set.intersection(*(set(j.overrides) for j in jobs)) if len(jobs) > 1 else set()
+def common_overrides(jobs: Sequence[SweepJob], command: str = "") -> set[str]:
+    """What every job was told alike; of one job alone, what stands like this in the command."""
+    common = set.intersection(*(set(j.overrides) for j in jobs)) if jobs else set()
+    return common if len(jobs) > 1 else common & set(command.split())
 
 
 def seed_groups(jobs: Sequence[SweepJob]) -> list[SeedGroup]:

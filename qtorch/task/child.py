@@ -54,6 +54,7 @@ class Stops:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
+        self._asked = self._raised = False
         self.first: int | None = None  # the one that came first, once `told` has looked
         self._lock = threading.Lock()
 
@@ -70,11 +71,13 @@ class Stops:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Interrupt the main thread, unless it has been already."""
         main = threading.main_thread().ident
-        if self.told() == 0 and main is not None:
+        if self.told() == 0 and not self._asked and main is not None:
+            self._asked = True  # the signal is noted when the main thread comes to it
             signal.pthread_kill(main, number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.told() <= 1:
+        if not self._raised:  # two that come at once call this once
+            self._raised = True
             raise KeyboardInterrupt("asked to stop")
 
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -46,7 +47,7 @@ PRELOADED = (
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60.0  # for a checkpoint, once nobody waits for the result any more
-ABANDONED = 97  # the exit code of a child that took longer
+ABANDONED = 97  # the exit code of a zygote whose owner went away before it was ready
 
 
 @dataclass
@@ -97,6 +98,11 @@ class Zygote:
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     self._order(signal.SIGKILL)
         return 0
+
+    def is_orphaned(self) -> bool:
+        """Whether the owner is gone before anything was asked."""
+        ready = select.select([self._orders], [], [], 0)[0]
+        return bool(ready) and not self._obey()
 
     def _obey(self) -> bool:
         """Carry out what was ordered; False at the end of the orders."""
@@ -260,6 +266,8 @@ def main(argv: list[str]) -> int:
         zygote = Zygote(listener, orders)
         for name in PRELOADED:
             importlib.import_module(name)
+            if zygote.is_orphaned():
+                return ABANDONED
         import torch
 
         assert not torch.cuda.is_initialized(), "a forked child could not use CUDA"
