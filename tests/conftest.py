@@ -74,7 +74,7 @@ def zygote() -> Iterator[Any]:
     """The process that jobs are forked from, its imports done once for the session."""
     from qtorch.trainer.forked import Forks
 
-    forks = Forks()
+    forks = Forks("qtorch.cli.work")
     yield forks
     forks.close()
 

@@ -20,6 +20,7 @@ from qtorch.trainer.forked import Ended, ForkError, Forks, call_at
 
 log = logging.getLogger(__name__)
 
+WORK_MODULE = "qtorch.cli.work"
 ADDRESS_FILE = ".zygote.json"
 MODES = ("auto", "true", "false")
 
@@ -69,7 +70,7 @@ def _call(folder: Path) -> Callable[..., Ended]:
                 return Ended(None, refused=True)
 
         return call
-    forks = Forks()
+    forks = Forks(WORK_MODULE)
     atexit.register(forks.close)
     _forks.append(forks)
     return forks.call

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.isolation import isolated, share
+from qtorch.cli.isolation import WORK_MODULE, isolated, share
 from qtorch.cli.scheduler import choose_signal, submitted
 from qtorch.cli.sweep import Refusal
 from qtorch.core.errors import ConfigError
@@ -52,7 +52,7 @@ class SweepCommand:
 
     def start_processes(self, folder: Path) -> None:
         """The zygote of the jobs, and the signals that it passes on."""
-        self.forks = Forks()
+        self.forks = Forks(WORK_MODULE)
         share(self.forks, folder)
         if threading.current_thread() is threading.main_thread():
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

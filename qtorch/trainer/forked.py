@@ -57,9 +57,12 @@ class Ended:
 
 
 class Forks:
-    """A zygote of this process's own; it ends with this process, or with `close`."""
+    """A zygote of this process's own; it ends with this process, or with `close`.
 
-    def __init__(self) -> None:
+    `modules` are imported in it beside what every training needs.
+    """
+
+    def __init__(self, *modules: str) -> None:
         self._folder = tempfile.mkdtemp(prefix="qtorch-")  # of this user alone
         self.address = os.path.join(self._folder, "zygote")
         self.stopped = False
@@ -67,7 +70,7 @@ class Forks:
         theirs, self._orders = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", ZYGOTE_MODULE, self.address, str(theirs)],
+                [sys.executable, "-m", ZYGOTE_MODULE, self.address, str(theirs), *modules],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs,),
                 start_new_session=True,  # a terminal's Ctrl-C is for this process alone

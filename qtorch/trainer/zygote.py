@@ -1,7 +1,8 @@
 """A process with its imports done, which forks one child for each piece of work.
 
-Started as `python -m qtorch.trainer.zygote SOCKET ORDERS`: the path of a socket in a private
-folder, and a file descriptor on which the owner gives orders (`qtorch.trainer.forked`). Torch,
+Started as `python -m qtorch.trainer.zygote SOCKET ORDERS MODULE ...`: the path of a socket in a
+private folder, a file descriptor on which the owner gives orders (`qtorch.trainer.forked`), what
+to import beside what every training needs. Torch,
 Lightning and MLflow are imported once, before any CUDA context exists; a child shares their memory
 and begins its work at once. What it did to memory, host or GPU, goes when it ends.
 """
@@ -33,16 +34,31 @@ log = logging.getLogger(__name__)
 
 PRELOADED = (
     "qtorch.tracking.mlflow_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "mlflow.utils.name_utils",
+    "sqlalchemy.dialects.sqlite",
     "qtorch.model.lightning_model",
     "qtorch.model.fitting",
     "qtorch.data.alpha",
     "qtorch.data.window_dataset",
-    "qtorch.record",
+    "qtorch.nn.lstm",
+    "qtorch.record.signal",
+    "qtorch.record.segment_ic",
+    "qtorch.record.signal_analysis",
+    "qtorch.record.ic_chart",
     "qtorch.trainer.run",
     "torch.optim",
     "torch._dynamo",  # an optimizer's first step wants it
-    "matplotlib.pyplot",
+    "torch.utils.serialization",
+    "torch.profiler._cupti_monitor",
     "pytorch_lightning.callbacks",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "pyarrow.pandas_compat",
+    "safetensors.torch",
     "rich.progress",
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -264,8 +280,11 @@ def main(argv: list[str]) -> int:
         listener.setblocking(False)
         os.rename(partial, path)  # who finds it can connect, and waits for the imports
         zygote = Zygote(listener, orders)
-        for name in PRELOADED:
-            importlib.import_module(name)
+        for name in (*PRELOADED, *argv[2:]):
+            try:
+                importlib.import_module(name)
+            except ImportError as error:  # another version's, or no part of this installation
+                log.debug("%s: %s", name, error)
             if zygote.is_orphaned():
                 return ABANDONED
         import torch

@@ -27,6 +27,9 @@ def warm(zygote, monkeypatch):
         address, stopped, busy, open = zygote.address, False, False, True
         call = zygote.call
 
+        def __init__(self, *modules: str) -> None:
+            type(self).open = True
+
         def close(self) -> None:
             type(self).open = False
 
