@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
 log = logging.getLogger(__name__)
 
 RESULT_FILE = "job.json"
@@ -50,19 +47,10 @@ class JobResult:
         (folder / RESULT_FILE).write_text(json.dumps(asdict(self), indent=1))
 
 
-class SweepFolder(Callback):
-    """Begins a sweep, and tells the starting process where its jobs put their results.
-
-    Hydra gives a sweep's return values to nobody, and a launcher's workers share no memory.
-    """
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the sweep's folder; make its run and its processes."""
-        global _sweep_folder
-        _sweep_folder = Path(str(config.hydra.sweep.dir)).resolve()
-        from qtorch.cli.sweep_start import begin
-
-        begin(config)
+def collect_from(folder: Path) -> None:
+    """The results of this command are what its jobs leave in that folder."""
+    global _sweep_folder
+    _sweep_folder = folder
 
 
 def forget_jobs() -> None:

@@ -48,7 +48,7 @@ def _merged(results: Sequence[JobResult], stored: Sequence[SweepJob]) -> list[Sw
     own = {r.run_id: r for r in results if r.run_id}
     rows = []
     for job in stored:
-        mine = own.get(job.run_id)
+        mine = own.get(str(job.run_id))
         note = job.note if mine is None else mine.note
         rows.append(SweepJob(**{**vars(job), "note": note}))
     known = {j.run_id for j in rows}

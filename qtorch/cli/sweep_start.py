@@ -16,12 +16,13 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.isolation import WORK_MODULE, isolated, share
 from qtorch.cli.scheduler import choose_signal, submitted
-from qtorch.cli.sweep import Refusal
+from qtorch.cli.sweep import Refusal, collect_from
 from qtorch.core.errors import ConfigError
 from qtorch.trainer.forked import Forks
 
@@ -81,6 +82,18 @@ class SweepCommand:
             signal.signal(number, handler)
         if self.forks is not None:
             self.forks.close()
+
+
+class SweepFolder(Callback):
+    """Begins a sweep, and tells the starting process where its jobs put their results.
+
+    Hydra gives a sweep's return values to nobody, and a launcher's workers share no memory.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the sweep's folder; make its run and its processes."""
+        collect_from(Path(str(config.hydra.sweep.dir)).resolve())
+        begin(config)
 
 
 _command: list[SweepCommand] = []

@@ -103,8 +103,9 @@ def _keep_plan(recorder: MLflowRecorder, command: Any, about: dict[str, Any]) ->
         before = list(recorder.load_object(PLAN)["commands"])
     if command not in before:
         others = [c for c in before if c["told"] != command["told"]]
-        about = {"format": PLAN_FORMAT, "tracking_uri": redacted(recorder.uri), **about}
-        recorder.save_objects(**{PLAN: {**about, "commands": [*others, command]}})
+        plan = {"format": PLAN_FORMAT, "tracking_uri": redacted(recorder.uri), **about}
+        saved: dict[str, Any] = {PLAN: {**plan, "commands": [*others, command]}}
+        recorder.save_objects(**saved)
 
 
 def end_sweep(recorder: MLflowRecorder, *, interrupted: bool = False) -> None:

@@ -289,7 +289,8 @@ def main(argv: list[str]) -> int:
                 return ABANDONED
         import torch
 
-        assert not torch.cuda.is_initialized(), "a forked child could not use CUDA"
+        # With a context here a forked child could not use CUDA.
+        assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         gc.collect()
         gc.freeze()  # the children's collections leave the shared pages alone
         try:
