@@ -274,10 +274,10 @@ def begin_one(barrier):
 
 def test_submitit_gives_each_job_a_process_by_itself(train, jobs, folder):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    told = train("-m", "hydra/launcher=submitit_local", "seed=0,1", "universe=stocks,none")
+    told = train("-m", "hydra/launcher=submitit_local", "universe=stocks,none")
     assert told.code == 1
-    assert sorted(r.status for r in jobs()) == ["FAILED"] * 2 + ["FINISHED"] * 2
-    assert len(rows_of(told, "FINISHED")) == 2
+    assert sorted(r.status for r in jobs()) == ["FAILED", "FINISHED"]
+    assert len(rows_of(told, "universe=stocks", "FINISHED")) == 1
     assert not list(folder.rglob(".zygote.json"))
     results = [json.loads(p.read_text()) for p in folder.rglob("job.json")]
     assert {r["status"] for r in results} == {"FINISHED", "FAILED"}
