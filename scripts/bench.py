@@ -231,6 +231,14 @@ def rolling(bench: Bench) -> None:
               done["ratio"], ">= 3")  # fmt: skip
 
 
+def sweep(bench: Bench) -> None:
+    done = bench.run("sweep_side", "sweep", threads=1)
+    if done is None:
+        return
+    bench.row("A sweep's job beside a bare run, a tiny task, seconds more", seconds(done["job"]),
+              f"bare {seconds(done['bare'])}", done["overhead"], "< 1.5")  # fmt: skip
+
+
 def backtests(bench: Bench) -> None:
     ours = bench.run("backtest_side", "backtest", threads=1)
     qlib = bench.qlib("backtest", threads=1)
@@ -257,6 +265,7 @@ WORKS = {
     "pool": pool,
     "pooled": pooled,
     "rolling": rolling,
+    "sweep": sweep,
     "backtests": backtests,
 }
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,16 @@ def quiet_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("QTORCH_CACHE", str(template_cache))
     monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """The process that jobs are forked from, its imports done once for the session."""
+    from qtorch.trainer.forked import Forks
+
+    forks = Forks("qtorch.cli.work")
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

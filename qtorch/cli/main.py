@@ -12,6 +12,7 @@ from qtorch.core.errors import unknown_name
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and judge a model; Hydra overrides follow, -m sweeps"),
+    "sweep": ("qtorch.cli.sweeps", "what train -m began: list, show NAME, best NAME, resume NAME"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
     "finetune": (
         "qtorch.cli.finetune",

@@ -8,22 +8,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
 log = logging.getLogger(__name__)
 
 RESULT_FILE = "job.json"
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # a run's own words
+RUNNING = "RUNNING"  # in another process
 SENT = "SENT"  # into a pool, for workers
 
 _here: list[JobResult] = []
 _sweep_folder: Path | None = None
 
 
+class Refusal(BaseException):
+    """A sweep that cannot begin: Hydra makes warnings of its callbacks' exceptions, not of this."""
+
+
 @dataclass
 class JobResult:
-    """How one job ended: a file in its folder, for the launcher may run it in another process."""
+    """How one job ended: a file in its folder, for the launcher may run it in another process.
+
+    `note` says how it came to its run, where it was not simply trained.
+    """
 
     number: int
     overrides: list[str]
@@ -34,6 +39,7 @@ class JobResult:
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     sent: dict[str, Any] | None = None  # of a task in a pool: its id, pool, url, wait
+    note: str | None = None
 
     def store(self, folder: Path) -> None:
         """Keep the result for the process that started the sweep."""
@@ -41,16 +47,10 @@ class JobResult:
         (folder / RESULT_FILE).write_text(json.dumps(asdict(self), indent=1))
 
 
-class SweepFolder(Callback):
-    """Tells the starting process where the jobs of a sweep put their results.
-
-    Hydra gives a sweep's return values to nobody, and a launcher's workers share no memory.
-    """
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the sweep's folder."""
-        global _sweep_folder
-        _sweep_folder = Path(str(config.hydra.sweep.dir)).resolve()
+def collect_from(folder: Path) -> None:
+    """The results of this command are what its jobs leave in that folder."""
+    global _sweep_folder
+    _sweep_folder = folder
 
 
 def forget_jobs() -> None:
@@ -64,10 +64,21 @@ def finished_jobs() -> list[JobResult]:
     """The results of all jobs that ended, by number."""
     if _sweep_folder is None:
         return sorted(_here, key=lambda j: j.number)
-    found = []
-    for path in _sweep_folder.rglob(RESULT_FILE):
-        try:
-            found.append(JobResult(**json.loads(path.read_text())))
-        except (ValueError, TypeError) as error:
-            log.warning("the result %s cannot be read: %s", path, error)
-    return sorted(found, key=lambda j: j.number)
+    found = [stored_result(path) for path in _sweep_folder.rglob(RESULT_FILE)]
+    return sorted((j for j in found if j is not None), key=lambda j: j.number)
+
+
+def note_here(result: JobResult) -> None:
+    """Count a result that another process has stored among this process's own."""
+    _here.append(result)
+
+
+def stored_result(path: Path) -> JobResult | None:
+    """The result in a file; None, with a warning unless there is no file, where none is."""
+    try:
+        return JobResult(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        log.warning("the result %s cannot be read: %s", path, error)
+        return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qtorch.cli.sweep import JobResult
@@ -22,10 +23,10 @@ SEGMENTS = ("train", "valid", "test")
 STATUS_STYLE = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow"}
 
 
-def print_summary(result: JobResult, recorder: Recorder) -> None:
+def print_summary(result: JobResult, recorder: Recorder, *, look: bool = True) -> None:
     """The data, the training, the quality by segment, and where to look further."""
     metrics = result.metrics
-    console = _console()
+    console = terminal()
     lines = Table.grid(padding=(0, 2))
     for name, text in _facts(result, recorder):
         lines.add_row(f"[dim]{name}[/dim]", text)
@@ -41,7 +42,8 @@ def print_summary(result: JobResult, recorder: Recorder) -> None:
             quality.add_row(segment, *(number(v) for v in values))
     if quality.row_count:
         console.print(quality)
-    console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
+    if look:
+        console.print(f"[dim]look at it:[/dim] {page_command()}", soft_wrap=True)
 
 
 def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
@@ -93,7 +95,7 @@ def _stored(recorder: Recorder, name: str) -> Any:
 
 
 def print_jobs(jobs: Sequence[JobResult]) -> None:
-    """One row a job: what it varied, how it ended, its test figures."""
+    """One row a job that was sent to a pool: how it ended, its test figures."""
     shown = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title=counted(len(jobs), "job"), title_justify="left"
     )
@@ -101,22 +103,21 @@ def print_jobs(jobs: Sequence[JobResult]) -> None:
         shown.add_column(name, overflow="fold")
     for name in (*FIGURES, "seconds"):
         shown.add_column(name, justify="right")
-    common = set.intersection(*(set(j.overrides) for j in jobs)) if len(jobs) > 1 else set()
     for job in jobs:
         style = STATUS_STYLE.get(job.status, "")
         values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in FIGURES]
         shown.add_row(
             str(job.number),
-            " ".join(o for o in job.overrides if o not in common) or "-",
+            escape(" ".join(job.overrides)) or "-",
             f"[{style}]{job.status}[/{style}]" if style else job.status,
             job.run_id or (f"task {job.sent['id']}" if job.sent else "-"),
             *(number(v) for v in values),
             f"{job.seconds:.1f}",
         )
-    _console().print(shown)
+    terminal().print(shown)
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """The terminal; a pipe or a file is taken to be wide, for it is searched and not looked at."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 

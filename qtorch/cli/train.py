@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,9 +17,12 @@ from qtorch.cli.config_path import ROOT_CONFIG, config_path
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.hydra_errors import explained
 from qtorch.cli.signals import interruptible
-from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
+from qtorch.cli.sweep import KILLED, Refusal, finished_jobs, forget_jobs
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
+# Our launcher groups have their plugins' names, and are checked against those; a launcher's workers
+# import this module too.
+warnings.filterwarnings("ignore", message=r".*\n?.*validated against ConfigStore schema")
 # Hydra composes its help without the root configuration, which could say so.
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
@@ -27,33 +31,58 @@ def main(argv: Sequence[str]) -> int:
     """Run what the overrides ask for; 0 where every job finished, 130 after Ctrl-C, else 1."""
     forget_jobs()
     many = any(a in ("-m", "--multirun") for a in argv)
-    interrupted: KeyboardInterrupt | None = None
+    try:
+        interrupted = _launched(argv)
+        if isinstance(interrupted, int):
+            return interrupted
+        return _told(many, interrupted)
+    finally:
+        if "qtorch.cli.sweep_start" in sys.modules:
+            from qtorch.cli.sweep_start import forget_sweep
+
+            forget_sweep()
+
+
+def _launched(argv: Sequence[str]) -> BaseException | int | None:
+    """Hydra's part: every job has ended after it, or been interrupted; else an exit code."""
     with _as_program(argv), interruptible(), explained(argv):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
                 _run
             )()
         except KeyboardInterrupt as stop:
-            interrupted = stop
+            return stop
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 0  # --help, a wrong option
+        except Refusal as refusal:
+            if refusal.__cause__ is None:
+                raise
+            raise refusal.__cause__ from None
         finally:
             GlobalHydra.instance().clear()
+    return None
+
+
+def _told(many: bool, interrupted: BaseException | None) -> int:
+    """What the jobs came to, on the terminal and as an exit code."""
     jobs = finished_jobs()
     if any(j.sent for j in jobs) and interrupted is None:
         from qtorch.cli.sent import await_jobs
 
         with interruptible():
             await_jobs(jobs)
-    if jobs and (many or any(j.sent for j in jobs)):
+    if many:
+        from qtorch.cli.sweep_end import end
+
+        return end(jobs, interrupted)
+    if any(j.sent for j in jobs):
         from qtorch.cli.table import print_jobs
 
         print_jobs(jobs)
     if interrupted is not None:
         raise interrupted
     for failed in (j for j in jobs if j.error):
-        where = f"job {failed.number}: " if many else ""
-        print(f"error: {where}{failed.error}", file=sys.stderr)
+        print(f"error: {failed.error}", file=sys.stderr)
     if any(j.status == KILLED for j in jobs):
         return INTERRUPTED
     return int(any(j.error for j in jobs))

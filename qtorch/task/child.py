@@ -38,7 +38,7 @@ ORPHANED = 97  # the exit code of a child whose supervisor is gone
 
 
 class Stops:
-    """SIGTERM or SIGUSR1, however often and by whom they are sent, interrupt the work once.
+    """A scheduler's notice, however often and by whom it is sent, interrupts the work once.
 
     A scheduler signals every process of a job and the supervisor tells its child too; what a
     training takes as a second signal would end it without a checkpoint. Python notes each signal
@@ -54,25 +54,30 @@ class Stops:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
+        self._asked = False
+        self.first: int | None = None  # the one that came first, once `told` has looked
         self._lock = threading.Lock()
 
     def told(self) -> int:
         """How many of them came."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                self._count += sum(number in NOTICES for number in os.read(self._read, 4096))
+                own = [n for n in os.read(self._read, 4096) if n in NOTICES]
+                self.first = self.first or next(iter(own), None)
+                self._count += len(own)
             return self._count
 
-    def stop(self) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Interrupt the main thread, unless it has been already."""
         main = threading.main_thread().ident
-        if self.told() == 0 and main is not None:
-            signal.pthread_kill(main, signal.SIGTERM)
+        if self.told() == 0 and not self._asked and main is not None:
+            self._asked = True  # the signal is noted when the main thread comes to it
+            signal.pthread_kill(main, number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if noted.asked is None and noted.answered is None:
             noted.asked = number
-            raise KeyboardInterrupt("the worker was asked to stop")
+            raise KeyboardInterrupt("asked to stop")
 
 
 class Link:

@@ -1,7 +1,10 @@
-"""Which run's model a run went on from."""
+"""Where a run belongs: which run's model it went on from, what it is a part of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from qtorch.tracking.recorder import Recorder
@@ -9,6 +12,26 @@ from qtorch.tracking.recorder import Recorder
 FROM_TAG = "warm_start.from"
 DEPTH_TAG = "warm_start.depth"  # how many trainings lie behind the weights
 PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
+
+_birth: ContextVar[dict[str, str] | None] = ContextVar("qtorch_birth_tags", default=None)
+
+
+@contextmanager
+def born_with(tags: dict[str, str]) -> Iterator[None]:
+    """Runs that begin inside the block have these tags from the first moment.
+
+    A process that is killed at any point leaves no run that cannot be told.
+    """
+    token = _birth.set({**birth_tags(), **tags})
+    try:
+        yield
+    finally:
+        _birth.reset(token)
+
+
+def birth_tags() -> dict[str, str]:
+    """The tags that a new run of this context is made with."""
+    return dict(_birth.get() or {})
 
 
 def tag_lineage(run: Recorder, earlier: Recorder) -> None:

@@ -25,7 +25,7 @@ from qtorch.tracking.limits import (
     number,
     say_once,
 )
-from qtorch.tracking.lineage import told_of
+from qtorch.tracking.lineage import birth_tags, told_of
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.provenance import (
     command_line,
@@ -140,7 +140,7 @@ class MLflowRecorder(Recorder):
         if resumed:
             self._reopen()
         else:
-            tags = {**source_tags(), outbox.ATTEMPT_TAG: "1"}
+            tags = {**source_tags(), **birth_tags(), outbox.ATTEMPT_TAG: "1"}
             self._take(self._store.create_run(self.experiment_id, self.name, tags, now()))
             self._ledger = Ledger()
         self.status, self.end_time = self.STATUS_R, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,6 +39,7 @@ def task_train(
     recorder_name: str | None = None,
     *,
     run: Mapping[str, Any] | None = None,
+    on_fitted: Callable[[Recorder, Any], None] | None = None,
 ) -> Recorder:
     """Train one task in a run of its own and return the run.
 
@@ -50,6 +51,7 @@ def task_train(
     `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task: the
     training goes on in it, from its last checkpoint; one that is FINISHED is returned as it is.
     A task may say where its run belongs (`tracking`, see `qtorch.trainer.prepare`); arguments win.
+    `on_fitted(recorder, dataset)` is called after the training, before the records.
     """
     own, place = split_place(task)
     complete = complete_task(own)
@@ -74,7 +76,7 @@ def task_train(
                 if earlier is not None:
                     _forget_failure(recorder)
                 _log_task(recorder, complete)
-                _execute(recorder, complete)
+                _execute(recorder, complete, on_fitted=on_fitted)
             except Exception as error:
                 record_failure(recorder, error)
                 raise
@@ -177,7 +179,48 @@ def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.set_tags(hostname=socket.gethostname())
 
 
-def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) -> None:
+def record_train(
+    task: Mapping[str, Any],
+    fitted: Recorder,
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
+) -> Recorder:
+    """A run of its own for a task that another run has trained already: only the records are made.
+
+    The model, the dataset's learnt state and the history of the training are those of `fitted`,
+    which is only read. The caller knows that the two tasks train the same (`core.identity.fit_id`).
+    """
+    complete = complete_task(task)
+    model, dataset = (fitted.load_object(n) for n in ("params.pkl", "dataset"))
+    with R.start(experiment_name=experiment_name, recorder_name=recorder_name):
+        recorder = R.get_recorder()
+        note_started(recorder)
+        try:
+            _log_task(recorder, complete)
+            with session_context(seed=complete["seed"]):
+                seed_everything(complete["seed"])
+                for key in fitted.list_metrics():
+                    if "/" in key:  # of the training's epochs; a record's figures have none
+                        for step, value in fitted.logged(key).items():
+                            recorder.log_batch({key: value}, step=step)
+                recorder.save_objects(**{"params.pkl": model})
+                if FIT_REPORT in fitted.list_artifacts():
+                    recorder.save_objects(**{FIT_REPORT: fitted.load_object(FIT_REPORT)})
+                _save_dataset(recorder, dataset)
+                make_records(recorder, complete.get("record"), model, dataset)
+        except Exception as error:
+            record_failure(recorder, error)
+            raise
+    return recorder
+
+
+def _execute(
+    recorder: Recorder,
+    task: dict[str, Any],
+    *,
+    stored: bool = False,
+    on_fitted: Callable[[Recorder, Any], None] | None = None,
+) -> None:
     """Fit, save, make the records; the names in a `stored` task pass the trust rule."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
@@ -196,6 +239,8 @@ def _execute(recorder: Recorder, task: dict[str, Any], *, stored: bool = False) 
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
+        if on_fitted is not None:
+            on_fitted(recorder, dataset)
         make_records(recorder, task.get("record"), model, dataset)
 
 

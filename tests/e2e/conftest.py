@@ -69,7 +69,7 @@ def start(folder):
     """`start("train", ...)` as a process of its own; ended with the test."""
     children = []
 
-    def begin(*argv: str, **env: str) -> subprocess.Popen[str]:
+    def begin(*argv: str, own_group: bool = False, **env: str) -> subprocess.Popen[str]:
         child = subprocess.Popen(
             [sys.executable, "-m", "qtorch.cli.main", *argv],
             cwd=folder,
@@ -77,6 +77,7 @@ def start(folder):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=own_group,
         )
         children.append(child)
         return child
