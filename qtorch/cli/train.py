@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from qtorch.cli.config_path import ROOT_CONFIG, config_path
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.hydra_errors import explained
+from qtorch.cli.plugins import register_plugins
 from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, finished_jobs, forget_jobs
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     forget_jobs()
     many = any(a in ("-m", "--multirun") for a in argv)
     interrupted: KeyboardInterrupt | None = None
+    register_plugins()
     with _as_program(argv), interruptible(), explained(argv):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(

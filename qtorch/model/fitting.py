@@ -38,6 +38,7 @@ from qtorch.model.generators import preserved_generators
 from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.keeper import Keeper, weights_of
 from qtorch.model.module import ScoreModule
+from qtorch.model.pruning import pruning_callbacks
 from qtorch.model.recorder_logger import RecorderLogger
 from qtorch.model.scoring import evaluation_size
 from qtorch.model.step_loader import StepLoader
@@ -178,6 +179,7 @@ class _Fit:
         own: list[pl.Callback] = [keeper] if stopper is None else [stopper, keeper]
         if self.tuning is not None:
             own = [*self.tuning.callbacks(self.network), *own]
+        own = [*pruning_callbacks(recorder), *own]
         self.trainer = build_trainer(
             options,
             own=own,
