@@ -86,6 +86,7 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         study = self._study(found)
+        stays_open(self.launcher, True)
         begun = study.counted()
         if begun:
             print(f"the study {study.name} has {begun} trials already", file=sys.stderr)
@@ -97,10 +98,12 @@ class OptunaSweeper(Sweeper):
                 elif not self._wait(study):
                     break
         finally:
+            stays_open(self.launcher, False)
             self._tell_all(study, folder)
 
     def _study(self, found: Searched) -> Trials:
         try:
+            from qtorch.tracking.trials.parts import grid_of, is_grid
             from qtorch.tracking.trials.study import Trials
         except ImportError as error:
             raise ConfigError(
@@ -110,6 +113,9 @@ class OptunaSweeper(Sweeper):
         from qtorch.tracking.locations import default_uri
         from qtorch.tracking.trials.place import storage_url
 
+        if is_grid(self.sampler):
+            points = math.prod(len(values) for values in grid_of(found.space).values())
+            self.n_trials = min(self.n_trials, points)
         uri = OmegaConf.select(self.config, "tracking.uri")
         if uri is not None:
             init(tracking_uri=str(uri))
@@ -191,8 +197,8 @@ class OptunaSweeper(Sweeper):
         if job.status != FINISHED:
             study.fail(trial, job.error or job.status, run_id=job.run_id)
         elif math.isfinite(value) or study.is_pruned(trial):
-            study.tell(trial, value, run_id=job.run_id)
             self._tag(study, trial, job)
+            study.tell(trial, value, run_id=job.run_id)
         elif self.metric in job.metrics:
             study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
         else:
@@ -249,3 +255,11 @@ class OptunaSweeper(Sweeper):
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def stays_open(launcher: Launcher, wanted: bool) -> None:
+    """Tell a launcher that holds a cluster to keep it from batch to batch, or to let it go."""
+    if hasattr(launcher, "stays_open"):
+        launcher.stays_open = wanted
+        if not wanted:
+            launcher.close()

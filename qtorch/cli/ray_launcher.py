@@ -61,6 +61,8 @@ class RayLauncher(Launcher):
     ) -> None:
         self.address, self.max_retries = address, int(max_retries)
         self.num_cpus, self.num_gpus, self.memory = num_cpus, num_gpus, memory
+        self._ours = False  # whether this process connected
+        self.stays_open = False  # for a sweeper that launches again and again, and closes at the end
         self.env_vars, self.init, self.remote = _plain(env_vars), _plain(init), _plain(remote)
 
     def setup(
@@ -76,15 +78,23 @@ class RayLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        ray, ours = self._connected()
+        ray = self._connected()
         try:
             return self._run(ray, job_overrides, initial_job_idx)
         finally:
-            if ours:
-                ray.shutdown()
+            if not self.stays_open:
+                self.close()
 
-    def _connected(self) -> tuple[Any, bool]:
-        """Ray, and whether this process brought it up or connected it."""
+    def close(self) -> None:
+        """Leave the cluster, and end it where it was made for this command."""
+        if self._ours:
+            import ray
+
+            self._ours = False
+            ray.shutdown()
+
+    def _connected(self) -> Any:
+        """Ray, connected."""
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
         try:
@@ -92,7 +102,7 @@ class RayLauncher(Launcher):
         except ImportError as error:
             raise ConfigError("hydra/launcher=ray needs Ray: pip install 'qtorch[ray]'.") from error
         if ray.is_initialized():
-            return ray, False
+            return ray
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
         if self.address in (None, "local"):
             options |= {"address": "local", "include_dashboard": False}
@@ -105,7 +115,8 @@ class RayLauncher(Launcher):
                 f"no Ray cluster at hydra.launcher.address={self.address}: {error} Start one with "
                 "`ray start --head`, or leave the address out for one of this command's own."
             ) from error
-        return ray, True
+        self._ours = True
+        return ray
 
     def _run(self, ray: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
         options = {

@@ -40,11 +40,16 @@ PRUNERS = {
 def sampler_of(spec: Any, seed: int | None, space: Space) -> optuna.samplers.BaseSampler:
     """A sampler by name or by configuration; `seed` counts unless the configuration has one."""
     options = _options(spec, SAMPLERS, "sampler", "optuna.samplers")
-    if options["_target_"].endswith(".GridSampler") and "search_space" not in options:
-        options["search_space"] = grid_of(space)
-    if "seed" not in options and not options["_target_"].endswith(".NopSampler"):
-        options["seed"] = seed
+    if is_grid(spec):
+        options = {"search_space": grid_of(space), "seed": 0, **options}  # one order for all
+    options.setdefault("seed", seed)
     return _made(options, optuna.samplers.BaseSampler, "sampler")
+
+
+def is_grid(spec: Any) -> bool:
+    """Whether a sampler walks through all points of a space, each once."""
+    name = spec.get("_target_") if isinstance(spec, Mapping) else SAMPLERS.get(str(spec))
+    return str(name).rpartition(".")[2] == SAMPLERS["grid"]
 
 
 def pruner_of(spec: Any) -> optuna.pruners.BasePruner:
@@ -90,6 +95,7 @@ def plain_sampler() -> optuna.samplers.BaseSampler:
 
 
 def distribution_of(part: Choice | Span) -> BaseDistribution:
+    """A part of a space, as Optuna has it."""
     if isinstance(part, Choice):
         return CategoricalDistribution(part.options)
     if part.integer:

@@ -19,6 +19,7 @@ from qtorch.tracking.locations import SQLITE, file_lock, redacted, sqlite_path
 
 POSTGRES = "postgresql"
 SCHEMA = "optuna"
+SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
 TURN_SECONDS = 120.0
 TRIAL_VARIABLE = "QTORCH_TRIAL"  # which trial a job's process runs, as JSON
 
@@ -38,7 +39,7 @@ def storage_url(given: str | None, tracking_uri: str) -> str:
         return f"{SQLITE}{path.with_name(f'{path.stem}-optuna.db')}"
     if tracking_uri.startswith(POSTGRES):
         joint = "&" if "?" in tracking_uri else "?"
-        return f"{tracking_uri}{joint}options={quote(f'-csearch_path={SCHEMA}')}"
+        return f"{tracking_uri}{joint}{SCHEMA_OPTION}"
     if tracking_uri.startswith(("http://", "https://")):
         return f"{SQLITE}{Path('mlruns', 'optuna.db').absolute()}"
     raise ConfigError(

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
 from qtorch.tracking.locations import redacted, sqlite_path
 from qtorch.tracking.trials.parts import quiet
-from qtorch.tracking.trials.place import POSTGRES, SCHEMA, make_place, turn
+from qtorch.tracking.trials.place import POSTGRES, SCHEMA, SCHEMA_OPTION, make_place, turn
 
 Stale = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -27,7 +28,7 @@ def open_storage(url: str, *, grace: float = 60.0, stale: Stale | None = None) -
     )
     try:
         with quiet():
-            if url.startswith(POSTGRES):
+            if url.startswith(POSTGRES) and SCHEMA_OPTION in url:
                 _make_schema(url)
             with turn(url):
                 return RDBStorage(
@@ -42,8 +43,8 @@ def open_storage(url: str, *, grace: float = 60.0, stale: Stale | None = None) -
 
 
 def _make_schema(url: str) -> None:
-    bare = RDBStorage(url, skip_compatibility_check=True, skip_table_creation=True)
-    with bare.engine.connect() as connection:
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7)")
         connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-        connection.commit()
-    bare.engine.dispose()
+    engine.dispose()
