@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,13 +33,11 @@ from qtorch.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# What Ray is told before it is imported: no reports home, no page, quiet workers.
-VARIABLES = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+# What Ray is told before it is imported: no reports home, one line of a job once.
+VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# A cluster of this command's own stays on loopback.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+REACH_SECONDS = 5.0
 
 
 class RayLauncher(Launcher):
@@ -62,7 +61,9 @@ class RayLauncher(Launcher):
         self.address, self.max_retries = address, int(max_retries)
         self.num_cpus, self.num_gpus, self.memory = num_cpus, num_gpus, memory
         self._ours = False  # whether this process connected
-        self.stays_open = False  # for a sweeper that launches again and again, and closes at the end
+        self.stays_open = (
+            False  # for a sweeper that launches again and again, and closes at the end
+        )
         self.env_vars, self.init, self.remote = _plain(env_vars), _plain(init), _plain(remote)
 
     def setup(
@@ -95,7 +96,8 @@ class RayLauncher(Launcher):
 
     def _connected(self) -> Any:
         """Ray, connected."""
-        for name, value in VARIABLES.items():
+        local = self.address in (None, "local")
+        for name, value in {**VARIABLES, **(LOOPBACK if local else {})}.items():
             os.environ.setdefault(name, value)
         try:
             import ray
@@ -104,15 +106,16 @@ class RayLauncher(Launcher):
         if ray.is_initialized():
             return ray
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
-        if self.address in (None, "local"):
+        if local:
             options |= {"address": "local", "include_dashboard": False}
         else:
             options["address"] = self.address
         try:
+            _check_reached(str(self.address))
             ray.init(**{**options, **self.init})
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"no Ray cluster at hydra.launcher.address={self.address}: {error} Start one with "
+                f"no Ray cluster at hydra.launcher.address={self.address}: {error}. Start one with "
                 "`ray start --head`, or leave the address out for one of this command's own."
             ) from error
         self._ours = True
@@ -188,6 +191,13 @@ def run_in_worker(
         job_dir_key="hydra.sweep.dir",
         job_subdir_key="hydra.sweep.subdir",
     )
+
+
+def _check_reached(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
 def _result(ray: Any, sent: Any) -> JobReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -15,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.importorskip("ray")
+if importlib.util.find_spec("ray") is None:  # not imported: it reads its variables then
+    pytest.skip("Ray is not installed", allow_module_level=True)
 
 QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -114,3 +116,13 @@ def test_a_sweep_on_a_cluster_survives_a_killed_worker(cluster, train, runs, fol
     assert {r.list_params()["seed"] for r in finished} == {"0", "1", "2", "3"}
     pids = {p.pid for p in running_jobs(cluster)}
     assert not pids
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(train):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begin = time.monotonic()
+    told = train("-m", "hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{port}", "seed=0,1")
+    assert "ray start --head" in told.error()
+    assert time.monotonic() - begin < 20
