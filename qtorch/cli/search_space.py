@@ -61,7 +61,7 @@ def searched(
 
 def _part(name: str, override: Override) -> Choice | Span:
     value = override.value()
-    tags = getattr(value, "tags", set())
+    tags: set[str] = getattr(value, "tags", set())
     _check_tags(name, tags)
     log = "log" in tags
     if isinstance(value, IntervalSweep):
