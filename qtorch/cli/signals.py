@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's SIGTERM while a command works."""
+"""Ctrl-C and a scheduler's notice while a command works."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from qtorch.cli.guard import INTERRUPTED
-
-TERMINATED = 128 + signal.SIGTERM
+from qtorch.core.stops import NOTICES
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """The first Ctrl-C stops the work in order, the second ends the process at once.
 
-    SIGTERM (a scheduler's notice) stops in order too. Outside the main thread nothing changes.
+    A scheduler's notice (SIGTERM, SIGUSR1) stops in order too. Outside the main thread nothing
+    changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -34,10 +35,11 @@ def interruptible() -> Iterator[None]:
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
-    def on_terminate(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+    def on_notice(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
 
-    handlers = {signal.SIGINT: on_interrupt, signal.SIGTERM: on_terminate}
+    handlers: dict[int, Any] = dict.fromkeys(NOTICES, on_notice)
+    handlers[signal.SIGINT] = on_interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -44,7 +44,8 @@ usage: qtorch worker pool=NAME [url=URL] [devices=auto] [per_device=1] [max_task
   table          true, false: the live table (by default on a terminal)
   logs           a folder for what the trainings print
 
-Ctrl-C and SIGTERM hand the tasks back, with their checkpoints; a second one ends at once.
+Ctrl-C, SIGTERM and SIGUSR1 hand the tasks back, with their checkpoints; a second Ctrl-C ends at
+once.
 """
 READERS: dict[str, Callable[[str], Any]] = {
     "pool": str,

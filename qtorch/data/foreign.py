@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError, unknown_name
 from qtorch.data.columns import PanelColumns
-from qtorch.data.gather import DensePacked
+from qtorch.data.gather import DensePacked, infinite_message
 from qtorch.data.panel import NAMES, Panel, normalise_calendar
-from qtorch.data.sample_set import Samples, infinite_message
+from qtorch.data.sample_set import Samples
 from qtorch.data.segment_samples import build_samples, finite_labels, labelled
 from qtorch.data.view import View
 

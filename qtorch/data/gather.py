@@ -87,6 +87,15 @@ class Packed(ABC):
         memory.
         """
 
+    def begins(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor | None:
+        """Where in memory each window begins, for `windows`; None where not all of them lie in
+        one piece, and `gather` it must be."""
+        return None
+
+    def windows(self, begin: Tensor, step_len: int) -> Tensor:
+        """The windows `[B, T, F]` that begin there."""
+        raise NotImplementedError
+
     @abstractmethod
     def window_shape(self, step_len: int) -> tuple[int, int]:
         """`(T, F)` of the windows for a dataset's `step_len`."""
@@ -160,6 +169,16 @@ class DensePacked(Packed):
             x.index_copy_(0, incomplete, self._remapped(*at, step_len, fill))
         return x
 
+    def begins(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor | None:
+        check_fill(fill)
+        starts = self._starts_of(step_len, fill)
+        if starts is None:
+            return None
+        return starts.index_select(0, instrument * self.values.shape[1] + date)
+
+    def windows(self, begin: Tensor, step_len: int) -> Tensor:
+        return self._contiguous(begin, step_len)
+
     def _contiguous(self, first: Tensor, step_len: int) -> Tensor:
         """`step_len` rows from each of `first`: one row of an overlapping `[.., T * F]` view."""
         f = self.values.shape[2]
@@ -232,3 +251,12 @@ def check_fill(fill: str) -> None:
     """Refuse a fill that is none of Qlib's three."""
     if fill not in FILLS:
         raise ConfigError(unknown_name("fillna_type", fill, FILLS))
+
+
+def infinite_message(names: list[str], what: str) -> str:
+    """The error for infinities that survived processing."""
+    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return (
+        f"infinite values in the {what}: {shown}. Put ProcessInf before the other processors, "
+        "or mend the expression (a division by zero?)."
+    )

@@ -15,8 +15,9 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.batches import Batch
 from qtorch.data.columns import Columns, PanelColumns
 from qtorch.data.extras import Gatherable
-from qtorch.data.gather import NAN, Packed, check_fill
+from qtorch.data.gather import NAN, Packed, check_fill, infinite_message
 from qtorch.data.reweighter import Reweighter, checked_weights
+from qtorch.data.sample_table import SampleTable
 from qtorch.data.view import multi_index
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Samples:
         self._place = place
         self._columns = features if isinstance(features, Columns) else None
         self._packed = features if isinstance(features, Packed) else None
+        self._known: SampleTable | None = None
         self._set_days()
 
     def _set_days(self) -> None:
@@ -241,23 +243,21 @@ class Samples:
     def _gathered(self, rows: Tensor, gone: Tensor | None = None) -> Batch:
         """The samples `rows`; with `gone`, places in the batch that are padding, a mask too."""
 
-        def taken(values: Tensor | None, filler: float) -> Tensor | None:
-            if values is None:
-                return None
-            found = values.index_select(0, rows)
-            return found if gone is None else found.index_fill_(0, gone, filler)
-
-        date, instrument = self.date.index_select(0, rows), self.instrument.index_select(0, rows)
-        at = (date, instrument)
-        if self._place is not None:
-            at = (self._place[0].index_select(0, rows), self._place[1].index_select(0, rows))
-        x = self.packed.gather(*at, self.step_len, self.fill)
+        table = self._table()
+        date, instrument, *at = table.places(rows)
+        if len(at) == 1:
+            x = self.packed.windows(at[0], self.step_len)
+        else:
+            days, who = at or (date, instrument)
+            x = self.packed.gather(days, who, self.step_len, self.fill)
         extra = {name: source.gather(date, instrument) for name, source in self.extras.items()}
-        y, raw = taken(self.target, NAN), taken(self.raw_label, NAN)
-        weight, mask = taken(self.weight, 0.0), None
+        y, raw, weight = table.values(rows)
+        mask = None
         if gone is not None:
-            for value in (x, *(e for e in extra.values() if e.is_floating_point())):
-                value.index_fill_(0, gone, 0.0)
+            empty = [x, weight, *(e for e in extra.values() if e.is_floating_point())]
+            for value, filler in (*((v, 0.0) for v in empty), (y, NAN), (raw, NAN)):
+                if value is not None:
+                    value.index_fill_(0, gone, filler)
             mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             mask.index_fill_(0, gone, False)
         if raw is not None:
@@ -265,6 +265,16 @@ class Samples:
         return Batch(
             x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
         )
+
+    def _table(self) -> SampleTable:
+        """Date and instrument of each sample, where its window lies, its labels and weight."""
+        values = (self.target, self.raw_label, self.weight)
+        if self._known is None or not self._known.holds(values):
+            at = (self.date, self.instrument) if self._place is None else self._place
+            begin = self.packed.begins(*at, self.step_len, self.fill)
+            where = (self._place or ()) if begin is None else (begin,)
+            self._known = SampleTable((self.date, self.instrument, *where), values)
+        return self._known
 
     # -- device --------------------------------------------------------------------------------
 
@@ -387,12 +397,3 @@ class Samples:
         moved.store, moved.device = self.store, self.device
         moved._packed = self._packed
         return moved
-
-
-def infinite_message(names: list[str], what: str) -> str:
-    """The error for infinities that survived processing."""
-    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return (
-        f"infinite values in the {what}: {shown}. Put ProcessInf before the other processors, "
-        "or mend the expression (a division by zero?)."
-    )

@@ -13,8 +13,9 @@ from qtorch.core.errors import DataError
 from qtorch.core.wording import counted
 from qtorch.data.columns import Columns
 from qtorch.data.extras import Extra
+from qtorch.data.gather import infinite_message
 from qtorch.data.purge import purged_rows
-from qtorch.data.sample_set import Samples, infinite_message
+from qtorch.data.sample_set import Samples
 from qtorch.data.view import View
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""Ctrl-C in the middle of a training: stop after the step, keep a checkpoint, say how to go on."""
+"""Ctrl-C or a scheduler's notice in the middle of a training: stop after the step, keep a
+checkpoint, say how to go on."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-log = logging.getLogger(__name__)
+from qtorch.core.stops import NOTICES, STOPS, answer
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+log = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -32,7 +33,8 @@ class StopTraining(BaseException):
 
 
 class Interruption:
-    """Inside the block the first SIGINT or SIGTERM is only noted, the second ends at once.
+    """Inside the block the first signal of `STOPS` is only noted; a Ctrl-C after it ends at once,
+    a further notice of a scheduler's does not: it may come twice.
 
     In another thread than the main one there are no signals, and nothing is changed.
     """
@@ -43,7 +45,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -52,10 +54,13 @@ class Interruption:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number in NOTICES:
+            return
         if self.requested:
             for each in self._before:
                 signal.signal(each, signal.SIG_DFL)  # a third one needs nobody's consent
             raise StopTraining
         self.requested = True
+        answer(number)
         name = signal.Signals(number).name
-        log.warning("%s: stopping after this step; once more ends at once.", name)
+        log.warning("%s: stopping after this step; Ctrl-C once more ends at once.", name)

@@ -14,7 +14,8 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, DataError, NotFittedError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
-from qtorch.data.sample_set import Samples, infinite_message
+from qtorch.data.gather import infinite_message
+from qtorch.data.sample_set import Samples
 from qtorch.data.samples import samples_of
 from qtorch.model.base import Model
 from qtorch.model.matching import LearntFrom, check_labels

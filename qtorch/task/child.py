@@ -28,6 +28,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
+from qtorch.core.stops import NOTICES, answered
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
 
@@ -37,7 +38,7 @@ ORPHANED = 97  # the exit code of a child whose supervisor is gone
 
 
 class Stops:
-    """SIGTERM, however often and by whom it is sent, interrupts the work once.
+    """SIGTERM or SIGUSR1, however often and by whom they are sent, interrupt the work once.
 
     A scheduler signals every process of a job and the supervisor tells its child too; what a
     training takes as a second signal would end it without a checkpoint. Python notes each signal
@@ -49,16 +50,18 @@ class Stops:
         os.set_blocking(self._read, False)
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in NOTICES:
+            signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
         self._count = 0
+        self._raised = False
         self._lock = threading.Lock()
 
     def told(self) -> int:
         """How many of them came."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                self._count += os.read(self._read, 4096).count(signal.SIGTERM)
+                self._count += sum(number in NOTICES for number in os.read(self._read, 4096))
             return self._count
 
     def stop(self) -> None:
@@ -68,7 +71,8 @@ class Stops:
             signal.pthread_kill(main, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.told() <= 1:
+        if not self._raised and answered() is None:
+            self._raised = True
             raise KeyboardInterrupt("the worker was asked to stop")
 
 

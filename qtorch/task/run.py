@@ -18,6 +18,7 @@ from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, LeaseLost, QtorchError, TaskResultError, TrustError
 from qtorch.core.heartbeat import listening
 from qtorch.core.names import dotted_name, locate
+from qtorch.core.stops import NOTICES, STOPS
 from qtorch.core.trust import check_config
 from qtorch.task.definition import Task
 from qtorch.task.lease import LeaseKeeper
@@ -66,10 +67,10 @@ def run_task(
     A thread renews the lease while `func` gives signs of life (`qtorch.core.heartbeat.beat`, as
     every training does): after `hang_after` seconds without one it is interrupted, which counts as
     its error; what cannot be interrupted loses its lease. None: for a `func` that gives no signs.
-    An error of `func` counts for its task and the next one is taken; a
-    definition that names what is not trusted, or what there is not, fails at once. SIGTERM and
-    Ctrl-C give the task back uncounted and end the loop; the second ends at once. Where the lease
-    was lost, `func` is interrupted and nothing is committed.
+    An error of `func` counts for its task and the next one is taken; a definition that names what
+    is not trusted, or what there is not, fails at once. SIGTERM, SIGUSR1 and Ctrl-C give the task
+    back uncounted and end the loop; a second Ctrl-C ends at once. Where the lease was lost, `func`
+    is interrupted and nothing is committed.
 
     Answers to qlib/workflow/task/manage.py.
     """
@@ -96,11 +97,11 @@ def run_task(
 
 
 class Signals:
-    """Inside the block SIGINT and SIGTERM interrupt the work on a task, and only that.
+    """Inside the block SIGINT and a scheduler's notice interrupt the work on a task, and only that.
 
     The first is noted: in the work it raises KeyboardInterrupt, between two tasks the loop ends by
-    itself. The second raises KeyboardInterrupt wherever it comes. `interrupt` (from a thread)
-    stops the work as Ctrl-C would. In another thread than the main one nothing is changed.
+    itself. A Ctrl-C after it raises KeyboardInterrupt wherever it comes. `interrupt` (from a
+    thread) stops the work as Ctrl-C would. In another thread than the main one nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -113,7 +114,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self._installed = threading.current_thread() is threading.main_thread()
         if self._installed:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPS:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -134,9 +135,9 @@ class Signals:
         self.working = self._lost = False
 
     def raise_if_received(self) -> None:
-        """End the loop by what was received: KeyboardInterrupt, or SystemExit for SIGTERM."""
-        if self.received == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+        """End the loop by what was received: KeyboardInterrupt, or SystemExit for a notice."""
+        if self.received in NOTICES:
+            raise SystemExit(128 + self.received)
         if self.received is not None:
             raise KeyboardInterrupt
 
@@ -147,6 +148,8 @@ class Signals:
                 raise KeyboardInterrupt("the lease is lost")
             return
         again = self.received is not None
+        if again and number in NOTICES:
+            return
         self.received = number
         if again or self.working:
             raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from qtorch.core.stops import NOTICES, STOPS
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.slot import Orders, Slot, View, WorkerOptions
 
@@ -69,8 +70,8 @@ class Supervisor:
         """The exit code: 0 at the end of the work, 128 + the signal that stopped it, 1 if a place
         broke down.
 
-        SIGTERM or Ctrl-C has the trainings keep a checkpoint, gives their tasks back and ends; a
-        second one ends at once. A task that was finished meanwhile is committed.
+        A scheduler's notice or Ctrl-C has the trainings keep a checkpoint, gives their tasks back
+        and ends; a Ctrl-C after it ends at once. A task that was finished meanwhile is committed.
         """
         with self._listening():
             for slot in self.slots:
@@ -99,12 +100,13 @@ class Supervisor:
         since = time.monotonic() - when
         if since > FORWARD_SECONDS and not self.orders.stop.is_set():
             name = signal.Signals(number).name
-            log.warning("%s: tasks go back to the pool; once more ends at once", name)
+            log.warning("%s: tasks go back to the pool; Ctrl-C once more ends at once", name)
             self.orders.stop.set()
-        if len(self._signals) > 1:
+        again = [at for each, at in self._signals[1:] if each not in NOTICES]
+        if again:
             self.orders.stop.set()
             self.orders.hurry.set()
-            if time.monotonic() - self._signals[1][1] > HURRY_SECONDS:
+            if time.monotonic() - again[0] > HURRY_SECONDS:
                 self._leave(number)
 
     def _leave(self, number: int) -> None:
@@ -121,7 +123,7 @@ class Supervisor:
             self._signals.append((number, time.monotonic()))
             self.orders.ending = True
 
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.signal(n, note) for n in STOPS}
         try:
             yield
         finally:

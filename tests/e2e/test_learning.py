@@ -24,17 +24,20 @@ def daily_rank_ic(runs, status="FINISHED"):
 
 
 def test_the_default_lstm_finds_at_least_half_of_the_planted_signal(qtorch_cli, runs):
+    scores, needed = [], 0.0
     for seed in range(3):
         # Its best epoch is the first or second; the others would only take longer.
         told = qtorch_cli("train", f"seed={seed}", "trainer.max_epochs=2", "log_level=WARNING")
         assert told.code == 0, told.err
-    found = daily_rank_ic(runs)
-    assert len(found) == 3
-    days = found[0].index
-    planted = SyntheticSource().planted_rank_ic(days[0], days[-1])
-    assert len(days) > 300
-    assert 0.05 < planted.mean() < 0.08
-    assert median(ric.mean() for ric in found) >= planted.mean() / 2
+        found = daily_rank_ic(runs)
+        days = found[0].index
+        planted = SyntheticSource().planted_rank_ic(days[0], days[-1])
+        assert len(days) > 300
+        assert 0.05 < planted.mean() < 0.08
+        scores, needed = [ric.mean() for ric in found], planted.mean() / 2
+        if sum(score >= needed for score in scores) == 2:  # the median, whatever the third gives
+            return
+    assert median(scores) >= needed
 
 
 def test_a_market_without_a_signal_gives_none(qtorch_cli, runs):

@@ -14,6 +14,7 @@ import torch
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.stops import STOPS
 from qtorch.data.batches import BatchLoader
 from qtorch.model.checkpoint import (
     BEST,
@@ -211,20 +212,28 @@ def _signalled(
             yield batch
 
     folder.mkdir(exist_ok=True)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in STOPS]
     with monkeypatch.context() as patch:
         patch.setattr(BatchLoader, "batches", signalling)
         with pytest.raises(TrainingInterrupted) as caught:
             resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert before == [signal.getsignal(number) for number in STOPS]
     return caught.value
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_in_mid_epoch_keeps_a_checkpoint_of_this_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, number: signal.Signals
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT,),
+        (signal.SIGTERM,),
+        (signal.SIGUSR1,),
+        (signal.SIGUSR1, *2 * (signal.SIGTERM,)),
+    ],
+)
+def test_a_stop_in_mid_epoch_keeps_a_checkpoint_of_this_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, numbers: tuple
 ) -> None:
-    error = _signalled(monkeypatch, tmp_path / "run", (2, 7), number)
+    error = _signalled(monkeypatch, tmp_path / "run", (2, 7), *numbers)
     assert isinstance(error, KeyboardInterrupt)
     assert "in epoch 2 after batch 8 of 20" in str(error)
     assert "Go on with the same fit in run toy" in str(error)

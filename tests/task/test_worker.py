@@ -202,8 +202,10 @@ def test_a_schedulers_signal_to_every_process_still_leaves_a_checkpoint(pool):
     worker = pool.start("lease=30")
     until(lambda: pool.runs(id))
     for pid in (worker.pid, pool.child()):
-        os.kill(pid, signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(pid, number)
     ended(worker)
+    assert worker.returncode == 128 + signal.SIGUSR1
     assert pool.lines()[-1][0] == "checkpoint"
     assert pool.task(id)["preemptions"] == 1
 

@@ -40,7 +40,8 @@ def day_robust_zscore(values: Tensor, rows: Tensor) -> Tensor:
 def day_rank_norm(values: Tensor, rows: Tensor) -> Tensor:
     """`(rank / count - 0.5) * 3.46` of the day, ties by their average rank.
 
-    A value outside `rows` gets the rank that it would have between those of the day.
+    A value outside `rows` gets the rank that it would have between those of the day; NaN where the
+    day has none.
     """
     used = rows & ~values.isnan()
     count = used.sum(1, keepdim=True)
@@ -52,6 +53,7 @@ def day_rank_norm(values: Tensor, rows: Tensor) -> Tensor:
     smaller = count - largest.sum(1, keepdim=True)
     ranks = torch.where(largest, ((smaller + count + 1) / 2).to(ranks.dtype), ranks)
     ranks = _rank_outside(ranks, values, used, ordered)
+    count = count.where(count > 0, torch.nan)
     return ((ranks.double() / count - 0.5) * RANK_SCALE).to(values.dtype)
 
 

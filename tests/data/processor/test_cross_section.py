@@ -99,3 +99,10 @@ def test_finite_mean_leaves_out_infinite_and_missing_values() -> None:
     x = torch.tensor([[1.0, INF, NAN, 3.0], [INF, -INF, NAN, NAN]])
     mean = cs.day_finite_mean(x, torch.ones_like(x, dtype=torch.bool))
     np.testing.assert_allclose(mean.numpy(), [2.0, NAN])
+
+
+def test_the_rank_of_a_day_without_rows_is_missing() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    rank = cs.day_rank_norm(x, torch.tensor([[True, True, False], [False, False, False]]))
+    assert rank[0].isfinite().all()
+    assert rank[1].isnan().all()

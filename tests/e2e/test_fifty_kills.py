@@ -1,0 +1,48 @@
+"""Killed with -9 at fifty moments, a task ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from qtorch import R
+
+STEPS = Path(__file__).parent / "kill_steps.py"
+KILLS = 50
+
+
+@pytest.mark.slow
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(STEPS), str(tmp_path), str(KILLS), "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert sum(told["kills"].values()) == KILLS
+    stages = {"training", "validation", "checkpoint", "saving", "record", "scoring"}
+    assert stages <= told["kills"].keys()
+    with R.uri_context(f"sqlite:///{tmp_path / 'runs.db'}"):
+        for which in ("whole", "killed"):  # one run a task, however often it was killed
+            found = R.list_recorders(experiment_name=which)
+            assert set(found) == {each[which] for each in told["rounds"]}
+            assert {r.status for r in found.values()} == {"FINISHED"}
+        for each in told["rounds"]:
+            whole, killed = (R.get_recorder(recorder_id=each[w]) for w in ("whole", "killed"))
+            weights = [r.load_object("params.pkl").network_.state_dict() for r in (whole, killed)]
+            assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+            logged = [{k: r.logged(k) for k in r.list_metrics()} for r in (whole, killed)]
+            assert logged[0] == logged[1]
+            assert len(logged[0]["valid/loss"]) == 4
+            scores = [r.load_object("pred.pkl") for r in (whole, killed)]
+            pd.testing.assert_frame_equal(*scores, check_exact=True)
