@@ -21,7 +21,6 @@ from hydra.core.utils import (
     JobReturn,
     JobStatus,
     configure_log,
-    filter_overrides,
     run_job,
     setup_globals,
 )
@@ -35,8 +34,8 @@ log = logging.getLogger(__name__)
 
 # What Ray is told before it is imported: no reports home, one line of a job once.
 VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-# A cluster of this command's own stays on loopback.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# A cluster of this command's own stays on loopback, and its jobs are no background work.
+OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 REACH_SECONDS = 5.0
 
 
@@ -97,7 +96,7 @@ class RayLauncher(Launcher):
     def _connected(self) -> Any:
         """Ray, connected."""
         local = self.address in (None, "local")
-        for name, value in {**VARIABLES, **(LOOPBACK if local else {})}.items():
+        for name, value in {**VARIABLES, **(OWN_CLUSTER if local else {})}.items():
             os.environ.setdefault(name, value)
         try:
             import ray
@@ -135,7 +134,7 @@ class RayLauncher(Launcher):
         state = ray.put(Singleton.get_state())
         sent = []
         for number, overrides in enumerate(job_overrides, first):
-            log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
+            log.info("\t#%d : %s", number, " ".join(o for o in overrides if "hydra." not in o))
             sent.append(
                 task.remote(
                     number,
@@ -212,5 +211,7 @@ def _result(ray: Any, sent: Any) -> JobReturn:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    found = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    found: Any = value
+    if OmegaConf.is_config(value):
+        found = OmegaConf.to_container(value, resolve=True)
     return dict(found or {})

@@ -23,6 +23,7 @@ QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # else a busy machine leaves the jobs waiting
 }
 RAY = Path(sys.executable).with_name("ray")
 
