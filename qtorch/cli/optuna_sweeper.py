@@ -23,6 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from qtorch.cli.ray_launcher import RayLauncher
 from qtorch.cli.search_space import Searched, searched
 from qtorch.cli.sweep import FINISHED, KILLED, JobResult, finished_jobs
 from qtorch.core.errors import ConfigError, unknown_name
@@ -74,17 +75,18 @@ class OptunaSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Hydra's; the launcher is the command's."""
-        self.config, self.hydra_context = config, hydra_context
+        self.config, self.hydra_context = config, hydra_context  # for Hydra's own methods
+        self._config, self._context = config, hydra_context
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until the study has as many as were asked for, by whatever processes."""
-        found = searched(arguments, self.params, self.hydra_context.config_loader)
-        folder = Path(str(self.config.hydra.sweep.dir))
+        found = searched(arguments, self.params, self._context.config_loader)
+        folder = Path(str(self._config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        OmegaConf.save(self._config, folder / "multirun.yaml")
         study = self._study(found)
         stays_open(self.launcher, True)
         begun = study.counted()
@@ -116,7 +118,7 @@ class OptunaSweeper(Sweeper):
         if is_grid(self.sampler):
             points = math.prod(len(values) for values in grid_of(found.space).values())
             self.n_trials = min(self.n_trials, points)
-        uri = OmegaConf.select(self.config, "tracking.uri")
+        uri = OmegaConf.select(self._config, "tracking.uri")
         if uri is not None:
             init(tracking_uri=str(uri))
         self.url = storage_url(self.storage, default_uri())
@@ -133,7 +135,7 @@ class OptunaSweeper(Sweeper):
     def _name(self, found: Searched) -> str:
         """The given name, the sweep's, else one made of the command: what it fixes and searches,
         and by what it judges."""
-        named = self.study_name or OmegaConf.select(self.config, "sweep.name")
+        named = self.study_name or OmegaConf.select(self._config, "sweep.name")
         if named:
             return str(named)
         parts = {
@@ -141,7 +143,7 @@ class OptunaSweeper(Sweeper):
             "space": {name: repr(part) for name, part in found.space.items()},
             "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
         }
-        return f"{self.config.experiment_name}-{digest(parts)[:8]}"
+        return f"{self._config.experiment_name}-{digest(parts)[:8]}"
 
     def _asked(self, study: Trials, found: Searched) -> list[Asked]:
         asked: list[Asked] = []
@@ -246,7 +248,7 @@ class OptunaSweeper(Sweeper):
         """The sweep's own run, where it has one."""
         if os.environ.get(SWEEP_VARIABLE):
             return os.environ[SWEEP_VARIABLE]
-        for override in self.config.hydra.overrides.hydra:
+        for override in self._config.hydra.overrides.hydra:
             name, _, value = str(override).partition("=")
             if name.endswith(f".{SWEEP_VARIABLE}"):
                 return value.strip("'\"") or None
@@ -259,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 def stays_open(launcher: Launcher, wanted: bool) -> None:
     """Tell a launcher that holds a cluster to keep it from batch to batch, or to let it go."""
-    if hasattr(launcher, "stays_open"):
+    if isinstance(launcher, RayLauncher):
         launcher.stays_open = wanted
         if not wanted:
             launcher.close()

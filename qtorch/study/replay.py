@@ -156,7 +156,9 @@ def _metrics(original: Recorder, run: Recorder) -> Compared:
     names = [n for n in names if not n.startswith(SYSTEM)]
     if not names:
         return Compared("metrics", None, "the run has none")
-    count, largest, missing, other = 0, 0.0, [], {}
+    count, largest = 0, 0.0
+    missing: list[str] = []
+    other: dict[str, int] = {}
     for name in names:
         one, two = original.logged(name), run.logged(name)
         if one.keys() != two.keys():

@@ -28,7 +28,7 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "pandas", "mlflow", "lightgbm
 def save_environment(recorder: Recorder, model: Any, dataset: Any) -> None:
     """Write the artifact; what cannot be told is left out, and nothing here fails a training."""
     try:
-        recorder.save_objects(**{ENVIRONMENT: environment_of(model, dataset)})
+        recorder.save_objects(environment=environment_of(model, dataset))
     except Exception as error:
         log.warning("the run's environment is not recorded: %s", error)
 

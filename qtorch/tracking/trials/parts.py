@@ -43,7 +43,8 @@ def sampler_of(spec: Any, seed: int | None, space: Space) -> optuna.samplers.Bas
     if is_grid(spec):
         options = {"search_space": grid_of(space), "seed": 0, **options}  # one order for all
     options.setdefault("seed", seed)
-    return _made(options, optuna.samplers.BaseSampler, "sampler")
+    built: optuna.samplers.BaseSampler = _made(options, optuna.samplers.BaseSampler, "sampler")
+    return built
 
 
 def is_grid(spec: Any) -> bool:
@@ -57,7 +58,8 @@ def pruner_of(spec: Any) -> optuna.pruners.BasePruner:
     if spec is None:
         return optuna.pruners.NopPruner()
     options = _options(spec, PRUNERS, "pruner", "optuna.pruners")
-    return _made(options, optuna.pruners.BasePruner, "pruner")
+    built: optuna.pruners.BasePruner = _made(options, optuna.pruners.BasePruner, "pruner")
+    return built
 
 
 def grid_of(space: Space) -> dict[str, list[Any]]:

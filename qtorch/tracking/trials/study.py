@@ -73,7 +73,7 @@ class Trials:
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
-                direction=direction,
+                direction="maximize" if direction == DIRECTIONS[0] else "minimize",
                 pruner=built,
                 sampler=plain_sampler(),
                 load_if_exists=True,
