@@ -28,7 +28,7 @@ from qtorch.cli.search_space import Searched, searched
 from qtorch.cli.sweep import FINISHED, KILLED, JobResult, finished_jobs
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.identity import digest
-from qtorch.tracking.trials.place import TRIAL_VARIABLE
+from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
 
 if TYPE_CHECKING:
     from qtorch.tracking.trials.row import Asked
@@ -40,6 +40,7 @@ SWEEP_VARIABLE = "QTORCH_SWEEP"
 # What may be another one in a command that goes on with the same study.
 NO_PART = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
 PAUSE_SECONDS = 1.0
+RUNNING = "RUNNING"  # of a job that another process is at
 
 
 class OptunaSweeper(Sweeper):
@@ -192,26 +193,30 @@ class OptunaSweeper(Sweeper):
         return told
 
     def _judge(self, study: Trials, trial: Asked, job: JobResult | None) -> None:
-        if job is None or job.status == KILLED:
+        if job is None or job.status in (KILLED, RUNNING):
             study.give_back(trial)
             return
-        value = job.metrics.get(self.metric, math.nan)
         if job.status != FINISHED:
             study.fail(trial, job.error or job.status, run_id=job.run_id)
-        elif math.isfinite(value) or study.is_pruned(trial):
-            self._tag(study, trial, job)
-            study.tell(trial, value, run_id=job.run_id)
+            return
+        value, pruned = job.metrics.get(self.metric, math.nan), self._tagged(study, trial, job)
+        if math.isfinite(value) or pruned:
+            study.tell(trial, value, run_id=job.run_id, pruned=pruned)
         elif self.metric in job.metrics:
             study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
         else:
             raise ConfigError(unknown_name("metric of the run", self.metric, job.metrics, limit=40))
 
-    def _tag(self, study: Trials, trial: Asked, job: JobResult) -> None:
+    def _tagged(self, study: Trials, trial: Asked, job: JobResult) -> bool:
+        """Name the trial in its run; whether that was pruned, for this trial or an equal one."""
         from qtorch.tracking.r import R
 
-        if job.run_id is not None:
-            run = R.get_recorder(recorder_id=job.run_id)
-            run.set_tags(**{"qtorch.study": study.name, "qtorch.trial": str(trial.number)})
+        pruned = study.is_pruned(trial)
+        if job.run_id is None:
+            return pruned
+        run = R.get_recorder(recorder_id=job.run_id)
+        run.set_tags(**{"qtorch.study": study.name, "qtorch.trial": str(trial.number)})
+        return pruned or PRUNED_TAG in run.list_tags()
 
     def _variable(self, study: Trials, trial: Asked) -> str:
         """The job's process learns its trial by its environment: no part of its task."""

@@ -16,11 +16,9 @@ import pytorch_lightning as pl
 
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.tracking.locations import default_uri
-from qtorch.tracking.trials.place import TRIAL_VARIABLE, storage_url
+from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE, storage_url
 
 log = logging.getLogger(__name__)
-
-PRUNED_TAG = "pruned"
 
 
 class Pruning(pl.Callback):

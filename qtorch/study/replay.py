@@ -14,13 +14,13 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, LoadObjectError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.trials.place import PRUNED_TAG
 from qtorch.trainer.failure import started_runs
 from qtorch.trainer.provenance import ENVIRONMENT
 from qtorch.trainer.run import TASK, task_train
 
 OF_TAG = "replay.of"
 EQUAL_TAG = "replay.equal"
-PRUNED_TAG = "pruned"
 MODEL, SCORES = "params.pkl", "pred.pkl"
 MOST_NAMES = 3
 SYSTEM = "system/"  # MLflow's own measurements of the machine

@@ -10,7 +10,7 @@ from toy_training import ToyRecorder
 from qtorch.core.errors import ConfigError
 from qtorch.model import pruning
 from qtorch.model.lightning_model import LightningModel
-from qtorch.tracking.trials.place import TRIAL_VARIABLE
+from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
 
 NAMED = {"study": "s", "id": 1, "number": 0, "storage": None, "pruner": "median"}
 
@@ -58,7 +58,7 @@ def test_a_pruned_training_ends_as_any_other(fitted):
     assert [value for _, value in judge.told] == pytest.approx(values)
     assert model.fit_report_["epochs"] == 2
     assert model.fit_report_["best_value"] == max(values)
-    assert tags[pruning.PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
+    assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
 
 
 def test_a_trial_that_cannot_be_reached_stops_nothing(fitted, caplog):

@@ -21,6 +21,7 @@ POSTGRES = "postgresql"
 SCHEMA = "optuna"
 SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
 TURN_SECONDS = 120.0
+PRUNED_TAG = "pruned"  # of a run that its search has stopped
 TRIAL_VARIABLE = "QTORCH_TRIAL"  # which trial a job's process runs, as JSON
 
 

@@ -145,10 +145,18 @@ class Trials:
 
     # -- telling -------------------------------------------------------------------------------
 
-    def tell(self, trial: Asked, value: float | None, *, run_id: str | None = None) -> None:
-        """The trial ended with `value`; one that its pruner stopped is PRUNED."""
+    def tell(
+        self,
+        trial: Asked,
+        value: float | None,
+        *,
+        run_id: str | None = None,
+        pruned: bool = False,
+    ) -> None:
+        """The trial ended with `value`; one that its pruner stopped (or an equal one, whose run
+        it was given: `pruned`) is PRUNED."""
         self._note(trial, **({RUN: run_id} if run_id else {}))
-        stopped = self.is_pruned(trial)
+        stopped = pruned or self.is_pruned(trial)
         self._end(trial, PRUNED if stopped else COMPLETE, None if stopped else value)
 
     def fail(self, trial: Asked, error: str, *, run_id: str | None = None) -> None:
@@ -251,6 +259,7 @@ def _put_back(study: optuna.Study, trial: FrozenTrial) -> None:
     if retries >= MAX_RETRIES or not trial.params:
         return
     known = {"grid_id", "search_space"}
+    kept = {k: v for k, v in trial.user_attrs.items() if k == PRUNED_AT}
     study.add_trial(
         optuna.create_trial(
             state=WAITING,
@@ -258,6 +267,7 @@ def _put_back(study: optuna.Study, trial: FrozenTrial) -> None:
             distributions=trial.distributions,
             intermediate_values=trial.intermediate_values,
             user_attrs={
+                **kept,
                 RETRIES: retries + 1,
                 RETRY_OF: trial.user_attrs.get(RETRY_OF, trial.number),
             },
