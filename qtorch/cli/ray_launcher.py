@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +114,8 @@ class RayLauncher(Launcher):
             options["address"] = self.address
         try:
             _check_reached(str(self.address))
-            ray.init(**{**options, **self.init})
+            with _own_signals():
+                ray.init(**{**options, **self.init})
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray cluster at hydra.launcher.address={self.address}: {error}. Start one with "
@@ -190,6 +194,15 @@ def run_in_worker(
         job_dir_key="hydra.sweep.dir",
         job_subdir_key="hydra.sweep.subdir",
     )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler of its own for SIGTERM, which ends the process on the spot."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_reached(address: str) -> None:
