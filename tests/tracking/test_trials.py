@@ -139,6 +139,13 @@ def test_a_pruned_trial_is_no_finished_one(url):
     assert running.should_stop(1, -0.5)
     study.tell(trial, 0.7)
     assert [(r.state, r.value, r.steps) for r in study.rows()] == [("PRUNED", -0.5, 2)]
+    equal = study.ask(SPACE, 3)
+    study.tell(equal, 0.7, pruned=True)  # was given the pruned run of an equal trial
+    killed = study.ask(SPACE, 3)
+    RunningTrial("a", killed.id, url, always).should_stop(0, -0.5)
+    study.give_back(killed)  # stopped by its pruner, and then interrupted
+    study.tell(study.ask(SPACE, 3), 0.7)
+    assert [r.state for r in study.rows()] == ["PRUNED", "PRUNED", "FAIL", "PRUNED"]
 
 
 def test_a_grid_is_walked_once(url):
