@@ -85,7 +85,7 @@ def _chain_text(error: BaseException) -> str:
 def _unknown_key(key: str, argv: Sequence[str], root: str) -> str:
     """The nearest key to one that the configuration does not have."""
     *above, last = key.split(".")
-    node: Any = _composed([a for a in argv if not _sets(a, key)], root)
+    node: Any = _composed([a for a in argv if not _sets(a, key)], root, above[:1] == ["hydra"])
     for part in above:
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     where = ".".join(above)
@@ -100,14 +100,15 @@ def _unknown_key(key: str, argv: Sequence[str], root: str) -> str:
     return f"{told} (To add a new one: +{key}=...)"
 
 
-def _composed(overrides: list[str], root: str) -> Any:
-    """The configuration with the other overrides, as far as they can be composed."""
+def _composed(overrides: list[str], root: str, hydras: bool) -> Any:
+    """The configuration with the other overrides, as far as they can be composed; Hydra's own
+    part too where `hydras`."""
     plain = [o for o in overrides if "=" in o and not o.startswith("-")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_path()), version_base="1.3"):
         for attempt in ([o for o in plain if "," not in o], []):
             try:
-                return compose(root, overrides=attempt)
+                return compose(root, overrides=attempt, return_hydra_config=hydras)
             except HydraException:
                 continue
     return OmegaConf.create()

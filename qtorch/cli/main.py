@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "export": ("qtorch.cli.export", "a run's network as a file: run=ID format=onnx out=FILE"),
     "report": ("qtorch.cli.report", "a run as a page, or several compared: runs=[ID,...]"),
+    "replay": ("qtorch.cli.replay", "a finished run once more: do the numbers agree? run=ID"),
     "rolling": ("qtorch.cli.rolling", "train again and again through time: model=gru step=40"),
     "worker": ("qtorch.cli.worker", "train the tasks of a pool: pool=NAME url=... devices=..."),
     "tasks": ("qtorch.cli.tasks", "a pool's tasks: list, stat, show, wait, retry, remove, ..."),

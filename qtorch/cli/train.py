@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from qtorch.cli.config_path import ROOT_CONFIG, config_path
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.hydra_errors import explained
+from qtorch.cli.plugins import register_plugins
 from qtorch.cli.signals import interruptible
 from qtorch.cli.sweep import KILLED, Refusal, finished_jobs, forget_jobs
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Run what the overrides ask for; 0 where every job finished, 130 after Ctrl-C, else 1."""
     forget_jobs()
     many = any(a in ("-m", "--multirun") for a in argv)
+    register_plugins()
     try:
         interrupted = _launched(argv)
         if isinstance(interrupted, int):

@@ -78,12 +78,16 @@ class LinkHandler(logging.Handler):
 class LinkRecorder:
     """Stands for the parent's recorder: metrics go there, the run is the parent's."""
 
-    def __init__(self, link: RankLink, run_id: str) -> None:
-        self._link, self.id = link, run_id
+    def __init__(self, link: RankLink, run_id: str, uri: str | None = None) -> None:
+        self._link, self.id, self.uri = link, run_id, uri
 
     def log_batch(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Send metrics to the parent, which logs them."""
         self._link.say(metrics=[dict(metrics), step])
+
+    def set_tags(self, **tags: Any) -> None:
+        """Send tags to the parent, which sets them."""
+        self._link.say(tags=tags)
 
 
 def told(error: BaseException) -> dict[str, Any]:

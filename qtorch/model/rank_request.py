@@ -36,6 +36,7 @@ class RankRequest:
     folder: str | None
     checkpoint: str | None
     run_id: str | None
+    uri: str | None
     size: int
     num_local: int
     address: str

@@ -51,7 +51,7 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
     )
     recorder = None
     if rank == 0 and request.run_id is not None:
-        recorder = LinkRecorder(link, request.run_id)
+        recorder = LinkRecorder(link, request.run_id, request.uri)
     seed_everything(recipe.seed)
     if rank == 0:
         restore_generators({**request.generators, "cuda": []})

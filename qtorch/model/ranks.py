@@ -87,6 +87,7 @@ def fit_by_ranks(
             folder=None if folder is None else str(folder.absolute()),
             checkpoint=None if found is None else str(found[0].absolute()),
             run_id=None if recorder is None else str(recorder.id),
+            uri=getattr(recorder, "uri", None),
             size=options.num_devices,
             num_local=options.num_local,
             address=launch.address,
@@ -195,6 +196,8 @@ class Team:
             beat(stage, **details)
         elif "metrics" in message:
             self.recorder.log_batch(message["metrics"][0], step=message["metrics"][1])
+        elif "tags" in message:
+            self.recorder.set_tags(**message["tags"])
         elif "log" in message:
             name, level, text = message["log"]
             logging.getLogger(name).log(level, "%s", text if rank == 0 else f"rank {rank}: {text}")

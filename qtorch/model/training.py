@@ -34,6 +34,7 @@ from qtorch.model.finetuning import FineTuning
 from qtorch.model.interruption import Stoppable
 from qtorch.model.keeper import Keeper, weights_of
 from qtorch.model.module import ScoreModule, no_interruption
+from qtorch.model.pruning import pruning_callbacks
 from qtorch.model.rank_environment import RankPlace
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.recorder_logger import RecorderLogger
@@ -149,6 +150,7 @@ class Training:
         own: list[pl.Callback] = [keeper] if stopper is None else [stopper, keeper]
         if self.tuning is not None:
             own = [*self.tuning.callbacks(self.network), *own]
+        own = [*pruning_callbacks(recorder), *own]
         self.trainer = build_trainer(
             options,
             own=own,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qtorch.study.export import load_network as load_network
     from qtorch.study.group import Group as Group
     from qtorch.study.group import RollingGroup as RollingGroup
+    from qtorch.study.replay import Replay as Replay
+    from qtorch.study.replay import replay_run as replay_run
     from qtorch.study.rolling import RollingResult as RollingResult
     from qtorch.study.rolling import StudyError as StudyError
     from qtorch.study.rolling import rolling_study as rolling_study
@@ -36,6 +38,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Group": "qtorch.study.group",
         "MergeCollector": "qtorch.study.collect",
         "RecorderCollector": "qtorch.study.collect",
+        "Replay": "qtorch.study.replay",
         "RollingEnsemble": "qtorch.study.ensemble",
         "RollingGroup": "qtorch.study.group",
         "RollingResult": "qtorch.study.rolling",
@@ -45,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "compare_runs": "qtorch.study.comparison",
         "export_model": "qtorch.study.export",
         "load_network": "qtorch.study.export",
+        "replay_run": "qtorch.study.replay",
         "rolling_study": "qtorch.study.rolling",
         "write_comparison": "qtorch.study.comparison_page",
     },

@@ -24,6 +24,7 @@ from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
 from qtorch.trainer.prepare import complete_task, shown_task, split_place
+from qtorch.trainer.provenance import save_environment
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ def task_train(
     """Train one task in a run of its own and return the run.
 
     The run holds the flattened task as params, `task`, the tag `hostname`, the fitted model as
-    `params.pkl`, the dataset's configuration as `dataset` (no data), and what the task's records
-    write. An error marks it FAILED, is stored in it (tag `error`, `error.txt`) and raised again;
-    Ctrl-C marks it KILLED. Answers to qlib/model/trainer.py.
+    `params.pkl`, the dataset's configuration as `dataset` (no data), `environment` (what it was
+    made with), and what the task's records write. An error marks it FAILED, is stored in it (tag
+    `error`, `error.txt`) and raised again; Ctrl-C marks it KILLED. Answers to
+    qlib/model/trainer.py.
 
     `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task: the
     training goes on in it, from its last checkpoint; one that is FINISHED is returned as it is.
@@ -239,6 +241,7 @@ def _execute(
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
+        save_environment(recorder, model, dataset)
         if on_fitted is not None:
             on_fitted(recorder, dataset)
         make_records(recorder, task.get("record"), model, dataset)

@@ -60,7 +60,10 @@ def test_the_wheel_carries_every_config_and_works_from_a_foreign_folder(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "step_len" in done.stdout
-    where = f"{command.split(';')[1]}; import qtorch.cli.config_path as c; print(c.config_path())"
+    where = (
+        f"{command.split(';')[1]}; import qtorch.cli.config_path as c; print(c.config_path()); "
+        "from qtorch.cli.main import main; main(['train', '-m', 'hydra/sweeper=optuna', 'seed=1'])"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", f"import sys; {where}"],
         cwd=tmp_path,
@@ -69,3 +72,4 @@ def test_the_wheel_carries_every_config_and_works_from_a_foreign_folder(tmp_path
         check=True,
     )
     assert Path(shown.stdout.strip()) == tmp_path / "site" / "qtorch" / "conf"
+    assert "the search has no space" in shown.stderr  # our plugins are Hydra's there too

@@ -1,0 +1,89 @@
+"""`hydra/sweeper=optuna` as a user runs it: pruning, two processes, a kill, and the same again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from contextlib import closing
+
+import pytest
+
+pytest.importorskip("optuna")
+
+SPACE = ("model.optimizer.lr=tag(log, interval(1e-5, 1e-1))", "model.network.hidden_size=2,4")
+SEARCH = (
+    "train", "-m", "debug=tiny", "log_level=ERROR", "hydra/sweeper=optuna", *SPACE,
+    "model.network.num_layers=1", "trainer.max_epochs=3", "hydra.sweeper.n_trials=6",
+    "hydra.sweeper.grace=8", "hydra.sweeper.pruner={_target_:optuna.pruners.MedianPruner,"
+    "n_startup_trials:1}",
+)  # fmt: skip
+
+
+def trials(folder) -> list[tuple[str, int]]:
+    """State and number of the study's trials; none while there is no study."""
+    path = folder / "mlruns" / "mlflow-optuna.db"
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(path, timeout=20)) as connection:
+        try:
+            return connection.execute("SELECT state, number FROM trials ORDER BY number").fetchall()
+        except sqlite3.OperationalError:
+            return []
+
+
+def forked(*argv: str) -> int:
+    """The command in a process of its own, its imports done."""
+    from qtorch.cli.main import main
+
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        code = main(argv)
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.slow
+def test_two_processes_search_together_and_a_killed_one_loses_nothing(folder, qtorch_cli, runs):
+    import qtorch.cli.job
+    import qtorch.tracking.trials.study  # noqa: F401 - the imports of the forked processes
+
+    victim, other = forked(*SEARCH), forked(*SEARCH)
+    end = time.monotonic() + 60
+    while sum(state == "COMPLETE" for state, _ in trials(folder)) < 2:
+        assert time.monotonic() < end, trials(folder)
+        time.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+    _, code = os.waitpid(other, 0)
+    assert os.waitstatus_to_exitcode(code) == 0
+    told = qtorch_cli(*SEARCH)
+    assert told.code == 0, told.err
+    states = [state for state, _ in trials(folder)]
+    good = states.count("COMPLETE") + states.count("PRUNED")
+    assert (good, states.count("RUNNING"), states.count("WAITING")) == (6, 0, 0), states
+    assert states.count("FAIL") <= 1  # the killed one's trial, which was run again
+    assert "has 6 trials already" in told.err
+    assert "best: trial" in told.out
+    assert list(folder.glob("outputs/*/*/search.png"))
+    finished = [r for r in runs() if r.status == "FINISHED"]
+    tagged = [r.list_tags().get("qtorch.trial") for r in finished]
+    assert len(set(tagged) - {None}) == 6
+    pruned = [r for r in finished if "pruned" in r.list_tags()]
+    assert len(pruned) == states.count("PRUNED")
+
+
+def test_a_search_without_a_space_or_with_a_wrong_metric_is_told(qtorch_cli, runs):
+    told = qtorch_cli("train", "-m", "hydra/sweeper=optuna", "debug=tiny")
+    assert "the search has no space" in told.error()
+    told = qtorch_cli(
+        "train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.smapler=tpe", "seed=0,1"
+    )
+    assert "Did you mean 'sampler'" in told.error()
+    assert not runs()
