@@ -32,7 +32,9 @@ def isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     told = str(mode).lower()
     if told not in MODES:
         raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
-    return told == "true" or (told == "auto" and sweep and not submitted(launcher))
+    # A Ray worker ends with its job: one that is killed must not leave the work behind.
+    own = submitted(launcher) or launcher.endswith("RayLauncher")
+    return told == "true" or (told == "auto" and sweep and not own)
 
 
 def share(forks: Forks, folder: Path) -> None:

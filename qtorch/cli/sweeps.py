@@ -22,7 +22,7 @@ usage: qtorch sweep list
 
   list     every sweep of the tracking store, the newest first
   show     its jobs, mean and deviation over seeds, the best job
-  best     the best job and the best setting by a metric (the test segment's Rank IC)
+  best     the best job and the best setting by a metric (the valid segment's Rank IC)
   resume   the sweep's command again, in its folder: finished jobs are skipped, interrupted ones
            go on from their checkpoints, and with retry=true failed ones are tried again
 

@@ -82,6 +82,11 @@ def _told(many: bool, interrupted: BaseException | None) -> int:
 
         print_jobs(jobs)
     if interrupted is not None:
+        from qtorch.cli.scheduled import queued_again
+
+        told = queued_again()
+        if told is not None:
+            raise KeyboardInterrupt(f"{interrupted} {told}")
         raise interrupted
     for failed in (j for j in jobs if j.error):
         print(f"error: {failed.error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtorch.cli import table
 from qtorch.cli.guard import debugging, error_line
+from qtorch.cli.scheduled import JOB_TAG, earlier_attempt, scheduled_job
 from qtorch.cli.segments import with_dates
 from qtorch.cli.sweep import FAILED, FINISHED, KILLED, RUNNING, SENT, JobResult
 from qtorch.core.errors import ConfigError, QtorchError
@@ -121,8 +122,11 @@ def _train(request: Mapping[str, Any], result: JobResult) -> Recorder:
     )
     if request["sweep"] is None:
         tags = {} if task.get("seed") is None else identified(task)[1]
+        job = scheduled_job()
+        if job is not None and tags:
+            tags[JOB_TAG] = job
         with born_with(tags):
-            return task_train(task, experiment, name)
+            return task_train(task, experiment, name, run=earlier_attempt(experiment, tags))
     place = Membership(
         request["sweep"],
         request["number"],

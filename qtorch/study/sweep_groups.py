@@ -11,7 +11,8 @@ from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.study.sweep import SweepJob
 from qtorch.tracking.recorder import Recorder
 
-RANK_IC = ("test.Rank IC", "Rank IC", "valid.Rank IC", "valid/rank_ic")
+# What is chosen by the test segment has no test any more: the valid segment comes first.
+RANK_IC = ("valid.Rank IC", "test.Rank IC", "Rank IC", "valid/rank_ic")
 LESS_IS_BETTER = ("loss", "mse", "mae", "rmse")
 MODES = ("max", "min")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,8 @@ def test_what_all_have_in_common_is_not_said_in_every_row():
 def test_the_best_job_and_the_best_setting_may_differ():
     metric = best_metric(JOBS)
     assert metric == "test.Rank IC"
+    chosen = [replace(j, metrics={**j.metrics, "valid.Rank IC": 0.0}) for j in JOBS]
+    assert best_metric(chosen) == "valid.Rank IC"  # a test that chooses is none
     best = best_job(JOBS, metric, mode_of(metric))
     assert best is not None
     assert best.number == 1
