@@ -137,7 +137,7 @@ def _started(launch: Launch, work: Path, digest: str, size: int) -> list[RankHan
                 local=launch.local,
             )
             handles.append(rank)
-        handles += launch.others(str(work.absolute()), digest)
+        handles += launch.others(str(work), digest)
     except BaseException:
         for handle in handles:
             handle.kill()
@@ -265,7 +265,7 @@ def _workplace(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         for old in folder.glob(f"{PREFIX}*"):
             shutil.rmtree(old, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder)).absolute()
     try:
         yield work
     finally:

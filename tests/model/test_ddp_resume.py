@@ -46,12 +46,19 @@ def _begun(folder: Path, **told: str) -> Forked:
     return training_in(folder, CHANGES, **told)
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # which nobody has fetched yet
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _ranks_gone(folder: Path, seconds: float = 10.0) -> bool:
     """Whether every rank that was started for the folder is gone, soon."""
     end, told = time.monotonic() + seconds, folder / PIDS
     while time.monotonic() < end:
         pids = [int(p) for p in told.read_text().split()] if told.exists() else []
-        if not any(psutil.pid_exists(p) for p in pids):
+        if not any(_runs(p) for p in pids):
             return True
         time.sleep(0.05)
     return False
