@@ -202,8 +202,11 @@ def test_a_sweep_through_the_pool(worker, qtorch_cli, runs):
     )  # fmt: skip
     assert told.code == 0, told.err
     assert told.out.count("FINISHED") == 2
-    assert {r.name for r in runs()} == {"lstm", "gru"}
-    assert all(r.id in told.out for r in runs())
+    (parent,) = [r for r in runs() if "qtorch.sweep" in r.list_tags()]
+    jobs = [r for r in runs() if r.id != parent.id]
+    assert {r.name for r in jobs} == {"lstm", "gru"}
+    assert all(r.id in told.out for r in jobs)
+    assert {r.list_tags()["mlflow.parentRunId"] for r in jobs} == {parent.id}
     process.terminate()
     process.communicate(timeout=30)
     bad = qtorch_cli(

@@ -56,27 +56,14 @@ def test_predict_gives_the_scores_of_the_run_again(train, runs, qtorch_cli, fold
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_every_job_and_one_failing_takes_no_other_along(train, runs, folder):
-    told = train("-m", "model=lstm,gru", "seed=0,1", "model.network.hidden_size=8,-1")
-    assert told.code == 1
-    found = runs()
-    assert sorted(r.status for r in found) == ["FAILED"] * 4 + ["FINISHED"] * 4
-    assert {r.list_params()["seed"] for r in found} == {"0", "1"}
-    rows = [line for line in told.out.splitlines() if "FINISHED" in line or "FAILED" in line]
-    assert len(rows) == 8
-    assert "model=gru" in told.out
-    assert "debug=tiny" not in "".join(rows)
-    assert len([line for line in told.err.splitlines() if line.startswith("error: job ")]) == 4
-
-
-@pytest.mark.slow
 def test_joblib_runs_a_sweeps_jobs_side_by_side(train, runs):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     told = train(
         "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", "universe=stocks,none"
     )
     assert told.code == 1
-    assert sorted(r.status for r in runs()) == ["FAILED"] * 2 + ["FINISHED"] * 2
+    jobs = [r for r in runs() if "qtorch.sweep" not in r.list_tags()]
+    assert sorted(r.status for r in jobs) == ["FAILED"] * 2 + ["FINISHED"] * 2
     assert len([line for line in told.out.splitlines() if "FINISHED" in line]) == 2
 
 
