@@ -90,6 +90,8 @@ class Keeper(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._valid_begin = time.perf_counter()
+        # A batch norm's statistics are each rank's own; judged is what is kept, the first rank's.
+        self.ranks.share(pl_module.buffers())
 
     def on_validation_batch_end(self, *_: Any) -> None:
         beat("validation")

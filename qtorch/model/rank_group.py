@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ class RankGroup:
         found = values.detach().clone()
         dist.all_reduce(found)
         return found
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes, in place, what the first rank has."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
     def agree(self, wish: bool) -> bool:
         """Whether any rank wishes it: one answer for all."""

@@ -1,12 +1,12 @@
 """Trains one task again and again in processes that kill themselves; run as a script.
 
-    python kill_steps.py FOLDER KILLS SEED
+    python kill_steps.py FOLDER KILLS DEVICES
 
 Every attempt is a real process (forked from this one, which has done nothing but import) that
 ends by SIGKILL at a moment drawn from the stages that a task goes through, until KILLS are done.
 A task that came to its end meanwhile is followed by the next one, with another seed. Each of them
 is also trained undisturbed. Prints JSON: `{"rounds": [{"whole": id, "killed": id}], "kills":
-{stage: count}}`.
+{stage: count}}`. On two DEVICES it is the parent of the ranks that dies.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# Each attempt begins with its imports done.
 import mlflow.artifacts
 import mlflow.store.artifact.artifact_repository_registry
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import torch
 
 import qtorch.model.lightning_model
+import qtorch.model.rank_training
 import qtorch.record.signal_analysis
 import qtorch.record.signal_chart
 import qtorch.tracking.mlflow_store  # noqa: F401
 from qtorch.core import heartbeat
 from qtorch.core.session import init
+from qtorch.model import ranks
 from qtorch.trainer.run import task_train
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))  # for forked_ranks
 
 # The stages to die in, in turns; "" is any. Some come once an epoch, some once a task.
 STAGES = ("training", "validation", "", "checkpoint", "training", "saving", "record", "scoring", "")
 EXPERIMENTS = ("whole", "killed")
 
 
-def task(seed: int) -> dict[str, Any]:
+def task(seed: int, devices: int) -> dict[str, Any]:
     """A small training with all that a continuation has to hold, and two records."""
     source = {
         "_target_": "qtorch.data.SyntheticSource",
@@ -62,13 +65,16 @@ def task(seed: int) -> dict[str, Any]:
         "valid": ("2019-08-01", "2019-09-30"),
         "test": ("2019-10-01", "2019-12-20"),
     }
+    trainer = {"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False}
+    if devices > 1:
+        trainer |= {"devices": devices, "strategy": "ddp"}
     return {
         "model": {
             "_target_": "qtorch.model.LightningModel",
             "network": {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.3},
             "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
             "batch": {"size": 100},
-            "trainer": {"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False},
+            "trainer": trainer,
             "checkpoint": {"every_n_steps": 3},
             "monitor": "rank_ic",
         },
@@ -78,7 +84,9 @@ def task(seed: int) -> dict[str, Any]:
     }
 
 
-def attempt(folder: Path, seed: int, which: str, stage: str | None, draw: random.Random) -> int:
+def attempt(
+    folder: Path, seed: int, devices: int, which: str, stage: str | None, draw: random.Random
+) -> int:
     """One process that trains the task, in the run that an earlier one began; how it ended."""
     note = folder / f"{which}-{seed}.json"
     child = os.fork()
@@ -91,10 +99,13 @@ def attempt(folder: Path, seed: int, which: str, stage: str | None, draw: random
         heartbeat.PAUSE_SECONDS = 0.0
         earlier = json.loads(note.read_text()) if note.exists() else None
 
+        own = os.getpid()
         nth, seen, delay = draw.randint(1, 6), 0, draw.choice((0.0, 0.0, draw.random() * 0.03))
 
         def listen(told: str, details: dict[str, Any]) -> None:
             nonlocal seen
+            if os.getpid() != own:  # a rank, forked from here
+                return
             if told == heartbeat.RUN:
                 temporary = note.with_suffix(".new")
                 temporary.write_text(json.dumps(details))
@@ -109,7 +120,7 @@ def attempt(folder: Path, seed: int, which: str, stage: str | None, draw: random
                 die.start() if delay else os.kill(os.getpid(), signal.SIGKILL)
 
         with heartbeat.listening(listen):
-            task_train(task(seed), which, run=earlier)
+            task_train(task(seed, devices), which, run=earlier)
         code = 0
     except BaseException:
         import traceback
@@ -119,19 +130,23 @@ def attempt(folder: Path, seed: int, which: str, stage: str | None, draw: random
         os._exit(code)
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, devices: int) -> None:
     """Kill until all kills are done, then let the last task come to its end."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
+    if devices > 1:
+        from forked_ranks import ForkedRank
+
+        ranks.RankProcess = ForkedRank  # type: ignore[misc]
     rounds: list[dict[str, Any]] = []
     where: Counter[str] = Counter()
     while sum(where.values()) < kills or not rounds:
         number = len(rounds)
-        assert attempt(folder, number, "whole", None, draw) == 0
+        assert attempt(folder, number, devices, "whole", None, draw) == 0
         while True:
             done = sum(where.values())
             stage = STAGES[done % len(STAGES)] if done < kills else None
             draw.random()  # a child's draws are its own: the next one begins elsewhere
-            code = attempt(folder, number, "killed", stage, draw)
+            code = attempt(folder, number, devices, "killed", stage, draw)
             if code == 0:
                 break
             assert code == -signal.SIGKILL, code

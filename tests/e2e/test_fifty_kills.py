@@ -15,13 +15,13 @@ import torch
 from qtorch import R
 
 STEPS = Path(__file__).parent / "kill_steps.py"
-KILLS = 50
 
 
 @pytest.mark.slow
-def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "devices"), [(50, 1), (10, 2)])
+def test_kills_change_nothing(tmp_path: Path, kills: int, devices: int) -> None:
     done = subprocess.run(
-        [sys.executable, str(STEPS), str(tmp_path), str(KILLS), "0"],
+        [sys.executable, str(STEPS), str(tmp_path), str(kills), str(devices)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -29,9 +29,9 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert sum(told["kills"].values()) == KILLS
+    assert sum(told["kills"].values()) == kills
     stages = {"training", "validation", "checkpoint", "saving", "record", "scoring"}
-    assert stages <= told["kills"].keys()
+    assert devices > 1 or stages <= told["kills"].keys()
     with R.uri_context(f"sqlite:///{tmp_path / 'runs.db'}"):
         for which in ("whole", "killed"):  # one run a task, however often it was killed
             found = R.list_recorders(experiment_name=which)
