@@ -239,6 +239,17 @@ def sweep(bench: Bench) -> None:
               f"bare {seconds(done['bare'])}", done["overhead"], "< 1.5")  # fmt: skip
 
 
+def resume(bench: Bench) -> None:
+    done = bench.run("resume_side", "resume", threads=1, repeats=bench.args.repeats)
+    if done is None:
+        return
+    share = done["with"] / done["without"]
+    bench.row(f"MLP, {done['epochs']} epochs with a checkpoint after each", seconds(done["with"]),
+              f"without {seconds(done['without'])}", share, "<= 1.03")  # fmt: skip
+    bench.row("From fit to the first batch, out of a checkpoint", seconds(done["resumed"]),
+              f"a fresh fit {seconds(done['fresh'])}", None, "stated")  # fmt: skip
+
+
 def backtests(bench: Bench) -> None:
     ours = bench.run("backtest_side", "backtest", threads=1)
     qlib = bench.qlib("backtest", threads=1)
@@ -266,6 +277,7 @@ WORKS = {
     "pooled": pooled,
     "rolling": rolling,
     "sweep": sweep,
+    "resume": resume,
     "backtests": backtests,
 }
 

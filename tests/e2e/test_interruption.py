@@ -73,20 +73,6 @@ def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli)
     assert "FINISHED" in told.error()
 
 
-def test_a_process_killed_in_mid_epoch_goes_on_where_it_was(start, runs, qtorch_cli):
-    job = (*JOB, "model.checkpoint.every_n_steps=2", "model.inner_steps=2")
-    child = start(*job)
-    run = wait_for_epoch(runs, child)
-    time.sleep(0.5)
-    child.kill()
-    child.communicate()
-    told = qtorch_cli("train", f"resume={run.id}")
-    assert told.code == 0, told.err
-    assert qtorch_cli(*job).code == 0
-    resumed, other = (next(r for r in runs() if (r.id == run.id) is same) for same in (True, False))
-    assert history(resumed) == history(other)
-
-
 def test_a_second_ctrl_c_ends_at_once(start, runs):
     # One endless step: the first Ctrl-C waits for its end, the second does not.
     child = start(

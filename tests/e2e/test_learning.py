@@ -27,7 +27,7 @@ def test_the_default_lstm_finds_at_least_half_of_the_planted_signal(qtorch_cli, 
     scores, needed = [], 0.0
     for seed in range(3):
         # Its best epoch is the first or second; the others would only take longer.
-        told = qtorch_cli("train", f"seed={seed}", "trainer.max_epochs=2", "log_level=WARNING")
+        told = qtorch_cli("train", f"seed={seed}", "trainer.max_epochs=1", "log_level=WARNING")
         assert told.code == 0, told.err
         found = daily_rank_ic(runs)
         days = found[0].index

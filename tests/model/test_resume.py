@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import Forked
 from toy_training import ToyDataset, ToyRecorder, resumable_model
+from toy_training import main as train_in
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.stops import STOPS, noted
@@ -25,8 +25,6 @@ from qtorch.model.checkpoint import (
     read_checkpoint,
 )
 from qtorch.model.interruption import TrainingInterrupted
-
-SCRIPT = Path(__file__).parent / "toy_training.py"
 
 
 def _weights(model) -> dict[str, torch.Tensor]:
@@ -46,16 +44,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
     return model, recorder.history()
 
 
-def _killed(folder: Path, at: str, how: str = "SIGKILL") -> subprocess.CompletedProcess:
+def _killed(folder: Path, at: str, how: str = "SIGKILL") -> int | None:
+    """How a process ended that trained there; it has its imports from this one."""
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), at, how],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return Forked(lambda: train_in(str(folder), at, how)).join()
 
 
 def _resumed(folder: Path, **changes):
@@ -67,8 +59,7 @@ def _resumed(folder: Path, **changes):
 
 @pytest.mark.slow
 def test_killed_in_mid_epoch_and_resumed(tmp_path: Path, uninterrupted) -> None:
-    done = _killed(tmp_path / "run", "1:10")
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert _killed(tmp_path / "run", "1:10") == -signal.SIGKILL
     model, history = _resumed(tmp_path / "run")
     assert model.fit_report_["resumed_from"] is not None
     assert _same(_weights(model), _weights(uninterrupted[0]))
@@ -79,7 +70,7 @@ def test_killed_in_mid_epoch_and_resumed(tmp_path: Path, uninterrupted) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("at", ["0:2", "0:5", "1:0", "1:4", "2:9", "2:19", "3:19"])
 def test_killed_anywhere(tmp_path: Path, uninterrupted, at: str) -> None:
-    assert _killed(tmp_path / "run", at).returncode == -signal.SIGKILL
+    assert _killed(tmp_path / "run", at) == -signal.SIGKILL
     model, history = _resumed(tmp_path / "run")
     assert _same(_weights(model), _weights(uninterrupted[0]))
     assert history == uninterrupted[1]
@@ -88,7 +79,7 @@ def test_killed_anywhere(tmp_path: Path, uninterrupted, at: str) -> None:
 @pytest.mark.slow
 def test_killed_twice_and_resumed_with_other_inner_steps(tmp_path: Path, uninterrupted) -> None:
     for at in ("1:9", "2:14"):
-        assert _killed(tmp_path / "run", at).returncode == -signal.SIGKILL
+        assert _killed(tmp_path / "run", at) == -signal.SIGKILL
     model, history = _resumed(tmp_path / "run", inner_steps=7)
     assert _same(_weights(model), _weights(uninterrupted[0]))
     assert history == uninterrupted[1]
