@@ -4,8 +4,9 @@
 #   bash scripts/slurm_check.sh FOLDER                on bars in Qlib's layout (universe nyse500)
 # A sweep loses a job to scancel and a node to kill -9 and is resumed; two processes train one
 # network by srun; workers of a pool run as an array; a job gives its time back and goes on.
-# Prints a table; the exit code is 0 where all of it held. SLURM comes from Debian's packages
-# where it is missing, which takes root. QTORCH_PYTHON names a Python with qtorch to use.
+# Prints a table; the exit code is 0 where all of it held. `--only page` runs every command of
+# from_laptop_to_cluster.md instead. SLURM comes from Debian's packages where it is missing, which
+# takes root. QTORCH_PYTHON names a Python with qtorch to use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v slurmctld >/dev/null 2>&1; then

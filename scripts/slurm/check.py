@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cluster import Cluster
 
 PATIENCE = 600.0
+PAGE = Path(__file__).resolve().parents[1] / "from_laptop_to_cluster.md"
+USUAL = "sweep,devices,array,requeued"
 TINY = ["debug=tiny", "model.network.hidden_size=16", "model.network.num_layers=1"]
 REAL = [
     "data=qlib",
@@ -240,6 +243,27 @@ def requeued(check: Check) -> None:
     )
 
 
+def page(check: Check) -> None:
+    """Every command of the page, as it stands there, one after another."""
+    text = PAGE.read_text()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for command in block.replace("\\\n", " ").splitlines():
+            own_ray = "address=auto" in command
+            if own_ray:
+                check.call(
+                    *["ray", "start", "--head", "--num-cpus", "2", "--include-dashboard=false"]
+                )
+            if "RUN_ID" in command:
+                done = [r for r in check.runs("debug") if r.status == "FINISHED"]
+                command = command.replace("RUN_ID", str(done[0].id))
+            code = check.call("bash", "-c", command)
+            if command.startswith("sbatch") and "worker" not in command:
+                until(lambda: not check.cluster.jobs(), "the job's end")
+            if own_ray:
+                check.call("ray", "stop", "--force")
+            check.note(f"`{' '.join(command.split())[:60]}`", f"exit code {code}", code == 0)
+
+
 def quoted(word: str) -> str:
     return f"'{word}'"
 
@@ -248,6 +272,7 @@ CHECKS: dict[str, Callable[[Check], None]] = {
     "devices": devices,
     "array": array,
     "requeued": requeued,
+    "page": page,
 }
 
 
@@ -258,7 +283,7 @@ def main() -> int:
     parser.add_argument("provider", nargs="?", help="bars in Qlib's layout, with nyse500")
     parser.add_argument("--jobs", type=int, default=12, help="jobs of the sweep")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--only", default="sweep," + ",".join(CHECKS), help="checks, by comma")
+    parser.add_argument("--only", default=USUAL, help=f"checks, by comma: {USUAL},page")
     parser.add_argument("--keep", help="a folder for what the check leaves, instead of none")
     parser.add_argument("--json", help="a file for the table's rows")
     args = parser.parse_args()
