@@ -86,7 +86,8 @@ def _told(many: bool, interrupted: BaseException | None) -> int:
 
         told = queued_again()
         if told is not None:
-            raise KeyboardInterrupt(f"{interrupted} {told}")
+            kept = str(interrupted).partition(". ")[0].rstrip(".")  # without how to go on by hand
+            raise KeyboardInterrupt(f"{kept}. {told}")
         raise interrupted
     for failed in (j for j in jobs if j.error):
         print(f"error: {failed.error}", file=sys.stderr)
