@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.submitted import submitted
-from qtorch.cli.sweep import KILLED, JobResult
+from qtorch.cli.sweep import KILLED, SENT, JobResult
 from qtorch.cli.sweep_start import SweepCommand, the_sweep
 from qtorch.cli.sweep_table import print_sweep
 from qtorch.core.errors import TrackingError
@@ -31,7 +31,8 @@ def end(results: Sequence[JobResult], interrupted: BaseException | None) -> int:
         tags = sweep.recorder.list_tags()
         expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
         print_sweep(str(sweep.name), rows, expected, tags.get(COMMAND_TAG, ""))
-        end_sweep(sweep.recorder, interrupted=stopped)
+        sent = any(r.status == SENT for r in results)
+        end_sweep(sweep.recorder, interrupted=stopped, sent=sent)
     except TrackingError as error:
         print(f"error: {error}", file=sys.stderr)
     for job in jobs:

@@ -108,10 +108,11 @@ def _keep_plan(recorder: MLflowRecorder, command: Any, about: dict[str, Any]) ->
         recorder.save_objects(**saved)
 
 
-def end_sweep(recorder: MLflowRecorder, *, interrupted: bool = False) -> None:
+def end_sweep(recorder: MLflowRecorder, *, interrupted: bool = False, sent: bool = False) -> None:
     """FINISHED where all jobs are, FAILED where one failed, KILLED where it was interrupted.
 
-    A sweep that another process still works on goes on RUNNING.
+    A sweep that another process still works on goes on RUNNING; one whose jobs were `sent` to a
+    pool and wait there is SCHEDULED.
     """
     jobs = sweep_jobs(str(recorder.id))
     statuses = {job.status for job in jobs}
@@ -121,7 +122,9 @@ def end_sweep(recorder: MLflowRecorder, *, interrupted: bool = False) -> None:
     elif Recorder.STATUS_FA in statuses:
         final = Recorder.STATUS_FA
     expected = recorder.list_tags().get(COUNT_TAG, "0")
-    if final == Recorder.STATUS_FI and len(jobs) < int(expected):
+    if final == Recorder.STATUS_FI and sent:
+        final = Recorder.STATUS_S
+    elif final == Recorder.STATUS_FI and len(jobs) < int(expected):
         final = Recorder.STATUS_FA  # some failed before they had a run
     recorder.end_run(final)
     if Recorder.STATUS_R in statuses and not interrupted:
