@@ -41,10 +41,13 @@ def own_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test begins with qtorch's defaults, whatever another one set."""
     from qtorch.core import session
     from qtorch.core.stops import noted
+    from qtorch.tracking.current import all_running, make_past
 
     monkeypatch.setattr(session, "_process", session.Session())
     yield
     noted.clear()
+    for left in all_running():  # a run that a test leaves open is no other one's
+        make_past(left)
     # A command writes its log to the stderr of its time, which ends with the test.
     logger = logging.getLogger("qtorch")
     logger.handlers.clear()

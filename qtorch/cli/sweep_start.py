@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.isolation import WORK_MODULE, isolated, share
 from qtorch.cli.submitted import choose_signal, submitted
-from qtorch.cli.sweep import Refusal, collect_from
+from qtorch.cli.sweep import FAILED, RUNNING, Refusal, collect_from
 from qtorch.core.errors import ConfigError
 from qtorch.core.stops import STOPS
 from qtorch.trainer.forked import Forks
@@ -82,6 +82,8 @@ class SweepCommand:
             signal.signal(number, handler)
         if self.forks is not None:
             self.forks.close()
+        if self.recorder is not None and self.recorder.status == RUNNING:
+            self.recorder.end_run(FAILED)  # the command did not come to its table
 
 
 class SweepFolder(Callback):

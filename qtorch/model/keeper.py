@@ -68,6 +68,7 @@ class Keeper(Checkpoint):
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
         self._validated = False
+        self._undelivered: list[dict[str, float]] = []
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -77,8 +78,7 @@ class Keeper(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
-        for epoch, values in enumerate(self.history):  # what a killed process had not delivered
-            self._send(trainer, values, epoch)
+        self.deliver(trainer)
         if self._resumed is not None:
             self._resumed.take_up(self.ranks, pl_module)
             self._resumed = None
@@ -146,6 +146,12 @@ class Keeper(Checkpoint):
                 keep_best(self.folder)
         if self.ranks.agree(self.interruption.requested):
             self._stop(trainer.current_epoch + 1, 0)
+
+    def deliver(self, trainer: pl.Trainer) -> None:
+        """Send what a killed process had not delivered: all that is known, once."""
+        history, self._undelivered = self._undelivered, []
+        for epoch, values in enumerate(history):
+            self._send(trainer, values, epoch)
 
     # -- what it does --------------------------------------------------------------------------
 
@@ -258,6 +264,7 @@ class Keeper(Checkpoint):
         state = checkpoint[KEEPER]
         self._resumed = RankStates.read(checkpoint, self.loader.source.seed)
         self.history = [dict(v) for v in state["history"]]
+        self._undelivered = list(self.history)
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.best_weights = state["best_weights"]
         self.best_optimizer = state.get("best_optimizer")  # not in checkpoints of before

@@ -289,6 +289,7 @@ class Training:
             ckpt_path=None if checkpoint is None else str(checkpoint),
             weights_only=None if checkpoint is None else True,
         )
+        self.keeper.deliver(self.trainer)  # where nothing was left to train, it is not yet
 
     def result(self, found: tuple[Path, dict[str, Any]] | None) -> Fitted:
         """What the training leaves."""

@@ -86,4 +86,5 @@ def test_a_search_without_a_space_or_with_a_wrong_metric_is_told(qtorch_cli, run
         "train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.smapler=tpe", "seed=0,1"
     )
     assert "Did you mean 'sampler'" in told.error()
-    assert not runs()
+    assert [r.status for r in runs()] == ["FAILED"]  # the search itself: no trial began
+    assert not all_running()
