@@ -10,6 +10,8 @@ from contextlib import closing
 
 import pytest
 
+from qtorch.tracking.current import all_running
+
 pytest.importorskip("optuna")
 
 SPACE = ("model.optimizer.lr=tag(log, interval(1e-5, 1e-1))", "model.network.hidden_size=2,4")
