@@ -94,11 +94,24 @@ def test_a_second_ctrl_c_ends_at_once(start, runs):
     assert "FINISHED" not in [r.status for r in runs()]
 
 
-def test_a_schedulers_notice_leaves_a_killed_run(start, runs):
-    child = start(*JOB)
+def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_run(
+    start, runs, qtorch_cli, monkeypatch
+):
+    child = start(*JOB, QTORCH_JOB="ns/job-7")
     run = wait_for_epoch(runs, child)
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=120)
     assert child.returncode not in (None, 0)
     assert f"resume={run.id}" in err
     assert runs()[0].status == "KILLED"
+
+    monkeypatch.setenv("QTORCH_JOB", "ns/job-7")
+    assert qtorch_cli(*JOB).code == 0
+    (resumed,) = runs()
+    assert (resumed.id, resumed.status) == (run.id, "FINISHED")
+    assert resumed.load_object("fit_report")["resumed_from"] is not None
+    assert set(resumed.logged("valid/loss")) == set(range(EPOCHS))
+    assert qtorch_cli(*JOB, "trainer.max_epochs=1").code == 0  # another task of the same job
+    assert len(runs()) == 2
+    monkeypatch.setenv("QTORCH_JOB", "job 7")
+    assert "letters, digits" in qtorch_cli(*JOB).error()
