@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from forked_ranks import DDP, DIARY, FATE, PIDS, Forked, ForkedRank, training_in
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 import qtorch.model.ranks
-from qtorch.model.checkpoint import LAST, newest_checkpoint
+from qtorch.model.checkpoint import newest_checkpoint
 
 CHANGES = {"trainer": {"max_epochs": 4, "gradient_clip_val": 1.0, **DDP}}
 ONE = {"trainer": {**CHANGES["trainer"], "devices": 1, "strategy": "auto"}}
@@ -89,31 +87,6 @@ def test_killed_with_all_its_ranks_in_mid_epoch(tmp_path: Path, uninterrupted) -
     assert model.fit_report_["resumed_from"] is not None
     _same(model, history, uninterrupted)
     assert not list((folder / "checkpoints").glob(".ranks-*"))  # what the killed one left
-
-
-def kill_at_random(folder: Path, times: int, begin: Callable[[], Forked], seed: int = 0) -> int:
-    """Start a training so many times and kill its process at a random moment: each second time
-    while it begins, else once it has come to a checkpoint. How often it had not ended by itself."""
-    killed, draw = 0, random.Random(seed)
-    last = folder / "checkpoints" / LAST
-    for number in range(times):
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        process = begin()
-        while number % 2 and process.exit_code() is None:
-            if last.exists() and last.stat().st_mtime_ns > before:
-                break
-            time.sleep(0.01)
-        if process.join(draw.uniform(0.0, 0.25 if number % 2 else 1.5)) is None:
-            killed += 1
-        process.kill()
-        assert _ranks_gone(folder), "ranks outlive their parent"
-    return killed
-
-
-def test_ten_kills_at_random_moments(tmp_path: Path, uninterrupted) -> None:
-    folder = tmp_path / "run"
-    assert kill_at_random(folder, 10, lambda: _begun(folder)) >= 7
-    _same(*_resumed(folder), uninterrupted)
 
 
 def _diary(path: Path) -> dict[tuple[int, int], list[int]]:

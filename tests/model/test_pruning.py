@@ -37,7 +37,7 @@ def fitted(dataset, recorder: ToyRecorder, monkeypatch):
 
     def fit(judge: Judge, report: str = "valid/rank_ic") -> tuple[LightningModel, dict[str, str]]:
         callback = pruning.Pruning(judge, report, recorder)
-        monkeypatch.setattr("qtorch.model.fitting.pruning_callbacks", lambda run: [callback])
+        monkeypatch.setattr("qtorch.model.training.pruning_callbacks", lambda run: [callback])
         model = LightningModel(
             {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
             trainer={"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False},
