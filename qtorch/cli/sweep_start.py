@@ -79,7 +79,8 @@ class SweepCommand:
     def close(self) -> None:
         """Give the signals back, end the processes."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._on_signal:  # else they are given back already
+                signal.signal(number, handler)
         if self.forks is not None:
             self.forks.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
