@@ -94,7 +94,9 @@ class Packed(ABC):
 
     def windows(self, begin: Tensor, step_len: int) -> Tensor:
         """The windows `[B, T, F]` that begin there."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no windows in one piece: `begins` gives None, gather them."
+        )
 
     @abstractmethod
     def window_shape(self, step_len: int) -> tuple[int, int]:
