@@ -240,7 +240,7 @@ def sweep(bench: Bench) -> None:
 
 
 def resume(bench: Bench) -> None:
-    done = bench.run("resume_side", "resume", threads=1, repeats=bench.args.repeats)
+    done = bench.run("resume_side", "resume", threads=1)
     if done is None:
         return
     share = done["with"] / done["without"]
