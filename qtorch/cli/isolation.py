@@ -15,7 +15,7 @@ from typing import Any
 
 from qtorch.cli.submitted import submitted
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.core.heartbeat import RUN, listening
+from qtorch.core.heartbeat import RUN
 from qtorch.trainer.forked import Ended, ForkError, Forks, call_at
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def in_own_process(request: Mapping[str, Any], folder: Path) -> tuple[Ended, dic
     """Have a child do a job; how it ended, and the run that it had started."""
     runs: list[dict[str, Any]] = []
     function = f"{__name__}.work_here"
-    ended = _call(folder)(function, request, lambda told: runs.append(told["run"]))
+    ended = _call(folder)(function, request, lambda told: runs.append(told[RUN]))
     return ended, runs[-1] if runs else None
 
 
@@ -89,37 +89,26 @@ def _shared_address(folder: Path) -> str | None:
 def work_here(request: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
     """The child's side: the job, telling of its run as soon as there is one."""
     from qtorch.cli.work import work
-
-    def on_beat(stage: str, details: dict[str, Any]) -> None:
-        if stage == RUN:
-            tell({"run": details})
+    from qtorch.trainer.isolated import telling_of_runs
 
     try:
-        with listening(on_beat):
+        with telling_of_runs(tell):
             work(request)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
 
 
-def close_run(run: Mapping[str, Any], message: str) -> None:
+def close_lost(run: Mapping[str, Any], message: str) -> None:
     """Mark the run of a process that is gone FAILED: nobody else can."""
     from qtorch.tracking.r import R
-    from qtorch.tracking.recorder import Recorder
-    from qtorch.trainer.failure import record_failure
+    from qtorch.trainer.isolated import close_run
 
     try:
         with R.uri_context(run["tracking_uri"]):
-            recorder = R.get_recorder(recorder_id=run["recorder_id"])
-            if recorder.status == Recorder.STATUS_R:
-                record_failure(recorder, LostProcess(message))
-                recorder.end_run(Recorder.STATUS_FA)
+            close_run(R.get_recorder(recorder_id=run["recorder_id"]), message)
     except QtorchError as error:
         print(f"run {run['recorder_id']} could not be closed: {error}", file=sys.stderr)
-
-
-class LostProcess(QtorchError, RuntimeError):
-    """A job's process ended without a word."""
 
 
 def hint(ended: Ended) -> str:

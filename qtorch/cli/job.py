@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtorch.cli.hydra_errors import check_complete, explain
-from qtorch.cli.isolation import close_run, hint, in_own_process, isolated
+from qtorch.cli.isolation import close_lost, hint, in_own_process, isolated
 from qtorch.cli.submitted import do_as_submitted, submitted
 from qtorch.cli.sweep import (
     FAILED,
@@ -97,7 +97,7 @@ def _note_lost(result: JobResult, ended: Ended, run: Mapping[str, Any] | None) -
     result.error = f"the job's process {ended.how}{hint(ended)}."
     if run is not None:
         result.run_id = run["recorder_id"]
-        close_run(run, result.error)
+        close_lost(run, result.error)
 
 
 def _prepared(config: DictConfig) -> dict[str, Any]:

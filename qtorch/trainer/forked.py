@@ -183,8 +183,8 @@ def _connected(address: str) -> socket.socket:
             connection.close()
             if not Path(address).parent.is_dir() or time.monotonic() > end:
                 raise ForkError(
-                    f"the process that starts the jobs' processes does not answer ({error}); "
-                    "sweep.isolate=false does without it."
+                    f"the process that starts the others does not answer ({error}); a sweep does "
+                    "without it by sweep.isolate=false, a trainer by call_in_subproc=False."
                 ) from error
             time.sleep(0.02)
             continue

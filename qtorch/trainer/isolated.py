@@ -1,65 +1,86 @@
-"""One task in one process of its own, whose memory goes when it ends.
+"""Each task in one process of its own, whose memory goes when it ends.
 
-The child is started as `python -m qtorch.trainer.isolated REQUEST REPLY`: unlike a spawned
-worker of `multiprocessing` it never imports the caller's main script again, so a script without
-a main guard works.
+The processes are forked from a zygote: none repeats the imports, and none imports the caller's
+main script, so a script without a main guard works.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import base64
 import pickle
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.core.heartbeat import RUN, listening
 from qtorch.core.session import init, session
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.failure import note_started, one_line, record_failure, started_runs
+from qtorch.trainer.failure import note_started, one_line, record_failure
+from qtorch.trainer.forked import Forks
 
-GRACE_SECONDS = 30.0
+Tell = Callable[[dict[str, Any]], None]
 
 
 class IsolatedError(QtorchError, RuntimeError):
     """A task's process failed; the message is the error's, or how the process ended."""
 
 
-def call_isolated(
-    function: Callable[..., Recorder], first: Any, experiment_name: str | None, **options: Any
-) -> Recorder:
-    """`function(first, experiment_name, **options)` in a child process; returns the run.
+class LostProcess(QtorchError, RuntimeError):
+    """A task's process ended without a word."""
 
-    The child inherits the session's defaults, the tracking store and the working folder. Raises
-    IsolatedError with the child's error; the run that it had started is told to `started_runs`.
+
+class Isolation:
+    """`isolation(function, first, experiment_name, **options)`: the call, in a child process.
+
+    Children inherit the session's defaults, the tracking store and the working folder. The
+    zygote starts with the first call and ends with the `with` block.
     """
-    with tempfile.TemporaryDirectory(prefix="qtorch-task-") as folder:
-        request, reply = Path(folder, "request"), Path(folder, "reply")
-        request.write_bytes(_pickled(function, first, experiment_name, options))
-        code = _wait([sys.executable, "-m", __name__, str(request), str(reply)])
-        told = json.loads(reply.read_text()) if reply.is_file() else {}
-    recorder = None
-    if "recorder_id" in told:
-        recorder = R.get_recorder(
-            recorder_id=told["recorder_id"], experiment_id=told["experiment_id"]
-        )
-        note_started(recorder)
-    if code == 0 and recorder is not None:
-        return recorder
-    if "error" in told:
-        raise IsolatedError(told["error"])
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    lost = IsolatedError(f"the task's process {how} without a result.")
-    if recorder is not None:  # nobody else can close its run: the process is gone
-        record_failure(recorder, lost)
-        recorder.end_run(Recorder.STATUS_FA)
-    raise lost
+
+    def __init__(self) -> None:
+        self._forks: Forks | None = None
+
+    def __enter__(self) -> Isolation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._forks is not None:
+            self._forks.close()
+            self._forks = None
+
+    def __call__(
+        self,
+        function: Callable[..., Recorder],
+        first: Any,
+        experiment_name: str | None,
+        **options: Any,
+    ) -> Recorder:
+        """The run that the function returns.
+
+        Raises IsolatedError with the child's error; the run that it had started is told to
+        `started_runs`.
+        """
+        call = _pickled(function, first, experiment_name, options)
+        if self._forks is None:
+            self._forks = Forks()
+        told: dict[str, Any] = {}
+        ended = self._forks.call(f"{__name__}.work_here", {"call": call}, told.update)
+        recorder = None
+        if RUN in told:
+            recorder = R.get_recorder(
+                recorder_id=told[RUN]["recorder_id"], experiment_id=told[RUN]["experiment_id"]
+            )
+            note_started(recorder)
+        if ended.code == 0 and recorder is not None:
+            return recorder
+        if "error" in told:
+            raise IsolatedError(told["error"])
+        message = f"the task's process {ended.how} without a result."
+        if recorder is not None:
+            close_run(recorder, message)
+        raise IsolatedError(message)
 
 
 def _pickled(
@@ -67,78 +88,59 @@ def _pickled(
     first: Any,
     experiment_name: str | None,
     options: Mapping[str, Any],
-) -> bytes:
+) -> str:
     if getattr(function, "__module__", None) == "__main__":
         raise ConfigError(
             f"{getattr(function, '__qualname__', function)} is defined in the script itself, which "
             "a task's own process does not run; put it into a module and import it."
         )
-    recorder_ids = None
-    if isinstance(first, Recorder):
-        recorder_ids = (first.id, first.experiment_id)
+    recorder_ids = (first.id, first.experiment_id) if isinstance(first, Recorder) else None
+    given = first if recorder_ids is None else None
+    here = {k: v for k, v in vars(session()).items() if v is not None}
+    call = (here, R.get_uri(), function, given, recorder_ids, experiment_name, dict(options))
     try:
-        # The first entry is sys.path: what follows may name modules of the caller's folders.
-        head = pickle.dumps((sys.path, session(), R.get_uri()))
-        given = None if recorder_ids else first
-        body = pickle.dumps((function, given, recorder_ids, experiment_name, dict(options)))
+        return base64.b64encode(pickle.dumps(call)).decode()
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the task cannot be sent to a process of its own: {error}. Describe its parts by "
             "configuration ('_target_') instead of live objects."
         ) from error
-    return pickle.dumps((head, body))
 
 
-def _wait(command: list[str]) -> int:
-    child = subprocess.Popen(command)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        # The terminal sent Ctrl-C to the child too; it closes its run before it ends.
-        try:
-            child.wait(GRACE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.kill()
-            child.wait()
-        raise
-
-
-def _main(request: str, reply: str) -> int:
-    """The child's side."""
-    head, body = pickle.loads(Path(request).read_bytes())  # written by the parent a moment ago
-    path, defaults, uri = pickle.loads(head)
-    sys.path[:] = path
-    init(**{k: v for k, v in vars(defaults).items() if v is not None})
+def work_here(request: Mapping[str, Any], tell: Tell) -> int:
+    """The child's side of a call; tells of its run, and of its error."""
+    call = pickle.loads(base64.b64decode(request["call"]))  # the owner's own, a moment ago
+    defaults, uri, function, first, recorder_ids, experiment_name, options = call
+    init(**defaults)
     R.set_uri(uri)
-    function, first, recorder_ids, experiment_name, options = pickle.loads(body)
-    if recorder_ids is not None:
-        first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
-    told: dict[str, Any] = {}
-
-    def tell() -> None:
-        partial = f"{reply}.partial"
-        Path(partial).write_text(json.dumps(told))
-        os.replace(partial, reply)
-
-    class Told(list[Recorder]):
-        """Tells of a run the moment it starts: a killed process cannot any more."""
-
-        def append(self, recorder: Recorder) -> None:
-            super().append(recorder)
-            told.update(recorder_id=recorder.id, experiment_id=recorder.experiment_id)
-            tell()
-
-    with started_runs(Told()):
+    with telling_of_runs(tell):
         try:
+            if recorder_ids is not None:
+                first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
             recorder = function(first, experiment_name, **options)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         except Exception as error:
-            told["error"] = one_line(error)
-            tell()
+            tell({"error": one_line(error)})
             return 1
-    told.update(recorder_id=recorder.id, experiment_id=recorder.experiment_id)
-    tell()
+    tell({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+@contextmanager
+def telling_of_runs(tell: Tell) -> Iterator[None]:
+    """Tell of a run the moment it starts, `{"run": its ids}`: a killed process cannot any more."""
+
+    def on_beat(stage: str, details: dict[str, Any]) -> None:
+        if stage == RUN:
+            tell({RUN: details})
+
+    with listening(on_beat):
+        yield
+
+
+def close_run(recorder: Recorder, message: str) -> None:
+    """Mark the run of a process that is gone FAILED, if it still counts as running."""
+    if recorder.status == Recorder.STATUS_R:
+        record_failure(recorder, LostProcess(message))
+        recorder.end_run(Recorder.STATUS_FA)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from qtorch.core.errors import TrackingError
@@ -12,7 +14,7 @@ from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.base import Task, Trainer, as_list
 from qtorch.trainer.failure import error_of, one_line, record_failure, started_runs
-from qtorch.trainer.isolated import call_isolated
+from qtorch.trainer.isolated import Isolation
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 
 log = logging.getLogger(__name__)
@@ -24,10 +26,10 @@ class TrainerR(Trainer):
     """Trains tasks one after another, each in a run of its own.
 
     `train_func(task, experiment_name, recorder_name=...)` returns the run. With
-    `call_in_subproc` each task gets one process, whose memory goes when it ends. A task that
-    fails leaves its run FAILED with its error and the others go on; the recorders come back in
-    the order of the tasks, and a warning at the end lists the failed ones. A tracking store that
-    does not answer ends the list, for nothing could be recorded.
+    `call_in_subproc` each task gets one process, forked with its imports done, whose memory goes
+    when it ends. A task that fails leaves its run FAILED with its error and the others go on; the
+    recorders come back in the order of the tasks, and a warning at the end lists the failed ones.
+    A tracking store that does not answer ends the list, for nothing could be recorded.
 
     Answers to qlib/model/trainer.py, where `call_in_subproc` wraps the second task's process
     around the first's, and where the first failing task ends the list.
@@ -59,11 +61,14 @@ class TrainerR(Trainer):
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
         recorders = []
-        for task in progress(as_list(tasks, Mapping), "train tasks"):
-            recorder = self._run(function, task, name, recorder_name=self.default_rec_name)
-            if recorder.status != Recorder.STATUS_FA:
-                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
-            recorders.append(recorder)
+        with self._calls() as call:
+            for task in progress(as_list(tasks, Mapping), "train tasks"):
+                recorder = self._run(
+                    call, function, task, name, recorder_name=self.default_rec_name
+                )
+                if recorder.status != Recorder.STATUS_FA:
+                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
+                recorders.append(recorder)
         warn_of_failures(recorders)
         return recorders
 
@@ -75,15 +80,22 @@ class TrainerR(Trainer):
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
         return recorders
 
+    def _calls(self) -> AbstractContextManager[Callable[..., Recorder]]:
+        """How a function is called, inside the block: here, or in a process of its own."""
+        return Isolation() if self.call_in_subproc else nullcontext(operator.call)
+
     def _run(
-        self, function: TrainFunction, first: Any, experiment_name: str | None, **options: Any
+        self,
+        call: Callable[..., Recorder],
+        function: TrainFunction,
+        first: Any,
+        experiment_name: str | None,
+        **options: Any,
     ) -> Recorder:
         """One call of a training function; its run, also where it failed."""
         with started_runs() as runs:
             try:
-                if self.call_in_subproc:
-                    return call_isolated(function, first, experiment_name, **options)
-                return function(first, experiment_name, **options)
+                return call(function, first, experiment_name, **options)
             except Exception as error:
                 log.error("a task failed: %s", one_line(error), exc_info=error)
                 if runs:
@@ -127,15 +139,16 @@ class DelayTrainerR(TrainerR):
         name = experiment_name or self.experiment_name
         function = end_train_func or self.end_train_func
         ended: list[Recorder] = []
-        for given in progress(as_list(models, Recorder), "train tasks"):
-            status = given.list_tags().get(self.STATUS_KEY)
-            # Ended already; or, without the tag, its preparation failed: as the store has it.
-            recorder: Recorder = R.get_recorder(recorder_id=given.id)
-            if status is not None and status != self.STATUS_END:
-                recorder = self._run(function, given, name)
-                if recorder.status != Recorder.STATUS_FA:
-                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
-            ended.append(recorder)
+        with self._calls() as call:
+            for given in progress(as_list(models, Recorder), "train tasks"):
+                status = given.list_tags().get(self.STATUS_KEY)
+                # Ended already; or, without the tag, its preparation failed: as the store has it.
+                recorder: Recorder = R.get_recorder(recorder_id=given.id)
+                if status is not None and status != self.STATUS_END:
+                    recorder = self._run(call, function, given, name)
+                    if recorder.status != Recorder.STATUS_FA:
+                        recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
+                ended.append(recorder)
         warn_of_failures(ended)
         return ended
 

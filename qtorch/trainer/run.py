@@ -179,6 +179,7 @@ def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.log_params(**flatten_dict(shown_task(task)))
     recorder.save_objects(task=task)
     recorder.set_tags(hostname=socket.gethostname())
+    recorder.flush()  # a run says what it is, however soon its process is killed
 
 
 def record_train(

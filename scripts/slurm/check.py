@@ -32,7 +32,7 @@ REAL = [
     "segments.valid=[2015-01-01,2015-02-28]",
     "segments.test=[2016-01-01,2016-02-29]",
     "trainer.accelerator=cpu",
-    "trainer.limit_train_batches=10",
+    "+trainer.limit_train_batches=10",
 ]
 COMMON = [
     "callbacks=no_stop",
@@ -96,10 +96,14 @@ class Check:
         return [r for r in found if "hostname" in r.list_tags()]  # no sweep's own
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for it."""
+def until(
+    condition: Callable[[], Any], what: str, command: subprocess.Popen[str] | None = None
+) -> Any:
+    """Wait for it; in vain once the command that would bring it has ended."""
     end = time.monotonic() + PATIENCE
     while not (found := condition()):
+        if command is not None and command.poll() is not None:
+            raise RuntimeError(f"waited for {what}, but the command ended: {command.returncode}")
         if time.monotonic() > end:
             raise TimeoutError(f"waited in vain for {what}")
         time.sleep(0.3)
@@ -128,9 +132,9 @@ def sweep(check: Check, jobs: int) -> None:
     seeds = ",".join(str(k) for k in range(jobs // 2))
     words = [*check.job, f"experiment_name={name}", "model=lstm,gru", f"seed={seeds}"]
     command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
-    victim = until(lambda: training_jobs(check, "one", name), "jobs in mid-training")[0]
+    victim = until(lambda: training_jobs(check, "one", name), "jobs in mid-training", command)[0]
     cluster.run("scancel", victim)
-    until(lambda: training_jobs(check, "two", name), "jobs in mid-training on the second node")
+    until(lambda: training_jobs(check, "two", name), "jobs in training on the other node", command)
     count = cluster.kill_node("two")
     code = command.wait(PATIENCE)
     check.note("a job cancelled, a node killed", f"{count} processes; exit code {code}", code != 0)

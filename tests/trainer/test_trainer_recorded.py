@@ -103,8 +103,8 @@ def test_call_in_subproc_gives_each_task_one_process(make_task, tmp_path):
         "4.0",
     ]
     assert [r.status for r in recorders] == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
-    assert len({pid for pid, _, _ in lines}) == 4
-    assert {parent for _, parent, _ in lines} == {str(os.getpid())}
+    assert len({pid for pid, _, _ in lines} - {str(os.getpid())}) == 4
+    assert len({parent for _, parent, _ in lines} - {str(os.getpid())}) == 1  # the zygote
     assert "this model fails" in recorders[1].list_tags()["error"]
     assert "SIGKILL" in recorders[2].list_tags()["error"]
     here = task_train(make_task(record=[]), "exp").list_metrics()["drawn"]
