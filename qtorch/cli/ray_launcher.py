@@ -81,12 +81,19 @@ class RayLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        ray = self._connected()
-        try:
-            return self._run(ray, job_overrides, initial_job_idx)
-        finally:
-            if not self.stays_open:
-                self.close()
+        from qtorch.cli.settled_jobs import settled_jobs  # with torch
+
+        jobs = dict(enumerate(job_overrides, initial_job_idx))
+        returns = settled_jobs(self.hydra_context, self.config, jobs)
+        left = {n: overrides for n, overrides in jobs.items() if n not in returns}
+        if left:
+            ray = self._connected()
+            try:
+                returns.update(self._run(ray, left))
+            finally:
+                if not self.stays_open:
+                    self.close()
+        return [returns[n] for n in jobs]
 
     def close(self) -> None:
         """Leave the cluster, and end it where it was made for this command."""
@@ -124,7 +131,7 @@ class RayLauncher(Launcher):
         self._ours = True
         return ray
 
-    def _run(self, ray: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    def _run(self, ray: Any, jobs: Mapping[int, Sequence[str]]) -> dict[int, JobReturn]:
         options = {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
@@ -136,24 +143,22 @@ class RayLauncher(Launcher):
         }
         task = ray.remote(**options)(run_in_worker)
         state = ray.put(Singleton.get_state())
-        sent = []
-        for number, overrides in enumerate(job_overrides, first):
+        sent = {}
+        for number, overrides in jobs.items():
             log.info("\t#%d : %s", number, " ".join(o for o in overrides if "hydra." not in o))
-            sent.append(
-                task.remote(
-                    number,
-                    list(overrides),
-                    self.hydra_context,
-                    self.config,
-                    self.task_function,
-                    state,
-                    os.getcwd(),
-                )
+            sent[number] = task.remote(
+                number,
+                list(overrides),
+                self.hydra_context,
+                self.config,
+                self.task_function,
+                state,
+                os.getcwd(),
             )
         try:
-            return [_result(ray, each) for each in sent]
+            return {number: _result(ray, each) for number, each in sent.items()}
         except BaseException:
-            for each in sent:
+            for each in sent.values():
                 ray.cancel(each, force=False)
             raise
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-SUBMITIT = "submitit"
+SUBMITIT = "Submitit"  # in the name of a launcher's class
 SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
 NOTICE = signal.SIGUSR1
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -121,6 +122,7 @@ def begin(config: DictConfig) -> None:
         overrides = list(config.hydra.overrides.task)
         sweep.name = sweep_name(config.sweep.name, overrides)
         launcher = sweep.launcher = str(config.hydra.launcher._target_)
+        _check_installed(launcher)
         if config.runner == LOCAL and isolated(config.sweep.isolate, launcher, sweep=True):
             sweep.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
         if submitted(launcher):
@@ -132,6 +134,14 @@ def begin(config: DictConfig) -> None:
     id = sweep.recorder.id
     config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
     print(f"sweep {sweep.name}, run {id}", file=sys.stderr)
+
+
+def _check_installed(launcher: str) -> None:
+    if launcher not in Plugins.instance().class_name_to_class:
+        raise ConfigError(
+            f"the launcher {launcher} is not installed here: pip install 'qtorch[sweep]' brings "
+            "joblib and submitit."
+        )
 
 
 def _run_of(config: DictConfig, name: str, overrides: list[str]) -> Any:

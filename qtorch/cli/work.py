@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qtorch.study.sweep_job import (
     REFUSED,
     SKIPPED,
     TRAINED,
+    JobOutcome,
     Membership,
     identified,
     note_seconds,
@@ -69,7 +70,7 @@ def work(request: Mapping[str, Any]) -> None:
                 _note_seconds(request, result, run)
             store(result, folder)
     if result.status == FINISHED and result.note == SKIPPED:
-        print(f"job {result.number}: finished before, in run {result.run_id}", file=sys.stderr)
+        print_skipped(result)
     elif result.status == FINISHED:
         table.print_summary(result, recorder, look=request["sweep"] is None)
     elif result.status == FAILED and request["sweep"] is not None:
@@ -95,6 +96,11 @@ def _note_seconds(request: Mapping[str, Any], result: JobResult, run: Recorder) 
 def print_failure(result: JobResult) -> None:
     """Say at once that a job failed; the command's end says it again."""
     print(f"job {result.number} failed: {result.error}", file=sys.stderr)
+
+
+def print_skipped(result: JobResult) -> None:
+    """Say that a job had been finished before."""
+    print(f"job {result.number}: finished before, in run {result.run_id}", file=sys.stderr)
 
 
 def configure(settings: Mapping[str, Any]) -> None:
@@ -127,20 +133,34 @@ def _train(request: Mapping[str, Any], result: JobResult) -> Recorder:
             tags[JOB_TAG] = job
         with born_with(tags):
             return task_train(task, experiment, name, run=earlier_attempt(experiment, tags))
-    place = Membership(
-        request["sweep"],
-        request["number"],
-        tuple(request["overrides"]),
-        retry=bool(settings["sweep"]["retry"]),
-        reuse=bool(settings["sweep"]["reuse"]),
-    )
+    place = place_of(settings, request["sweep"], request["number"], request["overrides"])
     outcome = run_sweep_job(task, place, experiment, name)
+    note_outcome(result, outcome)
+    return outcome.recorder
+
+
+def place_of(
+    settings: Mapping[str, Any], sweep_id: str, number: int, overrides: Sequence[str]
+) -> Membership:
+    """A job's place in its sweep, and how the sweep is to go about it."""
+    manner = settings["sweep"]
+    return Membership(
+        sweep_id,
+        number,
+        tuple(overrides),
+        retry=bool(manner["retry"]),
+        reuse=bool(manner["reuse"]),
+    )
+
+
+def note_outcome(result: JobResult, outcome: JobOutcome) -> None:
+    """How the job of a sweep came about; FINISHED unless it is not."""
+    result.status = FINISHED
     result.note = None if outcome.how == TRAINED else outcome.how
     if outcome.how == REFUSED:
         result.status, result.error = FAILED, outcome.error
     elif outcome.how == ELSEWHERE:
         result.status, result.error = RUNNING, outcome.error
-    return outcome.recorder
 
 
 def _send(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,36 @@ def run_sweep_job(
             return _anew(complete, fitted, experiment_name, recorder_name)
 
 
+def has_settled_jobs(experiment_name: str | None = None) -> bool:
+    """Whether any run of the experiment is finished or failed: one question to the store."""
+    from qtorch.tracking.mlflow_store import store_at
+
+    experiment = R.get_exp(experiment_name=experiment_name)
+    rows = (
+        store_at(R.get_uri()).runs(
+            [experiment.id],
+            filter_string=f"attributes.status = '{status}' and tags.`{TASK_TAG}` != ''",
+            max_results=1,
+        )
+        for status in (Recorder.STATUS_FI, Recorder.STATUS_FA)
+    )
+    return any(rows)
+
+
+def settled_sweep_job(
+    task: Mapping[str, Any], place: Membership, experiment_name: str | None = None
+) -> JobOutcome | None:
+    """The run of a job in which `run_sweep_job` would do nothing: a finished one, or one that
+    failed and is not to be tried again. None where there is something to do."""
+    _, tags = identified(task)
+    earlier = _earlier(R.get_exp(experiment_name=experiment_name).id, tags, place)
+    if earlier is not None and earlier.status == Recorder.STATUS_FI:
+        return _adopted(earlier, place, SKIPPED)
+    if earlier is not None and earlier.status == Recorder.STATUS_FA and not place.retry:
+        return _adopted(earlier, place, REFUSED)
+    return None
+
+
 def _anew(task: dict[str, Any], fitted: Recorder | None, *names: str | None) -> JobOutcome:
     if fitted is not None:
         try:

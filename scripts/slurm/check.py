@@ -126,6 +126,11 @@ def training_jobs(check: Check, node: str, experiment: str) -> list[str]:
     return check.cluster.jobs("%i", "-w", node) if len(busy) > 2 else []
 
 
+def submissions(check: Check) -> list[Path]:
+    """What submitit has sent to SLURM: a file for each job."""
+    return list(check.folder.rglob("*_submitted.pkl"))
+
+
 def sweep(check: Check, jobs: int) -> None:
     """A sweep that loses one job to scancel and a node to kill -9, and is resumed."""
     cluster, name = check.cluster, "study"
@@ -141,6 +146,7 @@ def sweep(check: Check, jobs: int) -> None:
     cluster.start_node("two")
     done = [r for r in check.runs(name) if r.status == "FINISHED"]
     before = {r.id: (history(r), r.end_time) for r in done}
+    asked = len(submissions(check))
     code = check.call("qtorch", "sweep", "resume", name)
     runs = check.runs(name)
     finished = [r for r in runs if r.status == "FINISHED"]
@@ -149,6 +155,9 @@ def sweep(check: Check, jobs: int) -> None:
         f"exit code {code}; {len(finished)} of {jobs} jobs finished, {len(runs)} runs",
         code == 0 and len(finished) == len(runs) == jobs,
     )
+    asked = len(submissions(check)) - asked
+    told = f"{asked} sent to the queue"
+    check.note("the cluster asked for what was left alone", told, asked == jobs - len(done))
     after = {r.id: (history(r), r.end_time) for r in runs if r.id in before}
     check.note("no finished job repeated", f"{len(before)} were, untouched", after == before)
     resumed = [r for r in finished if r.load_object("fit_report")["resumed_from"] is not None]

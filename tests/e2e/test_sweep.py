@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -272,12 +271,34 @@ def begin_one(barrier):
     end_sweep(recorder)
 
 
-def test_submitit_gives_each_job_a_process_by_itself(train, jobs, folder):
+def test_submitit_gives_each_job_that_is_left_a_process_by_itself(warm, train, jobs, folder):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    told = train("-m", "hydra/launcher=submitit_local", "universe=stocks,none")
+    assert train("-m", "universe=stocks").code == 0
+    command = ("-m", "hydra/launcher=submitit_local", "universe=stocks,none")
+    told = train(*command)
     assert told.code == 1
     assert sorted(r.status for r in jobs()) == ["FAILED", "FINISHED"]
-    assert len(rows_of(told, "universe=stocks", "FINISHED")) == 1
-    assert not list(folder.rglob(".zygote.json"))
-    results = [json.loads(p.read_text()) for p in folder.rglob("job.json")]
-    assert {r["status"] for r in results} == {"FINISHED", "FAILED"}
+    assert len(rows_of(told, " 0 ", "universe=stocks", "FINISHED (skipped)")) == 1
+    assert len(rows_of(told, " 1 ", "universe=none", "FAILED")) == 1
+    assert len(list(folder.rglob("*_submitted.pkl"))) == 1  # of the job that was left
+    assert len([p for p in folder.rglob("job.json") if p.parent.name == "1"]) == 1
+
+    told = train(*command)
+    assert told.code == 1
+    assert len(list(folder.rglob("*_submitted.pkl"))) == 1
+    assert len(rows_of(told, "(skipped)")) == 1
+    assert "error: job 1: " in told.err
+    assert "sweep.retry=true" in told.err
+    assert len(jobs()) == 2
+
+
+def test_a_launcher_that_is_not_installed_is_told_before_anything_begins(
+    qtorch_cli, runs, monkeypatch
+):
+    from hydra.core.plugins import Plugins
+
+    joblib = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+    monkeypatch.delitem(Plugins.instance().class_name_to_class, joblib)
+    told = qtorch_cli("train", "-m", "debug=tiny", "hydra/launcher=joblib", "seed=0,1")
+    assert "pip install 'qtorch[sweep]'" in told.error()
+    assert not sweeps(runs)
