@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,3 +33,21 @@ def recorder(tmp_path: Path) -> ToyRecorder:
     folder = tmp_path / "run"
     folder.mkdir()
     return ToyRecorder(folder)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Ranks are forked; those that a fit has started."""
+    from forked_ranks import ForkedRank
+
+    import qtorch.model.ranks
+
+    started: list[Any] = []
+
+    class Kept(ForkedRank):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self)
+
+    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", Kept)
+    return started

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked_ranks import DDP, FATE, ForkedRank
+from forked_ranks import DDP, FATE
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 from user_networks import OwnModule
 
@@ -21,20 +21,6 @@ from qtorch.model.checkpoint import LAST
 from qtorch.model.interruption import TrainingInterrupted
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.ranks import RankError
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> list[ForkedRank]:
-    """Ranks are forked; those that a fit has started."""
-    started: list[ForkedRank] = []
-
-    class Kept(ForkedRank):
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            started.append(self)
-
-    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", Kept)
-    return started
 
 
 class Heavier:

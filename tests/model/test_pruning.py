@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+from forked_ranks import DDP
 from toy_training import ToyRecorder
 
 from qtorch.core.errors import ConfigError
@@ -35,12 +37,22 @@ def fitted(dataset, recorder: ToyRecorder, monkeypatch):
     tags: dict[str, str] = {}
     recorder.set_tags = lambda **given: tags.update(given)  # type: ignore[attr-defined]
 
-    def fit(judge: Judge, report: str = "valid/rank_ic") -> tuple[LightningModel, dict[str, str]]:
-        callback = pruning.Pruning(judge, report, recorder)
-        monkeypatch.setattr("qtorch.model.training.pruning_callbacks", lambda run: [callback])
+    def fit(
+        judge: Judge, report: str = "valid/rank_ic", **trainer: Any
+    ) -> tuple[LightningModel, dict[str, str]]:
+        # `run` is the process's own: a rank's stands for this one's recorder.
+        monkeypatch.setattr(
+            "qtorch.model.training.pruning_callbacks",
+            lambda run: [pruning.Pruning(judge, report, run)],
+        )
         model = LightningModel(
             {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
-            trainer={"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False},
+            trainer={
+                "max_epochs": 4,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                **trainer,
+            },
             monitor="rank_ic",
             seed=0,
         )
@@ -58,6 +70,14 @@ def test_a_pruned_training_ends_as_any_other(fitted):
     assert [value for _, value in judge.told] == pytest.approx(values)
     assert model.fit_report_["epochs"] == 2
     assert model.fit_report_["best_value"] == max(values)
+    assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
+
+
+def test_on_several_devices_all_stop_together(fitted, forked):
+    model, tags = fitted(Judge(at=1), **DDP)
+    assert len(forked) == 2
+    assert model.fit_report_["epochs"] == 2
+    assert model.fit_report_["best_value"] == max(model.evals_result_["valid"]["rank_ic"])
     assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
 
 
