@@ -123,6 +123,12 @@ class OptunaSweeper(Sweeper):
         if uri is not None:
             init(tracking_uri=str(uri))
         self.url = storage_url(self.storage, default_uri())
+        if self.storage is None and default_uri().startswith("http"):
+            print(
+                f"the trials are in {self.url}, for an MLflow server's database is out of reach; "
+                "hydra.sweeper.storage=postgresql+psycopg://... serves all machines.",
+                file=sys.stderr,
+            )
         return Trials(
             self._name(found),
             self.url,

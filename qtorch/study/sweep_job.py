@@ -16,6 +16,7 @@ from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.core.session import session
 from qtorch.study.claim import claimed
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
+from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.lineage import PARENT_TAG, born_with
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
@@ -168,8 +169,25 @@ def _again(task: dict[str, Any], place: Membership, earlier: RunRow) -> JobOutco
     """In the run that there is, from its checkpoint."""
     _adopted(earlier, place, RESUMED)
     attempt = {"experiment_id": earlier.experiment_id, "recorder_id": earlier.id}
-    recorder = task_train(task, run=attempt, on_fitted=partial(_tag_fit, task))
+    recorder = _recorded_again(task, earlier, attempt)
+    if recorder is None:
+        recorder = task_train(task, run=attempt, on_fitted=partial(_tag_fit, task))
     return JobOutcome(recorder, RETRIED if earlier.status == Recorder.STATUS_FA else RESUMED)
+
+
+def _recorded_again(
+    task: dict[str, Any], earlier: RunRow, attempt: Mapping[str, str]
+) -> Recorder | None:
+    """The run of which only the records were to be made; None for any other, or if its training
+    is gone."""
+    if FIT_FROM_TAG not in earlier.tags:
+        return None
+    try:
+        fitted = R.get_recorder(recorder_id=earlier.tags[FIT_FROM_TAG])
+        return record_train(task, fitted, run=attempt)
+    except (NotInStoreError, LoadObjectError, TrustError) as error:
+        log.warning("run %s had trained this, but cannot be used: %s", earlier.id, error)
+        return None
 
 
 # -- earlier runs ----------------------------------------------------------------------------------

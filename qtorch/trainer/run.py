@@ -65,13 +65,7 @@ def task_train(
             return earlier
         if earlier is not None and own.get("seed") is None:
             complete["seed"] = _drawn_seed(earlier, complete["seed"])
-        with R.start(
-            experiment_id=None if earlier is None else earlier.experiment_id,
-            experiment_name=name if earlier is None else None,
-            recorder_id=None if earlier is None else earlier.id,
-            recorder_name=recorder_name or place.get("recorder_name"),
-            resume=earlier is not None,
-        ):
+        with R.start(**_begun(earlier, name, recorder_name or place.get("recorder_name"))):
             recorder = R.get_recorder()
             note_started(recorder)
             try:
@@ -162,6 +156,20 @@ def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
     return recorder
 
 
+def _begun(
+    earlier: Recorder | None, experiment_name: str | None, recorder_name: str | None
+) -> dict[str, Any]:
+    """The arguments of `R.start`: in the run of an earlier attempt, or in a new one."""
+    if earlier is None:
+        return {"experiment_name": experiment_name, "recorder_name": recorder_name}
+    return {
+        "experiment_id": earlier.experiment_id,
+        "recorder_id": earlier.id,
+        "recorder_name": recorder_name,
+        "resume": True,
+    }
+
+
 def _drawn_seed(recorder: Recorder, fresh: int) -> int:
     """The seed that an earlier attempt drew: with another one nothing could go on."""
     if TASK not in recorder.list_artifacts():
@@ -187,18 +195,24 @@ def record_train(
     fitted: Recorder,
     experiment_name: str | None = None,
     recorder_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
 ) -> Recorder:
     """A run of its own for a task that another run has trained already: only the records are made.
 
     The model, the dataset's learnt state and the history of the training are those of `fitted`,
     which is only read. The caller knows that the two tasks train the same (`core.identity.fit_id`).
+    `run`: that of an attempt that was interrupted, which is done again in it.
     """
     complete = complete_task(task)
     model, dataset = (fitted.load_object(n) for n in ("params.pkl", "dataset"))
-    with R.start(experiment_name=experiment_name, recorder_name=recorder_name):
+    earlier = _earlier_run(run)
+    with R.start(**_begun(earlier, experiment_name, recorder_name)):
         recorder = R.get_recorder()
         note_started(recorder)
         try:
+            if earlier is not None:
+                _forget_failure(recorder)
             _log_task(recorder, complete)
             with session_context(seed=complete["seed"]):
                 seed_everything(complete["seed"])
