@@ -8,13 +8,17 @@ from typing import Any
 import pandas as pd
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config
 
+Calendars = dict[str, pd.DatetimeIndex]
 
-def with_dates(task: Mapping[str, Any]) -> dict[str, Any]:
+
+def with_dates(task: Mapping[str, Any], known: Calendars | None = None) -> dict[str, Any]:
     """The task with its dataset's fractional segments as dates of its source's calendar.
 
-    Segments that are dates already stay as they are, and the source is then not touched.
+    Segments that are dates already stay as they are, and the source is then not touched. `known`
+    keeps calendars for the next task of the same source.
     """
     dataset = task.get("dataset")
     if not isinstance(dataset, Mapping):
@@ -28,8 +32,10 @@ def with_dates(task: Mapping[str, Any]) -> dict[str, Any]:
             "segments given as fractions need the data's calendar, but the handler names no "
             "source; give dates: segments.train=[2008-01-01,2014-12-31] and so on."
         )
-    calendar = init_instance_by_config(source).calendar()
-    dates = dates_of(segments, calendar)
+    calendars, key = ({} if known is None else known), digest(source)
+    if key not in calendars:
+        calendars[key] = init_instance_by_config(source).calendar()
+    dates = dates_of(segments, calendars[key])
     return {**task, "dataset": {**dataset, "segments": dates}}
 
 

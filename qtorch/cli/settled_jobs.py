@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.segments import with_dates
+from qtorch.cli.segments import Calendars, with_dates
 from qtorch.cli.sweep import FINISHED, JobResult
 from qtorch.cli.sweep_start import LOCAL, plain_words, the_sweep
 from qtorch.cli.work import note_outcome, place_of, print_failure, print_skipped
@@ -39,7 +39,8 @@ def settled_jobs(context: HydraContext, config: DictConfig, jobs: Jobs) -> dict[
         return {}
     if not has_settled_jobs(config.experiment_name):
         return {}  # nothing was ever run: the usual case costs nothing
-    settled = {}
+    settled: dict[int, JobReturn] = {}
+    calendars: Calendars = {}
     for number, overrides in progress(list(jobs.items()), "look for finished jobs"):
         job = context.config_loader.load_sweep_config(config, list(overrides))
         with open_dict(job):
@@ -47,7 +48,7 @@ def settled_jobs(context: HydraContext, config: DictConfig, jobs: Jobs) -> dict[
             job.hydra.job.id = f"job_id_for_{number}"
         with _as_hydras(job):
             try:
-                told = _settled(job, number, str(sweep.recorder.id))
+                told = _settled(job, number, str(sweep.recorder.id), calendars)
             except QtorchError:
                 continue
         if told is not None:
@@ -55,12 +56,13 @@ def settled_jobs(context: HydraContext, config: DictConfig, jobs: Jobs) -> dict[
     return settled
 
 
-def _settled(job: DictConfig, number: int, sweep_id: str) -> JobReturn | None:
+def _settled(job: DictConfig, number: int, sweep_id: str, calendars: Calendars) -> JobReturn | None:
     hydra = HydraConfig.get()
     settings = plain(OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"]))
     words = plain_words(hydra.overrides.task)
     place = place_of(settings, sweep_id, number, words)
-    outcome = settled_sweep_job(with_dates(settings["task"]), place, settings["experiment_name"])
+    task = with_dates(settings["task"], calendars)
+    outcome = settled_sweep_job(task, place, settings["experiment_name"])
     if outcome is None:
         return None
     run = outcome.recorder
