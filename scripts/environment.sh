@@ -15,7 +15,7 @@ find_python() {
 }
 
 make_environment() {
-    local folder=$1 extras=$2 stamp python
+    local folder=$1 extras=$2 stamp python options=(--quiet --disable-pip-version-check)
     python=$(find_python) || return 1
     stamp=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)
     if [ "$(cat "$folder/.qtorch-stamp" 2>/dev/null)" != "$stamp$extras" ]; then
@@ -24,11 +24,12 @@ make_environment() {
             echo "python's venv module is missing; on Debian: apt-get install python3-venv" >&2
             return 1
         }
+        # What is used is compiled when it is first imported; all of it would take minutes.
+        [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
         # torch by itself first: with a version fixed, pip takes it from wherever it is configured to.
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$folder/bin/python" -m pip install "${options[@]}" \
             "$(grep '^torch==' constraints.txt)" || return 1
-        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-            -c constraints.txt -e ".$extras" || return 1
+        "$folder/bin/python" -m pip install "${options[@]}" -c constraints.txt -e ".$extras" || return 1
         echo "$stamp$extras" >"$folder/.qtorch-stamp"
     fi
 }

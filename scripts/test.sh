@@ -4,6 +4,7 @@
 #   bash scripts/test.sh -m "not slow"    the fast suite; any pytest arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # the tests start processes, each of which would compile all anew
 source scripts/environment.sh
 make_environment .venv-test "[dev]"
 

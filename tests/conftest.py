@@ -84,6 +84,29 @@ def zygote() -> Iterator[Any]:
     forks.close()
 
 
+@pytest.fixture
+def warm(zygote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs and tasks in processes of their own are forked from the session's zygote."""
+
+    class Shared:
+        address, stopped, busy, open = zygote.address, False, False, True
+        call = zygote.call
+
+        def __init__(self, *modules: str) -> None:
+            type(self).open = True
+
+        def close(self) -> None:
+            type(self).open = False
+
+    from qtorch.cli import isolation, sweep_start
+    from qtorch.trainer import isolated
+
+    for module in (sweep_start, isolation, isolated):
+        monkeypatch.setattr(module, "Forks", Shared)
+    monkeypatch.setattr(isolation, "_forks", [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def market_data() -> Path:
     """The folder of real market data beside the repository; tests skip without it."""

@@ -41,7 +41,10 @@ def test_the_default_lstm_finds_at_least_half_of_the_planted_signal(qtorch_cli, 
 
 
 def test_a_market_without_a_signal_gives_none(qtorch_cli, runs):
-    told = qtorch_cli("train", "data.signal=0", "trainer.max_epochs=1", "log_level=WARNING")
+    told = qtorch_cli(
+        "train", "data.signal=0", "data.num_instruments=150", "trainer.max_epochs=1",
+        "log_level=WARNING",
+    )  # fmt: skip
     assert told.code == 0, told.err
     (ric,) = daily_rank_ic(runs)
     error = ric.std() / np.sqrt(len(ric))

@@ -52,7 +52,9 @@ def forked(*argv: str) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_search_together_and_a_killed_one_loses_nothing(folder, qtorch_cli, runs):
+def test_two_processes_search_together_and_a_killed_one_loses_nothing(
+    warm, folder, qtorch_cli, runs
+):
     import qtorch.cli.job
     import qtorch.tracking.trials.study  # noqa: F401 - the imports of the forked processes
 

@@ -19,27 +19,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def warm(zygote, monkeypatch):
-    """Sweeps whose jobs are forked from the session's zygote: the imports are not repeated."""
-
-    class Shared:
-        address, stopped, busy, open = zygote.address, False, False, True
-        call = zygote.call
-
-        def __init__(self, *modules: str) -> None:
-            type(self).open = True
-
-        def close(self) -> None:
-            type(self).open = False
-
-    from qtorch.cli import isolation, sweep_start
-
-    monkeypatch.setattr(sweep_start, "Forks", Shared)
-    monkeypatch.setattr(isolation, "_forks", [])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
 def jobs(runs):
     """`jobs()`: the runs that are no sweep's own."""
 

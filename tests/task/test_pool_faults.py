@@ -52,11 +52,12 @@ def check(manager: TaskManager, journal: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_eight_workers_and_a_murderer(manager, tmp_path):
-    """400 tasks, a worker killed with -9 every half second: each done once, none left running."""
-    raised(manager, 400)
+    """Hundreds of tasks, a worker killed with -9 every half second: each done once, none left."""
+    tasks = 150 if manager.url.startswith("mongodb") else 400  # the server for tests is slow
+    raised(manager, tasks)
     workers = nurse(manager, tmp_path / "journal", count=8, lease=2.0, seconds=0.15, murder=0.5)
     assert workers.wait(540) == 0
-    assert check(manager, tmp_path / "journal") == {"done": 400}
+    assert check(manager, tmp_path / "journal") == {"done": tasks}
     assert sum(t["lost"] for t in manager.query()) >= 5, "the murderer did not hit anybody"
 
 

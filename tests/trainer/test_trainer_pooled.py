@@ -229,13 +229,12 @@ def test_what_no_worker_survives_ends_as_a_failed_run(make_task, tmp_path):
 @pytest.mark.slow
 def test_each_task_in_a_process_of_its_own(make_task, tmp_path):
     log = tmp_path / "log"
-    fails = [None, "error", "kill"]
+    fails = [None, "kill"]
     tasks = [make_task(record=[], value=k, fail=f, log=str(log)) for k, f in enumerate(fails)]
     recorders = TrainerRM("exp", force_release=True)(tasks)
-    assert [r.status for r in recorders] == ["FINISHED", "FAILED", "FAILED"]
+    assert [r.status for r in recorders] == ["FINISHED", "FAILED"]
     lines = [line.split() for line in log.read_text().splitlines()]
-    assert len({pid for pid, _, _ in lines}) == len(lines) == 1 + 3 + 3
-    assert "this model fails" in recorders[1].list_tags()["error"]
-    assert "SIGKILL" in recorders[2].list_tags()["error"]
+    assert len({pid for pid, _, _ in lines}) == len(lines) == 1 + 3
+    assert "SIGKILL" in recorders[1].list_tags()["error"]
     here = task_train(make_task(record=[], value=0), "exp").list_metrics()["drawn"]
     assert recorders[0].list_metrics()["drawn"] == here

@@ -86,7 +86,7 @@ def test_a_delayed_failure_is_recorded_and_can_be_tried_again(make_task, tmp_pat
 
 
 @pytest.mark.slow
-def test_call_in_subproc_gives_each_task_one_process(make_task, tmp_path):
+def test_call_in_subproc_gives_each_task_one_process(warm, make_task, tmp_path):
     log = tmp_path / "log"
     tasks = [
         make_task(record=[], value=1.0, log=str(log)),
@@ -112,7 +112,7 @@ def test_call_in_subproc_gives_each_task_one_process(make_task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_delayed_trainer_in_subprocesses(make_task):
+def test_a_delayed_trainer_in_subprocesses(warm, make_task):
     begun = [begin_task_train(make_task(record=[]), "exp")]
     begun[0].set_tags(train_status="begin_task_train")
     (ended,) = DelayTrainerR("exp", call_in_subproc=True).end_train(begun)
