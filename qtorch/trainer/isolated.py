@@ -109,20 +109,20 @@ def _pickled(
 
 def work_here(request: Mapping[str, Any], tell: Tell) -> int:
     """The child's side of a call; tells of its run, and of its error."""
-    call = pickle.loads(base64.b64decode(request["call"]))  # the owner's own, a moment ago
-    defaults, uri, function, first, recorder_ids, experiment_name, options = call
-    init(**defaults)
-    R.set_uri(uri)
-    with telling_of_runs(tell):
-        try:
-            if recorder_ids is not None:
-                first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
+    try:
+        call = pickle.loads(base64.b64decode(request["call"]))  # the owner's own, a moment ago
+        defaults, uri, function, first, recorder_ids, experiment_name, options = call
+        init(**defaults)
+        R.set_uri(uri)
+        if recorder_ids is not None:
+            first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
+        with telling_of_runs(tell):
             recorder = function(first, experiment_name, **options)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
-        except Exception as error:
-            tell({"error": one_line(error)})
-            return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        tell({"error": one_line(error)})
+        return 1
     tell({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -117,3 +118,18 @@ def test_a_delayed_trainer_in_subprocesses(warm, make_task):
     begun[0].set_tags(train_status="begin_task_train")
     (ended,) = DelayTrainerR("exp", call_in_subproc=True).end_train(begun)
     assert ended.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_an_object_of_the_script_itself_does_not_reach_a_process_of_its_own(
+    warm, make_task, monkeypatch
+):
+    class Mine:
+        pass
+
+    Mine.__module__, Mine.__qualname__ = "__main__", "Mine"
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", Mine, raising=False)
+    task = {**make_task(record=[]), "model": Mine()}
+    (recorder,) = TrainerR("exp", call_in_subproc=True)([task])
+    assert recorder.status == "FAILED"
+    assert "'Mine'" in recorder.list_tags()["error"]
