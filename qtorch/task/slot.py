@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2  # between two looks at the child
 IDLE_SECONDS = (0.3, 2.0)  # between two looks into an empty pool: the first, the longest
+SIGNAL_SECONDS = 1.0  # a scheduler signals every process, and the child may hear it first
 FENCE = 0.8  # of the lease: a child that hears nothing for so long ends itself
 
 
@@ -151,8 +152,10 @@ class Slot(threading.Thread):
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
             pause = IDLE_SECONDS[0]
-            self._execute(manager, *taken)
+            outcome = self._execute(manager, *taken)
             self.orders.last_work = time.monotonic()
+            if outcome.get("interrupted"):  # perhaps by a signal that has yet to come here
+                self.orders.stop.wait(SIGNAL_SECONDS)
 
     def _idle_for_long(self) -> bool:
         limit = self.options.idle_timeout
@@ -174,7 +177,7 @@ class Slot(threading.Thread):
 
     # -- one task ------------------------------------------------------------------------------
 
-    def _execute(self, manager: TaskManager, task: Task, status: str) -> None:
+    def _execute(self, manager: TaskManager, task: Task, status: str) -> dict[str, Any]:
         self.view.task, self.view.since = task, time.monotonic()
         self.view.progress, self.view.run = {"stage": "starting"}, task.get("run")
         log.info("%s takes task %s (attempt %s)", self.name, task["_id"], task["attempt"])
@@ -182,6 +185,7 @@ class Slot(threading.Thread):
             with LeaseKeeper(manager, task, hang_after=self.options.hang_after) as lease:
                 outcome = self._watched(task, status, lease)
                 self._settle(manager, task, status, outcome, lease)
+                return outcome
         finally:
             self.view.task = None
 
