@@ -20,7 +20,7 @@ MISSING = 77  # the exit code where SLURM is not here and cannot be installed
 def test_what_a_cluster_takes_away_is_made_up_for(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     done = subprocess.run(
-        ["bash", str(CHECK), "--json", str(rows)],
+        ["bash", str(CHECK), "--epochs", "20", "--json", str(rows)],
         env={**os.environ, "QTORCH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
