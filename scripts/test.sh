@@ -13,13 +13,5 @@ export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MPLBACKEND=Agg
 bin=$PWD/.venv-test/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-# The types beside the tests: one process alone would leave the other cores idle.
-told=$(mktemp)
-"$bin/mypy" >"$told" 2>&1 &
-types=$!
-trap 'kill "$types" 2>/dev/null; rm -f "$told"' EXIT
-failed=0
-"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@" || failed=$?
-wait "$types" || failed=1
-cat "$told"
-exit "$failed"
+"$bin/mypy"
+exec "$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@"

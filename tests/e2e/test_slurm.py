@@ -16,7 +16,6 @@ MISSING = 77  # the exit code where SLURM is not here and cannot be installed
 
 @pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.xdist_group("learning")  # beside the longest test, not against it
 def test_what_a_cluster_takes_away_is_made_up_for(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     done = subprocess.run(
