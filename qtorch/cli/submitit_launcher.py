@@ -19,7 +19,10 @@ except ImportError:  # an optional package
 else:
 
     class _ForJobsLeft:
-        """Submitit counts an array's jobs from 0; `numbers` are those of the sweep."""
+        """Submitit counts an array's jobs from 0; `numbers` are those of the sweep.
+
+        Mixed into launchers without types: mypy can neither see what is above nor subclass it.
+        """
 
         numbers: Sequence[int] = ()
 
@@ -33,7 +36,7 @@ else:
             returns = settled_jobs(self.hydra_context, self.config, jobs)
             self.numbers = [n for n in jobs if n not in returns]
             if self.numbers:
-                done = super().launch([jobs[n] for n in self.numbers], 0)  # type: ignore[misc]
+                done = super().launch([jobs[n] for n in self.numbers], 0)  # type: ignore[misc]  # see above
                 returns.update(zip(self.numbers, done, strict=True))
             return [returns[n] for n in jobs]
 
@@ -42,14 +45,14 @@ else:
         ) -> JobReturn:
             """One job, in its process."""
             number = self.numbers[position]
-            return super().__call__(  # type: ignore[misc,no-any-return]
+            return super().__call__(  # type: ignore[misc,no-any-return]  # see above
                 sweep_overrides, key, number, f"job_id_for_{number}", state
             )
 
-    class SubmititSlurmLauncher(_ForJobsLeft, theirs.SlurmLauncher):  # type: ignore[misc]
+    class SubmititSlurmLauncher(_ForJobsLeft, theirs.SlurmLauncher):  # type: ignore[misc]  # likewise
         """Jobs of SLURM."""
 
-    class SubmititLocalLauncher(_ForJobsLeft, theirs.LocalLauncher):  # type: ignore[misc]
+    class SubmititLocalLauncher(_ForJobsLeft, theirs.LocalLauncher):  # type: ignore[misc]  # likewise
         """Processes of this machine."""
 
     SUBMITIT_LAUNCHERS = (SubmititLocalLauncher, SubmititSlurmLauncher)
