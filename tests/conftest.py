@@ -77,9 +77,9 @@ def quiet_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Any]:
     """The process that jobs are forked from, its imports done once for the session."""
-    from qtorch.trainer.forked import Forks
+    from qtorch.task.forked import TRAINING, Forks
 
-    forks = Forks("qtorch.cli.work")
+    forks = Forks(*TRAINING, "qtorch.cli.work")
     yield forks
     forks.close()
 

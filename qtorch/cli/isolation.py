@@ -16,7 +16,7 @@ from typing import Any
 from qtorch.cli.submitted import submitted
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.heartbeat import RUN
-from qtorch.trainer.forked import Ended, ForkError, Forks, call_at
+from qtorch.task.forked import TRAINING, Ended, ForkError, Forks, call_at
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _call(folder: Path) -> Callable[..., Ended]:
                 return Ended(None, refused=True)
 
         return call
-    forks = Forks(WORK_MODULE)
+    forks = Forks(*TRAINING, WORK_MODULE)
     atexit.register(forks.close)
     _forks.append(forks)
     return forks.call

@@ -27,7 +27,7 @@ from qtorch.cli.sweep_start import SWEEP_VARIABLE, plain_words, the_sweep
 from qtorch.cli.work import LOCAL, POOL, note_failure, print_failure, store, work
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import plain
-from qtorch.trainer.forked import Ended
+from qtorch.task.forked import Ended
 
 RUNNERS = (LOCAL, POOL)
 

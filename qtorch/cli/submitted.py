@@ -30,7 +30,7 @@ def do_as_submitted(work: Callable[[], Any]) -> None:
     signal, stops after its step and keeps a checkpoint; then submitit queues the job again. A
     SIGTERM (`scancel`) stops the work alike, and that is all.
     """
-    from qtorch.task.child import Stops
+    from qtorch.core.stops import Stops
 
     if threading.current_thread() is not threading.main_thread():
         work()

@@ -26,7 +26,7 @@ from qtorch.cli.submitted import choose_signal, submitted
 from qtorch.cli.sweep import FAILED, RUNNING, Refusal, collect_from
 from qtorch.core.errors import ConfigError
 from qtorch.core.stops import STOPS
-from qtorch.trainer.forked import Forks
+from qtorch.task.forked import TRAINING, Forks
 
 SWEEP_VARIABLE = "QTORCH_SWEEP"  # the id of the sweep's run, for its jobs
 NAME = re.compile(r"[\w.\-]+")
@@ -55,7 +55,7 @@ class SweepCommand:
 
     def start_processes(self, folder: Path) -> None:
         """The zygote of the jobs, and the signals that it passes on."""
-        self.forks = Forks(WORK_MODULE)
+        self.forks = Forks(*TRAINING, WORK_MODULE)
         share(self.forks, folder)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._on_signal) for n in STOPS}

@@ -115,6 +115,7 @@ def rank_environment(
     # The rank is of this very qtorch, and finds the rest where its request says.
     home = str(Path(qtorch.__file__).parents[1])
     found["PYTHONPATH"] = os.pathsep.join(p for p in (home, kept.get("PYTHONPATH")) if p)
+    found["MPLBACKEND"] = "Agg"  # a notebook's own backend would want the notebook
     if local and sys.platform == "linux":
         found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may lead nowhere
     return found

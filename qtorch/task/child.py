@@ -1,94 +1,52 @@
 """The training process of a worker: runs tasks for its supervisor, one after another.
 
-Started as `python -m qtorch.task.child COMMANDS REPLIES SILENCE`: two file descriptors that carry
-lines of JSON, and the seconds after which a supervisor that says nothing counts as gone. The
-supervisor says `alive` all the time. When it is gone (its end of the pipe closes, or it is
-silent for that long) another worker will get the task, so this process ends at once: nothing
-may write into the run beside the next attempt.
+Forked from a zygote with a pipe along which its supervisor sends lines of JSON; it says `alive`
+all the time. When it is gone (its end of the pipe closes, or it is silent for so long) another
+worker will get the task, so this process ends at once: nothing may write into the run beside the
+next attempt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.heartbeat import RUN, beat, listening
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
-from qtorch.core.stops import NOTICES, noted
+from qtorch.core.stops import Stops
 from qtorch.core.trust import check_config
 from qtorch.task.definition import decode_result, encode_result
+
+if TYPE_CHECKING:
+    from qtorch.task.zygote import Asker
 
 log = logging.getLogger(__name__)
 
 ORPHANED = 97  # the exit code of a child whose supervisor is gone
 
 
-class Stops:
-    """A scheduler's notice, however often and by whom it is sent, interrupts the work once.
+class Link:
+    """The pipe from the supervisor, and the connection to it (`qtorch.task.zygote.Asker`).
 
-    A scheduler signals every process of a job and the supervisor tells its child too; what a
-    training takes as a second signal would end it without a checkpoint. Python notes each signal
-    in the wakeup pipe, whoever handles it.
+    `silence`: seconds without a word after which the supervisor counts as gone.
     """
 
-    def __init__(self) -> None:
-        self._read, write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in NOTICES:
-            signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
-        self._count = 0
-        self._asked = False
-        self.first: int | None = None  # the one that came first, once `told` has looked
-        self._lock = threading.Lock()
-
-    def told(self) -> int:
-        """How many of them came."""
-        with self._lock:
-            with contextlib.suppress(BlockingIOError):
-                own = [n for n in os.read(self._read, 4096) if n in NOTICES]
-                self.first = self.first or next(iter(own), None)
-                self._count += len(own)
-            return self._count
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Interrupt the main thread, unless it has been already."""
-        main = threading.main_thread().ident
-        if self.told() == 0 and not self._asked and main is not None:
-            self._asked = True  # the signal is noted when the main thread comes to it
-            signal.pthread_kill(main, number)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if noted.asked is None and noted.answered is None:
-            noted.asked = number
-            raise KeyboardInterrupt("asked to stop")
-
-
-class Link:
-    """The two pipes to the supervisor."""
-
-    def __init__(self, commands: int, replies: int, silence: float, stops: Stops) -> None:
-        self._commands, self._replies = commands, replies
-        self._silence, self._stops = silence, stops
+    def __init__(self, commands: int, silence: float, asker: Asker) -> None:
+        self._commands, self._silence, self._asker = commands, silence, asker
         self._requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._heard = time.monotonic()
-        self._lock = threading.Lock()
+        self._over = False
         self.busy = False
 
     def start(self) -> None:
@@ -101,14 +59,11 @@ class Link:
         self.busy = False
         request = self._requests.get()
         self.busy = request is not None
-        return request
+        return None if self._over else request
 
     def say(self, message: Mapping[str, Any]) -> None:
-        """A line to the supervisor."""
-        line = json.dumps(message, default=str).encode() + b"\n"
-        with self._lock:
-            while line:
-                line = line[os.write(self._replies, line) :]
+        """Something to the supervisor."""
+        self._asker(message)
 
     def beat(self, stage: str, details: dict[str, Any]) -> None:
         """The listener of heartbeats."""
@@ -124,7 +79,7 @@ class Link:
                     self._heard = time.monotonic()
                     command = json.loads(line)
                     if command.get("stop"):
-                        self._stops.stop()
+                        self._asker.stops.stop()
                     elif "func" in command:
                         self._requests.put(command)
         finally:
@@ -136,17 +91,12 @@ class Link:
         self._gone()
 
     def _gone(self) -> None:
+        self._over = True
         if self.busy:
-            self._say_goodbye()
+            # A supervisor that was only stopped for a while learns that the task is not to blame.
+            self._asker.try_to_say({"interrupted": True})
             _end_group()
         self._requests.put(None)
-
-    def _say_goodbye(self) -> None:
-        """A supervisor that was only stopped for a while learns that the task is not to blame."""
-        if self._lock.acquire(timeout=0.1):
-            os.set_blocking(self._replies, False)
-            with contextlib.suppress(OSError):
-                os.write(self._replies, b'{"interrupted": true}\n')
 
 
 def _end_group() -> None:
@@ -205,25 +155,18 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, QtorchError) and text else f"{type(error).__name__}: {text}"
 
 
-def main(argv: list[str]) -> int:
-    """Work until the supervisor has no more."""
-    stops = Stops()
-    link = Link(int(argv[0]), int(argv[1]), float(argv[2]), stops)
+def work_here(request: Mapping[str, Any], asker: Asker) -> int:
+    """Work until the supervisor has no more; in a zygote's child."""
+    link = Link(asker.descriptors[0], request["silence"], asker)
     link.start()
     configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
     try:
         with listening(link.beat):
-            while (request := link.request()) is not None:
-                told = answer(request, stops, link)
+            while (task := link.request()) is not None:
+                told = answer(task, asker.stops, link)
                 link.say(told)
-                if request.get("last") or not {"result", "refused"} & told.keys():
+                if task.get("last") or not {"result", "refused"} & told.keys():
                     break  # memory goes back whole; after an error nothing is taken for granted
     except KeyboardInterrupt:
         log.debug("stopped while idle")
-    except BrokenPipeError:
-        return ORPHANED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

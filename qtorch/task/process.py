@@ -2,64 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import select
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from qtorch.task.forked import TRAINING, Forks, Message
+
 log = logging.getLogger(__name__)
 
-CHILD_MODULE = "qtorch.task.child"
+CHILD = "qtorch.task.child.work_here"
 PING = b'{"alive": 1}\n'
 END_SECONDS = 5.0  # for a child that has nothing more to do
 
 
+class Children:
+    """Where a worker's processes come from: forked, so that none repeats the imports.
+
+    `functions`: the dotted names of what they will do. For qtorch's own what trainings need is
+    imported beforehand; a user's is imported by each child, for it might not survive a fork.
+    """
+
+    def __init__(self, functions: Collection[str] = ()) -> None:
+        ours = all(name.startswith("qtorch.") for name in functions)
+        self._modules = TRAINING if ours else ()
+        self._forks: list[Forks] = []  # the last one is in use, the others begin nothing more
+        self._lock = threading.Lock()
+
+    def start(
+        self, environment: Mapping[str, str], silence: float, output: Path | None = None
+    ) -> ChildProcess:
+        """A new one. Raises ForkError where there can be none."""
+        with self._lock:
+            if not self._forks or self._forks[-1].lost or self._forks[-1].stopped:
+                self._forks.append(Forks(*self._modules))
+            return ChildProcess(self._forks[-1], environment, silence, output)
+
+    def close(self) -> None:
+        """No child is begun any more; what still works is stopped."""
+        with self._lock:
+            while self._forks:
+                self._forks.pop().close()
+
+
 class ChildProcess:
-    """One process of `qtorch.task.child`, in a session of its own, with a pipe each way.
+    """One process of `qtorch.task.child`, in a session of its own, with a pipe for commands.
 
     `environment` is added to this process's; `output` is a file for what it prints, else it
     prints where this process does. `silence`: see the child.
     """
 
     def __init__(
-        self, *, environment: Mapping[str, str], silence: float, output: Path | None = None
+        self,
+        forks: Forks,
+        environment: Mapping[str, str],
+        silence: float,
+        output: Path | None = None,
     ) -> None:
-        their_commands, self._commands = os.pipe()
-        self._replies, their_replies = os.pipe()
-        os.set_blocking(self._replies, False)
+        self._forks = forks
         self._lock = threading.Lock()
-        self._buffer = b""
         self._closed = False
-        file = None if output is None else output.open("ab")
-        command = [sys.executable, "-m", CHILD_MODULE, str(their_commands), str(their_replies)]
-        try:
-            self.process = subprocess.Popen(
-                [*command, str(silence)],
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                pass_fds=(their_commands, their_replies),
-                start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
-            )
-        finally:
-            os.close(their_commands)
-            os.close(their_replies)
-            if file is not None:
-                file.close()
+        with contextlib.ExitStack() as theirs:
+            commands, self._commands = os.pipe()
+            theirs.callback(os.close, commands)
+            printed = (1, 2)
+            if output is not None:
+                file = theirs.enter_context(output.open("ab")).fileno()
+                printed = (file, file)
+            try:
+                self._fork = forks.fork(
+                    CHILD,
+                    {"silence": silence},
+                    environment=environment,
+                    descriptors=(*printed, commands),
+                )
+            except BaseException:
+                os.close(self._commands)
+                raise
 
     @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
+    def gone(self) -> bool:
+        """Whether it is known to have ended."""
+        return self._fork.ended is not None
 
     def say(self, message: Mapping[str, Any]) -> bool:
         """A line to the child; False where it is gone."""
@@ -69,7 +99,7 @@ class ChildProcess:
                 while line and not self._closed:
                     line = line[os.write(self._commands, line) :]
             except OSError as error:
-                log.debug("the child %d takes no message: %s", self.pid, error)
+                log.debug("the child takes no message: %s", error)
                 return False
         return not line
 
@@ -80,52 +110,39 @@ class ChildProcess:
                 try:
                     os.write(self._commands, PING)  # short: a writable pipe takes it at once
                 except OSError as error:
-                    log.debug("the child %d takes no message: %s", self.pid, error)
+                    log.debug("the child takes no message: %s", error)
 
-    def messages(self, patience: float) -> list[dict[str, Any]] | None:
+    def messages(self, patience: float) -> list[Message] | None:
         """What it has said, waited for at most `patience` seconds; None once it is gone."""
-        if not select.select([self._replies], [], [], patience)[0]:
-            return []
-        data = os.read(self._replies, 65536)
-        if not data:
-            return None
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        messages = self._fork.receive(patience)
+        if self._fork.ended is not None and self._fork.ended.refused:
+            self._forks.stopped = True  # a scheduler's signal reached it alone
+        return messages or (None if self.gone else [])
 
     def how_it_ended(self) -> str:
-        """`was ended by SIGKILL` or `ended with code 1`, for a child whose pipe is closed."""
-        try:
-            code = self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "closed its pipe"
-        return (
-            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        )
+        """`was ended by SIGKILL`, `ended with code 1` and so on, for a child that is gone."""
+        return "works" if self._fork.ended is None else self._fork.ended.how
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was never begun, for the process that begins them was told to stop."""
+        return self._fork.ended is not None and self._fork.ended.refused
 
     def kill(self) -> None:
         """End it and what it has started, now."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            log.debug("the child %d is gone already", self.pid)
-        self.process.wait()
-        with self._lock:
-            self._close()
-            if self._replies >= 0:
-                os.close(self._replies)
-                self._replies = -1
+        self._forks.kill(self._fork)
+        self._close()
 
     def finish(self) -> None:
         """Let it end by itself, for it has nothing more to do; else kill it."""
-        with self._lock:
-            self._close()
+        self._close()
         end = time.monotonic() + END_SECONDS
-        while self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
+        while not self.gone and time.monotonic() < end:
+            self._fork.receive(END_SECONDS)
         self.kill()
 
     def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            os.close(self._commands)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._commands)

@@ -14,7 +14,7 @@ from qtorch.core.heartbeat import RUN
 from qtorch.core.session import TRUSTED_VARIABLE, session, trusted_packages
 from qtorch.task.definition import Task
 from qtorch.task.lease import LeaseKeeper
-from qtorch.task.process import ChildProcess
+from qtorch.task.process import ChildProcess, Children
 from qtorch.task.query import PART_DONE
 
 LOOK_SECONDS = 0.2
@@ -30,7 +30,12 @@ class ReleasedError(TaskError):
 
 
 def call_released(
-    name: str, task: Task, before: str, options: Mapping[str, Any], keeper: LeaseKeeper
+    children: Children,
+    name: str,
+    task: Task,
+    before: str,
+    options: Mapping[str, Any],
+    keeper: LeaseKeeper,
 ) -> Any:
     """What the function of that dotted name returns for the task, as the pool stores it.
 
@@ -38,7 +43,7 @@ def call_released(
     store. Interrupted, it is asked to stop and given time for a checkpoint; one that hangs, or
     whose task another worker may have by now, is ended at once.
     """
-    child = ChildProcess(environment=_environment(), silence=keeper.manager.lease)
+    child = children.start(_environment(), keeper.manager.lease)
     try:
         request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
         child.say({**request, "res": task["res"] if before == PART_DONE else None})

@@ -23,6 +23,7 @@ from qtorch.core.trust import check_config
 from qtorch.task.definition import Task
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
+from qtorch.task.process import Children
 from qtorch.task.query import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
 from qtorch.task.released import call_released
 
@@ -92,6 +93,7 @@ def run_task(
                     time.sleep(pause * random.uniform(0.7, 1.0))
                     pause = min(pause * 1.5, IDLE_PAUSES[1])
         finally:
+            work.close()
             manager.close()
     return count > 0
 
@@ -186,6 +188,7 @@ class _Work:
         check_arguments(self.function, signature, self.arguments)
         self.takes_run = "run" in signature.parameters and "run" not in self.arguments
         self.released_name = dotted_name(self.function) if force_release else None
+        self.children = Children([self.released_name] if self.released_name else [])
 
     def is_over(self, query: Query | None, idle_timeout: float | None, idle: float) -> bool:
         """Whether a worker that found nothing to take for `idle` seconds ends."""
@@ -193,6 +196,10 @@ class _Work:
             return idle >= idle_timeout
         stat = self.manager.task_stat(query)  # what runs elsewhere may come back
         return not stat.get(self.before) and not stat.get(RUNNING)
+
+    def close(self) -> None:
+        """End the processes of `force_release`."""
+        self.children.close()
 
     def attempt(self, task: Task, signals: Signals) -> None:
         """Run one task and tell the pool how it ended."""
@@ -228,7 +235,7 @@ class _Work:
                 return self.function(first, **options)
             finally:
                 _current.reset(mark)
-        return call_released(self.released_name, task, self.before, options, keeper)
+        return call_released(self.children, self.released_name, task, self.before, options, keeper)
 
     def _commit(self, task: Task, result: Any) -> None:
         try:

@@ -12,9 +12,10 @@ from typing import Any
 
 from qtorch.core.errors import LeaseLost, TaskError
 from qtorch.task.definition import RECORDER, Task
+from qtorch.task.forked import ForkError
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.manager import TaskManager
-from qtorch.task.process import ChildProcess
+from qtorch.task.process import ChildProcess, Children
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class View:
 class Slot(threading.Thread):
     """Takes tasks, has its child do them, renews their leases while the child moves.
 
-    `environment` is what tells its child the device; `output` where the child prints.
+    Its child is one of `children`; `environment` tells it the device, `output` where it prints.
     """
 
     def __init__(
@@ -109,11 +110,13 @@ class Slot(threading.Thread):
         view: View,
         *,
         worker: str,
+        children: Children,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
         super().__init__(name=view.name, daemon=True)
         self.options, self.orders, self.view = options, orders, view
+        self.children = children
         self.worker, self.environment, self.output = worker, environment, output
         self.child: ChildProcess | None = None
         self.error: BaseException | None = None
@@ -194,7 +197,10 @@ class Slot(threading.Thread):
 
         A child that ends before its work has begun is `unusable`: that is no fault of the task.
         """
-        child = self._ready_child()
+        try:
+            child = self._ready_child()
+        except ForkError as error:
+            return {"unusable": str(error)}
         child.say(self._request(task, status))
         sign, stopped, ready = time.monotonic(), None, False
         while True:
@@ -203,7 +209,9 @@ class Slot(threading.Thread):
             if messages is None:
                 how = child.how_it_ended()
                 self._drop_child()
-                if stopped is not None:
+                if child.refused and not self.orders.stop.wait(SIGNAL_SECONDS):
+                    return self._watched(task, status, lease)  # it was not for this process
+                if stopped is not None or child.refused:
                     return {"interrupted": True}
                 kind = "died" if ready else "unusable"
                 return {kind: f"the task's process {how}"}
@@ -316,13 +324,10 @@ class Slot(threading.Thread):
     # -- the child -----------------------------------------------------------------------------
 
     def _ready_child(self) -> ChildProcess:
-        if self.child is None or self.child.process.poll() is not None:
+        if self.child is None or self.child.messages(0.0) is None:
             self._drop_child()
-            self.child = ChildProcess(
-                environment=self.environment,
-                silence=FENCE * self.options.lease,
-                output=self.output,
-            )
+            silence = FENCE * self.options.lease
+            self.child = self.children.start(self.environment, silence, self.output)
         return self.child
 
     def _drop_child(self, *, kill: bool = False) -> None:

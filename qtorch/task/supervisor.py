@@ -19,6 +19,7 @@ from types import FrameType
 
 from qtorch.core.stops import NOTICES, STOPS
 from qtorch.task.devices import CPU, device_environment
+from qtorch.task.process import Children
 from qtorch.task.slot import Orders, Slot, View, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Supervisor:
         self.orders = Orders(options.max_tasks)
         self._signals: list[tuple[int, float]] = []
         host = socket.gethostname()
+        self.children = Children(options.functions.values())
         self.slots = []
         for k, device in enumerate(devices):
             slot = Slot(
@@ -57,6 +59,7 @@ class Supervisor:
                 self.orders,
                 View(f"slot {k}", device),
                 worker=f"{host}:{os.getpid()}:{k}",
+                children=self.children,
                 environment={
                     **device_environment(device),
                     **_threads(devices),
@@ -82,6 +85,7 @@ class Supervisor:
                 if self.show is not None:
                     self.show([slot.view for slot in self.slots])
                 time.sleep(TICK_SECONDS)
+            self.children.close()
         if self._signals:
             return 128 + self._signals[0][0]
         return int(any(slot.error is not None for slot in self.slots))

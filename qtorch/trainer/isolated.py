@@ -16,10 +16,10 @@ from typing import Any
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.heartbeat import RUN, listening
 from qtorch.core.session import init, session
+from qtorch.task.forked import TRAINING, Forks
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import note_started, one_line, record_failure
-from qtorch.trainer.forked import Forks
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -64,7 +64,7 @@ class Isolation:
         """
         call = _pickled(function, first, experiment_name, options)
         if self._forks is None:
-            self._forks = Forks()
+            self._forks = Forks(*TRAINING)
         told: dict[str, Any] = {}
         ended = self._forks.call(f"{__name__}.work_here", {"call": call}, told.update)
         recorder = None

@@ -20,6 +20,7 @@ from qtorch.core.heartbeat import listening
 from qtorch.model.checkpoint import LAST
 from qtorch.model.interruption import TrainingInterrupted
 from qtorch.model.lightning_model import LightningModel
+from qtorch.model.rank_process import rank_environment
 from qtorch.model.ranks import RankError
 
 
@@ -109,6 +110,15 @@ CASES = {
         "module": "qtorch.model.IGMTFModule",
     },
 }
+
+
+def test_a_rank_is_told_its_place_and_none_of_a_notebooks_settings(monkeypatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")  # matplotlib's import would fail
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")  # another launcher's
+    found = rank_environment(1, 0, 2, 3, local=False)
+    assert found["MPLBACKEND"] == "Agg"
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("1", "0", "2")
+    assert (found["OMP_NUM_THREADS"], "TORCHELASTIC_RUN_ID" in found) == ("3", False)
 
 
 @pytest.mark.slow

@@ -261,6 +261,23 @@ def test_kill_9_of_the_child_is_an_error_of_the_task(pool):
     assert (task["attempt"], task["errors"], task["res"]["run"]) == (2, 1, "run0")
 
 
+def test_the_process_that_begins_children_is_begun_anew(pool):
+    """Killed, its child keeps a checkpoint and the task goes back, uncounted; and again."""
+    (id,) = pool.add("long")
+    worker = pool.start("lease=30")
+    for attempt, number in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
+        until(lambda: pool.runs(id) and pool.task(id)["attempt"] == attempt)  # noqa: B023
+        child, zygote = pool.child(), int(pool.lines()[-1][2])
+        assert zygote != worker.pid
+        os.kill(zygote, number)
+        until(lambda: not alive(child))  # noqa: B023
+        assert pool.lines()[-1] == ["checkpoint", str(child)]
+    pool.go.touch()
+    until(lambda: pool.task(id)["status"] == "done")
+    task = pool.task(id)
+    assert (task["attempt"], task["preemptions"], task["errors"], task["lost"]) == (3, 2, 0, 0)
+
+
 def test_a_stopped_worker_loses_its_lease_its_child_and_its_say(pool):
     """SIGSTOP: the child ends itself before the lease does, another worker does the task once."""
     (id,) = pool.add("long")

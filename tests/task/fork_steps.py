@@ -1,4 +1,4 @@
-"""Work for forked children, named by tests/trainer/test_forked.py."""
+"""Work for forked children, named by tests/task/test_forked.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 
-import torch
-
 
 def describe(request, tell):
     """What the child is."""
+    import torch
+
     tell(
         {
             "given": request,
@@ -29,8 +29,23 @@ def describe(request, tell):
 
 def remember(request, tell):
     """Something that a later child must not see."""
+    import torch
+
     tell({"before": getattr(torch, "fork_test", None)})
     torch.fork_test = request["value"]
+
+
+def name_backend(request, tell):
+    """How matplotlib draws here."""
+    import matplotlib
+
+    tell({"backend": matplotlib.get_backend().lower()})
+
+
+def leave(request, tell):
+    """A file that says that the work was begun."""
+    with open(request["path"], "w"):
+        pass
 
 
 def die(request, tell):

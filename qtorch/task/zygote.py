@@ -1,10 +1,10 @@
 """A process with its imports done, which forks one child for each piece of work.
 
-Started as `python -m qtorch.trainer.zygote SOCKET ORDERS MODULE ...`: the path of a socket in a
-private folder, a file descriptor on which the owner gives orders (`qtorch.trainer.forked`), what
-to import beside what every training needs. Torch,
-Lightning and MLflow are imported once, before any CUDA context exists; a child shares their memory
-and begins its work at once. What it did to memory, host or GPU, goes when it ends.
+Started as `python -m qtorch.task.zygote SOCKET ORDERS MODULE ...`: the path of a socket in a
+private folder, a file descriptor on which the owner gives orders (`qtorch.task.forked`), what to
+import. For trainings torch, Lightning and MLflow are imported once, before any CUDA context
+exists; a child shares their memory and begins its work at once. What it did to memory, host or
+GPU, goes when it ends.
 """
 
 from __future__ import annotations
@@ -23,46 +23,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtorch.core.names import locate
-from qtorch.core.stops import NOTICES
-from qtorch.task.child import Stops
+from qtorch.core.stops import NOTICES, Stops
 
 log = logging.getLogger(__name__)
 
-PRELOADED = (
-    "qtorch.tracking.mlflow_store",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.store.tracking.sqlalchemy_workspace_store",
-    "mlflow.utils.name_utils",
-    "sqlalchemy.dialects.sqlite",
-    "qtorch.model.lightning_model",
-    "qtorch.model.fitting",
-    "qtorch.data.alpha",
-    "qtorch.data.window_dataset",
-    "qtorch.nn.lstm",
-    "qtorch.record.signal",
-    "qtorch.record.segment_ic",
-    "qtorch.record.signal_analysis",
-    "qtorch.record.ic_chart",
-    "qtorch.trainer.run",
-    "torch.optim",
-    "torch._dynamo",  # an optimizer's first step wants it
-    "torch.utils.serialization",
-    "torch.profiler._cupti_monitor",
-    "pytorch_lightning.callbacks",
-    "matplotlib.backends.backend_agg",
-    "PIL.PngImagePlugin",
-    "pyarrow.dataset",
-    "pyarrow.parquet",
-    "pyarrow.pandas_compat",
-    "safetensors.torch",
-    "rich.progress",
-)
+FORK = "fork"  # the key of what is said of a child, beside what it says itself
 GRACE_SECONDS = 60.0  # for a checkpoint, once nobody waits for the result any more
+MOST_DESCRIPTORS = 8  # that a request brings along
 ABANDONED = 97  # the exit code of a zygote whose owner went away before it was ready
 
 
@@ -77,14 +50,17 @@ class Child:
 class Zygote:
     """Accepts requests, forks, reports how each child ended.
 
-    Orders are lines: the number of a signal, for every child there is; no work is begun after
-    one. Where the orders end the owner is gone: children are stopped in order, or at once if
-    they had been told to stop before.
+    Orders are lines. The number of a signal is for every child there is; no work is begun after
+    it. The id of a process behind it: for that child alone, which is killed by SIGKILL only this
+    way (who asked for it cannot know whether the id is still that child's). Where the orders end
+    the owner is gone: children are stopped in order, or at once if they had been told to stop
+    before.
     """
 
     def __init__(self, listener: socket.socket, orders: int) -> None:
         self._listener, self._orders = listener, orders
         self._children: dict[int, Child] = {}
+        self._told = b""
         self._stopped = False
         self._deadline: float | None = None
         self._wake, wake = os.pipe()
@@ -127,22 +103,27 @@ class Zygote:
             self._order(signal.SIGKILL if self._stopped else signal.SIGTERM)
             self._stopped, self._deadline = True, time.monotonic() + GRACE_SECONDS
             return False
-        for number in data.split():
-            self._stop(int(number))
+        *lines, self._told = (self._told + data).split(b"\n")
+        for line in lines:
+            number, *pids = map(int, line.split())
+            if pids:
+                self._order(number, pids)
+            else:
+                self._stop(number)
         return True
 
     def _stop(self, number: int) -> None:
         self._stopped = True
         self._order(number)
 
-    def _order(self, number: int) -> None:
-        for pid, child in self._children.items():
+    def _order(self, number: int, pids: Iterable[int] | None = None) -> None:
+        for pid in self._children if pids is None else self._children.keys() & set(pids):
             if number == signal.SIGKILL:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, number)
                 continue
             with contextlib.suppress(OSError):
-                os.write(child.orders, f"{number}\n".encode())
+                os.write(self._children[pid].orders, f"{number}\n".encode())
 
     def _reap(self) -> None:
         for pid in list(self._children):
@@ -152,13 +133,13 @@ class Zygote:
             child = self._children.pop(pid)
             with contextlib.suppress(ProcessLookupError):  # what it started and did not end
                 os.killpg(pid, signal.SIGKILL)
-            _say(child.connection, {"ended": os.waitstatus_to_exitcode(status)})
+            say(child.connection, {FORK: {"ended": os.waitstatus_to_exitcode(status)}})
             child.connection.close()
             os.close(child.orders)
 
     def _fork(self, connection: socket.socket) -> None:
-        if self._stopped:
-            _say(connection, {"refused": True})
+        if self._stopped or _is_gone(connection):
+            say(connection, {FORK: {"refused": True}})
             connection.close()
             return
         theirs, ours = os.pipe()
@@ -192,17 +173,41 @@ class Zygote:
             os.close(other.orders)
 
 
+class Asker:
+    """Who asked for the work, as the work sees them.
+
+    `asker(message)` tells them something. `stops` are the interruptions of this process;
+    `descriptors` are what they sent along, beside the standard output and error.
+    """
+
+    def __init__(self, connection: socket.socket, stops: Stops, descriptors: Sequence[int]) -> None:
+        self._connection, self.stops, self.descriptors = connection, stops, tuple(descriptors)
+
+    def __call__(self, message: Mapping[str, Any]) -> None:
+        say(self._connection, message)
+
+    def try_to_say(self, message: Mapping[str, Any]) -> None:
+        """Tell them, if they take it at once."""
+        if _saying.acquire(timeout=0.1):
+            try:
+                with contextlib.suppress(OSError):
+                    self._connection.send(_line(message), socket.MSG_DONTWAIT)
+            finally:
+                _saying.release()
+
+
 def _work(connection: socket.socket, orders: int) -> int:
     """In the child: take the request, be what it says, do it."""
-    _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
-    for descriptor, standard in zip(descriptors, (1, 2), strict=True):
-        os.dup2(descriptor, standard)
-        os.close(descriptor)
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, MOST_DESCRIPTORS)
+    for standard in (1, 2):
+        os.dup2(descriptors[standard - 1], standard)
+        os.close(descriptors[standard - 1])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())
     with connection.makefile("rb") as lines:
         request = json.loads(lines.readline())
+    say(connection, {FORK: {"pid": os.getpid()}})
     stops = Stops()
     _watch(connection, orders, stops)
     os.environ.clear()
@@ -211,16 +216,22 @@ def _work(connection: socket.socket, orders: int) -> int:
     os.chdir(request["folder"])
     _set_threads()
     work = locate(request["function"])
-    code = work(request["request"], lambda message: _say(connection, message))
+    code = work(request["request"], Asker(connection, stops, descriptors[2:]))
     return int(code or 0)
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether who asked has hung up meanwhile (a poll without events tells that alone)."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))
 
 
 def _set_threads() -> None:
     """The libraries read OMP_NUM_THREADS when the zygote imported them; this job's may differ."""
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if told.isdigit() and int(told):
-        import torch
-
+    torch = sys.modules.get("torch")
+    if torch is not None and told.isdigit() and int(told):
         torch.set_num_threads(int(told))
 
 
@@ -258,10 +269,15 @@ def _abandon(stops: Stops) -> None:
 _saying = threading.Lock()
 
 
-def _say(connection: socket.socket, message: Any) -> None:
-    line = json.dumps(message, default=str).encode() + b"\n"
+def say(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """A line of JSON, whole beside those of other threads."""
+    line = _line(message)
     with _saying, contextlib.suppress(OSError):  # who asked may be gone
         connection.sendall(line)
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, default=str).encode() + b"\n"
 
 
 def _flush() -> None:
@@ -280,17 +296,16 @@ def main(argv: list[str]) -> int:
         listener.setblocking(False)
         os.rename(partial, path)  # who finds it can connect, and waits for the imports
         zygote = Zygote(listener, orders)
-        for name in (*PRELOADED, *argv[2:]):
+        for name in argv[2:]:
             try:
                 importlib.import_module(name)
-            except ImportError as error:  # another version's, or no part of this installation
+            except Exception as error:  # another version's, or no part of this installation
                 log.debug("%s: %s", name, error)
             if zygote.is_orphaned():
                 return ABANDONED
-        import torch
-
+        torch = sys.modules.get("torch")
         # With a context here a forked child could not use CUDA.
-        assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        assert torch is None or not torch.cuda.is_initialized()
         gc.collect()
         gc.freeze()  # the children's collections leave the shared pages alone
         try:

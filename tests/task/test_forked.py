@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.trainer.forked import Ended, ForkError, Forks, call_at
+from qtorch.task.forked import Ended, ForkError, Forks, call_at
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow  # the zygote's imports
@@ -57,13 +57,50 @@ def test_a_killed_child_is_told_of_and_the_next_one_works(zygote):
     assert zygote.call("fork_steps.remember", {"value": 0}).code == 0
 
 
+def test_what_cannot_be_imported_is_left_out(monkeypatch, tmp_path):
+    """A part that is not installed, one that fails; a notebook's way to draw is nobody else's."""
+    (tmp_path / "failing_part.py").write_text("raise ValueError")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    forks = Forks("no_such_part", "failing_part", "matplotlib")
+    told: list = []
+    assert forks.call("fork_steps.name_backend", {}, told.append) == Ended(0)
+    assert told == [{"backend": "agg"}]
+    forks.close()
+
+
+def test_one_child_is_killed_and_the_other_works_on(zygote):
+    forks = [zygote.fork("fork_steps.wait_for_stop", {}) for _ in range(2)]
+    told = [fork.receive(10.0) or fork.receive(10.0) for fork in forks]
+    assert [t[0]["waiting"] for t in told] == [fork.pid for fork in forks]
+    zygote.kill(forks[0])
+    assert forks[0].ended == Ended(-signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.kill(forks[0].pid, 0)
+    assert forks[1].receive(0.0) == []
+    os.kill(forks[1].pid, signal.SIGTERM)
+    while forks[1].ended is None:
+        forks[1].receive(10.0)
+    assert forks[1].ended == Ended(0)
+
+
+def test_what_is_killed_before_it_was_begun_never_begins(tmp_path):
+    forks = Forks("torch")  # for seconds the zygote is at its imports
+    fork = forks.fork("fork_steps.leave", {"path": str(tmp_path / "begun")})
+    forks.kill(fork)
+    assert forks.call("fork_steps.leave", {"path": str(tmp_path / "next")}) == Ended(0)
+    assert [p.name for p in tmp_path.iterdir()] == ["next"]
+    forks.close()
+
+
 def test_an_error_of_the_work_is_an_exit_code(zygote, capfd):
     assert zygote.call("fork_steps.nothing_of_that_name", {}).code == 1
     assert "nothing_of_that_name" in capfd.readouterr().err
 
 
 def test_a_stop_reaches_every_child_once_and_nothing_begins_after_it():
-    forks = Forks()
+    forks = Forks("torch")
     told: dict[int, list] = {0: [], 1: []}
     ends: dict[int, Ended] = {}
 
