@@ -70,6 +70,7 @@ def check(result, exchange, market, *, short=False):
         assert not (bars["$change"][~buying] <= -limit).any()
 
 
+@pytest.mark.slow
 @some
 @given(strategy=topk_settings, exchange=exchange_settings)
 def test_topk_dropout(strategy, exchange, wild_market, wild_scores):
@@ -83,6 +84,7 @@ def test_topk_dropout(strategy, exchange, wild_market, wild_scores):
     check(result, exchange, wild_market)
 
 
+@pytest.mark.slow
 @some
 @given(exchange=exchange_settings, risk=st.sampled_from([0.5, 1.0]), seed=st.integers(0, 9))
 def test_weights(exchange, risk, seed, wild_market):
@@ -97,6 +99,7 @@ def test_weights(exchange, risk, seed, wild_market):
     check(result, exchange, wild_market)
 
 
+@pytest.mark.slow
 @some
 @given(exchange=exchange_settings, topk=st.integers(1, 10), rebalance=st.integers(1, 5))
 def test_long_short(exchange, topk, rebalance, wild_market, wild_scores):
@@ -105,6 +108,7 @@ def test_long_short(exchange, topk, rebalance, wild_market, wild_scores):
     check(result, exchange, wild_market, short=True)
 
 
+@pytest.mark.slow
 def test_many_columns_are_as_many_single_runs(wild_market, wild_scores):
     random = np.random.default_rng(0)
     columns = {f"m{k}": wild_scores + random.standard_normal(len(wild_scores)) for k in range(4)}

@@ -38,6 +38,7 @@ def ids(tmp_path, monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_one_run(ids, capsys, tmp_path):
     assert main(["report", f"runs=[{ids[0]}]", f"out={tmp_path / 'out'}", "tries=3"]) == 0
     told = capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_one_run(ids, capsys, tmp_path):
     assert main(["report", f"runs={ids[0]}"]) == 0
 
 
+@pytest.mark.slow
 def test_several_runs(ids, capsys, tmp_path):
     assert main(["report", f"runs=[{','.join(ids)}]", "log=true"]) == 0
     assert "the comparison of 2 runs" in capsys.readouterr().out

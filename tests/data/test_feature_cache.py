@@ -52,6 +52,7 @@ def frames_equal(one: pd.DataFrame, other: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Alpha158, Alpha360])
 def test_what_is_read_is_what_was_computed(market, folder, kind):
     given = {} if kind is Alpha158 else {"columns": None, "infer_processors": ["Fillna"]}

@@ -77,6 +77,7 @@ FAST = (
 FAULTS = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in CONFIG_FAULTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
@@ -96,6 +97,7 @@ def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
         without_finished(runs)
 
 
+@pytest.mark.slow
 def test_overlapping_segments(train, runs):
     told = train(
         *DATES[:1],
@@ -132,6 +134,7 @@ TABLE_FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TABLE_FAULTS)
 def test_a_faulty_table(how, train, runs, folder):
     spoilt(closes(), how).to_parquet(folder / "bars.parquet", index=False)
@@ -157,6 +160,7 @@ def test_process_inf_handles_infinite_values(train, runs, folder):
     assert runs()[0].status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_bin_file_cut_in_the_middle(train, qtorch_cli, runs, folder):
     assert qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars").code == 0
     path = sorted((folder / "bars" / "features").glob("*/close.day.bin"))[3]
@@ -166,6 +170,7 @@ def test_a_bin_file_cut_in_the_middle(train, qtorch_cli, runs, folder):
     without_finished(runs)
 
 
+@pytest.mark.slow
 def test_predict_before_fit(train, runs, qtorch_cli):
     train("handler.label=['Ref($close,-9999)/$close']")
     (run,) = runs()

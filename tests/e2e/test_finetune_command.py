@@ -56,6 +56,7 @@ def tuned(qtorch_cli, parent, runs):
     return act
 
 
+@pytest.mark.slow
 def test_a_model_learns_on_in_a_run_of_its_own(parent, tuned):
     before, own = told_of(parent), weights(parent)
     run = tuned(*SPAN, "max_epochs=2", "lr=0.005", "early_stop=5", "train=head")

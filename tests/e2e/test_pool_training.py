@@ -120,8 +120,9 @@ def test_a_training_that_is_cut_short_goes_on_in_its_run_to_the_same_end(how, wo
     until(in_mid_training(pool, id), first)
     run = pool.re_query(id, decode=False)["run"]
     if how == "kill the child":
-        (child,) = [p.pid for p in psutil.Process(first.pid).children()]
-        os.kill(child, signal.SIGKILL)
+        (zygote,) = psutil.Process(first.pid).children()
+        (child,) = zygote.children()
+        os.kill(child.pid, signal.SIGKILL)
         second = first
     else:
         first.send_signal(signal.SIGKILL if how == "kill the worker" else signal.SIGTERM)

@@ -125,6 +125,7 @@ def test_a_sweep_on_a_cluster_survives_a_killed_worker(cluster, train, runs, fol
     assert not pids
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told_at_once(train):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

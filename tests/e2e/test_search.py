@@ -83,6 +83,7 @@ def test_two_processes_search_together_and_a_killed_one_loses_nothing(
     assert len(pruned) == states.count("PRUNED")
 
 
+@pytest.mark.slow
 def test_a_search_without_a_space_or_with_a_wrong_metric_is_told(qtorch_cli, runs):
     told = qtorch_cli("train", "-m", "hydra/sweeper=optuna", "debug=tiny")
     assert "the search has no space" in told.error()

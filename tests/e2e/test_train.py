@@ -38,6 +38,7 @@ def test_one_command_trains_judges_and_keeps_everything_in_one_run(train, runs):
     assert "sig_analysis/ic.png" in run.list_artifacts("sig_analysis")
 
 
+@pytest.mark.slow
 def test_predict_gives_the_scores_of_the_run_again(train, runs, qtorch_cli, folder):
     assert train().code == 0
     (run,) = runs()
@@ -67,6 +68,7 @@ def test_joblib_runs_a_sweeps_jobs_side_by_side(train, runs):
     assert len([line for line in told.out.splitlines() if "FINISHED" in line]) == 2
 
 
+@pytest.mark.slow
 def test_a_users_own_folder_of_configs_adds_to_ours(train, runs, folder):
     (folder / "mine" / "model").mkdir(parents=True)
     (folder / "mine" / "model" / "small.yaml").write_text(
@@ -77,6 +79,7 @@ def test_a_users_own_folder_of_configs_adds_to_ours(train, runs, folder):
     assert runs()[0].list_params()["model.network.hidden_size"] == "3"
 
 
+@pytest.mark.slow
 def test_what_the_configuration_is_can_be_asked_without_running_it(qtorch_cli, runs):
     told = qtorch_cli("train", "--cfg", "job", "--resolve")
     assert told.code == 0

@@ -127,6 +127,7 @@ class Rates(pl.Callback):
         assert {id(p) for p in groups[-1]["params"]} == gates  # a group of their own
 
 
+@pytest.mark.slow
 def test_gates_learn_at_the_full_rate_whatever_the_layers_do(dataset: ToyDataset) -> None:
     noted = Rates()
     halved = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}

@@ -176,7 +176,10 @@ def test_a_module_that_trains_itself(forked, recorder: ToyRecorder) -> None:
 
 
 @pytest.mark.slow
-def test_metrics_and_signs_of_life_come_once(forked, recorder: ToyRecorder, caplog) -> None:
+def test_metrics_and_signs_of_life_come_once(
+    forked, recorder: ToyRecorder, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.0)
     heard = []
     with (
         listening(lambda stage, details: heard.append((stage, details))),

@@ -50,6 +50,7 @@ def data(name: str) -> ToyDataset:
     return ToyDataset(num_labels=LABELS.get(name, 1))
 
 
+@pytest.mark.slow
 @every
 def test_it_learns_and_scores_each_sample_once(data: ToyDataset, name: str) -> None:
     model = own(name, trainer={"max_epochs": 12}, **STEPS[name])
@@ -106,6 +107,7 @@ def test_the_module_refuses_another_network(data: ToyDataset, name: str) -> None
         own("LSTM", f"{name}Module", **changes).fit(data)
 
 
+@pytest.mark.slow
 @every
 def test_a_saved_model_predicts_the_same(data: ToyDataset, name: str) -> None:
     model = own(name, trainer={"max_epochs": 1}, **STEPS[name])
@@ -137,6 +139,7 @@ class Optimizers(pl.Callback):
         self.known.append(len(trainer.optimizers[0].state))
 
 
+@pytest.mark.slow
 def test_tabnet_pretrains_without_being_judged_and_then_learns(dataset: ToyDataset) -> None:
     noted = Optimizers()
     model = own(

@@ -73,6 +73,7 @@ def test_a_pruned_training_ends_as_any_other(fitted):
     assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
 
 
+@pytest.mark.slow
 def test_on_several_devices_all_stop_together(fitted, forked):
     model, tags = fitted(Judge(at=1), **DDP)
     assert len(forked) == 2

@@ -106,6 +106,7 @@ def _stopped_after(monkeypatch: pytest.MonkeyPatch, folder: Path, epoch: int, st
             resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [(0, 6), (1, 0), (2, 13)])
 def test_resumed_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, at: tuple[int, int]
@@ -116,6 +117,7 @@ def test_resumed_after_an_error(
     assert history == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, caplog
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert history == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupted) -> None:
     resumable_model().fit(ToyDataset(), recorder=recorder)
     logged = recorder.history()
@@ -143,6 +146,7 @@ def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupte
     assert longer.fit_report_["epochs"] == 5
 
 
+@pytest.mark.slow
 def test_another_training_in_the_same_run_starts_anew(recorder: ToyRecorder, caplog) -> None:
     resumable_model().fit(ToyDataset(), recorder=recorder)
     other = resumable_model(seed=6)
@@ -172,6 +176,7 @@ def test_last_previous_and_best_are_kept(recorder: ToyRecorder) -> None:
     assert all(torch.equal(best[f"network.{k}"], v) for k, v in _weights(model).items())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_leaves_what_was(
     recorder: ToyRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +217,7 @@ def _signalled(
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -258,6 +264,7 @@ def test_a_stop_whose_exception_was_lost_stops_the_training_that_follows(
     assert history == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_gain_is_the_slope_of_a_loss_along_the_valid_gradient(horizons: ToyDat
     assert gain[1, 2] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_labels_that_oppose_the_main_task_come_to_weigh_little(
     horizons: ToyDataset, monkeypatch, mode: str

@@ -27,6 +27,7 @@ def row_of(answers: dict[str, networks.Answer]) -> networks.Row:
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", network_cases.TWINS)
 def test_scores_are_those_of_qlib(file: str) -> None:
     row = row_of(kept(file))

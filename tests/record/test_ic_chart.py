@@ -9,6 +9,7 @@ import pytest
 from qtorch.record.ic_chart import ic_chart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_days", [0, 1, 3, 60, 800])
 def test_it_draws_any_number_of_days(num_days, tmp_path):
     dates = pd.bdate_range("2020-01-01", periods=num_days)

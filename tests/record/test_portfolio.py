@@ -50,6 +50,7 @@ def config(signal="<PRED>", **settings):
     return {"strategy": strategy, "backtest": {**BACKTEST, **settings}}
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_the_backtest_and_what_it_logs_is_its_risk(run, scores, market):
     recorder, dataset = run
     PortAnaRecord(recorder, config(), dataset=dataset).generate()
@@ -79,6 +80,7 @@ def test_what_it_writes_is_the_backtest_and_what_it_logs_is_its_risk(run, scores
     assert metrics["1day.pa"] == metrics["1day.pos"] == 0
 
 
+@pytest.mark.slow
 def test_hydras_form_a_live_strategy_and_the_runs_own_source(run, market):
     recorder, dataset = run
     first = PortAnaRecord(recorder, config(), dataset=dataset).generate()
@@ -125,6 +127,7 @@ def test_coarser_frequencies_are_what_trading_so_seldom_would_report(run):
     assert metrics["1week.ffr"] == pytest.approx(metrics["1day.ffr"])
 
 
+@pytest.mark.slow
 def test_benchmarks_scored_and_none(run, market, scores):
     recorder, dataset = run
     given = config()
@@ -153,6 +156,7 @@ def test_it_says_what_it_lacks(recorder, scores, market):
     assert again.generate() is None
 
 
+@pytest.mark.slow
 def test_several_passes_differ_in_their_first_portfolio_alone(run):
     recorder, dataset = run
     record = MultiPassPortAnaRecord(recorder, pass_num=4, config=config(), dataset=dataset)

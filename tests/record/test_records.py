@@ -21,6 +21,7 @@ def test_signal_record_writes_scores_and_the_raw_label(model, dataset, recorder)
     np.testing.assert_allclose(pred["score"], model.predict(dataset), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_figures_are_the_contracts(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder, ana_long_short=True).generate()
@@ -53,6 +54,7 @@ def test_the_figures_are_the_contracts(model, dataset, recorder):
     assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_without_long_short_there_is_none(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder).generate()
@@ -60,6 +62,7 @@ def test_without_long_short_there_is_none(model, dataset, recorder):
     assert SigAnaRecord(recorder).list() == ["ic.pkl", "ric.pkl"]
 
 
+@pytest.mark.slow
 def test_skip_existing_leaves_finished_work_alone(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     record = SigAnaRecord(recorder, skip_existing=True)
@@ -99,6 +102,7 @@ def test_scores_that_no_day_can_judge_are_an_error(model, dataset, recorder, mon
         SigAnaRecord(recorder).generate()
 
 
+@pytest.mark.slow
 def test_the_quality_by_segment(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder).generate()

@@ -142,6 +142,7 @@ def _off(text, axis) -> bool:
     return not (beside or level)
 
 
+@pytest.mark.slow
 def test_a_picture_keeps_its_colours():
     figure, axes = new_figure(1.0, narrow=True)
     for k, colour in enumerate(SERIES):

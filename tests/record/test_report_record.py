@@ -52,6 +52,7 @@ def numbers(found) -> dict[str, set[float]]:
     return carried
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
     ReportRecord(full_run).generate()
@@ -63,6 +64,7 @@ def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
     found = ReportRecord(full_run, horizons=(1, 2), lags=(1,), num_quantiles=4).generate()
@@ -96,6 +98,7 @@ def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
     )
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(full_run, elements):
     ReportRecord(full_run).generate()
     page = page_of(full_run)
@@ -113,6 +116,7 @@ def test_the_page_stands_alone(full_run, elements):
     assert str(full_run.id) in page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_second_report_logs_nothing_new_and_a_changed_backtest_shows(full_run, elements):
     ReportRecord(full_run).generate()
@@ -127,6 +131,7 @@ def test_a_second_report_logs_nothing_new_and_a_changed_backtest_shows(full_run,
     assert shown == full_run.list_metrics()["report.turnover"] == 2 * before[0]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_with_the_record_that_makes_it(recorder, model, dataset):
     ReportRecord(recorder).generate()
     page = page_of(recorder)
@@ -141,6 +146,7 @@ def test_what_is_missing_is_said_with_the_record_that_makes_it(recorder, model, 
     assert 'id="ic_decay"' in page
 
 
+@pytest.mark.slow
 def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
     report, _ = account_walk(num_days=40, bench=False)
     folder = Path(full_run.download_artifact("portfolio_analysis"))
@@ -158,6 +164,7 @@ def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
     assert found["report.max_drawdown"] == pytest.approx(deepest)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_several_tries_tell_the_deflated_ratio(full_run):
     alone = ReportRecord(full_run).generate()["report.probabilistic_sharpe"]
@@ -191,6 +198,7 @@ def test_a_portfolio_of_hardly_a_day(recorder, account_walk, num_days):
     assert ("report.sharpe_ratio" in found) == (num_days == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_bad_arguments_are_refused(full_run):
     with pytest.raises(ConfigError, match=r"mode.*'product'"):

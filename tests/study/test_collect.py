@@ -45,6 +45,7 @@ def by_window(recorder):
     return tags["model"], int(tags["window"])
 
 
+@pytest.mark.slow
 def test_finished_runs_are_collected_grouped_and_averaged(runs, caplog):
     collector = RecorderCollector("windows", [RollingGroup()], rec_key_func=by_window)
     collected = collector()
@@ -57,6 +58,7 @@ def test_finished_runs_are_collected_grouped_and_averaged(runs, caplog):
     assert collector.get_exp_name() == "windows"
 
 
+@pytest.mark.slow
 def test_filters_keys_statuses_and_raw(runs):
     every = RecorderCollector("windows", status=None, artifacts_key=RecorderCollector.ART_KEY_RAW)
     assert len(every.collect()["__raw"]) == 6
@@ -79,6 +81,7 @@ def test_filters_keys_statuses_and_raw(runs):
     assert len(listed.collect()["pred"]) == 4
 
 
+@pytest.mark.slow
 def test_a_missing_artifact_is_left_out_or_raised(runs, caplog):
     collector = RecorderCollector("windows", rec_key_func=by_window)
     assert ("empty", 9) not in collector.collect()["pred"]

@@ -56,6 +56,7 @@ def six(make_run):
     return made + [make_run("MLP", s, 0.02, layers=[4], depth=1) for s in range(3)]
 
 
+@pytest.mark.slow
 def test_seeds_of_one_setting_are_a_group(six):
     found = compare_runs(six)
     assert [g.name for g in found.groups] == ["GRU", "MLP"]
@@ -76,6 +77,7 @@ def test_names_say_what_differs(make_run):
     assert [g.name for g in compare_runs(runs).groups] == ["GRU (1)", "GRU (2)"]
 
 
+@pytest.mark.slow
 def test_groups_are_tested_by_the_mean_of_their_days(six):
     found = {t.series: t for t in compare_runs(six).tests}
     assert set(found) == {"ic", "rank_ic", "returns"}
@@ -91,6 +93,7 @@ def test_groups_are_tested_by_the_mean_of_their_days(six):
     assert found["ic"].adjusted == test.p_value < 0.01
 
 
+@pytest.mark.slow
 def test_each_run_is_judged_as_the_best_of_the_tries(six):
     found = compare_runs(six)
     report = six[0].load_object("portfolio_analysis/report_normal_1day.pkl")
@@ -111,6 +114,7 @@ def test_without_portfolios_the_long_short_return_counts(make_run):
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused(six):
     with pytest.raises(ConfigError, match="two different runs"):
         compare_runs([six[0], six[0]])
@@ -118,6 +122,7 @@ def test_what_cannot_be_compared_is_refused(six):
         compare_runs(six, tries=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_pictures")
 def test_the_page_shows_each_runs_own_metrics(six, tmp_path, elements):
     page = write_comparison(six, tmp_path / "out", tries=40)

@@ -131,6 +131,7 @@ def test_onnxruntime_gives_the_scores(fitted, tmp_path, name):
         np.testing.assert_allclose(found[batch.mask], scores, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_outputs_become_the_score_that_is_predicted(fitted, tmp_path):
     loss = {"_target_": "qtorch.metrics.loss.CrossEntropy", "num_bins": 5}
     model, dataset = fitted("GRU", loss=loss)

@@ -44,6 +44,7 @@ def gats_task(windowed, init_from, **options):
     return windowed(options.pop("network", GATS_NETWORK), init_from=init_from, **options)
 
 
+@pytest.mark.slow
 def test_gats_begin_with_the_states_of_an_lstm(store, windowed):
     earlier = task_train(windowed(LSTM_NETWORK), "first")
     before = earlier.list_tags(), sorted(earlier.list_artifacts())
@@ -71,6 +72,7 @@ def test_gats_begin_with_the_states_of_an_lstm(store, windowed):
     assert "init_from" not in model.fit_report_
 
 
+@pytest.mark.slow
 def test_features_are_matched_by_name_and_windows_may_be_longer(store, windowed):
     columns = ["KMID", "KLEN", "ROC5", "MA5", "STD5"]
     earlier = task_train(windowed(LSTM_NETWORK, columns), "first")
@@ -90,6 +92,7 @@ def test_features_are_matched_by_name_and_windows_may_be_longer(store, windowed)
         task_train(gats_task(windowed, init, columns=[*columns[:4], "STD10"]), "second")
 
 
+@pytest.mark.slow
 def test_what_cannot_begin_says_why(store, windowed):
     earlier = task_train(windowed(LSTM_NETWORK), "first")
     init = f"run:{earlier.id}"

@@ -38,6 +38,7 @@ def on_a_table(path):
     return change
 
 
+@pytest.mark.slow
 def test_a_run_replayed_is_equal_and_says_of_what(made):
     run = made()
     held = run.load_object("environment")
@@ -52,6 +53,7 @@ def test_a_run_replayed_is_equal_and_says_of_what(made):
     assert found.run.experiment_id == run.experiment_id
 
 
+@pytest.mark.slow
 def test_other_data_are_told_as_other_data(made, make_task, tmp_path):
     from qtorch.core.instantiate import init_instance_by_config
 
@@ -69,6 +71,7 @@ def test_other_data_are_told_as_other_data(made, make_task, tmp_path):
     assert {n.what for n in found.numbers if n.equal is False} >= {"metrics", "predictions"}
 
 
+@pytest.mark.slow
 def test_a_run_without_an_environment_is_replayed_and_said_so(made, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("qtorch.trainer.run.save_environment", lambda *given: None)
@@ -78,6 +81,7 @@ def test_a_run_without_an_environment_is_replayed_and_said_so(made, monkeypatch)
     assert "before environments were recorded" in found.unknown[0]
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(made):
     run = made()
     held = run.load_object("environment")
@@ -104,6 +108,7 @@ def test_a_run_that_cannot_be_replayed_says_why(store):
         replay_run(failed.id)
 
 
+@pytest.mark.slow
 def test_the_environment_costs_little_and_fails_nothing(made, monkeypatch):
     from qtorch.trainer import provenance
 

@@ -37,6 +37,7 @@ def computed(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     task = make_task()
     before = copy.deepcopy(task)
@@ -128,6 +129,7 @@ def test_a_window_equals_the_same_task_by_itself(store, tmp_path, make_task):
     )
 
 
+@pytest.mark.slow
 def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_task, monkeypatch):
     real = LightningModel.fit
 
@@ -147,6 +149,7 @@ def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_
     assert sum(r.list_tags().get(PARENT_TAG) == parent.id for r in runs) == 3
 
 
+@pytest.mark.slow
 def test_records_of_the_windows_and_of_the_whole(store, tmp_path, make_task):
     record = [{"_target_": "qtorch.record.SegmentICRecord", "segments": ["valid", "test"]}]
     result = study(make_task(record=record), tmp_path, part_records=record)

@@ -34,6 +34,7 @@ def interrupted_by(stage: str):
     return listening(on_beat)
 
 
+@pytest.mark.slow
 def test_records_that_were_interrupted_are_made_without_training(store, make_task, monkeypatch):
     task = {**make_task(), "seed": 1}
     fitted = run_sweep_job(task, PLACE, "exp")
@@ -57,6 +58,7 @@ def test_records_that_were_interrupted_are_made_without_training(store, make_tas
     assert third.how == RECORDED
 
 
+@pytest.mark.slow
 def test_what_is_settled_is_known_without_doing_it(store, make_task):
     task = {**make_task(), "seed": 1, "record": []}
     assert not has_settled_jobs("exp")

@@ -16,7 +16,11 @@ from pool_workers import STARTED, end, postgres
 
 from qtorch.task import TaskManager
 
-STORES = ("sqlite", "postgres", "mongo")
+STORES = (  # the servers take half a minute of a run, and more to start
+    "sqlite",
+    pytest.param("postgres", marks=pytest.mark.slow),
+    pytest.param("mongo", marks=pytest.mark.slow),
+)
 MONGO_VARIABLE, POSTGRES_VARIABLE = "QTORCH_TEST_MONGO", "QTORCH_TEST_POSTGRES"
 
 

@@ -173,6 +173,7 @@ def test_a_lost_lease_stops_the_work(manager, url):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_does_not_keep_its_task(manager, url, monkeypatch):
     """It is interrupted, as its error; one that gives signs of life goes on for longer."""
     monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.02)

@@ -144,6 +144,7 @@ class TestLeases:
         done = second.re_query(new["_id"])
         assert (done["res"], done["status"], done["errors"]) == ("new", "done", 0)
 
+    @pytest.mark.slow
     def test_renewals_keep_it(self, make_manager):
         first, second = make_manager(lease=0.5), make_manager()
         first.create_task([lstm(1)])
@@ -226,6 +227,7 @@ class TestLeases:
             time.sleep(0.2)
         assert not keeper.lost.is_set()  # a renewal after the commit is no loss
 
+    @pytest.mark.slow
     def test_safe_fetch(self, make_manager):
         manager = make_manager(lease=0.4, max_errors=2)
         manager.create_task([lstm(1)])

@@ -254,6 +254,7 @@ def test_a_wrong_url_says_so_at_once(url, said):
         TaskManager("p", url).task_stat()
 
 
+@pytest.mark.slow
 def test_workers_that_come_together_make_a_fresh_stores_tables_once(postgres_url):
     """Eight find none; the one that has the lock makes them, the others find them then."""
     import sqlalchemy as sa

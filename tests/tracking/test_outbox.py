@@ -54,6 +54,7 @@ def test_a_store_that_is_away_for_a_while_gets_everything(uri, away, outbox_fold
     assert list(outbox_folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_leaves_a_file_that_send_delivers(uri, away, outbox_folder, caplog):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
@@ -83,6 +84,7 @@ def test_a_store_that_stays_away_leaves_a_file_that_send_delivers(uri, away, out
     assert list(outbox_folder.glob("*")) == []
 
 
+@pytest.mark.slow
 def test_a_late_status_does_not_end_a_later_attempt(uri, away, outbox_folder):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
@@ -102,6 +104,7 @@ def test_a_late_status_does_not_end_a_later_attempt(uri, away, outbox_folder):
     assert history(recorder, "loss") == [(0, 0.5)]
 
 
+@pytest.mark.slow
 def test_kill_9_while_logging_then_resume_leaves_each_step_once(uri, tmp_path, fork, monkeypatch):
     R.get_exp(experiment_name="e")
     monkeypatch.setattr("qtorch.tracking.sender.INTERVAL", 0.05)
@@ -134,6 +137,7 @@ def test_kill_9_while_logging_then_resume_leaves_each_step_once(uri, tmp_path, f
     assert outbox.waiting() == []
 
 
+@pytest.mark.slow
 def test_the_file_of_a_living_process_is_left_to_it(uri, away):
     with R.start(experiment_name="e"):
         R.get_recorder().flush()
@@ -164,6 +168,7 @@ def test_a_second_ctrl_c_while_the_run_ends_loses_nothing(uri, away, monkeypatch
     assert history(recorder, "loss") == [(0, 0.5)]
 
 
+@pytest.mark.slow
 def test_a_cut_or_damaged_line_does_not_hold_up_the_rest(uri, away, outbox_folder, caplog):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()

@@ -41,6 +41,7 @@ def check_race(uri: str, count: int) -> None:
         assert set(R.list_experiments()) == {"Default", "shared"}
 
 
+@pytest.mark.slow
 def test_eight_processes_race_for_a_fresh_store(tmp_path, fork):
     store_at(f"sqlite:///{tmp_path}/other.db")  # so that there is a template
     uri = f"sqlite:///{tmp_path}/fresh folder/mlflow.db"

@@ -55,6 +55,7 @@ def test_where_the_trials_lie_goes_with_the_tracking_store(tmp_path, monkeypatch
         storage_url(None, "mysql://u:secret@h/db")
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_and_opened_again_draws_what_it_would_have(url):
     whole = drawn(Trials("a", url, seed=3), 3)
     begun = drawn(Trials("b", url, seed=3), 2)

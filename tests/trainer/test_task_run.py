@@ -16,6 +16,7 @@ from qtorch.trainer import begin_task_train, end_task_train, task_train
 from qtorch.trainer.prepare import complete_task
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_the_contract_names(make_task):
     task = make_task(value=0.5)
     before = copy.deepcopy(task)
@@ -99,6 +100,7 @@ def test_an_interruption_leaves_a_killed_run(make_task, how, raised):
     assert recorder.status == Recorder.STATUS_K
 
 
+@pytest.mark.slow
 def test_begin_prepares_and_end_does_the_rest_in_the_same_run(make_task):
     begun = begin_task_train(make_task(), "exp")
     assert begun.status == Recorder.STATUS_S
@@ -110,6 +112,7 @@ def test_begin_prepares_and_end_does_the_rest_in_the_same_run(make_task):
     assert ended.list_metrics()["drawn"] == task_train(make_task(), "exp").list_metrics()["drawn"]
 
 
+@pytest.mark.slow
 def test_records_run_in_order_and_get_placeholders_or_what_their_signature_takes(make_task, fakes):
     where = {"class": "PathRecord", "module_path": fakes}
     records = [

@@ -128,6 +128,7 @@ def test_a_delayed_trainer_prepares_here_and_leaves_part_done_tasks(make_task, t
     assert [r.id for r in trainer(tasks)] == [r.id for r in begun]
 
 
+@pytest.mark.slow
 def test_a_delayed_failure_comes_back_as_a_failed_run(make_task):
     trainer = DelayTrainerRM("exp")
     recorders = trainer([make_task(record=[], fail="error"), make_task(record=[]), {"model": {}}])

@@ -51,6 +51,7 @@ def test_a_task_that_is_none_has_a_failed_run_in_its_place(make_task):
     assert "dataset" in recorders[0].list_tags()["error"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_list(make_task):
     with pytest.raises(KeyboardInterrupt):
         TrainerR("exp")([make_task(fail="interrupt"), make_task()])
@@ -72,6 +73,7 @@ def test_a_delayed_trainer_fits_in_end_train_and_skips_what_has_ended(make_task,
     assert [line.split()[2] for line in log.read_text().splitlines()] == ["1.0", "2.0"]
 
 
+@pytest.mark.slow
 def test_a_delayed_failure_is_recorded_and_can_be_tried_again(make_task, tmp_path):
     trainer = DelayTrainerR("exp")
     begun = trainer.train([make_task(record=[], fail="error"), make_task(record=[]), {"model": {}}])
