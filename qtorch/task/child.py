@@ -8,6 +8,7 @@ next attempt.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import logging
@@ -33,19 +34,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ORPHANED = 97  # the exit code of a child whose supervisor is gone
-
 
 class Link:
     """The pipe from the supervisor, and the connection to it (`qtorch.task.zygote.Asker`).
 
-    `silence`: seconds without a word after which the supervisor counts as gone.
+    `silence`: seconds without a word after which the supervisor counts as gone; `heard`: when it
+    was there, by the machine's monotonic clock, which its words carry too (they may have waited).
     """
 
-    def __init__(self, commands: int, silence: float, asker: Asker) -> None:
+    def __init__(self, commands: int, silence: float, heard: float, asker: Asker) -> None:
         self._commands, self._silence, self._asker = commands, silence, asker
         self._requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._heard = time.monotonic()
+        self._heard = heard
         self._over = False
         self.busy = False
 
@@ -76,8 +76,8 @@ class Link:
         try:
             with os.fdopen(self._commands, "rb") as lines:
                 for line in lines:
-                    self._heard = time.monotonic()
                     command = json.loads(line)
+                    self._heard = max(self._heard, command.get("alive", 0.0))
                     if command.get("stop"):
                         self._asker.stops.stop()
                     elif "func" in command:
@@ -86,9 +86,11 @@ class Link:
             self._gone()
 
     def _watch(self) -> None:
-        while time.monotonic() - self._heard < self._silence:
-            time.sleep(0.2)
-        self._gone()
+        while True:
+            time.sleep(0.2)  # what has waited in the pipe is heard first
+            if time.monotonic() - self._heard > self._silence:
+                self._gone()
+                return
 
     def _gone(self) -> None:
         self._over = True
@@ -100,10 +102,8 @@ class Link:
 
 
 def _end_group() -> None:
-    """End this process and what it has started."""
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(ORPHANED)
+    """End this process and what it has started; a zygote's child leads its group."""
+    os.killpg(0, signal.SIGKILL)
 
 
 def answer(request: Mapping[str, Any], stops: Stops, link: Link) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def one_line(error: BaseException) -> str:
 
 def work_here(request: Mapping[str, Any], asker: Asker) -> int:
     """Work until the supervisor has no more; in a zygote's child."""
-    link = Link(asker.descriptors[0], request["silence"], asker)
-    link.start()
-    configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
+    link = Link(asker.descriptors[0], request["silence"], request["heard"], asker)
     try:
+        link.start()
+        configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
         with listening(link.beat):
             while (task := link.request()) is not None:
                 told = answer(task, asker.stops, link)
@@ -169,4 +169,5 @@ def work_here(request: Mapping[str, Any], asker: Asker) -> int:
                     break  # memory goes back whole; after an error nothing is taken for granted
     except KeyboardInterrupt:
         log.debug("stopped while idle")
+    atexit._run_exitfuncs()  # a run that a user's function left open is ended; a fork would not
     return 0

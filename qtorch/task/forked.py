@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError
-from qtorch.task.zygote import FORK
+from qtorch.task.zygote import FORK, GRACE_SECONDS
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0  # until the zygote listens, which it does before its imports
 PID_SECONDS = 1.0  # until a child that was forked says so
+CLOSE_SECONDS = GRACE_SECONDS + 15.0  # until all children have ended, and the zygote
 END_SECONDS = 5.0  # until the zygote has ended a child
 ZYGOTE_MODULE = "qtorch.task.zygote"
 # Torch's way of counting GPUs without a CUDA context, which no fork would survive; and no window,
@@ -99,9 +100,9 @@ class Fork:
 
     Asks the zygote at `address` for a call of `function(request, asker)` (see
     `qtorch.task.zygote`). `function` is a dotted name; `request` goes as JSON. The child has this
-    process's folder, `sys.path` and `sys.argv`, its environment with `environment` added, the
-    first two of `descriptors` as standard output and error, and gets the others. Raises ForkError
-    where no zygote answers.
+    process's folder, `sys.path` (unless `path` is given) and `sys.argv`, its environment with
+    `environment` added, the first two of `descriptors` as standard output and error, and gets the
+    others. Raises ForkError where no zygote answers, at once where `lost` says that there is none.
     """
 
     def __init__(
@@ -111,13 +112,15 @@ class Fork:
         request: Mapping[str, Any],
         *,
         environment: Mapping[str, str] | None = None,
+        path: Sequence[str] | None = None,
         descriptors: Sequence[int] = (1, 2),
+        lost: Callable[[], bool] = lambda: False,
     ) -> None:
         message = {
             "function": function,
             "request": request,
             "environment": {**os.environ, **(environment or {})},
-            "path": sys.path,
+            "path": list(sys.path if path is None else path),
             "argv": sys.argv,
             "folder": os.getcwd(),
         }
@@ -127,7 +130,7 @@ class Fork:
         self.pid: int | None = None  # once the child has said it
         self.ended: Ended | None = None
         self._buffer = b""
-        self._connection = _connected(address)
+        self._connection = _connected(address, lost)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused: see the answer
             socket.send_fds(self._connection, [b"+"], list(descriptors))
             self._connection.sendall(json.dumps(message, default=str).encode() + b"\n")
@@ -153,7 +156,7 @@ class Fork:
             data = b""
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         messages = []
-        for told in map(json.loads, lines):
+        for told in filter(None, map(_parsed, lines)):
             if FORK in told:
                 self._note(told[FORK])
             else:
@@ -165,7 +168,7 @@ class Fork:
     def _note(self, told: Message) -> None:
         if "pid" in told:
             self.pid = told["pid"]
-        else:
+        elif self.ended is None:
             self.ended = Ended(told.get("ended"), refused=told.get("refused", False))
 
     def close(self) -> None:
@@ -176,25 +179,29 @@ class Fork:
 class Forks:
     """A zygote of this process's own; it ends with this process, or with `close`.
 
-    `modules` are imported in it; one that is not there is left out.
+    `modules` are imported in it; one that is not there is left out. `output` is a file for what
+    it prints itself, else it prints where this process does.
     """
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, output: Path | None = None) -> None:
         self._folder = tempfile.mkdtemp(prefix="qtorch-")  # of this user alone
         self.address = os.path.join(self._folder, "zygote")
         self.stopped = False
         self.busy = False  # whether this process waits for a call
         theirs, self._orders = os.pipe()
-        try:
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # what is found here is there
+        with contextlib.ExitStack() as given:
+            given.callback(os.close, theirs)
+            file = None if output is None else given.enter_context(output.open("ab"))
             self._process = subprocess.Popen(
                 [sys.executable, "-m", ZYGOTE_MODULE, self.address, str(theirs), *modules],
-                env={**os.environ, **FORK_SAFE},
+                env={**os.environ, **FORK_SAFE, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
                 pass_fds=(theirs,),
                 start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             )
-        finally:
-            os.close(theirs)
         self._owner = os.getpid()
 
     @property
@@ -216,13 +223,15 @@ class Forks:
         """`call_at` here. Ctrl-C (or what else interrupts) stops the child, waits, and passes."""
         self.busy = True
         try:
-            return call_at(self.address, function, request, tell, interrupted=self.stop)
+            return call_at(
+                self.address, function, request, tell, interrupted=self.stop, lost=lambda: self.lost
+            )
         finally:
             self.busy = False
 
     def fork(self, function: str, request: Mapping[str, Any], **given: Any) -> Fork:
         """A child that begins to work; the options are those of `Fork`."""
-        return Fork(self.address, function, request, **given)
+        return Fork(self.address, function, request, lost=lambda: self.lost, **given)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Send every child a signal, once; no further work is begun."""
@@ -230,7 +239,7 @@ class Forks:
         self._order(f"{int(number)}")
 
     def kill(self, fork: Fork) -> None:
-        """End a child and what it has started, now; wait for its end."""
+        """End a child and what it has started, now. One that was not begun never begins."""
         end = time.monotonic() + END_SECONDS
         fork.receive(0.0 if fork.pid is not None else PID_SECONDS)
         while fork.pid is not None and fork.ended is None:
@@ -240,14 +249,21 @@ class Forks:
                     os.killpg(fork.pid, signal.SIGKILL)
                 break
             fork.receive(PID_SECONDS)
-        fork.close()  # one that was not begun is not begun any more
+        if fork.pid is not None and fork.ended == Ended(None):  # nobody has ended its group
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(fork.pid, signal.SIGKILL)
+        fork.close()
 
-    def close(self) -> None:
-        """End the zygote; what still runs is stopped first."""
+    def close(self, patience: float = CLOSE_SECONDS) -> None:
+        """End the zygote; what still runs is stopped first, for which there are so many seconds."""
         if self._orders >= 0 and os.getpid() == self._owner:
             os.close(self._orders)
             self._orders = -1
-            self._process.wait()
+            try:
+                self._process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _order(self, line: str) -> bool:
@@ -267,6 +283,7 @@ def call_at(
     tell: Callable[[Message], None] = lambda message: None,
     *,
     interrupted: Callable[[], None] | None = None,
+    lost: Callable[[], bool] = lambda: False,
 ) -> Ended:
     """Have a zygote's child do a call (see `Fork`); wait for its end.
 
@@ -274,7 +291,14 @@ def call_at(
     interrupted meanwhile, and the interruption raised again once the child has ended.
     """
     stop: BaseException | None = None
-    with Fork(address, function, request) as fork:
+    try:
+        begun = Fork(address, function, request, lost=lost)
+    except ForkError as error:
+        raise ForkError(
+            f"{error} A sweep does without it by sweep.isolate=false, a trainer by "
+            "call_in_subproc=False."
+        ) from error
+    with begun as fork:
         while fork.ended is None:
             try:
                 messages = fork.receive()
@@ -292,7 +316,16 @@ def call_at(
     return fork.ended
 
 
-def _connected(address: str) -> socket.socket:
+def _parsed(line: bytes) -> Message | None:
+    """What a line says; None for the rest of one that a killed child had begun."""
+    try:
+        found: Message = json.loads(line)
+    except ValueError:
+        return None
+    return found
+
+
+def _connected(address: str, lost: Callable[[], bool]) -> socket.socket:
     end = time.monotonic() + START_SECONDS
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -300,10 +333,9 @@ def _connected(address: str) -> socket.socket:
             connection.connect(address)
         except OSError as error:
             connection.close()
-            if not Path(address).parent.is_dir() or time.monotonic() > end:
+            if lost() or not Path(address).parent.is_dir() or time.monotonic() > end:
                 raise ForkError(
-                    f"the process that starts the others does not answer ({error}); a sweep does "
-                    "without it by sweep.isolate=false, a trainer by call_in_subproc=False."
+                    f"the process that starts the others does not answer ({error})."
                 ) from error
             time.sleep(0.02)
             continue

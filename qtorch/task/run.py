@@ -21,6 +21,7 @@ from qtorch.core.names import dotted_name, locate
 from qtorch.core.stops import NOTICES, STOPS, noted
 from qtorch.core.trust import check_config
 from qtorch.task.definition import Task
+from qtorch.task.forked import ForkError
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
 from qtorch.task.process import Children
@@ -261,7 +262,7 @@ class _Work:
             where = "".join(traceback.format_exception(error))
             self.manager.return_task(task, self.before, error=text, traceback=where)
             signals.raise_if_received()
-        elif stopping:
+        elif stopping or isinstance(error, ForkError):  # the latter no fault of the task
             log.warning("task %s goes back to the pool", task["_id"])
             self.manager.return_task(task, self.before, preempted=True)
             signals.raise_if_received()

@@ -15,14 +15,12 @@ from qtorch.task.definition import RECORDER, Task
 from qtorch.task.forked import ForkError
 from qtorch.task.lease import LeaseKeeper
 from qtorch.task.manager import TaskManager
-from qtorch.task.process import ChildProcess, Children
+from qtorch.task.process import FENCE, SIGNAL_SECONDS, ChildProcess, Children
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2  # between two looks at the child
 IDLE_SECONDS = (0.3, 2.0)  # between two looks into an empty pool: the first, the longest
-SIGNAL_SECONDS = 1.0  # a scheduler signals every process, and the child may hear it first
-FENCE = 0.8  # of the lease: a child that hears nothing for so long ends itself
 
 
 @dataclass(frozen=True)
@@ -193,28 +191,41 @@ class Slot(threading.Thread):
             self.view.task = None
 
     def _watched(self, task: Task, status: str, lease: LeaseKeeper) -> dict[str, Any]:
+        """The child's answer; a second child's where the first was not to be had."""
+        outcome = self._answer(task, status, lease)
+        if "unbegun" in outcome:
+            log.warning("%s: %s; once more", self.name, outcome["unbegun"])
+            outcome = self._answer(task, status, lease)
+        return {"unusable": outcome["unbegun"]} if "unbegun" in outcome else outcome
+
+    def _answer(self, task: Task, status: str, lease: LeaseKeeper) -> dict[str, Any]:
         """The child's answer; or `died`, `hung`, `interrupted`, `lost` where it gives none.
 
-        A child that ends before its work has begun is `unusable`: that is no fault of the task.
+        A child that ends before its work has begun is `unusable`, which is no fault of the task;
+        one that was never begun, or lost with what it was forked from, is `unbegun`.
         """
         try:
             child = self._ready_child()
         except ForkError as error:
-            return {"unusable": str(error)}
-        child.say(self._request(task, status))
+            return {"unbegun": str(error)}
+
+        def over() -> bool:
+            return self.orders.stop.is_set() or lease.lost.is_set()
+
+        child.say(self._request(task, status), self.options.hang_after, over)
         sign, stopped, ready = time.monotonic(), None, False
         while True:
             messages = child.messages(LOOK_SECONDS)
             now = time.monotonic()
             if messages is None:
-                how = child.how_it_ended()
+                told = f"the task's process {child.how_it_ended()}"
                 self._drop_child()
-                if child.refused and not self.orders.stop.wait(SIGNAL_SECONDS):
-                    return self._watched(task, status, lease)  # it was not for this process
-                if stopped is not None or child.refused:
+                # Before its work began perhaps by a signal that has yet to come here.
+                if stopped is not None or (not ready and self.orders.stop.wait(SIGNAL_SECONDS)):
                     return {"interrupted": True}
-                kind = "died" if ready else "unusable"
-                return {kind: f"the task's process {how}"}
+                if ready:
+                    return {"died": told}
+                return {"unbegun" if child.without_cause else "unusable": told}
             for message in messages:
                 sign, ready = now, ready or "ready" in message
                 if not {"beat", "run", "ready"} & message.keys():
@@ -224,6 +235,10 @@ class Slot(threading.Thread):
                 self._drop_child(kill=True)
                 return {"lost": True}
             if now - sign > self.options.hang_after:
+                if not child.begun:
+                    child.disown()
+                    self._drop_child(kill=True)
+                    return {"unbegun": "what starts the tasks' processes does nothing"}
                 self._drop_child(kill=True)
                 return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
             if stopped is None and self.orders.stop.is_set():

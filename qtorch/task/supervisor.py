@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 FORWARD_SECONDS = 0.3  # a scheduler's signal reaches the children too: let it be there first
 HURRY_SECONDS = 3.0
+CLOSE_SECONDS = 15.0  # for the process of the imports to end: it may be in the middle of one
 THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
 Show = Callable[[Sequence[View]], None]
@@ -36,7 +37,7 @@ class Supervisor:
     """Works off a pool with one child for each of `devices`, until nothing is left to do.
 
     `show` is called four times a second with what each place does. `logs` is a folder for what
-    the children print (else it goes where this process prints).
+    the children and their imports print (else it goes where this process prints).
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Supervisor:
         self.orders = Orders(options.max_tasks)
         self._signals: list[tuple[int, float]] = []
         host = socket.gethostname()
-        self.children = Children(options.functions.values())
+        output = None if logs is None else logs / "imports.log"
+        self.children = Children(options.functions.values(), output)
         self.slots = []
         for k, device in enumerate(devices):
             slot = Slot(
@@ -85,7 +87,7 @@ class Supervisor:
                 if self.show is not None:
                     self.show([slot.view for slot in self.slots])
                 time.sleep(TICK_SECONDS)
-            self.children.close()
+            self.children.close(HURRY_SECONDS if self.orders.hurry.is_set() else CLOSE_SECONDS)
         if self._signals:
             return 128 + self._signals[0][0]
         return int(any(slot.error is not None for slot in self.slots))
@@ -115,11 +117,13 @@ class Supervisor:
 
     def _leave(self, number: int) -> None:
         """End although a place still waits (for the pool's store); its lease will run out."""
-        for slot in self.slots:
-            child = slot.child
-            if child is not None:
-                child.kill()
-        os._exit(128 + number)
+        try:
+            for slot in self.slots:
+                child = slot.child
+                if child is not None:
+                    child.kill()
+        finally:
+            os._exit(128 + number)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

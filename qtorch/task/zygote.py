@@ -17,6 +17,7 @@ import logging
 import os
 import select
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -86,10 +87,25 @@ class Zygote:
                     selector.unregister(self._orders)
                     self._orders = -1
                 if self._listener in ready:
-                    self._fork(self._listener.accept()[0])
+                    self._accept()
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     self._order(signal.SIGKILL)
         return 0
+
+    def _accept(self) -> None:
+        """A request; without resources it has to wait, or fails alone."""
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            log.error("no request can be taken: %s", error)
+            time.sleep(0.1)
+            return
+        try:
+            self._fork(connection)
+        except OSError as error:
+            log.error("no process can be begun: %s", error)
+            say(connection, {FORK: {"ended": 1}})
+            connection.close()
 
     def is_orphaned(self) -> bool:
         """Whether the owner is gone before anything was asked."""
@@ -143,7 +159,12 @@ class Zygote:
             connection.close()
             return
         theirs, ours = os.pipe()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(theirs)
+            os.close(ours)
+            raise
         if pid:
             os.close(theirs)
             self._children[pid] = Child(connection, ours)
@@ -209,13 +230,17 @@ def _work(connection: socket.socket, orders: int) -> int:
         request = json.loads(lines.readline())
     say(connection, {FORK: {"pid": os.getpid()}})
     stops = Stops()
-    _watch(connection, orders, stops)
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    sys.path[:], sys.argv[:] = request["path"], request["argv"]
-    os.chdir(request["folder"])
-    _set_threads()
-    work = locate(request["function"])
+    try:
+        _watch(connection, orders, stops)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.path[:], sys.argv[:] = request["path"], request["argv"]
+        os.chdir(request["folder"])
+        _set_threads()
+        work = locate(request["function"])
+    except KeyboardInterrupt:  # stopped before anything was begun
+        say(connection, {FORK: {"refused": True}})
+        return 0
     code = work(request["request"], Asker(connection, stops, descriptors[2:]))
     return int(code or 0)
 
@@ -272,6 +297,8 @@ _saying = threading.Lock()
 def say(connection: socket.socket, message: Mapping[str, Any]) -> None:
     """A line of JSON, whole beside those of other threads."""
     line = _line(message)
+    if FORK in message:
+        line = b"\n" + line  # a killed child may have been in the middle of one
     with _saying, contextlib.suppress(OSError):  # who asked may be gone
         connection.sendall(line)
 
@@ -287,8 +314,14 @@ def _flush() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Import, then serve."""
-    path, orders = argv[0], int(argv[1])
+    """Import, then serve; an owner that was killed leaves the folder of the socket to this."""
+    try:
+        return _main(argv[0], int(argv[1]), argv[2:])
+    finally:
+        shutil.rmtree(Path(argv[0]).parent, ignore_errors=True)
+
+
+def _main(path: str, orders: int, modules: Sequence[str]) -> int:
     with socket.socket(socket.AF_UNIX) as listener:
         partial = f"{path}.new"
         listener.bind(partial)
@@ -296,7 +329,7 @@ def main(argv: list[str]) -> int:
         listener.setblocking(False)
         os.rename(partial, path)  # who finds it can connect, and waits for the imports
         zygote = Zygote(listener, orders)
-        for name in argv[2:]:
+        for name in modules:
             try:
                 importlib.import_module(name)
             except Exception as error:  # another version's, or no part of this installation
@@ -308,10 +341,8 @@ def main(argv: list[str]) -> int:
         assert torch is None or not torch.cuda.is_initialized()
         gc.collect()
         gc.freeze()  # the children's collections leave the shared pages alone
-        try:
-            return zygote.serve()
-        finally:
-            Path(path).unlink(missing_ok=True)
+        _flush()  # else each child would say it again
+        return zygote.serve()
 
 
 if __name__ == "__main__":

@@ -278,6 +278,37 @@ def test_the_process_that_begins_children_is_begun_anew(pool):
     assert (task["attempt"], task["preemptions"], task["errors"], task["lost"]) == (3, 2, 0, 0)
 
 
+def test_what_begins_children_and_does_nothing_is_replaced(pool):
+    ids = pool.add("quick")
+    worker = pool.start("force_release=true", "hang_after=3")
+    until(lambda: pool.task(ids[0])["status"] == "done")
+    zygote = int(pool.lines()[-1][2])
+    os.kill(zygote, signal.SIGSTOP)
+    ids += pool.add("quick", "quick")
+    until(lambda: pool.manager.task_stat() == {"done": 3})
+    assert [pool.task(id)["errors"] for id in ids] == [0, 0, 0]
+    assert not alive(zygote)
+    os.kill(int(pool.lines()[-1][2]), signal.SIGSTOP)
+    begin = time.monotonic()
+    worker.terminate()
+    ended(worker)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 25
+
+
+def test_modules_of_the_working_folder_are_found(pool):
+    """By the command that pip installs too, whose own folder is another one."""
+    (pool.folder / "lies_here.py").write_text("def act(definition):\n    return 7\n")
+    (id,) = pool.add("quick")
+    command = str(Path(sys.executable).with_name("qtorch"))
+    words = [f"pool={pool.name}", f"url={pool.url}", "func=lies_here.act", "idle_timeout=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QTORCH_TRUSTED": "lies_here"}
+    subprocess.run(
+        [command, "worker", *words], cwd=pool.folder, env=environment, check=True, timeout=60
+    )
+    assert pool.task(id)["res"] == 7
+
+
 def test_a_stopped_worker_loses_its_lease_its_child_and_its_say(pool):
     """SIGSTOP: the child ends itself before the lease does, another worker does the task once."""
     (id,) = pool.add("long")
