@@ -10,10 +10,8 @@ make_environment .venv-test "[dev]"
 
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 # two threads under contention are slower than one
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MPLBACKEND=Agg
-processes=$(($(nproc) + 1)) # many tests wait for processes, leases and servers
-[ "$processes" -le 8 ] || processes=8
 bin=$PWD/.venv-test/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-exec "$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-$processes}" --dist loadgroup --durations=15 "$@"
+exec "$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@"
