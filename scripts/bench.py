@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,10 +66,33 @@ class Bench:
     def qlib(self, work: str, *, threads: int) -> dict[str, Any] | None:
         return self.run("qlib_side", work, threads=threads)
 
+    def both(
+        self, work: str, *, threads: int, **options: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Ours and Qlib's in turns, `--rounds` times: of each figure the median."""
+        turns = [
+            (self.ours(work, threads=threads, **options), self.qlib(work, threads=threads))
+            for _ in range(self.args.rounds)
+        ]
+        ours, theirs = (middle(side) for side in zip(*turns, strict=True))
+        self.raw |= {f"qtorch_side {work} {threads}": ours, f"qlib_side {work} {threads}": theirs}
+        return ours, theirs
+
     def row(self, work: str, ours: Any, theirs: Any, ratio: float | None, goal: str) -> None:
         shown = "" if ratio is None else f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}"
         self.rows.append((work, str(ours), str(theirs), shown, goal))
         print("| " + " | ".join(self.rows[-1]) + " |", file=sys.stderr, flush=True)
+
+
+def middle(results: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The median of each figure; None where one of the results is missing."""
+    found = [r for r in results if r is not None]
+    if len(found) < len(results):
+        return None
+    return {
+        key: median(r[key] for r in found) if isinstance(value, float) else value
+        for key, value in found[0].items()
+    }
 
 
 def over(a: float | None, b: float | None) -> float | None:
@@ -85,8 +109,7 @@ def rate(count: float, value: float | None) -> str:
 
 def features(bench: Bench) -> None:
     for threads in sorted({1, bench.args.threads}):
-        ours = bench.ours("features", threads=threads, repeats=bench.args.repeats)
-        qlib = bench.qlib("features", threads=threads)
+        ours, qlib = bench.both("features", threads=threads, repeats=bench.args.repeats)
         kun = bench.run("kunquant_side", str(bench.folder / "bars.npz"), threads=threads)
         if ours is None:
             continue
@@ -101,8 +124,7 @@ def features(bench: Bench) -> None:
 
 def handlers(bench: Bench) -> None:
     for work, speed, memory in (("alpha158", ">= 10", "<= 0.5"), ("alpha360", ">= 20", "<= 0.33")):
-        ours = bench.ours(work, threads=bench.args.threads)
-        qlib = bench.qlib(work, threads=bench.args.threads)
+        ours, qlib = bench.both(work, threads=bench.args.threads)
         if ours is None:
             continue
         theirs = qlib or {"seconds": None, "mib": None}
@@ -118,8 +140,7 @@ def handlers(bench: Bench) -> None:
 
 
 def windows(bench: Bench) -> None:
-    ours = bench.ours("windows", threads=1, repeats=bench.args.repeats)
-    qlib = bench.qlib("windows", threads=1)
+    ours, qlib = bench.both("windows", threads=1, repeats=bench.args.repeats)
     if ours is None:
         return
     speed = ours["samples"] / ours["seconds"]
@@ -135,8 +156,7 @@ def windows(bench: Bench) -> None:
 
 
 def lstm(bench: Bench) -> None:
-    ours = bench.ours("lstm", threads=1, repeats=3)
-    qlib = bench.qlib("lstm", threads=1)
+    ours, qlib = bench.both("lstm", threads=1, repeats=3)
     if ours is None:
         return
     n = ours["samples"]
@@ -188,8 +208,7 @@ def networks(bench: Bench) -> None:
 
 
 def trainer(bench: Bench) -> None:
-    ours = bench.ours("trainer", threads=1)
-    qlib = bench.qlib("trainer", threads=1)
+    ours, qlib = bench.both("trainer", threads=1)
     if ours is None:
         return
     mine = ours["task"] - ours["bare"]
@@ -298,6 +317,7 @@ def main() -> None:
     parser.add_argument("--qlib-python", default=os.environ.get("QTORCH_QLIB_PYTHON"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of ours and Qlib's")
     parser.add_argument("--only", default=",".join(WORKS), help="works, by comma")
     parser.add_argument("--json", help="a file for the raw figures")
     args = parser.parse_args()

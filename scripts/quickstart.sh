@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment .venv "[sweep]"
-exec .venv/bin/qtorch train "$@"
+.venv/bin/qtorch train "$@"
+echo "qtorch and mlflow are commands after: source .venv/bin/activate" >&2

@@ -48,7 +48,10 @@ def stress_frame(
 
 
 def cases() -> dict[str, Case]:
-    """`{name: {infer_processors, learn_processors, shared_processors, process_type}}`."""
+    """`{name: {infer_processors, learn_processors, shared_processors, process_type}}`.
+
+    Without HashStockFormat, a layout of Qlib's storage, which then gives every segment all rows.
+    """
     out: dict[str, Case] = {}
     for name, processor in _single().items():
         out[name] = {"infer_processors": [processor]}
@@ -75,6 +78,8 @@ def _single() -> dict[str, Any]:
     return {
         **fitted,
         **day,
+        "CSZFillna/feature": _of("CSZFillna", fields_group="feature"),
+        "CSZFillna/None": _of("CSZFillna"),
         "DropnaProcessor/feature": _of("DropnaProcessor", fields_group="feature"),
         "DropnaProcessor/None": _of("DropnaProcessor"),
         "DropCol": _of("DropCol", col_list=["X1", "LABEL1"]),
