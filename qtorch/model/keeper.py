@@ -125,7 +125,7 @@ class Keeper(Checkpoint):
             values = {k: told[k] for k in METRICS if k in told}
         else:
             values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            values = self.ranks.mean(values)
+            values = self.ranks.gather(values)[0]  # one history, and one best epoch, for all
             self._check_logged(values)
         self.history.append(values)
         now = time.perf_counter()

@@ -60,8 +60,8 @@ class LightningModel(ModelFT):
     `eval_size` (samples a batch where nothing is learnt; by default more on a GPU).
     `trainer`: any argument of pl.Trainer. With `devices` (2, [0, 1], -1) and `num_nodes` above one
     `fit` starts a process for each device; a batch stays as large as on one device and is shared,
-    so that their number changes the time and not the result (but for dropout's draws, batch
-    norms, and a LightningModule's own loss, which becomes the mean of the devices'). `strategy`
+    so that their number changes the time and not the result (but for dropout's draws and batch
+    norms; for a LightningModule's own loss and metrics see `qtorch.model.own_share`). `strategy`
     is Lightning's: "ddp", or a ModelParallelStrategy, which shards the weights (trainer=fsdp).
     `monitor`: the metric whose best epoch's weights are kept: "loss", "ic", "rank_ic" of the
     valid segment, or a full name. `early_stop`: None, a patience in epochs, or a mapping

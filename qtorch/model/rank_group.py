@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,14 +64,6 @@ class RankGroup:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self._control)
         return found
-
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean over the ranks of each number that all of them have."""
-        if self.size == 1:
-            return dict(values)
-        told = self.gather(dict(values))
-        names = [n for n in values if all(n in each for each in told)]
-        return {n: sum(each[n] for each in told) / self.size for n in names}
 
     def seed(self, seed: int, *parts: object) -> None:
         """Seed this rank's generators by (seed, what `parts` say, size, rank)."""

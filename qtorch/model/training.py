@@ -34,6 +34,7 @@ from qtorch.model.finetuning import FineTuning
 from qtorch.model.interruption import Stoppable
 from qtorch.model.keeper import Keeper, weights_of
 from qtorch.model.module import ScoreModule, no_interruption
+from qtorch.model.own_share import OwnShare
 from qtorch.model.pruning import pruning_callbacks
 from qtorch.model.rank_environment import RankPlace
 from qtorch.model.rank_group import RankGroup
@@ -151,6 +152,8 @@ class Training:
         if self.tuning is not None:
             own = [*self.tuning.callbacks(self.network), *own]
         own = [*pruning_callbacks(recorder), *own]
+        if self.place is not None and self.own_module:
+            own = [OwnShare(self.ranks), *own]
         self.trainer = build_trainer(
             options,
             own=own,

@@ -24,10 +24,10 @@ class LastStep(nn.Module):
 class OwnModule(pl.LightningModule):
     """Takes a Batch, logs what it likes, and gives scores in `predict_step`."""
 
-    def __init__(self, d_feat: int, lr: float = 0.05) -> None:
+    def __init__(self, d_feat: int, lr: float = 0.05, dropout: float = 0.2) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Dropout(0.2), nn.Linear(d_feat, 1))
+        self.net = nn.Sequential(nn.Dropout(dropout), nn.Linear(d_feat, 1))
         self.lr = lr
 
     def scores(self, batch: Batch) -> Tensor:
