@@ -62,7 +62,8 @@ class LightningModel(ModelFT):
     `fit` starts a process for each device; a batch stays as large as on one device and is shared,
     so that their number changes the time and not the result (but for dropout's draws and batch
     norms; for a LightningModule's own loss and metrics see `qtorch.model.own_share`). `strategy`
-    is Lightning's: "ddp", or a ModelParallelStrategy, which shards the weights (trainer=fsdp).
+    is Lightning's: "ddp", or `qtorch.model.sharding.Sharded`, which shards the weights
+    (trainer=fsdp).
     `monitor`: the metric whose best epoch's weights are kept: "loss", "ic", "rank_ic" of the
     valid segment, or a full name. `early_stop`: None, a patience in epochs, or a mapping
     (`patience`, `monitor`, `mode`, `min_delta`).

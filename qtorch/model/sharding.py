@@ -10,12 +10,35 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from qtorch.core.errors import ConfigError
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy with the weights sharded over all ranks, however many there are."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.world_size  # Lightning's own "auto" is that of the nodes
+        super().setup_environment()
+
 
 def shard(network: nn.Module, strategy: Any, mesh: Any) -> None:
     """Shard a network's weights where Lightning's strategy is to shard: each entry of its lists
-    of layers by itself, so that one of them is whole at a time, and what is left together."""
+    of layers by itself, so that one of them is whole at a time, and what is left together.
+
+    Raises ConfigError for tensor parallelism: it wants the same samples at several ranks, whose
+    weights would drift apart here.
+    """
     if not isinstance(strategy, ModelParallelStrategy):
         return
+    if mesh["data_parallel"].size() != strategy.world_size:
+        raise ConfigError(
+            f"the strategy shards weights over {mesh['data_parallel'].size()} of "
+            f"{strategy.world_size} devices: use strategy={{'_target_': "
+            "'qtorch.model.sharding.Sharded'}, which takes all of them (trainer=fsdp)."
+        )
     for part in network.modules():
         if isinstance(part, nn.ModuleList):
             for layer in part:

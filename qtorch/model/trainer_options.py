@@ -120,9 +120,7 @@ def _check_devices(given: Mapping[str, Any]) -> None:
         raise ConfigError(
             "Lightning's FSDPStrategy gathers weights around one forward of a whole module, and a "
             "step here is the forward and backward of several batches. Shard by trainer=fsdp: "
-            "strategy={'_target_': 'pytorch_lightning.strategies.ModelParallelStrategy', "
-            "'data_parallel_size': DEVICES, 'tensor_parallel_size': 1, "
-            "'save_distributed_checkpoint': False}."
+            "strategy={'_target_': 'qtorch.model.sharding.Sharded'}."
         )
     if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
         raise ConfigError(f"trainer.num_nodes is {nodes!r}; expected a whole number from 1.")

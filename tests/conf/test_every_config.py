@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 from qtorch.cli.compose import composed
 from qtorch.cli.config_path import config_path
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.model.rank_environment import RankEnvironment, RankPlace
+from qtorch.model.trainer_options import trainer_options
 
 CONF = config_path()
 ROOTS = ("bars", "export", "finetune", "predict", "report", "rolling", "train")
@@ -45,6 +48,20 @@ def bars(tmp_path_factory) -> Path:
 def test_every_file_is_a_root_a_choice_or_hydras():
     assert {f for f in FILES if "/" not in f} == set(ROOTS)
     assert CHOICES
+
+
+@pytest.mark.parametrize(("devices", "expected"), [("[0,2,3]", 6), ("-1", 2)])
+def test_weights_are_sharded_over_any_devices_of_any_nodes(monkeypatch, devices, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    asked = [f"trainer.devices={devices}", "trainer.num_nodes=2"]
+    trainer = settings_of("trainer/fsdp", *asked)["task"]["model"]["trainer"]
+    size = trainer_options(trainer, ()).num_devices
+    assert size == expected
+    strategy = init_instance_by_config(trainer["strategy"])
+    strategy.cluster_environment = RankEnvironment(RankPlace(0, size, 0, 0, "127.0.0.1", 1))
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
+    strategy.setup_environment()  # all but that the ranks meet
+    assert strategy._data_parallel_size == size
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -335,15 +335,7 @@ def test_what_cannot_be_meant(dataset, trainer, batch, said: str) -> None:
         LightningModel("MLP", batch=batch, trainer={**DDP, **trainer}).fit(dataset)
 
 
-FSDP = {
-    **DDP,
-    "strategy": {
-        "_target_": "pytorch_lightning.strategies.ModelParallelStrategy",
-        "data_parallel_size": 2,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": False,
-    },
-}
+FSDP = {**DDP, "strategy": {"_target_": "qtorch.model.sharding.Sharded"}}
 
 
 @pytest.mark.slow
@@ -369,6 +361,13 @@ def test_sharded_weights_learn_the_same(forked, recorder: ToyRecorder) -> None:
     again.fit(ToyDataset(), recorder=recorder)
     assert again.fit_report_["resumed_from"] is not None
     _same_numbers(whole, again, ToyDataset())
+
+
+@pytest.mark.slow
+def test_ranks_that_would_not_share_their_weights_are_refused(forked) -> None:
+    strategy = {"_target_": "pytorch_lightning.strategies.ModelParallelStrategy"}
+    with pytest.raises(ConfigError, match=r"over 1 of 2 devices: use .*sharding\.Sharded"):
+        resumable_model(trainer={**DDP, "strategy": strategy}).fit(ToyDataset())
 
 
 @pytest.mark.slow
