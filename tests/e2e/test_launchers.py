@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-TRAIN = ("qtorch.cli.main", "train", "debug=tiny", "trainer.accelerator=cpu", "model=mlp")
+TRAIN = ("qtorch.cli.main", "train", "debug=tiny", "trainer.accelerator=cpu", "record=none")
+FRAGILE = """
+import os
+from torch import nn
+
+class Fragile(nn.Module):
+    def __init__(self, d_feat: int, fails: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_feat, 1)
+        self.fails = fails
+
+    def forward(self, x):
+        if self.fails and os.environ.get("RANK") == "1":
+            raise ZeroDivisionError("a rank divides by zero")
+        return self.linear(x[:, -1])
+"""
 
 
 def _torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p)
     return subprocess.run(
         [sys.executable, *launcher, "-m", *TRAIN, *overrides],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
 
 
 @pytest.mark.slow
-def test_torchrun_trains_once_on_all_its_processes(tmp_path: Path) -> None:
-    done = _torchrun(tmp_path, "trainer=ddp", "record=none")
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_torchrun_trains_each_job_once_on_all_its_processes(tmp_path: Path) -> None:
+    """The first job's rank, which another process has started, fails; the second is as if alone."""
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    network = ("model=lightning", "+model.network._target_=fragile.Fragile")
+    done = _torchrun(tmp_path, "-m", "trainer=ddp", *network, "+model.network.fails=true,false")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "error: job 0: ZeroDivisionError: a rank divides by zero" in done.stderr
+    assert "2 jobs, 1 failed, 1 finished" in done.stdout, done.stderr[-3000:]
+    runs = re.findall(r"(FAILED|FINISHED) +([0-9a-f]{32})", done.stdout)
+    assert [status for status, _ in runs] == ["FAILED", "FINISHED"]
     assert done.stderr.count("epoch 0: train/loss") == 1
     assert done.stdout.count("experiment debug") == 1
     assert not list(tmp_path.rglob(".ranks-*"))
+    assert not [p for p in psutil.process_iter(["cmdline"]) if _works_in(tmp_path, p)]
+
+
+def _works_in(folder: Path, process: psutil.Process) -> bool:
+    return any(str(folder) in word for word in process.info["cmdline"] or ())

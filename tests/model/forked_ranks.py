@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.shares import SharedLoader, share_of
@@ -145,6 +146,14 @@ def _foretell(rank: int, parent: int) -> None:
             yield batch
 
     SharedLoader.batches = batches  # type: ignore[method-assign]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is this process, and it has not ended unnoticed."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def training_in(folder: Path, changes: dict[str, Any], **told: str) -> Forked:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from forked_ranks import DDP, FATE
+from forked_ranks import DDP, FATE, is_running
 from torch import Tensor
 from toy_training import ToyDataset, ToyRecorder, resumable_model
-from user_networks import OwnModule
+from user_networks import LastStep, OwnModule
 
 import qtorch.model.ranks
 from qtorch.core.errors import ConfigError
@@ -22,7 +25,7 @@ from qtorch.data.batches import Batch
 from qtorch.model.checkpoint import LAST
 from qtorch.model.interruption import TrainingInterrupted
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.rank_process import rank_environment
+from qtorch.model.rank_process import RankProcess, rank_environment
 from qtorch.model.ranks import RankError
 
 
@@ -286,6 +289,37 @@ def test_a_rank_that_fails_ends_all_with_its_error(
     else:
         assert "rank 1 of 2 was ended by SIGKILL" in str(caught.value)
     assert not [rank.pid for rank in forked if psutil.pid_exists(rank.pid)]
+    assert not list(recorder.checkpoint_dir().glob(".ranks-*"))
+
+
+@pytest.mark.slow
+def test_a_rank_with_a_program_of_its_own_fails_and_leaves_nothing(
+    recorder: ToyRecorder, monkeypatch, tmp_path: Path
+) -> None:
+    told, started = tmp_path / "pid", []
+
+    class Kept(RankProcess):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self.pid)
+
+    class Failing(LastStep):
+        def forward(self, x: Tensor) -> Tensor:
+            if os.environ.get("RANK") == "1":
+                told.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+                raise ZeroDivisionError("a rank divides by zero")
+            return super().forward(x)
+
+    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", Kept)
+    with pytest.raises(ZeroDivisionError) as caught:
+        resumable_model(network=Failing(4), trainer=DDP).fit(ToyDataset(), recorder=recorder)
+    assert caught.value.__notes__ == ["in rank 1 of 2"]
+    end = time.monotonic() + 5
+    left = {*started, int(told.read_text())}
+    assert len(left) == 3
+    while (left := {p for p in left if is_running(p)}) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
     assert not list(recorder.checkpoint_dir().glob(".ranks-*"))
 
 

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from forked_ranks import DDP, DIARY, FATE, PIDS, Forked, ForkedRank, training_in
+from forked_ranks import DDP, DIARY, FATE, PIDS, Forked, ForkedRank, is_running, training_in
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 import qtorch.model.ranks
@@ -44,19 +43,12 @@ def _begun(folder: Path, **told: str) -> Forked:
     return training_in(folder, CHANGES, **told)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # which nobody has fetched yet
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _ranks_gone(folder: Path, seconds: float = 10.0) -> bool:
     """Whether every rank that was started for the folder is gone, soon."""
     end, told = time.monotonic() + seconds, folder / PIDS
     while time.monotonic() < end:
         pids = [int(p) for p in told.read_text().split()] if told.exists() else []
-        if not any(_runs(p) for p in pids):
+        if not any(is_running(p) for p in pids):
             return True
         time.sleep(0.05)
     return False
