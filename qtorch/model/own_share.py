@@ -14,6 +14,8 @@ from torch import Tensor
 from qtorch.data.batches import Batch
 from qtorch.model.rank_group import RankGroup
 
+LOG = inspect.signature(pl.LightningModule.log)
+
 
 class OwnShare(pl.Callback):
     """Makes of the ranks' parts of a user's own training what it is on one device.
@@ -32,7 +34,7 @@ class OwnShare(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.backward = self._weighted(pl_module.backward)  # type: ignore[method-assign]
-        pl_module.log = self._of_all(pl_module.log, trainer)  # type: ignore[method-assign]
+        pl_module.log = self._of_all(pl_module.log, pl_module)  # type: ignore[method-assign]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -47,15 +49,14 @@ class OwnShare(pl.Callback):
 
         return weighted
 
-    def _of_all(self, log: Callable[..., None], trainer: Any) -> Callable[..., None]:
-        signature = inspect.signature(log)
-
+    def _of_all(self, log: Callable[..., None], module: pl.LightningModule) -> Callable[..., None]:
         def of_all(*args: Any, **named: Any) -> None:
-            given = signature.bind(*args, **named).arguments
+            given = LOG.bind(module, *args, **named).arguments
+            del given["self"]
             if not given.get("rank_zero_only"):
                 size = given.get("batch_size")
                 if size is None:
-                    batch = trainer._results.batch
+                    batch = getattr(module.trainer._results, "batch", None)
                     size = 1 if batch is None else extract_batch_size(batch)
                 # Lightning takes the ranks' mean of the sizes too, and cuts off its fraction.
                 given |= {"sync_dist": True, "batch_size": size * self.ranks.size}
