@@ -98,12 +98,66 @@ def test_the_trial_of_a_process_that_was_killed_is_run_again(url):
     assert study.ask(SPACE, 1) is None
 
 
+def test_a_process_that_is_killed_while_it_asks_leaves_nothing_behind(url, monkeypatch):
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(
+            "qtorch.tracking.trials.study.this_process",
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+        )
+        Trials("a", url, sampler="grid").ask({"size": SPACE["size"]}, 2)
+    os.waitpid(pid, 0)
+    study = Trials("a", url, sampler="grid")
+    assert study.running() == 1
+    asked = [study.ask({"size": SPACE["size"]}, 2) for _ in range(2)]
+    assert sorted(t.params["size"] for t in asked) == ["16", "8"]
+    assert study.ask({"size": SPACE["size"]}, 2) is None
+
+
+def test_what_failed_is_run_again_if_asked(url):
+    study = Trials("a", url, seed=0)
+    first, second, lost = (study.ask(SPACE, 3) for _ in range(3))
+    study.fail(first, "out of memory", run_id="r1")
+    study.tell(second, 0.5)
+    for _ in range(MAX_RETRIES + 1):
+        study.give_back(lost)
+        lost = study.ask(SPACE, 3) or lost
+    assert study.counted() == 3
+    assert study.retry_failed() == 2
+    assert study.counted() == 1  # those that are run again count no longer
+    assert study.retry_failed() == 0
+    again, other = study.ask(SPACE, 3), study.ask(SPACE, 3)
+    assert study.ask(SPACE, 3) is None
+    assert (again.params, other.params) == (first.params, lost.params)
+    assert (again.retry, other.retry, second.retry) == (True, True, False)
+    study.give_back(again, lost=False)
+    again = study.ask(SPACE, 3)
+    assert again.retry  # its run is a failed one still
+    study.tell(again, 0.7, run_id="r1")
+    study.fail(other, "out of memory")
+    rows = study.rows()
+    assert [r.number for r in rows if not r.replaced] == [1, other.number, again.number]
+    assert (rows[0].state, rows[0].error) == ("FAIL", "out of memory")
+    assert rows[again.number].retry_of == first.number
+    assert study.counted() == 3
+    assert not study.has_work(3)
+
+
 def test_one_that_takes_its_process_down_each_time_is_given_up(url):
     study = Trials("a", url, seed=0)
     for _ in range(MAX_RETRIES + 1):
         study.give_back(study.ask(SPACE, 1))
     assert study.ask(SPACE, 1) is None
     assert study.counted() == 1
+    assert study.rows()[-1].error == "its process was lost each time"
+
+
+def test_one_that_is_stopped_in_order_is_run_again_however_often(url):
+    study = Trials("a", url, seed=0)
+    for _ in range(MAX_RETRIES + 1):
+        assert study.give_back(study.ask(SPACE, 1), lost=False)
+    assert study.counted() == 0
+    assert study.give_back(study.ask(SPACE, 1))
 
 
 def test_who_was_taken_for_dead_tells_nothing(url, caplog):

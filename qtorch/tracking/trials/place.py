@@ -57,25 +57,25 @@ def make_place(url: str) -> None:
 
 
 @contextmanager
-def turn(url: str, engine: Any = None) -> Iterator[None]:
+def turn(url: str, engine: Any = None) -> Iterator[bool]:
     """One process of a study at a time: who asks for a trial must see what the others have.
 
     By a lock file beside sqlite, by an advisory lock of PostgreSQL (`engine` is SQLAlchemy's);
-    both end with the process. On other databases nothing is locked: two processes that ask at
-    one moment may run a trial more than was asked for.
+    both end with the process. On other databases nothing is locked, and the block is told False:
+    two processes that ask at one moment may run a trial more than was asked for.
     """
     path = sqlite_path(url)
     if path is not None:
         with file_lock(path.with_name(path.name + ".lock"), timeout=TURN_SECONDS):
-            yield
+            yield True
     elif url.startswith(POSTGRES) and engine is not None:
         key = int.from_bytes(hashlib.sha256(SCHEMA.encode()).digest()[:7], "big")
         with engine.connect() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
             try:
-                yield
+                yield True
             finally:
                 connection.exec_driver_sql(f"SELECT pg_advisory_unlock({key})")
                 connection.commit()
     else:
-        yield
+        yield False

@@ -13,6 +13,7 @@ class Asked:
     number: int
     id: int
     params: dict[str, Any]
+    retry: bool = False  # it had failed: its job is tried again
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,4 @@ class TrialRow:
     error: str | None = None
     steps: int = 0
     retry_of: int | None = None
+    replaced: bool = False  # by a trial that was run in its stead

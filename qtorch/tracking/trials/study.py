@@ -38,7 +38,7 @@ COMPLETE, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FA
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
 # What a trial carries beside its values.
 ERROR, PROCESS, RUN, PRUNED_AT = "error", "process", "run_id", "pruned_at"
-RETRIES, RETRY_OF = "retries", "retry_of"
+RETRIES, RETRY_OF, RETRY = "retries", "retry_of", "retry"
 
 
 class Trials:
@@ -92,12 +92,13 @@ class Trials:
         Those whose process died are not counted: they are run again, first of all.
         """
         distributions = {name: distribution_of(part) for name, part in space.items()}
-        with quiet(), turn(self.url, self._storage.engine):
-            self._retry_dead()
+        with quiet(), turn(self.url, self._storage.engine) as alone:
+            self._retry_dead(alone)
             trials = self._study.get_trials(deepcopy=False)
-            if not any(t.state == WAITING for t in trials):
-                if sum(_counts(t) or t.state == RUNNING for t in trials) >= limit:
-                    return None
+            waiting = next((t for t in trials if t.state == WAITING), None)
+            if waiting is None and _taken(trials) >= limit:
+                return None
+            if waiting is None or distributions.keys() - waiting.params.keys():
                 self._study.sampler = sampler_of(self.sampler, self._seed(len(trials)), space)
             try:
                 trial = self._study.ask(distributions)
@@ -110,15 +111,30 @@ class Trials:
                 self._study.sampler = plain_sampler()
             trial.set_user_attr(PROCESS, this_process())
             self._storage.record_heartbeat(trial._trial_id)
-        return Asked(trial.number, trial._trial_id, dict(trial.params))
+        again = bool(trial.user_attrs.get(RETRY))
+        return Asked(trial.number, trial._trial_id, dict(trial.params), retry=again)
 
     def _seed(self, number: int) -> int | None:
         return None if self.seed is None else (self.seed * 1_000_003 + number) % 2**32
 
-    def _retry_dead(self) -> None:
+    def retry_failed(self) -> int:
+        """Have all that failed run again, with their parameters; how many there were.
+
+        They count no longer: those that are run in their stead do.
+        """
+        with turn(self.url, self._storage.engine):
+            trials = self._study.get_trials(deepcopy=False)
+            failed = [t for t in _ended(trials) if t.state == FAILED]
+            for trial in failed:
+                _add_again(self._study, trial, {RETRY: True})
+        return len(failed)
+
+    def _retry_dead(self, alone: bool) -> None:
+        """Put back the trials whose process died; `alone`: no other one is just asking."""
         optuna.storages.fail_stale_trials(self._study)
         for trial in self._study.get_trials(deepcopy=False, states=(RUNNING,)):
-            if is_dead(trial.user_attrs.get(PROCESS)):
+            process = trial.user_attrs.get(PROCESS)
+            if is_dead(process) or (process is None and alone):  # it died while it asked
                 self._storage.set_trial_state_values(trial._trial_id, state=FAILED)
                 _put_back(self._study, trial)
 
@@ -128,12 +144,14 @@ class Trials:
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(self.interval):
+            while True:
                 for trial in asked:
                     try:
                         self._storage.record_heartbeat(trial.id)
                     except Exception as error:
                         log.warning("the heartbeat of trial %d is lost: %s", trial.number, error)
+                if over.wait(self.interval):
+                    return
 
         thread = threading.Thread(target=beat, name="qtorch-trials", daemon=True)
         thread.start()
@@ -164,11 +182,20 @@ class Trials:
         self._note(trial, **{ERROR: error[:1000]}, **({RUN: run_id} if run_id else {}))
         self._end(trial, FAILED)
 
-    def give_back(self, trial: Asked) -> None:
-        """The trial was interrupted: it is run again, with its parameters, by who asks next."""
+    def give_back(self, trial: Asked, *, lost: bool = True) -> bool:
+        """The trial was interrupted: it is run again, with its parameters, by who asks next.
+
+        False where it is not, for it was `lost` too often; one that was stopped in order is not.
+        """
         with turn(self.url, self._storage.engine):
-            if self._end(trial, FAILED):
-                _put_back(self._study, self._storage.get_trial(trial.id))
+            if not self._end(trial, FAILED):
+                return True
+            frozen = self._storage.get_trial(trial.id)
+            if lost:
+                _put_back(self._study, frozen)
+                return not _is_final(frozen)
+            _add_again(self._study, frozen, {RETRIES: frozen.user_attrs.get(RETRIES, 0)})
+        return True
 
     def _note(self, trial: Asked, **values: Any) -> None:
         for name, value in values.items():
@@ -193,6 +220,8 @@ class Trials:
 
     def rows(self) -> list[TrialRow]:
         """All trials by number, those that were run again too."""
+        trials = self._study.get_trials(deepcopy=False)
+        ended = {t.number for t in _ended(trials)}
         return [
             TrialRow(
                 t.number,
@@ -200,24 +229,24 @@ class Trials:
                 t.value if t.state in (COMPLETE, PRUNED) else None,
                 dict(t.params),
                 t.user_attrs.get(RUN),
-                t.user_attrs.get(ERROR) or (None if _counts(t) else _why(t)),
+                _why(t, again=t.number not in ended),
                 len(t.intermediate_values),
                 t.user_attrs.get(RETRY_OF),
+                replaced=t.state == FAILED and t.number not in ended,
             )
-            for t in self._study.get_trials(deepcopy=False)
+            for t in trials
         ]
 
     def counted(self) -> int:
         """How many trials have ended for good."""
-        return sum(_counts(t) for t in self._study.get_trials(deepcopy=False))
+        return len(_ended(self._study.get_trials(deepcopy=False)))
 
     def has_work(self, limit: int) -> bool:
         """Whether a trial would be given out; those whose process died are put back first."""
-        with quiet(), turn(self.url, self._storage.engine):
-            self._retry_dead()
+        with quiet(), turn(self.url, self._storage.engine) as alone:
+            self._retry_dead(alone)
             trials = self._study.get_trials(deepcopy=False)
-        waiting = any(t.state == WAITING for t in trials)
-        return waiting or sum(_counts(t) or t.state == RUNNING for t in trials) < limit
+        return any(t.state == WAITING for t in trials) or _taken(trials) < limit
 
     def is_pruned(self, trial: Asked) -> bool:
         """Whether the pruner has stopped the trial."""
@@ -241,36 +270,55 @@ class Trials:
             return {}
 
 
-def _counts(trial: FrozenTrial) -> bool:
-    """Whether the trial has ended for good."""
+def _taken(trials: Sequence[FrozenTrial]) -> int:
+    """How many of those that were asked for have ended for good or run."""
+    return len(_ended(trials)) + sum(t.state == RUNNING for t in trials)
+
+
+def _ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that have ended for good: of one that was run again, the last."""
+    last = {_first_of(t): t.number for t in trials}
+    return [t for t in trials if _is_final(t) and last[_first_of(t)] == t.number]
+
+
+def _first_of(trial: FrozenTrial) -> int:
+    return int(trial.user_attrs.get(RETRY_OF, trial.number))
+
+
+def _is_final(trial: FrozenTrial) -> bool:
     if trial.state in (COMPLETE, PRUNED):
         return True
     given_up = ERROR in trial.user_attrs or trial.user_attrs.get(RETRIES, 0) >= MAX_RETRIES
     return bool(trial.state == FAILED and given_up)
 
 
-def _why(trial: FrozenTrial) -> str | None:
-    return "interrupted, run again" if trial.state == FAILED else None
+def _why(trial: FrozenTrial, *, again: bool) -> str | None:
+    """Why a trial has no value."""
+    if trial.state != FAILED or ERROR in trial.user_attrs:
+        return trial.user_attrs.get(ERROR)
+    return "interrupted, run again" if again else "its process was lost each time"
 
 
 def _put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-    """A new trial with the parameters of one that was interrupted, and what it had reported."""
+    """Have a trial whose job or process was lost run again, unless that was too often."""
     retries = int(trial.user_attrs.get(RETRIES, 0))
-    if retries >= MAX_RETRIES or not trial.params:
-        return
+    if retries < MAX_RETRIES:
+        _add_again(study, trial, {RETRIES: retries + 1})
+
+
+def _add_again(study: optuna.Study, trial: FrozenTrial, noted: dict[str, Any]) -> None:
+    """A new trial with the parameters of an earlier one, and what that had reported."""
     known = {"grid_id", "search_space"}
-    kept = {k: v for k, v in trial.user_attrs.items() if k == PRUNED_AT}
+    if not trial.params and not known & trial.system_attrs.keys():
+        return  # nothing was drawn yet
+    kept = {k: v for k, v in trial.user_attrs.items() if k in (PRUNED_AT, RETRY)}
     study.add_trial(
         optuna.create_trial(
             state=WAITING,
             params=trial.params,
             distributions=trial.distributions,
             intermediate_values=trial.intermediate_values,
-            user_attrs={
-                **kept,
-                RETRIES: retries + 1,
-                RETRY_OF: trial.user_attrs.get(RETRY_OF, trial.number),
-            },
+            user_attrs={**kept, RETRY_OF: _first_of(trial), **noted},
             system_attrs={k: v for k, v in trial.system_attrs.items() if k in known},
         )
     )
