@@ -25,9 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.ray_launcher import RayLauncher
 from qtorch.cli.search_space import Searched, searched
-from qtorch.cli.sweep import FINISHED, KILLED, JobResult, finished_jobs
+from qtorch.cli.sweep import (
+    FINISHED,
+    KILLED,
+    RUNNING,
+    JobResult,
+    finished_jobs,
+    forget_job,
+)
+from qtorch.cli.sweep_start import the_sweep
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.identity import digest
+from qtorch.core.wording import counted
 from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
 
 if TYPE_CHECKING:
@@ -37,10 +46,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SWEEP_VARIABLE = "QTORCH_SWEEP"
+STUDY_TAG = "qtorch.study"  # a study's name: of a trial's run; + . + a search's digest, of a sweep
 # What may be another one in a command that goes on with the same study.
 NO_PART = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
 PAUSE_SECONDS = 1.0
-RUNNING = "RUNNING"  # of a job that another process is at
 
 
 class OptunaSweeper(Sweeper):
@@ -71,6 +80,8 @@ class OptunaSweeper(Sweeper):
         self.grace, self.params = float(grace), _plain(params)
         self._number = 0  # of the next job
         self._started = False
+        self._busy: list[tuple[float, Asked]] = []  # others are at their jobs: try again then
+        self._pauses: dict[int, float] = {}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -89,20 +100,32 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, folder / "multirun.yaml")
         study = self._study(found)
+        self._take_up(study)
         stays_open(self.launcher, True)
-        begun = study.counted()
-        if begun:
-            print(f"the study {study.name} has {begun} trials already", file=sys.stderr)
         try:
-            while True:
-                asked = self._asked(study, found)
+            while not _stopped():
+                asked = self._due() or self._asked(study, found)
                 if asked:
                     self._run(study, asked, found)
                 elif not self._wait(study):
-                    break
+                    return
+            raise KeyboardInterrupt  # a launcher of several processes has returned nonetheless
         finally:
             stays_open(self.launcher, False)
+            for _, trial in self._busy:
+                study.give_back(trial, lost=False)
             self._tell_all(study, folder)
+
+    def _take_up(self, study: Trials) -> None:
+        """Say what there is already; with sweep.retry have what failed tried again."""
+        failed = 0
+        if OmegaConf.select(self._config, "sweep.retry"):
+            failed = study.retry_failed()
+        begun = study.counted()
+        if begun:
+            print(f"the study {study.name} has {counted(begun, 'trial')} already", file=sys.stderr)
+        if failed:
+            print(f"{counted(failed, 'failed trial')} to be tried again", file=sys.stderr)
 
     def _study(self, found: Searched) -> Trials:
         try:
@@ -141,16 +164,26 @@ class OptunaSweeper(Sweeper):
 
     def _name(self, found: Searched) -> str:
         """The given name, the sweep's, else one made of the command: what it fixes and searches,
-        and by what it judges."""
-        named = self.study_name or OmegaConf.select(self._config, "sweep.name")
-        if named:
-            return str(named)
+        and by what it judges. The sweep's run remembers it: it may get a name of its own later."""
+        if self.study_name:
+            return str(self.study_name)
         parts = {
             "fixed": sorted(o for o in found.fixed if not o.lstrip("+~").startswith(NO_PART)),
             "space": {name: repr(part) for name, part in found.space.items()},
             "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
         }
-        return f"{self._config.experiment_name}-{digest(parts)[:8]}"
+        own = digest(parts)[:8]
+        named = OmegaConf.select(self._config, "sweep.name")
+        name = str(named or f"{self._config.experiment_name}-{own}")
+        parent = self._parent()
+        if parent is None:
+            return name
+        from qtorch.tracking.r import R
+
+        sweep, tag = R.get_recorder(recorder_id=parent), f"{STUDY_TAG}.{own}"
+        remembered: str = sweep.list_tags().get(tag, name)
+        sweep.set_tags(**{tag: remembered})
+        return remembered
 
     def _asked(self, study: Trials, found: Searched) -> list[Asked]:
         asked: list[Asked] = []
@@ -164,11 +197,11 @@ class OptunaSweeper(Sweeper):
     def _run(self, study: Trials, asked: Sequence[Asked], found: Searched) -> None:
         """Launch the trials' jobs. Whatever ends this process, none of them stays behind."""
         first, self._number = self._number, self._number + len(asked)
-        batch = [[*found.overrides(t.params), self._variable(study, t)] for t in asked]
+        batch = [[*self._overrides(found, t), self._variable(study, t)] for t in asked]
         left = dict(enumerate(asked, first))
         try:
             self.validate_batch_is_legal(batch)
-            with study.alive(asked):
+            with study.alive([*asked, *(t for _, t in self._busy)]):
                 told = self._launched(batch, first)
             for number, trial in list(left.items()):
                 self._judge(study, trial, told.get(number))
@@ -179,8 +212,12 @@ class OptunaSweeper(Sweeper):
             raise
         except BaseException:
             for trial in left.values():
-                study.give_back(trial)
+                study.give_back(trial, lost=False)
             raise
+
+    def _overrides(self, found: Searched, trial: Asked) -> list[str]:
+        """The job's; whoever runs a trial that is to be tried again tries it again."""
+        return found.overrides(trial.params) + (["sweep.retry=true"] if trial.retry else [])
 
     def _launched(self, batch: Sequence[Sequence[str]], first: int) -> dict[int, JobResult]:
         """The results of the jobs by number; one that left none failed with its launcher."""
@@ -199,8 +236,13 @@ class OptunaSweeper(Sweeper):
         return told
 
     def _judge(self, study: Trials, trial: Asked, job: JobResult | None) -> None:
-        if job is None or job.status in (KILLED, RUNNING):
-            study.give_back(trial)
+        if job is not None and job.status == RUNNING:
+            self._put_off(trial, job)
+            return
+        if job is None or job.status == KILLED:
+            again = study.give_back(trial, lost=not _stopped())
+            if again and job is not None:
+                forget_job(job)
             return
         if job.status != FINISHED:
             study.fail(trial, job.error or job.status, run_id=job.run_id)
@@ -213,6 +255,22 @@ class OptunaSweeper(Sweeper):
         else:
             raise ConfigError(unknown_name("metric of the run", self.metric, job.metrics, limit=40))
 
+    def _put_off(self, trial: Asked, job: JobResult) -> None:
+        """Another process is at the trial's job: it stays asked for, and is tried again when that
+        may be over, each time later. (After a kill a job's own process lives on until it has
+        written its checkpoint; two trials may be one job.)"""
+        pause = min(2 * self._pauses.get(trial.number, PAUSE_SECONDS / 2), self.grace)
+        self._pauses[trial.number] = pause
+        self._busy.append((time.monotonic() + pause, trial))
+        forget_job(job)
+
+    def _due(self) -> list[Asked]:
+        """The trials that were put off until now."""
+        now = time.monotonic()
+        due = [put_off for put_off in self._busy if put_off[0] <= now][: max(self.n_jobs, 1)]
+        self._busy = [put_off for put_off in self._busy if put_off not in due]
+        return [trial for _, trial in due]
+
     def _tagged(self, study: Trials, trial: Asked, job: JobResult) -> bool:
         """Name the trial in its run; whether that was pruned, for this trial or an equal one."""
         from qtorch.tracking.r import R
@@ -221,7 +279,7 @@ class OptunaSweeper(Sweeper):
         if job.run_id is None:
             return pruned
         run = R.get_recorder(recorder_id=job.run_id)
-        run.set_tags(**{"qtorch.study": study.name, "qtorch.trial": str(trial.number)})
+        run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
         return pruned or PRUNED_TAG in run.list_tags()
 
     def _variable(self, study: Trials, trial: Asked) -> str:
@@ -243,8 +301,12 @@ class OptunaSweeper(Sweeper):
         All trials are asked for; some may run elsewhere. Whoever is alive after the grace time
         brings them home, and this process need not stay.
         """
+        if self._busy:
+            with study.alive([trial for _, trial in self._busy]):
+                time.sleep(PAUSE_SECONDS)
+            return True
         end = time.monotonic() + self.grace + 2 * study.interval
-        while study.running() and time.monotonic() < end:
+        while study.running() and time.monotonic() < end and not _stopped():
             time.sleep(PAUSE_SECONDS)
             if study.has_work(self.n_trials):
                 return True
@@ -268,6 +330,12 @@ class OptunaSweeper(Sweeper):
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _stopped() -> bool:
+    """Whether Ctrl-C or a signal has stopped the command; no job is begun any more."""
+    sweep = the_sweep()
+    return sweep is not None and sweep.stopped
 
 
 def stays_open(launcher: Launcher, wanted: bool) -> None:

@@ -66,14 +66,14 @@ def _print(
     for name in ("epochs", "run"):
         shown.add_column(name, overflow="fold", justify="right" if name == "epochs" else "left")
     for row in sorted(rows, key=lambda r: _order(r, maximize)):
-        style = STYLE.get(row.state, "dim")
+        style = STYLE.get(row.state, "dim") if not row.replaced else "dim"
         shown.add_row(
             str(row.number),
             f"[{style}]{row.state}[/{style}]",
             number(row.value),
             *(_shown(row.params.get(n)) for n in names),
             str(row.steps or "-"),
-            row.run_id or (row.error or "-")[:60],
+            _outcome(row),
         )
     _console().print(shown)
     done = [r for r in rows if r.state == "COMPLETE" and r.value is not None]
@@ -94,6 +94,13 @@ def _order(row: TrialRow, maximize: bool) -> tuple[int, float, int]:
     rank = {"COMPLETE": 0, "PRUNED": 1}.get(row.state, 2)
     value = row.value if row.value is not None and rank < 2 else 0.0
     return rank, -value if maximize else value, row.number
+
+
+def _outcome(row: TrialRow) -> str:
+    """The run; why there is none, or what became of it."""
+    if row.replaced and row.run_id:
+        return "failed, tried again"
+    return row.run_id or (row.error or "-")[:60]
 
 
 def _shown(value: object) -> str:

@@ -68,6 +68,17 @@ def finished_jobs() -> list[JobResult]:
     return sorted((j for j in found if j is not None), key=lambda j: j.number)
 
 
+def forget_job(job: JobResult) -> None:
+    """Its result is no end: it will be begun again, with another number."""
+    if _sweep_folder is None:
+        _here[:] = [j for j in _here if j.number != job.number]
+        return
+    for path in _sweep_folder.rglob(RESULT_FILE):
+        told = stored_result(path)
+        if told is not None and told.number == job.number:
+            path.unlink()
+
+
 def note_here(result: JobResult) -> None:
     """Count a result that another process has stored among this process's own."""
     _here.append(result)

@@ -10,6 +10,8 @@ from contextlib import closing
 
 import pytest
 
+from qtorch.study.claim import claimed
+from qtorch.study.sweep import claim_path
 from qtorch.tracking.current import all_running
 
 pytest.importorskip("optuna")
@@ -81,6 +83,47 @@ def test_two_processes_search_together_and_a_killed_one_loses_nothing(
     assert len(set(tagged) - {None}) == 6
     pruned = [r for r in finished if "pruned" in r.list_tags()]
     assert len(pruned) == states.count("PRUNED")
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_in_its_study_and_what_failed_is_tried_again_once_its_job_is_free(
+    warm, folder, qtorch_cli, runs, monkeypatch
+):
+    (folder / "fragile.py").write_text(
+        "from pathlib import Path\nfrom qtorch.nn import LSTM\n\n\nclass Fragile(LSTM):\n"
+        "    def __init__(self, d_feat, hidden_size, num_layers=1, dropout=0.0):\n"
+        "        assert Path('mended').exists(), 'not yet'\n"
+        "        super().__init__(d_feat, hidden_size, num_layers)\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("QTORCH_TRUSTED", "fragile")
+    told = qtorch_cli(
+        "train", "-m", "debug=tiny", "log_level=ERROR", "hydra/sweeper=optuna", SPACE[1],
+        "hydra.sweeper.n_trials=1", "model.network._target_=fragile.Fragile",
+    )  # fmt: skip
+    assert told.code == 1
+    assert trials(folder) == [("FAIL", 0)]
+    (failed,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
+    (name,) = (tags["qtorch.sweep"] for r in runs() if "qtorch.sweep" in (tags := r.list_tags()))
+    tags = failed.list_tags()
+    (key,) = (tag for tag in tags if tag.startswith("qtorch.job."))
+
+    (folder / "mended").touch()
+    with claimed(claim_path(failed.experiment_id, tags)):  # as a killed search's own job may
+        resumed = forked("sweep", "resume", name, "retry=true")
+        end = time.monotonic() + 90
+        while failed.list_tags()[key] == tags[key]:  # until a second attempt has its number there
+            assert time.monotonic() < end
+            time.sleep(0.5)
+    _, code = os.waitpid(resumed, 0)
+    assert os.waitstatus_to_exitcode(code) == 0
+    assert trials(folder) == [("FAIL", 0), ("COMPLETE", 1)]
+    (again,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
+    assert (again.id, again.status) == (failed.id, "FINISHED")
+    told = qtorch_cli("sweep", "resume", name)
+    assert told.code == 0, told.err
+    assert "has 1 trial already" in told.err
+    assert "failed, tried again" in told.out
 
 
 @pytest.mark.slow
