@@ -25,6 +25,7 @@ usage: qtorch sweep list
   best     the best job and the best setting by a metric (the valid segment's Rank IC)
   resume   the sweep's command again, in its folder: finished jobs are skipped, interrupted ones
            go on from their checkpoints, and with retry=true failed ones are tried again
+           (a search goes on with its study)
 
   NAME           the sweep's name, or the id of its run
   tracking.uri   MLflow's store; by default the one of this folder (or MLFLOW_TRACKING_URI), and

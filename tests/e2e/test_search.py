@@ -127,6 +127,20 @@ def test_a_search_goes_on_in_its_study_and_what_failed_is_tried_again_once_its_j
 
 
 @pytest.mark.slow
+def test_ctrl_c_under_a_launcher_of_several_processes_leaves_the_trials_to_be_run(folder):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    child = forked(*SEARCH, "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2")
+    end = time.monotonic() + 60
+    while [state for state, _ in trials(folder)] != ["RUNNING"] * 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(child, signal.SIGINT)
+    _, code = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(code) == 130
+    assert [state for state, _ in trials(folder)] == ["FAIL"] * 2 + ["WAITING"] * 2
+
+
+@pytest.mark.slow
 def test_a_search_without_a_space_or_with_a_wrong_metric_is_told(qtorch_cli, runs):
     told = qtorch_cli("train", "-m", "hydra/sweeper=optuna", "debug=tiny")
     assert "the search has no space" in told.error()
