@@ -21,7 +21,7 @@ from qtorch.tracking.lineage import PARENT_TAG, born_with
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.rows import RunRow
-from qtorch.trainer.failure import error_of, note_started
+from qtorch.trainer.failure import error_of, note_started, started_runs
 from qtorch.trainer.prepare import complete_task
 from qtorch.trainer.run import record_train, task_train
 
@@ -31,6 +31,7 @@ FIT_KEY_TAG = "qtorch.fit_key"  # a training but for its data: known without rea
 FIT_TAG = "qtorch.fit_id"
 FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this one's records were made of
 BEGIN_SECONDS = 20.0  # from a claim to its run
+ENDED = (Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_K)
 INTERRUPTED = (Recorder.STATUS_R, Recorder.STATUS_K, Recorder.STATUS_S)
 
 TRAINED, SKIPPED, RESUMED, RETRIED = "trained", "skipped", "resumed", "retried"
@@ -42,7 +43,7 @@ class Membership:
     """A job's place in a sweep: the sweep's run, the job's number and overrides.
 
     `retry`: what failed is tried again. `reuse`: runs of the experiment that are no part of the
-    sweep count too, if they are finished.
+    sweep count too, if they are finished or their training is what is wanted.
     """
 
     sweep_id: str
@@ -121,7 +122,7 @@ def run_sweep_job(
         with born_with(born):
             if earlier is not None:
                 return _again(complete, place, earlier)
-            fitted = _fitted(experiment.id, complete, tags) if place.reuse else None
+            fitted = _fitted(experiment.id, complete, tags, place)
             return _anew(complete, fitted, experiment_name, recorder_name)
 
 
@@ -155,13 +156,12 @@ def settled_sweep_job(
     return None
 
 
-def _anew(task: dict[str, Any], fitted: Recorder | None, *names: str | None) -> JobOutcome:
-    if fitted is not None:
-        try:
-            with born_with({FIT_FROM_TAG: str(fitted.id), FIT_TAG: fitted.list_tags()[FIT_TAG]}):
-                return JobOutcome(record_train(task, fitted, *names), RECORDED)
-        except (LoadObjectError, TrustError) as error:
-            log.warning("run %s has trained this, but cannot be used: %s", fitted.id, error)
+def _anew(task: dict[str, Any], fitted: list[RunRow], *names: str | None) -> JobOutcome:
+    for row in fitted:
+        with born_with({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
+            recorder = _recorded(task, row.id, *names)
+        if recorder is not None:
+            return JobOutcome(recorder, RECORDED)
     return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
 
 
@@ -169,25 +169,32 @@ def _again(task: dict[str, Any], place: Membership, earlier: RunRow) -> JobOutco
     """In the run that there is, from its checkpoint."""
     _adopted(earlier, place, RESUMED)
     attempt = {"experiment_id": earlier.experiment_id, "recorder_id": earlier.id}
-    recorder = _recorded_again(task, earlier, attempt)
+    recorder = None
+    if FIT_FROM_TAG in earlier.tags:  # only the records were to be made
+        recorder = _recorded(task, earlier.tags[FIT_FROM_TAG], run=attempt)
     if recorder is None:
+        if FIT_TAG in earlier.tags:  # true again when this attempt has saved its own
+            R.get_recorder(recorder_id=earlier.id).delete_tags(FIT_TAG)
         recorder = task_train(task, run=attempt, on_fitted=partial(_tag_fit, task))
     return JobOutcome(recorder, RETRIED if earlier.status == Recorder.STATUS_FA else RESUMED)
 
 
-def _recorded_again(
-    task: dict[str, Any], earlier: RunRow, attempt: Mapping[str, str]
+def _recorded(
+    task: dict[str, Any], fitted_id: str, *names: str | None, run: Mapping[str, str] | None = None
 ) -> Recorder | None:
-    """The run of which only the records were to be made; None for any other, or if its training
-    is gone."""
-    if FIT_FROM_TAG not in earlier.tags:
-        return None
+    """The run with the records of what another one has trained; None if that cannot be used."""
+    begun: list[Recorder] = []
     try:
-        fitted = R.get_recorder(recorder_id=earlier.tags[FIT_FROM_TAG])
-        return record_train(task, fitted, run=attempt)
+        with started_runs(begun):
+            return record_train(task, R.get_recorder(recorder_id=fitted_id), *names, run=run)
     except (NotInStoreError, LoadObjectError, TrustError) as error:
-        log.warning("run %s had trained this, but cannot be used: %s", earlier.id, error)
+        if begun:  # a record's own error
+            raise
+        log.warning("run %s has trained this, but cannot be used: %s", fitted_id, error)
         return None
+    finally:
+        for recorder in begun:
+            note_started(recorder)
 
 
 # -- earlier runs ----------------------------------------------------------------------------------
@@ -201,9 +208,7 @@ def _finished(experiment_id: str, tags: Mapping[str, str], place: Membership) ->
 def _earlier(experiment_id: str, tags: Mapping[str, str], place: Membership) -> RunRow | None:
     """The run of the same task that counts: a finished one before an interrupted one before a
     failed one, the newest of each."""
-    rows = _rows(experiment_id, TASK_TAG, tags[TASK_TAG])
-    if not place.reuse:
-        rows = [r for r in rows if JOB_TAG + place.sweep_id in r.tags]
+    rows = _counting(_rows(experiment_id, TASK_TAG, tags[TASK_TAG]), place)
     for statuses in ((Recorder.STATUS_FI,), INTERRUPTED, (Recorder.STATUS_FA,)):
         for row in rows:
             of_a_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
@@ -218,6 +223,11 @@ def _rows(experiment_id: str, tag: str, value: str) -> list[RunRow]:
 
     condition = f"tags.`{tag}` = '{value}'"
     return store_at(R.get_uri()).runs([experiment_id], filter_string=condition)
+
+
+def _counting(rows: list[RunRow], place: Membership) -> list[RunRow]:
+    """Without `reuse` those of the sweep alone."""
+    return rows if place.reuse else [r for r in rows if JOB_TAG + place.sweep_id in r.tags]
 
 
 def _adopted(row: RunRow, place: Membership, how: str) -> JobOutcome:
@@ -240,16 +250,20 @@ def _left_to_another(experiment_id: str, tags: Mapping[str, str], place: Members
 
 
 def _fitted(
-    experiment_id: str, task: Mapping[str, Any], tags: Mapping[str, str]
-) -> Recorder | None:
-    """A finished run that has trained just this, on the same data."""
-    rows = _rows(experiment_id, FIT_KEY_TAG, tags[FIT_KEY_TAG])
-    rows = [r for r in rows if r.status == Recorder.STATUS_FI and FIT_TAG in r.tags]
+    experiment_id: str, task: Mapping[str, Any], tags: Mapping[str, str], place: Membership
+) -> list[RunRow]:
+    """The runs that have trained just this, on the same data, finished ones first.
+
+    One that failed or was stopped after its training (in a record, say) has trained too; one that
+    may be alive is left alone.
+    """
+    rows = _counting(_rows(experiment_id, FIT_KEY_TAG, tags[FIT_KEY_TAG]), place)
+    rows = [r for r in rows if r.status in ENDED and FIT_TAG in r.tags]
     if not rows:
-        return None
+        return []
     wanted = _fit_id(task, init_instance_by_config(task["dataset"]))
-    same = next((r for r in rows if r.tags[FIT_TAG] == wanted), None)
-    return None if same is None else R.get_recorder(recorder_id=same.id)
+    rows = [r for r in rows if r.tags[FIT_TAG] == wanted]
+    return sorted(rows, key=lambda r: r.status != Recorder.STATUS_FI)
 
 
 # -- what a run is told ----------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from qtorch.core.errors import ConfigError
 from qtorch.core.heartbeat import listening
 from qtorch.study import sweep_job
 from qtorch.study.sweep_job import (
@@ -56,6 +59,37 @@ def test_records_that_were_interrupted_are_made_without_training(store, make_tas
     assert "pred.pkl" in made.recorder.list_artifacts()
     third = run_sweep_job({**task, "record": []}, PLACE, "exp")
     assert third.how == RECORDED
+
+
+@pytest.mark.slow
+def test_a_record_that_failed_is_mended_without_training(store, make_task, monkeypatch):
+    task = {**make_task(), "seed": 1}
+    with pytest.raises(ConfigError, match="NoSuchRecord"):
+        run_sweep_job({**task, "record": ["NoSuchRecord"]}, PLACE, "exp")
+    (failed,) = R.list_recorders(experiment_name="exp").values()
+    assert failed.status == "FAILED"
+    alone = Membership(PLACE.sweep_id, 0, PLACE.overrides, reuse=False)
+    elsewhere = Membership("another", 0, PLACE.overrides, reuse=False)
+
+    train = sweep_job.task_train
+    monkeypatch.setattr(sweep_job, "task_train", None)  # whoever trains fails
+    with pytest.raises(TypeError):
+        run_sweep_job(task, elsewhere, "exp")
+    made = run_sweep_job(task, alone, "exp")
+    assert (made.how, made.recorder.status) == (RECORDED, "FINISHED")
+    assert made.recorder.list_tags()[FIT_FROM_TAG] == failed.id
+    assert made.recorder.logged("valid/loss") == failed.logged("valid/loss")
+
+    # A record's own failure to load something is no reason to train.
+    other = {**task, "record": ["SigAnaRecord"]}  # of scores that no record has made
+    with pytest.raises(Exception, match=r"pred\.pkl"):
+        run_sweep_job(other, alone, "exp")
+
+    # What cannot be loaded is passed over, be it all that there is.
+    for run in R.list_recorders(experiment_name="exp").values():
+        Path(run.download_artifact("params.pkl")).unlink()
+    monkeypatch.setattr(sweep_job, "task_train", train)
+    assert run_sweep_job({**task, "record": []}, alone, "exp").how == TRAINED
 
 
 @pytest.mark.slow
