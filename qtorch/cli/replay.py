@@ -25,7 +25,7 @@ usage: qtorch replay run=RUN_ID [experiment_name=...] [tracking.uri=...]
 
 The run's own task is trained again, with its seed and its number of threads, in a new run (tag
 replay.of). Weights, every step of every metric and the scores are compared bit for bit. Where they
-differ, the table says what else does: data, code, versions, device.
+differ, the table says what else does: data, code (of your own modules too), versions, device.
 
 exit code: 0 all equal, 1 something differs (or could not be repeated)
 """
@@ -68,10 +68,11 @@ def _print(found: Replay) -> None:
         for name in ("what differs", "then", "now"):
             other.add_column(name, overflow="fold")
         for each in found.differences:
-            other.add_row(each.what, each.then or "not recorded", each.now or "not there")
+            other.add_row(each.what, each.then or "not there", each.now or "not there")
         console.print(other)
-    elif not found.equal and not found.unknown:
-        console.print("data, code, versions, threads and device are the same as then.")
+    elif not found.equal:
+        same = "data, code, versions, threads and device are the same as then."
+        console.print("what is known of then is the same now." if found.unknown else same)
     for told in found.unknown:
         console.print(f"note: {told}")
     verdict = "the same numbers" if found.equal else "other numbers"

@@ -24,6 +24,9 @@ EQUAL_TAG = "replay.equal"
 MODEL, SCORES = "params.pkl", "pred.pkl"
 MOST_NAMES = 3
 SYSTEM = "system/"  # MLflow's own measurements of the machine
+SOURCE = "source of "
+# Of an environment: what is not known where it is None, and what it is called.
+KNOWABLE = {"data": "the data", "sources": "the code of the task's own modules"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that was another one when the run was made; None where it is not recorded."""
+    """Something that was another one when the run was made; None where it was not there."""
 
     what: str
     then: str | None
@@ -85,15 +88,10 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
                 each.set_tags(**{OF_TAG: original.id})
     numbers = [_weights(original, run), _metrics(original, run), _scores(original, run)]
     now = _loaded(run, ENVIRONMENT) or {}
-    found = Replay(original, run, numbers, _differences(then, now))
+    found = Replay(original, run, numbers, *differences(then, now))
     stopped = original.list_tags().get(PRUNED_TAG)
     if stopped:
         found.differences.append(Difference("stopped by its search", stopped, "never"))
-    if not then:
-        found.unknown.append(
-            "the run is of before environments were recorded: versions, data, code and threads of "
-            "then are not known"
-        )
     run.set_tags(**{EQUAL_TAG: str(found.equal).lower()})
     return found
 
@@ -202,25 +200,34 @@ def _scores(original: Recorder, run: Recorder) -> Compared:
 # -- circumstances -----------------------------------------------------------------------------
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs between two environments, the data first."""
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[list[Difference], list[str]]:
+    """What differs between two environments, the data first; and what is to be said of what is
+    not known of them."""
     if not then:
-        return []
-    one, two = _flat(then), _flat(now)
-    names = sorted({*one, *two}, key=lambda n: (n != "data", not n.startswith("code"), n))
-    found = []
-    for name in names:
+        told = "the run has no record of its environment: versions, data, code and threads of then"
+        return [], [f"{told} are not known"]
+    lost = [k for k in KNOWABLE if then.get(k) is None or now.get(k) is None]
+    one, two = ({k: v for k, v in e.items() if k not in lost} for e in (then, now))
+    one, two = _flat(one), _flat(two)
+    alike = then.get("format") == now.get("format")  # else they hold other things
+    found, unknown = [], [KNOWABLE[k] for k in lost]
+    for name in sorted({*one, *two}, key=lambda n: (n != "data", not n.startswith("code"), n)):
         first, second = one.get(name), two.get(name)
-        if first != second:
+        no_file = name.startswith(SOURCE) and None in (one.get(name, ""), two.get(name, ""))
+        if no_file or not (alike or (name in one and name in two)):
+            unknown.append(name)
+        elif first != second:
             found.append(Difference(name, _text(first), _text(second)))
-    return found
+    return found, [f"not known, so perhaps not as then: {', '.join(unknown)}"] if unknown else []
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in environment.items():
         if isinstance(value, Mapping):
-            short = "" if name == "packages" else f"{name}."
+            short = {"packages": "", "sources": SOURCE}.get(name, f"{name}.")
             found |= {f"{short}{k}": v for k, v in value.items()}
         elif name != "format":
             found[name] = value

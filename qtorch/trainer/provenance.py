@@ -9,6 +9,7 @@ import hashlib
 import logging
 import platform
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,26 +18,46 @@ from typing import Any
 import qtorch
 from qtorch.tracking.provenance import git_output
 from qtorch.tracking.recorder import Recorder
+from qtorch.trainer.sources import source_digests
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment"
-FORMAT = 1
-PACKAGES = ("torch", "pytorch-lightning", "numpy", "pandas", "mlflow", "lightgbm")
+FORMAT = 2
+PACKAGES = (  # that take part in numbers, where they are installed
+    *("torch", "pytorch-lightning", "lightning", "hydra-core", "omegaconf"),
+    *("numpy", "pandas", "pyarrow", "scipy", "mlflow", "safetensors"),
+    *("lightgbm", "cvxpy", "optuna"),
+)
 
 
-def save_environment(recorder: Recorder, model: Any, dataset: Any) -> None:
+def sources_of(task: Mapping[str, Any]) -> dict[str, str | None] | None:
+    """What `environment_of` is given, asked for before the training: a file may be edited during
+    it. None where it cannot be told; nothing here fails a training."""
+    try:
+        return source_digests(task)
+    except Exception as error:
+        log.warning("the sources of the task's own modules are not recorded: %s", error)
+        return None
+
+
+def save_environment(
+    recorder: Recorder, model: Any, dataset: Any, sources: Mapping[str, str | None] | None
+) -> None:
     """Write the artifact; what cannot be told is left out, and nothing here fails a training."""
     try:
-        recorder.save_objects(environment=environment_of(model, dataset))
+        recorder.save_objects(environment=environment_of(model, dataset, sources))
     except Exception as error:
         log.warning("the run's environment is not recorded: %s", error)
 
 
-def environment_of(model: Any, dataset: Any) -> dict[str, Any]:
-    """Plain data: `format`, `python`, `packages`, `code`, `device`, `threads`, `data`, ...
+def environment_of(
+    model: Any, dataset: Any, sources: Mapping[str, str | None] | None
+) -> dict[str, Any]:
+    """Plain data: `format`, `python`, `packages`, `code`, `sources`, `device`, `threads`, ...
 
-    `data` is the fingerprint of the dataset's bars, None for a dataset that has none.
+    `sources` are digests of the files of the user's own modules, `data` is the fingerprint of the
+    dataset's bars; None is what is not known (a dataset without a fingerprint).
     """
     return {
         "format": FORMAT,
@@ -44,6 +65,7 @@ def environment_of(model: Any, dataset: Any) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": _packages(),
         "code": _code(),
+        "sources": None if sources is None else dict(sources),
         **_device(model),
         "data": _fingerprint(dataset),
     }
@@ -63,14 +85,18 @@ def _packages() -> dict[str, str]:
 @cache
 def _code() -> dict[str, Any]:
     """The commit of qtorch's own code where it runs from a working tree; asked for once: the
-    process's code is that of its start. Uncommitted changes are told by a hash of them."""
+    process's code is that of its start. Uncommitted changes and files that git does not know are
+    told by a hash of them."""
     folder = Path(qtorch.__file__).parent
     commit = None
     if (folder.parent / ".git").exists():
         commit = git_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     if commit is None:
         return {"commit": None}
-    changes = git_output(["git", "-C", str(folder), "diff", "HEAD", "--", "."])
+    changes = git_output(["git", "-C", str(folder), "diff", "HEAD", "--", "."]) or ""
+    new = ["ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
+    for name in filter(None, (git_output(["git", "-C", str(folder), *new]) or "").split("\0")):
+        changes += name + hashlib.sha256((folder / name).read_bytes()).hexdigest()
     changed = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
     return {"commit": commit.strip(), "uncommitted": changed}
 

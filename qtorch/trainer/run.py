@@ -24,7 +24,7 @@ from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
 from qtorch.trainer.prepare import complete_task, shown_task, split_place
-from qtorch.trainer.provenance import save_environment
+from qtorch.trainer.provenance import save_environment, sources_of
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +244,7 @@ def _execute(
         if stored:
             check_config(task)
         beat("data")
+        sources = sources_of(task)
         model = _built(task["model"])
         dataset = _built(task["dataset"])
         options: dict[str, Any] = {"recorder": recorder}
@@ -256,7 +257,7 @@ def _execute(
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
-        save_environment(recorder, model, dataset)
+        save_environment(recorder, model, dataset, sources)
         if on_fitted is not None:
             on_fitted(recorder, dataset)
         make_records(recorder, task.get("record"), model, dataset)
