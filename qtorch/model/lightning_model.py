@@ -145,7 +145,8 @@ class LightningModel(ModelFT):
         path from that checkpoint (ConfigError if it is of another training), None starts anew.
         A training that is resumed, killed however it was, ends with the same weights and metrics
         as one that never was: bit for bit on the CPU with one number of threads and of devices.
-        Another number of devices is announced: it goes on with what of the epoch is not yet used.
+        Another number of either is announced; of devices, it goes on with what of the epoch is
+        not yet used.
 
         Ctrl-C stops after the step, keeps a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second one ends at once. Raises DataError where there is nothing to

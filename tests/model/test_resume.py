@@ -133,7 +133,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 
 @pytest.mark.slow
-def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupted) -> None:
+def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupted, caplog) -> None:
     resumable_model().fit(ToyDataset(), recorder=recorder)
     logged = recorder.history()
     again = resumable_model()
@@ -142,8 +142,14 @@ def test_a_finished_training_is_not_repeated(recorder: ToyRecorder, uninterrupte
     assert _same(_weights(again), _weights(uninterrupted[0]))
     assert recorder.history() == logged  # said again, for a killed process may not have; not other
     longer = resumable_model(trainer={**again.trainer, "max_epochs": 5})
-    longer.fit(ToyDataset(), recorder=recorder)
+    assert "threads" not in caplog.text
+    torch.set_num_threads(2)
+    try:
+        longer.fit(ToyDataset(), recorder=recorder)
+    finally:
+        torch.set_num_threads(1)
     assert longer.fit_report_["epochs"] == 5
+    assert "is of 1 threads, this training goes on with 2" in caplog.text
 
 
 @pytest.mark.slow
