@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNFINISHED = ".part"
 
 
 def cache_folder() -> Path:
@@ -22,14 +26,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`; it takes `path`'s place when the block ends well.
 
     The content reaches the disk before the rename, so that a crash leaves the old file or the new
-    one. On an error the temporary file goes away and the error passes.
+    one. On an error the temporary file goes away and the error passes; what a killed process left
+    is found by `remove_unfinished`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    handle, name = tempfile.mkstemp(UNFINISHED, f".{target.name}.", target.parent)
     temporary = Path(name)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer lives
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -41,3 +47,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the temporary files that writers of this folder left when they were killed.
+
+    Those of living writers stay, on any machine; on a file system without locks all do.
+    """
+    for path in Path(folder).glob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.core.files import whole_file
+from qtorch.core.files import remove_unfinished, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def save_rotating(save: Any, folder: Path, *, rotate: bool = True) -> Path:
     `rotate` is False in a process that only takes part in saving what another one writes.
     """
     last, previous = folder / LAST, folder / PREVIOUS
-    fresh = folder / f".new-{LAST}"
+    fresh = _new(folder, LAST)
     save(str(fresh))
     if not rotate:
         return last
@@ -59,13 +59,28 @@ def save_rotating(save: Any, folder: Path, *, rotate: bool = True) -> Path:
 
 def keep_best(folder: Path) -> None:
     """The last checkpoint is also the best so far: a second name for the same file."""
-    link = folder / f".new-{BEST}"
+    link = _new(folder, BEST)
     link.unlink(missing_ok=True)
     try:
         os.link(folder / LAST, link)
     except OSError:  # a file system without hard links
         link.write_bytes((folder / LAST).read_bytes())
     os.replace(link, folder / BEST)
+
+
+def tidy(folder: Path, *, ended: bool) -> None:
+    """Remove what a process that was killed in the middle of a checkpoint left in the folder.
+
+    A whole checkpoint that was not yet given its name goes only when the training has ended: the
+    next one takes its place, and another process may be about to name it.
+    """
+    remove_unfinished(folder)
+    for name in (LAST, BEST) if ended else ():
+        _new(folder, name).unlink(missing_ok=True)
+
+
+def _new(folder: Path, name: str) -> Path:
+    return folder / f".new-{name}"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

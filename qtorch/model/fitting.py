@@ -15,7 +15,7 @@ from torch import nn
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.sample_set import Samples
-from qtorch.model.checkpoint import LAST, checkpoint_to_resume
+from qtorch.model.checkpoint import LAST, checkpoint_to_resume, tidy
 from qtorch.model.finetuning import FineTuning
 from qtorch.model.generators import preserved_generators
 from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
@@ -104,7 +104,13 @@ def _folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
     if given is not None or recorder is not None:
         folder = Path(given) if given is not None else Path(recorder.checkpoint_dir())
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        tidy(folder, ended=False)
+        ended = False
+        try:
+            yield folder
+            ended = True
+        finally:
+            tidy(folder, ended=ended)
         return
     folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
     yield folder

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, nearest, unknown_name
-from qtorch.core.files import whole_file
+from qtorch.core.files import remove_unfinished, whole_file
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
 
@@ -65,6 +67,27 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         raise RuntimeError
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_what_a_killed_writer_leaves_is_removed_and_a_living_ones_stays(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("whole")
+    (tmp_path / ".other.txt").write_text("")
+    pid = os.fork()
+    if not pid:
+        with whole_file(path) as temporary:
+            temporary.write_text("ha")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    left = set(tmp_path.iterdir())
+    assert len(left) == 3
+    with whole_file(path) as temporary:
+        temporary.write_text("one")
+        remove_unfinished(tmp_path)
+        assert set(tmp_path.iterdir()) == {path, tmp_path / ".other.txt", temporary}
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.txt", "x.txt"]
+    assert path.read_text() == "one"
 
 
 def test_progress_gives_every_item():

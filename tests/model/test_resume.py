@@ -14,12 +14,14 @@ from toy_training import ToyDataset, ToyRecorder, resumable_model
 from toy_training import main as train_in
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.files import whole_file
 from qtorch.core.stops import STOPS, noted
 from qtorch.data.batches import BatchLoader
 from qtorch.model.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
+    AtomicCheckpointIO,
     CheckpointError,
     newest_checkpoint,
     read_checkpoint,
@@ -173,13 +175,22 @@ def test_a_path_of_another_training_is_an_error(recorder: ToyRecorder, tmp_path:
         resumable_model().fit(ToyDataset(), resume=tmp_path)
 
 
-def test_last_previous_and_best_are_kept(recorder: ToyRecorder) -> None:
-    model = resumable_model()
+def test_last_previous_and_best_are_kept_alone(recorder: ToyRecorder) -> None:
+    model, folder = resumable_model(), recorder.checkpoint_dir()
+    assert Forked(lambda: _dies_writing(folder)).join() == -signal.SIGKILL
+    assert len(list(folder.iterdir())) == 2
     model.fit(ToyDataset(), recorder=recorder)
-    folder = recorder.checkpoint_dir()
     assert sorted(p.name for p in folder.iterdir()) == sorted([LAST, PREVIOUS, BEST])
     best = read_checkpoint(folder / BEST)["state_dict"]
     assert all(torch.equal(best[f"network.{k}"], v) for k, v in _weights(model).items())
+
+
+def _dies_writing(folder: Path) -> None:
+    """A process is killed before it has named a checkpoint, another one while it writes one."""
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, folder / f".new-{BEST}")
+    with whole_file(folder / f".new-{LAST}") as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
