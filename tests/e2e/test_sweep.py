@@ -32,6 +32,17 @@ def sweeps(runs):
     return [r for r in runs() if "qtorch.sweep" in r.list_tags()]
 
 
+def committed(folder) -> str:
+    """The commit of a folder under git."""
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), (*who, "commit", "-q", "--allow-empty", "-m", "begin")):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    told = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return told.stdout.strip()
+
+
 def trained_at(run) -> int:
     return Path(run.download_artifact("params.pkl")).stat().st_mtime_ns
 
@@ -43,12 +54,16 @@ def rows_of(told, *words) -> list[str]:
 def test_a_sweep_is_one_run_that_the_same_command_takes_up_again(
     warm, train, runs, jobs, qtorch_cli, folder, monkeypatch
 ):
+    commit = committed(folder)
     command = ("-m", "model.network.hidden_size=8,-1", "seed=0,1")
     told = train(*command)
     assert told.code == 1
     (parent,) = sweeps(runs)
     name = parent.list_tags()["qtorch.sweep"]
     assert parent.status == "FAILED"
+    assert parent.name == f"sweep {name}"
+    assert parent.list_tags()["mlflow.source.git.commit"] == commit
+    assert set(command[1:]) <= set(parent.list_tags()["qtorch.sweep.overrides"].split())
     assert parent.list_tags()["qtorch.sweep.count"] == "4"
     children = jobs()
     assert {r.list_tags()[PARENT_TAG] for r in children} == {parent.id}
