@@ -42,11 +42,8 @@ def settled_jobs(context: HydraContext, config: DictConfig, jobs: Jobs) -> dict[
     settled: dict[int, JobReturn] = {}
     calendars: Calendars = {}
     for number, overrides in progress(list(jobs.items()), "look for finished jobs"):
-        job = context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(job):
-            job.hydra.job.num = number
-            job.hydra.job.id = f"job_id_for_{number}"
-        with _as_hydras(job):
+        job = composed_job(context, config, number, overrides)
+        with as_hydras(job):
             try:
                 told = _settled(job, number, str(sweep.recorder.id), calendars)
             except QtorchError:
@@ -81,8 +78,19 @@ def _settled(job: DictConfig, number: int, sweep_id: str, calendars: Calendars) 
     return returned
 
 
+def composed_job(
+    context: HydraContext, config: DictConfig, number: int, overrides: Sequence[str]
+) -> DictConfig:
+    """The configuration of one job of a sweep, as Hydra composes it."""
+    job: DictConfig = context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.num = number
+        job.hydra.job.id = f"job_id_for_{number}"
+    return job
+
+
 @contextmanager
-def _as_hydras(job: DictConfig) -> Iterator[None]:
+def as_hydras(job: DictConfig) -> Iterator[None]:
     """The job's configuration as Hydra's own, which values may refer to."""
     instance = HydraConfig.instance()
     before: Any = instance.cfg
