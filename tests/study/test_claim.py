@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 
 import pytest
 
 from qtorch.study import claim
 from qtorch.study.claim import claimed, claims_folder, is_held
+from qtorch.tracking.locations import file_lock
 
 context = multiprocessing.get_context("fork")
 
@@ -75,6 +78,80 @@ def test_a_holder_elsewhere_is_judged_by_its_last_touch(tmp_path):
     old = time.time() - claim.STALE_SECONDS - 5
     os.utime(path, (old, old))
     assert not is_held(path)
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """The claim of another machine, touched a moment ago; it counts for a second."""
+    monkeypatch.setattr(claim, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(claim, "LOOK_SECONDS", 0.02)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"token": "x", "machine": "another 1", "process": [1, "1"]}))
+    return path
+
+
+def touch_until(path, done):
+    while not done.wait(0.1):
+        os.utime(path)
+
+
+def later(seconds, work, *arguments):
+    timer = threading.Timer(seconds, work, arguments)
+    timer.start()
+    return timer
+
+
+def test_a_dead_holder_elsewhere_is_outlived(foreign, caplog):
+    caplog.set_level("INFO")
+    free = []
+
+    def try_the_lock():
+        with file_lock(foreign.with_name(f".{foreign.name}.lock"), timeout=0.2):
+            free.append(True)
+
+    timer = later(0.3, try_the_lock)
+    begin = time.monotonic()
+    with claimed(foreign) as mine:
+        assert mine is True
+        assert json.loads(foreign.read_text())["machine"] == claim._machine()
+    assert 0.8 < time.monotonic() - begin < 3
+    timer.join()
+    assert free
+    assert "another has claimed this job" in caplog.text
+
+
+def test_a_holder_elsewhere_that_touches_its_claim_keeps_it(foreign):
+    done = threading.Event()
+    holder = threading.Thread(target=touch_until, args=(foreign, done))
+    holder.start()
+    with claimed(foreign) as mine:
+        assert mine is False
+    done.set()
+    holder.join()
+    assert json.loads(foreign.read_text())["machine"] == "another 1"
+
+
+def test_a_claim_given_back_elsewhere_is_taken_at_once(foreign, monkeypatch):
+    monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
+    later(0.1, foreign.unlink)
+    with claimed(foreign) as mine:
+        assert mine is True
+
+
+def test_of_those_who_outlive_a_holder_one_gets_its_job(foreign):
+    begin, end, taken = context.Barrier(2), context.Barrier(2), context.SimpleQueue()
+    children = [in_a_child(race, foreign, begin, taken, end) for _ in range(2)]
+    for child in children:
+        child.join()
+    assert sorted(taken.get() for _ in children) == [False, True]
+
+
+def test_an_interruption_ends_the_look_at_a_claim(foreign, monkeypatch):
+    monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
+    later(0.1, os.kill, os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), claimed(foreign):
+        pass
+    assert json.loads(foreign.read_text())["machine"] == "another 1"
 
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
