@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qtorch.cli.guard import INTERRUPTED
 from qtorch.cli.submitted import submitted
-from qtorch.cli.sweep import KILLED, SENT, JobResult
+from qtorch.cli.sweep import KILLED, RUNNING, SENT, JobResult
 from qtorch.cli.sweep_start import SweepCommand, the_sweep
 from qtorch.cli.sweep_table import print_sweep
 from qtorch.core.errors import TrackingError
@@ -15,13 +15,17 @@ from qtorch.study.sweep import COMMAND_TAG, COUNT_TAG, SweepJob, adopt, end_swee
 
 
 def end(results: Sequence[JobResult], interrupted: BaseException | None) -> int:
-    """Print what there is, close the sweep's run; 0 finished, 1 some failed, 130 interrupted."""
+    """Print what there is, close the sweep's run; 0 finished, 1 some failed, 130 interrupted.
+
+    `interrupted` may be an error of the launcher's too, which is raised again after the table.
+    """
     sweep = the_sweep()
     if sweep is None or sweep.recorder is None:
         if interrupted is not None:
             raise interrupted
         return 1
-    stopped = interrupted is not None or sweep.stopped
+    error = interrupted if isinstance(interrupted, Exception) else None
+    stopped = (interrupted is not None and error is None) or sweep.stopped
     stopped = stopped or any(r.status == KILLED for r in results)
     jobs = list(results)
     try:
@@ -30,14 +34,18 @@ def end(results: Sequence[JobResult], interrupted: BaseException | None) -> int:
         rows = _merged(results, sweep_jobs(str(sweep.recorder.id)))
         tags = sweep.recorder.list_tags()
         expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
-        print_sweep(str(sweep.name), rows, expected, tags.get(COMMAND_TAG, ""))
+        if rows or error is None:
+            print_sweep(str(sweep.name), rows, expected, tags.get(COMMAND_TAG, ""))
         sent = any(r.status == SENT for r in results)
-        end_sweep(sweep.recorder, interrupted=stopped, sent=sent)
-    except TrackingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error is None or any(row.status == RUNNING for row in rows):
+            end_sweep(sweep.recorder, interrupted=stopped, sent=sent)
+    except TrackingError as unread:
+        print(f"error: {unread}", file=sys.stderr)
     for job in jobs:
         if job.error and job.status != KILLED:
             print(f"error: job {job.number}: {job.error}", file=sys.stderr)
+    if error is not None:
+        raise error
     if stopped:
         _say_how_to_go_on(sweep)
         return INTERRUPTED

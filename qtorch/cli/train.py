@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
     many = any(a in ("-m", "--multirun") for a in argv)
     register_plugins()
     try:
-        interrupted = _launched(argv)
-        if isinstance(interrupted, int):
-            return interrupted
-        return _told(many, interrupted)
+        ended = _launched(argv)
+        if isinstance(ended, int):
+            return ended
+        return _told(many, ended)
     finally:
         if "qtorch.cli.sweep_start" in sys.modules:
             from qtorch.cli.sweep_start import forget_sweep
@@ -46,7 +46,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _launched(argv: Sequence[str]) -> BaseException | int | None:
-    """Hydra's part: every job has ended after it, or been interrupted; else an exit code."""
+    """Hydra's part: every job has ended after it, or what has kept some from it is returned.
+
+    An exit code where there were no jobs (--help).
+    """
+    try:
+        return _composed_and_run(argv)
+    except Exception as error:
+        if not _sweep_has_begun():
+            raise
+        return error  # of a launcher: what its jobs came to is told nevertheless
+
+
+def _composed_and_run(argv: Sequence[str]) -> BaseException | int | None:
     with _as_program(argv), interruptible(), explained(argv):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
@@ -55,6 +67,8 @@ def _launched(argv: Sequence[str]) -> BaseException | int | None:
         except KeyboardInterrupt as stop:
             return stop
         except SystemExit as end:
+            if _sweep_has_begun():
+                return end  # a scheduler's notice
             return end.code if isinstance(end.code, int) else 0  # --help, a wrong option
         except Refusal as refusal:
             if refusal.__cause__ is None:
@@ -65,8 +79,18 @@ def _launched(argv: Sequence[str]) -> BaseException | int | None:
     return None
 
 
+def _sweep_has_begun() -> bool:
+    if "qtorch.cli.sweep_start" not in sys.modules:
+        return False
+    from qtorch.cli.sweep_start import the_sweep
+
+    sweep = the_sweep()
+    return sweep is not None and sweep.recorder is not None
+
+
 def _told(many: bool, interrupted: BaseException | None) -> int:
-    """What the jobs came to, on the terminal and as an exit code."""
+    """What the jobs came to, on the terminal and as an exit code; `interrupted`, what kept some
+    from their end."""
     jobs = finished_jobs()
     if any(j.sent for j in jobs) and interrupted is None:
         from qtorch.cli.sent import await_jobs

@@ -239,6 +239,17 @@ def test_a_job_that_the_kernel_ends_is_failed_and_takes_no_other_along(
     assert "SIGKILL" in ends["FAILED"]
 
 
+def test_an_error_of_the_launcher_does_not_lose_the_table(warm, train, runs, jobs, folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "1").touch()  # where the second job's folder would be
+    told = train("-m", "hydra.sweep.dir=out", "seed=0,1")
+    assert told.code == 1
+    assert "out/1" in told.error()
+    assert len(rows_of(told, " 0 ", "FINISHED")) == 1
+    assert [r.status for r in jobs()] == ["FINISHED"]
+    assert [p.status for p in sweeps(runs)] == ["FAILED"]
+
+
 def test_two_processes_begin_one_sweep_at_once(folder, runs):
     from multiprocessing import get_context
 
