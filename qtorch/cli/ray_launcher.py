@@ -22,7 +22,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import (
     JobReturn,
-    JobStatus,
     configure_log,
     run_job,
     setup_globals,
@@ -31,7 +30,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qtorch.cli.signals import interruptible
 from qtorch.core.errors import ConfigError
+from qtorch.core.stops import NOTICES, noted
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 # A cluster of this command's own stays on loopback, and its jobs are no background work.
 OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 REACH_SECONDS = 5.0
+STOP_SECONDS = 60.0
 
 
 class RayLauncher(Launcher):
@@ -156,11 +158,25 @@ class RayLauncher(Launcher):
                 os.getcwd(),
             )
         try:
-            return {number: _result(ray, each) for number, each in sent.items()}
-        except BaseException:
+            return {n: self._result(ray, each, n, jobs[n]) for n, each in sent.items()}
+        except BaseException as stop:
             for each in sent.values():
                 ray.cancel(each, force=False)
+            if not isinstance(stop, Exception):  # Ctrl-C: they keep a checkpoint
+                ray.wait(list(sent.values()), num_returns=len(sent), timeout=STOP_SECONDS)
             raise
+
+    def _result(self, ray: Any, sent: Any, number: int, overrides: Sequence[str]) -> JobReturn:
+        try:
+            found: JobReturn = ray.get(sent)
+            return found
+        except ray.exceptions.RayError as error:
+            from qtorch.cli.lost import note_lost_job
+            from qtorch.cli.settled_jobs import composed_job
+
+            job = composed_job(self.hydra_context, self.config, number, overrides)
+            why = f"Ray lost it (max_retries={self.max_retries}): {_first_line(error)}"
+            return note_lost_job(job, number, overrides, why)
 
     def _environment(self) -> dict[str, str]:
         """What a worker needs to find this code and the same stores."""
@@ -192,13 +208,33 @@ def run_in_worker(
         job.hydra.job.id = f"{job.hydra.job.name}_{number}"
         job.hydra.job.num = number
     HydraConfig.instance().set_config(job)
-    return run_job(
-        hydra_context=hydra_context,
-        task_function=task_function,
-        config=job,
-        job_dir_key="hydra.sweep.dir",
-        job_subdir_key="hydra.sweep.subdir",
-    )
+    with _tried_again():
+        return run_job(
+            hydra_context=hydra_context,
+            task_function=task_function,
+            config=job,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+@contextmanager
+def _tried_again() -> Iterator[None]:
+    """After a notice (a node is drained) Ray is to try the job again, from its checkpoint.
+
+    It does so where a process ends without a result. An exception would be the job's end: Ray
+    takes KeyboardInterrupt for the answer to `ray.cancel`, whose signal is SIGINT.
+    """
+    with interruptible():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            if not {noted.asked, noted.answered} & set(NOTICES):
+                raise
+            log.warning("asked to stop: this job is left to another try.")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -217,15 +253,11 @@ def _check_reached(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
-def _result(ray: Any, sent: Any) -> JobReturn:
-    try:
-        found: JobReturn = ray.get(sent)
-        return found
-    except ray.exceptions.RayError as error:
-        log.warning("a job's worker was lost: %s", str(error).splitlines()[0])
-        failed = JobReturn(status=JobStatus.FAILED)
-        failed.return_value = error
-        return failed
+def _first_line(error: BaseException) -> str:
+    """What Ray says of a job that it lost: without a traceback, and without where its logs are."""
+    cause = getattr(error, "cause", None)  # of a RayTaskError: what was raised in the worker
+    told = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
+    return next(iter(told.splitlines()), type(error).__name__)
 
 
 def _plain(value: Any) -> dict[str, Any]:

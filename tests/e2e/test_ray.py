@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,35 +96,76 @@ def cluster(tmp_path_factory, monkeypatch) -> Iterator[int]:
         assert not left
 
 
+LONG = ("trainer.max_epochs=12", "callbacks=no_stop", "model.checkpoint.every_n_steps=2")
+# What happens to each job, by its seed: Ray tries each once more.
+HARM = {"0": ["SIGKILL"], "1": ["SIGTERM"], "2": ["SIGKILL", "SIGKILL"]}
+
+
+def worker_of(run: Any, folder: Path) -> int:
+    """The process that has claimed a run's job."""
+    task = run.list_tags()["qtorch.task_id"]
+    claim = folder / "mlruns" / "claims" / f"{run.experiment_id}-{task}.json"
+    return int(json.loads(claim.read_text())["process"][0])
+
+
+def harm(
+    find_runs: Callable[[], list[Any]],
+    folder: Path,
+    plan: dict[str, list[str]],
+    over: threading.Event,
+) -> None:
+    """Send each job's worker, and the next one's, what the plan has, once it has a checkpoint."""
+    harmed: set[int] = set()
+    while any(plan.values()) and not over.wait(0.2):
+        if not (folder / "mlruns" / "mlflow.db").exists():
+            continue
+        for run in jobs_of(find_runs()):
+            left = plan[run.list_params()["seed"]]
+            try:
+                pid = worker_of(run, folder)
+                if left and pid not in harmed and "valid/loss" in run.list_metrics():
+                    os.kill(pid, signal.Signals[left[0]])
+                    harmed.add(pid)
+                    left.pop(0)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+
 @pytest.mark.slow
-def test_a_sweep_on_a_cluster_survives_a_killed_worker(cluster, train, runs, folder):
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        end = time.monotonic() + 120
-        while not killed and time.monotonic() < end:
-            if (folder / "mlruns" / "mlflow.db").exists() and jobs_of(runs()):
-                for process in running_jobs(cluster):
-                    os.kill(process.pid, 9)
-                    killed.append(process.pid)
-                    return
-            time.sleep(0.1)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+def test_a_sweep_on_a_cluster_survives_workers_that_end(cluster, train, qtorch_cli, runs, folder):
+    plan = {seed: list(signals) for seed, signals in HARM.items()}
+    over = threading.Event()
+    harming = threading.Thread(target=harm, args=(runs, folder, plan, over))
+    harming.start()
+    address = f"hydra.launcher.address=127.0.0.1:{cluster}"
     told = train(
-        "-m", "hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{cluster}",
-        "hydra.launcher.num_cpus=1", "seed=0,1,2,3", "trainer.max_epochs=2",
+        "-m", "hydra/launcher=ray", address, "hydra.launcher.num_cpus=1",
+        "hydra.launcher.max_retries=1", "sweep.name=harm", "seed=0,1,2", *LONG,
     )  # fmt: skip
-    killer.join()
-    assert killed
+    over.set()
+    harming.join()
+    assert not any(plan.values()), told.err
+    assert told.code == 1, told.err
+    assert "error: job 2: Ray lost it (max_retries=1)" in told.err
+    assert len([line for line in told.out.splitlines() if "FINISHED" in line]) == 2
+    assert len([line for line in told.out.splitlines() if "FAILED" in line]) == 1
+    assert ends(runs()) == {"0": "FINISHED", "1": "FINISHED", "2": "FAILED"}
+    assert not running_jobs(cluster)
+
+    told = qtorch_cli("sweep", "resume", "harm", "retry=true")
     assert told.code == 0, told.err
-    rows = [line for line in told.out.splitlines() if "FINISHED" in line]
-    assert len(rows) == 4
-    finished = [r for r in jobs_of(runs()) if r.status == "FINISHED"]
-    assert sorted(r.list_params()["seed"] for r in finished) == ["0", "1", "2", "3"]
-    pids = {p.pid for p in running_jobs(cluster)}
-    assert not pids
+    assert len([line for line in told.out.splitlines() if "(retried)" in line]) == 1
+    assert ends(runs()) == dict.fromkeys(HARM, "FINISHED")
+    for run in jobs_of(runs()):
+        assert run.load_object("fit_report")["resumed_from"] is not None
+        assert list(run.logged("valid/loss")) == list(range(12))
+
+
+def ends(found: list[Any]) -> dict[str, str]:
+    """The status of each job's run, by its seed; a job has one."""
+    jobs = jobs_of(found)
+    assert len(jobs) == len({r.list_params()["seed"] for r in jobs})
+    return {r.list_params()["seed"]: r.status for r in jobs}
 
 
 @pytest.mark.slow
