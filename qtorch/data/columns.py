@@ -177,15 +177,20 @@ class Columns(ABC):
         the same device and history as long as somebody holds it.
         """
         target = torch.device(device)
-        key = (target, 0 if history is None else id(history))
-        shared = self._packs.get(key)
-        found = shared() if shared is not None else None
-        if found is not None and (history is None or found.source_history is history):
+        found = self.shared_pack(target, history)
+        if found is not None:
             return found
         packed = self._pack(target, history)
         packed.source_history = history
-        self._packs[key] = weakref.ref(packed)
+        self._packs[_key(target, history)] = weakref.ref(packed)
         return packed
+
+    def shared_pack(self, device: torch.device, history: Tensor | None) -> Packed | None:
+        """The pack that somebody holds already, which `pack` would give; None if there is none."""
+        shared = self._packs.get(_key(device, history))
+        found = shared() if shared is not None else None
+        same = found is not None and (history is None or found.source_history is history)
+        return found if same else None
 
     def __repr__(self) -> str:
         d, n, f = self.shape
@@ -193,6 +198,10 @@ class Columns(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_packs": {}}
+
+
+def _key(device: torch.device, history: Tensor | None) -> tuple[torch.device, int]:
+    return device, 0 if history is None else id(history)
 
 
 class PanelColumns(Columns):

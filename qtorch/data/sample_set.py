@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,16 +16,13 @@ from qtorch.data.batches import Batch
 from qtorch.data.columns import Columns, PanelColumns
 from qtorch.data.extras import Gatherable
 from qtorch.data.gather import NAN, Packed, check_fill, infinite_message
+from qtorch.data.placement import STORES, Store, fits
 from qtorch.data.reweighter import Reweighter, checked_weights
 from qtorch.data.sample_table import SampleTable
 from qtorch.data.view import multi_index
 
 log = logging.getLogger(__name__)
 
-Store = Literal["auto", "device", "host"]
-STORES: tuple[str, ...] = ("auto", "device", "host")
-# Of the device's free memory, what the columns may take before they stay on the host.
-DEVICE_SHARE = 0.6
 DAY_BUCKETS = 8
 # How much is laid out at once where the features become a matrix.
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4096, 16
@@ -360,10 +357,12 @@ class Samples:
         return self._columns.num_bytes
 
     def _too_large(self, device: torch.device) -> bool:
-        if device.type != "cuda":
+        """Whether the features would not fit; what lies there already takes nothing more."""
+        if fits(self._num_bytes(), device):
             return False
-        free, _ = torch.cuda.mem_get_info(device)
-        return self._num_bytes() > DEVICE_SHARE * free
+        if self._columns is not None:
+            return self._columns.shared_pack(device, self.history) is None
+        return self.packed.device != device
 
     @property
     def arrangeable(self) -> bool:

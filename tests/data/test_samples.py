@@ -245,6 +245,23 @@ def test_moving_keeps_everything_and_the_host_store_gives_the_same_batches():
         samples.to("cpu", store="gpu")
 
 
+def test_segments_that_share_a_pack_are_on_the_device_together(monkeypatch):
+    made, raw = view()
+    made = made.with_group("feature", made.groups["feature"].keep(["F1"]))  # a copy when packed
+    train, valid = (build_samples(made, raw_label=raw, end=end) for end in DATES[[9, 19]])
+    size = 4 * D * N
+    free = [2 * size]
+    monkeypatch.setattr("qtorch.data.placement.free_bytes", lambda device: free[0])
+    train = train.to("cpu")
+    free[0] -= size
+    valid = valid.to("cpu")
+    assert (train.store, valid.store) == ("device", "device")
+    assert valid.packed is train.packed
+    assert valid.to("cpu").store == "device"
+    other = build_samples(made.with_group("feature", raw), raw_label=raw)
+    assert other.to("cpu").store == "host"  # features of its own have no room any more
+
+
 @pytest.mark.gpu
 def test_batches_on_the_gpu_are_those_of_the_cpu():
     made, raw = view()
