@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(10))]
 )
-# One record gives all of these, so they start and end together.
-BAR_FIELDS = frozenset(["open", "high", "low", "close", "volume", "vwap", "factor", "change"])
 
 _digests: dict[tuple[str, int, int], bytes] = {}
 
@@ -43,9 +41,9 @@ class QlibSource(Source):
     An instrument's stored span runs from the first to the last row of the fields loaded. One
     that a universe names but that has no folder yields nothing, with a warning, as in Qlib.
 
-    `provider_uri`: the folder; None takes that of `qtorch.init`. `strict`: refuse a bar field
-    (open, high, ..., change) that ends before the others of its instrument, as a cut file does;
-    False reads it as it is, with a warning.
+    `provider_uri`: the folder; None takes that of `qtorch.init`. `strict`: refuse a field that
+    ends before another field of its instrument, loaded or not, as a cut file does (a dump writes
+    all fields of an instrument over one span); False reads it as it is, with a warning.
 
     Raises DataError (one line: what, where, how to mend) for folders, files and names that are
     missing and for `.bin` files of impossible length. Unlike Qlib, unknown universes and fields
@@ -139,11 +137,11 @@ class QlibSource(Source):
         self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
     ) -> Bars:
         num_dates = len(self.read_calendar(freq))
-        files = [[f"{field.lower()}.{freq}.bin"] for field in fields]
+        files = [f"{field.lower()}.{freq}.bin" for field in fields]
         n, d = len(instruments), rows.stop - rows.start
         values = np.empty((len(fields), d, n), dtype=np.float32)
         reach = np.tile(np.array([num_dates, -1]), (len(fields), n, 1))
-        for k, (name,) in enumerate(files):
+        for k, name in enumerate(files):
             block = np.full((n, d), np.nan, dtype=np.float32)
             for i, instrument in enumerate(instruments):
                 path = f"{self._folder}/features/{folder_name(instrument)}/{name}"
@@ -163,7 +161,7 @@ class QlibSource(Source):
                     f"{self._folder}: {unknown_name('field', fields[k], self.fields(freq))}"
                 )
             values[k] = block.T
-        self._check_ends(reach, instruments, fields)
+        self._check_ends(reach[..., 1], instruments, files, freq)
         first, last = reach[..., 0].min(0), reach[..., 1].max(0)
         first[last < 0] = rows.start
         last[last < 0] = rows.start - 1
@@ -171,22 +169,26 @@ class QlibSource(Source):
         return Bars(torch.from_numpy(values), spans)
 
     def _check_ends(
-        self, reach: np.ndarray, instruments: Sequence[str], fields: Sequence[str]
+        self, last: np.ndarray, instruments: Sequence[str], names: Sequence[str], freq: str
     ) -> None:
-        """A bar field that stops before its siblings was cut while it was written or copied."""
-        bars = [k for k, f in enumerate(fields) if f.lower() in BAR_FIELDS]
-        if len(bars) < 2:
-            return
-        last = reach[bars, :, 1]
-        short = (last < last.max(0)) & (last >= 0)
-        if not short.any():
-            return
-        k, i = (int(a[0]) for a in np.nonzero(short))
-        self._cut(
-            f"{self._folder}/features/{folder_name(instruments[i])}: {fields[bars[k]]} ends at "
-            f"calendar row {last[k, i]}, its other bar fields at {last[:, i].max()} "
-            f"({int(short.sum())} such files)"
-        )
+        """A file that stops before its siblings was cut while it was written or copied.
+
+        `last [F, N]` is the last row of each file that was read, -1 for none.
+        """
+        found, count = "", 0
+        for i, instrument in enumerate(instruments):
+            ends = dict(zip(names, last[:, i].tolist(), strict=True))
+            folder = f"{self._folder}/features/{folder_name(instrument)}"
+            longest, end = _longest(folder, ends, freq, len(self.read_calendar(freq)))
+            short = [n for n, row in ends.items() if 0 <= row < end]
+            count += len(short)
+            if short and not found:
+                found = (
+                    f"{folder}/{short[0]} ends at calendar row {ends[short[0]]}, {longest} of the "
+                    f"same instrument at {end}"
+                )
+        if count:
+            self._cut(f"{found} ({count} such file{'s' if count > 1 else ''})")
 
     def _cut(self, found: str) -> None:
         """An error where this source is strict, else a warning."""
@@ -250,6 +252,26 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
             f"{num_dates} rows. The calendar or this file is of another version."
         )
     return _Stored(int(first), content[1:])
+
+
+def _longest(
+    folder: str, read: Mapping[str, int], freq: str, num_dates: int
+) -> tuple[str, int]:
+    """The file of an instrument that ends last, and the row where; `read` are known ends."""
+    name = max(read, key=lambda n: read[n])
+    end = read[name]
+    if end < 0:
+        return name, end  # it stores none of these fields
+    sizes = {e.name: e.stat().st_size for e in _entries(folder) if e.name.endswith(f".{freq}.bin")}
+    alike = {sizes[n] for n in read if n in sizes}  # of one size, of one span: nothing to open
+    for other, size in sizes.items():
+        if size not in alike and size > 4:
+            with open(f"{folder}/{other}", "rb") as file:
+                first = float(np.frombuffer(file.read(4), dtype="<f4")[0])
+            row = first + size // 4 - 2
+            if end < row < num_dates:
+                name, end = other, int(row)
+    return name, end
 
 
 def _read_instruments(path: Path) -> Membership:

@@ -40,7 +40,7 @@ def by_hand(tmp_path):
         tmp_path / "data",
         {
             ("aaa", "close"): (0, [1, 2, 3, 4, 5, 6]),
-            ("aaa", "pe"): (2, [30, 40]),
+            ("aaa", "pe"): (4, [30, 40]),
             ("bbb", "close"): (1, [20, float("nan"), 40]),
         },
         {"all": everything, "some": some},
@@ -54,7 +54,7 @@ def test_reads_values_calendar_and_spans_by_hand(by_hand):
     assert list(panel.instruments) == ["AAA", "Bbb"]
     expected = torch.tensor([[1, nan], [2, 20], [3, nan], [4, 40], [5, nan], [6, nan]])
     torch.testing.assert_close(panel.column("close"), expected, equal_nan=True)
-    expected = torch.tensor([nan, nan, 30, 40, nan, nan])
+    expected = torch.tensor([nan, nan, nan, nan, 30, 40])
     torch.testing.assert_close(panel.column("pe")[:, 0], expected, equal_nan=True)
     assert panel.column("pe")[:, 1].isnan().all()
     assert panel.spans.tolist() == [[0, 5], [1, 3]]
@@ -206,16 +206,28 @@ def test_a_file_cut_within_a_value(own_folder, keep):
     assert "s01/close.day.bin" in one_line(error)
 
 
-def test_a_file_cut_between_values_is_seen_by_its_siblings(own_folder, caplog):
-    path = own_folder / "features" / "s01" / "close.day.bin"
+@pytest.mark.parametrize("loaded", [["open", "close"], ["close"], ["mine"]])
+def test_a_file_cut_between_values_is_seen_by_its_siblings(own_folder, caplog, loaded):
+    folder = own_folder / "features" / "s01"
+    (folder / "mine.day.bin").write_bytes((folder / "close.day.bin").read_bytes())
+    path = folder / f"{loaded[-1]}.day.bin"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"s01: close ends at calendar row.*strict=False") as error:
-        QlibSource(own_folder).load(["open", "close"])
+    said = rf"s01/{loaded[-1]}.day.bin ends at calendar row 248, .* at 521 .*strict=False"
+    with pytest.raises(DataError, match=said) as error:
+        QlibSource(own_folder).load(loaded)
     one_line(error)
     with caplog.at_level(logging.WARNING):
-        panel = QlibSource(own_folder, strict=False).load(["open", "close"])
+        panel = QlibSource(own_folder, strict=False).load(loaded)
     assert "cut in the middle" in caplog.text
-    assert panel.column("close")[:, 1].isnan().any()
+    assert panel.column(loaded[-1])[:, 1].isnan().any()
+
+
+def test_a_field_that_begins_later_is_whole(own_folder):
+    late = np.array([500, *range(22)], dtype="<f4")
+    late.tofile(own_folder / "features" / "s01" / "mine.day.bin")
+    source = QlibSource(own_folder)
+    assert source.load(["mine"]).column("mine")[-1, 1] == 21
+    assert source.load(["close"]).spans[1].tolist() == [0, 521]
 
 
 def test_a_file_cut_behind_its_first_number(own_folder, caplog):
