@@ -27,12 +27,12 @@ from qtorch.model.feeding import readout_of
 from qtorch.model.finetuning import FineTuning, Statistics
 from qtorch.model.fitting import Fitted, Recipe, fit_network
 from qtorch.model.initial import Initial, check_init_from
-from qtorch.model.matching import LearntFrom, check_labels
+from qtorch.model.matching import LearntFrom, check_cross_section, check_labels
 from qtorch.model.model_state import state_of, take_state, weights_digest
 from qtorch.model.network_config import build_network, complete_network, network_config
 from qtorch.model.scoring import evaluation_size, score_series
 from qtorch.model.statistics import apply_statistics, fitted_statistics
-from qtorch.model.trainer_options import device_name, trainer_options
+from qtorch.model.trainer_options import device_name, early_stopping, trainer_options
 from qtorch.nn.tra import TRA
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.lineage import tag_lineage
@@ -237,6 +237,8 @@ class LightningModel(ModelFT):
         if "valid" in getattr(dataset, "segments", ("train", "valid")):
             valid = self._samples(dataset, "valid", reweighter)
         check_labels(train, valid)
+        watched = early_stopping(recipe.early_stop, recipe.monitor)[1]
+        check_cross_section(train, valid, monitor=watched, day_label=recipe.day_label)
         known = initial if fitted is None else self.learnt_
         if known is not None:
             train, valid = known.matched(train), None if valid is None else known.matched(valid)

@@ -92,6 +92,30 @@ def check_labels(train: Samples, valid: Samples | None) -> None:
             raise DataError(f"the samples of {name!r} have no label to learn from.")
         if bool(samples.target.isnan().all()):
             raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")
+    if train.most_a_day == 1:
+        log.warning(
+            "every day of 'train' has one instrument alone: a time series is learnt, nothing is "
+            "compared across instruments, and an IC is undefined"
+        )
+
+
+def check_cross_section(
+    train: Samples, valid: Samples | None, *, monitor: str, day_label: Any
+) -> None:
+    """Raise DataError where instruments are to be compared and each day has one alone.
+
+    `monitor` is the full name of the metric that is watched.
+    """
+    asked = {"train": day_label and "day_label", "valid": None}
+    if monitor.rpartition("/")[2] in ("ic", "rank_ic"):
+        asked["valid"] = f"monitor {monitor!r}"
+    for name, samples in (("train", train), ("valid", valid)):
+        if asked[name] and samples is not None and samples.most_a_day == 1:
+            raise DataError(
+                f"{asked[name]} compares the instruments of a day, and every day of the segment "
+                f"{name!r} has one instrument alone: learn from a universe of several, or do "
+                "without (monitor=loss, day_label=null)."
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,13 +19,15 @@ class Record(Configured, ABC):
     """Makes something of a run's results and stores it in the same run.
 
     Answers to Qlib's `RecordTemp` (workflow/record_temp.py). A subclass names the folder of its
-    artifacts (`artifact_path`), the record it builds on (`depend_cls`) and the artifacts it
-    writes (`list`). Difference: a missing dependency is a RecordError that names it, where Qlib
-    logs a warning and goes on.
+    artifacts (`artifact_path`), the record it builds on (`depend_cls`), the artifacts it writes
+    (`list`), and whether it compares the scores of a day with each other (`needs_cross_section`:
+    one instrument a day is then an error before the training). Difference: a missing dependency
+    is a RecordError that names it, where Qlib logs a warning and goes on.
     """
 
     artifact_path: ClassVar[str | None] = None
     depend_cls: ClassVar[type[Record] | None] = None
+    needs_cross_section: ClassVar[bool] = False
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self._recorder = recorder

@@ -39,6 +39,7 @@ class SigAnaRecord(Record):
 
     artifact_path: ClassVar[str | None] = "sig_analysis"
     depend_cls: ClassVar[type[Record] | None] = SignalRecord
+    needs_cross_section: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.heartbeat import beat
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
     flatten_dict,
+    get_callable_kwargs,
     init_instance_by_config,
 )
 from qtorch.core.runtime import seed_everything
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
 TASK = "task"
-TEST = "test"
+TRAIN, TEST = "train", "test"
 FIT_REPORT = "fit_report"  # epochs, seconds, samples a second: no metrics, for they never repeat
 
 
@@ -250,7 +251,7 @@ def _execute(
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
             options["reweighter"] = _built(task["reweighter"])
-        _check_test(dataset, task.get("record"))
+        _check_segments(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
         beat("saving")
         recorder.save_objects(**{"params.pkl": model})
@@ -263,11 +264,33 @@ def _execute(
         make_records(recorder, task.get("record"), model, dataset)
 
 
-def _check_test(dataset: Any, records: Any) -> None:
-    """DataError now, and not after the training, for a test segment that holds nothing."""
+def _check_segments(dataset: Any, records: Any) -> None:
+    """DataError now, and not after the training, for a segment that holds nothing, and for one
+    instrument a day where a record compares the scores of a day with each other."""
     samples = getattr(dataset, "samples", None)
-    if records and callable(samples) and TEST in getattr(dataset, "segments", {}):
-        samples(TEST, data_key="infer")
+    if not callable(samples):
+        return
+    # The training itself begins with the segment train.
+    for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
+        alone = samples(name, data_key="infer").most_a_day == 1
+        comparing = _comparing(records) if alone and name == TEST else []
+        if comparing:
+            raise DataError(
+                f"every day of the segment {name!r} has one instrument alone, and {comparing[0]} "
+                "compares the instruments of a day: judge a universe of several, or train without "
+                "this record (record=none)."
+            )
+
+
+def _comparing(records: Any) -> list[str]:
+    """The names of the records that compare the scores of a day with each other."""
+    listed = [records] if isinstance(records, Mapping | str) else list(records or [])
+    named = [r for r in listed if not (isinstance(r, str) and r.startswith("file:"))]
+    classes = [
+        get_callable_kwargs(r, RECORD_MODULE)[0] if isinstance(r, Mapping | str) else type(r)
+        for r in named
+    ]
+    return [c.__name__ for c in classes if getattr(c, "needs_cross_section", False)]
 
 
 def _built(config: Any) -> Any:

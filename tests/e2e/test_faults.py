@@ -49,7 +49,7 @@ CONFIG_FAULTS = {
         ["handler.label=['Ref($close,-9999)/$close']"],
         "Is the label NaN everywhere",
     ),
-    "empty segment": (["segments.test=[2031-01-01,2031-12-31]", *()], "test"),
+    "empty segment": (["segments.test=[2031-01-01,2031-12-31]"], "test"),
     "segments over one": (["segments.test=0.9"], "their sum is at most 1"),
     "tracking that does not answer": (
         ["tracking.uri=http://127.0.0.1:9"],
@@ -83,7 +83,7 @@ def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
     overrides, said = CONFIG_FAULTS[fault]
     if fault == "empty segment":
-        overrides = [*DATES, *overrides]
+        overrides = [*DATES, "record=none", *overrides]
     if fault.startswith("resume"):
         told = qtorch_cli("train", *overrides)
     else:
@@ -130,7 +130,7 @@ TABLE_FAULTS = {
     "time zone": "America/New_York",
     "not numeric": "close",
     "infinite": "ProcessInf",
-    "one instrument": "instrument",
+    "one instrument": "compares the instruments of a day",
 }
 
 
@@ -143,6 +143,10 @@ def test_a_faulty_table(how, train, runs, folder):
     told = train("data=table", "data.path=bars.parquet", *([plain] if how == "infinite" else []))
     assert TABLE_FAULTS[how] in told.error()
     without_finished(runs)
+    assert all(run.logged("train/loss") == {} for run in runs())  # said before the training
+    if how == "one instrument":
+        alone = train("data=table", "data.path=bars.parquet", "record=none")
+        assert "CSRankNorm compares the instruments of a day" in alone.error()
 
 
 @pytest.mark.slow

@@ -51,6 +51,17 @@ def test_every_sample_once_in_any_batch_size(dataset: ToyDataset, fitted: Lightn
     fitted.batch["eval_size"] = None
 
 
+def test_one_instrument_a_day_is_a_time_series(caplog: pytest.LogCaptureFixture) -> None:
+    alone = ToyDataset(num_instruments=1)
+    model = model_of(trainer={"max_epochs": 1})
+    model.fit(alone)
+    assert "every day of 'train' has one instrument alone" in caplog.text
+    assert len(model.predict(alone)) == len(alone.samples("test"))
+    for compared in ({"monitor": "rank_ic"}, {"day_label": {"zscore": True}}):
+        with pytest.raises(DataError, match="compares the instruments of a day"):
+            model_of(**compared).fit(alone)
+
+
 def test_calling_is_predicting_and_a_slice_is_dates(
     dataset: ToyDataset, fitted: LightningModel
 ) -> None:

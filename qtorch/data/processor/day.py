@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.processor.base import FieldsGroup, Processor, chosen_columns, names_of
 from qtorch.data.processor.cross_section import (
     day_mean_fill,
@@ -29,11 +29,15 @@ class _CrossSection(Processor):
     columnwise = True
     fields_group: FieldsGroup
 
+    def check(self, view: View) -> None:
+        """Refuse a view that the function has nothing to say of."""
+
     @abstractmethod
     def of_day(self, values: Tensor, rows: Tensor) -> Tensor:
         """`values [D, N]` by the statistics of each day's `rows`."""
 
     def __call__(self, view: View) -> View:
+        self.check(view)
         for group, names in chosen_columns(names_of(view), self.fields_group).items():
             columns = view.group(group)
             written = {n: self.of_day(columns.column(n), view.rows) for n in names}
@@ -41,7 +45,19 @@ class _CrossSection(Processor):
         return view
 
 
-class CSZScoreNorm(_CrossSection):
+class _Comparison(_CrossSection):
+    """A place among the day's instruments. Raises DataError where each day has one alone."""
+
+    def check(self, view: View) -> None:
+        if len(view.rows) and int(view.rows.sum(1).max()) == 1:
+            raise DataError(
+                f"{type(self).__name__} compares the instruments of a day, and every day of the "
+                "data has one instrument alone, so all its values would be the same. Load a "
+                "universe of several, or leave the processor out."
+            )
+
+
+class CSZScoreNorm(_Comparison):
     """Each day's z-score over its instruments.
 
     `method` "zscore" is `(x - mean) / std` with ddof 1, "robust" `(x - median) / (1.4826 MAD)`
@@ -58,7 +74,7 @@ class CSZScoreNorm(_CrossSection):
         return METHODS[self.method](values, rows)
 
 
-class CSRankNorm(_CrossSection):
+class CSRankNorm(_Comparison):
     """`(rank / count - 0.5) * 3.46` of each day: uniform ranks of about unit variance."""
 
     def __init__(self, fields_group: FieldsGroup = None) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.frames import view_of_frame
 from qtorch.data.processor import CSRankNorm, CSZFillna, CSZScoreNorm
 
 
@@ -44,3 +45,13 @@ def test_fill_by_the_days_mean(frame, view) -> None:
 def test_an_unknown_method_shows_the_known() -> None:
     with pytest.raises(ConfigError, match="unknown method of CSZScoreNorm 'zscores'"):
         CSZScoreNorm(method="zscores")
+
+
+@pytest.mark.parametrize("processor", [CSRankNorm(), CSZScoreNorm()])
+def test_one_instrument_a_day_is_compared_with_nothing(frame, processor) -> None:
+    alone = frame[frame.index.get_level_values("instrument") == "a"]
+    with pytest.raises(DataError, match="CS.*Norm compares the instruments of a day"):
+        processor(view_of_frame(alone))
+    some = pd.concat([alone, frame[frame.index.get_level_values("instrument") == "b"].iloc[:1]])
+    processor(view_of_frame(some.sort_index()))
+    CSZFillna()(view_of_frame(alone))
