@@ -10,12 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.columns import PanelColumns
+from qtorch.data.foreign_segments import check_dates, purged_days
 from qtorch.data.gather import DensePacked, infinite_message
 from qtorch.data.panel import NAMES, Panel, normalise_calendar
 from qtorch.data.sample_set import Samples
-from qtorch.data.segment_samples import build_samples, finite_labels, labelled
+from qtorch.data.segment_samples import build_samples, finite_labels, labelled, say_samples
 from qtorch.data.view import View
 
 GROUPS = ("feature", "label")
@@ -31,6 +32,8 @@ def as_samples(
     fill: str = "ffill+bfill",
     num_labels: int | None = None,
     raw_label: bool = True,
+    purge: bool | None = None,
+    horizon: int | None = None,
 ) -> Samples:
     """Samples of any object with Qlib's `prepare(segment, col_set=, data_key=)`, or of a frame.
 
@@ -43,11 +46,23 @@ def as_samples(
 
     A plain frame is its own dataset: `segment` is None or a slice of dates, and `step_len`
     windows look back inside the frame. Unprocessed labels come from the dataset's handler, if
-    it has one. Nothing is purged: a foreign dataset's segments are taken as they are.
+    it has one.
 
-    Raises DataError where `prepare` gives something else, or nothing.
+    `purge` (None: for the key "learn") leaves out the last `horizon` days of a segment that
+    another one follows: their labels reach into it. `horizon` is given, else the dataset's
+    attribute of that name, else read from the label's expression where its handler shows it (as
+    Qlib's QlibDataLoader does); where nothing tells it, nothing is purged, and the log says so.
+
+    Raises DataError where `prepare` gives something else, or nothing; ConfigError for segments
+    that overlap (unless the dataset's attribute `allow_overlap` is true), and for `purge=True`
+    that cannot be done.
     """
     if isinstance(dataset, pd.DataFrame):
+        if purge or horizon is not None:
+            raise ConfigError(
+                "purge and horizon are for segments that others follow, and a plain frame has no "
+                "segments: end its dates earlier."
+            )
         return _of_frame(dataset, _as_slice(segment), data_key, step_len, fill)
     if not callable(getattr(dataset, "prepare", None)):
         raise DataError(
@@ -55,12 +70,16 @@ def as_samples(
             "prepare(segment, col_set=..., data_key=...). Give a DatasetH, a TSDatasetH, or a "
             "frame with (feature, label) columns."
         )
+    if data_key == "learn":
+        check_dates(dataset)
+    wanted = data_key == "learn" if purge is None else purge
+    gone = purged_days(dataset, segment, horizon, strict=purge is True) if wanted else 0
     found = dataset.prepare(segment, col_set=list(GROUPS), data_key=data_key)
     if isinstance(found, pd.DataFrame):
-        samples = _of_frame(found, slice(None), data_key, step_len, fill, segment)
+        samples = _of_frame(found, slice(None), data_key, step_len, fill, segment, gone)
     elif hasattr(found, "get_index") and hasattr(found, "__getitem__"):
         labels = _num_labels(dataset) if num_labels is None else num_labels
-        samples = _of_windows(found, labels, fill, segment, data_key)
+        samples = _of_windows(found, labels, fill, segment, data_key, gone)
     else:
         raise DataError(
             f"{type(dataset).__name__}.prepare gave a {type(found).__name__}; expected a frame "
@@ -109,6 +128,7 @@ def _of_frame(
     step_len: int,
     fill: str,
     segment: str | slice | None = None,
+    purged_days: int = 0,
 ) -> Samples:
     name = str(segment or "frame")
     if not len(frame):
@@ -121,6 +141,8 @@ def _of_frame(
         step_len=step_len,
         fill=fill,
         learn=data_key == "learn",
+        horizon=purged_days,
+        later_starts=[pd.Timestamp.max],  # the frame ends with its segment
     )
 
 
@@ -139,7 +161,12 @@ def _as_slice(segment: str | slice | None) -> slice:
 
 
 def _of_windows(
-    windows: Any, num_labels: int, fill: str, segment: str | slice | None, data_key: str
+    windows: Any,
+    num_labels: int,
+    fill: str,
+    segment: str | slice | None,
+    data_key: str,
+    purged_days: int = 0,
 ) -> Samples:
     index = windows.get_index()
     dates = normalise_calendar(index.get_level_values(NAMES[0]))
@@ -170,12 +197,17 @@ def _of_windows(
     if any(bad):
         at = [f"column {k}" for k, wrong in enumerate(bad) if wrong]
         raise DataError(infinite_message(at, "features"))
-    chosen = torch.as_tensor(order)
+    chosen = torch.as_tensor(order[date[order] < len(calendar) - purged_days])
+    notes = {"purged": len(order) - len(chosen)}
+    if not len(chosen):
+        raise DataError(f"{segment} holds no sample: all {len(order)} are purged.")
     target = values[place[1], place[0], count:][chosen]
     labels = [f"label{k}" for k in range(num_labels)]
     if data_key == "learn":
         known = labelled(str(segment), labels, finite_labels(labels, target, learn=True))
+        notes["unlabelled"] = int((~known).sum())
         chosen, target = chosen[known], target[known]
+    say_samples(str(segment), len(chosen), notes, purged_days)
     place = (place[0][chosen], place[1][chosen])
     return Samples(
         packed,
@@ -189,6 +221,8 @@ def _of_windows(
         step_len=step_len,
         fill=fill,
         place=place,
+        notes=notes,
+        horizon=purged_days or None,
     )
 
 

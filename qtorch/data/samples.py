@@ -21,11 +21,12 @@ def samples_of(
 
     A qtorch dataset answers itself (`dataset.samples`); any other object with Qlib's `prepare`,
     and a plain frame, go through `qtorch.data.foreign.as_samples`. `purge` None means: samples
-    for learning are purged by the label's horizon, those for inference are not.
+    for learning are purged by the label's horizon (where it is known), those for inference are
+    not.
     """
     own = getattr(dataset, "samples", None)
     if callable(own):
         purged = (data_key == "learn") if purge is None else purge
         found: Samples = own(segment, data_key=data_key, purge=purged, **options)
         return found
-    return as_samples(dataset, segment, data_key=data_key, **options)
+    return as_samples(dataset, segment, data_key=data_key, purge=purge, **options)

@@ -63,7 +63,7 @@ def build_samples(
         notes["unlabelled"] = int((~known).sum())
         date, instrument, target = date[known], instrument[known], target[known]
         raw = None if raw is None else raw[known]
-    _say(name, len(date), notes, horizon)
+    say_samples(name, len(date), notes, horizon)
     return Samples(
         features,
         date,
@@ -134,7 +134,8 @@ def _empty(view: View, name: str, start: Any, end: Any, purged: int) -> str:
     )
 
 
-def _say(name: str, count: int, notes: Mapping[str, int], horizon: int) -> None:
+def say_samples(name: str, count: int, notes: Mapping[str, int], horizon: int) -> None:
+    """Log how many samples a segment has, and how many were left out for which reason."""
     log.info("%s: %s samples", name, f"{count:,}")
     if notes.get("purged"):
         log.info(

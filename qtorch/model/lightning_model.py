@@ -17,6 +17,7 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
+from qtorch.data.foreign_segments import check_apart
 from qtorch.data.sample_set import Samples
 from qtorch.data.samples import samples_of
 from qtorch.metrics.loss import Loss
@@ -236,6 +237,7 @@ class LightningModel(ModelFT):
         valid = None
         if "valid" in getattr(dataset, "segments", ("train", "valid")):
             valid = self._samples(dataset, "valid", reweighter)
+            check_apart(dataset, train, valid)
         check_labels(train, valid)
         watched = early_stopping(recipe.early_stop, recipe.monitor)[1]
         check_cross_section(train, valid, monitor=watched, day_label=recipe.day_label)

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.foreign import as_samples
 from qtorch.data.samples import samples_of
+from qtorch.model import LightningModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
@@ -33,7 +34,7 @@ class FrameDataset:
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.frame = frame
-        self.segments = {"train": ("2020-01-01", "2020-01-31"), "test": (SPAN.start, SPAN.stop)}
+        self.segments = {"train": ("2020-01-01", "2020-01-17"), "test": (SPAN.start, SPAN.stop)}
         self.handler = SimpleNamespace(fetch=self.fetch, get_cols=lambda col_set: ["LABEL0"])
         self.asked: list[str] = []
 
@@ -132,7 +133,7 @@ def test_learning_leaves_out_rows_without_label(frame):
     dataset = FrameDataset(frame)
     assert not samples_of(dataset, "train", data_key="learn").target.isnan().any()
     infer = samples_of(dataset, "train", data_key="infer")
-    assert len(infer) == len(frame.loc["2020-01-01":"2020-01-31"])
+    assert len(infer) == len(frame.loc["2020-01-01":"2020-01-17"])
 
 
 @pytest.mark.parametrize("fill", ["none", "ffill", "ffill+bfill"])
@@ -155,6 +156,79 @@ def test_windows_of_a_sampler(frame, fill, kind):
     day = samples.day_batch(torch.tensor([2]))
     assert day.mask.all()
     assert (day.date == day.date[0, 0]).all()
+
+
+class OwnDataset:
+    """The least that is a dataset: `prepare`, and not a word of its dates."""
+
+    def __init__(self, frame: pd.DataFrame, **spans: slice) -> None:
+        self.frame, self.spans = frame, spans
+
+    def prepare(self, segment, col_set, data_key):
+        return self.frame.loc[self.spans[segment]][list(col_set)]
+
+
+def own_dataset(frame: pd.DataFrame, train_end: str = "2020-01-24") -> OwnDataset:
+    valid, test = slice("2020-01-27", "2020-02-07"), slice("2020-02-10", "2020-03-03")
+    return OwnDataset(
+        frame.fillna(0.0), train=slice("2020-01-01", train_end), valid=valid, test=test
+    )
+
+
+def small_model() -> LightningModel:
+    return LightningModel(
+        {"_target_": "qtorch.nn.MLP", "layers": [4]},
+        trainer={"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
+        checkpoint={"enabled": False},
+        seed=0,
+    )
+
+
+def test_a_dataset_of_ones_own_is_learnt_from_and_predicted(frame, caplog):
+    dataset, model = own_dataset(frame), small_model()
+    model.fit(dataset)
+    assert "train: nothing is purged, how far the label of OwnDataset looks ahead" in caplog.text
+    assert "attribute `horizon`" in caplog.text
+    scores = model.predict(dataset)
+    assert scores.index.equals(frame.loc[dataset.spans["test"]].index)
+    assert np.isfinite(scores).all()
+    caplog.clear()
+    dataset.horizon = 2
+    caplog.set_level("INFO")
+    model.fit(dataset)
+    assert "nothing is purged" not in caplog.text
+    whole = frame.loc[dataset.spans["train"]]
+    gone = len(whole.loc["2020-01-23":])
+    assert f"train: {gone} samples purged" in caplog.text
+    with pytest.raises(ConfigError, match=r"'train' and 'valid' overlap.*1 days in both"):
+        model.fit(own_dataset(frame, train_end="2020-01-27"))
+
+
+@pytest.mark.parametrize("kind", [FrameDataset, WindowDataset])
+def test_purging_by_days_that_are_given_or_read_from_the_label(frame, kind):
+    def days(dataset, **options):
+        samples = samples_of(dataset, "train", data_key="learn", **options)
+        return samples.index.get_level_values(0).unique()
+
+    frame.iloc[:, 2] = 1.0
+    dataset = kind(frame)
+    whole = days(dataset)
+    assert whole[-1] == pd.Timestamp("2020-01-17")
+    assert days(dataset, horizon=3).equals(whole[:-3])
+    with pytest.raises(ConfigError, match=f"purge=True: how far the label of {kind.__name__}"):
+        days(dataset, purge=True)
+    label = (["Ref($close, -2) / Ref($close, -1) - 1"], ["LABEL0"])
+    dataset.handler.data_loader = SimpleNamespace(fields={"label": label})
+    assert days(dataset).equals(whole[:-2])
+    assert days(dataset, purge=False).equals(whole)
+    assert len(samples_of(dataset, "train")) == len(frame.loc[whole[0] : whole[-1]])
+    dataset.segments["test"] = ("2020-01-17", "2020-02-28")
+    with pytest.raises(ConfigError, match=r"segments 'train' .* and 'test' .* overlap"):
+        days(dataset)
+    dataset.allow_overlap = True
+    assert days(dataset).equals(whole)  # nothing begins behind it
+    with pytest.raises(ConfigError, match="a plain frame has no segments"):
+        samples_of(frame, slice(None), horizon=2)
 
 
 def test_windows_without_label_are_left_out_for_learning(frame):

@@ -254,9 +254,7 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
     return _Stored(int(first), content[1:])
 
 
-def _longest(
-    folder: str, read: Mapping[str, int], freq: str, num_dates: int
-) -> tuple[str, int]:
+def _longest(folder: str, read: Mapping[str, int], freq: str, num_dates: int) -> tuple[str, int]:
     """The file of an instrument that ends last, and the row where; `read` are known ends."""
     name = max(read, key=lambda n: read[n])
     end = read[name]

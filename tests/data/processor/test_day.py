@@ -50,7 +50,7 @@ def test_an_unknown_method_shows_the_known() -> None:
 @pytest.mark.parametrize("processor", [CSRankNorm(), CSZScoreNorm()])
 def test_one_instrument_a_day_is_compared_with_nothing(frame, processor) -> None:
     alone = frame[frame.index.get_level_values("instrument") == "a"]
-    with pytest.raises(DataError, match="CS.*Norm compares the instruments of a day"):
+    with pytest.raises(DataError, match=r"CS.*Norm compares the instruments of a day"):
         processor(view_of_frame(alone))
     some = pd.concat([alone, frame[frame.index.get_level_values("instrument") == "b"].iloc[:1]])
     processor(view_of_frame(some.sort_index()))
