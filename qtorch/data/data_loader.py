@@ -22,7 +22,8 @@ class DataLoader(Configured, ABC):
 
     `view` gives columns by group over a calendar and instruments; `load` the same as a frame, as
     in Qlib. A loader of one's own overrides either: with `load` alone (Qlib's protocol, a
-    `(datetime, instrument)` frame) the view is made of the frame.
+    `(datetime, instrument)` frame) the view is made of the frame. What it computes may be
+    infinite, as what expressions divide may: that is left to the processors.
     Answers to qlib/data/dataset/loader.py.
     """
 

@@ -16,6 +16,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.core.names import dotted_name
 from qtorch.data.filter import DynamicFilter
+from qtorch.data.infinite import infinities_pass
 from qtorch.data.source.base import Source
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def feature_key(
             "filters": [f.to_config() for f in filters],
             "span": span,
             "freq": freq,
+            "infinite": infinities_pass(),  # what was refused or not is not looked at again
         }
         key = digest(parts)
     except ConfigError as error:

@@ -33,8 +33,11 @@ class DataHandlerLP(DataHandler):
     The fit window is the processors' own, else `fit_start_time..fit_end_time`, else the train
     segment of the dataset that the handler stands in. A given one that reaches beyond the train
     segment is refused unless `allow_wide_fit`. `drop_raw` gives the raw data up once it is
-    processed. A processor is an object, `{"class": ..., "kwargs": {...}}`, `{"_target_": ...}`,
-    or a bare name of qtorch.data.processor; pandas processors are adapted.
+    processed. Infinite bars, or infinite values of one's own frame, need a ProcessInf before the
+    first processor that learns; what a division makes infinite is left to the processors, but no
+    other one may take an infinite label away. A processor is an object, `{"_target_": ...}`,
+    `{"class": ..., "kwargs": {...}}`, or a bare name of qtorch.data.processor; pandas processors
+    are adapted.
     """
 
     PTYPE_I: ClassVar[str] = "independent"
@@ -119,6 +122,12 @@ class DataHandlerLP(DataHandler):
         view = self._learn if data_key == DK_L else self._infer
         assert view is not None
         return view
+
+    def _mends_infinite(self) -> bool:
+        lists = [[*self.shared_processors, *self.infer_processors]]
+        if self.process_type == self.PTYPE_I:
+            lists.append([*self.shared_processors, *self.learn_processors])
+        return all(pipeline.mends_infinite(each) for each in lists)
 
     def _raw_view(self, groups: Sequence[str] | None = None) -> View:
         if self.drop_raw and self._infer is not None:

@@ -24,6 +24,7 @@ from qtorch.data.frames import (
     view_of_frame,
     view_of_frames,
 )
+from qtorch.data.infinite import checked
 from qtorch.data.inst_processor import build_inst_processors
 from qtorch.data.join import HOW, joined, restricted
 from qtorch.data.panel import Panel, clip_spans
@@ -208,7 +209,7 @@ class StaticDataLoader(DataLoader):
 
     Frames are indexed by `(datetime, instrument)`; two-level columns are `(group, column)`. Files
     are parquet or CSV, with `datetime` and `instrument` as index or columns. `join` says which
-    rows several frames have together. Values become float32.
+    rows several frames have together. Values become float32; infinite ones need a ProcessInf.
 
     Instruments are given as a list, or as one name of the data, or as a universe of the handler's
     source; None and "all" mean every one.
@@ -234,7 +235,7 @@ class StaticDataLoader(DataLoader):
             self._view = self._read()
         members = static_members(instruments, self._view, source)
         view = restricted(self._view, members, start_time, end_time)
-        return view if columns is None else _kept(view, columns)
+        return checked(view if columns is None else _kept(view, columns))
 
     def _read(self) -> View:
         if isinstance(self.config, Mapping):

@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.heartbeat import beat
+from qtorch.data.infinite import where_infinite
 from qtorch.data.processor.base import FLAT, Names, Processor, in_window
 from qtorch.data.view import View
 
 log = logging.getLogger(__name__)
+
+LABEL = "label"
 
 
 class Window(NamedTuple):
@@ -94,9 +98,44 @@ def run(
         beat("processors", processor=type(processor).__name__)
         if fit:
             fit_one(processor, view, window)
-        view = processor(view)
+        processed = processor(view)
+        if not processor.mends_infinite:
+            _check_label(view, processed, type(processor).__name__)
+        view = processed
         log.debug("%s: %.2f s", type(processor).__name__, time.perf_counter() - began)
     return view
+
+
+def mends_infinite(processors: Sequence[Processor]) -> bool:
+    """Whether infinities are mended before anything is learnt from them."""
+    for processor in processors:
+        if processor.mends_infinite:
+            return True
+        if processor.has_fit_window():
+            return False
+    return False
+
+
+def _check_label(before: View, after: View, who: str) -> None:
+    """Refuse a step that takes infinite labels away: ranked or clipped they look like good ones.
+
+    What stays infinite is refused where it is to be learnt.
+    """
+    old, new = before.groups.get(LABEL), after.groups.get(LABEL)
+    if old is None or new is None or old is new:
+        return
+    names = [n for n in old.names if n in new.names]
+    if not any(bool(old.column(n).isinf().any()) for n in names):
+        return
+    infinite = torch.stack([old.column(n).isinf() for n in names])
+    kept = torch.stack([new.column(n).isinf() for n in names])
+    hidden = infinite & ~kept & before.rows & after.rows
+    if bool(hidden.any()):
+        where = where_infinite(hidden, names, before.calendar, before.instruments)
+        raise DataError(
+            f"{who} would hide infinite labels: {where}. Mend the label's expression (a division "
+            "by zero?) or its data, or put ProcessInf before."
+        )
 
 
 def fit_one(processor: Processor, view: View, window: Window | None) -> None:

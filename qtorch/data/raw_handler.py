@@ -17,6 +17,7 @@ from qtorch.core.trust import trusted_type
 from qtorch.data.data_loader import DataLoader
 from qtorch.data.feature_cache import caching
 from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeezed
+from qtorch.data.infinite import infinities_are_mended
 from qtorch.data.loader import build_loader
 from qtorch.data.processor.base import Names
 from qtorch.data.provider import build_source, default_source
@@ -37,7 +38,8 @@ class DataHandler(Configured, Serializable):
     loader's features on disk for whoever asks for the same (True: in QTORCH_CACHE; a path: there;
     see qtorch.data.feature_cache). `init_data=True`
     loads at once (Qlib's default). `fetch_orig` is taken for Qlib's sake: what is fetched is
-    always the caller's own copy.
+    always the caller's own copy. Infinite bars, or infinite values of one's own frame, are a
+    DataError that says where they are.
 
     `view(data_key)` gives tensors (`View`), `fetch` DataFrames. Answers to
     qlib/data/dataset/handler.py.
@@ -99,7 +101,7 @@ class DataHandler(Configured, Serializable):
         return self._raw
 
     def _load(self, columns: Names | None) -> View:
-        with caching(self.cache):
+        with caching(self.cache), infinities_are_mended(self._mends_infinite()):
             view = self.data_loader.view(
                 self.instruments,
                 self.start_time,
@@ -110,6 +112,10 @@ class DataHandler(Configured, Serializable):
         if not bool(view.rows.any()):
             raise DataError(f"there is no row between {self.start_time} and {self.end_time}.")
         return view
+
+    def _mends_infinite(self) -> bool:
+        """Whether infinite values may be loaded, because they do not stay."""
+        return False
 
     def setup_data(self) -> None:
         """Load the data again, for the dates and instruments as they are configured now."""

@@ -40,6 +40,9 @@ class Processor(Configured, Serializable, ABC):
     #: Each column's result depends on that column alone, and no row or column is taken away:
     #: columns that a later step drops then need not be computed at all.
     columnwise: ClassVar[bool] = False
+    #: It puts something in the place of infinite values, in every column: they may be loaded, and
+    #: a label may have had some.
+    mends_infinite: bool = False
 
     fit_start_time: Any = None
     fit_end_time: Any = None

@@ -51,6 +51,7 @@ class ProcessInf(Processor):
     """
 
     columnwise = True
+    mends_infinite = True
 
     def __call__(self, view: View) -> View:
         for group, columns in view.groups.items():

@@ -26,8 +26,9 @@ class PandasProcessor(Processor):
 
     `processor` is an object with Qlib's protocol, or its configuration (which can be stored).
     The frame is a copy in Qlib's form: `(datetime, instrument)` by `(group, column)`, float32;
-    writing into it harms nobody. The frame that comes back may have fewer rows, and other
-    columns; rows that were not handed over are refused.
+    writing into it harms nobody. With an attribute `mends_infinite = True` it says that it puts
+    something in the place of infinite values, as Qlib's ProcessInf does. The frame that comes back
+    may have fewer rows, and other columns; rows that were not handed over are refused.
 
     It costs a full frame for each call: for a few columns, or where nothing else is there.
     """
@@ -42,6 +43,8 @@ class PandasProcessor(Processor):
             )
         self.fit_start_time = getattr(self.inner, "fit_start_time", None)
         self.fit_end_time = getattr(self.inner, "fit_end_time", None)
+        named = type(self.inner).__name__ == "ProcessInf"  # Qlib's
+        self.mends_infinite = bool(getattr(self.inner, "mends_infinite", named))
 
     def has_fit_window(self) -> bool:
         return hasattr(self.inner, "fit")

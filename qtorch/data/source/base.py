@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +18,8 @@ from qtorch.core.errors import DataError, unknown_name
 from qtorch.core.trust import trusted_type
 from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import check_fields, fields_of, masked_of, reach
+from qtorch.data.infinite import check_bars
 from qtorch.data.panel import Panel, clip_spans, within_spans
-
-log = logging.getLogger(__name__)
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
@@ -116,7 +114,8 @@ class Source(Configured, ABC):
         stored, on days outside its membership too; `mask` is membership and stored span, on all
         rows of the panel.
 
-        Raises DataError where dates, universe, instrument or field select nothing or are unknown.
+        Raises DataError where dates, universe, instrument or field select nothing or are unknown,
+        and for infinite values where a handler loads that does not mend them (else a warning).
         """
         freq = frequency(freq)
         calendar = self.read_calendar(freq)
@@ -127,7 +126,7 @@ class Source(Configured, ABC):
         wanted = tuple(self.fields(freq) if fields is None else (f.lstrip("$") for f in fields))
         names = self._stored(sorted(membership), freq)
         bars = self.read_bars(names, wanted, freq, slice(first, last))
-        _say_infinite(bars.values, wanted)
+        check_bars(bars.values, wanted, calendar[first:last], names)
         spans = clip_spans(bars.spans, last - first)
         mask = within_spans(spans, last - first)
         mask &= _member_rows([membership[n] for n in names], calendar[first:last])
@@ -278,18 +277,6 @@ def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
         return rows
     held = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
     raise DataError(f"no trading day between {start} and {end}; the calendar holds {held}.")
-
-
-def _say_infinite(values: Tensor, fields: Sequence[str]) -> None:
-    """A warning: a processor that clips would let infinite bars pass without a word."""
-    counts = {f: int(v.isinf().sum()) for f, v in zip(fields, values, strict=True)}
-    held = ", ".join(f"{f} ({count})" for f, count in counts.items() if count)
-    if held:
-        log.warning(
-            "infinite values in the bars: %s. Mend them in the data, or put ProcessInf before the "
-            "other processors.",
-            held,
-        )
 
 
 def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:

@@ -113,4 +113,4 @@ def test_infinite_bars_are_said(caplog):
     ThreeDays().load()
     assert "infinite" not in caplog.text
     Broken().load()
-    assert "infinite values in the bars: close (1)" in caplog.text
+    assert "infinite values in the bars: close (1), first A on 2020-01-02" in caplog.text
