@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 
 from qtorch.core.errors import ConfigError, ExpressionError
 from qtorch.data.expression import reach
@@ -29,7 +30,7 @@ def check_apart(dataset: Any, train: Samples, valid: Samples) -> None:
     """
     if callable(getattr(dataset, "samples", None)) or getattr(dataset, "allow_overlap", False):
         return
-    days = [s.calendar[s.date.unique().cpu().numpy()] for s in (train, valid)]
+    days = [s.calendar[torch.unique(s.date).cpu().numpy()] for s in (train, valid)]
     shared = days[0].intersection(days[1])
     if len(shared):
         raise ConfigError(

@@ -129,7 +129,7 @@ TABLE_FAULTS = {
     "unsorted": "unsorted",
     "time zone": "America/New_York",
     "not numeric": "close",
-    "infinite": "infinite values in the bars: close (1), first I2 on 2019-08-02. Mend them in the "
+    "infinite": "infinite values in the bars: close (1), first I2 on 2019-08-05. Mend them in the "
     "data, or put ProcessInf first among the handler's infer_processors",
     "one instrument": "compares the instruments of a day",
 }
