@@ -53,16 +53,11 @@ def as_samples(
     attribute of that name, else read from the label's expression where its handler shows it (as
     Qlib's QlibDataLoader does); where nothing tells it, nothing is purged, and the log says so.
 
-    Raises DataError where `prepare` gives something else, or nothing; ConfigError for segments
-    that overlap (unless the dataset's attribute `allow_overlap` is true), and for `purge=True`
-    that cannot be done.
+    Raises DataError where `prepare` gives something else, or nothing; ConfigError for segments that
+    overlap (unless the dataset's `allow_overlap` is true), and a `purge=True` that cannot be done.
     """
     if isinstance(dataset, pd.DataFrame):
-        if purge or horizon is not None:
-            raise ConfigError(
-                "purge and horizon are for segments that others follow, and a plain frame has no "
-                "segments: end its dates earlier."
-            )
+        _refuse_purge(purge, horizon)
         return _of_frame(dataset, _as_slice(segment), data_key, step_len, fill)
     if not callable(getattr(dataset, "prepare", None)):
         raise DataError(
@@ -146,6 +141,14 @@ def _of_frame(
     )
 
 
+def _refuse_purge(purge: bool | None, horizon: int | None) -> None:
+    if purge or horizon is not None:
+        raise ConfigError(
+            "purge and horizon are for segments that others follow, and a plain frame has no "
+            "segments: end its dates earlier."
+        )
+
+
 def _as_slice(segment: str | slice | None) -> slice:
     if segment is None:
         return slice(None)
@@ -192,11 +195,7 @@ def _of_windows(
             f"the windows have {values.shape[2]} columns of which {num_labels} are labels; "
             "no feature is left."
         )
-    packed = DensePacked(values[:, :, :count].clone(), history=exists, own=True)
-    bad = packed.infinite().tolist()
-    if any(bad):
-        at = [f"column {k}" for k, wrong in enumerate(bad) if wrong]
-        raise DataError(infinite_message(at, "features"))
+    packed = _finite(DensePacked(values[:, :, :count].clone(), history=exists, own=True))
     chosen = torch.as_tensor(order[date[order] < len(calendar) - purged_days])
     notes = {"purged": len(order) - len(chosen)}
     if not len(chosen):
@@ -224,6 +223,13 @@ def _of_windows(
         notes=notes,
         horizon=purged_days or None,
     )
+
+
+def _finite(packed: DensePacked) -> DensePacked:
+    bad = [f"column {k}" for k, wrong in enumerate(packed.infinite().tolist()) if wrong]
+    if bad:
+        raise DataError(infinite_message(bad, "features"))
+    return packed
 
 
 def _dense(
