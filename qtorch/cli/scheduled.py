@@ -6,11 +6,11 @@ import logging
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Mapping
 
+from qtorch.cli import slurm
 from qtorch.core.errors import ConfigError
-from qtorch.core.stops import noted
+from qtorch.core.stops import NOTICES, noted
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 JOB_TAG = "qtorch.job"
 JOB_VARIABLE = "QTORCH_JOB"
 NAME = re.compile(r"[\w.:/\-]+")
-REQUEUE_SECONDS = 60.0
 
 
 def scheduled_job() -> str | None:
@@ -59,21 +58,24 @@ def earlier_attempt(experiment_name: str, tags: Mapping[str, str]) -> dict[str, 
 
 
 def queued_again() -> str | None:
-    """After SIGUSR1: SLURM's job back into the queue, and what to tell of it; else None.
+    """After a notice: SLURM's job back into the queue, and what to tell of it; else None.
 
     SIGUSR1 is the notice that a user asks SLURM for (`--signal=USR1@60`) to go on after the time
-    limit; SIGTERM is also what `scancel` sends, and ends for good. This is the last thing that a
+    limit. SIGTERM is what SLURM sends when it takes the node away for another job, and what
+    `scancel` sends, which ends for good: SLURM is asked which. This is the last thing that a
     process does, for SLURM ends it at once.
     """
-    id = os.environ.get("SLURM_JOB_ID")
-    if signal.SIGUSR1 not in (noted.asked, noted.answered) or id is None:
+    id, heard = os.environ.get("SLURM_JOB_ID"), {noted.asked, noted.answered, *noted.further}
+    if not heard.intersection(NOTICES):
         return None
     try:
-        told = subprocess.run(
-            ["scontrol", "requeue", id], capture_output=True, text=True, timeout=REQUEUE_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        job = slurm.own_job()
+        if job is None:
+            return None
+        if not slurm.is_queued_by_slurm(job):
+            if signal.SIGUSR1 not in heard and not slurm.is_preempted(job):
+                return None
+            slurm.requeue(job)
+    except slurm.SlurmError as error:
         return f"SLURM job {id} could not be queued again: {error}"
-    if told.returncode:
-        return f"SLURM job {id} could not be queued again: {told.stderr.strip()}"
     return f"SLURM job {id} is queued again, and goes on in this run."

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 # A scheduler's notice that the process will be ended soon: SLURM's `--signal` and `scancel`,
@@ -24,15 +24,17 @@ class Noted:
     that a handler raises may come into a destructor, which loses it: work that goes on
     nevertheless finds here that it should not. `answered`: the signal that a training, which
     stands in for those handlers, answers by a checkpoint and an error of its own: nothing needs
-    to be interrupted again.
+    to be interrupted again. `further`: notices that came while it did so.
     """
 
     asked: int | None = None
     answered: int | None = None
+    further: set[int] = field(default_factory=set)
 
     def clear(self) -> None:
         """Begin anew."""
         self.asked = self.answered = None
+        self.further.clear()
 
 
 noted = Noted()
@@ -54,19 +56,16 @@ class Stops:
         for number in NOTICES:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
-        self._count = 0
         self._asked = False
-        self.first: int | None = None  # the one that came first, once `told` has looked
+        self.heard: list[int] = []  # which, in their order, once `told` has looked
         self._lock = threading.Lock()
 
     def told(self) -> int:
         """How many of them came."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                own = [n for n in os.read(self._read, 4096) if n in NOTICES]
-                self.first = self.first or next(iter(own), None)
-                self._count += len(own)
-            return self._count
+                self.heard += [n for n in os.read(self._read, 4096) if n in NOTICES]
+            return len(self.heard)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Interrupt the main thread, unless it has been already."""

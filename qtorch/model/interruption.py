@@ -68,6 +68,7 @@ class Interruption(Stoppable):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number in NOTICES:
+            noted.further.add(number)
             return
         if self.requested:
             for each in self._before:

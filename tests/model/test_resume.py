@@ -248,6 +248,8 @@ def test_a_stop_in_mid_epoch_keeps_a_checkpoint_of_this_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, numbers: tuple
 ) -> None:
     error = _signalled(monkeypatch, tmp_path / "run", (2, 7), *numbers)
+    assert noted.answered == numbers[0]
+    assert noted.further >= set(numbers[1:])
     assert isinstance(error, KeyboardInterrupt)
     assert "in epoch 2 after batch 8 of 20" in str(error)
     assert "Go on with the same fit in run toy" in str(error)
