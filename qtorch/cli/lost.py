@@ -18,12 +18,15 @@ from qtorch.core.errors import TrackingError
 from qtorch.study.sweep import SweepJob, sweep_jobs
 
 
-def note_lost_job(config: DictConfig, number: int, overrides: Sequence[str], why: str) -> JobReturn:
+def note_lost_job(
+    config: DictConfig, number: int, overrides: Sequence[str], why: str, *, closed: bool = True
+) -> JobReturn:
     """Store the result of a job whose process is gone; what Hydra is told of it is no error.
 
     An error would keep the sweep from its other jobs and from its table. `config` is the job's, as
-    Hydra composed it. A run that the job has begun is closed as failed. A result that the process
-    has left stands, unless it was asked to stop.
+    Hydra composed it. A run that the job has begun is closed as failed; not `closed`, it stays
+    interrupted, and the sweep takes it up again without being asked to retry. A result that the
+    process has left stands, unless it was asked to stop.
     """
     words = plain_words(overrides)
     with as_hydras(config):
@@ -31,7 +34,7 @@ def note_lost_job(config: DictConfig, number: int, overrides: Sequence[str], why
     told = stored_result(folder / RESULT_FILE)
     if told is None or told.status == KILLED:
         result = JobResult(number, words, FAILED, 0.0 if told is None else told.seconds, error=why)
-        _close_run(result)
+        _find_run(result, closed)
         folder.mkdir(parents=True, exist_ok=True)
         store(result, folder)
         print_failure(result)
@@ -40,7 +43,7 @@ def note_lost_job(config: DictConfig, number: int, overrides: Sequence[str], why
     return returned
 
 
-def _close_run(result: JobResult) -> None:
+def _find_run(result: JobResult, closed: bool) -> None:
     sweep = the_sweep()
     if sweep is None or sweep.recorder is None:
         return
@@ -51,6 +54,7 @@ def _close_run(result: JobResult) -> None:
         return
     if run is not None:
         result.run_id = run.run_id
+    if run is not None and closed:
         lost = {"tracking_uri": sweep.recorder.uri, "recorder_id": run.run_id}
         close_lost(lost, str(result.error))
 

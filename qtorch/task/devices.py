@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 from qtorch.core.errors import ConfigError
 
@@ -20,7 +21,7 @@ def device_names(given: str | None = None) -> list[str]:
     list "0,1" (numbers, or the names that CUDA takes). Raises ConfigError for an empty list.
     """
     if given in (None, "auto"):
-        return _visible() or [CPU]
+        return visible() or [CPU]
     names = [name.strip() for name in str(given).split(",") if name.strip()]
     if not names or (CPU in names and len(set(names)) > 1):
         raise ConfigError(
@@ -30,12 +31,22 @@ def device_names(given: str | None = None) -> list[str]:
     return names
 
 
+def in_turn(names: Sequence[str], count: int, position: int) -> str:
+    """The `count` GPUs of the job at that position, where jobs take them in turn: a value of
+    CUDA_VISIBLE_DEVICES. Raises ConfigError where there are not as many."""
+    if count > len(names):
+        raise ConfigError(
+            f"{count} GPUs are asked for each job, but this process sees {len(names)}."
+        )
+    return ",".join(names[(position * count + k) % len(names)] for k in range(count))
+
+
 def device_environment(name: str) -> dict[str, str]:
     """The variables that show a process this device alone."""
     return {VISIBLE: "" if name == CPU else name}
 
 
-def _visible() -> list[str]:
+def visible() -> list[str]:
     """The GPUs that this process may use: the environment's (a scheduler's), else nvidia-smi's."""
     allowed = os.environ.get(VISIBLE)
     if allowed is not None:

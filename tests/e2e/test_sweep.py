@@ -276,25 +276,61 @@ def begin_one(barrier):
     end_sweep(recorder)
 
 
-def test_submitit_gives_each_job_that_is_left_a_process_by_itself(warm, train, jobs, folder):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    assert train("-m", "universe=stocks").code == 0
-    command = ("-m", "hydra/launcher=submitit_local", "universe=stocks,none")
-    told = train(*command)
-    assert told.code == 1
-    assert sorted(r.status for r in jobs()) == ["FAILED", "FINISHED"]
-    assert len(rows_of(told, " 0 ", "universe=stocks", "FINISHED (skipped)")) == 1
-    assert len(rows_of(told, " 1 ", "universe=none", "FAILED")) == 1
-    assert len(list(folder.rglob("*_submitted.pkl"))) == 1  # of the job that was left
-    assert len([p for p in folder.rglob("job.json") if p.parent.name == "1"]) == 1
+ODD = """
+import json, os, signal
+from pathlib import Path
+from qtorch.nn import LSTM
 
-    told = train(*command)
+
+class Odd(LSTM):
+    def __init__(self, d_feat=6, **kwargs):
+        Path("seen.json").write_text(json.dumps(os.environ.get("CUDA_VISIBLE_DEVICES")))
+        if not Path("spared").exists():
+            os.kill(os.getppid(), signal.SIGKILL)  # submitit's, which would tell of the end
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(d_feat, **kwargs)
+"""
+
+
+def test_submitit_gives_each_job_that_is_left_a_process_by_itself(
+    warm, train, jobs, folder, monkeypatch
+):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    (folder / "odd.py").write_text(ODD)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("QTORCH_TRUSTED", "odd")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    command = ("-m", "model=gru", "hydra/launcher=submitit_local")
+    networks = "model.network._target_=odd.Odd,qtorch.nn.GRU"
+    told = train(*command, networks)
     assert told.code == 1
-    assert len(list(folder.rglob("*_submitted.pkl"))) == 1
-    assert len(rows_of(told, "(skipped)")) == 1
-    assert "error: job 1: " in told.err
+    # The lost one was waited for, and the others too: it may be taken up, and none has failed.
+    assert len(rows_of(told, "Odd", "KILLED")) == len(rows_of(told, "GRU", "FINISHED")) == 1
+    assert "error: job 0: job " in told.err
+    assert "has ended without a result" in told.err
+    assert "0_log.err" in told.err
+    assert (folder / "seen.json").read_text() == '"5,7"'
+
+    (folder / "spared").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    submitted = len(list(folder.rglob("*_submitted.pkl")))
+    told = train(*command, f"{networks},no.Net")
+    assert told.code == 1
+    assert len(rows_of(told, " 0 ", "Odd", "FINISHED (resumed)")) == 1, told
+    assert len(rows_of(told, " 1 ", "GRU", "FINISHED (skipped)")) == 1
+    assert len(rows_of(told, " 2 ", "no.Net", "FAILED")) == 1
+    assert len(list(folder.rglob("*_submitted.pkl"))) == submitted + 2  # of the jobs that were left
+    assert len([p for p in folder.rglob("job.json") if p.parent.name == "2"]) == 1
+    assert (folder / "seen.json").read_text() == "null"
+
+    told = train(*command, f"{networks},no.Net")
+    assert told.code == 1
+    assert len(list(folder.rglob("*_submitted.pkl"))) == submitted + 2
+    assert len(rows_of(told, "(skipped)")) == 2
+    assert "error: job 2: " in told.err
     assert "sweep.retry=true" in told.err
-    assert len(jobs()) == 2
+    assert len(jobs()) == 3
 
 
 def test_a_launcher_that_is_not_installed_is_told_before_anything_begins(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.task.devices import device_environment, device_names
+from qtorch.task.devices import device_environment, device_names, in_turn
 
 
 @pytest.fixture
@@ -47,3 +47,13 @@ def test_what_is_asked_for():
 def test_what_a_child_sees():
     assert device_environment("3") == {"CUDA_VISIBLE_DEVICES": "3"}
     assert device_environment("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_jobs_take_gpus_in_turn():
+    names = ["4", "GPU-1a", "6"]
+    assert [in_turn(names, 1, k) for k in range(4)] == ["4", "GPU-1a", "6", "4"]
+    assert [in_turn(names, 2, k) for k in range(3)] == ["4,GPU-1a", "6,4", "GPU-1a,6"]
+    assert in_turn(names, 0, 5) == ""
+    assert in_turn([], 0, 5) == ""
+    with pytest.raises(ConfigError, match="4 GPUs are asked for each job, but this process sees 3"):
+        in_turn(names, 4, 0)
