@@ -19,7 +19,8 @@ if ! command -v slurmctld >/dev/null 2>&1; then
 fi
 if [ -z "${QTORCH_PYTHON:-}" ]; then
     source scripts/environment.sh
-    make_environment .venv "[sweep]"
+    # The page has commands for Ray too.
+    case " $* " in *page*) make_environment .venv "[sweep,ray]" ;; *) make_environment .venv "[sweep]" ;; esac
     QTORCH_PYTHON=$PWD/.venv/bin/python
 fi
 exec "$QTORCH_PYTHON" scripts/slurm/check.py "$@"

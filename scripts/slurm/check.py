@@ -20,6 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cluster import Cluster
 
+from qtorch.study.sweep import JOB_TAG
+
+GOING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
 PATIENCE = 600.0
 PAGE = Path(__file__).resolve().parents[1] / "from_laptop_to_cluster.md"
 USUAL = "sweep,devices,array,requeued"
@@ -53,6 +56,7 @@ class Check:
 
     def __init__(self, cluster: Cluster, folder: Path, market: list[str], epochs: int) -> None:
         self.cluster, self.folder = cluster, folder
+        self.epochs = epochs
         self.job = [*market, *COMMON, f"trainer.max_epochs={epochs}"]
         self.uri = f"sqlite:///{folder / 'mlruns' / 'mlflow.db'}"
         self.environment = {
@@ -65,6 +69,7 @@ class Check:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         os.environ["MLFLOW_TRACKING_URI"] = self.uri
+        self.one = ["model=gru"]  # the job that is trained in several ways
         self.rows: list[tuple[str, str, bool]] = []
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -95,6 +100,21 @@ class Check:
             return []
         return [r for r in found if "hostname" in r.list_tags()]  # no sweep's own
 
+    def last_sent(self) -> str:
+        """The newest job of sbatch that a command has told of."""
+        log = (self.folder / "commands.log").read_text()
+        return str(re.findall(r"^Submitted batch job (\d+)", log, re.MULTILINE)[-1])
+
+    def submissions(self) -> int:
+        """How many jobs submitit has sent to SLURM."""
+        return len(list(self.folder.rglob("*_submitted.pkl")))
+
+    def undisturbed(self) -> Any:
+        """The run of the one job, trained here and in one go."""
+        if not self.runs("alone"):
+            self.call("qtorch", "train", *self.job, *self.one, "experiment_name=alone")
+        return self.runs("alone")[0]
+
 
 def until(
     condition: Callable[[], Any], what: str, command: subprocess.Popen[str] | None = None
@@ -106,7 +126,7 @@ def until(
             raise RuntimeError(f"waited for {what}, but the command ended: {command.returncode}")
         if time.monotonic() > end:
             raise TimeoutError(f"waited in vain for {what}")
-        time.sleep(0.3)
+        time.sleep(0.5)  # looking takes a core from those who are looked at
     return found
 
 
@@ -120,33 +140,73 @@ def history(run: Any) -> dict[str, Any]:
     return {name: run.logged(name) for name in sorted(run.list_metrics())}
 
 
-def training_jobs(check: Check, node: str, experiment: str) -> list[str]:
-    """SLURM's running jobs on a node, once one of the runs is in mid-training."""
-    busy = [r for r in check.runs(experiment) if r.status == "RUNNING" and epochs_of(r)]
-    return check.cluster.jobs("%i", "-w", node) if len(busy) > 2 else []
+def number_of(run: Any) -> int:
+    """A run's number in its sweep: under submitit that in the array of jobs too."""
+    tags = run.list_tags()
+    return int(json.loads(next(v for k, v in tags.items() if k.startswith(JOB_TAG)))["number"])
 
 
-def submissions(check: Check) -> list[Path]:
-    """What submitit has sent to SLURM: a file for each job."""
-    return list(check.folder.rglob("*_submitted.pkl"))
+def resumed_from(run: Any) -> str | None:
+    """The checkpoint from which a run's training went on at last."""
+    return run.load_object("fit_report")["resumed_from"]  # type: ignore[no-any-return]  # or None
+
+
+def in_training(check: Check, experiment: str) -> set[int]:
+    """The jobs that are well in their training, and not about to end it."""
+    busy = [r for r in check.runs(experiment) if r.status == "RUNNING"]
+    return {number_of(r) for r in busy if 0 < len(epochs_of(r)) < 0.6 * check.epochs}
+
+
+def both_busy(check: Check, node: str, experiment: str) -> tuple[list[int], set[int]] | None:
+    """The jobs on a node, and those of all nodes in mid-training, once most of them are."""
+    busy = in_training(check, experiment)
+    jobs = [int(k) for k in check.cluster.jobs("%K", "-w", node)]
+    return (jobs, busy) if len(busy) > 2 and busy.intersection(jobs) else None
+
+
+def disturbed(check: Check, name: str, words: list[str]) -> tuple[set[int], set[int]]:
+    """The sweep loses jobs in four ways; which ran then, and which of them had a checkpoint.
+
+    One is cancelled before it begins and one in mid-training, those of a node are preempted, those
+    of the other are lost with it.
+    """
+    cluster = check.cluster
+    command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
+    first, busy = until(lambda: both_busy(check, "one", name), "jobs in training", command)
+    array, waiting = cluster.jobs("%F")[0], cluster.jobs("%K", "-r", "-t", "PENDING")
+    cluster.run("scancel", f"{array}_{waiting[0]}")
+    urgent = ["--partition=urgent", "--nodelist=one", "--exclusive", "--output=/dev/null"]
+    told = cluster.run("sbatch", "--parsable", *urgent, "--wrap=true").strip()
+    second, others = until(
+        lambda: both_busy(check, "two", name), "jobs in training on two", command
+    )
+    victim = min(others.intersection(second))
+    cluster.run("scancel", f"{array}_{victim}")
+    until(lambda: "COMPLETED" in cluster.state(told), "the urgent job's end", command)
+    hit = {k for k in first if cluster.told(f"{array}_{k}")["Restarts"] == "1"}
+    kept = {*busy.intersection(hit), victim}
+    check.note("preempted jobs queued again", f"{len(hit)} of {len(first)}", hit == set(first))
+    second, busy = until(lambda: both_busy(check, "two", name), "jobs on two again", command)
+    count = cluster.kill_node("two")
+    cut = {number_of(r) for r in check.runs(name) if r.status == "RUNNING"}.intersection(second)
+    code = command.wait(PATIENCE)
+    check.note("jobs cancelled, a node killed", f"{count} processes; exit code {code}", code != 0)
+    lost = f"job {array}_{waiting[0]} of slurm: it has ended without a result"
+    found = lost in (check.folder / "commands.log").read_text()
+    check.note("one cancelled before it began is a failed job", lost if found else "", found)
+    cluster.start_node("two")
+    return {*hit, *cut, victim}, kept.union(busy.intersection(cut))
 
 
 def sweep(check: Check, jobs: int) -> None:
-    """A sweep that loses one job to scancel and a node to kill -9, and is resumed."""
-    cluster, name = check.cluster, "study"
-    seeds = ",".join(str(k) for k in range(jobs // 2))
-    words = [*check.job, f"experiment_name={name}", "model=lstm,gru", f"seed={seeds}"]
-    command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
-    victim = until(lambda: training_jobs(check, "one", name), "jobs in mid-training", command)[0]
-    cluster.run("scancel", victim)
-    until(lambda: training_jobs(check, "two", name), "jobs in training on the other node", command)
-    count = cluster.kill_node("two")
-    code = command.wait(PATIENCE)
-    check.note("a job cancelled, a node killed", f"{count} processes; exit code {code}", code != 0)
-    cluster.start_node("two")
+    """A sweep that loses jobs and a node, and is resumed."""
+    name = "study"
+    seeds = f"seed=range({jobs // 2})"
+    words = [*check.job, f"experiment_name={name}", "model=lstm,gru", seeds]
+    hit, kept = disturbed(check, name, words)
     done = [r for r in check.runs(name) if r.status == "FINISHED"]
     before = {r.id: (history(r), r.end_time) for r in done}
-    asked = len(submissions(check))
+    asked = check.submissions()
     code = check.call("qtorch", "sweep", "resume", name)
     runs = check.runs(name)
     finished = [r for r in runs if r.status == "FINISHED"]
@@ -155,38 +215,45 @@ def sweep(check: Check, jobs: int) -> None:
         f"exit code {code}; {len(finished)} of {jobs} jobs finished, {len(runs)} runs",
         code == 0 and len(finished) == len(runs) == jobs,
     )
-    asked = len(submissions(check)) - asked
-    told = f"{asked} sent to the queue"
-    check.note("the cluster asked for what was left alone", told, asked == jobs - len(done))
+    asked = check.submissions() - asked
+    what = "the cluster asked for what was left alone"
+    check.note(what, f"{asked} sent to the queue", asked == jobs - len(done))
     after = {r.id: (history(r), r.end_time) for r in runs if r.id in before}
     check.note("no finished job repeated", f"{len(before)} were, untouched", after == before)
-    resumed = [r for r in finished if r.load_object("fit_report")["resumed_from"] is not None]
-    told = f"{len(resumed)} of them"
-    check.note("interrupted jobs went on from their checkpoints", told, len(resumed) >= 2)
-    task, alone = resumed[0].load_object("task"), f"{name}-alone"
+    resumed = {
+        number_of(r): r for r in finished if r.load_object("fit_report")["resumed_from"] is not None
+    }
+    check.note(
+        "interrupted jobs went on from their checkpoints",
+        f"{sorted(resumed)}, of {sorted(hit)} that were; with a checkpoint {sorted(kept)}",
+        len(kept) > 2 and kept <= set(resumed) <= hit,
+    )
+    run = resumed[max(resumed)]  # rather a GRU
+    task = run.load_object("task")
     model = "gru" if "GRU" in str(task["model"]["network"]) else "lstm"
-    words = [*check.job, f"experiment_name={alone}", f"model={model}", f"seed={task['seed']}"]
-    check.call("qtorch", "train", *words)
-    equal = history(check.runs(alone)[0]) == history(resumed[0])
+    check.one = [f"model={model}", f"seed={task['seed']}"]
+    equal = history(check.undisturbed()) == history(run)
     check.note("... as if nothing had been", "metrics equal to an undisturbed run's", equal)
 
 
 def devices(check: Check) -> None:
-    """Two processes train one network, started by srun."""
+    """Two processes train one network, by srun on one node, by a sweep's job on both."""
     ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
-    ways: dict[str, tuple[list[str], list[str]]] = {
-        "one": ([], []),
-        "srun": (["srun", "--ntasks=2", "--nodes=1"], [*ddp, "trainer.devices=2"]),
-        "nodes": (
-            ["srun", "--ntasks=2", "--nodes=2"],
-            [*ddp, "trainer.devices=1", "trainer.num_nodes=2"],
-        ),
+    sweep = ["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.nodes=2"]
+    ways = {
+        "by srun, two processes on one node": [
+            *["srun", "--ntasks=2", "--nodes=1", "qtorch", "train", *ddp],
+            *["trainer.devices=2", "experiment_name=ddp-srun"],
+        ],
+        "in a sweep's job, one process on each node": [
+            *[*sweep, *ddp, "trainer.devices=1", "trainer.num_nodes=2"],
+            *["experiment_name=ddp-nodes"],
+        ],
     }
-    for name, (head, options) in ways.items():
-        words = [*check.job, *options, "model=gru", f"experiment_name=ddp-{name}"]
-        code = check.call(*head, "qtorch", "train", *words)
-        found = check.runs(f"ddp-{name}")
-        single = check.runs("ddp-one")[0]
+    single = check.undisturbed()
+    for what, command in ways.items():
+        code = check.call(*command, *check.job, *check.one)
+        found = check.runs(command[-1].partition("=")[2])
         worst = max(
             (
                 abs(value - single.logged(key)[step])
@@ -195,13 +262,11 @@ def devices(check: Check) -> None:
             ),
             default=float("inf"),
         )
-        if name != "one":
-            what = "two processes on one node" if name == "srun" else "one process on each node"
-            check.note(
-                f"DDP by srun, {what}",
-                f"exit code {code}, {len(found)} run; metrics within {worst:.1e} of one device's",
-                code == 0 and len(found) == 1 and worst < 1e-3,
-            )
+        check.note(
+            f"DDP {what}",
+            f"exit code {code}, {len(found)} run; metrics within {worst:.1e} of one device's",
+            code == 0 and len(found) == 1 and worst < 1e-3,
+        )
 
 
 def array(check: Check) -> None:
@@ -209,7 +274,7 @@ def array(check: Check) -> None:
     from qtorch.task.manager import TaskManager
 
     name, url = "pool", f"sqlite:///{check.folder / 'tasks.db'}"
-    words = [*check.job, "model=gru", f"experiment_name={name}", "seed=0,1,2,3,4,5"]
+    words = [*check.job, "model=gru", f"experiment_name={name}", "seed=0,1,2,3"]
     check.call(
         "qtorch", "train", "-m", "runner=rm", f"url={url}", "pool=pool", "wait=false", *words
     )
@@ -228,27 +293,26 @@ def array(check: Check) -> None:
     check.note(
         "pool workers as an array, one cancelled",
         f"exit code {code}; {dict(states)}; {len(runs)} runs",
-        code == 0 and states.get("done") == 6,
+        code == 0 and states.get("done") == 4,
     )
 
 
 def requeued(check: Check) -> None:
     """A job that gets SIGUSR1 keeps a checkpoint, is queued again, and goes on in its run."""
     name = "requeued"
-    words = [*check.job, "model=gru", f"experiment_name={name}"]
+    words = [*check.job, *check.one, f"experiment_name={name}"]
     job = check.cluster.run(
         "sbatch", "--parsable", "--requeue", "--signal=B:USR1@60", f"--chdir={check.folder}",
         f"--export=ALL,PATH={check.environment['PATH']}", f"--output={check.folder}/requeued.log",
-        "--open-mode=append", f"--wrap=exec qtorch train {' '.join(map(quoted, words))}",
+        "--open-mode=append", f"--wrap=exec qtorch train {' '.join(map(repr, words))}",
     ).strip()  # fmt: skip
     until(lambda: any(epochs_of(r) for r in check.runs(name)), "the first epoch")
     check.cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: any(r.status == "KILLED" for r in check.runs(name)), "the run's end")
     until(lambda: any(r.status == "FINISHED" for r in check.runs(name)), "the job's second part")
     (run,) = check.runs(name)
-    resumed = run.load_object("fit_report")["resumed_from"]
-    single = check.runs("ddp-one")
-    equal = bool(single) and history(run) == history(single[0])
+    resumed = resumed_from(run)
+    equal = history(run) == history(check.undisturbed())
     check.note(
         "SIGUSR1: a checkpoint, queued again, the same run",
         f"went on from {Path(str(resumed)).name}, metrics equal to an undisturbed run's: {equal}",
@@ -260,6 +324,7 @@ def page(check: Check) -> None:
     """Every command of the page, as it stands there, one after another."""
     text = PAGE.read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        sent: dict[str, str] = {}
         for command in block.replace("\\\n", " ").splitlines():
             own_ray = "address=auto" in command
             if own_ray:
@@ -269,16 +334,18 @@ def page(check: Check) -> None:
             if "RUN_ID" in command:
                 done = [r for r in check.runs("debug") if r.status == "FINISHED"]
                 command = command.replace("RUN_ID", str(done[0].id))
+            told = f"`{' '.join(command.split())[:60]}`"
             code = check.call("bash", "-c", command)
-            if command.startswith("sbatch") and "worker" not in command:
-                until(lambda: not check.cluster.jobs(), "the job's end")
             if own_ray:
                 check.call("ray", "stop", "--force")
-            check.note(f"`{' '.join(command.split())[:60]}`", f"exit code {code}", code == 0)
-
-
-def quoted(word: str) -> str:
-    return f"'{word}'"
+            if command.startswith("sbatch") and code == 0:
+                sent[told] = check.last_sent()
+            else:
+                check.note(told, f"exit code {code}", code == 0)
+        for told, job in sent.items():  # at the block's end: it may be what they wait for
+            until(lambda: not check.cluster.state(job) & GOING, f"the end of job {job}")  # noqa: B023
+            states = check.cluster.state(job)
+            check.note(told, f"job {job}: {', '.join(sorted(states))}", states == {"COMPLETED"})
 
 
 CHECKS: dict[str, Callable[[Check], None]] = {
@@ -310,10 +377,12 @@ def main() -> int:
             check = Check(cluster, folder, market, args.epochs)
             for name in args.only.split(","):
                 print(f"{name}:", file=sys.stderr)
+                begin = time.monotonic()
                 try:
                     sweep(check, args.jobs) if name == "sweep" else CHECKS[name](check)
                 except Exception as error:
                     check.note(name, f"{type(error).__name__}: {error}", False)
+                print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if not all(held for _, _, held in check.rows):
             print((folder / "commands.log").read_text()[-8000:], file=sys.stderr)
     print(f"\n| on SLURM {'(real bars)' if args.provider else ''} | seen | held |\n|---|---|---|")

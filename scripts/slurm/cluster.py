@@ -1,9 +1,13 @@
-"""A private SLURM of two nodes on this machine: no system services, no munge, no cgroups."""
+"""A private SLURM of two nodes on this machine: no system services, no munge, no cgroups.
+
+A job of the partition `urgent` takes the nodes of other jobs, which have some seconds before.
+"""
 
 from __future__ import annotations
 
 import getpass
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +44,8 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=1000
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=20
@@ -61,9 +67,10 @@ class Cluster:
             lines += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
             lines += "CPUs=2 RealMemory=8000 State=UNKNOWN\n"
             (self.folder / f"spool-{node}").mkdir()
-        lines += (
-            f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
-        )
+        for partition in ("all Default=YES PriorityTier=1 GraceTime=20", "urgent PriorityTier=2"):
+            lines += (
+                f"PartitionName={partition} Nodes={','.join(NODES)} MaxTime=INFINITE State=UP\n"
+            )
         (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(lines)
         self.run("slurmctld", "-c")
@@ -114,8 +121,16 @@ class Cluster:
             end_process(pid)
         return len(pids)
 
+    def told(self, job: str) -> dict[str, str]:
+        """What SLURM says of a job, or of one task of an array."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
+
+    def state(self, job: str) -> set[str]:
+        """The states of a job; an array may be in several."""
+        return set(re.findall(r"JobState=(\S+)", self.run("scontrol", "show", "job", "-o", job)))
+
     def jobs(self, form: str = "%i", *options: str) -> list[str]:
-        """The running jobs, a line each as `squeue -o` says."""
+        """The running jobs (`-t` says other states), a line each as `squeue -o` says."""
         return self.run("squeue", "-h", "-t", "RUNNING", "-o", form, *options).split()
 
 
