@@ -126,7 +126,9 @@ else:
             from qtorch.cli.settled_jobs import composed_job
 
             config = composed_job(self.hydra_context, self.config, number, overrides)
-            why = f"job {job.job_id} of {self._EXECUTOR}: {why}; see {job.paths.stderr}"
+            why = f"job {job.job_id} of {self._EXECUTOR}: {why}"
+            if job.paths.stderr.exists():
+                why += f"; see {job.paths.stderr}"
             return note_lost_job(config, number, overrides, why, closed=False)
 
     class SubmititSlurmLauncher(_ForJobsLeft, theirs.SlurmLauncher):  # type: ignore[misc]  # likewise
