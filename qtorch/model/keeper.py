@@ -18,6 +18,7 @@ from qtorch.core.heartbeat import beat, is_heard
 from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
 from qtorch.model.interruption import Stoppable, StopTraining
 from qtorch.model.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
+from qtorch.model.own_metrics import due
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.rank_states import RankStates
 from qtorch.model.sharding import whole_optimizer, whole_weights
@@ -32,9 +33,9 @@ class Keeper(Checkpoint):
     Lightning's checkpoint, completed by what an exact continuation needs: the generators of
     torch, CUDA, numpy and Python, the best weights and their value, and the metrics so far. A
     checkpoint is written after each epoch, and within it at each multiple of `every_n_steps`
-    batches. An interruption is answered at the next such place: a checkpoint, then StopTraining.
-    Of several ranks the first one writes, with what every rank holds of its own, and all stop
-    after the same step.
+    batches (one later, where a validation comes between). An interruption is answered at the next
+    such place: a checkpoint, then StopTraining. Of several ranks the first one writes, with what
+    every rank holds of its own, and all stop after the same step.
 
     `monitor` is the metric whose best epoch's weights are kept (`mode` min or max).
     """
@@ -68,7 +69,8 @@ class Keeper(Checkpoint):
         self._begin = self._epoch_begin = time.perf_counter()
         self._valid_seconds = 0.0
         self._validated = False
-        self._undelivered: list[dict[str, float]] = []
+        self._owed = False  # a checkpoint within the epoch
+        self._undelivered: list[tuple[dict[str, float], int]] = []
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -112,9 +114,12 @@ class Keeper(Checkpoint):
             waiting = position % trainer.accumulate_grad_batches
         if position >= self.loader.num_batches or waiting:
             return  # gradients that wait for their step are in no checkpoint
+        if self.every_n_steps is not None and position % self.every_n_steps == 0:
+            self._owed = True
+        if _validates_next(trainer):
+            return  # a training that goes on from here would leave this validation out
         stop = self.ranks.agree(self.interruption.requested)
-        due = self.every_n_steps is not None and position % self.every_n_steps == 0
-        if stop or due:
+        if stop or self._owed:
             self._save(trainer)
         if stop:
             self._stop(trainer.current_epoch, position)
@@ -148,10 +153,11 @@ class Keeper(Checkpoint):
             self._stop(trainer.current_epoch + 1, 0)
 
     def deliver(self, trainer: pl.Trainer) -> None:
-        """Send what a killed process had not delivered: all that is known, once."""
-        history, self._undelivered = self._undelivered, []
-        for epoch, values in enumerate(history):
-            self._send(trainer, values, epoch)
+        """Send what a killed process may not have delivered, once: all that is known. Of a user's
+        own module that is what Lightning would have sent after the checkpoint."""
+        undelivered, self._undelivered = self._undelivered, []
+        for values, step in undelivered:
+            self._send(trainer, values, step)
 
     # -- what it does --------------------------------------------------------------------------
 
@@ -195,11 +201,12 @@ class Keeper(Checkpoint):
             "Set monitor to one of its metrics, or log that one with self.log."
         )
 
-    def _send(self, trainer: pl.Trainer, values: dict[str, float], epoch: int) -> None:
+    def _send(self, trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=epoch)
+            logger.log_metrics(values, step=step)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self._owed = False
         if self.folder is not None:
             self._elapse()
             beat("checkpoint")
@@ -246,6 +253,7 @@ class Keeper(Checkpoint):
             "identity": self.identity,
             **RankStates.of(self.ranks, pl_module).content(),
             "history": [dict(v) for v in self.history],
+            "due": [] if isinstance(pl_module, ScoreModule) else due(trainer),
             "best_epoch": self.best_epoch,
             "best_value": self.best_value,
             "best_weights": self.best_weights,
@@ -264,7 +272,9 @@ class Keeper(Checkpoint):
         state = checkpoint[KEEPER]
         self._resumed = RankStates.read(checkpoint, self.loader.source.seed)
         self.history = [dict(v) for v in state["history"]]
-        self._undelivered = list(self.history)
+        ours = isinstance(pl_module, ScoreModule)
+        known = zip(self.history, range(len(self.history)), strict=True)
+        self._undelivered = list(known if ours else state["due"])
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.best_weights = state["best_weights"]
         self.best_optimizer = state.get("best_optimizer")  # not in checkpoints of before
@@ -275,6 +285,12 @@ class Keeper(Checkpoint):
 def weights_of(module: pl.LightningModule) -> torch.nn.Module:
     """What holds the weights that count: the network of ours, a user's module itself."""
     return module.network if isinstance(module, ScoreModule) else module
+
+
+def _validates_next(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates between the batch that has ended and the next one."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _copied(state: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from qtorch.data.batches import Batch
 
@@ -47,6 +48,30 @@ class OwnModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Talkative(OwnModule):
+    """Logs by every way that Lightning has: by step and epoch, reduced by mean, sum and max, from
+    the epoch's begin, and a torchmetrics metric, which has a state of its own."""
+
+    def __init__(self, d_feat: int, lr: float = 0.05) -> None:
+        super().__init__(d_feat, lr)
+        self.average = MeanMetric()
+
+    def on_train_epoch_start(self) -> None:
+        self.log("begun", float(self.global_step))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        size = len(batch.x)
+        self.average.update(loss.detach(), size)
+        self.log("average", self.average, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=size, prog_bar=True)
+        self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max", batch_size=size)
+        self.log("total", loss, on_step=False, on_epoch=True, reduce_fx=sum, sync_dist=True)
+        if batch_idx < 2:
+            self.log("early", loss, on_step=False, on_epoch=True, batch_size=size)
+        return loss
 
 
 class Nonsense(nn.Module):
