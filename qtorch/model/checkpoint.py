@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 KEEPER = "qtorch_keeper"
+FORMAT = 2  # of what lies under KEEPER
 
 
 class CheckpointError(QtorchError, OSError):
@@ -120,6 +121,7 @@ def checkpoint_to_resume(
         return None
     if resume == "auto":
         found = None if folder is None else newest_checkpoint(folder)
+        _check_format(found)
         if found is None or found[1][KEEPER]["identity"] == identity:
             return found
         log.warning("%s is of another training (model, data or seed): starting anew.", found[0])
@@ -128,9 +130,22 @@ def checkpoint_to_resume(
     found = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
     if found is None:
         raise ConfigError(f"{resume} holds no checkpoint to resume from.")
+    _check_format(found)
     if found[1][KEEPER]["identity"] != identity:
         raise ConfigError(
             f"{found[0]} is a checkpoint of another training: model, data, batches or seed differ. "
             "Start anew (resume=None), or use finetune to go on with other data."
         )
     return found
+
+
+def _check_format(found: tuple[Path, dict[str, Any]] | None) -> None:
+    """Refuse what another version of qtorch has written: nothing of it is lost."""
+    if found is None:
+        return
+    path, written = found[0], found[1][KEEPER].get("format", 1)
+    if written != FORMAT:
+        raise ConfigError(
+            f"{path} is a checkpoint of format {written}, and this version of qtorch reads format "
+            f"{FORMAT}: finish the training with the version that began it, or start anew."
+        )

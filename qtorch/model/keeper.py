@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.heartbeat import beat, is_heard
-from qtorch.model.checkpoint import KEEPER, keep_best, save_rotating
+from qtorch.model.checkpoint import FORMAT, KEEPER, keep_best, save_rotating
 from qtorch.model.interruption import Stoppable, StopTraining
 from qtorch.model.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
 from qtorch.model.own_metrics import due
@@ -250,6 +250,7 @@ class Keeper(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[KEEPER] = {
+            "format": FORMAT,
             "identity": self.identity,
             **RankStates.of(self.ranks, pl_module).content(),
             "history": [dict(v) for v in self.history],
@@ -277,7 +278,7 @@ class Keeper(Checkpoint):
         self._undelivered = list(known if ours else state["due"])
         self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
         self.best_weights = state["best_weights"]
-        self.best_optimizer = state.get("best_optimizer")  # not in checkpoints of before
+        self.best_optimizer = state["best_optimizer"]
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.num_trained = state["num_trained"]
 

@@ -147,9 +147,9 @@ class LightningModel(ModelFT):
         A training that is resumed, killed however it was, ends with the same weights and metrics
         as one that never was: bit for bit on the CPU with one number of threads and of devices.
         Another number of either is announced; of devices, it goes on with what of the epoch is
-        not yet used.
-        A user's own LightningModule resumes so where its state is in its `state_dict`, its
-        torchmetrics or its `on_save_checkpoint`; its `on_train_batch_end` comes after a checkpoint.
+        not yet used. A user's own LightningModule resumes so where its state is in its
+        `state_dict`, its torchmetrics or its `on_save_checkpoint`; its `on_train_batch_end` comes
+        after a checkpoint.
 
         Ctrl-C stops after the step, keeps a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second one ends at once. Raises DataError where there is nothing to

@@ -28,6 +28,7 @@ from qtorch.model.checkpoint import AtomicCheckpointIO
 from qtorch.model.module import METRICS, MONITORS, ScoreModule
 from qtorch.model.progress_bar import BatchBar
 from qtorch.model.rank_environment import RankEnvironment, RankPlace
+from qtorch.model.recorder_logger import RecorderLogger, with_recorders
 from qtorch.model.step_loader import StepLoader
 
 MAX_EPOCHS = 100
@@ -266,7 +267,7 @@ def build_trainer(
     options: TrainerOptions,
     *,
     own: Sequence[Callback],
-    logger: Any,
+    logger: RecorderLogger | None,
     folder: Path | None,
     loader: StepLoader,
     automatic: bool,
@@ -295,8 +296,7 @@ def build_trainer(
     loggers = arguments.get("logger") if place is None or place.rank == 0 else None
     wanted = [] if loggers in (None, True, False) else loggers
     wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    built = [init_instance_by_config(w) if isinstance(w, Mapping) else w for w in wanted]
-    arguments["logger"] = [*built, *([] if logger is None else [logger])] or False
+    arguments["logger"] = with_recorders(wanted, logger) or False
     plugins = arguments.get("plugins") or []
     listed = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     # Else Lightning takes a job of a scheduler for a job of its own.

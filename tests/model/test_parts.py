@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_training import ToyDataset, ToyRecorder
+from pytorch_lightning.loggers import MLFlowLogger
+from toy_training import ToyDataset, ToyRecorder, resumable_model
 
+from qtorch import R
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import BatchLoader
 from qtorch.model.checkpoint import (
@@ -36,6 +38,7 @@ from qtorch.model.trainer_options import (
     monitored,
     trainer_options,
 )
+from qtorch.tracking.mlflow_store import store_at
 
 
 def _draws() -> list[float]:
@@ -199,3 +202,25 @@ def test_factories() -> None:
             optimizer_factory(wrong)
     with pytest.raises(ConfigError, match="interval"):
         scheduler_plan({"scheduler": lambda o: None, "interval": "day"})
+
+
+@pytest.mark.slow
+def test_lightnings_mlflow_logger_makes_no_second_run(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    named = {"_target_": "pytorch_lightning.loggers.MLFlowLogger"}
+    with R.uri_context(uri):
+        with R.start(experiment_name="other"):
+            other = R.get_recorder().id
+        with R.start(experiment_name="one"):
+            run = R.get_recorder()
+            own = MLFlowLogger(run_id=other, tracking_uri=uri)
+            loggers = [named, MLFlowLogger("one", tracking_uri=uri), own]
+            trainer = {"max_epochs": 2, "accelerator": "cpu", "logger": loggers}
+            resumable_model(trainer=trainer).fit(ToyDataset(), recorder=run)
+            assert R.get_recorder(recorder_id=run.id).status == "RUNNING"
+        kept = R.get_recorder(recorder_id=other)
+        assert set(R.list_experiments()) == {"Default", "one", "other"}
+        assert set(R.list_recorders(experiment_name="one")) == {run.id}
+    points = store_at(uri).client.get_metric_history(run.id, "valid/loss")
+    assert [p.step for p in points] == [0, 1]
+    assert set(kept.logged("valid/loss")) == {0, 1}  # a run of its own is the user's wish
