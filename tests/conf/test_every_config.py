@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.strategies import ModelParallelStrategy
 
+from qtorch import R
 from qtorch.cli.compose import composed
 from qtorch.cli.config_path import config_path
+from qtorch.core.errors import TrackingError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.model.rank_environment import RankEnvironment, RankPlace
-from qtorch.model.trainer_options import trainer_options
+from qtorch.model.trainer_options import check_monitor, early_stopping, trainer_options
 
 CONF = config_path()
 ROOTS = ("bars", "export", "finetune", "predict", "report", "rolling", "train")
@@ -72,25 +74,33 @@ def test_it_composes_and_builds(choice, bars, monkeypatch):
     text = (CONF / f"{choice}.yaml").read_text()
     assert choice.startswith("model/optimizer/") or text.startswith("#")
     assert len(text.splitlines()) < 40
-    group = choice.split("/")[0]
-    if group == "data":
-        source = init_instance_by_config(settings["data"])
+    source = init_instance_by_config(settings["data"])
+    if choice.startswith("data/"):
         assert settings["universe"] in source.universes()
         assert len(source.calendar()) > 100
-    elif group in ("handler", "dataset"):
-        given = settings[group]
-        if group == "dataset":
-            first, middle, last = "2018-07-02", "2019-06-28", "2020-06-30"
-            given = {**given, "segments": {"train": [first, middle], "test": ["2019-07-01", last]}}
-        assert init_instance_by_config(given) is not None
-    elif group in ("model", "trainer", "callbacks"):
-        init_instance_by_config(settings["model"])
-    elif group == "record":
-        for record in settings["record"]:
-            init_instance_by_config(record, try_kwargs={"recorder": None})
+    shares = [s for s in settings["segments"].values() if not isinstance(s, list)]
+    first, middle, last = "2018-07-02", "2019-06-28", "2020-06-30"
+    dates = {"train": [first, middle], "test": ["2019-07-01", last]} if shares else {}
+    given = settings["dataset"]
+    given = {**given, "segments": dates or given["segments"]}
+    assert init_instance_by_config(given).handler is not None
+    model = init_instance_by_config(settings["model"])
+    if hasattr(model, "monitor"):
+        check_monitor(early_stopping(model.early_stop, model.monitor)[1])
+    for record in settings["record"] or ():
+        init_instance_by_config(record, try_kwargs={"recorder": None})
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("tracking/")])
+def test_tracking_is_where_it_says(choice, bars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
+    uri = settings_of(choice)["tracking"]["uri"]
+    if uri is None:
+        assert R.get_uri().startswith(f"sqlite:///{tmp_path}")
     else:
-        init_instance_by_config(settings["data"])
-        init_instance_by_config(settings["model"])
+        with R.uri_context(uri), pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 does not"):
+            R.list_experiments()
 
 
 def test_the_main_job_is_qlibs_lstm_benchmark():

@@ -19,6 +19,7 @@ from qtorch.core.stops import STOPS, noted
 from qtorch.data.batches import BatchLoader
 from qtorch.model.checkpoint import (
     BEST,
+    KEEPER,
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
@@ -173,6 +174,19 @@ def test_a_path_of_another_training_is_an_error(recorder: ToyRecorder, tmp_path:
         resumable_model().fit(ToyDataset(), resume=tmp_path / "nothing.ckpt")
     with pytest.raises(ConfigError, match="no checkpoint"):
         resumable_model().fit(ToyDataset(), resume=tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(recorder: ToyRecorder) -> None:
+    resumable_model().fit(ToyDataset(), recorder=recorder)
+    path = recorder.checkpoint_dir() / LAST
+    content = torch.load(path, weights_only=False)
+    del content[KEEPER]["format"]  # the first one had none
+    torch.save(content, path)
+    written = path.read_bytes()
+    for resume in (path, path.parent, "auto"):
+        with pytest.raises(ConfigError, match="of format 1, and this version of qtorch reads"):
+            resumable_model().fit(ToyDataset(), resume=resume, recorder=recorder)
+    assert path.read_bytes() == written
 
 
 def test_last_previous_and_best_are_kept_alone(recorder: ToyRecorder) -> None:
