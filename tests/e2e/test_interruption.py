@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
+import subprocess
 import time
+from contextlib import closing
 
 import pytest
 
@@ -42,11 +45,18 @@ def wait_for_epoch(runs, child, epoch: int = 0, patience: float = 240.0):
     raise AssertionError("the training did not get anywhere")
 
 
-def history(run) -> dict:
-    return {k: run.logged(k) for k in sorted(run.list_metrics())}
+def history(run, folder) -> dict:
+    """`{(key, step): value}` of MLflow's own table, in which each stands once."""
+    (database,) = folder.glob("**/mlflow.db")
+    with closing(sqlite3.connect(database)) as connection:
+        query = "SELECT key, step, value FROM metrics WHERE run_uuid = ?"
+        points = connection.execute(query, (run.id,)).fetchall()
+    found = {(key, step): value for key, step, value in points}
+    assert len(found) == len(points)
+    return found
 
 
-def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli):
+def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli, folder):
     child = start(*JOB)
     run = wait_for_epoch(runs, child)
     child.send_signal(signal.SIGINT)
@@ -68,30 +78,50 @@ def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli)
 
     assert qtorch_cli(*JOB).code == 0
     other = next(r for r in runs() if r.id != run.id)
-    assert history(resumed) == history(other)
+    assert history(resumed, folder) == history(other, folder)
     told = qtorch_cli("train", f"resume={run.id}")
     assert "FINISHED" in told.error()
 
 
-def test_a_second_ctrl_c_ends_at_once(start, runs):
-    # One endless step: the first Ctrl-C waits for its end, the second does not.
-    child = start(
-        *JOB, "model.network.hidden_size=1500", "model.inner_steps=64", "trainer.max_epochs=400"
-    )
+SLOW = """
+import time
+from pathlib import Path
+
+from torch import nn
+
+
+class Slow(nn.Module):
+    def __init__(self, d_feat):
+        super().__init__()
+        self.layer = nn.Linear(d_feat, 1)
+
+    def forward(self, x):
+        Path("stepping").touch()
+        time.sleep(120)
+        Path("stepped").touch()
+        return self.layer(x[:, -1])
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(start, runs, folder):
+    """In a step of two minutes: the first Ctrl-C waits for its end, the second does not."""
+    (folder / "slow.py").write_text(SLOW)
+    job = (*JOB[:-1], "model=lightning", "+model.network._target_=slow.Slow")
+    child = start(*job)
     end = time.monotonic() + 240
-    while not runs() or not runs()[0].list_artifacts():
+    while not (folder / "stepping").exists():
+        assert child.poll() is None, child.communicate()
         assert time.monotonic() < end
-        time.sleep(0.5)
-    time.sleep(6)
+        time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    time.sleep(1)
-    begin = time.monotonic()
-    while child.poll() is None and time.monotonic() - begin < 60:
-        child.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-    assert child.returncode not in (None, 0)
-    assert time.monotonic() - begin < 30
-    assert "FINISHED" not in [r.status for r in runs()]
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1)  # the first one alone ends nothing
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "stopping after this step; Ctrl-C once more ends at once" in err
+    assert not (folder / "stepped").exists()
+    assert [r.status for r in runs()] == ["KILLED"]
 
 
 def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_run(
