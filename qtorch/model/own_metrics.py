@@ -42,9 +42,9 @@ def due(trainer: pl.Trainer) -> list[tuple[dict[str, float], int]]:
         step -= 1
     else:
         waits = trainer.lightning_module.automatic_optimization and loop._should_accumulate()
-        if waits or not (connector.should_update_logs or trainer.fast_dev_run):
+        if waits or not (connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
             return []
-    values = {k: float(v) for k, v in connector.metrics["log"].items()}  # type: ignore[arg-type]  # numbers
+    values = {k: float(v) for k, v in connector.metrics["log"].items()}
     if not values:
         return []
     step = int(values.pop("step", step))  # Lightning's own name for another step
