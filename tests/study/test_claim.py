@@ -148,9 +148,13 @@ def test_of_those_who_outlive_a_holder_one_gets_its_job(foreign):
 
 def test_an_interruption_ends_the_look_at_a_claim(foreign, monkeypatch):
     monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
-    later(0.1, os.kill, os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), claimed(foreign):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        later(0.1, os.kill, os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), claimed(foreign):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads(foreign.read_text())["machine"] == "another 1"
 
 
