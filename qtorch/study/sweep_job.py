@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qtorch.core.errors import ConfigError, LoadObjectError, TrustError
+from qtorch.core.errors import LoadObjectError, TrustError
 from qtorch.core.identity import digest, fit_id, task_id
 from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.core.session import session
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FIT_KEY_TAG = "qtorch.fit_key"  # a training but for its data: known without reading them
 FIT_TAG = "qtorch.fit_id"
 FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this one's records were made of
-BEGIN_SECONDS = 20.0  # from a claim to its run
+LOOK_SECONDS = 0.5  # between two looks at a job that another process has claimed
 ENDED = (Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_K)
 INTERRUPTED = (Recorder.STATUS_R, Recorder.STATUS_K, Recorder.STATUS_S)
 
@@ -110,20 +110,40 @@ def run_sweep_job(
     finished = _finished(experiment.id, tags, place)
     if finished is not None:
         return _adopted(finished, place, SKIPPED)
-    with claimed(claim_path(experiment.id, tags)) as mine:
-        earlier = _earlier(experiment.id, tags, place)
-        if earlier is not None and earlier.status == Recorder.STATUS_FI:
-            return _adopted(earlier, place, SKIPPED)
-        if not mine:
-            return _left_to_another(experiment.id, tags, place)
-        if earlier is not None and earlier.status == Recorder.STATUS_FA and not place.retry:
-            return _adopted(earlier, place, REFUSED)
-        born = {**tags, **place.tags, PARENT_TAG: place.sweep_id}
-        with born_with(born):
-            if earlier is not None:
-                return _again(complete, place, earlier)
-            fitted = _fitted(experiment.id, complete, tags, place)
-            return _anew(complete, fitted, experiment_name, recorder_name)
+    waits = False
+    while True:
+        with claimed(claim_path(experiment.id, tags)) as mine:
+            earlier = _earlier(experiment.id, tags, place)
+            if earlier is not None and earlier.status == Recorder.STATUS_FI:
+                return _adopted(earlier, place, SKIPPED)
+            if mine:
+                return _done(complete, tags, place, earlier, experiment_name, recorder_name)
+        if earlier is not None:
+            return _adopted(earlier, place, ELSEWHERE)
+        if not waits:
+            log.info("another process is about to begin this job: waiting for its run, or its end")
+            waits = True
+        time.sleep(LOOK_SECONDS)
+
+
+def _done(
+    task: dict[str, Any],
+    tags: Mapping[str, str],
+    place: Membership,
+    earlier: RunRow | None,
+    experiment_name: str | None,
+    recorder_name: str | None,
+) -> JobOutcome:
+    """A job whose claim is held: what is left of it, done."""
+    if earlier is not None and earlier.status == Recorder.STATUS_FA and not place.retry:
+        return _adopted(earlier, place, REFUSED)
+    born = {**tags, **place.tags, PARENT_TAG: place.sweep_id}
+    with born_with(born):
+        if earlier is not None:
+            return _again(task, place, earlier)
+        experiment = R.get_exp(experiment_name=experiment_name)
+        fitted = _fitted(experiment.id, task, tags, place)
+        return _anew(task, fitted, experiment_name, recorder_name)
 
 
 def has_settled_jobs(experiment_name: str | None = None) -> bool:
@@ -237,16 +257,6 @@ def _adopted(row: RunRow, place: Membership, how: str) -> JobOutcome:
         recorder.set_tags(**place.tags)
     note_started(recorder)
     return JobOutcome(recorder, how)
-
-
-def _left_to_another(experiment_id: str, tags: Mapping[str, str], place: Membership) -> JobOutcome:
-    """The run of the process that has claimed the job; it may be about to begin it."""
-    end = time.monotonic() + BEGIN_SECONDS
-    while (row := _earlier(experiment_id, tags, place)) is None:
-        if time.monotonic() > end:
-            raise ConfigError("another process has claimed this job, but has no run for it yet.")
-        time.sleep(0.5)
-    return _adopted(row, place, ELSEWHERE)
 
 
 def _fitted(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.heartbeat import listening
 from qtorch.study import sweep_job
+from qtorch.study.claim import claimed
+from qtorch.study.sweep import claim_path
 from qtorch.study.sweep_job import (
     FIT_FROM_TAG,
     RECORDED,
@@ -18,6 +22,7 @@ from qtorch.study.sweep_job import (
     TRAINED,
     Membership,
     has_settled_jobs,
+    identified,
     run_sweep_job,
     settled_sweep_job,
 )
@@ -114,3 +119,35 @@ def test_what_is_settled_is_known_without_doing_it(store, make_task):
     assert (found.how, found.recorder.id, found.error) == (SKIPPED, done.recorder.id, None)
     only_own = Membership("a-third", 3, ("seed=1",), reuse=False)
     assert settled_sweep_job(task, only_own, "exp") is None
+
+
+@pytest.mark.slow
+def test_a_claim_that_is_given_up_before_its_run_began_is_taken(
+    store, make_task, monkeypatch, caplog
+):
+    """Who holds it may read data for minutes before there is a run, and fail in that."""
+    task = {**make_task(), "seed": 1, "record": []}
+    held = claim_path(R.get_exp(experiment_name="exp").id, identified(task)[1])
+    waits = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        assert not R.list_recorders(experiment_name="exp")
+        waits.set()
+
+    def hold() -> None:
+        with claimed(held) as mine:
+            assert mine
+            holds.set()
+            assert waits.wait(60)
+
+    holds = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(60)
+    monkeypatch.setattr(sweep_job, "time", SimpleNamespace(sleep=sleep))
+    with caplog.at_level("INFO", "qtorch"):
+        done = run_sweep_job(task, PLACE, "exp")
+    holder.join()
+    assert waits.is_set()
+    assert (done.how, done.recorder.status) == (TRAINED, "FINISHED")
+    assert len([r for r in caplog.records if "about to begin this job" in r.getMessage()]) == 1
