@@ -17,7 +17,7 @@ types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 "$bin/mypy" >"$types" 2>&1 & # a minute and more of one core, while the first tests wait for others
 mypy=$! failed=0
-"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-2}" --dist loadgroup --durations=15 "$@" || failed=$?
+"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-3}" --dist loadgroup --durations=15 "$@" || failed=$?
 wait "$mypy" || failed=$?
 cat "$types"
 exit "$failed"

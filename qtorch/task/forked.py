@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qtorch.core.errors import QtorchError
 from qtorch.task.zygote import FORK, GRACE_SECONDS
@@ -189,20 +189,25 @@ class Forks:
         self.stopped = False
         self.busy = False  # whether this process waits for a call
         theirs, self._orders = os.pipe()
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # what is found here is there
         with contextlib.ExitStack() as given:
             given.callback(os.close, theirs)
             file = None if output is None else given.enter_context(output.open("ab"))
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", ZYGOTE_MODULE, self.address, str(theirs), *modules],
-                env={**os.environ, **FORK_SAFE, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                pass_fds=(theirs,),
-                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
-            )
+            self._process = self._begun([self.address, str(theirs), *modules], theirs, file)
         self._owner = os.getpid()
+
+    def _begun(
+        self, arguments: Sequence[str], orders: int, output: IO[bytes] | None
+    ) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # what is found here is there
+        return subprocess.Popen(
+            [sys.executable, "-m", ZYGOTE_MODULE, *arguments],
+            env={**os.environ, **FORK_SAFE, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(orders,),
+            start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+        )
 
     @property
     def open(self) -> bool:

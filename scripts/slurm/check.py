@@ -157,11 +157,13 @@ def in_training(check: Check, experiment: str) -> set[int]:
     return {number_of(r) for r in busy if 0 < len(epochs_of(r)) < 0.6 * check.epochs}
 
 
-def both_busy(check: Check, node: str, experiment: str) -> tuple[list[int], set[int]] | None:
-    """The jobs on a node, and those of all nodes in mid-training, once most of them are."""
+def busy_on(
+    check: Check, node: str, experiment: str, least: int = 1
+) -> tuple[list[int], set[int]] | None:
+    """The jobs on a node, and those of all nodes in mid-training, once `least` are both."""
     busy = in_training(check, experiment)
     jobs = [int(k) for k in check.cluster.jobs("%K", "-w", node)]
-    return (jobs, busy) if len(busy) > 2 and busy.intersection(jobs) else None
+    return (jobs, busy) if len(busy.intersection(jobs)) >= least else None
 
 
 def disturbed(check: Check, name: str, words: list[str]) -> tuple[set[int], set[int]]:
@@ -172,21 +174,19 @@ def disturbed(check: Check, name: str, words: list[str]) -> tuple[set[int], set[
     """
     cluster = check.cluster
     command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
-    first, busy = until(lambda: both_busy(check, "one", name), "jobs in training", command)
+    first, busy = until(lambda: busy_on(check, "one", name, 2), "jobs in training", command)
     array, waiting = cluster.jobs("%F")[0], cluster.jobs("%K", "-r", "-t", "PENDING")
     cluster.run("scancel", f"{array}_{waiting[0]}")
     urgent = ["--partition=urgent", "--nodelist=one", "--exclusive", "--output=/dev/null"]
     told = cluster.run("sbatch", "--parsable", *urgent, "--wrap=true").strip()
-    second, others = until(
-        lambda: both_busy(check, "two", name), "jobs in training on two", command
-    )
+    second, others = until(lambda: busy_on(check, "two", name), "jobs in training on two", command)
     victim = min(others.intersection(second))
     cluster.run("scancel", f"{array}_{victim}")
     until(lambda: "COMPLETED" in cluster.state(told), "the urgent job's end", command)
     hit = {k for k in first if cluster.told(f"{array}_{k}")["Restarts"] == "1"}
     kept = {*busy.intersection(hit), victim}
     check.note("preempted jobs queued again", f"{len(hit)} of {len(first)}", hit == set(first))
-    second, busy = until(lambda: both_busy(check, "two", name), "jobs on two again", command)
+    second, busy = until(lambda: busy_on(check, "two", name), "jobs on two again", command)
     count = cluster.kill_node("two")
     cut = {number_of(r) for r in check.runs(name) if r.status == "RUNNING"}.intersection(second)
     code = command.wait(PATIENCE)
@@ -226,7 +226,7 @@ def sweep(check: Check, jobs: int) -> None:
     check.note(
         "interrupted jobs went on from their checkpoints",
         f"{sorted(resumed)}, of {sorted(hit)} that were; with a checkpoint {sorted(kept)}",
-        len(kept) > 2 and kept <= set(resumed) <= hit,
+        len(kept) > 1 and kept <= set(resumed) <= hit,
     )
     run = resumed[max(resumed)]  # rather a GRU
     task = run.load_object("task")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,25 +64,17 @@ def train(qtorch_cli):
 @pytest.fixture
 def start(folder):
     """`start("train", ...)` as a process of its own; ended with the test."""
+    from forked_command import ForkedCommand
+
     children = []
 
-    def begin(*argv: str, own_group: bool = False, **env: str) -> subprocess.Popen[str]:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "qtorch.cli.main", *argv],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=own_group,
-        )
-        children.append(child)
-        return child
+    def begin(*argv: str, own_group: bool = False, **env: str) -> ForkedCommand:
+        children.append(ForkedCommand(argv, folder, env, own_group))
+        return children[-1]
 
     yield begin
     for child in children:
-        if child.poll() is None:
-            child.kill()
+        child.kill()
         child.communicate()
 
 

@@ -13,13 +13,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 EPOCHS = 12  # enough that the last one is far when the first one is seen
-JOB = (
-    "train",
-    "debug=tiny",
-    f"trainer.max_epochs={EPOCHS}",
-    "callbacks=no_stop",
-    "model.network.dropout=0.2",
-)
+LONG = ("train", "debug=tiny", f"trainer.max_epochs={EPOCHS}", "callbacks=no_stop")
+JOB = (*LONG, "model.network.dropout=0.2", "model.network.hidden_size=16")
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +101,7 @@ class Slow(nn.Module):
 def test_a_second_ctrl_c_ends_at_once(start, runs, folder):
     """In a step of two minutes: the first Ctrl-C waits for its end, the second does not."""
     (folder / "slow.py").write_text(SLOW)
-    job = (*JOB[:-1], "model=lightning", "+model.network._target_=slow.Slow")
+    job = (*LONG, "model=lightning", "+model.network._target_=slow.Slow")
     child = start(*job)
     end = time.monotonic() + 240
     while not (folder / "stepping").exists():

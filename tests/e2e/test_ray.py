@@ -116,7 +116,7 @@ def harm(
 ) -> None:
     """Send each job's worker, and the next one's, what the plan has, once it has a checkpoint."""
     harmed: set[int] = set()
-    while any(plan.values()) and not over.wait(0.2):
+    while any(plan.values()) and not over.wait(0.5):
         if not (folder / "mlruns" / "mlflow.db").exists():
             continue
         for run in jobs_of(find_runs()):

@@ -141,7 +141,7 @@ def shown(qtorch_cli, name, id):
     assert "retry" in qtorch_cli("sweep", "--help").out
 
 
-LONG = ("trainer.max_epochs=24", "callbacks=no_stop", "model.network.dropout=0.2")
+LONG = ("trainer.max_epochs=48", "callbacks=no_stop", "model.network.dropout=0.2")
 STEPS = ("model.checkpoint.every_n_steps=2", "model.network.hidden_size=8")
 
 

@@ -1,0 +1,125 @@
+"""qtorch's commands as real processes that need no imports: forked from this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from qtorch.cli import isolation, sweep_start
+from qtorch.cli.main import main
+from qtorch.task import forked, zygote
+from qtorch.trainer import isolated
+
+
+class ForkedProcess:
+    """A process that does `work` and ends with the code that this gives; used as Popen is."""
+
+    def __init__(self, work: Callable[[], int | None]) -> None:
+        self.returncode: int | None = None
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                code = work() or 0
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+class ForkedCommand(ForkedProcess):
+    """`qtorch ARGV` in a folder, with `environment` added; its output goes into files.
+
+    What it starts to fork trainings from (`qtorch.task.forked.Forks`) is forked from it too.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], folder: Path, environment: dict[str, str], own_group: bool
+    ) -> None:
+        self.args = list(argv)
+        self._told = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        super().__init__(lambda: self._work(folder, environment, own_group))
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """All that it has told, once it has ended."""
+        self.wait(timeout)
+        out, err = (_whole(file) for file in self._told)
+        return out, err
+
+    def _work(self, folder: Path, environment: dict[str, str], own_group: bool) -> int:
+        if own_group:
+            os.setsid()
+        for standard, file in enumerate(self._told, 1):
+            os.dup2(file.fileno(), standard)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        os.environ.update({"OMP_NUM_THREADS": "1", **environment})
+        path = environment.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [str(folder), *filter(None, path)]
+        torch.set_num_threads(1)
+        for module in (sweep_start, isolation, isolated):  # the fixture `warm` has another one
+            module.Forks = forked.Forks  # type: ignore[attr-defined]
+        forked.Forks._begun = _forked_zygote  # type: ignore[method-assign]
+        try:
+            return int(main(self.args) or 0)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+
+
+def _whole(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _forked_zygote(
+    forks: forked.Forks, arguments: Sequence[str], orders: int, output: IO[bytes] | None
+) -> ForkedProcess:
+    """`Forks._begun` without a program of its own."""
+
+    def work() -> int:
+        os.setsid()
+        os.close(forks._orders)  # the owner's end: else its death would not be noticed
+        if output is not None:
+            for standard in (1, 2):
+                os.dup2(output.fileno(), standard)
+        os.environ.update(forked.FORK_SAFE)
+        return zygote.main(list(arguments))
+
+    return ForkedProcess(work)
