@@ -81,6 +81,26 @@ def test_killed_with_all_its_ranks_in_mid_epoch(tmp_path: Path, uninterrupted) -
     assert not list((folder / "checkpoints").glob(".ranks-*"))  # what the killed one left
 
 
+def test_a_users_module_that_was_killed_with_all_its_ranks(tmp_path: Path) -> None:
+    """What it has logged of the epoch's first half, on both devices, counts too."""
+    own = {
+        "network": {"_target_": "user_networks.Talkative"},
+        "monitor": "own_valid_loss",
+        "early_stop": None,
+        "scheduler": None,
+        "inner_steps": "auto",
+        "trainer": {"max_epochs": 3, **DDP},
+    }
+    process = training_in(tmp_path / "run", own, **{FATE: "0:1:10:kill-all"})
+    assert process.join() == -signal.SIGKILL
+    assert _ranks_gone(tmp_path / "run")
+    (tmp_path / "whole").mkdir()
+    resumed, whole = (_resumed(tmp_path / name, **own) for name in ("run", "whole"))
+    assert resumed[0].fit_report_["resumed_from"] is not None
+    assert whole[0].fit_report_["resumed_from"] is None
+    _same(*resumed, whole)
+
+
 def _diary(path: Path) -> dict[tuple[int, int], list[int]]:
     """The rows that were used for each batch (epoch, step), of all ranks."""
     found: dict[tuple[int, int], list[int]] = {}
