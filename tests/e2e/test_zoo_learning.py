@@ -53,8 +53,8 @@ SMALL = {
 HORIZONS = [f"Ref($close, -{k + 1}) / Ref($close, -1) - 1" for k in (1, 2, 3)]
 # The networks that learn several labels.
 NUM_LABELS = {"tcts": 3}
-# Its attention over features takes longer to settle.
-EPOCHS = {"tabnet": 5}
+# Attention over features takes longer to settle; slow steps that learn much are soon enough.
+EPOCHS = {"tabnet": 5, "add": 1, "mamba": 1, "patchtst": 1}
 CHOICES = sorted(p.stem for p in config_path().joinpath("model").glob("*.yaml"))
 CHOICES.remove("lightning")
 
