@@ -1,4 +1,4 @@
-"""From scores to money: exchange, accounts, strategies, and the days one after another."""
+"""Backtesting: turn scores into orders, fills and account values, one bar after another."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qtorch.backtest.orders import Orders as Orders
     from qtorch.backtest.result import BacktestResult as BacktestResult
     from qtorch.backtest.run import backtest as backtest
-    from qtorch.backtest.strategy import Moment as Moment
+    from qtorch.backtest.strategy import StepContext as StepContext
     from qtorch.backtest.strategy import Strategy as Strategy
     from qtorch.backtest.topk import TopkDropoutStrategy as TopkDropoutStrategy
     from qtorch.backtest.weights import LongShortStrategy as LongShortStrategy
@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "EnhancedIndexingStrategy": "qtorch.backtest.enhanced_indexing",
         "Exchange": "qtorch.backtest.exchange",
         "LongShortStrategy": "qtorch.backtest.weights",
-        "Moment": "qtorch.backtest.strategy",
+        "StepContext": "qtorch.backtest.strategy",
         "Orders": "qtorch.backtest.orders",
         "Strategy": "qtorch.backtest.strategy",
         "TopkDropoutStrategy": "qtorch.backtest.topk",

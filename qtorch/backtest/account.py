@@ -1,4 +1,4 @@
-"""The accounts of a backtest: cash and positions of all members at once."""
+"""The accounts of a backtest: cash and positions of all members, kept in arrays."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qtorch.backtest.quotes import Bools, Floats, Places
+from qtorch.backtest.quotes import Bools, Floats, Indices
 
-# What Qlib takes for "all of it" when it sells (numpy's isclose).
-RELATIVE, ABSOLUTE = 1e-5, 1e-8
+# Qlib treats a sale as a sale of the whole position within these tolerances (numpy's isclose).
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-5, 1e-8
 
 
-def nearly(given: Floats, held: Floats) -> Bools:
-    """Amounts that are the held ones but for rounding."""
-    return np.abs(given - held) <= ABSOLUTE + RELATIVE * np.abs(held)
+def is_close(amount: Floats, position: Floats) -> Bools:
+    """Whether amounts equal the positions up to rounding errors."""
+    return np.abs(amount - position) <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(position)
 
 
 @dataclass
 class Account:
-    """Cash and holdings of M members over N instruments, moved along bar by bar.
+    """Cash and positions of M members over N instruments, updated bar by bar.
 
-    `cash [M]` may be spent now, `delayed [M]` comes with the end of the bar (settlement by
-    cash). `amount [M, N]` adjusted shares, negative when sold short; `price [M, N]` the last
-    close, NaN without a position; `count [M, N]` bars held. `cost` and `turnover [M]` are what was
-    paid and dealt since the start.
+    `cash [M]` can be spent now; `unsettled_cash [M]` becomes cash at the end of the bar (used only
+    with `settle_cash`). `amount [M, N]` are adjusted shares, negative for short positions; `price
+    [M, N]` is the last close, NaN without a position; `count [M, N]` is the number of bars that
+    the position has been held. `cost` and `turnover [M]` are the totals since the start.
     """
 
     cash: Floats
@@ -33,82 +33,87 @@ class Account:
     price: Floats
     count: NDArray[np.int32]
     settle_cash: bool
-    delayed: Floats
+    unsettled_cash: Floats
     cost: Floats
     turnover: Floats
 
     @classmethod
-    def opened(
-        cls, cash: float, amount: Floats, price: Floats, members: int, *, settle_cash: bool
+    def create(
+        cls, cash: float, amount: Floats, price: Floats, num_members: int, *, settle_cash: bool
     ) -> Account:
-        """M equal accounts with cash and an initial portfolio (`[N]`, zeros for none)."""
-        shape = (members, len(amount))
+        """Create M equal accounts with cash and an initial portfolio (`[N]`, zeros for none)."""
+        shape = (num_members, len(amount))
         return cls(
-            np.full(members, float(cash)),
+            np.full(num_members, float(cash)),
             np.broadcast_to(amount, shape).copy(),
             np.broadcast_to(price, shape).copy(),
             np.zeros(shape, dtype=np.int32),
             settle_cash,
-            *(np.zeros(members) for _ in range(3)),
+            *(np.zeros(num_members) for _ in range(3)),
         )
 
     @property
-    def held(self) -> Bools:
-        """`[M, N]`: there is a position."""
-        held: Bools = self.amount != 0
-        return held
+    def is_held(self) -> Bools:
+        """`[M, N]`: whether the member has a position in the instrument."""
+        is_held: Bools = self.amount != 0
+        return is_held
 
     def holdings(self) -> Floats:
-        """`[M]`: the value of the positions at their last closes."""
+        """`[M]`: the value of the positions at their last close."""
         values: Floats = np.where(self.amount != 0, self.amount * self.price, 0.0).sum(axis=1)
         return values
 
     def value(self) -> Floats:
-        """`[M]`: cash and holdings."""
-        return self.holdings() + (self.cash + self.delayed)
+        """`[M]`: cash (including unsettled cash) plus the value of the positions."""
+        return self.holdings() + (self.cash + self.unsettled_cash)
 
     def buy(
-        self, member: Places, instrument: Places, value: Floats, cost: Floats, price: Floats
+        self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
     ) -> None:
-        """Take dealt purchases in; each (member, instrument) stands once."""
-        traded, held = value / price, self.amount[member, instrument]
-        left = np.where(nearly(traded, -held), 0.0, held + traded)
-        self._move(member, instrument, held, left, price)
-        np.subtract.at(self.cash, member, value + cost)  # in order, as the trades came
-        # A price that spends the last cent can leave a rounding error below zero.
+        """Book executed purchases; each (member, instrument) pair occurs at most once."""
+        shares, position = value / price, self.amount[member, instrument]
+        new_position = np.where(is_close(shares, -position), 0.0, position + shares)
+        self._update_positions(member, instrument, position, new_position, price)
+        np.subtract.at(self.cash, member, value + cost)  # one by one, in the order of the trades
+        # A purchase that spends all of the cash can leave a rounding error below zero.
         self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
-        self._count(member, value, cost)
+        self._add_totals(member, value, cost)
 
     def sell(
-        self, member: Places, instrument: Places, value: Floats, cost: Floats, price: Floats
+        self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
     ) -> None:
-        """Take dealt sales in; each (member, instrument) stands once."""
-        traded, held = value / price, self.amount[member, instrument]
-        left = np.where(nearly(traded, held), 0.0, held - traded)
-        self._move(member, instrument, held, left, price)
-        np.add.at(self.delayed if self.settle_cash else self.cash, member, value - cost)
-        self._count(member, value, cost)
+        """Book executed sales; each (member, instrument) pair occurs at most once."""
+        shares, position = value / price, self.amount[member, instrument]
+        new_position = np.where(is_close(shares, position), 0.0, position - shares)
+        self._update_positions(member, instrument, position, new_position, price)
+        np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
+        self._add_totals(member, value, cost)
 
-    def _move(
-        self, member: Places, instrument: Places, held: Floats, left: Floats, price: Floats
+    def _update_positions(
+        self,
+        member: Indices,
+        instrument: Indices,
+        position: Floats,
+        new_position: Floats,
+        price: Floats,
     ) -> None:
-        self.amount[member, instrument] = left
-        gone, fresh = left == 0, held == 0
-        self.price[member[fresh], instrument[fresh]] = price[fresh]
-        self.price[member[gone], instrument[gone]] = np.nan
-        self.count[member[gone], instrument[gone]] = 0
+        self.amount[member, instrument] = new_position
+        is_closed, is_opened = new_position == 0, position == 0
+        self.price[member[is_opened], instrument[is_opened]] = price[is_opened]
+        self.price[member[is_closed], instrument[is_closed]] = np.nan
+        self.count[member[is_closed], instrument[is_closed]] = 0
 
-    def _count(self, member: Places, value: Floats, cost: Floats) -> None:
+    def _add_totals(self, member: Indices, value: Floats, cost: Floats) -> None:
         np.add.at(self.turnover, member, value)
         np.add.at(self.cost, member, cost)
 
     def close_bar(self, close: Floats) -> None:
-        """The bar's end: new closes where there are any (`[N]`, NaN suspended), one bar more."""
-        held = self.held
-        np.copyto(self.price, close, where=held & ~np.isnan(close))
-        self.count += held
+        """Mark positions to the bar's closes (`[N]`, NaN if suspended) and count one more bar."""
+        is_held = self.is_held
+        np.copyto(self.price, close, where=is_held & ~np.isnan(close))
+        self.count += is_held
 
     def settle(self) -> None:
-        """Delayed cash arrives."""
-        self.cash += self.delayed
-        self.delayed[:] = 0.0
+        """Make unsettled cash available."""
+        self.cash += self.unsettled_cash
+        self.unsettled_cash[:] = 0.0

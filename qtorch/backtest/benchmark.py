@@ -1,4 +1,4 @@
-"""The benchmark's returns on the bars of a backtest."""
+"""The return of the benchmark on each bar of a backtest."""
 
 from __future__ import annotations
 
@@ -18,43 +18,45 @@ _RETURN = "$close/Ref($close, 1)-1"
 def benchmark_returns(
     benchmark: Benchmark, source: Source, dates: pd.DatetimeIndex, freq: str
 ) -> pd.Series:
-    """The return of each bar, a fraction; NaN throughout without a benchmark.
+    """Return of the benchmark on each bar, as a fraction; all NaN without a benchmark.
 
-    `benchmark`: an instrument, a universe or a list of instruments (their mean over those that
-    trade), or a series of returns by date. Bars without a return count as 0, as in Qlib.
-    Difference: a series that covers none of the dates, and a name that is neither an instrument
-    nor a universe, are errors.
+    `benchmark`: an instrument; a universe or a list of instruments (the mean return of those that
+    trade on the bar); or a series of returns by date. A bar without a return counts as 0, as in
+    Qlib. Difference from Qlib: a series that covers none of the dates, and a name that is neither
+    an instrument nor a universe, are errors.
     """
     if benchmark is None:
         return pd.Series(np.nan, index=dates, name="bench")
     if isinstance(benchmark, pd.Series):
-        found = benchmark.copy()
-        found.index = pd.DatetimeIndex(found.index).as_unit("ns")
-        found = found.reindex(dates)
-        if found.isna().all():
+        returns = benchmark.copy()
+        returns.index = pd.DatetimeIndex(returns.index).as_unit("ns")
+        returns = returns.reindex(dates)
+        if returns.isna().all():
             raise DataError(
                 f"the benchmark's returns cover none of {dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}."
             )
     else:
         panel = source.feature_panel(
-            _instruments(benchmark, source), [_RETURN], dates[0], dates[-1], freq
+            _resolve_instruments(benchmark, source), [_RETURN], dates[0], dates[-1], freq
         )
-        found = panel.to_frame()[_RETURN].astype(np.float64).groupby(level=0).mean().reindex(dates)
-    return found.fillna(0.0).rename("bench")
+        returns = (
+            panel.to_frame()[_RETURN].astype(np.float64).groupby(level=0).mean().reindex(dates)
+        )
+    return returns.fillna(0.0).rename("bench")
 
 
-def _instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
-    stored = source.stored_instruments()
+def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
+    instruments = source.stored_instruments()
     if isinstance(benchmark, str):
-        if benchmark in stored:
+        if benchmark in instruments:
             return [benchmark]
         if benchmark in source.universes():
             return benchmark
-        known = [*source.universes(), *sorted(stored)]
+        names = [*source.universes(), *sorted(instruments)]
         raise DataError(
-            unknown_name("benchmark (an instrument or a universe)", benchmark, known, limit=8)
+            unknown_name("benchmark (an instrument or a universe)", benchmark, names, limit=8)
         )
     for name in benchmark:
-        if name not in stored:
-            raise DataError(unknown_name("instrument of the benchmark", name, sorted(stored)))
+        if name not in instruments:
+            raise DataError(unknown_name("instrument of the benchmark", name, sorted(instruments)))
     return list(benchmark)

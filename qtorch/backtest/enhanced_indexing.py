@@ -1,4 +1,4 @@
-"""A benchmark's portfolio, bent towards the scores within a risk model."""
+"""Enhanced indexing: tilt a benchmark portfolio towards the scores under a risk model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ import pandas as pd
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.optimizer import EnhancedIndexingOptimizer
 from qtorch.backtest.quotes import Bools, Floats
-from qtorch.backtest.strategy import Moment
+from qtorch.backtest.strategy import StepContext
 from qtorch.backtest.weights import WeightStrategy
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.source.base import Source
 
 log = logging.getLogger(__name__)
 
-FILES = ("factor_exp", "factor_cov", "specific_risk", "blacklist")
+RISK_MODEL_TABLES = ("factor_exp", "factor_cov", "specific_risk", "blacklist")
 
 
 @dataclass(frozen=True)
 class RiskModel:
-    """A day's risk model: exposures `[U, K]`, covariance `[K, K]`, residual volatility `[U]`."""
+    """Risk model of one day for U instruments and K factors.
+
+    `exposure [U, K]`, `factor_cov [K, K]`, `residual [U]` (specific volatility). Instruments of
+    `blacklist` are sold.
+    """
 
     universe: pd.Index
     exposure: Floats
@@ -36,16 +40,18 @@ class RiskModel:
 
 
 class EnhancedIndexingStrategy(WeightStrategy):
-    """Maximises the score of the weights against the risk of leaving the benchmark.
+    """Maximise the portfolio's score while penalising its risk relative to a benchmark.
 
-    `riskmodel_root` holds a folder a day (`20210101`) with `factor_exp`, `factor_cov`,
-    `specific_risk` (volatilities) and, if there is one, `blacklist`, as .parquet or .csv tables
-    whose first column is the index; `name_mapping` gives other file names. `market`: the
-    benchmark's weights are the field `{market}_weight` of the source, or `benchmark_weights`, a
-    table with a row a date and a column an instrument. Risk model, weights and what had volume are
-    those of the bar before. What has no score counts as the lowest. Answers to Qlib's strategy of
-    that name. Differences: no pickles are read; `turn_limit`, which Qlib does not use, is
-    refused (`optimizer_kwargs: {delta: ...}`). Needs the extra `optimize`.
+    `riskmodel_root` contains one folder per day (`20210101`) with the tables `factor_exp`,
+    `factor_cov`, `specific_risk` (volatilities) and optionally `blacklist`, as .parquet or .csv
+    files whose first column is the index; `name_mapping` sets other file names. The benchmark's
+    weights are the field `{market}_weight` of the source, or `benchmark_weights`, a table with one
+    row per date and one column per instrument. The risk model, the benchmark weights and the
+    volumes (an instrument without volume keeps its weight) are those of the previous bar. An
+    instrument without a score gets the lowest score of the day. Corresponds to Qlib's
+    EnhancedIndexingStrategy. Differences: pickle files are not read; `turn_limit`, which Qlib
+    accepts and ignores, is rejected (use `optimizer_kwargs: {delta: ...}`). Needs the extra
+    `optimize`.
     """
 
     def __init__(
@@ -61,7 +67,9 @@ class EnhancedIndexingStrategy(WeightStrategy):
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
         if signal is None:
-            raise ConfigError("EnhancedIndexingStrategy needs signal: scores, or (model, dataset).")
+            raise ConfigError(
+                "EnhancedIndexingStrategy needs a signal: scores, or (model, dataset)."
+            )
         self.root = Path(riskmodel_root)
         self.market, self.benchmark_weights = market, benchmark_weights
         self.files = dict(name_mapping or {})
@@ -75,67 +83,73 @@ class EnhancedIndexingStrategy(WeightStrategy):
         universe: Bools,
     ) -> None:
         if not self.root.is_dir():
-            raise DataError(f"riskmodel_root {self.root} is no folder.")
+            raise DataError(f"riskmodel_root {self.root} is not a folder.")
         if self.benchmark_weights is None:
-            self.benchmark_weights = self._from_source(exchange.source, exchange.freq, dates)
+            self.benchmark_weights = self._load_benchmark_weights(
+                exchange.source, exchange.freq, dates
+            )
 
-    def target_weights(self, now: Moment) -> Floats:
-        assert now.score is not None
-        weights = np.full(now.score.shape, np.nan)
-        if now.before is None:
+    def target_weights(self, context: StepContext) -> Floats:
+        assert context.score is not None
+        weights = np.full(context.score.shape, np.nan)
+        if context.previous is None:
             return weights
-        day = now.before.date
+        day = context.previous.date
         model = self._risk_model(day)
         if model is None:
-            log.warning("no risk model for %s: nothing is traded", f"{day:%Y-%m-%d}")
+            log.warning("no risk model for %s: not trading on the next bar", f"{day:%Y-%m-%d}")
             return weights
-        place = now.instruments.get_indexer(model.universe)
+        column = context.instruments.get_indexer(model.universe)
         bench = self._benchmark(day, model.universe)
-        hold = ~(np.nan_to_num(_taken(now.before.volume, place)) > 0)
-        current = now.account.amount * np.nan_to_num(now.account.price)
-        shares = current / now.account.value()[:, None] / self.risk_degree
-        for member, score in enumerate(now.score):
+        hold = ~(np.nan_to_num(_take_or_nan(context.previous.volume, column)) > 0)
+        position_value = context.account.amount * np.nan_to_num(context.account.price)
+        current_weights = position_value / context.account.value()[:, None] / self.risk_degree
+        for member, score in enumerate(context.score):
             if np.isnan(score).all():
                 continue
-            found = self.optimizer(
-                np.where(np.isnan(s := _taken(score, place)), np.nanmin(score), s),
+            target = self.optimizer(
+                np.where(np.isnan(s := _take_or_nan(score, column)), np.nanmin(score), s),
                 model.exposure,
                 model.factor_cov,
                 model.residual**2,
-                np.nan_to_num(_taken(shares[member], place)),
+                np.nan_to_num(_take_or_nan(current_weights[member], column)),
                 bench,
                 hold,
                 np.asarray(model.universe.isin(model.blacklist)),
             )
             weights[member] = 0.0
-            weights[member, place[place >= 0]] = found[place >= 0]
+            weights[member, column[column >= 0]] = target[column >= 0]
         return weights
 
-    def _checked(self, weights: pd.DataFrame) -> pd.DataFrame:
-        return weights  # scores, not weights
+    def _validate_weights(self, weights: pd.DataFrame) -> pd.DataFrame:
+        return weights  # the signal holds scores, not weights, so there is nothing to validate
 
     def _risk_model(self, day: pd.Timestamp) -> RiskModel | None:
         folder = self.root / f"{day:%Y%m%d}"
         if not folder.is_dir():
             return None
-        exposure, cov, residual = (self._table(folder, name) for name in FILES[:3])
+        exposure, cov, residual = (self._table(folder, name) for name in RISK_MODEL_TABLES[:3])
         if exposure is None or cov is None or residual is None:
-            raise DataError(f"{folder} needs {', '.join(FILES[:3])} as .parquet or .csv.")
-        black = self._table(folder, FILES[3])
+            raise DataError(
+                f"{folder} must contain {', '.join(RISK_MODEL_TABLES[:3])} as .parquet or .csv."
+            )
+        blacklist = self._table(folder, RISK_MODEL_TABLES[3])
         risk = residual.iloc[:, 0]
         return RiskModel(
             exposure.index.astype("str"),
             exposure.to_numpy(dtype=np.float64),
             cov.to_numpy(dtype=np.float64),
-            # Without a figure of its own an instrument counts as the most volatile.
+            # An instrument without a specific risk is treated as the most volatile one.
             risk.reindex(exposure.index).fillna(risk.max()).to_numpy(dtype=np.float64),
-            pd.Index([], dtype="str") if black is None else black.index.astype("str"),
+            pd.Index([], dtype="str") if blacklist is None else blacklist.index.astype("str"),
         )
 
     def _table(self, folder: Path, name: str) -> pd.DataFrame | None:
-        given = self.files.get(name)
+        file_name = self.files.get(name)
         for path in (
-            [folder / given] if given else [folder / f"{name}.parquet", folder / f"{name}.csv"]
+            [folder / file_name]
+            if file_name
+            else [folder / f"{name}.parquet", folder / f"{name}.csv"]
         ):
             if path.exists():
                 if path.suffix == ".parquet":
@@ -147,15 +161,17 @@ class EnhancedIndexingStrategy(WeightStrategy):
         table = self.benchmark_weights
         assert table is not None
         if day not in table.index:
-            raise DataError(f"the benchmark has no weights on {day:%Y-%m-%d}.")
+            raise DataError(f"benchmark_weights has no row for {day:%Y-%m-%d}.")
         return np.asarray(table.loc[day].reindex(universe).fillna(0.0), dtype=np.float64)
 
-    def _from_source(self, source: Source, freq: str, dates: pd.DatetimeIndex) -> pd.DataFrame:
+    def _load_benchmark_weights(
+        self, source: Source, freq: str, dates: pd.DatetimeIndex
+    ) -> pd.DataFrame:
         name = f"{self.market}_weight"
         if name not in source.fields(freq):
             raise DataError(
-                f"the source has no field {name}; give benchmark_weights, a table with a row a "
-                "date and a column an instrument."
+                f"the source has no field {name}; pass benchmark_weights, a table with one row per "
+                "date and one column per instrument."
             )
         begin = dates[0] - pd.Timedelta(days=14)
         panel = source.feature_panel("all", [f"${name}"], begin, dates[-1], freq)
@@ -163,6 +179,6 @@ class EnhancedIndexingStrategy(WeightStrategy):
         return pd.DataFrame(values, index=panel.calendar, columns=panel.instruments)
 
 
-def _taken(values: Floats, place: Any) -> Floats:
-    """Values at places, NaN where a place is -1."""
-    return np.where(place >= 0, values[place], np.nan)
+def _take_or_nan(values: Floats, index: Any) -> Floats:
+    """Values at the given indices, NaN for an index of -1."""
+    return np.where(index >= 0, values[index], np.nan)

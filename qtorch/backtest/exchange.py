@@ -1,4 +1,4 @@
-"""The exchange: which prices are dealt at, what stops a trade, and what it costs."""
+"""The exchange: deal prices, trading restrictions and transaction costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Region: TypeAlias = Literal["region"]
 Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | None
 
-# Trade unit and price limit by region, as Qlib's (qlib/config.py).
+# Trade unit and price limit by region, as in Qlib (qlib/config.py).
 TRADE_UNITS = {"us": 1, "cn": 100}
 LIMITS = {"us": None, "cn": 0.095}
 ZERO_PRICE = 1e-8
@@ -33,26 +33,27 @@ _CHANGE = "$close/Ref($close, 1)-1"
 
 @trusted_type
 class Exchange(Configured):
-    """Prices, limits, units and costs of a market; answers to Qlib's `Exchange`.
+    """Deal prices, price limits, trade units and costs of a market; corresponds to Qlib's Exchange.
 
-    `deal_price`: a field or an expression ("close", "$open", "Ref($open, -1)"), or two, for
-    buying and for selling; the close where it is missing. `limit_threshold`: a fraction: not
-    bought where the day's `change` is at or above it, not sold at or below its negative; or two
-    expressions that are non-zero where buying, and where selling, is not possible; "none": no
-    limits; None: the region's. `trade_unit`: shares of a lot, rounded to by way of `factor`
-    (amounts are in adjusted shares); None: no rounding; "region": the region's (us 1, cn 100).
-    Costs are fractions of a trade's value, `min_cost` is an amount of money a trade;
-    `impact_cost` adds its product with the square of the trade's share of the day's value.
-    `volume_threshold`: `("current" | "cum", expression)`, or a mapping of "all", "buy", "sell" to
-    such pairs: the most that may be dealt in one bar, in adjusted shares; "cum" is less what was
-    dealt that day. `extra_quote`: a frame by (instrument, datetime) of further instruments, with
-    the column $close and, where they differ, the other prices, $volume, $factor, limit_buy,
-    limit_sell. `subscribe_fields`: fields or expressions that a strategy reads by `Market.field`.
-    `codes`: the universe or list whose members trade; others count as suspended.
+    `deal_price`: a field or an expression ("close", "$open", "Ref($open, -1)"), or a pair of them,
+    for buying and for selling; a missing price is replaced by the close. `limit_threshold`: a
+    fraction (no buying if the day's `change` is at or above it, no selling if `change` is at or
+    below its negative), or two expressions that are non-zero when buying, and when selling, is not
+    possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
+    with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
+    the region's (us 1, cn 100). Costs are fractions of a trade's value; `min_cost` is an amount of
+    money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
+    traded value and added to the cost rate. `volume_threshold`: `("current" | "cum", expression)`,
+    or a mapping of "all", "buy", "sell" to such pairs: the maximum amount per bar, in adjusted
+    shares; with "cum" the amount already traded that day is subtracted. `extra_quote`: a frame by
+    (instrument, datetime) with quotes of additional instruments: the column $close and optionally
+    other prices, $volume, $factor, limit_buy, limit_sell. `subscribe_fields`: fields or expressions
+    that a strategy reads with `Market.field`. `codes`: the universe or list of instruments that
+    trade; all others count as suspended.
 
-    An instrument without a close is suspended. Differences from Qlib: `change` is computed where
-    the source has no such field, where Qlib lets every limit pass; the deal price may be any
-    expression; `limit_threshold` may be switched off in every region; negative costs are refused.
+    An instrument without a close is suspended. Differences from Qlib: `change` is computed if the
+    source has no such field (Qlib then applies no limit at all); the deal price may be any
+    expression; `limit_threshold` can be disabled in every region; negative costs are rejected.
     """
 
     def __init__(
@@ -76,33 +77,35 @@ class Exchange(Configured):
         self.freq = frequency(freq)
         self.start_time, self.end_time = start_time, end_time
         self.codes = codes
-        self.buy_field, self.sell_field = _deal_prices(deal_price)
+        self.buy_field, self.sell_field = _parse_deal_prices(deal_price)
         self.subscribe_fields = tuple(subscribe_fields)
-        self.limit_threshold = _limit(limit_threshold)
-        self.volume_threshold = _volume_threshold(volume_threshold)
+        self.limit_threshold = _parse_limit(limit_threshold)
+        self.volume_threshold = _parse_volume_threshold(volume_threshold)
         for name in ("open_cost", "close_cost", "min_cost", "impact_cost"):
-            _check_cost(name, locals()[name])
+            _validate_cost(name, locals()[name])
         self.open_cost, self.close_cost = float(open_cost), float(close_cost)
         self.min_cost, self.impact_cost = float(min_cost), float(impact_cost)
         self.extra_quote = extra_quote
-        self.trade_unit = _trade_unit(trade_unit)
+        self.trade_unit = _parse_trade_unit(trade_unit)
         self._source = source
         self._quotes: dict[tuple[Any, Any], Quotes] = {}
 
     @property
     def source(self) -> Source:
-        """Where the bars come from: the given source, else that of `qtorch.init`."""
+        """The data source of the bars: the `source` argument, or the one of `qtorch.init`."""
         if not isinstance(self._source, Source):
-            given = self._source
-            self._source = default_source() if given is None else build_source(given)
+            configured_source = self._source
+            self._source = (
+                default_source() if configured_source is None else build_source(configured_source)
+            )
         return self._source
 
     def calendar(self) -> pd.DatetimeIndex:
-        """Every bar of the source, ascending."""
+        """All bars of the source in ascending order."""
         return self.source.read_calendar(self.freq)
 
     def quotes(self, start: pd.Timestamp, end: pd.Timestamp) -> Quotes:
-        """The bars between two dates (inclusive) and the one before; read once."""
+        """Quotes between two dates (inclusive) and of the bar before them; cached."""
         if (start, end) not in self._quotes:
             self._quotes[start, end] = self._read(start, end)
         return self._quotes[start, end]
@@ -110,21 +113,21 @@ class Exchange(Configured):
     def _read(self, start: pd.Timestamp, end: pd.Timestamp) -> Quotes:
         calendar = self.calendar()
         row = int(calendar.searchsorted(start))
-        begin = calendar[max(0, row - 1)]
-        names = self._fields()
+        first_bar = calendar[max(0, row - 1)]
+        expressions = self._quote_expressions()
         panel = self.source.feature_panel(
-            self.codes, list(dict.fromkeys(names.values())), begin, end, self.freq
+            self.codes, list(dict.fromkeys(expressions.values())), first_bar, end, self.freq
         )
-        outside = ~panel.mask.cpu().numpy()
+        not_member = ~panel.mask.cpu().numpy()
 
-        def read(what: str) -> Floats:
-            values = panel.column(names[what]).cpu().numpy().astype(np.float64)
-            values[outside] = np.nan
+        def read(key: str) -> Floats:
+            values = panel.column(expressions[key]).cpu().numpy().astype(np.float64)
+            values[not_member] = np.nan
             return values
 
         close = read("close")
         limit_buy, limit_sell = self._limits(close, read)
-        factor = read("factor") if "factor" in names else None
+        factor = read("factor") if "factor" in expressions else None
         limits = {
             k: VolumeLimit(read(f"volume {k}"), v[0] == CUMULATIVE)
             for k, v in self.volume_threshold.items()
@@ -136,44 +139,44 @@ class Exchange(Configured):
             close=close,
             buy_price=self._deal_price(read("buy"), close, "buy"),
             sell_price=self._deal_price(read("sell"), close, "sell"),
-            volume=read("volume") if "volume" in names else np.full_like(close, np.nan),
-            factor=self._usable(factor, close),
+            volume=read("volume") if "volume" in expressions else np.full_like(close, np.nan),
+            factor=self._usable_factor(factor, close),
             limit_buy=limit_buy,
             limit_sell=limit_sell,
             buy_volume=tuple(limits[k] for k in limits if k != "sell"),
             sell_volume=tuple(limits[k] for k in limits if k != "buy"),
             fields={name: read(f"field {name}") for name in self.subscribe_fields},
         )
-        return quotes if self.extra_quote is None else self._with_extra(quotes)
+        return quotes if self.extra_quote is None else self._add_extra_quotes(quotes)
 
-    def _fields(self) -> dict[str, str]:
-        """What is read, by what it is for."""
-        known = self.source.fields(self.freq)
-        names = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
-        names |= {name: f"${name}" for name in ("volume", "factor") if name in known}
+    def _quote_expressions(self) -> dict[str, str]:
+        """The expressions to read from the source, by their purpose."""
+        available = self.source.fields(self.freq)
+        expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
+        expressions |= {name: f"${name}" for name in ("volume", "factor") if name in available}
         if isinstance(self.limit_threshold, float):
-            names["change"] = "$change" if "change" in known else _CHANGE
+            expressions["change"] = "$change" if "change" in available else _CHANGE
         elif self.limit_threshold is not None:
-            names["no buying"], names["no selling"] = self.limit_threshold
-        names |= {f"field {name}": _expression(name) for name in self.subscribe_fields}
-        return names | {f"volume {k}": v[1] for k, v in self.volume_threshold.items()}
+            expressions["no buying"], expressions["no selling"] = self.limit_threshold
+        expressions |= {f"field {name}": _as_expression(name) for name in self.subscribe_fields}
+        return expressions | {f"volume {k}": v[1] for k, v in self.volume_threshold.items()}
 
     def _limits(self, close: Floats, read: Any) -> tuple[Bools, Bools]:
-        suspended = np.isnan(close)
+        is_suspended = np.isnan(close)
         if self.limit_threshold is None:
-            return suspended, suspended
+            return is_suspended, is_suspended
         if isinstance(self.limit_threshold, float):
             change = read("change")
             up, down = change >= self.limit_threshold, change <= -self.limit_threshold
-            return up | suspended, down | suspended
+            return up | is_suspended, down | is_suspended
         # NaN counts as limited, as in Qlib.
-        return (read("no buying") != 0) | suspended, (read("no selling") != 0) | suspended
+        return (read("no buying") != 0) | is_suspended, (read("no selling") != 0) | is_suspended
 
     def _deal_price(self, price: Floats, close: Floats, side: str) -> Floats:
         missing = ~(price > ZERO_PRICE) & ~np.isnan(close)
         if missing.any():
             log.warning(
-                "%d of %d prices to %s at (%s) are missing or zero; the close is taken there.",
+                "%d of %d prices to %s at (%s) are missing or zero; using the close instead.",
                 missing.sum(),
                 (~np.isnan(close)).sum(),
                 side,
@@ -181,90 +184,99 @@ class Exchange(Configured):
             )
         return np.where(missing, close, price)
 
-    def _usable(self, factor: Floats | None, close: Floats) -> Floats | None:
-        """The factor, where amounts are rounded by it; None where they are not."""
+    def _usable_factor(self, factor: Floats | None, close: Floats) -> Floats | None:
+        """The adjustment factor for rounding to lots, or None if amounts cannot be rounded."""
         if self.trade_unit is None:
             return None
         if factor is None or (np.isnan(factor) & ~np.isnan(close)).any():
             log.warning(
-                "the field factor is missing%s: amounts are not rounded to the trade unit of %g.",
+                "the field 'factor' is missing%s: amounts are not rounded to the trade unit of %g.",
                 "" if factor is None else " on some days",
                 self.trade_unit,
             )
             return None
         return factor
 
-    def _with_extra(self, quotes: Quotes) -> Quotes:
+    def _add_extra_quotes(self, quotes: Quotes) -> Quotes:
         frame = self.extra_quote
         assert frame is not None
         if "$close" not in frame:
-            raise ConfigError(f"extra_quote needs the column $close; it has {list(frame.columns)}.")
+            raise ConfigError(f"extra_quote has no column $close, only {list(frame.columns)}.")
         if "instrument" in frame.index.names and frame.index.names[0] != "instrument":
             frame = frame.swaplevel()
         names = pd.Index(sorted(set(frame.index.get_level_values(0).astype("str"))), dtype="str")
-        doubled = names.intersection(quotes.instruments)
-        if len(doubled):
-            raise ConfigError(f"extra_quote holds {list(doubled[:5])}, which the source has too.")
-        wide = quotes.widened(names)
-        at = wide.instruments.get_indexer(names)
+        duplicates = names.intersection(quotes.instruments)
+        if len(duplicates):
+            raise ConfigError(f"extra_quote contains {list(duplicates[:5])}, also in the source.")
+        all_quotes = quotes.add_instruments(names)
+        columns = all_quotes.instruments.get_indexer(names)
 
         def column(name: str, default: Any) -> Any:
             if name not in frame:
                 return default
             table = frame[name].unstack(0)
             table.columns = table.columns.astype("str")
-            return table.reindex(index=wide.dates, columns=names).to_numpy()
+            return table.reindex(index=all_quotes.dates, columns=names).to_numpy()
 
         close = column("$close", None).astype(np.float64)
-        wide.close[:, at] = close
-        wide.buy_price[:, at] = column(self.buy_field, close)
-        wide.sell_price[:, at] = column(self.sell_field, close)
-        wide.volume[:, at] = column("$volume", np.nan)
-        if wide.factor is not None:
-            wide.factor[:, at] = column("$factor", 1.0)
-        for name, array in (("limit_buy", wide.limit_buy), ("limit_sell", wide.limit_sell)):
-            limited = column(name, False)
-            array[:, at] = np.isnan(close) | (pd.isna(limited) | np.equal(limited, True))
-        return wide
+        all_quotes.close[:, columns] = close
+        all_quotes.buy_price[:, columns] = column(self.buy_field, close)
+        all_quotes.sell_price[:, columns] = column(self.sell_field, close)
+        all_quotes.volume[:, columns] = column("$volume", np.nan)
+        if all_quotes.factor is not None:
+            all_quotes.factor[:, columns] = column("$factor", 1.0)
+        for name, array in (
+            ("limit_buy", all_quotes.limit_buy),
+            ("limit_sell", all_quotes.limit_sell),
+        ):
+            limits = column(name, False)
+            array[:, columns] = np.isnan(close) | (pd.isna(limits) | np.equal(limits, True))
+        return all_quotes
 
 
-def _deal_prices(given: str | Sequence[str] | None) -> tuple[str, str]:
-    both = ("close",) * 2 if given is None else (given,) * 2 if isinstance(given, str) else given
-    if len(both) != 2 or not all(isinstance(p, str) and p for p in both):
+def _parse_deal_prices(deal_price: str | Sequence[str] | None) -> tuple[str, str]:
+    pair = (
+        ("close",) * 2
+        if deal_price is None
+        else (deal_price,) * 2
+        if isinstance(deal_price, str)
+        else deal_price
+    )
+    if len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
         raise ConfigError(
-            f"deal_price={given!r}: expected a field or an expression, or two of them "
-            "(for buying, for selling)."
+            f"deal_price={deal_price!r}: expected a field or an expression, or a pair of them "
+            "(for buying and for selling)."
         )
-    buy, sell = map(_expression, both)
+    buy, sell = map(_as_expression, pair)
     return buy, sell
 
 
-def _expression(given: str) -> str:
-    """A field's name as an expression; an expression as it is."""
-    return f"${given}" if re.fullmatch(r"[A-Za-z_]\w*", given) else given
+def _as_expression(text: str) -> str:
+    """Prefix a bare field name with `$`; return an expression unchanged."""
+    return f"${text}" if re.fullmatch(r"[A-Za-z_]\w*", text) else text
 
 
-def _limit(given: Limit) -> tuple[str, str] | float | None:
-    if given is None:
+def _parse_limit(threshold: Limit) -> tuple[str, str] | float | None:
+    if threshold is None:
         return LIMITS[session().region]
-    if isinstance(given, str):
-        if given == "none":
+    if isinstance(threshold, str):
+        if threshold == "none":
             return None
-    elif isinstance(given, int | float) and not isinstance(given, bool):
-        if 0 < given < math.inf:
-            return float(given)
-    elif isinstance(given, Sequence) and len(given) == 2:
-        return str(given[0]), str(given[1])
+    elif isinstance(threshold, int | float) and not isinstance(threshold, bool):
+        if 0 < threshold < math.inf:
+            return float(threshold)
+    elif isinstance(threshold, Sequence) and len(threshold) == 2:
+        return str(threshold[0]), str(threshold[1])
     raise ConfigError(
-        f"limit_threshold={given!r}: expected a fraction above zero such as 0.095, two "
-        "expressions (no buying, no selling), 'none', or null for the region's."
+        f"limit_threshold={threshold!r}: expected a positive fraction such as 0.095, two "
+        "expressions (no buying, no selling), 'none', or null for the region's default."
     )
 
 
-def _volume_threshold(given: Any) -> dict[str, tuple[str, str]]:
-    if given is None:
+def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
+    if threshold is None:
         return {}
-    limits = given if isinstance(given, Mapping) else {"all": given}
+    limits = threshold if isinstance(threshold, Mapping) else {"all": threshold}
     for side, limit in limits.items():
         if side not in ("all", "buy", "sell"):
             raise ConfigError(
@@ -278,18 +290,20 @@ def _volume_threshold(given: Any) -> dict[str, tuple[str, str]]:
     return {side: (str(limit[0]), str(limit[1])) for side, limit in limits.items()}
 
 
-def _trade_unit(given: float | str | None) -> float | None:
-    unit = TRADE_UNITS[session().region] if given == "region" else given
+def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
+    unit = TRADE_UNITS[session().region] if trade_unit == "region" else trade_unit
     if unit is None or (isinstance(unit, int | float) and unit > 0):
         return unit
-    raise ConfigError(f"trade_unit={given!r}: expected shares of a lot, null, or 'region'.")
+    raise ConfigError(f"trade_unit={trade_unit!r}: expected shares per lot, null, or 'region'.")
 
 
-def _check_cost(name: str, value: Any) -> None:
+def _validate_cost(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ConfigError(
-            f"{name}={value!r}: a cost is zero or more "
+            f"{name}={value!r}: expected zero or more "
             f"({'an amount of money' if name == 'min_cost' else 'a fraction of the value'})."
         )
     if name in ("open_cost", "close_cost") and value >= 1:
-        raise DataError(f"{name}={value!r} is a fraction of the trade's value; 0.0005 is 5 bp.")
+        raise DataError(
+            f"{name}={value!r}: expected a fraction of the trade's value (5 bp: 0.0005)."
+        )

@@ -1,4 +1,4 @@
-"""One bar of an exchange: what may be traded, at which price, and the dealing of orders."""
+"""One bar of an exchange: what can be traded, at which price, and the execution of orders."""
 
 from __future__ import annotations
 
@@ -7,165 +7,193 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.account import Account, nearly
+from qtorch.backtest.account import Account, is_close
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.orders import Fills, Orders
-from qtorch.backtest.quotes import Bools, Floats, Places, Quotes
+from qtorch.backtest.quotes import Bools, Floats, Indices, Quotes
 from qtorch.core.errors import ConfigError, unknown_name
 
 Side = Literal["buy", "sell"]
-_NOTHING = 1e-5  # money; a smaller trade is none
+_MIN_TRADE_VALUE = 1e-5  # in money; a trade of less value is not executed
 
 
 class Market:
     """The exchange at one bar. Arrays by instrument are `[N]`.
 
-    What it shows is known when the bar's orders are dealt, the bar's own close included (that is
-    when Qlib's daily backtests deal); a strategy that must not see so much uses `before`.
+    Everything here is known when the bar's orders are executed, including the bar's own close
+    (Qlib's daily backtests execute at the close). A strategy that must not look at the current bar
+    uses `StepContext.previous`.
     """
 
     def __init__(self, exchange: Exchange, quotes: Quotes, row: int) -> None:
         self.exchange, self.quotes, self.row = exchange, quotes, row
         self.date: pd.Timestamp = quotes.dates[row]
         self.close: Floats = quotes.close[row]
-        self.suspended: Bools = np.isnan(self.close)
+        self.is_suspended: Bools = np.isnan(self.close)
         self.volume: Floats = quotes.volume[row]
 
     def price(self, side: Side) -> Floats:
-        """Deal prices; the close where there is none."""
+        """Deal prices `[N]`; the close if an instrument has no deal price."""
         prices = self.quotes.buy_price if side == "buy" else self.quotes.sell_price
         row: Floats = prices[self.row]
         return row
 
     def field(self, name: str) -> Floats:
-        """What `subscribe_fields` asked for, by the name given there."""
+        """Values `[N]` of a field or expression listed in the exchange's `subscribe_fields`."""
         if name not in self.quotes.fields:
             raise ConfigError(unknown_name("subscribed field", name, self.quotes.fields))
         row: Floats = self.quotes.fields[name][self.row]
         return row
 
-    def tradable(self, side: Side | None = None) -> Bools:
-        """Neither suspended nor at the limit of that side (None: of either side)."""
-        buy, sell = self.quotes.limit_buy[self.row], self.quotes.limit_sell[self.row]
-        limited = buy | sell if side is None else buy if side == "buy" else sell
-        open_: Bools = ~(self.suspended | limited)
-        return open_
+    def is_tradable(self, side: Side | None = None) -> Bools:
+        """Whether each instrument is neither suspended nor at the limit of that side.
 
-    def rounded(self, amount: Floats, instrument: Places) -> Floats:
-        """Adjusted amounts down to whole trade units; `instrument` gives each one's place."""
+        With None an instrument must not be at the limit of either side.
+        """
+        buy, sell = self.quotes.limit_buy[self.row], self.quotes.limit_sell[self.row]
+        at_limit = buy | sell if side is None else buy if side == "buy" else sell
+        is_tradable: Bools = ~(self.is_suspended | at_limit)
+        return is_tradable
+
+    def round_lots(self, amount: Floats, instrument: Indices) -> Floats:
+        """Round adjusted amounts down to whole trade units; `instrument` has one index each."""
         if self.quotes.factor is None:
             return amount
         unit, factor = self.exchange.trade_unit, self.quotes.factor[self.row, instrument]
-        # 0.1 of a share against amounts that are whole but for rounding, as in Qlib.
-        units: Floats = (amount * factor + 0.1) // unit * unit / factor
-        return units
+        # As in Qlib, 0.1 share is added so that floating-point error does not cost a whole lot.
+        lots: Floats = (amount * factor + 0.1) // unit * unit / factor
+        return lots
 
-    def deal(
+    def execute(
         self,
         orders: Orders,
         account: Account,
-        dealt: Floats,
+        traded_today: Floats,
         *,
-        short: bool = False,
+        allow_short: bool = False,
         buy_first: bool = False,
     ) -> Fills:
-        """Deal orders one after another and book them, sales first unless `buy_first`.
+        """Execute orders one after another and book them, sales first unless `buy_first`.
 
-        `dealt [M, N]` is what was dealt that day so far, and grows.
-        Refused: suspended, at the limit, or a cost that the cash does not cover. Purchases are
-        cut to the cash, sales to the position unless `short`.
+        `traded_today [M, N]` holds the amounts traded so far on this day and is updated. An order
+        is rejected if its instrument is suspended or at the limit, or if the cash does not cover
+        the cost. Purchases are reduced to the available cash, and sales to the position unless
+        `allow_short`.
         """
         fills = Fills(*(np.zeros(len(orders.amount)) for _ in range(4)))
         fills.price[:] = np.nan
         for buying in (True, False) if buy_first else (False, True):
-            open_ = self.tradable("buy" if buying else "sell")[orders.instrument]
-            side = np.flatnonzero((orders.buying == buying) & open_)
-            if len(side):
-                self._deal_side(orders, side, buying, account, dealt, fills, short)
+            is_tradable = self.is_tradable("buy" if buying else "sell")[orders.instrument]
+            rows = np.flatnonzero((orders.buying == buying) & is_tradable)
+            if len(rows):
+                self._execute_side(orders, rows, buying, account, traded_today, fills, allow_short)
         return fills
 
-    def _deal_side(
+    def _execute_side(
         self,
         orders: Orders,
-        at: Places,
+        rows: Indices,
         buying: bool,
         account: Account,
-        dealt: Floats,
+        traded_today: Floats,
         fills: Fills,
-        short: bool,
+        allow_short: bool,
     ) -> None:
-        """Deal the orders of one side, at once where no member's cash can run short."""
-        member, instrument = orders.member[at], orders.instrument[at]
+        """Execute the orders of one side, all together unless a member's cash may run short."""
+        member, instrument = orders.member[rows], orders.instrument[rows]
         price = self.price("buy" if buying else "sell")[instrument]
-        amount = self._within_volume(orders.amount[at], member, instrument, buying, dealt)
+        amount = self._cap_to_volume(orders.amount[rows], member, instrument, buying, traded_today)
         ratio = self._cost_ratio(amount * price, price, instrument, buying)
-        step = self._bought if buying else self._sold
-        rich = np.full(len(at), np.inf)
+        price_trades = self._price_purchases if buying else self._price_sales
+        unlimited_cash = np.full(len(rows), np.inf)
         if not buying:
-            held = account.amount[member, instrument]
-            amount = self._within_position(amount, held, instrument, short)
-        value, cost = step(amount, rich, price, ratio, instrument)
-        poor = self._poor(account, member, value, cost, amount, price, ratio, buying)
+            position = account.amount[member, instrument]
+            amount = self._cap_to_position(amount, position, instrument, allow_short)
+        value, cost = price_trades(amount, unlimited_cash, price, ratio, instrument)
+        cash_limited = self._find_cash_limited_orders(
+            account, member, value, cost, amount, price, ratio, buying
+        )
         book = account.buy if buying else account.sell
-        if len(poor):
-            rounds = np.zeros(len(at), dtype=np.intp)
-            rounds[poor] = _turn(member[poor])
-            turns = [np.flatnonzero(rounds == turn) for turn in range(int(rounds.max()) + 1)]
+        if len(cash_limited):
+            round_number = np.zeros(len(rows), dtype=np.intp)
+            round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
+            batches = [
+                np.flatnonzero(round_number == number)
+                for number in range(int(round_number.max()) + 1)
+            ]
         else:
-            turns = [np.arange(len(at))]
-        for now in turns:
-            if len(poor):
-                cash = np.where(np.isin(now, poor), account.cash[member[now]], np.inf)
-                value[now], cost[now] = step(
-                    amount[now], cash, price[now], ratio[now], instrument[now]
+            batches = [np.arange(len(rows))]
+        for batch in batches:
+            if len(cash_limited):
+                cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
+                value[batch], cost[batch] = price_trades(
+                    amount[batch], cash, price[batch], ratio[batch], instrument[batch]
                 )
-            done = now[value[now] > 0]
-            book(member[done], instrument[done], value[done], cost[done], price[done])
-        dealt[member, instrument] += value / price
-        fills.amount[at], fills.price[at] = value / price, price
-        fills.value[at], fills.cost[at] = value, cost
+            filled_rows = batch[value[batch] > 0]
+            book(
+                member[filled_rows],
+                instrument[filled_rows],
+                value[filled_rows],
+                cost[filled_rows],
+                price[filled_rows],
+            )
+        traded_today[member, instrument] += value / price
+        fills.amount[rows], fills.price[rows] = value / price, price
+        fills.value[rows], fills.cost[rows] = value, cost
 
-    def _poor(
+    def _find_cash_limited_orders(
         self,
         account: Account,
-        member: Places,
+        member: Indices,
         value: Floats,
         cost: Floats,
         amount: Floats,
         price: Floats,
         ratio: Floats,
         buying: bool,
-    ) -> Places:
-        """The orders of the members whose cash might not do for all of theirs."""
-        if buying:
-            asked = amount * price
-            need = np.maximum(asked + self._cost(asked, ratio), value + cost)
-            needed = np.bincount(member, need, minlength=len(account.cash))
-        else:
-            short_of = np.maximum(self._cost(value, ratio) - value, 0.0)
-            needed = np.bincount(member, short_of, minlength=len(account.cash))
-            needed[needed == 0] = -np.inf
-        return np.flatnonzero((needed > account.cash)[member])
+    ) -> Indices:
+        """Find the orders of members whose cash may not cover all of their orders.
 
-    def _within_volume(
-        self, amount: Floats, member: Places, instrument: Places, buying: bool, dealt: Floats
+        Their orders must be executed one after another, in rounds of one order per member.
+        """
+        if buying:
+            order_value = amount * price
+            order_need = np.maximum(order_value + self._cost(order_value, ratio), value + cost)
+            member_need = np.bincount(member, order_need, minlength=len(account.cash))
+        else:
+            shortfall = np.maximum(self._cost(value, ratio) - value, 0.0)
+            member_need = np.bincount(member, shortfall, minlength=len(account.cash))
+            member_need[member_need == 0] = -np.inf
+        return np.flatnonzero((member_need > account.cash)[member])
+
+    def _cap_to_volume(
+        self,
+        amount: Floats,
+        member: Indices,
+        instrument: Indices,
+        buying: bool,
+        traded_today: Floats,
     ) -> Floats:
         limits = self.quotes.buy_volume if buying else self.quotes.sell_volume
         for limit in limits:
-            most = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
+            max_amount = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
             if limit.cumulative:
-                most = most - dealt[member, instrument]
-            amount = np.clip(amount, 0.0, np.maximum(most, 0.0))
+                max_amount = max_amount - traded_today[member, instrument]
+            amount = np.clip(amount, 0.0, np.maximum(max_amount, 0.0))
         return amount
 
-    def _within_position(
-        self, amount: Floats, held: Floats, instrument: Places, short: bool
+    def _cap_to_position(
+        self, amount: Floats, position: Floats, instrument: Indices, allow_short: bool
     ) -> Floats:
-        part = amount if short else np.minimum(amount, np.maximum(held, 0.0))
-        # A whole position goes as it is, odd lots and all.
-        return np.where(nearly(amount, held), amount, self.rounded(part, instrument))
+        capped_amount = amount if allow_short else np.minimum(amount, np.maximum(position, 0.0))
+        # A sale of the whole position includes its odd lots, so it is not rounded.
+        return np.where(
+            is_close(amount, position), amount, self.round_lots(capped_amount, instrument)
+        )
 
-    def _cost_ratio(self, value: Floats, price: Floats, instrument: Places, buying: bool) -> Floats:
+    def _cost_ratio(
+        self, value: Floats, price: Floats, instrument: Indices, buying: bool
+    ) -> Floats:
         exchange = self.exchange
         rate = exchange.open_cost if buying else exchange.close_cost
         if not exchange.impact_cost:
@@ -178,54 +206,54 @@ class Market:
     def _cost(self, value: Floats, ratio: Floats) -> Floats:
         return np.maximum(value * ratio, self.exchange.min_cost)
 
-    def _sold(
-        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Places
+    def _price_sales(
+        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Indices
     ) -> tuple[Floats, Floats]:
-        """Value and cost of sales of `amount` with `cash` in hand."""
+        """Value and cost of selling `amount` with `cash` available; zeros if not executed."""
         value = amount * price
         cost = self._cost(value, ratio)
-        done = (cash + value >= cost) & (value > _NOTHING)
-        return np.where(done, value, 0.0), np.where(done, cost, 0.0)
+        is_executed = (cash + value >= cost) & (value > _MIN_TRADE_VALUE)
+        return np.where(is_executed, value, 0.0), np.where(is_executed, cost, 0.0)
 
-    def _bought(
-        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Places
+    def _price_purchases(
+        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Indices
     ) -> tuple[Floats, Floats]:
-        """Value and cost of purchases of up to `amount` with `cash` in hand."""
-        asked = amount * price
-        cost = self._cost(asked, ratio)
-        short = cash < asked + cost
-        if short.any():
+        """Value and cost of buying up to `amount` with `cash` available; zeros if not executed."""
+        order_value = amount * price
+        cost = self._cost(order_value, ratio)
+        is_short = cash < order_value + cost
+        if is_short.any():
             amount = np.where(
-                short, np.minimum(self._affordable(cash, price, ratio), amount), amount
+                is_short, np.minimum(self._affordable_amount(cash, price, ratio), amount), amount
             )
-        amount = self.rounded(amount, instrument)
+        amount = self.round_lots(amount, instrument)
         value = amount * price
-        paid = self._cost(value, ratio)
-        over = value + paid > cash * (1 + 1e-12)
-        if self.quotes.factor is not None and over.any():
-            # The 0.1 of a share in the rounding, which the cash does not hold: a unit less.
+        final_cost = self._cost(value, ratio)
+        too_much = value + final_cost > cash * (1 + 1e-12)
+        if self.quotes.factor is not None and too_much.any():
+            # Rounding added up to 0.1 share that the cash does not cover: buy one lot less.
             unit = self.exchange.trade_unit / self.quotes.factor[self.row, instrument]
-            value = np.where(over, np.maximum(amount - unit, 0.0) * price, value)
-            paid = self._cost(value, ratio)
-        done = (cash >= cost) & (value > _NOTHING)
-        return np.where(done, value, 0.0), np.where(done, paid, 0.0)
+            value = np.where(too_much, np.maximum(amount - unit, 0.0) * price, value)
+            final_cost = self._cost(value, ratio)
+        is_executed = (cash >= cost) & (value > _MIN_TRADE_VALUE)
+        return np.where(is_executed, value, 0.0), np.where(is_executed, final_cost, 0.0)
 
-    def _affordable(self, cash: Floats, price: Floats, ratio: Floats) -> Floats:
-        """The amount whose value and cost the cash covers."""
-        least = self.exchange.min_cost
+    def _affordable_amount(self, cash: Floats, price: Floats, ratio: Floats) -> Floats:
+        """The amount whose value plus cost the cash covers exactly."""
+        min_cost = self.exchange.min_cost
         with np.errstate(divide="ignore", invalid="ignore"):
-            # From this much cash on, the cost is a share of the value and not the minimum.
-            turning = least / ratio + least if least else np.zeros_like(ratio)
-        rich = np.where(cash >= turning, cash / (1 + ratio), cash - least)
-        return np.where(cash >= least, rich, 0.0) / price
+            # With at least this much cash the proportional cost exceeds the minimum cost.
+            break_even = min_cost / ratio + min_cost if min_cost else np.zeros_like(ratio)
+        max_value = np.where(cash >= break_even, cash / (1 + ratio), cash - min_cost)
+        return np.where(cash >= min_cost, max_value, 0.0) / price
 
 
-def _turn(member: Places) -> Places:
-    """For each order the number of earlier ones of its member."""
+def _count_earlier_orders(member: Indices) -> Indices:
+    """For each order, count the earlier orders of the same member."""
     order = np.argsort(member, kind="stable")
-    ordered = member[order]
-    start = np.r_[0, np.flatnonzero(np.diff(ordered)) + 1]
-    length = np.diff(np.r_[start, len(ordered)])
-    turn = np.empty(len(member), dtype=np.intp)
-    turn[order] = np.arange(len(ordered)) - np.repeat(start, length)
-    return turn
+    sorted_member = member[order]
+    start = np.r_[0, np.flatnonzero(np.diff(sorted_member)) + 1]
+    length = np.diff(np.r_[start, len(sorted_member)])
+    count = np.empty(len(member), dtype=np.intp)
+    count[order] = np.arange(len(sorted_member)) - np.repeat(start, length)
+    return count

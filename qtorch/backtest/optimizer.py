@@ -1,4 +1,4 @@
-"""The portfolio of enhanced indexing: score against tracking error, by a convex solver."""
+"""Portfolio optimizer of enhanced indexing: score against tracking error, by convex programming."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ log = logging.getLogger(__name__)
 
 @trusted_type
 class EnhancedIndexingOptimizer(Configured):
-    """Weights w that maximise (w - b)'r - lamb * risk(w - b), fully invested, none negative.
+    """Find long-only weights w that sum to 1 and maximise (w - b)'r - lamb * risk(w - b).
 
-    b are the benchmark's weights, risk is d'F C F'd + d'diag(u)d of a factor model: exposures F
-    `[N, K]`, factor covariance C `[K, K]`, residual variance u `[N]`. `delta` bounds the sum of
-    absolute changes, `b_dev` each weight's distance from the benchmark, `f_dev` each factor's
-    exposure (a number or one a factor). `scale_return` brings the scores to the volatility that
-    the model expects. Weights below `epsilon` become 0. Where the problem with `delta` has no
-    solution it is solved without, then the weights stay; both with a warning.
+    b are the benchmark's weights, r the scores. With d = w - b the risk is d'F C F'd + d'diag(u)d
+    of a factor model: exposures F `[N, K]`, factor covariance C `[K, K]`, residual variance u
+    `[N]`. `delta` bounds the turnover (the sum of absolute weight changes), `b_dev` the distance
+    of each weight from the benchmark, `f_dev` the exposure of d to each factor (one number, or one
+    per factor). `scale_return` scales the scores to the volatility that the risk model expects.
+    Weights below `epsilon` become 0. If the problem has no solution it is solved again without
+    `delta`; if that fails too the current weights are kept. Both cases log a warning.
 
-    Answers to Qlib's optimizer of that name (contrib/strategy/optimizer/enhanced_indexing.py).
-    Difference: cvxpy's own default solver, where Qlib fixes ECOS. Needs the extra `optimize`.
+    Corresponds to Qlib's optimizer of that name (contrib/strategy/optimizer/enhanced_indexing.py).
+    Difference: cvxpy chooses the solver, while Qlib always uses ECOS. Needs the extra `optimize`.
     """
 
     def __init__(
@@ -59,31 +60,34 @@ class EnhancedIndexingOptimizer(Configured):
         hold: Bools | None = None,
         sell: Bools | None = None,
     ) -> Floats:
-        """The weights `[N]`, sum 1. `hold` keep their current weight, `sell` go to 0."""
-        cp = _cvxpy()
+        """Return the weights `[N]`, with sum 1.
+
+        Instruments of `hold` keep their current weight, those of `sell` get weight 0.
+        """
+        cp = _import_cvxpy()
         if self.scale_return:
             total = np.einsum("nk,kl,nl->n", exposure, factor_cov, exposure) + residual_var
             spread = score.std()
             score = score / spread * np.sqrt(total.mean()) if spread > 0 else score * 0.0
         weight = cp.Variable(len(score), nonneg=True)
-        away = weight - benchmark
-        # The covariance by its root: a sum of squares is convex whatever the rounding.
+        active = weight - benchmark
+        # Use the matrix root of the covariance: a sum of squares stays convex despite rounding.
         values, vectors = np.linalg.eigh((factor_cov + factor_cov.T) / 2)
         root = vectors * np.sqrt(np.maximum(values, 0.0))
-        risk = cp.sum_squares((exposure @ root).T @ away) + residual_var @ cp.square(away)
-        aim = cp.Maximize(away @ score - self.lamb * risk)
+        risk = cp.sum_squares((exposure @ root).T @ active) + residual_var @ cp.square(active)
+        objective = cp.Maximize(active @ score - self.lamb * risk)
         low, high = self._bounds(current, benchmark, hold, sell)
-        rules = [cp.sum(weight) == 1, weight >= low, weight <= high]
+        constraints = [cp.sum(weight) == 1, weight >= low, weight <= high]
         if self.f_dev is not None:
-            rules += [cp.abs(exposure.T @ away) <= np.asarray(self.f_dev)]
+            constraints += [cp.abs(exposure.T @ active) <= np.asarray(self.f_dev)]
         turnover = []
         if self.delta is not None and current.sum() > 0:
             turnover = [cp.norm(weight - current, 1) <= self.delta]
-        for limits in (turnover, []) if turnover else ([],):
-            found = self._solved(cp, cp.Problem(aim, rules + limits), weight)
-            if found is not None:
-                return found
-        log.warning("enhanced indexing found no portfolio; the weights stay as they are.")
+        for turnover_limit in (turnover, []) if turnover else ([],):
+            solution = self._solve(cp, cp.Problem(objective, constraints + turnover_limit), weight)
+            if solution is not None:
+                return solution
+        log.warning("enhanced indexing: no feasible portfolio; keeping the current weights")
         return current
 
     def _bounds(
@@ -95,26 +99,26 @@ class EnhancedIndexingOptimizer(Configured):
             high = np.minimum(high, benchmark + self.b_dev)
         if hold is not None:
             low, high = np.where(hold, current, low), np.where(hold, current, high)
-        if sell is not None:  # stronger than hold
+        if sell is not None:  # takes precedence over hold
             low, high = np.where(sell, 0.0, low), np.where(sell, 0.0, high)
         return low, high
 
-    def _solved(self, cp: Any, problem: Any, weight: Any) -> Floats | None:
+    def _solve(self, cp: Any, problem: Any, weight: Any) -> Floats | None:
         try:
             problem.solve(**self.solver_kwargs)
         except cp.error.SolverError as error:
-            log.warning("enhanced indexing: the solver gave up: %s", error)
+            log.warning("enhanced indexing: the solver failed: %s", error)
             return None
         if problem.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
             log.warning("enhanced indexing: the problem is %s", problem.status)
             return None
         if problem.status == cp.OPTIMAL_INACCURATE:
             log.warning("enhanced indexing: the solution is inaccurate")
-        found = np.where(weight.value < self.epsilon, 0.0, weight.value)
-        return np.asarray(found / found.sum())
+        weights = np.where(weight.value < self.epsilon, 0.0, weight.value)
+        return np.asarray(weights / weights.sum())
 
 
-def _cvxpy() -> Any:
+def _import_cvxpy() -> Any:
     try:
         import cvxpy  # type: ignore[import-not-found,unused-ignore]  # an extra
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Orders, and what became of them."""
+"""Orders and their fills, as arrays over all members."""
 
 from __future__ import annotations
 
@@ -7,60 +7,61 @@ from typing import Self
 
 import numpy as np
 
-from qtorch.backtest.quotes import Bools, Floats, Places
+from qtorch.backtest.quotes import Bools, Floats, Indices
 
 
 @dataclass(frozen=True)
 class Orders:
-    """K orders of all members, in the order in which each member's are to be dealt.
+    """K orders of all members; those of one member are executed in this order.
 
-    `member [K]`, `instrument [K]` places, `amount [K]` adjusted shares (zero or more), `buying
-    [K]`. A member gives at most one order to buy and one to sell an instrument.
+    `member [K]` and `instrument [K]` are indices, `amount [K]` adjusted shares (zero or more),
+    `buying [K]` is True for purchases. A member may have at most one purchase and one sale per
+    instrument.
     """
 
-    member: Places
-    instrument: Places
+    member: Indices
+    instrument: Indices
     amount: Floats
     buying: Bools
 
     @classmethod
-    def none(cls) -> Self:
-        """No order."""
+    def empty(cls) -> Self:
+        """An empty set of orders."""
         empty = np.zeros(0, dtype=np.intp)
         return cls(empty, empty, np.zeros(0), np.zeros(0, dtype=np.bool_))
 
     @classmethod
-    def at(cls, where: Bools, amount: Floats, *, buying: bool) -> Self:
-        """One order at each true place of `where [M, N]`, by column; `amount [M, N]`."""
-        member, instrument = np.nonzero(where)
+    def from_mask(cls, mask: Bools, amount: Floats, *, buying: bool) -> Self:
+        """One order for each True of `mask [M, N]`, in column order; `amount [M, N]`."""
+        member, instrument = np.nonzero(mask)
         return cls(member, instrument, amount[member, instrument], np.full(len(member), buying))
 
     @classmethod
-    def towards(cls, target: Floats, current: Floats, where: Bools) -> Self:
-        """The orders that lead from one set of amounts to another, `[M, N]`, at `where`.
+    def between(cls, target: Floats, current: Floats, mask: Bools) -> Self:
+        """Orders that move the amounts `[M, N]` from `current` to `target` within the mask.
 
-        Sales first.
+        Sales come first.
         """
         delta = target - current
-        return cls.at(where & (delta < 0), -delta, buying=False).then(
-            cls.at(where & (delta > 0), delta, buying=True)
+        return cls.from_mask(mask & (delta < 0), -delta, buying=False).append(
+            cls.from_mask(mask & (delta > 0), delta, buying=True)
         )
 
-    def then(self, other: Orders) -> Self:
-        """These orders, then the others."""
-        pairs = ((getattr(self, n), getattr(other, n)) for n in self.__dataclass_fields__)
+    def append(self, orders: Orders) -> Self:
+        """These orders followed by the other orders."""
+        pairs = ((getattr(self, n), getattr(orders, n)) for n in self.__dataclass_fields__)
         return type(self)(*(np.concatenate(pair) for pair in pairs))
 
-    def only(self, keep: Bools) -> Self:
-        """The orders at `keep [K]`."""
-        return type(self)(*(getattr(self, n)[keep] for n in self.__dataclass_fields__))
+    def select(self, mask: Bools) -> Self:
+        """The orders for which `mask [K]` is True."""
+        return type(self)(*(getattr(self, n)[mask] for n in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Fills:
-    """What became of K orders: dealt amount, price (NaN where refused), value and cost, `[K]`.
+    """The execution of K orders: traded amount, price (NaN if rejected), value and cost, `[K]`.
 
-    `value` is amount times price without the cost, in money.
+    `value` is amount times price in money, before the cost.
     """
 
     amount: Floats

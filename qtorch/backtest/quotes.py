@@ -1,4 +1,4 @@
-"""What an exchange knows of the bars of a backtest, as dense arrays."""
+"""The market data of a backtest (prices, volumes, limits) as dense arrays."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
-Places: TypeAlias = NDArray[np.intp]
+Indices: TypeAlias = NDArray[np.intp]
 
 CUMULATIVE, CURRENT = "cum", "current"
 
 
 @dataclass(frozen=True)
 class VolumeLimit:
-    """How much of each instrument may be dealt: `amount [D, N]`, NaN nothing.
+    """The maximum amount that can be traded: `amount [D, N]`; NaN means nothing can be traded.
 
-    `cumulative`: what was dealt earlier on the same day counts against it.
+    `cumulative`: amounts traded earlier on the same day count towards the limit.
     """
 
     amount: Floats
@@ -30,13 +30,13 @@ class VolumeLimit:
 
 @dataclass(frozen=True)
 class Quotes:
-    """The bars of all instruments on the dates of a backtest and, where there is one, the bar
-    before it (`first` is the row at which trading begins: 1, or 0 without such a bar).
+    """Bars of all instruments on the dates of a backtest, plus the bar before them if there is one.
 
-    All arrays `[D, N]`, float64. `close` is NaN where an instrument does not trade. `buy_price`
-    and `sell_price` are the close where the deal price is missing. `limit_buy`, `limit_sell`: it
-    may not be bought, not be sold. `factor` is None where trade units are not rounded to.
-    `fields` are those that the exchange was asked to subscribe to.
+    `first` is the row of the first trading bar: 1, or 0 if there is no earlier bar. All arrays are
+    `[D, N]`, float64 or bool. `close` is NaN when an instrument does not trade. `buy_price` and
+    `sell_price` fall back to the close. `limit_buy` and `limit_sell` are True when an instrument
+    cannot be bought or sold. `factor` is None when amounts are not rounded to trade units.
+    `fields` are the exchange's `subscribe_fields`.
     """
 
     dates: pd.DatetimeIndex
@@ -54,37 +54,39 @@ class Quotes:
     fields: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
-    def suspended(self) -> Bools:
-        """`[D, N]`: no close, so nothing is traded."""
+    def is_suspended(self) -> Bools:
+        """`[D, N]`: whether an instrument has no close, so that it cannot be traded."""
         return np.isnan(self.close)
 
-    def widened(self, instruments: pd.Index) -> Quotes:
-        """The same with instruments that have no bars, in sorted order."""
+    def add_instruments(self, instruments: pd.Index) -> Quotes:
+        """Add instruments without any bars (always suspended); the result is in sorted order."""
         names = self.instruments.union(instruments)
-        place = self.instruments.get_indexer(names)
-        known = place >= 0
+        column = self.instruments.get_indexer(names)
+        exists = column >= 0
 
-        def wide(array: Floats, fill: float) -> Floats:
-            return np.where(known, array[:, place], fill)
+        def widen(array: Floats, fill: float) -> Floats:
+            return np.where(exists, array[:, column], fill)
 
-        def wide_limits(limits: tuple[VolumeLimit, ...]) -> tuple[VolumeLimit, ...]:
-            return tuple(VolumeLimit(wide(x.amount, np.nan), x.cumulative) for x in limits)
+        def widen_limits(limits: tuple[VolumeLimit, ...]) -> tuple[VolumeLimit, ...]:
+            return tuple(
+                VolumeLimit(widen(limit.amount, np.nan), limit.cumulative) for limit in limits
+            )
 
-        def closed(array: Bools) -> Bools:
-            return np.where(known, array[:, place], True)
+        def widen_mask(array: Bools) -> Bools:
+            return np.where(exists, array[:, column], True)
 
         return Quotes(
             self.dates,
             self.first,
             names,
-            close=wide(self.close, np.nan),
-            buy_price=wide(self.buy_price, np.nan),
-            sell_price=wide(self.sell_price, np.nan),
-            volume=wide(self.volume, np.nan),
-            factor=None if self.factor is None else wide(self.factor, np.nan),
-            limit_buy=closed(self.limit_buy),
-            limit_sell=closed(self.limit_sell),
-            buy_volume=wide_limits(self.buy_volume),
-            sell_volume=wide_limits(self.sell_volume),
-            fields={name: wide(values, np.nan) for name, values in self.fields.items()},
+            close=widen(self.close, np.nan),
+            buy_price=widen(self.buy_price, np.nan),
+            sell_price=widen(self.sell_price, np.nan),
+            volume=widen(self.volume, np.nan),
+            factor=None if self.factor is None else widen(self.factor, np.nan),
+            limit_buy=widen_mask(self.limit_buy),
+            limit_sell=widen_mask(self.limit_sell),
+            buy_volume=widen_limits(self.buy_volume),
+            sell_volume=widen_limits(self.sell_volume),
+            fields={name: widen(values, np.nan) for name, values in self.fields.items()},
         )

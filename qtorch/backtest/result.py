@@ -1,4 +1,4 @@
-"""What a backtest found: the account by day, positions, orders, indicators."""
+"""The result of a backtest: daily report, positions, orders and trade indicators."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ORDER = (*("direction", "amount", "deal_amount", "price", "value", "cost"),)
 
 
 class BacktestResult:
-    """The results of one or several members (score columns) over the same days.
+    """Results of one or several members (score columns) over the same days.
 
-    With one member each frame is its own; with several, the columns (positions and orders: the
-    first index level) are by member, and `result[name]` is the result of one. Money is in the
-    account's unit.
+    With one member the frames have no member level. With several, the member is the first column
+    level (for positions and orders: the first index level), and `result[name]` is the result of
+    one member. Money is in the account's currency.
     """
 
     def __init__(
@@ -36,75 +36,96 @@ class BacktestResult:
         bench: pd.Series,
         opening: Any,
         freq: str,
-        places: list[int] | None = None,
+        ledger_columns: list[int] | None = None,
     ) -> None:
         self.members, self.freq = list(members), freq
-        self._places = list(range(len(members))) if places is None else places  # in the ledger
+        self._ledger_columns = (
+            list(range(len(members))) if ledger_columns is None else ledger_columns
+        )  # ledger columns
         self._ledger, self._instruments, self._bench = ledger, instruments, bench
         self._opening = np.asarray(opening, dtype=np.float64)
         self.dates = pd.DatetimeIndex(ledger.dates, name="datetime")
 
     def __getitem__(self, member: str) -> BacktestResult:
-        return self._one(self._place(member))
+        return self._member_result(self._member_index(member))
 
     def __iter__(self) -> Iterator[BacktestResult]:
-        return (self._one(k) for k in range(len(self.members)))
+        return (self._member_result(k) for k in range(len(self.members)))
 
     def __len__(self) -> int:
         return len(self.members)
 
     @cached_property
     def report(self) -> pd.DataFrame:
-        """By day: `return` before costs and `cost`, fractions of the account of the day before;
-        `turnover` likewise (bought and sold value); `total_cost`, `total_turnover` since the
-        start, `account` = `value` of the holdings + `cash`, in money; `bench`, the benchmark's
-        return.
+        """Daily report.
+
+        `return` (before costs), `cost` and `turnover` (value bought plus sold) are fractions of the
+        previous day's account; `total_cost` and `total_turnover` are sums of money since the start;
+        `account` = `value` of the positions + `cash`, in money; `bench` is the benchmark's return.
         """
-        parts = {m: self._report(k) for k, m in zip(self._places, self.members, strict=True)}
-        return self._joined(parts, axis=1)
+        parts = {
+            m: self._report(k) for k, m in zip(self._ledger_columns, self.members, strict=True)
+        }
+        return self._join_members(parts, axis=1)
 
     @cached_property
     def positions(self) -> pd.DataFrame:
-        """By (datetime, instrument) at the day's end: `amount` in adjusted shares, `price` the
-        last close, `count` bars held, `weight` the share of the account."""
-        return self._joined(
-            {m: self._positions(k) for k, m in zip(self._places, self.members, strict=True)}, axis=0
+        """Positions at the end of each day, by (datetime, instrument).
+
+        `amount` in adjusted shares, `price` (the last close), `count` (bars held) and `weight`
+        (fraction of the account).
+        """
+        return self._join_members(
+            {
+                m: self._positions(k)
+                for k, m in zip(self._ledger_columns, self.members, strict=True)
+            },
+            axis=0,
         )
 
     @cached_property
     def orders(self) -> pd.DataFrame:
-        """Every order by (datetime, instrument): `direction` buy or sell, `amount` asked for and
-        `deal_amount`, `price` (NaN where refused), `value` and `cost` in money."""
-        return self._joined(
-            {m: self._orders(k) for k, m in zip(self._places, self.members, strict=True)}, axis=0
+        """All orders, by (datetime, instrument).
+
+        `direction` (buy or sell), `amount` (ordered), `deal_amount` (executed), `price` (NaN if
+        rejected), `value` and `cost` in money.
+        """
+        return self._join_members(
+            {m: self._orders(k) for k, m in zip(self._ledger_columns, self.members, strict=True)},
+            axis=0,
         )
 
     @cached_property
     def indicators(self) -> pd.DataFrame:
-        """By day: `ffr`, the mean share of the orders' amounts that was dealt; `pa`, the price
-        advantage (0: orders are dealt at the bar's one price) and `pos`, the share of orders with
-        one; `deal_amount`, `value` and `count` of the orders. NaN on days without orders.
-        """
-        parts = {m: self._indicators(k) for k, m in zip(self._places, self.members, strict=True)}
-        return self._joined(parts, axis=1)
+        """Daily trade indicators.
 
-    # -- one member ------------------------------------------------------------------------------
+        `ffr` is the mean fulfilled fraction of the orders' amounts; `pa` the price advantage
+        (always 0, because all orders of a bar are executed at one price); `pos` the share of orders
+        with a positive price advantage; then `deal_amount`, `value` and `count` of the orders. The
+        ratios are NaN on days without orders.
+        """
+        parts = {
+            m: self._indicators(k) for k, m in zip(self._ledger_columns, self.members, strict=True)
+        }
+        return self._join_members(parts, axis=1)
+
+    # -- frames of one member --------------------------------------------------------------------
 
     def _report(self, k: int) -> pd.DataFrame:
-        book = self._ledger
+        ledger = self._ledger
         account, cash, value, cost, turnover = (
             np.array([row[k] for row in rows])
-            for rows in (book.account, book.cash, book.value, book.cost, book.turnover)
+            for rows in (ledger.account, ledger.cash, ledger.value, ledger.cost, ledger.turnover)
         )
-        last = np.r_[self._opening[k], account[:-1]]
-        paid, dealt = np.diff(cost, prepend=0.0), np.diff(turnover, prepend=0.0)
+        previous = np.r_[self._opening[k], account[:-1]]
+        daily_cost, daily_turnover = np.diff(cost, prepend=0.0), np.diff(turnover, prepend=0.0)
         columns = {
             "account": account,
-            "return": (account - last + paid) / last,
+            "return": (account - previous + daily_cost) / previous,
             "total_turnover": turnover,
-            "turnover": dealt / last,
+            "turnover": daily_turnover / previous,
             "total_cost": cost,
-            "cost": paid / last,
+            "cost": daily_cost / previous,
             "value": value,
             "cash": cash,
             "bench": self._bench.to_numpy(),
@@ -114,10 +135,10 @@ class BacktestResult:
     def _positions(self, k: int) -> pd.DataFrame:
         rows, columns, values = [], [], []
         for row, (member, instrument, *numbers) in enumerate(self._ledger.positions):
-            at = np.flatnonzero(member == k)
-            rows.append(np.full(len(at), row))
-            columns.append(instrument[at])
-            values.append(np.stack([n[at] for n in numbers], axis=1))
+            member_rows = np.flatnonzero(member == k)
+            rows.append(np.full(len(member_rows), row))
+            columns.append(instrument[member_rows])
+            values.append(np.stack([n[member_rows] for n in numbers], axis=1))
         frame = pd.DataFrame(
             np.concatenate(values), index=self._index(rows, columns), columns=list(POSITION)
         )
@@ -126,11 +147,11 @@ class BacktestResult:
     def _orders(self, k: int) -> pd.DataFrame:
         rows, columns, parts = [], [], []
         for row, (orders, fills) in enumerate(self._ledger.orders):
-            at = np.flatnonzero(orders.member == k)
-            rows.append(np.full(len(at), row))
-            columns.append(orders.instrument[at])
+            member_rows = np.flatnonzero(orders.member == k)
+            rows.append(np.full(len(member_rows), row))
+            columns.append(orders.instrument[member_rows])
             numbers = (orders.amount, fills.amount, fills.price, fills.value, fills.cost)
-            parts.append(np.stack([orders.buying, *numbers], axis=1)[at])
+            parts.append(np.stack([orders.buying, *numbers], axis=1)[member_rows])
         values = np.concatenate(parts)
         frame = pd.DataFrame(
             values[:, 1:], index=self._index(rows, columns), columns=list(ORDER[1:])
@@ -140,8 +161,8 @@ class BacktestResult:
 
     def _indicators(self, k: int) -> pd.DataFrame:
         orders = self._orders(k)
-        asked = orders["amount"].where(orders["amount"] != 0)
-        share = (orders["deal_amount"] / asked).groupby(level=0)
+        amount = orders["amount"].where(orders["amount"] != 0)
+        share = (orders["deal_amount"] / amount).groupby(level=0)
         by_day = orders.groupby(level=0)
         frame = pd.DataFrame(
             {
@@ -157,25 +178,25 @@ class BacktestResult:
 
     def _index(self, rows: list[Any], columns: list[Any]) -> pd.MultiIndex:
         return pd.MultiIndex(
-            levels=[self.dates, self._instruments],  # type: ignore[list-item]  # stubs: lists alone
-            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]  # likewise
+            levels=[self.dates, self._instruments],  # type: ignore[list-item]  # the stubs allow only lists
+            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]  # same reason
             names=["datetime", "instrument"],
         ).remove_unused_levels()
 
-    # -- several ---------------------------------------------------------------------------------
+    # -- combining and selecting members ---------------------------------------------------------
 
-    def _joined(self, parts: dict[str, pd.DataFrame], axis: int) -> pd.DataFrame:
+    def _join_members(self, parts: dict[str, pd.DataFrame], axis: int) -> pd.DataFrame:
         if len(parts) == 1:
             return next(iter(parts.values()))
-        whole: pd.DataFrame
-        whole = pd.concat(parts, axis="columns" if axis else "index", names=["member"])
-        return whole
+        frame: pd.DataFrame
+        frame = pd.concat(parts, axis="columns" if axis else "index", names=["member"])
+        return frame
 
-    def _place(self, member: str) -> int:
+    def _member_index(self, member: str) -> int:
         if member not in self.members:
             raise ConfigError(unknown_name("member", str(member), self.members))
         return self.members.index(member)
 
-    def _one(self, k: int) -> BacktestResult:
-        whole = (self._ledger, [self.members[k]], self._instruments, self._bench, self._opening)
-        return BacktestResult(*whole, self.freq, [self._places[k]])
+    def _member_result(self, k: int) -> BacktestResult:
+        common = (self._ledger, [self.members[k]], self._instruments, self._bench, self._opening)
+        return BacktestResult(*common, self.freq, [self._ledger_columns[k]])

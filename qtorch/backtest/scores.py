@@ -1,4 +1,4 @@
-"""Scores as a strategy is given them, and as the simulation reads them."""
+"""Scores: reading and validating a strategy's signal, and the dense array of the simulation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LEVELS = ["datetime", "instrument"]
 
 
 def score_frame(signal: Any) -> Frame:
-    """Scores as a frame by (datetime, instrument) with a column a member.
+    """Read a signal into a frame by (datetime, instrument) with one column per member.
 
-    `signal`: a frame or series, `(model, dataset)` (the model's scores of the dataset's test
-    segment), or a configuration of either. Rows without any score are left out: what has no
-    score is not traded for. Raises DataError for infinite scores, doubled rows, or an index that
-    is not by date and instrument.
+    `signal`: a frame or series of scores, `(model, dataset)` (the model's predictions for the
+    dataset's test segment), or a configuration of one of these. Rows without any score are dropped,
+    so such instruments are not traded. Raises DataError for infinite scores, duplicate rows, or an
+    index that is not (datetime, instrument).
     """
     signal = plain(signal)
     if isinstance(signal, Mapping | str):
@@ -39,94 +39,101 @@ def score_frame(signal: Any) -> Frame:
         signal = signal.to_frame("score" if signal.name is None else signal.name)
     if not isinstance(signal, pd.DataFrame):
         raise ConfigError(
-            f"signal is {type(signal).__name__}; expected scores as a frame or series by "
-            "(datetime, instrument), (model, dataset), or a configuration of one."
+            f"signal is {type(signal).__name__}; expected a frame or series of scores by "
+            "(datetime, instrument), (model, dataset), or a configuration of one of these."
         )
-    return _checked(signal)
+    return _validate_scores(signal)
 
 
-def _checked(scores: Frame) -> Frame:
+def _validate_scores(scores: Frame) -> Frame:
     index = scores.index
     if not isinstance(index, pd.MultiIndex) or index.nlevels != 2:
         raise DataError(
-            "scores need an index of two levels, (datetime, instrument); got "
+            "scores need an index with two levels, (datetime, instrument); got "
             f"{index.nlevels} level(s) named {list(index.names)}."
         )
     if index.names[0] == "instrument" or index.names[1] == "datetime":
         scores = scores.swaplevel()
     if not scores.shape[1] or not len(scores):
-        raise DataError(f"scores of shape {scores.shape} hold no score.")
+        raise DataError(f"the scores are empty: shape {scores.shape}.")
     values = scores.to_numpy(dtype=np.float64)
     infinite = np.isinf(values)
     if infinite.any():
         row = scores.index[int(np.flatnonzero(infinite.any(axis=1))[0])]
         raise DataError(
-            f"{int(infinite.sum())} scores are infinite, the first at {row[0]}, {row[1]}; mend the "
-            "model or its data: an infinite score ranks nothing."
+            f"{int(infinite.sum())} scores are infinite, the first at {row[0]}, {row[1]}; infinite "
+            "scores cannot be ranked. Fix the model or its data."
         )
-    doubled = scores.index.duplicated()
-    if doubled.any():
-        row = scores.index[int(np.flatnonzero(doubled)[0])]
+    is_duplicate = scores.index.duplicated()
+    if is_duplicate.any():
+        row = scores.index[int(np.flatnonzero(is_duplicate)[0])]
         raise DataError(
-            f"{int(doubled.sum())} rows of the scores stand twice, the first at {row[0]}, "
-            f"{row[1]}; each (datetime, instrument) may stand once."
+            f"{int(is_duplicate.sum())} rows of the scores are duplicates, the first at {row[0]}, "
+            f"{row[1]}; each (datetime, instrument) may occur only once."
         )
-    kept: Frame = scores[~np.isnan(values).all(axis=1)]
-    if not len(kept):
+    valid_rows: Frame = scores[~np.isnan(values).all(axis=1)]
+    if not len(valid_rows):
         raise DataError("every score is NaN.")
-    named: Frame = kept.rename_axis(index=_LEVELS)
-    return named
+    valid_scores: Frame = valid_rows.rename_axis(index=_LEVELS)
+    return valid_scores
 
 
 class Scores:
     """The scores of all members on the bars of a backtest.
 
-    `values [D, M, N]` over the bars of `calendar` and the instruments of `instruments`; NaN is
-    no score. A bar takes the last score of each instrument that is stamped within it.
+    `values [D, M, N]` over the bars of `calendar` and the instruments `instruments`; NaN means no
+    score. If several scores of an instrument fall into one bar, the latest is used.
     """
 
     def __init__(self, scores: Frame, calendar: pd.DatetimeIndex, freq: str) -> None:
         self.members = [str(c) for c in scores.columns]
-        index: Any = scores.index  # of two levels; the stubs know a plain one
+        index: Any = scores.index  # a MultiIndex; the type stubs only know a plain Index
         stamps = pd.DatetimeIndex(index.levels[0]).as_unit("ns")
         names = pd.Index(index.levels[1].astype("str"))
         codes = [np.asarray(c) for c in index.codes]
-        bars = _bars_of(stamps, calendar, freq)
-        used = np.unique(codes[0])
-        _say_outside(stamps[used[bars[used] == -2]], calendar)
+        bars = _bar_rows(stamps, calendar, freq)
+        used_codes = np.unique(codes[0])
+        _warn_non_trading_dates(stamps[used_codes[bars[used_codes] == -2]], calendar)
         self.instruments = names[np.unique(codes[1])].sort_values()
-        place = self.instruments.get_indexer(names)
-        rows, columns = bars[codes[0]], place[codes[1]]
-        keep = np.flatnonzero(rows >= 0)
-        keep = keep[np.argsort(codes[0][keep], kind="stable")]  # later stamps overwrite
+        instrument_index = self.instruments.get_indexer(names)
+        rows, columns = bars[codes[0]], instrument_index[codes[1]]
+        valid_rows = np.flatnonzero(rows >= 0)
+        valid_rows = valid_rows[
+            np.argsort(codes[0][valid_rows], kind="stable")
+        ]  # later timestamps overwrite
         shape = (len(calendar), len(self.members), len(self.instruments))
-        given = scores.to_numpy()
-        kind = given.dtype if given.dtype.kind == "f" else np.float64
-        self.values: NDArray[Any] = np.full(shape, np.nan, dtype=kind)
+        score_values = scores.to_numpy()
+        dtype = score_values.dtype if score_values.dtype.kind == "f" else np.float64
+        self.values: NDArray[Any] = np.full(shape, np.nan, dtype=dtype)
         for m in range(len(self.members)):
-            there = keep[~np.isnan(given[keep, m].astype(np.float64))]
-            self.values[rows[there], m, columns[there]] = given[there, m]
+            scored_rows = valid_rows[~np.isnan(score_values[valid_rows, m].astype(np.float64))]
+            self.values[rows[scored_rows], m, columns[scored_rows]] = score_values[scored_rows, m]
 
 
-def _bars_of(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -> NDArray[np.intp]:
-    """The bar that holds each stamp; -1 before or after all bars, -2 in a gap between them."""
+def _bar_rows(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -> NDArray[np.intp]:
+    """The row of the bar that contains each timestamp.
+
+    -1 for timestamps before or after all bars, -2 for those in a gap between bars.
+    """
     bars: NDArray[np.intp] = calendar.searchsorted(stamps, side="right") - 1
     if not len(calendar):
         return np.full(len(stamps), -1)
     unit = pd.Timedelta(freq) if freq.endswith("min") else pd.Timedelta(days=1)
     begin = calendar[np.maximum(bars, 0)]
     within = stamps < begin + unit
-    if freq not in ("day",) and not freq.endswith("min"):  # weeks and months reach to the next
+    if freq not in ("day",) and not freq.endswith(
+        "min"
+    ):  # weeks and months last until the next bar
         within = np.ones(len(stamps), dtype=bool)
     outside = np.where((bars < 0) | (bars == len(calendar) - 1), -1, -2)
     return np.where((bars >= 0) & within, bars, outside)
 
 
-def _say_outside(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex) -> None:
+def _warn_non_trading_dates(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex) -> None:
     if len(stamps):
         log.warning(
-            "%d dates of the scores are no trading days and are not used, the first %s (the "
-            "calendar goes from %s to %s).",
+            "ignoring scores of %d dates that are not trading days, the first %s (the calendar "
+            "goes from %s to %s)",
             len(stamps),
             stamps[0],
             calendar[0],

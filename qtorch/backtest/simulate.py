@@ -1,4 +1,4 @@
-"""The days of a backtest, one after another, for all members at once."""
+"""The simulation loop: run a strategy bar by bar for all members at the same time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qtorch.backtest.account import Account
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.market import Market
 from qtorch.backtest.orders import Fills, Orders
-from qtorch.backtest.quotes import Floats, Places, Quotes
+from qtorch.backtest.quotes import Floats, Indices, Quotes
 from qtorch.backtest.scores import Scores
-from qtorch.backtest.strategy import Moment, Strategy
+from qtorch.backtest.strategy import StepContext, Strategy
 
 
 @dataclass
 class Ledger:
-    """What a simulation leaves, bar by bar; arrays by member are `[M]`.
+    """The records of a simulation, one list entry per bar; arrays by member are `[M]`.
 
-    `positions`: member, instrument, amount, price, bars held and share of the account of each
-    position at the bar's end. `orders`: the orders and their fills.
+    `positions`: member, instrument, amount, price, bars held and fraction of the account of each
+    position at the end of the bar. `orders`: the orders and their fills.
     """
 
     dates: list[pd.Timestamp] = field(default_factory=list)
@@ -30,15 +30,17 @@ class Ledger:
     value: list[Floats] = field(default_factory=list)
     cost: list[Floats] = field(default_factory=list)
     turnover: list[Floats] = field(default_factory=list)
-    positions: list[tuple[Places, Places, Floats, Floats, Floats, Floats]] = field(
+    positions: list[tuple[Indices, Indices, Floats, Floats, Floats, Floats]] = field(
         default_factory=list
     )
     orders: list[tuple[Orders, Fills]] = field(default_factory=list)
 
-    def close(self, date: pd.Timestamp, account: Account, orders: Orders, fills: Fills) -> None:
-        """Write a bar down."""
+    def record_bar(
+        self, date: pd.Timestamp, account: Account, orders: Orders, fills: Fills
+    ) -> None:
+        """Append the state at the end of a bar."""
         holdings = account.holdings()
-        value = holdings + (account.cash + account.delayed)
+        value = holdings + (account.cash + account.unsettled_cash)
         self.dates.append(date)
         self.account.append(value)
         self.cash.append(account.cash.copy())
@@ -62,39 +64,41 @@ def simulate(
     *,
     buy_first: bool = False,
 ) -> Ledger:
-    """Run a strategy over the bars of `quotes`; `account` is moved along.
+    """Run a strategy over the bars of `quotes`; updates `account` in place.
 
-    The scores of a bar are traded at the next one. `scores` lie over the dates of the quotes and
-    a part of their instruments. `buy_first` deals purchases before sales, so that no sale pays
-    for a purchase of the same bar.
+    The scores of a bar are traded at the next bar. `scores` cover the dates of the quotes and some
+    of their instruments. `buy_first` executes purchases before sales, so that the proceeds of a
+    sale cannot pay for a purchase on the same bar.
     """
     ledger = Ledger()
-    place = None if scores is None else quotes.instruments.get_indexer(scores.instruments)
-    dealt = np.zeros_like(account.amount)
-    before = Market(exchange, quotes, 0) if quotes.first else None
+    column = None if scores is None else quotes.instruments.get_indexer(scores.instruments)
+    traded_today = np.zeros_like(account.amount)
+    previous = Market(exchange, quotes, 0) if quotes.first else None
     for row in range(quotes.first, len(quotes.dates)):
         market = Market(exchange, quotes, row)
-        if before is None or before.date.normalize() != market.date.normalize():
-            dealt[:] = 0.0
-        score = _spread(scores, place, row - 1, account.amount.shape)
+        if previous is None or previous.date.normalize() != market.date.normalize():
+            traded_today[:] = 0.0
+        score = _expand_scores(scores, column, row - 1, account.amount.shape)
         step = row - quotes.first
-        now = Moment(step, quotes.instruments, score, market, before, account)
-        orders = strategy.decide(now)
-        fills = market.deal(orders, account, dealt, short=strategy.short, buy_first=buy_first)
+        context = StepContext(step, quotes.instruments, score, market, previous, account)
+        orders = strategy.decide(context)
+        fills = market.execute(
+            orders, account, traded_today, allow_short=strategy.allow_short, buy_first=buy_first
+        )
         account.close_bar(market.close)
-        ledger.close(market.date, account, orders, fills)
+        ledger.record_bar(market.date, account, orders, fills)
         account.settle()
-        before = market
+        previous = market
     return ledger
 
 
-def _spread(
-    scores: Scores | None, place: Places | None, row: int, shape: tuple[int, ...]
+def _expand_scores(
+    scores: Scores | None, column: Indices | None, row: int, shape: tuple[int, ...]
 ) -> Floats | None:
-    """A bar's scores over all instruments `[M, N]`; None where there are none."""
+    """The scores of a bar for all instruments `[M, N]`, or None if the bar has no scores."""
     if scores is None or row < 0 or np.isnan(scores.values[row]).all():
         return None
-    assert place is not None
+    assert column is not None
     out = np.full(shape, np.nan)
-    out[:, place] = scores.values[row]
+    out[:, column] = scores.values[row]
     return out

@@ -1,4 +1,4 @@
-"""What a strategy is: from the last bar's scores to this bar's orders."""
+"""The strategy interface: decide the orders of a bar from the scores of the previous bar."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from qtorch.core.trust import trusted_type
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a strategy decides on, for M members and N instruments.
+class StepContext:
+    """The information available to a strategy at one bar, for M members and N instruments.
 
-    `step` counts the bars from 0. `score [M, N]` is that of the bar before (NaN: none); it is
-    None where no member has a score, or without a signal. `market` is the bar of the orders,
-    `before` the one before it (None at the very first bar of the calendar). `account` is not to
-    be changed.
+    `step` counts the bars from 0. `score [M, N]` are the scores of the previous bar (NaN: no
+    score); it is None if no member has a score or the strategy has no signal. `market` is the bar
+    at which the orders are executed, `previous` the bar before it (None at the first bar of the
+    calendar). A strategy must not modify `account`.
     """
 
     step: int
     instruments: pd.Index
     score: Floats | None
     market: Market
-    before: Market | None
+    previous: Market | None
     account: Account
 
     @property
     def date(self) -> pd.Timestamp:
-        """The bar of the orders."""
+        """The bar at which the orders are executed."""
         return self.market.date
 
     def proceeds(self, sales: Orders) -> Floats:
-        """What sales would bring after costs if they were dealt now, `[M]`; nothing is booked."""
+        """The cash `[M]` that sales would yield after costs if executed now; books nothing."""
         total = np.zeros(len(self.account.cash))
         if len(sales.amount):
             trial = Account(
@@ -54,31 +54,33 @@ class Moment:
                 False,
                 *(np.zeros_like(total) for _ in range(3)),
             )
-            fills = self.market.deal(sales, trial, np.zeros_like(trial.amount))
+            fills = self.market.execute(sales, trial, np.zeros_like(trial.amount))
             np.add.at(total, sales.member, fills.value - fills.cost)
         return total
 
 
 @trusted_type
 class Strategy(Configured, ABC):
-    """Decides on the orders of each bar; write one's own by `decide`.
+    """Decides the orders of each bar. Subclasses implement `decide`.
 
     `signal`: scores as a frame or series by (datetime, instrument), `(model, dataset)`, or None
-    for a strategy without scores. A frame of several columns runs that many members at once, an
-    account each. `risk_degree` is the share of the value that is invested.
+    for a strategy without scores. A frame with several columns runs one member per column in the
+    same pass, each with its own account. `risk_degree` is the fraction of the account to invest.
     """
 
-    short: ClassVar[bool] = False
-    """Whether sales may go beyond the position."""
+    allow_short: ClassVar[bool] = False
+    """Whether sales may exceed the position and so open a short position."""
 
     def __init__(self, *, signal: Any = None, risk_degree: float = 0.95) -> None:
         if not isinstance(risk_degree, int | float) or not 0 < risk_degree <= 1:
-            raise ConfigError(f"risk_degree={risk_degree!r}: expected a share above 0, at most 1.")
+            raise ConfigError(
+                f"risk_degree={risk_degree!r}: expected a fraction above 0 and at most 1."
+            )
         self.risk_degree = float(risk_degree)
         self.signal = signal
 
     def scores(self) -> pd.DataFrame | None:
-        """The scores by (datetime, instrument), a column a member."""
+        """The scores by (datetime, instrument), one column per member."""
         return None if self.signal is None else score_frame(self.signal)
 
     def start(
@@ -88,9 +90,12 @@ class Strategy(Configured, ABC):
         dates: pd.DatetimeIndex,
         universe: Bools,
     ) -> None:
-        """Called once before the first bar. `dates` are those traded on; `universe [N]` the
-        instruments that have bars and, with a signal, scores."""
+        """Called once before the first bar.
+
+        `dates` are the trading bars; `universe [N]` marks the instruments that have bars and, if
+        the strategy has a signal, scores.
+        """
 
     @abstractmethod
-    def decide(self, now: Moment) -> Orders:
-        """The orders of a bar."""
+    def decide(self, context: StepContext) -> Orders:
+        """Return the orders of a bar."""

@@ -1,4 +1,4 @@
-"""The strategy of Qlib's benchmarks: hold the best, replace a few a day."""
+"""TopkDropoutStrategy, the strategy of Qlib's benchmarks: hold the top k, replace a few per bar."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import pandas as pd
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.orders import Orders
 from qtorch.backtest.quotes import Bools, Floats
-from qtorch.backtest.strategy import Moment, Strategy
+from qtorch.backtest.strategy import StepContext, Strategy
 from qtorch.core.errors import ConfigError, unknown_name
 
 
 class TopkDropoutStrategy(Strategy):
-    """Holds about `topk` instruments and replaces the `n_drop` worst of them each bar.
+    """Holds about `topk` instruments and replaces the `n_drop` worst of them on each bar.
 
-    Each bar: candidates are the best instruments that are not held, `n_drop` and the free places
-    of them; of candidates and held ones together the worst `n_drop` are sold where they are held;
-    the best candidates fill the places. The cash after the sales, times `risk_degree`, is split
-    evenly over the purchases. `method_sell` "bottom" or "random" (any `n_drop` held ones),
-    `method_buy` "top" or "random" (any of the best `topk`). Nothing is sold before it was held
-    for `hold_thresh` bars. `only_tradable`: what cannot be traded at this bar is left out of the
-    ranking. `forbid_all_trade_at_limit`: at either limit nothing is traded; else a sale at the
-    upper and a purchase at the lower limit goes through. Instruments without a score rank last
-    and are never bought. Equal scores rank by name.
+    On each bar, the candidates are the best instruments not yet held: `n_drop` of them, plus one
+    for each free slot. Candidates and holdings are ranked together, and the holdings among the
+    `n_drop` worst are sold; the best candidates fill the free slots. The cash after the sales,
+    times `risk_degree`, is split evenly over the purchases. `method_sell`: "bottom", or "random"
+    (any `n_drop` holdings); `method_buy`: "top", or "random" (any of the best `topk`). A position
+    is not sold before it has been held for `hold_thresh` bars. `only_tradable`: instruments that
+    cannot be traded at this bar are excluded from the ranking. `forbid_all_trade_at_limit`: an
+    instrument at either price limit is not traded at all; otherwise sales at the upper limit and
+    purchases at the lower limit are allowed. Instruments without a score rank last and are never
+    bought. Equal scores are ranked by instrument name.
 
-    Answers to Qlib's strategy of that name (contrib/strategy/signal_strategy.py). Differences:
-    `n_drop=0` keeps all (Qlib sells all); with more held than `topk + n_drop` nothing is bought
-    (Qlib's negative slices buy nearly everything); what has no score (NaN) is not bought; random
-    choices come from `seed`, the same for every member.
+    Corresponds to Qlib's strategy of that name (contrib/strategy/signal_strategy.py). Differences:
+    `n_drop=0` sells nothing (Qlib sells everything); with more than `topk + n_drop` holdings
+    nothing is bought (Qlib's negative slice buys nearly everything); instruments without a score
+    (NaN) are not bought; random choices depend on `seed` and are the same for every member.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class TopkDropoutStrategy(Strategy):
         super().__init__(signal=signal, risk_degree=risk_degree)
         if signal is None:
             raise ConfigError(
-                "TopkDropoutStrategy needs signal: scores, (model, dataset), or <PRED> in a record."
+                "TopkDropoutStrategy needs a signal: scores, (model, dataset), or <PRED> in a "
+                "record."
             )
-        for name, least, value in (("topk", 1, topk), ("n_drop", 0, n_drop)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r}: expected a whole number from {least} on.")
+        for name, minimum, value in (("topk", 1, topk), ("n_drop", 0, n_drop)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name}={value!r}: expected a whole number, at least {minimum}.")
         if method_sell not in ("bottom", "random"):
             raise ConfigError(unknown_name("method_sell", method_sell, ("bottom", "random")))
         if method_buy not in ("top", "random"):
@@ -76,89 +78,103 @@ class TopkDropoutStrategy(Strategy):
         if self.topk > universe.sum():
             raise ConfigError(
                 f"topk={self.topk} is more than the {int(universe.sum())} instruments that have "
-                "scores and bars."
+                "both scores and bars."
             )
 
-    def decide(self, now: Moment) -> Orders:
-        """Sales of the worst, then purchases of the best, by `[M, N]` masks in rank order."""
-        if now.score is None:
-            return Orders.none()
-        active = (~np.isnan(now.score)).any(axis=1, keepdims=True)  # a member without scores rests
-        order = np.argsort(-now.score, axis=1, kind="stable")  # NaN last, equal scores by name
-        held = now.account.held
-        rank = _Ranking(order, held & active, now.score, self._eligible(now))
-        free = self.topk - held.sum(axis=1, keepdims=True)
-        today = self._candidates(rank, np.maximum(free + self.n_drop, 0), now)
-        sell = self._worst(rank, today, now)
-        places = np.maximum(sell.sum(axis=1, keepdims=True) + free, 0)
-        buy = today & (np.cumsum(today, axis=1) <= places)
-        sales = Orders.at(
-            self._may_sell(rank.by_column(sell), now), now.account.amount, buying=False
+    def decide(self, context: StepContext) -> Orders:
+        """Sell the worst holdings, then buy the best candidates, with `[M, N]` masks by rank."""
+        if context.score is None:
+            return Orders.empty()
+        # Members without any score on this bar do not trade.
+        active = (~np.isnan(context.score)).any(axis=1, keepdims=True)
+        # NaN comes last; equal scores stay in the order of instrument names.
+        order = np.argsort(-context.score, axis=1, kind="stable")
+        is_held = context.account.is_held
+        rank = _Ranking(order, is_held & active, context.score, self._eligible_mask(context))
+        num_free = self.topk - is_held.sum(axis=1, keepdims=True)
+        candidates = self._candidates(rank, np.maximum(num_free + self.n_drop, 0), context)
+        sell = self._worst(rank, candidates, context)
+        num_slots = np.maximum(sell.sum(axis=1, keepdims=True) + num_free, 0)
+        buy = candidates & (np.cumsum(candidates, axis=1) <= num_slots)
+        sales = Orders.from_mask(
+            self._sellable_mask(rank.to_instrument_order(sell), context),
+            context.account.amount,
+            buying=False,
         )
-        return sales.then(self._purchases(rank, buy, now.account.cash + now.proceeds(sales), now))
+        return sales.append(
+            self._purchases(rank, buy, context.account.cash + context.proceeds(sales), context)
+        )
 
-    def _eligible(self, now: Moment) -> Bools:
-        market = now.market
-        return market.tradable() if self.only_tradable else np.ones(len(market.close), np.bool_)
+    def _eligible_mask(self, context: StepContext) -> Bools:
+        market = context.market
+        return market.is_tradable() if self.only_tradable else np.ones(len(market.close), np.bool_)
 
-    def _candidates(self, rank: _Ranking, most: Floats, now: Moment) -> Bools:
-        """Up to `most [M, 1]` instruments that one would buy, in rank order."""
+    def _candidates(self, rank: _Ranking, max_count: Floats, context: StepContext) -> Bools:
+        """Up to `max_count [M, 1]` instruments to consider buying, in rank order."""
         if self.method_buy == "top":
-            able: Bools = rank.scored & rank.eligible & ~rank.held
-            able &= np.cumsum(able, axis=1) <= most
-            return able
-        best = rank.scored & rank.eligible
+            candidates: Bools = rank.has_score & rank.eligible & ~rank.is_held
+            candidates &= np.cumsum(candidates, axis=1) <= max_count
+            return candidates
+        best = rank.has_score & rank.eligible
         best &= np.cumsum(best, axis=1) <= self.topk
-        return self._drawn(best & ~rank.held, most, now.step, 0)
+        return self._draw_random(best & ~rank.is_held, max_count, context.step, 0)
 
-    def _worst(self, rank: _Ranking, today: Bools, now: Moment) -> Bools:
-        """Up to `n_drop` held instruments to be sold, in rank order."""
+    def _worst(self, rank: _Ranking, candidates: Bools, context: StepContext) -> Bools:
+        """Up to `n_drop` holdings to sell, in rank order."""
         if self.method_sell == "random":
-            most = np.full((len(today), 1), self.n_drop)
-            return self._drawn(rank.held & rank.eligible, most, now.step, 1)
-        both = (rank.held | today) & rank.eligible
-        from_behind = np.cumsum(both[:, ::-1], axis=1)[:, ::-1]
-        worst: Bools = rank.held & both & (from_behind <= self.n_drop)
+            max_count = np.full((len(candidates), 1), self.n_drop)
+            return self._draw_random(rank.is_held & rank.eligible, max_count, context.step, 1)
+        is_ranked = (rank.is_held | candidates) & rank.eligible
+        rank_from_bottom = np.cumsum(is_ranked[:, ::-1], axis=1)[:, ::-1]
+        worst: Bools = rank.is_held & is_ranked & (rank_from_bottom <= self.n_drop)
         return worst
 
-    def _drawn(self, among: Bools, most: Floats, step: int, which: int) -> Bools:
-        """Random choices without replacement; all where there are not enough."""
-        out = np.zeros_like(among)
-        for member, row in enumerate(among):
+    def _draw_random(self, is_allowed: Bools, max_count: Floats, step: int, stream: int) -> Bools:
+        """Draw up to `max_count` of the allowed instruments without replacement.
+
+        `stream` separates the random numbers of purchases (0) and sales (1).
+        """
+        out = np.zeros_like(is_allowed)
+        for member, row in enumerate(is_allowed):
             places = np.flatnonzero(row)
-            random = np.random.default_rng([self.seed, step, which])
-            count = min(int(most[member, 0]), len(places))
+            random = np.random.default_rng([self.seed, step, stream])
+            count = min(int(max_count[member, 0]), len(places))
             out[member, random.choice(places, count, replace=False)] = True
         return out
 
-    def _may_sell(self, sell: Bools, now: Moment) -> Bools:
-        market = now.market
-        able = market.tradable(None if self.forbid_all_trade_at_limit else "sell")
-        return sell & able & (now.account.count >= self.hold_thresh)
+    def _sellable_mask(self, sell: Bools, context: StepContext) -> Bools:
+        market = context.market
+        is_tradable = market.is_tradable(None if self.forbid_all_trade_at_limit else "sell")
+        return sell & is_tradable & (context.account.count >= self.hold_thresh)
 
-    def _purchases(self, rank: _Ranking, buy: Bools, cash: Floats, now: Moment) -> Orders:
-        """Equal shares of the cash, in rank order; the share of what cannot be bought stays."""
-        member, place = np.nonzero(buy)
-        instrument = rank.order[member, place]
+    def _purchases(self, rank: _Ranking, buy: Bools, cash: Floats, context: StepContext) -> Orders:
+        """Split the cash equally over the purchases, in rank order.
+
+        The share of an instrument that cannot be bought stays in cash.
+        """
+        member, rank_index = np.nonzero(buy)
+        instrument = rank.order[member, rank_index]
         share = cash * self.risk_degree / np.maximum(buy.sum(axis=1), 1)
-        able = now.market.tradable(None if self.forbid_all_trade_at_limit else "buy")[instrument]
-        member, instrument = member[able], instrument[able]
-        amount = share[member] / now.market.price("buy")[instrument]
-        amount = now.market.rounded(amount, instrument)
+        can_buy = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "buy")[
+            instrument
+        ]
+        member, instrument = member[can_buy], instrument[can_buy]
+        amount = share[member] / context.market.price("buy")[instrument]
+        amount = context.market.round_lots(amount, instrument)
         return Orders(member, instrument, amount, np.ones(len(member), dtype=np.bool_))
 
 
 class _Ranking:
-    """Masks `[M, N]` in the order of the scores, best first."""
+    """Masks `[M, N]` whose columns are in the order of the scores, best first."""
 
-    def __init__(self, order: Any, held: Bools, score: Floats, eligible: Bools) -> None:
+    def __init__(self, order: Any, is_held: Bools, score: Floats, eligible: Bools) -> None:
         self.order = order
-        self.held = np.take_along_axis(held, order, axis=1)
-        self.scored = ~np.isnan(np.take_along_axis(score, order, axis=1))
+        self.is_held = np.take_along_axis(is_held, order, axis=1)
+        self.has_score = ~np.isnan(np.take_along_axis(score, order, axis=1))
         self.eligible = eligible[order]
 
-    def by_column(self, ranked: Bools) -> Bools:
-        """A mask in rank order as one by instrument."""
-        out = np.zeros_like(ranked)
-        np.put_along_axis(out, self.order, ranked, axis=1)
+    def to_instrument_order(self, rank_mask: Bools) -> Bools:
+        """Convert a mask in rank order to a mask in instrument order."""
+        out = np.zeros_like(rank_mask)
+        np.put_along_axis(out, self.order, rank_mask, axis=1)
         return out

@@ -1,4 +1,4 @@
-"""What the tests of backtests share."""
+"""Fixtures shared by the backtest tests."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ def days():
 
 
 @pytest.fixture(scope="session")
-def wild_market():
+def synthetic_market():
     from qtorch.data import SyntheticSource
 
     return SyntheticSource(24, "2019-01-01", "2019-06-28", seed=5)
 
 
 @pytest.fixture(scope="session")
-def wild_scores(wild_market):
-    names = sorted(wild_market.instruments("stocks"))
-    dates = wild_market.calendar()
+def random_scores(synthetic_market):
+    names = sorted(synthetic_market.instruments("stocks"))
+    dates = synthetic_market.calendar()
     random = np.random.default_rng(0)
     index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
-    found = pd.Series(random.standard_normal(len(index)), index=index, name="score")
-    return found[random.random(len(index)) > 0.05]
+    scores = pd.Series(random.standard_normal(len(index)), index=index, name="score")
+    return scores[random.random(len(index)) > 0.05]

@@ -1,4 +1,4 @@
-"""Bad input: one clear error each, or the documented treatment."""
+"""Invalid input: each case raises one clear error or is handled as documented."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ def scores(days):
     return score_table({"A": [3, 1, 1, 2], "B": [2, 3, 3, 1], "C": [1, 2, 2, 3]}, days)
 
 
-def run(scores, source, **more):
-    setup = {"account": 1e4, "source": source, "exchange_kwargs": {"trade_unit": None}}
-    return backtest(strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1), **setup | more)
+def run(scores, source, **kwargs):
+    defaults = {"account": 1e4, "source": source, "exchange_kwargs": {"trade_unit": None}}
+    return backtest(
+        strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1), **defaults | kwargs
+    )
 
 
-def test_unknown_instruments_count_as_suspended_with_a_warning(scores, source, days, caplog):
-    more = score_table({"X": [9, 9, 9, 9]}, days)
+def test_unknown_instruments_are_suspended_with_a_warning(scores, source, days, caplog):
+    unknown_scores = score_table({"X": [9, 9, 9, 9]}, days)
     with caplog.at_level("WARNING"):
-        result = run(pd.concat([scores, more]), source)
+        result = run(pd.concat([scores, unknown_scores]), source)
     assert "1 of 4 instruments of the scores have no bars" in caplog.text
     assert "X" in caplog.text
     assert (result.orders.index.get_level_values(1) != "X").all()
     with pytest.raises(DataError, match=r"none of the 1 instruments.*'X'"):
-        run(more, source)
+        run(unknown_scores, source)
 
 
-def test_scores_outside_the_calendar(scores, source, caplog):
+def test_scores_outside_the_calendar_warn_or_fail(scores, source, caplog):
     weekend = pd.Series(
         [5.0],
         index=pd.MultiIndex.from_tuples(
@@ -52,43 +54,45 @@ def test_scores_outside_the_calendar(scores, source, caplog):
         ),
     )
     with caplog.at_level("WARNING"):
-        found = run(pd.concat([scores, weekend.rename("score")]), source)
-    assert "1 dates of the scores are no trading days" in caplog.text
-    assert found.report.equals(run(scores, source).report)
-    moved = scores.copy()
-    moved.index = moved.index.set_levels(moved.index.levels[0] + pd.Timedelta(days=900), level=0)
+        result = run(pd.concat([scores, weekend.rename("score")]), source)
+    assert "ignoring scores of 1 dates that are not trading days" in caplog.text
+    assert result.report.equals(run(scores, source).report)
+    future_scores = scores.copy()
+    future_scores.index = future_scores.index.set_levels(
+        future_scores.index.levels[0] + pd.Timedelta(days=900), level=0
+    )
     with pytest.raises(DataError, match=r"2022.*the calendar goes from 2020-01-01"):
-        run(moved, source)
+        run(future_scores, source)
 
 
-def test_infinite_doubled_and_empty_scores(scores, source):
+def test_infinite_duplicate_and_empty_scores_are_rejected(scores, source):
     with pytest.raises(DataError, match="1 scores are infinite, the first at 2020-01-01"):
         run(scores.where(scores.index != scores.index[0], np.inf), source)
-    with pytest.raises(DataError, match="3 rows of the scores stand twice"):
+    with pytest.raises(DataError, match="3 rows of the scores are duplicates"):
         run(pd.concat([scores, scores.iloc[:3]]), source)
     with pytest.raises(DataError, match="every score is NaN"):
         run(scores * np.nan, source)
-    with pytest.raises(DataError, match="index of two levels"):
+    with pytest.raises(DataError, match="index with two levels"):
         run(scores.droplevel(0), source)
     with pytest.raises(ConfigError, match="signal is list"):
         run([1, 2, 3], source)
 
 
-def test_a_day_of_nan_is_a_day_of_rest(scores, source, days):
-    rest = scores.copy()
-    rest.loc[days[1]] = np.nan
-    orders = run(rest, source).orders
+def test_no_orders_after_a_day_of_nan_scores(scores, source, days):
+    gap_scores = scores.copy()
+    gap_scores.loc[days[1]] = np.nan
+    orders = run(gap_scores, source).orders
     assert days[2] not in orders.index.get_level_values(0)
     assert days[3] in orders.index.get_level_values(0)
 
 
-def test_what_has_no_score_is_not_bought(scores, source, days):
-    some = scores.where(scores.index.get_level_values(1) != "A")
-    orders = run(some, source).orders
+def test_instruments_without_a_score_are_not_bought(scores, source, days):
+    partial_scores = scores.where(scores.index.get_level_values(1) != "A")
+    orders = run(partial_scores, source).orders
     assert "A" not in orders.index.get_level_values(1)
 
 
-def test_a_benchmark_that_is_not_there(scores, source):
+def test_unknown_benchmark_is_rejected(scores, source):
     with pytest.raises(DataError, match=r"benchmark.*'SH000300'"):
         run(scores, source, benchmark="SH000300")
     with pytest.raises(DataError, match=r"instrument of the benchmark.*'D'"):
@@ -101,7 +105,7 @@ def test_a_benchmark_that_is_not_there(scores, source):
 @pytest.mark.parametrize(
     ("exchange", "message"),
     [
-        ({"open_cost": -0.1}, "open_cost=-0.1: a cost is zero or more"),
+        ({"open_cost": -0.1}, "open_cost=-0.1: expected zero or more"),
         ({"min_cost": -5}, "an amount of money"),
         ({"close_cost": 5}, "fraction of the trade's value"),
         ({"trade_unit": -100}, "trade_unit=-100"),
@@ -113,7 +117,7 @@ def test_a_benchmark_that_is_not_there(scores, source):
         ({"freq": "day", "opn_cost": 1}, "open_cost"),
     ],
 )
-def test_exchange_arguments(scores, source, exchange, message):
+def test_invalid_exchange_arguments_are_rejected(scores, source, exchange, message):
     with pytest.raises((ConfigError, DataError), match=message):
         run(scores, source, exchange_kwargs=exchange)
 
@@ -128,12 +132,12 @@ def test_exchange_arguments(scores, source, exchange, message):
         ({"topk": 1, "n_drop": 1, "risk_degree": 1.5}, "risk_degree=1.5"),
     ],
 )
-def test_strategy_arguments(scores, source, kwargs, message):
+def test_invalid_strategy_arguments_are_rejected(scores, source, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         backtest(strategy=TopkDropoutStrategy(signal=scores, **kwargs), account=1e4, source=source)
 
 
-def test_strategies_without_scores_and_unknown_arguments(scores):
+def test_missing_signal_and_unknown_arguments_are_rejected(scores):
     with pytest.raises(ConfigError, match="<PRED>"):
         TopkDropoutStrategy(topk=1, n_drop=1)
     with pytest.raises(ArgumentError, match="topk"):
@@ -142,12 +146,12 @@ def test_strategies_without_scores_and_unknown_arguments(scores):
         LongShortStrategy(signal=scores, quantile=0.9)
 
 
-def test_spans_accounts_and_executors(scores, source):
+def test_invalid_dates_accounts_and_executors_are_rejected(scores, source):
     with pytest.raises(ConfigError, match="start_time 2020-01-05 is after end_time 2020-01-02"):
         run(scores, source, start_time="2020-01-05", end_time="2020-01-02")
     with pytest.raises(DataError, match="no bar between"):
         run(scores, source, start_time="2021-01-05", end_time="2021-01-12")
-    with pytest.raises(ConfigError, match="cash is an amount of money"):
+    with pytest.raises(ConfigError, match="expected an amount of money"):
         run(scores, source, account=-1)
     with pytest.raises(ConfigError, match="neither cash nor positions"):
         run(scores, source, account=0)
@@ -161,7 +165,7 @@ def test_spans_accounts_and_executors(scores, source):
         run(scores, None)
 
 
-def test_target_weights_that_no_account_can_hold(source, days):
+def test_invalid_target_weights_are_rejected(source, days):
     table = pd.DataFrame({"A": [0.8, 0.5], "B": [0.4, 0.5]}, index=days[:2])
     with pytest.raises(DataError, match=r"sum to 1\.2"):
         backtest(strategy=WeightStrategy(signal=table), account=1e4, source=source)
@@ -169,21 +173,21 @@ def test_target_weights_that_no_account_can_hold(source, days):
         backtest(strategy=WeightStrategy(signal=-table), account=1e4, source=source)
 
 
-def test_regions_and_ready_exchanges(scores, source, caplog):
+def test_region_defaults_and_a_prebuilt_exchange(scores, source, caplog):
     qtorch.init(region="cn")
     exchange = Exchange(source=source)
     assert (exchange.trade_unit, exchange.limit_threshold) == (100, 0.095)
     assert Exchange(source=source, limit_threshold="none").limit_threshold is None
     result = run(scores, None, exchange_kwargs={"exchange": exchange})
     assert (result.orders["deal_amount"] % 100 == 0).all()
-    other = {"class": "WeightStrategy", "kwargs": {}}
+    wrong_config = {"class": "WeightStrategy", "kwargs": {}}
     with pytest.raises(ConfigError, match="exchange is WeightStrategy; expected an Exchange"):
-        run(scores, None, exchange_kwargs={"exchange": other})
-    with pytest.raises(ConfigError, match="belong to it"):
+        run(scores, None, exchange_kwargs={"exchange": wrong_config})
+    with pytest.raises(ConfigError, match="must be arguments of it"):
         run(scores, None, exchange_kwargs={"exchange": exchange, "min_cost": 1})
 
 
-def test_without_a_factor_nothing_is_rounded_and_that_is_said(scores, caplog):
+def test_missing_factor_disables_rounding_with_a_warning(scores, caplog):
     nan = np.nan
     source = bars({"A": [10] * 5, "B": [10] * 5, "C": [5] * 5}, factor={"A": [nan] * 5})
     with caplog.at_level("WARNING"):
@@ -192,16 +196,18 @@ def test_without_a_factor_nothing_is_rounded_and_that_is_said(scores, caplog):
     assert (result.orders["deal_amount"] % 100 != 0).any()
 
 
-def test_strategies_as_configurations_and_models_as_signals(scores, source):
-    class Known:
+def test_strategy_configurations_and_model_signals(scores, source):
+    class FakeModel:
         def predict(self, dataset, segment="test"):
             return scores
 
     config = {"class": "TopkDropoutStrategy", "kwargs": {"topk": 1, "n_drop": 1}}
-    config["kwargs"]["signal"] = (Known(), None)
-    made = backtest(strategy=config, account=1e4, source=source)
+    config["kwargs"]["signal"] = (FakeModel(), None)
+    result = backtest(strategy=config, account=1e4, source=source)
     hydra = {"_target_": "qtorch.backtest.TopkDropoutStrategy", "topk": 1, "n_drop": 1}
-    other = backtest(strategy={**hydra, "signal": scores.to_frame()}, account=1e4, source=source)
-    assert made.report.equals(other.report)
+    hydra_result = backtest(
+        strategy={**hydra, "signal": scores.to_frame()}, account=1e4, source=source
+    )
+    assert result.report.equals(hydra_result.report)
     with pytest.raises(ConfigError, match="strategy is NoneType"):
         backtest(strategy=None, account=1e4, source=source)

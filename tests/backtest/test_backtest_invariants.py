@@ -1,4 +1,4 @@
-"""What holds of every backtest, over random settings, and what a day may not know."""
+"""Invariants of every backtest under random settings, and the absence of look-ahead."""
 
 from __future__ import annotations
 
@@ -38,120 +38,137 @@ exchange_settings = st.fixed_dictionaries(
         "volume_threshold": st.sampled_from([None, ("cum", "0.01*$volume")]),
     }
 )
-some = settings(
+few_examples = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def check(result, exchange, market, *, short=False):
+def check_invariants(result, exchange, market, *, short=False):
     report, positions, orders = result.report, result.positions, result.orders
     np.testing.assert_allclose(report["account"], report["value"] + report["cash"], rtol=1e-12)
-    held = (positions["amount"] * positions["price"]).groupby(level=0).sum()
+    position_value = (positions["amount"] * positions["price"]).groupby(level=0).sum()
     np.testing.assert_allclose(
-        report["value"], held.reindex(report.index).fillna(0.0), rtol=1e-12, atol=1e-6
+        report["value"], position_value.reindex(report.index).fillna(0.0), rtol=1e-12, atol=1e-6
     )
     assert (report["cash"] >= 0).all()
     if not short:
         assert (positions["amount"] > 0).all()
     np.testing.assert_allclose(report["total_cost"].iloc[-1], orders["cost"].sum(), rtol=1e-12)
     np.testing.assert_allclose(report["total_turnover"].iloc[-1], orders["value"].sum(), rtol=1e-12)
-    # The account's growth is what the returns less the costs say.
+    # Compounding the returns less the costs reproduces the account.
     growth = (1 + report["return"] - report["cost"]).cumprod() * report["account"].iloc[0]
     growth /= 1 + report["return"].iloc[0] - report["cost"].iloc[0]
     np.testing.assert_allclose(report["account"], growth, rtol=1e-9)
-    dealt = orders[orders["deal_amount"] > 0]
-    assert (dealt["deal_amount"] <= dealt["amount"] * (1 + 1e-9)).all()
-    bars = market.features("all", ["$close", "$change"], *SPAN).swaplevel().reindex(dealt.index)
+    executed_orders = orders[orders["deal_amount"] > 0]
+    assert (executed_orders["deal_amount"] <= executed_orders["amount"] * (1 + 1e-9)).all()
+    bars = (
+        market.features("all", ["$close", "$change"], *SPAN)
+        .swaplevel()
+        .reindex(executed_orders.index)
+    )
     assert bars["$close"].notna().all()
     limit = exchange["limit_threshold"]
     if limit != "none":
-        buying = dealt["direction"] == "buy"
+        buying = executed_orders["direction"] == "buy"
         assert not (bars["$change"][buying] >= limit).any()
         assert not (bars["$change"][~buying] <= -limit).any()
 
 
 @pytest.mark.slow
-@some
+@few_examples
 @given(strategy=topk_settings, exchange=exchange_settings)
-def test_topk_dropout(strategy, exchange, wild_market, wild_scores):
+def test_topk_dropout_invariants(strategy, exchange, synthetic_market, random_scores):
     result = backtest(
         *SPAN,
-        TopkDropoutStrategy(signal=wild_scores, **strategy),
+        TopkDropoutStrategy(signal=random_scores, **strategy),
         account=1e6,
         exchange_kwargs=exchange,
-        source=wild_market,
+        source=synthetic_market,
     )
-    check(result, exchange, wild_market)
+    check_invariants(result, exchange, synthetic_market)
 
 
 @pytest.mark.slow
-@some
+@few_examples
 @given(exchange=exchange_settings, risk=st.sampled_from([0.5, 1.0]), seed=st.integers(0, 9))
-def test_weights(exchange, risk, seed, wild_market):
+def test_weight_strategy_invariants(exchange, risk, seed, synthetic_market):
     random = np.random.default_rng(seed)
-    names = sorted(wild_market.instruments("stocks"))
-    days = wild_market.calendar("2019-01-20", "2019-05-31")[:: 1 + seed % 3]
+    names = sorted(synthetic_market.instruments("stocks"))
+    days = synthetic_market.calendar("2019-01-20", "2019-05-31")[:: 1 + seed % 3]
     weights = pd.DataFrame(random.random((len(days), len(names))), index=days, columns=names)
     weights = weights.where(random.random(weights.shape) > 0.5)
     weights = weights.div(weights.sum(axis=1), axis=0)
     strategy = WeightStrategy(signal=weights, risk_degree=risk)
-    result = backtest(*SPAN, strategy, account=1e6, exchange_kwargs=exchange, source=wild_market)
-    check(result, exchange, wild_market)
+    result = backtest(
+        *SPAN, strategy, account=1e6, exchange_kwargs=exchange, source=synthetic_market
+    )
+    check_invariants(result, exchange, synthetic_market)
 
 
 @pytest.mark.slow
-@some
+@few_examples
 @given(exchange=exchange_settings, topk=st.integers(1, 10), rebalance=st.integers(1, 5))
-def test_long_short(exchange, topk, rebalance, wild_market, wild_scores):
-    strategy = LongShortStrategy(signal=wild_scores, topk=topk, rebalance=rebalance)
-    result = backtest(*SPAN, strategy, account=1e6, exchange_kwargs=exchange, source=wild_market)
-    check(result, exchange, wild_market, short=True)
+def test_long_short_invariants(exchange, topk, rebalance, synthetic_market, random_scores):
+    strategy = LongShortStrategy(signal=random_scores, topk=topk, rebalance=rebalance)
+    result = backtest(
+        *SPAN, strategy, account=1e6, exchange_kwargs=exchange, source=synthetic_market
+    )
+    check_invariants(result, exchange, synthetic_market, short=True)
 
 
 @pytest.mark.slow
-def test_many_columns_are_as_many_single_runs(wild_market, wild_scores):
+def test_many_columns_equal_single_runs(synthetic_market, random_scores):
     random = np.random.default_rng(0)
-    columns = {f"m{k}": wild_scores + random.standard_normal(len(wild_scores)) for k in range(4)}
+    columns = {
+        f"m{k}": random_scores + random.standard_normal(len(random_scores)) for k in range(4)
+    }
     frame = pd.DataFrame(columns)
-    frame.iloc[: len(frame) // 3, 1] = np.nan  # a member whose scores begin later
+    frame.iloc[: len(frame) // 3, 1] = np.nan  # a member whose scores start later
     kwargs = {"topk": 6, "n_drop": 2, "hold_thresh": 2, "risk_degree": 1.0}
-    setup = {"account": 1e6, "source": wild_market, "benchmark": "MARKET"}
-    whole = backtest(*SPAN, TopkDropoutStrategy(signal=frame, **kwargs), **setup)
-    assert whole.members == list(frame.columns)
-    assert whole.report.columns.names[0] == "member"
+    setup = {"account": 1e6, "source": synthetic_market, "benchmark": "MARKET"}
+    result = backtest(*SPAN, TopkDropoutStrategy(signal=frame, **kwargs), **setup)
+    assert result.members == list(frame.columns)
+    assert result.report.columns.names[0] == "member"
     for name in frame:
-        alone = backtest(*SPAN, TopkDropoutStrategy(signal=frame[name], **kwargs), **setup)
-        pd.testing.assert_frame_equal(whole[name].report, alone.report, check_exact=True)
-        pd.testing.assert_frame_equal(whole.report[name], alone.report, check_exact=True)
+        single = backtest(*SPAN, TopkDropoutStrategy(signal=frame[name], **kwargs), **setup)
+        pd.testing.assert_frame_equal(result[name].report, single.report, check_exact=True)
+        pd.testing.assert_frame_equal(result.report[name], single.report, check_exact=True)
         for part in ("positions", "orders", "indicators"):
-            mine, its = getattr(whole[name], part), getattr(alone, part)
+            frame_of_all, frame_of_single = getattr(result[name], part), getattr(single, part)
             pd.testing.assert_frame_equal(
-                mine.reset_index(), its.reset_index(), check_exact=True, check_categorical=False
+                frame_of_all.reset_index(),
+                frame_of_single.reset_index(),
+                check_exact=True,
+                check_categorical=False,
             )
 
 
 @pytest.mark.parametrize("strategy", [TopkDropoutStrategy, LongShortStrategy, WeightStrategy])
-def test_the_past_is_bit_equal_whatever_the_future(strategy, wild_market, wild_scores):
+def test_past_results_do_not_depend_on_future_data(strategy, synthetic_market, random_scores):
     cut = pd.Timestamp("2019-04-10")
-    frame = wild_market.features("all", [f"${f}" for f in wild_market.fields()]).swaplevel()
+    frame = synthetic_market.features(
+        "all", [f"${f}" for f in synthetic_market.fields()]
+    ).swaplevel()
     frame.columns = [c.lstrip("$") for c in frame.columns]
-    after = frame.index.get_level_values(0) > cut
+    is_future = frame.index.get_level_values(0) > cut
     random = np.random.default_rng(0)
-    other = frame.astype(float)
-    noise = 1 + 0.5 * random.random((int(after.sum()), 5))
-    other.loc[after, ["open", "high", "low", "close", "volume"]] *= noise
-    scores, changed = wild_scores, wild_scores.copy()
+    changed_frame = frame.astype(float)
+    noise = 1 + 0.5 * random.random((int(is_future.sum()), 5))
+    changed_frame.loc[is_future, ["open", "high", "low", "close", "volume"]] *= noise
+    scores, changed_scores = random_scores, random_scores.copy()
     if strategy is WeightStrategy:
-        scores = wild_scores.abs() / wild_scores.abs().groupby(level=0).transform("sum")
-        changed = scores.copy()
+        scores = random_scores.abs() / random_scores.abs().groupby(level=0).transform("sum")
+        changed_scores = scores.copy()
         kwargs = {}
     else:
         kwargs = {"topk": 5} | ({"n_drop": 2} if strategy is TopkDropoutStrategy else {})
-    later = changed.index.get_level_values(0) >= cut  # the cut day's scores trade the day after
-    changed[later] = changed[later].to_numpy()[::-1]
+    is_changed = (
+        changed_scores.index.get_level_values(0) >= cut
+    )  # scores of the cut day are traded the next day
+    changed_scores[is_changed] = changed_scores[is_changed].to_numpy()[::-1]
     if strategy is WeightStrategy:
-        changed /= changed.groupby(level=0).transform("sum")
-        changed[~later] = scores[~later]
+        changed_scores /= changed_scores.groupby(level=0).transform("sum")
+        changed_scores[~is_changed] = scores[~is_changed]
 
     def run(bars, signal):
         return backtest(
@@ -163,15 +180,15 @@ def test_the_past_is_bit_equal_whatever_the_future(strategy, wild_market, wild_s
             source=FrameSource(bars.sort_index()),
         )
 
-    one, two = run(frame, scores), run(other, changed)
+    original, perturbed = run(frame, scores), run(changed_frame, changed_scores)
     for part in ("report", "positions", "orders"):
-        before, after_ = getattr(one, part), getattr(two, part)
-        pd.testing.assert_frame_equal(before.loc[:cut], after_.loc[:cut], check_exact=True)
-    assert not one.report.loc[cut:].iloc[1:].equals(two.report.loc[cut:].iloc[1:])
+        expected, actual = getattr(original, part), getattr(perturbed, part)
+        pd.testing.assert_frame_equal(expected.loc[:cut], actual.loc[:cut], check_exact=True)
+    assert not original.report.loc[cut:].iloc[1:].equals(perturbed.report.loc[cut:].iloc[1:])
 
 
-def test_foresight_beats_every_other_score_and_noise_loses_its_costs(wild_market):
-    close = wild_market.features("stocks", ["Ref($close,-2)/Ref($close,-1)-1"]).iloc[:, 0]
+def test_perfect_scores_win_and_noise_loses_its_costs(synthetic_market):
+    close = synthetic_market.features("stocks", ["Ref($close,-2)/Ref($close,-1)-1"]).iloc[:, 0]
     perfect = close.swaplevel().dropna().sort_index().rename("perfect")
     random = np.random.default_rng(0)
     frame = pd.DataFrame({"perfect": perfect})
@@ -179,30 +196,30 @@ def test_foresight_beats_every_other_score_and_noise_loses_its_costs(wild_market
         frame[f"noise{k}"] = random.standard_normal(len(frame))
         frame[f"mixed{k}"] = perfect + perfect.std() * random.standard_normal(len(frame))
     costs = {"open_cost": 0.001, "close_cost": 0.001, "min_cost": 0.0, "trade_unit": None}
-    setup = {"account": 1e6, "source": wild_market}
+    setup = {"account": 1e6, "source": synthetic_market}
     strategy = TopkDropoutStrategy(signal=frame, topk=5, n_drop=5, risk_degree=1.0)
     with_costs = backtest(*SPAN, strategy, exchange_kwargs=costs, **setup)
-    free = dict.fromkeys(("open_cost", "close_cost", "min_cost"), 0.0) | {"trade_unit": None}
-    without = backtest(*SPAN, strategy, exchange_kwargs=free, **setup)
+    no_costs = dict.fromkeys(("open_cost", "close_cost", "min_cost"), 0.0) | {"trade_unit": None}
+    without_costs = backtest(*SPAN, strategy, exchange_kwargs=no_costs, **setup)
     final = with_costs.report.xs("account", axis=1, level=1).iloc[-1]
     assert final.idxmax() == "perfect"
     noise = [f"noise{k}" for k in range(20)]
     assert final[noise].max() < final[[f"mixed{k}" for k in range(20)]].min()
-    # Without costs noise earns the market, give or take; with them its turnover's cost less.
-    paid = with_costs.report.xs("cost", axis=1, level=1)[noise].sum()
-    gross = without.report.xs("return", axis=1, level=1)[noise].sum()
+    # Without costs, noise earns about the market's return; with costs, it loses what it paid.
+    costs_paid = with_costs.report.xs("cost", axis=1, level=1)[noise].sum()
+    gross = without_costs.report.xs("return", axis=1, level=1)[noise].sum()
     net = (
         with_costs.report.xs("return", axis=1, level=1)[noise]
         - with_costs.report.xs("cost", axis=1, level=1)[noise]
     ).sum()
-    market = wild_market.features("stocks", ["$close/Ref($close,1)-1"], *SPAN).iloc[:, 0]
+    market = synthetic_market.features("stocks", ["$close/Ref($close,1)-1"], *SPAN).iloc[:, 0]
     average = market.groupby(level=1).mean().sum()
     spread = gross.std() / np.sqrt(20)
     assert abs(gross.mean() - average) < 3.5 * spread
-    assert (gross - net).mean() == pytest.approx(paid.mean(), rel=0.05)
+    assert (gross - net).mean() == pytest.approx(costs_paid.mean(), rel=0.05)
 
 
-def test_yesterdays_score_trades_today(days):
+def test_scores_are_traded_on_the_next_day(days):
     from small_market import bars
 
     source = bars({"A": [10, 20, 20, 20], "B": [10, 10, 30, 30]})
@@ -213,6 +230,6 @@ def test_yesterdays_score_trades_today(days):
         source=source,
         exchange_kwargs={"trade_unit": None},
     )
-    # A's score of the first day buys it on the second, after its rise.
-    bought = result.orders.query("direction == 'buy'").index.tolist()
-    assert bought == [(days[1], "A"), (days[2], "B")]
+    # A's score of the first day buys it on the second day, after its price has risen.
+    purchases = result.orders.query("direction == 'buy'").index.tolist()
+    assert purchases == [(days[1], "A"), (days[2], "B")]

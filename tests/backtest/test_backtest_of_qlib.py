@@ -1,4 +1,4 @@
-"""Backtests against what real Qlib made of the same bars and scores."""
+"""Compare backtests with the stored results of Qlib on the same bars and scores."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def golden():
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_every_day_position_and_cost_is_qlibs(number, market, golden):
+def test_daily_report_positions_and_costs_equal_qlib(number, market, golden):
     case = CASES[number]
-    own = backtest(
+    result = backtest(
         *SPAN,
         TopkDropoutStrategy(signal=golden_scores(market), **strategy_kwargs(case)),
         account=parity.CASH,
@@ -51,57 +51,57 @@ def test_every_day_position_and_cost_is_qlibs(number, market, golden):
     )
     names, days = sorted(market.instruments("all")), market.calendar(*SPAN)
     report = golden[f"{number}/report"]
-    np.testing.assert_allclose(own.report[list(FIELDS)], report, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(result.report[list(FIELDS)], report, rtol=1e-9, atol=1e-9)
 
-    held = own.positions
+    positions = result.positions
     day, instrument = golden[f"{number}/held"]
-    theirs = {
+    qlib_positions = {
         (days[d], names[i]): (amount, count)
         for d, i, amount, count in zip(
             day, instrument, golden[f"{number}/amount"], golden[f"{number}/count"], strict=True
         )
     }
-    assert set(held.index) == set(theirs)
-    expected = np.array([theirs[at] for at in held.index])
-    np.testing.assert_allclose(held[["amount", "count"]], expected, rtol=1e-9)
+    assert set(positions.index) == set(qlib_positions)
+    expected = np.array([qlib_positions[key] for key in positions.index])
+    np.testing.assert_allclose(positions[["amount", "count"]], expected, rtol=1e-9)
 
     day, instrument = golden[f"{number}/asked"]
-    asked = {
+    qlib_orders = {
         (days[d], names[i]): (abs(amount), cost)
         for d, i, amount, cost in zip(
             day, instrument, golden[f"{number}/dealt"], golden[f"{number}/cost"], strict=True
         )
     }
-    orders = own.orders
-    assert set(orders.index) == set(asked)
-    expected = np.array([asked[at] for at in orders.index])
+    orders = result.orders
+    assert set(orders.index) == set(qlib_orders)
+    expected = np.array([qlib_orders[key] for key in orders.index])
     np.testing.assert_allclose(orders[["deal_amount", "cost"]], expected, rtol=1e-9, atol=1e-6)
 
 
-def test_the_goldens_show_what_they_compare(golden):
-    refused = sum((golden[f"{k}/dealt"] == 0).sum() for k in range(len(CASES)))
-    assert refused > 5
-    held = [np.bincount(golden[f"{k}/held"][0]).max() for k in range(len(CASES))]
-    assert any(most > case["topk"] for most, case in zip(held, CASES, strict=True))
-    ends = {round(float(golden[f"{k}/report"][-1, 0]), 2) for k in range(len(CASES))}
-    assert len(ends) == len(CASES)
+def test_golden_cases_cover_rejections_and_overfull_portfolios(golden):
+    num_rejected = sum((golden[f"{k}/dealt"] == 0).sum() for k in range(len(CASES)))
+    assert num_rejected > 5
+    max_held = [np.bincount(golden[f"{k}/held"][0]).max() for k in range(len(CASES))]
+    assert any(count > case["topk"] for count, case in zip(max_held, CASES, strict=True))
+    final_accounts = {round(float(golden[f"{k}/report"][-1, 0]), 2) for k in range(len(CASES))}
+    assert len(final_accounts) == len(CASES)
 
 
 @pytest.mark.qlib
 @pytest.mark.slow
-def test_real_bars_and_real_qlib(market_data, qlib_python, tmp_path):
+def test_real_bars_equal_qlib(market_data, qlib_python, tmp_path):
     from qtorch.data import QlibSource
 
     provider = str(market_data / "qlib_nyse500")
     source = QlibSource(provider)
-    found = scores(
+    random_scores = scores(
         source.calendar("2015-12-25", "2016-07-10"), sorted(source.instruments("nyse500"))
     )
-    span, some = ("2016-01-01", "2016-06-30"), cases()[:4]
-    answers = parity.ask_qlib(
-        qlib_python, provider, found, span, some, tmp_path, benchmark="NYSE500EW"
+    span, selected_cases = ("2016-01-01", "2016-06-30"), cases()[:4]
+    qlib_results = parity.ask_qlib(
+        qlib_python, provider, random_scores, span, selected_cases, tmp_path, benchmark="NYSE500EW"
     )
-    for case, answer in zip(some, answers, strict=True):
-        own = parity.ours(provider, found, span, case, benchmark="NYSE500EW")
-        row = parity.compare(str(case), own, answer)
+    for case, qlib_result in zip(selected_cases, qlib_results, strict=True):
+        result = parity.ours(provider, random_scores, span, case, benchmark="NYSE500EW")
+        row = parity.compare(str(case), result, qlib_result)
         assert row.passes, row

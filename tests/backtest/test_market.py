@@ -1,4 +1,4 @@
-"""Prices, limits, units and costs, worked by hand."""
+"""Prices, limits, trade units and costs, checked against hand-worked cases."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.source.frame import FrameSource
 
 
-class Fixed(Strategy):
-    """Given orders by bar: {step: [(instrument, amount, buying), ...]}."""
+class PlannedStrategy(Strategy):
+    """Submits planned orders by bar: {step: [(instrument, amount, buying), ...]}."""
 
-    def __init__(self, *, plan, short=False):
+    def __init__(self, *, plan, allow_short=False):
         super().__init__()
         self.plan = plan
 
-    def decide(self, now):
-        orders = self.plan.get(now.step, [])
-        place = [now.instruments.get_loc(name) for name, _, _ in orders]
+    def decide(self, context):
+        orders = self.plan.get(context.step, [])
+        columns = [context.instruments.get_loc(name) for name, _, _ in orders]
         return Orders(
             np.zeros(len(orders), dtype=np.intp),
-            np.array(place, dtype=np.intp),
+            np.array(columns, dtype=np.intp),
             np.array([amount for _, amount, _ in orders], dtype=float),
             np.array([buying for _, _, buying in orders], dtype=bool),
         )
@@ -33,7 +33,7 @@ class Fixed(Strategy):
 def run(source, plan, cash=10_000.0, benchmark=None, executor=None, **exchange):
     costs = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}
     return backtest(
-        strategy=Fixed(plan=plan),
+        strategy=PlannedStrategy(plan=plan),
         account=cash,
         benchmark=benchmark,
         executor=executor,
@@ -42,7 +42,7 @@ def run(source, plan, cash=10_000.0, benchmark=None, executor=None, **exchange):
     )
 
 
-def test_money_and_shares_of_one_purchase_and_its_sale():
+def test_cash_and_value_of_one_purchase_and_its_sale():
     source = bars({"A": [10, 10, 11, 12, 12]})
     result = run(
         source,
@@ -51,7 +51,7 @@ def test_money_and_shares_of_one_purchase_and_its_sale():
         close_cost=0.002,
         min_cost=1.5,
     )
-    # 1000 paid and 1.5 of cost (0.1% would be 1); 1200 taken less 2.4.
+    # Buying: 1000 plus the minimum cost of 1.5 (0.1% would be 1). Selling: 1200 less 2.4.
     report = result.report
     assert report["cash"].tolist() == pytest.approx([10_000, 8_998.5, 8_998.5, 10_196.1, 10_196.1])
     assert report["value"].tolist() == pytest.approx([0, 1_000, 1_100, 0, 0])
@@ -63,58 +63,58 @@ def test_money_and_shares_of_one_purchase_and_its_sale():
     assert report["cost"].iloc[3] == pytest.approx(2.4 / 10_098.5)
     assert report["turnover"].iloc[3] == pytest.approx(1_200 / 10_098.5)
     assert report["bench"].isna().all()
-    held = result.positions
-    assert held["count"].tolist() == [1, 2]
-    assert held["weight"].tolist() == pytest.approx([1_000 / 9_998.5, 1_100 / 10_098.5])
+    positions = result.positions
+    assert positions["count"].tolist() == [1, 2]
+    assert positions["weight"].tolist() == pytest.approx([1_000 / 9_998.5, 1_100 / 10_098.5])
 
 
-def test_purchases_end_where_the_cash_ends_one_after_another():
+def test_purchases_use_up_the_cash_in_order():
     source = bars({"A": [10, 10], "B": [20, 20], "C": [5, 5]})
     plan = {0: [("C", 400, True), ("A", 600, True), ("B", 300, True)]}
     orders = run(source, plan, open_cost=0.01).orders
-    # C: 2000 and 20 of cost; A: 6000 and 60; B is cut to what 1920 pay for.
-    dealt = orders["deal_amount"].droplevel(0)
-    assert dealt[["C", "A"]].tolist() == pytest.approx([400, 600])
-    assert dealt["B"] == pytest.approx(1_920 / 1.01 / 20)
+    # C costs 2000 + 20 and A 6000 + 60; B is reduced to what the remaining 1920 can buy.
+    deal_amount = orders["deal_amount"].droplevel(0)
+    assert deal_amount[["C", "A"]].tolist() == pytest.approx([400, 600])
+    assert deal_amount["B"] == pytest.approx(1_920 / 1.01 / 20)
     assert run(source, plan, open_cost=0.01).report["cash"].iloc[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_cost_that_the_cash_does_not_cover_refuses_the_trade():
+def test_trade_is_rejected_if_cash_does_not_cover_the_cost():
     source = bars({"A": [10, 10]})
     orders = run(source, {0: [("A", 1, True)]}, cash=4.0, min_cost=5.0).orders
     assert orders["deal_amount"].tolist() == [0]
 
 
-def test_lots_are_whole_in_raw_shares():
-    # A factor of 0.5: an adjusted share at 20 is half a raw share at 10... 100 raw are 200.
+def test_amounts_are_rounded_to_lots_of_raw_shares():
+    # With a factor of 0.5, a lot of 100 raw shares is 200 adjusted shares.
     source = bars({"A": [20, 20]}, factor={"A": [0.5, 0.5]})
     orders = run(source, {0: [("A", 333, True)]}, trade_unit=100).orders
     assert orders["deal_amount"].tolist() == [200]
 
 
-def test_a_whole_position_is_sold_odd_lots_and_all():
+def test_selling_a_whole_position_includes_odd_lots():
     source = bars({"A": [10, 10, 10]})
     account = {"cash": 0.0, "A": {"amount": 123, "price": 10.0}}
     plan = {0: [("A", 23, False)], 1: [("A", 123, False)]}
     result = run(source, plan, cash=account, trade_unit=100)
     assert result.orders["deal_amount"].tolist() == [0, 123]
     assert result.report["account"].tolist() == [1_230] * 3
-    assert result.report["return"].tolist() == [0] * 3  # the initial portfolio is no profit
+    assert result.report["return"].tolist() == [0] * 3  # the initial portfolio is not a profit
 
 
-def test_nothing_is_dealt_when_suspended_or_at_the_limit():
+def test_no_trade_when_suspended_or_at_the_limit():
     nan = np.nan
     source = bars({"A": [10, nan, 12, 9, 9], "B": [10, 10, 10, 10, 10]})
     plan = {k: [("A", 10, True), ("B", 1, True)] for k in range(5)}
-    dealt = run(source, plan, limit_threshold=0.15).orders["deal_amount"].xs("A", level=1)
+    deal_amount = run(source, plan, limit_threshold=0.15).orders["deal_amount"].xs("A", level=1)
     # Suspended on the second day.
-    assert dealt.tolist()[:2] == [10, 0]
+    assert deal_amount.tolist()[:2] == [10, 0]
     plan = {0: [("A", 30, True)], 3: [("A", 10, False)], 4: [("A", 10, False)]}
-    dealt = run(source, plan, limit_threshold=0.15).orders["deal_amount"]
-    assert dealt.tolist() == [30, 0, 10]  # -25% on the fourth: no selling
+    deal_amount = run(source, plan, limit_threshold=0.15).orders["deal_amount"]
+    assert deal_amount.tolist() == [30, 0, 10]  # -25% on the fourth day, so no selling
 
 
-def test_limits_by_expressions_and_a_deal_price_of_two():
+def test_limit_expressions_and_separate_buy_and_sell_prices():
     source = bars(
         {"A": [10, 10, 10]}, open={"A": [8, 8, 8]}, shut={"A": [0, 1, 0]}, high={"A": [12, 12, 12]}
     )
@@ -124,7 +124,7 @@ def test_limits_by_expressions_and_a_deal_price_of_two():
     assert result.orders["deal_amount"].tolist() == [10, 0, 10]
 
 
-def test_a_missing_deal_price_is_the_close(caplog):
+def test_missing_deal_price_falls_back_to_the_close(caplog):
     source = bars({"A": [10, 10]}, open={"A": [np.nan, 0.0]})
     with caplog.at_level("WARNING"):
         result = run(source, {k: [("A", 10, True)] for k in range(2)}, deal_price="open")
@@ -132,44 +132,44 @@ def test_a_missing_deal_price_is_the_close(caplog):
     assert "2 of 2 prices to buy" in caplog.text
 
 
-def test_impact_grows_with_the_square_of_the_share_of_the_volume():
+def test_impact_cost_is_quadratic_in_the_volume_share():
     source = bars({"A": [10, 10]}, volume={"A": [1_000, 1_000]})
     orders = run(source, {0: [("A", 100, True)]}, impact_cost=0.5, open_cost=0.001).orders
     assert orders["cost"].tolist() == pytest.approx([1_000 * (0.001 + 0.5 * 0.1**2)])
 
 
 @pytest.mark.parametrize(
-    ("threshold", "dealt"),
+    ("threshold", "expected"),
     [
         (("current", "0.1*$volume"), [100, 80]),
         ({"sell": ("cum", "0.05*$volume")}, [200, 50]),
         ({"all": ("current", "0.1*$volume"), "buy": ("current", "$volume*0+30")}, [30, 30]),
     ],
 )
-def test_volume_limits(threshold, dealt):
+def test_volume_threshold_limits_amounts(threshold, expected):
     source = bars({"A": [10, 10]}, volume={"A": [1_000, 1_000]})
     plan = {0: [("A", 200, True)], 1: [("A", 80, False)]}
     orders = run(source, plan, volume_threshold=threshold).orders
-    assert orders["deal_amount"].tolist() == pytest.approx(dealt)
+    assert orders["deal_amount"].tolist() == pytest.approx(expected)
 
 
-def test_proceeds_wait_where_the_settlement_is_by_cash():
+def test_cash_settlement_delays_proceeds():
     source = bars({"A": [10, 10, 10], "B": [10, 10, 10]})
     plan = {1: [("A", 100, False), ("B", 100, True)], 2: [("B", 100, True)]}
     account = {"cash": 0.0, "A": {"amount": 100, "price": 10.0}}
-    at_once = run(source, plan, cash=dict(account))
-    assert at_once.orders["deal_amount"].tolist()[:2] == [100, 100]
+    immediate = run(source, plan, cash=dict(account))
+    assert immediate.orders["deal_amount"].tolist()[:2] == [100, 100]
     executor = {"class": "SimulatorExecutor", "kwargs": {"settle_type": "cash"}}
-    later = run(source, plan, cash=dict(account), executor=executor)
-    assert later.orders["deal_amount"].tolist() == [100, 0, 100]
-    assert later.report["account"].tolist() == [1_000] * 3
-    assert later.report["cash"].tolist() == [0, 0, 0]
+    delayed_result = run(source, plan, cash=dict(account), executor=executor)
+    assert delayed_result.orders["deal_amount"].tolist() == [100, 0, 100]
+    assert delayed_result.report["account"].tolist() == [1_000] * 3
+    assert delayed_result.report["cash"].tolist() == [0, 0, 0]
     executor = {"class": "SimulatorExecutor", "kwargs": {"trade_type": "parallel"}}
     buys_first = run(source, plan, cash=dict(account), executor=executor)
     assert buys_first.orders["deal_amount"].tolist() == [100, 0, 100]
 
 
-def test_benchmarks():
+def test_benchmark_returns():
     source = bars({"A": [10, 11, 11], "B": [10, 10, 9]})
     for benchmark, expected in (
         ("A", [0, 0.1, 0]),
@@ -184,23 +184,23 @@ def test_benchmarks():
         assert bench.tolist() == pytest.approx(expected, abs=1e-7)
 
 
-def test_a_strategy_reads_what_the_exchange_subscribes_to():
+def test_strategy_reads_subscribed_fields():
     source = bars({"A": [10, 10, 10]}, open={"A": [7, 8, 9]})
-    seen = []
+    values = []
 
-    class Reader(Fixed):
-        def decide(self, now):
-            seen.append((now.market.field("open")[0], now.market.field("$close/2")[0]))
+    class FieldReader(PlannedStrategy):
+        def decide(self, context):
+            values.append((context.market.field("open")[0], context.market.field("$close/2")[0]))
             with pytest.raises(ConfigError, match="subscribed field"):
-                now.market.field("high")
-            return super().decide(now)
+                context.market.field("high")
+            return super().decide(context)
 
     exchange = {"subscribe_fields": ["open", "$close/2"], "trade_unit": None}
-    backtest(strategy=Reader(plan={}), account=1e4, exchange_kwargs=exchange, source=source)
-    assert seen == [(7, 5), (8, 5), (9, 5)]
+    backtest(strategy=FieldReader(plan={}), account=1e4, exchange_kwargs=exchange, source=source)
+    assert values == [(7, 5), (8, 5), (9, 5)]
 
 
-def test_extra_quotes_trade_beside_the_sources(days):
+def test_extra_quotes_can_be_traded(days):
     source = bars({"A": [10, 10, 10]})
     index = pd.MultiIndex.from_product([["ETF"], days[:3]], names=["instrument", "datetime"])
     extra = pd.DataFrame(
@@ -213,11 +213,11 @@ def test_extra_quotes_trade_beside_the_sources(days):
         run(source, {}, extra_quote=extra[["limit_buy"]])
 
 
-# -- what Qlib does wrong, and the same here ---------------------------------------------------
+# -- cases that Qlib gets wrong ----------------------------------------------------------------
 
 
-def test_no_drop_means_no_sale(days):
-    """Qlib's `list[-0:]` is the whole list: with n_drop=0 it sells all."""
+def test_n_drop_zero_sells_nothing(days):
+    """Qlib's `list[-0:]` is the whole list, so with n_drop=0 it sells everything."""
     source = bars({n: [10] * 4 for n in "ABC"})
     scores = score_table({"A": [3, 1, 1], "B": [2, 3, 3], "C": [1, 2, 2]}, days)
     result = backtest(
@@ -229,9 +229,12 @@ def test_no_drop_means_no_sale(days):
     assert result.positions.index.get_level_values(1).unique().tolist() == ["A"]
 
 
-def test_holding_too_much_leaves_no_room_for_candidates(days):
-    """Five are held, topk 2, n_drop 1: a negative number of candidates. Qlib cuts its list from
-    behind (`today[:-2]`) and takes all but the two worst of those not held for candidates."""
+def test_overfull_portfolio_buys_nothing(days):
+    """With five holdings, topk 2 and n_drop 1 the number of candidates is negative.
+
+    Qlib then slices from the end (`today[:-2]`): all instruments not held but the two worst become
+    candidates.
+    """
     source = bars({n: [10] * 4 for n in "ABCDEFGHI"})
     scores = score_table({n: [9 - k] * 3 for k, n in enumerate("IHGFEDCBA")}, days)
     account = {"cash": 0.0, **dict.fromkeys("ABCDE", 100.0)}
@@ -243,12 +246,12 @@ def test_holding_too_much_leaves_no_room_for_candidates(days):
         source=source,
         exchange_kwargs={"trade_unit": None},
     )
-    # The worst of the five is sold; nothing is bought, for four are still held.
+    # The worst of the five is sold; nothing is bought because four are still held.
     assert result.orders["direction"].droplevel(0).to_dict() == {"A": "sell"}
     assert len(result.positions) == 4
 
 
-def test_bars_within_the_day():
+def test_intraday_bars():
     times = pd.DatetimeIndex(
         [f"2020-01-0{d} {h}:{m}" for d in (2, 3) for h, m in ((9, 30), (10, "00"), (10, 30))]
     )
@@ -256,8 +259,8 @@ def test_bars_within_the_day():
     frame = pd.DataFrame({"close": 10.0, "volume": 1_000.0, "factor": 1.0}, index=index)
     source = FrameSource(frame, freq="30min")
     stamps = times - pd.Timedelta(minutes=0)
-    first = pd.MultiIndex.from_product([stamps, ["A", "B"]], names=["datetime", "instrument"])
-    scores = pd.Series([1, 0, 0, 1] * 3, index=first, dtype=float)
+    score_index = pd.MultiIndex.from_product([stamps, ["A", "B"]], names=["datetime", "instrument"])
+    scores = pd.Series([1, 0, 0, 1] * 3, index=score_index, dtype=float)
     result = backtest(
         strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1),
         account=1e4,
@@ -267,8 +270,10 @@ def test_bars_within_the_day():
     )
     assert result.freq == "30min"
     assert len(result.report) == 5
-    # A day's cumulative limit of 100 shares a name; the next day begins anew.
-    bought = result.orders.query("direction == 'buy'")["deal_amount"]
-    by_day = bought.groupby([bought.index.get_level_values(0).normalize(), "instrument"]).sum()
+    # The cumulative limit is 100 shares per instrument and day; it resets on the next day.
+    purchases = result.orders.query("direction == 'buy'")["deal_amount"]
+    by_day = purchases.groupby(
+        [purchases.index.get_level_values(0).normalize(), "instrument"]
+    ).sum()
     assert (by_day <= 100).all()
     assert by_day.max() == 100

@@ -1,4 +1,4 @@
-"""Target weights, long and short sides, and the index that is bent towards the scores."""
+"""Target weights, long-short portfolios, and enhanced indexing."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from qtorch.backtest import (
 from qtorch.backtest.optimizer import EnhancedIndexingOptimizer
 from qtorch.core.errors import ConfigError, DataError
 
-FREE = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}
+NO_COSTS = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}
 
 
 def run(strategy, source, **exchange):
-    return backtest(strategy=strategy, account=1e4, source=source, exchange_kwargs=FREE | exchange)
+    return backtest(
+        strategy=strategy, account=1e4, source=source, exchange_kwargs=NO_COSTS | exchange
+    )
 
 
-def test_weights_of_a_day_are_held_the_day_after(days):
+def test_weights_are_traded_on_the_next_day(days):
     source = bars({"A": [10, 20, 20, 20], "B": [10, 10, 10, 40]})
     table = pd.DataFrame({"A": [0.5, np.nan, 1.0], "B": [0.5, np.nan, np.nan]}, index=days[:3])
     result = run(WeightStrategy(signal=table, risk_degree=1.0), source)
-    # Amounts come from the closes of the day before: 500 of each at 10; A costs 20 by then, and
-    # the cash buys half of what B needs no more.
+    # Amounts come from the previous day's closes: 500 of each at 10. By then A costs 20, so it
+    # uses up the cash and nothing is left for B.
     orders = result.orders
     assert orders.loc[days[1], "amount"].to_dict() == {"A": 500, "B": 500}
     assert orders.loc[days[1], "deal_amount"].to_dict() == {"A": 500, "B": 0}
-    # Nothing on the day without weights, and nothing where 500 of A are what is wanted.
+    # No orders on the day without weights, nor on the next: 500 of A are the target already.
     assert orders.index.get_level_values(0).unique().tolist() == [days[1]]
     assert result.report["account"].tolist() == [10_000] * 3
 
 
-def test_what_has_no_weight_is_sold_and_odd_lots_with_it(days):
+def test_instruments_without_a_weight_are_sold_with_odd_lots(days):
     source = bars({"A": [10] * 5, "B": [10] * 5})
     table = pd.DataFrame({"A": [0.6, 0.0], "B": [0.0, 0.37]}, index=days[:2])
     result = run(WeightStrategy(signal=table, risk_degree=1.0), source, trade_unit=100)
@@ -46,40 +48,40 @@ def test_what_has_no_weight_is_sold_and_odd_lots_with_it(days):
     assert result.orders["direction"].tolist() == ["buy", "sell", "buy"]
 
 
-def test_a_series_and_a_table_are_the_same(days):
+def test_series_and_table_of_weights_are_equivalent(days):
     source = bars({"A": [10, 11, 12], "B": [10, 9, 8]})
     table = pd.DataFrame({"A": [0.5, 0.2], "B": [0.5, 0.8]}, index=days[:2])
     long = table.copy()
     long.index.name, long.columns.name = "datetime", "instrument"
-    one = run(WeightStrategy(signal=table), source)
-    other = run(WeightStrategy(signal=long.stack()), source)
-    assert one.report.equals(other.report)
+    table_result = run(WeightStrategy(signal=table), source)
+    series_result = run(WeightStrategy(signal=long.stack()), source)
+    assert table_result.report.equals(series_result.report)
 
 
-def test_long_and_short_sides_are_equal_and_earn_what_they_should(days):
+def test_long_short_sides_are_equal(days):
     source = bars({"A": [10, 10, 11], "B": [10, 10, 10], "C": [10, 10, 9]})
     scores = score_table({"A": [3, 3], "B": [2, 2], "C": [1, 1]}, days)
     result = run(LongShortStrategy(signal=scores, topk=1, risk_degree=1.0), source)
-    held = result.positions["amount"]
-    assert held.loc[days[1]].to_dict() == {"A": 500, "C": -500}
+    amounts = result.positions["amount"]
+    assert amounts.loc[days[1]].to_dict() == {"A": 500, "C": -500}
     assert result.report["account"].tolist() == pytest.approx([10_000, 11_000])
     assert result.report["value"].iloc[0] == pytest.approx(0)
-    # The next day is traded back to equal sides of the new account at the closes of before.
+    # The first day's weights: each side is half of the account.
     weights = result.positions["weight"]
     assert weights.loc[days[1]].to_dict() == pytest.approx({"A": 0.5, "C": -0.5})
 
 
-def test_a_short_position_is_covered_and_turned(days):
+def test_short_position_is_reversed_to_long(days):
     source = bars({"A": [10] * 5, "B": [10] * 5})
     scores = score_table({"A": [1, 0, 0], "B": [0, 1, 1]}, days)
     result = run(LongShortStrategy(signal=scores, topk=1, risk_degree=1.0), source)
-    held = result.positions["amount"]
-    assert held.loc[days[1]].to_dict() == {"A": 500, "B": -500}
-    assert held.loc[days[2]].to_dict() == {"A": -500, "B": 500}
+    amounts = result.positions["amount"]
+    assert amounts.loc[days[1]].to_dict() == {"A": 500, "B": -500}
+    assert amounts.loc[days[2]].to_dict() == {"A": -500, "B": 500}
     assert result.report["account"].tolist() == [10_000] * 3
 
 
-def problem(seed=0, count=6, factors=2):
+def random_problem(seed=0, count=6, factors=2):
     random = np.random.default_rng(seed)
     exposure = random.standard_normal((count, factors))
     root = random.standard_normal((factors, factors)) * 0.01
@@ -93,74 +95,74 @@ def problem(seed=0, count=6, factors=2):
     }
 
 
-def test_the_optimum_is_scipys():
-    given = problem()
+def test_optimizer_matches_scipy():
+    problem = random_problem()
     optimizer = EnhancedIndexingOptimizer(
         lamb=50.0, delta=None, b_dev=0.1, scale_return=False, epsilon=0.0
     )
-    given["score"] = given["score"] * 0.01
-    found = optimizer(current=np.zeros(6), **given)
-    bench = given["benchmark"]
+    problem["score"] = problem["score"] * 0.01
+    weights = optimizer(current=np.zeros(6), **problem)
+    bench = problem["benchmark"]
 
     def loss(weight):
-        away = weight - bench
-        factor = away @ given["exposure"]
-        risk = factor @ given["factor_cov"] @ factor + given["residual_var"] @ away**2
-        return -(away @ given["score"] - 50.0 * risk)
+        active = weight - bench
+        factor = active @ problem["exposure"]
+        risk = factor @ problem["factor_cov"] @ factor + problem["residual_var"] @ active**2
+        return -(active @ problem["score"] - 50.0 * risk)
 
     limits = [(max(0, b - 0.1), min(1, b + 0.1)) for b in bench]
-    rule = {"type": "eq", "fun": lambda w: w.sum() - 1}
-    best = minimize(loss, bench, bounds=limits, constraints=rule, tol=1e-14)
-    np.testing.assert_allclose(found, best.x, atol=2e-4)
-    assert loss(found) <= best.fun + 1e-8
+    sum_constraint = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    best = minimize(loss, bench, bounds=limits, constraints=sum_constraint, tol=1e-14)
+    np.testing.assert_allclose(weights, best.x, atol=2e-4)
+    assert loss(weights) <= best.fun + 1e-8
 
 
-def test_limits_hold():
-    given = problem(1)
-    current = given["benchmark"].copy()
+def test_optimizer_respects_its_constraints():
+    problem = random_problem(1)
+    current = problem["benchmark"].copy()
     hold, sell = np.zeros((2, 6), dtype=bool)
     hold[0], sell[1] = True, True
     optimizer = EnhancedIndexingOptimizer(lamb=0.1, delta=0.5, b_dev=None, f_dev=0.3)
-    found = optimizer(current=current, hold=hold, sell=sell, **given)
-    assert found.sum() == pytest.approx(1)
-    assert found[0] == pytest.approx(current[0], abs=1e-4)
-    assert found[1] == 0
-    assert np.abs(found - current).sum() <= 0.5 + 1e-4
-    assert (np.abs((found - given["benchmark"]) @ given["exposure"]) <= 0.3 + 1e-4).all()
+    weights = optimizer(current=current, hold=hold, sell=sell, **problem)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[0] == pytest.approx(current[0], abs=1e-4)
+    assert weights[1] == 0
+    assert np.abs(weights - current).sum() <= 0.5 + 1e-4
+    assert (np.abs((weights - problem["benchmark"]) @ problem["exposure"]) <= 0.3 + 1e-4).all()
 
 
-def test_a_turnover_that_cannot_be_held_is_given_up_with_a_word(caplog):
-    given = problem(2)
+def test_infeasible_turnover_limit_is_dropped_with_a_warning(caplog):
+    problem = random_problem(2)
     current = np.eye(6)[0]
     optimizer = EnhancedIndexingOptimizer(delta=0.01, b_dev=0.001)
     with caplog.at_level("WARNING"):
-        found = optimizer(current=current, **given)
+        weights = optimizer(current=current, **problem)
     assert "infeasible" in caplog.text
-    np.testing.assert_allclose(found, given["benchmark"], atol=2e-3)
+    np.testing.assert_allclose(weights, problem["benchmark"], atol=2e-3)
     with caplog.at_level("WARNING"):
-        stuck = EnhancedIndexingOptimizer(b_dev=0.001)(
-            current=current, sell=np.ones(6, dtype=bool), **given
+        unchanged = EnhancedIndexingOptimizer(b_dev=0.001)(
+            current=current, sell=np.ones(6, dtype=bool), **problem
         )
-    assert "stay as they are" in caplog.text
-    assert stuck is current
+    assert "keeping the current weights" in caplog.text
+    assert unchanged is current
     with pytest.raises(ConfigError, match="delta=-1"):
         EnhancedIndexingOptimizer(delta=-1)
 
 
-def test_the_strategy_holds_the_benchmark_bent_to_the_scores(days, tmp_path):
+def test_enhanced_indexing_tilts_the_benchmark_to_the_scores(days, tmp_path):
     names = list("ABCDEF")
     source = bars({n: [10, 10.1, 10, 10.2] for n in names})
-    given = problem(3)
+    problem = random_problem(3)
     for day in days[:2]:
         folder = tmp_path / f"{day:%Y%m%d}"
         folder.mkdir()
-        pd.DataFrame(given["exposure"], index=names).to_parquet(folder / "factor_exp.parquet")
-        pd.DataFrame(given["factor_cov"]).to_parquet(folder / "factor_cov.parquet")
-        risk = pd.DataFrame({"risk": np.sqrt(given["residual_var"])}, index=names)
+        pd.DataFrame(problem["exposure"], index=names).to_parquet(folder / "factor_exp.parquet")
+        pd.DataFrame(problem["factor_cov"]).to_parquet(folder / "factor_cov.parquet")
+        risk = pd.DataFrame({"risk": np.sqrt(problem["residual_var"])}, index=names)
         risk.iloc[:5].to_csv(folder / "specific_risk.csv")
         pd.DataFrame(index=["B"], data={"why": ["war"]}).to_csv(folder / "blacklist.csv")
-    bench = pd.DataFrame([given["benchmark"]] * 4, index=days[:4], columns=names)
-    scores = score_table({n: [s, s, s] for n, s in zip(names, given["score"], strict=True)}, days)
+    bench = pd.DataFrame([problem["benchmark"]] * 4, index=days[:4], columns=names)
+    scores = score_table({n: [s, s, s] for n, s in zip(names, problem["score"], strict=True)}, days)
     strategy = EnhancedIndexingStrategy(
         riskmodel_root=tmp_path,
         signal=scores,
@@ -172,11 +174,11 @@ def test_the_strategy_holds_the_benchmark_bent_to_the_scores(days, tmp_path):
     weights = result.positions["weight"].loc[days[1]]
     assert "B" not in weights.index
     assert weights.sum() == pytest.approx(0.9, rel=0.02)
-    away = weights.reindex(names).fillna(0) / weights.sum() - given["benchmark"]
-    assert (away.drop("B").abs() < 0.16).all()
-    assert np.corrcoef(away.drop("B"), np.delete(given["score"], 1))[0, 1] > 0.3
-    assert days[3] not in result.orders.index.get_level_values(0)  # no risk model of that day
+    active = weights.reindex(names).fillna(0) / weights.sum() - problem["benchmark"]
+    assert (active.drop("B").abs() < 0.16).all()
+    assert np.corrcoef(active.drop("B"), np.delete(problem["score"], 1))[0, 1] > 0.3
+    assert days[3] not in result.orders.index.get_level_values(0)  # that day has no risk model
     with pytest.raises(DataError, match="no field csi500_weight"):
         run(EnhancedIndexingStrategy(riskmodel_root=tmp_path, signal=scores), source)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         run(EnhancedIndexingStrategy(riskmodel_root=tmp_path / "x", signal=scores), source)
