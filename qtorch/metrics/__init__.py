@@ -1,4 +1,4 @@
-"""What is measured: losses, information coefficients, risk."""
+"""Losses, information coefficients, signal analysis and risk metrics."""
 
 from typing import TYPE_CHECKING
 

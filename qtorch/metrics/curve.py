@@ -1,4 +1,4 @@
-"""Returns as a curve, and how far it lies below its highest point so far."""
+"""Cumulative return and drawdown of a series of returns."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ MODES = ("sum", "product")
 
 
 def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
-    """Returns per period (fractions) added up ("sum") or compounded, less 1 ("product")."""
-    return r.cumsum() if _checked(mode) == "sum" else (1 + r).cumprod() - 1
+    """Cumulative return of returns per period (fractions): summed, or compounded ("product")."""
+    return r.cumsum() if _validate_mode(mode) == "sum" else (1 + r).cumprod() - 1
 
 
 def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
-    """How far the curve lies under its highest value so far: 0 or less.
+    """Drawdown of the cumulative return from its running maximum: zero or negative.
 
-    In fractions of the start ("sum") or of the highest value ("product"). As in Qlib's
-    `risk_analysis` the curve begins with the first return: a loss on the first day is none.
+    A fraction of the initial capital ("sum") or of the running maximum ("product"). As in Qlib's
+    `risk_analysis` the curve starts at the first return, so a loss on the first day is not a
+    drawdown.
     """
     total = cumulative_return(r, mode)
     if mode == "sum":
@@ -29,7 +30,7 @@ def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
     return (1 + total) / (1 + total).cummax() - 1
 
 
-def _checked(mode: str) -> str:
+def _validate_mode(mode: str) -> str:
     if mode not in MODES:
         raise ConfigError(unknown_name("mode of returns", mode, MODES))
     return mode

@@ -1,4 +1,4 @@
-"""How a portfolio is spread: positions, exposure, the largest weight, the effective number."""
+"""Concentration of a portfolio: positions, exposure, largest weight, effective positions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pandas as pd
 
 
 def concentration(weight: pd.Series) -> pd.DataFrame:
-    """By day, of weights (shares of the account) indexed by (datetime, instrument).
+    """Daily concentration of weights (fractions of the account) by (datetime, instrument).
 
-    Columns: num_positions (weights other than 0), gross and net exposure (sum of absolute values;
-    sum), largest_weight (absolute), herfindahl (sum of squared shares of the gross exposure) and
-    effective_positions, its inverse: as many equal positions are as concentrated. The last two are
-    NaN on a day without a position; a day without rows is not there.
+    Columns: num_positions (non-zero weights), gross and net exposure (sum of absolute weights, sum
+    of weights), largest_weight (absolute), herfindahl (sum of squared fractions of the gross
+    exposure) and effective_positions (its inverse: the number of equal positions with the same
+    concentration). The last two are NaN on days without positions; days without rows are omitted.
     """
     weight = weight.dropna()
     days = weight.index.get_level_values("datetime")

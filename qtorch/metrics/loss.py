@@ -1,4 +1,4 @@
-"""Losses: weighted means over the samples that have a label."""
+"""Element-wise losses: weighted means over the samples that have a label."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from torch import Tensor, nn
 
 
 class Loss(nn.Module):
-    """Weighted mean of an element-wise loss over what has a label.
+    """Weighted mean of an element-wise loss over the elements that have a label.
 
-    `score` and `target` have one shape, `[B]` or `[B, Q]` (`[G, N, Q]` for day batches); another
-    shape is a ValueError, for broadcasting `[B, 1]` against `[B]` gives a `[B, B]` of nonsense.
-    `weight` and `mask` have that shape, or lack its last axis. A NaN target or a False in `mask`
-    takes an element out; a batch without any label has loss zero and no gradient. The mean is
-    sum(weight x loss) / sum(weight), in float32 or better.
+    `score` and `target` must have the same shape, `[B]` or `[B, Q]` (`[G, N, Q]` for day batches).
+    Other shapes raise ValueError, because broadcasting `[B, 1]` against `[B]` would silently
+    compare every score with every label (`[B, B]`). `weight` and `mask` have the same shape, with
+    or without the last axis. Elements with a NaN target or False in `mask` are ignored; a batch
+    without labels has loss zero and a zero gradient. The mean is sum(weight x loss) / sum(weight),
+    in float32 or better.
 
-    A subclass gives `elementwise`.
+    Subclasses implement `elementwise`.
     """
 
     def num_outputs(self, num_labels: int) -> int:
-        """Outputs that a network needs for so many label columns."""
+        """The number of network outputs needed for `num_labels` label columns."""
         return num_labels
 
     def readout(self, score: Tensor) -> Tensor:
-        """Outputs `[..., Q]` as the one score `[...]` that is judged and predicted: the first."""
+        """Reduce outputs `[..., Q]` to the score `[...]` for metrics and predictions: the first."""
         return score[..., 0]
 
     @abstractmethod
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        """The loss of each element, of the same shape as `score` and `target`."""
+        """The loss of each element, in the shape of `score` and `target`."""
 
     def total(self, score: Tensor, target: Tensor) -> Tensor:
-        """The sum of `elementwise`, where one operation gives it."""
+        """The sum of `elementwise`. Subclasses override it if one operation computes the sum."""
         return self.elementwise(score, target).sum()
 
     def sums(
@@ -45,17 +46,17 @@ class Loss(nn.Module):
         weight: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`(sum of weight x loss, sum of weight)`: what adds up over batches to an exact mean."""
-        score = comparable(score, target)
-        valid, share = counted(target, weight, mask)
-        # Both sides are filled before the loss: a NaN times zero would still be a NaN gradient.
+        """`(sum of weight x loss, sum of weight)`; sums over batches give the exact mean."""
+        score = validate_score(score, target)
+        valid, weights = valid_and_weight(target, weight, mask)
+        # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
         score = torch.where(valid, score, 0.0)
         target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * share).sum(), share.sum()
+        return (self.elementwise(score, target) * weights).sum(), weights.sum()
 
-    def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
-        """Sum of the loss where no label is missing and none weighs more: fewer operations."""
-        score = comparable(score, target)
+    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
+        """Sum of the loss if every label is present and unweighted; faster than `sums`."""
+        score = validate_score(score, target)
         return self.total(score, target.to(score.dtype))
 
     def forward(
@@ -66,44 +67,46 @@ class Loss(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted mean, a scalar."""
-        return mean_of(*self.sums(score, target, weight, mask))
+        return mean_from_sums(*self.sums(score, target, weight, mask))
 
 
-def mean_of(total: Tensor, share: Tensor) -> Tensor:
-    """total / share, and zero where the share is zero."""
-    return total / torch.where(share == 0, 1.0, share)
+def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
+    """total / weight_sum, or zero if the weights sum to zero."""
+    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
 
 
-def comparable(score: Tensor, target: Tensor) -> Tensor:
-    """The score in float32 or better; a ValueError where its shape is not the target's."""
+def validate_score(score: Tensor, target: Tensor) -> Tensor:
+    """Return the score in float32 or better; raise ValueError if its shape is not the target's."""
     if score.shape != target.shape:
         raise ValueError(
             f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
-            "compares them element by element."
+            "compares them elementwise."
         )
     return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
 
 
-def counted(target: Tensor, weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`(what has a label and counts, bool; its weight)`, both in the target's shape."""
+def valid_and_weight(
+    target: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
     valid = ~torch.isnan(target)
     if mask is not None:
-        valid = valid & spread(mask, target, "mask")
-    share = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
+        valid = valid & broadcast_weight(mask, target, "mask")
+    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
     if weight is not None:
-        share = share * spread(weight, target, "weight")
-    return valid, share
+        weights = weights * broadcast_weight(weight, target, "weight")
+    return valid, weights
 
 
-def spread(values: Tensor, score: Tensor, name: str) -> Tensor:
-    """Weights or a mask in the shape of the scores, whose last axis they may lack."""
+def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
+    """Give weights or a mask without the last axis of the scores that axis, for broadcasting."""
     if values.shape == score.shape:
         return values
     if score.dim() > 1 and values.shape == score.shape[:-1]:
         return values.unsqueeze(-1)
     raise ValueError(
-        f"{name} {list(values.shape)} does not fit scores {list(score.shape)}; expected that "
-        "shape, or that shape without its last axis."
+        f"{name} {list(values.shape)} does not match scores {list(score.shape)}; expected the same "
+        "shape, with or without the last axis."
     )
 
 
@@ -128,7 +131,7 @@ class MAE(Loss):
 
 
 class Huber(Loss):
-    """Squared within `delta`, absolute beyond: delta x (|error| - delta / 2).
+    """Huber loss: half the squared error up to `delta`, then delta x (|error| - delta / 2).
 
     Huber, "Robust Estimation of a Location Parameter", 1964.
     """
@@ -136,7 +139,7 @@ class Huber(Loss):
     def __init__(self, delta: float = 1.0) -> None:
         super().__init__()
         if not delta > 0:
-            raise ValueError(f"delta is {delta}; it must be positive.")
+            raise ValueError(f"delta={delta}: expected a positive number.")
         self.delta = delta
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class Huber(Loss):
 
 
 class Quantile(Loss):
-    """Pinball loss: the score becomes the `tau` quantile of the label.
+    """Pinball loss: trains the score to be the `tau` quantile of the label.
 
     Koenker and Bassett, "Regression Quantiles", 1978.
     """
@@ -155,7 +158,7 @@ class Quantile(Loss):
     def __init__(self, tau: float = 0.5) -> None:
         super().__init__()
         if not 0 < tau < 1:
-            raise ValueError(f"tau is {tau}; a quantile lies between 0 and 1.")
+            raise ValueError(f"tau={tau}: expected a quantile between 0 and 1.")
         self.tau = tau
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
@@ -164,11 +167,11 @@ class Quantile(Loss):
 
 
 class CrossEntropy(Loss):
-    """Cross-entropy of the bin that the label falls into; the score is the expected bin.
+    """Cross-entropy over bins of the label; the score is the expected bin.
 
-    `num_bins` bins of equal probability under a standard normal label (what a z-score or rank
-    normalisation by day gives), or those between the ascending `edges`. The network has an
-    output for each bin, `[B, K]` for one label column `[B]`; its score lies in [-1, 1].
+    There are `num_bins` bins of equal probability for a standard normal label (as produced by
+    daily z-score or rank normalisation), or the bins between the ascending `edges`. The network
+    has one output per bin, `[B, K]` for one label column `[B]`; the score lies in [-1, 1].
     """
 
     edges: Tensor
@@ -177,33 +180,33 @@ class CrossEntropy(Loss):
         super().__init__()
         if edges is None:
             if num_bins < 2:
-                raise ValueError(f"num_bins is {num_bins}; there must be two bins at least.")
-            shares = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
-            found = torch.special.ndtri(shares).float()
+                raise ValueError(f"num_bins={num_bins}: expected at least 2.")
+            probabilities = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
+            bin_edges = torch.special.ndtri(probabilities).float()
         else:
-            found = torch.tensor([float(e) for e in edges])
-            if not len(found) or bool((found[1:] <= found[:-1]).any()):
-                raise ValueError(f"edges are {list(edges)}; they must ascend.")
-        self.register_buffer("edges", found)
+            bin_edges = torch.tensor([float(e) for e in edges])
+            if not len(bin_edges) or bool((bin_edges[1:] <= bin_edges[:-1]).any()):
+                raise ValueError(f"edges={list(edges)}: expected ascending numbers.")
+        self.register_buffer("edges", bin_edges)
 
     @property
     def num_bins(self) -> int:
-        """Bins, and outputs of the network."""
+        """The number of bins, which is also the number of network outputs."""
         return len(self.edges) + 1
 
     def num_outputs(self, num_labels: int) -> int:
         if num_labels > 1:
-            raise ValueError(f"CrossEntropy takes one label column, there are {num_labels}.")
+            raise ValueError(f"CrossEntropy supports one label column, got {num_labels}.")
         return self.num_bins
 
     def readout(self, score: Tensor) -> Tensor:
-        place = torch.linspace(-1, 1, self.num_bins, device=score.device)
-        return score.float().softmax(-1) @ place
+        bin_values = torch.linspace(-1, 1, self.num_bins, device=score.device)
+        return score.float().softmax(-1) @ bin_values
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        """`score [..., K]`, `target [...]` to `[...]`."""
-        chosen = torch.bucketize(target, self.edges)
-        return -score.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        """Loss `[...]` of `score [..., K]` and `target [...]`."""
+        bins = torch.bucketize(target, self.edges)
+        return -score.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
 
     def sums(
         self,
@@ -215,37 +218,38 @@ class CrossEntropy(Loss):
         if score.shape != (*target.shape, self.num_bins):
             raise ValueError(
                 f"score {list(score.shape)} and target {list(target.shape)}: cross-entropy on "
-                f"{self.num_bins} bins compares [B, {self.num_bins}] with [B] (num_outputs="
-                f"{self.num_bins})."
+                f"{self.num_bins} bins needs scores [B, {self.num_bins}] and targets [B] "
+                f"(num_outputs={self.num_bins})."
             )
         score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-        valid, share = counted(target, weight, mask)
+        valid, weights = valid_and_weight(target, weight, mask)
         score = torch.where(valid[..., None], score, 0.0)
         target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * share).sum(), share.sum()
+        return (self.elementwise(score, target) * weights).sum(), weights.sum()
 
-    def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
+    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
         return self.sums(score, target)[0]
 
 
 class Combined(Loss):
-    """A weighted sum of losses: sum of weight x mean of each.
+    """A weighted sum of losses: the sum of weight x mean loss over the parts.
 
-    `parts`: pairs (loss, weight). What one of them asks of scores and batches they all get.
-    `whole`: where ranks share a training batch, what adds a tensor up over them: each mean is of
-    the whole batch then, and this rank's part of it adds up with the others'.
+    `parts`: pairs (loss, weight). All parts get the same scores and batches, so these must meet
+    the requirements of every part. `sum_over_ranks`: set when several ranks share a training
+    batch; it sums a tensor over the ranks. Each mean is then taken over the whole batch, and the
+    ranks' results add up to the loss of the whole batch.
     """
 
     def __init__(self, parts: Sequence[tuple[Loss, float]]) -> None:
         super().__init__()
         if not parts:
-            raise ValueError("a sum of losses needs one at least.")
+            raise ValueError("a sum of losses needs at least one loss.")
         self.parts = nn.ModuleList([loss for loss, _ in parts])
         self.shares = tuple(float(share) for _, share in parts)
-        self.whole: Callable[[Tensor], Tensor] | None = None
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError("a sum of losses has no loss of one element")
+        raise NotImplementedError("a sum of losses has no element-wise loss")
 
     def sums(
         self,
@@ -254,22 +258,27 @@ class Combined(Loss):
         weight: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        found = [self._part(loss).sums(score, target, weight, mask) for loss in self.parts]
-        count, weights = counted(target, None, mask)[0].sum(), [weight for _, weight in found]
-        all_of_it = count
-        if self.whole is not None and self.training:
-            sums = self.whole(torch.stack([count.to(weights[0].dtype), *weights]))
-            all_of_it, *weights = sums.unbind()
+        part_sums = [self._part(loss).sums(score, target, weight, mask) for loss in self.parts]
+        count, weight_sums = (
+            valid_and_weight(target, None, mask)[0].sum(),
+            [weight for _, weight in part_sums],
+        )
+        total_count = count
+        if self.sum_over_ranks is not None and self.training:
+            sums = self.sum_over_ranks(torch.stack([count.to(weight_sums[0].dtype), *weight_sums]))
+            total_count, *weight_sums = sums.unbind()
         mean = score.new_zeros(())
-        for share, (total, _), counts in zip(self.shares, found, weights, strict=True):
-            mean = mean + share * mean_of(total, counts)
-        return mean * all_of_it, count
+        for loss_weight, (total, _), weight_sum in zip(
+            self.shares, part_sums, weight_sums, strict=True
+        ):
+            mean = mean + loss_weight * mean_from_sums(total, weight_sum)
+        return mean * total_count, count
 
     @staticmethod
     def _part(loss: nn.Module) -> Loss:
-        assert isinstance(loss, Loss), "asked where the parts are given"
+        assert isinstance(loss, Loss), "nn.ModuleList hides the type of its elements"
         return loss
 
-    def complete_sum(self, score: Tensor, target: Tensor) -> Tensor:
+    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
         total, count = self.sums(score, target)
         return total * (target.numel() / count)

@@ -1,4 +1,4 @@
-"""Risk of a series of returns: annualised return, information ratio, drawdown."""
+"""Risk metrics of a series of returns: annualised return, information ratio, drawdown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.metrics.curve import drawdown
 
-# Periods a year. A trading minute counts in days of 240 minutes.
+# Periods per year. A trading day has 240 minutes.
 PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
 _ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
 
 
 def periods_per_year(freq: str) -> float:
-    """Periods of a year at a frequency such as "day", "week", "month", "5min" or "2week"."""
+    """The number of periods per year of a frequency such as "day", "month", "5min" or "2week"."""
     match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", freq.strip())
     unit = match[2].lower() if match else freq
     unit = _ALIASES.get(unit, unit)
@@ -33,14 +33,15 @@ def risk_analysis(
     freq: str | None = None,
     mode: Literal["sum", "product"] = "sum",
 ) -> pd.DataFrame:
-    """mean, std, annualized_return, information_ratio and max_drawdown of returns.
+    """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
 
-    `r` are returns per period (fractions). `N` is the number of periods a year, by default that
-    of `freq` ("day": 238). Mode "sum" adds returns up: annual return mean x N, drawdown
-    min(cumsum - cummax(cumsum)). Mode "product" compounds them: geometric mean, the standard
-    deviation of log returns, drawdown as a share of the peak. Standard deviations have ddof 1.
-    Gives a frame with one column "risk". Answers to `risk_analysis` of qlib/contrib/evaluate.py.
-    Difference: `freq` is "day" unless given, so that `N` alone is no warning; both is an error.
+    `r` are returns per period (fractions). `N` is the number of periods per year, by default that
+    of `freq` ("day": 238). Mode "sum" adds returns: annual return mean x N, drawdown min(cumsum -
+    cummax(cumsum)). Mode "product" compounds them: geometric mean, standard deviation of log
+    returns, drawdown as a fraction of the peak. Standard deviations use ddof 1. Returns a frame
+    with one column "risk". Corresponds to `risk_analysis` of qlib/contrib/evaluate.py.
+    Differences: `freq` defaults to "day", so passing `N` alone does not warn; passing both is an
+    error.
     """
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")
@@ -69,19 +70,19 @@ def risk_analysis(
 def indicator_analysis(
     df: pd.DataFrame, method: Literal["mean", "amount_weighted", "value_weighted"] = "mean"
 ) -> pd.DataFrame:
-    """ffr, pa and pos of trade indicators over all days, a frame with one column "value".
+    """Average the trade indicators ffr, pa and pos over all bars.
 
-    `df` has a row a bar with `ffr` (share dealt of what was ordered), `pa` (price advantage),
-    `pos` (share of orders with one), `count`, `deal_amount` and `value` of the orders. `method`
-    weighs ffr and pa by the number of orders ("mean"), or by what was dealt; pos is always
-    weighed by the number. Bars without orders count for nothing. Answers to
-    qlib/contrib/evaluate.py.
+    `df` has one row per bar with `ffr` (fulfilled fraction of the ordered amounts), `pa` (price
+    advantage), `pos` (share of orders with a positive price advantage), `count`, `deal_amount` and
+    `value` of the orders. `method` weights ffr and pa by the number of orders ("mean") or by the
+    traded amount or value; pos is always weighted by the number of orders. Bars without orders are
+    ignored. Returns a frame with one column "value". Corresponds to qlib/contrib/evaluate.py.
     """
     weights = {"mean": "count", "amount_weighted": "deal_amount", "value_weighted": "value"}
     if method not in weights:
         raise ConfigError(unknown_name("method of indicator_analysis", str(method), weights))
-    found = {}
+    averages = {}
     for name, column in (("ffr", weights[method]), ("pa", weights[method]), ("pos", "count")):
         weight = df[column].abs()
-        found[name] = float(np.divide((df[name] * weight).sum(), weight.sum()))
-    return pd.Series(found).to_frame("value")
+        averages[name] = float(np.divide((df[name] * weight).sum(), weight.sum()))
+    return pd.Series(averages).to_frame("value")

@@ -1,4 +1,4 @@
-"""Signals to judge: with ties, holes, ragged days and a day of constant scores."""
+"""A test signal with ties, NaN, days of different sizes and a day of constant scores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 
-def hard_signal(num_days: int = 8, num_instruments: int = 23) -> pd.DataFrame:
-    """Columns pred and label; rows shuffled so that the order of ties matters."""
+def build_signal(num_days: int = 8, num_instruments: int = 23) -> pd.DataFrame:
+    """Columns pred and label; rounded, so that there are ties."""
     rng = np.random.RandomState(7)
     days = pd.date_range("2020-01-01", periods=num_days, name="datetime")
     names = [f"S{k:02d}" for k in range(num_instruments)]
@@ -26,4 +26,4 @@ def hard_signal(num_days: int = 8, num_instruments: int = 23) -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def signal() -> pd.DataFrame:
-    return hard_signal()
+    return build_signal()

@@ -11,21 +11,21 @@ from qtorch.metrics.loss import (
     Huber,
     Loss,
     Quantile,
-    mean_of,
+    mean_from_sums,
 )
 
 NAN = float("nan")
 ELEMENTWISE = [MSE(), MAE(), Huber(), Quantile(0.3)]
 
 
-def test_values_by_hand() -> None:
+def test_losses_by_hand() -> None:
     score, target = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 0.0, 2.0])
     assert MSE()(score, target) == pytest.approx((0 + 4 + 9) / 3)
     assert MAE()(score, target) == pytest.approx((0 + 2 + 3) / 3)
     assert Huber(1.0)(score, target) == pytest.approx((0 + 1.5 + 2.5) / 3)
 
 
-def test_weights_masks_and_missing_labels_by_hand() -> None:
+def test_weights_mask_and_nan_labels_by_hand() -> None:
     score = torch.tensor([1.0, 2.0, 5.0, 9.0], requires_grad=True)
     target = torch.tensor([0.0, 0.0, NAN, 0.0])
     weight = torch.tensor([1.0, 3.0, 100.0, 100.0])
@@ -37,17 +37,17 @@ def test_weights_masks_and_missing_labels_by_hand() -> None:
     torch.testing.assert_close(score.grad, torch.tensor([2 * 1 / 4, 3 * 4 / 4, 0.0, 0.0]))
 
 
-def test_a_loss_of_ones_own_gives_the_elements_alone() -> None:
+def test_custom_loss_only_needs_elementwise() -> None:
     class Cube(Loss):
         def elementwise(self, score: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return (score - target).abs() ** 3
 
     score, target = torch.tensor([1.0, 3.0]), torch.tensor([0.0, NAN])
     assert Cube()(score, target).item() == 1.0
-    assert Cube().complete_sum(score, torch.zeros(2)).item() == 28.0
+    assert Cube().dense_sum(score, torch.zeros(2)).item() == 28.0
 
 
-def test_a_missing_score_under_the_mask_does_not_spoil_the_gradient() -> None:
+def test_masked_nan_score_keeps_the_gradient_finite() -> None:
     score = torch.tensor([1.0, NAN], requires_grad=True)
     MAE()(score, torch.zeros(2), mask=torch.tensor([True, False])).backward()
     assert score.grad is not None
@@ -55,24 +55,24 @@ def test_a_missing_score_under_the_mask_does_not_spoil_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("loss", ELEMENTWISE)
-def test_sums_of_batches_make_the_mean_of_the_whole(loss: Loss) -> None:
+def test_batch_sums_add_up_to_the_mean(loss: Loss) -> None:
     g = torch.Generator().manual_seed(0)
     score, target, weight = (torch.rand(11, 2, generator=g) for _ in range(3))
     target[3, 1] = NAN
     weight = weight[:, 0]
     parts = [loss.sums(score[k : k + 4], target[k : k + 4], weight[k : k + 4]) for k in (0, 4, 8)]
     total, share = (sum(part) for part in zip(*parts, strict=True))
-    torch.testing.assert_close(mean_of(total, share), loss(score, target, weight))
+    torch.testing.assert_close(mean_from_sums(total, share), loss(score, target, weight))
     complete = torch.nan_to_num(target)
-    torch.testing.assert_close(loss.complete_sum(score, complete), loss.sums(score, complete)[0])
+    torch.testing.assert_close(loss.dense_sum(score, complete), loss.sums(score, complete)[0])
 
 
 @pytest.mark.parametrize("loss", ELEMENTWISE)
-def test_a_shape_mismatch_never_broadcasts(loss: Loss) -> None:
+def test_shape_mismatch_is_rejected(loss: Loss) -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         loss(torch.zeros(5, 1), torch.zeros(5))
     with pytest.raises(ValueError, match="differ in shape"):
-        loss.complete_sum(torch.zeros(5, 1), torch.zeros(5))
+        loss.dense_sum(torch.zeros(5, 1), torch.zeros(5))
     with pytest.raises(ValueError, match="weight"):
         loss(torch.zeros(5), torch.zeros(5), torch.zeros(5, 1))
     with pytest.raises(ValueError, match="mask"):
@@ -80,43 +80,43 @@ def test_a_shape_mismatch_never_broadcasts(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", ELEMENTWISE)
-def test_a_batch_of_one_and_a_batch_without_labels(loss: Loss) -> None:
+def test_batch_of_one_and_batch_without_labels(loss: Loss) -> None:
     score = torch.tensor([2.0], requires_grad=True)
     assert loss(score, torch.tensor([0.0])).dim() == 0
-    nothing = loss(score, torch.tensor([NAN]))
-    nothing.backward()
-    assert nothing.item() == 0.0
+    empty_loss = loss(score, torch.tensor([NAN]))
+    empty_loss.backward()
+    assert empty_loss.item() == 0.0
     assert score.grad is not None
     assert score.grad.item() == 0.0
 
 
-def test_half_precision_scores_are_compared_in_float32() -> None:
+def test_half_precision_scores_use_float32() -> None:
     loss = MSE()(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.001]))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_delta_must_be_positive() -> None:
+def test_non_positive_delta_is_rejected() -> None:
     with pytest.raises(ValueError, match="delta"):
         Huber(0.0)
 
 
-def test_the_quantile_loss_is_least_at_the_quantile() -> None:
+def test_quantile_loss_is_minimal_at_the_quantile() -> None:
     labels = torch.arange(101.0)
-    found = [Quantile(0.8)(torch.full_like(labels, guess), labels).item() for guess in range(101)]
-    assert min(range(101), key=found.__getitem__) == 80
+    losses = [Quantile(0.8)(torch.full_like(labels, guess), labels).item() for guess in range(101)]
+    assert min(range(101), key=losses.__getitem__) == 80
     with pytest.raises(ValueError, match="tau"):
         Quantile(1.0)
 
 
-def test_cross_entropy_on_bins_by_hand() -> None:
+def test_cross_entropy_by_hand() -> None:
     loss = CrossEntropy(edges=[-1.0, 1.0])
     score = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [9.0, 9.0, 0.0]], requires_grad=True)
     target = torch.tensor([-3.0, 0.5, NAN])
     expected = (-torch.log_softmax(score.detach()[0], 0)[0] + torch.log(torch.tensor(3.0))) / 2
-    found = loss(score, target)
-    torch.testing.assert_close(found, expected)
-    found.backward()
+    value = loss(score, target)
+    torch.testing.assert_close(value, expected)
+    value.backward()
     assert score.grad is not None
     assert torch.equal(score.grad[2], torch.zeros(3))
     assert loss.num_outputs(1) == 3
@@ -126,19 +126,19 @@ def test_cross_entropy_on_bins_by_hand() -> None:
         CrossEntropy(edges=[1.0, 0.0])
 
 
-def test_the_expected_bin_orders_the_samples() -> None:
+def test_cross_entropy_readout_is_the_expected_bin() -> None:
     loss = CrossEntropy(num_bins=5)
     assert loss.edges.tolist() == pytest.approx([-0.8416, -0.2533, 0.2533, 0.8416], abs=1e-4)
-    certain = 50.0 * torch.eye(5)
-    assert loss.readout(certain).tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    logits = 50.0 * torch.eye(5)
+    assert loss.readout(logits).tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
 
 
-def test_a_sum_of_losses() -> None:
+def test_combined_loss_is_the_weighted_sum() -> None:
     g = torch.Generator().manual_seed(0)
     score, target = torch.rand(7, generator=g), torch.rand(7, generator=g)
     target[2] = NAN
-    both = Combined([(MSE(), 2.0), (MAE(), 0.5)])
+    combined = Combined([(MSE(), 2.0), (MAE(), 0.5)])
     expected = 2 * MSE()(score, target) + 0.5 * MAE()(score, target)
-    torch.testing.assert_close(both(score, target), expected)
-    with pytest.raises(ValueError, match="one at least"):
+    torch.testing.assert_close(combined(score, target), expected)
+    with pytest.raises(ValueError, match="at least one"):
         Combined([])

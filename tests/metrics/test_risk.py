@@ -18,11 +18,11 @@ RETURNS = [0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
     ("freq", "expected"),
     [("day", 238), ("1day", 238), ("week", 50), ("month", 12), ("5min", 240 * 238 / 5), ("2w", 25)],
 )
-def test_periods(freq: str, expected: float) -> None:
+def test_periods_per_year(freq: str, expected: float) -> None:
     assert periods_per_year(freq) == expected
 
 
-def test_sum_by_hand() -> None:
+def test_sum_mode_by_hand() -> None:
     r = pd.Series([0.1, -0.2, 0.05])
     risk = risk_analysis(r)["risk"]
     std = np.std([0.1, -0.2, 0.05], ddof=1)
@@ -32,7 +32,7 @@ def test_sum_by_hand() -> None:
     assert risk["max_drawdown"] == pytest.approx(-0.2)
 
 
-def test_product_by_hand() -> None:
+def test_product_mode_by_hand() -> None:
     risk = risk_analysis(pd.Series([0.1, -0.2, 0.05]), N=3, mode="product")["risk"]
     growth = 1.1 * 0.8 * 1.05
     assert risk["annualized_return"] == pytest.approx(growth - 1)
@@ -42,7 +42,7 @@ def test_product_by_hand() -> None:
 
 
 @pytest.mark.qlib
-def test_equal_to_qlib() -> None:
+def test_risk_analysis_equals_qlib() -> None:
     script = f"""
 import json, pandas as pd
 from qlib.contrib.evaluate import risk_analysis
@@ -51,24 +51,24 @@ print("RESULT" + json.dumps([
     risk_analysis(r, freq=f, mode=m)["risk"].to_dict()
     for f in ("day", "week", "month") for m in ("sum", "product")]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [os.environ["QTORCH_QLIB_PYTHON"], "-c", script],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.split("RESULT")[1])
-    ours = [
+    assert process.returncode == 0, process.stderr[-2000:]
+    qlib_results = json.loads(process.stdout.split("RESULT")[1])
+    results = [
         risk_analysis(pd.Series(RETURNS), freq=f, mode=m)["risk"].to_dict()
         for f in ("day", "week", "month")
         for m in ("sum", "product")
     ]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(other, abs=1e-12)
+    for actual, expected in zip(results, qlib_results, strict=True):
+        assert actual == pytest.approx(expected, abs=1e-12)
 
 
-def test_wrong_arguments() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'week'"):
         risk_analysis(pd.Series([0.1]), freq="weak")
     with pytest.raises(ConfigError, match="sum"):
@@ -77,7 +77,7 @@ def test_wrong_arguments() -> None:
         risk_analysis(pd.Series([0.1]), N=252, freq="day")
 
 
-def test_indicators_are_weighed_by_orders_or_by_what_was_dealt():
+def test_indicator_weighting_methods():
     nan = float("nan")
     trades = pd.DataFrame(
         {
@@ -89,11 +89,11 @@ def test_indicators_are_weighed_by_orders_or_by_what_was_dealt():
             "count": [2.0, 0.0, 1.0],
         }
     )
-    found = indicator_analysis(trades)["value"]
-    assert found.to_dict() == pytest.approx({"ffr": 2 / 3, "pa": 0.01, "pos": 0.75})
-    found = indicator_analysis(trades, "amount_weighted")["value"]
-    assert found.to_dict() == pytest.approx({"ffr": 0.875, "pa": -0.0025, "pos": 0.75})
-    found = indicator_analysis(trades, "value_weighted")["value"]
-    assert found.to_dict() == pytest.approx({"ffr": 0.75, "pa": 0.005, "pos": 0.75})
+    averages = indicator_analysis(trades)["value"]
+    assert averages.to_dict() == pytest.approx({"ffr": 2 / 3, "pa": 0.01, "pos": 0.75})
+    averages = indicator_analysis(trades, "amount_weighted")["value"]
+    assert averages.to_dict() == pytest.approx({"ffr": 0.875, "pa": -0.0025, "pos": 0.75})
+    averages = indicator_analysis(trades, "value_weighted")["value"]
+    assert averages.to_dict() == pytest.approx({"ffr": 0.75, "pa": 0.005, "pos": 0.75})
     with pytest.raises(ConfigError, match="method of indicator_analysis"):
         indicator_analysis(trades, "median")

@@ -37,7 +37,7 @@ print("RESULT" + json.dumps(out))
 """
 
 
-def _ours(signal: pd.DataFrame, dropna: bool) -> dict[str, pd.Series]:
+def _qtorch_results(signal: pd.DataFrame, dropna: bool) -> dict[str, pd.Series]:
     ic, ric = calc_ic(signal["pred"], signal["label"], dropna=dropna)
     long_short, long_avg = calc_long_short_return(signal["pred"], signal["label"], dropna=dropna)
     return {"ic": ic, "ric": ric, "long_short": long_short, "long_avg": long_avg}
@@ -45,34 +45,38 @@ def _ours(signal: pd.DataFrame, dropna: bool) -> dict[str, pd.Series]:
 
 def _compare(signal: pd.DataFrame, expected: dict) -> None:
     for name, dropna in (("kept", False), ("dropped", True)):
-        for key, series in _ours(signal, dropna).items():
-            theirs = expected[name][key]
-            assert [str(d.date()) for d in series.index] == list(theirs), (name, key)
-            want = [math.nan if v is None else v for v in theirs.values()]
-            np.testing.assert_allclose(series, want, rtol=0, atol=1e-9, err_msg=f"{name} {key}")
+        for key, series in _qtorch_results(signal, dropna).items():
+            qlib_values = expected[name][key]
+            assert [str(d.date()) for d in series.index] == list(qlib_values), (name, key)
+            expected_values = [math.nan if v is None else v for v in qlib_values.values()]
+            np.testing.assert_allclose(
+                series, expected_values, rtol=0, atol=1e-9, err_msg=f"{name} {key}"
+            )
 
 
-def test_equal_to_the_golden_of_qlib(signal: pd.DataFrame) -> None:
+def test_signal_metrics_equal_stored_qlib_results(signal: pd.DataFrame) -> None:
     _compare(signal, json.loads(GOLDEN.read_text()))
 
 
 @pytest.mark.qlib
-def test_equal_to_qlib_itself(signal: pd.DataFrame, tmp_path: Path) -> None:
+def test_signal_metrics_equal_qlib(signal: pd.DataFrame, tmp_path: Path) -> None:
     path = tmp_path / "signal.json"
     path.write_text(signal.to_json(orient="table", double_precision=15))
-    done = subprocess.run(
+    process = subprocess.run(
         [os.environ["QTORCH_QLIB_PYTHON"], "-c", _ORACLE, str(path)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.split("RESULT")[1])
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout.split("RESULT")[1])
     _compare(signal, result)
-    assert result == json.loads(GOLDEN.read_text()), "the golden is not what this Qlib gives"
+    assert result == json.loads(GOLDEN.read_text()), (
+        "the golden file differs from the installed Qlib"
+    )
 
 
-def test_long_short_by_hand() -> None:
+def test_long_short_return_by_hand() -> None:
     index = pd.MultiIndex.from_product(
         [[pd.Timestamp("2020-01-01")], list("abcdefghij")], names=["datetime", "instrument"]
     )
@@ -83,24 +87,24 @@ def test_long_short_by_hand() -> None:
     assert average.iloc[0] == pytest.approx(0.0)
 
 
-def test_a_constant_score_has_no_ic_even_where_its_mean_rounds(signal: pd.DataFrame) -> None:
+def test_constant_score_has_nan_ic_despite_rounding(signal: pd.DataFrame) -> None:
     day = signal.loc[[signal.index[0][0]]]
     ic, rank_ic = calc_ic(pd.Series(0.1, index=day.index), day["label"])
     assert ic.isna().all()
     assert rank_ic.isna().all()
 
 
-def test_the_order_of_rows_does_not_matter_for_ic(signal: pd.DataFrame) -> None:
-    mixed = signal.sample(frac=1, random_state=0)
+def test_ic_does_not_depend_on_row_order(signal: pd.DataFrame) -> None:
+    shuffled_signal = signal.sample(frac=1, random_state=0)
     for a, b in zip(
         calc_ic(signal["pred"], signal["label"]),
-        calc_ic(mixed["pred"], mixed["label"]),
+        calc_ic(shuffled_signal["pred"], shuffled_signal["label"]),
         strict=True,
     ):
         pd.testing.assert_series_equal(a, b)
 
 
-def test_ratios() -> None:
+def test_annual_return_and_sharpe_by_hand() -> None:
     daily = pd.Series([0.01, 0.03, np.nan])
     assert mean_over_std(daily) == pytest.approx(0.02 / np.std([0.01, 0.03], ddof=1))
     assert annual_return(daily) == pytest.approx(0.02 * 252)
