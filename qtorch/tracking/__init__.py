@@ -1,4 +1,4 @@
-"""Runs on record: Recorder, Experiment, ExpManager and R on MLflow."""
+"""Experiment tracking on MLflow: R, ExpManager, Experiment and Recorder, as in Qlib."""
 
 from typing import TYPE_CHECKING
 

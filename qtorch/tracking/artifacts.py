@@ -1,17 +1,17 @@
-"""Objects of a run as files, by logical name, and back.
+"""Saves Python objects as artifact files under logical names, and loads them again.
 
-| object | file | reading needs trust |
+| object | file | loading needs trust in |
 |---|---|---|
-| DataFrame, Series | parquet | no |
-| plain data (numbers, text, dates, dicts, lists, ...) | JSON | no |
-| numpy array, tensor, dict of tensors | safetensors | no |
-| has `to_state` / `from_state` (Model, Dataset) | JSON, with tensors safetensors | its class |
-| dict, list or tuple of the above | zip of the above | as its parts |
+| DataFrame, Series | parquet | nothing |
+| plain data (numbers, text, dates, dicts, lists, ...) | JSON | nothing |
+| NumPy array, tensor, dict of tensors | safetensors | nothing |
+| has `to_state` / `from_state` (Model, Dataset) | JSON; safetensors if it has tensors | its class |
+| dict, list or tuple of the above | zip of the above | as for its parts |
 | anything else | pickle | each class and function in it |
 
 The logical name `pred.pkl` becomes the file `pred.pkl.parquet`, `task` becomes
-`task.object.json`: the logical name can be read off the file's name, and a file that a user
-logged by hand is never taken for an object. Each file says which format version wrote it.
+`task.object.json`. The logical name can be derived from the file name, and a file that a user
+logged by hand is never mistaken for an object. Each file records its format version.
 """
 
 from __future__ import annotations
@@ -48,23 +48,24 @@ _KEY = "qtorch"
 
 
 def logical_name(path: str) -> str | None:
-    """The logical name of an object's file; None for any other file."""
+    """Return the logical name of an object's file; None for any other file."""
     match = _OBJECT_FILE.match(path)
     return (match[1] or match[2]) if match else None
 
 
 def object_files(name: str) -> list[str]:
-    """Every file name that an object of this logical name can have."""
+    """Return every file name that an object with this logical name can have."""
     stem = name if name.endswith(".pkl") else f"{name}.object"
     return [stem + suffix for suffix in SUFFIXES]
 
 
 def write_object(value: Any, folder: Path, name: str) -> Path:
-    """Write one object under its logical name; the path of its file, which is there whole or not.
+    """Write one object under its logical name and return the path of its file.
 
-    Raises TrackingError where the disk takes no more or the object cannot be stored at all.
+    The file is written atomically. Raises TrackingError if writing fails (a full disk) or if the
+    object cannot be stored in any format.
     """
-    last: Exception | None = None
+    last_error: Exception | None = None
     for suffix, write in _writers(value):
         target = folder / (name + suffix if name.endswith(".pkl") else f"{name}.object{suffix}")
         try:
@@ -72,21 +73,21 @@ def write_object(value: Any, folder: Path, name: str) -> Path:
                 write(value, temporary)
             return target
         except (NotTabularError, NotPlainError) as error:
-            last = error
+            last_error = error
         except OSError as error:
             raise TrackingError(f"{name!r} could not be written to {target}: {error}") from error
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             if suffix != ".pickle":
                 raise
             raise TrackingError(
-                f"{name!r} ({type(value).__qualname__}) cannot be stored: {error}. Give its class "
-                "to_state and from_state, or make it picklable."
+                f"{name!r} ({type(value).__qualname__}) cannot be stored: {error}. Add "
+                "to_state and from_state to its class, or make it picklable."
             ) from error
-    raise TrackingError(f"{name!r} cannot be stored: {last}")
+    raise TrackingError(f"{name!r} cannot be stored: {last_error}")
 
 
 def _writers(value: Any) -> list[tuple[str, Callable[[Any, Path], None]]]:
-    """The formats to try, the first that can hold the value wins."""
+    """Return the file formats to try, in order; the first that can hold the value is used."""
     if isinstance(value, pd.DataFrame | pd.Series):
         return [(".parquet", _write_parquet), (".pickle", _write_pickle)]
     if isinstance(value, Stateful) and not isinstance(value, type):
@@ -94,7 +95,7 @@ def _writers(value: Any) -> list[tuple[str, Callable[[Any, Path], None]]]:
             state = value.to_state()
             write = _write_state(type(value), state)
         except (ConfigError, NotPlainError) as error:
-            log.debug("a %s is pickled: %s", type(value).__qualname__, error)
+            log.debug("a %s is stored as a pickle: %s", type(value).__qualname__, error)
             return [(".pickle", _write_pickle)]
         return [(".safetensors" if state.tensors else ".json", write)]
     if _is_tensors(value):
@@ -105,10 +106,10 @@ def _writers(value: Any) -> list[tuple[str, Callable[[Any, Path], None]]]:
 
 
 def read_object(path: Path, name: str) -> Any:
-    """The object of a file; `name` is for the messages.
+    """Load the object of a file; `name` is used in error messages.
 
-    Raises LoadObjectError for a file of a newer format or one that is damaged, TrustError for
-    code that is not trusted.
+    Raises LoadObjectError for a damaged file or one of a newer format, TrustError for code that
+    is not trusted.
     """
     try:
         match path.suffix if logical_name(path.name) else "":
@@ -131,8 +132,8 @@ def read_object(path: Path, name: str) -> Any:
 def _check_format(version: Any, name: str) -> None:
     if not isinstance(version, int) or version > FORMAT:
         raise LoadObjectError(
-            f"{name!r} was stored in format {version} by a newer qtorch; this one reads up to "
-            f"{FORMAT}. Update qtorch."
+            f"{name!r} was stored in format {version} by a newer qtorch; this one reads formats up "
+            f"to {FORMAT}. Update qtorch."
         )
 
 
@@ -150,11 +151,11 @@ def _json_text(kind: str, content: dict[str, Any]) -> str:
 
 
 def _read_json(path: Path, name: str) -> Any:
-    held = json.loads(path.read_text(encoding="utf-8"))
-    _check_format(held[_KEY]["format"], name)
-    if held[_KEY]["kind"] == "state":
-        return _rebuild(held["_target_"], State(decode(held["config"])))
-    return decode(held["value"])
+    document = json.loads(path.read_text(encoding="utf-8"))
+    _check_format(document[_KEY]["format"], name)
+    if document[_KEY]["kind"] == "state":
+        return _rebuild(document["_target_"], State(decode(document["config"])))
+    return decode(document["value"])
 
 
 def _write_state(cls: type, state: State) -> Callable[[Any, Path], None]:
@@ -178,7 +179,9 @@ def _rebuild(target: str, state: State) -> Any:
     cls = locate(target)
     check_trusted(target, cls)
     if not isinstance(cls, type) or not hasattr(cls, "from_state"):
-        raise LoadObjectError(f"{target} is no class with from_state; is it another version?")
+        raise LoadObjectError(
+            f"{target} is not a class with from_state; was it stored by another version?"
+        )
     return cls.from_state(state)
 
 
@@ -194,14 +197,18 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _write_tensors(value: Any, path: Path) -> None:
-    """Arrays and tensors, one or a dict; each comes back as what it was."""
+    """Write one array or tensor or a dict of them, with what is needed to restore their types."""
     from safetensors.torch import save
 
-    named = value if isinstance(value, dict) else {"": value}
-    arrays = [k for k, v in named.items() if isinstance(v, np.ndarray)]
-    content = {"single": not isinstance(value, dict), "arrays": arrays, "names": list(named)}
-    held = {str(i): _as_tensor(v) for i, v in enumerate(named.values())}
-    path.write_bytes(save(held, metadata={_KEY: _json_text("tensors", content)}))
+    value_by_name = value if isinstance(value, dict) else {"": value}
+    arrays = [k for k, v in value_by_name.items() if isinstance(v, np.ndarray)]
+    content = {
+        "single": not isinstance(value, dict),
+        "arrays": arrays,
+        "names": list(value_by_name),
+    }
+    tensors = {str(i): _as_tensor(v) for i, v in enumerate(value_by_name.values())}
+    path.write_bytes(save(tensors, metadata={_KEY: _json_text("tensors", content)}))
 
 
 def _as_tensor(value: Any) -> Any:
@@ -209,7 +216,7 @@ def _as_tensor(value: Any) -> Any:
 
     if not isinstance(value, np.ndarray):
         if value.layout != torch.strided or value.requires_grad:
-            raise NotTabularError("a sparse tensor or one of a graph")
+            raise NotTabularError("a sparse tensor or one that requires grad")
         return value.cpu().contiguous().clone()
     try:
         return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
@@ -222,20 +229,20 @@ def _read_tensors(path: Path, name: str) -> Any:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            held = json.loads((file.metadata() or {})[_KEY])
+            document = json.loads((file.metadata() or {})[_KEY])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
-    _check_format(held[_KEY]["format"], name)
-    if held[_KEY]["kind"] == "state":
-        return _rebuild(held["_target_"], State(decode(held["config"]), tensors))
-    named = {n: tensors[str(i)] for i, n in enumerate(held["names"])}
-    named = {n: v.numpy() if n in held["arrays"] else v for n, v in named.items()}
-    return named[""] if held["single"] else named
+    _check_format(document[_KEY]["format"], name)
+    if document[_KEY]["kind"] == "state":
+        return _rebuild(document["_target_"], State(decode(document["config"]), tensors))
+    values = {n: tensors[str(i)] for i, n in enumerate(document["names"])}
+    values = {n: v.numpy() if n in document["arrays"] else v for n, v in values.items()}
+    return values[""] if document["single"] else values
 
 
 def _write_zip(value: Any, path: Path) -> None:
-    """A container whose leaves are objects: the tree as JSON, each object as its own file."""
+    """Write a container as a zip: its structure as JSON, each contained object as its own file."""
     files: list[Path] = []
     with TemporaryDirectory() as scratch:
 
@@ -249,7 +256,7 @@ def _write_zip(value: Any, path: Path) -> None:
 
         text = _json_text("tree", {"tree": tree(value)})
         if any(file.suffix == ".pickle" for file in files):
-            raise NotPlainError("a part of it is neither data nor stateful")
+            raise NotPlainError("a part of it can only be pickled")
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("tree.json", text)
             for file in files:
@@ -258,8 +265,8 @@ def _write_zip(value: Any, path: Path) -> None:
 
 def _read_zip(path: Path, name: str) -> Any:
     with zipfile.ZipFile(path) as archive, TemporaryDirectory() as scratch:
-        held = json.loads(archive.read("tree.json"))
-        _check_format(held[_KEY]["format"], name)
+        document = json.loads(archive.read("tree.json"))
+        _check_format(document[_KEY]["format"], name)
 
         def value(tree: Any) -> Any:
             ((kind, parts),) = tree.items()
@@ -269,7 +276,7 @@ def _read_zip(path: Path, name: str) -> Any:
                 return read_object(Path(archive.extract(parts, scratch)), name)
             return [value(v) for v in parts] if kind == "list" else tuple(map(value, parts))
 
-        return value(held["tree"])
+        return value(document["tree"])
 
 
 def _write_pickle(value: Any, path: Path) -> None:
@@ -279,7 +286,7 @@ def _write_pickle(value: Any, path: Path) -> None:
 
 
 def pickle_body(data: bytes, name: str) -> bytes:
-    """The pickle within a file of ours, or the bytes of a bare pickle."""
+    """Return the pickle inside a file written by qtorch, or the bytes of a plain pickle file."""
     if data.startswith(_PICKLE_HEAD):
         head, _, data = data[len(_PICKLE_HEAD) :].partition(b"\n")
         _check_format(int(head), name)

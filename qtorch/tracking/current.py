@@ -1,9 +1,9 @@
-"""The one hook through which library code finds the run that it belongs to.
+"""The current recorder: how library code finds the run that it belongs to.
 
-`R.start`, `Recorder.start_run` and with them `task_train` make a recorder current. Code that
-takes `recorder=None` asks `current_recorder()`. A recorder is current in the context (thread,
-asyncio task) that started it; a context that never started one sees the newest of the process,
-so that worker threads and the cells of a notebook find it too.
+`R.start` and `Recorder.start_run` (and so `task_train`) make a recorder current. Code with an
+argument `recorder=None` falls back to `current_recorder()`. A recorder is current in the context
+(thread or asyncio task) that started it. A context that never started a recorder sees the newest
+one of the process, so that worker threads and notebook cells find it too.
 """
 
 from __future__ import annotations
@@ -17,43 +17,45 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _running: list[Recorder] = []
-_here: ContextVar[tuple[Recorder, ...] | None] = ContextVar("qtorch_recorders", default=None)
+_context_recorders: ContextVar[tuple[Recorder, ...] | None] = ContextVar(
+    "qtorch_recorders", default=None
+)
 
 
 def current_recorder() -> Recorder | None:
-    """The innermost running recorder of this context, or None."""
-    own = running_here()
-    return own[-1] if own else None
+    """Return the innermost running recorder of this context, or None."""
+    recorders = visible_recorders()
+    return recorders[-1] if recorders else None
 
 
-def running_here() -> list[Recorder]:
-    """The running recorders that this context sees, the innermost last."""
+def visible_recorders() -> list[Recorder]:
+    """Return the running recorders that this context sees, the innermost last."""
     with _lock:
-        mine = _here.get()
-        if mine is None:
+        own = _context_recorders.get()
+        if own is None:
             return list(_running)
-        return [r for r in mine if any(r is other for other in _running)]
+        return [r for r in own if any(r is running for running in _running)]
 
 
-def make_current(recorder: Recorder) -> None:
-    """Called when a recorder starts to run."""
+def add_running(recorder: Recorder) -> None:
+    """Make a recorder that starts to run current."""
     with _lock:
-        if not any(recorder is other for other in _running):
+        if not any(recorder is running for running in _running):
             _running.append(recorder)
-    mine = tuple(r for r in _here.get() or () if r is not recorder)
-    _here.set((*mine, recorder))
+    own = tuple(r for r in _context_recorders.get() or () if r is not recorder)
+    _context_recorders.set((*own, recorder))
 
 
-def make_past(recorder: Recorder) -> None:
-    """Called when a recorder has ended."""
+def remove_running(recorder: Recorder) -> None:
+    """Remove a recorder that has ended."""
     with _lock:
         _running[:] = [r for r in _running if r is not recorder]
-    mine = _here.get()
-    if mine is not None:
-        _here.set(tuple(r for r in mine if r is not recorder))
+    own = _context_recorders.get()
+    if own is not None:
+        _context_recorders.set(tuple(r for r in own if r is not recorder))
 
 
-def all_running() -> list[Recorder]:
-    """Every running recorder of the process, whichever context started it."""
+def running_recorders() -> list[Recorder]:
+    """Return every running recorder of the process, whichever context started it."""
     with _lock:
         return list(_running)

@@ -1,4 +1,4 @@
-"""Errors of the tracking store that callers tell apart."""
+"""Errors of the tracking store that callers handle in different ways."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from qtorch.core.errors import TrackingError
 
 
 class NotInStoreError(TrackingError, ValueError):
-    """The store holds no experiment or recorder of that name or id."""
+    """The store has no experiment or run with that name or ID."""
 
 
 class AlreadyInStoreError(TrackingError, ValueError):
-    """The store holds an experiment of that name already."""
+    """The store already has an experiment with that name."""
 
 
 class RefusedError(TrackingError):
-    """The store answered, and will refuse the same request again: sending it later is no use."""
+    """The store rejected a request for good: sending it again later cannot succeed."""

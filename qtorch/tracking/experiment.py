@@ -1,4 +1,4 @@
-"""A named collection of runs."""
+"""Experiments: named collections of runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, unknown_name
-from qtorch.tracking.current import running_here
+from qtorch.tracking.current import visible_recorders
 from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Searched = Sequence[str] | None
+Names = Sequence[str] | None
 
 
 class Experiment(ABC):
-    """A handle on an experiment of a store. Answers to qlib/workflow/exp.py."""
+    """An experiment of a tracking store. Corresponds to qlib/workflow/exp.py."""
 
     RT_D = "dict"
     RT_L = "list"
@@ -39,7 +39,7 @@ class Experiment(ABC):
     @property
     @abstractmethod
     def active_recorder(self) -> Recorder | None:
-        """The innermost running recorder of this experiment in this context."""
+        """Return the innermost running recorder of this experiment in this context."""
 
     @abstractmethod
     def start(
@@ -49,16 +49,16 @@ class Experiment(ABC):
         recorder_name: str | None = None,
         resume: bool = False,
     ) -> Recorder:
-        """Start a new run, or with `resume` go on with the one of that id or name."""
+        """Start a new run, or with `resume` resume the run with the given ID or name."""
 
     def end(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the running recorder, if there is one."""
+        """End the active recorder if there is one."""
         if self.active_recorder is not None:
             self.active_recorder.end_run(recorder_status)
 
     @abstractmethod
     def create_recorder(self, recorder_name: str | None = None) -> Recorder:
-        """A recorder that has not started."""
+        """Create a recorder that is not started yet."""
 
     @abstractmethod
     def get_recorder(
@@ -68,13 +68,13 @@ class Experiment(ABC):
         create: bool = True,
         start: bool = False,
     ) -> Recorder:
-        """The recorder of that id or name, the newest of that name; the running one by default."""
+        """Return the recorder with an ID or name (the newest of it), by default the active one."""
 
     @abstractmethod
     def delete_recorder(
         self, recorder_id: str | None = None, recorder_name: str | None = None
     ) -> None:
-        """Mark a run deleted."""
+        """Mark a run as deleted."""
 
     @abstractmethod
     def search_records(
@@ -83,13 +83,13 @@ class Experiment(ABC):
         filter_string: str | None = None,
         run_view_type: int | None = None,
         max_results: int | None = None,
-        order_by: Searched = None,
+        order_by: Names = None,
     ) -> pd.DataFrame:
-        """The runs of this experiment as a table: `ExpManager.search_records`."""
+        """Return the runs of this experiment as a table, like `ExpManager.search_records`."""
 
     @property
     def info(self) -> dict[str, object]:
-        """Class, id, name, active_recorder, recorders (their ids)."""
+        """Return class, id, name, active_recorder and recorders (both as IDs)."""
         active = self.active_recorder
         return {
             "class": "Experiment",
@@ -107,7 +107,7 @@ class Experiment(ABC):
         status: str | None = None,
         filter_string: str = "",
     ) -> Any:
-        """The runs, the newest first: `{id: recorder}` or a list; of one status if given."""
+        """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
 
 
 class MLflowExperiment(Experiment):
@@ -130,20 +130,20 @@ class MLflowExperiment(Experiment):
     def __hash__(self) -> int:
         return hash((self.id, self._uri))
 
-    def _holds(self, recorder: MLflowRecorder) -> bool:
+    def _contains(self, recorder: MLflowRecorder) -> bool:
         return (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
 
     @property
     def _store(self) -> MLflowStore:
-        from qtorch.tracking.mlflow_store import store_at
+        from qtorch.tracking.mlflow_store import open_store
 
-        return store_at(self._uri)
+        return open_store(self._uri)
 
     @property
     def active_recorder(self) -> MLflowRecorder | None:
-        """The innermost running recorder of this experiment in this context."""
-        for recorder in reversed(running_here()):
-            if isinstance(recorder, MLflowRecorder) and self._holds(recorder):
+        """Return the innermost running recorder of this experiment in this context."""
+        for recorder in reversed(visible_recorders()):
+            if isinstance(recorder, MLflowRecorder) and self._contains(recorder):
                 return recorder
         return None
 
@@ -154,25 +154,25 @@ class MLflowExperiment(Experiment):
         recorder_name: str | None = None,
         resume: bool = False,
     ) -> MLflowRecorder:
-        """Start a new run, or with `resume` go on with the one of that id or name.
+        """Start a new run, or with `resume` resume the run with the given ID or name.
 
-        A name that no run has starts one, also with `resume` (Qlib's rule, so that a program can
-        be repeated as it is); an id that no run has is a NotInStoreError.
+        If no run has the name, a new one is started even with `resume` (as in Qlib, so that a
+        program can be run again unchanged). If no run has the ID, NotInStoreError is raised.
         """
         name = recorder_name or self.default_recorder_name
         if not resume:
             if recorder_id is not None:
                 raise ArgumentError(
-                    f"recorder_id={recorder_id!r} names a run that exists: give resume=True to go "
-                    "on with it, or leave the id out for a new run."
+                    f"recorder_id={recorder_id!r} is the ID of an existing run: pass resume=True "
+                    "to resume it, or omit the ID to start a new run."
                 )
             return self.create_recorder(name).start_run()
         if recorder_id is not None:
-            return self._by_id(recorder_id).start_run()
-        return (self._by_name(name) or self.create_recorder(name)).start_run()
+            return self._find_by_id(recorder_id).start_run()
+        return (self._find_by_name(name) or self.create_recorder(name)).start_run()
 
     def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
-        """A recorder that has not started."""
+        """Create a recorder that is not started yet."""
         name = recorder_name or self.default_recorder_name
         return MLflowRecorder(self.id, self._uri, name, experiment_name=self.name)
 
@@ -183,60 +183,60 @@ class MLflowExperiment(Experiment):
         create: bool = True,
         start: bool = False,
     ) -> MLflowRecorder:
-        """The recorder of that id or name, the newest of that name; the running one by default.
+        """Return the recorder with an ID or name (the newest of a name), by default the active one.
 
-        `create` makes one of that name where there is none, `start` starts one that was made.
-        Otherwise a NotInStoreError.
+        If there is none with the name, `create` creates it, and `start` starts the created one.
+        NotInStoreError without `create`.
         """
         if recorder_id is None and recorder_name is None and self.active_recorder is not None:
             return self.active_recorder
         if recorder_id is not None:
-            return self._by_id(recorder_id)
-        found = self._by_name(recorder_name or self.default_recorder_name)
-        if found is not None:
-            return found
+            return self._find_by_id(recorder_id)
+        recorder = self._find_by_name(recorder_name or self.default_recorder_name)
+        if recorder is not None:
+            return recorder
         if not create:
             names = {str(r.name) for r in self.list_recorders("list")}
-            wanted = recorder_name or self.default_recorder_name
+            requested_name = recorder_name or self.default_recorder_name
             raise NotInStoreError(
-                f"experiment {self.name!r}: {unknown_name('recorder', wanted, names)}"
+                f"experiment {self.name!r}: {unknown_name('recorder', requested_name, names)}"
             )
-        made = self.create_recorder(recorder_name)
-        return made.start_run() if start else made
+        new_recorder = self.create_recorder(recorder_name)
+        return new_recorder.start_run() if start else new_recorder
 
-    def _by_id(self, recorder_id: str) -> MLflowRecorder:
-        for recorder in running_here():
+    def _find_by_id(self, recorder_id: str) -> MLflowRecorder:
+        for recorder in visible_recorders():
             if recorder.id == recorder_id and isinstance(recorder, MLflowRecorder):
                 return recorder
         row = self._store.run(recorder_id)
         if row.experiment_id != self.id:
             raise NotInStoreError(
-                f"the run {recorder_id} is not of experiment {self.name!r} (id {self.id}) but of "
-                f"the one of id {row.experiment_id}."
+                f"run {recorder_id} is not in experiment {self.name!r} (ID {self.id}) but in the "
+                f"experiment with ID {row.experiment_id}."
             )
-        return self._recorder(row)
+        return self._build_recorder(row)
 
-    def _by_name(self, name: str) -> MLflowRecorder | None:
-        for recorder in reversed(running_here()):
-            mine = isinstance(recorder, MLflowRecorder) and self._holds(recorder)
-            if mine and recorder.name == name:
+    def _find_by_name(self, name: str) -> MLflowRecorder | None:
+        for recorder in reversed(visible_recorders()):
+            is_own = isinstance(recorder, MLflowRecorder) and self._contains(recorder)
+            if is_own and recorder.name == name:
                 return cast(MLflowRecorder, recorder)
-        found = [r for r in self._store.runs([self.id]) if r.name == name]
-        if len(found) > 1:
-            log.info("%d runs are called %r; the newest is taken", len(found), name)
-        return self._recorder(found[0]) if found else None
+        matching_rows = [r for r in self._store.runs([self.id]) if r.name == name]
+        if len(matching_rows) > 1:
+            log.info("%d runs have the name %r; using the newest", len(matching_rows), name)
+        return self._build_recorder(matching_rows[0]) if matching_rows else None
 
-    def _recorder(self, row: RunRow) -> MLflowRecorder:
+    def _build_recorder(self, row: RunRow) -> MLflowRecorder:
         return MLflowRecorder(self.id, self._uri, mlflow_run=row, experiment_name=self.name)
 
     def delete_recorder(
         self, recorder_id: str | None = None, recorder_name: str | None = None
     ) -> None:
-        """Mark a run deleted, by id or the newest of a name; NotInStoreError where none is."""
+        """Mark a run as deleted, by ID or the newest of a name; NotInStoreError if none."""
         if recorder_id is None and recorder_name is None:
             raise ArgumentError("delete_recorder needs a recorder_id or a recorder_name.")
-        found = self.get_recorder(recorder_id, recorder_name, create=False)
-        self._store.delete_run(str(found.id))
+        recorder = self.get_recorder(recorder_id, recorder_name, create=False)
+        self._store.delete_run(str(recorder.id))
 
     def search_records(
         self,
@@ -244,9 +244,9 @@ class MLflowExperiment(Experiment):
         filter_string: str | None = None,
         run_view_type: int | None = None,
         max_results: int | None = None,
-        order_by: Searched = None,
+        order_by: Names = None,
     ) -> pd.DataFrame:
-        """The runs of this experiment as a table: `ExpManager.search_records`."""
+        """Return the runs of this experiment as a table, like `ExpManager.search_records`."""
         rows = self._store.runs(
             [self.id],
             filter_string=filter_string or "",
@@ -263,26 +263,28 @@ class MLflowExperiment(Experiment):
         status: str | None = None,
         filter_string: str = "",
     ) -> Any:
-        """The runs, the newest first: `{id: recorder}` or a list; of one status if given."""
+        """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
         if rtype not in (self.RT_D, self.RT_L):
             raise ArgumentError(unknown_name("rtype", str(rtype), (self.RT_D, self.RT_L)))
         rows = self._store.runs([self.id], filter_string=filter_string, max_results=max_results)
-        found = [self._recorder(row) for row in rows if status in (None, row.status)]
-        return {str(r.id): r for r in found} if rtype == self.RT_D else found
+        recorders = [self._build_recorder(row) for row in rows if status in (None, row.status)]
+        return {str(r.id): r for r in recorders} if rtype == self.RT_D else recorders
 
 
 def runs_table(rows: Sequence[RunRow]) -> pd.DataFrame:
-    """One row a run: run_id, experiment_id, status, artifact_uri, start_time, end_time (UTC), and
-    a column for each metric, param and tag, `metrics.*` (NaN where a run has none), `params.*`
-    and `tags.*` (None)."""
+    """Build a table with one row per run.
+
+    Columns: run_id, experiment_id, status, artifact_uri, start_time and end_time (UTC), and one
+    for each metric, param and tag: `metrics.*` (NaN if a run has none), `params.*` and `tags.*`
+    (None)."""
     table = pd.DataFrame(
         {
             "run_id": pd.Series([r.id for r in rows], dtype=object),
             "experiment_id": pd.Series([r.experiment_id for r in rows], dtype=object),
             "status": pd.Series([r.status for r in rows], dtype=object),
             "artifact_uri": pd.Series([r.artifact_uri for r in rows], dtype=object),
-            "start_time": _times([r.start_time for r in rows]),
-            "end_time": _times([r.end_time for r in rows]),
+            "start_time": _to_datetimes([r.start_time for r in rows]),
+            "end_time": _to_datetimes([r.end_time for r in rows]),
         }
     )
     columns = {}
@@ -296,5 +298,5 @@ def runs_table(rows: Sequence[RunRow]) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(columns)], axis=1) if columns else table
 
 
-def _times(milliseconds: list[int | None]) -> pd.Series:
+def _to_datetimes(milliseconds: list[int | None]) -> pd.Series:
     return pd.to_datetime(pd.Series(milliseconds, dtype="Int64"), unit="ms", utc=True)

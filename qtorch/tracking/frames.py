@@ -1,7 +1,7 @@
-"""DataFrame and Series as parquet and back: index, columns, names and dtypes as they were.
+"""Lossless parquet files for DataFrame and Series: index, columns, names and dtypes are restored.
 
-The columns of the file carry readable names (`datetime, instrument, score`), so that any parquet
-reader shows the table; what pandas needs beyond them lies in the file's metadata.
+The columns of the file have readable names (`datetime, instrument, score`), so that any parquet
+reader shows the table. Whatever else pandas needs is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ METADATA = b"qtorch"
 
 
 class NotTabularError(ValueError):
-    """The frame holds what parquet cannot give back as it was."""
+    """Parquet cannot restore the data exactly."""
 
 
 def write_frame(data: pd.DataFrame | pd.Series, path: Path, header: dict[str, Any]) -> None:
-    """Write a parquet file; NotTabularError, and no file, where it would not come back equal."""
+    """Write a parquet file; NotTabularError, and no file, if it would not be restored exactly."""
     table, layout = _to_table(data)
     sample, _ = _to_table(data.iloc[:2])
     if _signature(_from_table(sample, layout)) != _signature(data.iloc[:2]):
-        raise NotTabularError("its dtypes have no counterpart in parquet")
-    held = json.dumps({**header, "layout": layout})
-    table = table.replace_schema_metadata({METADATA: held.encode()})
-    repeating = [f.name for f in table.schema if not pa.types.is_floating(f.type)]
-    pq.write_table(table, path, use_dictionary=repeating or False)
+        raise NotTabularError("its dtypes have no equivalent in parquet")
+    metadata = json.dumps({**header, "layout": layout})
+    table = table.replace_schema_metadata({METADATA: metadata.encode()})
+    dictionary_columns = [f.name for f in table.schema if not pa.types.is_floating(f.type)]
+    pq.write_table(table, path, use_dictionary=dictionary_columns or False)
 
 
 def frame_header(path: Path) -> dict[str, Any] | None:
-    """The header given to `write_frame`; None for a parquet file of another writer."""
+    """Return the header passed to `write_frame`; None for a file written by another program."""
     metadata = pq.read_schema(path).metadata or {}
     return json.loads(metadata[METADATA]) if METADATA in metadata else None
 
 
 def read_frame(path: Path) -> pd.DataFrame | pd.Series:
-    """What `write_frame` wrote; a parquet file of another writer as pandas reads it."""
+    """Read a file of `write_frame`; read any other parquet file as pandas does."""
     header = frame_header(path)
     if header is None:
         return pd.read_parquet(path)
@@ -62,21 +62,21 @@ def _to_table(data: pd.DataFrame | pd.Series) -> tuple[pa.Table, dict[str, Any]]
         labels = [data.name] if isinstance(data, pd.Series) else list(frame.columns)
         for k, label in enumerate(labels):
             column = frame.iloc[:, k]
-            layout["dtypes"].append(_dtype_of(column))
-            arrays.append(_arrow(column, layout["dtypes"][-1]))
-            names.append(_readable(label))
+            layout["dtypes"].append(_describe_dtype(column))
+            arrays.append(_to_arrow(column, layout["dtypes"][-1]))
+            names.append(_readable_name(label))
     except (NotPlainError, pa.ArrowException, TypeError, ValueError) as error:
         raise NotTabularError(str(error)) from error
-    return pa.Table.from_arrays(arrays, names=_distinct(names)), layout
+    return pa.Table.from_arrays(arrays, names=_deduplicate(names)), layout
 
 
 def _from_table(table: pa.Table, layout: dict[str, Any]) -> pd.DataFrame | pd.Series:
     num_index = len(layout["index"]["dtypes"])
     index = _decode_index(table, layout["index"], layout["rows"])
     if len(index) != table.num_rows and table.num_columns:
-        index = index[: table.num_rows]  # the two rows that `write_frame` tries out
+        index = index[: table.num_rows]  # `write_frame` checks the first two rows only
     columns = [
-        _restore(table.column(num_index + k), dtype) for k, dtype in enumerate(layout["dtypes"])
+        _from_arrow(table.column(num_index + k), dtype) for k, dtype in enumerate(layout["dtypes"])
     ]
     if layout["series"]:
         series = pd.Series(columns[0], index=index, name=decode(layout["name"]), copy=False)
@@ -88,22 +88,26 @@ def _from_table(table: pa.Table, layout: dict[str, Any]) -> pd.DataFrame | pd.Se
     return frame
 
 
-def _dtype_of(values: pd.Series | pd.Index) -> Any:
-    """What `_restore` needs besides the arrow values; objects are strings or JSON cell by cell."""
+def _describe_dtype(values: pd.Series | pd.Index) -> Any:
+    """Describe a dtype for `_from_arrow`; object cells are stored as strings or as JSON."""
     dtype = values.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         return {"categories": encode(list(dtype.categories)), "ordered": bool(dtype.ordered)}
     if pd.api.types.is_object_dtype(dtype):
         kind = pd.api.types.infer_dtype(values, skipna=True)
-        return "object" if kind == "string" and all(v is None for v in _missing(values)) else "json"
+        return (
+            "object"
+            if kind == "string" and all(v is None for v in _missing_values(values))
+            else "json"
+        )
     return str(dtype)
 
 
-def _missing(values: pd.Series | pd.Index) -> list[Any]:
+def _missing_values(values: pd.Series | pd.Index) -> list[Any]:
     return list(values[values.isna()])
 
 
-def _arrow(values: pd.Series | pd.Index, dtype: Any) -> Any:
+def _to_arrow(values: pd.Series | pd.Index, dtype: Any) -> Any:
     if dtype == "json":
         return pa.array([json.dumps(encode(v)) for v in values], pa.string())
     if isinstance(dtype, dict):
@@ -112,18 +116,18 @@ def _arrow(values: pd.Series | pd.Index, dtype: Any) -> Any:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
-def _restore(held: pa.ChunkedArray, dtype: Any) -> Any:
-    if pa.types.is_dictionary(held.type):
-        held = held.cast(held.type.value_type)
+def _from_arrow(values: pa.ChunkedArray, dtype: Any) -> Any:
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     if isinstance(dtype, dict):
-        labels, ordered = decode(dtype["categories"]), dtype["ordered"]
-        return pd.Categorical(held.to_pandas(), categories=labels, ordered=ordered)
+        labels, is_ordered = decode(dtype["categories"]), dtype["ordered"]
+        return pd.Categorical(values.to_pandas(), categories=labels, ordered=is_ordered)
     if dtype in ("object", "json"):
-        cells = held.to_pylist()
+        cells = values.to_pylist()
         array = np.empty(len(cells), dtype=object)
         array[:] = [decode(json.loads(c)) for c in cells] if dtype == "json" else cells
         return array
-    return held.to_pandas().astype(dtype).array
+    return values.to_pandas().astype(dtype).array
 
 
 def _encode_index(index: pd.Index) -> tuple[list[Any], list[str], dict[str, Any]]:
@@ -135,15 +139,15 @@ def _encode_index(index: pd.Index) -> tuple[list[Any], list[str], dict[str, Any]
     if isinstance(index, pd.MultiIndex):
         layout["multi"] = True
         for level, codes in zip(index.levels, index.codes, strict=True):
-            layout["dtypes"].append(_dtype_of(level))
-            values = _arrow(level, layout["dtypes"][-1])
+            layout["dtypes"].append(_describe_dtype(level))
+            values = _to_arrow(level, layout["dtypes"][-1])
             indices = pa.array(codes, mask=np.asarray(codes) < 0)
             arrays.append(pa.DictionaryArray.from_arrays(indices, values))
     else:
-        layout["dtypes"].append(_dtype_of(index))
+        layout["dtypes"].append(_describe_dtype(index))
         layout["freq"] = index.freqstr if isinstance(index, pd.DatetimeIndex) else None
-        arrays.append(_arrow(index, layout["dtypes"][-1]))
-    names = [f"index_{k}" if n is None else _readable(n) for k, n in enumerate(index.names)]
+        arrays.append(_to_arrow(index, layout["dtypes"][-1]))
+    names = [f"index_{k}" if n is None else _readable_name(n) for k, n in enumerate(index.names)]
     return arrays, names, layout
 
 
@@ -153,34 +157,34 @@ def _decode_index(table: pa.Table, layout: dict[str, Any], rows: int) -> Any:
         start, stop, step = layout["range"]
         return pd.RangeIndex(start, stop, step, name=names[0])[:rows]
     if not layout.get("multi"):
-        values = _restore(table.column(0), layout["dtypes"][0])
+        values = _from_arrow(table.column(0), layout["dtypes"][0])
         if layout["freq"]:
             return pd.DatetimeIndex(values, freq=layout["freq"], name=names[0])
         return pd.Index(values, name=names[0])
     levels, codes = [], []
     for k, dtype in enumerate(layout["dtypes"]):
-        held = table.column(k).combine_chunks()
-        if isinstance(held, pa.ChunkedArray):
-            held = held.chunk(0)
-        if not pa.types.is_dictionary(held.type):
-            held = held.dictionary_encode()
-        level = pd.Index(_restore(pa.chunked_array([held.dictionary]), dtype))
-        taken = held.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.intp)
+        array = table.column(k).combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0)
+        if not pa.types.is_dictionary(array.type):
+            array = array.dictionary_encode()
+        level = pd.Index(_from_arrow(pa.chunked_array([array.dictionary]), dtype))
+        level_codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.intp)
         order = level.argsort()
-        place = np.empty(len(level) + 1, dtype=np.intp)
-        place[order] = np.arange(len(level))
-        place[-1] = -1
+        new_position = np.empty(len(level) + 1, dtype=np.intp)
+        new_position[order] = np.arange(len(level))
+        new_position[-1] = -1
         levels.append(level[order])
-        codes.append(place[taken])
+        codes.append(new_position[level_codes])
     return pd.MultiIndex(levels=levels, codes=codes, names=names)
 
 
 def _encode_labels(columns: pd.Index) -> dict[str, Any]:
     values = [list(v) for v in columns] if isinstance(columns, pd.MultiIndex) else list(columns)
     if isinstance(columns, pd.MultiIndex):
-        dtypes = [_dtype_of(level) for level in columns.levels]
+        dtypes = [_describe_dtype(level) for level in columns.levels]
     else:
-        dtypes = [_dtype_of(columns)]
+        dtypes = [_describe_dtype(columns)]
     return {
         "names": encode(list(columns.names)),
         "labels": encode(values),
@@ -198,48 +202,48 @@ def _decode_labels(layout: dict[str, Any]) -> Any:
         start, stop, step = layout["range"]
         return pd.RangeIndex(start, stop, step, name=names[0])
     if not layout["multi"]:
-        return _labels(labels, dtypes[0]).rename(names[0])
+        return _build_labels(labels, dtypes[0]).rename(names[0])
     parts = list(zip(*labels, strict=True)) if labels else [()] * len(dtypes)
-    arrays = [_labels(list(v), d) for v, d in zip(parts, dtypes, strict=True)]
+    arrays = [_build_labels(list(v), d) for v, d in zip(parts, dtypes, strict=True)]
     return pd.MultiIndex.from_arrays(arrays, names=names)
 
 
-def _labels(values: list[Any], dtype: Any) -> Any:
+def _build_labels(values: list[Any], dtype: Any) -> Any:
     if isinstance(dtype, dict):
-        labels, ordered = decode(dtype["categories"]), dtype["ordered"]
-        return pd.Index(pd.Categorical(values, categories=labels, ordered=ordered))
+        labels, is_ordered = decode(dtype["categories"]), dtype["ordered"]
+        return pd.Index(pd.Categorical(values, categories=labels, ordered=is_ordered))
     return pd.Index(values, dtype="object" if dtype == "json" else dtype)
 
 
-def _readable(label: Any) -> str:
+def _readable_name(label: Any) -> str:
     return "/".join(map(str, label)) if isinstance(label, tuple) else str(label)
 
 
-def _distinct(names: list[str]) -> list[str]:
-    taken: set[str] = set()
+def _deduplicate(names: list[str]) -> list[str]:
+    used: set[str] = set()
     for k, name in enumerate(names):
-        number, free = 1, name
-        while free in taken:
+        number, candidate = 1, name
+        while candidate in used:
             number += 1
-            free = f"{name}.{number}"
-        taken.add(free)
-        names[k] = free
+            candidate = f"{name}.{number}"
+        used.add(candidate)
+        names[k] = candidate
     return names
 
 
 def _signature(data: Any) -> Any:
-    """What must come back besides the values."""
+    """Summarize everything but the values that reading must restore: types, names and dtypes."""
 
-    def of_dtype(dtype: Any) -> Any:
+    def dtype_signature(dtype: Any) -> Any:
         if isinstance(dtype, pd.CategoricalDtype):
             return "category", list(dtype.categories), dtype.ordered
         return str(dtype)
 
-    def of_index(index: pd.Index) -> Any:
+    def index_signature(index: pd.Index) -> Any:
         levels = index.levels if isinstance(index, pd.MultiIndex) else [index]
-        return type(index), list(index.names), [of_dtype(level.dtype) for level in levels]
+        return type(index), list(index.names), [dtype_signature(level.dtype) for level in levels]
 
     if isinstance(data, pd.Series):
-        return "series", of_dtype(data.dtype), data.name, of_index(data.index)
-    columns = of_index(data.columns), list(data.columns)
-    return "frame", [of_dtype(d) for d in data.dtypes], columns, of_index(data.index)
+        return "series", dtype_signature(data.dtype), data.name, index_signature(data.index)
+    columns = index_signature(data.columns), list(data.columns)
+    return "frame", [dtype_signature(d) for d in data.dtypes], columns, index_signature(data.index)

@@ -1,4 +1,4 @@
-"""What MLflow takes: names, lengths, numbers, times."""
+"""MLflow's limits on names and text lengths, and its units for numbers and times."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
 _BAD_IN_KEY = re.compile(r"[^\w\-. :/]")
 
 
-def now() -> int:
-    """Milliseconds since 1970, UTC."""
+def now_ms() -> int:
+    """Return the current time in milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000
 
 
-def local_time(milliseconds: int | None) -> str | None:
-    """As text, in this machine's time zone."""
+def format_local_time(milliseconds: int | None) -> str | None:
+    """Format a time in milliseconds as text in this machine's time zone."""
     if milliseconds is None:
         return None
     return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
 
 
-_said: set[str] = set()
+_logged_warnings: set[str] = set()
 
 
-def say_once(message: str) -> None:
-    """A warning that this process gives once."""
-    if message not in _said and len(_said) < 1000:
-        _said.add(message)
+def warn_once(message: str) -> None:
+    """Log a warning unless this process has logged the same text before."""
+    if message not in _logged_warnings and len(_logged_warnings) < 1000:
+        _logged_warnings.add(message)
         log.warning(message)
 
 
 def clean_key(name: str) -> str:
-    """A name that MLflow takes: it knows letters, digits and `_-. :/`, at most 250 of them."""
+    """Turn a name into one that MLflow accepts: letters, digits and `_-. :/`, at most 250."""
     key = "/".join(p if p.strip(".") else "_" for p in _BAD_IN_KEY.sub("_", str(name)).split("/"))
     if len(key) > MAX_KEY:
         key = key[:MAX_KEY]
     if key != name:
-        say_once(f"{name!r} is logged as {key!r}: MLflow takes no such name")
+        warn_once(f"{name!r} is logged as {key!r}: MLflow does not accept the original name")
     return key
 
 
-def number(name: str, value: Any) -> float:
-    """The value of a metric; ArgumentError for what is no number."""
+def parse_metric_value(name: str, value: Any) -> float:
+    """Convert a metric value to a float; raise ArgumentError if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"metric {name!r} is {value!r}; a metric is one number.") from error
+        raise ArgumentError(
+            f"metric {name!r} is {value!r}; a metric must be one number."
+        ) from error

@@ -1,4 +1,4 @@
-"""Where a run belongs: which run's model it went on from, what it is a part of."""
+"""Lineage of runs: the run whose model a run starts from, and the parent run on MLflow's page."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any
 from qtorch.tracking.recorder import Recorder
 
 FROM_TAG = "warm_start.from"
-DEPTH_TAG = "warm_start.depth"  # how many trainings lie behind the weights
+DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
 PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
 
-_birth: ContextVar[dict[str, str] | None] = ContextVar("qtorch_birth_tags", default=None)
+_initial_tags: ContextVar[dict[str, str] | None] = ContextVar("qtorch_birth_tags", default=None)
 
 
 @contextmanager
-def born_with(tags: dict[str, str]) -> Iterator[None]:
-    """Runs that begin inside the block have these tags from the first moment.
+def with_run_tags(tags: dict[str, str]) -> Iterator[None]:
+    """Give every run that is created inside the block these tags from the start.
 
-    A process that is killed at any point leaves no run that cannot be told.
+    The tags are part of the request that creates the run, so that even a process that is killed
+    right afterwards leaves a run that can be identified.
     """
-    token = _birth.set({**birth_tags(), **tags})
+    token = _initial_tags.set({**initial_run_tags(), **tags})
     try:
         yield
     finally:
-        _birth.reset(token)
+        _initial_tags.reset(token)
 
 
-def birth_tags() -> dict[str, str]:
-    """The tags that a new run of this context is made with."""
-    return dict(_birth.get() or {})
+def initial_run_tags() -> dict[str, str]:
+    """Return the tags that a new run of this context is created with."""
+    return dict(_initial_tags.get() or {})
 
 
 def tag_lineage(run: Recorder, earlier: Recorder) -> None:
-    """Name the earlier run in the tags of `run`, and nest it there unless it belongs elsewhere.
+    """Tag `run` with the earlier run whose weights it starts from, and nest it under that run.
 
-    The earlier run is only read.
+    A run that already has a parent keeps it. The earlier run is only read.
     """
     depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
     tags = {FROM_TAG: earlier.id, DEPTH_TAG: str(depth)}
@@ -46,9 +47,9 @@ def tag_lineage(run: Recorder, earlier: Recorder) -> None:
     run.set_tags(**tags)
 
 
-def told_of(recorder: Recorder, loaded: Any) -> Any:
-    """A loaded object, told which run it comes from where it wants to know (`loaded_from`)."""
-    tell = getattr(loaded, "loaded_from", None)
-    if callable(tell):
-        tell(recorder)
-    return loaded
+def call_load_hook(recorder: Recorder, value: Any) -> Any:
+    """Tell a loaded object which run it comes from if it has an `on_load` hook, and return it."""
+    hook = getattr(value, "on_load", None)
+    if callable(hook):
+        hook(recorder)
+    return value

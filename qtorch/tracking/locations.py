@@ -1,4 +1,4 @@
-"""Where things of tracking lie: the store's URI, the user's cache, locks between processes."""
+"""Locations of tracking data: store URI, artifact folder, outbox, and file locks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NAMED_STORES = ("databricks", "databricks-uc", "uc")  # MLflow's URIs that are b
 
 
 def default_uri() -> str:
-    """The tracking URI in force: `qtorch.init`'s, else MLFLOW_TRACKING_URI, else a sqlite file.
+    """Return the default tracking URI: from `qtorch.init`, MLFLOW_TRACKING_URI, or a sqlite file.
 
-    That file is `mlruns/mlflow.db` under the working folder; artifacts lie beside it, in
+    That file is `mlruns/mlflow.db` in the working folder; its artifacts are in
     `mlruns/artifacts`.
     """
-    given = session().tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return resolve_uri(given or f"{SQLITE}{Path('mlruns', 'mlflow.db').absolute()}")
+    uri = session().tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return resolve_uri(uri or f"{SQLITE}{Path('mlruns', 'mlflow.db').absolute()}")
 
 
 def resolve_uri(uri: str | Path) -> str:
-    """The URI with an absolute path, so that it means the same after a change of folder.
+    """Make the path in a URI absolute, so that it stays valid when the working folder changes.
 
-    Raises TrackingError for a bare folder: MLflow 3.13 and later refuse such stores.
+    Raises TrackingError for a bare folder: MLflow 3.13 and later reject such stores.
     """
     text = str(uri).strip()
     path = sqlite_path(text)
@@ -46,14 +46,14 @@ def resolve_uri(uri: str | Path) -> str:
     if scheme in ("", "file") and os.environ.get(ALLOW_FILE_STORE, "").lower() != "true":
         folder = Path(unquote(urlsplit(text).path) if scheme else text).expanduser().absolute()
         raise TrackingError(
-            f"the tracking URI {text!r} is a folder of files, which MLflow no longer serves; write "
-            f"'{SQLITE}{folder / 'mlflow.db'}' (`mlflow migrate-filestore` moves old runs over)."
+            f"the tracking URI {text!r} is a folder, which MLflow no longer supports as a store; "
+            f"use '{SQLITE}{folder / 'mlflow.db'}' (`mlflow migrate-filestore` moves old runs)."
         )
     return text
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute file behind a sqlite URI; None for any other store, one in memory too."""
+    """Return the absolute path of a sqlite URI's file; None for another store or one in memory."""
     if not uri.startswith(SQLITE):
         return None
     name = uri[len(SQLITE) :].partition("?")[0]
@@ -62,13 +62,13 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name).expanduser().absolute()
 
 
-def redacted(uri: str) -> str:
-    """The URI without its password: for logs, messages and what is kept on disk."""
+def redact_password(uri: str) -> str:
+    """Replace the password in a URI by `***`, for logs, messages and files."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def local_folder(artifact_uri: str | None) -> Path | None:
-    """The folder behind a run's artifact URI, None where it lies on another machine."""
+    """Return the local folder of a run's artifact URI, None if it is on another machine."""
     if not artifact_uri:
         return None
     parts = urlsplit(artifact_uri)
@@ -78,16 +78,16 @@ def local_folder(artifact_uri: str | None) -> Path | None:
 
 
 def outbox_folder() -> Path:
-    """Where entries wait that no store has confirmed: QTORCH_OUTBOX, else in the cache folder."""
-    given = os.environ.get("QTORCH_OUTBOX")
-    return Path(given).expanduser() if given else cache_folder() / "outbox"
+    """Return the folder for unconfirmed entries: QTORCH_OUTBOX, else one in the cache folder."""
+    folder = os.environ.get("QTORCH_OUTBOX")
+    return Path(folder).expanduser() if folder else cache_folder() / "outbox"
 
 
 @contextmanager
 def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
-    """Hold the lock file `path` against every other process (flock; freed when one dies).
+    """Hold an exclusive lock on the file `path` (flock, so that it is freed if the process dies).
 
-    Raises TrackingError after `timeout` seconds, and where the file cannot be written.
+    Raises TrackingError after `timeout` seconds, and if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise TrackingError(
-                        f"another process has held {path} for {timeout:.0f} s; end it or wait."
+                        f"could not lock {path} within {timeout:.0f} s: another process holds it."
                     ) from None
                 time.sleep(0.02)
         yield

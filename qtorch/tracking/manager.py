@@ -1,4 +1,4 @@
-"""The experiments of a tracking store, and which of them runs."""
+"""Experiment managers: find, create, start and end the experiments of a tracking store."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, TrackingError, unknown_name
-from qtorch.tracking.current import running_here
+from qtorch.tracking.current import visible_recorders
 from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError
-from qtorch.tracking.experiment import Experiment, MLflowExperiment, Searched, runs_table
+from qtorch.tracking.experiment import Experiment, MLflowExperiment, Names, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.recorder import Recorder
@@ -29,9 +29,9 @@ DEFAULT_EXPERIMENT = "Experiment"  # Qlib's
 
 
 class ExpManager(ABC):
-    """Finds, makes, starts and ends experiments. Answers to qlib/workflow/expm.py.
+    """Finds, creates, starts and ends experiments. Corresponds to qlib/workflow/expm.py.
 
-    Difference from Qlib: runs nest, and threads do not see each other's.
+    Difference from Qlib: runs can be nested, and threads do not see each other's runs.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class ExpManager(ABC):
 
     @property
     def default_uri(self) -> str:
-        """The URI where no run is active: set here, else `qtorch.init`'s, else the environment's,
-        else `mlruns/mlflow.db` under the working folder."""
+        """The URI used when no run is active: the one set here, in `qtorch.init` or in the
+        environment, else `mlruns/mlflow.db` in the working folder."""
         return self._local_uri.get() or self._uri or default_uri()
 
     @default_uri.setter
@@ -56,7 +56,7 @@ class ExpManager(ABC):
 
     @contextmanager
     def uri_context(self, uri: str) -> Iterator[None]:
-        """Another default URI inside a `with` block, in this context (thread) alone."""
+        """Use another default URI inside a `with` block, in this context (thread) only."""
         token = self._local_uri.set(resolve_uri(uri))
         try:
             yield
@@ -66,12 +66,12 @@ class ExpManager(ABC):
     @property
     @abstractmethod
     def uri(self) -> str:
-        """The URI in force: the active run's, else `default_uri`."""
+        """The current tracking URI: the active run's, else `default_uri`."""
 
     @property
     @abstractmethod
     def active_experiment(self) -> Experiment | None:
-        """The experiment of the innermost running recorder of this context."""
+        """Return the experiment of the innermost running recorder of this context."""
 
     @abstractmethod
     def start_exp(
@@ -84,15 +84,15 @@ class ExpManager(ABC):
         uri: str | None = None,
         resume: bool = False,
     ) -> Experiment:
-        """Start a run in an experiment, which is made if need be."""
+        """Start a run in an experiment, which is created if it does not exist."""
 
     @abstractmethod
     def end_exp(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the innermost running recorder of this context, if there is one."""
+        """End the innermost running recorder of this context if there is one."""
 
     @abstractmethod
     def create_exp(self, experiment_name: str | None = None) -> Experiment:
-        """A new experiment; AlreadyInStoreError where the name is taken."""
+        """Create an experiment; AlreadyInStoreError if the name exists."""
 
     @abstractmethod
     def get_exp(
@@ -103,50 +103,50 @@ class ExpManager(ABC):
         create: bool = True,
         start: bool = False,
     ) -> Experiment:
-        """The experiment of that id or name; the active one, else the default one, by default."""
+        """Return the experiment with an ID or name, by default the active or the default one."""
 
     @abstractmethod
     def delete_exp(
         self, experiment_id: str | None = None, experiment_name: str | None = None
     ) -> None:
-        """Mark an experiment deleted."""
+        """Mark an experiment as deleted."""
 
     @abstractmethod
     def list_experiments(self) -> dict[str, Experiment]:
-        """`{name: experiment}` of all that are not deleted."""
+        """Return `{name: experiment}` of all experiments that are not deleted."""
 
     @abstractmethod
     def search_records(
         self,
-        experiment_ids: Searched = None,
+        experiment_ids: Names = None,
         *,
         filter_string: str | None = None,
         run_view_type: int | None = None,
         max_results: int | None = None,
-        order_by: Searched = None,
+        order_by: Names = None,
     ) -> pd.DataFrame:
-        """Runs as a table, one row a run."""
+        """Return runs as a table with one row per run."""
 
 
 class MLflowExpManager(ExpManager):
-    """The manager on MLflow."""
+    """The MLflow implementation of ExpManager."""
 
     @property
     def uri(self) -> str:
-        """The URI in force: the active run's, else `default_uri`."""
+        """The current tracking URI: the active run's, else `default_uri`."""
         active = self._active_recorder
         return active.uri if active else self.default_uri
 
     @property
     def _active_recorder(self) -> MLflowRecorder | None:
-        for recorder in reversed(running_here()):
+        for recorder in reversed(visible_recorders()):
             if isinstance(recorder, MLflowRecorder):
                 return recorder
         return None
 
     @property
     def active_experiment(self) -> MLflowExperiment | None:
-        """The experiment of the innermost running recorder of this context."""
+        """Return the experiment of the innermost running recorder of this context."""
         active = self._active_recorder
         if active is None:
             return None
@@ -157,9 +157,9 @@ class MLflowExpManager(ExpManager):
         return MLflowExperiment(active.experiment_id, name, active.uri)
 
     def _store(self, uri: str | None = None) -> MLflowStore:
-        from qtorch.tracking.mlflow_store import store_at
+        from qtorch.tracking.mlflow_store import open_store
 
-        return store_at(uri or self.uri)
+        return open_store(uri or self.uri)
 
     def start_exp(
         self,
@@ -171,9 +171,9 @@ class MLflowExpManager(ExpManager):
         uri: str | None = None,
         resume: bool = False,
     ) -> MLflowExperiment:
-        """Start a run in an experiment, which is made if need be.
+        """Start a run in an experiment, which is created if it does not exist.
 
-        With a `recorder_id` and no experiment the run's own experiment is taken.
+        If `recorder_id` is given without an experiment, the run's own experiment is used.
         """
         store = self._store(uri or self.default_uri)
         if resume and recorder_id and experiment_id is None and experiment_name is None:
@@ -185,13 +185,13 @@ class MLflowExpManager(ExpManager):
         return experiment
 
     def end_exp(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the innermost running recorder of this context, if there is one."""
+        """End the innermost running recorder of this context if there is one."""
         active = self._active_recorder
         if active is not None:
             active.end_run(recorder_status)
 
     def create_exp(self, experiment_name: str | None = None) -> MLflowExperiment:
-        """A new experiment; AlreadyInStoreError where the name is taken."""
+        """Create an experiment; AlreadyInStoreError if the name exists."""
         store = self._store()
         row = store.create_experiment(experiment_name or self._default_exp_name)
         return MLflowExperiment(row.id, row.name, store.uri)
@@ -204,10 +204,10 @@ class MLflowExpManager(ExpManager):
         create: bool = True,
         start: bool = False,
     ) -> MLflowExperiment:
-        """The experiment of that id or name; the active one, else the default one, by default.
+        """Return the experiment with an ID or name, by default the active or the default one.
 
-        `create` makes one of that name where there is none, otherwise NotInStoreError; `start`
-        starts a run in it where none is active.
+        If there is none with the name, `create` creates it; NotInStoreError without `create`.
+        `start` starts a run in the experiment if none is active.
         """
         active = self.active_experiment
         if experiment_id is None and experiment_name is None:
@@ -218,31 +218,35 @@ class MLflowExpManager(ExpManager):
         if create:
             experiment = self._get_or_create(store, experiment_id, experiment_name)
         else:
-            experiment = self._existing(store, experiment_id, experiment_name)
+            experiment = self._get_existing(store, experiment_id, experiment_name)
         if start and active is None:
             experiment.start()
         return experiment
 
     def recorder(self, recorder_id: str) -> MLflowRecorder:
-        """The run of that id, whatever its experiment; NotInStoreError where there is none."""
+        """Return the run with an ID from any experiment; NotInStoreError if there is none."""
         row = self._store().run(recorder_id)
         experiment = self.get_exp(experiment_id=row.experiment_id, create=False)
         return experiment.get_recorder(recorder_id, create=False)
 
-    def _find(self, store: MLflowStore, id: str | None, name: str | None) -> ExperimentRow | None:
+    def _find_experiment(
+        self, store: MLflowStore, id: str | None, name: str | None
+    ) -> ExperimentRow | None:
         row = store.experiment(id=id, name=name)
-        if row is not None and row.deleted:
+        if row is not None and row.is_deleted:
             raise NotInStoreError(
-                f"the experiment {row.name!r} (id {row.id}) is deleted; `mlflow experiments "
-                f"restore -x {row.id}` brings it back, or take another name."
+                f"the experiment {row.name!r} (ID {row.id}) is deleted; restore it with `mlflow "
+                f"experiments restore -x {row.id}` or use another name."
             )
         return row
 
-    def _existing(self, store: MLflowStore, id: str | None, name: str | None) -> MLflowExperiment:
-        row = self._find(store, id, name)
+    def _get_existing(
+        self, store: MLflowStore, id: str | None, name: str | None
+    ) -> MLflowExperiment:
+        row = self._find_experiment(store, id, name)
         if row is None:
-            known = store.experiments()
-            valid = [e.name for e in known] if id is None else [e.id for e in known]
+            existing = store.experiments()
+            valid = [e.name for e in existing] if id is None else [e.id for e in existing]
             raise NotInStoreError(unknown_name("experiment", str(id or name), valid))
         return MLflowExperiment(row.id, row.name, store.uri)
 
@@ -250,46 +254,47 @@ class MLflowExpManager(ExpManager):
         self, store: MLflowStore, id: str | None, name: str | None
     ) -> MLflowExperiment:
         if id is not None:
-            return self._existing(store, id, None)
-        row = self._find(store, None, name)
+            return self._get_existing(store, id, None)
+        row = self._find_experiment(store, None, name)
         if row is None:
             try:
                 row = store.create_experiment(name or self._default_exp_name)
-                log.info("made the experiment %r", row.name)
-            except AlreadyInStoreError:  # another process was quicker
-                row = self._find(store, None, name)
+                log.info("created experiment %r", row.name)
+            except AlreadyInStoreError:  # another process created it first
+                row = self._find_experiment(store, None, name)
         if row is None:
-            raise TrackingError(f"the experiment {name!r} can neither be read nor made.")
+            raise TrackingError(f"the experiment {name!r} could be neither read nor created.")
         return MLflowExperiment(row.id, row.name, store.uri)
 
     def delete_exp(
         self, experiment_id: str | None = None, experiment_name: str | None = None
     ) -> None:
-        """Mark an experiment deleted; NotInStoreError where there is none."""
+        """Mark an experiment as deleted; NotInStoreError if there is none."""
         if experiment_id is None and experiment_name is None:
             raise ArgumentError("delete_exp needs an experiment_id or an experiment_name.")
         store = self._store()
-        store.delete_experiment(self._existing(store, experiment_id, experiment_name).id)
+        store.delete_experiment(self._get_existing(store, experiment_id, experiment_name).id)
 
     def list_experiments(self) -> dict[str, Experiment]:
-        """`{name: experiment}` of all that are not deleted."""
+        """Return `{name: experiment}` of all experiments that are not deleted."""
         store = self._store()
         return {e.name: MLflowExperiment(e.id, e.name, store.uri) for e in store.experiments()}
 
     def search_records(
         self,
-        experiment_ids: Searched = None,
+        experiment_ids: Names = None,
         *,
         filter_string: str | None = None,
         run_view_type: int | None = None,
         max_results: int | None = None,
-        order_by: Searched = None,
+        order_by: Names = None,
     ) -> pd.DataFrame:
-        """Runs as a table, one row a run; all experiments by default.
+        """Return runs as a table with one row per run; of all experiments by default.
 
-        `filter_string` and `order_by` are MLflow's (`metrics.IC > 0.02`), `run_view_type` 1 is
-        what is not deleted, 2 what is, 3 both. Columns: `qtorch.tracking.experiment.runs_table`.
-        Difference from Qlib: this is the DataFrame that Qlib documents, not a list of runs.
+        `filter_string` and `order_by` use MLflow's syntax (`metrics.IC > 0.02`). `run_view_type`
+        1 selects the runs that are not deleted, 2 the deleted ones, 3 both. The columns are those
+        of `qtorch.tracking.experiment.runs_table`.
+        Difference from Qlib: this returns the DataFrame that Qlib documents, not a list of runs.
         """
         store = self._store()
         if isinstance(experiment_ids, str):
@@ -307,6 +312,6 @@ class MLflowExpManager(ExpManager):
         return runs_table(rows)
 
 
-#: The process's own manager: `R`'s, so that its `set_uri` and `uri_context` hold for whoever looks
-#: a run up.
+#: The manager of this process, shared with `R`, so that `R.set_uri` and `R.uri_context` apply to
+#: all code that looks up a run.
 MANAGER = MLflowExpManager()

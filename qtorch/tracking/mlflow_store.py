@@ -1,7 +1,8 @@
-"""MLflow behind one door: the only module that imports it.
+"""The MLflow client: the only module that imports MLflow.
 
-Everything goes through a client of one tracking URI; MLflow's own global URI and active run are
-neither read nor set. Its environment variables (credentials, timeouts, system metrics) hold.
+Everything goes through a client of one tracking URI; MLflow's global tracking URI and active run
+are neither read nor set. MLflow's environment variables (credentials, timeouts, system metrics)
+apply.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
 from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError, RefusedError
-from qtorch.tracking.locations import cache_folder, file_lock, redacted, resolve_uri, sqlite_path
+from qtorch.tracking.locations import (
+    cache_folder,
+    file_lock,
+    redact_password,
+    resolve_uri,
+    sqlite_path,
+)
 from qtorch.tracking.rows import ExperimentRow, MetricPoint, RunRow
 from qtorch.tracking.sqlite_file import ensure_sqlite_store
 
@@ -42,52 +49,53 @@ MAX_METRICS, MAX_PARAMS, PAGE = 1000, 100, 1000
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 LOCKED_ATTEMPTS, _LOCKED = 5, "database is locked"
-_KINDS: dict[str, type[TrackingError]] = {
+_ERROR_CLASSES: dict[str, type[TrackingError]] = {
     "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
     "RESOURCE_ALREADY_EXISTS": AlreadyInStoreError,
     "INVALID_PARAMETER_VALUE": RefusedError,
 }
-_INFINITE = sys.float_info.max  # what MLflow stores for an infinite value
+_STORED_INFINITY = sys.float_info.max  # MLflow stores infinity as this value
 
 _stores: dict[tuple[int, str], MLflowStore] = {}
 _stores_lock = threading.Lock()
 
 
-def store_at(uri: str) -> MLflowStore:
-    """The store of a tracking URI, opened once a process.
+def open_store(uri: str) -> MLflowStore:
+    """Return the store of a tracking URI, opened once per process.
 
-    Raises TrackingError, within seconds, where nothing answers.
+    Raises TrackingError within seconds if the store does not answer.
     """
-    resolved = resolve_uri(uri)
-    key = (os.getpid(), resolved)
+    full_uri = resolve_uri(uri)
+    key = (os.getpid(), full_uri)
     with _stores_lock:
         if key not in _stores:
-            _stores[key] = MLflowStore(resolved)
+            _stores[key] = MLflowStore(full_uri)
         return _stores[key]
 
 
 class MLflowStore:
-    """Experiments, runs and artifacts of one tracking URI, errors in qtorch's own classes."""
+    """Experiments, runs and artifacts of one tracking URI; raises qtorch's own errors."""
 
     def __init__(self, uri: str) -> None:
         self.uri = resolve_uri(uri)
         self.check_answers()
         path = sqlite_path(self.uri)
         if path is not None:
-            self._ask("make", lambda: ensure_sqlite_store(path, _schema_name(), _migrate))
-            self.client = self._ask("open", lambda: MlflowClient(tracking_uri=self.uri))
+            self._call("make", lambda: ensure_sqlite_store(path, _schema_name(), _migrate))
+            self.client = self._call("open", lambda: MlflowClient(tracking_uri=self.uri))
         else:
-            # A fresh database of a server is migrated by the first who opens it.
+            # The first client that opens a server's new database migrates it, so take turns.
             name = sha256(self.uri.encode()).hexdigest()[:16]
             with file_lock(cache_folder() / f"open-{name}.lock"):
-                self.client = self._ask("open", lambda: MlflowClient(tracking_uri=self.uri))
-                self._ask("open", lambda: self.client.search_experiments(max_results=1))
-        _opened.add(self)
+                self.client = self._call("open", lambda: MlflowClient(tracking_uri=self.uri))
+                self._call("open", lambda: self.client.search_experiments(max_results=1))
+        _open_stores.add(self)
 
     def check_answers(self) -> None:
-        """TrackingError, within QTORCH_TRACKING_TIMEOUT seconds (10), unless the server is there.
+        """Raise TrackingError if the server does not answer.
 
-        MLflow's own requests go on retrying for minutes, so this stands before each of them.
+        It has QTORCH_TRACKING_TIMEOUT seconds (10). MLflow's own requests retry for
+        minutes, so this check runs before each of them.
         """
         parts = urlsplit(self.uri)
         port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
@@ -100,75 +108,77 @@ class MLflowStore:
                 socket.create_connection(address, timeout=timeout).close()
         except (MlflowException, OSError, ValueError) as error:
             raise TrackingError(
-                f"the tracking server {redacted(self.uri)} does not answer ({_reason(error)}). "
-                "Start it, or give another tracking URI."
+                f"the tracking server {redact_password(self.uri)} does not answer ({_reason(error)}"
+                "). Start it, or use another tracking URI."
             ) from error
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        """The answer, or MLflow's error as one of qtorch's.
+    def _call(self, action: str, request: Callable[[], T]) -> T:
+        """Send a request and return its result; raise MLflow's errors as qtorch's own.
 
-        A sqlite file that other processes hold for longer than MLflow waits is asked again.
+        Retries if other processes lock a sqlite file for longer than MLflow waits.
         """
         self.check_answers()
         for attempt in range(LOCKED_ATTEMPTS):
             try:
-                return call()
+                return request()
             except TrackingError:
                 raise
             except Exception as error:
                 if _LOCKED in str(error) and attempt + 1 < LOCKED_ATTEMPTS:
-                    log.debug("could not %s: the database is locked", what)
+                    log.debug("could not %s: the database is locked", action)
                     time.sleep(random.uniform(0.05, 0.5))
                     continue
                 code = str(getattr(error, "error_code", ""))
-                raise _KINDS.get(code, TrackingError)(self._failed(what, error)) from error
+                raise _ERROR_CLASSES.get(code, TrackingError)(
+                    self._error_text(action, error)
+                ) from error
         raise AssertionError("the last attempt returns or raises")
 
-    def _failed(self, what: str, error: Exception) -> str:
-        return f"could not {what} at {redacted(self.uri)}: {_first_line(error)}"
+    def _error_text(self, action: str, error: Exception) -> str:
+        return f"could not {action} at {redact_password(self.uri)}: {_first_line(error)}"
 
     # Experiments
 
     def experiment(self, *, id: str | None = None, name: str | None = None) -> ExperimentRow | None:
-        """The experiment, a deleted one too; None where there is none."""
-        what = f"read the experiment {name or id!r}"
+        """Return an experiment, including a deleted one; None if there is none."""
+        action = f"read the experiment {name or id!r}"
         try:
             if id is not None:
-                found: Any = self._ask(what, lambda: self.client.get_experiment(str(id)))
+                entity: Any = self._call(action, lambda: self.client.get_experiment(str(id)))
             else:
-                found = self._ask(what, lambda: self.client.get_experiment_by_name(name or ""))
+                entity = self._call(action, lambda: self.client.get_experiment_by_name(name or ""))
         except (NotInStoreError, RefusedError):
             return None
-        return None if found is None else _experiment_row(found)
+        return None if entity is None else _experiment_row(entity)
 
     def create_experiment(self, name: str) -> ExperimentRow:
-        """A new experiment; AlreadyInStoreError where the name is taken, by a deleted one too."""
+        """Create an experiment; AlreadyInStoreError if the name exists, even as a deleted one."""
         path = sqlite_path(self.uri)
         folder = None if path is None else str(path.parent / "artifacts" / _folder_name(name))
-        created = self._ask(
+        new_id = self._call(
             f"create the experiment {name!r}",
             lambda: self.client.create_experiment(name, artifact_location=folder),
         )
-        return ExperimentRow(str(created), name)
+        return ExperimentRow(str(new_id), name)
 
     def experiments(self) -> list[ExperimentRow]:
-        """All that are not deleted."""
-        found = self._ask(
+        """Return all experiments that are not deleted."""
+        entities = self._call(
             "list the experiments", lambda: list(_pages(self.client.search_experiments))
         )
-        return [_experiment_row(e) for e in found]
+        return [_experiment_row(e) for e in entities]
 
     def delete_experiment(self, id: str) -> None:
-        """Mark it deleted, as MLflow does; `mlflow gc` removes it for good."""
-        self._ask(f"delete the experiment {id}", lambda: self.client.delete_experiment(id))
+        """Mark an experiment as deleted; `mlflow gc` removes it for good."""
+        self._call(f"delete the experiment {id}", lambda: self.client.delete_experiment(id))
 
     # Runs
 
     def create_run(
         self, experiment_id: str, name: str | None, tags: Mapping[str, str], start_time: int
     ) -> RunRow:
-        """A new run, status RUNNING."""
-        run = self._ask(
+        """Create a run with the status RUNNING."""
+        run = self._call(
             "create a run",
             lambda: self.client.create_run(
                 experiment_id, start_time=start_time, tags=dict(tags), run_name=name
@@ -177,23 +187,23 @@ class MLflowStore:
         return _run_row(run)
 
     def run(self, run_id: str) -> RunRow:
-        """One run; NotInStoreError where there is none."""
+        """Return a run; NotInStoreError if there is none."""
         try:
-            return _run_row(self._ask(f"read run {run_id}", lambda: self.client.get_run(run_id)))
+            return _run_row(self._call(f"read run {run_id}", lambda: self.client.get_run(run_id)))
         except RefusedError as error:
             raise NotInStoreError(str(error)) from error
 
     def set_status(self, run_id: str, status: str, end_time: int | None = None) -> None:
-        """A final status with its end, or RUNNING again."""
-        what = f"set the run {run_id} to {status}"
+        """Set a final status with its end time, or RUNNING without one."""
+        action = f"set the run {run_id} to {status}"
         if end_time is None:
-            self._ask(what, lambda: self.client.update_run(run_id, status=status))
+            self._call(action, lambda: self.client.update_run(run_id, status=status))
         else:
-            self._ask(what, lambda: self.client.set_terminated(run_id, status, end_time))
+            self._call(action, lambda: self.client.set_terminated(run_id, status, end_time))
 
     def delete_run(self, run_id: str) -> None:
-        """Mark it deleted."""
-        self._ask(f"delete the run {run_id}", lambda: self.client.delete_run(run_id))
+        """Mark a run as deleted."""
+        self._call(f"delete the run {run_id}", lambda: self.client.delete_run(run_id))
 
     def runs(
         self,
@@ -204,7 +214,7 @@ class MLflowStore:
         max_results: int = 100_000,
         order_by: Sequence[str] | None = None,
     ) -> list[RunRow]:
-        """Runs by MLflow's filter language, the newest first unless `order_by` says else."""
+        """Search runs with MLflow's filter syntax; the newest first unless `order_by` is given."""
 
         def page(page_token: str | None, max_results: int) -> Any:
             return self.client.search_runs(
@@ -216,10 +226,10 @@ class MLflowStore:
                 page_token,
             )
 
-        found = self._ask("search the runs", lambda: list(_pages(page, max_results)))
-        return [_run_row(run) for run in found]
+        entities = self._call("search the runs", lambda: list(_pages(page, max_results)))
+        return [_run_row(run) for run in entities]
 
-    # What a run logs
+    # Logging
 
     def log_batch(
         self,
@@ -228,81 +238,93 @@ class MLflowStore:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """At most 1000 metrics, 100 params, 100 tags, all or nothing.
+        """Log at most 1000 metrics, 100 params and 100 tags in one request: all or none.
 
-        A metric of the same step, time and value is not stored twice.
+        A metric with the same step, time and value is not stored twice.
         """
-        points = [Metric(m.key, m.value, m.time, m.step) for m in metrics]
-        held = [Param(k, v) for k, v in (params or {}).items()]
-        marks = [RunTag(k, v) for k, v in (tags or {}).items()]
-        what = f"log to the run {run_id}"
-        self._ask(what, lambda: self.client.log_batch(run_id, points, held, marks))
+        metric_entities = [Metric(m.key, m.value, m.time, m.step) for m in metrics]
+        param_entities = [Param(k, v) for k, v in (params or {}).items()]
+        tag_entities = [RunTag(k, v) for k, v in (tags or {}).items()]
+        action = f"log to the run {run_id}"
+        self._call(
+            action,
+            lambda: self.client.log_batch(run_id, metric_entities, param_entities, tag_entities),
+        )
 
     def history(self, run_id: str, keys: Iterable[str]) -> dict[str, dict[int, float]]:
-        """`{key: {step: value}}`, the newest value where a step has several."""
-        points = self._ask(
+        """Return `{key: {step: value}}`; of several values of a step the newest."""
+        points = self._call(
             f"read the metrics of the run {run_id}",
             lambda: {key: self.client.get_metric_history(run_id, key) for key in keys},
         )
-        ordered = {k: sorted(p, key=lambda point: int(point.timestamp)) for k, p in points.items()}
-        return {k: {p.step: value_of(p.value) for p in some} for k, some in ordered.items()}
+        sorted_points = {
+            k: sorted(p, key=lambda point: int(point.timestamp)) for k, p in points.items()
+        }
+        return {
+            k: {p.step: metric_value(p.value) for p in key_points}
+            for k, key_points in sorted_points.items()
+        }
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag; one that is not there is no error."""
+        """Delete a tag; a missing tag is not an error."""
         try:
-            self._ask(f"delete the tag {key!r}", lambda: self.client.delete_tag(run_id, key))
+            self._call(f"delete the tag {key!r}", lambda: self.client.delete_tag(run_id, key))
         except NotInStoreError:
             log.debug("the run %s has no tag %r", run_id, key)
 
-    # Artifacts on another machine, by MLflow's own repositories
+    # Artifacts on another machine, through MLflow's own artifact repositories
 
     def artifacts(self, run_id: str, folder: str | None) -> list[tuple[str, bool]]:
-        """`(path, is a folder)` of what lies directly in `folder`."""
-        listed = self._ask("list artifacts", lambda: self.client.list_artifacts(run_id, folder))
-        return [(a.path, a.is_dir) for a in listed]
+        """List `folder` (not recursively) as pairs `(path, is_folder)`."""
+        entities = self._call("list artifacts", lambda: self.client.list_artifacts(run_id, folder))
+        return [(a.path, a.is_dir) for a in entities]
 
     def upload(self, run_id: str, local: Path, folder: str | None) -> None:
-        """A file, or what a folder holds, into the run's `folder`."""
+        """Upload a file, or the content of a folder, into the run's `folder`."""
         send = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
-        self._ask(f"store {local.name!r}", lambda: send(run_id, str(local), folder))
+        self._call(f"store {local.name!r}", lambda: send(run_id, str(local), folder))
 
     def download(self, run_id: str, path: str, target: str | None) -> str:
-        """Fetch a file or folder; the local path."""
+        """Download a file or folder and return its local path."""
         fetch = self.client.download_artifacts
-        return str(self._ask(f"fetch {path!r}", lambda: fetch(run_id, path, target)))
+        return str(self._call(f"fetch {path!r}", lambda: fetch(run_id, path, target)))
 
     def remove(self, run_id: str, path: str) -> None:
-        """Delete an artifact; TrackingError where the repository cannot."""
+        """Delete an artifact; TrackingError if the artifact repository cannot delete."""
         client: Any = self.client._tracking_client
-        what = f"delete {path!r}"
-        self._ask(what, lambda: client._get_artifact_repo(run_id).delete_artifacts(path))
+        action = f"delete {path!r}"
+        self._call(action, lambda: client._get_artifact_repo(run_id).delete_artifacts(path))
 
 
-def start_monitor(uri: str, run_id: str, *, resumed: bool) -> Callable[[], None] | None:
-    """MLflow's system metrics where its users switched them on; what ends them."""
+def start_system_monitor(uri: str, run_id: str, *, is_resumed: bool) -> Callable[[], None] | None:
+    """Start MLflow's system metrics if its setting enables them; return the function that stops."""
     switch: Any = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
     if not switch.get():
         return None
     try:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        kind: Any = SystemMetricsMonitor
-        monitor = kind(run_id, resume_logging=resumed, tracking_uri=uri)
+        monitor_class: Any = SystemMetricsMonitor
+        monitor = monitor_class(run_id, resume_logging=is_resumed, tracking_uri=uri)
         monitor.start()
     except Exception as error:
-        log.warning("no system metrics are logged: %s", _first_line(error))
+        log.warning("could not start system metrics: %s", _first_line(error))
         return None
     finish: Callable[[], None] = monitor.finish
     return finish
 
 
-def value_of(stored: float) -> float:
-    """A metric's value from the store: MLflow keeps infinity as the largest float."""
-    return math.copysign(math.inf, stored) if abs(stored) >= _INFINITE else stored
+def metric_value(stored_value: float) -> float:
+    """Convert a stored metric value: MLflow stores infinity as the largest float."""
+    return (
+        math.copysign(math.inf, stored_value)
+        if abs(stored_value) >= _STORED_INFINITY
+        else stored_value
+    )
 
 
 def _get_health(uri: str, timeout: float) -> None:
-    """Any answer will do, with MLflow's own credentials and certificates."""
+    """Request the health page with MLflow's credentials; any response means the server is up."""
     creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
     http_request(  # type: ignore[no-untyped-call]
         creds, "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
@@ -325,25 +347,25 @@ def _run_row(run: Any) -> RunRow:
         start_time=info.start_time,
         end_time=info.end_time,
         artifact_uri=info.artifact_uri,
-        deleted=info.lifecycle_stage == "deleted",
-        metrics={k: value_of(v) for k, v in data.metrics.items()},
+        is_deleted=info.lifecycle_stage == "deleted",
+        metrics={k: metric_value(v) for k, v in data.metrics.items()},
         params=dict(data.params),
         tags=dict(data.tags),
     )
 
 
 def _pages(fetch: Callable[..., Any], limit: int = sys.maxsize) -> Iterator[Any]:
-    token, left = None, limit
-    while left > 0:
-        page = fetch(page_token=token, max_results=min(left, PAGE))
+    token, num_left = None, limit
+    while num_left > 0:
+        page = fetch(page_token=token, max_results=min(num_left, PAGE))
         yield from page
-        token, left = page.token, left - len(page)
+        token, num_left = page.token, num_left - len(page)
         if not token:
             return
 
 
 def _folder_name(name: str) -> str:
-    """A folder for an experiment of any name: readable, and its own."""
+    """Return a readable, unique folder name for an experiment with any name."""
     readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
     return f"{readable[:60]}-{sha256(f'{name}{time.time_ns()}'.encode()).hexdigest()[:6]}"
 
@@ -354,44 +376,44 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, where a library wrapped it in sentences of its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ConnectionError | TimeoutError | socket.gaierror) and seen.strerror:
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
+    """Return the operating system's message inside a library's error, else its first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return _first_line(error)
 
 
 def _schema_name() -> str:
-    """MLflow's version and its number of migrations: what a template file is good for."""
+    """Return MLflow's version and number of migrations, which identify a template file."""
     folder = Path(mlflow.store.db_migrations.__path__[0], "versions")
     return f"{mlflow.__version__}-{len(list(folder.glob('*.py')))}"
 
 
 def _migrate(path: Path) -> None:
-    """Let MLflow build its tables in a file that nobody else sees."""
-    noisy = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
-    levels = [logger.level for logger in noisy]
+    """Let MLflow create its tables in a file that no other process uses yet."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in loggers]
     try:
-        for logger in noisy:
+        for logger in loggers:
             logger.setLevel(logging.WARNING)
         client = MlflowClient(tracking_uri=f"sqlite:///{path}")
         client.search_experiments(max_results=1)
         client._tracking_client.store.engine.dispose()
     finally:
-        for logger, level in zip(noisy, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-_opened: weakref.WeakSet[MLflowStore] = weakref.WeakSet()
+_open_stores: weakref.WeakSet[MLflowStore] = weakref.WeakSet()
 
 
 def _forget_connections() -> None:
-    """A forked child must not use its parent's database connections."""
-    global _stores_lock  # another thread may have held it at the fork
+    """Drop inherited database connections: a forked child must not use its parent's."""
+    global _stores_lock  # another thread may have held the lock at the fork
     _stores_lock = threading.Lock()
-    for store in list(_opened):
+    for store in list(_open_stores):
         engine = getattr(store.client._tracking_client.store, "engine", None)
         if engine is not None:
             engine.dispose(close=False)

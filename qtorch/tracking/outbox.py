@@ -1,12 +1,12 @@
-"""What the tracking store has not confirmed yet, on disk, and its later delivery.
+"""The outbox: files with logged entries that the tracking store has not confirmed yet.
 
-Everything that a run logs is first appended to a file of JSON lines in the outbox
-(`QTORCH_OUTBOX`, else `~/.cache/qtorch/outbox`), and the file goes once the store has all of it.
-So neither a server that is away nor a process killed with -9 loses what was logged: a resumed run
-delivers what its earlier attempt left, and `send()` (`qtorch tracking send`) does so for all.
+Everything that a run logs is first appended to a JSON Lines file in the outbox (`QTORCH_OUTBOX`,
+else `~/.cache/qtorch/outbox`). The file is deleted once the store has all of its entries. So
+nothing is lost if the server is unreachable or the process is killed with SIGKILL: a resumed run
+sends what its earlier attempt left, and `send()` (`qtorch tracking send`) sends everything.
 
-One line is one entry: `{"metric", "value", "time", "step"}`, `{"param", "value"}`,
-`{"tag", "value"}`, `{"artifact", "folder"}` (a file kept beside the lines) or `{"status", "time"}`.
+Each line is one entry: `{"metric", "value", "time", "step"}`, `{"param", "value"}`,
+`{"tag", "value"}`, `{"artifact", "folder"}` (a copied file next to it) or `{"status", "time"}`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TrackingError
 from qtorch.tracking.errors import RefusedError
-from qtorch.tracking.locations import default_uri, outbox_folder, redacted
+from qtorch.tracking.locations import default_uri, outbox_folder, redact_password
 from qtorch.tracking.rows import MetricPoint
 
 if TYPE_CHECKING:
@@ -34,65 +34,74 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-ATTEMPT_TAG = "qtorch.attempt"  # how often the run was started: a late status is of one attempt
-MAX_METRICS, MAX_OTHERS = 1000, 100
+ATTEMPT_TAG = (
+    "qtorch.attempt"  # number of times the run was started; a status belongs to one attempt
+)
+MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100
 Entry = dict[str, Any]
 
 
 class Journal:
-    """The outbox file of one attempt of one run; there only while something is unconfirmed."""
+    """The outbox file of one attempt at a run. It exists only while entries are unconfirmed."""
 
     def __init__(self, run_id: str, uri: str, attempt: int) -> None:
-        self._head = {"outbox": FORMAT, "run": run_id, "uri": redacted(uri), "attempt": attempt}
+        self._header = {
+            "outbox": FORMAT,
+            "run": run_id,
+            "uri": redact_password(uri),
+            "attempt": attempt,
+        }
         self.path = outbox_folder() / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
         self._handle: int | None = None
         self._pending = 0
-        self._broken = False
+        self._has_failed = False
         self._lock = threading.Lock()
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Put entries on disk. A disk that takes none is reported once; sending goes on."""
+        """Append entries to the file. A failing disk is reported once and does not stop sending."""
         with self._lock:
-            first = [self._head] if not self._pending else []
+            header = [self._header] if not self._pending else []
             self._pending += len(entries)
-            text = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in [*first, *entries])
+            text = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in [*header, *entries])
             try:
                 self._write(text.encode())
             except OSError as error:
-                if not self._broken:
-                    log.warning("the outbox %s takes no entries: %s", self.path, error)
-                self._broken = True
+                if not self._has_failed:
+                    log.warning("could not write entries to the outbox %s: %s", self.path, error)
+                self._has_failed = True
 
     def _write(self, data: bytes) -> None:
         if self._handle is None:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._handle = os.open(self.path, flags, 0o600)
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # "its process lives"
+            fcntl.flock(
+                self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the lock shows that the process is alive
         while data:
             data = data[os.write(self._handle, data) :]
 
-    def settle(self, count: int) -> None:
-        """So many entries are with the store; with the last one the file is emptied."""
+    def remove_pending(self, count: int) -> None:
+        """Count entries that the store has confirmed; truncate the file when none are pending."""
         with self._lock:
             self._pending -= count
             if not self._pending and self._handle is not None:
                 os.ftruncate(self._handle, 0)
 
-    def keep_file(self, local: Path, folder: str | None) -> Path:
-        """Keep a copy of an artifact until it can be sent; where it lies."""
+    def save_file(self, local: Path, folder: str | None) -> Path:
+        """Copy an artifact to the outbox until it can be sent, and return the copy's path."""
         name = f"{folder}/{local.name}" if folder else local.name
-        kept = self.path.with_suffix(".files") / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        copy = self.path.with_suffix(".files") / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if local.is_dir():
-            shutil.copytree(local, kept, dirs_exist_ok=True)
+            shutil.copytree(local, copy, dirs_exist_ok=True)
         else:
-            shutil.copyfile(local, kept)
+            shutil.copyfile(local, copy)
         self.append([{"artifact": name, "folder": folder}])
-        return kept
+        return copy
 
     def close(self) -> int:
-        """How many entries stay on disk; the file goes where there are none."""
+        """Close the file, delete it if nothing is pending; return the number of pending entries."""
         with self._lock:
             if self._handle is not None:
                 if not self._pending:
@@ -102,10 +111,12 @@ class Journal:
             return self._pending
 
 
-def deliver(store: MLflowStore, run_id: str, entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
-    """Send metrics, params and tags; those that the store refuses for good, with its reason.
+def send_entries(
+    store: MLflowStore, run_id: str, entries: Sequence[Entry]
+) -> list[tuple[Entry, str]]:
+    """Send metrics, params and tags; return the entries rejected for good, with the reasons.
 
-    Raises TrackingError where it does not take any: sending them again later is right.
+    Raises TrackingError if the store is unavailable; the entries can then be sent again later.
     """
     metrics = [
         MetricPoint(e["metric"], e["value"], e["time"], e["step"]) for e in entries if "metric" in e
@@ -121,39 +132,43 @@ def deliver(store: MLflowStore, run_id: str, entries: Sequence[Entry]) -> list[t
             return [(entries[0], str(error))]
         middle = len(entries) // 2
         return [
-            *deliver(store, run_id, entries[:middle]),
-            *deliver(store, run_id, entries[middle:]),
+            *send_entries(store, run_id, entries[:middle]),
+            *send_entries(store, run_id, entries[middle:]),
         ]
     return []
 
 
-def next_batch(entries: Sequence[Entry]) -> int:
-    """How many entries from the front fit one request."""
-    metrics = others = 0
+def count_batch(entries: Sequence[Entry]) -> int:
+    """Return how many entries from the front fit into one request."""
+    num_metrics = num_others = 0
     for k, entry in enumerate(entries):
         if "metric" in entry:
-            metrics += 1
+            num_metrics += 1
         else:
-            others += 1
-        if metrics > MAX_METRICS or others > MAX_OTHERS or metrics + others > MAX_METRICS:
+            num_others += 1
+        if (
+            num_metrics > MAX_METRICS
+            or num_others > MAX_PARAMS_AND_TAGS
+            or num_metrics + num_others > MAX_METRICS
+        ):
             return k
     return len(entries)
 
 
 @dataclass
 class Delivery:
-    """What came of one outbox file."""
+    """The outcome of sending one outbox file."""
 
     path: Path
     run_id: str
-    sent: int = 0
-    already_there: int = 0
-    refused: list[str] = field(default_factory=list)
+    num_sent: int = 0
+    num_skipped: int = 0
+    rejections: list[str] = field(default_factory=list)
     error: str | None = None
 
 
-def waiting(run_id: str | None = None, folder: str | Path | None = None) -> list[Path]:
-    """The outbox files of one run or all, the oldest first."""
+def outbox_files(run_id: str | None = None, folder: str | Path | None = None) -> list[Path]:
+    """Return the outbox files of one run or of all runs, the oldest first."""
     files = Path(folder or outbox_folder()).glob(f"{run_id or '*'}.*.jsonl")
     return sorted(files, key=lambda p: p.stat().st_mtime if p.exists() else 0.0)
 
@@ -164,50 +179,53 @@ def send(
     tracking_uri: str | None = None,
     folder: str | Path | None = None,
 ) -> list[Delivery]:
-    """Deliver what waits in the outbox (or another `folder`), of one run or all.
+    """Send the files in the outbox (or in `folder`), of one run or of all runs.
 
-    What came of each file is returned.
+    Returns the outcome for each file.
 
-    Files of processes that still run are left to them. A file is removed once the store has all
-    of it, so that this can be called again. `tracking_uri` replaces the one in the files, which
-    lack its password. No error is raised for a store that is away: `Delivery.error` tells.
+    Files of running processes are skipped. A file is removed once the store has all of its
+    entries, so that this function can be called repeatedly. `tracking_uri` replaces the URI in
+    the files, which is stored without its password. An unreachable store raises no error; it is
+    in `Delivery.error`.
     """
-    from qtorch.tracking.mlflow_store import store_at
+    from qtorch.tracking.mlflow_store import open_store
 
-    done = []
-    for path in waiting(run_id, folder):
+    deliveries = []
+    for path in outbox_files(run_id, folder):
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("%s belongs to a process that runs; it sends it itself", path)
+                log.info("skipped %s: it belongs to a running process", path)
                 continue
             try:
-                head, entries = _read(path)
-                if head is None:
-                    path.unlink(missing_ok=True)  # its process ended before it wrote a thing
+                header, entries = _read_entries(path)
+                if header is None:
+                    path.unlink(missing_ok=True)  # the process ended before it wrote anything
                     continue
-                report = Delivery(path, head["run"])
-                done.append(report)
-                _send_file(store_at(tracking_uri or _uri_of(head)), head, entries, report)
+                delivery = Delivery(path, header["run"])
+                deliveries.append(delivery)
+                _send_file(
+                    open_store(tracking_uri or _target_uri(header)), header, entries, delivery
+                )
             except (TrackingError, OSError, ValueError, KeyError) as error:
-                done = [d for d in done if d.path != path]
-                done.append(Delivery(path, path.name.split(".")[0], error=str(error)))
-                log.warning("%s was not delivered: %s", path, error)
-    return done
+                deliveries = [d for d in deliveries if d.path != path]
+                deliveries.append(Delivery(path, path.name.split(".")[0], error=str(error)))
+                log.warning("could not send %s: %s", path, error)
+    return deliveries
 
 
-def _uri_of(head: Entry) -> str:
-    """The store of a file: with its password, where it is the one in force."""
+def _target_uri(header: Entry) -> str:
+    """Return the URI to send a file to; the default URI if it is the same, as it has a password."""
     default = default_uri()
-    return default if redacted(default) == head["uri"] else str(head["uri"])
+    return default if redact_password(default) == header["uri"] else str(header["uri"])
 
 
-def _read(path: Path) -> tuple[Entry | None, list[Entry]]:
+def _read_entries(path: Path) -> tuple[Entry | None, list[Entry]]:
     lines = path.read_bytes().split(b"\n")
-    cut = lines.pop()
-    if cut:
-        log.warning("the last line of %s is cut: its process died while writing it", path)
+    partial_line = lines.pop()
+    if partial_line:
+        log.warning("the last line of %s is incomplete: its process died while writing it", path)
     if not lines:
         return None, []
     entries = []
@@ -215,54 +233,56 @@ def _read(path: Path) -> tuple[Entry | None, list[Entry]]:
         try:
             entries.append(json.loads(line))
         except ValueError:
-            log.warning("a line of %s is damaged (was the disk full?): %r", path, line[:200])
-    heads = [e for e in entries if "outbox" in e]
-    if not heads or heads[0]["outbox"] > FORMAT:
-        raise TrackingError(f"{path} is no outbox file that this qtorch can read.")
-    return heads[0], [e for e in entries if "outbox" not in e]
+            log.warning("a line of %s is corrupted (was the disk full?): %r", path, line[:200])
+    headers = [e for e in entries if "outbox" in e]
+    if not headers or headers[0]["outbox"] > FORMAT:
+        raise TrackingError(f"{path} is not an outbox file that this version of qtorch can read.")
+    return headers[0], [e for e in entries if "outbox" not in e]
 
 
-def _send_file(store: MLflowStore, head: Entry, entries: list[Entry], report: Delivery) -> None:
-    run = store.run(head["run"])
+def _send_file(store: MLflowStore, header: Entry, entries: list[Entry], delivery: Delivery) -> None:
+    run = store.run(header["run"])
     keys = {e["metric"] for e in entries if "metric" in e}
     history = store.history(run.id, sorted(keys & set(run.metrics)))
-    fresh = [
+    new_entries = [
         e
         for e in entries
         if ("metric" in e and e["step"] not in history.get(e["metric"], ()))
         or ("param" in e and run.params.get(e["param"]) != e["value"])
         or not {"metric", "param"} & set(e)
     ]
-    report.already_there = len(entries) - len(fresh)
-    logged = [e for e in fresh if {"metric", "param", "tag"} & set(e)]
-    refused: list[tuple[Entry, str]] = []
-    while logged:
-        count = next_batch(logged)
-        refused += deliver(store, run.id, logged[:count])
-        logged = logged[count:]
-    files = report.path.with_suffix(".files")
-    for entry in (e for e in fresh if "artifact" in e):
+    delivery.num_skipped = len(entries) - len(new_entries)
+    batchable = [e for e in new_entries if {"metric", "param", "tag"} & set(e)]
+    rejected_entries: list[tuple[Entry, str]] = []
+    while batchable:
+        count = count_batch(batchable)
+        rejected_entries += send_entries(store, run.id, batchable[:count])
+        batchable = batchable[count:]
+    files = delivery.path.with_suffix(".files")
+    for entry in (e for e in new_entries if "artifact" in e):
         local = files / entry["artifact"]
         folder = entry["artifact"] if local.is_dir() else entry["folder"]
         store.upload(run.id, local, folder)
-    if run.tags.get(ATTEMPT_TAG, "1") == str(head["attempt"]):
-        for entry in (e for e in fresh if "status" in e):
+    if run.tags.get(ATTEMPT_TAG, "1") == str(header["attempt"]):
+        for entry in (e for e in new_entries if "status" in e):
             store.set_status(run.id, entry["status"], entry["time"])
-    report.sent = len(fresh) - len(refused)
-    report.refused = [reason for _, reason in refused]
-    keep_refused(report.path, run.id, refused)
+    delivery.num_sent = len(new_entries) - len(rejected_entries)
+    delivery.rejections = [reason for _, reason in rejected_entries]
+    save_rejected_entries(delivery.path, run.id, rejected_entries)
     shutil.rmtree(files, ignore_errors=True)
-    report.path.unlink()
+    delivery.path.unlink()
 
 
-def keep_refused(path: Path, run_id: str, refused: Iterable[tuple[Entry, str]]) -> None:
-    """Say what the store refuses for good, and keep it in a file that is not sent again."""
-    for entry, reason in refused:
-        kept = path.with_suffix(".refused")
-        log.error("run %s: the store refuses %s (%s); kept in %s", run_id, entry, reason, kept)
+def save_rejected_entries(
+    path: Path, run_id: str, rejected_entries: Iterable[tuple[Entry, str]]
+) -> None:
+    """Report entries that the store rejected for good, and save them to a `.refused` file."""
+    for entry, reason in rejected_entries:
+        target = path.with_suffix(".refused")
+        log.error("run %s: the store rejected %s (%s); saved to %s", run_id, entry, reason, target)
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with kept.open("a", encoding="utf-8") as file:
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with target.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**entry, "reason": reason}, ensure_ascii=False) + "\n")
         except OSError as error:
-            log.warning("%s takes no entries: %s", kept, error)
+            log.warning("could not write entries to %s: %s", target, error)

@@ -1,4 +1,4 @@
-"""Plain Python data as JSON and back, exactly: tuples, dates, NaN and keys of any plain type."""
+"""Lossless JSON for plain Python data: also tuples, sets, dates, NaN and non-text keys."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# Everything that JSON has no word for is an object with one of these keys.
-_MARKS = ("$tuple", "$set", "$dict", "$float", "$timestamp", "$timedelta", "$date", "$datetime")
+# A value that JSON cannot express becomes an object with exactly one of these keys.
+_TAGS = ("$tuple", "$set", "$dict", "$float", "$timestamp", "$timedelta", "$date", "$datetime")
 
 
 class NotPlainError(ValueError):
-    """The value holds something other than plain data."""
+    """The value contains something that is not plain data."""
 
 
 def to_json(value: Any) -> str:
-    """JSON text; NotPlainError for what is not plain data.
+    """Serialize a value to JSON text; raise NotPlainError if it is not plain data.
 
-    Numpy's scalars become Python's numbers, a pandas Timestamp and Timedelta stay what they are.
+    NumPy scalars become Python numbers; pandas Timestamp and Timedelta keep their type.
     """
     return json.dumps(encode(value), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
-    """What `to_json` was given."""
+    """Return the value that `to_json` serialized."""
     return decode(json.loads(text))
 
 
 def encode(value: Any) -> Any:
-    """The JSON tree of a value."""
+    """Encode a value as a tree of JSON values."""
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, np.bool_ | np.integer):
@@ -53,7 +53,7 @@ def encode(value: Any) -> Any:
 
 
 def _encode_dict(value: dict[Any, Any]) -> Any:
-    if all(type(k) is str for k in value) and not any(k in value for k in _MARKS):
+    if all(type(k) is str for k in value) and not any(k in value for k in _TAGS):
         return {k: encode(v) for k, v in value.items()}
     return {"$dict": [[encode(k), encode(v)] for k, v in value.items()]}
 
@@ -74,36 +74,36 @@ def _encode_time(value: Any) -> Any:
 
 
 def decode(tree: Any) -> Any:
-    """The value of a JSON tree of `encode`."""
+    """Rebuild the value from a JSON tree written by `encode`."""
     if isinstance(tree, list):
         return [decode(v) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1:
-        ((mark, held),) = tree.items()
-        if mark in _MARKS:
-            return _decode_marked(mark, held)
+        ((tag, payload),) = tree.items()
+        if tag in _TAGS:
+            return _decode_tag(tag, payload)
     return {k: decode(v) for k, v in tree.items()}
 
 
-def _decode_marked(mark: str, held: Any) -> Any:
-    match mark:
+def _decode_tag(tag: str, payload: Any) -> Any:
+    match tag:
         case "$tuple":
-            return tuple(decode(v) for v in held)
+            return tuple(decode(v) for v in payload)
         case "$set":
-            kind = frozenset if held[0] == "frozenset" else set
-            return kind(decode(v) for v in held[1:])
+            kind = frozenset if payload[0] == "frozenset" else set
+            return kind(decode(v) for v in payload[1:])
         case "$dict":
-            return {decode(k): decode(v) for k, v in held}
+            return {decode(k): decode(v) for k, v in payload}
         case "$float":
-            return float(held)
+            return float(payload)
         case "$date":
-            return datetime.date.fromisoformat(held)
+            return datetime.date.fromisoformat(payload)
         case "$datetime":
-            return datetime.datetime.fromisoformat(held)
+            return datetime.datetime.fromisoformat(payload)
         case "$timedelta":
-            return pd.Timedelta(np.timedelta64(held[0], held[1]))
-    if held == "NaT":
+            return pd.Timedelta(np.timedelta64(payload[0], payload[1]))
+    if payload == "NaT":
         return pd.NaT
-    text, unit, zone = held
+    text, unit, zone = payload
     return pd.Timestamp(text).as_unit(unit).tz_localize(zone)

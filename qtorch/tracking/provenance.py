@@ -1,4 +1,4 @@
-"""Where a run comes from: code, command line, environment."""
+"""Provenance of a run: code version, command line and environment."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import subprocess
 import sys
 import tempfile
 
-from qtorch.tracking.locations import redacted
+from qtorch.tracking.locations import redact_password
 
 log = logging.getLogger(__name__)
 
 PREFIX = "QTORCH_"
-SWITCH = "QTORCH_RECORD_DIFF"  # "0" leaves the uncommitted changes out
+SWITCH = "QTORCH_RECORD_DIFF"  # "0" switches the recording of uncommitted changes off
 MAX_TEXT = 1_000_000
 GIT_SECONDS = 10.0
 
 
 def command_line() -> str:
-    """The command that runs, as a shell would take it."""
-    return redacted(shlex.join(sys.argv))
+    """Return the command line of this process, quoted for a shell, without passwords in URLs."""
+    return redact_password(shlex.join(sys.argv))
 
 
-def environment() -> dict[str, str]:
-    """The QTORCH_* variables, passwords in URLs left out."""
-    return {k: redacted(v) for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)}
+def qtorch_environment() -> dict[str, str]:
+    """Return the QTORCH_* environment variables, without passwords in URLs."""
+    return {k: redact_password(v) for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)}
 
 
 def source_tags() -> dict[str, str]:
-    """MLflow's own tags of user and source, the commit where there is one."""
+    """Return MLflow's own tags for user and source, with the git commit if there is one."""
     tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
     try:
         tags["mlflow.user"] = getpass.getuser()
@@ -43,8 +43,8 @@ def source_tags() -> dict[str, str]:
     return tags
 
 
-def uncommitted_changes() -> dict[str, str]:
-    """`{file name: text}` of what git shows as changed in the working folder, at most 1 MB each."""
+def git_changes() -> dict[str, str]:
+    """Return git's diff and status here as `{file name: text}`, each cut to 1 MB."""
     if os.environ.get(SWITCH, "1") == "0":
         return {}
     texts = {
@@ -55,12 +55,12 @@ def uncommitted_changes() -> dict[str, str]:
 
 
 def git_output(command: list[str]) -> str | None:
-    """What git says; None where there is no git, no repository or no answer in time."""
-    with tempfile.TemporaryFile() as held:
+    """Return git's output; None without git or a repository, or if git takes too long."""
+    with tempfile.TemporaryFile() as output:
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 command,
-                stdout=held,
+                stdout=output,
                 stderr=subprocess.DEVNULL,
                 stdin=subprocess.DEVNULL,
                 timeout=GIT_SECONDS,
@@ -69,11 +69,11 @@ def git_output(command: list[str]) -> str | None:
         except (OSError, subprocess.TimeoutExpired) as error:
             log.debug("%s: %s", shlex.join(command), error)
             return None
-        if done.returncode:
+        if result.returncode:
             return None
-        size = held.seek(0, os.SEEK_END)
-        held.seek(0)
-        text = held.read(MAX_TEXT).decode(errors="replace")
+        size = output.seek(0, os.SEEK_END)
+        output.seek(0)
+        text = output.read(MAX_TEXT).decode(errors="replace")
     if size > MAX_TEXT:
-        text += f"\n... cut: {size} bytes in all\n"
+        text += f"\n... truncated: {size} bytes in total\n"
     return text

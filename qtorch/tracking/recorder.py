@@ -1,4 +1,4 @@
-"""One run on record: the interface that library code is given as `recorder`."""
+"""The Recorder interface: one run with its params, metrics, tags and artifacts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, QtorchError, unknown_name
-from qtorch.tracking.current import all_running
+from qtorch.tracking.current import running_recorders
 
 log = logging.getLogger(__name__)
 
 
 class Recorder(ABC):
-    """A run: its params, metrics, tags and artifacts. Answers to qlib/workflow/recorder.py.
+    """One run: its params, metrics, tags and artifacts. Corresponds to qlib/workflow/recorder.py.
 
-    `start_time` and `end_time` are local times as text. A recorder that was created but never
-    started is SCHEDULED and has no id.
+    `start_time` and `end_time` are local times as text. A recorder that was created but not yet
+    started is SCHEDULED and has no ID.
     """
 
     STATUS_S = "SCHEDULED"
@@ -37,11 +37,11 @@ class Recorder(ABC):
         self.start_time: str | None = None
         self.end_time: str | None = None
         self.status = self.STATUS_S
-        self.owner = 0  # the id of the process that started it and has not ended it
+        self.owner = 0  # ID of the process in which the run is active, 0 if in none
 
     @property
     def info(self) -> dict[str, Any]:
-        """Class, id, name, experiment_id, start_time, end_time, status."""
+        """Return class, id, name, experiment_id, start_time, end_time and status."""
         return {
             "class": "Recorder",
             "id": self.id,
@@ -69,45 +69,45 @@ class Recorder(ABC):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end_run(final_status(kind))
 
-    # A run
+    # Start and end
 
     @abstractmethod
     def start_run(self) -> Self:
-        """Begin the run, or go on with it where it has an id; `with` ends it by how it left."""
+        """Start the run, or resume it if it has an ID; a `with` block then ends it."""
 
     @abstractmethod
     def end_run(self, status: str = STATUS_FI) -> None:
-        """Send what waits, set the status, end."""
+        """Send all buffered entries, set the status and end the run."""
 
-    # What it logs
+    # Logging
 
     @abstractmethod
     def log_params(self, **kwargs: Any) -> None:
-        """Params; one that is there already is never sent again."""
+        """Log params; a param that the run already has is never sent again."""
 
     @abstractmethod
     def log_metrics(self, step: int | None = None, **kwargs: float) -> None:
-        """Metrics of one step, by keyword."""
+        """Log metrics of one step as keyword arguments."""
 
     @abstractmethod
     def log_batch(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Metrics of one step, by mapping; returns at once."""
+        """Log metrics of one step as a mapping; returns immediately."""
 
     @abstractmethod
-    def logged(self, key: str) -> dict[int, float]:
-        """`{step: value}` of a metric: of earlier attempts at this run and of this process."""
+    def metric_history(self, key: str) -> dict[int, float]:
+        """Return `{step: value}` of a metric, from this process and earlier attempts at the run."""
 
     @abstractmethod
     def flush(self) -> bool:
-        """Send what waits; True once the store has it, False where it does not take it now."""
+        """Send all buffered entries; return True once the store has them, False on failure."""
 
     @abstractmethod
     def set_tags(self, **kwargs: Any) -> None:
-        """Tags; a later value replaces an earlier one."""
+        """Set tags; a later value replaces an earlier one."""
 
     @abstractmethod
     def delete_tags(self, *keys: str) -> None:
-        """Remove tags; one that is not there is no error."""
+        """Delete tags; a missing tag is not an error."""
 
     # Artifacts
 
@@ -115,55 +115,55 @@ class Recorder(ABC):
     def save_objects(
         self, local_path: str | Path | None = None, artifact_path: str | None = None, **kwargs: Any
     ) -> None:
-        """Objects by logical name (`**{"pred.pkl": pred}`), or the content of a local path."""
+        """Save objects by logical name (`**{"pred.pkl": pred}`), or the content of a local path."""
 
     @abstractmethod
     def load_object(self, name: str) -> Any:
-        """An object by its logical name; LoadObjectError says what there is."""
+        """Load an object by its logical name; LoadObjectError lists the names that exist."""
 
     @abstractmethod
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
-        """A local file or folder as it is."""
+        """Log a local file or folder unchanged."""
 
     @abstractmethod
     def download_artifact(self, path: str, dst_path: str | None = None) -> str:
-        """The local path of an artifact: where it lies if it is local, else a copy."""
+        """Return the local path of an artifact: its own path if it is local, else a copy."""
 
     @abstractmethod
     def list_artifacts(self, artifact_path: str | None = None) -> list[str]:
-        """What lies directly in a folder: stored objects by logical name, files by their own."""
+        """List a folder (not recursively): objects by logical name, other files by file name."""
 
     @abstractmethod
     def get_artifact_uri(self) -> str:
-        """MLflow's URI of the run's artifacts."""
+        """Return MLflow's URI of the run's artifacts."""
 
     @abstractmethod
     def get_local_dir(self) -> str:
-        """A folder of this machine that belongs to the run and persists."""
+        """Return a persistent folder on this machine that belongs to the run."""
 
     @abstractmethod
     def checkpoint_dir(self) -> Path:
-        """Where training checkpoints of the run lie on this machine, made if need be."""
+        """Return the run's checkpoint folder on this machine, created if missing."""
 
-    # What the store holds
+    # Reading from the store
 
     @abstractmethod
     def list_metrics(self) -> dict[str, float]:
-        """The newest value of each metric."""
+        """Return the latest value of each metric."""
 
     @abstractmethod
     def list_params(self) -> dict[str, str]:
-        """All params, as text."""
+        """Return all params as text."""
 
     @abstractmethod
     def list_tags(self) -> dict[str, str]:
-        """All tags, MLflow's own too."""
+        """Return all tags, including MLflow's own."""
 
 
 def final_status(kind: type[BaseException] | None) -> str:
-    """How a run ended, by what its block raised.
+    """Return the status of a run whose block raised an exception of this class, or None.
 
-    FINISHED for nothing, FAILED for an exception, KILLED for Ctrl-C, SystemExit (Lightning turns
+    FINISHED for None, FAILED for an Exception, KILLED for Ctrl-C, SystemExit (Lightning turns
     Ctrl-C into it) and a generator that is closed.
     """
     if kind is None:
@@ -172,25 +172,25 @@ def final_status(kind: type[BaseException] | None) -> str:
 
 
 def check_status(status: str) -> str:
-    """ArgumentError, with the nearest name, for a status that there is not."""
+    """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
     if status not in Recorder.STATUSES:
         raise ArgumentError(unknown_name("status", str(status), Recorder.STATUSES))
     return status
 
 
 def end_at_exit() -> None:
-    """Have the runs of this process that nobody ends end with it (the first call registers)."""
-    atexit.unregister(_end_what_runs)
-    atexit.register(_end_what_runs)
+    """End this process's runs at exit if nothing else ends them; may be called repeatedly."""
+    atexit.unregister(_end_running_recorders)
+    atexit.register(_end_running_recorders)
 
 
-def _end_what_runs() -> None:
-    """FINISHED, or as the error that ended the program says."""
+def _end_running_recorders() -> None:
+    """End the runs as FINISHED, or by the error that ended the program."""
     last = getattr(sys, "last_value", None)
     status = final_status(type(last) if last is not None else None)
-    for recorder in reversed(all_running()):
+    for recorder in reversed(running_recorders()):
         if recorder.owner == os.getpid():
             try:
                 recorder.end_run(status)
             except QtorchError as error:
-                log.error("run %s was not ended: %s", recorder.id, error)
+                log.error("could not end run %s: %s", recorder.id, error)

@@ -1,4 +1,4 @@
-"""What the store tells of experiments, runs and metrics, as plain values."""
+"""Experiments, runs and metric points of the store as plain values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ExperimentRow:
-    """An experiment as the store has it."""
+    """An experiment as the store returns it."""
 
     id: str
     name: str
-    deleted: bool = False
+    is_deleted: bool = False
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run as the store has it; times are milliseconds since 1970, UTC."""
+    """A run as the store returns it; times are in milliseconds since 1970, UTC."""
 
     id: str
     name: str
@@ -25,7 +25,7 @@ class RunRow:
     start_time: int | None
     end_time: int | None
     artifact_uri: str
-    deleted: bool = False
+    is_deleted: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class RunRow:
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One value of one metric; `time` in milliseconds since 1970, UTC."""
+    """One value of one metric; `time` is in milliseconds since 1970, UTC."""
 
     key: str
     value: float

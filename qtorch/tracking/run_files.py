@@ -1,4 +1,4 @@
-"""The artifacts of one run, wherever its store keeps them."""
+"""The artifacts of one run, in a local folder or in a remote store."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSES = (0.5, 2.0, 5.0)  # seconds between the attempts to reach a store that is away
+PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to reach an unreachable store
 
 
 class RunFiles:
     """Save, load and list a run's artifacts.
 
-    Local stores are written in place, each file whole or not at all; others through MLflow's own
-    repositories. Where such a store is away, the file waits in the outbox (`journal()`).
+    A local store is written in place, each file atomically; any other store through MLflow's own
+    artifact repositories. If such a store is unreachable, the file is copied to the outbox
+    (`journal()`) and sent later.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class RunFiles:
     ) -> None:
         self._store, self._run_id, self._journal = store, run_id, journal
         self.root = local_folder(artifact_uri)
-        self._kept: dict[str, Path] = {}  # artifacts that wait in the outbox
+        self._outbox_copies: dict[str, Path] = {}  # copies of artifacts that are still to be sent
 
     @property
     def work_folder(self) -> Path:
-        """A local folder of the run that persists: the run's own where the store is local."""
+        """A persistent local folder of the run: in a local store its own, else one in the cache."""
         if self.root is not None:
             return self.root.parent
         return cache_folder() / "runs" / self._run_id
@@ -62,38 +63,38 @@ class RunFiles:
         return (self.root or self.work_folder) / "checkpoints"
 
     def save(self, value: Any, name: str, folder: str | None) -> None:
-        """Store an object under its logical name, replacing one of that name."""
-        path = _checked(f"{folder}/{name}" if folder else name)
+        """Save an object under its logical name, replacing an earlier one of that name."""
+        path = _validate_path(f"{folder}/{name}" if folder else name)
         parent = str(path.parent) if path.parent.name else None
         if self.root is not None:
-            written = write_object(value, self.root / path.parent, path.name)
-            for other in object_files(path.name):
-                if other != written.name:
-                    (written.parent / other).unlink(missing_ok=True)
+            new_path = write_object(value, self.root / path.parent, path.name)
+            for file in object_files(path.name):
+                if file != new_path.name:
+                    (new_path.parent / file).unlink(missing_ok=True)
             return
         with TemporaryDirectory() as scratch:
-            written = write_object(value, Path(scratch), path.name)
-            self._replace_others(path, written.name, parent)
-            self._upload(written, parent)
+            new_path = write_object(value, Path(scratch), path.name)
+            self._remove_other_files(path, new_path.name, parent)
+            self._upload(new_path, parent)
 
-    def _replace_others(self, path: PurePosixPath, kept: str, parent: str | None) -> None:
-        """An object that changed its kind has another file: the old one must not be found."""
+    def _remove_other_files(self, path: PurePosixPath, new_file: str, parent: str | None) -> None:
+        """Remove the files of an object that was saved before in another format."""
         prefix = f"{parent}/" if parent else ""
-        others = {prefix + f for f in object_files(path.name)} - {prefix + kept}
+        other_files = {prefix + f for f in object_files(path.name)} - {prefix + new_file}
         try:
-            there = [p for p, _ in self._store().artifacts(self._run_id, parent)]
+            stored_files = [p for p, _ in self._store().artifacts(self._run_id, parent)]
         except TrackingError as error:
             log.debug("cannot list the artifacts before saving %s: %s", path, error)
             return
-        for other in others & set(there):
-            self._store().remove(self._run_id, other)
+        for file in other_files & set(stored_files):
+            self._store().remove(self._run_id, file)
 
-    def put(self, local: Path, folder: str | None, *, content: bool = False) -> None:
-        """Store a file or folder under its own name; with `content` what the folder holds."""
+    def save_path(self, local: Path, folder: str | None, *, content: bool = False) -> None:
+        """Save a file or folder under its own name; with `content` the content of the folder."""
         if not local.exists():
-            raise ArgumentError(f"there is no file or folder {str(local)!r} to log.")
+            raise ArgumentError(f"no file or folder {str(local)!r} to log.")
         if folder:
-            _checked(folder)
+            _validate_path(folder)
         if local.is_dir() and not content:
             folder = f"{folder}/{local.name}" if folder else local.name
         if self.root is None:
@@ -103,10 +104,10 @@ class RunFiles:
         try:
             files = [p for p in local.rglob("*") if p.is_file()] if local.is_dir() else [local]
             for file in files:
-                inside = file.relative_to(local) if local.is_dir() else Path(file.name)
-                if (target / inside).resolve() == file.resolve():
-                    continue  # it lies there already
-                with whole_file(target / inside) as temporary:
+                relative_path = file.relative_to(local) if local.is_dir() else Path(file.name)
+                if (target / relative_path).resolve() == file.resolve():
+                    continue  # the file is already in place
+                with whole_file(target / relative_path) as temporary:
                     shutil.copyfile(file, temporary)
         except OSError as error:
             raise TrackingError(
@@ -123,98 +124,108 @@ class RunFiles:
             except TrackingError as error:
                 if pause is None:
                     break
-                log.debug("%s is not stored yet: %s", local.name, error)
-                last = error
+                log.debug("the upload of %s failed: %s", local.name, error)
+                last_error = error
             time.sleep(pause)
         try:
-            kept = self._journal().keep_file(local, folder)
+            copy = self._journal().save_file(local, folder)
         except OSError as error:
-            raise TrackingError(f"{last} The outbox takes it neither: {error}") from error
-        self._kept[f"{folder}/{local.name}" if folder else local.name] = kept
-        log.error("%s It is kept as %s; `qtorch tracking send` delivers it.", last, kept)
+            raise TrackingError(
+                f"{last_error} The copy in the outbox failed too: {error}"
+            ) from error
+        self._outbox_copies[f"{folder}/{local.name}" if folder else local.name] = copy
+        log.error(
+            "%s The artifact was saved to %s; send it with `qtorch tracking send`.",
+            last_error,
+            copy,
+        )
 
     def load(self, name: str, unpickler: Callable[..., Any] | None = None) -> Any:
-        """The object of a logical name; LoadObjectError names what there is."""
-        path = _checked(name)
+        """Load the object with a logical name; LoadObjectError lists the names that exist."""
+        path = _validate_path(name)
         with TemporaryDirectory() as scratch:
-            found = self._find(path, Path(scratch))
-            if found is None:
+            file = self._find(path, Path(scratch))
+            if file is None:
                 names = self.names(str(path.parent) if path.parent.name else None)
                 raise LoadObjectError(
                     f"run {self._run_id}: {unknown_name('object', name, names, limit=30)}"
                 )
-            if found.is_dir():
-                raise LoadObjectError(f"{name!r} is a folder; download_artifact fetches it.")
-            if unpickler is not None and found.suffix in (".pickle", ".pkl"):
+            if file.is_dir():
+                raise LoadObjectError(f"{name!r} is a folder; use download_artifact.")
+            if unpickler is not None and file.suffix in (".pickle", ".pkl"):
                 import io
 
-                return unpickler(io.BytesIO(pickle_body(found.read_bytes(), name))).load()
-            return read_object(found, name)
+                return unpickler(io.BytesIO(pickle_body(file.read_bytes(), name))).load()
+            return read_object(file, name)
 
     def _find(self, path: PurePosixPath, scratch: Path) -> Path | None:
-        """A local file of the object: in place, kept in the outbox, or fetched to `scratch`."""
+        """Return the object's local file: in place, in the outbox, or downloaded to `scratch`."""
         files = [str(path.parent / f) for f in [*object_files(path.name), path.name]]
         for file in files:
-            if file in self._kept:
-                return self._kept[file]
+            if file in self._outbox_copies:
+                return self._outbox_copies[file]
             if self.root is not None and (self.root / file).exists():
                 return self.root / file
         if self.root is not None:
             return None
-        there = {p for p, _ in self._store().artifacts(self._run_id, _folder(path))}
+        stored_files = {p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))}
         for file in files:
-            if file in there:
+            if file in stored_files:
                 return Path(self._store().download(self._run_id, file, str(scratch)))
         return None
 
     def names(self, folder: str | None = None) -> list[str]:
-        """What lies directly in a folder: objects by logical name, other files by their own."""
+        """List a folder (not recursively): objects by logical name, other files by file name."""
         if folder:
-            _checked(folder)
+            _validate_path(folder)
         if self.root is not None:
-            place = self.root / (folder or "")
+            directory = self.root / (folder or "")
             paths = (
-                [str(p.relative_to(self.root)) for p in place.iterdir()] if place.is_dir() else []
+                [str(p.relative_to(self.root)) for p in directory.iterdir()]
+                if directory.is_dir()
+                else []
             )
         else:
             paths = [p for p, _ in self._store().artifacts(self._run_id, folder)]
-            paths += [p for p in self._kept if _folder(PurePosixPath(p)) == folder]
-        shown = {p for p in paths if not PurePosixPath(p).name.startswith(".")}
-        return sorted({logical_name(p) or p for p in shown})
+            paths += [p for p in self._outbox_copies if _parent_folder(PurePosixPath(p)) == folder]
+        visible_paths = {p for p in paths if not PurePosixPath(p).name.startswith(".")}
+        return sorted({logical_name(p) or p for p in visible_paths})
 
     def fetch(self, name: str, target: str | None) -> str:
-        """A local path of a file, folder or object (by its logical name); a copy in `target`."""
-        path = _checked(name)
+        """Return the local path of a file, folder or object, or of a copy of it in `target`."""
+        path = _validate_path(name)
         if self.root is None:
-            there = {p for p, _ in self._store().artifacts(self._run_id, _folder(path))}
+            stored_files = {
+                p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))
+            }
             files = [str(path), *(str(path.parent / f) for f in object_files(path.name))]
-            held = next((f for f in files if f in there), name)
-            return self._store().download(self._run_id, held, target)
+            stored_name = next((f for f in files if f in stored_files), name)
+            return self._store().download(self._run_id, stored_name, target)
         with TemporaryDirectory() as scratch:
-            found = self.root / path if (self.root / path).exists() else None
-            found = found or self._find(path, Path(scratch))
-        if found is None:
-            names = self.names(_folder(path))
+            source = self.root / path if (self.root / path).exists() else None
+            source = source or self._find(path, Path(scratch))
+        if source is None:
+            names = self.names(_parent_folder(path))
             raise LoadObjectError(f"run {self._run_id}: {unknown_name('artifact', name, names)}")
         if target is None:
-            return str(found)
-        copy = Path(target, path.parent, found.name)
+            return str(source)
+        copy = Path(target, path.parent, source.name)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if found.is_dir():
-            shutil.copytree(found, copy, dirs_exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, dirs_exist_ok=True)
         else:
-            shutil.copyfile(found, copy)
+            shutil.copyfile(source, copy)
         return str(copy)
 
 
-def _folder(path: PurePosixPath) -> str | None:
+def _parent_folder(path: PurePosixPath) -> str | None:
     return str(path.parent) if path.parent.name else None
 
 
-def _checked(name: str) -> PurePosixPath:
+def _validate_path(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts:
         raise ArgumentError(
-            f"{name!r} is no name within a run: no leading '/', no '..', not empty."
+            f"{name!r} is not a valid artifact name: it is empty, starts with '/' or contains '..'."
         )
     return path

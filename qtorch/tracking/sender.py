@@ -1,4 +1,4 @@
-"""The background sender of one run: training never waits for the store, nothing gets lost."""
+"""The background thread that sends a run's entries, so that training never waits for the store."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking.locations import redacted
+from qtorch.tracking.locations import redact_password
 from qtorch.tracking.outbox import (
     MAX_METRICS,
     Entry,
     Journal,
-    deliver,
-    keep_refused,
-    next_batch,
+    count_batch,
+    save_rejected_entries,
+    send_entries,
 )
 
 if TYPE_CHECKING:
@@ -28,146 +28,148 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 1.0  # seconds that entries gather before they are sent as one request
-LONGEST_PAUSE = 30.0
-BUSY_SECONDS = 120.0  # how long the end of a run waits for a store that has not failed
+INTERVAL = 1.0  # seconds to collect entries before they are sent as one request
+MAX_PAUSE = 30.0
+BUSY_SECONDS = 120.0  # how long the end of a run waits for a slow store that has not failed
 PATIENCE_VARIABLE = "QTORCH_TRACKING_PATIENCE"
 DEFAULT_PATIENCE = 30.0
 
 
-def patience() -> float:
-    """Seconds that the end of a run waits for a store that is away: QTORCH_TRACKING_PATIENCE."""
+def patience_seconds() -> float:
+    """Return how long the end of a run waits for an unreachable store, in seconds."""
     return float(os.environ.get(PATIENCE_VARIABLE, DEFAULT_PATIENCE))
 
 
 class Sender:
-    """Entries go to the journal at once and to the store from a thread, in batches, in order.
+    """Writes entries to the journal at once, and sends them to the store from a thread.
 
-    A store that fails is asked again with growing pauses. `undelivered` of `close` stay in the
-    journal's file.
+    Entries are sent in batches and in order. A failing store is retried after growing pauses.
+    Entries that are unsent at `close` stay in the journal's file.
     """
 
     def __init__(self, store: MLflowStore, run_id: str, attempt: int) -> None:
         self._store, self._run_id, self._attempt = store, run_id, attempt
-        self._reset()
+        self._start_empty()
 
-    def _reset(self) -> None:
+    def _start_empty(self) -> None:
         self.journal = Journal(self._run_id, self._store.uri, self._attempt)
         self._queue: deque[Entry] = deque()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
-        self._wanted = 0  # flushes asked for so far
-        self._tried = 0  # flushes that an attempt has followed
+        self._flushes_requested = 0  # calls of `flush` so far
+        self._flushes_attempted = 0  # calls of `flush` followed by an attempt to send
         self._closing = False
         self._error: TrackingError | None = None
 
-    def put(self, entries: Sequence[Entry]) -> None:
-        """Take entries; returns at once."""
+    def enqueue(self, entries: Sequence[Entry]) -> None:
+        """Add entries to the queue; returns immediately."""
         if not entries:
             return
         if self._pid != os.getpid():
-            self._reset()  # a forked child has its own: the parent sends what the parent took
-            Finalize(None, self.close, exitpriority=10)  # such a child runs no atexit
+            # A forked child sends only its own entries; the parent sends those that it enqueued.
+            self._start_empty()
+            # A child of multiprocessing does not run atexit functions.
+            Finalize(None, self.close, exitpriority=10)
         self.journal.append(entries)
-        with self._changed:
+        with self._condition:
             self._queue.extend(entries)
-            self._start()
-            self._changed.notify_all()
+            self._start_thread()
+            self._condition.notify_all()
 
-    def _start(self) -> None:
+    def _start_thread(self) -> None:
         if self._thread is not None:
             return
-        thread = threading.Thread(target=self._work, name=f"qtorch-{self._run_id}", daemon=True)
+        thread = threading.Thread(target=self._run, name=f"qtorch-{self._run_id}", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # the interpreter ends: `flush` and `close` send themselves
-            log.debug("no thread sends the entries of run %s", self._run_id)
+        except RuntimeError:  # the interpreter is shutting down: `flush` and `close` send
+            log.debug("could not start the thread that sends the entries of run %s", self._run_id)
             return
         self._thread = thread
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send what is here; True once the store has it, False where it does not take it now."""
+        """Send the queue; return True once the store has it, False if sending failed."""
         if self._pid != os.getpid():
             return True
-        end = time.monotonic() + (patience() if timeout is None else timeout)
-        with self._changed:
-            self._wanted += 1
-            mine = self._wanted
-            self._changed.notify_all()
+        deadline = time.monotonic() + (patience_seconds() if timeout is None else timeout)
+        with self._condition:
+            self._flushes_requested += 1
+            own_flush = self._flushes_requested
+            self._condition.notify_all()
             while self._queue and self._thread is not None:
-                failed = self._error is not None and self._tried >= mine
-                left = end - time.monotonic()
-                if failed or left <= 0:
+                has_failed = self._error is not None and self._flushes_attempted >= own_flush
+                time_left = deadline - time.monotonic()
+                if has_failed or time_left <= 0:
                     return False
-                self._changed.wait(left)
+                self._condition.wait(time_left)
         if self._thread is None and self._queue:
             self._send_all()
         return not self._queue
 
     def close(self, timeout: float | None = None) -> TrackingError | None:
-        """Send the rest; None, or why some of it stays on disk.
+        """Send the rest of the queue; return None, or the error if entries remain on disk.
 
-        A store that fails is asked again for `timeout` seconds (`patience()`), one that is merely
-        slow gets BUSY_SECONDS more.
+        A failing store is retried for `timeout` seconds (by default `patience_seconds()`); one
+        that is only slow gets BUSY_SECONDS more.
         """
         if self._pid != os.getpid():
             return None
-        begin, pause = time.monotonic(), 0.2
-        allowed = patience() if timeout is None else timeout
+        start, pause = time.monotonic(), 0.2
+        allowed_seconds = patience_seconds() if timeout is None else timeout
         while not self.flush(BUSY_SECONDS):
-            left = begin + allowed - time.monotonic()
-            if left <= 0:
+            time_left = start + allowed_seconds - time.monotonic()
+            if time_left <= 0:
                 break
-            time.sleep(min(pause, left))
+            time.sleep(min(pause, time_left))
             pause *= 2
-        with self._changed:
+        with self._condition:
             self._closing = True
-            self._changed.notify_all()
-            rest, error = len(self._queue), self._error
+            self._condition.notify_all()
+            num_unsent, error = len(self._queue), self._error
         if self._thread is not None:
             self._thread.join(timeout=1.0)
-        if rest:
-            where = redacted(self._store.uri)
-            return error or TrackingError(f"the tracking store {where} took too long.")
+        if num_unsent:
+            store_uri = redact_password(self._store.uri)
+            return error or TrackingError(f"the tracking store {store_uri} was too slow.")
         return None
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         pause = 1.0
         while True:
-            with self._changed:
+            with self._condition:
                 while not self._queue and not self._closing:
-                    self._tried = self._wanted
-                    self._changed.notify_all()
-                    self._changed.wait()
+                    self._flushes_attempted = self._flushes_requested
+                    self._condition.notify_all()
+                    self._condition.wait()
                 if self._closing:
                     return
-                if self._wanted == self._tried:
-                    self._changed.wait_for(self._urgent, INTERVAL)
-                asked = self._wanted
-            fine = self._send_all()
-            with self._changed:
-                self._tried = max(self._tried, asked)
-                self._changed.notify_all()
-                if not fine and not self._closing:
-                    self._changed.wait_for(self._urgent, pause)
-            pause = 1.0 if fine else min(2 * pause, LONGEST_PAUSE)
+                if self._flushes_requested == self._flushes_attempted:
+                    self._condition.wait_for(self._must_send_now, INTERVAL)
+                num_flushes = self._flushes_requested
+            is_sent = self._send_all()
+            with self._condition:
+                self._flushes_attempted = max(self._flushes_attempted, num_flushes)
+                self._condition.notify_all()
+                if not is_sent and not self._closing:
+                    self._condition.wait_for(self._must_send_now, pause)
+            pause = 1.0 if is_sent else min(2 * pause, MAX_PAUSE)
 
-    def _urgent(self) -> bool:
-        return self._closing or self._wanted > self._tried
+    def _must_send_now(self) -> bool:
+        return self._closing or self._flushes_requested > self._flushes_attempted
 
     def _send_all(self) -> bool:
-        """Send batch after batch; False where the store does not take one now."""
+        """Send batch after batch; return False if the store is unavailable."""
         while self._queue:
-            with self._changed:
+            with self._condition:
                 batch = list(islice(self._queue, MAX_METRICS))
-            batch = batch[: next_batch(batch)]
+            batch = batch[: count_batch(batch)]
             try:
-                refused = deliver(self._store, self._run_id, batch)
+                rejected_entries = send_entries(self._store, self._run_id, batch)
             except TrackingError as error:
                 if self._error is None:
                     log.warning(
-                        "run %s: %s What is logged is kept in %s and sent as soon as it answers.",
+                        "run %s: %s Entries are saved to %s and sent as soon as the store answers.",
                         self._run_id,
                         error,
                         self.journal.path,
@@ -175,12 +177,12 @@ class Sender:
                 self._error = error
                 return False
             if self._error is not None:
-                log.warning("run %s: the tracking store answers again", self._run_id)
+                log.warning("run %s: the tracking store is available again", self._run_id)
             self._error = None
-            keep_refused(self.journal.path, self._run_id, refused)
-            with self._changed:
+            save_rejected_entries(self.journal.path, self._run_id, rejected_entries)
+            with self._condition:
                 for _ in batch:
                     self._queue.popleft()
-                self.journal.settle(len(batch))
-                self._changed.notify_all()
+                self.journal.remove_pending(len(batch))
+                self._condition.notify_all()
         return True

@@ -1,8 +1,9 @@
-"""A fresh sqlite store, made whole before anybody sees it.
+"""Creation of a new sqlite store that becomes visible only when it is complete.
 
-MLflow migrates a fresh file in place, for seconds, and processes that do so at once corrupt it.
-Here one process does it under a lock, in a file beside, which then takes the store's name. The
-migrated file is kept as a template in the user's cache, so that the next store is a copy.
+MLflow migrates a new file in place, which takes seconds, and processes that do so at the same time
+corrupt it. Here one process migrates a temporary file next to the store, under a lock, and then
+renames it. The migrated file is saved as a template in the user's cache folder, so that the next
+store is a copy of it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ BUSY_SECONDS = 20.0
 
 
 def ensure_sqlite_store(path: Path, version: str, migrate: Callable[[Path], None]) -> None:
-    """Make `path` a store unless it is one; safe under many processes at once.
+    """Create a store at `path` unless there is one; many processes may call this at once.
 
-    `version` names MLflow and its schema; `migrate(file)` builds the tables in an empty file.
+    `version` names MLflow's version and schema; `migrate(file)` creates the tables in an empty
+    file.
     """
     try:
         if _is_store(path):
@@ -36,12 +38,12 @@ def ensure_sqlite_store(path: Path, version: str, migrate: Callable[[Path], None
             if _is_store(path):
                 return
             if path.exists() and path.stat().st_size:
-                migrate(path)  # tables of something else, or of a store that was cut short
+                migrate(path)  # another program's tables, or a store left incomplete
             else:
                 _build(path, version, migrate)
     except (OSError, sqlite3.Error) as error:
         raise TrackingError(
-            f"the tracking store {path} cannot be opened or made: {error}. Give a file that can "
+            f"the tracking store {path} cannot be opened or created: {error}. Use a file that can "
             "be written, or another tracking URI."
         ) from error
 
@@ -53,44 +55,46 @@ def _is_store(path: Path) -> bool:
         rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         if not {"alembic_version", "experiments", "runs"} <= {name for (name,) in rows}:
             return False
-        first = connection.execute("SELECT 1 FROM experiments WHERE experiment_id = 0")
-        return first.fetchone() is not None
+        default_experiment = connection.execute("SELECT 1 FROM experiments WHERE experiment_id = 0")
+        return default_experiment.fetchone() is not None
 
 
 def _build(path: Path, version: str, migrate: Callable[[Path], None]) -> None:
-    for stale in path.parent.glob(f".{path.name}.init-*"):
-        stale.unlink(missing_ok=True)  # of a process that was killed here
+    for leftover in path.parent.glob(f".{path.name}.init-*"):
+        leftover.unlink(
+            missing_ok=True
+        )  # left by a process that was killed while it created the store
     fresh = path.with_name(f".{path.name}.init-{os.getpid()}")
     template = cache_folder() / f"mlflow-{version}.db"
     try:
-        if not _copied(template, fresh):
-            log.info("making the tracking store %s (once; some seconds)", path)
+        if not _copy_template(template, fresh):
+            log.info("creating the tracking store %s (once; takes some seconds)", path)
             migrate(fresh)
-            _keep_template(fresh, template)
+            _save_template(fresh, template)
         _move_default_experiment(fresh, path.parent / "artifacts" / "Default")
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
 
 
-def _copied(template: Path, fresh: Path) -> bool:
-    """Copy the template; False, and the template gone, where it is not whole."""
+def _copy_template(template: Path, fresh: Path) -> bool:
+    """Copy the template; return False, and remove the template, if it is missing or damaged."""
     if not template.exists():
         return False
     try:
         shutil.copyfile(template, fresh)
         with closing(sqlite3.connect(fresh)) as connection:
-            whole = connection.execute("PRAGMA quick_check").fetchone() == ("ok",)
-        if whole and _is_store(fresh):
+            is_intact = connection.execute("PRAGMA quick_check").fetchone() == ("ok",)
+        if is_intact and _is_store(fresh):
             return True
     except (OSError, sqlite3.Error) as error:
-        log.debug("the template %s is of no use: %s", template, error)
+        log.debug("the template %s cannot be used: %s", template, error)
     fresh.unlink(missing_ok=True)
     template.unlink(missing_ok=True)
     return False
 
 
-def _keep_template(fresh: Path, template: Path) -> None:
+def _save_template(fresh: Path, template: Path) -> None:
     partial = template.with_name(f".{template.name}.{os.getpid()}")
     try:
         template.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ def _keep_template(fresh: Path, template: Path) -> None:
         os.replace(partial, template)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        log.debug("no template of the store is kept in %s: %s", template.parent, error)
+        log.debug("the template of the store could not be saved to %s: %s", template.parent, error)
 
 
 def _move_default_experiment(fresh: Path, artifacts: Path) -> None:

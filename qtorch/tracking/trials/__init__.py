@@ -1,1 +1,1 @@
-"""The trials of a search, through Optuna: a study in a database, and what its processes do."""
+"""Hyperparameter search with Optuna: studies in a database that several processes share."""

@@ -1,4 +1,4 @@
-"""Which process runs a trial, and whether it is still there."""
+"""Identity of the process that runs a trial, and whether that process has ended."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import socket
 from typing import Any
 
 
-def this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
+def process_identity() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
 
 
-def is_dead(process: Any) -> bool:
-    """Whether a process of this machine has ended; False for one elsewhere."""
+def has_ended(process: Any) -> bool:
+    """Whether a process of this machine has ended; False for a process on another machine."""
     if not process or process["host"] != socket.gethostname():
         return False
-    return bool(_start(process["pid"]) != process["start"])
+    return bool(_start_time(process["pid"]) != process["start"])
 
 
-def _start(pid: int) -> str | None:
-    """When a process began, as Linux counts it, so that a number used again is told apart;
-    elsewhere only whether it is there."""
+def _start_time(pid: int) -> str | None:
+    """Return a process's start time in Linux clock ticks, None if it has ended.
+
+    The start time reveals that a process ID was reused. On other systems the result only says
+    whether the process exists."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

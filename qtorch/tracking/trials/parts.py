@@ -37,67 +37,73 @@ PRUNERS = {
 }
 
 
-def sampler_of(spec: Any, seed: int | None, space: Space) -> optuna.samplers.BaseSampler:
-    """A sampler by name or by configuration; `seed` counts unless the configuration has one."""
+def build_sampler(spec: Any, seed: int | None, space: Space) -> optuna.samplers.BaseSampler:
+    """Build a sampler from a name or configuration; a seed in the configuration wins."""
     options = _options(spec, SAMPLERS, "sampler", "optuna.samplers")
     if is_grid(spec):
-        options = {"search_space": grid_of(space), "seed": 0, **options}  # one order for all
+        options = {
+            "search_space": grid_values(space),
+            "seed": 0,
+            **options,
+        }  # all processes walk the grid in one order
     options.setdefault("seed", seed)
-    built: optuna.samplers.BaseSampler = _made(options, optuna.samplers.BaseSampler, "sampler")
-    return built
+    sampler: optuna.samplers.BaseSampler = _instantiate(
+        options, optuna.samplers.BaseSampler, "sampler"
+    )
+    return sampler
 
 
 def is_grid(spec: Any) -> bool:
-    """Whether a sampler walks through all points of a space, each once."""
+    """Whether a sampler visits every point of the space exactly once."""
     name = spec.get("_target_") if isinstance(spec, Mapping) else SAMPLERS.get(str(spec))
     return str(name).rpartition(".")[2] == SAMPLERS["grid"]
 
 
-def pruner_of(spec: Any) -> optuna.pruners.BasePruner:
-    """A pruner by name or by configuration; None prunes nothing."""
+def build_pruner(spec: Any) -> optuna.pruners.BasePruner:
+    """Build a pruner from a name or configuration; None never prunes."""
     if spec is None:
         return optuna.pruners.NopPruner()
     options = _options(spec, PRUNERS, "pruner", "optuna.pruners")
-    built: optuna.pruners.BasePruner = _made(options, optuna.pruners.BasePruner, "pruner")
-    return built
+    pruner: optuna.pruners.BasePruner = _instantiate(options, optuna.pruners.BasePruner, "pruner")
+    return pruner
 
 
-def grid_of(space: Space) -> dict[str, list[Any]]:
-    """The values of each part of a space that has countably many; ConfigError for another."""
-    found: dict[str, list[Any]] = {}
+def grid_values(space: Space) -> dict[str, list[Any]]:
+    """Return the grid of values of each parameter; ConfigError for a continuous parameter."""
+    values_by_name: dict[str, list[Any]] = {}
     for name, part in space.items():
         values = list(part.options) if isinstance(part, Choice) else part.grid()
         if values is None:
             raise ConfigError(f"{name} is an interval, which has no grid: use choice or range.")
-        found[name] = values
-    return found
+        values_by_name[name] = values
+    return values_by_name
 
 
-def _options(spec: Any, known: Mapping[str, str], what: str, module: str) -> dict[str, Any]:
+def _options(spec: Any, class_names: Mapping[str, str], label: str, module: str) -> dict[str, Any]:
     if isinstance(spec, Mapping):
         if "_target_" not in spec:
-            raise ConfigError(f"a {what}'s configuration needs _target_; got {dict(spec)}.")
+            raise ConfigError(f"the configuration of a {label} needs _target_; got {dict(spec)}.")
         return dict(spec)
-    if spec not in known:
-        raise ConfigError(unknown_name(what, str(spec), known))
-    return {"_target_": f"{module}.{known[str(spec)]}"}
+    if spec not in class_names:
+        raise ConfigError(unknown_name(label, str(spec), class_names))
+    return {"_target_": f"{module}.{class_names[str(spec)]}"}
 
 
-def _made(options: dict[str, Any], kind: type, what: str) -> Any:
-    with quiet():
-        built = init_instance_by_config(options)
-    if not isinstance(built, kind):
-        raise ConfigError(f"{options['_target_']} is no {what} of Optuna's.")
-    return built
+def _instantiate(options: dict[str, Any], kind: type, label: str) -> Any:
+    with suppress_warnings():
+        instance = init_instance_by_config(options)
+    if not isinstance(instance, kind):
+        raise ConfigError(f"{options['_target_']} is not an Optuna {label}.")
+    return instance
 
 
-def plain_sampler() -> optuna.samplers.BaseSampler:
-    """One that does nothing where a trial is told or looked at."""
+def placeholder_sampler() -> optuna.samplers.BaseSampler:
+    """Build a cheap sampler for operations that draw no parameters."""
     return optuna.samplers.RandomSampler()
 
 
-def distribution_of(part: Choice | Span) -> BaseDistribution:
-    """A part of a space, as Optuna has it."""
+def build_distribution(part: Choice | Span) -> BaseDistribution:
+    """Convert a parameter of the search space to an Optuna distribution."""
     if isinstance(part, Choice):
         return CategoricalDistribution(part.options)
     if part.integer:
@@ -106,8 +112,8 @@ def distribution_of(part: Choice | Span) -> BaseDistribution:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without Optuna's warnings of what it calls experimental, and of values that are told late."""
+def suppress_warnings() -> Iterator[None]:
+    """Suppress Optuna's warnings about experimental features and late values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

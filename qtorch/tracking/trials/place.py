@@ -1,8 +1,8 @@
-"""Where the trials of a search lie: beside the runs, in the tracking store's own database.
+"""The database of a search's trials, next to the tracking store, and the lock on it.
 
-Optuna and MLflow both keep their schema's version in a table `alembic_version` and refuse a
-database that holds the other's. So beside a sqlite store lies a second file, and in a PostgreSQL
-database the trials have a schema of their own.
+Optuna and MLflow both store their schema version in a table `alembic_version` and reject a database
+that contains the other's. So a sqlite store gets a second file next to it, and in a PostgreSQL
+database the trials have their own schema.
 """
 
 from __future__ import annotations
@@ -15,58 +15,59 @@ from typing import Any
 from urllib.parse import quote
 
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.locations import SQLITE, file_lock, redacted, sqlite_path
+from qtorch.tracking.locations import SQLITE, file_lock, redact_password, sqlite_path
 
 POSTGRES = "postgresql"
 SCHEMA = "optuna"
 SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
-TURN_SECONDS = 120.0
-PRUNED_TAG = "pruned"  # of a run that its search has stopped
-TRIAL_VARIABLE = "QTORCH_TRIAL"  # which trial a job's process runs, as JSON
+LOCK_SECONDS = 120.0
+PRUNED_TAG = "pruned"  # tag of a run that the search's pruner has stopped
+TRIAL_VARIABLE = "QTORCH_TRIAL"  # environment variable: the trial of a job's process, as JSON
 
 
-def storage_url(given: str | None, tracking_uri: str) -> str:
-    """The URL of the trials' database: the given one, else the one that goes with the store.
+def storage_url(storage: str | None, tracking_uri: str) -> str:
+    """Return the URL of the trials' database: `storage`, or one derived from the tracking URI.
 
-    `sqlite:///mlruns/mlflow.db` has `mlruns/mlflow-optuna.db` beside it, a PostgreSQL store the
-    schema `optuna`, an MLflow server (whose database only it can see) a file
-    `mlruns/optuna.db` in the working folder. Raises ConfigError for a store of another kind.
+    For `sqlite:///mlruns/mlflow.db` it is `mlruns/mlflow-optuna.db`, for PostgreSQL the schema
+    `optuna` of the same database. An MLflow server's database is not accessible to clients, so
+    then it is the file `mlruns/optuna.db` in the working folder. Raises ConfigError for any other
+    kind of store.
     """
-    if given is not None:
-        path = sqlite_path(str(given))
-        return str(given) if path is None else f"{SQLITE}{path}"
+    if storage is not None:
+        path = sqlite_path(str(storage))
+        return str(storage) if path is None else f"{SQLITE}{path}"
     path = sqlite_path(tracking_uri)
     if path is not None:
         return f"{SQLITE}{path.with_name(f'{path.stem}-optuna.db')}"
     if tracking_uri.startswith(POSTGRES):
-        joint = "&" if "?" in tracking_uri else "?"
-        return f"{tracking_uri}{joint}{SCHEMA_OPTION}"
+        separator = "&" if "?" in tracking_uri else "?"
+        return f"{tracking_uri}{separator}{SCHEMA_OPTION}"
     if tracking_uri.startswith(("http://", "https://")):
         return f"{SQLITE}{Path('mlruns', 'optuna.db').absolute()}"
     raise ConfigError(
-        f"the tracking store {redacted(tracking_uri)} has no place for a study's trials: name a "
-        "database, hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."
+        f"the tracking store {redact_password(tracking_uri)} cannot store a study's trials: set "
+        "hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."
     )
 
 
-def make_place(url: str) -> None:
-    """The folder of a sqlite file, where there is none yet."""
+def make_sqlite_folder(url: str) -> None:
+    """Create the folder of a sqlite file if it is missing."""
     path = sqlite_path(url)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def turn(url: str, engine: Any = None) -> Iterator[bool]:
-    """One process of a study at a time: who asks for a trial must see what the others have.
+def study_lock(url: str, engine: Any = None) -> Iterator[bool]:
+    """Let one process at a time use the study, so that it sees the trials of the others.
 
-    By a lock file beside sqlite, by an advisory lock of PostgreSQL (`engine` is SQLAlchemy's);
-    both end with the process. On other databases nothing is locked, and the block is told False:
-    two processes that ask at one moment may run a trial more than was asked for.
+    Uses a lock file next to a sqlite file, or an advisory lock of PostgreSQL (`engine` is an
+    SQLAlchemy engine); both are released when the process dies. Other databases are not locked and
+    the block gets False: two processes that ask at the same moment may run one trial too many.
     """
     path = sqlite_path(url)
     if path is not None:
-        with file_lock(path.with_name(path.name + ".lock"), timeout=TURN_SECONDS):
+        with file_lock(path.with_name(path.name + ".lock"), timeout=LOCK_SECONDS):
             yield True
     elif url.startswith(POSTGRES) and engine is not None:
         key = int.from_bytes(hashlib.sha256(SCHEMA.encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""A trial, as those see it who run one or look at all."""
+"""A trial as plain values: one that a process is to run, and one row of a study."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A trial that this process is to run."""
+class TrialJob:
+    """A trial that this process is to run, with its parameters."""
 
     number: int
     id: int
     params: dict[str, Any]
-    retry: bool = False  # it had failed: its job is tried again
+    retry: bool = False  # the trial failed before and its job is retried
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """How a trial stands."""
+    """The state of a trial. The field names are stored in search.json, so they must not change."""
 
     number: int
     state: str
@@ -28,4 +28,4 @@ class TrialRow:
     error: str | None = None
     steps: int = 0
     retry_of: int | None = None
-    replaced: bool = False  # by a trial that was run in its stead
+    replaced: bool = False  # by a later trial with the same parameters

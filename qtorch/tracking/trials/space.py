@@ -1,4 +1,4 @@
-"""What a search may choose from, as plain values."""
+"""The search space of a hyperparameter search, as plain values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Value = str | int | float
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values, each as it is written in an override."""
+    """A choice between values, each written as in an override."""
 
     options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Span:
-    """A number from `low` to `high`, both included; whole ones where `integer`."""
+    """A number from `low` to `high`, both inclusive; whole numbers only if `integer`."""
 
     low: float
     high: float
@@ -25,7 +25,7 @@ class Span:
     step: float | None = None
 
     def grid(self) -> list[Value] | None:
-        """Its values where there are countably many."""
+        """Return all values of the range; None if it is continuous or logarithmic."""
         step = self.step if self.step is not None or not self.integer else 1
         if step is None or self.log:
             return None

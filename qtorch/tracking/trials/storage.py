@@ -1,4 +1,4 @@
-"""The database of a study: Optuna's tables, made by one process at a time."""
+"""Opens the database of a study; one process at a time creates Optuna's tables."""
 
 from __future__ import annotations
 
@@ -11,35 +11,45 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.locations import redacted, sqlite_path
-from qtorch.tracking.trials.parts import quiet
-from qtorch.tracking.trials.place import POSTGRES, SCHEMA, SCHEMA_OPTION, make_place, turn
+from qtorch.tracking.locations import redact_password, sqlite_path
+from qtorch.tracking.trials.parts import suppress_warnings
+from qtorch.tracking.trials.place import (
+    POSTGRES,
+    SCHEMA,
+    SCHEMA_OPTION,
+    make_sqlite_folder,
+    study_lock,
+)
 
-Stale = Callable[[optuna.Study, FrozenTrial], None]
+StaleTrialCallback = Callable[[optuna.Study, FrozenTrial], None]
 
 
-def open_storage(url: str, *, grace: float = 60.0, stale: Stale | None = None) -> RDBStorage:
-    """Optuna's tables, made by one process at a time."""
+def open_storage(
+    url: str, *, grace: float = 60.0, on_stale_trial: StaleTrialCallback | None = None
+) -> RDBStorage:
+    """Open a study's database and create Optuna's tables; one process at a time does so."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    make_place(url)
-    local = sqlite_path(url) is not None
+    make_sqlite_folder(url)
+    is_sqlite = sqlite_path(url) is not None
     options: dict[str, Any] = (
-        {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+        {"connect_args": {"timeout": 60}} if is_sqlite else {"pool_pre_ping": True}
     )
     try:
-        with quiet():
+        with suppress_warnings():
             if url.startswith(POSTGRES) and SCHEMA_OPTION in url:
                 _make_schema(url)
-            with turn(url):
+            with study_lock(url):
                 return RDBStorage(
                     url,
                     engine_kwargs=options,
                     heartbeat_interval=max(1, int(grace / 4)),
                     grace_period=max(1, int(grace)),
-                    heartbeat_stale_trial_callback=stale,
+                    heartbeat_stale_trial_callback=on_stale_trial,
                 )
     except Exception as error:
-        raise ConfigError(f"the study's storage {redacted(url)} cannot be used: {error}") from error
+        raise ConfigError(
+            f"cannot open the study's storage {redact_password(url)}: {error}"
+        ) from error
 
 
 def _make_schema(url: str) -> None:

@@ -1,8 +1,8 @@
-"""A search's trials: asked for, reported, told, taken up again after a death.
+"""An Optuna study that several processes share: ask for trials, tell results, retry lost trials.
 
-Several processes may work on one study: each asks for a trial in its turn,
-keeps its heartbeat while the trial's job runs, and tells how it ended. A trial whose process died
-is put back to be run again, with the same parameters, by whoever asks next.
+One process at a time asks the study for a trial. It sends heartbeats while the trial's job runs,
+and then tells the study the result. If the process dies, its trial is queued again with the same
+parameters, and the next process that asks gets it.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.tracking.trials.life import is_dead, this_process
+from qtorch.tracking.trials.life import has_ended, process_identity
 from qtorch.tracking.trials.parts import (
-    distribution_of,
-    plain_sampler,
-    pruner_of,
-    quiet,
-    sampler_of,
+    build_distribution,
+    build_pruner,
+    build_sampler,
+    placeholder_sampler,
+    suppress_warnings,
 )
-from qtorch.tracking.trials.place import turn
-from qtorch.tracking.trials.row import Asked, TrialRow
+from qtorch.tracking.trials.place import study_lock
+from qtorch.tracking.trials.row import TrialJob, TrialRow
 from qtorch.tracking.trials.space import Space
 from qtorch.tracking.trials.storage import open_storage
 
 log = logging.getLogger(__name__)
 
 DIRECTIONS = ("maximize", "minimize")
-MAX_RETRIES = 3  # a job that takes its process down each time is a failed one
+MAX_RETRIES = 3  # a job that kills its process this often counts as failed
 COMPLETE, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
-# What a trial carries beside its values.
+# Names of the user attributes of a trial (stored in the database).
 ERROR, PROCESS, RUN, PRUNED_AT = "error", "process", "run_id", "pruned_at"
 RETRIES, RETRY_OF, RETRY = "retries", "retry_of", "retry"
 
 
 class Trials:
-    """One study, as one of its processes sees it.
+    """One process's access to a study.
 
-    `sampler` and `pruner` are names (`tpe`, `median`, ...) or configurations. A sampler is made
-    anew for each trial, seeded by `seed` and the trial's number: a study that was stopped goes on
-    as if it had not been, and processes that start together do not draw the same.
+    `sampler` and `pruner` are names (`tpe`, `median`, ...) or configurations. Each trial gets a new
+    sampler, seeded by `seed` and the trial's number: a study that was stopped continues as if it
+    had not been, and processes that start together do not draw the same parameters.
     `grace`: seconds without a heartbeat after which a process on another machine counts as dead
-    (on this machine it is asked for directly).
+    (a process on this machine is looked up directly).
     """
 
     def __init__(
@@ -67,161 +67,168 @@ class Trials:
         self.name, self.url, self.seed = name, url, seed
         self.direction, self.sampler = direction, sampler
         self.interval = max(grace / 4, 0.2)
-        built = pruner_of(pruner)
-        self._storage = open_storage(url, grace=grace, stale=_put_back)
-        with quiet(), turn(url, self._storage.engine):
+        pruner_object = build_pruner(pruner)
+        self._storage = open_storage(url, grace=grace, on_stale_trial=_requeue_trial)
+        with suppress_warnings(), study_lock(url, self._storage.engine):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
                 direction="maximize" if direction == DIRECTIONS[0] else "minimize",
-                pruner=built,
-                sampler=plain_sampler(),
+                pruner=pruner_object,
+                sampler=placeholder_sampler(),
                 load_if_exists=True,
             )
         if self._study.direction.name.lower() != direction:
             raise ConfigError(
-                f"the study {name!r} is there already, to {self._study.direction.name.lower()}; "
-                f"asked for is to {direction}. Give another study_name."
+                f"the study {name!r} exists with direction {self._study.direction.name.lower()}, "
+                f"not {direction}. Use another study_name."
             )
 
-    # -- asking --------------------------------------------------------------------------------
+    # -- getting trials ------------------------------------------------------------------------
 
-    def ask(self, space: Space, limit: int) -> Asked | None:
-        """The next trial; None where the study has `limit` of them, run or running.
+    def ask(self, space: Space, limit: int) -> TrialJob | None:
+        """Return the next trial; None if `limit` trials have ended or are running.
 
-        Those whose process died are not counted: they are run again, first of all.
+        Trials whose process died do not count. They are queued again and come first.
         """
-        distributions = {name: distribution_of(part) for name, part in space.items()}
-        with quiet(), turn(self.url, self._storage.engine) as alone:
-            self._retry_dead(alone)
+        distributions = {name: build_distribution(part) for name, part in space.items()}
+        with suppress_warnings(), study_lock(self.url, self._storage.engine) as is_exclusive:
+            self._requeue_dead(is_exclusive)
             trials = self._study.get_trials(deepcopy=False)
             waiting = next((t for t in trials if t.state == WAITING), None)
-            if waiting is None and _taken(trials) >= limit:
+            if waiting is None and _num_used_slots(trials) >= limit:
                 return None
             if waiting is None or distributions.keys() - waiting.params.keys():
-                self._study.sampler = sampler_of(self.sampler, self._seed(len(trials)), space)
+                self._study.sampler = build_sampler(self.sampler, self._seed(len(trials)), space)
             try:
                 trial = self._study.ask(distributions)
             except ValueError as error:
                 raise ConfigError(
-                    f"the study {self.name!r} was begun with another space: {error} Give another "
-                    "study_name."
+                    f"the study {self.name!r} was started with another search space: {error} Use "
+                    "another study_name."
                 ) from error
             finally:
-                self._study.sampler = plain_sampler()
-            trial.set_user_attr(PROCESS, this_process())
+                self._study.sampler = placeholder_sampler()
+            trial.set_user_attr(PROCESS, process_identity())
             self._storage.record_heartbeat(trial._trial_id)
-        again = bool(trial.user_attrs.get(RETRY))
-        return Asked(trial.number, trial._trial_id, dict(trial.params), retry=again)
+        is_retry = bool(trial.user_attrs.get(RETRY))
+        return TrialJob(trial.number, trial._trial_id, dict(trial.params), retry=is_retry)
 
     def _seed(self, number: int) -> int | None:
         return None if self.seed is None else (self.seed * 1_000_003 + number) % 2**32
 
-    def retry_failed(self) -> int:
-        """Have all that failed run again, with their parameters; how many there were.
+    def retry_failed_trials(self) -> int:
+        """Queue all failed trials again with the same parameters; return how many there were.
 
-        They count no longer: those that are run in their stead do.
+        The failed trials no longer count; their replacements do.
         """
-        with turn(self.url, self._storage.engine):
+        with study_lock(self.url, self._storage.engine):
             trials = self._study.get_trials(deepcopy=False)
-            failed = [t for t in _ended(trials) if t.state == FAILED]
-            for trial in failed:
-                _add_again(self._study, trial, {RETRY: True})
-        return len(failed)
+            failed_trials = [t for t in _final_trials(trials) if t.state == FAILED]
+            for trial in failed_trials:
+                _add_retry(self._study, trial, {RETRY: True})
+        return len(failed_trials)
 
-    def _retry_dead(self, alone: bool) -> None:
-        """Put back the trials whose process died; `alone`: no other one is just asking."""
+    def _requeue_dead(self, is_exclusive: bool) -> None:
+        """Queue trials of dead processes again; `is_exclusive`: no other process is asking now."""
         optuna.storages.fail_stale_trials(self._study)
         for trial in self._study.get_trials(deepcopy=False, states=(RUNNING,)):
-            process = trial.user_attrs.get(PROCESS)
-            if is_dead(process) or (process is None and alone):  # it died while it asked
+            owner = trial.user_attrs.get(PROCESS)
+            if has_ended(owner) or (owner is None and is_exclusive):  # it died while asking
                 self._storage.set_trial_state_values(trial._trial_id, state=FAILED)
-                _put_back(self._study, trial)
+                _requeue_trial(self._study, trial)
 
     @contextmanager
-    def alive(self, asked: Sequence[Asked]) -> Iterator[None]:
-        """Keep the heartbeats of trials inside the block."""
-        over = threading.Event()
+    def keep_heartbeats(self, trials: Sequence[TrialJob]) -> Iterator[None]:
+        """Send heartbeats for these trials from a thread while the block runs."""
+        stop_event = threading.Event()
 
-        def beat() -> None:
+        def send_heartbeats() -> None:
             while True:
-                for trial in asked:
+                for trial in trials:
                     try:
                         self._storage.record_heartbeat(trial.id)
                     except Exception as error:
-                        log.warning("the heartbeat of trial %d is lost: %s", trial.number, error)
-                if over.wait(self.interval):
+                        log.warning(
+                            "could not send the heartbeat of trial %d: %s", trial.number, error
+                        )
+                if stop_event.wait(self.interval):
                     return
 
-        thread = threading.Thread(target=beat, name="qtorch-trials", daemon=True)
+        thread = threading.Thread(target=send_heartbeats, name="qtorch-trials", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            stop_event.set()
             thread.join()
 
-    # -- telling -------------------------------------------------------------------------------
+    # -- reporting results ---------------------------------------------------------------------
 
     def tell(
         self,
-        trial: Asked,
+        trial: TrialJob,
         value: float | None,
         *,
         run_id: str | None = None,
-        pruned: bool = False,
+        is_pruned: bool = False,
     ) -> None:
-        """The trial ended with `value`; one that its pruner stopped (or an equal one, whose run
-        it was given: `pruned`) is PRUNED."""
-        self._note(trial, **({RUN: run_id} if run_id else {}))
-        stopped = pruned or self.is_pruned(trial)
-        self._end(trial, PRUNED if stopped else COMPLETE, None if stopped else value)
+        """Report the final value of a trial.
 
-    def fail(self, trial: Asked, error: str, *, run_id: str | None = None) -> None:
-        """The trial's job failed: it counts, and is not run again."""
-        self._note(trial, **{ERROR: error[:1000]}, **({RUN: run_id} if run_id else {}))
-        self._end(trial, FAILED)
+        The trial ends as PRUNED if its pruner stopped it, or if `is_pruned`: then it reused the
+        pruned run of an equal trial."""
+        self._set_attributes(trial, **({RUN: run_id} if run_id else {}))
+        was_pruned = is_pruned or self.is_pruned(trial)
+        self._finish(trial, PRUNED if was_pruned else COMPLETE, None if was_pruned else value)
 
-    def give_back(self, trial: Asked, *, lost: bool = True) -> bool:
-        """The trial was interrupted: it is run again, with its parameters, by who asks next.
+    def fail(self, trial: TrialJob, error: str, *, run_id: str | None = None) -> None:
+        """Report that a trial's job failed: the trial counts and is not run again."""
+        self._set_attributes(trial, **{ERROR: error[:1000]}, **({RUN: run_id} if run_id else {}))
+        self._finish(trial, FAILED)
 
-        False where it is not, for it was `lost` too often; one that was stopped in order is not.
+    def requeue(self, trial: TrialJob, *, count_retry: bool = True) -> bool:
+        """Queue an interrupted trial again with the same parameters.
+
+        Returns False if the trial is given up after MAX_RETRIES retries. Without `count_retry`
+        (an orderly stop) this queueing does not count as a retry.
         """
-        with turn(self.url, self._storage.engine):
-            if not self._end(trial, FAILED):
+        with study_lock(self.url, self._storage.engine):
+            if not self._finish(trial, FAILED):
                 return True
             frozen = self._storage.get_trial(trial.id)
-            if lost:
-                _put_back(self._study, frozen)
+            if count_retry:
+                _requeue_trial(self._study, frozen)
                 return not _is_final(frozen)
-            _add_again(self._study, frozen, {RETRIES: frozen.user_attrs.get(RETRIES, 0)})
+            _add_retry(self._study, frozen, {RETRIES: frozen.user_attrs.get(RETRIES, 0)})
         return True
 
-    def _note(self, trial: Asked, **values: Any) -> None:
+    def _set_attributes(self, trial: TrialJob, **values: Any) -> None:
         for name, value in values.items():
             try:
                 self._storage.set_trial_user_attr(trial.id, name, value)
             except RuntimeError as error:
-                log.debug("trial %d takes no %s: %s", trial.number, name, error)
+                log.debug(
+                    "trial %d does not accept the attribute %s: %s", trial.number, name, error
+                )
 
-    def _end(self, trial: Asked, state: TrialState, value: float | None = None) -> bool:
-        """False where another process took this one for dead, and the trial from it."""
-        with quiet():
+    def _finish(self, trial: TrialJob, state: TrialState, value: float | None = None) -> bool:
+        """End a trial; return False if another process took it over, believing this one dead."""
+        with suppress_warnings():
             try:
                 self._study.tell(trial.number, value, state=state)
             except (ValueError, RuntimeError) as error:
                 if not self._storage.get_trial(trial.id).state.is_finished():
                     raise
-                log.warning("trial %d had been given to another process: %s", trial.number, error)
+                log.warning("trial %d was taken over by another process: %s", trial.number, error)
                 return False
         return True
 
-    # -- looking -------------------------------------------------------------------------------
+    # -- reading the study ---------------------------------------------------------------------
 
     def rows(self) -> list[TrialRow]:
-        """All trials by number, those that were run again too."""
+        """Return all trials by number, including those that were replaced."""
         trials = self._study.get_trials(deepcopy=False)
-        ended = {t.number for t in _ended(trials)}
+        final_numbers = {t.number for t in _final_trials(trials)}
         return [
             TrialRow(
                 t.number,
@@ -229,96 +236,97 @@ class Trials:
                 t.value if t.state in (COMPLETE, PRUNED) else None,
                 dict(t.params),
                 t.user_attrs.get(RUN),
-                _why(t, again=t.number not in ended),
+                _failure_text(t, is_requeued=t.number not in final_numbers),
                 len(t.intermediate_values),
                 t.user_attrs.get(RETRY_OF),
-                replaced=t.state == FAILED and t.number not in ended,
+                replaced=t.state == FAILED and t.number not in final_numbers,
             )
             for t in trials
         ]
 
-    def counted(self) -> int:
-        """How many trials have ended for good."""
-        return len(_ended(self._study.get_trials(deepcopy=False)))
+    def num_final_trials(self) -> int:
+        """Return how many trials have ended for good."""
+        return len(_final_trials(self._study.get_trials(deepcopy=False)))
 
     def has_work(self, limit: int) -> bool:
-        """Whether a trial would be given out; those whose process died are put back first."""
-        with quiet(), turn(self.url, self._storage.engine) as alone:
-            self._retry_dead(alone)
+        """Whether `ask` would return a trial; queues the trials of dead processes again first."""
+        with suppress_warnings(), study_lock(self.url, self._storage.engine) as is_exclusive:
+            self._requeue_dead(is_exclusive)
             trials = self._study.get_trials(deepcopy=False)
-        return any(t.state == WAITING for t in trials) or _taken(trials) < limit
+        return any(t.state == WAITING for t in trials) or _num_used_slots(trials) < limit
 
-    def is_pruned(self, trial: Asked) -> bool:
+    def is_pruned(self, trial: TrialJob) -> bool:
         """Whether the pruner has stopped the trial."""
         return PRUNED_AT in self._storage.get_trial(trial.id).user_attrs
 
-    def running(self) -> int:
-        """How many trials run, here or in other processes."""
+    def num_running(self) -> int:
+        """Return how many trials are running, in this or other processes."""
         return len(self._study.get_trials(deepcopy=False, states=(RUNNING,)))
 
     def importances(self) -> dict[str, float]:
-        """The share of each parameter in the value's changes, of the better trials (PED-ANOVA,
-        Watanabe et al. 2023), most first; empty where there are too few trials to say."""
-        done = self._study.get_trials(deepcopy=False, states=(COMPLETE,))
-        if len(done) < 4 or len({t.value for t in done}) < 2:
+        """Return the importance of each parameter among the better trials, the largest first.
+
+        PED-ANOVA (Watanabe et al. 2023). Empty if there are too few completed trials."""
+        finished_trials = self._study.get_trials(deepcopy=False, states=(COMPLETE,))
+        if len(finished_trials) < 4 or len({t.value for t in finished_trials}) < 2:
             return {}
         try:
-            with quiet():
+            with suppress_warnings():
                 return dict(optuna.importance.get_param_importances(self._study))
         except (ValueError, RuntimeError) as error:
-            log.debug("no importances: %s", error)
+            log.debug("no parameter importances: %s", error)
             return {}
 
 
-def _taken(trials: Sequence[FrozenTrial]) -> int:
-    """How many of those that were asked for have ended for good or run."""
-    return len(_ended(trials)) + sum(t.state == RUNNING for t in trials)
+def _num_used_slots(trials: Sequence[FrozenTrial]) -> int:
+    """Return how many trials have ended for good or are running."""
+    return len(_final_trials(trials)) + sum(t.state == RUNNING for t in trials)
 
 
-def _ended(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Those that have ended for good: of one that was run again, the last."""
-    last = {_first_of(t): t.number for t in trials}
-    return [t for t in trials if _is_final(t) and last[_first_of(t)] == t.number]
+def _final_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that have ended for good; of a retried trial only the last attempt."""
+    last_numbers = {_original_number(t): t.number for t in trials}
+    return [t for t in trials if _is_final(t) and last_numbers[_original_number(t)] == t.number]
 
 
-def _first_of(trial: FrozenTrial) -> int:
+def _original_number(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def _is_final(trial: FrozenTrial) -> bool:
     if trial.state in (COMPLETE, PRUNED):
         return True
-    given_up = ERROR in trial.user_attrs or trial.user_attrs.get(RETRIES, 0) >= MAX_RETRIES
-    return bool(trial.state == FAILED and given_up)
+    is_given_up = ERROR in trial.user_attrs or trial.user_attrs.get(RETRIES, 0) >= MAX_RETRIES
+    return bool(trial.state == FAILED and is_given_up)
 
 
-def _why(trial: FrozenTrial, *, again: bool) -> str | None:
-    """Why a trial has no value."""
+def _failure_text(trial: FrozenTrial, *, is_requeued: bool) -> str | None:
+    """Return why a trial has no value."""
     if trial.state != FAILED or ERROR in trial.user_attrs:
         return trial.user_attrs.get(ERROR)
-    return "interrupted, run again" if again else "its process was lost each time"
+    return "interrupted, run again" if is_requeued else "its process died each time"
 
 
-def _put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Have a trial whose job or process was lost run again, unless that was too often."""
+def _requeue_trial(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial again whose process died, unless it has been retried too often."""
     retries = int(trial.user_attrs.get(RETRIES, 0))
     if retries < MAX_RETRIES:
-        _add_again(study, trial, {RETRIES: retries + 1})
+        _add_retry(study, trial, {RETRIES: retries + 1})
 
 
-def _add_again(study: optuna.Study, trial: FrozenTrial, noted: dict[str, Any]) -> None:
-    """A new trial with the parameters of an earlier one, and what that had reported."""
-    known = {"grid_id", "search_space"}
-    if not trial.params and not known & trial.system_attrs.keys():
-        return  # nothing was drawn yet
-    kept = {k: v for k, v in trial.user_attrs.items() if k in (PRUNED_AT, RETRY)}
+def _add_retry(study: optuna.Study, trial: FrozenTrial, attributes: dict[str, Any]) -> None:
+    """Add a waiting trial with the parameters and intermediate values of an earlier one."""
+    grid_attributes = {"grid_id", "search_space"}
+    if not trial.params and not grid_attributes & trial.system_attrs.keys():
+        return  # no parameters were drawn yet
+    kept_attributes = {k: v for k, v in trial.user_attrs.items() if k in (PRUNED_AT, RETRY)}
     study.add_trial(
         optuna.create_trial(
             state=WAITING,
             params=trial.params,
             distributions=trial.distributions,
             intermediate_values=trial.intermediate_values,
-            user_attrs={**kept, RETRY_OF: _first_of(trial), **noted},
-            system_attrs={k: v for k, v in trial.system_attrs.items() if k in known},
+            user_attrs={**kept_attributes, RETRY_OF: _original_number(trial), **attributes},
+            system_attrs={k: v for k, v in trial.system_attrs.items() if k in grid_attributes},
         )
     )
