@@ -1,4 +1,4 @@
-"""From a task to a finished run: the two phases of training, and the trainers of many tasks."""
+"""Train tasks and record them as runs: single tasks, and trainers for lists of tasks."""
 
 from typing import TYPE_CHECKING
 

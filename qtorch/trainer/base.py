@@ -1,4 +1,4 @@
-"""What every trainer of a list of tasks answers to."""
+"""The interface of trainers, which train lists of tasks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Task = Mapping[str, Any]
 
 
 class Trainer(ABC):
-    """Trains a list of tasks in two phases; calling it does both.
+    """Trains a list of tasks in two phases, `train` and `end_train`; calling it runs both.
 
-    A delayed trainer only prepares in `train` and fits in `end_train`; the others fit in `train`.
-    Answers to qlib/model/trainer.py.
+    A delayed trainer only prepares the runs in `train` and fits in `end_train`; other trainers fit
+    in `train`. Corresponds to qlib/model/trainer.py.
     """
 
     delay = False
 
     @abstractmethod
     def train(self, tasks: Task | Sequence[Task]) -> list[Recorder]:
-        """The first phase: one recorder a task, in their order. One bare task is a list of one."""
+        """First phase: return one recorder per task, in order. A single task counts as a list."""
 
     def end_train(self, models: Recorder | Sequence[Recorder]) -> list[Recorder]:
-        """The second phase; takes what `train` gave and returns it."""
+        """Second phase: take the recorders returned by `train`, finish them and return them."""
         return as_list(models, Recorder)
 
     def __call__(self, tasks: Task | Sequence[Task]) -> list[Recorder]:
@@ -36,17 +36,17 @@ class Trainer(ABC):
         return self.delay
 
     def has_worker(self) -> bool:
-        """Whether other processes may take part through `worker`."""
+        """Whether other processes can share the work by calling `worker`."""
         return False
 
     def worker(self) -> bool:
-        """Take part in the work of the same trainer in another process."""
+        """Work on the tasks of the same trainer that was started in another process."""
         raise NotImplementedError(
-            f"{type(self).__name__} trains by itself and has no workers; a trainer with a task "
-            "pool has."
+            f"{type(self).__name__} has no workers; use a trainer with a task pool, such as "
+            "TrainerRM."
         )
 
 
 def as_list(items: Any, single: type) -> list[Any]:
-    """A list of the items; one bare item is a list of one."""
+    """Return the items as a list; a single item becomes a list of one."""
     return [items] if isinstance(items, single) else list(items)

@@ -1,4 +1,4 @@
-"""What stays of a task that failed: its error in the run, its run in the list of recorders."""
+"""Failed tasks: store the error in the run, and keep track of the runs that tasks started."""
 
 from __future__ import annotations
 
@@ -19,54 +19,59 @@ ERROR_TAG = "error"
 ERROR_FILE = "error.txt"
 TAG_LIMIT = 2000
 
-_started: ContextVar[list[Recorder] | None] = ContextVar("qtorch_started_runs", default=None)
+_started_runs: ContextVar[list[Recorder] | None] = ContextVar("qtorch_started_runs", default=None)
 
 
 @contextmanager
-def started_runs(runs: list[Recorder] | None = None) -> Iterator[list[Recorder]]:
-    """Collects the runs that tasks start inside the block, so that a failed one is not lost."""
+def collect_started_runs(runs: list[Recorder] | None = None) -> Iterator[list[Recorder]]:
+    """Collect the runs that tasks start inside the block, so that failed ones are known too."""
     runs = [] if runs is None else runs
-    token = _started.set(runs)
+    token = _started_runs.set(runs)
     try:
         yield runs
     finally:
-        _started.reset(token)
+        _started_runs.reset(token)
 
 
-def note_started(recorder: Recorder) -> None:
-    """Tell the enclosing `started_runs` of a run, and whoever keeps the task's lease."""
+def announce_run(recorder: Recorder) -> None:
+    """Report a started run to the enclosing `collect_started_runs` and to the holder of the lease.
+
+    The lease holder learns of it through a heartbeat with the run's ID.
+    """
     beat(
         RUN,
         experiment_id=recorder.experiment_id,
         recorder_id=recorder.id,
         tracking_uri=getattr(recorder, "uri", None),
     )
-    runs = _started.get()
+    runs = _started_runs.get()
     if runs is not None:
         runs.append(recorder)
 
 
-def one_line(error: BaseException) -> str:
-    """`Type: message` without line breaks, short enough for a tag."""
+def error_summary(error: BaseException) -> str:
+    """`Type: message` on one line, short enough for a tag."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:TAG_LIMIT]
 
 
 def record_failure(recorder: Recorder, error: BaseException) -> None:
-    """The error as the run's tag and its traceback as an artifact.
+    """Store the error as the run's tag `error` and its traceback as the artifact `error.txt`.
 
-    A store that refuses these too is reported in the log: the first error is the one to raise.
+    If the store fails as well, that is only logged, so that the original error is the one raised.
     """
     try:
-        recorder.set_tags(**{ERROR_TAG: one_line(error)})
+        recorder.set_tags(**{ERROR_TAG: error_summary(error)})
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, ERROR_FILE)
             path.write_text("".join(traceback.format_exception(error)))
             recorder.log_artifact(str(path))
-    except Exception as second:
-        log.warning("the failure could not be stored in run %s: %s", recorder.id, one_line(second))
+    except Exception as store_error:
+        log.warning(
+            "could not store the error in run %s: %s", recorder.id, error_summary(store_error)
+        )
 
 
-def error_of(recorder: Recorder) -> str | None:
-    """The error of a failed run, one line; None where it has none."""
+def get_error(recorder: Recorder) -> str | None:
+    """The error of a failed run on one line, or None."""
     tag = recorder.list_tags().get(ERROR_TAG)
     return None if tag is None else str(tag)

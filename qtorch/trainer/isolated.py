@@ -1,7 +1,7 @@
-"""Each task in one process of its own, whose memory goes when it ends.
+"""Run each task in a separate process, so that its memory is released when it ends.
 
-The processes are forked from a zygote: none repeats the imports, and none imports the caller's
-main script, so a script without a main guard works.
+The processes are forked from a fork server: they do not repeat the imports, and they do not import
+the caller's main script, so scripts need no `if __name__ == "__main__"` guard.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from qtorch.core.session import init, session
 from qtorch.task.forked import TRAINING, Forks
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.failure import note_started, one_line, record_failure
+from qtorch.trainer.failure import announce_run, error_summary, record_failure
 
-Tell = Callable[[dict[str, Any]], None]
+SendReply = Callable[[dict[str, Any]], None]
 
 
 class IsolatedError(QtorchError, RuntimeError):
-    """A task's process failed; the message is the error's, or how the process ended."""
+    """A task failed in its process; the message is the task's error or how the process ended."""
 
 
-class LostProcess(QtorchError, RuntimeError):
-    """A task's process ended without a word."""
+class ProcessLostError(QtorchError, RuntimeError):
+    """A task's process ended without reporting a result or an error."""
 
 
 class Isolation:
-    """`isolation(function, first, experiment_name, **options)`: the call, in a child process.
+    """Calls `function(first, experiment_name, **options)` in a child process.
 
-    Children inherit the session's defaults, the tracking store and the working folder. The
-    zygote starts with the first call and ends with the `with` block.
+    Children inherit the session's defaults, the tracking store and the working folder. The fork
+    server is started by the first call and stopped at the end of the `with` block.
     """
 
     def __init__(self) -> None:
-        self._forks: Forks | None = None
+        self._fork_server: Forks | None = None
 
     def __enter__(self) -> Isolation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._forks is not None:
-            self._forks.close()
-            self._forks = None
+        if self._fork_server is not None:
+            self._fork_server.close()
+            self._fork_server = None
 
     def __call__(
         self,
@@ -57,33 +57,33 @@ class Isolation:
         experiment_name: str | None,
         **options: Any,
     ) -> Recorder:
-        """The run that the function returns.
+        """Return the run that the function returns.
 
-        Raises IsolatedError with the child's error; the run that it had started is told to
-        `started_runs`.
+        Raises IsolatedError with the child's error; a run that the child had started is reported
+        to `collect_started_runs`.
         """
-        call = _pickled(function, first, experiment_name, options)
-        if self._forks is None:
-            self._forks = Forks(*TRAINING)
-        told: dict[str, Any] = {}
-        ended = self._forks.call(f"{__name__}.work_here", {"call": call}, told.update)
+        call = _pickle_call(function, first, experiment_name, options)
+        if self._fork_server is None:
+            self._fork_server = Forks(*TRAINING)
+        replies: dict[str, Any] = {}
+        exit_status = self._fork_server.call(f"{__name__}.run_call", {"call": call}, replies.update)
         recorder = None
-        if RUN in told:
+        if RUN in replies:
             recorder = R.get_recorder(
-                recorder_id=told[RUN]["recorder_id"], experiment_id=told[RUN]["experiment_id"]
+                recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
             )
-            note_started(recorder)
-        if ended.code == 0 and recorder is not None:
+            announce_run(recorder)
+        if exit_status.code == 0 and recorder is not None:
             return recorder
-        if "error" in told:
-            raise IsolatedError(told["error"])
-        message = f"the task's process {ended.how} without a result."
+        if "error" in replies:
+            raise IsolatedError(replies["error"])
+        message = f"the task's process {exit_status.how} without returning a result."
         if recorder is not None:
-            close_run(recorder, message)
+            fail_run(recorder, message)
         raise IsolatedError(message)
 
 
-def _pickled(
+def _pickle_call(
     function: Callable[..., Recorder],
     first: Any,
     experiment_name: str | None,
@@ -91,56 +91,66 @@ def _pickled(
 ) -> str:
     if getattr(function, "__module__", None) == "__main__":
         raise ConfigError(
-            f"{getattr(function, '__qualname__', function)} is defined in the script itself, which "
-            "a task's own process does not run; put it into a module and import it."
+            f"{getattr(function, '__qualname__', function)} is defined in the main script, which "
+            "the child process does not import; move it into a module."
         )
     recorder_ids = (first.id, first.experiment_id) if isinstance(first, Recorder) else None
-    given = first if recorder_ids is None else None
-    here = {k: v for k, v in vars(session()).items() if v is not None}
-    call = (here, R.get_uri(), function, given, recorder_ids, experiment_name, dict(options))
+    plain_first = first if recorder_ids is None else None
+    session_defaults = {k: v for k, v in vars(session()).items() if v is not None}
+    call = (
+        session_defaults,
+        R.get_uri(),
+        function,
+        plain_first,
+        recorder_ids,
+        experiment_name,
+        dict(options),
+    )
     try:
         return base64.b64encode(pickle.dumps(call)).decode()
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"the task cannot be sent to a process of its own: {error}. Describe its parts by "
-            "configuration ('_target_') instead of live objects."
+            f"the task cannot be pickled for a child process: {error}. Describe its parts by "
+            "configurations ('_target_') instead of live objects."
         ) from error
 
 
-def work_here(request: Mapping[str, Any], tell: Tell) -> int:
-    """The child's side of a call; tells of its run, and of its error."""
+def run_call(request: Mapping[str, Any], send_reply: SendReply) -> int:
+    """Run a pickled call in the child process and report its run and its error."""
     try:
-        call = pickle.loads(base64.b64decode(request["call"]))  # the owner's own, a moment ago
-        defaults, uri, function, first, recorder_ids, experiment_name, options = call
-        init(**defaults)
+        call = pickle.loads(
+            base64.b64decode(request["call"])
+        )  # trusted: the parent process pickled it
+        session_defaults, uri, function, first, recorder_ids, experiment_name, options = call
+        init(**session_defaults)
         R.set_uri(uri)
         if recorder_ids is not None:
             first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
-        with telling_of_runs(tell):
+        with report_started_runs(send_reply):
             recorder = function(first, experiment_name, **options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        tell({"error": one_line(error)})
+        send_reply({"error": error_summary(error)})
         return 1
-    tell({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
+    send_reply({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
     return 0
 
 
 @contextmanager
-def telling_of_runs(tell: Tell) -> Iterator[None]:
-    """Tell of a run the moment it starts, `{"run": its ids}`: a killed process cannot any more."""
+def report_started_runs(send_reply: SendReply) -> Iterator[None]:
+    """Report each run as `{"run": its IDs}` when it starts; a killed process could not later."""
 
     def on_beat(stage: str, details: dict[str, Any]) -> None:
         if stage == RUN:
-            tell({RUN: details})
+            send_reply({RUN: details})
 
     with listening(on_beat):
         yield
 
 
-def close_run(recorder: Recorder, message: str) -> None:
-    """Mark the run of a process that is gone FAILED, if it still counts as running."""
+def fail_run(recorder: Recorder, message: str) -> None:
+    """Mark the run of a dead process as FAILED if its status is still running."""
     if recorder.status == Recorder.STATUS_R:
-        record_failure(recorder, LostProcess(message))
+        record_failure(recorder, ProcessLostError(message))
         recorder.end_run(Recorder.STATUS_FA)

@@ -1,4 +1,4 @@
-"""Trainers whose tasks go through a pool, where any number of processes may work on them."""
+"""Trainers that put their tasks into a task pool, which any number of processes can work on."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.base import Task, as_list
 from qtorch.trainer.failure import record_failure
-from qtorch.trainer.prepare import PLACE, complete_task, split_place
-from qtorch.trainer.recorded import TrainerR, TrainFunction, failed_run, warn_of_failures
+from qtorch.trainer.prepare import TRACKING_KEY, complete_task, split_tracking
+from qtorch.trainer.recorded import TrainerR, TrainFunction, create_failed_run, log_failures
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # until tasks that a dead worker held are looked for again
+POLL_SECONDS = 1.0  # how often to look for tasks released by dead workers
 
 
 class TrainerRM(TrainerR):
-    """Trains tasks through a pool: here, and by every worker that takes part.
+    """Trains tasks through a task pool, in this process and in all workers of the pool.
 
-    `task_pool` is the pool's name (by default `experiment_name`), `url` its store, `lease` as of
-    TaskManager, `hang_after` as of run_task. With `skip_run_task` this process does none of the
-    work: it sends the tasks and waits for workers (`qtorch worker pool=NAME`, or `worker()` in
-    another process). `force_release` gives each task done here a process of its own.
+    `task_pool` is the pool's name (default: `experiment_name`), `url` its store; `lease` is passed
+    to TaskManager and `hang_after` to run_task. With `skip_run_task` this process trains nothing:
+    it submits the tasks and waits for workers (`qtorch worker pool=NAME`, or `worker()` in another
+    process). `force_release` runs each of this process's tasks in a separate process.
 
-    A task that is in the pool already (an equal definition) is not trained again; one without a
-    seed gets one that depends on its definition. Tasks that fail are tried again as the pool
-    says; the recorders come back in the tasks' order, as of TrainerR. Answers to
+    A task that is already in the pool (with an equal definition) is not trained again; a task
+    without a seed gets one derived from its definition. Failed tasks are retried by the pool's
+    rules; recorders are returned in the order of the tasks, as by TrainerR. Corresponds to
     qlib/model/trainer.py.
     """
 
@@ -60,7 +60,7 @@ class TrainerRM(TrainerR):
         self.skip_run_task, self.force_release = skip_run_task, force_release
 
     def has_worker(self) -> bool:
-        """Whether other processes may take part through `worker`."""
+        """Whether other processes can share the work by calling `worker`."""
         return True
 
     def train(
@@ -69,7 +69,7 @@ class TrainerRM(TrainerR):
         train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """Send every task and see it done; the recorders in the tasks' order."""
+        """Submit all tasks, wait until they are done, and return the recorders in task order."""
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
         return self._train(tasks, function, name, TaskManager.STATUS_DONE)
@@ -77,14 +77,17 @@ class TrainerRM(TrainerR):
     def worker(
         self, train_func: TrainFunction | None = None, experiment_name: str | None = None
     ) -> bool:
-        """Work on the pool in this process until no task waits; whether there was any."""
+        """Work on the pool in this process until no task is waiting.
+
+        Returns whether there was any task to work on.
+        """
         name = experiment_name or self.experiment_name
-        return self._run_here(train_func or self.train_func, name, TaskManager.STATUS_WAITING)
+        return self._run_tasks(train_func or self.train_func, name, TaskManager.STATUS_WAITING)
 
     # -- steps ---------------------------------------------------------------------------------
 
     def manager(self, experiment_name: str | None = None) -> TaskManager:
-        """The pool; ConfigError where neither it nor the experiment has a name."""
+        """The manager of the pool; ConfigError if neither the pool nor the experiment is named."""
         pool = self.task_pool or experiment_name or self.experiment_name
         if not pool:
             raise ConfigError(f"{type(self).__name__} needs a task_pool or an experiment_name.")
@@ -99,42 +102,48 @@ class TrainerRM(TrainerR):
         *,
         skip_run_task: bool | None = None,
     ) -> list[Recorder]:
-        listed = as_list(tasks, Mapping)
-        if not listed:
+        task_list = as_list(tasks, Mapping)
+        if not task_list:
             return []
         manager = self.manager(name)
-        sent = self._sent(manager, listed, name)
-        ids = [s for s in sent if isinstance(s, str)]
+        ids_or_runs = self._submit_tasks(manager, task_list, name)
+        ids = [s for s in ids_or_runs if isinstance(s, str)]
         before = manager.STATUS_WAITING
-        self._see_done(manager, ids, function, name, before, after, skip_run_task=skip_run_task)
-        found = self._found(manager, ids, name)
-        recorders = [found[s] if isinstance(s, str) else s for s in sent]
-        for item, recorder in zip(sent, recorders, strict=True):
+        self._complete_tasks(
+            manager, ids, function, name, before, after, skip_run_task=skip_run_task
+        )
+        recorders_by_id = self._load_recorders(manager, ids, name)
+        recorders = [recorders_by_id[s] if isinstance(s, str) else s for s in ids_or_runs]
+        for item, recorder in zip(ids_or_runs, recorders, strict=True):
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: item})
-        warn_of_failures(recorders)
+        log_failures(recorders)
         return recorders
 
-    def _sent(
+    def _submit_tasks(
         self, manager: TaskManager, tasks: Sequence[Task], name: str | None
     ) -> list[str | Recorder]:
-        """The pool's id of each task; for one that is none, a failed run in its place."""
-        prepared: list[dict[str, Any] | ConfigError] = []
+        """Submit the tasks; return the pool ID of each, or a failed run for an invalid task."""
+        definitions: list[dict[str, Any] | ConfigError] = []
         for task in tasks:
             try:
-                prepared.append(pool_definition(task, name, self.default_rec_name))
+                definitions.append(pool_definition(task, name, self.default_rec_name))
             except ConfigError as error:
-                prepared.append(error)
-        for definition in prepared:
+                definitions.append(error)
+        for definition in definitions:
             if not isinstance(definition, ConfigError):
-                encode_definition(definition)  # a live object is told before anything is sent
-        ids = iter(manager.create_task([d for d in prepared if not isinstance(d, ConfigError)]))
+                encode_definition(
+                    definition
+                )  # raises for live objects before any task is submitted
+        ids = iter(manager.create_task([d for d in definitions if not isinstance(d, ConfigError)]))
         return [
-            failed_run(name, d, self.default_rec_name) if isinstance(d, ConfigError) else next(ids)
-            for d in prepared
+            create_failed_run(name, d, self.default_rec_name)
+            if isinstance(d, ConfigError)
+            else next(ids)
+            for d in definitions
         ]
 
-    def _see_done(
+    def _complete_tasks(
         self,
         manager: TaskManager,
         ids: Sequence[str],
@@ -145,25 +154,27 @@ class TrainerRM(TrainerR):
         *,
         skip_run_task: bool | None = None,
     ) -> None:
-        """Work on the tasks until each has the status `after`; or wait until others did.
+        """Work on the tasks, or wait for other workers, until each has the status `after`.
 
-        What a worker that dies elsewhere leaves behind is taken over here.
+        Tasks whose worker died elsewhere are taken over by this process.
         """
         if not ids:
             return
         query = {"_id": {"$in": list(ids)}}
-        finished = {after, manager.STATUS_DONE, manager.STATUS_FAILED}
-        skip = self.skip_run_task if skip_run_task is None else skip_run_task
+        final_statuses = {after, manager.STATUS_DONE, manager.STATUS_FAILED}
+        skip_run = self.skip_run_task if skip_run_task is None else skip_run_task
         while True:
-            if not skip:
-                self._run_here(function, name, before, after, query)
+            if not skip_run:
+                self._run_tasks(function, name, before, after, query)
             try:
-                manager.wait(query, timeout=None if skip else LOOK_SECONDS, finished=list(finished))
+                manager.wait(
+                    query, timeout=None if skip_run else POLL_SECONDS, finished=list(final_statuses)
+                )
                 return
             except TaskTimeout:
-                log.debug("others work on what is left")
+                log.debug("waiting for other workers to finish the remaining tasks")
 
-    def _run_here(
+    def _run_tasks(
         self,
         function: TrainFunction,
         name: str | None,
@@ -173,7 +184,7 @@ class TrainerRM(TrainerR):
     ) -> bool:
         options: dict[str, Any] = {"experiment_name": name, "recorder_name": self.default_rec_name}
         if before == TaskManager.STATUS_PART_DONE:
-            del options["recorder_name"]  # the run has its name
+            del options["recorder_name"]  # the run exists and has a name already
         return run_task(
             function,
             self.manager(name).task_pool,
@@ -187,35 +198,35 @@ class TrainerRM(TrainerR):
             **options,
         )
 
-    def _found(
+    def _load_recorders(
         self, manager: TaskManager, ids: Sequence[str], name: str | None
     ) -> dict[str, Recorder]:
-        """The run of each task; of a failed one the run with its error."""
-        listed = manager.query({"_id": {"$in": list(ids)}}, decode=True)
-        return {str(t["_id"]): self._recorder(t, name) for t in listed}
+        """Load the run of each task; a failed task has a failed run with its error."""
+        stored_tasks = manager.query({"_id": {"$in": list(ids)}}, decode=True)
+        return {str(t["_id"]): self._task_recorder(t, name) for t in stored_tasks}
 
-    def _recorder(self, task: PoolTask, name: str | None) -> Recorder:
-        recorder = task["res"] if isinstance(task["res"], Recorder) else _run_of(task)
+    def _task_recorder(self, task: PoolTask, name: str | None) -> Recorder:
+        recorder = task["res"] if isinstance(task["res"], Recorder) else _load_run(task)
         if task["status"] != TaskManager.STATUS_FAILED:
             if recorder is None:
                 raise TaskError(
-                    f"task {task['_id']} is {task['status']} with {task['res']!r:.80} as its "
-                    "result; a trainer's function returns the recorder of its run."
+                    f"task {task['_id']} is {task['status']}, but its result is "
+                    f"{task['res']!r:.80}; a training function must return a Recorder."
                 )
             return recorder
         error = TaskError(str(task["error"]))
         if recorder is None:
-            return failed_run(name, error, self.default_rec_name)
+            return create_failed_run(name, error, self.default_rec_name)
         if recorder.status not in (Recorder.STATUS_FI, Recorder.STATUS_FA):
-            record_failure(recorder, error)  # its last worker was killed and could not
+            record_failure(recorder, error)  # its last worker was killed before it could do so
             recorder.end_run(Recorder.STATUS_FA)
         return recorder
 
 
 class DelayTrainerRM(TrainerRM):
-    """Prepares the runs here in `train`, and has the pool fit them in `end_train`.
+    """Prepares the runs in this process in `train`; the pool's workers fit them in `end_train`.
 
-    Between the two the tasks are `part_done`, and workers may begin with them at once.
+    In between the tasks have the status `part_done`, and workers may already start on them.
     """
 
     delay = True
@@ -253,7 +264,7 @@ class DelayTrainerRM(TrainerRM):
         train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """Send every task and prepare its run, in this process."""
+        """Submit all tasks and prepare their runs in this process."""
         name = experiment_name or self.experiment_name
         function, after = train_func or self.train_func, TaskManager.STATUS_PART_DONE
         return self._train(tasks, function, name, after, skip_run_task=False)
@@ -264,55 +275,63 @@ class DelayTrainerRM(TrainerRM):
         end_train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """See every run fitted; the recorders in the order given, failed ones as they are."""
+        """Wait until all runs are fitted; return the recorders in the same order.
+
+        Failed runs are returned unchanged.
+        """
         name = experiment_name or self.experiment_name
         recorders = as_list(models, Recorder)
         if not recorders:
             return []
         manager = self.manager(name)
         ids = [r.list_tags().get(self.TM_ID) for r in recorders]
-        known = [i for i in ids if i is not None]
-        function, begun = end_train_func or self.end_train_func, manager.STATUS_PART_DONE
-        self._see_done(manager, known, function, name, begun, manager.STATUS_DONE)
-        found = self._found(manager, known, name)
-        ended = [r if i is None else found[i] for r, i in zip(recorders, ids, strict=True)]
-        super().end_train(ended)
-        warn_of_failures(ended)
-        return ended
+        task_ids = [i for i in ids if i is not None]
+        function, status_before = end_train_func or self.end_train_func, manager.STATUS_PART_DONE
+        self._complete_tasks(manager, task_ids, function, name, status_before, manager.STATUS_DONE)
+        recorders_by_id = self._load_recorders(manager, task_ids, name)
+        results = [
+            r if i is None else recorders_by_id[i] for r, i in zip(recorders, ids, strict=True)
+        ]
+        super().end_train(results)
+        log_failures(results)
+        return results
 
     def worker(
         self, train_func: TrainFunction | None = None, experiment_name: str | None = None
     ) -> bool:
-        """Fit what is prepared, in this process, until nothing is; whether there was anything."""
+        """Fit prepared tasks in this process until none is left; return whether there was any."""
         name = experiment_name or self.experiment_name
-        return self._run_here(train_func or self.end_train_func, name, TaskManager.STATUS_PART_DONE)
+        return self._run_tasks(
+            train_func or self.end_train_func, name, TaskManager.STATUS_PART_DONE
+        )
 
 
 def pool_definition(
     task: Mapping[str, Any], experiment_name: str | None, recorder_name: str | None = None
 ) -> dict[str, Any]:
-    """A task as a pool holds it: complete, with where its run belongs.
+    """The task's definition as stored in a pool: complete, and with the location of its run.
 
     Raises ConfigError for a task without model or dataset, TaskDefinitionError for live objects.
     """
-    own, place = split_place(task)
-    complete = complete_task(own)
-    if own.get("seed") is None and session().seed is None:
-        # A drawn seed would make each sending another task, and each attempt another training.
-        bare = encode_definition({k: v for k, v in complete.items() if k != "seed"})
-        complete["seed"] = int(bare.hash[:7], 16)
+    bare_task, tracking = split_tracking(task)
+    complete = complete_task(bare_task)
+    if bare_task.get("seed") is None and session().seed is None:
+        # With a random seed, submitting the task again would create a different task. The seed is
+        # therefore derived from the definition.
+        encoded_definition = encode_definition({k: v for k, v in complete.items() if k != "seed"})
+        complete["seed"] = int(encoded_definition.hash[:7], 16)
     uri = R.get_uri()
     defaults = {
         "experiment_name": experiment_name,
         "recorder_name": recorder_name,
-        "uri": None if "@" in uri else uri,  # no passwords in a pool
+        "uri": None if "@" in uri else uri,  # never store passwords in a pool
     }
-    where = {k: v for k, v in {**defaults, **place}.items() if v is not None}
-    return {**complete, PLACE: where} if where else complete
+    location = {k: v for k, v in {**defaults, **tracking}.items() if v is not None}
+    return {**complete, TRACKING_KEY: location} if location else complete
 
 
-def _run_of(task: PoolTask) -> Recorder | None:
-    """The recorder of the run that a task's last attempt has told of."""
+def _load_run(task: PoolTask) -> Recorder | None:
+    """The run that the task's last attempt reported, or None."""
     run = task.get("run")
     if not run:
         return None

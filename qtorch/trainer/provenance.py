@@ -1,6 +1,6 @@
-"""What a run was made with: code, packages, device, data. The artifact `environment`.
+"""Record the environment of a run (code, packages, device, data) as the artifact `environment`.
 
-With it a run can be repeated (`qtorch replay`), and told what differs where the numbers do.
+It is used to repeat a run (`qtorch replay`) and to explain differences in the results.
 """
 
 from __future__ import annotations
@@ -24,69 +24,73 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment"
 FORMAT = 2
-PACKAGES = (  # that take part in numbers, where they are installed
+PACKAGES = (  # packages that can influence results; those not installed are skipped
     *("torch", "pytorch-lightning", "lightning", "hydra-core", "omegaconf"),
     *("numpy", "pandas", "pyarrow", "scipy", "mlflow", "safetensors"),
     *("lightgbm", "cvxpy", "optuna"),
 )
 
 
-def sources_of(task: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """What `environment_of` is given, asked for before the training: a file may be edited during
-    it. None where it cannot be told; nothing here fails a training."""
+def collect_source_digests(task: Mapping[str, Any]) -> dict[str, str | None] | None:
+    """Collect the source digests for `describe_environment`.
+
+    Called before the training, because files may be edited while it runs. Returns None if the
+    digests cannot be computed; never raises.
+    """
     try:
         return source_digests(task)
     except Exception as error:
-        log.warning("the sources of the task's own modules are not recorded: %s", error)
+        log.warning("could not record the sources of the user's modules: %s", error)
         return None
 
 
 def save_environment(
     recorder: Recorder, model: Any, dataset: Any, sources: Mapping[str, str | None] | None
 ) -> None:
-    """Write the artifact; what cannot be told is left out, and nothing here fails a training."""
+    """Save the artifact `environment`; never raises, so that it cannot fail a training."""
     try:
-        recorder.save_objects(environment=environment_of(model, dataset, sources))
+        recorder.save_objects(environment=describe_environment(model, dataset, sources))
     except Exception as error:
-        log.warning("the run's environment is not recorded: %s", error)
+        log.warning("could not record the run's environment: %s", error)
 
 
-def environment_of(
+def describe_environment(
     model: Any, dataset: Any, sources: Mapping[str, str | None] | None
 ) -> dict[str, Any]:
-    """Plain data: `format`, `python`, `packages`, `code`, `sources`, `device`, `threads`, ...
+    """Describe the environment as plain data: `format`, `python`, `packages`, `code`, `device`, ...
 
-    `sources` are digests of the files of the user's own modules, `data` is the fingerprint of the
-    dataset's bars; None is what is not known (a dataset without a fingerprint).
+    `sources` are digests of the files of the user's modules, `data` is the fingerprint of the
+    dataset's bars. Unknown values are None (e.g. for a dataset without a fingerprint).
     """
     return {
         "format": FORMAT,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": _packages(),
-        "code": _code(),
+        "packages": _package_versions(),
+        "code": _code_version(),
         "sources": None if sources is None else dict(sources),
-        **_device(model),
+        **_device_info(model),
         "data": _fingerprint(dataset),
     }
 
 
 @cache
-def _packages() -> dict[str, str]:
-    found = {"qtorch": qtorch.__version__}
+def _package_versions() -> dict[str, str]:
+    versions = {"qtorch": qtorch.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @cache
-def _code() -> dict[str, Any]:
-    """The commit of qtorch's own code where it runs from a working tree; asked for once: the
-    process's code is that of its start. Uncommitted changes and files that git does not know are
-    told by a hash of them."""
+def _code_version() -> dict[str, Any]:
+    """The commit of qtorch if it runs from a git working tree, and a hash of uncommitted changes.
+
+    The hash includes untracked files. Cached, because the process runs the code of its start.
+    """
     folder = Path(qtorch.__file__).parent
     commit = None
     if (folder.parent / ".git").exists():
@@ -94,32 +98,34 @@ def _code() -> dict[str, Any]:
     if commit is None:
         return {"commit": None}
     changes = git_output(["git", "-C", str(folder), "diff", "HEAD", "--", "."]) or ""
-    new = ["ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
-    for name in filter(None, (git_output(["git", "-C", str(folder), *new]) or "").split("\0")):
+    untracked_args = ["ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
+    for name in filter(
+        None, (git_output(["git", "-C", str(folder), *untracked_args]) or "").split("\0")
+    ):
         changes += name + hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    changed = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
-    return {"commit": commit.strip(), "uncommitted": changed}
+    changes_digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
+    return {"commit": commit.strip(), "uncommitted": changes_digest}
 
 
-def _device(model: Any) -> dict[str, Any]:
-    """Where it was trained, and what of torch's settings may change the last bits."""
+def _device_info(model: Any) -> dict[str, Any]:
+    """The training device, and the torch settings that can change the last bits of results."""
     report = getattr(model, "fit_report_", None) or {}
     device = str(report.get("device") or "cpu")
     torch = sys.modules.get("torch")
-    found: dict[str, Any] = {"device": device, "device_name": _processor()}
+    info: dict[str, Any] = {"device": device, "device_name": _processor_name()}
     if torch is None:
-        return found
+        return info
     if device.startswith("cuda"):
-        found["device_name"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    found["threads"] = torch.get_num_threads()
-    found["matmul_precision"] = torch.get_float32_matmul_precision()
-    found["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    return found
+        info["device_name"] = torch.cuda.get_device_name(device)
+        info["cuda"] = torch.version.cuda
+    info["threads"] = torch.get_num_threads()
+    info["matmul_precision"] = torch.get_float32_matmul_precision()
+    info["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return info
 
 
 @cache
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -131,11 +137,11 @@ def _processor() -> str:
 
 
 def _fingerprint(dataset: Any) -> str | None:
-    ask = getattr(dataset, "fingerprint", None)
-    if not callable(ask):
+    fingerprint = getattr(dataset, "fingerprint", None)
+    if not callable(fingerprint):
         return None
     try:
-        return str(ask())
+        return str(fingerprint())
     except Exception as error:
-        log.debug("the data have no fingerprint: %s", error)
+        log.debug("the dataset has no fingerprint: %s", error)
         return None

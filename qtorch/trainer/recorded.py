@@ -1,4 +1,4 @@
-"""Trainers that keep their results in runs: at once, or in two phases."""
+"""Trainers that record each task as a run, in one or in two phases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qtorch.core.runtime import progress
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.base import Task, Trainer, as_list
-from qtorch.trainer.failure import error_of, one_line, record_failure, started_runs
+from qtorch.trainer.failure import collect_started_runs, error_summary, get_error, record_failure
 from qtorch.trainer.isolated import Isolation
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 
@@ -23,16 +23,16 @@ TrainFunction = Callable[..., Recorder]
 
 
 class TrainerR(Trainer):
-    """Trains tasks one after another, each in a run of its own.
+    """Trains tasks one after another, each in its own run.
 
-    `train_func(task, experiment_name, recorder_name=...)` returns the run. With
-    `call_in_subproc` each task gets one process, forked with its imports done, whose memory goes
-    when it ends. A task that fails leaves its run FAILED with its error and the others go on; the
-    recorders come back in the order of the tasks, and a warning at the end lists the failed ones.
-    A tracking store that does not answer ends the list, for nothing could be recorded.
+    `train_func(task, experiment_name, recorder_name=...)` returns the run. With `call_in_subproc`
+    each task runs in its own process, forked with all imports done, so that its memory is released
+    at its end. If a task fails, its run is marked FAILED with the error and the other tasks go on;
+    recorders are returned in the order of the tasks, and a final warning lists the failed ones. An
+    unavailable tracking store stops the list, because nothing could be recorded.
 
-    Answers to qlib/model/trainer.py, where `call_in_subproc` wraps the second task's process
-    around the first's, and where the first failing task ends the list.
+    Corresponds to qlib/model/trainer.py. Differences: Qlib's `call_in_subproc` nests each task's
+    process inside that of the previous task, and Qlib stops at the first failing task.
     """
 
     STATUS_KEY = "train_status"
@@ -57,11 +57,11 @@ class TrainerR(Trainer):
         train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """Run every task; the recorders in the tasks' order, failed ones with status FAILED."""
+        """Train all tasks; return the recorders in task order, failed ones with status FAILED."""
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
         recorders = []
-        with self._calls() as call:
+        with self._open_caller() as call:
             for task in progress(as_list(tasks, Mapping), "train tasks"):
                 recorder = self._run(
                     call, function, task, name, recorder_name=self.default_rec_name
@@ -69,19 +69,19 @@ class TrainerR(Trainer):
                 if recorder.status != Recorder.STATUS_FA:
                     recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
                 recorders.append(recorder)
-        warn_of_failures(recorders)
+        log_failures(recorders)
         return recorders
 
     def end_train(self, models: Recorder | Sequence[Recorder]) -> list[Recorder]:
-        """Mark the runs as ended; a failed one stays as it is."""
+        """Mark the runs as ended; failed runs stay unchanged."""
         recorders = as_list(models, Recorder)
         for recorder in recorders:
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
         return recorders
 
-    def _calls(self) -> AbstractContextManager[Callable[..., Recorder]]:
-        """How a function is called, inside the block: here, or in a process of its own."""
+    def _open_caller(self) -> AbstractContextManager[Callable[..., Recorder]]:
+        """Return a context that calls functions in this process or in separate processes."""
         return Isolation() if self.call_in_subproc else nullcontext(operator.call)
 
     def _run(
@@ -92,12 +92,12 @@ class TrainerR(Trainer):
         experiment_name: str | None,
         **options: Any,
     ) -> Recorder:
-        """One call of a training function; its run, also where it failed."""
-        with started_runs() as runs:
+        """Call a training function and return its run, even if it failed."""
+        with collect_started_runs() as runs:
             try:
                 return call(function, first, experiment_name, **options)
             except Exception as error:
-                log.error("a task failed: %s", one_line(error), exc_info=error)
+                log.error("task failed: %s", error_summary(error), exc_info=error)
                 if runs:
                     return runs[-1]
                 if isinstance(error, TrackingError):
@@ -106,14 +106,14 @@ class TrainerR(Trainer):
                     record_failure(first, error)
                     first.end_run(Recorder.STATUS_FA)
                     return first
-                return failed_run(experiment_name, error, **options)
+                return create_failed_run(experiment_name, error, **options)
 
 
 class DelayTrainerR(TrainerR):
-    """Prepares in `train` (a run that holds its task) and fits in `end_train`.
+    """Creates the runs with their tasks in `train`, and fits them in `end_train`.
 
-    The two may lie in different processes: what `end_train` needs is in the runs. A run that has
-    ended already is skipped.
+    The two phases may happen in different processes, because all that `end_train` needs is stored
+    in the runs. Runs that have already ended are skipped.
     """
 
     delay = True
@@ -135,28 +135,29 @@ class DelayTrainerR(TrainerR):
         end_train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """Fit what is not yet fitted; the recorders in the order given."""
+        """Fit the runs that are not fitted yet; return the recorders in the same order."""
         name = experiment_name or self.experiment_name
         function = end_train_func or self.end_train_func
-        ended: list[Recorder] = []
-        with self._calls() as call:
-            for given in progress(as_list(models, Recorder), "train tasks"):
-                status = given.list_tags().get(self.STATUS_KEY)
-                # Ended already; or, without the tag, its preparation failed: as the store has it.
-                recorder: Recorder = R.get_recorder(recorder_id=given.id)
+        results: list[Recorder] = []
+        with self._open_caller() as call:
+            for prepared_run in progress(as_list(models, Recorder), "train tasks"):
+                status = prepared_run.list_tags().get(self.STATUS_KEY)
+                # A run that has already ended, or without the tag (its preparation failed), is
+                # returned as stored.
+                recorder: Recorder = R.get_recorder(recorder_id=prepared_run.id)
                 if status is not None and status != self.STATUS_END:
-                    recorder = self._run(call, function, given, name)
+                    recorder = self._run(call, function, prepared_run, name)
                     if recorder.status != Recorder.STATUS_FA:
                         recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
-                ended.append(recorder)
-        warn_of_failures(ended)
-        return ended
+                results.append(recorder)
+        log_failures(results)
+        return results
 
 
-def failed_run(
+def create_failed_run(
     experiment_name: str | None, error: Exception, recorder_name: str | None = None
 ) -> Recorder:
-    """A run for a task that failed before it had one (its definition is wrong, say)."""
+    """Create a failed run for a task that failed before it had a run (e.g. an invalid task)."""
     R.start_exp(experiment_name=experiment_name, recorder_name=recorder_name)
     recorder = R.get_recorder()
     try:
@@ -166,9 +167,9 @@ def failed_run(
     return recorder
 
 
-def warn_of_failures(recorders: Sequence[Recorder]) -> None:
-    """One warning that lists the failed runs and their errors."""
-    failed = [r for r in recorders if r.status == Recorder.STATUS_FA]
-    if failed:
-        lines = "".join(f"\n  run {r.id}: {error_of(r)}" for r in failed)
-        log.warning("%d of %d tasks failed:%s", len(failed), len(recorders), lines)
+def log_failures(recorders: Sequence[Recorder]) -> None:
+    """Log one warning that lists the failed runs and their errors."""
+    failed_runs = [r for r in recorders if r.status == Recorder.STATUS_FA]
+    if failed_runs:
+        lines = "".join(f"\n  run {r.id}: {get_error(r)}" for r in failed_runs)
+        log.warning("%d of %d tasks failed:%s", len(failed_runs), len(recorders), lines)

@@ -1,4 +1,4 @@
-"""One task, one run: log it, fit, save, make its records."""
+"""Train one task in one run: log the task, fit the model, save it, and generate the records."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from qtorch.core.trust import check_config
 from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.failure import ERROR_TAG, note_started, record_failure
-from qtorch.trainer.prepare import complete_task, shown_task, split_place
-from qtorch.trainer.provenance import save_environment, sources_of
+from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
+from qtorch.trainer.prepare import complete_task, loggable_task, split_tracking
+from qtorch.trainer.provenance import collect_source_digests, save_environment
 
 log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
 TASK = "task"
 TRAIN, TEST = "train", "test"
-FIT_REPORT = "fit_report"  # epochs, seconds, samples a second: no metrics, for they never repeat
+# Epochs, seconds, samples per second. These are no metrics, because they are not reproducible.
+FIT_REPORT = "fit_report"
 
 
 def task_train(
@@ -43,35 +44,37 @@ def task_train(
     run: Mapping[str, Any] | None = None,
     on_fitted: Callable[[Recorder, Any], None] | None = None,
 ) -> Recorder:
-    """Train one task in a run of its own and return the run.
+    """Train one task in a new run and return the run.
 
-    The run holds the flattened task as params, `task`, the tag `hostname`, the fitted model as
-    `params.pkl`, the dataset's configuration as `dataset` (no data), `environment` (what it was
-    made with), and what the task's records write. An error marks it FAILED, is stored in it (tag
-    `error`, `error.txt`) and raised again; Ctrl-C marks it KILLED. Answers to
-    qlib/model/trainer.py.
+    The run contains the flattened task as params, the artifact `task`, the tag `hostname`, the
+    fitted model as `params.pkl`, the dataset's configuration as `dataset` (without data),
+    `environment` (code, packages, device), and the output of the task's records. An error marks
+    the run FAILED, is stored in it (tag `error`, `error.txt`) and is raised again; Ctrl-C marks the
+    run KILLED. Corresponds to qlib/model/trainer.py.
 
-    `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task: the
-    training goes on in it, from its last checkpoint; one that is FINISHED is returned as it is.
-    A task may say where its run belongs (`tracking`, see `qtorch.trainer.prepare`); arguments win.
-    `on_fitted(recorder, dataset)` is called after the training, before the records.
+    `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task, which
+    is resumed from its last checkpoint; a FINISHED run is returned unchanged. A task can set where
+    its run is stored (`tracking`, see `qtorch.trainer.prepare`); arguments take precedence.
+    `on_fitted(recorder, dataset)` is called after the training and before the records.
     """
-    own, place = split_place(task)
-    complete = complete_task(own)
-    name = experiment_name or place.get("experiment_name")
-    with _store_of(run, place):
-        earlier = _earlier_run(run)
-        if earlier is not None and earlier.status == Recorder.STATUS_FI:
-            note_started(earlier)
-            return earlier
-        if earlier is not None and own.get("seed") is None:
-            complete["seed"] = _drawn_seed(earlier, complete["seed"])
-        with R.start(**_begun(earlier, name, recorder_name or place.get("recorder_name"))):
+    bare_task, tracking = split_tracking(task)
+    complete = complete_task(bare_task)
+    name = experiment_name or tracking.get("experiment_name")
+    with _tracking_store(run, tracking):
+        earlier_run = _earlier_run(run)
+        if earlier_run is not None and earlier_run.status == Recorder.STATUS_FI:
+            announce_run(earlier_run)
+            return earlier_run
+        if earlier_run is not None and bare_task.get("seed") is None:
+            complete["seed"] = _load_seed(earlier_run, complete["seed"])
+        with R.start(
+            **_start_arguments(earlier_run, name, recorder_name or tracking.get("recorder_name"))
+        ):
             recorder = R.get_recorder()
-            note_started(recorder)
+            announce_run(recorder)
             try:
-                if earlier is not None:
-                    _forget_failure(recorder)
+                if earlier_run is not None:
+                    _clear_failure(recorder)
                 _log_task(recorder, complete)
                 _execute(recorder, complete, on_fitted=on_fitted)
             except Exception as error:
@@ -83,18 +86,18 @@ def task_train(
 def begin_task_train(
     task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
 ) -> Recorder:
-    """The first step alone: a run that holds the task and waits, SCHEDULED, for the rest."""
-    complete, place = split_place(task)
+    """First phase of training: create a SCHEDULED run that contains the task."""
+    complete, tracking = split_tracking(task)
     complete = complete_task(complete)
-    with _store_of(None, place):
+    with _tracking_store(None, tracking):
         R.start_exp(
-            experiment_name=experiment_name or place.get("experiment_name"),
-            recorder_name=recorder_name or place.get("recorder_name"),
+            experiment_name=experiment_name or tracking.get("experiment_name"),
+            recorder_name=recorder_name or tracking.get("recorder_name"),
         )
         recorder = R.get_recorder()
         status = Recorder.STATUS_FA
         try:
-            note_started(recorder)
+            announce_run(recorder)
             _log_task(recorder, complete)
             status = Recorder.STATUS_S
         except Exception as error:
@@ -111,119 +114,121 @@ def end_task_train(
     *,
     run: Mapping[str, Any] | None = None,
 ) -> Recorder:
-    """Take up the run that `begin_task_train` left (or a killed one) and do the rest in it.
+    """Second phase of training: resume a run of `begin_task_train` (or a killed run) and finish it.
 
-    The run knows its experiment; `experiment_name` is there for Qlib's calls. `run` says that an
-    earlier attempt was made: one that is FINISHED is then returned as it is.
+    The run knows its experiment; `experiment_name` exists only for compatibility with Qlib. `run`
+    tells that there was an earlier attempt: if it is FINISHED it is returned unchanged.
     """
-    with _store_of({"tracking_uri": getattr(rec, "uri", None)}, {}):
+    with _tracking_store({"tracking_uri": getattr(rec, "uri", None)}, {}):
         if run is not None:
-            earlier = R.get_recorder(recorder_id=rec.id)
-            if earlier.status == Recorder.STATUS_FI:
-                note_started(earlier)
-                return earlier
+            earlier_run = R.get_recorder(recorder_id=rec.id)
+            if earlier_run.status == Recorder.STATUS_FI:
+                announce_run(earlier_run)
+                return earlier_run
         with R.start(experiment_id=rec.experiment_id, recorder_id=rec.id, resume=True):
             recorder = R.get_recorder()
-            note_started(recorder)
+            announce_run(recorder)
             try:
-                _forget_failure(recorder)
-                _execute(recorder, complete_task(recorder.load_object(TASK)), stored=True)
+                _clear_failure(recorder)
+                _execute(recorder, complete_task(recorder.load_object(TASK)), is_stored=True)
             except Exception as error:
                 record_failure(recorder, error)
                 raise
     return recorder
 
 
-def _store_of(
-    run: Mapping[str, Any] | None, place: Mapping[str, Any]
+def _tracking_store(
+    run: Mapping[str, Any] | None, tracking: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
-    """The tracking store of an earlier run, else of the task, else the one in force."""
-    uri = (run or {}).get("tracking_uri") or place.get("uri")
+    """Switch to the tracking store of an earlier run, else of the task, else keep the current."""
+    uri = (run or {}).get("tracking_uri") or tracking.get("uri")
     return nullcontext() if uri is None else R.uri_context(str(uri))
 
 
 def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
-    """The run of an earlier attempt; None where there was none, or where it is gone."""
+    """The run of an earlier attempt, or None if there was none or it no longer exists."""
     if run is None:
         return None
     try:
         recorder: Recorder = R.get_recorder(recorder_id=str(run["recorder_id"]))
     except NotInStoreError as error:
-        log.warning("the run of an earlier attempt is gone, a new one is started: %s", error)
+        log.warning("the run of an earlier attempt no longer exists, starting a new run: %s", error)
         return None
     if getattr(recorder, "deleted", False):
-        log.warning("the run %s of an earlier attempt is deleted: a new one begins", recorder.id)
+        log.warning("run %s of an earlier attempt is deleted, starting a new run", recorder.id)
         return None
     return recorder
 
 
-def _begun(
-    earlier: Recorder | None, experiment_name: str | None, recorder_name: str | None
+def _start_arguments(
+    earlier_run: Recorder | None, experiment_name: str | None, recorder_name: str | None
 ) -> dict[str, Any]:
-    """The arguments of `R.start`: in the run of an earlier attempt, or in a new one."""
-    if earlier is None:
+    """The arguments for `R.start`: resume the run of an earlier attempt, or start a new run."""
+    if earlier_run is None:
         return {"experiment_name": experiment_name, "recorder_name": recorder_name}
     return {
-        "experiment_id": earlier.experiment_id,
-        "recorder_id": earlier.id,
+        "experiment_id": earlier_run.experiment_id,
+        "recorder_id": earlier_run.id,
         "recorder_name": recorder_name,
         "resume": True,
     }
 
 
-def _drawn_seed(recorder: Recorder, fresh: int) -> int:
-    """The seed that an earlier attempt drew: with another one nothing could go on."""
+def _load_seed(recorder: Recorder, default_seed: int) -> int:
+    """The random seed of an earlier attempt; its checkpoints cannot be resumed with another."""
     if TASK not in recorder.list_artifacts():
-        return fresh
+        return default_seed
     return int(recorder.load_object(TASK)["seed"])
 
 
-def _forget_failure(recorder: Recorder) -> None:
-    """The error of the attempt before is no longer this run's."""
+def _clear_failure(recorder: Recorder) -> None:
+    """Remove the error of the previous attempt from the run."""
     if ERROR_TAG in recorder.list_tags():
         recorder.delete_tags(ERROR_TAG)
 
 
 def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
-    recorder.log_params(**flatten_dict(shown_task(task)))
+    recorder.log_params(**flatten_dict(loggable_task(task)))
     recorder.save_objects(task=task)
     recorder.set_tags(hostname=socket.gethostname())
-    recorder.flush()  # a run says what it is, however soon its process is killed
+    recorder.flush()  # so that even a run killed at once contains its task
 
 
-def record_train(
+def reuse_trained_run(
     task: Mapping[str, Any],
-    fitted: Recorder,
+    trained_run: Recorder,
     experiment_name: str | None = None,
     recorder_name: str | None = None,
     *,
     run: Mapping[str, Any] | None = None,
 ) -> Recorder:
-    """A run of its own for a task that another run has trained already: only the records are made.
+    """Create a run for a task from another run with the same training, and generate its records.
 
-    The model, the dataset's learnt state and the history of the training are those of `fitted`,
-    which is only read. The caller knows that the two tasks train the same (`core.identity.fit_id`).
-    `run`: that of an attempt that was interrupted, which is done again in it.
+    The model, the fitted state of the dataset and the training history are copied from
+    `trained_run`, which is only read. The caller must know that both tasks have the same training
+    (`core.identity.fit_id`). `run` is the run of an interrupted attempt, which is resumed.
     """
     complete = complete_task(task)
-    model, dataset = (fitted.load_object(n) for n in ("params.pkl", "dataset"))
-    earlier = _earlier_run(run)
-    with R.start(**_begun(earlier, experiment_name, recorder_name)):
+    model, dataset = (trained_run.load_object(n) for n in ("params.pkl", "dataset"))
+    earlier_run = _earlier_run(run)
+    with R.start(**_start_arguments(earlier_run, experiment_name, recorder_name)):
         recorder = R.get_recorder()
-        note_started(recorder)
+        announce_run(recorder)
         try:
-            if earlier is not None:
-                _forget_failure(recorder)
+            if earlier_run is not None:
+                _clear_failure(recorder)
             _log_task(recorder, complete)
             with session_context(seed=complete["seed"]):
                 seed_everything(complete["seed"])
-                for key in fitted.list_metrics():
-                    if "/" in key:  # of the training's epochs; a record's figures have none
-                        for step, value in fitted.logged(key).items():
+                for key in trained_run.list_metrics():
+                    if (
+                        "/" in key
+                    ):  # metrics per epoch have a slash in their name, those of records do not
+                        for step, value in trained_run.metric_history(key).items():
                             recorder.log_batch({key: value}, step=step)
                 recorder.save_objects(**{"params.pkl": model})
-                if FIT_REPORT in fitted.list_artifacts():
-                    recorder.save_objects(**{FIT_REPORT: fitted.load_object(FIT_REPORT)})
+                if FIT_REPORT in trained_run.list_artifacts():
+                    recorder.save_objects(**{FIT_REPORT: trained_run.load_object(FIT_REPORT)})
                 _save_dataset(recorder, dataset)
                 make_records(recorder, complete.get("record"), model, dataset)
         except Exception as error:
@@ -236,21 +241,21 @@ def _execute(
     recorder: Recorder,
     task: dict[str, Any],
     *,
-    stored: bool = False,
+    is_stored: bool = False,
     on_fitted: Callable[[Recorder, Any], None] | None = None,
 ) -> None:
-    """Fit, save, make the records; the names in a `stored` task pass the trust rule."""
+    """Fit the model, save it and generate the records; check the classes of a `stored` task."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
-        if stored:
+        if is_stored:
             check_config(task)
         beat("data")
-        sources = sources_of(task)
-        model = _built(task["model"])
-        dataset = _built(task["dataset"])
+        sources = collect_source_digests(task)
+        model = _build(task["model"])
+        dataset = _build(task["dataset"])
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
-            options["reweighter"] = _built(task["reweighter"])
+            options["reweighter"] = _build(task["reweighter"])
         _check_segments(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
         beat("saving")
@@ -265,61 +270,70 @@ def _execute(
 
 
 def _check_segments(dataset: Any, records: Any) -> None:
-    """DataError now, and not after the training, for a segment that holds nothing, and for one
-    instrument a day where a record compares the scores of a day with each other."""
+    """Raise DataError before the training instead of after it, if a segment cannot be used.
+
+    That is an empty segment, or a test segment with one instrument per day although a record
+    compares the scores of a day.
+    """
     samples = getattr(dataset, "samples", None)
     if not callable(samples):
         return
-    # The training itself begins with the segment train.
+    # The training itself starts with the segment train and checks it.
     for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
-        alone = samples(name, data_key="infer").most_a_day == 1
-        comparing = _comparing(records) if alone and name == TEST else []
-        if comparing:
+        has_one_instrument = samples(name, data_key="infer").max_samples_per_day == 1
+        cross_sectional = (
+            _cross_sectional_records(records) if has_one_instrument and name == TEST else []
+        )
+        if cross_sectional:
             raise DataError(
-                f"every day of the segment {name!r} has one instrument alone, and {comparing[0]} "
-                "compares the instruments of a day: judge a universe of several, or train without "
-                "this record (record=none)."
+                f"the segment {name!r} has only one instrument per day, but {cross_sectional[0]} "
+                "compares the instruments of a day: use a universe of several instruments, or "
+                "train without this record (record=none)."
             )
 
 
-def _comparing(records: Any) -> list[str]:
-    """The names of the records that compare the scores of a day with each other."""
-    listed = [records] if isinstance(records, Mapping | str) else list(records or [])
-    named = [r for r in listed if not (isinstance(r, str) and r.startswith("file:"))]
+def _cross_sectional_records(records: Any) -> list[str]:
+    """The class names of the records that compare the scores of a day."""
+    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
+    importable = [r for r in record_list if not (isinstance(r, str) and r.startswith("file:"))]
     classes = [
         get_callable_kwargs(r, RECORD_MODULE)[0] if isinstance(r, Mapping | str) else type(r)
-        for r in named
+        for r in importable
     ]
     return [c.__name__ for c in classes if getattr(c, "needs_cross_section", False)]
 
 
-def _built(config: Any) -> Any:
-    """The object of a configuration; a live object of any class is taken as it is."""
+def _build(config: Any) -> Any:
+    """Build the object of a configuration; return a live object unchanged."""
     if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
         return init_instance_by_config(config)
     return config
 
 
 def _save_dataset(recorder: Recorder, dataset: Any) -> None:
-    """What rebuilds the dataset, without its data: predictions from this run begin with it."""
+    """Save the dataset without its data; predictions with this run rebuild it from there."""
     if callable(getattr(dataset, "config", None)):
         dataset.config(dump_all=False, recursive=True)
     try:
         recorder.save_objects(dataset=dataset)
     except ConfigError as error:
-        log.warning("the dataset is not stored with the run: %s", error)
+        log.warning("could not save the dataset in the run: %s", error)
 
 
 def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
-    """Make a task's `record` of a model and a dataset, in order, in a run."""
-    listed = [records] if isinstance(records, Mapping | str) else list(records or [])
-    values = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}  # a record's own
-    for config in fill_placeholder(listed, values):
+    """Generate a task's records in order, in a run."""
+    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
+    values = {
+        "<MODEL>": model,
+        "<DATASET>": dataset,
+        "<PRED>": "<PRED>",
+    }  # records resolve <PRED> themselves
+    for config in fill_placeholder(record_list, values):
         record = init_instance_by_config(
             config,
             default_module=RECORD_MODULE,
             try_kwargs={"model": model, "dataset": dataset, "recorder": recorder},
         )
-        log.info("record %s", type(record).__name__)
+        log.info("generating record %s", type(record).__name__)
         beat("record", record=type(record).__name__)
         record.generate()

@@ -1,4 +1,4 @@
-"""The user's own code behind a task: which source files it is, and a digest of each."""
+"""Find the source files of the user's modules that a task depends on, and their digests."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-INSTALLED = {"site-packages", "dist-packages"}
-NOT_OURS = tuple(  # the standard library, and qtorch, which has a commit or a version
+PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
+EXCLUDED_FOLDERS = tuple(  # the standard library and qtorch, whose versions are recorded separately
     Path(p).resolve() for p in (sysconfig.get_path("stdlib"), Path(qtorch.__file__).parent)
 )
 
 
 def source_digests(task: Mapping[str, Any]) -> dict[str, str | None]:
-    """`{module: digest of its file}` of what a task names and that imports, neither of qtorch nor
-    installed. None where there is no file to read (a notebook's own classes).
+    """Map each user module that a task names, directly or through imports, to its file's digest.
 
-    Files are read as they are now, before they are imported where that is still to come: of a
-    module that was edited since its import, the edited file. Nothing is imported here.
+    Modules of qtorch and installed packages are left out. The digest is None if there is no file
+    to read (e.g. classes defined in a notebook). Files are read in their current state, so for a
+    module that was edited after its import the digest is that of the edited file. Nothing is
+    imported.
     """
-    found: dict[str, str | None] = {}
-    waiting = list(_named(task))
-    done = set()
-    while waiting:
-        name = waiting.pop()
-        if name in done:
+    digests: dict[str, str | None] = {}
+    pending = list(_find_names(task))
+    visited_names = set()
+    while pending:
+        name = pending.pop()
+        if name in visited_names:
             continue
-        done.add(name)
-        for module, path in _files(name):
-            if module in found:
+        visited_names.add(name)
+        for module, path in _module_files(name):
+            if module in digests:
                 continue
-            text = _text(path)
-            found[module] = None if text is None else hashlib.sha256(text).hexdigest()[:12]
-            if path is not None and text is not None:
-                waiting += _imported(text, module, package=path.stem == "__init__")
-    return dict(sorted(found.items()))
+            source = _read_bytes(path)
+            digests[module] = None if source is None else hashlib.sha256(source).hexdigest()[:12]
+            if path is not None and source is not None:
+                pending += _find_imports(source, module, is_package=path.stem == "__init__")
+    return dict(sorted(digests.items()))
 
 
-def _named(part: Any) -> Iterator[str]:
-    """Whatever in a task may be the name of a module or of something in one."""
+def _find_names(part: Any) -> Iterator[str]:
+    """Yield all strings of a task that may name a module or an object in a module."""
     if isinstance(part, Configured):
         yield type(part).__module__
         try:
@@ -62,10 +63,10 @@ def _named(part: Any) -> Iterator[str]:
         if isinstance(module, str):
             yield module
         for value in part.values():
-            yield from _named(value)
+            yield from _find_names(value)
     elif isinstance(part, list | tuple):
         for value in part:
-            yield from _named(value)
+            yield from _find_names(value)
     elif isinstance(part, str):
         if DOTTED.fullmatch(part):
             yield part
@@ -73,10 +74,10 @@ def _named(part: Any) -> Iterator[str]:
         yield getattr(part, "__module__", None) or type(part).__module__
 
 
-def _files(name: str) -> Iterator[tuple[str, Path | None]]:
-    """The modules of a dotted name that are the user's, packages above them too, and their files.
+def _module_files(name: str) -> Iterator[tuple[str, Path | None]]:
+    """Yield the user modules of a dotted name (with their parent packages) and their files.
 
-    A name that is none gives nothing.
+    Yields nothing if there is no such module.
     """
     if name.endswith(".py"):
         path = Path(name).expanduser()
@@ -91,14 +92,16 @@ def _files(name: str) -> Iterator[tuple[str, Path | None]]:
     parts = name.split(".")
     for k in range(1, len(parts) + 1):
         module = ".".join(parts[:k])
-        spec = _spec(module, folders)
+        spec = _find_spec(module, folders)
         if spec is None:
-            if module in sys.modules:  # made by hand
+            if module in sys.modules:  # created at runtime, without a file
                 yield module, None
             return
         if spec.has_location and spec.origin is not None:
             path = Path(spec.origin).resolve()
-            if INSTALLED & set(path.parts) or any(path.is_relative_to(p) for p in NOT_OURS):
+            if PACKAGE_FOLDERS & set(path.parts) or any(
+                path.is_relative_to(p) for p in EXCLUDED_FOLDERS
+            ):
                 return
             yield module, path
         folders = spec.submodule_search_locations
@@ -106,36 +109,38 @@ def _files(name: str) -> Iterator[tuple[str, Path | None]]:
             return
 
 
-def _spec(module: str, folders: Any) -> ModuleSpec | None:
-    """Where a module lies; below a package it is looked for in its folders, without importing."""
+def _find_spec(module: str, folders: Any) -> ModuleSpec | None:
+    """Find the spec of a module without importing; a submodule is searched in `folders`."""
     if module in sys.modules:
         return getattr(sys.modules[module], "__spec__", None)
     if folders is not None:
         return PathFinder.find_spec(module, folders)
     try:
         return importlib.util.find_spec(module)
-    except ValueError:  # no name of a module
+    except ValueError:  # not a module name
         return None
 
 
-def _text(path: Path | None) -> bytes | None:
+def _read_bytes(path: Path | None) -> bytes | None:
     try:
         return None if path is None else path.read_bytes()
     except OSError:
         return None
 
 
-def _imported(text: bytes, module: str, *, package: bool) -> Iterator[str]:
-    """The names that a source imports; none where it is no Python."""
+def _find_imports(source: bytes, module: str, *, is_package: bool) -> Iterator[str]:
+    """Yield the names that a source file imports; nothing if it is not valid Python."""
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    home = module if package else module.rpartition(".")[0]
+    package = module if is_package else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = home.split(".")[: len(home.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            parents = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
+            base = ".".join([*parents, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -1,4 +1,4 @@
-"""Tasks of fake parts, in a store of their own."""
+"""Fixtures for the trainer tests: tasks with a fake model and dataset, and a temporary store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAKES = "trainer_fakes"  # pytest puts this folder on sys.path
 
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch) -> str:
-    """A sqlite store of this test's own; the fakes are trusted, as a user's package would be."""
+    """A temporary sqlite store; the fakes module is trusted, as a user's package would be."""
     uri = f"sqlite:///{tmp_path}/runs.db"
     monkeypatch.chdir(tmp_path)
     qtorch.init(tracking_uri=uri, trusted=[FAKES])
@@ -22,11 +22,11 @@ def store(tmp_path, monkeypatch) -> str:
 
 @pytest.fixture
 def make_task():
-    """`make_task(seed=..., record=..., **arguments of the model)`."""
+    """A function that builds a task: `make_task(seed=..., record=..., **model_arguments)`."""
 
-    def make(seed: int | None = 3, record: Any = None, **model: Any) -> dict[str, Any]:
+    def make(seed: int | None = 3, record: Any = None, **model_kwargs: Any) -> dict[str, Any]:
         return {
-            "model": {"class": "FakeModel", "module_path": FAKES, "kwargs": model},
+            "model": {"class": "FakeModel", "module_path": FAKES, "kwargs": model_kwargs},
             "dataset": {"class": "FakeDataset", "module_path": FAKES, "kwargs": {"noise": 0.5}},
             "record": ["SignalRecord", "SigAnaRecord"] if record is None else record,
             "seed": seed,
@@ -37,5 +37,5 @@ def make_task():
 
 @pytest.fixture
 def fakes() -> str:
-    """The module of the fake parts, for `module_path`."""
+    """The name of the fakes module, for `module_path`."""
     return FAKES

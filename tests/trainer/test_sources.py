@@ -1,4 +1,4 @@
-"""Which files of the user's own a task depends on, without importing one."""
+"""Find the user's source files that a task depends on, without importing them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILES = {
     "own_package/sizes.py": "WIDE = 8\n",
     "own_package/unused.py": "",
     "own_loss.py": "def late():\n    from own_package import parts\n",
-    "lone.py": "import own_signs  # which is not there\n",
+    "lone.py": "import own_signs  # does not exist\n",
 }
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def user_folder(tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -30,27 +30,27 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_a_task_names_and_what_that_imports(own):
-    lone = str(own / "lone.py")
+def test_digests_cover_named_modules_and_their_imports(user_folder):
+    lone = str(user_folder / "lone.py")
     task = {
         "model": {"_target_": "qtorch.model.LightningModel", "network": "own_package.net.Net"},
         "dataset": {"class": "Data", "module_path": lone, "kwargs": {"path": "own/data.csv"}},
         "record": ["SignalRecord", {"func": "made", "module_path": "own_loss"}],
         "seed": 3,
     }
-    found = source_digests(task)
+    digests = source_digests(task)
     names = ("own_package", "own_package.net", "own_package.parts", "own_package.sizes")
-    assert found.keys() == {*names, "own_loss", lone}
+    assert digests.keys() == {*names, "own_loss", lone}
     assert not {"own_package", "own_loss"} & sys.modules.keys()
-    assert source_digests(task) == found
-    (own / "own_package/sizes.py").write_text("WIDE = 9\n")
-    other = source_digests(task)
-    assert [k for k in found if found[k] != other[k]] == ["own_package.sizes"]
+    assert source_digests(task) == digests
+    (user_folder / "own_package/sizes.py").write_text("WIDE = 9\n")
+    changed_digests = source_digests(task)
+    assert [k for k in digests if digests[k] != changed_digests[k]] == ["own_package.sizes"]
 
 
-def test_live_objects_and_modules_without_a_file(own, monkeypatch):
+def test_modules_without_a_file_have_no_digest(user_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "by_hand", ModuleType("by_hand"))
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    shown = type("Net", (), {"__module__": "__main__"})
-    task = {"model": shown(), "loss": "by_hand.Loss", "dataset": DatasetH, "rate": 0.1}
+    net_class = type("Net", (), {"__module__": "__main__"})
+    task = {"model": net_class(), "loss": "by_hand.Loss", "dataset": DatasetH, "rate": 0.1}
     assert source_digests(task) == {"__main__": None, "by_hand": None}

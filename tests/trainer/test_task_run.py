@@ -1,4 +1,4 @@
-"""One task, one run."""
+"""Training of one task in one run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qtorch.trainer.prepare import complete_task
 
 
 @pytest.mark.slow
-def test_a_run_holds_what_the_contract_names(make_task):
+def test_run_contains_params_artifacts_and_metrics(make_task):
     task = make_task(value=0.5)
-    before = copy.deepcopy(task)
+    task_copy = copy.deepcopy(task)
     recorder = task_train(task, "exp", "named")
-    assert task == before
+    assert task == task_copy
     assert recorder.status == Recorder.STATUS_FI
     assert recorder.name == "named"
     params = recorder.list_params()
@@ -29,18 +29,19 @@ def test_a_run_holds_what_the_contract_names(make_task):
     assert params["dataset.kwargs.noise"] == "0.5"
     assert params["seed"] == "3"
     assert recorder.list_tags()["hostname"] == socket.gethostname()
-    assert recorder.load_object("task") == before
+    assert recorder.load_object("task") == task_copy
     assert recorder.load_object("params.pkl").value == 0.5
     assert recorder.load_object("dataset").noise == 0.5
     assert list(recorder.load_object("pred.pkl").columns) == ["score"]
     assert len(recorder.load_object("label.pkl")) == 30
-    assert "drawn" in recorder.list_metrics()
+    assert "random_number" in recorder.list_metrics()
     assert "Rank ICIR" in recorder.list_metrics()
 
 
-def test_the_seed_is_the_tasks_then_the_sessions_then_a_drawn_one(make_task):
+def test_seed_comes_from_task_then_session(make_task):
     draws = [
-        task_train(make_task(seed=s, record=[]), "exp").list_metrics()["drawn"] for s in (3, 3, 4)
+        task_train(make_task(seed=s, record=[]), "exp").list_metrics()["random_number"]
+        for s in (3, 3, 4)
     ]
     assert draws[0] == draws[1] != draws[2]
     qtorch.init(seed=9)
@@ -48,13 +49,13 @@ def test_the_seed_is_the_tasks_then_the_sessions_then_a_drawn_one(make_task):
     assert complete_task(make_task(seed=5))["seed"] == 5
 
 
-def test_a_drawn_seed_is_written_into_the_stored_task(make_task):
+def test_random_seed_is_stored_in_the_task(make_task):
     recorder = task_train(make_task(seed=None, record=[]), "exp")
-    again = task_train(recorder.load_object("task"), "exp")
-    assert again.list_metrics()["drawn"] == recorder.list_metrics()["drawn"]
+    repeated_run = task_train(recorder.load_object("task"), "exp")
+    assert repeated_run.list_metrics()["random_number"] == recorder.list_metrics()["random_number"]
 
 
-def test_the_sessions_source_goes_into_a_handler_that_names_none(tmp_path, monkeypatch):
+def test_handler_without_a_source_gets_the_sessions(tmp_path, monkeypatch):
     handler = {"class": "Alpha158", "module_path": "qtorch.data", "kwargs": {"instruments": "all"}}
     task = {"model": {}, "dataset": {"_target_": "x.D", "handler": handler}}
     assert complete_task(task)["dataset"]["handler"] == handler
@@ -62,26 +63,26 @@ def test_the_sessions_source_goes_into_a_handler_that_names_none(tmp_path, monke
     qtorch.init(provider_uri="bars")
     source = complete_task(task)["dataset"]["handler"]["kwargs"]["source"]
     assert source["provider_uri"] == str(tmp_path / "bars")
-    own = {"_target_": "y.H", "source": {"_target_": "z.S", "path": "mine.csv"}}
-    kept = complete_task({**task, "dataset": {"_target_": "x.D", "handler": own}})
-    assert kept["dataset"]["handler"]["source"]["path"] == str(tmp_path / "mine.csv")
+    own_handler = {"_target_": "y.H", "source": {"_target_": "z.S", "path": "mine.csv"}}
+    completed_task = complete_task({**task, "dataset": {"_target_": "x.D", "handler": own_handler}})
+    assert completed_task["dataset"]["handler"]["source"]["path"] == str(tmp_path / "mine.csv")
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ({"model": {}}, "no 'dataset'"),
         ({"model": {}, "datset": {}}, "'dataset'"),
-        ([], "a task is a dict"),
+        ([], "a task must be a dict"),
     ],
 )
-def test_what_is_no_task_is_refused_before_a_run_is_made(task, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_task_is_rejected_before_a_run_is_created(task, message):
+    with pytest.raises(ConfigError, match=message):
         task_train(task, "exp")
     assert "exp" not in R.list_experiments()
 
 
-def test_an_error_stays_in_the_failed_run_and_is_raised_as_it_was(make_task):
+def test_error_is_stored_in_the_failed_run_and_raised(make_task):
     with pytest.raises(ValueError, match="this model fails"):
         task_train(make_task(fail="error"), "exp")
     (recorder,) = R.list_recorders(experiment_name="exp").values()
@@ -91,52 +92,55 @@ def test_an_error_stays_in_the_failed_run_and_is_raised_as_it_was(make_task):
 
 
 @pytest.mark.parametrize(
-    ("how", "raised"), [("interrupt", KeyboardInterrupt), ("exit", SystemExit)]
+    ("fail", "error"), [("interrupt", KeyboardInterrupt), ("exit", SystemExit)]
 )
-def test_an_interruption_leaves_a_killed_run(make_task, how, raised):
-    with pytest.raises(raised):
-        task_train(make_task(fail=how), "exp")
+def test_interruption_marks_the_run_killed(make_task, fail, error):
+    with pytest.raises(error):
+        task_train(make_task(fail=fail), "exp")
     (recorder,) = R.list_recorders(experiment_name="exp").values()
     assert recorder.status == Recorder.STATUS_K
 
 
 @pytest.mark.slow
-def test_begin_prepares_and_end_does_the_rest_in_the_same_run(make_task):
-    begun = begin_task_train(make_task(), "exp")
-    assert begun.status == Recorder.STATUS_S
-    assert begun.load_object("task")["seed"] == 3
-    assert begun.list_metrics() == {}
-    found = R.get_recorder(recorder_id=begun.id, experiment_name="exp")
-    ended = end_task_train(found, "exp")
-    assert (ended.id, ended.status) == (begun.id, Recorder.STATUS_FI)
-    assert ended.list_metrics()["drawn"] == task_train(make_task(), "exp").list_metrics()["drawn"]
+def test_begin_and_end_task_train_share_one_run(make_task):
+    prepared_run = begin_task_train(make_task(), "exp")
+    assert prepared_run.status == Recorder.STATUS_S
+    assert prepared_run.load_object("task")["seed"] == 3
+    assert prepared_run.list_metrics() == {}
+    stored_run = R.get_recorder(recorder_id=prepared_run.id, experiment_name="exp")
+    finished_run = end_task_train(stored_run, "exp")
+    assert (finished_run.id, finished_run.status) == (prepared_run.id, Recorder.STATUS_FI)
+    assert (
+        finished_run.list_metrics()["random_number"]
+        == task_train(make_task(), "exp").list_metrics()["random_number"]
+    )
 
 
 @pytest.mark.slow
-def test_records_run_in_order_and_get_placeholders_or_what_their_signature_takes(make_task, fakes):
-    where = {"class": "PathRecord", "module_path": fakes}
+def test_records_run_in_order_with_placeholders_and_signature_arguments(make_task, fakes):
+    path_record = {"class": "PathRecord", "module_path": fakes}
     records = [
-        {**where, "kwargs": {"note": "1", "model": "<MODEL>", "dataset": "<DATASET>"}},
-        {**where, "kwargs": {"note": "2"}},
+        {**path_record, "kwargs": {"note": "1", "model": "<MODEL>", "dataset": "<DATASET>"}},
+        {**path_record, "kwargs": {"note": "2"}},
         {"class": "SignalRecord", "module_path": "qtorch.record", "kwargs": {}},
         "SigAnaRecord",
     ]
     recorder = task_train(make_task(record=records), "exp")
-    told = {"model": "FakeModel", "dataset": "FakeDataset"}
-    assert recorder.load_object("told1") == recorder.load_object("told2") == told
+    classes = {"model": "FakeModel", "dataset": "FakeDataset"}
+    assert recorder.load_object("classes1") == recorder.load_object("classes2") == classes
     assert "IC" in recorder.list_metrics()
-    one = task_train(make_task(record=records[2]), "exp")
-    assert len(one.load_object("pred.pkl")) == 30
+    single_record_run = task_train(make_task(record=records[2]), "exp")
+    assert len(single_record_run.load_object("pred.pkl")) == 30
 
 
-def test_a_record_before_what_it_depends_on_fails_by_name(make_task):
+def test_record_before_its_dependency_fails_with_a_hint(make_task):
     with pytest.raises(RecordError, match=r"pred\.pkl.*Put SignalRecord before it"):
         task_train(make_task(record=["SigAnaRecord", "SignalRecord"]), "exp")
     (recorder,) = R.list_recorders(experiment_name="exp").values()
     assert recorder.status == Recorder.STATUS_FA
 
 
-def test_live_objects_are_taken_as_they_are(make_task):
+def test_live_model_and_dataset_are_used_directly(make_task):
     from qtorch.core.instantiate import init_instance_by_config
 
     task = make_task(value=1.0)
@@ -144,5 +148,5 @@ def test_live_objects_are_taken_as_they_are(make_task):
     dataset = init_instance_by_config(task["dataset"])
     recorder = task_train({"model": model, "dataset": dataset, "record": []}, "exp")
     assert recorder.status == Recorder.STATUS_FI
-    assert model.drawn is not None
+    assert model.random_number is not None
     assert recorder.list_params()["model.value"] == "1.0"

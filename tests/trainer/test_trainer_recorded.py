@@ -1,4 +1,4 @@
-"""The trainers of many tasks."""
+"""Trainers that run a list of tasks in this process or in subprocesses."""
 
 from __future__ import annotations
 
@@ -12,84 +12,84 @@ from qtorch.tracking import Recorder
 from qtorch.trainer import DelayTrainerR, TrainerR, begin_task_train, task_train
 
 
-def tag(recorder):
+def train_status(recorder):
     return recorder.list_tags().get("train_status")
 
 
-def test_one_bare_task_and_none_at_all(make_task):
+def test_empty_list_and_single_task(make_task):
     trainer = TrainerR("exp")
     assert trainer.train([]) == []
     assert trainer([]) == []
     (recorder,) = trainer.train(make_task(record=[]))
-    assert tag(recorder) == "begin_task_train"
+    assert train_status(recorder) == "begin_task_train"
     assert trainer.end_train(recorder) == [recorder]
-    assert tag(recorder) == "end_task_train"
+    assert train_status(recorder) == "end_task_train"
     assert (trainer.is_delay(), trainer.has_worker()) == (False, False)
     with pytest.raises(NotImplementedError, match="no workers"):
         trainer.worker()
 
 
-def test_recorders_come_back_in_the_order_of_the_tasks_and_a_failing_one_takes_no_other_along(
-    make_task, caplog
-):
+def test_recorders_keep_task_order_and_a_failure_does_not_stop_others(make_task, caplog):
     values = [0.1, 0.2, 0.3]
     tasks = [make_task(record=[], value=v, fail="error" if v == 0.2 else None) for v in values]
     recorders = TrainerR("exp", default_rec_name="r")(tasks)
     assert [float(r.list_params()["model.kwargs.value"]) for r in recorders] == values
     assert [r.status for r in recorders] == ["FINISHED", "FAILED", "FINISHED"]
-    assert [tag(r) for r in recorders] == ["end_task_train", None, "end_task_train"]
+    assert [train_status(r) for r in recorders] == ["end_task_train", None, "end_task_train"]
     assert {r.name for r in recorders} == {"r"}
-    warned = [m for m in caplog.messages if m.startswith("1 of 3 tasks failed")]
-    assert len(warned) == 1
-    assert recorders[1].id in warned[0]
-    assert "this model fails" in warned[0]
+    warnings = [m for m in caplog.messages if m.startswith("1 of 3 tasks failed")]
+    assert len(warnings) == 1
+    assert recorders[1].id in warnings[0]
+    assert "this model fails" in warnings[0]
 
 
-def test_a_task_that_is_none_has_a_failed_run_in_its_place(make_task):
+def test_invalid_task_gets_a_failed_run(make_task):
     recorders = TrainerR("exp")([{"model": {}}, make_task(record=[])])
     assert [r.status for r in recorders] == ["FAILED", "FINISHED"]
     assert "dataset" in recorders[0].list_tags()["error"]
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_list(make_task):
+def test_ctrl_c_stops_the_list(make_task):
     with pytest.raises(KeyboardInterrupt):
         TrainerR("exp")([make_task(fail="interrupt"), make_task()])
     (recorder,) = R.list_recorders(experiment_name="exp").values()
     assert recorder.status == Recorder.STATUS_K
 
 
-def test_a_delayed_trainer_fits_in_end_train_and_skips_what_has_ended(make_task, tmp_path):
+def test_delayed_trainer_fits_in_end_train_and_skips_finished_runs(make_task, tmp_path):
     log = tmp_path / "log"
     trainer = DelayTrainerR("exp")
     assert trainer.is_delay()
-    begun = trainer.train([make_task(record=[], value=v, log=str(log)) for v in (1.0, 2.0)])
-    assert [r.status for r in begun] == ["SCHEDULED", "SCHEDULED"]
+    prepared_runs = trainer.train([make_task(record=[], value=v, log=str(log)) for v in (1.0, 2.0)])
+    assert [r.status for r in prepared_runs] == ["SCHEDULED", "SCHEDULED"]
     assert not log.exists()
-    trainer.end_train(begun[:1])
-    ended = trainer.end_train(begun)
-    assert [r.id for r in ended] == [r.id for r in begun]
-    assert [r.status for r in ended] == ["FINISHED", "FINISHED"]
+    trainer.end_train(prepared_runs[:1])
+    finished_runs = trainer.end_train(prepared_runs)
+    assert [r.id for r in finished_runs] == [r.id for r in prepared_runs]
+    assert [r.status for r in finished_runs] == ["FINISHED", "FINISHED"]
     assert [line.split()[2] for line in log.read_text().splitlines()] == ["1.0", "2.0"]
 
 
 @pytest.mark.slow
-def test_a_delayed_failure_is_recorded_and_can_be_tried_again(make_task, tmp_path):
+def test_delayed_failure_is_recorded_and_can_be_retried(make_task, tmp_path):
     trainer = DelayTrainerR("exp")
-    begun = trainer.train([make_task(record=[], fail="error"), make_task(record=[]), {"model": {}}])
-    assert [r.status for r in begun] == ["SCHEDULED", "SCHEDULED", "FAILED"]
-    ended = trainer.end_train(begun)
-    assert [r.status for r in ended] == ["FAILED", "FINISHED", "FAILED"]
-    assert "this model fails" in ended[0].list_tags()["error"]
-    assert "dataset" in ended[2].list_tags()["error"]
-    ended[0].save_objects(task=make_task(record=[]))
-    (again,) = trainer.end_train([ended[0]])
-    assert again.status == "FINISHED"
-    assert "error" not in again.list_tags()
+    prepared_runs = trainer.train(
+        [make_task(record=[], fail="error"), make_task(record=[]), {"model": {}}]
+    )
+    assert [r.status for r in prepared_runs] == ["SCHEDULED", "SCHEDULED", "FAILED"]
+    results = trainer.end_train(prepared_runs)
+    assert [r.status for r in results] == ["FAILED", "FINISHED", "FAILED"]
+    assert "this model fails" in results[0].list_tags()["error"]
+    assert "dataset" in results[2].list_tags()["error"]
+    results[0].save_objects(task=make_task(record=[]))
+    (retried_run,) = trainer.end_train([results[0]])
+    assert retried_run.status == "FINISHED"
+    assert "error" not in retried_run.list_tags()
 
 
 @pytest.mark.slow
-def test_call_in_subproc_gives_each_task_one_process(warm, make_task, tmp_path):
+def test_call_in_subproc_runs_each_task_in_its_own_process(warm, make_task, tmp_path):
     log = tmp_path / "log"
     tasks = [
         make_task(record=[], value=1.0, log=str(log)),
@@ -107,31 +107,29 @@ def test_call_in_subproc_gives_each_task_one_process(warm, make_task, tmp_path):
     ]
     assert [r.status for r in recorders] == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
     assert len({pid for pid, _, _ in lines} - {str(os.getpid())}) == 4
-    assert len({parent for _, parent, _ in lines} - {str(os.getpid())}) == 1  # the zygote
+    assert len({parent for _, parent, _ in lines} - {str(os.getpid())}) == 1  # the fork server
     assert "this model fails" in recorders[1].list_tags()["error"]
     assert "SIGKILL" in recorders[2].list_tags()["error"]
-    here = task_train(make_task(record=[]), "exp").list_metrics()["drawn"]
-    assert recorders[0].list_metrics()["drawn"] == here
+    expected = task_train(make_task(record=[]), "exp").list_metrics()["random_number"]
+    assert recorders[0].list_metrics()["random_number"] == expected
 
 
 @pytest.mark.slow
-def test_a_delayed_trainer_in_subprocesses(warm, make_task):
-    begun = [begin_task_train(make_task(record=[]), "exp")]
-    begun[0].set_tags(train_status="begin_task_train")
-    (ended,) = DelayTrainerR("exp", call_in_subproc=True).end_train(begun)
-    assert ended.status == "FINISHED"
+def test_delayed_trainer_with_call_in_subproc(warm, make_task):
+    prepared_runs = [begin_task_train(make_task(record=[]), "exp")]
+    prepared_runs[0].set_tags(train_status="begin_task_train")
+    (finished_run,) = DelayTrainerR("exp", call_in_subproc=True).end_train(prepared_runs)
+    assert finished_run.status == "FINISHED"
 
 
 @pytest.mark.slow
-def test_an_object_of_the_script_itself_does_not_reach_a_process_of_its_own(
-    warm, make_task, monkeypatch
-):
-    class Mine:
+def test_object_of_the_main_script_cannot_be_sent_to_a_subprocess(warm, make_task, monkeypatch):
+    class ScriptModel:
         pass
 
-    Mine.__module__, Mine.__qualname__ = "__main__", "Mine"
-    monkeypatch.setattr(sys.modules["__main__"], "Mine", Mine, raising=False)
-    task = {**make_task(record=[]), "model": Mine()}
+    ScriptModel.__module__, ScriptModel.__qualname__ = "__main__", "ScriptModel"
+    monkeypatch.setattr(sys.modules["__main__"], "ScriptModel", ScriptModel, raising=False)
+    task = {**make_task(record=[]), "model": ScriptModel()}
     (recorder,) = TrainerR("exp", call_in_subproc=True)([task])
     assert recorder.status == "FAILED"
-    assert "'Mine'" in recorder.list_tags()["error"]
+    assert "'ScriptModel'" in recorder.list_tags()["error"]

@@ -1,4 +1,4 @@
-"""A model, a dataset and a record without any network: what trainers need, in milliseconds."""
+"""A fake model, dataset and record without a network, which train in milliseconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FakeModel(Model):
         self.value = value
         self.fail = fail
         self.log = log
-        self.drawn = None
+        self.random_number = None
 
     def fit(self, dataset, reweighter=None, *, recorder=None):
         if self.log:
@@ -50,8 +50,8 @@ class FakeModel(Model):
             raise SystemExit(1)
         if self.fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        self.drawn = float(torch.rand(()))
-        recorder.log_metrics(drawn=self.drawn)
+        self.random_number = float(torch.rand(()))
+        recorder.log_metrics(random_number=self.random_number)
 
     def predict(self, dataset, segment="test"):
         label = dataset.prepare(segment).iloc[:, 0]
@@ -59,12 +59,12 @@ class FakeModel(Model):
 
 
 class PathRecord(Record):
-    """Keeps what it was given, to show what placeholders become."""
+    """Saves the classes of its arguments, to check how placeholders are replaced."""
 
     def __init__(self, model=None, dataset=None, recorder=None, note: str = "") -> None:
         super().__init__(recorder)
         self.model, self.dataset, self.note = model, dataset, note
 
     def generate(self) -> None:
-        told = {"model": type(self.model).__name__, "dataset": type(self.dataset).__name__}
-        self.save(**{f"told{self.note}": told})
+        classes = {"model": type(self.model).__name__, "dataset": type(self.dataset).__name__}
+        self.save(**{f"classes{self.note}": classes})
