@@ -1,4 +1,4 @@
-"""What is made of a fitted model inside its run: scores, labels, their quality, the report."""
+"""Records: what a run stores after training: scores, labels, their quality, backtest, report."""
 
 from typing import TYPE_CHECKING
 

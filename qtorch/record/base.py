@@ -1,4 +1,4 @@
-"""What every record shares: where its artifacts lie, what it depends on."""
+"""The base class of all records: artifact paths, dependencies and their checks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qtorch.core.trust import trusted_type
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.recorder import Recorder
 
-Names: TypeAlias = list[str]  # inside the class, `list` is the method of Qlib's name
+Names: TypeAlias = list[str]  # inside the class, `list` is the method named by Qlib
 
 
 @trusted_type
 class Record(Configured, ABC):
-    """Makes something of a run's results and stores it in the same run.
+    """Computes something from a run's results and stores it in the same run.
 
-    Answers to Qlib's `RecordTemp` (workflow/record_temp.py). A subclass names the folder of its
-    artifacts (`artifact_path`), the record it builds on (`depend_cls`), the artifacts it writes
-    (`list`), and whether it compares the scores of a day with each other (`needs_cross_section`:
-    one instrument a day is then an error before the training). Difference: a missing dependency
-    is a RecordError that names it, where Qlib logs a warning and goes on.
+    Corresponds to Qlib's `RecordTemp` (workflow/record_temp.py). A subclass defines the folder of
+    its artifacts (`artifact_path`), the record it depends on (`depend_cls`), the artifacts it
+    writes (`list`), and whether it compares the scores within a day (`needs_cross_section`: a
+    dataset with one instrument per day is then rejected before the training). Difference from
+    Qlib: a missing dependency raises RecordError; Qlib logs a warning and continues.
     """
 
     artifact_path: ClassVar[str | None] = None
@@ -34,71 +34,71 @@ class Record(Configured, ABC):
 
     @property
     def recorder(self) -> Recorder:
-        """The run it works in: the given one, else the current one."""
+        """The recorder of the run: the one passed in, else the current one."""
         recorder = self._recorder or current_recorder()
         if recorder is None:
             raise RecordError(
-                f"{type(self).__name__} works inside a run: give it a recorder, or call it inside "
+                f"{type(self).__name__} works inside a run: pass a recorder, or call it inside "
                 "`with R.start(...)`."
             )
         return recorder
 
     @classmethod
     def get_path(cls, name: str | None = None) -> str:
-        """The logical name of an artifact of this record within the run."""
+        """Return the logical name of an artifact of this record within the run."""
         return "/".join(part for part in (cls.artifact_path, name) if part)
 
     @abstractmethod
     def generate(self) -> Any:
-        """Make and store the record."""
+        """Compute and store the record."""
 
     def list(self) -> Names:
-        """The artifacts it writes, without its folder."""
+        """Return the names of the artifacts that this record writes, without its folder."""
         return []
 
     def save(self, **objects: Any) -> None:
-        """Store objects under this record's folder; the keywords are the names."""
+        """Save objects in this record's folder; the keywords are their names."""
         self.recorder.save_objects(artifact_path=self.artifact_path, **objects)
 
     def load(self, name: str, parents: bool = True) -> Any:
-        """An artifact of this record or, failing that, of the records it builds on.
+        """Load an artifact of this record or, if it has none, of the records it depends on.
 
-        Raises RecordError that names what was looked for.
+        Raises RecordError with the names that were tried.
         """
-        tried: Names = []
-        record: type[Record] | None = type(self)
-        while record is not None:
-            tried.append(record.get_path(name))
+        paths: Names = []
+        record_class: type[Record] | None = type(self)
+        while record_class is not None:
+            paths.append(record_class.get_path(name))
             try:
-                return self.recorder.load_object(tried[-1])
+                return self.recorder.load_object(paths[-1])
             except LoadObjectError as error:
-                record = record.depend_cls if parents else None
-                last = error
-        raise RecordError(self._missing(tried[:1] if not parents else tried)) from last
+                record_class = record_class.depend_cls if parents else None
+                last_error = error
+        raise RecordError(self._missing_text(paths[:1] if not parents else paths)) from last_error
 
     def check(self, include_self: bool = False, parents: bool = True) -> None:
-        """Raise RecordError naming the artifacts that are missing.
+        """Raise RecordError with the names of the missing artifacts.
 
-        `include_self` asks for what this record writes, `parents` for what it builds on.
+        `include_self` checks what this record writes, `parents` what it depends on.
         """
         missing = [self.get_path(n) for n in self.list()] if include_self else []
         if parents and self.depend_cls is not None:
-            missing += [self.depend_cls.get_path(n) for n in self._needs()]
-        missing = [path for path in missing if not self._holds(path)]
+            missing += [self.depend_cls.get_path(n) for n in self._input_artifacts()]
+        missing = [path for path in missing if not self._has_artifact(path)]
         if missing:
-            raise RecordError(self._missing(missing))
+            raise RecordError(self._missing_text(missing))
 
-    def _needs(self) -> Names:
-        """Artifacts of `depend_cls` that this record reads."""
+    def _input_artifacts(self) -> Names:
+        """Return the artifacts of `depend_cls` that this record reads."""
         return []
 
-    def _holds(self, path: str) -> bool:
+    def _has_artifact(self, path: str) -> bool:
         folder, _, _ = path.rpartition("/")
         return path in self.recorder.list_artifacts(folder or None)
 
-    def _missing(self, paths: Names) -> str:
-        maker = f" Put {self.depend_cls.__name__} before it." if self.depend_cls else ""
+    def _missing_text(self, paths: Names) -> str:
+        hint = f" Run {self.depend_cls.__name__} before it." if self.depend_cls else ""
         return (
-            f"{type(self).__name__} needs {', '.join(paths)}, which run {self.recorder.id} does "
-            f"not hold.{maker}"
+            f"{type(self).__name__} needs {', '.join(paths)}, but run {self.recorder.id} does "
+            f"not have it.{hint}"
         )

@@ -1,4 +1,4 @@
-"""The picture of a signal's quality: IC by day, its sum, its distribution."""
+"""The IC chart: daily IC, cumulative IC, and the distribution."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qtorch.record.chart_style import (
     IC_COLOUR,
     INK,
     RANK_COLOUR,
-    calm,
-    date_axis,
-    day_bars,
-    legend,
-    name_axis,
+    add_legend,
+    draw_day_bars,
+    draw_zero_line,
+    format_date_axis,
+    label_axis,
     rolling_mean,
-    zero_line,
+    style_axis,
 )
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Figure:
-    """Daily IC with its rolling mean; cumulative IC and Rank IC; the histogram of both.
+    """Draw daily IC with its rolling mean, cumulative IC and Rank IC, and the histogram of both.
 
-    Series by day; days without a figure (NaN) are left out.
+    Both arguments are Series by day; NaN days are left out.
     """
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    from matplotlib.figure import Figure  # not pyplot, which has global state and needs a display
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
@@ -43,39 +43,39 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
     )
     draw_days(axes["day"], ic, rank_ic)
     draw_sum(axes["sum"], ic, rank_ic)
-    _draw_spread(axes["spread"], ic, rank_ic)
+    _draw_histogram(axes["spread"], ic, rank_ic)
     for name, axis in axes.items():
-        calm(axis)
+        style_axis(axis)
         if name != "spread":
-            date_axis(axis)
+            format_date_axis(axis)
     return figure
 
 
 def draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
-    """The IC of each day as a bar, and the rolling means of both."""
-    day_bars(axis, ic, IC_COLOUR)
+    """Draw the daily IC as bars, and the rolling means of IC and Rank IC."""
+    draw_day_bars(axis, ic, IC_COLOUR)
     for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
         mean, window = rolling_mean(series)
         axis.plot(
             mean.index, mean, color=colour, linewidth=1.8, label=f"{name}, mean of {window} days"
         )
-    zero_line(axis)
-    name_axis(axis, "Daily IC (bars) and rolling means", "correlation")
-    legend(axis, narrow=narrow)
+    draw_zero_line(axis)
+    label_axis(axis, "Daily IC (bars) and rolling means", "correlation")
+    add_legend(axis, narrow=narrow)
 
 
 def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
-    """Both added up from day to day."""
+    """Draw cumulative IC and Rank IC."""
     for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
         total = series.cumsum()
         axis.plot(total.index, total, color=colour, linewidth=1.8, label=name)
-    zero_line(axis)
+    draw_zero_line(axis)
     title = "Cumulative" if narrow else "Cumulative: a steady slope is a steady signal"
-    name_axis(axis, title, "sum of daily correlations")
-    legend(axis, narrow=narrow)
+    label_axis(axis, title, "sum of daily correlations")
+    add_legend(axis, narrow=narrow)
 
 
-def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
+def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()])
@@ -83,18 +83,18 @@ def _draw_spread(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
         np.histogram_bin_edges(values, bins=min(40, max(5, len(ic) // 8))) if len(values) else 10
     )
     for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
-        told = f"{name}: mean {series.mean():.4f}, std {series.std():.4f}"
-        axis.hist(series, bins=edges, histtype="stepfilled", color=colour, alpha=0.28, label=told)
+        text = f"{name}: mean {series.mean():.4f}, std {series.std():.4f}"
+        axis.hist(series, bins=edges, histtype="stepfilled", color=colour, alpha=0.28, label=text)
         axis.hist(series, bins=edges, histtype="step", color=colour, linewidth=1.2)
         if len(series):
             axis.axvline(series.mean(), color=colour, linewidth=1.6, linestyle="--")
     axis.axvline(0, color=INK, linewidth=0.8)
-    name_axis(axis, f"Distribution over {len(ic)} days", "days", "correlation of a day")
+    label_axis(axis, f"Distribution over {len(ic)} days", "days", "correlation of a day")
     axis.margins(y=0.3)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    box = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
-    axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **box)
+    frame_style = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
+    axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **frame_style)
 
 
 def _span(ic: pd.Series) -> str:

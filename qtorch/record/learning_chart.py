@@ -1,28 +1,28 @@
-"""How the training went, in pictures: the metrics of each epoch."""
+"""Learning curves: the metrics of each epoch of the training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qtorch.record.chart_style import SERIES, finish, legend, name_axis, new_figure
-from qtorch.record.run_results import PARTS, Histories
+from qtorch.record.chart_style import SERIES, add_legend, label_axis, new_figure, style_figure
+from qtorch.record.run_results import TRAINING_PREFIXES, Histories
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def learning_curves(histories: Histories) -> dict[str, dict[str, Mapping[int, float]]]:
-    """The metrics of the epochs by panel: "loss", and "correlation" for the IC family.
+    """Group the epoch metrics by panel: "loss", "correlation" for IC and Rank IC, or their name.
 
-    Those of `train/` and `valid/` that have two epochs at least.
+    Includes metrics of `train/` and `valid/` with at least two epochs.
     """
     panels: dict[str, dict[str, Mapping[int, float]]] = {}
     for key, history in sorted(histories.items()):
-        if not key.startswith(PARTS) or len(history) < 2:
+        if not key.startswith(TRAINING_PREFIXES) or len(history) < 2:
             continue
-        last = key.rpartition("/")[2]
-        panel = "correlation" if last.endswith("ic") else "loss" if "loss" in last else last
+        name = key.rpartition("/")[2]
+        panel = "correlation" if name.endswith("ic") else "loss" if "loss" in name else name
         panels.setdefault(panel, {})[key] = history
     return panels
 
@@ -30,7 +30,7 @@ def learning_curves(histories: Histories) -> dict[str, dict[str, Mapping[int, fl
 def learning_chart(
     panels: Mapping[str, Mapping[str, Mapping[int, float]]], *, narrow: bool = False
 ) -> Figure:
-    """One panel a kind of metric, by epoch."""
+    """Draw one panel per kind of metric, by epoch."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = new_figure(2.7, narrow=narrow, columns=max(len(panels), 1))
@@ -46,7 +46,7 @@ def learning_chart(
                 markersize=3.5,
                 label=key,
             )
-        name_axis(axis, panel.capitalize(), panel, "epoch, from 0")
+        label_axis(axis, panel.capitalize(), panel, "epoch, from 0")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        legend(axis, narrow=narrow)
-    return finish(figure)
+        add_legend(axis, narrow=narrow)
+    return style_figure(figure)

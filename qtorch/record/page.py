@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: headings, numbers, tables, pictures in two widths."""
+"""Builds a self-contained HTML page of headings, numbers, tables and charts in two widths."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from qtorch.record.page_style import STYLE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DOTS = 192  # an inch: two for each of the page's, for sharp screens and for paper
+DPI = 192  # twice the page's 96, for high-resolution screens and for print
 PHONE = "screen and (max-width: 600px)"
 
 _PERCENT = ("return", "drawdown", "turnover", "cost", "weight", "share", "spread", "volatility")
 _PROBABILITY = ("probabilistic_sharpe", "deflated_sharpe")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_BREAK = re.compile(r"(?<=\w)([._/])(?=\w)")  # where a long name may go on in the next line
-_OF = ("mean", "std")  # of what the word before says
-_COUNT = ("positions", "days", "tries", "epoch", "count")
+_BREAK_POINT = re.compile(r"(?<=\w)([._/])(?=\w)")  # where a long name may be wrapped
+_STATISTICS = ("mean", "std")  # statistics of the quantity named by the word before
+_COUNTS = ("positions", "days", "tries", "epoch", "count")
 
 
-def shown(value: float, metric: str = "") -> str:
-    """A number as a reader wants it, by the metric's name: returns in per cent, and so on."""
+def format_number(value: float, metric: str = "") -> str:
+    """Format a number according to its metric's name, for example returns in percent."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     words = metric.lower().replace(" ", "_").split(".")
-    name = next((w for w in reversed(words) if not (w.isdigit() or w in _OF)), "")
+    name = next((w for w in reversed(words) if not (w.isdigit() or w in _STATISTICS)), "")
     if name.endswith(_PROBABILITY):
         text = f"{value:.1%}"
     elif name.endswith("p_value"):
         text = f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
     elif any(part in name for part in _PERCENT) and "ratio" not in name:
         text = f"{value:.2%}" if abs(value) >= 0.01 or value == 0 else f"{value:.3%}"
-    elif name.endswith(_COUNT):
+    elif name.endswith(_COUNTS):
         text = f"{value:,.1f}".removesuffix(".0")
     else:
-        text = _plain(value)
+        text = _format_plain(value)
     return text.replace("-", "−")
 
 
-def _plain(value: float) -> str:
-    """Four decimals under 1, six where it is small, none from 1000."""
+def _format_plain(value: float) -> str:
+    """Format a number with four decimals below 1, six if it is small, none from 1000."""
     size = abs(value)
     if 0 < size < 1e-6:
         return f"{value:.2e}"
@@ -59,54 +59,54 @@ def _plain(value: float) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A metric's value; the page carries it in full beside the short form.
+    """A metric's value; the page contains it in full precision besides the short form.
 
-    `of` tells whose it is where a page has several runs or groups.
+    `group` names the run or group that it belongs to on a page with several of them.
     """
 
     metric: str
     value: float
-    of: str = ""
+    group: str = ""
 
     def html(self, tag: str = "span") -> str:
-        """The element, with `data-metric` and `data-value` (and `data-of`)."""
-        of = f' data-of="{escape(self.of)}"' if self.of else ""
-        short = escape(shown(self.value, self.metric))
+        """Return the HTML element with `data-metric`, `data-value` and `data-of` (the group)."""
+        group_attribute = f' data-of="{escape(self.group)}"' if self.group else ""
+        short = escape(format_number(self.value, self.metric))
         return (
             f'<{tag} class="number" data-metric="{escape(self.metric)}" '
-            f'data-value="{float(self.value)!r}"{of}>{short}</{tag}>'
+            f'data-value="{float(self.value)!r}"{group_attribute}>{short}</{tag}>'
         )
 
 
 class Markup(str):
-    """A text that is HTML already."""
+    """A text that is already HTML and must not be escaped."""
 
 
 Cell = Number | Markup | str
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text as a paragraph; `kind` is a class of the page's style: note, missing."""
-    return f"<p{_class(kind)}>{escape(text)}</p>"
+    """Return a paragraph of plain text; `kind` is a CSS class of the page: note, missing."""
+    return f"<p{_class_attribute(kind)}>{escape(text)}</p>"
 
 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str = "", kind: str = ""
 ) -> str:
-    """A table that scrolls by itself where the page is too narrow for it."""
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
-    tops = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    """Return a table that scrolls horizontally if the page is too narrow for it."""
+    caption_html = f"<caption>{escape(caption)}</caption>" if caption else ""
+    headings = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         f"<tr>{''.join(_cell(c, k == 0) for k, c in enumerate(row))}</tr>" for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table{_class(kind)}>{told}'
-        f"<thead><tr>{tops}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table{_class_attribute(kind)}>{caption_html}'
+        f"<thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def cards(numbers: Sequence[tuple[str, Number]]) -> str:
-    """The key numbers in a row, each under its name."""
+    """Return the key numbers as a row of cards, each below its name."""
     inner = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{number.html()}</dd></div>" for name, number in numbers
     )
@@ -114,38 +114,39 @@ def cards(numbers: Sequence[tuple[str, Number]]) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """What a page is about: names and words."""
+    """Return a list of names and descriptions that says what the page is about."""
     inner = "".join(
-        f"<div><dt>{escape(k)}</dt><dd>{_DATE.sub(_whole, escape(v))}</dd></div>" for k, v in pairs
+        f"<div><dt>{escape(k)}</dt><dd>{_DATE.sub(_keep_date_together, escape(v))}</dd></div>"
+        for k, v in pairs
     )
     return f'<dl class="facts">{inner}</dl>'
 
 
-def folded(summary: str, inner: str) -> str:
-    """Something that a reader opens on demand."""
-    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
+def collapsible(summary: str, content: str) -> str:
+    """Return a block that the reader can expand."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def _whole(found: re.Match[str]) -> str:
-    """A date that no line break divides."""
-    return f'<span class="date">{found[0]}</span>'
+def _keep_date_together(match: re.Match[str]) -> str:
+    """Wrap a date so that no line break divides it."""
+    return f'<span class="date">{match[0]}</span>'
 
 
 def _cell(cell: Cell, first: bool) -> str:
     if isinstance(cell, Number):
         return cell.html("td")
-    text = cell if isinstance(cell, Markup) else _BREAK.sub(r"\1<wbr>", escape(cell))
+    text = cell if isinstance(cell, Markup) else _BREAK_POINT.sub(r"\1<wbr>", escape(cell))
     return f'<th scope="row">{text}</th>' if first else f"<td>{text}</td>"
 
 
-def _class(kind: str) -> str:
+def _class_attribute(kind: str) -> str:
     return f' class="{kind}"' if kind else ""
 
 
 class Page:
-    """Collects sections, draws their pictures, writes the page and the PNGs into a folder.
+    """Collects sections, draws their charts, and writes the page and PNG files into a folder.
 
-    A picture is drawn twice, wide and narrow; the page holds both and the reader's screen chooses.
+    Each chart is drawn twice, wide and narrow; the page contains both and the browser selects one.
     """
 
     def __init__(self, folder: Path, title: str) -> None:
@@ -154,23 +155,23 @@ class Page:
         self._parts: list[str] = []
 
     def add(self, *parts: str) -> None:
-        """Elements that belong to no section."""
+        """Add elements outside of any section."""
         self._parts += [p for p in parts if p]
 
     def section(self, title: str, *parts: str) -> None:
-        """A heading and what stands under it; on paper it keeps with its first picture."""
-        held = [p for p in parts if p]
-        first = next((k + 1 for k, p in enumerate(held) if p.startswith("<figure")), 1)
-        together = "\n".join([f"<h2>{escape(title)}</h2>", *held[:first]])
-        rest = "\n".join(held[first:])
-        self._parts.append(f'<section>\n<div class="together">{together}</div>\n{rest}\n</section>')
+        """Add a section; in print, its heading stays on one page with the first chart."""
+        elements = [p for p in parts if p]
+        split = next((k + 1 for k, p in enumerate(elements) if p.startswith("<figure")), 1)
+        top = "\n".join([f"<h2>{escape(title)}</h2>", *elements[:split]])
+        bottom = "\n".join(elements[split:])
+        self._parts.append(f'<section>\n<div class="together">{top}</div>\n{bottom}\n</section>')
 
     def picture(
-        self, name: str, draw: Callable[..., Figure], *args: Any, says: str, **options: Any
+        self, name: str, draw: Callable[..., Figure], *args: Any, alt_text: str, **options: Any
     ) -> str:
-        """The figure of `draw(*args, narrow=..., **options)`, kept as `name.png` too.
+        """Return the chart that `draw(*args, narrow=..., **options)` draws; also save it as PNG.
 
-        `says` is what it shows, for who cannot see it.
+        `alt_text` describes it for readers who cannot see it.
         """
         wide, narrow = (_png(draw(*args, narrow=n, **options)) for n in (False, True))
         path = self.folder / f"{name}.png"
@@ -179,7 +180,7 @@ class Page:
         return (
             f'<figure id="{escape(name)}"><picture>'
             f'<source media="{PHONE}" srcset="{narrow.uri}" {narrow.size}>'
-            f'<img src="{wide.uri}" alt="{escape(says)}" {wide.size}></picture></figure>'
+            f'<img src="{wide.uri}" alt="{escape(alt_text)}" {wide.size}></picture></figure>'
         )
 
     def write(self, name: str) -> Path:
@@ -200,7 +201,7 @@ class Page:
 @dataclass(frozen=True)
 class _Png:
     data: bytes
-    size: str  # the element's attributes
+    size: str  # the width and height attributes of the HTML element
 
     @property
     def uri(self) -> str:
@@ -208,13 +209,14 @@ class _Png:
 
 
 def _png(figure: Figure) -> _Png:
-    """A figure in 256 colours: enough for lines and letters, at a third of the size."""
+    """Render a figure in 256 colours: enough for lines and text, at a third of the size."""
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, dpi=DOTS, format="png")
+    figure.savefig(full, dpi=DPI, format="png")
     with Image.open(full) as image:
-        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # rare ones stay too
-        few.save(small, format="png", optimize=True)
+        # MAXCOVERAGE also preserves rare colours.
+        palette_image = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        palette_image.save(small, format="png", optimize=True)
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return _Png(small.getvalue(), f'width="{width}" height="{height}"')

@@ -1,4 +1,4 @@
-"""How a page looks on a screen, on a phone and on paper."""
+"""The CSS of a page, for screens, phones and print."""
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --soft: #5f6b78; --line: #d9dee4; --wash: #f5f7f9; }

@@ -1,4 +1,4 @@
-"""What the scores are worth: a backtest, its risk, its trades."""
+"""PortAnaRecord: a backtest of the scores, its risk analysis and its trade indicators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from qtorch.backtest.resample import period_name, resampled_indicators, resampled_report
+from qtorch.backtest.resample import period_name, resample_indicators, resample_report
 from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
@@ -18,7 +18,7 @@ from qtorch.core.instantiate import fill_placeholder, flatten_dict, init_instanc
 from qtorch.metrics.risk import indicator_analysis, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord
-from qtorch.record.signal_analysis import finite
+from qtorch.record.signal_analysis import finite_metrics
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -45,24 +45,26 @@ _PARTS = ("strategy", "executor", "backtest")
 
 
 class PortAnaRecord(Record):
-    """Trades `pred.pkl` by a strategy; writes under `portfolio_analysis/`, logs the figures.
+    """Backtests `pred.pkl` with a strategy; writes to `portfolio_analysis/` and logs metrics.
 
-    `config`: `strategy` and `executor`, each an object or a configuration in Qlib's or Hydra's
-    form in which `"<PRED>"` stands for the run's scores (their first column), and `backtest`, the
-    other arguments of `qtorch.backtest.backtest`. Without dates it trades from the first day of
-    the scores to the day after the last; without a `benchmark` (or with "scored") the mean return
-    of the scored instruments is taken, with `benchmark: null` none. Bars come from `source` in
-    `exchange_kwargs`, else from the dataset's source, else from that of `qtorch.init`.
+    `config` has three parts: `strategy` and `executor`, each an object or a configuration in
+    Qlib's or Hydra's form, in which `"<PRED>"` stands for the run's scores (their first column),
+    and `backtest`, the other arguments of `qtorch.backtest.backtest`. Without dates the backtest
+    runs from the first day of the scores to the day after the last. Without a `benchmark` (or with
+    "scored") the benchmark is the mean return of the scored instruments; `benchmark: null` means
+    none. Bars come from `source` in `exchange_kwargs`, else from the dataset's source, else from
+    that of `qtorch.init`.
 
-    Writes, for the bars' frequency ("1day") and each other one that is asked for:
-    `report_normal_1day`, `positions_normal_1day`, `orders_normal_1day` (bars only),
-    `indicators_normal_1day`, `port_analysis_1day`, `indicator_analysis_1day`; logs
-    `1day.excess_return_with_cost.annualized_return` and the like (`1day.return_with_cost...`
-    without a benchmark), `1day.ffr`, `1day.pa`, `1day.pos`. `risk_analysis_freq` and
-    `indicator_analysis_freq`: the frequencies analysed, coarser ones by summing up.
+    Writes, for the frequency of the bars ("1day") and each other requested frequency:
+    `report_normal_1day`, `positions_normal_1day` and `orders_normal_1day` (both only for the
+    bars), `indicators_normal_1day`, `port_analysis_1day`, `indicator_analysis_1day`. Logs metrics
+    such as `1day.excess_return_with_cost.annualized_return` (`1day.return_with_cost...` without a
+    benchmark), `1day.ffr`, `1day.pa` and `1day.pos`. `risk_analysis_freq` and
+    `indicator_analysis_freq` are the frequencies to analyse; coarser ones are aggregated.
 
-    Answers to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime, instrument);
-    coarser frequencies need no executor of their own; the benchmark is not CSI 300 by default.
+    Corresponds to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime,
+    instrument); coarser frequencies need no executor of their own; the default benchmark is not
+    CSI 300.
     """
 
     artifact_path: ClassVar[str | None] = "portfolio_analysis"
@@ -80,31 +82,31 @@ class PortAnaRecord(Record):
         dataset: Any = None,
     ) -> None:
         super().__init__(recorder)
-        given = dict(plain(config or DEFAULT_CONFIG))
-        for part in given:
+        settings = dict(plain(config or DEFAULT_CONFIG))
+        for part in settings:
             if part not in _PARTS:
                 raise ConfigError(unknown_name("part of the config", str(part), _PARTS))
-        self.strategy = given.get("strategy", DEFAULT_CONFIG["strategy"])
-        self.executor = given.get("executor")
-        self.backtest = dict(given.get("backtest", DEFAULT_CONFIG["backtest"]))
+        self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
+        self.executor = settings.get("executor")
+        self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))
         self.freq = period_name(_bar_freq(self.executor, self.backtest))
-        self.risk_freqs = _names(risk_analysis_freq, self.freq)
-        self.indicator_freqs = _names(indicator_analysis_freq, self.freq)
+        self.risk_freqs = _period_names(risk_analysis_freq, self.freq)
+        self.indicator_freqs = _period_names(indicator_analysis_freq, self.freq)
         self.indicator_analysis_method = indicator_analysis_method
         self.skip_existing = skip_existing
         self.dataset = dataset
 
     def generate(self) -> dict[str, Any] | None:
-        """Trade, store, log; returns what was stored (None where skipped)."""
-        if self.skip_existing and all(self._holds(self.get_path(n)) for n in self.list()):
-            log.info("%s is there already and stays as it is", self.artifact_path)
+        """Backtest, store and log; return the stored objects, or None if skipped."""
+        if self.skip_existing and all(self._has_artifact(self.get_path(n)) for n in self.list()):
+            log.info("skipped %s: its artifacts exist", self.artifact_path)
             return None
         self.check()
-        result = self._run(self.load("pred.pkl").iloc[:, :1])
-        objects, metrics = self._analysed(result)
-        self.recorder.log_batch(finite(metrics), step=0)
+        result = self._run_backtest(self.load("pred.pkl").iloc[:, :1])
+        objects, metrics = self._analyze(result)
+        self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**objects)
-        self._tell(metrics)
+        self._log_summary(metrics)
         return objects
 
     def list(self) -> Names:
@@ -112,13 +114,13 @@ class PortAnaRecord(Record):
         names += [f"port_analysis_{freq}.pkl" for freq in self.risk_freqs]
         return names + [f"indicator_analysis_{freq}.pkl" for freq in self.indicator_freqs]
 
-    def _needs(self) -> Names:
+    def _input_artifacts(self) -> Names:
         return ["pred.pkl"]
 
     # -- the backtest ----------------------------------------------------------------------------
 
-    def _run(self, scores: pd.DataFrame) -> BacktestResult:
-        """The backtest of the scores, a member a column."""
+    def _run_backtest(self, scores: pd.DataFrame) -> BacktestResult:
+        """Run the backtest, with one member per score column."""
         settings = copy.copy(self.backtest)
         exchange = dict(settings.pop("exchange_kwargs", None) or {})
         if "source" not in exchange and "exchange" not in exchange and not settings.get("source"):
@@ -144,14 +146,14 @@ class PortAnaRecord(Record):
             return strategy
         config = dict(fill_placeholder({"s": strategy}, {PRED: scores})["s"])
         if str(config.get("module_path", "")).startswith("qlib."):
-            del config["module_path"]  # a strategy of Qlib's has the same name here
-        made = init_instance_by_config(config, "qtorch.backtest", accept_types=Strategy)
-        if not isinstance(made, Strategy):
-            raise ConfigError(f"the strategy is {type(made).__name__}; expected a Strategy.")
-        return made
+            del config["module_path"]  # qtorch has strategies with the same names as Qlib's
+        instance = init_instance_by_config(config, "qtorch.backtest", accept_types=Strategy)
+        if not isinstance(instance, Strategy):
+            raise ConfigError(f"the strategy is {type(instance).__name__}; expected a Strategy.")
+        return instance
 
     def _source(self) -> Any:
-        """The dataset's source of bars; None leaves it to `qtorch.init`."""
+        """Return the dataset's source of bars; None means that of `qtorch.init`."""
         dataset = self.dataset
         if dataset is None:
             try:
@@ -162,15 +164,17 @@ class PortAnaRecord(Record):
 
     # -- the analysis ----------------------------------------------------------------------------
 
-    def _analysed(self, result: BacktestResult) -> tuple[dict[str, Any], dict[str, float]]:
-        """Artifacts and metrics of one member."""
-        found = period_name(result.freq)
-        if found != self.freq:
-            raise RecordError(f"the exchange trades {found} bars, the config says {self.freq}.")
+    def _analyze(self, result: BacktestResult) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return the artifacts and metrics of one member."""
+        freq_name = period_name(result.freq)
+        if freq_name != self.freq:
+            raise RecordError(
+                f"the exchange trades {freq_name} bars, but the config says {self.freq}."
+            )
         reports, trades = {self.freq: result.report}, {self.freq: result.indicators}
         for freq in {*self.risk_freqs, *self.indicator_freqs} - {self.freq}:
-            reports[freq] = resampled_report(result.report, freq)
-            trades[freq] = resampled_indicators(result.indicators, freq)
+            reports[freq] = resample_report(result.report, freq)
+            trades[freq] = resample_indicators(result.indicators, freq)
         objects: dict[str, Any] = {
             f"positions_normal_{self.freq}.pkl": result.positions,
             f"orders_normal_{self.freq}.pkl": result.orders,
@@ -179,10 +183,10 @@ class PortAnaRecord(Record):
         objects |= {f"indicators_normal_{freq}.pkl": frame for freq, frame in trades.items()}
         metrics: dict[str, float] = {}
         for freq in self.risk_freqs:
-            analysis = risk_of(reports[freq], freq)
+            analysis = analyze_risk(reports[freq], freq)
             objects[f"port_analysis_{freq}.pkl"] = analysis
-            nested = analysis["risk"].unstack().T.to_dict()
-            metrics |= {f"{freq}.{name}": v for name, v in flatten_dict(nested).items()}
+            nested_values = analysis["risk"].unstack().T.to_dict()
+            metrics |= {f"{freq}.{name}": v for name, v in flatten_dict(nested_values).items()}
         for freq in self.indicator_freqs:
             method: Any = self.indicator_analysis_method
             analysis = indicator_analysis(trades[freq], method)
@@ -190,42 +194,43 @@ class PortAnaRecord(Record):
             metrics |= {f"{freq}.{name}": v for name, v in analysis["value"].items()}
         return objects, metrics
 
-    def _tell(self, metrics: Mapping[str, float]) -> None:
+    def _log_summary(self, metrics: Mapping[str, float]) -> None:
         for name in ("excess_return_with_cost", "return_with_cost"):
-            begin = f"{self.freq}.{name}"
-            if f"{begin}.annualized_return" in metrics:
+            prefix = f"{self.freq}.{name}"
+            if f"{prefix}.annualized_return" in metrics:
                 log.info(
-                    "%s: %.2f%% a year, information ratio %.2f, drawdown %.2f%%",
+                    "%s: %.2f%% per year, information ratio %.2f, max drawdown %.2f%%",
                     name.replace("_", " "),
-                    100 * metrics[f"{begin}.annualized_return"],
-                    metrics[f"{begin}.information_ratio"],
-                    100 * metrics[f"{begin}.max_drawdown"],
+                    100 * metrics[f"{prefix}.annualized_return"],
+                    metrics[f"{prefix}.information_ratio"],
+                    100 * metrics[f"{prefix}.max_drawdown"],
                 )
 
 
-def risk_of(report: pd.DataFrame, freq: str) -> pd.DataFrame:
-    """Risk of a report's returns over the benchmark, without and with costs, one below the other;
-    of the returns themselves where there is no benchmark."""
-    bare = report["bench"].isna().all()
-    over = report["return"] if bare else report["return"] - report["bench"]
-    name = "return" if bare else "excess_return"
+def analyze_risk(report: pd.DataFrame, freq: str) -> pd.DataFrame:
+    """Analyse the risk of a report's excess returns over the benchmark, without and with cost.
+
+    Without a benchmark the returns themselves are analysed. Both tables are concatenated."""
+    is_without_benchmark = report["bench"].isna().all()
+    returns = report["return"] if is_without_benchmark else report["return"] - report["bench"]
+    name = "return" if is_without_benchmark else "excess_return"
     return pd.concat(
         {
-            f"{name}_without_cost": risk_analysis(over, freq=freq),
-            f"{name}_with_cost": risk_analysis(over - report["cost"], freq=freq),
+            f"{name}_without_cost": risk_analysis(returns, freq=freq),
+            f"{name}_with_cost": risk_analysis(returns - report["cost"], freq=freq),
         }
     )
 
 
-def _names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
+def _period_names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
     if freqs is None:
         return [bars]
-    listed = [freqs] if isinstance(freqs, str) else list(freqs)
-    return [period_name(f) for f in listed]
+    freq_list = [freqs] if isinstance(freqs, str) else list(freqs)
+    return [period_name(f) for f in freq_list]
 
 
 def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str:
-    """The frequency that is traded: the executor's, else the exchange's, else days."""
+    """Return the trading frequency: the executor's, else the exchange's, else daily."""
     if isinstance(executor, Mapping):
         kwargs = executor.get("kwargs") or executor
         if kwargs.get("time_per_step"):

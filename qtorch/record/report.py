@@ -1,4 +1,4 @@
-"""A run as one page that a portfolio manager reads: no network, no server, no other file."""
+"""ReportRecord: a self-contained HTML page about a run, for a portfolio manager."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ from qtorch.record.report_sections import (
     add_signal,
     add_training,
     key_numbers,
-    missing,
+    missing_note,
 )
-from qtorch.record.run_results import RunResults, histories, model_name, run_results, told_of_run
+from qtorch.record.run_results import (
+    RunResults,
+    model_name,
+    run_description,
+    run_results,
+    training_histories,
+)
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -40,14 +46,14 @@ LAGS = (1, 2, 3, 5, 10, 20)
 
 
 class ReportRecord(Record):
-    """Writes `report/report.html` and its pictures as PNG, and logs its numbers as `report.*`.
+    """Writes `report/report.html` and its charts as PNG files, and logs its numbers as `report.*`.
 
-    Put it last: it shows what the records before it left (`pred.pkl`, `label.pkl`,
-    `sig_analysis/`, `portfolio_analysis/`) and says which record to add for what is not there.
-    Every number of the page is a metric of the run. `mode` says whether returns are added up or
+    Put it last in the task: it shows what the earlier records stored (`pred.pkl`, `label.pkl`,
+    `sig_analysis/`, `portfolio_analysis/`), and for anything missing names the record to add.
+    Every number on the page is a metric of the run. `mode` selects whether returns are summed or
     compounded ("sum", "product"), as in `risk_analysis`. `tries` is the number of strategies that
-    this one was chosen from: over 1 the page tells the deflated Sharpe ratio. `label_col` chooses
-    among several label columns. `horizons` and `lags` are trading days.
+    this one was selected from; above 1 the page shows the deflated Sharpe ratio. `label_col`
+    selects one of several label columns. `horizons` and `lags` are in trading days.
     """
 
     artifact_path: ClassVar[str | None] = "report"
@@ -67,7 +73,9 @@ class ReportRecord(Record):
         if mode not in MODES:
             raise ConfigError(unknown_name("mode of the report", str(mode), MODES))
         if tries < 1:
-            raise ConfigError(f"tries={tries}: expected the number of strategies tried, from 1.")
+            raise ConfigError(
+                f"tries={tries}: expected the number of strategies tried, at least 1."
+            )
         self.mode: Mode = mode
         self.tries = tries
         self.num_quantiles = num_quantiles
@@ -76,7 +84,7 @@ class ReportRecord(Record):
         self.label_col = label_col
 
     def generate(self) -> dict[str, float]:
-        """Compute, log, draw, store; returns the numbers that it logged."""
+        """Compute and log the numbers, write the page, and return the numbers."""
         recorder = self.recorder
         results = run_results(recorder, self.label_col)
         tables, numbers = self._numbers(results)
@@ -85,7 +93,7 @@ class ReportRecord(Record):
             page = self._page(Path(folder), results, tables)
             size = page.write(PAGE).stat().st_size
             recorder.save_objects(folder, artifact_path=self.artifact_path)
-        log.info("%s holds the report (%d kB)", self.get_path(PAGE), size // 1000)
+        log.info("saved report to %s (%d kB)", self.get_path(PAGE), size // 1000)
         return numbers
 
     def list(self) -> Names:
@@ -112,26 +120,26 @@ class ReportRecord(Record):
         page = Page(folder, title)
         page.add(
             f"<header>\n<h1>{escape(model_name(params))}: signal and portfolio</h1>",
-            facts(told_of_run(recorder).items()),
+            facts(run_description(recorder).items()),
             key_numbers(metrics, results.freq),
             "</header>",
         )
         if results.report is not None:
             add_portfolio(page, results.report, results.weight, metrics, self.mode)
         else:
-            page.section("Return", missing("Return, drawdown, turnover, concentration",
+            page.section("Return", missing_note("Return, drawdown, turnover, concentration",
                          "portfolio_analysis/report_normal_1day.pkl", "PortAnaRecord"))  # fmt: skip
         ic, rank_ic = results.ic, results.rank_ic
         if ic is not None and rank_ic is not None and ic.notna().any():
             add_ic(page, ic, rank_ic, metrics)
         else:
-            page.section("Information coefficient", missing("IC through time",
+            page.section("Information coefficient", missing_note("IC through time",
                          "sig_analysis/ic.pkl and ric.pkl", "SigAnaRecord"))  # fmt: skip
         if tables is not None:
             add_signal(page, tables, metrics)
         else:
-            page.section("Signal", missing("IC decay, quantiles, autocorrelation",
+            page.section("Signal", missing_note("IC decay, quantiles, autocorrelation",
                          "pred.pkl and label.pkl", "SignalRecord"))  # fmt: skip
-        add_training(page, histories(recorder))
+        add_training(page, training_histories(recorder))
         add_metrics(page, metrics, params)
         return page

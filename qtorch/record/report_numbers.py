@@ -1,4 +1,4 @@
-"""The numbers of a report beyond those that other records log: tables, and metrics `report.*`."""
+"""Computes the report's own numbers, which no other record logs: tables and `report.*` metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qtorch.metrics.holdings import concentration
 from qtorch.metrics.quantile import quantile_returns
 from qtorch.metrics.risk import periods_per_year, risk_analysis
 from qtorch.metrics.sharpe import deflated_sharpe
-from qtorch.record.run_results import has_benchmark, judged_return, net_return
+from qtorch.record.run_results import has_benchmark, net_excess_return, net_return
 from qtorch.tracking.recorder import Recorder
 
 PREFIX = "report."
@@ -22,7 +22,7 @@ PREFIX = "report."
 
 @dataclass(frozen=True)
 class SignalTables:
-    """IC by horizon; return by day and quantile; rank correlation of the scores by lag and day."""
+    """IC by horizon, return by day and score quantile, score autocorrelation by lag and day."""
 
     decay: pd.DataFrame
     quantiles: pd.DataFrame
@@ -30,7 +30,7 @@ class SignalTables:
 
     @property
     def spread(self) -> pd.Series:
-        """The highest quantile's return less the lowest's, by day."""
+        """Daily return of the highest quantile minus that of the lowest."""
         return self.quantiles.iloc[:, -1] - self.quantiles.iloc[:, 0]
 
 
@@ -41,19 +41,19 @@ def signal_tables(
     lags: Sequence[int],
     num_quantiles: int,
 ) -> SignalTables:
-    """All of them; horizons and lags that the test segment is too short for are left out."""
+    """Compute the tables; horizons and lags too long for the test segment are left out."""
     num_days = score.index.get_level_values("datetime").nunique()
-    inside = [h for h in horizons if h <= max(num_days // 2, 1)]
+    usable_horizons = [h for h in horizons if h <= max(num_days // 2, 1)]
     by_lag = {lag: score_autocorrelation(score, lag) for lag in lags if lag < num_days}
     return SignalTables(
-        decay=ic_decay(score, label, inside),
+        decay=ic_decay(score, label, usable_horizons),
         quantiles=quantile_returns(score, label, num_quantiles),
         autocorrelation={lag: daily for lag, daily in by_lag.items() if len(daily)},
     )
 
 
 def signal_numbers(tables: SignalTables) -> dict[str, float]:
-    """What the tables come to: `report.ic_at_horizon.1`, `report.quantile_return.5`, ..."""
+    """Summarize the tables as metrics: `report.ic_at_horizon.1`, `report.quantile_return.5`, ..."""
     numbers: dict[str, float] = {}
     for horizon, row in tables.decay.iterrows():
         numbers[f"ic_at_horizon.{horizon}"] = row["ic"]
@@ -63,31 +63,31 @@ def signal_numbers(tables: SignalTables) -> dict[str, float]:
     numbers["quantile_spread"] = float(tables.spread.mean())
     for lag, daily in tables.autocorrelation.items():
         numbers[f"score_autocorrelation.{lag}"] = float(daily.mean())
-    return _named(numbers)
+    return _add_prefix(numbers)
 
 
-def spread_of(weight: pd.Series, report: pd.DataFrame) -> pd.DataFrame:
-    """Concentration on each day of the report, with the share of cash; no positions are 0."""
+def concentration_table(weight: pd.Series, report: pd.DataFrame) -> pd.DataFrame:
+    """Return daily concentration with the share of cash; days without positions have zeros."""
     table = concentration(weight).reindex(report.index)
-    empty = ["num_positions", "gross", "net", "largest_weight"]
-    table[empty] = table[empty].fillna(0.0)
+    filled_columns = ["num_positions", "gross", "net", "largest_weight"]
+    table[filled_columns] = table[filled_columns].fillna(0.0)
     return table.assign(cash=report["cash"] / report["account"])
 
 
 def portfolio_numbers(
     report: pd.DataFrame, weight: pd.Series | None, freq: str, mode: Mode, tries: int
 ) -> dict[str, float]:
-    """Annual figures by `risk_analysis`, means over days of what is by day."""
+    """Compute annual figures with `risk_analysis`, and means over days of daily quantities."""
     net, gross = net_return(report), report["return"]
-    risk, before = (risk_analysis(r, freq=freq, mode=mode)["risk"] for r in (net, gross))
+    net_risk, gross_risk = (risk_analysis(r, freq=freq, mode=mode)["risk"] for r in (net, gross))
     periods = periods_per_year(freq)
     numbers = {
         "total_return": float(cumulative_return(net, "product").iloc[-1]),
-        "annualized_return": risk["annualized_return"],
-        "annualized_return_without_cost": before["annualized_return"],
-        "annualized_volatility": risk["std"] * math.sqrt(periods),
-        "sharpe_ratio": risk["information_ratio"],
-        "max_drawdown": risk["max_drawdown"],
+        "annualized_return": net_risk["annualized_return"],
+        "annualized_return_without_cost": gross_risk["annualized_return"],
+        "annualized_volatility": net_risk["std"] * math.sqrt(periods),
+        "sharpe_ratio": net_risk["information_ratio"],
+        "max_drawdown": net_risk["max_drawdown"],
         "turnover": float(report["turnover"].mean()),
         "annualized_cost": float(report["cost"].mean()) * periods,
     }
@@ -95,13 +95,13 @@ def portfolio_numbers(
         bench = risk_analysis(report["bench"], freq=freq, mode=mode)["risk"]
         numbers["benchmark_annualized_return"] = bench["annualized_return"]
         numbers["benchmark_max_drawdown"] = bench["max_drawdown"]
-    sure = deflated_sharpe(judged_return(report), tries)
+    sharpe = deflated_sharpe(net_excess_return(report), tries)
     if tries > 1:
-        numbers |= {"deflated_sharpe": sure.probability, "tries": tries}
+        numbers |= {"deflated_sharpe": sharpe.probability, "tries": tries}
     else:
-        numbers["probabilistic_sharpe"] = sure.probability
+        numbers["probabilistic_sharpe"] = sharpe.probability
     if weight is not None:
-        means = spread_of(weight, report).mean()
+        means = concentration_table(weight, report).mean()
         numbers |= {
             "num_positions": means["num_positions"],
             "largest_weight": means["largest_weight"],
@@ -109,18 +109,18 @@ def portfolio_numbers(
             "effective_positions": means["effective_positions"],
             "cash_share": means["cash"],
         }
-    return _named(numbers)
+    return _add_prefix(numbers)
 
 
 def log_numbers(recorder: Recorder, numbers: Mapping[str, float]) -> None:
-    """Log what is new or has changed; a second report of the same run adds nothing.
+    """Log the numbers that are new or changed; a second report of the same run adds nothing.
 
-    A changed number (another backtest since) becomes the metric's next step, its newest value.
+    A changed number (after another backtest) becomes the next step of its metric.
     """
-    there = recorder.list_metrics()
-    recorder.log_batch({k: v for k, v in numbers.items() if there.get(k) != v})
+    logged_metrics = recorder.list_metrics()
+    recorder.log_batch({k: v for k, v in numbers.items() if logged_metrics.get(k) != v})
 
 
-def _named(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Under the report's prefix; what is undefined is left out."""
+def _add_prefix(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Add the report's prefix to the names; drop undefined numbers."""
     return {PREFIX + k: float(v) for k, v in numbers.items() if math.isfinite(v)}

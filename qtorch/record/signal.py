@@ -1,4 +1,4 @@
-"""The scores of a segment and the label they are judged by."""
+"""SignalRecord: the scores of the test segment and their raw label."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORE = "score"
 class SignalRecord(Record):
     """Writes `pred.pkl` (column `score`) and `label.pkl` (raw label) of the test segment.
 
-    Both are frames indexed by (datetime, instrument). Answers to Qlib's SignalRecord.
+    Both are frames indexed by (datetime, instrument). Corresponds to Qlib's SignalRecord.
     """
 
     def __init__(
@@ -30,17 +30,17 @@ class SignalRecord(Record):
         self.dataset = dataset
 
     def generate(self) -> pd.DataFrame:
-        """Predict, store, and return the scores."""
+        """Predict the test segment; store and return the scores."""
         for name in ("model", "dataset"):
             if getattr(self, name) is None:
                 raise RecordError(
-                    f"SignalRecord needs a {name}; give '{name}: <{name.upper()}>' in the task's "
-                    "record, or the object itself."
+                    f"SignalRecord needs a {name}; set '{name}: <{name.upper()}>' in the task's "
+                    "record, or pass the object itself."
                 )
         pred = as_frame(self.model.predict(self.dataset))
         label = raw_label(self.dataset)
         self.save(**{"pred.pkl": pred, "label.pkl": label})
-        log.info("%d scores of the test segment are stored as pred.pkl", len(pred))
+        log.info("saved %d scores of the test segment to pred.pkl", len(pred))
         return pred
 
     def list(self) -> Names:
@@ -48,27 +48,27 @@ class SignalRecord(Record):
 
 
 def as_frame(scores: pd.Series | pd.DataFrame) -> pd.DataFrame:
-    """Scores as a frame of one column `score`; a frame stays as it is."""
+    """Convert a Series of scores to a frame with the column `score`; return a frame unchanged."""
     return scores.to_frame(SCORE) if isinstance(scores, pd.Series) else scores
 
 
 def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
-    """The label of a segment as the loader gave it, before every processor.
+    """Return the label of a segment as loaded, before any processor.
 
-    RecordError where the handler has thrown its raw data away.
+    Raises RecordError if the handler has dropped its raw data.
     """
     handler, segments = (getattr(dataset, n, None) for n in ("handler", "segments"))
     try:
         if handler is not None and segments is not None:
-            # Not prepare: that of a dataset of windows gives windows.
+            # Not `prepare`: a dataset of windows would return windows.
             span = slice(*segments[segment])
             label = handler.fetch(span, col_set="label", data_key="raw")
         else:
             label = dataset.prepare(segment, col_set="label", data_key="raw")
-    except AttributeError as error:  # Qlib's own handlers with drop_raw=True
+    except AttributeError as error:  # handlers of Qlib itself with drop_raw=True
         raise RecordError(
-            f"the raw label of segment {segment!r} is gone: the handler was made with "
-            "drop_raw=True. Records need it; leave drop_raw out."
+            f"the raw label of segment {segment!r} is missing: the handler was created with "
+            "drop_raw=True. Records need it; remove drop_raw."
         ) from error
     if isinstance(label.columns, pd.MultiIndex):
         label = label.droplevel(0, axis=1)

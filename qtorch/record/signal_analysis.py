@@ -1,4 +1,4 @@
-"""How good the stored scores are: daily IC, Rank IC, long-short returns, and a picture."""
+"""SigAnaRecord: daily IC, Rank IC and long-short returns of the stored scores, with a chart."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CHART = "ic.png"
 
 
 class SigAnaRecord(Record):
-    """Judges `pred.pkl` by `label.pkl`; writes under `sig_analysis/`, logs the figures.
+    """Evaluates `pred.pkl` against `label.pkl`; writes to `sig_analysis/` and logs metrics.
 
     Writes `ic.pkl`, `ric.pkl` (Series by day) and the chart `ic.png`; with `ana_long_short` also
     `long_short_r.pkl` and `long_avg_r.pkl`. Logs IC, ICIR, Rank IC, Rank ICIR, and with
-    `ana_long_short` the annual return (mean x `ann_scaler`) and Sharpe ratio of both.
-    `label_col` chooses among several label columns, `skip_existing` leaves finished work alone.
-    Answers to Qlib's SigAnaRecord; a missing dependency is an error here.
+    `ana_long_short` the annual return (mean x `ann_scaler`) and Sharpe ratio of both series.
+    `label_col` selects one of several label columns; `skip_existing` skips the work if the
+    artifacts exist. Corresponds to Qlib's SigAnaRecord; a missing dependency is an error here.
     """
 
     artifact_path: ClassVar[str | None] = "sig_analysis"
@@ -56,9 +56,9 @@ class SigAnaRecord(Record):
         self.skip_existing = skip_existing
 
     def generate(self) -> dict[str, pd.Series] | None:
-        """Compute, store, log; returns the series (None where skipped)."""
-        if self.skip_existing and all(self._holds(self.get_path(n)) for n in self.list()):
-            log.info("sig_analysis is there already and stays as it is")
+        """Compute, store and log; return the series, or None if skipped."""
+        if self.skip_existing and all(self._has_artifact(self.get_path(n)) for n in self.list()):
+            log.info("skipped sig_analysis: its artifacts exist")
             return None
         self.check()
         score, label = self.load("pred.pkl").iloc[:, 0], self._label()
@@ -66,7 +66,7 @@ class SigAnaRecord(Record):
         if ic.isna().all():
             raise RecordError(
                 f"the IC is undefined on all {len(ic)} days: no day has two instruments with "
-                "different scores and labels. Judge a universe of several instruments."
+                "different scores and labels. Use a universe of several instruments."
             )
         metrics = ic_figures(ic, rank_ic)
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
@@ -76,7 +76,7 @@ class SigAnaRecord(Record):
             for name, daily in zip(("Long-Short", "Long-Avg"), returns, strict=True):
                 metrics[f"{name} Ann Return"] = annual_return(daily, self.ann_scaler)
                 metrics[f"{name} Ann Sharpe"] = annual_sharpe(daily, self.ann_scaler)
-        self.recorder.log_batch(finite(metrics), step=0)
+        self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**series)
         self._save_chart(ic, rank_ic)
         return series
@@ -85,7 +85,7 @@ class SigAnaRecord(Record):
         long_short = ["long_short_r.pkl", "long_avg_r.pkl"] if self.ana_long_short else []
         return ["ic.pkl", "ric.pkl", *long_short]
 
-    def _needs(self) -> Names:
+    def _input_artifacts(self) -> Names:
         return ["pred.pkl", "label.pkl"]
 
     def _label(self) -> pd.Series:
@@ -107,7 +107,7 @@ class SigAnaRecord(Record):
 
 
 def ic_figures(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
-    """The four figures of a run: means over days, and mean / std (ddof 1), not annualised."""
+    """Return IC and Rank IC as means over days, and their mean / std (ddof 1), not annualised."""
     return {
         "IC": float(ic.mean()),
         "ICIR": mean_over_std(ic),
@@ -116,12 +116,12 @@ def ic_figures(ic: pd.Series, rank_ic: pd.Series) -> dict[str, float]:
     }
 
 
-def finite(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; what is undefined (one day, one instrument) is named."""
-    undefined = [k for k, v in metrics.items() if pd.isna(v)]
-    if undefined:
+def finite_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """Drop undefined metrics (one day, one instrument) with a warning that names them."""
+    undefined_names = [k for k, v in metrics.items() if pd.isna(v)]
+    if undefined_names:
         log.warning(
-            "undefined and not logged: %s (it needs two days with two instruments at least)",
-            ", ".join(undefined),
+            "undefined and not logged: %s (at least two days with two instruments are needed)",
+            ", ".join(undefined_names),
         )
-    return {k: float(v) for k, v in metrics.items() if k not in undefined}
+    return {k: float(v) for k, v in metrics.items() if k not in undefined_names}

@@ -75,9 +75,8 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._handle = os.open(self.path, flags, 0o600)
-            fcntl.flock(
-                self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the lock shows that the process is alive
+            # The lock shows other processes that this one is alive.
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         while data:
             data = data[os.write(self._handle, data) :]
 

@@ -61,9 +61,7 @@ def _is_store(path: Path) -> bool:
 
 def _build(path: Path, version: str, migrate: Callable[[Path], None]) -> None:
     for leftover in path.parent.glob(f".{path.name}.init-*"):
-        leftover.unlink(
-            missing_ok=True
-        )  # left by a process that was killed while it created the store
+        leftover.unlink(missing_ok=True)  # left by a process that was killed during the creation
     fresh = path.with_name(f".{path.name}.init-{os.getpid()}")
     template = cache_folder() / f"mlflow-{version}.db"
     try:
