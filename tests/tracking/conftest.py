@@ -1,4 +1,4 @@
-"""Stores for tests of tracking: one migration a session, a fresh store a test."""
+"""Fixtures for the tracking tests: one migration per session, an empty store per test."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from qtorch.core.session import init
 from qtorch.tracking import current
 
-KEPT_TABLES = {"alembic_version", "experiments", "workspaces", "sqlite_sequence"}
+TABLES_TO_KEEP = {"alembic_version", "experiments", "workspaces", "sqlite_sequence"}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_schema() -> Iterator[None]:
-    """MLflow reads its 67 migrations for each store that it opens: once is enough here."""
+def schema_revision_cache() -> Iterator[None]:
+    """Cache the schema revision: MLflow reads its 67 migrations for each store that it opens."""
     import mlflow.store.db.utils as schema
 
     with pytest.MonkeyPatch.context() as patch:
@@ -31,32 +31,32 @@ def one_schema() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test waits long, and none leaves a run behind."""
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run each test in an empty folder with a short patience; fail if it leaves a run open."""
     monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "1")
     monkeypatch.chdir(tmp_path)
     yield
-    left = current.all_running()
-    for recorder in left:
+    open_recorders = current.running_recorders()
+    for recorder in open_recorders:
         recorder.end_run("KILLED")
-    assert not left
+    assert not open_recorders
 
 
 @pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory, template_cache: Path) -> Path:
+def store_file(tmp_path_factory: pytest.TempPathFactory, template_cache: Path) -> Path:
     return tmp_path_factory.mktemp("store") / "mlflow.db"
 
 
 @pytest.fixture
-def uri(shared_store: Path) -> Iterator[str]:
-    """An empty sqlite store, the default: one file, emptied after use, since opening is slow."""
-    uri = f"sqlite:///{shared_store}"
+def uri(store_file: Path) -> Iterator[str]:
+    """An empty sqlite store, set as the default. It is emptied after use: creation is slow."""
+    uri = f"sqlite:///{store_file}"
     init(tracking_uri=uri)
     yield uri
-    if shared_store.exists():
-        with closing(sqlite3.connect(shared_store, timeout=20)) as connection, connection:
+    if store_file.exists():
+        with closing(sqlite3.connect(store_file, timeout=20)) as connection, connection:
             rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            for name in {name for (name,) in rows} - KEPT_TABLES:
+            for name in {name for (name,) in rows} - TABLES_TO_KEEP:
                 connection.execute(f"DELETE FROM {name}")
             connection.execute("DELETE FROM experiments WHERE experiment_id > 0")
 
@@ -68,7 +68,7 @@ def outbox_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fork() -> Iterator[Callable[[Callable[[], object]], int]]:
-    """Run a function in a forked process, which ends without pytest's clean-up; its pid."""
+    """Run a function in a forked process that ends without pytest's clean-up; return its PID."""
     children: list[int] = []
 
     def start(function: Callable[[], object]) -> int:

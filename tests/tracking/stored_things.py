@@ -1,4 +1,4 @@
-"""Classes of a user's own that tests store."""
+"""User-defined classes that the tests store."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from qtorch.core.serial import State
 
 
 class Counter:
-    """Picklable, nothing more."""
+    """Can only be pickled."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
 
 class Plan:
-    """Stored as a state."""
+    """Stored with `to_state` and `from_state`."""
 
     def __init__(self, steps: tuple, weights: list[float] | None = None) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""Objects come back as they were, without pickle where a safe format exists."""
+"""Objects are restored exactly, without pickle if there is a safe format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qtorch.core.session import session_context
 from qtorch.tracking.artifacts import logical_name, object_files, read_object, write_object
 
 
-def there_and_back(value, folder: Path, name: str = "thing.pkl"):
+def round_trip(value, folder: Path, name: str = "thing.pkl"):
     path = write_object(value, folder, name)
     return read_object(path, name), path
 
@@ -71,25 +71,25 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_a_frame_comes_back_equal(name, tmp_path):
+def test_frame_is_restored_exactly(name, tmp_path):
     frame = FRAMES[name]
-    back, path = there_and_back(frame, tmp_path)
+    result, path = round_trip(frame, tmp_path)
     assert path.name == "thing.pkl.parquet"
-    freq = not isinstance(frame.index, pd.MultiIndex)  # a level's is an accident of its making
+    freq = not isinstance(frame.index, pd.MultiIndex)  # a level's freq is arbitrary
     if isinstance(frame, pd.Series):
-        pd.testing.assert_series_equal(back, frame, check_freq=freq)
+        pd.testing.assert_series_equal(result, frame, check_freq=freq)
     else:
-        pd.testing.assert_frame_equal(back, frame, check_freq=freq)
-    assert type(back.index) is type(frame.index)
+        pd.testing.assert_frame_equal(result, frame, check_freq=freq)
+    assert type(result.index) is type(frame.index)
 
 
-def test_a_prediction_can_be_sliced_by_date(tmp_path):
-    back, _ = there_and_back(prediction(), tmp_path)
-    assert len(back.loc["2020-01-02":"2020-01-03"]) == 6  # needs sorted levels
+def test_prediction_can_be_sliced_by_date(tmp_path):
+    result, _ = round_trip(prediction(), tmp_path)
+    assert len(result.loc["2020-01-02":"2020-01-03"]) == 6  # needs sorted levels
 
 
-def test_a_prediction_is_readable_by_any_parquet_reader(tmp_path):
-    _, path = there_and_back(prediction(), tmp_path)
+def test_prediction_is_readable_by_any_parquet_reader(tmp_path):
+    _, path = round_trip(prediction(), tmp_path)
     assert list(pd.read_parquet(path).columns) == ["datetime", "instrument", "score"]
 
 
@@ -97,7 +97,7 @@ PLAIN = [
     {"model": {"lr": 1e-3, "layers": (1, 2), "none": None}, 3: "three", "nan": float("inf")},
     [datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 5), pd.Timestamp("2020-01-01")],
     pd.Timestamp("2020-01-01", tz="Europe/Paris"),
-    {"$tuple": "a key that is a mark"},
+    {"$tuple": "a key that is also a tag"},
     {"a", "b"},
     "text with ünicode",
     {},
@@ -107,51 +107,51 @@ PLAIN = [
 @pytest.mark.parametrize(
     "value", PLAIN, ids=lambda value: f"{type(value).__name__} of {len(repr(value))}"
 )
-def test_plain_data_is_json(value, tmp_path):
-    back, path = there_and_back(value, tmp_path, "task")
-    assert back == value
-    assert type(back) is type(value)
+def test_plain_data_is_stored_as_json(value, tmp_path):
+    result, path = round_trip(value, tmp_path, "task")
+    assert result == value
+    assert type(result) is type(value)
     assert path.name == "task.object.json"
     json.loads(path.read_text())
 
 
-def test_arrays_and_tensors_are_safetensors(tmp_path):
+def test_arrays_and_tensors_are_stored_as_safetensors(tmp_path):
     values = {"w": torch.arange(6).reshape(2, 3).T, "a": np.eye(2), "s": np.float32([[1.5]])[0, 0:]}
-    back, path = there_and_back(values, tmp_path)
+    result, path = round_trip(values, tmp_path)
     assert path.suffix == ".safetensors"
-    assert torch.equal(back["w"], values["w"])
-    np.testing.assert_array_equal(back["a"], values["a"])
-    assert isinstance(back["a"], np.ndarray)
-    scalar, _ = there_and_back(np.array(3.0), tmp_path)
+    assert torch.equal(result["w"], values["w"])
+    np.testing.assert_array_equal(result["a"], values["a"])
+    assert isinstance(result["a"], np.ndarray)
+    scalar, _ = round_trip(np.array(3.0), tmp_path)
     assert scalar.shape == ()
     assert scalar == 3.0
-    names, path = there_and_back(np.array(["a", "b"]), tmp_path)
+    names, path = round_trip(np.array(["a", "b"]), tmp_path)
     assert list(names) == ["a", "b"]
 
 
-def test_a_container_of_frames_needs_no_pickle(tmp_path):
+def test_container_of_frames_needs_no_pickle(tmp_path):
     value = {"1day": (prediction(), {"cash": 1.0}), 5: [prediction().to_frame()]}
-    back, path = there_and_back(value, tmp_path)
+    result, path = round_trip(value, tmp_path)
     assert path.suffix == ".zip"
-    pd.testing.assert_series_equal(back["1day"][0], value["1day"][0])
-    pd.testing.assert_frame_equal(back[5][0], value[5][0])
-    assert back["1day"][1] == {"cash": 1.0}
+    pd.testing.assert_series_equal(result["1day"][0], value["1day"][0])
+    pd.testing.assert_frame_equal(result[5][0], value[5][0])
+    assert result["1day"][1] == {"cash": 1.0}
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
-def test_a_state_is_stored_without_pickle_and_its_class_needs_trust(weights, tmp_path):
+def test_state_needs_no_pickle_but_a_trusted_class(weights, tmp_path):
     path = write_object(Plan(("a", 1), weights), tmp_path, "params.pkl")
     assert path.suffix == (".json" if weights is None else ".safetensors")
     with pytest.raises(TrustError, match=r"trusted=\['stored_things'\]"):
         read_object(path, "params.pkl")
     with session_context(trusted=("stored_things",)):
-        back = read_object(path, "params.pkl")
-    assert isinstance(back, Plan)
-    assert back.steps == ("a", 1)
-    assert weights is None or back.weights.tolist() == weights
+        result = read_object(path, "params.pkl")
+    assert isinstance(result, Plan)
+    assert result.steps == ("a", 1)
+    assert weights is None or result.weights.tolist() == weights
 
 
-def test_anything_else_is_a_pickle_and_needs_trust(tmp_path):
+def test_other_objects_are_pickled_and_need_trust(tmp_path):
     path = write_object(Counter(3), tmp_path, "counter")
     assert path.name == "counter.object.pickle"
     with pytest.raises(TrustError, match="stored_things"):
@@ -160,7 +160,7 @@ def test_anything_else_is_a_pickle_and_needs_trust(tmp_path):
         assert read_object(path, "counter").count == 3
 
 
-def test_a_bare_pickle_is_read_by_the_same_rule(tmp_path):
+def test_plain_pickle_file_needs_trust_too(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}))
     assert read_object(tmp_path / "x.pkl", "x.pkl") == {"a": 1}
     (tmp_path / "y.pkl").write_bytes(pickle.dumps(Counter(1)))
@@ -168,14 +168,14 @@ def test_a_bare_pickle_is_read_by_the_same_rule(tmp_path):
         read_object(tmp_path / "y.pkl", "y.pkl")
 
 
-def test_what_cannot_be_stored_says_so(tmp_path):
+def test_unpicklable_object_raises(tmp_path):
     with pytest.raises(TrackingError, match="to_state and from_state"):
         write_object(lambda: 0, tmp_path, "f")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [prediction(), {"a": 1}, np.eye(2), [prediction()], Counter(1)])
-def test_a_newer_format_is_refused_by_name(value, tmp_path, monkeypatch):
+def test_newer_format_raises_with_the_name(value, tmp_path, monkeypatch):
     monkeypatch.setattr("qtorch.tracking.artifacts.FORMAT", 2)
     path = write_object(value, tmp_path, "thing.pkl")
     monkeypatch.undo()
@@ -184,28 +184,28 @@ def test_a_newer_format_is_refused_by_name(value, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [prediction(), {"a": 1}, np.eye(2), [prediction()], Counter(1)])
-def test_a_cut_file_is_an_error(value, tmp_path):
+def test_truncated_file_raises(value, tmp_path):
     path = write_object(value, tmp_path, "thing.pkl")
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(LoadObjectError, match="thing"), session_context(trusted=("stored_things",)):
         read_object(path, "thing.pkl")
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_no_file(tmp_path, monkeypatch):
-    def full(*_):
+def test_full_disk_raises_and_leaves_no_file(tmp_path, monkeypatch):
+    def raise_disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qtorch.tracking.artifacts._write_json", full)
+    monkeypatch.setattr("qtorch.tracking.artifacts._write_json", raise_disk_full)
     with pytest.raises(TrackingError, match=r"'task' could not be written .*No space left"):
         write_object({"a": 1}, tmp_path, "task")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["pred.pkl", "task", "sig/ic.pkl", "a.b", "ü x"])
-def test_a_logical_name_is_read_off_the_file(name):
+def test_logical_name_is_derived_from_the_file_name(name):
     assert {logical_name(file) for file in object_files(name)} == {name}
 
 
-def test_files_of_the_user_are_no_objects():
+def test_user_files_are_not_objects():
     for file in ("report.json", "x.parquet", "x.pkl", "a.txt"):
         assert logical_name(file) is None

@@ -1,4 +1,4 @@
-"""R, experiments, recorders: what a Qlib user relies on, and what is better."""
+"""R, experiments and recorders: Qlib's behaviour and the differences from it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from qtorch.tracking.current import current_recorder
 from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
-from qtorch.tracking.mlflow_store import store_at
+from qtorch.tracking.mlflow_store import open_store
 
 
 def history(recorder, key) -> list[tuple[int, float]]:
-    """Every stored point of a metric, through MLflow's own client."""
+    """Return every stored point of a metric, read with MLflow's own client."""
     points = recorder.client.get_metric_history(recorder.id, key)
     return sorted((p.step, p.value) for p in points)
 
 
-def status(recorder) -> str:
-    return store_at(recorder.uri).run(recorder.id).status
+def read_status(recorder) -> str:
+    return open_store(recorder.uri).run(recorder.id).status
 
 
-def run_to_end(error: BaseException | None = None) -> MLflowRecorder:
+def run_block(error: BaseException | None = None) -> MLflowRecorder:
     with suppress(type(error) if error else ()), R.start(experiment_name="e"):
         recorder = R.get_recorder()
         if error is not None:
@@ -45,7 +45,7 @@ def run_to_end(error: BaseException | None = None) -> MLflowRecorder:
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "expected_status"),
     [
         (None, "FINISHED"),
         (ValueError("x"), "FAILED"),
@@ -53,14 +53,14 @@ def run_to_end(error: BaseException | None = None) -> MLflowRecorder:
         (SystemExit(1), "KILLED"),
     ],
 )
-def test_a_run_ends_as_its_block_does(uri, error, expected):
-    recorder = run_to_end(error)
-    assert recorder.status == expected == status(recorder)
+def test_final_status_depends_on_the_exception(uri, error, expected_status):
+    recorder = run_block(error)
+    assert recorder.status == expected_status == read_status(recorder)
     assert recorder.end_time is not None
     assert current_recorder() is None
 
 
-def test_ctrl_c_of_a_real_process_kills_the_run(uri, tmp_path, fork):
+def test_ctrl_c_ends_the_run_as_killed(uri, tmp_path, fork):
     R.get_exp(experiment_name="e")
 
     def job():
@@ -77,7 +77,7 @@ def test_ctrl_c_of_a_real_process_kills_the_run(uri, tmp_path, fork):
     assert [r.status for r in R.list_recorders(experiment_name="e").values()] == ["KILLED"]
 
 
-def test_the_concepts_of_qlib_hold(uri):
+def test_qlib_workflow(uri):
     with R.start(experiment_name="test", recorder_name="first") as experiment:
         recorder = R.get_recorder()
         assert R.get_exp() == experiment == R.get_exp(experiment_name="test")
@@ -96,30 +96,30 @@ def test_the_concepts_of_qlib_hold(uri):
         assert "kind" not in recorder.list_tags()
         assert R.load_object("task") == {"a": (1,)}
     assert R.get_recorder(recorder_name="first", experiment_name="test").id == recorder.id
-    again = R.get_recorder(recorder_id=recorder.id, experiment_name="test")
-    assert again == recorder
-    assert again.load_object("sig/pred.pkl").tolist() == [1.0]
-    assert again.name == "first"
-    assert again.start_time == recorder.start_time
+    loaded_run = R.get_recorder(recorder_id=recorder.id, experiment_name="test")
+    assert loaded_run == recorder
+    assert loaded_run.load_object("sig/pred.pkl").tolist() == [1.0]
+    assert loaded_run.name == "first"
+    assert loaded_run.start_time == recorder.start_time
     assert list(R.list_recorders(experiment_name="test")) == [recorder.id]
     assert set(R.list_experiments()) == {"Default", "test"}
     assert experiment.list_recorders("list", status="FAILED") == []
 
 
-def test_runs_nest_and_threads_do_not_see_each_other(uri):
+def test_nested_runs_and_isolated_threads(uri):
     with R.start(experiment_name="outer"):
         outer = R.get_recorder()
         with R.start(experiment_name="inner"):
             assert R.get_exp().name == "inner"
         assert R.get_recorder() is outer
-    names, meet = {}, threading.Barrier(3)
+    names, barrier = {}, threading.Barrier(3)
 
     def job(name):
         with R.start(experiment_name=name):
-            meet.wait()
+            barrier.wait()
             names[name] = R.get_exp().name
             R.log_metrics(m=1.0)
-            meet.wait()
+            barrier.wait()
 
     threads = [threading.Thread(target=job, args=(f"t{k}",)) for k in range(3)]
     for thread in threads:
@@ -129,21 +129,21 @@ def test_runs_nest_and_threads_do_not_see_each_other(uri):
     assert names == {f"t{k}": f"t{k}" for k in range(3)}
 
 
-def test_a_worker_thread_finds_the_run_of_its_process(uri):
-    found = []
+def test_worker_thread_sees_the_run_of_its_process(uri):
+    seen_recorders = []
     with R.start(experiment_name="e"):
-        thread = threading.Thread(target=lambda: found.append(current_recorder()))
+        thread = threading.Thread(target=lambda: seen_recorders.append(current_recorder()))
         thread.start()
         thread.join()
-        assert found == [R.get_recorder()]
+        assert seen_recorders == [R.get_recorder()]
 
 
 def test_start_exp_and_end_exp(uri):
     experiment = R.start_exp(experiment_name="e")
     recorder = experiment.active_recorder
     R.end_exp("FAILED")
-    assert status(recorder) == "FAILED"
-    R.end_exp()  # nothing runs: nothing happens
+    assert read_status(recorder) == "FAILED"
+    R.end_exp()  # no run is active: nothing happens
 
 
 def test_logging_without_a_run_starts_one(uri, caplog):
@@ -157,7 +157,7 @@ def test_logging_without_a_run_starts_one(uri, caplog):
     assert history(recorder, "m") == [(0, 1.0), (1, 2.0)]
 
 
-def test_resume_sends_only_what_the_history_lacks(uri, caplog):
+def test_resume_sends_only_missing_values(uri, caplog):
     with R.start(experiment_name="e", recorder_name="r"):
         R.log_params(lr=0.1, depth=2)
         for step in range(5):
@@ -165,59 +165,61 @@ def test_resume_sends_only_what_the_history_lacks(uri, caplog):
         R.log_metrics(IC=0.1)
         recorder = R.get_recorder()
     with R.start(recorder_id=recorder.id, resume=True):
-        resumed = R.get_recorder()
-        assert resumed == recorder
-        assert status(resumed) == "RUNNING"
+        resumed_run = R.get_recorder()
+        assert resumed_run == recorder
+        assert read_status(resumed_run) == "RUNNING"
         assert R.get_exp().name == "e"
-        assert resumed.logged("loss") == {s: float(s) for s in range(5)}
+        assert resumed_run.metric_history("loss") == {s: float(s) for s in range(5)}
         R.log_params(lr=0.1, depth=3, new=1)
         for step in range(3, 8):
             R.log_metrics(step=step, loss=float(step))
         R.log_metrics(step=0, loss=9.0)
         R.log_metrics(IC=0.1)
-        assert resumed.logged("loss") == {s: float(s) for s in range(8)}
+        assert resumed_run.metric_history("loss") == {s: float(s) for s in range(8)}
     assert history(recorder, "loss") == [(s, float(s)) for s in range(8)]
     assert history(recorder, "IC") == [(0, 0.1)]
-    assert "'loss' at step 0 stands as 0.0; the new value 9.0 is not sent" in caplog.text
-    params, tags = resumed.list_params(), resumed.list_tags()
+    assert (
+        "'loss' at step 0 already has the value 0.0; the new value 9.0 is not sent" in caplog.text
+    )
+    params, tags = resumed_run.list_params(), resumed_run.list_tags()
     assert (params["lr"], params["depth"], params["new"]) == ("0.1", "2", "1")
     assert tags["qtorch.changed_param.depth"] == "3"
-    assert "param 'depth' stands as '2'" in caplog.text
-    assert resumed.status == "FINISHED"
+    assert "param 'depth' already has the value '2'" in caplog.text
+    assert resumed_run.status == "FINISHED"
 
 
-def test_a_metric_without_step_counts_and_the_newest_value_stands(uri):
+def test_metric_without_step_gets_increasing_steps(uri):
     with R.start(experiment_name="e"):
         for value in (1.0, 1.0, 2.0):
             R.log_metrics(loss=value)
         R.log_metrics(IC=0.1)
         recorder = R.get_recorder()
     with R.start(recorder_id=recorder.id, resume=True):
-        for value in (1.0, 1.0, 2.0, 3.0):  # the program again, and on
+        for value in (1.0, 1.0, 2.0, 3.0):  # the same program again, with one step more
             R.log_metrics(loss=value)
-        R.log_metrics(IC=0.2)  # another model: a new figure
+        R.log_metrics(IC=0.2)  # another model: a new value
     assert history(recorder, "loss") == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 3.0)]
     assert history(recorder, "IC") == [(0, 0.1), (1, 0.2)]
     assert recorder.list_metrics() == {"loss": 3.0, "IC": 0.2}
 
 
-def test_nan_and_infinity_are_stored_and_said(uri, caplog):
+def test_nan_and_infinity_are_stored_with_a_warning(uri, caplog):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
         recorder.log_batch({"loss": math.inf, "ic": math.nan}, 2)
     with R.start(recorder_id=recorder.id, resume=True):
         recorder = R.get_recorder()
         recorder.log_batch({"loss": math.inf, "ic": math.nan}, 2)
-        assert recorder.logged("loss") == {2: math.inf}
+        assert recorder.metric_history("loss") == {2: math.inf}
     assert len(history(recorder, "loss")) == len(history(recorder, "ic")) == 1
     assert recorder.list_metrics()["loss"] == math.inf
     assert math.isnan(recorder.list_metrics()["ic"])
     assert "'loss' is inf at step 2" in caplog.text
-    with pytest.raises(ArgumentError, match="a metric is one number"):
+    with pytest.raises(ArgumentError, match="a metric must be one number"):
         recorder.log_metrics(loss="high")
 
 
-def test_long_values_and_odd_names_are_kept_and_said(uri, caplog):
+def test_long_values_and_invalid_names_are_logged_with_a_warning(uri, caplog):
     with R.start(experiment_name="e"):
         R.log_params(**{"net": "x" * 7000, "loss(mse)/a": 1})
         R.set_tags(long="y" * 9000)
@@ -236,7 +238,7 @@ def test_long_values_and_odd_names_are_kept_and_said(uri, caplog):
     assert not [t for t in recorder.list_tags() if t.startswith("qtorch.changed")]
 
 
-def test_search_gives_the_documented_table(uri):
+def test_search_records_returns_the_documented_table(uri):
     ids = []
     for k in range(3):
         with R.start(experiment_name="e"):
@@ -251,22 +253,22 @@ def test_search_gives_the_documented_table(uri):
     assert table["metrics.ic"].dtype == float
     assert str(table["start_time"].dt.tz) == "UTC"
     assert (table["tags.mlflow.runName"] == "mlflow_recorder").all()
-    few = experiment.search_records(filter_string="metrics.ic > 0.05", max_results=1)
-    assert len(few) == 1
+    limited_table = experiment.search_records(filter_string="metrics.ic > 0.05", max_results=1)
+    assert len(limited_table) == 1
     assert len(R.search_records(filter_string="params.lr = '9'")) == 0
 
 
 @pytest.mark.parametrize("name", ["a/b", "Käse 实验", "100%", "../up", "x" * 200])
-def test_names_of_any_kind(uri, name, shared_store):
+def test_unusual_names(uri, name, store_file):
     with R.start(experiment_name=name, recorder_name=name):
         R.save_objects(task={"a": 1})
         recorder = R.get_recorder()
-    found = R.get_recorder(experiment_name=name, recorder_name=name)
-    assert found.load_object("task") == {"a": 1}
-    assert shared_store.parent / "artifacts" in Path(recorder.get_local_dir()).parents
+    loaded_run = R.get_recorder(experiment_name=name, recorder_name=name)
+    assert loaded_run.load_object("task") == {"a": 1}
+    assert store_file.parent / "artifacts" in Path(recorder.get_local_dir()).parents
 
 
-def test_wrong_names_show_the_nearest(uri):
+def test_errors_suggest_the_nearest_name(uri):
     with R.start(experiment_name="alpha", recorder_name="lstm"):
         recorder = R.get_recorder()
     with pytest.raises(NotInStoreError, match=r"'alpa'.*Did you mean 'alpha'"):
@@ -277,7 +279,7 @@ def test_wrong_names_show_the_nearest(uri):
         R.get_recorder(recorder_id="0" * 32)
     with pytest.raises(NotInStoreError, match="no run is active"):
         R.get_recorder()
-    with pytest.raises(NotInStoreError, match="is not of experiment 'Default'"):
+    with pytest.raises(NotInStoreError, match="is not in experiment 'Default'"):
         R.get_recorder(recorder_id=recorder.id, experiment_name="Default")
     with pytest.raises(ArgumentError, match="resume=True"), R.start(recorder_id=recorder.id):
         pass
@@ -291,7 +293,7 @@ def test_wrong_names_show_the_nearest(uri):
         R.get_exp(experiment_name="alpha").create_recorder("new").log_metrics(a=1)
 
 
-def test_deleting(uri):
+def test_delete_run_and_experiment(uri):
     with R.start(experiment_name="e"):
         first = R.get_recorder().id
     R.delete_recorder(recorder_id=first)
@@ -304,7 +306,7 @@ def test_deleting(uri):
         R.get_exp(experiment_name="e")
 
 
-def test_artifacts_by_logical_and_by_file_name(uri, tmp_path):
+def test_artifacts_by_logical_name_and_file_name(uri, tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "ic.png").write_bytes(b"png")
     (tmp_path / "raw.json").write_text("{}")
@@ -314,8 +316,8 @@ def test_artifacts_by_logical_and_by_file_name(uri, tmp_path):
         R.log_artifact(tmp_path / "plots")
         R.save_objects(local_path=tmp_path / "plots", artifact_path="flat")
         R.log_artifact(tmp_path / "raw.json")
-    listed = [n for n in recorder.list_artifacts() if not n.startswith("code_")]
-    assert listed == ["flat", "plots", "pred.pkl", "raw.json", "sig", "task"]
+    names = [n for n in recorder.list_artifacts() if not n.startswith("code_")]
+    assert names == ["flat", "plots", "pred.pkl", "raw.json", "sig", "task"]
     assert recorder.list_artifacts("sig") == ["sig/ic.pkl"]
     assert recorder.list_artifacts("flat") == ["flat/ic.png"]
     assert recorder.list_artifacts("nowhere") == []
@@ -335,7 +337,7 @@ def test_artifacts_by_logical_and_by_file_name(uri, tmp_path):
         recorder.log_artifact("not there")
 
 
-def test_an_object_saved_again_replaces_the_one_of_another_kind(uri):
+def test_saving_in_another_format_replaces_the_object(uri):
     with R.start(experiment_name="e"):
         R.save_objects(thing=pd.Series([1.0]))
         R.save_objects(thing={"now": "plain"})
@@ -345,8 +347,8 @@ def test_an_object_saved_again_replaces_the_one_of_another_kind(uri):
         assert R.get_recorder().list_artifacts().count("thing") == 1
 
 
-def test_a_full_disk_fails_the_run_with_one_clear_error(uri, monkeypatch):
-    def full(*_, **__):
+def test_full_disk_fails_the_run(uri, monkeypatch):
+    def raise_disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with (
@@ -354,44 +356,44 @@ def test_a_full_disk_fails_the_run_with_one_clear_error(uri, monkeypatch):
         R.start(experiment_name="e"),
     ):
         recorder = R.get_recorder()
-        monkeypatch.setattr("pyarrow.parquet.write_table", full)
+        monkeypatch.setattr("pyarrow.parquet.write_table", raise_disk_full)
         R.save_objects(**{"pred.pkl": pd.Series([1.0])})
-    assert status(recorder) == "FAILED"
+    assert read_status(recorder) == "FAILED"
     assert "pred.pkl" not in recorder.list_artifacts()
 
 
-def test_folders_of_a_run_persist(uri):
+def test_run_folders_persist(uri):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
         (recorder.checkpoint_dir() / "last.ckpt").write_text("x")
-    again = R.get_recorder(recorder_id=recorder.id)
-    assert (again.checkpoint_dir() / "last.ckpt").read_text() == "x"
-    assert again.list_artifacts("checkpoints") == ["checkpoints/last.ckpt"]
-    assert os.path.isdir(again.get_local_dir())
+    loaded_run = R.get_recorder(recorder_id=recorder.id)
+    assert (loaded_run.checkpoint_dir() / "last.ckpt").read_text() == "x"
+    assert loaded_run.list_artifacts("checkpoints") == ["checkpoints/last.ckpt"]
+    assert os.path.isdir(loaded_run.get_local_dir())
 
 
-def test_a_recorder_travels_to_another_process(uri):
+def test_recorder_can_be_pickled(uri):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
-        sent = pickle.dumps(recorder)
-        copy = pickle.loads(sent)
+        pickle_bytes = pickle.dumps(recorder)
+        copy = pickle.loads(pickle_bytes)
         copy.log_metrics(step=1, from_elsewhere=1.0)
         copy.save_objects(x=1)
         assert R.load_object("x") == 1
     assert recorder.list_metrics() == {"from_elsewhere": 1.0}
 
 
-def test_a_run_of_a_process_that_died_can_be_ended_from_outside(uri, fork):
+def test_run_of_a_dead_process_can_be_ended(uri, fork):
     R.get_exp(experiment_name="e")
     pid = fork(lambda: (R.start_exp(experiment_name="e"), os.kill(os.getpid(), signal.SIGKILL)))
     os.waitpid(pid, 0)
     (recorder,) = R.list_recorders(experiment_name="e").values()
     assert recorder.status == "RUNNING"
     recorder.end_run(Recorder.STATUS_FA)
-    assert status(recorder) == "FAILED"
+    assert read_status(recorder) == "FAILED"
 
 
-def test_the_origin_of_a_run_is_recorded(uri, tmp_path, monkeypatch):
+def test_provenance_is_recorded(uri, tmp_path, monkeypatch):
     repository = tmp_path / "repo"
     repository.mkdir()
     monkeypatch.chdir(repository)
@@ -416,7 +418,7 @@ def test_the_origin_of_a_run_is_recorded(uri, tmp_path, monkeypatch):
     assert recorder.list_tags()["qtorch.attempt"] == "2"
 
 
-def test_the_default_store_and_its_order(tmp_path, monkeypatch):
+def test_precedence_of_tracking_uris(tmp_path, monkeypatch):
     assert R.get_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///env.db")
     assert R.get_uri() == f"sqlite:///{tmp_path}/env.db"
@@ -437,32 +439,32 @@ def test_the_default_store_and_its_order(tmp_path, monkeypatch):
         R.set_uri("mlruns")
     with pytest.raises(TrackingError, match=r"mlflow.db"):
         R.set_uri("file:///some/mlruns")
-    for other in ("databricks", "databricks://profile", "postgresql://h1,h2/db"):
-        assert resolve_uri(other) == other
+    for other_uri in ("databricks", "databricks://profile", "postgresql://h1,h2/db"):
+        assert resolve_uri(other_uri) == other_uri
 
 
 @pytest.mark.parametrize("bad", ["http://127.0.0.1:9", "postgresql://me:pw@127.0.0.1:9/db"])
-def test_a_store_that_does_not_answer_is_one_quick_error(bad):
-    begin = time.monotonic()
-    silent = pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.* does not answer")
-    with silent as error, R.start(experiment_name="e", uri=bad):
+def test_unreachable_store_raises_quickly(bad):
+    start_time = time.monotonic()
+    raises_error = pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.* does not answer")
+    with raises_error as error, R.start(experiment_name="e", uri=bad):
         pass
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - start_time < 5
     assert "pw" not in str(error.value)
 
 
-def test_a_file_that_is_no_store_is_named(tmp_path):
+def test_invalid_store_file_raises(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is no database, " * 50)
-    refused = pytest.raises(TrackingError, match=r"mlflow\.db cannot be opened")
-    with refused, R.start(uri="sqlite:///mlflow.db"):
+    raises_error = pytest.raises(TrackingError, match=r"mlflow\.db cannot be opened")
+    with raises_error, R.start(uri="sqlite:///mlflow.db"):
         pass
     (tmp_path / "file").touch()
-    refused = pytest.raises(TrackingError, match="cannot be opened or made")
-    with refused, R.start(uri="sqlite:///file/mlflow.db"):
+    raises_error = pytest.raises(TrackingError, match="cannot be opened or created")
+    with raises_error, R.start(uri="sqlite:///file/mlflow.db"):
         pass
 
 
-def test_mlflow_itself_is_left_alone(uri):
+def test_mlflow_global_state_is_unchanged(uri):
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -472,8 +474,8 @@ def test_mlflow_itself_is_left_alone(uri):
         assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-def test_nothing_is_logged_twice_to_the_console(uri, caplog):
+def test_console_messages_are_not_repeated(uri, caplog):
     caplog.set_level(logging.INFO)
     with R.start(experiment_name="e"):
         pass
-    assert len([r for r in caplog.records if "is running" in r.message]) == 1
+    assert len([r for r in caplog.records if "started run" in r.message]) == 1

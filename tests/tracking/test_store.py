@@ -1,4 +1,4 @@
-"""The store itself: many processes at once, a real server, MLflow's own switches."""
+"""The MLflow store: concurrent processes, a real server, MLflow's own settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pandas as pd
 import pytest
 
 from qtorch.tracking import R, outbox
-from qtorch.tracking.mlflow_store import store_at
+from qtorch.tracking.mlflow_store import open_store
 
 
-def race(fork, jobs: int, uri: str, runs: int = 1) -> list[int]:
-    """Each job starts runs in one experiment of one fresh store, all at the same moment."""
-    begin = time.time() + 0.3
+def run_race(fork, jobs: int, uri: str, runs: int = 1) -> list[int]:
+    """Start runs from several processes at the same moment in one experiment of one new store."""
+    start_time = time.time() + 0.3
 
     def job():
-        time.sleep(max(0.0, begin - time.time()))
+        time.sleep(max(0.0, start_time - time.time()))
         for _ in range(runs):
             with R.start(experiment_name="shared", uri=uri):
                 R.log_metrics(step=0, loss=1.0)
@@ -42,53 +42,53 @@ def check_race(uri: str, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_eight_processes_race_for_a_fresh_store(tmp_path, fork):
-    store_at(f"sqlite:///{tmp_path}/other.db")  # so that there is a template
+def test_eight_processes_race_to_create_a_store(tmp_path, fork):
+    open_store(f"sqlite:///{tmp_path}/other.db")  # creates the template
     uri = f"sqlite:///{tmp_path}/fresh folder/mlflow.db"
-    assert race(fork, 8, uri) == [0] * 8
+    assert run_race(fork, 8, uri) == [0] * 8
     check_race(uri, 8)
 
 
 @pytest.mark.slow
-def test_eight_processes_race_without_a_template(tmp_path, fork, monkeypatch):
+def test_eight_processes_race_without_a_template_file(tmp_path, fork, monkeypatch):
     monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert race(fork, 8, uri, runs=5) == [0] * 8
+    assert run_race(fork, 8, uri, runs=5) == [0] * 8
     check_race(uri, 40)
     assert len(list((tmp_path / "cache").glob("mlflow-*.db"))) == 1
 
 
-def test_a_damaged_template_is_made_anew(tmp_path, template_cache, monkeypatch):
-    store_at(f"sqlite:///{tmp_path}/a.db")
+def test_damaged_template_is_recreated(tmp_path, template_cache, monkeypatch):
+    open_store(f"sqlite:///{tmp_path}/a.db")
     (template,) = template_cache.glob("mlflow-*.db")
-    mine = tmp_path / "cache"
-    mine.mkdir()
-    (mine / template.name).write_bytes(template.read_bytes()[:50_000])
-    monkeypatch.setenv("QTORCH_CACHE", str(mine))
-    migrated = []
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / template.name).write_bytes(template.read_bytes()[:50_000])
+    monkeypatch.setenv("QTORCH_CACHE", str(cache))
+    migrated_paths = []
 
     def migrate(path):
-        migrated.append(path)
+        migrated_paths.append(path)
         path.write_bytes(template.read_bytes())
 
     monkeypatch.setattr("qtorch.tracking.mlflow_store._migrate", migrate)
-    store_at(f"sqlite:///{tmp_path}/b.db").experiments()
-    assert len(migrated) == 1
-    assert (mine / template.name).stat().st_size == template.stat().st_size
+    open_store(f"sqlite:///{tmp_path}/b.db").experiments()
+    assert len(migrated_paths) == 1
+    assert (cache / template.name).stat().st_size == template.stat().st_size
 
 
-def test_what_a_killed_process_left_does_not_hurt(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".mlflow.db.init-999").write_text("half a file")
     (tmp_path / "mlflow.db").touch()
-    assert [e.name for e in store_at("sqlite:///mlflow.db").experiments()] == ["Default"]
+    assert [e.name for e in open_store("sqlite:///mlflow.db").experiments()] == ["Default"]
     assert not (tmp_path / ".mlflow.db.init-999").exists()
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
-        ((where,),) = connection.execute("SELECT artifact_location FROM experiments").fetchall()
-    assert where == str(tmp_path / "artifacts" / "Default")
+        ((location,),) = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+    assert location == str(tmp_path / "artifacts" / "Default")
 
 
 @pytest.mark.slow
-def test_system_metrics_as_mlflow_users_know_them(uri, monkeypatch):
+def test_mlflow_system_metrics_are_logged(uri, monkeypatch):
     pytest.importorskip("psutil")
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
@@ -101,25 +101,27 @@ def test_system_metrics_as_mlflow_users_know_them(uri, monkeypatch):
 SCRIPT = """
 from qtorch.tracking import R
 R.log_metrics(m=1.0)
-{last}
+{last_line}
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("last", "expected"),
+    ("last_line", "expected_status"),
     [("", "FINISHED"), ("1 / 0", "FAILED"), ("raise KeyboardInterrupt", "KILLED")],
 )
-def test_a_run_that_nobody_ends_ends_with_its_program(uri, last, expected):
+def test_open_run_ends_with_its_program(uri, last_line, expected_status):
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    subprocess.run([sys.executable, "-c", SCRIPT.format(last=last)], env=environment, check=False)
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(last_line=last_line)], env=environment, check=False
+    )
     (recorder,) = R.list_recorders(experiment_name="Experiment").values()
-    assert recorder.status == expected
+    assert recorder.status == expected_status
     assert recorder.list_metrics() == {"m": 1.0}
 
 
 class Server:
-    """A real `mlflow server` on loopback that can be stopped and started again."""
+    """A real `mlflow server` on localhost that can be stopped and restarted."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -146,7 +148,7 @@ class Server:
                     return
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             time.sleep(0.2)
-        raise AssertionError("the server did not come up")
+        raise AssertionError("the server did not start")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -157,7 +159,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path):
-    store_at(f"sqlite:///{tmp_path}/server.db")  # a copy is quicker than the server's migrations
+    open_store(f"sqlite:///{tmp_path}/server.db")  # a copy is faster than the server's migrations
     server = Server(tmp_path)
     server.start()
     yield server
@@ -165,7 +167,7 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_server_that_goes_away_and_returns(server, monkeypatch, outbox_folder):
+def test_server_outage_during_a_run(server, monkeypatch, outbox_folder):
     monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "20")
     with R.start(experiment_name="a/b ü", uri=server.uri):
         recorder = R.get_recorder()
@@ -182,22 +184,22 @@ def test_a_real_server_that_goes_away_and_returns(server, monkeypatch, outbox_fo
     points = recorder.client.get_metric_history(recorder.id, "loss")
     assert sorted((p.step, p.value) for p in points) == [(s, float(s)) for s in range(200)]
     with R.uri_context(server.uri):
-        again = R.get_recorder(recorder_id=recorder.id)
-        assert again.status == "FINISHED"
-        assert again.load_object("pred.pkl").tolist() == [1.0]
-        assert "pred.pkl" in again.list_artifacts()
-        assert again.get_artifact_uri().startswith("mlflow-artifacts:")
-        assert len(again.logged("bad")) == 100
+        loaded_run = R.get_recorder(recorder_id=recorder.id)
+        assert loaded_run.status == "FINISHED"
+        assert loaded_run.load_object("pred.pkl").tolist() == [1.0]
+        assert "pred.pkl" in loaded_run.list_artifacts()
+        assert loaded_run.get_artifact_uri().startswith("mlflow-artifacts:")
+        assert len(loaded_run.metric_history("bad")) == 100
         with R.start(recorder_id=recorder.id, resume=True):
             R.log_metrics(step=199, loss=199.0, inf=float("inf"))
             R.log_metrics(step=200, loss=200.0)
-        assert len(again.client.get_metric_history(again.id, "loss")) == 201
-        assert again.list_metrics()["inf"] == float("inf")
+        assert len(loaded_run.client.get_metric_history(loaded_run.id, "loss")) == 201
+        assert loaded_run.list_metrics()["inf"] == float("inf")
     assert list(outbox_folder.glob("*")) == []
 
 
 @pytest.mark.slow
-def test_a_real_server_that_dies_leaves_all_in_the_outbox(server, outbox_folder, caplog):
+def test_dead_server_leaves_entries_in_the_outbox(server, outbox_folder, caplog):
     with R.start(experiment_name="e", uri=server.uri):
         recorder = R.get_recorder()
         recorder.flush()
@@ -209,8 +211,8 @@ def test_a_real_server_that_dies_leaves_all_in_the_outbox(server, outbox_folder,
     (report,) = outbox.send()
     assert report.error is None
     with R.uri_context(server.uri):
-        again = R.get_recorder(recorder_id=recorder.id)
-        assert again.status == "FINISHED"
-        assert again.list_metrics() == {"loss": 0.5}
-        assert again.load_object("task") == {"a": 1}
+        loaded_run = R.get_recorder(recorder_id=recorder.id)
+        assert loaded_run.status == "FINISHED"
+        assert loaded_run.list_metrics() == {"loss": 0.5}
+        assert loaded_run.load_object("task") == {"a": 1}
     assert list(outbox_folder.glob("*")) == []
