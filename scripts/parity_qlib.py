@@ -1,10 +1,11 @@
-"""qtorch's numbers beside real Qlib's: operators, feature sets, processors, windows, signals,
-networks, backtests; and the faults of Qlib's that it does not repeat.
+"""Compare qtorch with Qlib: operators, feature sets, processors, windows, signals, networks,
+backtests; and show the faults of Qlib that qtorch does not have.
 
     python scripts/parity_qlib.py --qlib-python PYTHON [--provider FOLDER] [--only features,windows]
 
-PYTHON has pyqlib; FOLDER holds real bars in Qlib's layout (without it a small market full of
-dirt serves, which is always part of it). Prints a table and ends with 1 where anything fails.
+PYTHON must have pyqlib; FOLDER contains real bars in Qlib's layout. A small synthetic market with
+irregular data is always included; without FOLDER it is the only one. Prints a table and exits
+with 1 if any check fails.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ SIGNAL_TOLERANCE = 1e-9
 class Line:
     """One line of the table."""
 
-    what: str
-    where: str
+    subject: str
+    data: str
     cells: int
     agree: float
     note: str
@@ -60,66 +61,66 @@ class Line:
     def __str__(self) -> str:
         mark = "ok" if self.passes else "FAILS"
         share = f"{100 * self.agree:9.5f}%"
-        return f"| {self.what} | {self.where} | {self.cells:,} | {share} | {mark} | {self.note} |"
+        return f"| {self.subject} | {self.data} | {self.cells:,} | {share} | {mark} | {self.note} |"
 
 
 def features(args: argparse.Namespace) -> Iterator[Line]:
-    """Every operator, and the 158 and 360 columns: the share of cells that agree."""
+    """All operators and the columns of Alpha158 and Alpha360: the fraction of cells that agree."""
     with tempfile.TemporaryDirectory() as folder:
-        small = write_qlib(stress.stress_market(), Path(folder) / "stress")
-        places = [("stress market", str(small))]
+        stress_folder = write_qlib(stress.stress_market(), Path(folder) / "stress")
+        markets = [("stress market", str(stress_folder))]
         if args.provider:
-            places.append(("real bars", args.provider))
-        for where, provider in places:
+            markets.append(("real bars", args.provider))
+        for data, provider in markets:
             bars = QlibSource(provider).load()
             cases = {
                 "Alpha158": "alpha158",
                 "operators": operator_cases.operator_expressions(tuple(bars.instruments[:2])),
                 "Alpha360": "alpha360",
             }
-            for what, wanted in cases.items():
-                # All 500 take Qlib half an hour.
-                if what == "operators" and where == "real bars":
-                    some = QlibSource(provider).load(instruments=list(bars.instruments[:120]))
-                    provider = str(write_qlib(some, Path(folder) / "some"))
+            for subject, expressions in cases.items():
+                # With all 500 instruments Qlib needs half an hour, so only 120 are used.
+                if subject == "operators" and data == "real bars":
+                    subset = QlibSource(provider).load(instruments=list(bars.instruments[:120]))
+                    provider = str(write_qlib(subset, Path(folder) / "subset"))
                     bars = QlibSource(provider).load()
                 answer = feature_parity.ask_qlib(
-                    args.qlib_python, provider, wanted, kernels=args.kernels
+                    args.qlib_python, provider, expressions, kernels=args.kernels
                 )
-                yield _feature_line(what, where, feature_parity.compare(bars, answer))
+                yield _feature_line(subject, data, feature_parity.compare(bars, answer))
 
 
-def _feature_line(what: str, where: str, rows: list[feature_parity.Row]) -> Line:
+def _feature_line(subject: str, data: str, rows: list[feature_parity.Row]) -> Line:
     worst = min(rows, key=lambda r: r.agree)
     cells = sum(r.cells for r in rows)
     agree = sum(r.cells * r.agree for r in rows) / cells
     failing = [r.name for r in rows if not r.passes]
     note = f"{len(rows)} columns; least {worst.name[:40]} {100 * worst.agree:.4f}%"
-    note += f"; other NaN {sum(r.other_nan for r in rows)}; flat {sum(r.flat for r in rows)}"
+    note += f"; other NaN {sum(r.differing_nan for r in rows)}; flat {sum(r.flat for r in rows)}"
     if failing:
         note += f"; failing: {', '.join(failing[:8])}"
-    return Line(what, where, cells, agree, note, not failing)
+    return Line(subject, data, cells, agree, note, not failing)
 
 
 def processors(args: argparse.Namespace) -> Iterator[Line]:
-    """Every processor alone, and both process types."""
-    frame, asked = processor_cases.stress_frame(), processor_cases.cases()
-    answer = processor_parity.ask_qlib(args.qlib_python, frame, asked)
-    rows = processor_parity.compare(frame, answer, asked)
-    good = sum(r.cells for r in rows if r.passes)
+    """Each processor alone, and pipelines with both process types."""
+    frame, requested_cases = processor_cases.stress_frame(), processor_cases.cases()
+    answer = processor_parity.ask_qlib(args.qlib_python, frame, requested_cases)
+    rows = processor_parity.compare(frame, answer, requested_cases)
+    num_passed = sum(r.cells for r in rows if r.passes)
     worst = max(r.worst for r in rows)
     note = _note(rows) + f"; worst {worst:.1e} of a column's scale"
     cells = sum(r.cells for r in rows)
-    yield Line("processors", "stress frame", cells, good / cells, note, good == cells)
+    yield Line("processors", "stress frame", cells, num_passed / cells, note, num_passed == cells)
 
 
 def handlers(args: argparse.Namespace) -> Iterator[Line]:
-    """Handlers from files to `prepare`: index, columns, values."""
+    """Handlers from the stored bars to `prepare`: index, columns, values."""
     with tempfile.TemporaryDirectory() as folder:
         provider = handler_parity.write_market(Path(folder) / "market")
-        asked = handler_parity.cases()
-        answer = handler_parity.ask_qlib(args.qlib_python, provider, asked)
-        rows = handler_parity.compare(provider, answer, asked)
+        requested_cases = handler_parity.cases()
+        answer = handler_parity.ask_qlib(args.qlib_python, provider, requested_cases)
+        rows = handler_parity.compare(provider, answer, requested_cases)
     cells = sum(r.cells for r in rows)
     agree = sum(r.cells * r.agree for r in rows) / cells
     passes = all(r.passes for r in rows)
@@ -132,11 +133,11 @@ def _note(rows: list[processor_parity.Row] | list[handler_parity.Row]) -> str:
 
 
 def windows(args: argparse.Namespace) -> Iterator[Line]:
-    """Every window of TSDataSampler with all three fills."""
-    places = [("stress market", window_parity.stress_frame(), 7)]
+    """Every window of Qlib's TSDataSampler with all three fills."""
+    markets = [("stress market", window_parity.stress_frame(), 7)]
     if args.provider:
-        places.append(("real bars", window_parity.provider_frame(args.provider), 20))
-    for where, frame, step_len in places:
+        markets.append(("real bars", window_parity.provider_frame(args.provider), 20))
+    for data, frame, step_len in markets:
         dates = frame.index.get_level_values("datetime").unique().sort_values()
         cuts = [int(len(dates) * share) for share in (0, 0.7, 0.8, 1.0)]
         spans = itertools.pairwise(cuts)
@@ -150,9 +151,9 @@ def windows(args: argparse.Namespace) -> Iterator[Line]:
                 frame, segments, step_len, args.qlib_python, Path(folder)
             )
         rows = window_parity.compare(frame, segments, step_len, answer)
-        total, wrong = sum(r.windows for r in rows), sum(r.different for r in rows)
+        total, num_different = sum(r.windows for r in rows), sum(r.different for r in rows)
         note = f"{step_len} steps; three segments, three fills; windows, not cells"
-        yield Line("windows", where, total, 1 - wrong / total, note, wrong == 0)
+        yield Line("windows", data, total, 1 - num_different / total, note, num_different == 0)
 
 
 SIGNAL_SCRIPT = """
@@ -168,7 +169,7 @@ np.savez(sys.argv[2], **{k: v.to_numpy() for k, v in parts.items()})
 
 
 def signal(args: argparse.Namespace) -> Iterator[Line]:
-    """Daily IC, Rank IC, long-short and long-average of the same scores."""
+    """Daily IC, Rank IC, long-short and average returns of the same scores."""
     rng = np.random.default_rng(0)
     dates = pd.bdate_range("2020-01-01", periods=250)
     index = pd.MultiIndex.from_product(
@@ -185,53 +186,57 @@ def signal(args: argparse.Namespace) -> Iterator[Line]:
             check=True,
             capture_output=True,
         )
-        theirs = dict(np.load(target))
+        qlib_results = dict(np.load(target))
     ic, ric = calc_ic(frame["score"], frame["label"])
     long_short, long_avg = calc_long_short_return(frame["score"], frame["label"])
-    ours = {"ic": ic, "ric": ric, "long_short": long_short, "long_avg": long_avg}
-    worst = max(float(np.abs(ours[k].to_numpy() - theirs[k]).max()) for k in ours)
-    close = [np.abs(ours[k].to_numpy() - theirs[k]) <= SIGNAL_TOLERANCE for k in ours]
-    agree = float(np.concatenate(close).mean())
-    cells = sum(len(v) for v in ours.values())
+    results = {"ic": ic, "ric": ric, "long_short": long_short, "long_avg": long_avg}
+    worst = max(float(np.abs(results[k].to_numpy() - qlib_results[k]).max()) for k in results)
+    is_close = [
+        np.abs(results[k].to_numpy() - qlib_results[k]) <= SIGNAL_TOLERANCE for k in results
+    ]
+    agree = float(np.concatenate(is_close).mean())
+    cells = sum(len(v) for v in results.values())
     yield Line(
         "IC, Rank IC, long-short", "random scores", cells, agree, f"worst {worst:.1e}", agree == 1
     )
 
 
 def networks(args: argparse.Namespace) -> Iterator[Line]:
-    """Each network with Qlib's weights over a grid of sizes."""
+    """Each network with Qlib's weights, over a grid of sizes."""
     for row in network_parity.compare(network_parity.ask_qlib(args.qlib_python)):
-        what = f"network {row.ours}"
-        if not row.here:
-            yield Line(what, row.file, 0, 0.0, "not in qtorch.nn", True)
+        subject = f"network {row.network}"
+        if not row.is_available:
+            yield Line(subject, row.file, 0, 0.0, "not in qtorch.nn", True)
             continue
         note = f"{row.cases} sizes; worst {row.worst:.1e}, scores spread {row.spread:.2f}"
-        yield Line(what, row.file, row.outputs, row.agree / row.outputs, note, row.passes)
+        yield Line(subject, row.file, row.outputs, row.agree / row.outputs, note, row.passes)
 
 
 def faults(args: argparse.Namespace) -> Iterator[Line]:
-    """What Qlib does wrong: whether it still does, and qtorch does not."""
-    found = qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python))
-    for fault in [*found, *backtest_faults.faults(args.qlib_python)]:
-        note = f"Qlib: {fault.qlib}; qtorch: {fault.ours}"
-        right = fault.shows and fault.avoided
-        yield Line(f"fault: {fault.name}", "by hand", 1, float(fault.avoided), note, right)
+    """Qlib's faults: whether Qlib still has them and qtorch avoids them."""
+    fault_list = qlib_faults.faults(qlib_faults.ask_qlib(args.qlib_python))
+    for fault in [*fault_list, *backtest_faults.faults(args.qlib_python)]:
+        note = f"Qlib: {fault.qlib}; qtorch: {fault.qtorch}"
+        passes = fault.shows_in_qlib and fault.is_avoided
+        yield Line(f"fault: {fault.name}", "by hand", 1, float(fault.is_avoided), note, passes)
 
 
 def backtests(args: argparse.Namespace) -> Iterator[Line]:
-    """Every day's account, position and cost of 36 settings of TopkDropoutStrategy.
+    """Every day's account, positions and costs of 36 settings of TopkDropoutStrategy.
 
-    Where they differ from Qlib's, they must be those of its strategy with its faults repaired,
-    those of a portfolio that is too full (`parity/backtest_faults.py` shows them).
+    Settings that differ from Qlib's must agree with its strategy after its faults are repaired,
+    which show when a portfolio is too full (see `parity/backtest_faults.py`).
     """
     if not args.provider:
         return
-    source, asked = QlibSource(args.provider), backtest_cases.cases()
+    source, settings_list = QlibSource(args.provider), backtest_cases.cases()
     calendar, names = source.calendar(), sorted(source.instruments("nyse500"))
     scores = backtest_cases.scores(calendar[calendar > "2015-12-24"], names)
-    span, market = ("2016-01-01", "2017-11-30"), {"benchmark": "NYSE500EW"}
+    span, benchmark_kwargs = ("2016-01-01", "2017-11-30"), {"benchmark": "NYSE500EW"}
 
-    def compared(settings: list[backtest_cases.Case], mended: bool) -> list[backtest_parity.Row]:
+    def run_comparison(
+        settings: list[backtest_cases.Case], repair_faults: bool
+    ) -> list[backtest_parity.Row]:
         with tempfile.TemporaryDirectory() as folder:
             answers = backtest_parity.ask_qlib(
                 args.qlib_python,
@@ -240,47 +245,64 @@ def backtests(args: argparse.Namespace) -> Iterator[Line]:
                 span,
                 settings,
                 Path(folder),
-                mended=mended,
-                **market,
+                repair_faults=repair_faults,
+                **benchmark_kwargs,
             )
-        own = (backtest_parity.ours(args.provider, scores, span, c, **market) for c in settings)
-        pairs = zip(settings, own, answers, strict=True)
-        return [backtest_parity.compare(str(c), mine, theirs) for c, mine, theirs in pairs]
+        results = (
+            backtest_parity.run_qtorch(args.provider, scores, span, c, **benchmark_kwargs)
+            for c in settings
+        )
+        pairs = zip(settings, results, answers, strict=True)
+        return [backtest_parity.compare(str(c), result, answer) for c, result, answer in pairs]
 
-    rows = compared(asked, mended=False)
-    other = [case for case, row in zip(asked, rows, strict=True) if not row.passes]
+    rows = run_comparison(settings_list, repair_faults=False)
+    differing_cases = [
+        case for case, row in zip(settings_list, rows, strict=True) if not row.passes
+    ]
     yield _backtest_line("backtests equal to Qlib's", [r for r in rows if r.passes])
-    if other:
-        yield _backtest_line("backtests, its faults repaired", compared(other, mended=True))
+    if differing_cases:
+        yield _backtest_line(
+            "backtests, Qlib's faults repaired", run_comparison(differing_cases, repair_faults=True)
+        )
 
 
-def _backtest_line(what: str, rows: list[backtest_parity.Row]) -> Line:
+def _backtest_line(subject: str, rows: list[backtest_parity.Row]) -> Line:
     cells = sum(r.cells for r in rows)
-    good = sum(r.cells for r in rows if r.passes)
+    num_passed = sum(r.cells for r in rows if r.passes)
     worst = max(max(r.account, r.amount, r.cost) for r in rows)
     note = f"{len(rows)} settings, {rows[0].days} days; worst relative difference {worst:.1e}"
     failing = [r.name for r in rows if not r.passes]
     note += f"; failing: {failing}" if failing else ""
-    return Line(what, "real bars", cells, good / cells, note, good == cells)
+    return Line(subject, "real bars", cells, num_passed / cells, note, num_passed == cells)
 
 
 def portfolio(args: argparse.Namespace) -> Iterator[Line]:
-    """The metrics that PortAnaRecord logs, name by name."""
+    """All metrics logged by PortAnaRecord."""
     if not args.provider:
         return
     source = QlibSource(args.provider)
     calendar = source.calendar("2015-12-25", "2016-12-30")
     scores = backtest_cases.scores(calendar, sorted(source.instruments("nyse500")))
     with tempfile.TemporaryDirectory() as folder:
-        theirs = portfolio_record.ask_qlib(args.qlib_python, args.provider, scores, Path(folder))
-        own = portfolio_record.ours(args.provider, scores, Path(folder))
-    far = {k: abs(own.get(k, np.inf) - v) / max(abs(v), 1e-9) for k, v in theirs.items()}
-    close = [difference <= backtest_parity.TOLERANCE for difference in far.values()]
+        qlib_metrics = portfolio_record.ask_qlib(
+            args.qlib_python, args.provider, scores, Path(folder)
+        )
+        metrics = portfolio_record.run_qtorch(args.provider, scores, Path(folder))
+    differences = {
+        k: abs(metrics.get(k, np.inf) - v) / max(abs(v), 1e-9) for k, v in qlib_metrics.items()
+    }
+    is_close = [difference <= backtest_parity.TOLERANCE for difference in differences.values()]
     note = (
-        f"{', '.join(sorted(theirs)[:2])}, ...; worst relative difference {max(far.values()):.1e}"
+        f"{', '.join(sorted(qlib_metrics)[:2])}, ...; worst relative difference "
+        f"{max(differences.values()):.1e}"
     )
     yield Line(
-        "PortAnaRecord, metrics", "real bars", len(far), float(np.mean(close)), note, all(close)
+        "PortAnaRecord, metrics",
+        "real bars",
+        len(differences),
+        float(np.mean(is_close)),
+        note,
+        all(is_close),
     )
 
 
@@ -302,12 +324,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--qlib-python", default=os.environ.get("QTORCH_QLIB_PYTHON"))
-    parser.add_argument("--provider", help="a folder in Qlib's layout")
+    parser.add_argument("--provider", help="a folder with bars in Qlib's layout")
     parser.add_argument("--kernels", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", default=",".join(CHECKS), help="checks, by comma")
+    parser.add_argument("--only", default=",".join(CHECKS), help="comma-separated checks")
     args = parser.parse_args()
     if not args.qlib_python:
-        parser.error("name a Python with pyqlib: --qlib-python or QTORCH_QLIB_PYTHON")
+        parser.error("set --qlib-python or QTORCH_QLIB_PYTHON to a Python with pyqlib")
     if args.provider:
         args.provider = str(Path(args.provider).resolve())
     lines = []
@@ -315,7 +337,7 @@ def main() -> int:
         for line in CHECKS[name](args):
             print(line, flush=True)
             lines.append(line)
-    print("\n| what | where | cells | agree | | note |\n|---|---|---|---|---|---|")
+    print("\n| check | data | cells | agree | | note |\n|---|---|---|---|---|---|")
     print("\n".join(map(str, lines)))
     return int(any(not line.passes for line in lines))
 

@@ -1,4 +1,4 @@
-"""The settings and scores on which our backtest and Qlib's are compared."""
+"""Settings and scores for comparing qtorch's backtest with Qlib's."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ Case = dict[str, Any]
 
 
 def cases(count: int = 36, seed: int = 0, topk: tuple[int, ...] = (10, 30, 50)) -> list[Case]:
-    """Settings of the grid, such that every pair of values of two of them occurs together."""
+    """Settings from the grid such that every pair of values of two settings occurs together."""
     grid = {**GRID, "topk": topk}
     random = np.random.default_rng(seed)
-    wanted = _pairs(grid)
-    found: list[Case] = []
-    while len(found) < count:
-        tries = [{k: v[random.integers(len(v))] for k, v in grid.items()} for _ in range(60)]
-        best = max(tries, key=lambda c: len(wanted & _pairs_of(c)))
-        wanted -= _pairs_of(best)
-        found.append(best)
-    assert not wanted, f"{len(wanted)} pairs are not covered by {count} cases"
-    return found
+    uncovered_pairs = _grid_pairs(grid)
+    selected_cases: list[Case] = []
+    while len(selected_cases) < count:
+        candidates = [{k: v[random.integers(len(v))] for k, v in grid.items()} for _ in range(60)]
+        best = max(candidates, key=lambda c: len(uncovered_pairs & _case_pairs(c)))
+        uncovered_pairs -= _case_pairs(best)
+        selected_cases.append(best)
+    assert not uncovered_pairs, f"{len(uncovered_pairs)} pairs are not covered by {count} cases"
+    return selected_cases
 
 
-def _pairs(grid: dict[str, tuple[Any, ...]]) -> set[Any]:
+def _grid_pairs(grid: dict[str, tuple[Any, ...]]) -> set[Any]:
     return {
         ((a, x), (b, y))
         for a, b in itertools.combinations(grid, 2)
@@ -52,31 +52,32 @@ def _pairs(grid: dict[str, tuple[Any, ...]]) -> set[Any]:
     }
 
 
-def _pairs_of(case: Case) -> set[Any]:
+def _case_pairs(case: Case) -> set[Any]:
     return {((a, case[a]), (b, case[b])) for a, b in itertools.combinations(case, 2)}
 
 
 def strategy_kwargs(case: Case) -> dict[str, Any]:
-    """The arguments of TopkDropoutStrategy but the signal."""
+    """The arguments of TopkDropoutStrategy except the signal."""
     return {k: case[k] for k in STRATEGY}
 
 
 def exchange_kwargs(case: Case) -> dict[str, Any]:
-    """The arguments of the exchange, Qlib's names."""
-    rest = {k: case[k] for k in ("limit_threshold", "trade_unit", "deal_price")}
-    return {**rest, **COSTS[case["costs"]]}
+    """The arguments of the exchange, under Qlib's names."""
+    kwargs = {k: case[k] for k in ("limit_threshold", "trade_unit", "deal_price")}
+    return {**kwargs, **COSTS[case["costs"]]}
 
 
 def scores(calendar: pd.DatetimeIndex, instruments: list[str], seed: int = 0) -> pd.Series:
-    """Scores that drift slowly and are noisy, with rows and one whole day missing."""
+    """Noisy scores that drift slowly, with some rows and one whole day missing."""
     random = np.random.default_rng(seed)
     shape = (len(calendar), len(instruments))
-    slow = np.cumsum(random.standard_normal(shape), axis=0) / 4
-    values = slow + random.standard_normal(shape)
-    there = random.random(shape) > 0.03
-    there[len(calendar) // 2] = False
-    at = np.argwhere(there)
+    trend = np.cumsum(random.standard_normal(shape), axis=0) / 4
+    values = trend + random.standard_normal(shape)
+    exists = random.random(shape) > 0.03
+    exists[len(calendar) // 2] = False
+    positions = np.argwhere(exists)
     index = pd.MultiIndex.from_arrays(
-        [calendar[at[:, 0]], [instruments[k] for k in at[:, 1]]], names=["datetime", "instrument"]
+        [calendar[positions[:, 0]], [instruments[k] for k in positions[:, 1]]],
+        names=["datetime", "instrument"],
     )
-    return pd.Series(values[there], index=index, name="score")
+    return pd.Series(values[exists], index=index, name="score")

@@ -1,16 +1,16 @@
-"""Faults of Qlib's TopkDropoutStrategy and Account that qtorch does not repeat, worked by hand.
+"""Bugs of Qlib's TopkDropoutStrategy and Account that qtorch does not have, on hand-worked cases.
 
     python scripts/parity/backtest_faults.py PYTHON_WITH_PYQLIB
 
-All prices are 10 throughout, so that what is held says it all.
+All prices are always 10, so that only the holdings matter.
 
-- `n_drop=0`: `list(comb)[-0:]` is the whole list, so everything that is held is sold.
-- Too full: with more held than topk + n_drop the number of candidates is negative, and
-  `list[:-2]` takes all but two of the market's for candidates, in places that do not exist.
-- `only_tradable`: where the number of candidates is 0, its loop takes one before it looks.
-- Held instruments without a score go first; with no candidates beside them their order is that
-  of a set of strings, so that runs of the same backtest sell different ones (PYTHONHASHSEED).
-- An initial portfolio: the first day's return takes its whole value for a profit.
+- `n_drop=0`: `list(comb)[-0:]` is the whole list, so all holdings are sold.
+- Too full: with more than topk + n_drop holdings the number of candidates is negative, and
+  `list[:-2]` makes all but two instruments of the market candidates, without free slots.
+- `only_tradable`: if the number of candidates is 0, its loop takes one before checking.
+- Holdings without a score are sold first; without candidates their order is that of a set of
+  strings, so that runs of the same backtest sell different ones (PYTHONHASHSEED).
+- An initial portfolio: the first day's return reports its whole value as a profit.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ START, END = "2020-01-02", "2020-01-03"
 
 
 def market() -> FrameSource:
-    """Nine instruments at 10."""
+    """Nine instruments with a constant price of 10."""
     index = pd.MultiIndex.from_product([DAYS, list(NAMES)], names=["datetime", "instrument"])
     bars = {"open": 10.0, "close": 10.0, "volume": 1e6, "factor": 1.0, "change": 0.0}
     return FrameSource(pd.DataFrame(bars, index=index))
 
 
 def scores(order: str) -> list[tuple[str, str, float]]:
-    """Scores of the first two days, the best first; what is not named has none."""
+    """Scores of the first two days, best first; instruments not in `order` have no score."""
     return [(f"{d:%Y-%m-%d}", n, -float(k)) for d in DAYS[:2] for k, n in enumerate(order)]
 
 
-def held(names: str) -> dict[str, Any]:
-    """An account of a hundred of each and no cash."""
+def initial_account(names: str) -> dict[str, Any]:
+    """An account with 100 shares of each instrument and almost no cash."""
     return {"cash": 1.0, **{n: {"amount": 100, "price": 10.0} for n in names}}
 
 
@@ -60,48 +60,48 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "too full": {
         "scores": scores("IHGFEDCBA"),
-        "account": held("ABCDE"),
+        "account": initial_account("ABCDE"),
         "strategy": {"topk": 2, "n_drop": 1, "hold_thresh": 0},
     },
     "only_tradable without room": {
         "scores": scores("ABCDEFGHI"),
-        "account": held("ABC"),
+        "account": initial_account("ABC"),
         "strategy": {"topk": 2, "n_drop": 1, "hold_thresh": 0, "only_tradable": True},
     },
     "held without scores": {
         "scores": scores("IHG"),
-        "account": held("ABCD"),
+        "account": initial_account("ABCD"),
         "strategy": {"topk": 3, "n_drop": 1, "hold_thresh": 0},
     },
 }
 
 
 def jobs(provider: str) -> list[dict[str, Any]]:
-    """The cases for Qlib's side."""
+    """The cases as job descriptions for the Qlib script."""
     return [{"provider": provider, "start": START, "end": END, **case} for case in CASES.values()]
 
 
 def ask_qlib(python: str, provider: str, hash_seed: int = 0) -> dict[str, dict[str, Any]]:
-    """What real Qlib does, by case."""
+    """Qlib's results by case."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder, "job.json")
         job.write_text(json.dumps(jobs(provider)))
         script = Path(__file__).with_name("qlib_backtest_faults.py")
-        done = subprocess.run(
+        process = subprocess.run(
             [python, str(script), str(job)],
             capture_output=True,
             text=True,
             check=False,
             env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
         )
-    if done.returncode:
-        raise RuntimeError(f"Qlib's side failed:\n{done.stderr[-3000:]}")
-    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    if process.returncode:
+        raise RuntimeError(f"Qlib's side failed:\n{process.stderr[-3000:]}")
+    return dict(zip(CASES, json.loads(process.stdout.splitlines()[-1]), strict=True))
 
 
-def ours(provider: str) -> dict[str, dict[str, Any]]:
-    """The same of qtorch."""
-    found = {}
+def run_qtorch(provider: str) -> dict[str, dict[str, Any]]:
+    """qtorch's results by case."""
+    results = {}
     for name, case in CASES.items():
         rows = pd.DataFrame(case["scores"], columns=["datetime", "instrument", "score"])
         rows["datetime"] = pd.to_datetime(rows["datetime"])
@@ -120,54 +120,62 @@ def ours(provider: str) -> dict[str, dict[str, Any]]:
         )
         days = result.positions.reset_index().groupby("datetime")["instrument"]
         names = days.apply(sorted).reindex(result.dates)
-        found[name] = {
-            "held": [x if isinstance(x, list) else [] for x in names],
+        results[name] = {
+            "held": [day_names if isinstance(day_names, list) else [] for day_names in names],
             "first": float(result.report["return"].iloc[0]),
         }
-    return found
+    return results
 
 
 def faults(python: str) -> list[Fault]:
-    """Each fault: whether Qlib shows it and qtorch does not."""
+    """Check for each fault whether Qlib has it and qtorch avoids it."""
     with tempfile.TemporaryDirectory() as folder:
         provider = str(write_qlib(market(), Path(folder) / "market"))
-        theirs, mine = ask_qlib(python, provider), ours(provider)
+        qlib_results, results = ask_qlib(python, provider), run_qtorch(provider)
         runs = {str(ask_qlib(python, provider, k)["held without scores"]) for k in range(6)}
 
-    def days(case: str, of: dict[str, Any]) -> list[str]:
-        return ["".join(names) for names in of[case]["held"]]
+    def days(case: str, case_results: dict[str, Any]) -> list[str]:
+        return ["".join(names) for names in case_results[case]["held"]]
 
-    told = []
-    for name, right in (
+    fault_list = []
+    for name, expected in (
         ("n_drop of 0", ["AB", "AB"]),
         ("too full", ["BCDE", "CDE"]),
         ("only_tradable without room", ["AB", "AB"]),
     ):
-        own, qlib = days(name, mine), days(name, theirs)
-        told.append(Fault(name, f"holds {qlib}", f"holds {own}", qlib != right, own == right))
-    own = days("held without scores", mine)
-    told.append(
+        qtorch_days, qlib_days = days(name, results), days(name, qlib_results)
+        fault_list.append(
+            Fault(
+                name,
+                f"holds {qlib_days}",
+                f"holds {qtorch_days}",
+                qlib_days != expected,
+                qtorch_days == expected,
+            )
+        )
+    qtorch_days = days("held without scores", results)
+    fault_list.append(
         Fault(
             "held without scores",
             f"{len(runs)} different backtests in 6 runs",
-            f"holds {own}",
+            f"holds {qtorch_days}",
             len(runs) > 1,
-            own == ["ABC", "ABI"],
+            qtorch_days == ["ABC", "ABI"],
         )
     )
-    first = theirs["too full"]["first"], mine["too full"]["first"]
-    told.append(
+    first_returns = qlib_results["too full"]["first"], results["too full"]["first"]
+    fault_list.append(
         Fault(
             "an initial portfolio",
-            f"first return {first[0]:.3g}",
-            f"first return {first[1]:.3g}",
-            first[0] > 1,
-            abs(first[1]) < 1e-9,
+            f"first return {first_returns[0]:.3g}",
+            f"first return {first_returns[1]:.3g}",
+            first_returns[0] > 1,
+            abs(first_returns[1]) < 1e-9,
         )
     )
-    return told
+    return fault_list
 
 
 if __name__ == "__main__":
     for fault in faults(sys.argv[1]):
-        print(fault, "\n   ", "shows" if fault.shows else "DOES NOT SHOW", fault.avoided)
+        print(fault, "\n   ", "in Qlib" if fault.shows_in_qlib else "NOT IN QLIB", fault.is_avoided)

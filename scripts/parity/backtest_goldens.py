@@ -1,9 +1,9 @@
-"""Make tests/golden/qlib_backtests.npz: real Qlib's backtests on the synthetic market.
+"""Write tests/golden/qlib_backtests.npz: Qlib's backtests on the synthetic market.
 
     python scripts/parity/backtest_goldens.py PYTHON_WITH_PYQLIB OUT.npz
 
-The market and the scores are made again by the test; the file holds Qlib's results alone, those of
-its strategy with the slices repaired that go wrong when it holds too much.
+The test generates the market and the scores itself; the file contains only Qlib's results, with
+those slices of its strategy repaired that go wrong when the portfolio is too full.
 """
 
 from __future__ import annotations
@@ -26,38 +26,44 @@ FIELDS = ("account", "cash", "total_cost", "total_turnover", "return", "bench")
 
 
 def golden_market() -> SyntheticSource:
-    """Forty wild instruments: limits are hit, some are listed late, some suspended."""
+    """Forty volatile instruments that hit limits; some are listed late, some suspended."""
     return SyntheticSource(40, "2019-01-01", "2019-08-30", seed=3)
 
 
 def golden_scores(market: SyntheticSource) -> pd.Series:
-    """Scores of the market's stocks from before the first day on."""
+    """Scores of the market's stocks, starting before the first trading day."""
     calendar = market.calendar("2019-02-20", "2019-08-10")
     return scores(calendar, sorted(market.instruments("stocks")), seed=1)
 
 
 def golden_cases() -> list[Case]:
-    """Twenty-six settings, limits at 3% so that they bind."""
-    found = cases(26, seed=2, topk=(3, 6, 10))
-    return [{**c, "limit_threshold": c["limit_threshold"] and 0.03} for c in found]
+    """Twenty-six settings, with limits of 3% so that they take effect."""
+    selected_cases = cases(26, seed=2, topk=(3, 6, 10))
+    return [{**c, "limit_threshold": c["limit_threshold"] and 0.03} for c in selected_cases]
 
 
 def pack(number: int, answer: Answer, calendar: pd.DatetimeIndex, names: list[str]) -> dict:
-    """An answer as small arrays."""
-    held = answer.positions
-    asked = answer.orders
+    """Pack a result into small arrays; positions and orders as (day, instrument) indices."""
+    positions = answer.positions
+    orders = answer.orders
     return {
         f"{number}/report": answer.report[list(FIELDS)].to_numpy(dtype=np.float64),
         f"{number}/held": np.stack(
-            [calendar.get_indexer(held["datetime"]), [names.index(i) for i in held["instrument"]]]
+            [
+                calendar.get_indexer(positions["datetime"]),
+                [names.index(i) for i in positions["instrument"]],
+            ]
         ).astype(np.int16),
-        f"{number}/amount": held["amount"].to_numpy(dtype=np.float64),
-        f"{number}/count": held["count"].to_numpy(dtype=np.int16),
+        f"{number}/amount": positions["amount"].to_numpy(dtype=np.float64),
+        f"{number}/count": positions["count"].to_numpy(dtype=np.int16),
         f"{number}/asked": np.stack(
-            [calendar.get_indexer(asked["datetime"]), [names.index(i) for i in asked["instrument"]]]
+            [
+                calendar.get_indexer(orders["datetime"]),
+                [names.index(i) for i in orders["instrument"]],
+            ]
         ).astype(np.int16),
-        f"{number}/dealt": asked["deal_amount"].to_numpy(dtype=np.float64),
-        f"{number}/cost": asked["cost"].to_numpy(dtype=np.float64),
+        f"{number}/dealt": orders["deal_amount"].to_numpy(dtype=np.float64),
+        f"{number}/cost": orders["cost"].to_numpy(dtype=np.float64),
     }
 
 
@@ -65,7 +71,7 @@ def main(python: str, out: str) -> None:
     market = golden_market()
     names = sorted(market.instruments("all"))
     calendar = market.calendar(*SPAN)
-    stored: dict = {}
+    arrays: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         provider = str(write_qlib(market, Path(folder) / "market"))
         answers = ask_qlib(
@@ -76,11 +82,11 @@ def main(python: str, out: str) -> None:
             golden_cases(),
             Path(folder),
             benchmark=BENCHMARK,
-            mended=True,
+            repair_faults=True,
         )
     for number, answer in enumerate(answers):
-        stored |= pack(number, answer, calendar, names)
-    np.savez_compressed(out, **stored)
+        arrays |= pack(number, answer, calendar, names)
+    np.savez_compressed(out, **arrays)
 
 
 if __name__ == "__main__":

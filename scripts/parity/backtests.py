@@ -1,4 +1,4 @@
-"""Our backtest beside real Qlib's on the same scores and bars, setting by setting."""
+"""Compare qtorch's backtest with Qlib's on the same scores and bars, for each setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASH = 1e8
 
 @dataclass(frozen=True)
 class Answer:
-    """What Qlib found for one setting."""
+    """Qlib's result for one setting."""
 
     report: pd.DataFrame
     positions: pd.DataFrame
@@ -31,8 +31,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """The comparison of one setting: the worst relative difference of the account's value, of a
-    position's amount and of an order's cost, and the number of days whose holdings differ."""
+    """The comparison of one setting.
+
+    `account`, `amount` and `cost` are the largest relative differences of the report, of the
+    positions and of the orders; `differing_days` counts days with different holdings.
+    """
 
     name: str
     days: int
@@ -40,12 +43,12 @@ class Row:
     account: float
     amount: float
     cost: float
-    other_days: int
+    differing_days: int
 
     @property
     def passes(self) -> bool:
-        """Every figure within the tolerance, the same names held every day."""
-        return not self.other_days and max(self.account, self.amount, self.cost) <= TOLERANCE
+        """Whether all numbers are within the tolerance and all holdings are the same."""
+        return not self.differing_days and max(self.account, self.amount, self.cost) <= TOLERANCE
 
 
 def ask_qlib(
@@ -53,16 +56,16 @@ def ask_qlib(
     provider: str,
     scores: pd.Series,
     span: tuple[str, str],
-    asked: Sequence[Case],
+    settings: Sequence[Case],
     folder: Path,
     *,
     benchmark: str,
     codes: str = "all",
-    mended: bool = False,
+    repair_faults: bool = False,
 ) -> list[Answer]:
-    """Run real Qlib over the settings; its answers in their order.
+    """Run Qlib on the settings and return its results in the same order.
 
-    `mended`: with the strategy's faults repaired (`qlib_backtest.py` says which).
+    `repair_faults`: repair the strategy's bugs first (`qlib_backtest.py` lists them).
     """
     job = {
         "provider": provider,
@@ -72,27 +75,27 @@ def ask_qlib(
         "account": CASH,
         "benchmark": benchmark,
         "codes": codes,
-        "cases": list(asked),
-        "mended": mended,
+        "cases": list(settings),
+        "repair_faults": repair_faults,
     }
     scores.to_pickle(job["scores"])
     (folder / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("qlib_backtest.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [python, str(script), str(folder / "job.json"), str(folder)],
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    if process.returncode:
+        raise RuntimeError(process.stderr[-3000:])
     kinds = ("report", "positions", "orders", "indicators")
     return [
         Answer(*(pd.read_parquet(folder / f"{k}.{kind}.parquet") for kind in kinds))
-        for k in range(len(asked))
+        for k in range(len(settings))
     ]
 
 
-def ours(
+def run_qtorch(
     provider: str,
     scores: pd.Series,
     span: tuple[str, str],
@@ -101,7 +104,7 @@ def ours(
     benchmark: str,
     codes: str = "all",
 ) -> BacktestResult:
-    """Our backtest of a setting."""
+    """Run qtorch's backtest of a setting."""
     return backtest(
         *span,
         TopkDropoutStrategy(signal=scores, **strategy_kwargs(case)),
@@ -113,56 +116,63 @@ def ours(
     )
 
 
-def compare(name: str, own: BacktestResult, theirs: Answer) -> Row:
-    """One setting: every day's account, every position and every order's cost."""
-    report = own.report
-    assert list(report.columns) == list(theirs.report.columns), (report.columns, theirs.report)
-    account = _worst(report["account"].to_numpy(), theirs.report["account"].to_numpy())
+def compare(name: str, result: BacktestResult, qlib_result: Answer) -> Row:
+    """Compare every day's report, every position and every order of one setting."""
+    report = result.report
+    assert list(report.columns) == list(qlib_result.report.columns), (
+        report.columns,
+        qlib_result.report,
+    )
+    account = _max_difference(
+        report["account"].to_numpy(), qlib_result.report["account"].to_numpy()
+    )
     columns = max(
-        _worst(report[c].to_numpy(), theirs.report[c].to_numpy().astype(float), 1e-9)
+        _max_difference(report[c].to_numpy(), qlib_result.report[c].to_numpy().astype(float), 1e-9)
         for c in report.columns
     )
-    held = theirs.positions.set_index(["datetime", "instrument"]).sort_index()
-    mine = own.positions.sort_index()
-    both = mine.join(held, how="outer", lsuffix="_own", rsuffix="_qlib")
-    lost = both[["amount_own", "amount_qlib"]].isna().any(axis=1)
-    other_days = both.index[lost].get_level_values(0).nunique()
-    both = both[~lost]
+    qlib_positions = qlib_result.positions.set_index(["datetime", "instrument"]).sort_index()
+    positions = result.positions.sort_index()
+    joined_positions = positions.join(qlib_positions, how="outer", lsuffix="_own", rsuffix="_qlib")
+    is_missing = joined_positions[["amount_own", "amount_qlib"]].isna().any(axis=1)
+    differing_days = joined_positions.index[is_missing].get_level_values(0).nunique()
+    joined_positions = joined_positions[~is_missing]
     amount = max(
-        _worst(both[f"{c}_own"].to_numpy(), both[f"{c}_qlib"].to_numpy())
+        _max_difference(
+            joined_positions[f"{c}_own"].to_numpy(), joined_positions[f"{c}_qlib"].to_numpy()
+        )
         for c in ("amount", "price", "count", "weight")
     )
-    cost = _orders(own, theirs)
-    cells = report.size + 4 * len(both) + 3 * len(theirs.orders)
-    return Row(name, len(report), cells, max(account, columns), amount, cost, other_days)
+    cost = _compare_orders(result, qlib_result)
+    cells = report.size + 4 * len(joined_positions) + 3 * len(qlib_result.orders)
+    return Row(name, len(report), cells, max(account, columns), amount, cost, differing_days)
 
 
-def _orders(own: BacktestResult, theirs: Answer) -> float:
-    asked = theirs.orders.set_index(["datetime", "instrument"]).sort_index()
-    mine = own.orders.sort_index()
-    sign = np.where(mine["direction"] == "buy", 1.0, -1.0)
-    if not mine.index.equals(asked.index):
+def _compare_orders(result: BacktestResult, qlib_result: Answer) -> float:
+    qlib_orders = qlib_result.orders.set_index(["datetime", "instrument"]).sort_index()
+    orders = result.orders.sort_index()
+    sign = np.where(orders["direction"] == "buy", 1.0, -1.0)
+    if not orders.index.equals(qlib_orders.index):
         return np.inf
     pairs = (
-        (sign * mine["amount"], asked["amount"]),
-        (sign * mine["deal_amount"], asked["deal_amount"]),
-        (mine["cost"], asked["cost"]),
+        (sign * orders["amount"], qlib_orders["amount"]),
+        (sign * orders["deal_amount"], qlib_orders["deal_amount"]),
+        (orders["cost"], qlib_orders["cost"]),
     )
-    counts = theirs.indicators.reindex(own.indicators.index)
+    qlib_indicators = qlib_result.indicators.reindex(result.indicators.index)
     indicators = max(
-        _worst(own.indicators[c].to_numpy(), counts[c].to_numpy(), 1e-9)
+        _max_difference(result.indicators[c].to_numpy(), qlib_indicators[c].to_numpy(), 1e-9)
         for c in ("ffr", "deal_amount", "value", "count")
     )
-    return max(indicators, *(_worst(a.to_numpy(), b.to_numpy(), 1e-6) for a, b in pairs))
+    return max(indicators, *(_max_difference(a.to_numpy(), b.to_numpy(), 1e-6) for a, b in pairs))
 
 
-def _worst(own: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
-    """The largest relative difference; `floor` is the size below which it counts as absolute."""
-    if not len(own):
+def _max_difference(values: np.ndarray, qlib_values: np.ndarray, floor: float = 0.0) -> float:
+    """The largest relative difference; for values below `floor` it is relative to `floor`."""
+    if not len(values):
         return 0.0
-    if not np.array_equal(np.isnan(own), np.isnan(theirs)):
+    if not np.array_equal(np.isnan(values), np.isnan(qlib_values)):
         return float("inf")
-    scale = np.maximum(np.abs(theirs), floor)
+    scale = np.maximum(np.abs(qlib_values), floor)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.abs(own - theirs) / scale
-    return float(np.nan_to_num(found[own != theirs], nan=0.0).max(initial=0.0))
+        difference = np.abs(values - qlib_values) / scale
+    return float(np.nan_to_num(difference[values != qlib_values], nan=0.0).max(initial=0.0))

@@ -1,4 +1,4 @@
-"""Expressions that use every operator of the language at least once, alone and combined."""
+"""Expressions that use every operator of the expression language, alone and combined."""
 
 from __future__ import annotations
 
@@ -6,33 +6,40 @@ ROLLING = (
     *("Mean", "Sum", "Std", "Var", "Skew", "Kurt", "Max", "Min", "IdxMax", "IdxMin", "Med", "Mad"),
     *("Rank", "Count", "Slope", "Rsquare", "Resi", "WMA", "EMA", "Ref", "Delta"),
 )
-_SMALLEST = {"Skew": 3, "Kurt": 4}
+_MIN_WINDOW = {"Skew": 3, "Kurt": 4}
 
 
-def operator_expressions(others: tuple[str, str] = ("STR000", "STR001")) -> list[str]:
-    """One list for the parity table and the goldens; `others` are two instruments of the bars,
-    for the operators that look at another one."""
-    found = [
+def operator_expressions(references: tuple[str, str] = ("STR000", "STR001")) -> list[str]:
+    """The expressions of the parity table and of the golden file.
+
+    `references` are two instruments of the bars, for the operators that read another instrument.
+    """
+    expressions = [
         f"{name}(${field}, {window})"
         for name in ROLLING
         for field, windows in (("close", (1, 2, 5, 13, 60, 0)), ("volume", (7, 30)))
         for window in windows
-        if window == 0 or window >= _SMALLEST.get(name, 1)
+        if window == 0 or window >= _MIN_WINDOW.get(name, 1)
     ]
-    found += [
+    expressions += [
         f"Quantile($close, {w}, {q})" for w in (1, 5, 24, 60, 0) for q in (0, 0.2, 0.5, 0.83, 1)
     ]
-    found += [f"Quantile($volume, 20, {q})" for q in (0.1, 0.9)]
-    found += [f"EMA($close, {a})" for a in (0.05, 0.5, 0.94)]
-    found += [f"Corr($close, $volume, {w})" for w in (2, 5, 20, 60)]
-    found += [f"Cov($close, $open, {w})" for w in (2, 5, 20, 60)]
-    found += ["Ref($close, -1)", "Ref($close, -5)", "Delta($close, -3)", "Ref(Ref($close, 3), -2)"]
-    found += _elementwise()
-    found += _nested(others)
-    return found
+    expressions += [f"Quantile($volume, 20, {q})" for q in (0.1, 0.9)]
+    expressions += [f"EMA($close, {a})" for a in (0.05, 0.5, 0.94)]
+    expressions += [f"Corr($close, $volume, {w})" for w in (2, 5, 20, 60)]
+    expressions += [f"Cov($close, $open, {w})" for w in (2, 5, 20, 60)]
+    expressions += [
+        "Ref($close, -1)",
+        "Ref($close, -5)",
+        "Delta($close, -3)",
+        "Ref(Ref($close, 3), -2)",
+    ]
+    expressions += _elementwise_expressions()
+    expressions += _combined_expressions(references)
+    return expressions
 
 
-def _elementwise() -> list[str]:
+def _elementwise_expressions() -> list[str]:
     tests = [f"{name}($close, $open)" for name in ("Gt", "Ge", "Lt", "Le", "Eq", "Ne")]
     return [
         *("$close", "Feature('close')", "Abs($close-$open)", "Sign($close-$open)", "Log($volume)"),
@@ -62,7 +69,7 @@ def _elementwise() -> list[str]:
     ]
 
 
-def _nested(others: tuple[str, str]) -> list[str]:
+def _combined_expressions(references: tuple[str, str]) -> list[str]:
     return [
         "Mean($close, 5)-Mean($close, 10)",
         "EMA($close, 12)/$close-EMA($close, 26)/$close",
@@ -102,8 +109,8 @@ def _nested(others: tuple[str, str]) -> list[str]:
         "Log(Mean($volume, 5))",
         "Power(Mean($close, 5)/$close, 2)-1",
         "Var($close, 5)*Var($volume, 5)",
-        f"Mask($close, '{others[0]}')",
-        f"$close/Mask($close, '{others[1]}')",
-        f"Mean(Mask($close, '{others[1].lower()}'), 5)/$close",
-        f"ChangeInstrument('{others[0]}', Mean($close, 5))",
+        f"Mask($close, '{references[0]}')",
+        f"$close/Mask($close, '{references[1]}')",
+        f"Mean(Mask($close, '{references[1].lower()}'), 5)/$close",
+        f"ChangeInstrument('{references[0]}', Mean($close, 5))",
     ]

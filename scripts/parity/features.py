@@ -1,8 +1,8 @@
-"""qtorch's expressions against real Qlib's: the table of agreement.
+"""Compare the values of qtorch's expressions with Qlib's.
 
-    compare(panel, qlib_npz, expressions) -> list[Row]
+    compare(panel, qlib_npz) -> list[Row]
 
-Qlib's numbers come from `qlib_features.py`, which `ask_qlib` starts under a Python with pyqlib.
+Qlib's values come from `qlib_features.py`, which `ask_qlib` runs with a Python that has pyqlib.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.panel import Panel
 
 RELATIVE, OF_SCALE, SHARE = 1e-4, 1e-6, 0.9999
-"""|ours - Qlib's| <= RELATIVE |Qlib's| + OF_SCALE x scale, in SHARE of the cells."""
+"""Pass if |qtorch - Qlib| <= RELATIVE |Qlib| + OF_SCALE x scale in the fraction SHARE of cells."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One column's agreement: cells, the share that agrees, differing NaNs, the worst excess.
+    """The agreement of one column: cells, fraction in agreement, differing NaN, worst difference.
 
-    `flat` counts the declared difference on windows without any movement: exactly 0 here, Qlib's
-    rounding there (under 1e-5, or over 1e5 where it was divided by 1e-12).
+    `flat` counts cells with an accepted difference on windows of constant values: qtorch returns
+    exactly 0, Qlib its rounding error (under 1e-5, or over 1e5 if divided by 1e-12).
     """
 
     name: str
     cells: int
     agree: float
-    other_nan: int
+    differing_nan: int
     outside: int
     flat: int
     worst: float
@@ -47,64 +47,67 @@ class Row:
     def __str__(self) -> str:
         mark = "ok" if self.passes else "FAILS"
         return (
-            f"{self.name[:60]:60} {self.cells:9d} {100 * self.agree:9.4f}% nan {self.other_nan:5d} "
-            f"outside {self.outside:5d} flat {self.flat:4d} worst {self.worst:9.2e} {mark}"
+            f"{self.name[:60]:60} {self.cells:9d} {100 * self.agree:9.4f}% "
+            f"nan {self.differing_nan:5d} outside {self.outside:5d} flat {self.flat:4d} "
+            f"worst {self.worst:9.2e} {mark}"
         )
 
 
 def ask_qlib(
     python: str, provider: Path | str, expressions: Sequence[str] | str, *, kernels: int = 1
 ) -> dict[str, np.ndarray]:
-    """Real Qlib's values of expressions ("alpha158" and "alpha360" too) over a provider folder."""
+    """Qlib's values of expressions (or "alpha158", "alpha360") on the bars of a provider folder."""
     script = Path(__file__).with_name("qlib_features.py")
     with tempfile.TemporaryDirectory() as folder:
-        wanted, out = Path(folder) / "wanted.json", Path(folder) / "out.npz"
-        wanted.write_text(
+        request, out = Path(folder) / "wanted.json", Path(folder) / "out.npz"
+        request.write_text(
             json.dumps(expressions if isinstance(expressions, str) else [*expressions])
         )
         subprocess.run(
-            [python, str(script), str(provider), str(wanted), str(out), str(kernels)],
+            [python, str(script), str(provider), str(request), str(out), str(kernels)],
             check=True,
             capture_output=True,
             text=True,
         )
-        with np.load(out) as found:
-            return {key: found[key] for key in found.files}
+        with np.load(out) as arrays:
+            return {key: arrays[key] for key in arrays.files}
 
 
 def compare(bars: Panel, qlib: dict[str, np.ndarray], *, columns_at_once: int = 40) -> list[Row]:
-    """Compare every column of Qlib's answer with ours over the same bars."""
+    """Compare every column of Qlib's values with qtorch's on the same bars."""
     instruments = pd.Index([i.lower() for i in bars.instruments])
-    at = instruments.get_indexer(pd.Index(qlib["instrument"]).str.lower())
+    columns = instruments.get_indexer(pd.Index(qlib["instrument"]).str.lower())
     rows = bars.calendar.get_indexer(pd.DatetimeIndex(qlib["datetime"]))
-    if (at < 0).any() or (rows < 0).any():
-        raise ValueError("Qlib answered for rows that the bars lack")
+    if (columns < 0).any() or (rows < 0).any():
+        raise ValueError("Qlib returned rows that are not in the bars")
     table = []
     names = [str(n) for n in qlib["names"]]
     expressions = [str(e) for e in qlib["expressions"]]
     for begin in range(0, len(names), columns_at_once):
         part = slice(begin, begin + columns_at_once)
-        ours = evaluate(dict(zip(names[part], expressions[part], strict=True)), bars)
+        values = evaluate(dict(zip(names[part], expressions[part], strict=True)), bars)
         for k, name in enumerate(names[part]):
-            column = ours.values[:, :, k].cpu().numpy()[rows, at]
+            column = values.values[:, :, k].cpu().numpy()[rows, columns]
             table.append(compare_column(name, column, qlib["values"][:, begin + k]))
     return table
 
 
-def compare_column(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
-    """One column; its scale is the deviation of Qlib's finite values."""
-    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    finite = np.isfinite(theirs)
-    scale = float(theirs[finite].std()) if finite.any() else 0.0
-    same_nan = np.isnan(ours) == np.isnan(theirs)
-    allowed = RELATIVE * np.abs(theirs) + OF_SCALE * scale
+def compare_column(name: str, values: np.ndarray, qlib_values: np.ndarray) -> Row:
+    """Compare one column; its scale is the standard deviation of Qlib's finite values."""
+    values, qlib_values = values.astype(np.float64), qlib_values.astype(np.float64)
+    finite = np.isfinite(qlib_values)
+    scale = float(qlib_values[finite].std()) if finite.any() else 0.0
+    same_nan = np.isnan(values) == np.isnan(qlib_values)
+    tolerance = RELATIVE * np.abs(qlib_values) + OF_SCALE * scale
     with np.errstate(invalid="ignore"):
-        outside = ~(np.abs(ours - theirs) <= allowed) & (ours != theirs)
-    infinite = np.isinf(ours) | np.isinf(theirs)
-    outside = same_nan & ~np.isnan(ours) & (outside | (infinite & (ours != theirs)))
-    flat = outside & (ours == 0) & ((np.abs(theirs) < 1e-5) | (np.abs(theirs) > 1e5))
-    outside &= ~flat
-    agree = same_nan & ~outside
-    worst = float(np.abs(ours - theirs)[outside].max()) if outside.any() else 0.0
-    counts = (int((~same_nan).sum()), int(outside.sum()), int(flat.sum()))
-    return Row(name, len(ours), float(agree.mean()), *counts, worst)
+        is_outside = ~(np.abs(values - qlib_values) <= tolerance) & (values != qlib_values)
+    infinite = np.isinf(values) | np.isinf(qlib_values)
+    is_outside = same_nan & ~np.isnan(values) & (is_outside | (infinite & (values != qlib_values)))
+    is_flat = (
+        is_outside & (values == 0) & ((np.abs(qlib_values) < 1e-5) | (np.abs(qlib_values) > 1e5))
+    )
+    is_outside &= ~is_flat
+    agrees = same_nan & ~is_outside
+    worst = float(np.abs(values - qlib_values)[is_outside].max()) if is_outside.any() else 0.0
+    counts = (int((~same_nan).sum()), int(is_outside.sum()), int(is_flat.sum()))
+    return Row(name, len(values), float(agrees.mean()), *counts, worst)

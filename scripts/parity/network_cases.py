@@ -1,9 +1,9 @@
-"""Qlib's networks beside qtorch's over a grid of sizes: what the Pythons of both sides read.
+"""Cases for comparing qtorch's networks with Qlib's over a grid of sizes; used on both sides.
 
-Weights and inputs are functions of names, so that nothing but Qlib's outputs, and the names and
-shapes of its parameters, has to be kept. A network more is an entry of TWINS, its names in
-`network_weights.py`, and, where a call takes more than `x`, a line in `qlib_networks.py` and
-`networks.py`.
+Weights and inputs are generated from names, so that only Qlib's outputs and the names and shapes
+of its parameters have to be stored. To add a network, add an entry to TWINS and its parameter
+names to `network_weights.py`; if it is called with more than `x`, also a line to
+`qlib_networks.py` and `networks.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 Sizes = Mapping[str, Any]
 Arguments = Callable[[Sizes], dict[str, Any]]
 NUM_CONCEPTS, BANK_DAYS = 5, (3, 7, 4, 5, 3, 6)
-NUM_ERRORS, ROUTER = 4, 5  # past steps whose errors TRA is told; its router's width
+NUM_ERRORS, ROUTER = 4, 5  # number of past errors that TRA gets; width of its router
 
 BASE = {
     "d_feat": (3, 6),
@@ -34,44 +34,45 @@ RNN = {"base_model": ("GRU", "LSTM")}
 
 @dataclass(frozen=True)
 class Twin:
-    """A network of qtorch (`ours`, by its class in qtorch.nn) and of Qlib (`module.Class`).
+    """A network of qtorch (`network`, a class of qtorch.nn) and of Qlib (`qlib`, `module.Class`).
 
-    `feed` says how Qlib's wants its windows: "by feature" and "by step" are flat, "window" is
-    `[N, T, F]`, "channels" `[N, F, T]`. `theirs` and `own` make the constructors' arguments.
+    `feed` is the layout of the windows for Qlib's network: "by feature" and "by step" are flat,
+    "window" is `[N, T, F]`, "channels" `[N, F, T]`. `qlib_arguments` and `arguments` build the
+    arguments of the two constructors from the sizes of a case.
     """
 
-    ours: str
+    network: str
     qlib: str
     feed: str
-    theirs: Arguments
-    own: Arguments
-    varied: Mapping[str, tuple[Any, ...]]
+    qlib_arguments: Arguments
+    arguments: Arguments
+    grid_values: Mapping[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a twin's grid."""
+    """One point in the grid of a network pair."""
 
     name: str
     twin: Twin
     sizes: Sizes
 
 
-def _named(*names: str, **renamed: str) -> Arguments:
-    """Arguments that are sizes, by their own names or by others (`theirs=ours`)."""
-    return lambda s: {n: s[n] for n in names} | {to: s[n] for to, n in renamed.items()}
+def _take_sizes(*names: str, **aliases: str) -> Arguments:
+    """Use sizes as arguments, under their own names or under others (`argument="size"`)."""
+    return lambda s: {n: s[n] for n in names} | {to: s[n] for to, n in aliases.items()}
 
 
 _STACK = ("d_feat", "hidden_size", "num_layers")
-_ATTENTION = _named("d_feat", "num_layers", "nhead", d_model="hidden_size")
+_ATTENTION = _take_sizes("d_feat", "num_layers", "nhead", d_model="hidden_size")
 
 
 def _without_dropout(arguments: Arguments) -> Arguments:
     return lambda s: {**arguments(s), "dropout": 0.0}
 
 
-def _side_by_side(cnn: tuple[str, ...], rnn: tuple[str, ...], feature: str) -> Arguments:
-    """KRNN's and Sandwich's: the widths differ, so that none can stand for another."""
+def _cnn_rnn_arguments(cnn: tuple[str, ...], rnn: tuple[str, ...], feature: str) -> Arguments:
+    """Arguments of KRNN and Sandwich; all widths differ, so that mixing them up is noticed."""
     return lambda s: {
         feature: s["d_feat"],
         **{n: s["hidden_size"] + 1 + k for k, n in enumerate(cnn)},
@@ -88,40 +89,41 @@ def _widths(s: Sizes) -> list[int]:
     return [s["hidden_size"] + k for k in range(s["num_layers"])]
 
 
-def _krnn(feature: str) -> Arguments:
-    return _side_by_side(("cnn_dim",), ("rnn_dim",), feature)
+def _krnn_arguments(feature: str) -> Arguments:
+    return _cnn_rnn_arguments(("cnn_dim",), ("rnn_dim",), feature)
 
 
-def _sandwich(feature: str) -> Arguments:
-    return _side_by_side(("cnn_dim_1", "cnn_dim_2"), ("rnn_dim_1", "rnn_dim_2"), feature)
+def _sandwich_arguments(feature: str) -> Arguments:
+    return _cnn_rnn_arguments(("cnn_dim_1", "cnn_dim_2"), ("rnn_dim_1", "rnn_dim_2"), feature)
 
 
-def _router(arguments: Arguments) -> Arguments:
-    """TRA's, with the router that `qlib_networks.py` builds."""
+def _with_router(arguments: Arguments) -> Arguments:
+    """Add the arguments of the router that `qlib_networks.py` builds for TRA."""
     return lambda s: arguments(s) | {"router_size": ROUTER, "lookback": NUM_ERRORS}
 
 
-def few(s: Sizes) -> dict[str, int]:
-    """How many days and neighbours IGMTF looks up."""
+def igmtf_lookup_sizes(s: Sizes) -> dict[str, int]:
+    """The numbers of days and of neighbours that IGMTF looks up."""
     return {"k_day": s["k_day"], "n_neighbor": 7 - s["k_day"]}
 
 
 def _twins() -> dict[str, Twin]:
-    """By Qlib's file: all that qtorch has beside Qlib's, and those of its files that train a
-    network in a step of their own."""
-    stack, rnn = _named(*_STACK), _named(*_STACK, "base_model")
-    alstm = _named(*_STACK, "rnn_type")
+    """The network pairs by Qlib's file, including networks with their own training step."""
+    stack, rnn = _take_sizes(*_STACK), _take_sizes(*_STACK, "base_model")
+    alstm = _take_sizes(*_STACK, "rnn_type")
     tcn = {"hidden_size": (6, 8), "kernel_size": (2, 5)}
-    dups = {"rnn_dups": (1, 3), "cnn_kernel_size": (1, 3)}
-    sfm = _named("d_feat", "hidden_size", "freq_dim", "output_dim")
+    cnn_grid = {"rnn_dups": (1, 3), "cnn_kernel_size": (1, 3)}
+    sfm = _take_sizes("d_feat", "hidden_size", "freq_dim", "output_dim")
 
-    def tcn_of_qlib(s: Sizes) -> dict[str, Any]:
+    def qlib_tcn_arguments(s: Sizes) -> dict[str, Any]:
         channels = [s["hidden_size"]] * s["num_layers"]
         sizes = {"num_input": s["d_feat"], "output_size": 1, "num_channels": channels}
         return {**sizes, "kernel_size": s["kernel_size"], "dropout": 0.0}
 
-    own_tcn = _without_dropout(_named("d_feat", "num_layers", "kernel_size", n_chans="hidden_size"))
-    made = {
+    tcn_arguments = _without_dropout(
+        _take_sizes("d_feat", "num_layers", "kernel_size", n_chans="hidden_size")
+    )
+    twins = {
         "pytorch_nn": Twin(
             "MLP",
             "pytorch_nn.Net",
@@ -147,15 +149,20 @@ def _twins() -> dict[str, Twin]:
             {"num_layers": (1,), "freq_dim": (3, 10), "output_dim": (1, 2)},
         ),
         "pytorch_krnn": Twin(
-            "KRNN", "pytorch_krnn.KRNNModel", "by step", _krnn("fea_dim"), _krnn("d_feat"), dups
+            "KRNN",
+            "pytorch_krnn.KRNNModel",
+            "by step",
+            _krnn_arguments("fea_dim"),
+            _krnn_arguments("d_feat"),
+            cnn_grid,
         ),
         "pytorch_sandwich": Twin(
             "Sandwich",
             "pytorch_sandwich.SandwichModel",
             "by step",
-            _sandwich("fea_dim"),
-            _sandwich("d_feat"),
-            dups,
+            _sandwich_arguments("fea_dim"),
+            _sandwich_arguments("d_feat"),
+            cnn_grid,
         ),
         "pytorch_hist": Twin("HIST", "pytorch_hist.HISTModel", "by feature", rnn, rnn, RNN),
         "pytorch_igmtf": Twin(
@@ -163,31 +170,39 @@ def _twins() -> dict[str, Twin]:
             "pytorch_igmtf.IGMTFModel",
             "by feature",
             rnn,
-            lambda s: rnn(s) | few(s),
+            lambda s: rnn(s) | igmtf_lookup_sizes(s),
             {**RNN, "k_day": (2, 4)},
         ),
     }
-    doubled = {
+    twins_with_ts = {
         "lstm": ("LSTM", "LSTMModel", stack, stack, {}),
         "gru": ("GRU", "GRUModel", stack, stack, {}),
         "alstm": ("ALSTM", "ALSTMModel", alstm, alstm, {"rnn_type": ("GRU", "LSTM")}),
-        "tcn": ("TCN", "TCNModel", tcn_of_qlib, own_tcn, tcn),
+        "tcn": ("TCN", "TCNModel", qlib_tcn_arguments, tcn_arguments, tcn),
         "transformer": ("Transformer", "Transformer", _ATTENTION, _ATTENTION, {"nhead": (1, 2)}),
         "localformer": ("Localformer", "Transformer", _ATTENTION, _ATTENTION, {"nhead": (1, 2)}),
         "gats": ("GATs", "GATModel", rnn, rnn, RNN),
     }
-    for file, (ours, theirs, of_qlib, own, varied) in doubled.items():
+    for file, (
+        network,
+        qlib_class,
+        qlib_arguments,
+        arguments,
+        grid_values,
+    ) in twins_with_ts.items():
         for name in (f"pytorch_{file}", f"pytorch_{file}_ts"):
             feed = "by feature"
             if name.endswith("_ts"):
                 feed = "channels" if file == "tcn" else "window"
-            made[name] = Twin(ours, f"{name}.{theirs}", feed, of_qlib, own, varied)
-    return made | _own_steps()
+            twins[name] = Twin(
+                network, f"{name}.{qlib_class}", feed, qlib_arguments, arguments, grid_values
+            )
+    return twins | _twins_with_training_step()
 
 
-def _own_steps() -> dict[str, Twin]:
-    """Networks whose training step is their own."""
-    rnn, stack = _named(*_STACK, "base_model"), _named(*_STACK)
+def _twins_with_training_step() -> dict[str, Twin]:
+    """The pairs of networks that have their own training step."""
+    rnn, stack = _take_sizes(*_STACK, "base_model"), _take_sizes(*_STACK)
     tabnet = ("out_dim", "n_d", "n_a", "n_shared", "n_ind", "n_steps")
     errors = {"num_states": (2, 3)}
 
@@ -203,7 +218,7 @@ def _own_steps() -> dict[str, Twin]:
             "by feature",
             lambda s: rnn(s) | {"dec_dropout": 0.0},
             rnn,
-            {**RNN, "step_len": (2, 5, 20)},  # Qlib takes its form from the second step
+            {**RNN, "step_len": (2, 5, 20)},  # Qlib's network needs at least two steps
         ),
         "pytorch_adarnn": Twin(
             "ADARNN",
@@ -211,7 +226,7 @@ def _own_steps() -> dict[str, Twin]:
             "window",
             adarnn,
             stack,
-            # Qlib's gates need two steps, and its domains are the halves of a batch.
+            # Qlib's gates need two steps, and its two domains are the halves of a batch.
             {"step_len": (2, 5, 20), "batch": (1, 2, 8)},
         ),
         "pytorch_tcts": Twin("TCTS", "pytorch_tcts.GRUModel", "by feature", stack, stack, {}),
@@ -219,27 +234,27 @@ def _own_steps() -> dict[str, Twin]:
             "TRA",
             "pytorch_tra.RNN",
             "window",
-            _named(
+            _take_sizes(
                 "hidden_size", "num_layers", "use_attn", input_size="d_feat", rnn_arch="base_model"
             ),
-            _router(_named(*_STACK, "use_attn", "num_states", rnn_arch="base_model")),
+            _with_router(_take_sizes(*_STACK, "use_attn", "num_states", rnn_arch="base_model")),
             {**RNN, **errors, "use_attn": (True, False)},
         ),
         "pytorch_tra (Transformer)": Twin(
             "TRA",
             "pytorch_tra.Transformer",
             "window",
-            _named("hidden_size", "num_layers", input_size="d_feat", num_heads="nhead"),
-            _router(_named(*_STACK, "nhead", "num_states", backbone="backbone")),
+            _take_sizes("hidden_size", "num_layers", input_size="d_feat", num_heads="nhead"),
+            _with_router(_take_sizes(*_STACK, "nhead", "num_states", backbone="backbone")),
             {**errors, "d_feat": (4, 6), "nhead": (1, 2), "backbone": ("Transformer",)},
         ),
         "pytorch_tabnet": Twin(
             "TabNet",
             "pytorch_tabnet.TabNet",
             "by feature",
-            _named(*tabnet, inp_dim="d_feat"),
-            # As Qlib has it: nothing is remembered of what was picked.
-            lambda s: _named("d_feat", *tabnet)(s) | {"relax": None},
+            _take_sizes(*tabnet, inp_dim="d_feat"),
+            # As in Qlib, the masks of earlier steps have no influence.
+            lambda s: _take_sizes("d_feat", *tabnet)(s) | {"relax": None},
             {
                 "num_layers": (1,),
                 "hidden_size": (1,),
@@ -248,7 +263,7 @@ def _own_steps() -> dict[str, Twin]:
                 "out_dim": (4, 8),
                 "n_d": (3, 6),
                 "n_a": (4,),
-                "n_shared": (1, 2),  # without one Qlib adds what has another width
+                "n_shared": (1, 2),  # without a shared layer Qlib adds tensors of different widths
                 "n_ind": (2, 3),
                 "n_steps": (2, 3, 5),
             },
@@ -260,53 +275,56 @@ TWINS = _twins()
 
 
 def cases(every: int = 1, only: Iterable[str] | None = None) -> list[Case]:
-    """The grid of each twin, or each `every`-th point of it."""
-    found = []
+    """All grid points of each network pair, or every `every`-th of them."""
+    case_list = []
     for file, twin in TWINS.items():
         if only is not None and file not in only:
             continue
-        grid = {**BASE, **twin.varied}
+        grid = {**BASE, **twin.grid_values}
         for point in list(product(*grid.values()))[::every]:
             sizes = dict(zip(grid, point, strict=True))
-            shown = " ".join(f"{k}={v}" for k, v in sizes.items())
-            found.append(Case(f"{file}: {shown}", twin, sizes))
-    return found
+            text = " ".join(f"{k}={v}" for k, v in sizes.items())
+            case_list.append(Case(f"{file}: {text}", twin, sizes))
+    return case_list
 
 
 def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """Values for parameters (and a norm's statistics) that follow from their names."""
-    made = {}
+    """Generate the values of parameters (and of norm statistics) from their names."""
+    values_by_name = {}
     for name, shape in shapes:
-        drawn = _draw(name).uniform(-1, 1, size=tuple(shape))
-        if len(shape) > 1:  # about as wide as torch begins, so that what goes in comes out
-            drawn *= 1.7 / math.sqrt(math.prod(shape[1:]))
+        values = _random_state(name).uniform(-1, 1, size=tuple(shape))
+        if len(shape) > 1:  # about torch's initial scale, so that signals pass through the network
+            values *= 1.7 / math.sqrt(math.prod(shape[1:]))
         elif name.endswith(("running_var", "weight")):
-            drawn = 1 + 0.4 * drawn
-        made[name] = drawn.astype(np.float32)
-    return made
+            values = 1 + 0.4 * values
+        values_by_name[name] = values.astype(np.float32)
+    return values_by_name
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """`x [N, T, F]`, and what some networks take besides: `concept [N, K]`, of which the last is
-    empty and one instrument has none; the past days' windows `bank`; the past errors."""
-    drawn, sizes = _draw(case.name), case.sizes
-    form = (sizes["step_len"], sizes["d_feat"])
-    made = {"x": _windows(drawn, sizes["batch"], form)}
-    if case.twin.ours == "HIST":
-        concept = (drawn.random_sample((sizes["batch"], NUM_CONCEPTS)) > 0.5).astype(np.float32)
+    """Generate the inputs of a case: `x [N, T, F]` and the extra inputs of some networks.
+
+    HIST: `concept [N, K]`, with an empty last concept and one instrument without concepts. IGMTF:
+    the windows of past days, `bank0` and so on. TRA: the past errors.
+    """
+    random, sizes = _random_state(case.name), case.sizes
+    shape = (sizes["step_len"], sizes["d_feat"])
+    arrays = {"x": _windows(random, sizes["batch"], shape)}
+    if case.twin.network == "HIST":
+        concept = (random.random_sample((sizes["batch"], NUM_CONCEPTS)) > 0.5).astype(np.float32)
         concept[:, -1] = 0
         concept[0] = 0
-        made["concept"] = concept
-    if case.twin.ours == "IGMTF":
-        made |= {f"bank{k}": _windows(drawn, n, form) for k, n in enumerate(BANK_DAYS)}
-    if case.twin.ours == "TRA":
-        errors = drawn.random_sample((sizes["batch"], NUM_ERRORS, sizes["num_states"]))
-        made["errors"] = errors.astype(np.float32)
-    return made
+        arrays["concept"] = concept
+    if case.twin.network == "IGMTF":
+        arrays |= {f"bank{k}": _windows(random, n, shape) for k, n in enumerate(BANK_DAYS)}
+    if case.twin.network == "TRA":
+        errors = random.random_sample((sizes["batch"], NUM_ERRORS, sizes["num_states"]))
+        arrays["errors"] = errors.astype(np.float32)
+    return arrays
 
 
-def laid_out(x: np.ndarray, feed: str) -> np.ndarray:
-    """Windows `[N, T, F]` as a network of Qlib's wants them."""
+def arrange_windows(x: np.ndarray, feed: str) -> np.ndarray:
+    """Arrange windows `[N, T, F]` in the layout of a Qlib network."""
     if feed == "window":
         return x
     if feed == "by step":
@@ -315,10 +333,10 @@ def laid_out(x: np.ndarray, feed: str) -> np.ndarray:
     return channels if feed == "channels" else channels.reshape(len(x), -1)
 
 
-def _windows(drawn: np.random.RandomState, count: int, form: tuple[int, int]) -> np.ndarray:
-    return drawn.standard_normal((count, *form)).astype(np.float32)
+def _windows(random: np.random.RandomState, count: int, shape: tuple[int, int]) -> np.ndarray:
+    return random.standard_normal((count, *shape)).astype(np.float32)
 
 
-def _draw(name: str) -> np.random.RandomState:
-    # Of numpy's generators the one whose stream never changes.
+def _random_state(name: str) -> np.random.RandomState:
+    # RandomState is the numpy generator whose stream is guaranteed never to change.
     return np.random.RandomState(zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""A network's parameters as Qlib names them, under qtorch's names."""
+"""Convert the parameters of Qlib's networks to qtorch's names and layouts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# Patterns of names and what stands there instead; None is a parameter that no score depends on.
-# The first that fits a name is taken.
+# Patterns of parameter names and their replacements; None marks parameters that do not influence
+# the score. The first matching pattern is used.
 NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
     "ALSTM": (
         (r"^net\.fc_in", "embed"),
@@ -42,21 +42,21 @@ NAMES: dict[str, tuple[tuple[str, str | None], ...]] = {
 }
 
 
-def mlp(state: State, sizes: Sizes) -> State:
-    """Qlib nests linear layer, norm and activation; here all layers are in one row."""
-    blocks, made = sizes["num_layers"], {}
+def convert_mlp(state: State, sizes: Sizes) -> State:
+    """Qlib nests linear layer, norm and activation in blocks; qtorch has one list of layers."""
+    blocks, converted_state = sizes["num_layers"], {}
     for name, value in state.items():
-        _, block, rest = name.split(".", 2)
+        _, block, parameter = name.split(".", 2)
         if int(block) <= blocks:
-            part, rest = rest.split(".", 1)
-            made[f"layers.{3 * (int(block) - 1) + 1 + int(part)}.{rest}"] = value
+            part, parameter = parameter.split(".", 1)
+            converted_state[f"layers.{3 * (int(block) - 1) + 1 + int(part)}.{parameter}"] = value
         else:
-            made[f"layers.{3 * blocks + 2}.{rest}"] = value
-    return made
+            converted_state[f"layers.{3 * blocks + 2}.{parameter}"] = value
+    return converted_state
 
 
-def sfm(state: State, sizes: Sizes) -> State:
-    """Qlib's matrices stand the other way round, one for each gate."""
+def convert_sfm(state: State, sizes: Sizes) -> State:
+    """Qlib has one transposed matrix per gate; qtorch has one matrix for all gates."""
     gates = ("i", "ste", "c", "o", "fre")
     return {
         "gates.weight": torch.cat([state[f"W_{g}"].t() for g in gates]),
@@ -70,23 +70,23 @@ def sfm(state: State, sizes: Sizes) -> State:
     }
 
 
-FORMS: dict[str, Callable[[State, Sizes], State]] = {"MLP": mlp, "SFM": sfm}
+CONVERTERS: dict[str, Callable[[State, Sizes], State]] = {"MLP": convert_mlp, "SFM": convert_sfm}
 
 
-def to_ours(network: str, state: Mapping[str, Tensor], sizes: Sizes) -> State:
-    """Qlib's parameters by qtorch's names, without those that nothing reads."""
-    if network in FORMS:
-        return FORMS[network](dict(state), sizes)
-    made = {}
+def convert_weights(network: str, state: Mapping[str, Tensor], sizes: Sizes) -> State:
+    """Rename Qlib's parameters to qtorch's names and drop those that are not used."""
+    if network in CONVERTERS:
+        return CONVERTERS[network](dict(state), sizes)
+    converted_state = {}
     for name, value in state.items():
-        found = _renamed(name, NAMES.get(network, ()))
-        if found is not None:
-            made[found] = value
-    return made
+        new_name = _convert_name(name, NAMES.get(network, ()))
+        if new_name is not None:
+            converted_state[new_name] = value
+    return converted_state
 
 
-def _renamed(name: str, patterns: tuple[tuple[str, str | None], ...]) -> str | None:
-    for pattern, instead in patterns:
+def _convert_name(name: str, patterns: tuple[tuple[str, str | None], ...]) -> str | None:
+    for pattern, replacement in patterns:
         if re.search(pattern, name):
-            return None if instead is None else re.sub(pattern, instead, name)
+            return None if replacement is None else re.sub(pattern, replacement, name)
     return name

@@ -1,9 +1,9 @@
-"""qtorch's networks beside real Qlib's, with Qlib's weights, over a grid of sizes.
+"""Compare qtorch's networks with Qlib's, using Qlib's weights, over a grid of sizes.
 
     QTORCH_QLIB_PYTHON=/path/to/python python scripts/parity/networks.py [OUT.npz]
 
-prints the table of the whole grid; with OUT.npz it writes every 13th point of it instead, which
-is tests/golden/qlib_networks.npz.
+Prints the table of the whole grid. With OUT.npz it instead writes Qlib's outputs for every 13th
+grid point, which is tests/golden/qlib_networks.npz.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from network_cases import BANK_DAYS, TWINS, Case, cases, inputs, laid_out, weights
-from network_weights import State, to_ours
+from network_cases import BANK_DAYS, TWINS, Case, arrange_windows, cases, inputs, weights
+from network_weights import State, convert_weights
 from torch import Tensor, nn
 
 import qtorch.nn
 from qtorch.nn.network import Network
 
 TOLERANCE, EVERY = 1e-5, 13
-PADDING = 2  # instruments that are not there, in the day batches
+PADDING = 2  # padded instruments in the day batches
 
 Shapes = list[tuple[str, list[int]]]
-Given = dict[str, Tensor]
+Inputs = dict[str, Tensor]
 Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What Qlib said of one case: its parameters' names and shapes, its outputs by part."""
+    """Qlib's result for one case: the names and shapes of its parameters, its outputs by part."""
 
     shapes: Shapes
     parts: Mapping[str, np.ndarray]
@@ -46,10 +46,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a network of Qlib's over its grid."""
+    """One line of the table: one network over its grid."""
 
     file: str
-    ours: str
+    network: str
     cases: int
     outputs: int
     agree: int
@@ -57,8 +57,8 @@ class Row:
     spread: float
 
     @property
-    def here(self) -> bool:
-        """Whether qtorch has this network."""
+    def is_available(self) -> bool:
+        """Whether qtorch has the network."""
         return self.cases > 0
 
     @property
@@ -66,17 +66,17 @@ class Row:
         return self.agree == self.outputs
 
     def __str__(self) -> str:
-        if not self.here:
-            return f"{self.file:24} {self.ours:12} not in qtorch.nn"
+        if not self.is_available:
+            return f"{self.file:24} {self.network:12} not in qtorch.nn"
         mark = "ok" if self.passes else "FAILS"
         return (
-            f"{self.file:24} {self.ours:12} {self.cases:4} cases {self.outputs:6} outputs "
+            f"{self.file:24} {self.network:12} {self.cases:4} cases {self.outputs:6} outputs "
             f"worst {self.worst:.1e} of {self.spread:.2f} {mark}"
         )
 
 
 def ask_qlib(python: str, every: int = 1, only: Iterable[str] = ()) -> dict[str, Answer]:
-    """The outputs of real Qlib's networks, by case."""
+    """The outputs of Qlib's networks, by case."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "networks.npz"
         _run_qlib(python, target, every, only)
@@ -86,19 +86,19 @@ def ask_qlib(python: str, every: int = 1, only: Iterable[str] = ()) -> dict[str,
 def _run_qlib(python: str, target: Path, every: int, only: Iterable[str] = ()) -> None:
     script = Path(__file__).with_name("qlib_networks.py")
     command = [python, str(script), str(target.resolve()), str(every), *only]
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=target.resolve().parent
     )
-    if done.returncode:
-        raise RuntimeError(f"Qlib's side failed:\n{done.stderr[-3000:]}")
+    if process.returncode:
+        raise RuntimeError(f"Qlib's side failed:\n{process.stderr[-3000:]}")
 
 
 def read(source: Path) -> dict[str, Answer]:
-    """What `qlib_networks.py` wrote."""
-    with np.load(source) as kept:
-        names = kept["names"].tobytes().decode().split("\n")
-        values = np.split(kept["values"], np.cumsum(kept["lengths"])[:-1])
-        states: dict[str, Shapes] = json.loads(kept["states"].tobytes())
+    """Read the file written by `qlib_networks.py`."""
+    with np.load(source) as arrays:
+        names = arrays["names"].tobytes().decode().split("\n")
+        values = np.split(arrays["values"], np.cumsum(arrays["lengths"])[:-1])
+        states: dict[str, Shapes] = json.loads(arrays["states"].tobytes())
     parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in states}
     for name, value in zip(names, values, strict=True):
         case, part = name.split("|")
@@ -107,137 +107,172 @@ def read(source: Path) -> dict[str, Answer]:
 
 
 def compare(answers: Mapping[str, Answer]) -> list[Row]:
-    """The table: a row for each file of Qlib's."""
+    """Compare the outputs; returns one row per file of Qlib."""
     rows = []
-    known = [case for case in cases() if case.name in answers]
-    if unknown := set(answers) - {case.name for case in known}:
-        raise RuntimeError(f"{len(unknown)} cases of other grids, as {sorted(unknown)[0]!r}.")
-    for file, group in groupby(known, key=lambda case: case.name.split(":")[0]):
+    stored_cases = [case for case in cases() if case.name in answers]
+    if unknown_names := set(answers) - {case.name for case in stored_cases}:
+        raise RuntimeError(
+            f"{len(unknown_names)} cases are not in the grid, e.g. {sorted(unknown_names)[0]!r}."
+        )
+    for file, group in groupby(stored_cases, key=lambda case: case.name.split(":")[0]):
         twin = TWINS[file]
-        if not hasattr(qtorch.nn, twin.ours):
-            rows.append(Row(file, twin.ours, 0, 0, 0, 0.0, 0.0))
+        if not hasattr(qtorch.nn, twin.network):
+            rows.append(Row(file, twin.network, 0, 0, 0, 0.0, 0.0))
             continue
-        pairs = [pair for case in group for pair in compared(case, answers[case.name])]
-        ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        far = np.abs(ours - theirs)
-        agree = int((far <= TOLERANCE).sum())
-        count = len({case.name for case in known if case.name.startswith(f"{file}:")})
+        pairs = [pair for case in group for pair in output_pairs(case, answers[case.name])]
+        outputs, qlib_outputs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        difference = np.abs(outputs - qlib_outputs)
+        agree = int((difference <= TOLERANCE).sum())
+        count = len({case.name for case in stored_cases if case.name.startswith(f"{file}:")})
         rows.append(
-            Row(file, twin.ours, count, len(far), agree, float(far.max()), float(theirs.std()))
+            Row(
+                file,
+                twin.network,
+                count,
+                len(difference),
+                agree,
+                float(difference.max()),
+                float(qlib_outputs.std()),
+            )
         )
     return rows
 
 
-def compared(case: Case, answer: Answer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(qtorch's, Qlib's) outputs of a case: the score, and further parts that both give."""
-    theirs = {name: torch.from_numpy(value) for name, value in weights(answer.shapes).items()}
-    network = twin_network(case, theirs)
+def output_pairs(case: Case, answer: Answer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(qtorch's, Qlib's) outputs of a case: the score, and further parts that both return."""
+    qlib_state = {name: torch.from_numpy(value) for name, value in weights(answer.shapes).items()}
+    network = build_network(case, qlib_state)
     with torch.no_grad():
-        parts = RUN.get(case.twin.ours, one)(network, case, theirs)
+        parts = RUN.get(case.twin.network, score_only)(network, case, qlib_state)
     pairs = []
-    for part, found in parts.items():
-        own, qlib = found.numpy().reshape(-1), answer.parts[part]
-        if own.shape != qlib.shape:
-            raise RuntimeError(f"{case.name}: {part} {own.shape}, Qlib's {qlib.shape}.")
-        pairs.append((own.astype(np.float64), qlib.astype(np.float64)))
+    for part, value in parts.items():
+        output, qlib_output = value.numpy().reshape(-1), answer.parts[part]
+        if output.shape != qlib_output.shape:
+            raise RuntimeError(f"{case.name}: {part} {output.shape}, Qlib's {qlib_output.shape}.")
+        pairs.append((output.astype(np.float64), qlib_output.astype(np.float64)))
     return pairs
 
 
-def twin_network(case: Case, theirs: State) -> Network:
-    """qtorch's network with the weights that Qlib's had."""
-    network: Network = getattr(qtorch.nn, case.twin.ours)(**case.twin.own(case.sizes)).eval()
-    load(network, to_ours(case.twin.ours, theirs, case.sizes), case.name)
+def build_network(case: Case, qlib_state: State) -> Network:
+    """Build qtorch's network with the weights of Qlib's."""
+    network: Network = getattr(qtorch.nn, case.twin.network)(
+        **case.twin.arguments(case.sizes)
+    ).eval()
+    load(network, convert_weights(case.twin.network, qlib_state, case.sizes), case.name)
     return network
 
 
-def load(network: nn.Module, state: State, what: str) -> None:
-    """Each weight gets a value, and each value has a weight."""
-    held = set(network.state_dict())
-    lacking = {n for n in held - set(state) if not _no_weight(n)}
-    if lacking or set(state) - held:
+def load(network: nn.Module, state: State, label: str) -> None:
+    """Load weights strictly: every parameter must get a value and every value must be used."""
+    parameter_names = set(network.state_dict())
+    missing = {n for n in parameter_names - set(state) if not _is_not_a_weight(n)}
+    if missing or set(state) - parameter_names:
         raise RuntimeError(
-            f"{what}: without a value {sorted(lacking)}, not known {sorted(set(state) - held)}"
+            f"{label}: parameters without a value {sorted(missing)}, unknown parameters "
+            f"{sorted(set(state) - parameter_names)}"
         )
     network.load_state_dict(state, strict=False)
 
 
-def _no_weight(name: str) -> bool:
+def _is_not_a_weight(name: str) -> bool:
     return name.endswith("num_batches_tracked") or name.split(".")[-1].startswith("bank")
 
 
-def one(network: Network, case: Case, theirs: State) -> Parts:
-    """The score of samples, or of a day with padding after its instruments."""
-    given = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
-    given["x"] = as_declared(network, given["x"])
+def score_only(network: Network, case: Case, qlib_state: State) -> Parts:
+    """The score of samples, or of a day batch with padded instruments."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
+    tensors["x"] = arrange_input(network, tensors["x"])
     if not network.cross_section:
-        return {"score": network(given["x"], **{name: given[name] for name in network.extras})}
-    extras = {name: day(given[name])[0] for name in network.extras}
-    x, mask = day(given["x"])
+        return {"score": network(tensors["x"], **{name: tensors[name] for name in network.extras})}
+    extras = {name: build_day_batch(tensors[name])[0] for name in network.extras}
+    x, mask = build_day_batch(tensors["x"])
     return {"score": network(x=x, mask=mask, **extras)[mask]}
 
 
-def with_bank(network: Any, case: Case, theirs: State) -> Parts:
-    """IGMTF's, its bank written from the past days' windows."""
+def run_igmtf(network: Any, case: Case, qlib_state: State) -> Parts:
+    """The score of IGMTF, after filling its bank with the windows of past days."""
     network.reserve(len(BANK_DAYS), max(BANK_DAYS) + PADDING)
-    for k, past in enumerate(v for name, v in inputs(case).items() if name.startswith("bank")):
-        network.keep(k, *day(torch.from_numpy(past)))
-    return one(network, case, theirs)
+    for k, window in enumerate(v for name, v in inputs(case).items() if name.startswith("bank")):
+        network.keep(k, *build_day_batch(torch.from_numpy(window)))
+    return score_only(network, case, qlib_state)
 
 
-def with_lessons(network: Any, case: Case, theirs: State) -> Parts:
-    """ADD's, and what its Disentangler says."""
-    teacher = network.disentangler().eval()
-    held = set(teacher.state_dict())
-    load(teacher, {name: value for name, value in theirs.items() if name in held}, case.name)
-    x, mask = day(torch.from_numpy(inputs(case)["x"]))
-    said = teacher(x, mask, network.encode(x), 1.0)
+def run_add(network: Any, case: Case, qlib_state: State) -> Parts:
+    """The score of ADD and the outputs of its disentangler."""
+    disentangler = network.disentangler().eval()
+    parameter_names = set(disentangler.state_dict())
+    load(
+        disentangler,
+        {name: value for name, value in qlib_state.items() if name in parameter_names},
+        case.name,
+    )
+    x, mask = build_day_batch(torch.from_numpy(inputs(case)["x"]))
+    outputs = disentangler(x, mask, network.encode(x), 1.0)
     names = {"rebuilt": "reconstructed_feature"}
-    parts = {names.get(name, name): value[mask] for name, value in said._asdict().items()}
-    return one(network, case, theirs) | parts
+    parts = {names.get(name, name): value[mask] for name, value in outputs._asdict().items()}
+    return score_only(network, case, qlib_state) | parts
 
 
-def with_gates(network: Any, case: Case, theirs: State) -> Parts:
-    """ADARNN's, and its distance between the halves of a batch."""
+def run_adarnn(network: Any, case: Case, qlib_state: State) -> Parts:
+    """The score of ADARNN, its gates and its distance between the halves of a batch."""
     from qtorch.nn.adarnn import StepGates, step_distances
 
     x = torch.from_numpy(inputs(case)["x"])
-    parts = one(network, case, theirs)
+    parts = score_only(network, case, qlib_state)
     if len(x) % 2 == 0:
         sizes = [case.sizes[n] for n in ("num_layers", "step_len", "hidden_size")]
         gates = StepGates(*sizes).eval()
-        held = set(gates.state_dict())
-        load(gates, {name: value for name, value in theirs.items() if name in held}, case.name)
+        parameter_names = set(gates.state_dict())
+        load(
+            gates,
+            {name: value for name, value in qlib_state.items() if name in parameter_names},
+            case.name,
+        )
         states = network.states(x)
         halves = [[layer.chunk(2)[k] for layer in states] for k in range(2)]
         share = gates(*halves)
-        far = torch.stack([step_distances("mmd", *pair) for pair in zip(*halves, strict=True)])
+        distances = torch.stack(
+            [step_distances("mmd", *pair) for pair in zip(*halves, strict=True)]
+        )
         parts |= {f"gate{k}": value for k, value in enumerate(share)}
-        parts["distance"] = (share * far).sum()
+        parts["distance"] = (share * distances).sum()
     return parts
 
 
-def with_routes(network: Any, case: Case, theirs: State) -> Parts:
-    """TRA's, each predictor's, and the router's shares."""
-    given = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
-    each, logits = network.patterns(given["x"], given["errors"])
-    return one(network, case, theirs) | {"each": each, "share": logits.softmax(-1)}
+def run_tra(network: Any, case: Case, qlib_state: State) -> Parts:
+    """The score of TRA, the scores of all predictors, and the router's probabilities."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
+    predictor_scores, logits = network.patterns(tensors["x"], tensors["errors"])
+    return score_only(network, case, qlib_state) | {
+        "each": predictor_scores,
+        "share": logits.softmax(-1),
+    }
 
 
-def with_picks(network: Any, case: Case, theirs: State) -> Parts:
-    """TabNet's, what its encoder says, and the entropy of what it picked as Qlib scales it."""
-    encoded, entropy = network.encode(torch.from_numpy(inputs(case)["x"][:, 0]))
+def run_tabnet(network: Any, case: Case, qlib_state: State) -> Parts:
+    """The score of TabNet, its encoder's output, and the entropy of its masks scaled as in Qlib."""
+    encoder_output, entropy = network.encode(torch.from_numpy(inputs(case)["x"][:, 0]))
     scale = (case.sizes["n_steps"] - 1) / case.sizes["d_feat"]
-    return one(network, case, theirs) | {"encoded": encoded, "sparsity": entropy.mean() * scale}
+    return score_only(network, case, qlib_state) | {
+        "encoded": encoder_output,
+        "sparsity": entropy.mean() * scale,
+    }
 
 
-def as_declared(network: Network, x: Tensor) -> Tensor:
-    """Windows `[N, T, F]` in the form that the network's `inputs` name."""
-    return torch.from_numpy(laid_out(x.numpy(), "by feature")) if network.inputs == "flat" else x
+def arrange_input(network: Network, x: Tensor) -> Tensor:
+    """Arrange windows `[N, T, F]` in the layout that the network's `inputs` declare."""
+    return (
+        torch.from_numpy(arrange_windows(x.numpy(), "by feature"))
+        if network.inputs == "flat"
+        else x
+    )
 
 
-def day(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, ...]` as one day `[1, N + PADDING, ...]`, what is no instrument full of sevens; the
-    mask."""
+def build_day_batch(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn `[N, ...]` into a day batch `[1, N + PADDING, ...]` and its mask.
+
+    The padded instruments are filled with sevens, so that using them would be noticed.
+    """
     count = len(values)
     junk = values.new_full((PADDING, *values.shape[1:]), 7.0)
     mask = torch.arange(count + PADDING) < count
@@ -245,16 +280,16 @@ def day(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 RUN: dict[str, Callable[[Any, Case, State], Parts]] = {
-    "IGMTF": with_bank,
-    "ADD": with_lessons,
-    "ADARNN": with_gates,
-    "TRA": with_routes,
-    "TabNet": with_picks,
+    "IGMTF": run_igmtf,
+    "ADD": run_add,
+    "ADARNN": run_adarnn,
+    "TRA": run_tra,
+    "TabNet": run_tabnet,
 }
 
 
 def main(python: str) -> list[Row]:
-    """Print the table of the whole grid; the rows."""
+    """Print the table of the whole grid and return its rows."""
     rows = compare(ask_qlib(python))
     for row in rows:
         print(row)

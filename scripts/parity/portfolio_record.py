@@ -1,4 +1,4 @@
-"""Our PortAnaRecord beside real Qlib's: the metrics of a run, name by name."""
+"""Compare the metrics logged by qtorch's PortAnaRecord with Qlib's."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ CONFIG: dict[str, Any] = {
 
 
 def ask_qlib(python: str, provider: str, scores: pd.Series, folder: Path) -> dict[str, float]:
-    """The metrics that Qlib's record logs."""
+    """The metrics logged by Qlib's record."""
     path = folder / "portfolio_scores.pkl"
     scores.to_pickle(path)
     job = {"provider": provider, "scores": str(path), "config": CONFIG, "folder": str(folder)}
     (folder / "record.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("qlib_portfolio_record.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [python, str(script), str(folder / "record.json")], capture_output=True, text=True
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    found: dict[str, float] = json.loads(lines[-1])
-    return found
+    if process.returncode:
+        raise RuntimeError(process.stderr[-3000:])
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    metrics: dict[str, float] = json.loads(lines[-1])
+    return metrics
 
 
-def ours(provider: str, scores: pd.Series, folder: Path) -> dict[str, float]:
-    """The metrics that ours logs."""
+def run_qtorch(provider: str, scores: pd.Series, folder: Path) -> dict[str, float]:
+    """The metrics logged by qtorch's record."""
     qtorch.init(provider_uri=provider, tracking_uri=f"sqlite:///{folder}/own.db")
     with R.start(experiment_name="parity"):
         recorder = R.get_recorder()
         recorder.save_objects(**{"pred.pkl": scores.to_frame("score")})
         PortAnaRecord(recorder, CONFIG).generate()
-        found: dict[str, float] = recorder.list_metrics()
-    return found
+        metrics: dict[str, float] = recorder.list_metrics()
+    return metrics

@@ -1,4 +1,4 @@
-"""What both programs run: a stress frame, and lists of processors by name."""
+"""Cases for comparing processors with Qlib's: a stress frame, and lists of processors by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Case = dict[str, Any]
 def stress_frame(
     num_dates: int = 130, num_instruments: int = 30, seed: int = 7, freq: str = "B"
 ) -> pd.DataFrame:
-    """Rows that come and go, NaN, infinities, ties, flat days, a constant column; float32.
+    """A float32 frame with missing rows, NaN, infinities, ties, flat days and a constant column.
 
-    Constants are exact in binary: Qlib sums in float32 and makes noise of a constant 0.1, where
-    qtorch leaves the column as it is (ZScoreNorm) or NaN (CSZScoreNorm).
+    The constants are exact in binary: for a constant such as 0.1 Qlib's float32 sums give rounding
+    noise, while qtorch leaves the column unchanged (ZScoreNorm) or NaN (CSZScoreNorm).
     """
     rng = np.random.default_rng(seed)
     dates = pd.date_range("2020-01-01", periods=num_dates, freq=freq).as_unit("ns")
@@ -42,86 +42,91 @@ def stress_frame(
     label[day >= num_dates - 2] = np.nan
     groups = [("feature", f"X{k}") for k in range(6)] + [("label", "LABEL0"), ("label", "LABEL1")]
     frame = pd.DataFrame(np.concatenate([x, label], 1), index, pd.MultiIndex.from_tuples(groups))
-    gone = (rng.random(n) < 0.06) | ((index.codes[1] % 5 == 0) & (day < 20))
-    gone |= (day == num_dates // 3) & (index.codes[1] != 3)
-    return frame[~gone]
+    is_missing = (rng.random(n) < 0.06) | ((index.codes[1] % 5 == 0) & (day < 20))
+    is_missing |= (day == num_dates // 3) & (index.codes[1] != 3)
+    return frame[~is_missing]
 
 
 def cases() -> dict[str, Case]:
     """`{name: {infer_processors, learn_processors, shared_processors, process_type}}`.
 
-    Without HashStockFormat, a layout of Qlib's storage, which then gives every segment all rows.
+    HashStockFormat is left out: it is a storage layout of Qlib with which every segment returns
+    all rows.
     """
     out: dict[str, Case] = {}
-    for name, processor in _single().items():
+    for name, processor in _single_processors().items():
         out[name] = {"infer_processors": [processor]}
     out["DropnaLabel"] = {"learn_processors": ["DropnaLabel"]}
     out.update(_pipelines())
     return out
 
 
-def _of(name: str, **kwargs: Any) -> dict[str, Any]:
+def _processor(name: str, **kwargs: Any) -> dict[str, Any]:
     return {"class": name, "kwargs": kwargs}
 
 
-def _single() -> dict[str, Any]:
-    fitted = {
-        f"{name}/{group}": _of(name, fields_group=group, **FIT)
+def _single_processors() -> dict[str, Any]:
+    fitted_processors = {
+        f"{name}/{group}": _processor(name, fields_group=group, **FIT)
         for name in ("MinMaxNorm", "ZScoreNorm", "RobustZScoreNorm")
         for group in ("feature", None)
     }
-    day = {
-        f"{name}/{group}": _of(name, fields_group=group)
+    daily_processors = {
+        f"{name}/{group}": _processor(name, fields_group=group)
         for name in ("CSZScoreNorm", "CSRankNorm")
         for group in ("feature", "label")
     }
     return {
-        **fitted,
-        **day,
-        "CSZFillna/feature": _of("CSZFillna", fields_group="feature"),
-        "CSZFillna/None": _of("CSZFillna"),
-        "DropnaProcessor/feature": _of("DropnaProcessor", fields_group="feature"),
-        "DropnaProcessor/None": _of("DropnaProcessor"),
-        "DropCol": _of("DropCol", col_list=["X1", "LABEL1"]),
-        "FilterCol": _of("FilterCol", fields_group="feature", col_list=["X3", "X0"]),
-        "TanhProcess": _of("TanhProcess"),
-        "ProcessInf": _of("ProcessInf"),
-        "Fillna/None": _of("Fillna"),
-        "Fillna/feature": _of("Fillna", fields_group="feature", fill_value=2.5),
-        "RobustZScoreNorm/noclip": _of(
+        **fitted_processors,
+        **daily_processors,
+        "CSZFillna/feature": _processor("CSZFillna", fields_group="feature"),
+        "CSZFillna/None": _processor("CSZFillna"),
+        "DropnaProcessor/feature": _processor("DropnaProcessor", fields_group="feature"),
+        "DropnaProcessor/None": _processor("DropnaProcessor"),
+        "DropCol": _processor("DropCol", col_list=["X1", "LABEL1"]),
+        "FilterCol": _processor("FilterCol", fields_group="feature", col_list=["X3", "X0"]),
+        "TanhProcess": _processor("TanhProcess"),
+        "ProcessInf": _processor("ProcessInf"),
+        "Fillna/None": _processor("Fillna"),
+        "Fillna/feature": _processor("Fillna", fields_group="feature", fill_value=2.5),
+        "RobustZScoreNorm/noclip": _processor(
             "RobustZScoreNorm", fields_group="feature", clip_outlier=False, **FIT
         ),
-        "CSZScoreNorm/list": _of("CSZScoreNorm", fields_group=["feature", "label"]),
-        "CSZScoreNorm/robust": _of("CSZScoreNorm", fields_group="label", method="robust"),
+        "CSZScoreNorm/list": _processor("CSZScoreNorm", fields_group=["feature", "label"]),
+        "CSZScoreNorm/robust": _processor("CSZScoreNorm", fields_group="label", method="robust"),
     }
 
 
 def _pipelines() -> dict[str, Case]:
     alpha360 = {
-        "infer_processors": [_of("ProcessInf"), _of("ZScoreNorm", **FIT), _of("Fillna")],
-        "learn_processors": ["DropnaLabel", _of("CSZScoreNorm", fields_group="label")],
+        "infer_processors": [
+            _processor("ProcessInf"),
+            _processor("ZScoreNorm", **FIT),
+            _processor("Fillna"),
+        ],
+        "learn_processors": ["DropnaLabel", _processor("CSZScoreNorm", fields_group="label")],
     }
     recurrent = {
         "infer_processors": [
-            _of("ProcessInf"),
-            _of("FilterCol", fields_group="feature", col_list=["X0", "X2", "X3"]),
-            _of("RobustZScoreNorm", fields_group="feature", clip_outlier=True, **FIT),
-            _of("Fillna", fields_group="feature"),
+            _processor("ProcessInf"),
+            _processor("FilterCol", fields_group="feature", col_list=["X0", "X2", "X3"]),
+            _processor("RobustZScoreNorm", fields_group="feature", clip_outlier=True, **FIT),
+            _processor("Fillna", fields_group="feature"),
         ],
-        "learn_processors": ["DropnaLabel", _of("CSRankNorm", fields_group="label")],
+        "learn_processors": ["DropnaLabel", _processor("CSRankNorm", fields_group="label")],
     }
-    shared = {
-        "shared_processors": [_of("ProcessInf"), _of("DropCol", col_list=["X4"])],
-        "infer_processors": [_of("CSZScoreNorm", fields_group="feature")],
+    shared_pipeline = {
+        "shared_processors": [_processor("ProcessInf"), _processor("DropCol", col_list=["X4"])],
+        "infer_processors": [_processor("CSZScoreNorm", fields_group="feature")],
         "learn_processors": [
             "DropnaLabel",
-            _of("ZScoreNorm", fields_group="feature", **FIT),
-            _of("CSRankNorm", fields_group="feature"),
+            _processor("ZScoreNorm", fields_group="feature", **FIT),
+            _processor("CSRankNorm", fields_group="feature"),
         ],
     }
-    kinds = {"alpha360": alpha360, "recurrent": recurrent, "shared": shared}
+    pipelines = {"alpha360": alpha360, "recurrent": recurrent, "shared": shared_pipeline}
     return {
-        f"{name} ({kind})": {**case, "process_type": kind}
-        for name, case in kinds.items()
-        for kind in ("append", "independent")
+        f"{name} ({process_type})": {**case, "process_type": process_type}
+        for name, case in pipelines.items()
+        for process_type in ("append", "independent")
     }

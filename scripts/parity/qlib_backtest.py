@@ -1,14 +1,14 @@
-"""Real Qlib's backtests of the given settings; runs in a Python with pyqlib.
+"""Run Qlib's backtest on a list of settings; needs a Python with pyqlib.
 
     python qlib_backtest.py JOB.json OUT
 
-JOB: provider, scores (a pickle), start, end, account, benchmark, codes, cases, mended. OUT gets one
-parquet file a case and kind: report, positions, orders, indicators.
+JOB: provider, scores (a pickle), start, end, account, benchmark, codes, cases, repair_faults. OUT
+is a folder that gets one parquet file per case and kind: report, positions, orders, indicators.
 
-`mended` repairs what Qlib's strategy does when it holds so much that it has no room for
-candidates (`backtest_faults.py` shows it): a negative number of them cuts Python lists from
-behind, and which of the held instruments without a score goes first is the order of a set of
-strings, another one in each process.
+`repair_faults` repairs the behaviour of Qlib's strategy when the portfolio is too full for new
+candidates (see `backtest_faults.py`): a negative number of candidates slices Python lists from the
+end, and the order in which holdings without a score are sold is that of a set of strings, which
+differs between processes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from backtest_cases import exchange_kwargs, strategy_kwargs
 
 def positions_frame(positions: dict[pd.Timestamp, Any]) -> pd.DataFrame:
     rows = [
-        (day, name, held["amount"], held["price"], held["count_day"], held["weight"])
+        (day, name, holding["amount"], holding["price"], holding["count_day"], holding["weight"])
         for day, position in positions.items()
-        for name, held in position.position.items()
-        if isinstance(held, dict)
+        for name, holding in position.position.items()
+        if isinstance(holding, dict)
     ]
     columns = ["datetime", "instrument", "amount", "price", "count", "weight"]
     return pd.DataFrame(rows, columns=columns)
@@ -44,7 +44,7 @@ def orders_frame(indicator: Any) -> pd.DataFrame:
     for day, orders in indicator.order_indicator_his.items():
         parts = [
             orders.get_index_data(k) for k in ("amount", "deal_amount", "trade_cost")
-        ]  # Qlib's own to_series fails with today's pandas
+        ]  # Qlib's to_series fails with current pandas
         names = list(parts[0].index)
         rows.extend(zip([day] * len(names), names, *(p.data for p in parts), strict=True))
     return pd.DataFrame(rows, columns=["datetime", "instrument", "amount", "deal_amount", "cost"])
@@ -67,16 +67,16 @@ REPAIRS = (
 )
 
 
-def mended(strategy: type) -> type:
-    """Qlib's strategy with the three places repaired."""
+def repair_strategy(strategy: type) -> type:
+    """Return Qlib's strategy with the REPAIRS applied to its source."""
     source = textwrap.dedent(inspect.getsource(strategy.generate_trade_decision))
-    for wrong, right in REPAIRS:
-        assert source.count(wrong) == 1, f"Qlib's source has changed: {wrong}"
-        source = source.replace(wrong, right)
+    for old_code, new_code in REPAIRS:
+        assert source.count(old_code) == 1, f"Qlib's source has changed: {old_code}"
+        source = source.replace(old_code, new_code)
     names = dict(vars(inspect.getmodule(strategy)))
     exec(source, names)
     decide = {"generate_trade_decision": names["generate_trade_decision"]}
-    return type("Mended", (strategy,), decide)
+    return type("RepairedStrategy", (strategy,), decide)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     from qlib.contrib.strategy import TopkDropoutStrategy
 
     scores = pd.read_pickle(job["scores"])
-    strategy = mended(TopkDropoutStrategy) if job["mended"] else TopkDropoutStrategy
+    strategy = repair_strategy(TopkDropoutStrategy) if job["repair_faults"] else TopkDropoutStrategy
     seconds = []
     for number, case in enumerate(job["cases"]):
         begin = time.perf_counter()

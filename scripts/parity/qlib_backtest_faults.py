@@ -1,9 +1,9 @@
-"""Run by a Python with pyqlib: what real Qlib trades in hand-worked cases.
+"""Run Qlib's backtest on hand-worked cases; needs a Python with pyqlib.
 
     python qlib_backtest_faults.py JOB.json
 
 JOB: a list of cases (provider, start, end, scores as [[date, instrument, score], ...], account,
-strategy). Prints, for each, the held instruments by day and the first return, as JSON.
+strategy). Prints the instruments held on each day and the first return of each case, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     from qlib.backtest import backtest
     from qlib.contrib.strategy import TopkDropoutStrategy
 
-    found = []
+    results = []
     for case in cases:
         rows = pd.DataFrame(case["scores"], columns=["datetime", "instrument", "score"])
         rows["datetime"] = pd.to_datetime(rows["datetime"])
@@ -41,9 +41,9 @@ def main() -> None:
             exchange_kwargs={"trade_unit": None, "open_cost": 0, "close_cost": 0, "min_cost": 0},
         )
         report, positions = portfolio["1day"]
-        held = [sorted(p.get_stock_list()) for p in positions.values()]
-        found.append({"held": held, "first": float(report["return"].iloc[0])})
-    print(json.dumps(found))
+        holdings = [sorted(p.get_stock_list()) for p in positions.values()]
+        results.append({"held": holdings, "first": float(report["return"].iloc[0])})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by a Python with pyqlib and torch: what Qlib's networks make of the cases, as npz.
+"""Run Qlib's networks on the cases and write the outputs as npz; needs pyqlib and torch.
 
 python qlib_networks.py OUT.npz EVERY [FILE ...]
 """
@@ -16,99 +16,114 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
-from network_cases import BANK_DAYS, ROUTER, Case, cases, few, inputs, laid_out, weights
+from network_cases import (
+    BANK_DAYS,
+    ROUTER,
+    Case,
+    arrange_windows,
+    cases,
+    igmtf_lookup_sizes,
+    inputs,
+    weights,
+)
 from torch import Tensor, nn
 
-# HIST asks the tensor's device by a call that knows no CPU.
+# HIST reads the tensor's device with a function that does not support CPU tensors.
 torch.get_device = lambda tensor: tensor.device.type
 
-Given = dict[str, Tensor]
+Inputs = dict[str, Tensor]
 Parts = dict[str, Tensor]
 
 
-def module_of(case: Case) -> Any:
+def qlib_module(case: Case) -> Any:
     return importlib.import_module(f"qlib.contrib.model.{case.twin.qlib.split('.')[0]}")
 
 
-def plain(case: Case) -> nn.Module:
-    return getattr(module_of(case), case.twin.qlib.split(".")[1])(**case.twin.theirs(case.sizes))
+def build_network(case: Case) -> nn.Module:
+    return getattr(qlib_module(case), case.twin.qlib.split(".")[1])(
+        **case.twin.qlib_arguments(case.sizes)
+    )
 
 
-def backbone_and_router(case: Case) -> nn.Module:
-    model = plain(case)
+def build_tra(case: Case) -> nn.Module:
+    model = build_network(case)
     states = case.sizes["num_states"]
-    tra = module_of(case).TRA(model.output_size, num_states=states, hidden_size=ROUTER)
+    tra = qlib_module(case).TRA(model.output_size, num_states=states, hidden_size=ROUTER)
     return nn.ModuleDict({"model": model, "tra": tra})
 
 
-def encoder_with_head(case: Case) -> nn.Module:
-    encoder = plain(case)
-    return module_of(case).FinetuneModel(case.sizes["out_dim"], 1, encoder)
+def build_tabnet(case: Case) -> nn.Module:
+    encoder = build_network(case)
+    return qlib_module(case).FinetuneModel(case.sizes["out_dim"], 1, encoder)
 
 
-def one(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
+def run_default(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
     return {"score": network(x)}
 
 
-def with_concepts(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
-    return {"score": network(x, given["concept"])}
+def run_hist(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
+    return {"score": network(x, tensors["concept"])}
 
 
-def with_bank(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
-    kept = np.empty(len(BANK_DAYS), dtype=object)
+def run_igmtf(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
+    bank_states = np.empty(len(BANK_DAYS), dtype=object)
     for k in range(len(BANK_DAYS)):
-        day = torch.from_numpy(laid_out(given[f"bank{k}"].numpy(), case.twin.feed))
-        kept[k] = network(day, get_hidden=True)
-    days = torch.cat([states.mean(0, keepdim=True) for states in kept])
-    counts = few(case.sizes)
-    return {"score": network(x, train_hidden=kept, train_hidden_day=days, **counts)}
+        day = torch.from_numpy(arrange_windows(tensors[f"bank{k}"].numpy(), case.twin.feed))
+        bank_states[k] = network(day, get_hidden=True)
+    days = torch.cat([states.mean(0, keepdim=True) for states in bank_states])
+    counts = igmtf_lookup_sizes(case.sizes)
+    return {"score": network(x, train_hidden=bank_states, train_hidden_day=days, **counts)}
 
 
-def predicted(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
+def run_adarnn(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
     parts = {"score": network.predict(x)}
-    if len(x) % 2 == 0:  # two domains of one size
+    if len(x) % 2 == 0:  # two domains of equal size
         _, parts["distance"], gates = network.forward_pre_train(x)
         parts |= {f"gate{k}": gate for k, gate in enumerate(gates)}
     return parts
 
 
-def routed(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
-    each, _, share = network["tra"](network["model"](x), given["errors"])
-    return {"score": each.gather(1, share.argmax(1, keepdim=True)), "each": each, "share": share}
+def run_tra(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
+    predictor_scores, _, share = network["tra"](network["model"](x), tensors["errors"])
+    return {
+        "score": predictor_scores.gather(1, share.argmax(1, keepdim=True)),
+        "each": predictor_scores,
+        "share": share,
+    }
 
 
-def masked(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
-    everything = torch.ones_like(x)
-    encoded, sparsity = network.model(x, everything)
-    return {"score": network(x, everything), "encoded": encoded, "sparsity": sparsity}
+def run_tabnet(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
+    full_mask = torch.ones_like(x)
+    encoder_output, sparsity = network.model(x, full_mask)
+    return {"score": network(x, full_mask), "encoded": encoder_output, "sparsity": sparsity}
 
 
-def decoded(network: nn.Module, x: Tensor, given: Given, case: Case) -> Parts:
+def run_add(network: nn.Module, x: Tensor, tensors: Inputs, case: Case) -> Parts:
     parts = network(x)
     return {"score": parts["excess"], **parts}
 
 
 BUILD: dict[str, Callable[[Case], nn.Module]] = {
-    "TRA": backbone_and_router,
-    "TabNet": encoder_with_head,
+    "TRA": build_tra,
+    "TabNet": build_tabnet,
 }
-RUN: dict[str, Callable[[nn.Module, Tensor, Given, Case], Parts]] = {
-    "HIST": with_concepts,
-    "IGMTF": with_bank,
-    "ADARNN": predicted,
-    "TRA": routed,
-    "TabNet": masked,
-    "ADD": decoded,
+RUN: dict[str, Callable[[nn.Module, Tensor, Inputs, Case], Parts]] = {
+    "HIST": run_hist,
+    "IGMTF": run_igmtf,
+    "ADARNN": run_adarnn,
+    "TRA": run_tra,
+    "TabNet": run_tabnet,
+    "ADD": run_add,
 }
 
 
-def fill(network: nn.Module) -> list[tuple[str, list[int]]]:
-    """Give each parameter its values; their names and shapes, the norms' statistics too."""
-    held = dict(network.named_parameters())
-    held |= {n: b for n, b in network.named_buffers() if ".running_" in n}
-    shapes = [(name, list(value.shape)) for name, value in held.items()]
+def fill_parameters(network: nn.Module) -> list[tuple[str, list[int]]]:
+    """Set all parameters and norm statistics to generated values; return names and shapes."""
+    tensors_by_name = dict(network.named_parameters())
+    tensors_by_name |= {n: b for n, b in network.named_buffers() if ".running_" in n}
+    shapes = [(name, list(value.shape)) for name, value in tensors_by_name.items()]
     for name, value in weights(shapes).items():
-        held[name].data.copy_(torch.from_numpy(value))
+        tensors_by_name[name].data.copy_(torch.from_numpy(value))
     return shapes
 
 
@@ -116,12 +131,12 @@ def main() -> None:
     target, every, *only = sys.argv[1:]
     names, values, states = [], [], {}
     for case in cases(int(every), only or None):
-        network = BUILD.get(case.twin.ours, plain)(case).eval()
-        states[case.name] = fill(network)
-        given = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
-        x = torch.from_numpy(laid_out(given["x"].numpy(), case.twin.feed))
+        network = BUILD.get(case.twin.network, build_network)(case).eval()
+        states[case.name] = fill_parameters(network)
+        tensors = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
+        x = torch.from_numpy(arrange_windows(tensors["x"].numpy(), case.twin.feed))
         with torch.no_grad():
-            parts = RUN.get(case.twin.ours, one)(network, x, given, case)
+            parts = RUN.get(case.twin.network, run_default)(network, x, tensors, case)
         for part, value in parts.items():
             names.append(f"{case.name}|{part}")
             values.append(value.detach().numpy().astype(np.float32).reshape(-1))

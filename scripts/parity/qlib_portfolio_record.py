@@ -1,8 +1,8 @@
-"""Real Qlib's PortAnaRecord on given scores; runs in a Python with pyqlib.
+"""Run Qlib's PortAnaRecord on stored scores; needs a Python with pyqlib.
 
     python qlib_portfolio_record.py JOB.json
 
-JOB: provider, scores (a pickle), config, folder. Prints the metrics that it logged, as JSON.
+JOB: provider, scores (a pickle), config, folder. Prints the logged metrics as JSON.
 """
 
 from __future__ import annotations

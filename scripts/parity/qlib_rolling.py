@@ -1,4 +1,4 @@
-"""What real Qlib makes of the rolling cases, as JSON; runs in a Python with pyqlib."""
+"""Print Qlib's results for the rolling cases as JSON; needs a Python with pyqlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import qlib
-from rolling_cases import CALENDAR, flat, rolling_cases, scores, shown, task_of
+from rolling_cases import CALENDAR, build_task, flatten, rolling_cases, scores, task_windows
 
 
 def main() -> None:
@@ -29,27 +29,27 @@ def main() -> None:
             def set_horizon(self, task: dict[str, Any], hr: int) -> None:
                 task["horizon"] = hr
 
-        rolled = {}
+        rolling_results = {}
         for name, case in rolling_cases().items():
             generator = RollingGen(
                 case["step"], case["rtype"], trunc_days=case["trunc_days"] or None
             )
             try:
-                made = shown(generator(task_of(case["segments"], case["end_time"])))
+                windows = task_windows(generator(build_task(case["segments"], case["end_time"])))
             except Exception as error:
-                made = [{"error": type(error).__name__}]
-            rolled[name] = made
-        case = rolling_cases()[next(iter(rolled))]
-        horizons = Horizons([1, 5, 20], label_leak_n=2)(task_of(case["segments"], None))
+                windows = [{"error": type(error).__name__}]
+            rolling_results[name] = windows
+        case = rolling_cases()[next(iter(rolling_results))]
+        horizons = Horizons([1, 5, 20], label_leak_n=2)(build_task(case["segments"], None))
         frames = scores()
         print(
             json.dumps(
                 {
-                    "rolling": rolled,
-                    "horizons": shown(horizons),
-                    "stitched": flat(RollingGroup()(frames)[("lstm",)]),
-                    "rolling ensemble": flat(RollingEnsemble()(frames)),
-                    "average": flat(AverageEnsemble()({"a": frames, "b": {"c": frames}})),
+                    "rolling": rolling_results,
+                    "horizons": task_windows(horizons),
+                    "stitched": flatten(RollingGroup()(frames)[("lstm",)]),
+                    "rolling ensemble": flatten(RollingEnsemble()(frames)),
+                    "average": flatten(AverageEnsemble()({"a": frames, "b": {"c": frames}})),
                 },
                 indent=None,
             )

@@ -1,8 +1,8 @@
-"""Run by a Python with pyqlib and torch: real Qlib's DatasetH and TSDatasetH as qtorch's datasets.
+"""Check that qtorch reads Qlib's DatasetH and TSDatasetH; needs a Python with pyqlib and torch.
 
 python qlib_samples.py FRAME.parquet STEP_LEN SEGMENT=START,END ...
 
-Prints one line a check; fails where a batch is not what Qlib itself gives.
+Prints one line per check; fails if a batch differs from Qlib's own data.
 """
 
 import sys
@@ -13,11 +13,11 @@ import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 
-from qtorch.data.samples import samples_of
+from qtorch.data.samples import get_samples
 
 
-def handler_of(frame):
-    """A handler over a frame whose learn view drops rows without label and shifts the label."""
+def build_handler(frame):
+    """Build a Qlib handler whose learn view drops rows without label and z-scores the label."""
     from qlib.data.dataset.loader import StaticDataLoader
 
     return DataHandlerLP(
@@ -33,8 +33,10 @@ def handler_of(frame):
     )
 
 
-def equal(ours, theirs):
-    return np.array_equal(np.asarray(ours), np.asarray(theirs, dtype=np.float32), equal_nan=True)
+def equal(values, qlib_values):
+    return np.array_equal(
+        np.asarray(values), np.asarray(qlib_values, dtype=np.float32), equal_nan=True
+    )
 
 
 def check_frames(handler, segments):
@@ -42,9 +44,9 @@ def check_frames(handler, segments):
     for segment in segments:
         for key in ("infer", "learn"):
             frame = dataset.prepare(segment, col_set=["feature", "label"], data_key=key)
-            if key == "learn":  # a label that CSZScoreNorm made NaN: the only one of its day
+            if key == "learn":  # CSZScoreNorm turns the only label of a day into NaN
                 frame = frame[frame["label"].notna().all(axis=1)]
-            samples = samples_of(dataset, segment, data_key=key)
+            samples = get_samples(dataset, segment, data_key=key)
             assert samples.index.equals(frame.sort_index().index)
             batch = samples.batch(torch.arange(len(samples)))
             assert equal(batch.x[:, 0], frame["feature"].sort_index())
@@ -62,17 +64,17 @@ def check_windows(handler, segments, step_len):
             index = sampler.get_index()
             for fill in ("none", "ffill", "ffill+bfill"):
                 sampler.config(fillna_type=fill)
-                samples = samples_of(dataset, segment, data_key=key, fill=fill)
-                at = index.get_indexer(samples.index)
-                assert (at >= 0).all()
-                left_out = np.delete(np.arange(len(index)), at)
-                assert len(left_out) == 0 or key == "learn"
-                for k in left_out:
+                samples = get_samples(dataset, segment, data_key=key, fill=fill)
+                positions = index.get_indexer(samples.index)
+                assert (positions >= 0).all()
+                dropped_rows = np.delete(np.arange(len(index)), positions)
+                assert len(dropped_rows) == 0 or key == "learn"
+                for k in dropped_rows:
                     assert np.isnan(sampler[int(k)][-1, -1])
-                theirs = np.asarray(sampler[[int(k) for k in at]])
+                qlib_windows = np.asarray(sampler[[int(k) for k in positions]])
                 batch = samples.batch(torch.arange(len(samples)))
-                assert equal(batch.x, theirs[:, :, :-1])
-                assert equal(batch.y[:, 0], theirs[:, -1, -1])
+                assert equal(batch.x, qlib_windows[:, :, :-1])
+                assert equal(batch.y[:, 0], qlib_windows[:, -1, -1])
             print(f"TSDatasetH {segment} {key}: {len(samples)} windows equal, three fills")
 
 
@@ -84,8 +86,8 @@ def main():
     for span in spans:
         name, dates = span.split("=")
         segments[name] = tuple(dates.split(","))
-    check_frames(handler_of(frame), segments)
-    check_windows(handler_of(frame), segments, int(step_len))
+    check_frames(build_handler(frame), segments)
+    check_windows(build_handler(frame), segments, int(step_len))
 
 
 if __name__ == "__main__":

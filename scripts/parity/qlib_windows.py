@@ -1,4 +1,4 @@
-"""Run by a Python with pyqlib: every window of real Qlib's TSDatasetH, for each fill, as npz.
+"""Write every window of Qlib's TSDatasetH for each fill as npz; needs a Python with pyqlib.
 
 python qlib_windows.py FRAME.parquet OUT.npz STEP_LEN SEGMENT=START,END ...
 
@@ -13,14 +13,14 @@ from qlib.data.dataset import TSDatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 
 FILLS = ("none", "ffill", "ffill+bfill")
-AT_ONCE = 5000
+CHUNK_SIZE = 5000
 
 
 def windows(sampler):
     count = len(sampler)
     parts = [
-        np.asarray(sampler[list(range(first, min(count, first + AT_ONCE)))], dtype=np.float32)
-        for first in range(0, count, AT_ONCE)
+        np.asarray(sampler[list(range(first, min(count, first + CHUNK_SIZE)))], dtype=np.float32)
+        for first in range(0, count, CHUNK_SIZE)
     ]
     return np.concatenate(parts)
 

@@ -1,8 +1,8 @@
-"""Rolling tasks and ensembles for a comparison with real Qlib: what both sides are given.
+"""Rolling tasks and ensembles for a comparison with Qlib; used on both sides.
 
     PYTHON_WITH_QLIB scripts/parity/qlib_rolling.py > tests/golden/qlib_rolling.json
 
-writes what Qlib makes of them; `tests/task/test_rolling_of_qlib.py` compares.
+writes Qlib's results; `tests/task/test_rolling_of_qlib.py` compares them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STEPS, TYPES, CUTS = (20, 63), ("expanding", "sliding"), (0, 6)
 
 
 def rolling_cases() -> dict[str, dict[str, Any]]:
-    """`{name: {segments, end_time, step, rtype, trunc_days}}`; 0 cuts nothing (Qlib's None)."""
+    """`{name: {segments, end_time, step, rtype, trunc_days}}`; 0 is no truncation (Qlib: None)."""
     grid = product(SEGMENTS, ENDS, STEPS, TYPES, CUTS)
     return {
         f"{segments}, handler to {end}, step {step}, {rtype}, cut {cut}": {
@@ -52,8 +52,8 @@ def rolling_cases() -> dict[str, dict[str, Any]]:
     }
 
 
-def task_of(segments: dict[str, Any], end_time: str | None) -> dict[str, Any]:
-    """A task in Qlib's form."""
+def build_task(segments: dict[str, Any], end_time: str | None) -> dict[str, Any]:
+    """Build a task in Qlib's format."""
     handler = {"start_time": "2014-06-02", "end_time": end_time, "instruments": "all"}
     return {
         "model": {"class": "Nothing", "module_path": "nowhere"},
@@ -68,41 +68,41 @@ def task_of(segments: dict[str, Any], end_time: str | None) -> dict[str, Any]:
     }
 
 
-def shown(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the comparison is about, as text."""
+def task_windows(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The segments and the handler's end time of each task, as text."""
     out = []
     for task in tasks:
-        given = task["dataset"]["kwargs"]
+        kwargs = task["dataset"]["kwargs"]
         out.append(
             {
-                "segments": {k: [_text(d) for d in v] for k, v in given["segments"].items()},
-                "end_time": _text(given["handler"]["kwargs"]["end_time"]),
+                "segments": {k: [_date_text(d) for d in v] for k, v in kwargs["segments"].items()},
+                "end_time": _date_text(kwargs["handler"]["kwargs"]["end_time"]),
             }
         )
     return out
 
 
-def _text(date: Any) -> str | None:
+def _date_text(date: Any) -> str | None:
     return None if date is None else f"{pd.Timestamp(date):%Y-%m-%d}"
 
 
 def scores() -> dict[Any, pd.DataFrame]:
-    """Three overlapping windows of scores, with rows that only some of them have."""
+    """Three overlapping windows of scores, each with some rows missing."""
     random = np.random.default_rng(5)
-    made = {}
+    windows = {}
     for k, first in enumerate(("2018-01-22", "2018-01-08", "2018-01-02")):
         dates = pd.bdate_range(first, periods=12)
         index = pd.MultiIndex.from_product(
             [dates, [f"I{n}" for n in range(7)]], names=["datetime", "instrument"]
         )
-        kept = random.random(len(index)) > 0.1
+        is_kept = random.random(len(index)) > 0.1
         values = random.normal(loc=k, scale=1 + k, size=len(index)).round(6)
-        made[("lstm", f"window {k}")] = pd.DataFrame({"score": values}, index=index)[kept]
-    return made
+        windows[("lstm", f"window {k}")] = pd.DataFrame({"score": values}, index=index)[is_kept]
+    return windows
 
 
-def flat(result: pd.DataFrame | pd.Series) -> list[list[Any]]:
-    """`[date, instrument, value]` rows in the order of the result."""
+def flatten(result: pd.DataFrame | pd.Series) -> list[list[Any]]:
+    """Convert to rows `[date, instrument, value]` in the order of the result."""
     values = result.iloc[:, 0] if isinstance(result, pd.DataFrame) else result
     rows = zip(values.index, values, strict=True)
     return [[f"{i[0]:%Y-%m-%d}", i[1], None if pd.isna(v) else float(v)] for i, v in rows]

@@ -1,4 +1,4 @@
-"""A small market with every kind of dirt that rolling windows meet."""
+"""A small market with every kind of irregular data that rolling windows must handle."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ FIELDS = ("open", "high", "low", "close", "vwap", "volume")
 def stress_market(num_instruments: int = 48, num_dates: int = 400, *, seed: int = 7) -> Panel:
     """Bars with missing closes (18%), suspensions, late listings, delistings, flat prices, ties.
 
-    A missing close takes the whole bar along in half of the cases. Some first and last stored
-    rows are suspended days; some volumes are zero or missing; prices are rounded to cents.
+    In half of the cases a missing close means that the whole bar is missing. Some of the first and
+    last stored rows are suspended days; some volumes are zero or missing; prices are rounded to
+    cents.
     """
     rng = np.random.default_rng(seed)
     d, n = num_dates, num_instruments
     close = 20 * np.exp(np.cumsum(rng.standard_t(4, (d, n)) * 0.012, 0))
     spread = np.abs(rng.normal(0, 0.01, (3, d, n)))
-    opened = close * (1 + rng.normal(0, 0.008, (d, n)))
-    high = np.maximum(opened, close) * (1 + spread[0])
-    low = np.minimum(opened, close) * (1 - spread[1])
+    open_price = close * (1 + rng.normal(0, 0.008, (d, n)))
+    high = np.maximum(open_price, close) * (1 + spread[0])
+    low = np.minimum(open_price, close) * (1 - spread[1])
     volume = np.round(np.exp(rng.normal(12, 1, (d, n))))
-    bars = np.stack([opened, high, low, close, (high + low + close) / 3, volume])
+    bars = np.stack([open_price, high, low, close, (high + low + close) / 3, volume])
     bars[:5] = np.round(bars[:5], 2)
-    flat = min(40, d // 4)
-    for j in range(0, n, 6):  # a price that does not move, with some volume
-        at = rng.integers(0, d - flat)
-        bars[:5, at : at + flat, j] = bars[3, at, j]
+    flat_days = min(40, d // 4)
+    for j in range(0, n, 6):  # a constant price, with some volume
+        start = rng.integers(0, d - flat_days)
+        bars[:5, start : start + flat_days, j] = bars[3, start, j]
     bars[5][rng.random((d, n)) < 0.02] = 0
-    bars[5, d // 2 : d // 2 + flat, 1::7] = 0
+    bars[5, d // 2 : d // 2 + flat_days, 1::7] = 0
     _suspend(bars, rng)
     spans = torch.tensor([[0, d - 1]]).repeat(n, 1)
     for j in range(n):
@@ -53,14 +54,14 @@ def stress_market(num_instruments: int = 48, num_dates: int = 400, *, seed: int 
 
 
 def _suspend(bars: np.ndarray, rng: np.random.Generator) -> None:
-    """Missing days, alone and in runs; the first two instruments stay whole."""
+    """Remove single days and longer runs of days; the first two instruments stay complete."""
     _, d, n = bars.shape
-    lonely = rng.random((d, n)) < 0.18
-    lonely[:, :2] = False
-    bars[3][lonely] = np.nan
-    bars[:, lonely & (rng.random((d, n)) < 0.5)] = np.nan
+    is_missing = rng.random((d, n)) < 0.18
+    is_missing[:, :2] = False
+    bars[3][is_missing] = np.nan
+    bars[:, is_missing & (rng.random((d, n)) < 0.5)] = np.nan
     bars[5][rng.random((d, n)) < 0.03] = np.nan
     for j in range(2, n, 3):
         length = int(rng.integers(10, min(89, d // 4)))
-        at = int(rng.integers(0, d - length))
-        bars[:, at : at + length, j] = np.nan
+        start = int(rng.integers(0, d - length))
+        bars[:, start : start + length, j] = np.nan

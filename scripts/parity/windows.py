@@ -1,9 +1,9 @@
-"""Windows of Samples against every window of real Qlib's TSDataSampler, all three fills.
+"""Compare the windows of Samples with every window of Qlib's TSDataSampler, for all three fills.
 
 QTORCH_QLIB_PYTHON=/path/to/python python scripts/parity/windows.py [--provider-uri FOLDER]
 
-Features are taken as they are: each row's own number (float32 holds it exactly, so that a
-window shows which rows it is made of), and one column with holes.
+The features are the row number (exact in float32, so that a window shows which rows it contains)
+and a column with NaN. No processors are applied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.data.foreign import view_of_frame
+from qtorch.data.foreign import view_from_frame
 from qtorch.data.panel import Panel
 from qtorch.data.samples import build_samples
 
@@ -40,7 +40,7 @@ class Row:
 
 
 def stress_frame(num_dates: int = 60, num_instruments: int = 8, seed: int = 0) -> pd.DataFrame:
-    """A small market with late listings, delistings, suspensions, holes and an empty day."""
+    """A small market with a late listing, a delisting, suspensions, missing rows, an empty day."""
     rng = np.random.default_rng(seed)
     dates = pd.bdate_range("2020-01-01", periods=num_dates)
     names = [f"SH{600000 + 7 * k}" for k in range(num_instruments)]
@@ -49,15 +49,16 @@ def stress_frame(num_dates: int = 60, num_instruments: int = 8, seed: int = 0) -
     exists[num_dates // 2 :, 2] = False  # a delisting
     exists[num_dates // 4 : num_dates // 2, 3] = False  # a suspension longer than a window
     exists[num_dates // 2 + 3] = False  # a day on which nothing trades
-    at = np.argwhere(exists)
+    positions = np.argwhere(exists)
     index = pd.MultiIndex.from_arrays(
-        [dates[at[:, 0]], [names[k] for k in at[:, 1]]], names=["datetime", "instrument"]
+        [dates[positions[:, 0]], [names[k] for k in positions[:, 1]]],
+        names=["datetime", "instrument"],
     )
-    return numbered(index, rng)
+    return row_number_frame(index, rng)
 
 
-def numbered(index: pd.MultiIndex, rng: np.random.Generator) -> pd.DataFrame:
-    """A frame over `index`: the row's own number, a column with holes, a label."""
+def row_number_frame(index: pd.MultiIndex, rng: np.random.Generator) -> pd.DataFrame:
+    """Build a frame over `index` with the row number, a column with NaN, and a label."""
     holes = rng.standard_normal(len(index)).astype(np.float32)
     holes[rng.random(len(index)) < 0.1] = np.nan
     return pd.DataFrame(
@@ -73,44 +74,46 @@ def numbered(index: pd.MultiIndex, rng: np.random.Generator) -> pd.DataFrame:
 def qlib_windows(
     frame: pd.DataFrame, segments: Segments, step_len: int, python: str, folder: Path
 ) -> dict[str, np.ndarray]:
-    """What real Qlib gives, by `segment/fill`, `segment/date` (ns) and `segment/instrument`."""
-    flat = frame.copy()
-    flat.columns = pd.Index(["/".join(c) for c in frame.columns])
+    """Qlib's windows, as `segment/fill`, `segment/date` (ns) and `segment/instrument`."""
+    flat_frame = frame.copy()
+    flat_frame.columns = pd.Index(["/".join(c) for c in frame.columns])
     source, target = folder / "frame.parquet", folder / "windows.npz"
-    flat.to_parquet(source)
+    flat_frame.to_parquet(source)
     spans = [f"{name}={start},{end}" for name, (start, end) in segments.items()]
     script = Path(__file__).with_name("qlib_windows.py")
     command = [python, str(script), str(source), str(target), str(step_len), *spans]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    if done.returncode:
-        raise RuntimeError(f"Qlib's side failed:\n{done.stderr[-3000:]}")
-    with np.load(target) as found:
-        return {name: found[name] for name in found.files}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if process.returncode:
+        raise RuntimeError(f"Qlib's side failed:\n{process.stderr[-3000:]}")
+    with np.load(target) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def compare(
-    frame: pd.DataFrame, segments: Segments, step_len: int, theirs: Mapping[str, np.ndarray]
+    frame: pd.DataFrame, segments: Segments, step_len: int, qlib_arrays: Mapping[str, np.ndarray]
 ) -> list[Row]:
-    """How many windows (features and label of the sample's row) differ from Qlib's."""
-    view = view_of_frame(frame)
+    """Count the windows that differ from Qlib's in the features or the label of the last row."""
+    view = view_from_frame(frame)
     table = []
     for name, (start, end) in segments.items():
-        dates = pd.DatetimeIndex(theirs[f"{name}/date"]).as_unit("ns")
-        index = pd.MultiIndex.from_arrays([dates, theirs[f"{name}/instrument"].astype(str)])
+        dates = pd.DatetimeIndex(qlib_arrays[f"{name}/date"]).as_unit("ns")
+        index = pd.MultiIndex.from_arrays([dates, qlib_arrays[f"{name}/instrument"].astype(str)])
         for fill in FILLS:
             samples = build_samples(view, start=start, end=end, step_len=step_len, fill=fill)
-            at = index.get_indexer(samples.index)
-            if len(index) != len(samples) or (at < 0).any():
+            positions = index.get_indexer(samples.index)
+            if len(index) != len(samples) or (positions < 0).any():
                 raise RuntimeError(f"{name}: {len(samples)} samples, Qlib has {len(index)}")
-            different = 0
+            num_different = 0
             for rows in torch.arange(len(samples)).split(8192):
                 batch = samples.batch(rows)
-                their = torch.from_numpy(theirs[f"{name}/{fill}"][at[rows.numpy()]])
+                qlib_batch = torch.from_numpy(
+                    qlib_arrays[f"{name}/{fill}"][positions[rows.numpy()]]
+                )
                 assert batch.y is not None
-                wrong = ~_equal(batch.x, their[:, :, :-1]).flatten(1).all(1)
-                wrong |= ~_equal(batch.y[:, 0], their[:, -1, -1])
-                different += int(wrong.sum())
-            table.append(Row(name, fill, len(samples), different))
+                is_different = ~_equal(batch.x, qlib_batch[:, :, :-1]).flatten(1).all(1)
+                is_different |= ~_equal(batch.y[:, 0], qlib_batch[:, -1, -1])
+                num_different += int(is_different.sum())
+            table.append(Row(name, fill, len(samples), num_different))
     return table
 
 
@@ -119,32 +122,32 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def provider_frame(provider_uri: str) -> pd.DataFrame:
-    """The rows of a Qlib folder, numbered."""
+    """A row number frame over the rows of a Qlib folder."""
     from qtorch.data.source.qlib import QlibSource
 
     panel: Panel = QlibSource(provider_uri).load(["close"])
     index = panel.to_frame().index
     assert isinstance(index, pd.MultiIndex)
-    return numbered(index, np.random.default_rng(0))
+    return row_number_frame(index, np.random.default_rng(0))
 
 
 def main() -> int:
-    """Print the table; 1 where any window differs."""
+    """Print the table; return 1 if any window differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--provider-uri")
     parser.add_argument("--python", default=os.environ.get("QTORCH_QLIB_PYTHON"))
     parser.add_argument("--step-len", type=int, default=20)
-    asked = parser.parse_args()
-    if not asked.python:
-        parser.error("name a Python with pyqlib by --python or QTORCH_QLIB_PYTHON")
-    frame = provider_frame(asked.provider_uri) if asked.provider_uri else stress_frame()
+    args = parser.parse_args()
+    if not args.python:
+        parser.error("set --python or QTORCH_QLIB_PYTHON to a Python with pyqlib")
+    frame = provider_frame(args.provider_uri) if args.provider_uri else stress_frame()
     dates = frame.index.get_level_values("datetime").unique().sort_values()
-    cut = [str(dates[int(len(dates) * share)].date()) for share in (0, 0.7, 0.8)]
-    after = [str(dates[int(len(dates) * share) - 1].date()) for share in (0.7, 0.8, 1.0)]
-    segments = dict(zip(("train", "valid", "test"), zip(cut, after, strict=True), strict=True))
+    starts = [str(dates[int(len(dates) * share)].date()) for share in (0, 0.7, 0.8)]
+    ends = [str(dates[int(len(dates) * share) - 1].date()) for share in (0.7, 0.8, 1.0)]
+    segments = dict(zip(("train", "valid", "test"), zip(starts, ends, strict=True), strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        theirs = qlib_windows(frame, segments, asked.step_len, asked.python, Path(folder))
-    table = compare(frame, segments, asked.step_len, theirs)
+        qlib_arrays = qlib_windows(frame, segments, args.step_len, args.python, Path(folder))
+    table = compare(frame, segments, args.step_len, qlib_arrays)
     print(f"{'segment':8} {'fill':12} {'windows':>9} {'different':>9}")
     for row in table:
         print(f"{row.segment:8} {row.fill:12} {row.windows:9,} {row.different:9,}")

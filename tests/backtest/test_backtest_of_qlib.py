@@ -102,6 +102,6 @@ def test_real_bars_equal_qlib(market_data, qlib_python, tmp_path):
         qlib_python, provider, random_scores, span, selected_cases, tmp_path, benchmark="NYSE500EW"
     )
     for case, qlib_result in zip(selected_cases, qlib_results, strict=True):
-        result = parity.ours(provider, random_scores, span, case, benchmark="NYSE500EW")
+        result = parity.run_qtorch(provider, random_scores, span, case, benchmark="NYSE500EW")
         row = parity.compare(str(case), result, qlib_result)
         assert row.passes, row
