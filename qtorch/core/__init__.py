@@ -1,1 +1,1 @@
-"""The floor under everything: errors, configuration, identity, trust, the process's defaults."""
+"""Foundations that every other package uses: errors, configuration, identity, trust, defaults."""

@@ -1,4 +1,4 @@
-"""Objects that know the configuration they were built from."""
+"""Objects that remember the configuration that they were built from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import PurePath
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
-from qtorch.core.names import dotted_name
+from qtorch.core.names import import_path
 
 
 class Configured:
-    """Base of everything that a configuration builds: it keeps its constructor's arguments.
+    """Base class of objects built from a configuration; it stores the constructor's arguments.
 
-    `to_config()` gives them back as plain data, so that a task, a saved model and a run's record
-    describe an object by the same mapping that builds it. An unknown argument is an error that
-    names the nearest one. Constructors neither change their arguments nor take `**kwargs`.
+    `to_config()` returns them as plain data, so that a task, a saved model and a run's record
+    describe an object with the same mapping that builds it. An unknown argument raises
+    ArgumentError with the nearest valid name. Constructors must not modify their arguments and
+    must not take `**kwargs`.
     """
 
     _arguments: dict[str, Any]
@@ -30,27 +31,30 @@ class Configured:
         signature = constructor_signature(cls)
         check_arguments(cls, signature, kwargs)
         try:
-            bound = signature.bind_partial(*args, **kwargs)
+            bound_arguments = signature.bind_partial(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"{cls.__name__}: {error}") from error
-        self._arguments = _flat_arguments(signature, bound)
+        self._arguments = _flatten_arguments(signature, bound_arguments)
         return self
 
     def to_config(self) -> dict[str, Any]:
-        """`{"_target_": name of the class, argument: plain value, ...}`.
+        """Return `{"_target_": import path of the class, argument: plain value, ...}`.
 
-        Raises ConfigError where an argument is a live object that no configuration describes.
+        Raises ConfigError if an argument is a live object that no configuration can describe.
         """
-        name = dotted_name(type(self))
-        out: dict[str, Any] = {"_target_": name}
+        name = import_path(type(self))
+        config: dict[str, Any] = {"_target_": name}
         for key, value in self._arguments.items():
-            out[key] = plain_value(value, f"{type(self).__name__}.{key}")
-        return out
+            config[key] = plain_value(value, f"{type(self).__name__}.{key}")
+        return config
 
 
 def constructor_signature(cls: type) -> inspect.Signature:
-    """The signature of a class's `__init__` without self (a class may define `__new__` too)."""
-    init = getattr(cls, "__init__")  # noqa: B009 - of this very class; mypy minds the plain access
+    """Return the signature of a class's `__init__` without `self`.
+
+    `inspect.signature(cls)` would return that of `__new__` if the class defines one.
+    """
+    init = getattr(cls, "__init__")  # noqa: B009 - mypy rejects plain access to `cls.__init__`
     parameters = list(inspect.signature(init).parameters.values())[1:]
     return inspect.Signature(parameters)
 
@@ -58,25 +62,26 @@ def constructor_signature(cls: type) -> inspect.Signature:
 def check_arguments(
     target: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any]
 ) -> None:
-    """ArgumentError with the nearest name for a keyword that the signature does not take."""
+    """Raise ArgumentError with the nearest name for a keyword that the signature does not take."""
     kinds = inspect.Parameter
     if any(p.kind is kinds.VAR_KEYWORD for p in signature.parameters.values()):
         return
-    takes = [
+    valid_names = [
         n
         for n, p in signature.parameters.items()
         if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     ]
     for name in kwargs:
-        if name not in takes:
-            what = getattr(target, "__qualname__", repr(target))
-            raise ArgumentError(unknown_name(f"argument of {what}", name, takes, limit=40))
+        if name not in valid_names:
+            title = getattr(target, "__qualname__", repr(target))
+            raise ArgumentError(unknown_name(f"argument of {title}", name, valid_names, limit=40))
 
 
-def plain_value(value: Any, where: str = "value") -> Any:
-    """A value as plain data (None, bool, int, float, str, list, dict); callables by name.
+def plain_value(value: Any, location: str = "value") -> Any:
+    """Convert a value to plain data (None, bool, int, float, str, list, dict).
 
-    Raises ConfigError naming `where` for a live object.
+    Classes and functions become their import paths, dates ISO text. Raises ConfigError for a live
+    object; the message names its `location`.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value.value if isinstance(value, enum.Enum) else value
@@ -89,47 +94,51 @@ def plain_value(value: Any, where: str = "value") -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, slice):
-        return [plain_value(v, where) for v in (value.start, value.stop)]
+        return [plain_value(v, location) for v in (value.start, value.stop)]
     if isinstance(value, Mapping):
-        return {str(k): plain_value(v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): plain_value(v, f"{location}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_value(v, f"{where}[{k}]") for k, v in enumerate(value)]
+        return [plain_value(v, f"{location}[{k}]") for k, v in enumerate(value)]
     if isinstance(value, functools.partial):
-        named = {k: plain_value(v, f"{where}.{k}") for k, v in value.keywords.items()}
-        extra = {"_args_": plain_value(list(value.args), where)} if value.args else {}
-        return {"_target_": dotted_name(value.func), "_partial_": True, **extra, **named}
+        keywords = {k: plain_value(v, f"{location}.{k}") for k, v in value.keywords.items()}
+        positional = {"_args_": plain_value(list(value.args), location)} if value.args else {}
+        return {"_target_": import_path(value.func), "_partial_": True, **positional, **keywords}
     if isinstance(value, type) or inspect.isfunction(value):
-        return dotted_name(value)
+        return import_path(value)
     raise ConfigError(
-        f"{where} is a live {type(value).__name__}, which no configuration describes. Give it as "
-        "{'_target_': 'package.module.Class', ...} (or a plain value) where it has to be stored."
+        f"{location} is a live {type(value).__name__}, which cannot be stored as configuration. "
+        "Write it as {'_target_': 'package.module.Class', ...} or as a plain value."
     )
 
 
 def is_numpy_scalar(value: Any) -> bool:
-    """Whether it is a number of numpy's, which this module does without importing."""
+    """Whether the value is a numpy scalar (checked without importing numpy)."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic)
 
 
 def _date_text(value: datetime.date) -> str:
-    """A day, or day and time; pandas' time stamps are dates of Python's too."""
+    """Format a date (a pandas Timestamp too) as ISO text, without the time if it is midnight."""
     if not isinstance(value, datetime.datetime):
         return value.isoformat()
     midnight = datetime.time()
-    whole = value == value and value.time() == midnight and not getattr(value, "nanosecond", 0)
-    return value.date().isoformat() if whole else value.isoformat()
+    is_midnight = (
+        value == value and value.time() == midnight and not getattr(value, "nanosecond", 0)
+    )
+    return value.date().isoformat() if is_midnight else value.isoformat()
 
 
-def _flat_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Arguments by name; those of `**kwargs` beside the named ones."""
-    out: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
+def _flatten_arguments(
+    signature: inspect.Signature, bound_arguments: inspect.BoundArguments
+) -> dict[str, Any]:
+    """Return the arguments by name, with those of `**kwargs` beside the named ones."""
+    flat: dict[str, Any] = {}
+    for name, value in bound_arguments.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            out.update(value)
+            flat.update(value)
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            out["_args_"] = list(value)
+            flat["_args_"] = list(value)
         else:
-            out[name] = value
-    return out
+            flat[name] = value
+    return flat

@@ -1,7 +1,7 @@
-"""Every error that qtorch raises for a user's input, under one root.
+"""The exceptions that qtorch raises, with a common base class.
 
-A message says what was given, what was expected and how to mend it; where a name was
-wrong it shows the nearest valid one (`unknown_name`).
+A message says what was given, what was expected and how to fix it. For a wrong name it suggests
+the nearest valid one (`unknown_name`).
 """
 
 from __future__ import annotations
@@ -11,98 +11,98 @@ from collections.abc import Iterable
 
 
 class QtorchError(Exception):
-    """Root of qtorch's own errors: catch this to catch them all."""
+    """Base class of all qtorch errors."""
 
 
 class ConfigError(QtorchError, ValueError):
-    """A configuration or an argument that cannot be meant."""
+    """A configuration or an argument is invalid."""
 
 
 class ArgumentError(ConfigError, TypeError):
-    """A call or constructor got an argument that it does not take, or lacks one."""
+    """A call or constructor got an unknown argument, or misses a required one."""
 
 
 class DataError(QtorchError, ValueError):
-    """Data that is missing, damaged, or not of the stated form."""
+    """Data is missing, damaged, or has an unexpected format."""
 
 
 class ExpressionError(DataError):
-    """An expression that does not parse or names something unknown."""
+    """An expression does not parse or uses an unknown name."""
 
 
 class NotFittedError(QtorchError, RuntimeError):
-    """Something was asked of an object before it was fitted."""
+    """An object was used before it was fitted."""
 
 
 class TrustError(QtorchError, PermissionError):
-    """Stored data names code that is not on the allow-list."""
+    """Stored data names code that is not trusted (see `qtorch.core.trust`)."""
 
 
 class TrackingError(QtorchError, RuntimeError):
-    """The tracking store refused or did not answer."""
+    """The tracking store rejected a request or did not answer."""
 
 
 class LoadObjectError(TrackingError):
-    """A recorder holds no object of that name, or it cannot be read."""
+    """A recorder has no object of that name, or the object cannot be read."""
 
 
 class ExportError(QtorchError, RuntimeError):
-    """An exported file does not give the scores of the model that it was made of."""
+    """An exported file does not reproduce the scores of its model."""
 
 
 class RecordError(QtorchError, RuntimeError):
-    """A record misses what it depends on."""
+    """A record cannot be made because something that it depends on is missing."""
 
 
 class TaskError(QtorchError, RuntimeError):
-    """Something is wrong with a task of a pool, or with the pool."""
+    """An error of a task pool or of one of its tasks."""
 
 
 class TaskDefinitionError(TaskError, ValueError):
-    """A pool's task whose definition cannot be read, or not be stored."""
+    """The definition of a pool's task cannot be read or stored."""
 
 
 class TaskResultError(TaskError, TypeError):
-    """A result that the pool cannot store: it is neither plain data nor a recorder."""
+    """A task's result is neither plain data nor a recorder, so the pool cannot store it."""
 
 
 class LeaseLost(TaskError):
-    """The task is no longer this worker's: its lease ran out or somebody reset it."""
+    """A worker no longer holds its task: the lease expired or the task was reset."""
 
 
 class TaskTimeout(TaskError, TimeoutError):
-    """Tasks were not finished in the given time; the message and `unfinished` name them."""
+    """Tasks did not finish before the timeout; `unfinished_ids` lists their ids."""
 
-    def __init__(self, message: str, unfinished: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, unfinished_ids: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.unfinished = list(unfinished)
+        self.unfinished_ids = list(unfinished_ids)
 
 
 class TaskStoreError(TaskError, ConnectionError):
-    """The pool's store cannot be opened, or has not answered for as long as was waited."""
+    """The pool's store cannot be opened, or did not answer before the timeout."""
 
 
 class TaskStoreVersionError(TaskError):
     """The pool's store was written by a newer qtorch."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name most like `name`, or None where nothing is close."""
+def nearest_name(name: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name most similar to `name`, or None if none is close."""
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return close[0]
-    lowered = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
-    return lowered[close[0]] if close else None
+    by_lowercase = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lowercase), n=1, cutoff=0.6)
+    return by_lowercase[close[0]] if close else None
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:
-    """One sentence for an unknown name: the name, the nearest one, the valid ones."""
+    """Return the error message for an unknown name, with a suggestion and the valid names."""
     names = sorted(valid)
-    guess = nearest(name, names)
+    guess = nearest_name(name, names)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    shown = ", ".join(names[:limit]) + (
+    name_list = ", ".join(names[:limit]) + (
         f", ... ({len(names)} in all)" if len(names) > limit else ""
     )
-    return f"unknown {kind} {name!r}.{hint} Known: {shown or 'none'}."
+    return f"unknown {kind} {name!r}.{hint} Valid names: {name_list or 'none'}."

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where cached ones lie."""
+"""Atomic file writes, and the folder for cached files."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UNFINISHED = ".part"
+PARTIAL_SUFFIX = ".part"
 
 
 def cache_folder() -> Path:
-    """QTORCH_CACHE, else `qtorch` under XDG_CACHE_HOME or `~/.cache`."""
-    given = os.environ.get("QTORCH_CACHE")
-    if given:
-        return Path(given).expanduser()
+    """Return the cache folder: QTORCH_CACHE, else $XDG_CACHE_HOME/qtorch or ~/.cache/qtorch."""
+    folder = os.environ.get("QTORCH_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qtorch"
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes `path`'s place when the block ends well.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it replaces `path` if the block succeeds.
 
-    The content reaches the disk before the rename, so that a crash leaves the old file or the new
-    one. On an error the temporary file goes away and the error passes; what a killed process left
-    is found by `remove_unfinished`.
+    The content is synced to disk before the rename, so that a crash leaves either the old or the
+    new file. If the block raises, the temporary file is deleted and the error is raised again.
+    `remove_partial_files` deletes the temporary files of killed processes.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(UNFINISHED, f".{target.name}.", target.parent)
+    handle, name = tempfile.mkstemp(PARTIAL_SUFFIX, f".{target.name}.", target.parent)
     temporary = Path(name)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer lives
+        # The lock tells `remove_partial_files` that this writer is alive. Some file systems have
+        # no locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; a run's artifacts are readable as usual.
+        # mkstemp creates private files; artifacts should get the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -51,12 +53,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Remove the temporary files that writers of this folder left when they were killed.
+def remove_partial_files(folder: str | Path) -> None:
+    """Delete the temporary files that killed writers left in a folder.
 
-    Those of living writers stay, on any machine; on a file system without locks all do.
+    Files of running writers, on any machine, are locked and stay. On a file system without locks
+    nothing is deleted.
     """
-    for path in Path(folder).glob(f".*{UNFINISHED}"):
+    for path in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):
         with contextlib.suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -1,8 +1,8 @@
-"""Signs of life: what a long piece of work is at, told to whoever listens.
+"""Heartbeats: long-running work reports its progress to listeners.
 
-Whoever keeps a task's lease listens; loops and slow parts beat. What happens without a listener
-is one comparison, so that a beat may stand inside a loop over batches. A beat never waits for a
-device: it carries what the host knows anyway.
+Training loops and other slow steps call `beat`; the process that renews a task's lease listens.
+Without a listener a beat costs one comparison, so that it may be called inside a loop over
+batches. A beat must not synchronize with a device: it reports only what the host already knows.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import Any
 
 Listener = Callable[[str, dict[str, Any]], None]
 
-RUN = "run"  # the stage that announces a task's run: told at once, always
+RUN = "run"  # the stage that announces a task's run; it is never delayed
 PAUSE_SECONDS = 0.5
 
 _listeners: tuple[Listener, ...] = ()
 _lock = threading.Lock()
-_next = 0.0
-_kept: dict[str, Any] = {}
+_next_report = 0.0
+_pending_details: dict[str, Any] = {}
 
 
 def beat(stage: str, **details: Any) -> None:
-    """Say that the work goes on, what it is at, and what is known of it.
+    """Report that the work is alive, its current stage and further details.
 
-    At most two beats a second are told; the details of the others go along with the next one.
-    `beat("run", experiment_id=..., recorder_id=...)` is told at once. An error that a listener
-    raises stops the work.
+    Listeners get at most two beats per second; the details of skipped beats are merged into the
+    next one. `beat("run", experiment_id=..., recorder_id=...)` is reported immediately. An
+    exception raised by a listener propagates and stops the work.
     """
     if _listeners:
-        _tell(stage, details)
+        _notify_listeners(stage, details)
 
 
-def is_heard() -> bool:
-    """Whether anybody listens: details that cost something need not be made otherwise."""
+def has_listeners() -> bool:
+    """Whether anybody listens; if not, skip computing expensive details."""
     return bool(_listeners)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Call `listener(stage, details)` for beats of the whole process inside the block.
+def listen(listener: Listener) -> Iterator[None]:
+    """Call `listener(stage, details)` for every beat of this process inside the block.
 
-    It is called in the thread that beats, and should return quickly.
+    The listener runs in the thread that beats and should return quickly.
     """
-    global _listeners, _next
+    global _listeners, _next_report
     with _lock:
         _listeners = (*_listeners, listener)
-        _next = 0.0
-        _kept.clear()
+        _next_report = 0.0
+        _pending_details.clear()
     try:
         yield
     finally:
@@ -58,19 +58,19 @@ def listening(listener: Listener) -> Iterator[None]:
             _listeners = tuple(each for each in _listeners if each is not listener)
 
 
-def _tell(stage: str, details: dict[str, Any]) -> None:
-    global _next
+def _notify_listeners(stage: str, details: dict[str, Any]) -> None:
+    global _next_report
     with _lock:
         now = time.monotonic()
         if stage == RUN:
-            told = details
-        elif now < _next:
-            _kept.update(details)
+            report = details
+        elif now < _next_report:
+            _pending_details.update(details)
             return
         else:
-            told = {**_kept, **details}
-            _kept.clear()
-            _next = now + PAUSE_SECONDS
+            report = {**_pending_details, **details}
+            _pending_details.clear()
+            _next_report = now + PAUSE_SECONDS
         listeners = _listeners
     for listener in listeners:
-        listener(stage, told)
+        listener(stage, report)

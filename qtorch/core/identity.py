@@ -1,4 +1,4 @@
-"""What makes two tasks the same: canonical JSON and hashes of it."""
+"""Identities of tasks and trainings: hashes of canonical JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
 
-# Arguments of a trainer that change what is shown or stored, not the numbers.
+# Trainer arguments that change what is printed or stored, but not the results.
 SILENT_TRAINER_ARGUMENTS = frozenset(
     {
         "default_root_dir",
@@ -23,36 +23,36 @@ SILENT_TRAINER_ARGUMENTS = frozenset(
         "profiler",
     }
 )
-# Where data and their features lie; the data's fingerprint stands for them.
-DATA_PLACES = frozenset({"source", "cache"})
+# Locations of data and cached features; `fit_id` uses the fingerprint of the data instead.
+DATA_LOCATIONS = frozenset({"source", "cache"})
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text that is equal for equal configurations: sorted keys, no spaces.
+    """Return JSON text that is identical for equal configurations (sorted keys, no spaces).
 
-    Dates become ISO text, tuples lists, `class` / `module_path` / `kwargs` the `_target_` form.
-    Raises ConfigError for live objects and for NaN.
+    Dates become ISO text, tuples become lists, and `class` / `module_path` / `kwargs` becomes the
+    `_target_` form. Raises ConfigError for live objects, NaN and infinity.
     """
     return json.dumps(
-        _canonical(plain_value(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        _canonicalize(plain_value(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
 
 
 def digest(value: Any) -> str:
-    """32 hexadecimal digits of SHA-256 over `canonical_json(value)`."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of `canonical_json(value)`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 
 def task_id(task: Mapping[str, Any]) -> str:
-    """The identity of a whole task: equal definitions, equal id."""
+    """Return the id of a whole task; equal definitions have equal ids."""
     return digest(task)
 
 
 def fit_id(task: Mapping[str, Any], data_fingerprint: str) -> str:
-    """The identity of a training: what changes its numbers, and nothing else.
+    """Return the id of a training, which covers only what changes its results.
 
-    Model, dataset, reweighter and seed count; the records, the place of the data (its fingerprint
-    counts instead) and trainer arguments that only show or store do not.
+    Model, dataset, reweighter, seed and the fingerprint of the data count. Records, the location
+    of the data and trainer arguments that only affect printing or storing do not.
     """
     model = plain_value(task.get("model"))
     if isinstance(model, dict):
@@ -63,7 +63,7 @@ def fit_id(task: Mapping[str, Any], data_fingerprint: str) -> str:
             }
     parts = {
         "model": model,
-        "dataset": _without(plain_value(task.get("dataset")), DATA_PLACES),
+        "dataset": _remove_keys(plain_value(task.get("dataset")), DATA_LOCATIONS),
         "reweighter": task.get("reweighter"),
         "seed": task.get("seed"),
         "data": data_fingerprint,
@@ -71,19 +71,19 @@ def fit_id(task: Mapping[str, Any], data_fingerprint: str) -> str:
     return digest(parts)
 
 
-def _without(value: Any, keys: frozenset[str]) -> Any:
+def _remove_keys(value: Any, keys: frozenset[str]) -> Any:
     if isinstance(value, dict):
-        return {k: _without(v, keys) for k, v in value.items() if k not in keys}
+        return {k: _remove_keys(v, keys) for k, v in value.items() if k not in keys}
     if isinstance(value, list):
-        return [_without(v, keys) for v in value]
+        return [_remove_keys(v, keys) for v in value]
     return value
 
 
-def _canonical(value: Any) -> Any:
+def _canonicalize(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"a task cannot hold the number {value}: JSON has no form for it.")
+        raise ConfigError(f"a task cannot contain the number {value}: JSON cannot represent it.")
     if isinstance(value, list):
-        return [_canonical(v) for v in value]
+        return [_canonicalize(v) for v in value]
     if not isinstance(value, dict):
         return value
     key = next((k for k in ("class", "func") if isinstance(value.get(k), str)), None)
@@ -91,4 +91,4 @@ def _canonical(value: Any) -> Any:
         module = value.get("module_path")
         name = f"{module}.{value[key]}" if module else value[key]
         value = {"_target_": name, **(value.get("kwargs") or {})}
-    return {k: _canonical(v) for k, v in value.items()}
+    return {k: _canonicalize(v) for k, v in value.items()}

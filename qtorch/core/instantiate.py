@@ -1,4 +1,4 @@
-"""Objects from configurations: Qlib's `init_instance_by_config`, on Hydra's `instantiate`."""
+"""Build objects from configurations: Qlib's `init_instance_by_config` on Hydra's `instantiate`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from qtorch.core.configured import Configured, check_arguments
 from qtorch.core.errors import ArgumentError, ConfigError, QtorchError
-from qtorch.core.names import dotted_name, load_module, locate
-from qtorch.core.trust import check_config, load_pickle
+from qtorch.core.names import import_path, load_module, locate
+from qtorch.core.trust import check_config_trust, load_pickle
 
 log = logging.getLogger(__name__)
 
@@ -32,81 +32,94 @@ def init_instance_by_config(
     accept_types: type | tuple[type, ...] = (),
     try_kwargs: Mapping[str, Any] | None = None,
     *,
-    stored: bool = False,
+    check_trust: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The object that a configuration describes.
+    """Build the object that a configuration describes.
 
-    `config` is an instance of `accept_types` (comes back unchanged); a dict with `_target_`
-    (Hydra's keys work) or with `class` / `func` (dotted, bare with `module_path`, or the callable
-    itself) and `kwargs`; `"a.b.C"`, or a bare `"C"` of `default_module`; `"file:///abs/x.pkl"`,
-    `"file://rel/x.pkl"` or a Path (a pickle, read by the trust rule).
+    `config` is one of:
+    - an instance of `accept_types`, which is returned unchanged;
+    - a dict with `_target_`, which may use Hydra's other keys too;
+    - a dict with `class` or `func` (an import path, a bare name with `module_path`, or the
+      callable itself) and `kwargs`;
+    - an import path `"a.b.C"`, or a bare name `"C"` in `default_module`;
+    - `"file:///abs/x.pkl"`, `"file://rel/x.pkl"` or a Path: a pickle, whose classes must be
+      trusted (`qtorch.core.trust`).
 
-    `kwargs` are passed too; `try_kwargs` where the signature takes them and the configuration
-    does not give them. A class that is `Configured` gets nested configurations as they are (it
-    builds its parts itself); for others Hydra builds the nested `_target_`s first, unless
-    `_recursive_` says otherwise. `stored=True` is for a configuration that comes out of a store:
-    every name in it passes the trust rule first.
+    `kwargs` are passed in addition; `try_kwargs` only if the signature takes them and the
+    configuration does not set them. A `Configured` class gets nested configurations unchanged,
+    because it builds its parts itself. For other classes nested `_target_`s are built first,
+    unless `_recursive_` says otherwise. `check_trust=True` is for a configuration that was read
+    from a store: every name in it must be trusted.
 
-    Answers to qlib/utils/mod.py; a TypeError raised inside a constructor is never swallowed.
-    Raises ConfigError (ArgumentError for a wrong argument) with the nearest name.
+    Corresponds to qlib/utils/mod.py; a TypeError raised inside a constructor is never swallowed.
+    Raises ConfigError (ArgumentError for a wrong argument) with the nearest valid name.
     """
     if accept_types != () and isinstance(config, accept_types):
         return config
     if OmegaConf.is_config(config):
         config = plain(config)
     if isinstance(config, Path):
-        return load_pickle(_existing(config))
+        return load_pickle(_require_file(config))
     if isinstance(config, str) and config.startswith("file:"):
-        return load_pickle(_existing(_path_of(config)))
-    if stored:
-        check_config(config if not isinstance(config, str) else {"_target_": config})
+        return load_pickle(_require_file(_uri_path(config)))
+    if check_trust:
+        check_config_trust(config if not isinstance(config, str) else {"_target_": config})
     if isinstance(config, Mapping) and "_target_" in config:
         return _build(config, default_module, try_kwargs or {}, kwargs)
-    target, given = get_callable_kwargs(config, default_module)
-    return _call(target, given, try_kwargs or {}, kwargs)
+    target, arguments = get_callable_kwargs(config, default_module)
+    return _call(target, arguments, try_kwargs or {}, kwargs)
 
 
 def get_callable_kwargs(
     config: Any, default_module: str | ModuleType | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The callable that a configuration names, and its keyword arguments."""
+    """Return the callable that a configuration names, and its keyword arguments."""
     if isinstance(config, str):
-        return _callable(locate(config, default_module), config), {}
+        return _require_callable(locate(config, default_module), config), {}
     if not isinstance(config, Mapping):
         raise ConfigError(
             f"cannot build an object from a {type(config).__name__} ({config!r:.80}); expected a "
-            "dict with '_target_' or 'class', a dotted name, or a path."
+            "dict with '_target_' or 'class', an import path, or a file path."
         )
     if "_target_" in config:
-        given = {k: v for k, v in config.items() if k not in _HYDRA_KEYS}
-        return _callable(_named(config["_target_"], default_module), config["_target_"]), given
+        arguments = {k: v for k, v in config.items() if k not in _HYDRA_KEYS}
+        return (
+            _require_callable(
+                _resolve_target(config["_target_"], default_module), config["_target_"]
+            ),
+            arguments,
+        )
     key = "class" if "class" in config else "func"
     if key not in config:
         raise ConfigError(
-            f"this configuration names nothing to build: its keys are {sorted(map(str, config))}. "
-            "Give '_target_: package.module.Class', or 'class' with 'kwargs'."
+            f"the configuration has neither '_target_' nor 'class' (its keys: "
+            f"{sorted(map(str, config))}). Write '_target_: package.module.Class', or 'class' "
+            "with 'kwargs'."
         )
     extra = sorted(set(config) - {"class", "func", "module_path", "kwargs"})
     if extra:
         raise ConfigError(
-            f"{config[key]!r} is configured by '{key}' and 'kwargs', but {extra} stand beside "
-            "them; put them into 'kwargs', or use '_target_'."
+            f"the configuration of {config[key]!r} has the keys {extra} beside '{key}' and "
+            "'kwargs'; move them into 'kwargs', or use '_target_'."
         )
     module = config.get("module_path") or default_module
-    return _callable(_named(config[key], module), config[key]), dict(config.get("kwargs") or {})
+    return (
+        _require_callable(_resolve_target(config[key], module), config[key]),
+        dict(config.get("kwargs") or {}),
+    )
 
 
-def _named(name: Any, module: str | ModuleType | None) -> Any:
+def _resolve_target(name: Any, module: str | ModuleType | None) -> Any:
     if not isinstance(name, str):
         return name
     return locate(name, module)
 
 
-def _callable(thing: Any, name: Any) -> Callable[..., Any]:
-    if not callable(thing):
-        raise ConfigError(f"{name!r} is a {type(thing).__name__}, not a class or function.")
-    return thing  # type: ignore[no-any-return]  # callable() does not say of what
+def _require_callable(target: Any, name: Any) -> Callable[..., Any]:
+    if not callable(target):
+        raise ConfigError(f"{name!r} is a {type(target).__name__}, not a class or function.")
+    return target  # type: ignore[no-any-return]  # callable() does not narrow the return type
 
 
 def _build(
@@ -115,36 +128,36 @@ def _build(
     try_kwargs: Mapping[str, Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    target, given = get_callable_kwargs(config, default_module)
-    nested = isinstance(target, type) and issubclass(target, Configured)
-    recursive = bool(config.get("_recursive_", not nested))
+    target, arguments = get_callable_kwargs(config, default_module)
+    builds_own_parts = isinstance(target, type) and issubclass(target, Configured)
+    is_recursive = bool(config.get("_recursive_", not builds_own_parts))
     positional = list(config.get("_args_", ()))
-    if recursive:
-        given = {k: _nested(v) for k, v in given.items()}
-        positional = [_nested(v) for v in positional]
+    if is_recursive:
+        arguments = {k: _build_parts(v) for k, v in arguments.items()}
+        positional = [_build_parts(v) for v in positional]
     call = functools.partial(target, *positional) if positional else target
     if config.get("_partial_", False):
-        merged = {**given, **kwargs}
-        _check(target, merged)
-        return functools.partial(call, **merged)
-    return _call(call, given, try_kwargs, kwargs)
+        all_arguments = {**arguments, **kwargs}
+        _check_arguments(target, all_arguments)
+        return functools.partial(call, **all_arguments)
+    return _call(call, arguments, try_kwargs, kwargs)
 
 
-def _nested(value: Any) -> Any:
-    """A nested value with its own targets built: by Hydra where it is plain data."""
+def _build_parts(value: Any) -> Any:
+    """Build the nested `_target_`s of a value, with Hydra if they are plain data."""
     if isinstance(value, Mapping):
         if "_target_" not in value:
-            return {k: _nested(v) for k, v in value.items()}
+            return {k: _build_parts(v) for k, v in value.items()}
         if _is_plain(value):
-            return _by_hydra(value)
+            return _instantiate_with_hydra(value)
         return init_instance_by_config(value)
     if isinstance(value, list | tuple):
-        return type(value)(_nested(v) for v in value)
+        return type(value)(_build_parts(v) for v in value)
     return value
 
 
-def _by_hydra(config: Mapping[str, Any]) -> Any:
-    locate(str(config["_target_"]))  # its error names the nearest, Hydra's does not
+def _instantiate_with_hydra(config: Mapping[str, Any]) -> Any:
+    locate(str(config["_target_"]))  # raises an error that suggests the nearest name, unlike Hydra
     try:
         return hydra.utils.instantiate(dict(config), _convert_="all")
     except InstantiationException as error:
@@ -166,22 +179,28 @@ def _is_plain(value: Any) -> bool:
 
 def _call(
     target: Callable[..., Any],
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     try_kwargs: Mapping[str, Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    doubled = set(given) & set(kwargs)
-    if doubled:
-        raise ArgumentError(f"{_title(target)} is given {sorted(doubled)} twice.")
-    merged = {**given, **kwargs}
-    tried = _accepted(target, try_kwargs)
-    merged = {**{k: v for k, v in tried.items() if k not in merged}, **merged}
-    _check(target, merged)
-    return target(**merged)
+    duplicates = set(arguments) & set(kwargs)
+    if duplicates:
+        raise ArgumentError(
+            f"{_title(target)}: arguments {sorted(duplicates)} are set both in the configuration "
+            "and in the call."
+        )
+    all_arguments = {**arguments, **kwargs}
+    optional = _filter_arguments(target, try_kwargs)
+    all_arguments = {
+        **{k: v for k, v in optional.items() if k not in all_arguments},
+        **all_arguments,
+    }
+    _check_arguments(target, all_arguments)
+    return target(**all_arguments)
 
 
-def _check(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """ArgumentError for an unknown argument (before the call: its own TypeErrors pass)."""
+def _check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for an unknown argument, before the call raises its own TypeErrors."""
     signature = _signature(target)
     if signature is not None:
         check_arguments(target, signature, kwargs)
@@ -195,10 +214,10 @@ def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
             return constructor_signature(target)
         return inspect.signature(target)
     except (ValueError, TypeError):
-        return None  # a builtin without a signature
+        return None  # a built-in without a signature
 
 
-def _accepted(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _filter_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     signature = _signature(target)
     if signature is None:
         return {}
@@ -213,25 +232,25 @@ def _title(target: Callable[..., Any]) -> str:
 
 
 def auto_filter_kwargs(func: Callable[..., Any], warning: bool = True) -> Callable[..., Any]:
-    """`func` that leaves out (and by default warns of) keywords which it does not take."""
+    """Wrap `func` so that it ignores unknown keyword arguments, by default with a warning."""
 
     @functools.wraps(func)
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        accepted = _accepted(func, kwargs)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        valid_kwargs = _filter_arguments(func, kwargs)
         if warning:
-            for name in kwargs.keys() - accepted.keys():
+            for name in kwargs.keys() - valid_kwargs.keys():
                 log.warning(
-                    "%s does not take %r=%r; it is left out.", _title(func), name, kwargs[name]
+                    "%s does not take %r=%r; ignoring it.", _title(func), name, kwargs[name]
                 )
-        return func(*args, **accepted)
+        return func(*args, **valid_kwargs)
 
-    return filtered
+    return wrapper
 
 
-def flatten_dict(nested: Mapping[Any, Any], parent_key: str = "", sep: str = ".") -> dict[str, Any]:
-    """A nested mapping as one level: `{"a": {"b": 1}}` gives `{"a.b": 1}`; lists stay."""
+def flatten_dict(d: Mapping[Any, Any], parent_key: str = "", sep: str = ".") -> dict[str, Any]:
+    """Flatten a nested mapping: `{"a": {"b": 1}}` becomes `{"a.b": 1}`; lists are unchanged."""
     flat: dict[str, Any] = {}
-    for key, value in nested.items():
+    for key, value in d.items():
         name = f"{parent_key}{sep}{key}" if parent_key else str(key)
         if isinstance(value, Mapping) and value:
             flat.update(flatten_dict(value, name, sep))
@@ -241,15 +260,16 @@ def flatten_dict(nested: Mapping[Any, Any], parent_key: str = "", sep: str = "."
 
 
 def fill_placeholder(config: Any, values: Mapping[str, Any]) -> Any:
-    """A copy of `config` in which strings like `"<MODEL>"` are replaced by their values.
+    """Return a copy of `config` in which placeholders such as `"<MODEL>"` are replaced.
 
-    A string `"<dataset.kwargs.segments.train.0>"` takes the value at that path of `config`
-    itself. A placeholder that nothing matches stays, with a warning. Qlib's function writes
-    into its argument; this one does not.
+    `values` maps placeholders to their values. A placeholder that is a path, such as
+    `"<dataset.kwargs.segments.train.0>"`, is replaced by the value at that path of `config`. An
+    unknown placeholder is left as it is, with a warning. Qlib's function modifies its argument;
+    this one does not.
     """
     for name in values:
         if not re.fullmatch(r"<[^<>]+>", name):
-            raise ConfigError(f"a placeholder is written '<NAME>', got {name!r}.")
+            raise ConfigError(f"a placeholder must have the form '<NAME>'; got {name!r}.")
 
     def fill(part: Any) -> Any:
         if isinstance(part, Mapping):
@@ -257,46 +277,46 @@ def fill_placeholder(config: Any, values: Mapping[str, Any]) -> Any:
         if isinstance(part, list | tuple):
             return type(part)(fill(v) for v in part)
         if isinstance(part, str) and (match := re.fullmatch(r"<([^<>]+)>", part)):
-            return values[part] if part in values else _at_path(config, match[1], part)
+            return values[part] if part in values else _lookup_path(config, match[1], part)
         return part
 
     return fill(config)
 
 
-def _at_path(config: Any, path: str, placeholder: str) -> Any:
+def _lookup_path(config: Any, path: str, placeholder: str) -> Any:
     for key in path.split("."):
         try:
             config = config[int(key)] if isinstance(config, list | tuple) else config[key]
         except (KeyError, ValueError, IndexError, TypeError):
-            log.warning("the placeholder %s matches nothing and stays as it is.", placeholder)
+            log.warning("placeholder %s matches nothing; leaving it unchanged.", placeholder)
             return placeholder
     return config
 
 
 def plain(config: Any) -> Any:
-    """An OmegaConf configuration as plain containers, interpolations resolved; else unchanged."""
+    """Convert an OmegaConf config to plain containers, interpolations resolved; else unchanged."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def _path_of(uri: str) -> Path:
-    parsed = urlparse(uri)
-    path = unquote(parsed.path)
-    return Path(parsed.netloc + path) if parsed.netloc else Path(path)
+def _uri_path(uri: str) -> Path:
+    parts = urlparse(uri)
+    path = unquote(parts.path)
+    return Path(parts.netloc + path) if parts.netloc else Path(path)
 
 
-def _existing(path: Path) -> Path:
+def _require_file(path: Path) -> Path:
     full = path.expanduser()
     if not full.is_file():
-        raise ConfigError(f"there is no file {str(path)!r} to load an object from.")
+        raise ConfigError(f"cannot load an object from {str(path)!r}: no such file.")
     return full
 
 
 __all__ = [
     "auto_filter_kwargs",
-    "dotted_name",
     "fill_placeholder",
     "flatten_dict",
     "get_callable_kwargs",
+    "import_path",
     "init_instance_by_config",
     "load_module",
     "locate",

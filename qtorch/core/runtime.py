@@ -1,4 +1,4 @@
-"""The process: seeds, devices, logging, progress."""
+"""Process-wide utilities: random seeds, device selection, logging, progress bars."""
 
 from __future__ import annotations
 
@@ -20,38 +20,44 @@ SHOW_AFTER_SECONDS = 2.0
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (every device) alike."""
+    """Seed the random generators of Python, numpy and torch (all devices)."""
     import numpy as np
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from numpy's global generator
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries use numpy's global generator
     torch.manual_seed(seed)
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
-    """A torch device: "auto" is the first CUDA device where there is one, else the CPU.
+    """Return a torch device; "auto" is the first CUDA device if there is one, else the CPU.
 
-    Raises ConfigError for a CUDA device that is not there.
+    Raises ConfigError for a CUDA device that does not exist.
     """
     import torch
 
     if device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        torch_device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
         raise ConfigError(
-            f"{device!r} is no device; expected 'auto', 'cpu', 'cuda' or 'cuda:1'."
+            f"{device!r} is not a device; expected 'auto', 'cpu', 'cuda' or e.g. 'cuda:1'."
         ) from error
-    count = torch.cuda.device_count() if found.type == "cuda" else 0
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise ConfigError(f"{device!r} was asked for, but this machine has {count} CUDA devices.")
-    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+    count = torch.cuda.device_count() if torch_device.type == "cuda" else 0
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= count:
+        raise ConfigError(
+            f"device {device!r} does not exist: this machine has {count} CUDA devices."
+        )
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if str(torch_device) == "cuda"
+        else torch_device
+    )
 
 
 def configure_logging(level: int | str = logging.INFO) -> None:
-    """qtorch's log lines on stderr, by rich on a terminal; repeated calls change the level."""
+    """Write qtorch's log to stderr (with rich on a terminal); repeated calls change the level."""
     logger = logging.getLogger("qtorch")
     logger.setLevel(level)
     if logger.handlers:
@@ -75,7 +81,7 @@ def configure_logging(level: int | str = logging.INFO) -> None:
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on a terminal once they take longer than two seconds."""
+    """Yield the items; on a terminal, show a progress bar once they take over two seconds."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not sys.stderr.isatty():

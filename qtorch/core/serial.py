@@ -1,4 +1,4 @@
-"""Objects that can be stored: Qlib's Serializable, and a state without pickle."""
+"""Storing objects: Qlib's Serializable (pickle), and a state of JSON and tensors without pickle."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from qtorch.core.errors import ArgumentError, unknown_name
-from qtorch.core.trust import load_pickle, trusted_type
+from qtorch.core.trust import load_pickle, trust_subclasses
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@trusted_type
+@trust_subclasses
 @dataclass
 class State:
-    """What rebuilds an object: plain JSON data and named tensors."""
+    """The data from which an object is rebuilt: plain JSON data and named tensors."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -26,27 +26,28 @@ class State:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object that is stored as JSON and safetensors instead of a pickle."""
+    """Protocol of objects that are stored as JSON and safetensors instead of a pickle."""
 
     def to_state(self) -> State:
-        """Configuration and tensors; the storer adds the class's name."""
+        """Return configuration and tensors; the caller stores the name of the class."""
         ...
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The object again."""
+        """Rebuild the object."""
         ...
 
 
 _OPTIONS = ("dump_all", "exclude", "include")
-_ALWAYS = ("_arguments",)  # what Configured keeps describes the object; it is no cache
+_ALWAYS = ("_arguments",)  # the constructor arguments of Configured describe the object
 
 
 class Serializable:
-    """Pickling by Qlib's rule: attributes whose name starts with `_` stay out.
+    """Pickle objects by Qlib's rule: attributes whose name starts with `_` are left out.
 
-    `include` wins over `exclude`, both over the underscore rule; `dump_all` keeps everything.
-    Answers to qlib/utils/serial.py. Difference: reading goes through the trust rule.
+    `include` overrides `exclude`, both override the underscore rule, and `dump_all` includes
+    everything that is not excluded. Corresponds to qlib/utils/serial.py. Difference: `load` checks
+    that every class in the pickle is trusted.
     """
 
     def config(
@@ -56,21 +57,21 @@ class Serializable:
         include: Iterable[str] | None = None,
         recursive: bool = False,
     ) -> None:
-        """Say what later dumps keep; `recursive` says it to Serializable attributes too."""
-        given = {"dump_all": dump_all, "exclude": exclude, "include": include}
-        self._configure({k: v for k, v in given.items() if v is not None}, recursive, set())
+        """Choose which attributes are pickled; `recursive` includes Serializable attributes."""
+        options = {"dump_all": dump_all, "exclude": exclude, "include": include}
+        self._configure({k: v for k, v in options.items() if v is not None}, recursive, set())
 
-    def _configure(self, options: dict[str, Any], recursive: bool, seen: set[int]) -> None:
-        seen.add(id(self))
-        kept = self.__dict__.setdefault("_serial", {})
-        kept.update({k: v if k == "dump_all" else list(v) for k, v in options.items()})
+    def _configure(self, options: dict[str, Any], recursive: bool, visited_ids: set[int]) -> None:
+        visited_ids.add(id(self))
+        stored_options = self.__dict__.setdefault("_serial", {})
+        stored_options.update({k: v if k == "dump_all" else list(v) for k, v in options.items()})
         if not recursive:
             return
         for value in list(self.__dict__.values()):
-            if isinstance(value, Serializable) and id(value) not in seen:
-                value._configure(options, recursive, seen)
+            if isinstance(value, Serializable) and id(value) not in visited_ids:
+                value._configure(options, recursive, visited_ids)
 
-    def _is_kept(self, name: str) -> bool:
+    def _is_pickled(self, name: str) -> bool:
         options = self.__dict__.get("_serial", {})
         if name == "_serial":
             return False
@@ -81,13 +82,13 @@ class Serializable:
         return bool(options.get("dump_all", False)) or not name.startswith("_")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if self._is_kept(k)}
+        return {k: v for k, v in self.__dict__.items() if self._is_pickled(k)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
     def to_pickle(self, path: str | Path, **options: Any) -> None:
-        """Pickle to `path`; options as of `config`."""
+        """Pickle to `path`; the options are those of `config`."""
         for name in options:
             if name not in _OPTIONS:
                 raise ArgumentError(unknown_name("option of to_pickle", name, _OPTIONS))
@@ -97,14 +98,14 @@ class Serializable:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a pickle of this class; a TypeError for an object of another one.
+        """Load a pickled object of this class; raise TypeError for an object of another class.
 
-        The classes that it names pass the trust rule (`qtorch.core.trust`).
+        Every class in the pickle must be trusted (`qtorch.core.trust`), else TrustError is raised.
         """
-        loaded = load_pickle(path)
-        if not isinstance(loaded, cls):
+        instance = load_pickle(path)
+        if not isinstance(instance, cls):
             raise TypeError(
-                f"{path} holds a {type(loaded).__qualname__}, not a {cls.__qualname__}; load it "
-                f"with {type(loaded).__qualname__}.load."
+                f"{path} contains a {type(instance).__qualname__}, not a {cls.__qualname__}; load "
+                f"it with {type(instance).__qualname__}.load."
             )
-        return loaded
+        return instance

@@ -1,4 +1,4 @@
-"""The process's defaults: what `qtorch.init(...)` sets, and nothing else."""
+"""The default settings of the process, set by `qtorch.init(...)`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRUSTED_VARIABLE = "QTORCH_TRUSTED"
 
 @dataclass(frozen=True)
 class Session:
-    """Defaults of the process. A task carries its own data source; these fill what it omits."""
+    """Default settings of the process; a task's own settings override them."""
 
     provider_uri: str | None = None
     region: str = "us"
@@ -32,7 +32,7 @@ _local: ContextVar[Session | None] = ContextVar("qtorch_session", default=None)
 
 
 def session() -> Session:
-    """The defaults in force: those of the innermost `session_context`, else the process's."""
+    """Return the current defaults: of the innermost `session_context`, else of the process."""
     return _local.get() or _process
 
 
@@ -45,14 +45,18 @@ def init(
     seed: int | None = None,
     trusted: Sequence[str] = (),
 ) -> Session:
-    """Set this process's defaults; a later call replaces only what it names.
+    """Set the defaults of this process; a later call changes only the arguments it passes.
 
-    `provider_uri` is a folder in Qlib's layout, `region` "us" or "cn" (trade unit and price
-    limit), `tracking_uri` MLflow's, `task_url` the task pool's, `seed` the default seed,
-    `trusted` the packages whose classes stored objects and pool tasks may name.
+    provider_uri: data folder in Qlib's layout.
+    region: "us" or "cn"; sets the trade unit and the price limit.
+    tracking_uri: URI of the MLflow tracking store.
+    task_url: URL of the task pool's store.
+    seed: default random seed.
+    trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
+        adds to them.
     """
     global _process
-    given = {
+    changes = {
         "provider_uri": provider_uri,
         "region": region,
         "tracking_uri": tracking_uri,
@@ -60,31 +64,31 @@ def init(
         "seed": seed,
         "trusted": (*_process.trusted, *_packages(trusted)) if trusted else None,
     }
-    _process = _changed(_process, {k: v for k, v in given.items() if v is not None})
+    _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
 
 
 @contextmanager
 def session_context(**changes: Any) -> Iterator[Session]:
-    """Other defaults inside a `with` block, in this context only (threads do not inherit it)."""
-    token = _local.set(_changed(session(), changes))
+    """Change defaults inside a `with` block; other threads do not see the change."""
+    token = _local.set(_apply_changes(session(), changes))
     try:
         yield session()
     finally:
         _local.reset(token)
 
 
-def trusted_packages() -> tuple[str, ...]:
-    """Packages allowed beside qtorch's own list: of `init` and of the environment."""
-    extra = os.environ.get(TRUSTED_VARIABLE, "")
-    return (*session().trusted, *(p.strip() for p in extra.split(",") if p.strip()))
+def get_trusted_packages() -> tuple[str, ...]:
+    """Return the packages that the user trusts, from `init` and from QTORCH_TRUSTED."""
+    variable = os.environ.get(TRUSTED_VARIABLE, "")
+    return (*session().trusted, *(p.strip() for p in variable.split(",") if p.strip()))
 
 
 def _packages(trusted: Sequence[str]) -> tuple[str, ...]:
     return (trusted,) if isinstance(trusted, str) else tuple(trusted)
 
 
-def _changed(base: Session, changes: dict[str, Any]) -> Session:
+def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
     valid = [f.name for f in fields(Session)]
     for name in changes:
         if name not in valid:

@@ -1,9 +1,9 @@
-"""What stored data may name: the rule for artifacts, pickles and tasks of a pool.
+"""The trust rule: which classes and functions artifacts, pickles and pool tasks may name.
 
-A name is allowed where its package is on the list and the thing behind it is of a kind that
-belongs in a task (a network, an optimizer, a Model, a Dataset, ...). The user's packages and
-`.py` files are added by `qtorch.init(trusted=["mypackage", "path/of/my.py"])` or the environment's
-QTORCH_TRUSTED; in those, everything is allowed.
+A name is allowed if its package is in ALLOWED_PACKAGES and the object is of a type that belongs in
+a task (a network, an optimizer, a Model, a Dataset, ...). Users add their own packages and `.py`
+files with `qtorch.init(trusted=["mypackage", "path/of/my.py"])` or the environment variable
+QTORCH_TRUSTED; everything in those is allowed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qtorch.core.errors import DataError, TrustError
-from qtorch.core.names import attribute, file_module_name, load_module, locate
-from qtorch.core.session import TRUSTED_VARIABLE, trusted_packages
+from qtorch.core.names import file_module_name, get_attribute, load_module, locate
+from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages
 
 ALLOWED_PACKAGES = ("qtorch", "torch", "pytorch_lightning", "lightning")
 
-# Plain values and the functions that rebuild them: nothing here runs what it is given.
+# Plain values and the functions that rebuild them; none of these runs code from its arguments.
 SAFE_GLOBALS = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -53,74 +53,75 @@ SAFE_GLOBALS = frozenset(
     }
 )
 
-_types: list[type] = []
+_trusted_bases: list[type] = []
 C = TypeVar("C", bound=type)
 
 
-def trusted_type(cls: C) -> C:
-    """Class decorator: subclasses of this base may be named by stored data."""
-    _types.append(cls)
+def trust_subclasses(cls: C) -> C:
+    """Class decorator: stored data may name this class and its subclasses."""
+    _trusted_bases.append(cls)
     return cls
 
 
-def check_trusted(name: str, thing: Any) -> None:
-    """TrustError unless stored data may name `thing` (of dotted name `name`)."""
-    if _in_packages(name, _trusted()):
+def check_object_trust(name: str, obj: Any) -> None:
+    """Raise TrustError unless stored data may name `obj`, whose import path is `name`."""
+    if _in_packages(name, _load_trusted_packages()):
         return
-    if _in_packages(name, ALLOWED_PACKAGES) and _kind_allowed(thing):
+    if _in_packages(name, ALLOWED_PACKAGES) and _is_trusted_class(obj):
         return
     package = name.split(".")[0]
-    why = (
-        "it is not of a kind that belongs in a task"
+    reason = (
+        "it is not of a type that stored data may use"
         if _in_packages(name, ALLOWED_PACKAGES)
         else f"the package {package!r} is not trusted"
     )
     raise TrustError(
-        f"stored data names {name!r}, but {why}. If it is yours, say so once: "
-        f"qtorch.init(trusted=[{package!r}]) or {TRUSTED_VARIABLE}={package} in the environment."
+        f"stored data names {name!r}, but {reason}. If you trust this code, call "
+        f"qtorch.init(trusted=[{package!r}]) or set {TRUSTED_VARIABLE}={package} in the "
+        "environment."
     )
 
 
-def check_config(config: Any) -> None:
-    """TrustError for the first name in a stored configuration that is not allowed."""
+def check_config_trust(config: Any) -> None:
+    """Raise TrustError for the first name in a stored configuration that is not trusted."""
     if isinstance(config, Mapping):
         for key in ("_target_", "class", "func"):
             name = config.get(key)
             if isinstance(name, str):
-                check_name(name, config.get("module_path"))
+                check_name_trust(name, config.get("module_path"))
         for value in config.values():
-            check_config(value)
+            check_config_trust(value)
     elif isinstance(config, list | tuple):
         for value in config:
-            check_config(value)
+            check_config_trust(value)
 
 
-def check_name(name: str, module: str | None = None) -> None:
-    """TrustError for a name that is not allowed; nothing of an untrusted package is imported."""
+def check_name_trust(name: str, module: str | None = None) -> None:
+    """Raise TrustError for a name that is not trusted; never import an untrusted package."""
     full = f"{module}.{name}" if module and "." not in name else name
     if module is not None and module.endswith(".py"):
-        if not any(module == p for p in trusted_packages()):
+        if not any(module == p for p in get_trusted_packages()):
             raise TrustError(
-                f"stored data takes {name!r} from the file {module!r}, which is code. If it is "
-                f"yours: qtorch.init(trusted=[{module!r}])."
+                f"stored data takes {name!r} from the file {module!r}, which is code. If you "
+                f"trust it, call qtorch.init(trusted=[{module!r}])."
             )
         return
-    if _in_packages(full, (*ALLOWED_PACKAGES, *_trusted())):
-        check_trusted(full, locate(full) if "." in full else None)
+    if _in_packages(full, (*ALLOWED_PACKAGES, *_load_trusted_packages())):
+        check_object_trust(full, locate(full) if "." in full else None)
     elif "." in full:
-        check_trusted(full, None)
+        check_object_trust(full, None)
 
 
 def load_pickle(source: str | Path | bytes) -> Any:
-    """Unpickle a file or bytes; each class or function named in it passes the trust rule."""
+    """Unpickle a file or bytes; raise TrustError for a class or function that is not trusted."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, IndexError, KeyError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        where = "the bytes" if isinstance(source, bytes) else str(source)
-        raise DataError(f"{where} cannot be read as a pickle: {error}") from error
+        title = "the bytes" if isinstance(source, bytes) else str(source)
+        raise DataError(f"{title} cannot be read as a pickle: {error}") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -131,16 +132,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) not in SAFE_GLOBALS:
             full = f"{module}.{name}"
-            known = _in_packages(full, (*ALLOWED_PACKAGES, *_trusted()))
-            # An untrusted module is not even imported: importing runs it.
-            check_trusted(full, _dig(module, name) if known else None)
+            is_listed = _in_packages(full, (*ALLOWED_PACKAGES, *_load_trusted_packages()))
+            # An untrusted module is not even imported, because importing runs it.
+            check_object_trust(full, _resolve_name(module, name) if is_listed else None)
         return super().find_class(module, name)
 
 
-def _trusted() -> tuple[str, ...]:
-    """The user's packages; his trusted `.py` files under the names of their modules, loaded."""
+def _load_trusted_packages() -> tuple[str, ...]:
+    """Return the user's trusted packages; trusted `.py` files are loaded and named as modules."""
     names = []
-    for name in trusted_packages():
+    for name in get_trusted_packages():
         if name.endswith(".py") and Path(name).expanduser().is_file():
             load_module(name)
             names.append(file_module_name(name))
@@ -149,15 +150,15 @@ def _trusted() -> tuple[str, ...]:
     return tuple(names)
 
 
-def _dig(module: str, name: str) -> Any:
-    thing: Any = load_module(module)
+def _resolve_name(module: str, name: str) -> Any:
+    obj: Any = load_module(module)
     for part in name.split("."):
-        thing = attribute(thing, part)
-    return thing
+        obj = get_attribute(obj, part)
+    return obj
 
 
 def _storage_from_bytes(data: bytes) -> Any:
-    """Tensors inside a plain pickle are a torch file of their own; read as weights only."""
+    """Load the tensor storage that a pickle embeds as a torch file, as weights only."""
     import torch
 
     return torch.load(io.BytesIO(data), weights_only=True)
@@ -167,8 +168,8 @@ def _in_packages(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
-def _kind_allowed(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, (*_types, *_torch_types()))
+def _is_trusted_class(obj: Any) -> bool:
+    return isinstance(obj, type) and issubclass(obj, (*_trusted_bases, *_torch_types()))
 
 
 def _torch_types() -> tuple[type, ...]:

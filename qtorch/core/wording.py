@@ -1,9 +1,8 @@
-"""Numbers of things, said as English says them."""
+"""Format numbers together with a noun in singular or plural."""
 
 from __future__ import annotations
 
 
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """`1 task`, `2 tasks`, `1,200 tasks`: the number and the words that go with it; `many` is
-    `one` with an s by default."""
-    return f"{number:,} {one if number == 1 else (many or f'{one}s')}"
+def format_count(number: int, singular: str, plural: str | None = None) -> str:
+    """Format a count: `1 task`, `2 tasks`, `1,200 tasks`; the default plural appends an s."""
+    return f"{number:,} {singular if number == 1 else (plural or f'{singular}s')}"
