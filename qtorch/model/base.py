@@ -1,4 +1,4 @@
-"""What a model is: Qlib's BaseModel, Model and ModelFT."""
+"""Base classes of all models: Qlib's BaseModel, Model and ModelFT."""
 
 from __future__ import annotations
 
@@ -9,59 +9,59 @@ import pandas as pd
 
 from qtorch.core.configured import Configured
 from qtorch.core.serial import Serializable
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
 
-@trusted_type
+@trust_subclasses
 class BaseModel(Serializable, Configured, ABC):
-    """Something that predicts; calling it is predicting."""
+    """Anything that makes predictions. Calling the object is the same as calling `predict`."""
 
     @abstractmethod
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predictions."""
+        """Return predictions."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.predict(*args, **kwargs)
 
 
 class Model(BaseModel):
-    """A model that learns from a dataset and scores its segments.
+    """A model that is trained on a dataset and scores the segments of a dataset.
 
-    Attributes that are to be saved with the model do not start with `_`; what `fit` finds out
-    ends with one. Answers to qlib/model/base.py. Difference: every model takes `segment`,
-    `reweighter` and `recorder`.
+    Follow scikit-learn's naming: attributes whose name starts with `_` are not saved with the
+    model, and attributes that `fit` sets end with `_`. Corresponds to qlib/model/base.py, with one
+    difference: every model takes `segment`, `reweighter` and `recorder`.
     """
 
     @abstractmethod
     def fit(
         self, dataset: Any, reweighter: Any = None, *, recorder: Recorder | None = None
     ) -> None:
-        """Learn from the segments train and valid.
+        """Train on the segments "train" and "valid".
 
-        `reweighter` gives each training sample a weight. `recorder` takes metrics and
-        checkpoints; None is the run that is current, or none.
+        `reweighter` assigns a weight to each training sample. `recorder` receives metrics and
+        checkpoints; if it is None, the current run is used, if there is one.
         """
 
     @abstractmethod
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
-        """A Series "score" by (datetime, instrument): every sample of the segment once.
+        """Return the scores as a Series named "score", indexed by (datetime, instrument).
 
-        `segment` is a segment's name or a slice of dates, both inclusive. Raises NotFittedError
-        before `fit`.
+        The Series has each sample of the segment exactly once. `segment` is the name of a segment
+        or a slice of dates, both ends inclusive. Raises NotFittedError before `fit`.
         """
 
 
 class ModelFT(Model):
-    """A model that can go on learning from where it is."""
+    """A model that can continue training from its fitted state."""
 
     @abstractmethod
     def finetune(self, dataset: Any, *, recorder: Recorder | None = None) -> None:
-        """Learn from a dataset, starting at what is fitted.
+        """Train on a dataset, starting from the fitted weights.
 
-        The idiom, in two runs and two processes::
+        The usual pattern takes two runs and two processes::
 
             with R.start(experiment_name="init"):
                 model.fit(dataset)

@@ -1,4 +1,4 @@
-"""Labels treated by day inside the training step: what a loss learns from, never what is judged."""
+"""Label transforms within each day in the training step; validation uses the original labels."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ OPTIONS = ("drop_extreme", "zscore")
 
 
 class DayLabel:
-    """Within each day: drop the extreme labels, then standardise what is left.
+    """Drop the extreme labels of each day, then standardize the others.
 
-    `drop_extreme`: the share of a day's labels, half at each end, that become NaN (0.05: the
-    2.5% highest and lowest). `zscore`: mean 0 and deviation 1 of the rest. MASTER (Li et al.,
-    AAAI 2024) trains so. Validation and prediction see every label as it is.
+    `drop_extreme`: the fraction of a day's labels, half at each end, that become NaN (0.05: the
+    2.5% highest and lowest). `zscore`: rescale the others to mean 0 and standard deviation 1.
+    MASTER (Li et al., AAAI 2024) is trained this way. Validation and prediction see every label
+    unchanged.
     """
 
     def __init__(self, drop_extreme: float = 0.0, zscore: bool = False) -> None:
         if not 0 <= drop_extreme < 1:
-            raise ConfigError(f"drop_extreme is {drop_extreme}; it is a share, from 0 to below 1.")
+            raise ConfigError(
+                f"drop_extreme is {drop_extreme}; expected a fraction of at least 0 and below 1."
+            )
         self.drop_extreme, self.zscore = float(drop_extreme), zscore
 
     def __call__(self, label: Tensor, mask: Tensor | None) -> Tensor:
-        """`label [G, N, Q]`, `mask [G, N]`; new labels, NaN where there is none."""
+        """Transform `label [G, N, Q]` with `mask [G, N]`; labels that are missing or dropped are
+        NaN.
+        """
         if mask is not None:
             label = label.masked_fill(~mask[..., None], torch.nan)
         if self.drop_extreme:
-            # Ranks, not quantiles: so many go, ties or not. NaN sorts last.
+            # Ranks instead of quantiles: they drop an exact number, even with ties. NaN sorts last.
             rank = label.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
             count = (~label.isnan()).sum(1, keepdim=True)
             cut = (count * (self.drop_extreme / 2)).floor()
             label = label.masked_fill((rank < cut) | (rank >= count - cut), torch.nan)
         if self.zscore:
-            known = ~label.isnan()
-            count = known.sum(1, keepdim=True).clamp_min(1)
+            has_label = ~label.isnan()
+            count = has_label.sum(1, keepdim=True).clamp_min(1)
             mean = label.nansum(1, keepdim=True) / count
-            moved = label - mean
-            spread = (moved.square().nansum(1, keepdim=True) / count).sqrt()
-            label = moved / torch.where(spread > 0, spread, 1.0)
+            deviation = label - mean
+            spread = (deviation.square().nansum(1, keepdim=True) / count).sqrt()
+            label = deviation / torch.where(spread > 0, spread, 1.0)
         return label
 
 
 def day_label(spec: Any) -> DayLabel | None:
-    """What `spec` says: None, a mapping of DayLabel's arguments, or a DayLabel."""
+    """Build a DayLabel from None, a mapping of its arguments, or a DayLabel."""
     if spec is None or isinstance(spec, DayLabel):
         return spec
     if not isinstance(spec, Mapping):

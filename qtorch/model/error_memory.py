@@ -1,4 +1,4 @@
-"""Past errors of a network's predictors by day and instrument, known when their labels are."""
+"""Past errors of TRA's predictors by day and instrument, available once their labels are known."""
 
 from __future__ import annotations
 
@@ -12,97 +12,107 @@ from qtorch.core.errors import DataError
 from qtorch.data.batches import Batch
 from qtorch.data.extras import Gatherable
 from qtorch.data.sample_set import Samples
-from qtorch.model.scoring import evaluated
+from qtorch.model.scoring import evaluation_mode
 from qtorch.nn.lora import acting
 from qtorch.nn.tra import TRA, minmax
 
 log = logging.getLogger(__name__)
 
-CHUNK = 8192  # samples at once, where nothing is learnt
+CHUNK_SIZE = 8192  # samples per forward pass without gradients
 
 
 class ErrorMemory(Gatherable):
-    """The errors of a TRA's predictors for the days that its samples may ask for.
+    """The errors of a TRA's predictors on the days that its samples may look up.
 
-    `values [days + 1, N, K]` begin `label_horizon + lookback - 1` days before the first sample;
-    zeros where an error is not known; the last row takes what is to be forgotten. What `gather`
-    gives for date t are errors on dates up to t - label_horizon, whose labels are known at t.
+    `values [days + 1, N, K]` start `label_horizon + lookback - 1` days before the first sample.
+    They are zero where an error is not known; the last row receives writes that are discarded. For
+    date t, `gather` returns errors of dates up to t - label_horizon, whose labels are known at t.
     """
 
     def __init__(self, network: TRA, samples: Samples) -> None:
         self.calendar, self.instruments = samples.calendar, samples.instruments
         self.lookback, self.horizon = network.lookback, network.label_horizon
-        reach = network.label_horizon + network.lookback - 1
-        self.start, self.end = int(samples.date[0]) - reach, int(samples.date[-1]) + 1
-        form = (self.end - self.start + 1, len(samples.instruments), network.num_states)
-        self.values = torch.zeros(form, device=samples.device)
+        history_days = network.label_horizon + network.lookback - 1
+        self.start, self.end = int(samples.date[0]) - history_days, int(samples.date[-1]) + 1
+        shape = (self.end - self.start + 1, len(samples.instruments), network.num_states)
+        self.values = torch.zeros(shape, device=samples.device)
 
     @property
     def width(self) -> int:
         return self.values.shape[-1]
 
     def gather(self, date: Tensor, instrument: Tensor) -> Tensor:
-        """`[..., lookback, K]` for int64 `[...]` each, oldest first."""
-        back = torch.arange(1 - self.lookback, 1, device=date.device) - self.horizon
-        return self.values[(date - self.start)[..., None] + back, instrument[..., None]]
+        """Return `[..., lookback, K]`, oldest first, for int64 dates and instruments `[...]`."""
+        offsets = torch.arange(1 - self.lookback, 1, device=date.device) - self.horizon
+        return self.values[(date - self.start)[..., None] + offsets, instrument[..., None]]
 
     def to(self, device: torch.device) -> ErrorMemory:
-        moved = object.__new__(ErrorMemory)
-        moved.__dict__.update(self.__dict__, values=self.values.to(device))
-        return moved
+        memory = object.__new__(ErrorMemory)
+        memory.__dict__.update(self.__dict__, values=self.values.to(device))
+        return memory
 
-    def write(self, date: Tensor, instrument: Tensor, errors: Tensor, known: Tensor) -> None:
-        """Keep `errors [B, K]` of the samples that are `known [B]`."""
-        row = torch.where(known, date - self.start, self.end - self.start)
-        self.values[row, instrument] = torch.where(known[:, None], errors, 0.0)
+    def write(self, date: Tensor, instrument: Tensor, errors: Tensor, has_label: Tensor) -> None:
+        """Store `errors [B, K]` of the samples that have a label, `has_label [B]`."""
+        row = torch.where(has_label, date - self.start, self.end - self.start)
+        self.values[row, instrument] = torch.where(has_label[:, None], errors, 0.0)
 
     @torch.no_grad()
-    def learn(self, network: nn.Module, samples: Samples) -> None:
-        """Write what the predictors of a TRA (or of a LoRA's) err by on samples of this calendar
-        or another."""
+    def record_errors(self, network: nn.Module, samples: Samples) -> None:
+        """Store the errors of a TRA (or a LoRA of one) on samples; their calendar may be another
+        one.
+        """
         days = torch.as_tensor(self.calendar.get_indexer(samples.calendar))
-        who = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
+        columns = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
         device = self.values.device
-        days, who = days.masked_fill(days < 0, self.end).to(device), who.to(device)
-        asked = days[samples.date.to(device)]
-        asked = (asked >= self.start) & (asked < self.end)
-        rows = torch.nonzero(asked)[:, 0].to(samples.index_device)
-        with evaluated(network, device), acting(network) as tra:
-            assert isinstance(tra, TRA), "asked where the training or the prediction begins"
-            for part in torch.split(rows, CHUNK):
-                batch = samples.batch(part)
+        days, columns = days.masked_fill(days < 0, self.end).to(device), columns.to(device)
+        is_covered = days[samples.date.to(device)]
+        is_covered = (is_covered >= self.start) & (is_covered < self.end)
+        rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
+        with evaluation_mode(network, device), acting(network) as effective_tra:
+            assert isinstance(effective_tra, TRA), "fit and predict have checked the network"
+            for chunk in torch.split(rows, CHUNK_SIZE):
+                batch = samples.batch(chunk)
                 if samples.store == "host":
-                    batch = samples.sent(batch)
-                x = batch.x.to(tra.predictors.weight.dtype)
-                errors, known = errors_of(tra.predicted(tra.model(x)), batch)
-                instrument = who[batch.instrument]
-                known = known & (instrument >= 0)
-                self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), known)
+                    batch = samples.send_to_device(batch)
+                x = batch.x.to(effective_tra.predictors.weight.dtype)
+                errors, has_label = prediction_errors(
+                    effective_tra.predicted(effective_tra.model(x)), batch
+                )
+                instrument = columns[batch.instrument]
+                has_label = has_label & (instrument >= 0)
+                self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), has_label)
 
 
-def errors_of(found: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Squared errors `[B, K]` of predictions `[B, K, Q]`, means over the labels that are there;
-    and which samples `[B]` have one."""
+def prediction_errors(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return squared errors `[B, K]` of predictions `[B, K, Q]`, and whether each sample has a
+    label `[B]`.
+
+    The errors are means over the labels that are not NaN.
+    """
     target = batch.y
-    assert target is not None, "an error is made against a label"
-    there = ~target.isnan()  # [B, Q]
+    assert target is not None, "errors need labels"
+    has_label = ~target.isnan()  # [B, Q]
     if batch.mask is not None:
-        there = there & batch.mask[:, None]
-    error = (found.float() - target.nan_to_num()[:, None]).square() * there[:, None]
-    return error.sum(-1) / there.sum(-1).clamp(min=1)[:, None], there.any(-1)
+        has_label = has_label & batch.mask[:, None]
+    error = (predictions.float() - target.nan_to_num()[:, None]).square() * has_label[:, None]
+    return error.sum(-1) / has_label.sum(-1).clamp(min=1)[:, None], has_label.any(-1)
 
 
-def recalling(network: TRA, samples: Samples, find: Callable[[slice], Samples]) -> Samples:
-    """The samples with an extra "errors": what the network errs by on those that `find` gives for
-    a slice of dates, labels as they were learnt."""
+def with_error_memory(
+    network: TRA, samples: Samples, load_samples: Callable[[slice], Samples]
+) -> Samples:
+    """Add an extra "errors" to the samples: the past errors of the network.
+
+    `find` returns the labelled samples of a slice of dates, with labels as in training.
+    """
     memory = ErrorMemory(network, samples)
     first, last = samples.calendar[max(memory.start, 0)], samples.calendar[memory.end - 1]
     try:
-        past = find(slice(first, last))
+        past = load_samples(slice(first, last))
     except DataError as error:
         past = None
-        log.warning("TRA routes without past errors: %s", error)
+        log.warning("TRA predicts without past errors: %s", error)
     if past is not None and past.target is not None:
-        memory.learn(network, past.to(samples.device))
+        memory.record_errors(network, past.to(samples.device))
     samples.extras = {**samples.extras, "errors": memory}
     return samples

@@ -1,7 +1,7 @@
-"""Ranks by another launcher: under torchrun and srun one command is started for each rank.
+"""Ranks that another launcher starts: torchrun and srun start one command for each rank.
 
-The process of rank 0 does the command's work. The others do none of it: they wait until a fit of
-rank 0's asks for its ranks, start theirs, and end when rank 0 does, with its exit code.
+The process of rank 0 runs the command. The others do not: they wait until a fit of rank 0 needs its
+ranks, start theirs, and exit when rank 0 does, with its exit code.
 """
 
 from __future__ import annotations
@@ -22,34 +22,39 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # they are
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing in torch's stubs
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.launch import World
-from qtorch.core.stops import STOPS
-from qtorch.model.rank_process import RankHandle, RankProcess, threads_of
+from qtorch.core.stops import STOP_SIGNALS
+from qtorch.model.rank_process import RankHandle, RankProcess, threads_per_rank
 
-VARIABLE = "QTORCH_EXTERNAL_RANKS"  # for what the command of rank 0 starts
-LOOK, PATIENCE, FAREWELL = 0.2, 300.0, 10.0
-SILENCE = 20.0  # seconds without a sign of life of rank 0's process, after which it is gone
-END, ALIVE = "end", "alive"
-GONE = (DistError, RuntimeError, ConnectionError)
+WORLD_VARIABLE = (
+    "QTORCH_EXTERNAL_RANKS"  # tells the child processes of rank 0's command about the world
+)
+POLL_SECONDS, CONNECT_SECONDS, EXIT_SECONDS = 0.2, 300.0, 10.0
+HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which rank 0 counts as dead
+EXIT_KEY, HEARTBEAT_KEY = "end", "alive"
+CONNECTION_ERRORS = (DistError, RuntimeError, ConnectionError)
 
 
 @dataclass
 class Launch:
-    """Who starts the ranks of a fit: this process the local ranks `own`, the store's others the
-    rest."""
+    """How the ranks of a fit are started.
+
+    This process starts the `local_ranks`; the other launched processes, reached through `store`,
+    start the rest.
+    """
 
     address: str
-    own: range
+    local_ranks: range
     num_local: int
     local: bool
     store: Any = None
     size: int = 1
 
-    def others(self, folder: str, digest: str) -> list[RankHandle]:
-        """Ask the waiting processes for their ranks."""
+    def start_remote_ranks(self, folder: str, digest: str) -> list[RankHandle]:
+        """Ask the waiting processes to start their ranks."""
         if self.store is None:
             return []
         number = self.store.add("fits", 1) - 1
@@ -58,62 +63,62 @@ class Launch:
         return [RemoteRank(self.store, number, rank) for rank in range(1, self.size)]
 
 
-def launched(num_local: int, num_nodes: int) -> Launch:
-    """How the ranks of a fit on `num_nodes` nodes of `num_local` devices are started.
+def plan_launch(num_local: int, num_nodes: int) -> Launch:
+    """Decide how the ranks of a fit on `num_nodes` nodes with `num_local` devices each are started.
 
-    Raises ConfigError where that is not what torchrun or srun has started, and for several nodes
-    without either.
+    Raises ConfigError if torchrun or srun has started another number of processes, and for several
+    nodes without either.
     """
-    told = os.environ.get(VARIABLE)
+    world_json = os.environ.get(WORLD_VARIABLE)
     size = num_local * num_nodes
-    if told is None:
+    if world_json is None:
         if num_nodes > 1:
             raise ConfigError(
-                f"trainer.num_nodes is {num_nodes}, but nobody has started this command on the "
+                f"trainer.num_nodes is {num_nodes}, but this command was not started on the "
                 f"other nodes: use torchrun --nnodes {num_nodes} --nproc-per-node {num_local} -m "
                 f"qtorch.cli.main train ..., or srun --nodes {num_nodes} --ntasks {size} qtorch "
                 "train ..."
             )
         return Launch("127.0.0.1", range(num_local), num_local, local=True)
-    world = World(**json.loads(told))
+    world = World(**json.loads(world_json))
     if world.size != size:
         raise ConfigError(
-            f"{world.kind} has started {world.size} processes, but the training is on {size} "
-            f"devices (trainer.devices={num_local} x trainer.num_nodes={num_nodes}): give as many "
-            "processes as devices."
+            f"{world.kind} has started {world.size} processes, but the training uses {size} "
+            f"devices (trainer.devices={num_local} x trainer.num_nodes={num_nodes}): start one "
+            "process for each device."
         )
-    store = _connected(world, host=False)
+    store = _connect_store(world, host=False)
     return Launch(world.address, range(1), 1, num_nodes == 1, store, size)
 
 
-def check_alone() -> None:
-    """ConfigError where several processes were started for a fit on one device."""
-    told = os.environ.get(VARIABLE)
-    if told is not None:
-        world = World(**json.loads(told))
+def check_single_process() -> None:
+    """Raise ConfigError if several processes were started for a fit on one device."""
+    world_json = os.environ.get(WORLD_VARIABLE)
+    if world_json is not None:
+        world = World(**json.loads(world_json))
         raise ConfigError(
-            f"{world.kind} has started {world.size} processes, but the training is on one device: "
-            f"trainer=ddp trainer.devices={world.num_local}, or one process."
+            f"{world.kind} has started {world.size} processes, but the training uses one device: "
+            f"set trainer=ddp trainer.devices={world.num_local}, or start one process."
         )
 
 
 class RemoteRank:
-    """A rank that another process of the launcher's has started."""
+    """A rank that another process of the launcher has started."""
 
     def __init__(self, store: Any, number: int, rank: int) -> None:
         self.rank = rank
         self._store, self._fit = store, f"fit/{number}"
-        self._heard, self._code = 0, None
+        self._num_messages, self._code = 0, None
 
     def messages(self) -> list[dict[str, Any]]:
-        found = []
-        while self._store.check([key := f"{self._fit}/{self.rank}/{self._heard}"]):
-            found.append(json.loads(self._store.get(key)))
-            self._heard += 1
-        for message in [m for m in found if "exit" in m]:
+        new_messages = []
+        while self._store.check([key := f"{self._fit}/{self.rank}/{self._num_messages}"]):
+            new_messages.append(json.loads(self._store.get(key)))
+            self._num_messages += 1
+        for message in [m for m in new_messages if "exit" in m]:
             self._code = message["exit"]
-            found.remove(message)
-        return found
+            new_messages.remove(message)
+        return new_messages
 
     def exit_code(self) -> int | None:
         return self._code
@@ -122,58 +127,63 @@ class RemoteRank:
         self._store.set(f"{self._fit}/stop", "")
 
     def kill(self) -> None:
-        with contextlib.suppress(*GONE):
+        with contextlib.suppress(*CONNECTION_ERRORS):
             self._store.set(f"{self._fit}/kill", "")
 
 
 @contextmanager
-def hosting(world: World) -> Iterator[dict[str, int]]:
-    """The command of rank 0: inside the block the others wait for its fits; at the end they are
-    told its exit code, which the block puts into what it is given as "code"."""
-    world = _resolved(world)
-    store, before = _connected(world, host=True), os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = json.dumps(asdict(world))
-    outcome, ended = {"code": 1}, threading.Event()
-    threading.Thread(target=_live, args=(world, ended), daemon=True, name="first-rank").start()
+def host_ranks(world: World) -> Iterator[dict[str, int]]:
+    """Context manager for the command of rank 0, inside which the other processes wait for fits.
+
+    It yields a dict; the block stores its exit code there as "code", and the other processes exit
+    with it.
+    """
+    world = _resolve_address(world)
+    store, previous_value = _connect_store(world, host=True), os.environ.get(WORLD_VARIABLE)
+    os.environ[WORLD_VARIABLE] = json.dumps(asdict(world))
+    outcome, is_finished = {"code": 1}, threading.Event()
+    threading.Thread(
+        target=_send_heartbeats, args=(world, is_finished), daemon=True, name="first-rank"
+    ).start()
     try:
         yield outcome
     finally:
-        ended.set()
-        if before is None:
-            os.environ.pop(VARIABLE, None)
-        with contextlib.suppress(*GONE):
-            store.set(END, str(outcome["code"]))
-            others = [f"left/{rank}" for rank in range(1, world.size)]
-            store.wait(others, timedelta(seconds=FAREWELL))
+        is_finished.set()
+        if previous_value is None:
+            os.environ.pop(WORLD_VARIABLE, None)
+        with contextlib.suppress(*CONNECTION_ERRORS):
+            store.set(EXIT_KEY, str(outcome["code"]))
+            exit_keys = [f"left/{rank}" for rank in range(1, world.size)]
+            store.wait(exit_keys, timedelta(seconds=EXIT_SECONDS))
 
 
-def serve(world: World) -> int:
-    """The command of every other rank; the exit code of rank 0's."""
-    for stop in STOPS:  # a scheduler sends them to every process; rank 0 decides what they mean
-        signal.signal(stop, signal.SIG_IGN)
-    number = 0
+def serve_ranks(world: World) -> int:
+    """Run the command of a rank other than 0: start ranks on request; return rank 0's exit code."""
+    for signal_number in STOP_SIGNALS:  # schedulers send them to every process; rank 0 handles them
+        signal.signal(signal_number, signal.SIG_IGN)
+    fit_number = 0
     try:
-        world = _resolved(world)
-        store = _connected(world, host=False)
-        first = _First(store)
-        while not store.check([END]):
-            if first.is_gone():
+        world = _resolve_address(world)
+        store = _connect_store(world, host=False)
+        rank_zero = _RankZeroMonitor(store)
+        while not store.check([EXIT_KEY]):
+            if rank_zero.is_gone():
                 return 1
-            if store.check([f"fit/{number}"]):
-                _serve_fit(store, world, number, first)
-                number += 1
-            time.sleep(LOOK)
-        code = int(store.get(END))
+            if store.check([f"fit/{fit_number}"]):
+                _run_rank(store, world, fit_number, rank_zero)
+                fit_number += 1
+            time.sleep(POLL_SECONDS)
+        code = int(store.get(EXIT_KEY))
         store.set(f"left/{world.rank}", "")
-    except GONE:
-        return 1  # the process of rank 0 is gone, and the store with it
+    except CONNECTION_ERRORS:
+        return 1  # rank 0 has died, and its store with it
     return code
 
 
-def _serve_fit(store: Any, world: World, number: int, first: _First) -> None:
-    fit = f"fit/{number}"
-    request = json.loads(store.get(fit))
-    threads = threads_of(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
+def _run_rank(store: Any, world: World, fit_number: int, rank_zero: _RankZeroMonitor) -> None:
+    fit_key = f"fit/{fit_number}"
+    request = json.loads(store.get(fit_key))
+    threads = threads_per_rank(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
     rank = RankProcess(
         world.rank,
         world.local_rank,
@@ -183,81 +193,82 @@ def _serve_fit(store: Any, world: World, number: int, first: _First) -> None:
         digest=request["digest"],
         local=request["local"],
     )
-    told, asked = 0, False
+    num_sent, is_stop_sent = 0, False
     try:
         while True:
             code = rank.exit_code()
             messages = rank.messages() + ([] if code is None else [{"exit": code}])
             for message in messages:
-                store.set(f"{fit}/{world.rank}/{told}", json.dumps(message))
-                told += 1
-            ended = store.check([f"{fit}/kill"]) or store.check([END]) or first.is_gone()
-            if code is not None or ended:
+                store.set(f"{fit_key}/{world.rank}/{num_sent}", json.dumps(message))
+                num_sent += 1
+            should_end = (
+                store.check([f"{fit_key}/kill"]) or store.check([EXIT_KEY]) or rank_zero.is_gone()
+            )
+            if code is not None or should_end:
                 return
-            if not asked and store.check([f"{fit}/stop"]):
-                asked = True
+            if not is_stop_sent and store.check([f"{fit_key}/stop"]):
+                is_stop_sent = True
                 rank.stop()
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
     finally:
         rank.kill()
 
 
-class _First:
-    """The process of rank 0, as the others hear it."""
+class _RankZeroMonitor:
+    """Watch the heartbeats of rank 0."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._count, self._heard = -1, time.monotonic()
+        self._count, self._last_heartbeat = -1, time.monotonic()
 
     def is_gone(self) -> bool:
-        """Whether it has given no sign of life for so long that it must be."""
-        count = self._store.add(ALIVE, 0)
+        """Whether rank 0 has sent no heartbeat for HEARTBEAT_TIMEOUT seconds."""
+        count = self._store.add(HEARTBEAT_KEY, 0)
         if count != self._count:
-            self._count, self._heard = count, time.monotonic()
-        return time.monotonic() - self._heard > SILENCE
+            self._count, self._last_heartbeat = count, time.monotonic()
+        return time.monotonic() - self._last_heartbeat > HEARTBEAT_TIMEOUT
 
 
-def _live(world: World, ended: threading.Event) -> None:
-    """Signs of life of rank 0, until it has ended."""
-    with contextlib.suppress(*GONE):
-        store = _connected(world, host=False)
-        while not ended.wait(1.0):
-            store.add(ALIVE, 1)
+def _send_heartbeats(world: World, is_finished: threading.Event) -> None:
+    """Send heartbeats of rank 0 until `is_finished` is set."""
+    with contextlib.suppress(*CONNECTION_ERRORS):
+        store = _connect_store(world, host=False)
+        while not is_finished.wait(1.0):
+            store.add(HEARTBEAT_KEY, 1)
 
 
-def _resolved(world: World) -> World:
-    """The world at an address that can be reached: a node of SLURM's may have a name that only
-    SLURM knows."""
+def _resolve_address(world: World) -> World:
+    """Return the world with a reachable address: SLURM node names may be known to SLURM only."""
     with contextlib.suppress(OSError):
         socket.getaddrinfo(world.address, world.port)
         return world
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run(
+        output = subprocess.run(
             ["scontrol", "show", "node", world.address],
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=CONNECT_SECONDS,
             check=True,
         )
-        if found := re.search(r"NodeAddr=(\S+)", told.stdout):
-            return replace(world, address=found[1])
+        if match := re.search(r"NodeAddr=(\S+)", output.stdout):
+            return replace(world, address=match[1])
     return world
 
 
-def _connected(world: World, *, host: bool) -> Any:
-    """The store where the processes meet: torchrun's own, or one that rank 0 keeps."""
-    own = host and not world.has_store
+def _connect_store(world: World, *, host: bool) -> Any:
+    """Connect to the store where the processes meet: torchrun's, or one that rank 0 hosts."""
+    is_master = host and not world.has_store
     try:
         store = TCPStore(
             world.address,
             world.port,
-            is_master=own,
+            is_master=is_master,
             wait_for_workers=False,
-            timeout=timedelta(seconds=PATIENCE),
+            timeout=timedelta(seconds=CONNECT_SECONDS),
         )
         return PrefixStore(f"qtorch {world.attempt}", store)
-    except GONE as error:
+    except CONNECTION_ERRORS as error:
         raise ConfigError(
-            f"the processes of {world.kind} do not meet at {world.address}:{world.port} ({error}). "
+            f"processes of {world.kind} cannot connect to {world.address}:{world.port} ({error}). "
             "Set MASTER_ADDR and MASTER_PORT to an address of the first node and a free port."
         ) from error

@@ -1,4 +1,4 @@
-"""Losses, optimizers and schedulers from what a configuration says of them."""
+"""Build losses, optimizers and schedulers from their configuration."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class SchedulerPlan:
-    """A factory of schedulers and when they step.
+    """A scheduler factory and when the scheduler steps.
 
-    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency`
-    how many of them, `monitor` the metric that a scheduler such as ReduceLROnPlateau is given.
+    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency` the
+    number of intervals between two steps, `monitor` the metric that is passed to a scheduler such
+    as ReduceLROnPlateau.
     """
 
     factory: Callable[[Optimizer], Any]
@@ -45,34 +46,42 @@ class SchedulerPlan:
     monitor: str | None = None
 
 
-def loss_of(spec: Any) -> Callable[..., Any]:
-    """A loss: a name of `LOSSES`; a configuration; a callable (score, target) -> scalar; or a
-    mapping {name: weight} of several, whose weighted sum it is."""
+def build_loss(spec: Any) -> Callable[..., Any]:
+    """Build a loss from `spec`.
+
+    `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, or a
+    mapping {name: weight} for the weighted sum of several losses.
+    """
     if isinstance(spec, str) and "." not in spec:
         if spec not in LOSSES:
             raise ConfigError(unknown_name("loss", spec, LOSSES))
         return LOSSES[spec]()
     if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
-        return _combined(spec)
-    built = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
-    if not callable(built):
-        raise ConfigError(f"the loss is a {type(built).__name__}, which cannot be called.")
-    return built  # type: ignore[no-any-return]  # callable() tells mypy nothing of its result
+        return _build_combined_loss(spec)
+    loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
+    if not callable(loss):
+        raise ConfigError(f"the loss is a {type(loss).__name__}, which is not callable.")
+    return loss  # type: ignore[no-any-return]  # callable() does not tell mypy the return type
 
 
-def _combined(spec: Mapping[Any, Any]) -> Combined:
-    """`{"mse": 1.0, "ic": 0.5}`, or `{any: {"loss": ..., "weight": ...}}`."""
+def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
+    """Build a weighted sum of losses.
+
+    `spec` is `{"mse": 1.0, "ic": 0.5}`, or `{any name: {"loss": ..., "weight": ...}}`.
+    """
     parts = []
-    for name, share in spec.items():
-        given = share if isinstance(share, Mapping) else {"loss": str(name), "weight": share}
-        if set(given) - {"loss", "weight"} or "loss" not in given:
+    for name, part in spec.items():
+        part_spec = part if isinstance(part, Mapping) else {"loss": str(name), "weight": part}
+        if set(part_spec) - {"loss", "weight"} or "loss" not in part_spec:
             raise ConfigError(
-                f"the loss {name!r} is given as {dict(given)}; expected a weight, or "
+                f"the loss {name!r} is {dict(part_spec)}; expected a weight, or "
                 "{'loss': ..., 'weight': ...}."
             )
-        loss, weight = loss_of(given["loss"]), given.get("weight", 1.0)
+        loss, weight = build_loss(part_spec["loss"]), part_spec.get("weight", 1.0)
         if not isinstance(loss, Loss):
-            raise ConfigError(f"{name!r}: a sum is made of qtorch.metrics.loss.Loss alone.")
+            raise ConfigError(
+                f"the loss {name!r} cannot be summed: it is not a qtorch.metrics.loss.Loss."
+            )
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ConfigError(f"the weight of the loss {name!r} is {weight!r}, not a number.")
         parts.append((loss, float(weight)))
@@ -80,42 +89,52 @@ def _combined(spec: Mapping[Any, Any]) -> Combined:
 
 
 def optimizer_factory(spec: Any) -> OptimizerFactory:
-    """parameters -> optimizer; `spec` is None (Adam, lr 1e-3), a name of torch.optim, a
-    configuration without `params`, or a callable."""
+    """Return a factory parameters -> optimizer.
+
+    `spec` is None (Adam with lr 1e-3), the name of an optimizer in torch.optim, a configuration
+    without `params`, or a callable.
+    """
     if spec is None:
         return partial(torch.optim.Adam, lr=1e-3)
     if isinstance(spec, str) and "." not in spec:
-        known = {n: c for n, c in vars(torch.optim).items() if _is_optimizer(c)}
-        for name, found in known.items():
+        optimizers = {n: c for n, c in vars(torch.optim).items() if _is_optimizer(c)}
+        for name, optimizer_class in optimizers.items():
             if name.lower() == spec.lower():
-                return cast(OptimizerFactory, found)
-        raise ConfigError(unknown_name("optimizer", spec, known))
-    return configured_factory(spec, "optimizer")
+                return cast(OptimizerFactory, optimizer_class)
+        raise ConfigError(unknown_name("optimizer", spec, optimizers))
+    return build_factory(spec, "optimizer")
 
 
-def explained(factory: OptimizerFactory) -> OptimizerFactory:
-    """The factory, whose refusal of an argument (a word for the rate, say) is a ConfigError."""
+def explain_errors(factory: OptimizerFactory) -> OptimizerFactory:
+    """Wrap an optimizer factory so that a bad argument (such as a string for lr) raises
+    ConfigError.
+    """
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         try:
             return factory(parameters)
         except (TypeError, ValueError) as error:
-            made = getattr(factory, "func", factory)
-            given = getattr(factory, "keywords", {})
-            name = getattr(made, "__name__", type(made).__name__)
-            raise ConfigError(f"the optimizer {name} does not take {given}: {error}") from error
+            optimizer_class = getattr(factory, "func", factory)
+            arguments = getattr(factory, "keywords", {})
+            name = getattr(optimizer_class, "__name__", type(optimizer_class).__name__)
+            raise ConfigError(
+                f"the optimizer {name} does not accept {arguments}: {error}"
+            ) from error
 
     return make
 
 
-def with_rate(spec: Any, lr: float | None) -> Any:
-    """An optimizer's specification with another learning rate (None: its own)."""
+def with_learning_rate(spec: Any, lr: float | None) -> Any:
+    """Return an optimizer's specification with another learning rate (None: unchanged)."""
     return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
 
 
 def scheduler_plan(spec: Any) -> SchedulerPlan | None:
-    """What `spec` says: None; a configuration without `optimizer`; a callable; or a mapping with
-    `scheduler` and any of `interval`, `frequency`, `monitor`."""
+    """Build a SchedulerPlan from `spec`.
+
+    `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`
+    and any of `interval`, `frequency`, `monitor`.
+    """
     if spec is None or isinstance(spec, SchedulerPlan):
         return spec
     options: dict[str, Any] = {}
@@ -126,7 +145,7 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
             if name not in ("interval", "frequency", "monitor"):
                 valid = ("scheduler", "interval", "frequency", "monitor")
                 raise ConfigError(unknown_name("option of scheduler", name, valid))
-    plan = SchedulerPlan(configured_factory(spec, "scheduler"), **options)
+    plan = SchedulerPlan(build_factory(spec, "scheduler"), **options)
     if plan.interval not in ("epoch", "step"):
         raise ConfigError(
             unknown_name("interval of the scheduler", plan.interval, ("epoch", "step"))
@@ -134,24 +153,28 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
     return plan
 
 
-def configured_factory(spec: Any, what: str) -> Callable[..., Any]:
-    """What makes a `what`: a name or configuration whose further arguments come later."""
+def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
+    """Return a factory from a name or a partial configuration; remaining arguments are passed
+    later.
+
+    `kind` ("optimizer", "scheduler", ...) is used in error messages.
+    """
     if isinstance(spec, str):
         spec = {"_target_": spec}
     if isinstance(spec, Mapping):
         if "_target_" not in spec:
             raise ConfigError(
-                f"the {what} is configured by {sorted(spec)}; give "
+                f"the {kind} is configured with {sorted(spec)}; expected "
                 f"{{'_target_': 'torch.optim....', 'lr': ...}}."
             )
         spec = init_instance_by_config({**spec, "_partial_": True})
     if not callable(spec):
         raise ConfigError(
-            f"the {what} is a {type(spec).__name__}; expected a configuration or a callable that "
-            "makes one."
+            f"the {kind} is a {type(spec).__name__}; expected a configuration or a callable that "
+            "builds one."
         )
     return spec  # type: ignore[no-any-return]  # as above
 
 
-def _is_optimizer(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer

@@ -1,4 +1,4 @@
-"""How a network is given a batch, by what it declares."""
+"""Call a network on batches, with the inputs that it declares."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from qtorch.data.batches import Batch
 from qtorch.metrics.loss import Loss
 
 
-def readout_of(loss: Any) -> Callable[[Tensor], Tensor]:
-    """How several outputs `[..., Q]` become the score `[...]`: as the loss says, else the first."""
+def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function from outputs `[..., Q]` to a score `[...]`: the loss's own, else the
+    first output.
+    """
     return loss.readout if isinstance(loss, Loss) else lambda score: score[..., 0]
 
 
-class Feeder:
-    """Calls a network on batches.
+class ForwardAdapter:
+    """Call a network's `forward` on a Batch.
 
-    A network that sees single samples is given a day batch flattened; one that sees
-    cross-sections wants day batches and raises ConfigError for others. Scores come in the form
-    of the batch: `[B]` or `[B, Q]`, of a day batch `[G, N]` or `[G, N, Q]`.
+    A network of single samples receives a day batch flattened. A cross-section network needs day
+    batches and raises ConfigError for others. Scores have the shape of the batch: `[B]` or `[B,
+    Q]`, for a day batch `[G, N]` or `[G, N, Q]`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -33,53 +35,53 @@ class Feeder:
         self.extras: tuple[str, ...] = tuple(getattr(network, "extras", ()))
 
     def __call__(self, batch: Batch, state: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The scores of a batch, as the network gives them.
+        """Return the network's scores of a batch.
 
-        With `state` (parameters and buffers by name) a pure function of (state, batch).
+        With `state` (parameters and buffers by name), this is a pure function of (state, batch).
         """
-        arguments, named = self.arguments(batch)
+        arguments, keywords = self.arguments(batch)
         if state is None:
-            found = self.network(*arguments, **named)
+            scores = self.network(*arguments, **keywords)
         else:
-            found = functional_call(self.network, dict(state), arguments, named)
-        if not isinstance(found, Tensor):
+            scores = functional_call(self.network, dict(state), arguments, keywords)
+        if not isinstance(scores, Tensor):
             raise ConfigError(
-                f"{type(self.network).__name__} gave a {type(found).__name__}; expected scores."
+                f"{type(self.network).__name__} returned {type(scores).__name__}, not a Tensor."
             )
         if batch.is_day and not self.cross_section:
-            return found.reshape(*batch.date.shape, *found.shape[1:])
-        return found
+            return scores.reshape(*batch.date.shape, *scores.shape[1:])
+        return scores
 
     def arguments(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """What `forward` is given: by place, and by keyword."""
+        """Return the positional and keyword arguments of `forward` for a batch."""
         if self.cross_section and not batch.is_day:
             raise ConfigError(
-                f"{type(self.network).__name__} scores whole days at once; give it day batches: "
+                f"{type(self.network).__name__} scores whole days and needs day batches: set "
                 "model.batch.order=day (in Python, batch={'order': 'day'})."
             )
-        given = batch if self.cross_section else batch.flat()
-        x = given.x
+        network_batch = batch if self.cross_section else batch.flatten()
+        x = network_batch.x
         if self.flat:
             x = x.transpose(-1, -2).flatten(-2)
-        first = next(self.network.parameters(), None)
-        if first is not None and x.dtype != first.dtype:
-            x = x.to(first.dtype)
-        named = {name: self._extra(given, name) for name in self.extras}
+        first_parameter = next(self.network.parameters(), None)
+        if first_parameter is not None and x.dtype != first_parameter.dtype:
+            x = x.to(first_parameter.dtype)
+        keywords = {name: self._extra_tensor(network_batch, name) for name in self.extras}
         if not self.cross_section:
-            return (x,), named
-        mask = given.mask
+            return (x,), keywords
+        mask = network_batch.mask
         assert mask is not None, "a day batch has a mask"
-        return (x, mask), named
+        return (x, mask), keywords
 
-    def _extra(self, batch: Batch, name: str) -> Tensor:
+    def _extra_tensor(self, batch: Batch, name: str) -> Tensor:
         if name in ("instrument", "date"):
-            found: Tensor = getattr(batch, name)
-            return found
+            index: Tensor = getattr(batch, name)
+            return index
         if name not in batch.extra:
-            known = ", ".join(sorted({*batch.extra, "instrument", "date"} - {"raw_label"}))
+            available = ", ".join(sorted({*batch.extra, "instrument", "date"} - {"raw_label"}))
             raise ConfigError(
-                f"{type(self.network).__name__} needs the tensor {name!r} with each sample, which "
-                f"the dataset does not give (it gives {known}). Add it: "
+                f"{type(self.network).__name__} needs the extra tensor {name!r}, which the dataset "
+                f"does not have (it has {available}). Add it: "
                 f"dataset.extras.{name}={{_target_: ...}}, see qtorch.data.extras."
             )
         return batch.extra[name]

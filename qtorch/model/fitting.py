@@ -1,4 +1,6 @@
-"""A training from its first step, or from where it was, to its best weights; its checkpoints."""
+"""Fit a network: resume or start training, on one device or several, and manage its checkpoint
+folder.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ from torch import nn
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.sample_set import Samples
-from qtorch.model.checkpoint import LAST, checkpoint_to_resume, tidy
+from qtorch.model.checkpoint import LAST, find_resume_checkpoint, remove_leftovers
 from qtorch.model.finetuning import FineTuning
-from qtorch.model.generators import preserved_generators
+from qtorch.model.generators import preserve_generators
 from qtorch.model.interruption import Interruption, StopTraining, TrainingInterrupted
-from qtorch.model.keeper import Keeper
-from qtorch.model.ranks import StoppedRanks, check_devices, fit_by_ranks
-from qtorch.model.training import Fitted as Fitted
+from qtorch.model.keeper import CheckpointCallback
+from qtorch.model.ranks import RanksStopped, check_devices, fit_on_ranks
+from qtorch.model.training import FitResult as FitResult
 from qtorch.model.training import Recipe as Recipe
 from qtorch.model.training import Training, quiet_lightning
 from qtorch.model.training_identity import training_identity
@@ -39,96 +41,107 @@ def fit_network(
     start: str = "fresh",
     tuning: FineTuning | None = None,
     optimizer_state: dict[str, Any] | None = None,
-) -> Fitted:
-    """Train and give the best weights. Global generators are afterwards as they were before.
+) -> FitResult:
+    """Train a network and return it with its best weights.
 
-    `make_network` is called with the generators seeded. `start` says where the weights come from,
-    which tells this training's checkpoints from those of another one. `tuning` says what of a
-    fitted network learns on, `optimizer_state` where its optimizer begins.
+    The global random generators are restored afterwards. `make_network` is called with the
+    generators seeded. `start` describes where the initial weights come from, so that checkpoints of
+    trainings with other initial weights are not resumed. `tuning` says which parts of a fitted
+    network are trained, `optimizer_state` is the state that its optimizer starts from.
     """
-    with preserved_generators(), quiet_lightning(), Interruption() as interruption:
+    with preserve_generators(), quiet_lightning(), Interruption() as interruption:
         check_devices(recipe, train)
         seed_everything(recipe.seed)
-        network = make_network().train()  # a fitted one comes in evaluation mode
+        network = make_network().train()  # a fitted network is in evaluation mode
         if tuning is not None:
-            network = tuning.prepared(network)
+            network = tuning.prepare_network(network)
             start = digest({"start": start, "tuning": tuning.description})
         identity = training_identity(network, train, valid, recipe, start)
-        with _folder(recipe, recorder) as folder:
-            found = checkpoint_to_resume(resume, folder, identity)
+        with _checkpoint_folder(recipe, recorder) as folder:
+            checkpoint = find_resume_checkpoint(resume, folder, identity)
             if recipe.trainer.num_devices > 1:
-                with _stoppable(folder, recorder):
-                    return fit_by_ranks(
+                with _convert_interruption(folder, recorder):
+                    return fit_on_ranks(
                         network,
                         (train, valid),
                         recipe,
                         folder=folder,
                         identity=identity,
-                        found=found,
+                        checkpoint=checkpoint,
                         recorder=recorder,
                         interruption=interruption,
                         tuning=tuning,
                         optimizer_state=optimizer_state,
                     )
-            moved = train.to(device), None if valid is None else valid.to(device)
-            fit = Training(network, *moved, recipe, tuning, optimizer_state)
-            keeper = fit.prepare(folder, identity, interruption, recorder)
-            with _stoppable(folder, recorder, keeper):
-                fit.run(found)
-        return fit.result(found)
+            device_samples = train.to(device), None if valid is None else valid.to(device)
+            training = Training(network, *device_samples, recipe, tuning, optimizer_state)
+            checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
+            with _convert_interruption(folder, recorder, checkpoint_callback):
+                training.run(checkpoint)
+        return training.result(checkpoint)
 
 
 @contextmanager
-def _stoppable(folder: Path | None, recorder: Any, keeper: Keeper | None = None) -> Iterator[None]:
-    """TrainingInterrupted for what stops a training in order."""
+def _convert_interruption(
+    folder: Path | None, recorder: Any, checkpoint_callback: CheckpointCallback | None = None
+) -> Iterator[None]:
+    """Context manager that raises TrainingInterrupted for every orderly stop of a training."""
     try:
         yield
-    except StoppedRanks as stop:
-        raise _interrupted(stop.at, stop.num_batches, folder, recorder) from None
+    except RanksStopped as stop:
+        raise _build_interruption(stop.position, stop.num_batches, folder, recorder) from None
     except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        at = None if keeper is None else keeper.stopped_at
-        whole = 0 if keeper is None else keeper.loader.num_batches
-        raise _interrupted(at, whole, folder, recorder) from None
+        position = None if checkpoint_callback is None else checkpoint_callback.stop_position
+        num_batches = 0 if checkpoint_callback is None else checkpoint_callback.loader.num_batches
+        raise _build_interruption(position, num_batches, folder, recorder) from None
 
 
 @contextmanager
-def _folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
-    """Where checkpoints go: the given folder, the run's, or a temporary one that stays only when
-    the training does not end well."""
+def _checkpoint_folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
+    """Context manager for the folder of the checkpoints.
+
+    It is the configured folder, or the run's, or a temporary one, which is removed unless training
+    fails.
+    """
     if recipe.checkpoint.get("enabled", True) is False:
         yield None
         return
-    given = recipe.checkpoint.get("dir")
-    if given is not None or recorder is not None:
-        folder = Path(given) if given is not None else Path(recorder.checkpoint_dir())
+    configured_folder = recipe.checkpoint.get("dir")
+    if configured_folder is not None or recorder is not None:
+        folder = (
+            Path(configured_folder)
+            if configured_folder is not None
+            else Path(recorder.checkpoint_dir())
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        tidy(folder, ended=False)
-        ended = False
+        remove_leftovers(folder, is_finished=False)
+        is_finished = False
         try:
             yield folder
-            ended = True
+            is_finished = True
         finally:
-            tidy(folder, ended=ended)
+            remove_leftovers(folder, is_finished=is_finished)
         return
     folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _interrupted(
-    at: tuple[int, int] | None, num_batches: int, folder: Path | None, recorder: Any
+def _build_interruption(
+    position: tuple[int, int] | None, num_batches: int, folder: Path | None, recorder: Any
 ) -> TrainingInterrupted:
     path = None if folder is None or not (folder / LAST).exists() else folder / LAST
-    where = ""
-    if at is not None:
-        where = f" in epoch {at[0]} after batch {at[1]} of {num_batches}"
+    location = ""
+    if position is not None:
+        location = f" in epoch {position[0]} after batch {position[1]} of {num_batches}"
     if path is None:
-        return TrainingInterrupted(f"training interrupted{where}; there is no checkpoint.")
-    how = f"fit(..., resume={str(path)!r})"
+        return TrainingInterrupted(f"training interrupted{location}; no checkpoint was saved.")
+    instruction = f"fit(..., resume={str(path)!r})"
     if recorder is not None:
-        how = f"the same fit in run {recorder.id} (R.start(recorder_id=..., resume=True))"
+        instruction = f"the same fit in run {recorder.id} (R.start(recorder_id=..., resume=True))"
     return TrainingInterrupted(
-        f"training interrupted{where}; the checkpoint {path} is kept. Go on with {how}.", str(path)
+        f"training interrupted{location}; saved checkpoint to {path}. Resume with {instruction}.",
+        str(path),
     )

@@ -1,4 +1,4 @@
-"""The state of every random generator that a training may draw from."""
+"""Save and restore the state of every random generator that a training may use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 
-def generator_states(*, every_device: bool = True) -> dict[str, Any]:
-    """The states of torch (CPU and CUDA), numpy and Python, as tensors and plain values.
+def get_generator_states(*, every_device: bool = True) -> dict[str, Any]:
+    """Return the states of torch (CPU and CUDA), numpy and Python as tensors and plain values.
 
-    Plain, so that a checkpoint that holds them loads without running any code. `every_device`
-    False takes that of the current CUDA device alone: asking the others would set them up.
+    Plain values let a checkpoint load without running any code. With `every_device=False` only the
+    current CUDA device is included: asking the others would initialize them.
     """
-    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one, which others draw from
-    name, keys, position, has_gauss, gauss = numpy
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - other libraries use the global generator
+    name, keys, position, has_gauss, gauss = numpy_state
     version, numbers, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -29,7 +29,7 @@ def generator_states(*, every_device: bool = True) -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any]) -> None:
-    """Put every generator where `generator_states` found it."""
+    """Restore the states that `get_generator_states` returned."""
     torch.set_rng_state(states["torch"].cpu())
     cuda = [s.cpu() for s in states["cuda"]] if torch.cuda.is_available() else []
     if len(cuda) == 1:
@@ -50,10 +50,10 @@ def _cuda_states(every_device: bool) -> list[torch.Tensor]:
 
 
 @contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Inside the block generators may be seeded and drawn from; afterwards they are as before."""
-    before = generator_states()
+def preserve_generators() -> Iterator[None]:
+    """Context manager that restores the random generators at the end of the block."""
+    states = get_generator_states()
     try:
         yield
     finally:
-        restore_generators(before)
+        restore_generators(states)

@@ -1,5 +1,7 @@
-"""Ctrl-C or a scheduler's notice in the middle of a training: stop after the step, keep a
-checkpoint, say how to go on."""
+"""Stop a training on Ctrl-C or a scheduler's signal.
+
+Training stops after the current step, saves a checkpoint, and the error explains how to resume.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ import threading
 from types import FrameType
 from typing import Any
 
-from qtorch.core.stops import NOTICES, STOPS, noted
+from qtorch.core.stops import SCHEDULER_SIGNALS, STOP_SIGNALS, stop_state
 
 log = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A training was interrupted; the message says where it stands and how to go on.
+    """A training was interrupted; the message says at which step and how to resume.
 
-    `checkpoint` is the path of the checkpoint that was kept, or None.
+    `checkpoint` is the path of the saved checkpoint, or None.
     """
 
     def __init__(self, message: str, checkpoint: str | None = None) -> None:
@@ -28,53 +30,60 @@ class TrainingInterrupted(KeyboardInterrupt):
 class StopTraining(BaseException):
     """Raised between two steps to leave Lightning's loops.
 
-    No KeyboardInterrupt: Lightning turns that one into SystemExit and ignores any further Ctrl-C.
+    It is not a KeyboardInterrupt, because Lightning would convert that to SystemExit and ignore any
+    further Ctrl-C.
     """
 
 
-class Stoppable:
-    """Something that a training is asked to stop by: `requested`."""
+class StopRequest:
+    """A flag that asks a training to stop."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.stop_requested = False
 
     def is_requested(self) -> bool:
-        """Whether the training is to stop."""
-        return self.requested
+        """Whether the training should stop."""
+        return self.stop_requested
 
 
-class Interruption(Stoppable):
-    """Inside the block the first signal of `STOPS` is only noted; a Ctrl-C after it ends at once,
-    a further notice of a scheduler's does not: it may come twice.
+class Interruption(StopRequest):
+    """Context manager that turns the first stop signal into a request to stop after the current
+    step.
 
-    In another thread than the main one there are no signals, and nothing is changed.
+    A second Ctrl-C raises StopTraining at once. Further signals of a scheduler do not, since
+    schedulers may send them twice. Signals can only be handled in the main thread; in other threads
+    this changes nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOPS}
-            if noted.asked is not None:  # and the exception was lost
-                self._note(noted.asked, None)
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS
+            }
+            if stop_state.interrupt_signal is not None:  # its exception was swallowed
+                self._handle_signal(stop_state.interrupt_signal, None)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number in NOTICES:
-            noted.further.add(number)
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested and number in SCHEDULER_SIGNALS:
+            stop_state.later_signals.add(number)
             return
-        if self.requested:
-            for each in self._before:
-                signal.signal(each, signal.SIG_DFL)  # a third one needs nobody's consent
+        if self.stop_requested:
+            for stop_number in self._previous_handlers:
+                signal.signal(stop_number, signal.SIG_DFL)  # a third Ctrl-C kills the process
             raise StopTraining
-        self.requested = True
-        noted.answered = number
+        self.stop_requested = True
+        stop_state.training_signal = number
         name = signal.Signals(number).name
-        log.warning("%s: stopping after this step; Ctrl-C once more ends at once.", name)
+        log.warning(
+            "received %s: stopping after this step; press Ctrl-C again to stop immediately", name
+        )

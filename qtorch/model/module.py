@@ -1,4 +1,4 @@
-"""The one training loop: network, loss, optimizer, scheduler."""
+"""The LightningModule that trains every network: one training loop for all models."""
 
 from __future__ import annotations
 
@@ -21,38 +21,43 @@ from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.data.batches import Batch
 from qtorch.data.sample_set import Samples
 from qtorch.metrics.ic import ICMeter
-from qtorch.metrics.loss import Loss, mean_of
+from qtorch.metrics.loss import Loss, mean_from_sums
 from qtorch.model.day_label import DayLabel
 from qtorch.model.factories import OptimizerFactory, SchedulerPlan
-from qtorch.model.feeding import Feeder, readout_of
+from qtorch.model.feeding import ForwardAdapter, get_readout
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.sharding import shard
-from qtorch.model.step_loader import Steps
-from qtorch.model.tally import Tally, weighted_mean
+from qtorch.model.step_loader import StepBatches
+from qtorch.model.tally import LossAccumulator, mean_or_nan
 from qtorch.nn.lora import LoRA, acting
 
-TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, RATE = (
+TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, LEARNING_RATE = (
     "train/loss",
     "valid/loss",
     "valid/ic",
     "valid/rank_ic",
     "lr",
 )
-PRETRAIN_LOSS, PRETRAIN_VALID = "train/pretrain_loss", "valid/pretrain_loss"
+PRETRAIN_LOSS, PRETRAIN_VALID_LOSS = "train/pretrain_loss", "valid/pretrain_loss"
 METRICS = (
     TRAIN_LOSS,
     VALID_LOSS,
     VALID_IC,
     VALID_RANK_IC,
     PRETRAIN_LOSS,
-    PRETRAIN_VALID,
-    RATE,
+    PRETRAIN_VALID_LOSS,
+    LEARNING_RATE,
 )
-# Short names of what an early stop or a scheduler may watch, and whether less is better.
-MONITORS = {"loss": VALID_LOSS, "ic": VALID_IC, "rank_ic": VALID_RANK_IC, "train_loss": TRAIN_LOSS}
-STATE = "qtorch_module"
-Kind = TypeVar("Kind", bound=nn.Module)
-# Hooks of callbacks that lie between a batch's backward and its optimizer step.
+# Short names of the metrics that early stopping and schedulers can monitor.
+MONITOR_NAMES = {
+    "loss": VALID_LOSS,
+    "ic": VALID_IC,
+    "rank_ic": VALID_RANK_IC,
+    "train_loss": TRAIN_LOSS,
+}
+MODULE_STATE_KEY = "qtorch_module"
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+# Callback hooks that Lightning calls between a batch's backward pass and its optimizer step.
 STEP_HOOKS = (
     "on_before_backward",
     "on_after_backward",
@@ -61,39 +66,46 @@ STEP_HOOKS = (
 )
 
 
-def no_interruption() -> bool:
-    """Stands where nobody asks to stop."""
+def never_stop() -> bool:
+    """Report that nobody requested a stop: the default of `is_stop_requested`."""
     return False
 
 
 class ScoreModule(pl.LightningModule):
-    """Trains a network to score samples; Lightning runs it, over `Steps` of batches.
+    """Train a network to score samples; Lightning runs it over `StepBatches`.
 
-    One `training_step` takes all batches of a `Steps`, with an optimizer step each (or one for
-    each `accumulate` batches and the epoch's tail), so that Lightning's own cost is paid once;
-    the numbers are the same bit for bit, however many there are. Hence optimization is "manual"
-    in Lightning's words, and the module does what the trainer's arguments of the same names say:
-    `accumulate_grad_batches`, `gradient_clip_val`, `gradient_clip_algorithm`.
+    One `training_step` processes all batches of a `StepBatches`, with an optimizer step for each
+    (or for every `accumulate` batches, and one for the rest at the end of the epoch). Lightning's
+    overhead is then paid once for all of them, and the numbers are bit-identical for any number of
+    batches per step. This needs Lightning's manual optimization, so the module itself implements
+    the trainer arguments `accumulate_grad_batches`, `gradient_clip_val` and
+    `gradient_clip_algorithm`.
 
-    Loss sums and scores stay on the device and are read once an epoch: `train/loss`,
-    `valid/loss` (weighted means over samples), `valid/ic`, `valid/rank_ic` (means over days;
-    against `batch.extra["raw_label"]` where it is, else `y`; the first label column), `lr`.
+    Loss sums and scores stay on the device and are read once an epoch. Metrics: `train/loss` and
+    `valid/loss` (weighted means over samples), `valid/ic` and `valid/rank_ic` (means over days, of
+    the first label column; computed against `batch.extra["raw_label"]` if it is present, else
+    against `y`), and `lr`.
 
-    `loss` is a `Loss`, or any callable (score, target) -> mean, which is then weighted by the
-    number of samples of a batch and takes neither weights nor masks. `complete` vouches that no
-    label of the training samples is missing. `day_label` treats the labels of training batches.
-    Where no callback looks between backward and step
-    (and neither a GradScaler nor a strategy has work there), both are called without Lightning's
-    hooks: the same numbers, faster.
+    `loss`: a `Loss`, or any callable (score, target) -> mean. Such a mean is weighted by the number
+    of samples of its batch, and supports neither sample weights nor masks.
+    `complete`: the caller guarantees that no training sample lacks a label.
+    `day_label`: transforms the labels of training batches within each day.
+    `is_stop_requested`: asked after each optimizer step whether to leave the training step early.
+    `ranks`: the processes that share each batch. Each rank's loss is its part of the mean over the
+    whole batch, so that the gradients averaged by DDP are those of that mean. Loss sums and daily
+    ICs are summed over the ranks before they are logged.
 
-    `ranks`: the processes that share each batch. The loss of each is its part of the whole
-    batch's mean, so that the averaged gradients are that mean's; sums and days are added up over
-    the ranks before they are told. That bears a step of which `training_sums` of the parts of a
-    batch add up to those of the whole; `undivided` says why another one's do not (None: they do).
-    A subclass with a step of its own says it itself, or a fit on several devices refuses it.
+    Multi-device training is only correct for a step whose `training_sums` over the parts of a batch
+    add up to those of the whole batch. `single_device_reason` says why a step does not have this
+    property; None declares that it has. A subclass with a training step of its own must set it,
+    otherwise a fit on several devices raises ConfigError.
+
+    If no callback hooks in between backward and optimizer step (and neither a GradScaler nor a
+    multi-device strategy is involved), both are called directly, without Lightning's hooks: the
+    numbers are the same and the step is faster.
     """
 
-    undivided: ClassVar[str | None] = None
+    single_device_reason: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -108,64 +120,67 @@ class ScoreModule(pl.LightningModule):
         clip_algorithm: str | None = None,
         complete: bool = False,
         day_label: DayLabel | None = None,
-        interrupted: Callable[[], bool] = no_interruption,
+        is_stop_requested: Callable[[], bool] = never_stop,
         ranks: RankGroup | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network = network
-        self.feeder = Feeder(network)
+        self.forward_adapter = ForwardAdapter(network)
         self.loss = loss
         self.optimizer_factory = optimizer
         self.plan = scheduler
         self.accumulate = accumulate
         self.clip_value, self.clip_algorithm = clip_value, clip_algorithm
-        self.interrupted = interrupted
+        self.is_stop_requested = is_stop_requested
         self.ranks = RankGroup() if ranks is None else ranks
         self.meter = ICMeter(num_days)
         self.complete = complete
         self.day_label = day_label
-        self.direct = False
+        self.bypass_hooks = False
         self.pretraining_epochs = 0
-        self.tally, self.valid_tally = Tally(), Tally()
+        self.accumulator, self.valid_accumulator = LossAccumulator(), LossAccumulator()
 
     # -- one batch -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """The scores of a batch, as the network gives them: `[B]` or `[B, Q]`, of a day batch
-        `[G, N]` or `[G, N, Q]`."""
-        return self.feeder(batch)
+        """Return the network's scores of a batch: `[B]` or `[B, Q]`, for a day batch `[G, N]` or
+        `[G, N, Q]`.
+        """
+        return self.forward_adapter(batch)
 
     def loss_sums(
         self, batch: Batch, state: Mapping[str, Tensor] | None = None, *, complete: bool = False
     ) -> tuple[Tensor, Tensor | int, Tensor]:
-        """`(sum of weight x loss, sum of weight, scores)` of a batch.
+        """Return `(sum of weight x loss, sum of weight, scores)` of a batch.
 
-        With `state` a pure function of (parameters and buffers, batch), so that members of one
-        architecture can be stacked; without, of the network's own.
+        With `state` (parameters and buffers by name), this is a pure function of (state, batch), so
+        that several members of one architecture can be stacked. Without it, the network's own state
+        is used.
         """
-        score = self.feeder(batch, state)
-        return (*self.sums_of(score, batch, complete=complete), score)
+        score = self.forward_adapter(batch, state)
+        return (*self.loss_sums_from_scores(score, batch, complete=complete), score)
 
-    def sums_of(
+    def loss_sums_from_scores(
         self, score: Tensor, batch: Batch, *, complete: bool = False
     ) -> tuple[Tensor, Tensor | int]:
-        """`(sum of weight x loss, sum of weight)` of scores in the form of their batch."""
+        """Return `(sum of weight x loss, sum of weight)` for scores in the shape of their batch."""
         target = batch.y
         if target is None:
             raise ConfigError("these batches have no label to learn from (`y` is None).")
-        columns = score.dim() > batch.date.dim() and score.shape[-1] == 1
-        if target.shape[-1] == 1 and not columns:
+        has_label_axis = score.dim() > batch.date.dim() and score.shape[-1] == 1
+        if target.shape[-1] == 1 and not has_label_axis:
             target = target[..., 0]
-        plain = batch.weight is None and batch.mask is None
-        known = plain and (complete or not isinstance(self.loss, Loss))
-        if batch.blank and known:
+        is_unweighted = batch.weight is None and batch.mask is None
+        is_complete = is_unweighted and (complete or not isinstance(self.loss, Loss))
+        if batch.is_dummy and is_complete:
+            # A dummy batch: no weight, but it keeps the graph so that every rank runs backward.
             return score.sum() * 0.0, 0
         if isinstance(self.loss, Loss):
-            if known:
-                return self.loss.complete_sum(score, target), target.numel()
+            if is_complete:
+                return self.loss.dense_sum(score, target), target.numel()
             return self.loss.sums(score, target, batch.weight, batch.mask)
-        if not plain:
+        if not is_unweighted:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} takes neither sample weights nor masks; "
                 "derive it from qtorch.metrics.loss.Loss."
@@ -177,19 +192,25 @@ class ScoreModule(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
-        """Hook: the samples, on the device, before the training begins; after it those of `train`
-        have their raw labels no more."""
+        """Hook: receive the samples, on the device, before training begins.
+
+        After this hook the raw labels of `train` are dropped to free memory.
+        """
 
     @property
-    def pretrains(self) -> bool:
-        """Whether the running epoch is one of the first `pretraining_epochs`. They are added to
-        the trainer's `max_epochs`, have losses of their own names, and neither the best weights
-        nor an early stop nor the scheduler knows of them."""
+    def is_pretraining(self) -> bool:
+        """Whether the running epoch is one of the first `pretraining_epochs`.
+
+        Pretraining epochs are added to the trainer's `max_epochs` and log losses under names of
+        their own. Best weights, early stopping and scheduler ignore them.
+        """
         return self.current_epoch < self.pretraining_epochs
 
-    def trains(self, kind: type[Kind]) -> Kind:
-        """The network, for a step that only fits one kind; ConfigError where it is another. In a
-        fine-tuning by LoRA it has its own weights, not those that it acts with: see `acting`."""
+    def require_network(self, kind: type[NetworkT]) -> NetworkT:
+        """Return the network, or raise ConfigError if it is not of the kind that this step needs.
+
+        In LoRA fine-tuning, the returned network has its original weights; see `effective_network`.
+        """
         network = self.network.network if isinstance(self.network, LoRA) else self.network
         if not isinstance(network, kind):
             raise ConfigError(
@@ -199,160 +220,171 @@ class ScoreModule(pl.LightningModule):
         return network
 
     @contextmanager
-    def acting(self, kind: type[Kind]) -> Iterator[Kind]:
-        """The network of one kind for a step that calls more of it than `forward`: inside the
-        block it has the weights that it acts with, those of LoRA too."""
-        network = self.trains(kind)
+    def effective_network(self, kind: type[NetworkT]) -> Iterator[NetworkT]:
+        """Context manager for steps that call more of the network than `forward`.
+
+        Inside the block the network has its effective weights, LoRA's low-rank products included.
+        """
+        network = self.require_network(kind)
         with acting(self.network):
             yield network
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        """Hook: `(sum of weight x loss, sum of weight)` that a training batch is learnt by."""
-        return self.loss_sums(self.to_learn(batch), complete=self.complete)[:2]
+        """Hook: return `(sum of weight x loss, sum of weight)` of a training batch."""
+        return self.loss_sums(self.apply_day_label(batch), complete=self.complete)[:2]
 
-    def to_learn(self, batch: Batch) -> Batch:
-        """A training batch with its labels treated by day, where that is asked for."""
+    def apply_day_label(self, batch: Batch) -> Batch:
+        """Return the batch with its labels transformed within each day if `day_label` is set."""
         if self.day_label is None or batch.y is None:
             return batch
         if not batch.is_day:
-            raise ConfigError("day_label treats the labels of a day together: batch.order=day.")
+            raise ConfigError("day_label needs batches of whole days: set batch.order=day.")
         return replace(batch, y=self.day_label(batch.y, batch.mask))
 
     def on_train_start(self) -> None:
-        self.direct = _nothing_between(self.trainer)
+        self.bypass_hooks = _can_bypass_hooks(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        self.tally.reset(self.device)
-        self.tally.told = {}
+        self.accumulator.reset(self.device)
+        self.accumulator.epoch_metrics = {}
 
-    def training_step(self, steps: Steps) -> None:
-        tally, accumulate = self.tally, self.accumulate
-        found = self.optimizers()
-        optimizer = found[0] if isinstance(found, list) else found
+    def training_step(self, steps: StepBatches) -> None:
+        accumulator, accumulate = self.accumulator, self.accumulate
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         assert isinstance(optimizer, LightningOptimizer)
-        mixed = torch.is_autocast_enabled(self.device.type)
-        ends = self.plan is not None or self.trainer.max_steps != -1
+        is_autocast = torch.is_autocast_enabled(self.device.type)
+        checks_each_step = self.plan is not None or self.trainer.max_steps != -1
         for batch in steps:
-            total, share = self.training_sums(batch)
-            loss = self._mean(total, share, batch)
-            self._backward(loss if accumulate == 1 else loss / accumulate, mixed)
-            tally.add(total.detach(), share)
-            tally.pending += 1
-            if tally.pending < accumulate and not steps.at_end:
+            total, weight = self.training_sums(batch)
+            loss = self._rank_loss(total, weight, batch)
+            self._backward(loss if accumulate == 1 else loss / accumulate, is_autocast)
+            accumulator.add(total.detach(), weight)
+            accumulator.num_pending += 1
+            if accumulator.num_pending < accumulate and not steps.is_epoch_end:
                 continue
-            self._optimize(optimizer)
-            tally.pending = 0
-            if ends and self._ends_training():
+            self._step_optimizer(optimizer)
+            accumulator.num_pending = 0
+            if checks_each_step and self._finish_optimizer_step():
                 break
-            if self.interrupted() and not steps.final:
+            if self.is_stop_requested() and not steps.is_last:
                 break
 
-    def _mean(self, total: Tensor, share: Tensor | int, batch: Batch) -> Tensor:
-        """The batch's loss; of a shared batch this rank's part, times the number of ranks by which
-        gradients are divided."""
+    def _rank_loss(self, total: Tensor, weight: Tensor | int, batch: Batch) -> Tensor:
+        """Return the batch's mean loss; on several ranks, this rank's part of it.
+
+        The part is multiplied by the number of ranks because DDP divides the gradients by it.
+        """
         size = self.ranks.size
         if size == 1:
-            return total / share if isinstance(share, int) else mean_of(total, share)
-        if isinstance(share, int):
-            # Every rank counts alike, so that the whole is known without asking.
-            return total * size / max(1, batch.num_whole * share // max(1, batch.num_samples))
-        return mean_of(total * size, self.ranks.sum(share))
+            return total / weight if isinstance(weight, int) else mean_from_sums(total, weight)
+        if isinstance(weight, int):
+            # Every rank counts samples, so the whole batch's weight is known without an all-reduce.
+            return total * size / max(1, batch.global_size * weight // max(1, batch.num_samples))
+        return mean_from_sums(total * size, self.ranks.sum(weight))
 
-    def _backward(self, loss: Tensor, mixed: bool) -> None:
-        call = loss.backward if self.direct else partial(self.manual_backward, loss)
-        if not mixed:
-            call()
+    def _backward(self, loss: Tensor, is_autocast: bool) -> None:
+        backward = loss.backward if self.bypass_hooks else partial(self.manual_backward, loss)
+        if not is_autocast:
+            backward()
             return
-        # Lightning keeps the precision's context open around a whole training_step.
+        # Lightning's autocast context spans the whole training_step, backward should not run in it.
         with torch.autocast(self.device.type, enabled=False):
-            call()
+            backward()
 
-    def _optimize(self, optimizer: LightningOptimizer) -> None:
-        if not self.direct:
+    def _step_optimizer(self, optimizer: LightningOptimizer) -> None:
+        if not self.bypass_hooks:
             optimizer.step()
             optimizer.zero_grad()
             return
-        bare = optimizer.optimizer
-        self.on_before_optimizer_step(bare)
-        bare.step()
-        bare.zero_grad()
-        # What LightningOptimizer.step counts: the trainer's global_step.
-        done = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        done.increment_ready()
-        done.increment_completed()
+        torch_optimizer = optimizer.optimizer
+        self.on_before_optimizer_step(torch_optimizer)
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+        # LightningOptimizer.step would count this; trainer.global_step reads it.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
 
-    def _ends_training(self) -> bool:
-        """After an optimizer step: the scheduler's turn, and whether max_steps are done."""
-        step, most = self.trainer.global_step, self.trainer.max_steps
+    def _finish_optimizer_step(self) -> bool:
+        """Step a per-step scheduler; return whether `max_steps` has been reached."""
+        step, max_steps = self.trainer.global_step, self.trainer.max_steps
         self._step_scheduler("step", step)
-        return most != -1 and step >= most
+        return max_steps != -1 and step >= max_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # Behind the GradScaler's unscaling, whatever the precision.
+        # Clip here because the GradScaler has unscaled the gradients by now, at any precision.
         if self.clip_value is not None:
             self.clip_gradients(optimizer, self.clip_value, self.clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        name = PRETRAIN_LOSS if self.pretrains else TRAIN_LOSS
-        sums = self.ranks.sum(self.tally.sums()).tolist()
-        self._tell({name: weighted_mean(*sums), RATE: float(rate)})
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        name = PRETRAIN_LOSS if self.is_pretraining else TRAIN_LOSS
+        sums = self.ranks.sum(self.accumulator.sums()).tolist()
+        self._log_metrics({name: mean_or_nan(*sums), LEARNING_RATE: float(learning_rate)})
         self._step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.valid_tally.reset(self.device)
+        self.valid_accumulator.reset(self.device)
         self.meter.reset()
 
-    def validation_step(self, steps: Steps) -> None:
+    def validation_step(self, steps: StepBatches) -> None:
         for batch in steps:
-            total, share, score = self.loss_sums(batch)
-            self.valid_tally.add(total, share)
+            total, weight, score = self.loss_sums(batch)
+            self.valid_accumulator.add(total, weight)
             label = batch.extra.get("raw_label", batch.y)
             assert label is not None
-            first = score if score.dim() == batch.date.dim() else readout_of(self.loss)(score)
-            self.meter.update(first, label[..., 0], batch.date, batch.mask)
+            main_score = score if score.dim() == batch.date.dim() else get_readout(self.loss)(score)
+            self.meter.update(main_score, label[..., 0], batch.date, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
-        daily, sums = self.meter.compute(), self.ranks.sum(self.valid_tally.sums())
+        daily, sums = self.meter.compute(), self.ranks.sum(self.valid_accumulator.sums())
         if self.ranks.size > 1:
-            daily = daily.merged(self.ranks.sum)
-        found = torch.stack((daily.mean_ic(), daily.mean_rank_ic())).to(self.device)
-        total, weight, ic, rank_ic = torch.cat((sums, found)).tolist()
+            daily = daily.merge(self.ranks.sum)
+        correlations = torch.stack((daily.mean_ic(), daily.mean_rank_ic())).to(self.device)
+        total, weight, ic, rank_ic = torch.cat((sums, correlations)).tolist()
         self.meter.reset()
-        loss = weighted_mean(total, weight)
-        self._tell({VALID_LOSS: loss, VALID_IC: ic, VALID_RANK_IC: rank_ic})
+        loss = mean_or_nan(total, weight)
+        self._log_metrics({VALID_LOSS: loss, VALID_IC: ic, VALID_RANK_IC: rank_ic})
 
-    def _tell(self, values: dict[str, float]) -> None:
-        """To the callbacks and the progress bar; the keeper sends them to the run."""
-        self.tally.told.update(values)
+    def _log_metrics(self, values: dict[str, float]) -> None:
+        """Log metrics for callbacks and progress bar; CheckpointCallback sends them to the run."""
+        self.accumulator.epoch_metrics.update(values)
         self.log_dict(values, logger=False, prog_bar=True, on_step=False, on_epoch=True)
 
     # -- optimizer and scheduler ---------------------------------------------------------------
 
-    def learnt(self) -> list[nn.Parameter]:
-        """Hook: the parameters that the optimizer moves."""
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Hook: return the parameters that the optimizer updates."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def further_optimizers(self) -> list[Optimizer]:
-        """Hook: optimizers beside that one. They are in the checkpoints; the module's own step
-        makes them step."""
+    def extra_optimizers(self) -> list[Optimizer]:
+        """Hook: return further optimizers beside the main one.
+
+        They are saved in checkpoints. The module's own training step has to call their `step`.
+        """
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizers = [self.optimizer_factory(self.learnt()), *self.further_optimizers()]
+        optimizers = [self.optimizer_factory(self.trainable_parameters()), *self.extra_optimizers()]
         return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
 
     def _step_scheduler(self, interval: str, count: int) -> None:
         plan = self.plan
-        if plan is None or plan.interval != interval or count % plan.frequency or self.pretrains:
+        if (
+            plan is None
+            or plan.interval != interval
+            or count % plan.frequency
+            or self.is_pretraining
+        ):
             return
         scheduler = self.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
             return
-        name = MONITORS.get(plan.monitor or "loss", plan.monitor or "loss")
+        name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
         metrics = self.trainer.callback_metrics
         if name not in metrics:
             raise ConfigError(unknown_name("metric for the scheduler", name, metrics))
@@ -369,21 +401,21 @@ class ScoreModule(pl.LightningModule):
         return batch  # the loader gathers on the device
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE] = self.tally.state()
+        checkpoint[MODULE_STATE_KEY] = self.accumulator.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tally.load(checkpoint[STATE], self.device)
+        self.accumulator.load(checkpoint[MODULE_STATE_KEY], self.device)
 
 
-def _nothing_between(trainer: Any) -> bool:
-    """Whether backward and optimizer step may be called without Lightning's hooks around them."""
-    bare = all(
+def _can_bypass_hooks(trainer: Any) -> bool:
+    """Whether backward and optimizer step can be called without Lightning's hooks around them."""
+    has_no_step_hooks = all(
         getattr(type(callback), hook) is getattr(pl.Callback, hook)
         for callback in trainer.callbacks
         for hook in STEP_HOOKS
     )
     return (
-        bare
+        has_no_step_hooks
         and isinstance(trainer.strategy, SingleDeviceStrategy)
         and isinstance(trainer.profiler, PassThroughProfiler)
         and getattr(trainer.precision_plugin, "scaler", None) is None

@@ -1,4 +1,4 @@
-"""A network from its configuration, completed by what only the data know."""
+"""Build a network from its configuration and the dimensions of the data."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from torch import nn
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
-from qtorch.core.names import dotted_name
+from qtorch.core.names import import_path
 from qtorch.data.sample_set import Samples
 from qtorch.nn.network import Network
 
 NETWORK_MODULE = "qtorch.nn"
 
 
-def complete_network(
+def complete_network_config(
     spec: Any, samples: Samples, num_outputs: int | None = None
 ) -> dict[str, Any] | nn.Module:
-    """`spec` with what the data know filled in, where the network takes it and the configuration
-    does not say; a live module comes back unchanged.
+    """Fill in the arguments of a network that depend on the data and are not configured.
 
-    `d_feat` is the number of features, for a flat network times the number of steps; `step_len`,
-    `num_outputs` (labels, unless given), `num_instruments` and `num_days` (of the panel),
-    `label_horizon` (rows that the labels look ahead, where that is known), and for an extra
-    "concept" `num_concepts`, its width. Raises ConfigError where the configuration says another
-    number than the data.
+    A live module is returned unchanged. `d_feat` is the number of features (for a flat network
+    times the number of steps). Also filled in: `step_len`, `num_outputs` (by default the number of
+    labels), `num_instruments` and `num_days` (of the panel), `label_horizon` (rows that the labels
+    look ahead, if known), and for an extra "concept" its width `num_concepts`. Raises ConfigError
+    if the configuration contradicts the data.
     """
     if isinstance(spec, nn.Module):
         return spec
-    target, given = get_callable_kwargs(spec, NETWORK_MODULE)
+    target, arguments = get_callable_kwargs(spec, NETWORK_MODULE)
     flat = getattr(target, "inputs", "window") == "flat"
     features, steps = samples.num_features, samples.num_steps
     labels = len(samples.label_names)
-    known = {
+    data_arguments = {
         "d_feat": features * steps if flat else features,
         "step_len": steps,
         "num_outputs": max(labels, 1) if num_outputs is None else num_outputs,
@@ -46,44 +45,44 @@ def complete_network(
         **{f"num_{name}s": each.width for name, each in samples.extras.items()},
         **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
     }
-    takes = inspect.signature(target).parameters
-    for name, value in known.items():
-        if name not in takes:
+    parameters = inspect.signature(target).parameters
+    for name, value in data_arguments.items():
+        if name not in parameters:
             continue
-        if given.get(name) is None:
-            given[name] = value
-        elif int(given[name]) != value:
+        if arguments.get(name) is None:
+            arguments[name] = value
+        elif int(arguments[name]) != value:
             raise ConfigError(
-                f"{name} of {getattr(target, '__name__', target)} is {given[name]}, but the data "
-                f"have {value} ({features} features, {steps} steps, {labels} labels). Leave it "
-                "out: it is filled in."
+                f"{name} of {getattr(target, '__name__', target)} is {arguments[name]}, but the "
+                f"data have {value} ({features} features, {steps} steps, {labels} labels). Remove "
+                "it: it is filled in automatically."
             )
-    extra = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec} if _is_map(spec) else {}
-    return {"_target_": dotted_name(target), **extra, **given}
+    options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec} if _is_map(spec) else {}
+    return {"_target_": import_path(target), **options, **arguments}
 
 
-def build_network(complete: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
-    """The network of a completed configuration; a copy of a live one, which stays as it is.
+def build_network(config: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
+    """Build the network of a completed configuration; return a copy of a live one.
 
-    `stored`: the configuration comes out of a store and its names pass the trust rule.
+    `stored`: the configuration was loaded from a store, and names in it must pass the trust rule.
     """
-    if isinstance(complete, nn.Module):
-        return copy.deepcopy(complete)
+    if isinstance(config, nn.Module):
+        return copy.deepcopy(config)
     try:
-        built = init_instance_by_config(complete, stored=stored)
+        network = init_instance_by_config(config, check_trust=stored)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{complete['_target_']}: {error}") from error
-    if not isinstance(built, nn.Module):
-        raise ConfigError(f"the network is a {type(built).__name__}, not a torch.nn.Module.")
-    return built
+        raise ConfigError(f"{config['_target_']}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"the network is a {type(network).__name__}; expected a torch.nn.Module.")
+    return network
 
 
 def network_config(spec: Any) -> Any:
-    """`spec` as plain data: a live network of ours by its own arguments.
+    """Return `spec` as plain data; a live qtorch network is described by its arguments.
 
-    Raises ConfigError for another live module.
+    Raises ConfigError for any other live module.
     """
     if isinstance(spec, Network):
         return plain_value(spec.config, "network")

@@ -1,7 +1,7 @@
-"""What a user's LightningModule has logged in the running epoch, for an exact continuation.
+"""Save and restore what a user's LightningModule has logged in the running epoch.
 
-Lightning keeps it in its trainer and saves none of it: after a stop in mid-epoch an epoch's mean
-would be that of the batches still to come.
+Lightning keeps this state in its trainer and does not save it: after a stop in the middle of an
+epoch, the epoch's means would only cover the remaining batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytorch_lightning.trainer.connectors.logger_connector.result import (
 from torch import Tensor
 from torchmetrics import Metric
 
-PLAIN = (  # of a metric's description, what a checkpoint holds as it is
+PLAIN_FIELDS = (  # metadata fields of a logged metric that a checkpoint holds unchanged
     "fx",
     "name",
     "prog_bar",
@@ -33,106 +33,120 @@ PLAIN = (  # of a metric's description, what a checkpoint holds as it is
 )
 
 
-def due(trainer: pl.Trainer) -> list[tuple[dict[str, float], int]]:
-    """What Lightning sends to the loggers once the hook at hand has ended, with its step: the
-    metrics of a batch whose end it is, or of an epoch."""
+def unsent_metrics(trainer: pl.Trainer) -> list[tuple[dict[str, float], int]]:
+    """Return what Lightning sends to the loggers after the current hook: the metrics of the
+    finished batch or epoch, with their step.
+    """
     connector, loop = trainer._logger_connector, trainer.fit_loop
     step = loop.epoch_loop._batches_that_stepped
-    if _between_epochs(trainer):
+    if _is_between_epochs(trainer):
         step -= 1
     else:
-        waits = trainer.lightning_module.automatic_optimization and loop._should_accumulate()
-        if waits or not (connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
+        is_accumulating = (
+            trainer.lightning_module.automatic_optimization and loop._should_accumulate()
+        )
+        if is_accumulating or not (
+            connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
+        ):
             return []
     values = {k: float(v) for k, v in connector.metrics["log"].items()}
     if not values:
         return []
-    step = int(values.pop("step", step))  # Lightning's own name for another step
+    step = int(values.pop("step", step))  # Lightning's key for a custom step
     return [({"epoch": float(trainer.current_epoch), **values}, step)]
 
 
 def epoch_state(module: pl.LightningModule) -> dict[str, Any]:
-    """Sums, counts and extremes so far, what callbacks see, and the states of the module's
-    torchmetrics. At an epoch's end the sums are done with."""
+    """Return the module's logging state of the running epoch.
+
+    It holds the sums, counts and extremes so far, the metrics that callbacks see, and the states of
+    the module's torchmetrics. At the end of an epoch the sums are no longer needed.
+    """
     trainer = module.trainer
-    results = {} if _between_epochs(trainer) else trainer.fit_loop.epoch_loop._results
-    ended = trainer.fit_loop.epoch_loop._results if not results else {}
-    logged = {id(r.value) for r in ended.values() if not r.is_tensor}  # reset with the epoch
+    results = {} if _is_between_epochs(trainer) else trainer.fit_loop.epoch_loop._results
+    finished_results = trainer.fit_loop.epoch_loop._results if not results else {}
+    logged_metric_ids = {
+        id(r.value) for r in finished_results.values() if not r.is_tensor
+    }  # Lightning resets these at the end of the epoch
     return {
-        "results": {k: _of(r) for k, r in results.items() if _is_held(r)},
+        "results": {k: _serialize_result(r) for k, r in results.items() if _is_current(r)},
         "seen": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         "metrics": {
-            name: [_on(m.metric_state, "cpu"), m.update_count]
+            name: [_move_tensors(m.metric_state, "cpu"), m.update_count]
             for name, m in module.named_modules()
-            if isinstance(m, Metric) and id(m) not in logged
+            if isinstance(m, Metric) and id(m) not in logged_metric_ids
         },
     }
 
 
-def take_up(module: pl.LightningModule, state: dict[str, Any]) -> None:
-    """Go on from an `epoch_state`, before the first batch."""
+def restore_epoch_state(module: pl.LightningModule, state: dict[str, Any]) -> None:
+    """Restore an `epoch_state` before the first batch."""
     trainer = module.trainer
     connector, device = trainer._logger_connector, module.device
     for name, (values, count) in state["metrics"].items():
         metric: Any = module.get_submodule(name)
         for key, value in values.items():
-            setattr(metric, key, _on(value, device))
+            setattr(metric, key, _move_tensors(value, device))
         metric._update_count, metric._computed = count, None
-    connector._callback_metrics.update(_on(state["seen"], device))
-    for key, told in state["results"].items():
-        trainer.fit_loop.epoch_loop._results[key] = _restored(module, told)
+    connector._callback_metrics.update(_move_tensors(state["seen"], device))
+    for key, result_state in state["results"].items():
+        trainer.fit_loop.epoch_loop._results[key] = _deserialize_result(module, result_state)
     if state["results"]:
-        connector._first_loop_iter = False  # at a first batch Lightning begins the sums anew
+        connector._first_loop_iter = False  # Lightning would reset the sums at a first batch
 
 
-def _between_epochs(trainer: pl.Trainer) -> bool:
-    """Whether the epoch's batches are through; in Lightning's words, no batch is at hand."""
+def _is_between_epochs(trainer: pl.Trainer) -> bool:
+    """Whether all batches of the epoch are done: Lightning has no current batch."""
     return trainer._logger_connector._first_loop_iter is None
 
 
-def _is_held(result: _ResultMetric) -> bool:
-    """Whether it has a value of this epoch's, and none that is reduced over a group of ranks of
-    the user's own, which no checkpoint can name."""
+def _is_current(result: _ResultMetric) -> bool:
+    """Whether a logged result belongs to this epoch and can be saved.
+
+    A result that is reduced over a user-defined process group cannot be saved.
+    """
     return not result.has_reset and result.meta.sync.group is None
 
 
-def _of(result: _ResultMetric) -> dict[str, Any]:
-    """A result in plain values and tensors."""
+def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
+    """Return a logged result as plain values and tensors."""
     meta, reduce = result.meta, result.meta.reduce_fx
-    found = {
-        "meta": {name: getattr(meta, name) for name in PLAIN},
+    state = {
+        "meta": {name: getattr(meta, name) for name in PLAIN_FIELDS},
         "reduce": reduce.__name__,
         "builtin": reduce in (sum, min, max),
         "sync": [meta.sync.should, meta.sync.rank_zero_only],
         "is_tensor": result.is_tensor,
         "count": result._update_count,
-        "newest": _on(result._forward_cache, "cpu"),
+        "newest": _move_tensors(result._forward_cache, "cpu"),
     }
-    return found | ({"states": _on(result.metric_state, "cpu")} if result.is_tensor else {})
+    return state | (
+        {"states": _move_tensors(result.metric_state, "cpu")} if result.is_tensor else {}
+    )
 
 
-def _restored(module: pl.LightningModule, told: dict[str, Any]) -> _ResultMetric:
-    """The result again, described as the module's next call of `log` will describe it."""
-    source: Any = builtins if told["builtin"] else torch
-    meta = _Metadata(**told["meta"], reduce_fx=getattr(source, told["reduce"]))
-    should, first_only = told["sync"]
+def _deserialize_result(module: pl.LightningModule, state: dict[str, Any]) -> _ResultMetric:
+    """Rebuild a logged result, with the metadata that the module's next `log` call will use."""
+    source: Any = builtins if state["builtin"] else torch
+    meta = _Metadata(**state["meta"], reduce_fx=getattr(source, state["reduce"]))
+    should, rank_zero_only = state["sync"]
     reduce = module.trainer.strategy.reduce
-    meta.sync = _Sync(fn=reduce, _should=should, rank_zero_only=first_only)
-    result: Any = _ResultMetric(meta, told["is_tensor"])
-    if told["is_tensor"]:
-        for key, value in told["states"].items():
-            setattr(result, key, _on(value, module.device))
+    meta.sync = _Sync(fn=reduce, _should=should, rank_zero_only=rank_zero_only)
+    result: Any = _ResultMetric(meta, state["is_tensor"])
+    if state["is_tensor"]:
+        for key, value in state["states"].items():
+            setattr(result, key, _move_tensors(value, module.device))
     else:
-        result.value = module.get_submodule(told["meta"]["metric_attribute"])
-    result._update_count = told["count"]
-    result._forward_cache = _on(told["newest"], module.device)
-    return result.to(module.device)  # type: ignore[no-any-return]  # itself
+        result.value = module.get_submodule(state["meta"]["metric_attribute"])
+    result._update_count = state["count"]
+    result._forward_cache = _move_tensors(state["newest"], module.device)
+    return result.to(module.device)  # type: ignore[no-any-return]  # returns itself
 
 
-def _on(state: Any, device: torch.device | str) -> Any:
-    """Nested state with its tensors on a device, let go of their graphs."""
+def _move_tensors(state: Any, device: torch.device | str) -> Any:
+    """Return a nested state with its tensors detached and on a device."""
     if isinstance(state, Tensor):
         return state.detach().to(device)
     if isinstance(state, dict):
-        return {k: _on(v, device) for k, v in state.items()}
-    return [_on(v, device) for v in state] if isinstance(state, list) else state
+        return {k: _move_tensors(v, device) for k, v in state.items()}
+    return [_move_tensors(v, device) for v in state] if isinstance(state, list) else state

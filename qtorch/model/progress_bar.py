@@ -1,4 +1,4 @@
-"""Lightning's rich bar, counting batches where a step of Lightning's holds several."""
+"""Lightning's progress bar, counting batches even if a training step has several of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 from qtorch.model.step_loader import StepLoader
 
 
-class BatchBar(RichProgressBar):
-    """Counts the batches of the training's loader."""
+class BatchProgressBar(RichProgressBar):
+    """A rich progress bar that counts the batches of the training loader."""
 
     def __init__(self, loader: StepLoader) -> None:
         super().__init__()
@@ -29,5 +29,5 @@ class BatchBar(RichProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        done = self.loader.position - 1
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
+        batch_number = self.loader.position - 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_number)

@@ -1,7 +1,7 @@
-"""The trial of a search that a training belongs to: reported to after each validation.
+"""Report validation metrics to the trial of a hyperparameter search, which may prune the training.
 
-A search's sweeper names the trial in the environment, which reaches the process of the training
-however a launcher starts it, and is no part of the task: the same parameters are the same task.
+The sweeper names the trial in an environment variable, which reaches the training process however a
+launcher starts it. The trial is not part of the task: the same parameters are the same task.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE, storage_url
 log = logging.getLogger(__name__)
 
 
-class Pruning(pl.Callback):
-    """Stops, in order, a training that its search's pruner gives up.
+class PruningCallback(pl.Callback):
+    """Stop a training that the search's pruner gives up.
 
-    After each validation the metric `report` goes to the trial. Where that is to stop, the epoch
-    ends as any other, the best weights are taken, records are made, and the run has the tag
-    `pruned`. A database that does not answer stops nothing.
+    After each validation the metric `report` is sent to the trial. If the trial should stop, the
+    epoch ends as usual, the best weights are used, records are made, and the run gets the tag
+    `pruned`. A database that does not respond never stops a training.
     """
 
     def __init__(self, trial: Any, report: str, recorder: Any) -> None:
@@ -46,37 +46,40 @@ class Pruning(pl.Callback):
                 raise ConfigError(
                     unknown_name("metric to report to the search", self.report, metrics)
                 )
-            return False  # of pretraining: there is no score yet
+            return False  # a pretraining epoch has no score yet
         value = float(metrics[self.report])
         if math.isnan(value):
             return False
         try:
             stop: bool = self.trial.should_stop(epoch, value)
         except Exception as error:
-            log.warning("the trial could not be reported to: %s", error)
+            log.warning("could not report to the trial: %s", error)
             return False
         if stop:
-            log.info("epoch %d: the search stops this training (%s)", epoch, self.trial.pruner)
+            log.info("epoch %d: training pruned by the search (%s)", epoch, self.trial.pruner)
             if self.recorder is not None:
-                told = f"after epoch {epoch} with {self.report} {value:.6g}, by {self.trial.pruner}"
-                self.recorder.set_tags(**{PRUNED_TAG: told})
+                reason = (
+                    f"after epoch {epoch} with {self.report} {value:.6g}, by {self.trial.pruner}"
+                )
+                self.recorder.set_tags(**{PRUNED_TAG: reason})
         return stop
 
 
 def pruning_callbacks(recorder: Any) -> list[pl.Callback]:
-    """The callback of the trial that the environment names; none outside of a search, or where
-    nothing is pruned."""
-    named = os.environ.get(TRIAL_VARIABLE)
-    if not named:
+    """Return the callback for the trial named in the environment, or none if nothing is pruned."""
+    trial_json = os.environ.get(TRIAL_VARIABLE)
+    if not trial_json:
         return []
-    told = json.loads(named)
-    if told["pruner"] is None:
+    trial = json.loads(trial_json)
+    if trial["pruner"] is None:
         return []
     from qtorch.tracking.trials.running import RunningTrial
 
-    url = storage_url(told["storage"], getattr(recorder, "uri", None) or default_uri())
+    url = storage_url(trial["storage"], getattr(recorder, "uri", None) or default_uri())
     return [
-        Pruning(
-            RunningTrial(told["study"], told["id"], url, told["pruner"]), told["report"], recorder
+        PruningCallback(
+            RunningTrial(trial["study"], trial["id"], url, trial["pruner"]),
+            trial["report"],
+            recorder,
         )
     ]

@@ -1,8 +1,9 @@
-"""A rank: one process of a training on several devices.
+"""The entry point of a rank: one process of a training on several devices.
 
-Started as `python -m qtorch.model.rank FOLDER DIGEST RANK LOCAL_RANK REPLIES`: the folder that
-holds the request, the request's hash, this process's place, and the file descriptor that takes
-its replies. It trains its share and ends; recorder, prediction and records are its parent's.
+It is started as `python -m qtorch.model.rank FOLDER DIGEST RANK LOCAL_RANK REPLIES`, with the
+folder that holds the request, the request's hash, the rank and local rank of this process, and the
+file descriptor for its messages. It trains its share of each batch and exits. Recorder, prediction
+and records belong to its parent process.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from __future__ import annotations
 import os
 import sys
 
-from qtorch.model.rank_link import RankLink, told
+from qtorch.model.rank_link import RankLink, serialize_error
 
 
 def main(argv: list[str]) -> int:
-    """Serve one request; the exit code is 0 where it came to an end that the parent knows of."""
+    """Serve one request; return 0 if it ended in a way that the parent was told about."""
     link = RankLink(int(argv[4]))
-    link.listen()  # before the imports, which take longest
-    return serve(link, argv)
+    link.listen()  # before the slow imports
+    return run_rank(link, argv)
 
 
-def serve(link: RankLink, argv: list[str]) -> int:
-    """What a rank does once its link listens."""
+def run_rank(link: RankLink, argv: list[str]) -> int:
+    """Run a rank whose link is listening, and return its exit code."""
     try:
         from qtorch.model.rank_training import train_rank
 
         train_rank(link, argv[0], argv[1], int(argv[2]), int(argv[3]))
     except BaseException as error:
-        link.say(error=told(error))
+        link.send(error=serialize_error(error))
         return 1
     return 0
 
@@ -35,4 +36,4 @@ def serve(link: RankLink, argv: list[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(code)  # what is left of process groups is torn down by the system, at once
+    os._exit(code)  # skip the teardown of process groups; the system does it at once

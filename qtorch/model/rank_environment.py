@@ -1,4 +1,4 @@
-"""Where a rank stands among the processes of a training, as Lightning asks it."""
+"""The position of a rank among the processes of a training, in the form that Lightning asks for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 
 
 @dataclass(frozen=True)
-class RankPlace:
-    """Rank `rank` of `size`, the `local_rank`th of its node; they meet at `address`:`port`."""
+class RankInfo:
+    """Rank `rank` of `size` processes, the `local_rank`th of its node.
+
+    The processes meet at `address`:`port`.
+    """
 
     rank: int
     size: int
@@ -20,11 +23,11 @@ class RankPlace:
 
 
 class RankEnvironment(ClusterEnvironment):
-    """A place that is given, whatever the environment's variables say of another launcher's."""
+    """A cluster environment with a fixed RankInfo, which ignores variables of other launchers."""
 
-    def __init__(self, place: RankPlace) -> None:
+    def __init__(self, rank_info: RankInfo) -> None:
         super().__init__()
-        self.place = place
+        self.rank_info = rank_info
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -32,30 +35,30 @@ class RankEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return self.place.address
+        return self.rank_info.address
 
     @property
     def main_port(self) -> int:
-        return self.place.port
+        return self.rank_info.port
 
     @staticmethod
     def detect() -> bool:
         return False
 
     def world_size(self) -> int:
-        return self.place.size
+        return self.rank_info.size
 
     def set_world_size(self, size: int) -> None:
-        assert size == self.place.size, "devices x num_nodes is the number of ranks"
+        assert size == self.rank_info.size, "devices x num_nodes is the number of ranks"
 
     def global_rank(self) -> int:
-        return self.place.rank
+        return self.rank_info.rank
 
     def set_global_rank(self, rank: int) -> None:
-        assert rank == self.place.rank, "a rank is told its place once"
+        assert rank == self.rank_info.rank, "the rank is fixed"
 
     def local_rank(self) -> int:
-        return self.place.local_rank
+        return self.rank_info.local_rank
 
     def node_rank(self) -> int:
-        return self.place.node_rank
+        return self.rank_info.node_rank

@@ -1,4 +1,4 @@
-"""The ranks of one training among each other: sums, agreement, what each of them holds."""
+"""Communication among the ranks of one training: sums, broadcasts, agreement, gathering."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from qtorch.core.runtime import seed_everything
 
 
 class RankGroup:
-    """This process's place among `size` ranks; alone, everything is as it was given.
+    """This process's position among `size` ranks; with one rank every operation returns its input.
 
-    Sums are of tensors on the training's device and wait for nothing. Agreement goes by a group
-    of the CPUs beside, so that no question waits for a device.
+    `sum` and `broadcast` act on tensors on the training's device and do not wait for it. `any_rank`
+    and `gather` use a second process group on the CPU, so that they do not wait for a device
+    either.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -25,47 +26,49 @@ class RankGroup:
         self._control: Any = None
 
     @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes and tells."""
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes files and sends messages."""
         return self.rank == 0
 
     def connect(self) -> None:
-        """Once torch's processes are connected, by every rank."""
+        """Create the CPU process group. Every rank must call it once torch.distributed is
+        initialized.
+        """
         if self.size > 1 and self._control is None:
-            # The default group goes by the devices' own way, which objects would have to take.
+            # The default group communicates between devices, objects would have to be moved there.
             self._control = dist.new_group(backend="gloo")
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, everywhere the same; new memory."""
+        """Return the sum over all ranks, in new memory."""
         if self.size == 1:
             return values
-        found = values.detach().clone()
-        dist.all_reduce(found)
-        return found
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes, in place, what the first rank has."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite each tensor in place with the first rank's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def agree(self, wish: bool) -> bool:
-        """Whether any rank wishes it: one answer for all."""
+    def any_rank(self, flag: bool) -> bool:
+        """Return, on every rank, whether the flag is set on any rank."""
         if self.size == 1:
-            return wish
-        asked = torch.tensor([int(wish)])
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._control)
-        return bool(asked)
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
+        return bool(flags)
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What each rank holds, at every rank."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, on every rank."""
         if self.size == 1:
-            return [mine]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self._control)
-        return found
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
 
     def seed(self, seed: int, *parts: object) -> None:
-        """Seed this rank's generators by (seed, what `parts` say, size, rank)."""
+        """Seed this rank's random generators from (seed, parts, size, rank)."""
         text = f"qtorch rank {seed} {parts} {self.rank} of {self.size}"
         seed_everything(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))

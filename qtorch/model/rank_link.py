@@ -1,4 +1,4 @@
-"""A rank's two pipes to the process that started it: lines of JSON. Needs no torch."""
+"""A rank's two pipes to its parent process, which carry lines of JSON. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import Any
 
 import cloudpickle
 
-from qtorch.core.stops import STOPS
-from qtorch.model.interruption import Stoppable
+from qtorch.core.stops import STOP_SIGNALS
+from qtorch.model.interruption import StopRequest
 
-ORPHANED = 97  # the exit code of a rank whose parent is gone
+ORPHAN_EXIT_CODE = 97  # exit code of a rank whose parent process has died
 STOP = b"stop"
 
 
-class RankLink(Stoppable):
-    """Says what the rank has to say, hears when it is to stop, and ends it without its parent.
+class RankLink(StopRequest):
+    """Send the rank's messages, receive stop requests, and exit when the parent dies.
 
-    The parent's end of `commands` (stdin) closes when the parent is gone, however it went.
-    Signals are the parent's affair: a scheduler or a terminal sends them to every process.
+    The parent's end of `commands` (stdin) is closed when the parent is gone, for whatever reason.
+    Stop signals are ignored here and handled by the parent, because schedulers and terminals send
+    them to every process.
     """
 
     def __init__(self, replies: int, commands: int = 0) -> None:
@@ -34,35 +35,35 @@ class RankLink(Stoppable):
         self._lock = threading.Lock()
 
     def listen(self) -> None:
-        """From now on."""
-        for number in STOPS:
+        """Start listening for commands."""
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=self._hear, daemon=True, name="rank-link").start()
+        threading.Thread(target=self._read_commands, daemon=True, name="rank-link").start()
 
-    def say(self, **message: Any) -> None:
-        """A line to the parent."""
+    def send(self, **message: Any) -> None:
+        """Send one message to the parent."""
         line = json.dumps(message, default=str).encode() + b"\n"
         try:
             with self._lock:
                 while line:
                     line = line[os.write(self._replies, line) :]
         except BrokenPipeError:
-            end_group()
+            kill_process_group()
 
-    def beat(self, stage: str, details: dict[str, Any]) -> None:
-        """The listener of heartbeats."""
-        self.say(beat=[stage, details])
+    def send_heartbeat(self, stage: str, details: dict[str, Any]) -> None:
+        """Send a heartbeat; used as a heartbeat listener."""
+        self.send(beat=[stage, details])
 
-    def _hear(self) -> None:
+    def _read_commands(self) -> None:
         with os.fdopen(self._commands, "rb") as lines:
             for line in lines:
                 if line.strip() == STOP:
-                    self.requested = True
-        end_group()
+                    self.stop_requested = True
+        kill_process_group()
 
 
-class LinkHandler(logging.Handler):
-    """Log lines on their way to the parent."""
+class LinkLogHandler(logging.Handler):
+    """A logging handler that sends log lines to the parent."""
 
     def __init__(self, link: RankLink, level: int) -> None:
         super().__init__(level)
@@ -72,41 +73,41 @@ class LinkHandler(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
-        self._link.say(log=[record.name, record.levelno, text])
+        self._link.send(log=[record.name, record.levelno, text])
 
 
 class LinkRecorder:
-    """Stands for the parent's recorder: metrics go there, the run is the parent's."""
+    """A stand-in for the parent's recorder that sends metrics and tags to it."""
 
     def __init__(self, link: RankLink, run_id: str, uri: str | None = None) -> None:
         self._link, self.id, self.uri = link, run_id, uri
 
     def log_batch(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Send metrics to the parent, which logs them."""
-        self._link.say(metrics=[dict(metrics), step])
+        self._link.send(metrics=[dict(metrics), step])
 
     def set_tags(self, **tags: Any) -> None:
         """Send tags to the parent, which sets them."""
-        self._link.say(tags=tags)
+        self._link.send(tags=tags)
 
 
-def told(error: BaseException) -> dict[str, Any]:
-    """An error as the parent is told it; the thing itself too, where it can be sent."""
+def serialize_error(error: BaseException) -> dict[str, Any]:
+    """Return an error as plain values; the exception itself too if it can be pickled."""
     try:
-        sent = base64.b64encode(cloudpickle.dumps(error)).decode()
-    except Exception:  # whatever its own way to be pickled raises
-        sent = ""
+        pickled_error = base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # pickling runs arbitrary code of the exception's class
+        pickled_error = ""
     lines = traceback.format_exception(error)
     return {
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(lines),
-        "pickle": sent,
+        "pickle": pickled_error,
     }
 
 
-def end_group() -> None:
-    """End this process and what it has started, now."""
+def kill_process_group() -> None:
+    """Kill this process and its children immediately."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
-    os._exit(ORPHANED)
+    os._exit(ORPHAN_EXIT_CODE)

@@ -1,4 +1,4 @@
-"""A rank of this machine, as its parent holds it."""
+"""A rank on this machine, as its parent process handles it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import torch
 import qtorch
 from qtorch.model.rank_link import STOP
 
-# What another launcher says of its own processes is nothing for ours.
-LAUNCHERS = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
+# Variables that another launcher sets for its own processes; ranks must not inherit them.
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
 
 
 class RankHandle(Protocol):
-    """A rank, wherever it runs."""
+    """A rank process, local or remote."""
 
     rank: int
 
     def messages(self) -> list[dict[str, Any]]:
-        """What it has said since the last question."""
+        """Return the messages received since the last call."""
 
     def exit_code(self) -> int | None:
-        """How it ended, negative for a signal; None while it runs."""
+        """Return the exit code (negative for a signal), or None while the rank runs."""
 
     def stop(self) -> None:
-        """Ask it to stop after its step."""
+        """Ask the rank to stop after its current step."""
 
     def kill(self) -> None:
-        """End it, and what it has started, now."""
+        """Kill the rank and its children immediately."""
 
 
 class RankProcess:
-    """A rank in a process of its own, leader of its own group; it ends when this one does."""
+    """A rank in a child process with its own process group; it exits when this process does."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RankProcess:
         local: bool,
     ) -> None:
         self.rank = rank
-        self._rest = b""
+        self._buffer = b""
         self._replies, write = os.pipe()
         os.set_blocking(self._replies, False)
         try:
@@ -63,37 +63,37 @@ class RankProcess:
                 stdin=subprocess.PIPE,
                 pass_fds=(write,),
                 start_new_session=True,
-                env=rank_environment(rank, local_rank, size, threads, local),
+                env=build_rank_variables(rank, local_rank, size, threads, local),
             )
         finally:
             os.close(write)
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process ID."""
         return self._process.pid
 
     def messages(self) -> list[dict[str, Any]]:
-        """What it has said since the last question."""
+        """Return the messages received since the last call."""
         with contextlib.suppress(BlockingIOError):
-            while part := os.read(self._replies, 65536):
-                self._rest += part
-        *lines, self._rest = self._rest.split(b"\n")
+            while chunk := os.read(self._replies, 65536):
+                self._buffer += chunk
+        *lines, self._buffer = self._buffer.split(b"\n")
         return [json.loads(line) for line in lines]
 
     def exit_code(self) -> int | None:
-        """How it ended, negative for a signal; None while it runs."""
+        """Return the exit code (negative for a signal), or None while the rank runs."""
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ask it to stop after its step."""
+        """Ask the rank to stop after its current step."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(STOP + b"\n")
             self._process.stdin.flush()
 
     def kill(self) -> None:
-        """End it, and what it has started, now."""
+        """Kill the rank and its children immediately."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -105,23 +105,29 @@ class RankProcess:
             self._replies = -1
 
 
-def rank_environment(
+def build_rank_variables(
     rank: int, local_rank: int, size: int, threads: int, local: bool
 ) -> dict[str, str]:
-    """The variables of a rank's process; `local`: all ranks are on this machine."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
-    own = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size, "OMP_NUM_THREADS": threads}
-    found = {**kept, **{k: str(v) for k, v in own.items()}}
-    # The rank is of this very qtorch, and finds the rest where its request says.
-    home = str(Path(qtorch.__file__).parents[1])
-    found["PYTHONPATH"] = os.pathsep.join(p for p in (home, kept.get("PYTHONPATH")) if p)
-    found["MPLBACKEND"] = "Agg"  # a notebook's own backend would want the notebook
+    """Return the environment variables of a rank; `local`: all ranks are on this machine."""
+    parent_variables = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    rank_variables = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": size,
+        "OMP_NUM_THREADS": threads,
+    }
+    variables = {**parent_variables, **{k: str(v) for k, v in rank_variables.items()}}
+    # The rank must import this very qtorch; its request restores the rest of sys.path.
+    package_parent = str(Path(qtorch.__file__).parents[1])
+    variables["PYTHONPATH"] = os.pathsep.join(
+        p for p in (package_parent, parent_variables.get("PYTHONPATH")) if p
+    )
+    variables["MPLBACKEND"] = "Agg"  # a notebook's backend cannot be imported here
     if local and sys.platform == "linux":
-        found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may lead nowhere
-    return found
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve
+    return variables
 
 
-def threads_of(num_local: int) -> int:
-    """The threads of each of several ranks of this machine: this process's, shared out, at least
-    one each."""
+def threads_per_rank(num_local: int) -> int:
+    """Return the threads of each of several ranks on this machine: an equal part, at least one."""
     return max(1, torch.get_num_threads() // num_local)

@@ -1,4 +1,4 @@
-"""What the ranks of a training are asked to do, in files that all of them read."""
+"""The request that describes a training to its ranks, in files that all of them read."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ REQUEST, RESULT = "request.pkl", "result.pkl"
 
 @dataclass
 class RankRequest:
-    """A training as its ranks take it up: network with its first weights, recipe, where it goes
-    on from; `generators` are those of the first rank. The samples lie beside."""
+    """A training for its ranks: network with initial weights, recipe, checkpoint to resume from.
+
+    `generators` are the random generator states of the first rank. The samples are written to files
+    beside the request.
+    """
 
     network: nn.Module
     recipe: Recipe
@@ -45,32 +48,34 @@ class RankRequest:
     session: Session
 
     def write(self, folder: Path, samples: list[Samples | None], *, local: bool) -> str:
-        """Write request and samples into `folder`; the request's hash.
+        """Write request and samples to `folder`; return the request's hash.
 
-        Raises ConfigError for live objects that no other process could have.
+        Raises ConfigError for live objects that cannot be pickled.
         """
         try:
             content = cloudpickle.dumps(self)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             raise ConfigError(
-                f"the training cannot be handed to its ranks: {error}. Give network, callbacks, "
+                f"cannot send the training to its ranks: {error}. Define network, callbacks, "
                 "loss and factories by configuration, or as objects that can be pickled."
             ) from error
-        whole = pickle.dumps((list(sys.path), content))
+        payload = pickle.dumps((list(sys.path), content))
         (folder / REQUEST).touch(mode=0o600)
-        (folder / REQUEST).write_bytes(whole)
+        (folder / REQUEST).write_bytes(payload)
         write_samples(samples, folder, local=local)
-        return hashlib.sha256(whole).hexdigest()
+        return hashlib.sha256(payload).hexdigest()
 
 
 def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples | None]]:
-    """The request of this hash, and the samples, mapped. Modules are looked for where the parent
-    found them."""
-    whole = (folder / REQUEST).read_bytes()
-    if hashlib.sha256(whole).hexdigest() != digest:
-        raise ConfigError(f"{folder / REQUEST} is not the request that this rank was started for.")
-    path, content = pickle.loads(whole)
+    """Read the request with this hash, and its samples as memory maps.
+
+    Modules are imported from the parent's `sys.path`.
+    """
+    payload = (folder / REQUEST).read_bytes()
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise ConfigError(f"{folder / REQUEST} is not the request that this rank was started with.")
+    path, content = pickle.loads(payload)
     sys.path[:] = path
-    found: RankRequest = pickle.loads(content)
-    init(**{k: v for k, v in asdict(found.session).items() if v})
-    return found, read_samples(folder)
+    request: RankRequest = pickle.loads(content)
+    init(**{k: v for k, v in asdict(request.session).items() if v})
+    return request, read_samples(folder)

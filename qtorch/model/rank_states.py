@@ -1,4 +1,4 @@
-"""What each rank of a training holds of its own, in a checkpoint and out of it."""
+"""The state of each rank of a training, saved to and restored from checkpoints."""
 
 from __future__ import annotations
 
@@ -10,87 +10,97 @@ import pytorch_lightning as pl
 import torch
 
 from qtorch.model import own_metrics
-from qtorch.model.checkpoint import KEEPER
-from qtorch.model.generators import generator_states, restore_generators
+from qtorch.model.checkpoint import CALLBACK_STATE_KEY
+from qtorch.model.generators import get_generator_states, restore_generators
 from qtorch.model.module import ScoreModule
 from qtorch.model.rank_group import RankGroup
 
 log = logging.getLogger(__name__)
 
-GENERATORS, TALLIES, THREADS = "generators", "tallies", "threads"
+GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"
 
 
 @dataclass
 class RankStates:
-    """Generators and loss sums of every rank (of a user's own module what it has logged), and where
-    in which training they were taken."""
+    """Random generators and loss sums of every rank, with their position in the training.
+
+    For a user's module `accumulators` holds, instead of loss sums, what it has logged in the
+    running epoch. `seed_parts` is (seed, epoch, position).
+    """
 
     generators: list[dict[str, Any]]
-    tallies: list[Any]
-    place: tuple[int, ...] = ()
+    accumulators: list[Any]
+    seed_parts: tuple[int, ...] = ()
     threads: int = 0
 
     @classmethod
-    def of(cls, ranks: RankGroup, module: pl.LightningModule) -> RankStates:
-        """Those of this moment. Every rank must ask."""
+    def collect(cls, ranks: RankGroup, module: pl.LightningModule) -> RankStates:
+        """Collect the current states. Must be called by every rank."""
         if isinstance(module, ScoreModule):
-            tally: Any = module.tally.sums().cpu()
+            accumulator: Any = module.accumulator.sums().cpu()
         else:
-            tally = own_metrics.epoch_state(module)
-        states = generator_states(every_device=ranks.size == 1)
-        found = ranks.gather((states, tally))
-        parts = [g for g, _ in found], [t for _, t in found]
+            accumulator = own_metrics.epoch_state(module)
+        states = get_generator_states(every_device=ranks.size == 1)
+        rank_states = ranks.gather((states, accumulator))
+        parts = [g for g, _ in rank_states], [t for _, t in rank_states]
         return cls(*parts, threads=torch.get_num_threads())
 
-    def content(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        alone = len(self.generators) == 1
-        generators = self.generators[0] if alone else self.generators
-        return {GENERATORS: generators, TALLIES: self.tallies, THREADS: self.threads}
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint."""
+        is_single_rank = len(self.generators) == 1
+        generators = self.generators[0] if is_single_rank else self.generators
+        return {GENERATORS: generators, ACCUMULATORS: self.accumulators, THREADS: self.threads}
 
     @classmethod
-    def read(cls, checkpoint: dict[str, Any], seed: int) -> RankStates:
-        """From a checkpoint of any number of ranks, of a training with this seed."""
-        state = checkpoint[KEEPER]
-        place = (seed, int(checkpoint["epoch"]), int(state.get("position", 0)))
-        found, threads = state[GENERATORS], state[THREADS]
-        alone = not isinstance(found, list)
-        return cls([found] if alone else found, state[TALLIES], place, threads)
+    def from_checkpoint(cls, checkpoint: dict[str, Any], seed: int) -> RankStates:
+        """Read a checkpoint of any number of ranks; `seed` is the training's seed."""
+        state = checkpoint[CALLBACK_STATE_KEY]
+        seed_parts = (seed, int(checkpoint["epoch"]), int(state.get("position", 0)))
+        generators, threads = state[GENERATORS], state[THREADS]
+        is_single_rank = not isinstance(generators, list)
+        return cls(
+            [generators] if is_single_rank else generators, state[ACCUMULATORS], seed_parts, threads
+        )
 
-    def take_up(self, ranks: RankGroup, module: pl.LightningModule) -> None:
-        """Go on where they were. Another number of ranks has the same samples of the epoch still
-        before it, but other draws: generators are seeded by (seed, epoch, position, size, rank),
-        and the sums so far count once; what a user's own module has logged in the epoch, which
-        cannot be shared out, counts no more."""
-        before = len(self.generators)
-        if before == ranks.size:
-            self._compare_threads(module.device)
+    def restore(self, ranks: RankGroup, module: pl.LightningModule) -> None:
+        """Restore the state of this rank.
+
+        If the number of ranks has changed, the epoch goes on with the samples that were not used
+        yet, but with other random draws: generators are seeded by (seed, epoch, position, size,
+        rank). The loss sums so far are counted once. What a user's module has logged in the epoch
+        so far cannot be split and is dropped.
+        """
+        num_saved_ranks = len(self.generators)
+        if num_saved_ranks == ranks.size:
+            self._warn_thread_change(module.device)
             restore_generators(self.generators[ranks.rank])
-            own = self.tallies[ranks.rank]
+            state = self.accumulators[ranks.rank]
         else:
             log.warning(
-                "the checkpoint is of %d devices, this training goes on with %d: with the samples "
-                "of the epoch that are not yet used, but with random draws (dropout) of their own.",
-                before,
+                "the checkpoint was written with %d devices, this training resumes with %d: the "
+                "epoch continues with its unused samples, but random draws (dropout) differ.",
+                num_saved_ranks,
                 ranks.size,
             )
-            ranks.seed(*self.place)
-            own = torch.stack(self.tallies).sum(0) if isinstance(module, ScoreModule) else None
-            if own is not None and not ranks.first:
-                own = torch.zeros_like(own)
+            ranks.seed(*self.seed_parts)
+            state = (
+                torch.stack(self.accumulators).sum(0) if isinstance(module, ScoreModule) else None
+            )
+            if state is not None and not ranks.is_first:
+                state = torch.zeros_like(state)
         if isinstance(module, ScoreModule):
-            module.tally.loss, module.tally.weight = own.to(module.device).unbind()
-            module.tally.count = 0
-        elif own is not None:
-            own_metrics.take_up(module, own)
+            module.accumulator.loss, module.accumulator.weight = state.to(module.device).unbind()
+            module.accumulator.count = 0
+        elif state is not None:
+            own_metrics.restore_epoch_state(module, state)
 
-    def _compare_threads(self, device: torch.device) -> None:
-        """Say where a CPU adds up in another order than before."""
-        now = torch.get_num_threads()
-        if device.type == "cpu" and self.threads != now:
+    def _warn_thread_change(self, device: torch.device) -> None:
+        """Warn if the number of CPU threads differs, which changes the order of float sums."""
+        num_threads = torch.get_num_threads()
+        if device.type == "cpu" and self.threads != num_threads:
             log.warning(
-                "the checkpoint is of %d threads, this training goes on with %d: sums may differ "
-                "from those of before in their last bits (OMP_NUM_THREADS sets the number).",
+                "the checkpoint was written with %d threads, this training resumes with %d: "
+                "results may differ in the last bits (set OMP_NUM_THREADS to use the same number).",
                 self.threads,
-                now,
+                num_threads,
             )

@@ -11,26 +11,28 @@ import cloudpickle
 import pytorch_lightning as pl
 import torch
 
-from qtorch.core.files import whole_file
-from qtorch.core.heartbeat import listening
+from qtorch.core.files import atomic_write
+from qtorch.core.heartbeat import listen
 from qtorch.core.runtime import seed_everything
 from qtorch.model.checkpoint import read_checkpoint
 from qtorch.model.generators import restore_generators
 from qtorch.model.interruption import StopTraining
-from qtorch.model.keeper import weights_of
-from qtorch.model.rank_environment import RankPlace
-from qtorch.model.rank_link import LinkHandler, LinkRecorder, RankLink, told
+from qtorch.model.keeper import get_network
+from qtorch.model.rank_environment import RankInfo
+from qtorch.model.rank_link import LinkLogHandler, LinkRecorder, RankLink, serialize_error
 from qtorch.model.rank_request import RESULT, RankRequest, read_request
-from qtorch.model.trainer_options import device_name, devices_of
+from qtorch.model.trainer_options import device_name, parse_devices
 from qtorch.model.training import Training, quiet_lightning
 
 
 def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: int) -> None:
-    """Train a rank's share; tells the parent how it ended, unless by an error."""
+    """Train this rank's share and tell the parent that it is done or was stopped; errors are
+    raised.
+    """
     request, (train, valid) = read_request(Path(folder), digest)
-    assert train is not None, "there is something to learn from"
-    _hand_over_log(link, request.log_level if rank == 0 else logging.ERROR)
-    place = RankPlace(
+    assert train is not None, "the train segment has samples"
+    _forward_log(link, request.log_level if rank == 0 else logging.ERROR)
+    rank_info = RankInfo(
         rank=rank,
         size=request.size,
         local_rank=local_rank,
@@ -38,16 +40,16 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
         address=request.address,
         port=request.port,
     )
-    device = _device(request, local_rank)
+    device = _select_device(request, local_rank)
     recipe = request.recipe
-    fit = Training(
+    training = Training(
         request.network,
         train.to(device),
         None if valid is None else valid.to(device),
         recipe,
         request.tuning,
         request.optimizer_state,
-        place,
+        rank_info,
     )
     recorder = None
     if rank == 0 and request.run_id is not None:
@@ -56,43 +58,50 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
     if rank == 0:
         restore_generators({**request.generators, "cuda": []})
     else:
-        fit.ranks.seed(recipe.seed, "begin")
-        warnings.simplefilter("ignore")  # the first rank gives them too
+        training.ranks.seed(recipe.seed, "begin")
+        warnings.simplefilter("ignore")  # the first rank shows them too
     with quiet_lightning():
-        home = None if request.folder is None else Path(request.folder)
-        keeper = fit.prepare(home, request.identity, link, recorder)
-        fit.trainer.callbacks.append(FirstWord(link))  # type: ignore[attr-defined]  # a list
-        path = None if request.checkpoint is None else Path(request.checkpoint)
-        found = None if path is None else (path, read_checkpoint(path))
+        checkpoint_folder = None if request.folder is None else Path(request.folder)
+        checkpoint_callback = training.prepare(checkpoint_folder, request.identity, link, recorder)
+        training.trainer.callbacks.append(ErrorReporter(link))  # type: ignore[attr-defined]  # a list, in spite of its annotation
+        checkpoint_path = None if request.checkpoint is None else Path(request.checkpoint)
+        checkpoint = (
+            None if checkpoint_path is None else (checkpoint_path, read_checkpoint(checkpoint_path))
+        )
         if rank == 0:
-            with listening(link.beat):
-                ended = _run(fit, found)
+            with listen(link.send_heartbeat):
+                is_finished = _run_until_stop(training, checkpoint)
         else:
-            ended = _run(fit, found)
-        if not ended:
-            link.say(stopped=keeper.stopped_at, batches=keeper.loader.num_batches)
+            is_finished = _run_until_stop(training, checkpoint)
+        if not is_finished:
+            link.send(
+                stopped=checkpoint_callback.stop_position,
+                batches=checkpoint_callback.loader.num_batches,
+            )
             return
-        fitted = fit.result(found)
+        fit_result = training.result(checkpoint)
     if rank == 0:
-        own = weights_of(fit.module)
-        if isinstance(own, pl.LightningModule):  # with its trainer, which cannot be sent
-            fitted.network = own.state_dict()  # type: ignore[assignment]  # put in there
-        with whole_file(Path(folder) / RESULT) as path_:
-            path_.write_bytes(cloudpickle.dumps(fitted))
-    link.say(done=True)
+        network = get_network(training.module)
+        if isinstance(
+            network, pl.LightningModule
+        ):  # it refers to its trainer, which cannot be pickled
+            fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
+        with atomic_write(Path(folder) / RESULT) as path:
+            path.write_bytes(cloudpickle.dumps(fit_result))
+    link.send(done=True)
 
 
-def _run(fit: Training, found: tuple[Path, dict[str, Any]] | None) -> bool:
-    """Train; False where it was stopped."""
+def _run_until_stop(training: Training, checkpoint: tuple[Path, dict[str, Any]] | None) -> bool:
+    """Train; return False if training was stopped on request."""
     try:
-        fit.run(found)
+        training.run(checkpoint)
     except StopTraining:
         return False
     return True
 
 
-class FirstWord(pl.Callback):
-    """An error is told before Lightning tears down what the other ranks wait for."""
+class ErrorReporter(pl.Callback):
+    """Send an error to the parent before Lightning's teardown makes the other ranks fail too."""
 
     def __init__(self, link: RankLink) -> None:
         self._link = link
@@ -101,21 +110,21 @@ class FirstWord(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if not isinstance(exception, StopTraining):
-            self._link.say(error=told(exception))
+            self._link.send(error=serialize_error(exception))
 
 
-def _device(request: RankRequest, local_rank: int) -> torch.device:
+def _select_device(request: RankRequest, local_rank: int) -> torch.device:
     options = request.recipe.trainer
     if device_name(options) == "cpu":
         return torch.device("cpu")
-    devices = devices_of(options.rest)
+    devices = parse_devices(options.arguments)
     device = torch.device("cuda", devices[local_rank] if isinstance(devices, list) else local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _hand_over_log(link: RankLink, level: int) -> None:
+def _forward_log(link: RankLink, level: int) -> None:
     logger = logging.getLogger("qtorch")
-    logger.handlers[:] = [LinkHandler(link, level)]
+    logger.handlers[:] = [LinkLogHandler(link, level)]
     logger.setLevel(level)
     logger.propagate = False

@@ -1,4 +1,4 @@
-"""Lightning's metrics in the recorder's own run."""
+"""A Lightning logger that sends metrics to the recorder's run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNTOLD = "file:./mlruns"  # where Lightning's MLFlowLogger writes when it is told nothing
+DEFAULT_MLFLOW_URI = "file:./mlruns"  # the default of Lightning's MLFlowLogger
 
 
 class RecorderLogger(Logger):
-    """Sends metrics to a recorder. It starts and ends nothing: the recorder's owner does.
+    """Send metrics to a recorder. The run is started and ended by the recorder's owner, not here.
 
-    The metrics of a network of qtorch are logged once an epoch, with the epoch's number (from 0)
-    as their step: `train/loss`, `valid/loss`, `valid/ic`, `valid/rank_ic`, `lr`. A user's own
-    LightningModule logs what and when it likes; its step is Lightning's count of optimizer steps.
+    The metrics of a qtorch network are logged once an epoch, with the epoch's number (from 0) as
+    step: `train/loss`, `valid/loss`, `valid/ic`, `valid/rank_ic`, `lr`. A user's LightningModule
+    decides what and when it logs; its step is Lightning's count of optimizer steps.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -48,33 +48,42 @@ class RecorderLogger(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | argparse.Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing: the task's parameters are logged by who trains it."""
+        """Do nothing: whoever trains the task logs its parameters."""
 
 
-def with_recorders(given: Sequence[Any], own: RecorderLogger | None) -> list[Logger]:
-    """A user's loggers, live or by configuration, and the recorder's own.
+def build_loggers(specs: Sequence[Any], recorder_logger: RecorderLogger | None) -> list[Logger]:
+    """Return the user's loggers (live or configured) and the recorder's logger.
 
-    Of Lightning's MLFlowLogger those are left out, and the log says so, that name neither a run of
-    their own nor another tracking store: there one would open a second run, and in the recorder's
-    run log each point twice and end it with the fit.
+    An MLFlowLogger of Lightning is left out, with a log line, if it has neither a run ID nor
+    another tracking store: it would open a second run, or log each point twice into the recorder's
+    run and end it with the fit.
     """
-    uri = None if own is None else getattr(own.recorder, "uri", None)
-    place = {} if uri is None else {"tracking_uri": uri}
+    uri = None if recorder_logger is None else getattr(recorder_logger.recorder, "uri", None)
+    tracking_arguments = {} if uri is None else {"tracking_uri": uri}
     loggers: list[Logger] = [
-        init_instance_by_config(each, try_kwargs=place) if isinstance(each, Mapping) else each
-        for each in given
+        init_instance_by_config(each, try_kwargs=tracking_arguments)
+        if isinstance(each, Mapping)
+        else each
+        for each in specs
     ]
-    if own is None:
+    if recorder_logger is None:
         return loggers
-    kept = [each for each in loggers if not _doubles(each, own.version, uri)]
-    if len(kept) < len(loggers):
-        log.info("all metrics are in the run %s: its MLFlowLogger is left out.", own.version)
-    return [*kept, own]
+    other_loggers = [
+        each for each in loggers if not _is_duplicate(each, recorder_logger.version, uri)
+    ]
+    if len(other_loggers) < len(loggers):
+        log.info(
+            "ignoring MLFlowLogger: all metrics are already logged to run %s",
+            recorder_logger.version,
+        )
+    return [*other_loggers, recorder_logger]
 
 
-def _doubles(logger: Logger, run_id: str, uri: str | None) -> bool:
-    """Whether a logger would write what the recorder writes, where it does."""
+def _is_duplicate(logger: Logger, run_id: str, uri: str | None) -> bool:
+    """Whether a logger would write the recorder's metrics to the same place."""
     if not isinstance(logger, MLFlowLogger) or logger._run_id not in (None, run_id):
         return False
-    place = str(logger._tracking_uri)
-    return place == UNTOLD or (uri is not None and resolve_uri(place) == resolve_uri(uri))
+    logger_uri = str(logger._tracking_uri)
+    return logger_uri == DEFAULT_MLFLOW_URI or (
+        uri is not None and resolve_uri(logger_uri) == resolve_uri(uri)
+    )

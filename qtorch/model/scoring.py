@@ -1,4 +1,4 @@
-"""Scores of all samples of a segment, in their order, without gradients."""
+"""Score all samples of a segment, in order and without gradients."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.heartbeat import beat
 from qtorch.data.batches import Batch, BatchLoader
 from qtorch.data.sample_set import Samples
-from qtorch.model.feeding import Feeder
+from qtorch.model.feeding import ForwardAdapter
 
 SCORE = "score"
-GPU_BATCH = 8192
+MIN_GPU_BATCH_SIZE = 8192
 
 
-def evaluation_size(batch: Mapping[str, Any], device: torch.device) -> int:
-    """Samples a batch where nothing is learnt: as given, else what suits the device. A CPU's
-    caches like a training batch, a GPU is kept busy by a larger one."""
+def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int:
+    """Return the batch size for validation and prediction.
+
+    This is `eval_size` if it is set. Otherwise a CPU uses the training batch size, which suits its
+    caches, and a GPU a larger one, which keeps it busy.
+    """
     if batch["eval_size"] is not None:
         return int(batch["eval_size"])
-    return int(batch["size"]) if device.type == "cpu" else max(GPU_BATCH, int(batch["size"]))
+    return (
+        int(batch["size"]) if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, int(batch["size"]))
+    )
 
 
 def score_series(
@@ -37,26 +42,26 @@ def score_series(
     batch_size: int,
     readout: Callable[[Tensor], Tensor] | None = None,
 ) -> pd.Series:
-    """A float32 Series "score" by (datetime, instrument); of several outputs what `readout`
-    makes of them, by default the first.
+    """Return a float32 Series "score", indexed by (datetime, instrument).
 
-    `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)` gives the
-    scores `[B]` or `[B, Q]` of a Batch. It is left on the device and in the mode where it was.
+    If the network has several outputs, `readout` turns them into a score; the default is the first
+    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
+    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
     """
-    moved = samples.to(device)
+    device_samples = samples.to(device)
     by_day = bool(getattr(network, "cross_section", False))
     loader = BatchLoader(
-        moved,
+        device_samples,
         batch_size=batch_size,
         order="day_sequential" if by_day else "sequential",
-        days_per_batch=max(1, batch_size * moved.num_days // max(1, len(moved))),
+        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
     )
-    with torch.inference_mode(), evaluated(network, device):
-        call = batch_scorer(network)
+    with torch.inference_mode(), evaluation_mode(network, device):
+        score_batch = batch_scorer(network)
         parts, masks = [], []
-        for number, batch in enumerate(loader):
+        for batch_idx, batch in enumerate(loader):
             beat("scoring")
-            score = call(batch, number)
+            score = score_batch(batch, batch_idx)
             if score.dim() > batch.date.dim():
                 score = score[..., 0] if readout is None else readout(score)
             parts.append(score.flatten())
@@ -70,43 +75,43 @@ def score_series(
 
 
 def batch_scorer(network: nn.Module) -> Callable[[Batch, int], Tensor]:
-    """`(batch, number) -> scores` of a network or of a LightningModule, in the batch's form."""
+    """Return a function `(batch, batch_idx) -> scores` for a network or a LightningModule."""
     call: Callable[[Batch, int], Any]
     if isinstance(network, pl.LightningModule):
         call = network.predict_step
     else:
-        feed = Feeder(network)
+        forward = ForwardAdapter(network)
 
-        def call(batch: Batch, number: int) -> Any:
-            return feed(batch)
+        def call(batch: Batch, batch_idx: int) -> Any:
+            return forward(batch)
 
-    return lambda batch, number: _checked(call(batch, number), batch, network)
+    return lambda batch, batch_idx: _check_scores(call(batch, batch_idx), batch, network)
 
 
-def _checked(score: Any, batch: Batch, network: nn.Module) -> Tensor:
-    form = batch.date.shape
+def _check_scores(score: Any, batch: Batch, network: nn.Module) -> Tensor:
+    batch_shape = batch.date.shape
     if (
         not isinstance(score, Tensor)
-        or score.shape[: len(form)] != form
-        or score.dim() > 1 + len(form)
+        or score.shape[: len(batch_shape)] != batch_shape
+        or score.dim() > 1 + len(batch_shape)
     ):
         shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        wanted = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
+        expected_shape = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
         raise ConfigError(
-            f"{type(network).__name__} gave {shape} for a batch of {list(form)} samples; "
-            f"expected scores {wanted}."
+            f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
+            f"expected scores {expected_shape}."
         )
     return score
 
 
 @contextmanager
-def evaluated(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """The network on the device and in evaluation mode; afterwards as before."""
-    first = next(network.parameters(), None)
-    home = torch.device("cpu") if first is None else first.device
-    training = network.training
+def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: the network on the device and in evaluation mode, restored afterwards."""
+    first_parameter = next(network.parameters(), None)
+    original_device = torch.device("cpu") if first_parameter is None else first_parameter.device
+    was_training = network.training
     network.to(device).eval()
     try:
         yield
     finally:
-        network.to(home).train(training)
+        network.to(original_device).train(was_training)

@@ -1,4 +1,4 @@
-"""A network too large for one device, its weights sharded over the ranks (FSDP2)."""
+"""Weight sharding over the ranks (FSDP2), for a network too large for one device."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from qtorch.core.errors import ConfigError
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy with the weights sharded over all ranks, however many there are."""
+    """Lightning's model-parallel strategy, with the weights sharded over all ranks."""
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.world_size  # Lightning's own "auto" is that of the nodes
+        self._data_parallel_size = self.world_size  # Lightning's "auto" means the number of nodes
         super().setup_environment()
 
 
 def shard(network: nn.Module, strategy: Any, mesh: Any) -> None:
-    """Shard a network's weights where Lightning's strategy is to shard: each entry of its lists
-    of layers by itself, so that one of them is whole at a time, and what is left together.
+    """Shard a network's weights if the strategy is a sharding one.
 
-    Raises ConfigError for tensor parallelism: it wants the same samples at several ranks, whose
-    weights would drift apart here.
+    Each layer in an nn.ModuleList is sharded separately, so that only one of them is gathered at a
+    time; the remaining weights are sharded together. Raises ConfigError for tensor parallelism: it
+    expects the same samples on several ranks, but each rank gets other samples here, so their
+    weights would diverge.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -47,22 +48,27 @@ def shard(network: nn.Module, strategy: Any, mesh: Any) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether a network's weights lie on several ranks."""
+    """Whether a network's weights are sharded over several ranks."""
     return isinstance(network, FSDPModule)
 
 
-def whole_weights(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's weights; of a sharded one put together on the first rank's CPU, empty
-    on the others. Every rank must ask."""
+def gather_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a network's weights.
+
+    Sharded weights are gathered on the first rank's CPU; the other ranks get an empty dict. Every
+    rank must call this.
+    """
     if not is_sharded(network):
         return {k: v.detach().clone() for k, v in network.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: dict[str, Any] = get_model_state_dict(network, options=options)
-    return found
+    weights: dict[str, Any] = get_model_state_dict(network, options=options)
+    return weights
 
 
-def whole_optimizer(strategy: Any, optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:
-    """An optimizer's state, put together likewise."""
-    found: dict[str, Any]
-    found = strategy.optimizer_state(optimizer) if is_sharded(network) else optimizer.state_dict()
-    return found
+def gather_optimizer_state(
+    strategy: Any, optimizer: Optimizer, network: nn.Module
+) -> dict[str, Any]:
+    """Return an optimizer's state, gathered in the same way."""
+    state: dict[str, Any]
+    state = strategy.optimizer_state(optimizer) if is_sharded(network) else optimizer.state_dict()
+    return state

@@ -1,4 +1,4 @@
-"""What a dataset's processors have learnt, carried by the model that learnt from their output."""
+"""Processor statistics that a fitted model carries, to normalize new data in the same way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.serial import State
 from qtorch.model.finetuning import STATISTICS
 
-ADAPTED_SHARE = 0.5  # of the new data's statistics in adapted ones
+ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt"
 
 
-def fitted_statistics(dataset: Any) -> State | None:
-    """What the processors of a dataset's handler have learnt; None where it has none to tell."""
+def get_statistics(dataset: Any) -> State | None:
+    """Return the fitted state of the processors of a dataset's handler, or None if it has none."""
     handler: Any = getattr(dataset, "handler", None)
     if not callable(getattr(handler, "fitted_state", None)):
         return None
@@ -22,63 +22,69 @@ def fitted_statistics(dataset: Any) -> State | None:
     return State(state.config, {k: v.detach().cpu().clone() for k, v in state.tensors.items()})
 
 
-def apply_statistics(dataset: Any, learnt: State | None, how: str | None) -> None:
-    """Normalise a dataset by what a fitted model's data were normalised by.
+def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | None) -> None:
+    """Normalize a dataset with the statistics of a fitted model.
 
-    "keep": the model's statistics alone. "refit" and None: the dataset's own, of its train
-    segment. "adapt": half of each. The dataset's handler keeps what it is given. Raises
-    ConfigError where the two handlers' processors differ.
+    "keep" uses the model's statistics, "refit" and None the dataset's own (of its train segment),
+    "adapt" the mean of both. This changes the state of the dataset's handler. Raises ConfigError if
+    the two handlers' processors differ.
     """
-    if how is None or how == "refit":
+    if mode is None or mode == "refit":
         return
-    if how not in STATISTICS:
-        raise ConfigError(unknown_name("statistics", how, STATISTICS))
+    if mode not in STATISTICS:
+        raise ConfigError(unknown_name("statistics", mode, STATISTICS))
     handler: Any = getattr(dataset, "handler", None)
-    if learnt is None or not callable(getattr(handler, "load_fitted", None)):
-        whose = "the model" if learnt is None else "the dataset"
+    if model_statistics is None or not callable(getattr(handler, "load_fitted", None)):
+        owner = "the model" if model_statistics is None else "the dataset"
         raise ConfigError(
-            f"statistics={how!r}: {whose} has no processors whose statistics are known; leave "
-            "statistics out, or use a DatasetH with a DataHandlerLP."
+            f"statistics={mode!r}: {owner} has no processors with fitted statistics; omit "
+            "statistics, or use a DatasetH with a DataHandlerLP."
         )
-    if how == "adapt":
+    if mode == "adapt":
         dataset.view()  # fits the processors on this dataset's train segment
-        learnt = between(learnt, handler.fitted_state())
-    handler.load_fitted(learnt)
+        model_statistics = interpolate_statistics(model_statistics, handler.fitted_state())
+    handler.load_fitted(model_statistics)
 
 
-def between(old: State, new: State) -> State:
-    """Half of each, column by column: by name, for the new data may hold them in another order."""
-    kinds = [[p is None for p in state.config["processors"]] for state in (old, new)]
-    if kinds[0] != kinds[1] or set(old.tensors) != set(new.tensors):
-        raise ConfigError("statistics='adapt': the dataset's processors are not the model's.")
-    mixed = {}
-    for name, before in old.tensors.items():
-        number = int(name.split(".")[1])  # processors.K.NAME
-        order = _order(old.config["processors"][number], new.config["processors"][number])
-        after = new.tensors[name].to(before)
-        after = after if order is None else after[order]
-        if after.shape != before.shape:
-            raise ConfigError("statistics='adapt': the dataset's columns are not the model's.")
-        mixed[name] = torch.lerp(before, after, ADAPTED_SHARE)
-    return State(old.config, mixed)
+def interpolate_statistics(old: State, new: State) -> State:
+    """Return the mean of two states, column by column, matched by name because the order may
+    differ.
+    """
+    has_no_state = [[p is None for p in state.config["processors"]] for state in (old, new)]
+    if has_no_state[0] != has_no_state[1] or set(old.tensors) != set(new.tensors):
+        raise ConfigError("statistics='adapt': the dataset's processors differ from the model's.")
+    tensors = {}
+    for name, old_value in old.tensors.items():
+        processor_index = int(name.split(".")[1])  # processors.K.NAME
+        column_order = _column_order(
+            old.config["processors"][processor_index], new.config["processors"][processor_index]
+        )
+        new_value = new.tensors[name].to(old_value)
+        new_value = new_value if column_order is None else new_value[column_order]
+        if new_value.shape != old_value.shape:
+            raise ConfigError("statistics='adapt': the dataset's columns differ from the model's.")
+        tensors[name] = torch.lerp(old_value, new_value, ADAPT_WEIGHT)
+    return State(old.config, tensors)
 
 
-def _order(old: dict[str, Any], new: dict[str, Any]) -> list[int] | None:
-    """Where the new processor has the old one's columns; None where it tells no columns."""
+def _column_order(old: dict[str, Any], new: dict[str, Any]) -> list[int] | None:
+    """Return the position of each old column in the new processor; None if there are no column
+    names.
+    """
     if "columns" not in old or "columns" not in new:
         return None
-    there = {(str(g), str(n)): k for k, (g, n) in enumerate(new["columns"])}
-    wanted = [(str(g), str(n)) for g, n in old["columns"]]
-    missing = [n for g, n in wanted if (g, n) not in there]
-    added = [n for g, n in there if (g, n) not in set(wanted)]
-    if missing or added:
+    positions = {(str(g), str(n)): k for k, (g, n) in enumerate(new["columns"])}
+    old_columns = [(str(g), str(n)) for g, n in old["columns"]]
+    missing = [n for g, n in old_columns if (g, n) not in positions]
+    extra = [n for g, n in positions if (g, n) not in set(old_columns)]
+    if missing or extra:
         differences = [
-            f"{what} {', '.join(names[:8])}"
-            for what, names in (("missing are", missing), ("new are", added))
+            f"{label} {', '.join(names[:8])}"
+            for label, names in (("missing:", missing), ("additional:", extra))
             if names
         ]
         raise DataError(
-            "statistics='adapt': the dataset's columns are not the model's: "
+            "statistics='adapt': the dataset's columns differ from the model's: "
             f"{'; '.join(differences)}."
         )
-    return [there[column] for column in wanted]
+    return [positions[column] for column in old_columns]

@@ -1,4 +1,4 @@
-"""An epoch's batches for Lightning, several of them for each of its steps."""
+"""The loader of an epoch's batches for Lightning, with several batches per training step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from qtorch.data.batches import Batch, BatchLoader
 
 
-class Steps:
-    """The batches of one `training_step`: gathered one by one, while they are worked on."""
+class StepBatches:
+    """The batches of one `training_step`, each gathered when the step asks for it."""
 
     def __init__(self, loader: StepLoader, batches: Iterator[Batch], end: int) -> None:
         self._loader, self._batches, self._end = loader, batches, end
@@ -17,31 +17,32 @@ class Steps:
     def __iter__(self) -> Iterator[Batch]:
         while self._loader.position < self._end:
             batch = next(self._batches)
-            # Before the yield: what is worked on counts as done in a state saved after it.
+            # Count the batch before the yield: a state saved after the step includes it.
             self._loader.position += 1
             yield batch
 
     @property
-    def final(self) -> bool:
-        """Whether these are the last steps of the epoch."""
+    def is_last(self) -> bool:
+        """Whether this is the last training step of the epoch."""
         return self._end == self._loader.num_batches
 
     @property
-    def at_end(self) -> bool:
-        """Whether the batch at hand is the epoch's last."""
+    def is_epoch_end(self) -> bool:
+        """Whether the current batch is the last one of the epoch."""
         return self._loader.position == self._loader.num_batches
 
 
 class StepLoader:
-    """What Lightning iterates: `Steps` of up to `inner_steps` batches (a Batch each if `plain`).
+    """The iterable that Lightning trains on.
 
-    Lightning's own cost is paid once for all batches of a Steps. `cut_every` makes a Steps end
-    at each multiple of it in the epoch, so that a checkpoint can be written there. `limit` takes
-    the first batches of an epoch alone. `epoch` tells the running epoch's number: the order of
-    its batches depends on it and the loader's seed alone.
+    It yields a `StepBatches` of up to `inner_steps` batches per training step, or single `Batch`es
+    if `yield_batches` is set, so that Lightning's overhead is paid once per step. With `cut_every`,
+    a step ends at each multiple of it in the epoch, so that a checkpoint can be written there.
+    `limit` keeps only the first batches of an epoch. `epoch` returns the number of the running
+    epoch: the order of its batches depends on that and on the loader's seed only.
 
-    A saved state holds the position in the epoch; the epoch that is taken up again starts there,
-    with the number of Steps still to come that Lightning expects.
+    A saved state holds the position in the epoch. A resumed epoch starts there and yields the
+    number of remaining steps that Lightning expects.
     """
 
     def __init__(
@@ -52,22 +53,24 @@ class StepLoader:
         inner_steps: int = 1,
         limit: int | None = None,
         cut_every: int | None = None,
-        plain: bool = False,
+        yield_batches: bool = False,
     ) -> None:
         self.source = source
         self.num_batches = len(source) if limit is None else min(limit, len(source))
         self.position = 0
-        self.begun = 0  # the position from which this process worked on the epoch
-        self._epoch, self._plain = epoch, plain
+        self.start_position = 0  # the epoch's position at which this process started
+        self._epoch, self._yield_batches = epoch, yield_batches
         self._chunk = 0
         self._resume: dict[str, int] | None = None
-        self.cut(inner_steps, cut_every)
+        self.set_boundaries(inner_steps, cut_every)
 
-    def cut(self, inner_steps: int, cut_every: int | None) -> None:
-        """Say anew where each Steps ends. An epoch that is taken up again needs the cuts of the
-        training that began it, or Lightning's counts would not fit; numbers do not depend on it.
+    def set_boundaries(self, inner_steps: int, cut_every: int | None) -> None:
+        """Set the boundaries between training steps.
+
+        A resumed epoch needs the boundaries of the training that started it, because Lightning's
+        counters refer to them. The numbers do not depend on them.
         """
-        self.inner_steps = 1 if self._plain else inner_steps
+        self.inner_steps = 1 if self._yield_batches else inner_steps
         self.cut_every = cut_every
         ends = {self.num_batches, *range(self.inner_steps, self.num_batches, self.inner_steps)}
         if cut_every is not None:
@@ -77,19 +80,19 @@ class StepLoader:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __iter__(self) -> Iterator[Steps | Batch]:
+    def __iter__(self) -> Iterator[StepBatches | Batch]:
         epoch = self._epoch()
         self.position, self._chunk = self._start(epoch)
-        self.begun = self.position
+        self.start_position = self.position
         batches = self.source.batches(epoch, self.position)
         for end in self._ends[self._chunk :]:
             self._chunk += 1
-            if self._plain:
+            if self._yield_batches:
                 batch = next(batches)
                 self.position += 1
                 yield batch
             else:
-                yield Steps(self, batches, end)
+                yield StepBatches(self, batches, end)
 
     def _start(self, epoch: int) -> tuple[int, int]:
         state, self._resume = self._resume, None
@@ -98,9 +101,9 @@ class StepLoader:
         return state["position"], state["chunk"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the running epoch stands."""
+        """Return the position in the running epoch."""
         return {"epoch": self._epoch(), "position": self.position, "chunk": self._chunk}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the epoch of a saved state: the next iteration goes on from there."""
+        """Restore a saved position: the next iteration continues from there."""
         self._resume = {k: int(state[k]) for k in ("epoch", "position", "chunk")}

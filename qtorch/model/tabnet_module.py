@@ -1,4 +1,4 @@
-"""Trains TabNet in two phases: hidden features are guessed from the others, then labels."""
+"""Training step of TabNet: self-supervised pretraining on hidden features, then on labels."""
 
 from __future__ import annotations
 
@@ -11,93 +11,103 @@ from torch import Generator, Tensor
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import Batch
 from qtorch.data.sample_set import Samples
-from qtorch.metrics.loss import mean_of
-from qtorch.model.module import PRETRAIN_VALID, ScoreModule
-from qtorch.model.step_loader import Steps
-from qtorch.model.tally import weighted_mean
+from qtorch.metrics.loss import mean_from_sums
+from qtorch.model.module import PRETRAIN_VALID_LOSS, ScoreModule
+from qtorch.model.step_loader import StepBatches
+from qtorch.model.tally import mean_or_nan
 from qtorch.nn.tabnet import TabNet
 
-PRETRAINED = "qtorch_pretrained"
-FLAT = 1e-8  # a variance below it is none
+PRETRAINING_KEY = "qtorch_pretrained"
+MIN_VARIANCE = 1e-8  # a feature with a smaller variance is constant
 
 
 class TabNetModule(ScoreModule):
-    """A ScoreModule whose first `pretrain_epochs` epochs learn without labels.
+    """A ScoreModule whose first `pretrain_epochs` epochs train without labels.
 
-    There a share `ps` of each row's features is hidden and a decoder guesses them. The loss is
-    the squared error over the variance of the feature in its batch, the mean over what is
-    hidden: 1 is a guess of the mean. It is told as `train/pretrain_loss` and, with hidden
-    features that are the same in each epoch, as `valid/pretrain_loss`. The weights of the epoch
-    with the least of the latter (without a valid segment: of the last) go on into training,
-    with an optimizer that begins anew; the decoder goes no further. These epochs are added to
-    the trainer's `max_epochs`; a fine-tuning has none of them.
+    In these epochs a fraction `ps` of each row's features is hidden and a decoder predicts them.
+    The loss is the mean over hidden features of the squared error divided by the feature's variance
+    in the batch, so that predicting the mean gives 1. It is logged as `train/pretrain_loss`, and as
+    `valid/pretrain_loss` with hidden features that are the same in each epoch. Training starts from
+    the weights of the epoch with the lowest valid loss (of the last epoch if there is no valid
+    segment) with a new optimizer state; the decoder is not used any more. Pretraining epochs are
+    added to the trainer's `max_epochs`; fine-tuning has none.
 
-    `lambda_sparse` is the weight of the entropy of what was picked, the less the sparser.
+    `lambda_sparse` is the weight of the entropy of the feature selection masks; lower entropy means
+    sparser masks.
 
-    Source and differences: "Tabular Self-Supervised Learning" in Arik and Pfister, AAAI 2021;
-    Qlib's pytorch_tabnet.py divides by the spread of what was guessed instead of the features',
-    early-stops pretraining by the same patience, and has no entropy in its loss.
+    Source: "Tabular Self-Supervised Learning" in Arik and Pfister, AAAI 2021. Differences from
+    Qlib's pytorch_tabnet.py: it divides by the spread of the predictions instead of the features',
+    stops pretraining early with the same patience, and has no entropy in its loss.
     """
 
-    undivided: ClassVar[str | None] = (
-        "its batch norms and its pretraining take statistics over a whole batch"
+    single_device_reason: ClassVar[str | None] = (
+        "its batch norms and its pretraining compute statistics over a whole batch"
     )
 
     def __init__(
         self,
-        *arguments: Any,
+        *args: Any,
         pretrain_epochs: int = 50,
         ps: float = 0.3,
         lambda_sparse: float = 0.0,
-        **named: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*arguments, **named)
+        super().__init__(*args, **kwargs)
         if pretrain_epochs < 0:
             raise ConfigError(f"pretrain_epochs is {pretrain_epochs}; expected 0 or more.")
         if not 0 < ps < 1:
-            raise ConfigError(f"ps is {ps}; it is the share of features that are hidden.")
+            raise ConfigError(
+                f"ps is {ps}; expected a fraction of hidden features between 0 and 1."
+            )
         self.pretraining_epochs = pretrain_epochs
         self.ps, self.lambda_sparse = ps, lambda_sparse
-        self.best_pretrained: dict[str, Any] = {"loss": math.inf, "weights": None}
+        self.best_pretraining: dict[str, Any] = {"loss": math.inf, "weights": None}
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
         if self.pretraining_epochs or self.lambda_sparse:
-            network = self.trains(TabNet)
+            network = self.require_network(TabNet)
         if self.pretraining_epochs:
             self.decoder = network.decoder()
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        if self.pretrains:
-            return self.guess_sums(batch)
+        if self.is_pretraining:
+            return self.pretraining_sums(batch)
         if not self.lambda_sparse:
             return super().training_sums(batch)
-        batch = self.to_learn(batch)
-        x, there = self._rows(batch)
-        with self.acting(TabNet) as network:
-            found, entropy = network.encode(x)
-            score = network.scores(network.fc_out(found))
-        total, share = self.sums_of(score.reshape(*batch.date.shape, *score.shape[1:]), batch)
-        entropy = mean_of((entropy * there[:, 0]).sum(), there.sum())
-        return total + self.lambda_sparse * entropy * share, share
+        batch = self.apply_day_label(batch)
+        x, is_sample = self._rows(batch)
+        with self.effective_network(TabNet) as network:
+            decision, entropy = network.encode(x)
+            score = network.scores(network.fc_out(decision))
+        total, total_weight = self.loss_sums_from_scores(
+            score.reshape(*batch.date.shape, *score.shape[1:]), batch
+        )
+        entropy = mean_from_sums((entropy * is_sample[:, 0]).sum(), is_sample.sum())
+        return total + self.lambda_sparse * entropy * total_weight, total_weight
 
-    def guess_sums(self, batch: Batch, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """`(sum of squared errors over variances, count)` of features hidden by chance."""
-        x, there = self._rows(batch)
-        chance = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-        hidden = (chance < self.ps) * there
-        found = self.decoder(self.trains(TabNet).encode(x * (1 - hidden), 1 - hidden)[0])
-        count = there.sum().clamp(min=1)
-        mean = (x * there).sum(0) / count
-        variance = ((x - mean) * there).square().sum(0) / count
-        # What is the same in the whole batch teaches nothing, and has nothing to divide by.
-        hidden = hidden * (variance > FLAT)
-        error = (found.float() - x).square() / variance.clamp(min=FLAT)
+    def pretraining_sums(
+        self, batch: Batch, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `(sum of squared errors over variances, count)` of randomly hidden features."""
+        x, is_sample = self._rows(batch)
+        random_values = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        hidden = (random_values < self.ps) * is_sample
+        predictions = self.decoder(
+            self.require_network(TabNet).encode(x * (1 - hidden), 1 - hidden)[0]
+        )
+        count = is_sample.sum().clamp(min=1)
+        mean = (x * is_sample).sum(0) / count
+        variance = ((x - mean) * is_sample).square().sum(0) / count
+        # A feature that is constant in the batch has no variance to divide by; skip it.
+        hidden = hidden * (variance > MIN_VARIANCE)
+        error = (predictions.float() - x).square() / variance.clamp(min=MIN_VARIANCE)
         return (error * hidden).sum(), hidden.sum()
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The rows `x [B, F]` that the network is given, and which of them are samples, `[B, 1]`
-        of 1 and 0."""
-        (x,), _ = self.feeder.arguments(batch)
+        """Return the network's input rows `x [B, F]`, and 1 for samples and 0 for padding, `[B,
+        1]`.
+        """
+        (x,), _ = self.forward_adapter.arguments(batch)
         mask = batch.mask
         return x, torch.ones_like(x[:, :1]) if mask is None else mask.reshape(-1, 1).to(x.dtype)
 
@@ -107,41 +117,41 @@ class TabNetModule(ScoreModule):
         super().on_train_epoch_end()
         if self.current_epoch + 1 != self.pretraining_epochs:
             return
-        # Before the epoch's checkpoint is written, so that it is one of the phase to come.
-        if self.best_pretrained["weights"] is not None:
-            self.network.load_state_dict(self.best_pretrained["weights"])
-            self.best_pretrained["weights"] = None
+        # Do this before the epoch's checkpoint is written, so that it belongs to the next phase.
+        if self.best_pretraining["weights"] is not None:
+            self.network.load_state_dict(self.best_pretraining["weights"])
+            self.best_pretraining["weights"] = None
         self.trainer.optimizers[0].state.clear()
 
     # -- validation ----------------------------------------------------------------------------
 
-    def validation_step(self, steps: Steps) -> None:
-        if not self.pretrains:
+    def validation_step(self, steps: StepBatches) -> None:
+        if not self.is_pretraining:
             super().validation_step(steps)
             return
         for batch in steps:
-            self.valid_tally.add(*self.guess_sums(batch, self._generator))
+            self.valid_accumulator.add(*self.pretraining_sums(batch, self._generator))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self._generator = Generator(self.device).manual_seed(0)
 
     def on_validation_epoch_end(self) -> None:
-        if not self.pretrains:
+        if not self.is_pretraining:
             super().on_validation_epoch_end()
             return
-        loss = weighted_mean(*self.valid_tally.sums().tolist())
-        self._tell({PRETRAIN_VALID: loss})
-        if loss < self.best_pretrained["loss"]:
+        loss = mean_or_nan(*self.valid_accumulator.sums().tolist())
+        self._log_metrics({PRETRAIN_VALID_LOSS: loss})
+        if loss < self.best_pretraining["loss"]:
             weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-            self.best_pretrained = {"loss": loss, "weights": weights}
+            self.best_pretraining = {"loss": loss, "weights": weights}
 
     # -- for Lightning -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[PRETRAINED] = self.best_pretrained
+        checkpoint[PRETRAINING_KEY] = self.best_pretraining
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.best_pretrained = checkpoint[PRETRAINED]
+        self.best_pretraining = checkpoint[PRETRAINING_KEY]

@@ -1,4 +1,4 @@
-"""What the models of plain rows share: a sample is its own day's features, matched by name."""
+"""Base class of models on plain rows: a sample is the features of its own day."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.gather import infinite_message
 from qtorch.data.sample_set import Samples
-from qtorch.data.samples import samples_of
+from qtorch.data.samples import get_samples
 from qtorch.model.base import Model
-from qtorch.model.matching import LearntFrom, check_labels
+from qtorch.model.matching import InputSchema, check_labels
 
 SCORE = "score"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples as arrays: `x [S, F]`, `y [S]`, `weight [S]` or None, float32."""
+    """Samples as float32 arrays: `x [S, F]`, `y [S]`, `weight [S]` or None."""
 
     x: np.ndarray
     y: np.ndarray
@@ -37,36 +37,38 @@ class Rows:
 
 
 class TabularModel(Model):
-    """A model that sees a sample's own day and no window.
+    """A model that sees the features of a sample's own day, without a window.
 
-    Given a dataset of windows it sees their last step (Qlib's models of this kind fail there);
-    of Alpha360, whose features are a window themselves, all of them. One label is learnt;
-    samples that a label's horizon carries into the next segment are left out as for networks.
+    With a dataset of windows it sees their last step (Qlib's models of this kind fail there); with
+    Alpha360, whose features are a window themselves, it sees all of them. There must be one label.
+    Samples whose label horizon reaches into the next segment are left out, as for networks.
     """
 
     feature_names_: tuple[str, ...] | None = None
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
-        """Scores of a segment: float32 Series "score" by (datetime, instrument), each sample once.
+        """Return the scores of a segment: a float32 Series "score" indexed by (datetime,
+        instrument).
 
-        Raises NotFittedError before `fit`, DataError where a feature that was learnt is missing.
+        Each sample occurs once. Raises NotFittedError before `fit`, and DataError if a feature of
+        the training is missing.
         """
-        names = self._learnt_names()
-        samples = samples_of(dataset, segment, data_key="infer")
+        names = self._require_feature_names()
+        samples = get_samples(dataset, segment, data_key="infer")
         score = self._score(_matrix(samples, names)).astype(np.float32)
         return pd.Series(score, index=samples.index, name=SCORE)
 
-    def _learnt_names(self) -> tuple[str, ...]:
+    def _require_feature_names(self) -> tuple[str, ...]:
         if self.feature_names_ is None:
             raise NotFittedError(
-                f"this {type(self).__name__} has learnt nothing yet: call fit(dataset) first, or "
-                "load a fitted one."
+                f"this {type(self).__name__} is not fitted yet: call fit(dataset) first, or "
+                "load a fitted model."
             )
         return self.feature_names_
 
     @abstractmethod
     def _score(self, x: np.ndarray) -> np.ndarray:
-        """Scores `[S]` of the rows `x [S, F]`."""
+        """Return the scores `[S]` of rows `x [S, F]`."""
 
     def _rows(
         self,
@@ -75,15 +77,15 @@ class TabularModel(Model):
         reweighter: Any = None,
         names: Sequence[str] | None = None,
     ) -> Rows:
-        """A segment to learn from; `names` are features that were learnt already."""
+        """Return a segment's rows for training; `names` are the features of an earlier fit."""
         if callable(getattr(reweighter, "bind", None)):
             reweighter.bind(dataset)
-        samples = samples_of(dataset, segment, data_key="learn").reweighted(reweighter)
+        samples = get_samples(dataset, segment, data_key="learn").apply_reweighter(reweighter)
         check_labels(samples, None)
-        assert samples.target is not None, "it was checked"
+        assert samples.target is not None, "check_labels has checked it"
         if samples.target.shape[1] != 1:
             raise ConfigError(
-                f"{type(self).__name__} learns one label; the dataset has {samples.label_names}."
+                f"{type(self).__name__} needs one label; the dataset has {samples.label_names}."
             )
         x = _matrix(samples, samples.feature_names if names is None else names)
         weight = samples.weight
@@ -97,40 +99,42 @@ class TabularModel(Model):
     # -- saving --------------------------------------------------------------------------------
 
     def to_state(self) -> State:
-        """Configuration and what was learnt: JSON and tensors, no pickle."""
+        """Return configuration and fitted state as JSON and tensors, without pickle."""
         config: dict[str, Any] = {"model": self.to_config(), "fitted": None}
         if self.feature_names_ is None:
             return State(config)
-        fitted, tensors = self._fitted_state()
-        config["fitted"] = {"feature_names": list(self.feature_names_), **fitted}
+        fitted_state, tensors = self._get_fitted_state()
+        config["fitted"] = {"feature_names": list(self.feature_names_), **fitted_state}
         return State(config, tensors)
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The model again. Names in it pass the trust rule."""
-        built = init_instance_by_config(state.config["model"], stored=True)
-        if not isinstance(built, cls):
-            raise TypeError(f"the state is of a {type(built).__qualname__}, not a {cls.__name__}.")
-        fitted = state.config["fitted"]
-        if fitted is not None:
-            built.feature_names_ = tuple(fitted["feature_names"])
-            built._take_state(fitted, state.tensors)
-        return built
+        """Build a model from its saved state. Names in it must pass the trust rule."""
+        model = init_instance_by_config(state.config["model"], check_trust=True)
+        if not isinstance(model, cls):
+            raise TypeError(
+                f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."
+            )
+        fitted_state = state.config["fitted"]
+        if fitted_state is not None:
+            model.feature_names_ = tuple(fitted_state["feature_names"])
+            model._load_fitted_state(fitted_state, state.tensors)
+        return model
 
     @abstractmethod
-    def _fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What was learnt, as plain data and tensors."""
+    def _get_fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the fitted state as plain data and tensors."""
 
     @abstractmethod
-    def _take_state(self, fitted: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take what `_fitted_state` gave."""
+    def _load_fitted_state(self, fitted_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Load the result of `_get_fitted_state`."""
 
 
 def _matrix(samples: Samples, names: Sequence[str]) -> np.ndarray:
-    """`[S, F]` of the features `names`, each column in one piece."""
-    learnt = LearntFrom(tuple(names), samples.num_features, samples.num_steps)
-    x: np.ndarray = learnt.matched(samples).rows().cpu().numpy()
-    bad = [name for k, name in enumerate(names) if np.isinf(x[:, k]).any()]
-    if bad:
-        raise DataError(infinite_message(bad, "features"))
+    """Return `[S, F]` of the features `names`, each column contiguous."""
+    input_schema = InputSchema(tuple(names), samples.num_features, samples.num_steps)
+    x: np.ndarray = input_schema.match_features(samples).rows().cpu().numpy()
+    infinite_names = [name for k, name in enumerate(names) if np.isinf(x[:, k]).any()]
+    if infinite_names:
+        raise DataError(infinite_message(infinite_names, "features"))
     return x

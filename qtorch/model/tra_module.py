@@ -1,4 +1,4 @@
-"""Trains TRA: optimal transport gives the samples to predictors, the router learns where."""
+"""Training step of TRA: optimal transport assigns samples to predictors and trains the router."""
 
 from __future__ import annotations
 
@@ -12,64 +12,65 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import Batch
 from qtorch.data.sample_set import Samples
-from qtorch.metrics.loss import mean_of
-from qtorch.model.error_memory import ErrorMemory, errors_of
+from qtorch.metrics.loss import mean_from_sums
+from qtorch.model.error_memory import ErrorMemory, prediction_errors
 from qtorch.model.module import ScoreModule
 from qtorch.nn.tra import TRA, minmax, sinkhorn
 
-DECAY_STEPS = 100  # of `rho`
+DECAY_STEPS = 100  # `lamb` is multiplied by `rho` once in so many steps
 
 
 class TRAModule(ScoreModule):
-    """A ScoreModule whose loss is that of the routed predictions and `lamb` times the
-    cross-entropy between the router and the transport plan of each batch.
+    """A ScoreModule that adds to the routed predictions' loss `lamb` times a router loss.
 
-    The plan's cost is the scaled error of each predictor, mixed by `alpha` with its mean error of
-    the past (1: of the past nothing). `lamb` decays by `rho` each 100 steps. In the first
-    `pretrain` epochs the plan itself routes the loss, and the router learns nothing.
+    The router loss is the cross-entropy between the router and the optimal transport plan of the
+    batch. The plan's cost is each predictor's scaled error, mixed by `alpha` with its mean past
+    error (1: no past errors). `lamb` is multiplied by `rho` every 100 steps. In the first
+    `pretrain` epochs the plan itself routes the loss, and the router is not trained.
 
-    The errors of the train segment are found anew as each epoch begins, each batch writes its
-    own, and they are part of the checkpoints; those of the valid segment are found before each
-    validation. A prediction for date t sees the errors of dates up to t less the label's horizon.
+    The errors of the train segment are recomputed at the start of each epoch and updated by each
+    batch; they are saved in checkpoints. The errors of the valid segment are computed before each
+    validation. A prediction for date t uses the errors of dates up to t minus the label's horizon.
 
-    Differences from Qlib's: what is predicted never depends on the label of its own date (its
-    transport "oracle" routes the valid and test segments by their labels), nor on what was scored
-    before (its memory is the dataset's, and empty where a model is loaded); samples without a
-    label are in neither plan, loss nor memory; a batch of one works, no tail is dropped.
+    Differences from Qlib: a prediction never depends on the label of its own date (Qlib's transport
+    "oracle" routes the valid and test segments by their labels), nor on what was scored before
+    (Qlib's memory belongs to the dataset and is empty for a loaded model). Samples without a label
+    are not used in plan, loss or memory. A batch of one sample works, and the last incomplete batch
+    is not dropped.
     """
 
     errors: Tensor
 
-    undivided: ClassVar[str | None] = (
-        "its transport plan spreads all samples of a batch over the predictors, and "
-        "its memory takes their errors"
+    single_device_reason: ClassVar[str | None] = (
+        "its transport plan assigns all samples of a batch to the predictors, and "
+        "its memory stores their errors"
     )
 
     def __init__(
         self,
-        *arguments: Any,
+        *args: Any,
         lamb: float = 1.0,
         rho: float = 1.0,
         alpha: float = 1.0,
         pretrain: int = 0,
-        **named: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*arguments, **named)
+        super().__init__(*args, **kwargs)
         if not 0 <= alpha <= 1 or not 0 <= rho <= 1:
-            raise ConfigError(f"alpha {alpha} and rho {rho} must lie between 0 and 1.")
+            raise ConfigError(f"alpha={alpha} and rho={rho} must be between 0 and 1.")
         if self.day_label is not None:
             raise ConfigError(
-                "TRA remembers its errors on the dataset's own labels: leave out day_label, and "
-                "let a processor treat them (CSZScoreNorm, CSRankNorm)."
+                "TRA stores errors with respect to the dataset's labels: remove day_label, and use "
+                "a label processor (CSZScoreNorm, CSRankNorm) instead."
             )
         self.lamb, self.rho, self.alpha, self.pretrain = lamb, rho, alpha, pretrain
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
-        network = self.trains(TRA)
+        network = self.require_network(TRA)
         if train.horizon is not None and train.horizon > network.label_horizon:
             raise ConfigError(
                 f"label_horizon of TRA is {network.label_horizon}, but the labels look "
-                f"{train.horizon} days ahead: errors would be seen before they are known."
+                f"{train.horizon} days ahead: errors would be used before they are known."
             )
         self._train, self._valid = train, valid
         self.memory = ErrorMemory(network, train)
@@ -79,47 +80,55 @@ class TRAModule(ScoreModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.memory.values = self.errors  # the module may have moved
+        self.memory.values = self.errors  # the buffer may have moved to another device
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.memory.learn(self.network, self._train)
+        self.memory.record_errors(self.network, self._train)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        assert self._valid is not None, "there is a valid segment to validate on"
-        self.valid_memory.learn(self.network, self._train)  # its last days
-        self.valid_memory.learn(self.network, self._valid)
+        assert self._valid is not None, "validation needs a valid segment"
+        self.valid_memory.record_errors(
+            self.network, self._train
+        )  # the last days before the valid segment
+        self.valid_memory.record_errors(self.network, self._valid)
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:
-        """As ever, with the errors that the valid segment's samples may see."""
-        return super().loss_sums(_recalled(batch, self.valid_memory), state, complete=complete)
+        """As in ScoreModule, with the past errors that the valid samples may use."""
+        return super().loss_sums(
+            _add_past_errors(batch, self.valid_memory), state, complete=complete
+        )
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        flat = batch.flat()
-        (x,), named = self.feeder.arguments(_recalled(flat, self.memory))
-        with self.acting(TRA) as network:
-            found, logits = network.patterns(x, **named)
-        error, known = errors_of(found, flat)
+        flat = batch.flatten()
+        (x,), keywords = self.forward_adapter.arguments(_add_past_errors(flat, self.memory))
+        with self.effective_network(TRA) as network:
+            predictions, logits = network.patterns(x, **keywords)
+        error, has_label = prediction_errors(predictions, flat)
         with torch.no_grad():
-            fresh = minmax(error)
-            past = minmax(named["errors"].mean(1))
-            plan = sinkhorn(minmax(self.alpha * fresh + (1 - self.alpha) * past), known)
-            self.memory.write(flat.date, flat.instrument, fresh, known)
+            new_errors = minmax(error)
+            past_errors = minmax(keywords["errors"].mean(1))
+            plan = sinkhorn(
+                minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors), has_label
+            )
+            self.memory.write(flat.date, flat.instrument, new_errors, has_label)
         if self.current_epoch < self.pretrain:
-            weight = known if flat.weight is None else known * flat.weight
+            weight = has_label if flat.weight is None else has_label * flat.weight
             return ((error * plan).sum(1) * weight).sum(), weight.sum()
-        chosen = F.gumbel_softmax(logits.float(), hard=True)
-        score = network.routed(found, chosen)
-        total, share = self.sums_of(
+        routing = F.gumbel_softmax(logits.float(), hard=True)
+        score = network.routed(predictions, routing)
+        total, total_weight = self.loss_sums_from_scores(
             score.reshape(*batch.date.shape, *score.shape[1:]), batch, complete=self.complete
         )
-        missed = -(plan * logits.float().log_softmax(-1)).sum()
+        router_loss = -(plan * logits.float().log_softmax(-1)).sum()
         lamb = self.lamb * self.rho ** (self.trainer.global_step // DECAY_STEPS)
-        return total + lamb * share * mean_of(missed, known.sum()), share
+        return total + lamb * total_weight * mean_from_sums(
+            router_loss, has_label.sum()
+        ), total_weight
 
 
-def _recalled(batch: Batch, memory: ErrorMemory) -> Batch:
+def _add_past_errors(batch: Batch, memory: ErrorMemory) -> Batch:
     return replace(
         batch, extra={**batch.extra, "errors": memory.gather(batch.date, batch.instrument)}
     )

@@ -1,4 +1,4 @@
-"""The `trainer` mapping: any argument of pl.Trainer, those that the module itself follows apart."""
+"""The `trainer` mapping: arguments of pl.Trainer, and those that the module implements itself."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.checkpoint import AtomicCheckpointIO
-from qtorch.model.module import METRICS, MONITORS, ScoreModule
-from qtorch.model.progress_bar import BatchBar
-from qtorch.model.rank_environment import RankEnvironment, RankPlace
-from qtorch.model.recorder_logger import RecorderLogger, with_recorders
+from qtorch.model.module import METRICS, MONITOR_NAMES, ScoreModule
+from qtorch.model.progress_bar import BatchProgressBar
+from qtorch.model.rank_environment import RankEnvironment, RankInfo
+from qtorch.model.recorder_logger import RecorderLogger, build_loggers
 from qtorch.model.step_loader import StepLoader
 
-MAX_EPOCHS = 100
-INNER_STEPS = 16
-FORKING = ("spawn", "fork", "notebook")
-# A callback that looks at single batches sees each of them only where a step holds one.
+DEFAULT_MAX_EPOCHS = 100
+DEFAULT_INNER_STEPS = 16
+FORKING_STRATEGIES = ("spawn", "fork", "notebook")
+# A callback with these hooks sees each batch only if a training step has a single batch.
 BATCH_HOOKS = (
     "on_train_batch_start",
     "on_train_batch_end",
@@ -43,7 +43,7 @@ BATCH_HOOKS = (
     "on_before_zero_grad",
 )
 
-NUMBERS: dict[str, tuple[type, ...]] = {
+NUMBER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
     **dict.fromkeys(("limit_train_batches", "limit_val_batches"), (int, float)),
@@ -53,10 +53,14 @@ NUMBERS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """`given` is what the user said; `rest` goes to pl.Trainer, the others to the module."""
+    """Validated trainer options.
 
-    given: dict[str, Any]
-    rest: dict[str, Any]
+    `user_arguments` are the user's arguments; `arguments` are passed to pl.Trainer; the other
+    fields go to the module and the loaders.
+    """
+
+    user_arguments: dict[str, Any]
+    arguments: dict[str, Any]
     accumulate: int = 1
     clip_value: float | None = None
     clip_algorithm: str | None = None
@@ -66,74 +70,80 @@ class TrainerOptions:
 
     @property
     def num_local(self) -> int:
-        """Devices of one node."""
-        devices = devices_of(self.rest)
+        """The number of devices on one node."""
+        devices = parse_devices(self.arguments)
         return devices if isinstance(devices, int) else len(devices)
 
     @property
     def num_devices(self) -> int:
-        """Devices of all nodes."""
-        return self.num_local * int(self.rest.get("num_nodes", 1))
+        """The number of devices on all nodes."""
+        return self.num_local * int(self.arguments.get("num_nodes", 1))
 
     @property
     def counts_batches(self) -> bool:
-        """Whether an argument counts training batches one by one."""
-        rest = self.rest
-        whole = rest.get("val_check_interval") in (None, 1.0)
-        return bool(not whole or rest.get("fast_dev_run") or rest.get("overfit_batches"))
+        """Whether one of the arguments counts single training batches."""
+        arguments = self.arguments
+        has_default_interval = arguments.get("val_check_interval") in (None, 1.0)
+        return bool(
+            not has_default_interval
+            or arguments.get("fast_dev_run")
+            or arguments.get("overfit_batches")
+        )
 
 
-def trainer_options(given: Mapping[str, Any] | None, callbacks: Sequence[Any]) -> TrainerOptions:
-    """Checked arguments. An unknown one is an ArgumentError with the nearest name."""
-    given = dict(given or {})
+def trainer_options(
+    user_arguments: Mapping[str, Any] | None, callbacks: Sequence[Any]
+) -> TrainerOptions:
+    """Validate trainer arguments; an unknown one raises ArgumentError with the nearest name."""
+    user_arguments = dict(user_arguments or {})
     valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
-    for name in given:
+    for name in user_arguments:
         if name not in valid:
             raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
-    rest = dict(given)
-    _check_devices(given)
-    _check_numbers(given)
-    clip = rest.pop("gradient_clip_val", None)
-    extra = rest.pop("callbacks", None) or []
-    listed = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
-    built = [init_instance_by_config(c, accept_types=Callback) for c in listed]
-    refuse_averaging(built)
+    arguments = dict(user_arguments)
+    _check_devices(user_arguments)
+    _check_numbers(user_arguments)
+    clip = arguments.pop("gradient_clip_val", None)
+    extra = arguments.pop("callbacks", None) or []
+    callback_specs = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
+    all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
+    reject_averaging(all_callbacks)
     return TrainerOptions(
-        given=given,
-        rest=rest,
-        accumulate=int(rest.pop("accumulate_grad_batches", None) or 1),
+        user_arguments=user_arguments,
+        arguments=arguments,
+        accumulate=int(arguments.pop("accumulate_grad_batches", None) or 1),
         clip_value=None if clip is None else float(clip),
-        clip_algorithm=rest.pop("gradient_clip_algorithm", None),
-        limit_train=rest.pop("limit_train_batches", None),
-        limit_valid=rest.pop("limit_val_batches", None),
-        callbacks=built,
+        clip_algorithm=arguments.pop("gradient_clip_algorithm", None),
+        limit_train=arguments.pop("limit_train_batches", None),
+        limit_valid=arguments.pop("limit_val_batches", None),
+        callbacks=all_callbacks,
     )
 
 
-def _check_devices(given: Mapping[str, Any]) -> None:
-    strategy, nodes = given.get("strategy"), given.get("num_nodes", 1)
-    if isinstance(strategy, str) and any(word in strategy for word in FORKING):
+def _check_devices(arguments: Mapping[str, Any]) -> None:
+    strategy, num_nodes = arguments.get("strategy"), arguments.get("num_nodes", 1)
+    if isinstance(strategy, str) and any(word in strategy for word in FORKING_STRATEGIES):
         raise ConfigError(
-            f"trainer.strategy is {strategy!r}, which copies the running program; a fit starts its "
-            "processes itself: strategy=ddp."
+            f"trainer.strategy is {strategy!r}, which forks or spawns the running program; a fit "
+            "starts its processes itself: use strategy=ddp."
         )
     if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy):
         raise ConfigError(
-            "Lightning's FSDPStrategy gathers weights around one forward of a whole module, and a "
-            "step here is the forward and backward of several batches. Shard by trainer=fsdp: "
+            "Lightning's FSDPStrategy gathers weights around one forward of the whole module, but "
+            "a training step here runs several batches. To shard weights use trainer=fsdp: "
             "strategy={'_target_': 'qtorch.model.sharding.Sharded'}."
         )
-    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
-        raise ConfigError(f"trainer.num_nodes is {nodes!r}; expected a whole number from 1.")
-    devices_of(given)
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")
+    parse_devices(arguments)
 
 
-def devices_of(given: Mapping[str, Any]) -> int | list[int]:
-    """What `devices` means on one node: a number of them, or which ones.
+def parse_devices(arguments: Mapping[str, Any]) -> int | list[int]:
+    """Return the devices to use on each node: how many, or a list of indices.
 
-    "auto" is one device, -1 all GPUs. Raises ConfigError for what is neither.
+    "auto" means one device, -1 all GPUs. Raises ConfigError for an invalid value.
     """
-    devices = given.get("devices", 1)
+    devices = arguments.get("devices", 1)
     if devices in (None, "auto"):
         return 1
     if isinstance(devices, str):
@@ -141,9 +151,9 @@ def devices_of(given: Mapping[str, Any]) -> int | list[int]:
         devices = devices if len(devices) > 1 else devices[0]
     try:
         if isinstance(devices, list | tuple):
-            found = [int(d) for d in devices]
-            if found and len(set(found)) == len(found) and min(found) >= 0:
-                return found
+            indices = [int(d) for d in devices]
+            if indices and len(set(indices)) == len(indices) and min(indices) >= 0:
+                return indices
         elif not isinstance(devices, bool):
             number = int(devices)
             if number == -1:
@@ -153,195 +163,207 @@ def devices_of(given: Mapping[str, Any]) -> int | list[int]:
     except (TypeError, ValueError):
         pass
     raise ConfigError(
-        f"trainer.devices is {given['devices']!r}; expected a number of devices (2), a list of "
+        f"trainer.devices is {arguments['devices']!r}; expected a number of devices (2), a list of "
         "them ([0, 1]), -1 for all GPUs, or 'auto' for one."
     )
 
 
-def _check_numbers(given: Mapping[str, Any]) -> None:
-    """Lightning answers a word in a number's place with an empty assertion."""
-    for name, kinds in NUMBERS.items():
-        value = given.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            what = "a number" if float in kinds else "a whole number"
-            raise ConfigError(f"trainer.{name} is {value!r}; expected {what}.")
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Check number arguments here because Lightning fails on a string with an empty assertion."""
+    for name, types in NUMBER_TYPES.items():
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            type_name = "a number" if float in types else "an integer"
+            raise ConfigError(f"trainer.{name} is {value!r}; expected {type_name}.")
 
 
-def refuse_averaging(callbacks: Sequence[Callback]) -> None:
-    """ConfigError for callbacks that put other weights in place of those that were judged."""
+def reject_averaging(callbacks: Sequence[Callback]) -> None:
+    """Raise ConfigError for callbacks that replace the validated weights by averaged ones."""
     for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigError(
-                f"{type(callback).__name__} puts averaged weights in place at the end, but a fit "
-                "keeps the weights of the best epoch: the two do not go together."
+                f"{type(callback).__name__} replaces the weights by averaged ones at the end, but "
+                "a fit keeps the weights of the best epoch: remove the callback."
             )
 
 
 def device_name(options: TrainerOptions) -> str:
-    """The device that the trainer's `accelerator` and `devices` mean, as torch names it."""
-    accelerator = options.rest.get("accelerator") or "auto"
+    """Return the torch device name that the trainer's `accelerator` and `devices` stand for."""
+    accelerator = options.arguments.get("accelerator") or "auto"
     if accelerator not in ("auto", "gpu", "cuda"):
         return str(accelerator)
-    devices = devices_of(options.rest)
+    devices = parse_devices(options.arguments)
     number = devices[0] if isinstance(devices, list) else 0
     if accelerator == "auto" and resolve_device("auto").type == "cpu":
         return "cpu"
     return f"cuda:{number}"
 
 
-def inner_steps_of(asked: int | str, options: TrainerOptions, num_batches: int) -> int:
-    """How many batches one training_step runs: "auto" is one where something counts them."""
-    looking = options.counts_batches or any(_looks_at_batches(c) for c in options.callbacks)
-    if asked == "auto":
-        return 1 if looking else max(1, min(INNER_STEPS, num_batches))
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
-        raise ConfigError(f"inner_steps is {asked!r}; expected 'auto' or a number from 1.")
-    if asked > 1 and options.counts_batches:
+def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
+    """Return the number of batches per training_step; "auto" is 1 if anything counts single
+    batches.
+    """
+    needs_single_batches = options.counts_batches or any(
+        _has_batch_hooks(c) for c in options.callbacks
+    )
+    if inner_steps == "auto":
+        return 1 if needs_single_batches else max(1, min(DEFAULT_INNER_STEPS, num_batches))
+    if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise ConfigError(
-            "val_check_interval, overfit_batches and fast_dev_run count single batches: they need "
+            f"inner_steps is {inner_steps!r}; expected 'auto' or an integer of at least 1."
+        )
+    if inner_steps > 1 and options.counts_batches:
+        raise ConfigError(
+            "val_check_interval, overfit_batches and fast_dev_run count single batches: set "
             "inner_steps=1 (or 'auto')."
         )
-    return asked
+    return inner_steps
 
 
-def _looks_at_batches(callback: Callback) -> bool:
+def _has_batch_hooks(callback: Callback) -> bool:
     return any(getattr(type(callback), h) is not getattr(Callback, h) for h in BATCH_HOOKS)
 
 
-def limited(num_batches: int, limit: int | float | None) -> int:
-    """The number of batches that Lightning's limit_*_batches leaves: a count, or a share."""
+def limit_batches(num_batches: int, limit: int | float | None) -> int:
+    """Return the number of batches under Lightning's limit_*_batches, a count or a fraction."""
     if limit is None:
         return num_batches
     return min(num_batches, limit if isinstance(limit, int) else int(num_batches * limit))
 
 
-def monitored(monitor: str, mode: str | None = None) -> tuple[str, str]:
-    """The metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
-    name = MONITORS.get(monitor, monitor)
+def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
+    """Return a metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
+    name = MONITOR_NAMES.get(monitor, monitor)
     if mode not in (None, "min", "max"):
         raise ConfigError(unknown_name("mode of the monitor", str(mode), ("min", "max")))
-    lesser = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
-    return name, mode or ("min" if lesser else "max")
+    is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
+    return name, mode or ("min" if is_lower_better else "max")
 
 
 def check_monitor(*names: str) -> None:
-    """ConfigError, with the nearest name, for a metric that no training of ours gives."""
+    """Raise ConfigError, with the nearest name, for a metric that a ScoreModule does not log."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(unknown_name("metric to monitor", name, (*MONITORS, *METRICS)))
+            raise ConfigError(unknown_name("metric to monitor", name, (*MONITOR_NAMES, *METRICS)))
 
 
-class Stopper(EarlyStopping):
-    """An early stop that does not count epochs of pretraining: they have no score to watch."""
+class ScoreEarlyStopping(EarlyStopping):
+    """Early stopping that ignores pretraining epochs, which have no score to monitor."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _pretrains(pl_module):
+        if not _is_pretraining(pl_module):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _pretrains(pl_module):
+        if not _is_pretraining(pl_module):
             super().on_train_epoch_end(trainer, pl_module)
 
 
-def _pretrains(module: pl.LightningModule) -> bool:
-    return isinstance(module, ScoreModule) and module.pretrains
+def _is_pretraining(module: pl.LightningModule) -> bool:
+    return isinstance(module, ScoreModule) and module.is_pretraining
 
 
-def early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
-    """`(callback or None, metric, mode)`; `spec` is None, a patience, or a mapping with
-    `patience` and any of `monitor`, `mode`, `min_delta`."""
+def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
+    """Return `(callback or None, metric, mode)`.
+
+    `spec` is None, a patience, or a mapping with `patience` and any of `monitor`, `mode`,
+    `min_delta`.
+    """
     if spec is None or spec is False:
-        return (None, *monitored(monitor))
+        return (None, *resolve_monitor(monitor))
     options: dict[str, Any] = {"patience": spec} if isinstance(spec, int) else dict(spec)
     valid = ("monitor", "patience", "mode", "min_delta")
     for name in options:
         if name not in valid:
             raise ConfigError(unknown_name("option of early_stop", name, valid))
-    name, mode = monitored(options.pop("monitor", monitor), options.pop("mode", None))
+    name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
-    stopper = Stopper(monitor=name, mode=mode, patience=patience, check_finite=False, **options)
-    return stopper, name, mode
+    callback = ScoreEarlyStopping(
+        monitor=name, mode=mode, patience=patience, check_finite=False, **options
+    )
+    return callback, name, mode
 
 
 def build_trainer(
     options: TrainerOptions,
     *,
-    own: Sequence[Callback],
+    internal_callbacks: Sequence[Callback],
     logger: RecorderLogger | None,
     folder: Path | None,
     loader: StepLoader,
-    automatic: bool,
-    place: RankPlace | None = None,
+    automatic_optimization: bool,
+    rank_info: RankInfo | None = None,
 ) -> pl.Trainer:
-    """The pl.Trainer of one fit. `automatic`: the module's optimization is Lightning's own.
-    `place`: of the rank that this process is, where several devices share the training.
+    """Build the pl.Trainer of one fit.
 
-    Raises ConfigError for what Lightning does not take.
+    `automatic_optimization`: the module uses Lightning's own optimization. `rank_info`: which rank
+    this process is if several devices share the training. Raises ConfigError for arguments that
+    Lightning rejects.
     """
     arguments: dict[str, Any] = {
-        "max_epochs": MAX_EPOCHS if options.rest.get("max_steps", -1) == -1 else -1,
-        "num_sanity_val_steps": 0,  # would draw from generators before the first step
+        "max_epochs": DEFAULT_MAX_EPOCHS if options.arguments.get("max_steps", -1) == -1 else -1,
+        "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
         "enable_model_summary": False,
         "enable_progress_bar": sys.stderr.isatty(),
         "log_every_n_steps": 1,
         "default_root_dir": str(folder) if folder is not None else None,
-        **options.rest,
+        **options.arguments,
     }
-    arguments |= _devices(options, place)
-    if automatic:
+    arguments |= _device_arguments(options, rank_info)
+    if automatic_optimization:
         arguments["accumulate_grad_batches"] = options.accumulate
         arguments["gradient_clip_val"] = options.clip_value
         arguments["gradient_clip_algorithm"] = options.clip_algorithm
-    arguments["enable_checkpointing"] = True  # the keeper is one of Lightning's checkpointers
-    loggers = arguments.get("logger") if place is None or place.rank == 0 else None
-    wanted = [] if loggers in (None, True, False) else loggers
-    wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    arguments["logger"] = with_recorders(wanted, logger) or False
+    arguments["enable_checkpointing"] = True  # CheckpointCallback is a Lightning Checkpoint
+    loggers = arguments.get("logger") if rank_info is None or rank_info.rank == 0 else None
+    user_loggers = [] if loggers in (None, True, False) else loggers
+    user_loggers = list(user_loggers) if isinstance(user_loggers, list | tuple) else [user_loggers]
+    arguments["logger"] = build_loggers(user_loggers, logger) or False
     plugins = arguments.get("plugins") or []
-    listed = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    # Else Lightning takes a job of a scheduler for a job of its own.
-    environment = LightningEnvironment() if place is None else RankEnvironment(place)
-    arguments["plugins"] = [*listed, AtomicCheckpointIO(), environment]
-    callbacks = [*options.callbacks, *own]
-    if arguments["enable_progress_bar"] and not _has_bar(callbacks):
-        callbacks.append(BatchBar(loader))
+    user_plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
+    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
+    arguments["plugins"] = [*user_plugins, AtomicCheckpointIO(), environment]
+    callbacks = [*options.callbacks, *internal_callbacks]
+    if arguments["enable_progress_bar"] and not _has_progress_bar(callbacks):
+        callbacks.append(BatchProgressBar(loader))
     try:
         return pl.Trainer(**{**arguments, "callbacks": callbacks})
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"Lightning does not take these trainer arguments: {error}") from error
+        raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
 
 
-def _devices(options: TrainerOptions, place: RankPlace | None) -> dict[str, Any]:
-    """Lightning's arguments of the devices: of one, or of all that share the training."""
-    given, cpu = options.rest, device_name(options) == "cpu"
-    found: dict[str, Any] = {
-        "accelerator": "cpu" if cpu else given.get("accelerator", "auto"),
-        "devices": devices_of(given),
+def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:
+    """Return Lightning's device arguments, for one device or for all that share the training."""
+    user_arguments, is_cpu = options.arguments, device_name(options) == "cpu"
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu" if is_cpu else user_arguments.get("accelerator", "auto"),
+        "devices": parse_devices(user_arguments),
     }
-    strategy = given.get("strategy") or "auto"
+    strategy = user_arguments.get("strategy") or "auto"
     if isinstance(strategy, Mapping):
         strategy = init_instance_by_config(strategy)
-    if place is None:
-        # A strategy for several devices has nothing to do for one.
-        return {**found, "strategy": "auto" if _is_for_several(strategy) else strategy}
-    found |= {"strategy": "ddp" if strategy == "auto" else strategy}
-    found |= {"use_distributed_sampler": False}
-    if place.rank > 0:
-        found["enable_progress_bar"] = False
-    return found
+    if rank_info is None:
+        # Ignore a strategy for several devices when there is only one.
+        return {**arguments, "strategy": "auto" if _is_distributed(strategy) else strategy}
+    arguments |= {"strategy": "ddp" if strategy == "auto" else strategy}
+    arguments |= {"use_distributed_sampler": False}
+    if rank_info.rank > 0:
+        arguments["enable_progress_bar"] = False
+    return arguments
 
 
-def _is_for_several(strategy: Any) -> bool:
+def _is_distributed(strategy: Any) -> bool:
     return isinstance(strategy, str | ParallelStrategy)
 
 
-def shards_weights(options: TrainerOptions) -> bool:
-    """Whether the strategy leaves each device a part of the weights alone."""
-    strategy = options.rest.get("strategy")
+def is_sharding(options: TrainerOptions) -> bool:
+    """Whether the strategy shards the weights over the devices."""
+    strategy = options.arguments.get("strategy")
     if isinstance(strategy, Mapping):
         strategy = init_instance_by_config(strategy)
     return isinstance(strategy, ModelParallelStrategy)
 
 
-def _has_bar(callbacks: Sequence[Callback]) -> bool:
+def _has_progress_bar(callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)

@@ -1,4 +1,6 @@
-"""One training in this process: samples, module, trainer, checkpoints; whole or a rank's share."""
+"""One training in this process: samples, module, trainer and checkpoints, as a whole or as one
+rank.
+"""
 
 from __future__ import annotations
 
@@ -18,56 +20,56 @@ from torch import nn
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import BatchLoader
 from qtorch.data.sample_set import Samples
-from qtorch.data.shares import BlockLoader, SharedLoader
+from qtorch.data.shares import BlockLoader, ShardedLoader
 from qtorch.metrics.loss import Combined, Loss
-from qtorch.model.checkpoint import KEEPER
+from qtorch.model.checkpoint import CALLBACK_STATE_KEY
 from qtorch.model.day_label import day_label
 from qtorch.model.factories import (
     OptimizerFactory,
-    configured_factory,
-    explained,
-    loss_of,
+    build_factory,
+    build_loss,
+    explain_errors,
     optimizer_factory,
     scheduler_plan,
 )
 from qtorch.model.finetuning import FineTuning
-from qtorch.model.interruption import Stoppable
-from qtorch.model.keeper import Keeper, weights_of
-from qtorch.model.module import ScoreModule, no_interruption
-from qtorch.model.own_share import OwnShare
+from qtorch.model.interruption import StopRequest
+from qtorch.model.keeper import CheckpointCallback, get_network
+from qtorch.model.module import ScoreModule, never_stop
+from qtorch.model.own_share import UserModuleRescaler
 from qtorch.model.pruning import pruning_callbacks
-from qtorch.model.rank_environment import RankPlace
+from qtorch.model.rank_environment import RankInfo
 from qtorch.model.rank_group import RankGroup
 from qtorch.model.recorder_logger import RecorderLogger
-from qtorch.model.scoring import evaluation_size
-from qtorch.model.sharding import is_sharded, whole_weights
+from qtorch.model.scoring import evaluation_batch_size
+from qtorch.model.sharding import gather_weights, is_sharded
 from qtorch.model.step_loader import StepLoader
 from qtorch.model.trainer_options import (
     TrainerOptions,
+    build_early_stopping,
     build_trainer,
     check_monitor,
-    early_stopping,
-    inner_steps_of,
-    limited,
-    shards_weights,
+    is_sharding,
+    limit_batches,
+    resolve_inner_steps,
 )
 
 log = logging.getLogger(__name__)
 
-LIGHTNINGS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
-DDP = (None, "auto", "ddp")
-QUIET = (
+LIGHTNING_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+DDP_STRATEGIES = (None, "auto", "ddp")
+IGNORED_WARNINGS = (
     r".*LeafSpec.*is deprecated",
     r".*`validation_step` but have no `val_dataloader`",
-    r".*`srun` command is available",  # a fit is one process on any node of a cluster
-    r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # they are summed over ranks already
-    r".*FSDP2-wrapped module.* returned a view",  # scores are never changed in place
+    r".*`srun` command is available",  # qtorch starts its rank processes itself
+    r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # already summed over ranks
+    r".*FSDP2-wrapped module.* returned a view",  # scores are never modified in place
 )
 
 
 @dataclass
 class Recipe:
-    """How to train: the model's arguments, checked."""
+    """How to train: the validated arguments of a model."""
 
     loss: Any
     module: Any
@@ -85,8 +87,8 @@ class Recipe:
 
 
 @dataclass
-class Fitted:
-    """What a training leaves: the network with its best weights, its history, its figures."""
+class FitResult:
+    """The result of a training: network with the best weights, metric history, report."""
 
     network: nn.Module
     history: list[dict[str, float]]
@@ -95,9 +97,10 @@ class Fitted:
 
 
 class Training:
-    """The parts of one training, and Lightning's run over them.
+    """Build the parts of one training and run Lightning over them.
 
-    `place`: which rank of several this process is; its loaders give it its share of each batch.
+    `rank_info`: which of several ranks this process is; its loaders then return its share of each
+    batch. None: the only process.
     """
 
     def __init__(
@@ -108,258 +111,306 @@ class Training:
         recipe: Recipe,
         tuning: FineTuning | None,
         optimizer_state: dict[str, Any] | None,
-        place: RankPlace | None = None,
+        rank_info: RankInfo | None = None,
     ) -> None:
-        self.place = place
-        self.ranks = RankGroup() if place is None else RankGroup(place.rank, place.size)
+        self.rank_info = rank_info
+        self.ranks = RankGroup() if rank_info is None else RankGroup(rank_info.rank, rank_info.size)
         self.recipe, self.train, self.valid = recipe, train, valid
         self.tuning, self.optimizer_state = tuning, optimizer_state
-        self.own_module = isinstance(network, pl.LightningModule)
+        self.is_user_module = isinstance(network, pl.LightningModule)
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
-        # What a sharded network is put together in, in the end.
-        sharded = place is not None and shards_weights(recipe.trainer)
-        self.whole = copy.deepcopy(network) if sharded and self.ranks.first else None
+        # An unsharded copy that receives the gathered weights at the end.
+        shards_network = rank_info is not None and is_sharding(recipe.trainer)
+        self.unsharded_network = (
+            copy.deepcopy(network) if shards_network and self.ranks.is_first else None
+        )
 
     def prepare(
-        self, folder: Path | None, identity: str, interruption: Stoppable, recorder: Any
-    ) -> Keeper:
-        """Build module, loader, keeper and trainer."""
-        recipe, options = self.recipe, self._options()
-        stopper, monitor, mode = early_stopping(recipe.early_stop, recipe.monitor)
-        if not self.own_module:
+        self, folder: Path | None, identity: str, interruption: StopRequest, recorder: Any
+    ) -> CheckpointCallback:
+        """Build module, loader, checkpoint callback and trainer."""
+        recipe, options = self.recipe, self._trainer_options()
+        early_stopping, monitor, mode = build_early_stopping(recipe.early_stop, recipe.monitor)
+        if not self.is_user_module:
             check_monitor(monitor)
-        if stopper is not None and self.valid is None and monitor.startswith("valid/"):
+        if early_stopping is not None and self.valid is None and monitor.startswith("valid/"):
             raise ConfigError(
-                f"early_stop watches {monitor!r}, but the dataset has no segment 'valid'."
+                f"early_stop monitors {monitor!r}, but the dataset has no segment 'valid'."
             )
-        every = recipe.checkpoint.get("every_n_steps")
-        if every is not None:
-            every = -(-int(every) // options.accumulate) * options.accumulate
-        self.module = self._module(interruption)
-        self.loader = self._loader(self.train, True, options.limit_train, every)
-        keeper = Keeper(
+        every_n_steps = recipe.checkpoint.get("every_n_steps")
+        if every_n_steps is not None:
+            every_n_steps = -(-int(every_n_steps) // options.accumulate) * options.accumulate
+        self.module = self._build_module(interruption)
+        self.loader = self._build_loader(self.train, True, options.limit_train, every_n_steps)
+        checkpoint_callback = CheckpointCallback(
             self.loader,
             folder=folder,
             identity=identity,
             monitor=monitor,
             mode=mode,
             interruption=interruption,
-            every_n_steps=every,
+            every_n_steps=every_n_steps,
             ranks=self.ranks,
         )
-        self.keeper = keeper
-        own: list[pl.Callback] = [keeper] if stopper is None else [stopper, keeper]
+        self.checkpoint_callback = checkpoint_callback
+        internal_callbacks: list[pl.Callback] = (
+            [checkpoint_callback]
+            if early_stopping is None
+            else [early_stopping, checkpoint_callback]
+        )
         if self.tuning is not None:
-            own = [*self.tuning.callbacks(self.network), *own]
-        own = [*pruning_callbacks(recorder), *own]
-        if self.place is not None and self.own_module:
-            own = [OwnShare(self.ranks), *own]
+            internal_callbacks = [*self.tuning.callbacks(self.network), *internal_callbacks]
+        internal_callbacks = [*pruning_callbacks(recorder), *internal_callbacks]
+        if self.rank_info is not None and self.is_user_module:
+            internal_callbacks = [UserModuleRescaler(self.ranks), *internal_callbacks]
         self.trainer = build_trainer(
             options,
-            own=own,
+            internal_callbacks=internal_callbacks,
             logger=None if recorder is None else RecorderLogger(recorder),
             folder=folder,
             loader=self.loader,
-            automatic=self.module.automatic_optimization,
-            place=self.place,
+            automatic_optimization=self.module.automatic_optimization,
+            rank_info=self.rank_info,
         )
         if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
             self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
-        keeper.show = not self.trainer.progress_bar_callback
-        if self.place is not None:
-            # Lightning asks the device before each step whether a signal came; ranks hear their
-            # parent instead, and agree by the keeper.
+        checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
+        if self.rank_info is not None:
+            # Before each step Lightning broadcasts whether a signal arrived, which waits for the
+            # device. Here the parent sends stop requests, and CheckpointCallback agrees on them.
             loop: Any = self.trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor = _nothing_to_ask
-        return keeper
+            loop._broadcast_sigterm_tensor = _skip_broadcast
+        return checkpoint_callback
 
-    def _options(self) -> TrainerOptions:
-        """The trainer's, with DDP told where some weights do not learn yet."""
+    def _trainer_options(self) -> TrainerOptions:
+        """Return the trainer options; let DDP look for unused parameters if layers are unfrozen
+        later.
+        """
         options = self.recipe.trainer
-        waiting = self.tuning is not None and self.tuning.unfreeze_every is not None
-        if self.place is None or not waiting or options.rest.get("strategy") not in DDP:
+        unfreezes_layers = self.tuning is not None and self.tuning.unfreeze_every is not None
+        if (
+            self.rank_info is None
+            or not unfreezes_layers
+            or options.arguments.get("strategy") not in DDP_STRATEGIES
+        ):
             return options
-        rest = {**options.rest, "strategy": "ddp_find_unused_parameters_true"}
-        return replace(options, rest=rest)
+        arguments = {**options.arguments, "strategy": "ddp_find_unused_parameters_true"}
+        return replace(options, arguments=arguments)
 
-    def _module(self, interruption: Stoppable) -> pl.LightningModule:
+    def _build_module(self, interruption: StopRequest) -> pl.LightningModule:
         if isinstance(self.network, pl.LightningModule):
             return self.network
         recipe, options = self.recipe, self.recipe.trainer
-        loss = loss_of(recipe.loss)
-        weighted = self.train.weight is not None
-        if weighted and not isinstance(loss, Loss):
+        loss = build_loss(recipe.loss)
+        has_sample_weights = self.train.weight is not None
+        if has_sample_weights and not isinstance(loss, Loss):
             raise ConfigError(
-                f"a reweighter is given, but the loss {type(loss).__name__} takes no weights; "
+                f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
                 "derive it from qtorch.metrics.loss.Loss."
             )
         if recipe.compile:
             self.network.compile(**(recipe.compile if isinstance(recipe.compile, dict) else {}))
-        make = ScoreModule
+        module_factory = ScoreModule
         if recipe.module is not None:
-            make = configured_factory(recipe.module, "module")  # type: ignore[assignment]  # asked below
-        module = make(
+            module_factory = build_factory(recipe.module, "module")  # type: ignore[assignment]  # checked below
+        module = module_factory(
             self.network,
             loss,
-            self._optimizer(),
+            self._build_optimizer_factory(),
             scheduler_plan(recipe.scheduler),
             num_days=len(self.train.calendar if self.valid is None else self.valid.calendar),
             accumulate=options.accumulate,
             clip_value=options.clip_value,
             clip_algorithm=options.clip_algorithm,
-            complete=self._complete(loss),
+            complete=self._has_all_labels(loss),
             day_label=day_label(recipe.day_label),
-            # Ranks stop together, at the end of a training_step.
-            interrupted=interruption.is_requested if self.place is None else no_interruption,
+            # Several ranks must stop together, which the checkpoint callback ensures.
+            is_stop_requested=interruption.is_requested if self.rank_info is None else never_stop,
             ranks=self.ranks,
         )
         if not isinstance(module, ScoreModule):
             raise ConfigError(
                 f"the module is a {type(module).__name__}; expected a qtorch.model.ScoreModule. "
-                "(A LightningModule that trains itself is given as the network.)"
+                "(Pass a LightningModule with its own training_step as the network.)"
             )
         if self.tuning is not None:
-            module.pretraining_epochs = 0  # weights that were learnt go on from where they are
+            module.pretraining_epochs = 0  # fitted weights need no pretraining
         module.bind(self.train, self.valid)
-        self.train.raw_label = None  # these samples are a copy of ours; a step learns from y alone
+        self.train.raw_label = None  # a copy of the caller's samples; the training step only uses y
         return module
 
-    def _complete(self, loss: Any) -> bool:
-        """Whether no training label is missing; of a sum of losses it does not help the ranks."""
-        if self.place is not None and isinstance(loss, Combined):
-            loss.whole = self.ranks.sum
+    def _has_all_labels(self, loss: Any) -> bool:
+        """Whether no training label is missing, so that losses can skip masking.
+
+        A Combined loss on several ranks cannot use this; it gets a function to sum over the ranks.
+        """
+        if self.rank_info is not None and isinstance(loss, Combined):
+            loss.sum_over_ranks = self.ranks.sum
             return False
         return self.train.target is not None and not bool(self.train.target.isnan().any())
 
-    def _optimizer(self) -> OptimizerFactory:
-        factory, state = explained(optimizer_factory(self.recipe.optimizer)), self.optimizer_state
+    def _build_optimizer_factory(self) -> OptimizerFactory:
+        factory, state = (
+            explain_errors(optimizer_factory(self.recipe.optimizer)),
+            self.optimizer_state,
+        )
         if self.tuning is not None:
-            factory = self.tuning.optimizer(factory, self.network)
-        return factory if state is None else partial(_taken_up, factory, state)
+            factory = self.tuning.scale_layer_rates(factory, self.network)
+        return factory if state is None else partial(_restore_optimizer, factory, state)
 
-    def _loader(
-        self, samples: Samples, training: bool, limit: int | float | None, cut: int | None
+    def _build_loader(
+        self, samples: Samples, training: bool, limit: int | float | None, cut_every: int | None
     ) -> StepLoader:
         batch, options = self.recipe.batch, self.recipe.trainer
         order = batch["order"]
         if not training:
             order = "day_sequential" if order.startswith("day") else "sequential"
-        named: dict[str, Any] = {
-            "batch_size": batch["size"] if training else evaluation_size(batch, samples.device),
+        loader_arguments: dict[str, Any] = {
+            "batch_size": batch["size"]
+            if training
+            else evaluation_batch_size(batch, samples.device),
             "order": order,
             "seed": self.recipe.seed,
             "days_per_batch": batch["days_per_batch"],
         }
-        if self.place is None:
-            source = BatchLoader(samples, **named)
+        if self.rank_info is None:
+            source = BatchLoader(samples, **loader_arguments)
         else:
-            source, limit = self._shared(samples, training, limit, named)
-        number = limited(len(source), limit)
-        if number == 0 and training:
-            raise ConfigError(f"limit_train_batches {limit} leaves no batch of {len(source)}.")
+            source, limit = self._build_sharded_source(samples, training, limit, loader_arguments)
+        num_batches = limit_batches(len(source), limit)
+        if num_batches == 0 and training:
+            raise ConfigError(
+                f"limit_train_batches={limit} leaves none of the {len(source)} batches."
+            )
         return StepLoader(
             source,
             lambda: self.trainer.current_epoch,
-            inner_steps=inner_steps_of(self.recipe.inner_steps, options, number),
-            limit=number,
-            cut_every=cut,
-            plain=self.own_module,
+            inner_steps=resolve_inner_steps(self.recipe.inner_steps, options, num_batches),
+            limit=num_batches,
+            cut_every=cut_every,
+            yield_batches=self.is_user_module,
         )
 
-    def _shared(
-        self, samples: Samples, training: bool, limit: int | float | None, named: dict[str, Any]
+    def _build_sharded_source(
+        self,
+        samples: Samples,
+        training: bool,
+        limit: int | float | None,
+        loader_arguments: dict[str, Any],
     ) -> tuple[BatchLoader, int | float | None]:
-        """This rank's share of the batches, and the limit that is left to apply to it."""
-        own = {"rank": self.ranks.rank, "world": self.ranks.size, **named}
+        """Return this rank's share of the batches, and the limit that still has to be applied."""
+        rank_arguments = {
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.size,
+            **loader_arguments,
+        }
         if training:
-            return SharedLoader(samples, trim=self.own_module, **own), limit
-        whole = limited(len(BatchLoader(samples, **named)), limit)
-        return BlockLoader(samples, limit=whole, blanks=not self.own_module, **own), None
+            return ShardedLoader(samples, trim=self.is_user_module, **rank_arguments), limit
+        num_batches = limit_batches(len(BatchLoader(samples, **loader_arguments)), limit)
+        return BlockLoader(
+            samples, limit=num_batches, allow_dummies=not self.is_user_module, **rank_arguments
+        ), None
 
-    def run(self, found: tuple[Path, dict[str, Any]] | None) -> None:
-        """Train, from the checkpoint that was found or from the first step."""
-        checkpoint = None if found is None else found[0]
-        if found is not None:
-            log.info("resuming from %s", checkpoint)
-            self.loader.cut(found[1][KEEPER]["inner_steps"], found[1][KEEPER]["cut_every"])
-        loader = None
+    def run(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> None:
+        """Train from the given checkpoint, or from the first step if it is None."""
+        path = None if checkpoint is None else checkpoint[0]
+        if checkpoint is not None:
+            log.info("resuming from %s", path)
+            self.loader.set_boundaries(
+                checkpoint[1][CALLBACK_STATE_KEY]["inner_steps"],
+                checkpoint[1][CALLBACK_STATE_KEY]["cut_every"],
+            )
+        valid_loader = None
         if self.valid is not None and self.recipe.trainer.limit_valid != 0:
-            loader = self._loader(self.valid, False, self.recipe.trainer.limit_valid, None)
+            valid_loader = self._build_loader(
+                self.valid, False, self.recipe.trainer.limit_valid, None
+            )
         self.trainer.fit(
             self.module,
             self.loader,
-            loader,
-            ckpt_path=None if checkpoint is None else str(checkpoint),
-            weights_only=None if checkpoint is None else True,
+            valid_loader,
+            ckpt_path=None if path is None else str(path),
+            weights_only=None if path is None else True,
         )
-        self.keeper.deliver(self.trainer)  # where nothing was left to train, it is not yet
+        self.checkpoint_callback.resend_metrics(
+            self.trainer
+        )  # if no epoch was left to train, nothing has sent them
 
-    def result(self, found: tuple[Path, dict[str, Any]] | None) -> Fitted:
-        """What the training leaves."""
-        keeper, network = self.keeper, weights_of(self.module)
-        keeper._elapse()
-        weights = keeper.best_weights
+    def result(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> FitResult:
+        """Return the result after training, with the best weights loaded into the network."""
+        checkpoint_callback, network = self.checkpoint_callback, get_network(self.module)
+        checkpoint_callback.update_seconds()
+        weights = checkpoint_callback.best_weights
         if is_sharded(network):
-            weights = whole_weights(network) if weights is None else weights
-            network = self.network if self.whole is None else self.whole
+            weights = gather_weights(network) if weights is None else weights
+            network = self.network if self.unsharded_network is None else self.unsharded_network
         if weights:
             network.load_state_dict(weights)
         network.cpu()
         if self.tuning is not None:
-            network = self.tuning.finished(network)
+            network = self.tuning.finalize_network(network)
         if self.recipe.compile:
             network._compiled_call_impl = None  # a compiled call cannot be saved
-        rate = keeper.num_trained / keeper.train_seconds if keeper.train_seconds else 0.0
+        samples_per_second = (
+            checkpoint_callback.num_train_samples / checkpoint_callback.train_seconds
+            if checkpoint_callback.train_seconds
+            else 0.0
+        )
         report: dict[str, Any] = {
-            "epochs": len(keeper.history),
-            "best_epoch": keeper.best_epoch,
-            "monitor": keeper.monitor,
-            "best_value": keeper.best_value,
-            "seconds": keeper.seconds,
-            "train_seconds": keeper.train_seconds,
+            "epochs": len(checkpoint_callback.history),
+            "best_epoch": checkpoint_callback.best_epoch,
+            "monitor": checkpoint_callback.monitor,
+            "best_value": checkpoint_callback.best_value,
+            "seconds": checkpoint_callback.seconds,
+            "train_seconds": checkpoint_callback.train_seconds,
             "samples": len(self.train),
             "valid_samples": 0 if self.valid is None else len(self.valid),
-            "samples_per_second": rate,
+            "samples_per_second": samples_per_second,
             "parameters": self.num_parameters,
             "device": str(self.train.device),
             "devices": self.ranks.size,
             "inner_steps": self.loader.inner_steps,
             "seed": self.recipe.seed,
-            "resumed_from": None if found is None else str(found[0]),
+            "resumed_from": None if checkpoint is None else str(checkpoint[0]),
         }
         if self.tuning is not None:
             report["tuning"] = self.tuning.description
-        return Fitted(network, keeper.history, report, keeper.best_optimizer)
+        return FitResult(
+            network, checkpoint_callback.history, report, checkpoint_callback.best_optimizer
+        )
 
 
-def _nothing_to_ask() -> None:
-    """Stands where Lightning would ask."""
+def _skip_broadcast() -> None:
+    """Replace Lightning's broadcast of whether a signal has arrived."""
 
 
-def _taken_up(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:
-    """An optimizer that begins with another's moments, and its own rates."""
+def _restore_optimizer(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:
+    """Build an optimizer with the moments of another one and its own learning rates."""
     optimizer = factory(parameters)
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if count != sum(len(group["params"]) for group in state["param_groups"]):
-        raise ConfigError("keep_optimizer: the optimizer's state is of other parameters.")
+        raise ConfigError("keep_optimizer: the optimizer's state belongs to other parameters.")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
     return optimizer
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Lightning's greetings (devices found, why it stopped) are not the user's log, nor are its
-    warnings of what is meant here (no valid segment) or is its own affair."""
-    loggers = [logging.getLogger(n) for n in LIGHTNINGS]
-    before = [logger.level for logger in loggers]
+    """Context manager that silences Lightning's log lines and warnings that do not concern users.
+
+    These are its greetings (devices, why it stopped) and warnings about what is intended here, such
+    as a dataset without a valid segment.
+    """
+    loggers = [logging.getLogger(n) for n in LIGHTNING_LOGGERS]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logging.WARNING, logger.level))
     try:
         with warnings.catch_warnings():
-            for text in QUIET:
-                warnings.filterwarnings("ignore", message=text)
+            for pattern in IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", message=pattern)
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What tells one training from another, so that a checkpoint is taken up by its own alone."""
+"""The identity of a training, so that it resumes only from its own checkpoints."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ if TYPE_CHECKING:
 def training_identity(
     network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe, start: str
 ) -> str:
-    """What tells a training from another: network, data, batches, optimizer, seed, start; not how
-    long it lasts nor how it is shown."""
+    """Return a hash of what defines a training: network, data, batches, optimizer, seed, start.
+
+    It does not depend on how long the training runs or how progress is displayed.
+    """
     options = recipe.trainer
     parts = {
         "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
         "class": type(network).__qualname__,
         "data": [None if s is None else data_identity(s) for s in (train, valid)],
         "batch": {k: v for k, v in recipe.batch.items() if k != "eval_size"},
-        "rules": [_named(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
+        "rules": [_describe_spec(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
         "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
         "limit": options.limit_train,
-        "precision": str(options.rest.get("precision")),
+        "precision": str(options.arguments.get("precision")),
         "seed": recipe.seed,
         "start": start,
         **{
-            name: _named(value)
+            name: _describe_spec(value)
             for name, value in (("module", recipe.module), ("day_label", recipe.day_label))
             if value is not None
         },
@@ -44,17 +46,24 @@ def training_identity(
 
 
 def data_identity(samples: Samples) -> list[Any]:
-    """A short description of samples that other samples are unlikely to share."""
-    told = samples.describe()
+    """Return a short description of samples that is unlikely to be shared by other samples."""
+    description = samples.describe()
     sums = [
         None if t is None else float(torch.nan_to_num(t).double().sum())
         for t in (samples.date, samples.instrument, samples.target, samples.weight)
     ]
     names = hashlib.sha256(repr(samples.feature_names).encode()).hexdigest()
-    return [told["samples"], told["start"], told["end"], samples.step_len, names, *sums]
+    return [
+        description["samples"],
+        description["start"],
+        description["end"],
+        samples.step_len,
+        names,
+        *sums,
+    ]
 
 
-def _named(spec: Any) -> Any:
+def _describe_spec(spec: Any) -> Any:
     try:
         return plain_value(spec)
     except ConfigError:
