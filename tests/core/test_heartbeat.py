@@ -1,30 +1,30 @@
-"""Signs of life."""
+"""Heartbeats and their listeners."""
 
 from __future__ import annotations
 
 import pytest
 
 from qtorch.core import heartbeat
-from qtorch.core.heartbeat import RUN, beat, is_heard, listening
+from qtorch.core.heartbeat import RUN, beat, has_listeners, listen
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A fake monotonic clock that the test advances."""
     now = [100.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_nobody_listens():
-    assert not is_heard()
+def test_beat_without_a_listener_does_nothing():
+    assert not has_listeners()
     beat("training", epoch=1)
 
 
-def test_two_a_second_and_no_detail_is_lost(clock):
-    told = []
-    with listening(lambda stage, details: told.append((stage, details))):
-        assert is_heard()
+def test_beats_are_limited_to_two_per_second_and_keep_all_details(clock):
+    reports = []
+    with listen(lambda stage, details: reports.append((stage, details))):
+        assert has_listeners()
         beat("data")
         for epoch in range(5):
             clock[0] += 0.125
@@ -32,36 +32,36 @@ def test_two_a_second_and_no_detail_is_lost(clock):
         beat("record", record="X")
         clock[0] += 0.5
         beat("saving")
-    assert told == [
+    assert reports == [
         ("data", {}),
         ("training", {"epoch": 3, "metrics": 1}),
         ("saving", {"epoch": 4, "record": "X"}),
     ]
     beat("after")
-    assert len(told) == 3
+    assert len(reports) == 3
 
 
-def test_a_run_is_told_at_once(clock):
-    told = []
-    with listening(lambda stage, details: told.append((stage, details))):
+def test_run_beat_is_reported_immediately(clock):
+    reports = []
+    with listen(lambda stage, details: reports.append((stage, details))):
         beat("data")
         beat("training", epoch=1)
         beat(RUN, recorder_id="a")
         beat(RUN, recorder_id="b")
-    assert told == [("data", {}), ("run", {"recorder_id": "a"}), ("run", {"recorder_id": "b"})]
+    assert reports == [("data", {}), ("run", {"recorder_id": "a"}), ("run", {"recorder_id": "b"})]
 
 
-def test_several_listeners_and_an_error_that_stops_the_work(clock):
-    told = []
+def test_error_of_one_of_several_listeners_stops_the_work(clock):
+    reports = []
 
     def stop(stage, details):
         raise RuntimeError("stop")
 
     with (
-        listening(lambda stage, details: told.append(stage)),
-        listening(stop),
+        listen(lambda stage, details: reports.append(stage)),
+        listen(stop),
         pytest.raises(RuntimeError, match="stop"),
     ):
         beat("training")
-    assert told == ["training"]
-    assert not is_heard()
+    assert reports == ["training"]
+    assert not has_listeners()

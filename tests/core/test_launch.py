@@ -1,4 +1,4 @@
-"""Which of a launcher's processes this one is, by the variables that torchrun and srun set."""
+"""Detection of the world that torchrun or srun describes in the environment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SRUN = {
 }
 
 
-def test_torchrun() -> None:
+def test_world_of_torchrun() -> None:
     world = external_world(TORCHRUN)
     assert world is not None
     assert (world.kind, world.rank, world.size) == ("torchrun", 3, 4)
@@ -35,31 +35,31 @@ def test_torchrun() -> None:
     assert (world.address, world.port, world.has_store) == ("gpu01", 29500, True)
 
 
-def test_srun() -> None:
+def test_world_of_srun() -> None:
     world = external_world(SRUN)
     assert world is not None
     assert (world.kind, world.rank, world.size) == ("srun", 2, 4)
     assert (world.local_rank, world.num_local) == (0, 2)
     assert (world.address, world.has_store) == ("gpu03", False)
-    other = external_world({**SRUN, "SLURM_STEP_ID": "1"})
-    assert other is not None
-    assert other.port != world.port
-    given = external_world({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5000"})
-    assert given is not None
-    assert (given.address, given.port) == ("head", 5000)
+    other_step = external_world({**SRUN, "SLURM_STEP_ID": "1"})
+    assert other_step is not None
+    assert other_step.port != world.port
+    override = external_world({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5000"})
+    assert override is not None
+    assert (override.address, override.port) == ("head", 5000)
 
 
 @pytest.mark.parametrize(
-    "gone",
+    "changes",
     [
-        {"SLURM_STEP_ID": None},  # a batch script knows of its job's tasks too
-        {"SLURM_STEP_NUM_TASKS": "1"},  # submitit's job
+        {"SLURM_STEP_ID": None},  # a batch script has the job's other variables too
+        {"SLURM_STEP_NUM_TASKS": "1"},  # a job of submitit
         dict.fromkeys(SRUN),
     ],
 )
-def test_nobody_has_started_several(gone: dict[str, str | None]) -> None:
-    left = {**SRUN, **gone}
-    assert external_world({k: v for k, v in left.items() if v is not None}) is None
+def test_single_process_has_no_world(changes: dict[str, str | None]) -> None:
+    environment = {**SRUN, **changes}
+    assert external_world({k: v for k, v in environment.items() if v is not None}) is None
     assert external_world({**TORCHRUN, "WORLD_SIZE": "1"}) is None
 
 
@@ -73,5 +73,5 @@ def test_nobody_has_started_several(gone: dict[str, str | None]) -> None:
         ("127.0.0.1", "127.0.0.1"),
     ],
 )
-def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+def test_first_node_of_a_slurm_node_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first

@@ -1,3 +1,5 @@
+"""Session defaults, atomic files, error messages, devices and seeds."""
+
 from __future__ import annotations
 
 import os
@@ -7,88 +9,88 @@ import threading
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError, nearest, unknown_name
-from qtorch.core.files import remove_unfinished, whole_file
+from qtorch.core.errors import ConfigError, nearest_name, unknown_name
+from qtorch.core.files import atomic_write, remove_partial_files
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
 
 
-def test_init_sets_only_what_it_is_given():
+def test_init_changes_only_the_arguments_that_it_gets():
     init("~/bars", region="cn", seed=3)
     init(tracking_uri="sqlite:///x.db")
     assert session().provider_uri.endswith("/bars")
     assert "~" not in session().provider_uri
     assert (session().region, session().seed) == ("cn", 3)
     assert session().tracking_uri == "sqlite:///x.db"
-    with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Known: cn, us"):
+    with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, us"):
         init(region="uk")
 
 
-def test_a_context_overrides_here_and_not_in_other_threads():
+def test_session_context_does_not_affect_other_threads():
     init(seed=1)
-    seen = []
+    seeds = []
     with session_context(seed=2, trusted=("a",)):
-        thread = threading.Thread(target=lambda: seen.append(session().seed))
+        thread = threading.Thread(target=lambda: seeds.append(session().seed))
         thread.start()
         thread.join()
         assert session().seed == 2
-    assert seen == [1]
+    assert seeds == [1]
     assert session().seed == 1
     with pytest.raises(ConfigError, match="Did you mean 'seed'"), session_context(sead=1):
         pass
 
 
-def test_names():
-    assert nearest("LSMT", ["LSTM", "GRU"]) == "LSTM"
-    assert nearest("lstm", ["LSTM", "GRU"]) == "LSTM"
-    assert nearest("zebra", ["LSTM"]) is None
-    assert "Known: none" in unknown_name("field", "x", [])
+def test_error_messages_suggest_the_nearest_name():
+    assert nearest_name("LSMT", ["LSTM", "GRU"]) == "LSTM"
+    assert nearest_name("lstm", ["LSTM", "GRU"]) == "LSTM"
+    assert nearest_name("zebra", ["LSTM"]) is None
+    assert "Valid names: none" in unknown_name("field", "x", [])
     assert "(20 in all)" in unknown_name("field", "x", [f"f{k}" for k in range(20)])
 
 
-def test_seeds_and_devices():
+def test_seed_everything_and_resolve_device():
     seed_everything(5)
-    one = torch.rand(3)
+    first = torch.rand(3)
     seed_everything(5)
-    assert torch.equal(one, torch.rand(3))
+    assert torch.equal(first, torch.rand(3))
     assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(ConfigError, match="is no device"):
+    with pytest.raises(ConfigError, match="is not a device"):
         resolve_device("gpu!")
     with pytest.raises(ConfigError, match="CUDA devices"):
         resolve_device("cuda:99")
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_atomic_write_leaves_the_old_file_on_an_error(tmp_path):
     path = tmp_path / "a" / "x.txt"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("one")
-    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("tw")
         raise RuntimeError
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
 
 
-def test_what_a_killed_writer_leaves_is_removed_and_a_living_ones_stays(tmp_path):
+def test_partial_file_of_a_killed_writer_is_removed_and_of_a_running_one_stays(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("whole")
     (tmp_path / ".other.txt").write_text("")
     pid = os.fork()
     if not pid:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("ha")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    left = set(tmp_path.iterdir())
-    assert len(left) == 3
-    with whole_file(path) as temporary:
+    paths = set(tmp_path.iterdir())
+    assert len(paths) == 3
+    with atomic_write(path) as temporary:
         temporary.write_text("one")
-        remove_unfinished(tmp_path)
+        remove_partial_files(tmp_path)
         assert set(tmp_path.iterdir()) == {path, tmp_path / ".other.txt", temporary}
-    remove_unfinished(tmp_path)
+    remove_partial_files(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.txt", "x.txt"]
     assert path.read_text() == "one"
 
 
-def test_progress_gives_every_item():
+def test_progress_yields_every_item():
     assert list(progress(range(5), "counting")) == list(range(5))

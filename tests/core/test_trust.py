@@ -1,3 +1,5 @@
+"""The trust rule for names in pickles and configurations."""
+
 from __future__ import annotations
 
 import io
@@ -14,74 +16,74 @@ import torch
 
 from qtorch.core.errors import DataError, TrustError
 from qtorch.core.session import session_context
-from qtorch.core.trust import check_config, check_name, load_pickle
+from qtorch.core.trust import check_config_trust, check_name_trust, load_pickle
 
 
-class Evil:
+class Malicious:
     def __reduce__(self):
         return (os.system, ("true",))
 
 
-class Nested:
-    """A torch storage whose own file would run code."""
+class MaliciousStorage:
+    """A torch storage whose embedded file would run code."""
 
     def __reduce__(self):
         inner = io.BytesIO()
-        torch.save(Evil(), inner)
+        torch.save(Malicious(), inner)
         return (torch.storage._load_from_bytes, (inner.getvalue(),))
 
 
-def test_plain_values_and_tensors_pass():
+def test_plain_values_and_tensors_are_trusted():
     value = {"a": np.arange(3), "b": torch.ones(2, 2), "c": OrderedDict(x=1), "d": {1, 2}}
-    back = load_pickle(pickle.dumps(value))
-    assert back["b"].sum() == 4
-    assert back["a"].tolist() == [0, 1, 2]
+    result = load_pickle(pickle.dumps(value))
+    assert result["b"].sum() == 4
+    assert result["a"].tolist() == [0, 1, 2]
     layer = load_pickle(pickle.dumps(torch.nn.Linear(2, 1)))
     assert isinstance(layer, torch.nn.Linear)
 
 
-@pytest.mark.parametrize("thing", [Evil(), Nested()])
-def test_code_does_not_run(thing):
+@pytest.mark.parametrize("malicious", [Malicious(), MaliciousStorage()])
+def test_malicious_pickle_does_not_run_code(malicious):
     with pytest.raises((TrustError, DataError)):
-        load_pickle(pickle.dumps(thing))
+        load_pickle(pickle.dumps(malicious))
 
 
-def test_an_untrusted_module_is_not_even_imported(tmp_path, monkeypatch):
+def test_untrusted_module_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "surprise.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass A: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    stored = b"csurprise\nA\n."
+    data = b"csurprise\nA\n."
     with pytest.raises(TrustError, match="'surprise' is not trusted"):
-        load_pickle(stored)
+        load_pickle(data)
     with pytest.raises(TrustError):
-        check_name("surprise.A")
+        check_name_trust("surprise.A")
     assert not (tmp_path / "ran").exists()
     with session_context(trusted=("surprise",)):
-        assert load_pickle(stored).__name__ == "A"
+        assert load_pickle(data).__name__ == "A"
 
 
-def test_the_environment_trusts_too(monkeypatch):
+def test_packages_of_the_environment_variable_are_trusted(monkeypatch):
     monkeypatch.setenv("QTORCH_TRUSTED", "a.b, os")
-    check_name("os.system")
+    check_name_trust("os.system")
     with pytest.raises(TrustError):
-        check_name("a.bc.d")
+        check_name_trust("a.bc.d")
 
 
-def test_configurations_are_walked():
-    check_config({"_target_": "torch.optim.Adam", "parts": [{"class": "torch.nn.Linear"}]})
-    with pytest.raises(TrustError, match="not of a kind"):
-        check_config({"a": [{"func": "torch.hub.load"}]})
+def test_nested_names_of_a_configuration_are_checked():
+    check_config_trust({"_target_": "torch.optim.Adam", "parts": [{"class": "torch.nn.Linear"}]})
+    with pytest.raises(TrustError, match="not of a type"):
+        check_config_trust({"a": [{"func": "torch.hub.load"}]})
     with pytest.raises(TrustError, match="which is code"):
-        check_config({"class": "A", "module_path": "x.py"})
+        check_config_trust({"class": "A", "module_path": "x.py"})
 
 
-def test_a_damaged_pickle_says_so(tmp_path: Path):
+def test_damaged_pickle_raises_data_error(tmp_path: Path):
     path = tmp_path / "x.pkl"
     path.write_bytes(b"\x80\x04not a pickle")
     with pytest.raises(DataError, match=r"x\.pkl cannot be read"):
         load_pickle(path)
 
 
-def test_classes_of_a_trusted_file_come_back_in_another_process(tmp_path: Path):
+def test_class_of_a_trusted_file_is_loaded_in_another_process(tmp_path: Path):
     code = tmp_path / "own.py"
     code.write_text("class Own:\n    value = 3\n")
     save = (
