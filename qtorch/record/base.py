@@ -7,14 +7,14 @@ from typing import Any, ClassVar, TypeAlias
 
 from qtorch.core.configured import Configured
 from qtorch.core.errors import LoadObjectError, RecordError
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.recorder import Recorder
 
 Names: TypeAlias = list[str]  # inside the class, `list` is the method named by Qlib
 
 
-@trusted_type
+@trust_subclasses
 class Record(Configured, ABC):
     """Computes something from a run's results and stores it in the same run.
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtorch.core.files import whole_file
+from qtorch.core.files import atomic_write
 from qtorch.record.page_style import STYLE
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Page:
         """
         wide, narrow = (_png(draw(*args, narrow=n, **options)) for n in (False, True))
         path = self.folder / f"{name}.png"
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(wide.data)
         return (
             f'<figure id="{escape(name)}"><picture>'
@@ -187,7 +187,7 @@ class Page:
         """Write the page under `name` and return its path."""
         path = self.folder / name
         body = "\n".join(self._parts)
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(
                 '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
                 '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

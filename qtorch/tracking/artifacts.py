@@ -31,10 +31,10 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError, LoadObjectError, TrackingError, TrustError
-from qtorch.core.files import whole_file
-from qtorch.core.names import dotted_name, locate
+from qtorch.core.files import atomic_write
+from qtorch.core.names import import_path, locate
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import check_name, check_trusted, load_pickle
+from qtorch.core.trust import check_name_trust, check_object_trust, load_pickle
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.plain import NotPlainError, decode, encode
 
@@ -69,7 +69,7 @@ def write_object(value: Any, folder: Path, name: str) -> Path:
     for suffix, write in _writers(value):
         target = folder / (name + suffix if name.endswith(".pkl") else f"{name}.object{suffix}")
         try:
-            with whole_file(target) as temporary:
+            with atomic_write(target) as temporary:
                 write(value, temporary)
             return target
         except (NotTabularError, NotPlainError) as error:
@@ -159,7 +159,7 @@ def _read_json(path: Path, name: str) -> Any:
 
 
 def _write_state(cls: type, state: State) -> Callable[[Any, Path], None]:
-    content = {"_target_": dotted_name(cls), "config": encode(state.config)}
+    content = {"_target_": import_path(cls), "config": encode(state.config)}
 
     def write(_: Any, path: Path) -> None:
         text = _json_text("state", content)
@@ -175,9 +175,9 @@ def _write_state(cls: type, state: State) -> Callable[[Any, Path], None]:
 
 
 def _rebuild(target: str, state: State) -> Any:
-    check_name(target)
+    check_name_trust(target)
     cls = locate(target)
-    check_trusted(target, cls)
+    check_object_trust(target, cls)
     if not isinstance(cls, type) or not hasattr(cls, "from_state"):
         raise LoadObjectError(
             f"{target} is not a class with from_state; was it stored by another version?"

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError, unknown_name
-from qtorch.core.files import whole_file
+from qtorch.core.files import atomic_write
 from qtorch.tracking.artifacts import (
     logical_name,
     object_files,
@@ -107,7 +107,7 @@ class RunFiles:
                 relative_path = file.relative_to(local) if local.is_dir() else Path(file.name)
                 if (target / relative_path).resolve() == file.resolve():
                     continue  # the file is already in place
-                with whole_file(target / relative_path) as temporary:
+                with atomic_write(target / relative_path) as temporary:
                     shutil.copyfile(file, temporary)
         except OSError as error:
             raise TrackingError(

@@ -1,4 +1,4 @@
-"""A run in a store of its own, and scores whose quality is known."""
+"""Fixtures for the record tests: a run in its own store, and scores of known quality."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def recorder(tmp_path, monkeypatch):
 
 
 class TinyDataset:
-    """A raw label by segment, in the multi-column form of a handler."""
+    """A raw label per segment, with the column levels of a handler."""
 
     segments = {"train": None, "valid": None, "test": None}  # noqa: RUF012 - read only
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def prepare(self, segment, col_set="__all", data_key="infer"):
-        self.asked.append((segment, col_set, data_key))
+        self.requests.append((segment, col_set, data_key))
         start = {"train": "2019-01-01", "valid": "2019-07-01", "test": "2020-01-01"}[segment]
         dates = pd.bdate_range(start, periods=40).as_unit("ns")
         index = pd.MultiIndex.from_product(
@@ -40,13 +40,13 @@ class TinyDataset:
 
 
 class TinyModel:
-    """Scores that are the label and noise."""
+    """Predicts the label plus noise."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def predict(self, dataset, segment="test"):
-        self.asked.append(segment)
+        self.requests.append(segment)
         label = dataset.prepare(segment).iloc[:, 0]
         noise = np.random.default_rng(9).normal(0, 0.05, len(label))
         return pd.Series(label.to_numpy() + noise, index=label.index, name="score")
@@ -54,11 +54,11 @@ class TinyModel:
 
 @pytest.fixture
 def dataset():
-    """See TinyDataset."""
+    """A TinyDataset."""
     return TinyDataset()
 
 
 @pytest.fixture
 def model():
-    """See TinyModel."""
+    """A TinyModel."""
     return TinyModel()

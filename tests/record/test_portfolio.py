@@ -1,4 +1,4 @@
-"""The backtest inside a run: what is written, logged and refused."""
+"""Portfolio records: artifacts, metrics and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scores(market):
 
 
 class Dataset:
-    """What a record reads of a dataset: its source of bars."""
+    """The part of a dataset that records read: its source of bars."""
 
     def __init__(self, source):
         self.handler = type("Handler", (), {"source": source})()
@@ -51,26 +51,29 @@ def config(signal="<PRED>", **settings):
 
 
 @pytest.mark.slow
-def test_what_it_writes_is_the_backtest_and_what_it_logs_is_its_risk(run, scores, market):
+def test_record_stores_the_backtest_and_logs_its_risk(run, scores, market):
     recorder, dataset = run
     PortAnaRecord(recorder, config(), dataset=dataset).generate()
     strategy = TopkDropoutStrategy(signal=scores, topk=8, n_drop=2)
     start = scores.index[0][0]
-    own = backtest(start, None, strategy, source=market, **BACKTEST)
+    expected_result = backtest(start, None, strategy, source=market, **BACKTEST)
     report = recorder.load_object("portfolio_analysis/report_normal_1day.pkl")
-    pd.testing.assert_frame_equal(report, own.report, check_freq=False)
+    pd.testing.assert_frame_equal(report, expected_result.report, check_freq=False)
     positions = recorder.load_object("portfolio_analysis/positions_normal_1day.pkl")
-    np.testing.assert_allclose(positions, own.positions)
+    np.testing.assert_allclose(positions, expected_result.positions)
     assert positions.index.names == ["datetime", "instrument"]
     indicators = recorder.load_object("portfolio_analysis/indicators_normal_1day.pkl")
-    np.testing.assert_allclose(indicators, own.indicators)
-    over = own.report["return"] - own.report["bench"]
+    np.testing.assert_allclose(indicators, expected_result.indicators)
+    excess_return = expected_result.report["return"] - expected_result.report["bench"]
     metrics = recorder.list_metrics()
-    for name, series in (("without", over), ("with", over - own.report["cost"])):
+    for name, series in (
+        ("without", excess_return),
+        ("with", excess_return - expected_result.report["cost"]),
+    ):
         risk = risk_analysis(series, freq="day")["risk"]
         for figure, value in risk.items():
-            logged = metrics[f"1day.excess_return_{name}_cost.{figure}"]
-            assert logged == pytest.approx(value, rel=1e-9)
+            logged_value = metrics[f"1day.excess_return_{name}_cost.{figure}"]
+            assert logged_value == pytest.approx(value, rel=1e-9)
     analysis = recorder.load_object("portfolio_analysis/port_analysis_1day.pkl")
     assert list(analysis.index.get_level_values(0).unique()) == [
         "excess_return_without_cost",
@@ -81,34 +84,34 @@ def test_what_it_writes_is_the_backtest_and_what_it_logs_is_its_risk(run, scores
 
 
 @pytest.mark.slow
-def test_hydras_form_a_live_strategy_and_the_runs_own_source(run, market):
+def test_forms_of_strategy_and_source(run, market):
     recorder, dataset = run
-    first = PortAnaRecord(recorder, config(), dataset=dataset).generate()
+    first_objects = PortAnaRecord(recorder, config(), dataset=dataset).generate()
     strategy = {"_target_": "qtorch.backtest.TopkDropoutStrategy", "topk": 8, "n_drop": 2}
-    hydra = {"strategy": {**strategy, "signal": "<PRED>"}, "backtest": BACKTEST}
-    live = {"strategy": TopkDropoutStrategy(signal="<PRED>", topk=8, n_drop=2)}
+    hydra_config = {"strategy": {**strategy, "signal": "<PRED>"}, "backtest": BACKTEST}
+    live_strategy = {"strategy": TopkDropoutStrategy(signal="<PRED>", topk=8, n_drop=2)}
     exchange = {**BACKTEST, "exchange_kwargs": {**COSTS, "source": market}}
     name = "report_normal_1day.pkl"
-    for other in (
-        PortAnaRecord(recorder, hydra, dataset=dataset),
-        PortAnaRecord(recorder, {**live, "backtest": exchange}),
+    for record in (
+        PortAnaRecord(recorder, hydra_config, dataset=dataset),
+        PortAnaRecord(recorder, {**live_strategy, "backtest": exchange}),
     ):
-        pd.testing.assert_frame_equal(other.generate()[name], first[name])
+        pd.testing.assert_frame_equal(record.generate()[name], first_objects[name])
     with pytest.raises(ConfigError, match="no data source"):
         PortAnaRecord(recorder, config()).generate()
 
 
-def test_coarser_frequencies_are_what_trading_so_seldom_would_report(run):
+def test_coarser_frequencies_aggregate_daily_results(run):
     recorder, dataset = run
     freqs = ["day", "week", "month"]
-    found = PortAnaRecord(
+    objects = PortAnaRecord(
         recorder,
         config(),
         risk_analysis_freq=freqs,
         indicator_analysis_freq=freqs,
         dataset=dataset,
     ).generate()
-    day, week = found["report_normal_1day.pkl"], found["report_normal_1week.pkl"]
+    day, week = objects["report_normal_1day.pkl"], objects["report_normal_1week.pkl"]
     by_week = day.groupby(day.index.to_period("W"))
     assert len(week) == by_week.ngroups
     assert week["account"].tolist() == by_week["account"].last().tolist()
@@ -117,32 +120,32 @@ def test_coarser_frequencies_are_what_trading_so_seldom_would_report(run):
     np.testing.assert_allclose(
         week["bench"], (1 + by_week["bench"].apply(lambda b: (1 + b).prod() - 1)) - 1
     )
-    before = week["account"].shift(1).iloc[1:]
-    spent = by_week["total_cost"].last().diff().to_numpy()[1:]
-    np.testing.assert_allclose(week["cost"].iloc[1:], spent / before)
+    previous_account = week["account"].shift(1).iloc[1:]
+    cost = by_week["total_cost"].last().diff().to_numpy()[1:]
+    np.testing.assert_allclose(week["cost"].iloc[1:], cost / previous_account)
     metrics = recorder.list_metrics()
     assert metrics["1month.excess_return_with_cost.mean"] != 0
-    trades = found["indicators_normal_1month.pkl"]
-    assert trades["count"].sum() == found["indicators_normal_1day.pkl"]["count"].sum()
+    trades = objects["indicators_normal_1month.pkl"]
+    assert trades["count"].sum() == objects["indicators_normal_1day.pkl"]["count"].sum()
     assert metrics["1week.ffr"] == pytest.approx(metrics["1day.ffr"])
 
 
 @pytest.mark.slow
-def test_benchmarks_scored_and_none(run, market, scores):
+def test_scored_benchmark_and_no_benchmark(run, market, scores):
     recorder, dataset = run
-    given = config()
-    del given["backtest"]["benchmark"]
-    found = PortAnaRecord(recorder, given, dataset=dataset).generate()
-    bench = found["report_normal_1day.pkl"]["bench"]
+    settings = config()
+    del settings["backtest"]["benchmark"]
+    objects = PortAnaRecord(recorder, settings, dataset=dataset).generate()
+    bench = objects["report_normal_1day.pkl"]["bench"]
     names = sorted(set(scores.index.get_level_values(1)))
     returns = market.features(names, ["$close/Ref($close,1)-1"], bench.index[0], bench.index[-1])
     np.testing.assert_allclose(bench, returns.iloc[:, 0].groupby(level=1).mean(), atol=1e-7)
-    found = PortAnaRecord(recorder, config(benchmark=None), dataset=dataset).generate()
-    assert found["report_normal_1day.pkl"]["bench"].isna().all()
+    objects = PortAnaRecord(recorder, config(benchmark=None), dataset=dataset).generate()
+    assert objects["report_normal_1day.pkl"]["bench"].isna().all()
     assert "1day.return_with_cost.annualized_return" in recorder.list_metrics()
 
 
-def test_it_says_what_it_lacks(recorder, scores, market):
+def test_errors_and_skip_existing(recorder, scores, market):
     with pytest.raises(RecordError, match=r"PortAnaRecord needs pred\.pkl"):
         PortAnaRecord(recorder, config()).generate()
     with pytest.raises(ConfigError, match="part of the config"):
@@ -152,52 +155,52 @@ def test_it_says_what_it_lacks(recorder, scores, market):
     recorder.save_objects(**{"pred.pkl": scores.to_frame()})
     qtorch.init(trusted=[])
     assert PortAnaRecord(recorder, config(), dataset=Dataset(market)).generate() is not None
-    again = PortAnaRecord(recorder, config(), skip_existing=True, dataset=Dataset(market))
-    assert again.generate() is None
+    second_record = PortAnaRecord(recorder, config(), skip_existing=True, dataset=Dataset(market))
+    assert second_record.generate() is None
 
 
 @pytest.mark.slow
-def test_several_passes_differ_in_their_first_portfolio_alone(run):
+def test_passes_differ_only_in_the_first_portfolio(run):
     recorder, dataset = run
     record = MultiPassPortAnaRecord(recorder, pass_num=4, config=config(), dataset=dataset)
-    found = record.generate()["multi_pass_port_analysis_1day.pkl"]
-    assert list(found.columns) == ["mean", "std", "mean_std"]
-    assert set(found.index.get_level_values(1)) == {"annualized_return", "information_ratio"}
-    assert (found["std"] > 0).all()
+    statistics = record.generate()["multi_pass_port_analysis_1day.pkl"]
+    assert list(statistics.columns) == ["mean", "std", "mean_std"]
+    assert set(statistics.index.get_level_values(1)) == {"annualized_return", "information_ratio"}
+    assert (statistics["std"] > 0).all()
     metrics = recorder.list_metrics()
-    place = ("excess_return_with_cost", "annualized_return")
+    row = ("excess_return_with_cost", "annualized_return")
     assert metrics["mean.excess_return_with_cost.annualized_return"] == pytest.approx(
-        found.loc[place, "mean"]
+        statistics.loc[row, "mean"]
     )
     assert "std.excess_return_without_cost.information_ratio" in metrics
-    same = MultiPassPortAnaRecord(
+    equal_passes = MultiPassPortAnaRecord(
         recorder, pass_num=3, shuffle_init_score=False, config=config(), dataset=dataset
     ).generate()["multi_pass_port_analysis_1day.pkl"]
-    assert (same["std"] == 0).all()
-    alone = PortAnaRecord(recorder, config(), dataset=dataset).generate()
-    risk = alone["port_analysis_1day.pkl"]["risk"]
-    assert same.loc[place, "mean"] == pytest.approx(risk[place])
+    assert (equal_passes["std"] == 0).all()
+    single_backtest = PortAnaRecord(recorder, config(), dataset=dataset).generate()
+    risk = single_backtest["port_analysis_1day.pkl"]["risk"]
+    assert equal_passes.loc[row, "mean"] == pytest.approx(risk[row])
     with pytest.raises(ConfigError, match="signal: <PRED>"):
         MultiPassPortAnaRecord(recorder, config=config(signal="other"))
 
 
-def test_precision_of_scores_within_the_day(recorder):
+def test_precision_of_intraday_scores(recorder):
     times = pd.date_range("2020-01-02 09:31", periods=4, freq="min")
     index = pd.MultiIndex.from_product(
         [times, [f"I{k}" for k in range(10)]], names=["datetime", "instrument"]
     )
     label = pd.Series(np.tile(np.arange(10) - 4.5, 4), index=index)
     score = label.copy()
-    score.loc[times[0]] = -label.loc[times[0]].to_numpy()  # the first bar is all wrong
+    score.loc[times[0]] = -label.loc[times[0]].to_numpy()  # all scores of the first bar are wrong
     recorder.save_objects(
         **{"pred.pkl": score.to_frame("score"), "label.pkl": label.to_frame("LABEL0")}
     )
-    found = HFSignalRecord(recorder).generate()
-    assert found["long_pre.pkl"].tolist() == [0, 1, 1, 1]
-    assert found["short_pre.pkl"].tolist() == [0, 1, 1, 1]
+    objects = HFSignalRecord(recorder).generate()
+    assert objects["long_pre.pkl"].tolist() == [0, 1, 1, 1]
+    assert objects["short_pre.pkl"].tolist() == [0, 1, 1, 1]
     metrics = recorder.list_metrics()
     assert metrics["Long precision"] == metrics["Short precision"] == 0.75
     assert metrics["IC"] == pytest.approx(0.5)
     assert metrics["Long-Short Average Return"] == pytest.approx((3 - 1) * 4 / 4)
-    stored = recorder.load_object("hg_sig_analysis/long_short_r.pkl")
-    np.testing.assert_allclose(stored, [-4, 4, 4, 4])
+    stored_returns = recorder.load_object("hg_sig_analysis/long_short_r.pkl")
+    np.testing.assert_allclose(stored_returns, [-4, 4, 4, 4])

@@ -1,4 +1,4 @@
-"""What records write, log and refuse."""
+"""Signal records: artifacts, metrics and errors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qtorch.core.errors import RecordError
 from qtorch.record import Record, SegmentICRecord, SigAnaRecord, SignalRecord
 
 
-def test_signal_record_writes_scores_and_the_raw_label(model, dataset, recorder):
+def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     pred, label = recorder.load_object("pred.pkl"), recorder.load_object("label.pkl")
     assert list(pred.columns) == ["score"]
     assert list(label.columns) == ["LABEL0"]
-    assert ("test", "label", "raw") in dataset.asked
+    assert ("test", "label", "raw") in dataset.requests
     np.testing.assert_allclose(pred["score"], model.predict(dataset), rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_figures_are_the_contracts(model, dataset, recorder):
+def test_signal_metrics_match_independent_computation(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder, ana_long_short=True).generate()
     score, label = model.predict(dataset), dataset.prepare("test").iloc[:, 0]
@@ -33,7 +33,7 @@ def test_the_figures_are_the_contracts(model, dataset, recorder):
         [(y[np.argsort(-s)[:5]].mean() - y[np.argsort(s)[:5]].mean()) / 2 for s, y in days]
     )
     average = np.array([y.mean() for _, y in days])
-    expected = {
+    expected_metrics = {
         "IC": ic.mean(),
         "ICIR": ic.mean() / ic.std(ddof=1),
         "Rank IC": rank.mean(),
@@ -43,19 +43,19 @@ def test_the_figures_are_the_contracts(model, dataset, recorder):
         "Long-Avg Ann Return": average.mean() * 252,
         "Long-Avg Ann Sharpe": average.mean() / average.std(ddof=1) * 252**0.5,
     }
-    found = recorder.list_metrics()
-    assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+    metrics = recorder.list_metrics()
+    assert {k: metrics[k] for k in expected_metrics} == pytest.approx(expected_metrics, rel=1e-5)
     np.testing.assert_allclose(recorder.load_object("sig_analysis/ic.pkl"), ic, rtol=1e-5)
     np.testing.assert_allclose(recorder.load_object("sig_analysis/ric.pkl"), rank, rtol=1e-5)
-    kept = recorder.load_object("sig_analysis/long_short_r.pkl")
-    np.testing.assert_allclose(kept, spread, rtol=1e-5)
+    stored_returns = recorder.load_object("sig_analysis/long_short_r.pkl")
+    np.testing.assert_allclose(stored_returns, spread, rtol=1e-5)
     assert len(recorder.load_object("sig_analysis/long_avg_r.pkl")) == 40
     chart = Path(recorder.download_artifact("sig_analysis/ic.png"))
     assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
-def test_without_long_short_there_is_none(model, dataset, recorder):
+def test_long_short_analysis_is_optional(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder).generate()
     assert not [k for k in recorder.list_metrics() if "Long" in k]
@@ -63,15 +63,15 @@ def test_without_long_short_there_is_none(model, dataset, recorder):
 
 
 @pytest.mark.slow
-def test_skip_existing_leaves_finished_work_alone(model, dataset, recorder):
+def test_skip_existing(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     record = SigAnaRecord(recorder, skip_existing=True)
     assert record.generate() is not None
     assert record.generate() is None
 
 
-def test_a_missing_dependency_is_named(recorder):
-    with pytest.raises(RecordError, match=r"needs pred\.pkl, label\.pkl.*Put SignalRecord before"):
+def test_missing_dependency_raises_with_its_name(recorder):
+    with pytest.raises(RecordError, match=r"needs pred\.pkl, label\.pkl.*Run SignalRecord before"):
         SigAnaRecord(recorder).generate()
     with pytest.raises(RecordError, match=r"sig_analysis/x\.pkl, x\.pkl"):
         SigAnaRecord(recorder).load("x.pkl")
@@ -79,7 +79,7 @@ def test_a_missing_dependency_is_named(recorder):
         SigAnaRecord(recorder).check(include_self=True, parents=False)
 
 
-def test_load_finds_what_a_record_depends_on(model, dataset, recorder):
+def test_load_searches_the_dependencies(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     record = SigAnaRecord(recorder)
     record.check()
@@ -88,55 +88,55 @@ def test_load_finds_what_a_record_depends_on(model, dataset, recorder):
         record.load("pred.pkl", parents=False)
 
 
-def test_a_wrong_label_column_is_refused(model, dataset, recorder):
+def test_invalid_label_column_raises(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     with pytest.raises(RecordError, match=r"label_col=1.*LABEL0"):
         SigAnaRecord(recorder, label_col=1).generate()
 
 
-def test_scores_that_no_day_can_judge_are_an_error(model, dataset, recorder, monkeypatch):
+def test_undefined_ic_on_all_days_raises(model, dataset, recorder, monkeypatch):
     SignalRecord(model, dataset, recorder).generate()
-    one = recorder.load_object("pred.pkl").groupby(level="datetime").head(1)
-    recorder.save_objects(**{"pred.pkl": one})
+    first_scores = recorder.load_object("pred.pkl").groupby(level="datetime").head(1)
+    recorder.save_objects(**{"pred.pkl": first_scores})
     with pytest.raises(RecordError, match="two instruments"):
         SigAnaRecord(recorder).generate()
 
 
 @pytest.mark.slow
-def test_the_quality_by_segment(model, dataset, recorder):
+def test_ic_by_segment(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()
     SigAnaRecord(recorder).generate()
-    model.asked.clear()
+    model.requests.clear()
     SegmentICRecord(
         model, dataset, recorder, segments=("train", "valid", "test", "none")
     ).generate()
-    found = recorder.list_metrics()
-    assert model.asked == ["train", "valid"]  # the test segment's scores are there
-    assert found["test.Rank IC"] == pytest.approx(found["Rank IC"], rel=1e-9)
-    assert len({found[f"{s}.ICIR"] for s in ("train", "valid", "test")}) == 3
+    metrics = recorder.list_metrics()
+    assert model.requests == ["train", "valid"]  # the scores of the test segment are loaded
+    assert metrics["test.Rank IC"] == pytest.approx(metrics["Rank IC"], rel=1e-9)
+    assert len({metrics[f"{s}.ICIR"] for s in ("train", "valid", "test")}) == 3
 
 
-def test_a_record_without_a_run_says_so(model, dataset):
+def test_record_without_a_run_raises(model, dataset):
     with pytest.raises(RecordError, match=r"R\.start"):
         SignalRecord(model, dataset).generate()
 
 
-def test_the_current_run_is_the_default(model, dataset, recorder):
+def test_current_run_is_the_default(model, dataset, recorder):
     SignalRecord(model, dataset).generate()
     assert "pred.pkl" in recorder.list_artifacts()
 
 
-def test_what_signal_record_lacks_is_named(model, recorder):
+def test_signal_record_without_dataset_raises(model, recorder):
     with pytest.raises(RecordError, match="needs a dataset"):
         SignalRecord(model, recorder=recorder).generate()
 
 
-def test_a_record_of_ones_own(recorder):
-    class Mine(Record):
+def test_user_defined_record(recorder):
+    class UserRecord(Record):
         artifact_path = "mine"
 
         def generate(self):
             self.save(figure={"a": 1})
 
-    Mine(recorder).generate()
-    assert Mine(recorder).load("figure") == {"a": 1}
+    UserRecord(recorder).generate()
+    assert UserRecord(recorder).load("figure") == {"a": 1}

@@ -1,4 +1,4 @@
-"""The page as a browser shows it, on a desk, on a phone: its numbers and its layout."""
+"""The report page in a browser, on a desktop and on a phone: numbers and layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from qtorch.record import ReportRecord, SigAnaRecord, SignalRecord
 
-# Writes what it measures into the document, once every picture has its size.
+# Measures the layout after all images are loaded, and writes the result into the document.
 MEASURE = """
 <script>
 addEventListener("load", () => {
@@ -25,24 +25,25 @@ addEventListener("load", () => {
     if (x > 1 && y > 1) overlaps++;
   }));
   const images = [...document.images].map(i => [i.naturalWidth, i.width]);
-  const cut = [...document.querySelectorAll(".cards dd")]
+  const truncated = [...document.querySelectorAll(".cards dd")]
     .filter(e => e.scrollWidth > e.clientWidth);
-  const found = {
-    beyond: document.documentElement.scrollWidth - innerWidth, overlaps, images, cut: cut.length,
+  const result = {
+    overflow: document.documentElement.scrollWidth - innerWidth, overlaps, images,
+    truncated: truncated.length,
   };
-  document.documentElement.setAttribute("data-found", JSON.stringify(found));
-  parent.postMessage(JSON.stringify(found), "*");
+  document.documentElement.setAttribute("data-result", JSON.stringify(result));
+  parent.postMessage(JSON.stringify(result), "*");
 });
 </script>
 """
 FRAME = """<!doctype html><script>
-addEventListener("message", e => document.body.setAttribute("data-found", e.data));
+addEventListener("message", e => document.body.setAttribute("data-result", e.data));
 </script><body><iframe srcdoc="{page}" style="width:{width}px;height:800px"></iframe></body>"""
 
 
 @pytest.fixture
 def page(model, dataset, recorder, account_walk) -> Path:
-    """The page of a run that has everything."""
+    """The report page of a run with all records."""
     recorder.log_params(**{"model.network._target_": "qtorch.nn.LSTM", "seed": 3})
     for epoch in range(4):
         recorder.log_batch({"train/loss": 1 / (epoch + 1), "valid/ic": 0.01 * epoch}, step=epoch)
@@ -56,25 +57,25 @@ def page(model, dataset, recorder, account_walk) -> Path:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_numbers_of_the_run(page, in_browser, elements, recorder, tmp_path):
-    carried = {
+def test_browser_shows_the_numbers_of_the_run(page, in_browser, elements, recorder, tmp_path):
+    page_metrics = {
         e["data-metric"]: float(e["data-value"])
         for e in elements(in_browser(page))
         if "data-metric" in e
     }
-    assert carried == recorder.list_metrics()
+    assert page_metrics == recorder.list_metrics()
 
     assert page.stat().st_size < 3_000_000
-    measured = page.read_text().replace("</body>", MEASURE + "</body>")
+    instrumented_page = page.read_text().replace("</body>", MEASURE + "</body>")
     for width, narrow in ((1100, False), (380, True)):
         frame = tmp_path / f"{width}.html"
-        frame.write_text(FRAME.format(page=escape(measured), width=width))
-        told = re.search(r'<body data-found="([^"]*)"', in_browser(frame))
-        assert told, "the page did not load"
-        found = json.loads(unescape(told[1]))
-        assert found["beyond"] <= 0, "the page is wider than the screen"
-        assert found["overlaps"] == found["cut"] == 0
-        assert len(found["images"]) == 12
-        for natural, shown in found["images"]:
+        frame.write_text(FRAME.format(page=escape(instrumented_page), width=width))
+        match = re.search(r'<body data-result="([^"]*)"', in_browser(frame))
+        assert match, "the page did not load"
+        measurements = json.loads(unescape(match[1]))
+        assert measurements["overflow"] <= 0, "the page is wider than the screen"
+        assert measurements["overlaps"] == measurements["truncated"] == 0
+        assert len(measurements["images"]) == 12
+        for natural, width_on_page in measurements["images"]:
             assert natural == (720 if narrow else 1728)
-            assert 0.9 < 2 * shown / natural < 1.1, "letters are not of their own size"
+            assert 0.9 < 2 * width_on_page / natural < 1.1, "the chart is scaled"

@@ -1,4 +1,4 @@
-"""Figures of the report: axes that are named, values that are right, letters that do not touch."""
+"""Charts of the report: labelled axes, correct values, no overlapping text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from qtorch.metrics import concentration, ic_decay, quantile_returns, score_autocorrelation
 from qtorch.record.chart_style import NARROW, SERIES, WIDE, new_figure
 from qtorch.record.learning_chart import learning_chart, learning_curves
-from qtorch.record.page import _png, shown
+from qtorch.record.page import _png, format_number
 from qtorch.record.portfolio_chart import (
     concentration_chart,
     drawdown_chart,
@@ -24,8 +24,8 @@ from qtorch.record.portfolio_chart import (
 from qtorch.record.signal_chart import (
     autocorrelation_chart,
     decay_chart,
-    monthly,
     monthly_chart,
+    monthly_means,
     quantile_chart,
     rolling_ic_chart,
     spread_chart,
@@ -38,7 +38,7 @@ NAMES = [f"I{k}" for k in range(12)]
 
 @pytest.fixture(scope="module")
 def draw(account_walk):
-    """`draw[name](narrow)`: the figure of that name."""
+    """`draw[name](narrow=...)` draws the chart with that name."""
     rng = np.random.default_rng(0)
     index = pd.MultiIndex.from_product([DAYS, NAMES], names=["datetime", "instrument"])
     label = pd.Series(rng.normal(0, 0.02, len(index)), index)
@@ -48,7 +48,7 @@ def draw(account_walk):
     decade = pd.Series(rng.normal(0, 0.1, 3650), pd.date_range("2011-01-01", periods=3650))
     quantiles = quantile_returns(score, label)
     report, _ = account_walk(num_days=320)
-    spread, years = (
+    table, long_table = (
         concentration(positions["weight"]).assign(cash=days["cash"] / days["account"])
         for days, positions in (account_walk(num_days=n) for n in (320, 800))
     )
@@ -60,7 +60,7 @@ def draw(account_walk):
         for k in range(9)
     }
     dots = {m: {g: rng.normal(0.02, 0.01, 3) for g in groups} for m in ("IC", "Return, a year")}
-    made = {
+    charts = {
         "rolling_ic": lambda **o: rolling_ic_chart(ic, ic * 0.9, **o),
         "monthly_ic": lambda **o: monthly_chart(ic, **o),
         "many_years": lambda **o: monthly_chart(decade, **o),
@@ -73,13 +73,13 @@ def draw(account_walk):
         "excess": lambda **o: excess_chart(report, **o),
         "drawdown": lambda **o: drawdown_chart(report, **o),
         "turnover": lambda **o: turnover_chart(report, **o),
-        "concentration": lambda **o: concentration_chart(spread, **o),
-        "long_concentration": lambda **o: concentration_chart(years, **o),
+        "concentration": lambda **o: concentration_chart(table, **o),
+        "long_concentration": lambda **o: concentration_chart(long_table, **o),
         "learning": lambda **o: learning_chart(learning_curves(curves), **o),
         "groups": lambda **o: curves_chart(groups, "Cumulative return", "%", percent=True, **o),
         "dots": lambda **o: dots_chart(dots, percent=["Return, a year"], **o),
     }
-    return made
+    return charts
 
 
 CHARTS = (
@@ -90,7 +90,7 @@ CHARTS = (
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_every_axis_is_named_in_both_forms(draw, name):
+def test_all_axes_are_labelled_in_both_formats(draw, name):
     for narrow, width in ((False, WIDE), (True, NARROW)):
         figure = draw[name](narrow=narrow)
         assert figure.get_size_inches()[0] == width
@@ -103,83 +103,89 @@ def test_every_axis_is_named_in_both_forms(draw, name):
             assert axis.get_ylabel() or name == "dots"
 
 
-def test_the_charts_are_all_here(draw):
+def test_all_charts_are_tested(draw):
     assert set(draw) == set(CHARTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHARTS)
-def test_nothing_overlaps_and_nothing_is_cut(draw, name):
+def test_no_text_overlaps_or_is_cut_off(draw, name):
     for narrow in (False, True):
         figure = draw[name](narrow=narrow)
         figure.draw_without_rendering()
-        whole = figure.get_window_extent()
+        figure_box = figure.get_window_extent()
         texts = []
         for axis in figure.axes:
             legend = axis.get_legend()
-            parts = [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label]
+            axis_texts = [axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label]
             labels = [*axis.get_xticklabels(), *axis.get_yticklabels()]
-            shown = [t for t in [*parts, *labels] if t.get_text() and t.get_visible()]
-            inside = [t for t in shown if not _off(t, axis)]
-            texts += [(t.get_text(), t.get_window_extent()) for t in inside]
+            visible_texts = [t for t in [*axis_texts, *labels] if t.get_text() and t.get_visible()]
+            texts_inside = [t for t in visible_texts if not _is_outside(t, axis)]
+            texts += [(t.get_text(), t.get_window_extent()) for t in texts_inside]
             if legend is not None:
                 texts.append(("legend", legend.get_window_extent()))
-        for told, box in texts:
-            assert box.x0 >= whole.x0 - 1, (narrow, told)
-            assert box.x1 <= whole.x1 + 1, (narrow, told)
+        for text, box in texts:
+            assert box.x0 >= figure_box.x0 - 1, (narrow, text)
+            assert box.x1 <= figure_box.x1 + 1, (narrow, text)
         for (first, a), (second, b) in combinations(texts, 2):
-            wide = min(a.x1, b.x1) - max(a.x0, b.x0)
-            high = min(a.y1, b.y1) - max(a.y0, b.y0)
-            assert wide <= 1 or high <= 1, (narrow, first, second)
+            overlap_width = min(a.x1, b.x1) - max(a.x0, b.x0)
+            overlap_height = min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert overlap_width <= 1 or overlap_height <= 1, (narrow, first, second)
 
 
-def _off(text, axis) -> bool:
-    """A tick's label outside the limits, which is not drawn."""
-    box, place = text.get_window_extent(), axis.get_window_extent()
+def _is_outside(text, axis) -> bool:
+    """Whether a tick label is outside the axis limits, so that it is not drawn."""
+    box, axis_box = text.get_window_extent(), axis.get_window_extent()
     middle_x, middle_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    beside = middle_x > place.x0 - 2 and middle_x < place.x1 + 2
-    level = middle_y > place.y0 - 2 and middle_y < place.y1 + 2
-    return not (beside or level)
+    is_within_width = middle_x > axis_box.x0 - 2 and middle_x < axis_box.x1 + 2
+    is_within_height = middle_y > axis_box.y0 - 2 and middle_y < axis_box.y1 + 2
+    return not (is_within_width or is_within_height)
 
 
 @pytest.mark.slow
-def test_a_picture_keeps_its_colours():
+def test_png_preserves_the_colours():
     figure, axes = new_figure(1.0, narrow=True)
     for k, colour in enumerate(SERIES):
         axes[0].fill_between([k, k + 0.02], 0, 1, color=colour, linewidth=0)
     with Image.open(BytesIO(_png(figure).data)) as image:
-        found = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+        png_colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
     for colour in SERIES:
-        wanted = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
-        assert min(max(abs(a - b) for a, b in zip(wanted, c, strict=True)) for c in found) <= 4
+        expected_colour = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+        assert (
+            min(
+                max(abs(a - b) for a, b in zip(expected_colour, c, strict=True))
+                for c in png_colours
+            )
+            <= 4
+        )
 
 
-def test_the_months_are_means_by_hand():
+def test_monthly_means_match_a_hand_worked_case():
     days = pd.to_datetime(["2019-12-30", "2020-01-02", "2020-01-03", "2020-03-02"])
-    table = monthly(pd.Series([0.1, 0.2, 0.4, np.nan], days))
+    table = monthly_means(pd.Series([0.1, 0.2, 0.4, np.nan], days))
     assert table.index.tolist() == [2019, 2020]
     assert table.loc[2019, 12] == 0.1
     assert table.loc[2020, 1] == pytest.approx(0.3)
     assert int(table.notna().sum().sum()) == 2
 
 
-def test_the_lines_are_the_returns(draw, account_walk):
+def test_lines_are_the_returns(draw, account_walk):
     report, _ = account_walk(num_days=320)
-    drawn = lines_of(draw["return"](narrow=False))
-    np.testing.assert_allclose(drawn["without cost"], report["return"].cumsum())
-    np.testing.assert_allclose(drawn["with cost"], (report["return"] - report["cost"]).cumsum())
-    np.testing.assert_allclose(drawn["benchmark"], report["bench"].cumsum())
-    fall = lines_of(draw["drawdown"](narrow=False))["portfolio, with cost"]
+    values = line_values(draw["return"](narrow=False))
+    np.testing.assert_allclose(values["without cost"], report["return"].cumsum())
+    np.testing.assert_allclose(values["with cost"], (report["return"] - report["cost"]).cumsum())
+    np.testing.assert_allclose(values["benchmark"], report["bench"].cumsum())
+    net_drawdown = line_values(draw["drawdown"](narrow=False))["portfolio, with cost"]
     total = (report["return"] - report["cost"]).cumsum()
-    np.testing.assert_allclose(fall, total - total.cummax())
+    np.testing.assert_allclose(net_drawdown, total - total.cummax())
 
 
-def lines_of(figure) -> dict:
-    """The values of the first axes' lines by their names."""
+def line_values(figure) -> dict:
+    """Return the values of the lines in the first axes by label."""
     return {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
 
 
-def test_only_what_was_logged_by_epoch_is_a_learning_curve():
+def test_learning_curves_contain_epoch_metrics_only():
     histories = {"train/loss": {0: 1.0, 1: 0.5}, "valid/ic": {0: 0.1}, "IC": {0: 1.0, 1: 2.0},
                  "valid/rank_ic": {0: 0.1, 1: 0.2}}  # fmt: skip
     panels = learning_curves(histories)
@@ -205,5 +211,5 @@ def test_only_what_was_logged_by_epoch_is_a_learning_curve():
         ("lr", 0.0, "0.0000"),
     ],
 )
-def test_numbers_are_written_as_they_are_read(metric, value, text):
-    assert shown(value, metric) == text
+def test_format_number(metric, value, text):
+    assert format_number(value, metric) == text

@@ -1,4 +1,4 @@
-"""The report of a run: its numbers are the run's metrics, its page needs nothing else."""
+"""The report record: its numbers are metrics of the run, and its page is self-contained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURES = {
 
 @pytest.fixture
 def full_run(model, dataset, recorder, account_walk):
-    """A run with everything that a report shows."""
+    """A run with everything that the report shows."""
     recorder.log_params(**{"model.network._target_": "mine.<Net>", "seed": 3})
     for epoch in range(4):
         values = {"train/loss": 1 / (epoch + 1), "valid/loss": 1.1, "valid/ic": 0.01 * epoch}
@@ -39,25 +39,25 @@ def full_run(model, dataset, recorder, account_walk):
     return recorder
 
 
-def page_of(recorder) -> str:
+def read_page(recorder) -> str:
     return Path(recorder.download_artifact("report/report.html")).read_text(encoding="utf-8")
 
 
-def numbers(found) -> dict[str, set[float]]:
-    """What the elements carry: every value of each metric."""
-    carried: dict[str, set[float]] = {}
-    for element in found:
+def metric_values(elements) -> dict[str, set[float]]:
+    """Return every value of each metric in the elements."""
+    values: dict[str, set[float]] = {}
+    for element in elements:
         if "data-metric" in element:
-            carried.setdefault(element["data-metric"], set()).add(float(element["data-value"]))
-    return carried
+            values.setdefault(element["data-metric"], set()).add(float(element["data-value"]))
+    return values
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
+def test_all_numbers_on_the_page_are_metrics_of_the_run(full_run, elements):
     ReportRecord(full_run).generate()
     metrics = full_run.list_metrics()
-    assert numbers(elements(page_of(full_run))) == {k: {v} for k, v in metrics.items()}
+    assert metric_values(elements(read_page(full_run))) == {k: {v} for k, v in metrics.items()}
     assert {k.split(".")[1] for k in metrics if k.startswith("report.")} >= {
         "annualized_return", "max_drawdown", "turnover", "cash_share", "ic_at_horizon",
         "quantile_spread", "score_autocorrelation", "probabilistic_sharpe",
@@ -66,17 +66,17 @@ def test_every_number_of_the_page_is_a_metric_of_the_run(full_run, elements):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
-    found = ReportRecord(full_run, horizons=(1, 2), lags=(1,), num_quantiles=4).generate()
+def test_numbers_match_the_artifacts(full_run, account_walk):
+    numbers = ReportRecord(full_run, horizons=(1, 2), lags=(1,), num_quantiles=4).generate()
     report, positions = account_walk(num_days=40)
     net = report["return"] - report["cost"]
     start = report["account"].iloc[0] / (1 + net.iloc[0])
     score, label = (full_run.load_object(f"{n}.pkl").iloc[:, 0] for n in ("pred", "label"))
-    best = [
+    best_returns = [
         label.loc[d][s.droplevel(0).rank() > 19].mean() for d, s in score.groupby(level="datetime")
     ]
     weights = positions["weight"].unstack(fill_value=0.0).to_numpy()
-    expected = {
+    expected_numbers = {
         "total_return": report["account"].iloc[-1] / start - 1,
         "annualized_return": net.mean() * 238,
         "annualized_return_without_cost": report["return"].mean() * 238,
@@ -87,21 +87,23 @@ def test_its_numbers_are_those_of_the_artifacts(full_run, account_walk):
         "num_positions": (weights > 0).sum(axis=1).mean(),
         "largest_weight": weights.max(axis=1).mean(),
         "ic_at_horizon.1": full_run.list_metrics()["IC"],
-        "quantile_return.4": np.mean(best),
+        "quantile_return.4": np.mean(best_returns),
     }
-    assert {k: found[f"report.{k}"] for k in expected} == pytest.approx(expected, rel=1e-6)
-    assert "report.ic_at_horizon.3" not in found
+    assert {k: numbers[f"report.{k}"] for k in expected_numbers} == pytest.approx(
+        expected_numbers, rel=1e-6
+    )
+    assert "report.ic_at_horizon.3" not in numbers
     table = score.unstack()
-    before = table.shift(1).stack().rename_axis(score.index.names)
-    assert found["report.score_autocorrelation.1"] == pytest.approx(
-        calc_ic(score, before)[1].mean()
+    previous_scores = table.shift(1).stack().rename_axis(score.index.names)
+    assert numbers["report.score_autocorrelation.1"] == pytest.approx(
+        calc_ic(score, previous_scores)[1].mean()
     )
 
 
 @pytest.mark.slow
-def test_the_page_stands_alone(full_run, elements):
+def test_page_is_self_contained(full_run, elements):
     ReportRecord(full_run).generate()
-    page = page_of(full_run)
+    page = read_page(full_run)
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)|@import|url\(|<script""", page)
     figures = [e["id"] for e in elements(page) if e["tag"] == "figure"]
     assert set(figures) == PICTURES
@@ -109,8 +111,8 @@ def test_the_page_stands_alone(full_run, elements):
     images = [e for e in elements(page) if e["tag"] in ("img", "source")]
     assert len(images) == 2 * len(PICTURES)
     assert all(e["alt"] for e in images if e["tag"] == "img")
-    there = set(full_run.list_artifacts("report"))
-    assert there == {f"report/{n}.png" for n in PICTURES} | {"report/report.html"}
+    artifacts = set(full_run.list_artifacts("report"))
+    assert artifacts == {f"report/{n}.png" for n in PICTURES} | {"report/report.html"}
     assert "&lt;Net&gt;" in page
     assert "<Net>" not in page
     assert str(full_run.id) in page
@@ -118,30 +120,30 @@ def test_the_page_stands_alone(full_run, elements):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_a_second_report_logs_nothing_new_and_a_changed_backtest_shows(full_run, elements):
+def test_second_report_logs_changed_numbers_only(full_run, elements):
     ReportRecord(full_run).generate()
-    before = full_run.logged("report.turnover")
+    first_values = full_run.metric_history("report.turnover")
     ReportRecord(full_run).generate()
-    assert full_run.logged("report.turnover") == before
+    assert full_run.metric_history("report.turnover") == first_values
     report = full_run.load_object("portfolio_analysis/report_normal_1day.pkl")
     report["turnover"] *= 2
     full_run.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
     ReportRecord(full_run).generate()
-    (shown,) = numbers(elements(page_of(full_run)))["report.turnover"]
-    assert shown == full_run.list_metrics()["report.turnover"] == 2 * before[0]
+    (page_value,) = metric_values(elements(read_page(full_run)))["report.turnover"]
+    assert page_value == full_run.list_metrics()["report.turnover"] == 2 * first_values[0]
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_said_with_the_record_that_makes_it(recorder, model, dataset):
+def test_missing_artifacts_name_the_record_to_add(recorder, model, dataset):
     ReportRecord(recorder).generate()
-    page = page_of(recorder)
+    page = read_page(recorder)
     for record in ("PortAnaRecord", "SigAnaRecord", "SignalRecord"):
         assert f"Add {record} to the task" in page
-    assert "logged no metrics of two epochs" in page
+    assert "logged no metrics for two or more epochs" in page
     assert "<figure" not in page
     SignalRecord(model, dataset, recorder).generate()
     ReportRecord(recorder).generate()
-    page = page_of(recorder)
+    page = read_page(recorder)
     assert "Add SignalRecord" not in page
     assert 'id="ic_decay"' in page
 
@@ -153,54 +155,54 @@ def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
     for file in folder.glob("positions*"):
         file.unlink()
     full_run.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
-    found = ReportRecord(full_run, mode="product").generate()
-    page = page_of(full_run)
-    assert "given no benchmark" in page
+    numbers = ReportRecord(full_run, mode="product").generate()
+    page = read_page(full_run)
+    assert "has no benchmark" in page
     assert "no positions_normal" in page
-    assert "report.benchmark_annualized_return" not in found
+    assert "report.benchmark_annualized_return" not in numbers
     net = report["return"] - report["cost"]
-    compounded = (1 + net).cumprod()
-    deepest = (compounded / compounded.cummax() - 1).min()
-    assert found["report.max_drawdown"] == pytest.approx(deepest)
+    account_value = (1 + net).cumprod()
+    max_drawdown = (account_value / account_value.cummax() - 1).min()
+    assert numbers["report.max_drawdown"] == pytest.approx(max_drawdown)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_several_tries_tell_the_deflated_ratio(full_run):
-    alone = ReportRecord(full_run).generate()["report.probabilistic_sharpe"]
-    found = ReportRecord(full_run, tries=50).generate()
-    assert found["report.deflated_sharpe"] < alone
-    assert "report.probabilistic_sharpe" not in found
+def test_several_tries_log_the_deflated_sharpe_ratio(full_run):
+    probabilistic_sharpe = ReportRecord(full_run).generate()["report.probabilistic_sharpe"]
+    numbers = ReportRecord(full_run, tries=50).generate()
+    assert numbers["report.deflated_sharpe"] < probabilistic_sharpe
+    assert "report.probabilistic_sharpe" not in numbers
 
 
-def test_days_and_instruments_that_no_figure_can_use(recorder):
-    """One day of two instruments: hardly a number, and no error."""
+def test_one_day_of_two_instruments(recorder):
+    """Most numbers are undefined, which is not an error."""
     index = pd.MultiIndex.from_product(
         [pd.to_datetime(["2020-01-01"]), ["A", "B"]], names=["datetime", "instrument"]
     )
     for name in ("pred", "label"):
         frame = pd.DataFrame({"score": [1.0, 2.0]}, index)
         recorder.save_objects(**{f"{name}.pkl": frame})
-    found = ReportRecord(recorder).generate()
-    expected = {"report.ic_at_horizon.1": 1.0, "report.rank_ic_at_horizon.1": 1.0}
-    assert found == pytest.approx(expected)
-    assert "No day has 5 instruments" in page_of(recorder)
+    numbers = ReportRecord(recorder).generate()
+    expected_numbers = {"report.ic_at_horizon.1": 1.0, "report.rank_ic_at_horizon.1": 1.0}
+    assert numbers == pytest.approx(expected_numbers)
+    assert "No day has 5 instruments" in read_page(recorder)
 
 
 @pytest.mark.parametrize("num_days", [1, 2])
-def test_a_portfolio_of_hardly_a_day(recorder, account_walk, num_days):
+def test_portfolio_of_one_or_two_days(recorder, account_walk, num_days):
     report, positions = account_walk(num_days=num_days)
     names = {"report_normal_1day.pkl": report, "positions_normal_1day.pkl": positions.iloc[:0]}
     recorder.save_objects(artifact_path="portfolio_analysis", **names)
-    found = ReportRecord(recorder).generate()
-    assert found["report.num_positions"] == found["report.largest_weight"] == 0
-    assert "report.effective_positions" not in found
-    assert ("report.sharpe_ratio" in found) == (num_days == 2)
+    numbers = ReportRecord(recorder).generate()
+    assert numbers["report.num_positions"] == numbers["report.largest_weight"] == 0
+    assert "report.effective_positions" not in numbers
+    assert ("report.sharpe_ratio" in numbers) == (num_days == 2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_bad_arguments_are_refused(full_run):
+def test_invalid_arguments_raise(full_run):
     with pytest.raises(ConfigError, match=r"mode.*'product'"):
         ReportRecord(full_run, mode="products")
     with pytest.raises(ConfigError, match="tries=0"):
