@@ -1,4 +1,4 @@
-"""Data: panels, sources, expressions, processors, handlers, datasets, batches."""
+"""The data layer: panels, sources, expressions, processors, handlers, datasets and batches."""
 
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qtorch.data.reweighter import Reweighter as Reweighter
     from qtorch.data.sample_set import Samples as Samples
     from qtorch.data.sampler import TSDataSampler as TSDataSampler
-    from qtorch.data.samples import samples_of as samples_of
+    from qtorch.data.samples import get_samples as get_samples
     from qtorch.data.source.base import Source as Source
     from qtorch.data.source.frame import FrameSource as FrameSource
     from qtorch.data.source.qlib import QlibSource as QlibSource
@@ -72,7 +72,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "TimeDecay": "qtorch.data.weighting",
         "Samples": "qtorch.data.sample_set",
         "TSDataSampler": "qtorch.data.sampler",
-        "samples_of": "qtorch.data.samples",
+        "get_samples": "qtorch.data.samples",
         "Source": "qtorch.data.source.base",
         "FrameSource": "qtorch.data.source.frame",
         "QlibSource": "qtorch.data.source.qlib",

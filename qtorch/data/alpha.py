@@ -1,4 +1,4 @@
-"""Qlib's ready handlers: Alpha158 and Alpha360, with the label on close or on vwap."""
+"""The ready-made handlers of Qlib: Alpha158 and Alpha360, with a label on close or on vwap."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qtorch.data.features import DEFAULT_LABEL, DEFAULT_VWAP_LABEL
 from qtorch.data.handler import DataHandlerLP
 from qtorch.data.loader import QlibDataLoader
 
-# Qlib's own defaults (qlib/contrib/data/handler.py). Without fields_group the infer processors
-# act on the label too: Fillna then fills it, and DropnaLabel finds nothing to drop.
+# Qlib's own defaults (qlib/contrib/data/handler.py). The infer processors have no fields_group
+# and therefore also process the label: Fillna fills it, so DropnaLabel has nothing to drop.
 LEARN_PROCESSORS: tuple[Any, ...] = (
     {"class": "DropnaLabel"},
     {"class": "CSZScoreNorm", "kwargs": {"fields_group": "label"}},
@@ -25,13 +25,13 @@ INFER_PROCESSORS_360: tuple[Any, ...] = (
 
 
 class _Alpha(DataHandlerLP):
-    """What the four have in common: a loader of features, and the label."""
+    """Common base of the Alpha handlers: a feature loader plus a label."""
 
     loader: ClassVar[type[Alpha158DL] | type[Alpha360DL]]
     label_config: ClassVar[tuple[Sequence[str], Sequence[str]]] = DEFAULT_LABEL
 
     def get_label_config(self) -> tuple[list[str], list[str]]:
-        """Expressions and names of the label."""
+        """Return the expressions and the names of the label."""
         expressions, names = self.label_config
         return list(expressions), list(names)
 
@@ -42,7 +42,7 @@ class _Alpha(DataHandlerLP):
         filter_pipe: Sequence[Any] | None,
         freq: str,
         inst_processors: Sequence[Any] | None,
-        **more: Any,
+        **loader_options: Any,
     ) -> QlibDataLoader:
         return self.loader(
             {"label": self.get_label_config() if label is None else label},
@@ -50,22 +50,24 @@ class _Alpha(DataHandlerLP):
             freq=freq,
             inst_processors=inst_processors,
             columns=columns,
-            **more,
+            **loader_options,
         )
 
 
 class Alpha158(_Alpha):
-    """158 features of the last 60 days' bars, and the return from tomorrow's close to the next.
+    """158 features of the last 60 days' bars; the label is the return from tomorrow's close on.
 
-    `instruments`: a universe or a list (Qlib's default is "csi500", here every instrument).
+    The label's return ends at the close of the day after tomorrow.
+
+    `instruments`: a universe or a list (Qlib's default is "csi500", here it is every instrument).
     `infer_processors`, `learn_processors`, `shared_processors`, `process_type`, `drop_raw`, the
-    fit window, `source` and `cache` are DataHandlerLP's. `label`: expressions, or (expressions,
-    names).
-    `columns` takes some of the 158 by name: the others are then not computed; neither are those
-    that a FilterCol or DropCol takes out, as long as nobody asks for the raw data.
-    `market`: indices by name, of the universe or not; what they did comes behind the other
-    columns, 21 of each index and the same for all instruments (see
-    `qtorch.data.features.market_features`): the gate of MASTER.
+    fit window, `source` and `cache` are documented in DataHandlerLP. `label`: expressions, or
+    (expressions, names).
+    `columns` selects some of the 158 features by name; the others are not computed. Columns that a
+    FilterCol or DropCol removes are not computed either, as long as the raw data is not requested.
+    `market`: names of indices, whether or not they belong to the universe. 21 columns per index,
+    the same for all instruments, are appended after the other columns (see
+    `qtorch.data.features.market_features`); MASTER's gate reads them.
     """
 
     loader = Alpha158DL
@@ -119,16 +121,16 @@ class Alpha158(_Alpha):
 
 
 class Alpha158vwap(Alpha158):
-    """Alpha158 with the label on vwap: a signal that trades at the day's average price."""
+    """Alpha158 with the label on vwap, for signals that are traded at the day's average price."""
 
     label_config = DEFAULT_VWAP_LABEL
 
 
 class Alpha360(_Alpha):
-    """The last 60 days of open, high, low, close, vwap and volume, over today's close or volume.
+    """The last 60 days of open, high, low, close, vwap and volume over today's close or volume.
 
-    The arguments are Alpha158's. The 360 columns are never computed unless somebody asks for
-    them by name: a batch is a window `[60, 6]` of the raw fields, normalised when it is gathered.
+    The arguments are those of Alpha158. The 360 columns are only computed if they are requested by
+    name: a batch is a window `[60, 6]` of the raw fields that is normalised when it is gathered.
     """
 
     loader = Alpha360DL

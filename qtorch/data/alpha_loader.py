@@ -1,4 +1,4 @@
-"""Loaders of Qlib's two feature sets."""
+"""Data loaders for Qlib's feature sets Alpha158 and Alpha360."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STEPS = 60
 
 
 class Alpha158DL(QlibDataLoader):
-    """Alpha158's features under the group "feature"; `config` adds or replaces groups.
+    """Load Alpha158's features as the group "feature"; `config` adds or replaces groups.
 
-    `market`: indices whose `market_features` come behind them.
+    `market`: indices whose `market_features` are appended to the features.
     """
 
     def __init__(
@@ -34,9 +34,12 @@ class Alpha158DL(QlibDataLoader):
         market: Sequence[str] = (),
         source: Any = None,
     ) -> None:
-        own, ours = chosen(alpha158(), columns), market_features(market)
+        features, index_features = select_features(alpha158(), columns), market_features(market)
         super().__init__(
-            {FEATURE: (own[0] + ours[0], own[1] + ours[1]), **(config or {})},
+            {
+                FEATURE: (features[0] + index_features[0], features[1] + index_features[1]),
+                **(config or {}),
+            },
             filter_pipe,
             swap_level,
             freq,
@@ -48,15 +51,15 @@ class Alpha158DL(QlibDataLoader):
     def get_feature_config(
         config: Mapping[str, Any] | None = None,
     ) -> tuple[list[str], list[str]]:
-        """Expressions and names of Qlib's `{"kbar": {}, "price": {...}, "rolling": {...}}`."""
+        """Return expressions and names for Qlib's `{"kbar": {}, "price": {...}, ...}`."""
         return alpha158() if config is None else alpha158_from_config(dict(config))
 
 
 class Alpha360DL(QlibDataLoader):
-    """Alpha360's features under the group "feature", as windows of six fields.
+    """Load Alpha360's features as the group "feature", stored as windows of six fields.
 
-    No column is computed before somebody asks for it by name. `config` adds or replaces groups;
-    one that replaces "feature" is computed like any other expressions.
+    A column is only computed if it is requested by name. `config` adds or replaces groups; a group
+    that replaces "feature" is computed like any other expressions.
     """
 
     def __init__(
@@ -70,9 +73,9 @@ class Alpha360DL(QlibDataLoader):
         columns: Sequence[str] | None = None,
         source: Any = None,
     ) -> None:
-        self._windowed = FEATURE not in (config or {})
+        self._uses_windows = FEATURE not in (config or {})
         super().__init__(
-            {FEATURE: chosen(alpha360(), columns), **(config or {})},
+            {FEATURE: select_features(alpha360(), columns), **(config or {})},
             filter_pipe,
             swap_level,
             freq,
@@ -82,47 +85,47 @@ class Alpha360DL(QlibDataLoader):
 
     @staticmethod
     def get_feature_config() -> tuple[list[str], list[str]]:
-        """Expressions and names of the 360 columns."""
+        """Return expressions and names of the 360 columns."""
         return alpha360()
 
-    def needs(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
-        if group == FEATURE and self._windowed:
+    def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
+        if group == FEATURE and self._uses_windows:
             return STEPS - 1, 0
-        return super().needs(group, expressions)
+        return super().group_reach(group, expressions)
 
-    def fields_of_group(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
-        if group == FEATURE and self._windowed:
+    def group_fields(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
+        if group == FEATURE and self._uses_windows:
             return FIELDS
-        return super().fields_of_group(group, expressions)
+        return super().group_fields(group, expressions)
 
-    def columns_of(
+    def compute_columns(
         self,
         group: str,
         bars: Panel,
         span: slice,
         expressions: Mapping[str, str],
-        others: Panel | None = None,
+        mask_bars: Panel | None = None,
     ) -> Columns:
-        if group != FEATURE or not self._windowed:
-            return super().columns_of(group, bars, span, expressions, others)
+        if group != FEATURE or not self._uses_windows:
+            return super().compute_columns(group, bars, span, expressions, mask_bars)
         first = max(0, span.start - STEPS + 1)
         dates = bars.calendar[[first, span.stop - 1]]
-        seen = bars.select(start=dates[0], end=dates[1])
-        columns = WindowColumns(seen, num_steps=STEPS, lead=span.start - first)
+        window_bars = bars.select(start=dates[0], end=dates[1])
+        columns = WindowColumns(window_bars, num_steps=STEPS, lead=span.start - first)
         names = tuple(expressions)
         return columns if names == columns.names else columns.keep(names)
 
 
-def chosen(
+def select_features(
     features: tuple[Sequence[str], Sequence[str]], columns: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Some of the features by name, in the set's own order; all if `columns` is None."""
+    """Select features by name in the feature set's order; all of them if `columns` is None."""
     expressions, names = features
     if columns is None:
         return list(expressions), list(names)
     for name in columns:
         if name not in names:
             raise ConfigError(unknown_name("feature", str(name), names))
-    wanted = set(columns)
-    kept = [(e, n) for e, n in zip(expressions, names, strict=True) if n in wanted]
-    return [e for e, _ in kept], [n for _, n in kept]
+    column_set = set(columns)
+    pairs = [(e, n) for e, n in zip(expressions, names, strict=True) if n in column_set]
+    return [e for e, _ in pairs], [n for _, n in pairs]

@@ -1,4 +1,4 @@
-"""Batches: what a network sees at one step, in an order that (seed, epoch, step) determines."""
+"""Batches of samples, in an order that depends only on (seed, epoch, step)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ ORDERS: tuple[str, ...] = ("random", "sequential", "day", "day_sequential")
 
 @dataclass(kw_only=True)
 class Batch:
-    """Samples for one step; day batches have `[G, N, ...]` where these have `[B, ...]`.
+    """The samples of one step; day batches have `[G, N, ...]` in place of `[B, ...]`.
 
     `x [B, T, F]` float32; `y [B, Q]` the processed labels; `weight [B]`; `mask [B]` bool, False
     for padding (None: every row is a sample); `date [B]` calendar rows and `instrument [B]`
-    columns, int64; `extra` named tensors, `raw_label [B, Q]` among them where it is known.
+    columns, int64; `extra` named tensors, including `raw_label [B, Q]` if it is available.
     Padded rows have x 0, weight 0 and NaN in y and raw_label, so that a loss or metric that
-    forgets the mask is loud.
+    ignores the mask fails visibly.
 
-    Where several ranks share a batch, `num_whole` counts the rows (days) of all of them; `blank`
-    says that this rank has none and works on samples whose labels are NaN, for company.
+    If several ranks share a batch, `global_size` counts the rows (days) of all ranks. `is_dummy`
+    marks the dummy batch of a rank that has no share: its labels are NaN, and it only keeps the
+    rank in step with the others.
     """
 
     x: Tensor
@@ -41,8 +42,8 @@ class Batch:
     mask: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     num_samples: int = 0
-    num_whole: int = 0
-    blank: bool = False
+    global_size: int = 0
+    is_dummy: bool = False
 
     def __post_init__(self) -> None:
         self.num_samples = self.num_samples or self.date.numel()
@@ -53,48 +54,48 @@ class Batch:
         return self.date.dim() == 2
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on another device."""
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+        """Return the batch on another device."""
+        return self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from where a copy to the GPU does not block."""
-        return self._each(lambda t: t.pin_memory())
+        """Return the batch in page-locked memory, from which a copy to the GPU does not block."""
+        return self._map_tensors(lambda t: t.pin_memory())
 
-    def flat(self) -> Batch:
-        """A day batch as `[G * N, ...]`, padding and mask kept; another batch unchanged."""
-        return self._each(lambda t: t.flatten(0, 1)) if self.is_day else self
+    def flatten(self) -> Batch:
+        """Flatten a day batch to `[G * N, ...]`, including padding; others are unchanged."""
+        return self._map_tensors(lambda t: t.flatten(0, 1)) if self.is_day else self
 
-    def unflattened(self, num_days: int, width: int) -> Batch:
-        """A batch of `num_days * width` rows as a day batch."""
-        return self._each(lambda t: t.reshape(num_days, width, *t.shape[1:]))
+    def unflatten(self, num_days: int, width: int) -> Batch:
+        """Reshape a batch of `num_days * width` rows to a day batch."""
+        return self._map_tensors(lambda t: t.reshape(num_days, width, *t.shape[1:]))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                value = change(value)
+                value = function(value)
             elif isinstance(value, dict):
-                value = {k: change(v) for k, v in value.items()}
+                value = {k: function(v) for k, v in value.items()}
             values[item.name] = value
         return Batch(**values)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but (seed, epoch)."""
+    """Return a CPU generator that depends only on (seed, epoch)."""
     digest = hashlib.sha256(f"qtorch order {seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class EpochSampler:
-    """What Lightning looks for on a loader: `set_epoch`."""
+    """A minimal sampler with `set_epoch`, which Lightning looks for on a data loader."""
 
     def __init__(self, num_samples: int) -> None:
         self.epoch = 0
         self._num_samples = num_samples
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration follows."""
+        """Set the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -102,16 +103,16 @@ class EpochSampler:
 
 
 class BatchLoader:
-    """Batches of Samples; iterating gives one epoch, every sample exactly once.
+    """Iterate over Samples in batches; one iteration is one epoch with every sample exactly once.
 
-    `order`: "random" shuffles samples, "sequential" follows (datetime, instrument), "day" gives
-    `days_per_batch` whole days `[G, N, ...]` a batch in shuffled order, "day_sequential" the
-    same in order of time. The order depends on (seed, epoch) alone, not on any global generator
-    or the device. The last batch is smaller where the samples do not fill it; with `pad_tail`
-    it is filled up and every batch has a mask, so that shapes stay the same (for compiling).
+    `order`: "random" shuffles samples, "sequential" follows (datetime, instrument), "day" yields
+    `days_per_batch` whole days `[G, N, ...]` per batch in shuffled order, "day_sequential" the
+    same in chronological order. The order depends only on (seed, epoch), not on a global random
+    generator or on the device. The last batch may be smaller. With `pad_tail` it is padded and
+    every batch has a mask, so that all batches have the same shape (for torch.compile).
 
-    `state_dict` and `load_state_dict` hold (epoch, step): a loader resumed in mid-epoch goes on
-    with exactly the batches that were still to come.
+    `state_dict` and `load_state_dict` hold (epoch, step): a loader that is resumed in mid-epoch
+    yields exactly the batches that were left.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class BatchLoader:
         self._step = 0
         self._resume: tuple[int, int] | None = None
 
-    # -- the order -----------------------------------------------------------------------------
+    # -- order ---------------------------------------------------------------------------------
 
     @property
     def _count(self) -> int:
@@ -148,14 +149,14 @@ class BatchLoader:
     def __len__(self) -> int:
         return -(-self._count // self.size)
 
-    def order_of(self, epoch: int) -> Tensor:
-        """The epoch's permutation of the sample rows (of the days, for day batches), on the CPU."""
+    def epoch_order(self, epoch: int) -> Tensor:
+        """Return the epoch's permutation of the samples (or days, for day batches), on the CPU."""
         if self.order in ("sequential", "day_sequential"):
             return torch.arange(self._count)
         return torch.randperm(self._count, generator=epoch_generator(self.seed, epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration follows."""
+        """Set the epoch whose order the next iteration follows."""
         self.sampler.set_epoch(epoch)
 
     # -- iteration -----------------------------------------------------------------------------
@@ -168,45 +169,48 @@ class BatchLoader:
             self._resume = None
         self._step = start
         for step, batch in enumerate(self.batches(epoch, start), start):
-            # Before the yield: a sized iterable is not run to exhaustion, and a state saved while
-            # this batch is worked on must go on behind it.
+            # Set before the yield: Lightning does not run a sized iterable to exhaustion, and a
+            # state that is saved during this batch must resume with the next one.
             self._step = step + 1
             yield batch
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from `start_step` on; the loader's own state is not touched."""
-        order = self.order_of(epoch)
-        on_device = order if self.by_day else order.to(self.samples.index_device)
+        """Yield the epoch's batches from `start_step` on; the loader's state is unchanged."""
+        order = self.epoch_order(epoch)
+        device_order = order if self.by_day else order.to(self.samples.index_device)
         steps = range(start_step, len(self))
         if self.samples.store != "host":
             for step in steps:
-                yield self._batch(order, on_device, step)
+                yield self._batch(order, device_order, step)
             return
-        ahead: Batch | None = None
+        next_batch: Batch | None = None
         for step in steps:
-            # The next batch is on its way while this one is worked on.
-            batch, ahead = ahead, self.samples.sent(self._batch(order, on_device, step))
+            # Copy the next batch to the device while the caller works on this one.
+            batch, next_batch = (
+                next_batch,
+                self.samples.send_to_device(self._batch(order, device_order, step)),
+            )
             if batch is not None:
                 yield batch
-        if ahead is not None:
-            yield ahead
+        if next_batch is not None:
+            yield next_batch
 
-    def _batch(self, order: Tensor, on_device: Tensor, step: int) -> Batch:
+    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
         part = slice(step * self.size, (step + 1) * self.size)
         if self.by_day:
             pad = self.size if self.pad_tail else None
             return self.samples.day_batch(order[part], num_days=pad)
         pad = self.size if self.pad_tail else None
-        return self.samples.batch(on_device[part], size=pad)
+        return self.samples.batch(device_order[part], size=pad)
 
     # -- resuming ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
-        """Where the running epoch stands: the next step."""
+        """Return the running epoch and its next step."""
         return {"epoch": self.sampler.epoch, "step": self._step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved state: the next iteration of that epoch starts at its step."""
+        """Resume from a saved state: the next iteration of that epoch starts at its step."""
         self._resume = (int(state["epoch"]), int(state["step"]))
         self._step = int(state["step"])
         self.sampler.set_epoch(int(state["epoch"]))

@@ -1,4 +1,4 @@
-"""What is there: dates, instruments, holes and suspicious values, in words and as a picture."""
+"""Data quality report: dates, instruments, gaps and suspicious values, as text and as a figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LARGE_MOVE = 0.5
 STALE_DAYS = 10
-# A field that more than this share of a day's bars lack is a fault of the day.
+# A day counts as broken if more than this share of its bars lack a field.
 BROKEN_DAY = 0.5
 _POSITIVE = ("open", "high", "low", "close", "vwap", "factor")
 _EXAMPLES = 5
@@ -26,11 +26,11 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` found. Rows are the days of instruments within membership and listing.
+    """The result of `describe`. Rows are the days on which an instrument is listed and a member.
 
-    Frames are sorted worst first. `bars [D, N]` tells each cell: 0 not listed or no member, 1 a
-    bar, 2 suspended (listed, no price). `index` is the equal-weighted index of the members'
-    moves, beginning at 1.
+    Frames are sorted worst first. `bars [D, N]` holds a code per cell: 0 not listed or not a
+    member, 1 a bar, 2 suspended (listed, but no price). `index` is the equal-weighted index of the
+    members' returns, starting at 1.
     """
 
     freq: str
@@ -40,10 +40,10 @@ class Description:
     universes: dict[str, int]
     num_rows: int
     missing: dict[str, float]
-    late: int
-    gone: int
+    num_listed_late: int
+    num_delisted: int
     suspensions: pd.DataFrame
-    pauses: pd.DataFrame
+    calendar_gaps: pd.DataFrame
     moves: pd.DataFrame
     broken_days: pd.DataFrame
     zeros: dict[str, int]
@@ -51,75 +51,90 @@ class Description:
     infinite: dict[str, int]
     out_of_range: int
     stale: pd.DataFrame
-    twins: list[tuple[str, str]]
+    duplicate_pairs: list[tuple[str, str]]
     bars: np.ndarray
     index: pd.Series
 
     def text(self) -> str:
-        """The findings, one a line; what is in order takes no line."""
-        return "\n".join((*self._what(), *self._holes(), *self._suspicious()))
+        """Return the findings, one per line; checks without findings are left out."""
+        return "\n".join((*self._overview_lines(), *self._gap_lines(), *self._suspicious_lines()))
 
-    def _what(self) -> list[str]:
+    def _overview_lines(self) -> list[str]:
         d, n = self.bars.shape
-        first, last = (_day(self.calendar[k]) for k in (0, -1))
+        first, last = (_format_day(self.calendar[k]) for k in (0, -1))
         universes = ", ".join(f"{name} {count}" for name, count in self.universes.items())
-        listed = f"{self.late} listed later than the first date, {self.gone} gone before the last"
+        listings = (
+            f"{self.num_listed_late} listed after the first date, "
+            f"{self.num_delisted} delisted before the last"
+        )
         return [
             f"{n:,} instruments, {d:,} dates {first} .. {last} ({self.freq}), "
             f"{self.num_rows:,} rows",
             f"fields      {', '.join(self.fields)}",
             f"universes   {universes}",
-            f"listings    {listed}",
+            f"listings    {listings}",
         ]
 
-    def _holes(self) -> list[str]:
+    def _gap_lines(self) -> list[str]:
         lines = []
-        holes = {f: share for f, share in self.missing.items() if share > 0}
-        shares = ", ".join(f"{f} {share:.2%}" for f, share in holes.items())
-        lines.append(f"missing     {shares or 'nothing'}")
+        missing_shares = {f: share for f, share in self.missing.items() if share > 0}
+        shares = ", ".join(f"{f} {share:.2%}" for f, share in missing_shares.items())
+        lines.append(f"missing     {shares or 'none'}")
         if len(self.suspensions):
             days, worst = int(self.suspensions["days"].sum()), self.suspensions.iloc[0]
             lines.append(
                 f"suspended   {days:,} rows in {len(self.suspensions):,} gaps of "
                 f"{self.suspensions['instrument'].nunique():,} instruments; the longest "
-                f"{worst['days']} ({worst['instrument']} from {_day(worst['start'])})"
+                f"{worst['days']} ({worst['instrument']} from {_format_day(worst['start'])})"
             )
-        if len(self.pauses):
-            shown = _list(f"{r.days} days after {_day(r.after)}" for r in self.pauses.itertuples())
-            lines.append(f"calendar    pauses: {shown}")
+        if len(self.calendar_gaps):
+            examples = _join_examples(
+                f"{r.days} days after {_format_day(r.after)}"
+                for r in self.calendar_gaps.itertuples()
+            )
+            lines.append(f"calendar    gaps: {examples}")
         if len(self.broken_days):
             rows = self.broken_days.itertuples()
-            shown = _list(f"{_day(r.datetime)} {r.field} {r.missing:.1%}" for r in rows)
-            lines.append(f"broken days {len(self.broken_days)} lack most of a field: {shown}")
+            examples = _join_examples(
+                f"{_format_day(r.datetime)} {r.field} {r.missing:.1%}" for r in rows
+            )
+            lines.append(f"broken days {len(self.broken_days)} miss most of a field: {examples}")
         return lines
 
-    def _suspicious(self) -> list[str]:
+    def _suspicious_lines(self) -> list[str]:
         lines = []
         if len(self.moves):
             rows = self.moves.itertuples()
-            shown = _list(f"{r.instrument} {_day(r.datetime)} {r.move:+.0%}" for r in rows)
-            lines.append(f"large moves {len(self.moves)} beyond {LARGE_MOVE:.0%}: {shown}")
-        for what, counts in (
+            examples = _join_examples(
+                f"{r.instrument} {_format_day(r.datetime)} {r.move:+.0%}" for r in rows
+            )
+            lines.append(f"large moves {len(self.moves)} beyond {LARGE_MOVE:.0%}: {examples}")
+        for name, counts in (
             ("zeros", self.zeros),
             ("negative", self.negative),
             ("infinite", self.infinite),
         ):
             if counts:
-                lines.append(f"{what:<11} {', '.join(f'{f} {c:,}' for f, c in counts.items())}")
+                lines.append(f"{name:<11} {', '.join(f'{f} {c:,}' for f, c in counts.items())}")
         if self.out_of_range:
             lines.append(
                 f"bars        {self.out_of_range:,} with open or close outside low .. high"
             )
         if len(self.stale):
             rows = self.stale.itertuples()
-            shown = _list(f"{r.instrument} {r.days} until {_day(r.end)}" for r in rows)
-            lines.append(f"stale       {len(self.stale)} runs of one price: {shown}")
-        if self.twins:
-            lines.append(f"twins       equal closes: {_list(f'{a} = {b}' for a, b in self.twins)}")
+            examples = _join_examples(
+                f"{r.instrument} {r.days} until {_format_day(r.end)}" for r in rows
+            )
+            lines.append(f"stale       {len(self.stale)} runs of an unchanged price: {examples}")
+        if self.duplicate_pairs:
+            lines.append(
+                "duplicates  equal closes: "
+                f"{_join_examples(f'{a} = {b}' for a, b in self.duplicate_pairs)}"
+            )
         return lines
 
-    def picture(self) -> Figure:
-        """Coverage over time, the map of missing bars and the market index, as a figure."""
+    def plot(self) -> Figure:
+        """Plot coverage over time, the map of missing bars and the market index as one figure."""
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
 
@@ -131,13 +146,13 @@ class Description:
         top.set(ylabel="instruments", ylim=(0, None), xlim=(dates[0], dates[-1]))
         top.legend(loc="lower right", fontsize=8)
         top.set_title(
-            f"{self.bars.shape[1]:,} instruments, {_day(dates[0])} .. {_day(dates[-1])}, "
-            f"{self.num_rows:,} rows"
+            f"{self.bars.shape[1]:,} instruments, "
+            f"{_format_day(dates[0])} .. {_format_day(dates[-1])}, {self.num_rows:,} rows"
         )
         first = np.where((self.bars > 0).any(0), (self.bars > 0).argmax(0), len(dates))
         order = np.argsort(first, kind="stable")
         middle.imshow(
-            _pooled(self.bars[:, order].T),
+            _max_pool(self.bars[:, order].T),
             aspect="auto",
             interpolation="nearest",
             cmap=ListedColormap(["#f2f2f2", "#4c78a8", "#d98c5f"]),
@@ -146,7 +161,7 @@ class Description:
             extent=(0, 1, len(order), 0),
         )
         middle.set(ylabel="instruments by first day", xticks=[])
-        middle.set_xlabel("blue: a bar; orange: suspended; grey: not listed or no member")
+        middle.set_xlabel("blue: a bar; orange: suspended; grey: not listed or not a member")
         bottom.plot(dates, self.index, color="#333333", linewidth=1)
         bottom.set(
             ylabel="equal-weighted index (first = 1, log)", yscale="log", xlim=(dates[0], dates[-1])
@@ -166,9 +181,10 @@ def describe(
     end_time: Any = None,
     freq: str = "day",
 ) -> Description:
-    """Look over a source, a Panel or a `(datetime, instrument)` frame.
+    """Check the quality of a source, a Panel or a `(datetime, instrument)` frame.
 
-    Prices are judged by `close`, or by the first field where there is none. Nothing is changed.
+    Prices are checked on `close`, or on the first field if there is no close. The data is not
+    changed.
     """
     source = as_source(data)
     panel = source.load(instruments=universe, start_time=start_time, end_time=end_time, freq=freq)
@@ -178,7 +194,7 @@ def describe(
     bars = np.where(mask, np.where(np.isnan(close), 2, 1), 0).astype(np.int8)
     moves = _moves(close)
     count = max(int(mask.sum()), 1)
-    listed = mask.any(0)
+    is_listed = mask.any(0)
     return Description(
         freq=freq,
         calendar=panel.calendar,
@@ -187,87 +203,95 @@ def describe(
         universes={name: len(source.read_membership(name)) for name in source.universes()},
         num_rows=int(mask.sum()),
         missing={f: float((np.isnan(v) & mask).sum() / count) for f, v in columns.items()},
-        late=int((listed & ~mask[0]).sum()),
-        gone=int((listed & ~mask[-1]).sum()),
+        num_listed_late=int((is_listed & ~mask[0]).sum()),
+        num_delisted=int((is_listed & ~mask[-1]).sum()),
         suspensions=_suspensions(bars, panel),
-        pauses=_pauses(panel.calendar),
+        calendar_gaps=_calendar_gaps(panel.calendar),
         moves=_large_moves(moves, panel),
-        broken_days=_broken_days(columns, bars == 1, panel),
+        broken_days=_find_broken_days(columns, bars == 1, panel),
         zeros=_counts({f: v == 0 for f, v in columns.items() if f != "change"}),
         negative=_counts({f: v < 0 for f, v in columns.items() if f in (*_POSITIVE, "volume")}),
         infinite=_counts({f: np.isinf(v) for f, v in columns.items()}),
         out_of_range=_out_of_range(columns),
         stale=_stale(moves, panel),
-        twins=_twins(close, panel),
+        duplicate_pairs=_duplicate_pairs(close, panel),
         bars=bars,
         index=_index(moves, panel.calendar),
     )
 
 
 def _moves(close: np.ndarray) -> np.ndarray:
-    """Moves from each bar's last price, over suspended days."""
+    """Return each bar's return since the last bar with a price, across suspended days."""
     prices = pd.DataFrame(close).where(close > 0)
     moves: np.ndarray = (prices / prices.ffill().shift(1) - 1).to_numpy()
     return moves
 
 
 def _suspensions(bars: np.ndarray, panel: Panel) -> pd.DataFrame:
-    """Stretches of listed days without a price."""
+    """Find runs of listed days without a price."""
     gap = np.zeros((bars.shape[0] + 2, bars.shape[1]), dtype=np.int8)
     gap[1:-1] = bars == 2
     change = np.diff(gap, axis=0).T
     columns, starts = np.nonzero(change == 1)
     stops = np.nonzero(change == -1)[1]
-    found = pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "instrument": panel.instruments[columns],
             "start": panel.calendar[starts],
             "days": stops - starts,
         }
     )
-    return found.sort_values("days", ascending=False, kind="stable", ignore_index=True)
+    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
 
 
-def _pauses(calendar: pd.DatetimeIndex) -> pd.DataFrame:
-    """Steps of the calendar that are far longer than its usual long ones (weekends, holidays)."""
+def _calendar_gaps(calendar: pd.DatetimeIndex) -> pd.DataFrame:
+    """Find calendar steps that are far longer than the usual long ones (weekends, holidays)."""
     days = np.diff(calendar.asi8) / 86_400e9
     usual = max(float(np.quantile(days, 0.99)) + 2.0, 5.0) if len(days) else 5.0
-    at = np.flatnonzero(days > usual)
-    found = pd.DataFrame({"after": calendar[at], "days": days[at].astype(int)})
-    return found.sort_values("days", ascending=False, kind="stable", ignore_index=True)
+    gap_rows = np.flatnonzero(days > usual)
+    frame = pd.DataFrame({"after": calendar[gap_rows], "days": days[gap_rows].astype(int)})
+    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
 
 
 def _large_moves(moves: np.ndarray, panel: Panel) -> pd.DataFrame:
     rows, columns = np.nonzero(np.abs(np.nan_to_num(moves)) > LARGE_MOVE)
-    found = pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "datetime": panel.calendar[rows],
             "instrument": panel.instruments[columns],
             "move": moves[rows, columns],
         }
     )
-    return found.sort_values("move", key=np.abs, ascending=False, kind="stable", ignore_index=True)
+    return frame.sort_values("move", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _broken_days(columns: dict[str, np.ndarray], traded: np.ndarray, panel: Panel) -> pd.DataFrame:
-    """Days on which most bars lack a field that they usually have."""
-    count = traded.sum(1)
+def _find_broken_days(
+    columns: dict[str, np.ndarray], has_bar: np.ndarray, panel: Panel
+) -> pd.DataFrame:
+    """Find days on which most bars lack a field that they usually have."""
+    count = has_bar.sum(1)
     parts = []
     for field, values in columns.items():
-        share = (np.isnan(values) & traded).sum(1) / np.maximum(count, 1)
-        at = np.flatnonzero((share > BROKEN_DAY) & (count > 1))
-        # A field that starts late, or is never there, is not the fault of a day; nor is the
-        # first row's change.
-        if len(at) <= max(3, 0.02 * len(share)):
-            at = at[at > 0]
+        share = (np.isnan(values) & has_bar).sum(1) / np.maximum(count, 1)
+        bad_rows = np.flatnonzero((share > BROKEN_DAY) & (count > 1))
+        # A field that starts late or is always missing is not the fault of single days, nor is
+        # the missing `change` of the first row.
+        if len(bad_rows) <= max(3, 0.02 * len(share)):
+            bad_rows = bad_rows[bad_rows > 0]
             parts.append(
-                pd.DataFrame({"datetime": panel.calendar[at], "field": field, "missing": share[at]})
+                pd.DataFrame(
+                    {
+                        "datetime": panel.calendar[bad_rows],
+                        "field": field,
+                        "missing": share[bad_rows],
+                    }
+                )
             )
     return pd.concat(parts).sort_values("datetime", kind="stable", ignore_index=True)
 
 
 def _out_of_range(columns: dict[str, np.ndarray]) -> int:
-    """Bars whose open or close lies outside low..high by more than float32 can blur."""
+    """Count bars whose open or close is outside low..high beyond float32 rounding."""
     low, high = columns.get("low"), columns.get("high")
     if low is None or high is None:
         return 0
@@ -280,59 +304,59 @@ def _out_of_range(columns: dict[str, np.ndarray]) -> int:
 
 
 def _stale(moves: np.ndarray, panel: Panel) -> pd.DataFrame:
-    """Runs of bars at one price, ten or longer."""
+    """Find runs of at least ten bars with the same price."""
     run = np.zeros(moves.shape[1], dtype=np.int64)
     runs = np.zeros((len(moves) + 1, moves.shape[1]), dtype=np.int64)
     for t, move in enumerate(moves):
         run = np.where(move == 0, run + 1, 0)
         runs[t] = run
     ends, columns = np.nonzero((runs[:-1] >= STALE_DAYS - 1) & (runs[1:] == 0))
-    found = pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "instrument": panel.instruments[columns],
             "end": panel.calendar[ends],
             "days": runs[ends, columns] + 1,
         }
     )
-    return found.sort_values("days", ascending=False, kind="stable", ignore_index=True)
+    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
 
 
-def _twins(close: np.ndarray, panel: Panel) -> list[tuple[str, str]]:
-    """Pairs of instruments whose closes are equal on all days."""
-    seen: dict[bytes, str] = {}
+def _duplicate_pairs(close: np.ndarray, panel: Panel) -> list[tuple[str, str]]:
+    """Find pairs of instruments whose closes are equal on all days."""
+    first_names: dict[bytes, str] = {}
     pairs = []
     for name, column in zip(panel.instruments, np.ascontiguousarray(close.T), strict=True):
         if np.isnan(column).all():
             continue
-        first = seen.setdefault(column.tobytes(), name)
+        first = first_names.setdefault(column.tobytes(), name)
         if first != name:
             pairs.append((first, name))
     return pairs
 
 
 def _index(moves: np.ndarray, calendar: pd.DatetimeIndex) -> pd.Series:
-    known = np.isfinite(moves)
-    mean = np.where(known, moves, 0.0).sum(1) / np.maximum(known.sum(1), 1)
+    is_known = np.isfinite(moves)
+    mean = np.where(is_known, moves, 0.0).sum(1) / np.maximum(is_known.sum(1), 1)
     return pd.Series(np.cumprod(1 + mean), calendar, name="index")
 
 
-def _counts(found: dict[str, np.ndarray]) -> dict[str, int]:
-    return {f: int(cells.sum()) for f, cells in found.items() if cells.any()}
+def _counts(masks: dict[str, np.ndarray]) -> dict[str, int]:
+    return {f: int(cells.sum()) for f, cells in masks.items() if cells.any()}
 
 
-def _pooled(cells: np.ndarray, width: int = 800) -> np.ndarray:
-    """`[N, D]` cells in at most `width` columns, so that a single suspended day still shows."""
+def _max_pool(cells: np.ndarray, width: int = 800) -> np.ndarray:
+    """Reduce cells `[N, D]` to at most `width` columns by maximum, so single days stay visible."""
     step = -(-cells.shape[1] // width)
     padded = np.pad(cells, ((0, 0), (0, -cells.shape[1] % step)))
-    pooled: np.ndarray = padded.reshape(len(cells), -1, step).max(2)
-    return pooled
+    block_maxima: np.ndarray = padded.reshape(len(cells), -1, step).max(2)
+    return block_maxima
 
 
-def _day(stamp: Any) -> str:
+def _format_day(stamp: Any) -> str:
     stamp = pd.Timestamp(stamp)
     return f"{stamp:%Y-%m-%d}" if stamp == stamp.normalize() else f"{stamp:%Y-%m-%d %H:%M}"
 
 
-def _list(items: Iterable[str]) -> str:
-    shown = list(items)
-    return ", ".join(shown[:_EXAMPLES]) + (", ..." if len(shown) > _EXAMPLES else "")
+def _join_examples(items: Iterable[str]) -> str:
+    examples = list(items)
+    return ", ".join(examples[:_EXAMPLES]) + (", ..." if len(examples) > _EXAMPLES else "")

@@ -1,7 +1,7 @@
-"""Operations on single values with one parameter set a column, applied when a batch is gathered.
+"""Element-wise operations with one parameter set per column, applied when a batch is gathered.
 
-A fitted z-score, a clip or a fill would copy the whole panel if it were written; as an
-`Elementwise` it is a few numbers a column and is applied to `[B, T, F]` after the gather.
+Writing a fitted z-score, a clip or a fill would copy the whole panel. An `Elementwise` holds a
+few numbers per column and is applied to `[B, T, F]` after the gather.
 """
 
 from __future__ import annotations
@@ -21,67 +21,69 @@ Number = float | Tensor
 class Elementwise(ABC):
     """One operation; its parameters are tensors `[K]`, one value for each of K columns.
 
-    Subclasses are immutable and say what leaves a value unchanged (`neutral`), so that an
-    operation on some columns can be widened to all of them.
+    Subclasses are immutable. `neutral` holds the parameters that leave a value unchanged, so that
+    an operation on some columns can be widened to all of them.
     """
 
     parameters: tuple[Tensor, ...]
     neutral: tuple[float, ...]
 
     def __init__(self, *parameters: Number) -> None:
-        shaped = [torch.as_tensor(p, dtype=torch.float32).reshape(-1) for p in parameters]
-        self.parameters = _broadcast(shaped)
-        self._same = [_single(p) for p in self.parameters]
+        tensors = [torch.as_tensor(p, dtype=torch.float32).reshape(-1) for p in parameters]
+        self.parameters = _broadcast(tensors)
+        self._common_values = [_common_value(p) for p in self.parameters]
 
     @abstractmethod
     def apply_(self, x: Tensor) -> Tensor:
-        """`x [..., K]` with the operation applied; `x` may be overwritten."""
+        """Apply the operation to `x [..., K]`; `x` may be overwritten."""
 
     def num_columns(self) -> int:
-        """K, or 1 where one parameter set serves every column."""
+        """Return K, or 1 if one parameter set serves every column."""
         return self.parameters[0].numel()
 
     def expand(self, num_columns: int) -> Self:
-        """The same operation with parameters for exactly `num_columns` columns."""
+        """Return the operation with parameters for exactly `num_columns` columns."""
         if self.num_columns() == num_columns:
             return self
         if self.num_columns() != 1:
             raise ArgumentError(
                 f"{type(self).__name__} has parameters for {self.num_columns()} columns, but "
-                f"{num_columns} columns were given."
+                f"got {num_columns} columns."
             )
-        return self._with(tuple(p.expand(num_columns) for p in self.parameters))
+        return self._with_parameters(tuple(p.expand(num_columns) for p in self.parameters))
 
-    def spread(self, positions: Sequence[int | None]) -> Self:
-        """Parameters for new columns: column j takes those of `positions[j]`, None is neutral."""
-        chosen = torch.tensor([-1 if p is None else p for p in positions])
-        taken = tuple(
-            torch.where(chosen < 0, torch.tensor(neutral), p[chosen.clamp(min=0)])
+    def reindex(self, positions: Sequence[int | None]) -> Self:
+        """Rearrange the parameters: new column j takes those of `positions[j]`, None is neutral."""
+        index = torch.tensor([-1 if p is None else p for p in positions])
+        parameters = tuple(
+            torch.where(index < 0, torch.tensor(neutral), p[index.clamp(min=0)])
             for p, neutral in zip(self.parameters, self.neutral, strict=True)
         )
-        return self._with(taken)
+        return self._with_parameters(parameters)
 
-    def windowed(self, num_steps: int) -> Self:
-        """Parameters of field-major columns (`F * num_steps`) for windows `[.., num_steps, F]`."""
-        return self._with(tuple(p.view(-1, num_steps).t().contiguous() for p in self.parameters))
+    def reshape_for_windows(self, num_steps: int) -> Self:
+        """Rearrange field-major columns (`F * num_steps`) for windows `[.., num_steps, F]`."""
+        return self._with_parameters(
+            tuple(p.view(-1, num_steps).t().contiguous() for p in self.parameters)
+        )
 
     def to(self, device: torch.device) -> Self:
-        """The same operation for values on another device."""
-        return self._with(tuple(p.to(device) for p in self.parameters))
+        """Return the operation with its parameters on another device."""
+        return self._with_parameters(tuple(p.to(device) for p in self.parameters))
 
-    def _with(self, parameters: tuple[Tensor, ...]) -> Self:
-        other = object.__new__(type(self))
-        other.parameters = parameters
-        # Read here, once: reading a device's number in `apply_` would stop the device.
-        other._same = [_single(p) for p in parameters]
-        return other
+    def _with_parameters(self, parameters: tuple[Tensor, ...]) -> Self:
+        operation = object.__new__(type(self))
+        operation.parameters = parameters
+        # Read once, here: reading a GPU tensor's value in `apply_` would synchronize the device.
+        operation._common_values = [_common_value(p) for p in parameters]
+        return operation
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_columns()} columns)"
 
 
 class Affine(Elementwise):
-    """`(x - center) / scale`."""
+    """Scale a value: `(x - center) / scale`."""
 
     neutral = (0.0, 1.0)
 
@@ -90,12 +92,12 @@ class Affine(Elementwise):
 
     def apply_(self, x: Tensor) -> Tensor:
         center, scale = self.parameters
-        # Subtract, then divide, as Qlib does: a reciprocal would differ in the last place.
+        # Subtract, then divide, as Qlib does: a reciprocal would differ in the last bit.
         return x.sub_(center).div_(scale)
 
 
 class Clip(Elementwise):
-    """`x` limited to `low .. high`; NaN stays NaN, inf becomes the limit."""
+    """Limit `x` to `low .. high`; NaN stays NaN, an infinity becomes the limit."""
 
     neutral = (-float("inf"), float("inf"))
 
@@ -103,14 +105,14 @@ class Clip(Elementwise):
         super().__init__(low, high)
 
     def apply_(self, x: Tensor) -> Tensor:
-        low, high = self._same
+        low, high = self._common_values
         if low is not None and high is not None:
             return x.clamp_(low, high)
         return x.clamp_(self.parameters[0], self.parameters[1])
 
 
 class FillNaN(Elementwise):
-    """A constant in the place of NaN."""
+    """Replace NaN by a constant."""
 
     neutral = (float("nan"),)
 
@@ -118,14 +120,14 @@ class FillNaN(Elementwise):
         super().__init__(value)
 
     def apply_(self, x: Tensor) -> Tensor:
-        value = self._same[0]
+        value = self._common_values[0]
         if value is not None:
             return x.nan_to_num_(nan=value, posinf=float("inf"), neginf=-float("inf"))
         return torch.where(x.isnan(), self.parameters[0], x)
 
 
 class ReplaceInf(Elementwise):
-    """`value` (NaN by default) in the place of both infinities."""
+    """Replace both infinities by `value` (NaN by default); `negative` is used for -inf if given."""
 
     neutral = (float("inf"), -float("inf"))
 
@@ -133,7 +135,7 @@ class ReplaceInf(Elementwise):
         super().__init__(value, value if negative is None else negative)
 
     def apply_(self, x: Tensor) -> Tensor:
-        positive, negative = self._same
+        positive, negative = self._common_values
         if positive is not None and negative is not None:
             return x.nan_to_num_(nan=float("nan"), posinf=positive, neginf=negative)
         x = torch.where(x == float("inf"), self.parameters[0], x)
@@ -141,7 +143,7 @@ class ReplaceInf(Elementwise):
 
 
 class Tanh(Elementwise):
-    """`tanh(x)`."""
+    """Compute `tanh(x)`."""
 
     neutral = (0.0,)
 
@@ -149,7 +151,7 @@ class Tanh(Elementwise):
         super().__init__(1.0)
 
     def apply_(self, x: Tensor) -> Tensor:
-        if self._same[0] == 1.0:
+        if self._common_values[0] == 1.0:
             return x.tanh_()
         return torch.where(self.parameters[0] > 0, x.tanh(), x)
 
@@ -158,21 +160,21 @@ def _broadcast(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     length = max((p.numel() for p in parameters), default=0)
     for p in parameters:
         if p.numel() not in (1, length):
-            raise ArgumentError(f"parameters for {p.numel()} and for {length} columns were given.")
+            raise ArgumentError(f"got parameters for {p.numel()} and for {length} columns.")
     return tuple(p.expand(length) for p in parameters)
 
 
-def _single(parameter: Tensor) -> float | None:
-    """The value that all columns share, if they do."""
+def _common_value(parameter: Tensor) -> float | None:
+    """Return the value that all columns share, or None."""
     values = parameter.flatten()
     if not values.numel():
         return None
-    same = (values == values[0]) | (values.isnan() & values[0].isnan())
-    return float(values[0]) if bool(same.all()) else None
+    is_equal = (values == values[0]) | (values.isnan() & values[0].isnan())
+    return float(values[0]) if bool(is_equal.all()) else None
 
 
 class Chain:
-    """Operations in order, each on named columns; immutable."""
+    """A sequence of operations, each on named columns; immutable."""
 
     def __init__(self, steps: Sequence[tuple[tuple[str, ...], Elementwise]] = ()) -> None:
         self.steps = tuple(steps)
@@ -180,41 +182,43 @@ class Chain:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def then(self, names: Sequence[str], operation: Elementwise) -> Chain:
-        """This chain with one more operation behind it."""
+    def with_operation(self, names: Sequence[str], operation: Elementwise) -> Chain:
+        """Return this chain with one more operation at the end."""
         if len(set(names)) != len(names):
-            raise DataError(f"a column is named twice in {list(names)[:8]}.")
+            raise DataError(f"column names must be unique, got {list(names)[:8]}.")
         return Chain([*self.steps, (tuple(names), operation.expand(len(names)))])
 
-    def without(self, names: Sequence[str]) -> Chain:
-        """This chain with nothing left for these columns (they are newly written)."""
-        gone = set(names)
+    def drop(self, names: Sequence[str]) -> Chain:
+        """Return this chain without operations on these columns, because they were rewritten."""
+        dropped_names = set(names)
         steps: list[tuple[tuple[str, ...], Elementwise]] = []
-        for owners, operation in self.steps:
-            kept = [k for k, name in enumerate(owners) if name not in gone]
-            if len(kept) == len(owners):
-                steps.append((owners, operation))
-            elif kept:
-                steps.append((tuple(owners[k] for k in kept), operation.spread(kept)))
+        for step_names, operation in self.steps:
+            positions = [k for k, name in enumerate(step_names) if name not in dropped_names]
+            if len(positions) == len(step_names):
+                steps.append((step_names, operation))
+            elif positions:
+                steps.append(
+                    (tuple(step_names[k] for k in positions), operation.reindex(positions))
+                )
         return Chain(steps)
 
-    def compile(self, names: Sequence[str], device: torch.device | None = None) -> Fused:
-        """The chain for values whose last dimension is exactly `names`."""
+    def compile(self, names: Sequence[str], device: torch.device | None = None) -> FusedChain:
+        """Bind the chain to values whose last dimension is exactly `names`."""
         stages = []
-        for owners, operation in self.steps:
-            place = {name: k for k, name in enumerate(owners)}
-            if not any(name in place for name in names):
+        for step_names, operation in self.steps:
+            position_by_name = {name: k for k, name in enumerate(step_names)}
+            if not any(name in position_by_name for name in names):
                 continue
             stages.append(
                 operation
-                if tuple(names) == owners
-                else operation.spread([place.get(name) for name in names])
+                if tuple(names) == step_names
+                else operation.reindex([position_by_name.get(name) for name in names])
             )
-        return Fused([s if device is None else s.to(device) for s in stages])
+        return FusedChain([s if device is None else s.to(device) for s in stages])
 
 
-class Fused:
-    """A chain bound to columns: `fused(x [..., F])`."""
+class FusedChain:
+    """A chain that is bound to columns; call it with `x [..., F]`."""
 
     def __init__(self, stages: Sequence[Elementwise] = ()) -> None:
         self.stages = tuple(stages)
@@ -223,11 +227,11 @@ class Fused:
         return len(self.stages)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x [..., F]` with every operation applied; `x` may be overwritten: hand over a copy."""
+        """Apply every operation to `x [..., F]`; `x` may be overwritten, so pass a copy."""
         for stage in self.stages:
             x = stage.apply_(x)
         return x
 
-    def to(self, device: torch.device) -> Fused:
-        """The same operations for values on another device."""
-        return Fused([s.to(device) for s in self.stages])
+    def to(self, device: torch.device) -> FusedChain:
+        """Return the operations with their parameters on another device."""
+        return FusedChain([s.to(device) for s in self.stages])

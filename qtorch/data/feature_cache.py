@@ -1,9 +1,10 @@
-"""Features that tasks of one machine share: computed once, kept on disk, read by memory map.
+"""A disk cache for features that tasks on one machine share, read by memory map.
 
-An entry is a folder named by a hash of all that its values depend on: the source's content, the
-expressions, the universe and its filters, the dates, and the code that computes. It is written
-beside its place and renamed, so that it is there whole or not at all; the least recently used go
-when the cache is full. An entry that goes while somebody reads it stays readable to him.
+An entry is a folder named by a hash of everything that its values depend on: the source's
+content, the expressions, the universe and its filters, the dates, and the code that computes
+them. It is written to a temporary folder and renamed, so that an entry is either complete or
+absent. The least recently used entries are evicted when the cache is full. A process that has
+mapped an evicted entry can still read it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from zipfile import BadZipFile
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.files import cache_folder
 from qtorch.core.heartbeat import beat
-from qtorch.data.stored_view import META, bytes_of, read_view, write_view
+from qtorch.data.stored_view import META, read_view, view_num_bytes, write_view
 from qtorch.data.view import View
 
 log = logging.getLogger(__name__)
@@ -35,78 +36,83 @@ log = logging.getLogger(__name__)
 FOLDER = "features"
 BYTES_VARIABLE = "QTORCH_FEATURE_CACHE_BYTES"
 DEFAULT_BYTES = 20 * 2**30
-FREE_SHARE = 0.05  # of the disk is left free
-STALE_SECONDS = 3600.0  # a writer that died left this behind
-PATIENCE = 900.0  # the longest that one waits for another's computation
-_PART, _GONE, _LOCK = ".part-", ".gone-", ".lock-"
+MIN_FREE_SHARE = 0.05  # share of the disk that stays free
+STALE_SECONDS = 3600.0  # older temporary folders belong to a dead writer
+LOCK_TIMEOUT_SECONDS = 900.0  # how long to wait while another process computes
+_PART, _TRASH, _LOCK = ".part-", ".gone-", ".lock-"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: what it holds, its bytes, when it was last used (seconds since 1970)."""
+    """A cache entry: its size, its time of last use (seconds since 1970) and a summary."""
 
     key: str
     num_bytes: int
-    used: float
-    about: dict[str, Any]
+    last_used: float
+    summary: dict[str, Any]
 
 
 class FeatureCache:
     """Views of features by key, in a folder of at most `max_bytes`.
 
     `folder`: None is `features` in qtorch's cache folder (QTORCH_CACHE). `max_bytes`: None is
-    QTORCH_FEATURE_CACHE_BYTES ("20G"), else 20 GiB. Processes may share a folder: who needs what
-    another one computes waits for it. A disk that takes no more costs speed, never the work.
+    QTORCH_FEATURE_CACHE_BYTES ("20G"), else 20 GiB. Processes may share a folder: a process waits
+    for features that another one is computing. If the disk is full, features are computed without
+    being cached.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
         self.folder = Path(folder).expanduser() if folder else cache_folder() / FOLDER
-        self.max_bytes = _bytes_of_environment() if max_bytes is None else max_bytes
+        self.max_bytes = _read_max_bytes() if max_bytes is None else max_bytes
 
-    def get(self, key: str, about: dict[str, Any], *, make: Callable[[], View]) -> View:
-        """The view of a key; made and kept if it is not there. `about` is shown to people."""
-        found = self._read(key)
-        if found is not None:
-            return found
-        with self._alone(key) as waited:
-            # Whoever was first has made it meanwhile.
-            found = self._read(key) if waited else None
-            if found is not None:
-                return found
-            view = make()
-            kept = self._keep(key, view, about)
-        return self._read(key) or view if kept else view
+    def get(self, key: str, summary: dict[str, Any], *, compute: Callable[[], View]) -> View:
+        """Return the view of a key, computing and storing it if it is not cached.
+
+        `summary` describes the entry in listings.
+        """
+        cached_view = self._load(key)
+        if cached_view is not None:
+            return cached_view
+        with self._key_lock(key) as had_to_wait:
+            # The process that held the lock may have stored it in the meantime.
+            cached_view = self._load(key) if had_to_wait else None
+            if cached_view is not None:
+                return cached_view
+            view = compute()
+            is_stored = self._store(key, view, summary)
+        return self._load(key) or view if is_stored else view
 
     def entries(self) -> list[Entry]:
-        """What there is, the most recently used first."""
-        found = []
+        """List the entries, most recently used first."""
+        result = []
         for path in self._folders():
             try:
                 meta = path / META
                 content = json.loads(meta.read_text())
                 size = sum(f.stat().st_size for f in path.iterdir())
-                found.append(Entry(path.name, size, meta.stat().st_mtime, content["about"]))
+                result.append(Entry(path.name, size, meta.stat().st_mtime, content["about"]))
             except (OSError, ValueError, KeyError) as error:
-                log.debug("%s is no entry of the feature cache: %s", path, error)
-        return sorted(found, key=lambda e: -e.used)
+                log.debug("%s is not an entry of the feature cache: %s", path, error)
+        return sorted(result, key=lambda e: -e.last_used)
 
     def remove(self, key: str) -> bool:
-        """Take an entry out; False where it is not there."""
+        """Remove an entry; return False if it does not exist."""
         path = self.folder / key
-        gone = self.folder / f"{_GONE}{key}-{os.getpid()}-{time.monotonic_ns()}"
+        trash = self.folder / f"{_TRASH}{key}-{os.getpid()}-{time.monotonic_ns()}"
         try:
-            # Who holds the lock keeps it; at worst somebody else computes the same beside him.
+            # The lock's holder keeps it. At worst another process computes the same features
+            # at the same time.
             (self.folder / f"{_LOCK}{key}").unlink(missing_ok=True)
-            path.rename(gone)  # at once: nobody finds half an entry
+            path.rename(trash)  # atomic, so that nobody reads half an entry
         except OSError:
             return False
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
         return True
 
     def clear(self) -> int:
-        """Take every entry out; how many there were."""
-        self._sweep(age=0.0)
+        """Remove all entries and return how many there were."""
+        self._remove_stale(min_age=0.0)
         return sum(self.remove(path.name) for path in self._folders())
 
     # -- parts ---------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ class FeatureCache:
             return []
         return [p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
-    def _read(self, key: str) -> View | None:
+    def _load(self, key: str) -> View | None:
         path = self.folder / key
         try:
             view = read_view(path)
@@ -125,131 +131,131 @@ class FeatureCache:
             if not path.exists():
                 return None
             log.warning(
-                "the cached features in %s cannot be read and are made anew: %s", path, error
+                "cannot read the cached features in %s, computing them again: %s", path, error
             )
             self.remove(key)
             return None
         return view
 
-    def _keep(self, key: str, view: View, about: dict[str, Any]) -> bool:
-        """Write an entry; False where it does not fit or the disk refuses."""
+    def _store(self, key: str, view: View, summary: dict[str, Any]) -> bool:
+        """Write an entry; return False if it does not fit or the disk refuses it."""
         partial = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{_PART}{key[:8]}-", dir=self.folder))
-            needed = bytes_of(view)
-            if not self._make_room(needed):
-                log.info("the features (%d MiB) do not fit the cache", needed >> 20)
+            num_bytes = view_num_bytes(view)
+            if not self._make_room(num_bytes):
+                log.info("features (%d MiB) do not fit in the cache", num_bytes >> 20)
                 return False
-            write_view(view, partial, about)
+            write_view(view, partial, summary)
             partial.chmod(0o755)
             try:
                 partial.rename(self.folder / key)
             except OSError:
-                if not (self.folder / key / META).is_file():  # another process was quicker
+                if not (self.folder / key / META).is_file():  # else another process stored it first
                     raise
         except (OSError, DataError) as error:
-            log.warning("the features are not cached: %s", error)
+            log.warning("features are not cached: %s", error)
             return False
         finally:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         return True
 
-    def _make_room(self, needed: int) -> bool:
-        """Let the least recently used entries go until `needed` bytes fit."""
-        self._sweep(age=STALE_SECONDS)
-        if needed > self.max_bytes:
+    def _make_room(self, num_bytes: int) -> bool:
+        """Evict the least recently used entries until `num_bytes` fit."""
+        self._remove_stale(min_age=STALE_SECONDS)
+        if num_bytes > self.max_bytes:
             return False
         entries = self.entries()
         total = sum(e.num_bytes for e in entries)
-        while entries and (total + needed > self.max_bytes or not self._fits_disk(needed)):
+        while entries and (total + num_bytes > self.max_bytes or not self._fits_disk(num_bytes)):
             oldest = entries.pop()
             self.remove(oldest.key)
             total -= oldest.num_bytes
-        return self._fits_disk(needed)
+        return self._fits_disk(num_bytes)
 
-    def _fits_disk(self, needed: int) -> bool:
+    def _fits_disk(self, num_bytes: int) -> bool:
         disk = shutil.disk_usage(self.folder)
-        return disk.free - needed > FREE_SHARE * disk.total
+        return disk.free - num_bytes > MIN_FREE_SHARE * disk.total
 
-    def _sweep(self, age: float) -> None:
-        """Remove what died in the middle: parts older than `age` seconds."""
+    def _remove_stale(self, min_age: float) -> None:
+        """Remove temporary folders of dead processes that are at least `min_age` seconds old."""
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
-            if path.name.startswith((_PART, _GONE)):
+            if path.name.startswith((_PART, _TRASH)):
                 try:
-                    old = time.time() - path.stat().st_mtime >= age
+                    is_stale = time.time() - path.stat().st_mtime >= min_age
                 except OSError:
-                    continue  # another process removes it
-                if old:
+                    continue  # another process is removing it
+                if is_stale:
                     shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
-    def _alone(self, key: str) -> Iterator[bool]:
-        """Hold a key against other processes; yields whether another one had held it.
+    def _key_lock(self, key: str) -> Iterator[bool]:
+        """Lock a key against other processes; yield whether another process had held it.
 
-        The system frees the lock of a process that dies. Where a folder knows no locks, or its
-        holder takes too long, the work is done twice and the first to end counts.
+        The operating system frees the lock of a process that dies. If the file system has no locks,
+        or the holder takes too long, both processes compute and the first to finish is stored.
         """
-        handle, waited = None, False
+        handle, had_to_wait = None, False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            name = self.folder / f"{_LOCK}{key}"
-            handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            waited = _locked(handle)
+            path = self.folder / f"{_LOCK}{key}"
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            had_to_wait = _acquire_lock(handle)
         except OSError as error:
-            log.debug("the feature cache goes without a lock: %s", error)
+            log.debug("the feature cache works without a lock: %s", error)
         try:
-            yield waited
+            yield had_to_wait
         finally:
             if handle is not None:
                 os.close(handle)
 
 
-def _locked(handle: int) -> bool:
-    """Take the lock of a file; whether it had to be waited for."""
-    end, waited = time.monotonic() + PATIENCE, False
+def _acquire_lock(handle: int) -> bool:
+    """Acquire the lock of a file; return whether it had to wait for it."""
+    end, had_to_wait = time.monotonic() + LOCK_TIMEOUT_SECONDS, False
     while time.monotonic() < end:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return waited
+            return had_to_wait
         except BlockingIOError:
-            waited = True
+            had_to_wait = True
             beat("waiting for features")
             time.sleep(0.05)
-    return waited
+    return had_to_wait
 
 
-def _bytes_of_environment() -> int:
-    given = os.environ.get(BYTES_VARIABLE, "").strip()
-    if not given:
+def _read_max_bytes() -> int:
+    text = os.environ.get(BYTES_VARIABLE, "").strip()
+    if not text:
         return DEFAULT_BYTES
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", given, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text, re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"{BYTES_VARIABLE}={given!r}: expected a size such as 20G or 500M.")
+        raise ConfigError(f"{BYTES_VARIABLE}={text!r}: expected a size such as 20G or 500M.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-# -- which cache is in use -------------------------------------------------------------------------
+# -- the current cache -----------------------------------------------------------------------------
 
-_in_use: ContextVar[FeatureCache | None] = ContextVar("qtorch_feature_cache", default=None)
+_current_cache: ContextVar[FeatureCache | None] = ContextVar("qtorch_feature_cache", default=None)
 
 
 @contextmanager
-def caching(given: bool | str | Path) -> Iterator[None]:
-    """Loaders inside the block keep their features: True in the default folder, a path there."""
-    if given is False:
+def use_feature_cache(cache: bool | str | Path) -> Iterator[None]:
+    """Cache the features of loaders inside the block (True: in the default folder; or a path)."""
+    if cache is False:
         yield
         return
-    token = _in_use.set(FeatureCache(None if given is True else given))
+    token = _current_cache.set(FeatureCache(None if cache is True else cache))
     try:
         yield
     finally:
-        _in_use.reset(token)
+        _current_cache.reset(token)
 
 
-def cache_in_use() -> FeatureCache | None:
-    """The cache of the innermost `caching` block."""
-    return _in_use.get()
+def current_feature_cache() -> FeatureCache | None:
+    """Return the cache of the innermost `use_feature_cache` block."""
+    return _current_cache.get()

@@ -1,4 +1,4 @@
-"""What a loader's features depend on, as the key of the feature cache."""
+"""The key of the feature cache: a hash of everything that a loader's features depend on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
-from qtorch.core.names import dotted_name
+from qtorch.core.names import import_path
 from qtorch.data.filter import DynamicFilter
-from qtorch.data.infinite import infinities_pass
+from qtorch.data.infinite import is_infinity_allowed
 from qtorch.data.source.base import Source
 
 log = logging.getLogger(__name__)
 
-OURS = "qtorch."
-# What decides the numbers: a change in any of these files makes another key.
-ENGINE = ("expression/*.py", "source/*.py", "*loader.py", "panel.py", "filter.py")
+PACKAGE_PREFIX = "qtorch."
+# The files whose code determines the numbers: a change in any of them changes the key.
+ENGINE_PATTERNS = ("expression/*.py", "source/*.py", "*loader.py", "panel.py", "filter.py")
 ENGINE_FILES = ("window_columns.py", "stored_view.py")
 
 
@@ -38,18 +38,25 @@ def feature_key(
     fields: Mapping[str, Mapping[str, str]],
     filters: Sequence[DynamicFilter],
 ) -> tuple[str, dict[str, Any]] | None:
-    """The key, and what is said of the entry; None where no hash tells what is computed.
+    """Return the cache key and a summary of the entry; None if the features cannot be cached.
 
-    That is where a class of the user's own computes, or a live object takes part.
+    They cannot be cached if a user's class computes them or a live object takes part, because no
+    hash identifies these.
     """
-    code = [getattr(type(loader), name) for name in ("columns_of", "needs", "fields_of_group")]
-    own = [t for t in (*code, *(type(f) for f in filters)) if not t.__module__.startswith(OURS)]
-    if own:
-        log.info("features are not cached: %s computes them", own[0].__qualname__)
+    code = [
+        getattr(type(loader), name) for name in ("compute_columns", "group_reach", "group_fields")
+    ]
+    user_code = [
+        t
+        for t in (*code, *(type(f) for f in filters))
+        if not t.__module__.startswith(PACKAGE_PREFIX)
+    ]
+    if user_code:
+        log.info("features are not cached: %s computes them", user_code[0].__qualname__)
         return None
     dates = source.calendar(start_time, end_time, freq)
     if not len(dates):
-        return None  # loading says it better
+        return None  # loading raises a better error
     span = [f"{dates[0].isoformat()}", f"{dates[-1].isoformat()}"]
     try:
         parts = {
@@ -57,35 +64,35 @@ def feature_key(
             "source": source.fingerprint(),
             "fields": [[g, list(f.items())] for g, f in fields.items()],
             "computed": [each.__qualname__ for each in code],
-            "windowed": getattr(loader, "_windowed", None),
+            "windowed": getattr(loader, "_uses_windows", None),
             "universe": plain_value(universe),
             "filters": [f.to_config() for f in filters],
             "span": span,
             "freq": freq,
-            "infinite": infinities_pass(),  # what was refused or not is not looked at again
+            "infinite": is_infinity_allowed(),  # cached data is not checked again
         }
         key = digest(parts)
     except ConfigError as error:
         log.info("features are not cached: %s", error)
         return None
-    said = universe if isinstance(universe, str) else f"{len(universe)} instruments"
-    about = {
-        "source": dotted_name(type(source)).rpartition(".")[2],
-        "universe": said,
+    universe_text = universe if isinstance(universe, str) else f"{len(universe)} instruments"
+    summary = {
+        "source": import_path(type(source)).rpartition(".")[2],
+        "universe": universe_text,
         "columns": sum(len(f) for f in fields.values()),
         "span": [text[:10] for text in span],
         "freq": freq,
     }
-    return key, about
+    return key, summary
 
 
 @cache
 def engine_digest() -> str:
-    """A hash of the code that computes features, and of torch's version."""
+    """Return a hash of the code that computes features and of torch's version."""
     folder = Path(__file__).parent
-    hashed = hashlib.sha256(torch.__version__.encode())
-    paths = [p for pattern in (*ENGINE, *ENGINE_FILES) for p in folder.glob(pattern)]
+    hasher = hashlib.sha256(torch.__version__.encode())
+    paths = [p for pattern in (*ENGINE_PATTERNS, *ENGINE_FILES) for p in folder.glob(pattern)]
     for path in sorted(set(paths)):
-        hashed.update(path.relative_to(folder).as_posix().encode())
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:32]
+        hasher.update(path.relative_to(folder).as_posix().encode())
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:32]

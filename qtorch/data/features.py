@@ -12,10 +12,10 @@ from typing import TypeAlias
 from qtorch.core.errors import ConfigError, unknown_name
 
 Features: TypeAlias = tuple[list[str], list[str]]
-"""Expressions and their names, one for one."""
+"""Expressions and their names, in the same order."""
 
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
-"""The return from tomorrow's close to the next one: what a signal of today's close can earn."""
+"""The return from tomorrow's close to the next: what a signal at today's close can earn."""
 VWAP_LABEL = "Ref($vwap, -2)/Ref($vwap, -1) - 1"
 DEFAULT_LABEL: tuple[tuple[str, ...], tuple[str, ...]] = ((LABEL,), ("LABEL0",))
 DEFAULT_VWAP_LABEL: tuple[tuple[str, ...], tuple[str, ...]] = ((VWAP_LABEL,), ("LABEL0",))
@@ -25,7 +25,7 @@ SELECTED_20 = (
     *("VSTD5", "RSQR60", "CORR60", "WVMA60", "STD5", "RSQR20", "CORD60", "CORD10", "CORR20"),
     "KLOW",
 )
-"""The columns of Alpha158 on which Qlib's benchmarks train LSTM, GRU and the like."""
+"""The columns of Alpha158 on which Qlib's benchmarks train LSTM, GRU and similar networks."""
 
 _WINDOWS = (5, 10, 20, 30, 60)
 _PRICES = ("OPEN", "HIGH", "LOW", "VWAP")
@@ -46,19 +46,19 @@ KBAR = {
 """The shape of one day's bar."""
 
 
-def _moves(field: str) -> dict[str, Callable[[int], str]]:
-    """Shares of rises, of falls, and their difference, in all moves of a field."""
+def _up_down_shares(field: str) -> dict[str, Callable[[int], str]]:
+    """Build the shares of rises and falls in a field's absolute changes, and their difference."""
     rise, fall = f"{field}-Ref({field}, 1)", f"Ref({field}, 1)-{field}"
 
-    def over(top: str) -> Callable[[int], str]:
+    def ratio(top: str) -> Callable[[int], str]:
         return lambda d: f"{top}/(Sum(Abs({rise}), {d})+1e-12)".replace("#", str(d))
 
     up, down = f"Sum(Greater({rise}, 0), #)", f"Sum(Greater({fall}, 0), #)"
-    return {"P": over(up), "N": over(down), "D": over(f"({up}-{down})")}
+    return {"P": ratio(up), "N": ratio(down), "D": ratio(f"({up}-{down})")}
 
 
-_CLOSE_MOVES, _VOLUME_MOVES = _moves("$close"), _moves("$volume")
-_TURN = "Abs($close/Ref($close, 1)-1)*$volume"
+_CLOSE_MOVES, _VOLUME_MOVES = _up_down_shares("$close"), _up_down_shares("$volume")
+_WEIGHTED_MOVE = "Abs($close/Ref($close, 1)-1)*$volume"
 
 ROLLING: dict[str, tuple[str, Callable[[int], str]]] = {
     "ROC": ("ROC", lambda d: f"Ref($close, {d})/$close"),
@@ -95,13 +95,13 @@ ROLLING: dict[str, tuple[str, Callable[[int], str]]] = {
     "SUMD": ("SUMD", _CLOSE_MOVES["D"]),
     "VMA": ("VMA", lambda d: f"Mean($volume, {d})/($volume+1e-12)"),
     "VSTD": ("VSTD", lambda d: f"Std($volume, {d})/($volume+1e-12)"),
-    "WVMA": ("WVMA", lambda d: f"Std({_TURN}, {d})/(Mean({_TURN}, {d})+1e-12)"),
+    "WVMA": ("WVMA", lambda d: f"Std({_WEIGHTED_MOVE}, {d})/(Mean({_WEIGHTED_MOVE}, {d})+1e-12)"),
     "VSUMP": ("VSUMP", _VOLUME_MOVES["P"]),
     "VSUMN": ("VSUMN", _VOLUME_MOVES["N"]),
     "VSUMD": ("VSUMD", _VOLUME_MOVES["D"]),
 }
-"""Rolling columns: what `include` and `exclude` call them (Qlib's LOW makes MIN5, ...), the
-column's prefix, and the expression of a window."""
+"""Rolling columns: the key used in `include` and `exclude` (Qlib's LOW creates MIN5, ...), the
+column's prefix, and the expression for a window."""
 
 
 def alpha158(
@@ -114,11 +114,11 @@ def alpha158(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> Features:
-    """Expressions and names of Alpha158, or of a part or extension of it.
+    """Return expressions and names of Alpha158, or of a part or an extension of it.
 
-    `price_fields` and `volume_windows` give raw prices over today's close and volumes over
-    today's volume at each of the windows' lags; `include` and `exclude` choose the rolling
-    columns by the keys of `ROLLING`. Everything is known at the close of its date.
+    `price_fields` and `volume_windows` add raw prices over today's close and volumes over today's
+    volume at each of the windows' lags; `include` and `exclude` select the rolling columns by the
+    keys of `ROLLING`. All values are known at the close of their date.
 
     Raises ConfigError for an unknown key.
     """
@@ -128,8 +128,12 @@ def alpha158(
     columns = dict(KBAR) if kbar else {}
     lags = list(price_windows)
     for field in price_fields:
-        columns |= {f"{field.upper()}{d}": _lagged(field.lower(), d, "$close") for d in lags}
-    columns |= {f"VOLUME{d}": _lagged("volume", d, "($volume+1e-12)") for d in volume_windows}
+        columns |= {
+            f"{field.upper()}{d}": _lag_expression(field.lower(), d, "$close") for d in lags
+        }
+    columns |= {
+        f"VOLUME{d}": _lag_expression("volume", d, "($volume+1e-12)") for d in volume_windows
+    }
     for key, (prefix, expression) in ROLLING.items():
         if key not in exclude and (include is None or key in include):
             columns |= {f"{prefix}{d}": expression(d) for d in windows}
@@ -137,23 +141,23 @@ def alpha158(
 
 
 def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
-    """Qlib's `Alpha158DL.get_feature_config(config)`: keys kbar, price, volume, rolling.
+    """Answer to Qlib's `Alpha158DL.get_feature_config(config)`: keys kbar, price, volume, rolling.
 
-    A key that is there turns its part on, with Qlib's defaults for what it leaves out (price and
-    volume: lags 0 to 4). Raises ConfigError for keys that Qlib does not know either.
+    A key enables its part, with Qlib's defaults for missing options (price and volume: lags 0 to
+    4). Raises ConfigError for keys that Qlib does not know either.
     """
-    known = {
+    known_options = {
         "kbar": set[str](),
         "price": {"windows", "feature"},
         "volume": {"windows"},
         "rolling": {"windows", "include", "exclude"},
     }
     for part, options in config.items():
-        if part not in known:
-            raise ConfigError(unknown_name("part of Alpha158", part, known))
+        if part not in known_options:
+            raise ConfigError(unknown_name("part of Alpha158", part, known_options))
         for option in options or {}:
-            if option not in known[part]:
-                raise ConfigError(unknown_name(f"option of {part}", option, known[part]))
+            if option not in known_options[part]:
+                raise ConfigError(unknown_name(f"option of {part}", option, known_options[part]))
     price, volume, rolling = (config.get(k) or {} for k in ("price", "volume", "rolling"))
     fields = price.get("feature", ("OPEN", "HIGH", "LOW", "CLOSE", "VWAP"))
     return alpha158(
@@ -168,20 +172,24 @@ def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
 
 
 def market_features(instruments: Sequence[str]) -> Features:
-    """What indices did, for every instrument: expressions and names, 21 of each index.
+    """Return expressions and names of index features, the same for every instrument, 21 per index.
 
-    The day's return; mean and deviation of the returns and of the amounts (close times volume,
-    over today's) of the last 5, 10, 20, 30, 60 days. An index without volume has amounts of NaN.
+    They are the day's return, and mean and standard deviation of the returns and of the amounts
+    (close times volume, divided by today's) of the last 5, 10, 20, 30 and 60 days. The amounts of
+    an index without volume are NaN.
 
-    The market information of MASTER (Li et al., AAAI 2024; there over indices of China).
-    Raises ConfigError for a name in place of a list of them.
+    This is the market information of MASTER (Li et al., AAAI 2024), which uses Chinese indices.
+    Raises ConfigError for a name in place of a list of names.
     """
     if isinstance(instruments, str):
-        raise ConfigError(f"market is {instruments!r}; expected a list of instruments.")
-    moved, amount = "$close/Ref($close, 1)-1", "$close*$volume"
-    columns = {"RET": moved}
+        raise ConfigError(f"market must be a list of instruments, got {instruments!r}.")
+    daily_return, amount = "$close/Ref($close, 1)-1", "$close*$volume"
+    columns = {"RET": daily_return}
     for d in _WINDOWS:
-        columns |= {f"RETMEAN{d}": f"Mean({moved}, {d})", f"RETSTD{d}": f"Std({moved}, {d})"}
+        columns |= {
+            f"RETMEAN{d}": f"Mean({daily_return}, {d})",
+            f"RETSTD{d}": f"Std({daily_return}, {d})",
+        }
     for d in _WINDOWS:
         columns |= {
             f"AMOUNTMEAN{d}": f"Mean({amount}, {d})/({amount}+1e-12)",
@@ -192,18 +200,20 @@ def market_features(instruments: Sequence[str]) -> Features:
 
 
 def alpha360() -> Features:
-    """Expressions and names of Alpha360: the last 60 bars over today's close and volume.
+    """Return expressions and names of Alpha360: the last 60 bars over today's close and volume.
 
     Feature-major: CLOSE59..CLOSE0, then OPEN, HIGH, LOW, VWAP, VOLUME.
     """
     columns: dict[str, str] = {}
     for field in ("close", "open", "high", "low", "vwap", "volume"):
         scale = "($volume+1e-12)" if field == "volume" else "$close"
-        columns |= {f"{field.upper()}{d}": _lagged(field, d, scale) for d in range(59, -1, -1)}
+        columns |= {
+            f"{field.upper()}{d}": _lag_expression(field, d, scale) for d in range(59, -1, -1)
+        }
     return list(columns.values()), list(columns)
 
 
-def _lagged(field: str, lag: int, scale: str) -> str:
+def _lag_expression(field: str, lag: int, scale: str) -> str:
     return f"Ref(${field}, {lag})/{scale}" if lag else f"${field}/{scale}"
 
 

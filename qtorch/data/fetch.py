@@ -1,4 +1,4 @@
-"""What Qlib's `fetch` selects: rows by date, instrument or index, columns by group."""
+"""Row and column selection of Qlib's `fetch`: by date, instrument or index, and by column group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.data.frames import flat_or_grouped
+from qtorch.data.frames import view_to_frame
 from qtorch.data.panel import NAMES
 from qtorch.data.processor.base import FLAT
 from qtorch.data.view import View
@@ -23,22 +23,24 @@ def fetch_frame(
     level: str | int | None = "datetime",
     col_set: str | Sequence[str] = CS_ALL,
 ) -> pd.DataFrame:
-    """The selected rows and columns of a view as a frame, as Qlib's handlers give them.
+    """Select rows and columns of a view as a frame, as Qlib's handlers return them.
 
     `selector`: a date (a string may name a month or a year), a slice or pair of dates, both
-    inclusive, or an index of dates; with `level` "instrument" the same of instruments; with
-    `level` None whatever `frame.loc` takes.
+    inclusive, or an index of dates; with `level` "instrument" the same for instruments; with
+    `level` None whatever `frame.loc` accepts.
     """
-    groups = chosen_groups(view, col_set)
+    groups = select_groups(view, col_set)
     span = _date_span(view, selector) if _is_date_level(level) else None
     if span is None:
-        return _columns(_rows(flat_or_grouped(view, groups=groups), selector, level), view, col_set)
-    frame = flat_or_grouped(view, start=span[0], end=span[1], groups=groups)
-    return _columns(frame, view, col_set)
+        return _drop_group_level(
+            _select_rows(view_to_frame(view, groups=groups), selector, level), view, col_set
+        )
+    frame = view_to_frame(view, start=span[0], end=span[1], groups=groups)
+    return _drop_group_level(frame, view, col_set)
 
 
-def squeezed(frame: pd.DataFrame, selector: Any, level: str | int | None) -> Any:
-    """One column as a series, one row as a series; one date's level is dropped (as in Qlib)."""
+def squeeze_frame(frame: pd.DataFrame, selector: Any, level: str | int | None) -> Any:
+    """Reduce one column or one row to a series, and drop a single date's level (as Qlib does)."""
     rows, columns = frame.shape
     if columns == 1:
         out: Any = frame.iloc[0, 0] if rows == 1 else frame.iloc[:, 0]
@@ -49,21 +51,21 @@ def squeezed(frame: pd.DataFrame, selector: Any, level: str | int | None) -> Any
     return out
 
 
-def chosen_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
-    """The groups that a column set names; None for all of them."""
+def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
+    """Return the groups that a column set names; None for all groups."""
     if set(view.groups) == {FLAT} or (isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW)):
         return None
-    asked = [col_set] if isinstance(col_set, str) else list(col_set)
-    for group in asked:
+    groups = [col_set] if isinstance(col_set, str) else list(col_set)
+    for group in groups:
         if group not in view.groups:
-            known = [*view.groups, CS_ALL, CS_RAW]
-            raise ConfigError(unknown_name("column set (group)", str(group), known))
-    return asked
+            choices = [*view.groups, CS_ALL, CS_RAW]
+            raise ConfigError(unknown_name("column set (group)", str(group), choices))
+    return groups
 
 
 def column_names(view: View, col_set: str | Sequence[str]) -> list[Any]:
-    """The columns of a column set: names, or `(group, name)` for several groups."""
-    chosen_groups(view, col_set)
+    """Return the columns of a column set: names, or `(group, name)` for several groups."""
+    select_groups(view, col_set)
     if set(view.groups) == {FLAT}:
         return list(view.groups[FLAT].names)
     if isinstance(col_set, str) and col_set not in (CS_ALL, CS_RAW):
@@ -80,30 +82,30 @@ def _is_date_level(level: str | int | None) -> bool:
 
 
 def _date_span(view: View, selector: Any) -> tuple[Any, Any] | None:
-    """First and last date of a selector of dates, or None where it is not a span."""
+    """Return the first and last date of a selector, or None if it is not a span of dates."""
     if isinstance(selector, tuple | list) and len(selector) == 2:
         selector = slice(*selector)
     if isinstance(selector, slice):
         if selector.step is not None:
-            raise ConfigError("a slice of dates takes no step.")
-        return _start(view, selector.start), _end(view, selector.stop)
+            raise ConfigError("a slice of dates cannot have a step.")
+        return _span_start(view, selector.start), _span_end(view, selector.stop)
     if isinstance(selector, str):
-        return _start(view, selector), _end(view, selector)
+        return _span_start(view, selector), _span_end(view, selector)
     if isinstance(selector, pd.Timestamp) or hasattr(selector, "isoformat"):
         return selector, selector
     return None
 
 
-def _start(view: View, date: Any) -> Any:
-    return _edge(view, date, 0)
+def _span_start(view: View, date: Any) -> Any:
+    return _period_edge(view, date, 0)
 
 
-def _end(view: View, date: Any) -> Any:
-    return _edge(view, date, 1)
+def _span_end(view: View, date: Any) -> Any:
+    return _period_edge(view, date, 1)
 
 
-def _edge(view: View, date: Any, which: int) -> Any:
-    """A partial date ("2016", "2016-03") as the first or last instant that it names."""
+def _period_edge(view: View, date: Any, side: int) -> Any:
+    """Convert a partial date ("2016", "2016-03") to the first or last instant of its period."""
     if not isinstance(date, str):
         return date
     try:
@@ -112,15 +114,15 @@ def _edge(view: View, date: Any, which: int) -> Any:
         return date
     if period.freqstr[:1] not in ("Y", "Q", "M"):
         return date
-    return period.start_time if which == 0 else period.end_time.normalize()
+    return period.start_time if side == 0 else period.end_time.normalize()
 
 
-def _rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.DataFrame:
+def _select_rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.DataFrame:
     if isinstance(selector, slice) and selector == slice(None):
         return frame
     if level is None or isinstance(selector, pd.MultiIndex):
-        chosen: pd.DataFrame = frame.loc(axis=0)[selector]
-        return chosen
+        selection: pd.DataFrame = frame.loc(axis=0)[selector]
+        return selection
     try:
         if _is_date_level(level):
             dates = pd.DatetimeIndex([selector] if pd.api.types.is_scalar(selector) else selector)
@@ -133,7 +135,9 @@ def _rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.Dat
         raise DataError(f"cannot select rows by {selector!r:.80}: {error}") from error
 
 
-def _columns(frame: pd.DataFrame, view: View, col_set: str | Sequence[str]) -> pd.DataFrame:
+def _drop_group_level(
+    frame: pd.DataFrame, view: View, col_set: str | Sequence[str]
+) -> pd.DataFrame:
     if frame.columns.nlevels == 1 or not isinstance(col_set, str) or col_set == CS_RAW:
         return frame
     return frame.droplevel(0, axis=1)

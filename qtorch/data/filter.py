@@ -1,4 +1,4 @@
-"""Dynamic universes: filters that say on which days an instrument belongs."""
+"""Dynamic universes: filters that decide on which days an instrument is a member."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config, plain
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate
 from qtorch.data.panel import Panel
 
 MODULE = "qtorch.data.filter"
 
 
-@trusted_type
+@trust_subclasses
 class DynamicFilter(Configured, ABC):
-    """One rule of a `filter_pipe`: between two dates, instruments that fail it are no members.
+    """A rule of a `filter_pipe`: between two dates, instruments that fail it are not members.
 
-    Dates are inclusive, None is open; outside them membership stays as it is. The rule of day t
-    may see what its expression sees. Answers to qlib/data/filter.py (SeriesDFilter).
+    Dates are inclusive, None is open; outside them the membership is unchanged. The rule of day t
+    may use whatever its expression refers to. Answers to qlib/data/filter.py (SeriesDFilter).
     """
 
     fstart_time: Any = None
@@ -33,14 +33,14 @@ class DynamicFilter(Configured, ABC):
 
     @abstractmethod
     def passes(self, bars: Panel) -> Tensor:
-        """`[D, N]` bool: which days pass the rule."""
+        """Return `[D, N]` bool: the days on which an instrument passes the rule."""
 
     def expressions(self) -> tuple[str, ...]:
-        """The expressions of the rule, so that their fields and history are loaded."""
+        """Return the rule's expressions, so that their fields and history are loaded."""
         return ()
 
     def members(self, bars: Panel) -> Tensor:
-        """The panel's membership `[D, N]` after this rule."""
+        """Return the panel's membership `[D, N]` after this rule."""
         span = bars.rows(self.fstart_time, self.fend_time)
         mask = bars.mask.clone()
         mask[span] &= self.passes(bars)[span]
@@ -48,27 +48,29 @@ class DynamicFilter(Configured, ABC):
 
 
 class NameDFilter(DynamicFilter):
-    """Instruments whose name matches a regular expression (from its beginning)."""
+    """Keep instruments whose name matches a regular expression (from its beginning)."""
 
     def __init__(self, name_rule_re: str, fstart_time: Any = None, fend_time: Any = None) -> None:
         try:
             re.compile(name_rule_re)
         except re.error as error:
-            raise ConfigError(f"{name_rule_re!r} is no regular expression: {error}.") from error
+            raise ConfigError(
+                f"{name_rule_re!r} is not a valid regular expression: {error}."
+            ) from error
         self.name_rule_re = name_rule_re
         self.fstart_time = fstart_time
         self.fend_time = fend_time
 
     def passes(self, bars: Panel) -> Tensor:
-        fits = [re.match(self.name_rule_re, name) is not None for name in bars.instruments]
-        return torch.tensor(fits, device=bars.device).expand(bars.mask.shape)
+        is_match = [re.match(self.name_rule_re, name) is not None for name in bars.instruments]
+        return torch.tensor(is_match, device=bars.device).expand(bars.mask.shape)
 
 
 class ExpressionDFilter(DynamicFilter):
-    """Days on which an expression is true (not zero), `"$close > 5"` for one.
+    """Keep days on which an expression is true (not zero), e.g. `"$close > 5"`.
 
-    A missing value is not true (Qlib takes it for true). `keep` says that an instrument with no
-    stored day between the dates stays a member there; it has no rows there either way.
+    A missing value is false (Qlib treats it as true). With `keep`, an instrument without a stored
+    day between the dates stays a member there; it has no rows there in either case.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ _QLIB_NAMES = {"filter_start_time": "fstart_time", "filter_end_time": "fend_time
 
 
 def build_filters(pipe: Sequence[Any] | None) -> list[DynamicFilter]:
-    """The filters of a `filter_pipe`: objects, configurations, or Qlib's `to_config` dicts."""
+    """Build a `filter_pipe` from objects, configurations, or Qlib's `to_config` dicts."""
     pipe = plain(pipe)
     if pipe is None:
         return []
@@ -106,12 +108,14 @@ def build_filters(pipe: Sequence[Any] | None) -> list[DynamicFilter]:
 
 def _build(item: Any) -> DynamicFilter:
     if isinstance(item, Mapping) and "filter_type" in item:
-        given = {_QLIB_NAMES.get(k, k): v for k, v in item.items() if k != "filter_type"}
-        kinds = {"NameDFilter": NameDFilter, "ExpressionDFilter": ExpressionDFilter}
-        if item["filter_type"] not in kinds:
-            raise ConfigError(unknown_name("filter_type", str(item["filter_type"]), kinds))
-        item = {"class": item["filter_type"], "kwargs": given}
-    made = init_instance_by_config(item, MODULE, accept_types=DynamicFilter)
-    if not isinstance(made, DynamicFilter):
-        raise DataError(f"{type(made).__name__} is no filter of instruments.")
-    return made
+        kwargs = {_QLIB_NAMES.get(k, k): v for k, v in item.items() if k != "filter_type"}
+        filter_types = {"NameDFilter": NameDFilter, "ExpressionDFilter": ExpressionDFilter}
+        if item["filter_type"] not in filter_types:
+            raise ConfigError(unknown_name("filter_type", str(item["filter_type"]), filter_types))
+        item = {"class": item["filter_type"], "kwargs": kwargs}
+    dynamic_filter = init_instance_by_config(item, MODULE, accept_types=DynamicFilter)
+    if not isinstance(dynamic_filter, DynamicFilter):
+        raise DataError(
+            f"{type(dynamic_filter).__name__} is not a filter of instruments (DynamicFilter)."
+        )
+    return dynamic_filter

@@ -1,4 +1,4 @@
-"""How the segments of a dataset that is not qtorch's stand to each other: overlap and purge."""
+"""Overlap checks and purging for the segments of Qlib datasets."""
 
 from __future__ import annotations
 
@@ -17,58 +17,58 @@ from qtorch.data.sample_set import Samples
 log = logging.getLogger(__name__)
 
 
-def check_dates(dataset: Any) -> None:
-    """Raise ConfigError where the dates of its segments overlap, as far as it shows them."""
+def check_segment_dates(dataset: Any) -> None:
+    """Raise ConfigError if segments overlap, as far as the dataset shows their dates."""
     if not getattr(dataset, "allow_overlap", False):
-        check_segments(_spans(dataset))
+        check_segments(_segment_spans(dataset))
 
 
-def check_apart(dataset: Any, train: Samples, valid: Samples) -> None:
-    """Raise ConfigError where train and valid share a day, whatever the dataset shows of itself.
+def check_disjoint_days(dataset: Any, train: Samples, valid: Samples) -> None:
+    """Raise ConfigError if train and valid share a day, judged by the samples themselves.
 
-    A qtorch dataset has looked at its segments' dates itself.
+    qtorch datasets are skipped, because they check the dates of their segments themselves.
     """
     if callable(getattr(dataset, "samples", None)) or getattr(dataset, "allow_overlap", False):
         return
     days = [s.calendar[torch.unique(s.date).cpu().numpy()] for s in (train, valid)]
-    shared = days[0].intersection(days[1])
-    if len(shared):
+    common_days = days[0].intersection(days[1])
+    if len(common_days):
         raise ConfigError(
-            f"segments 'train' and 'valid' overlap: {type(dataset).__name__}.prepare gave "
-            f"{len(shared)} days in both, the first {shared[0]:%Y-%m-%d}. Samples would be trained "
-            "on and judged by."
+            f"segments 'train' and 'valid' overlap: {type(dataset).__name__}.prepare returned "
+            f"{len(common_days)} days in both, the first {common_days[0]:%Y-%m-%d}. The model "
+            "would be validated on samples that it was trained on."
         )
 
 
-def purged_days(dataset: Any, segment: Any, horizon: int | None, *, strict: bool) -> int:
-    """How many days at the end of a segment have labels that reach into another one.
+def count_purged_days(dataset: Any, segment: Any, horizon: int | None, *, strict: bool) -> int:
+    """Return how many days at the end of a segment have labels that reach into another segment.
 
-    Where nothing tells how far the label looks ahead: a warning, or if `strict` a ConfigError.
+    If the label's horizon is unknown, log a warning, or raise ConfigError if `strict`.
     """
-    if not _may_be_followed(segment, _spans(dataset)):
+    if not _has_later_segment(segment, _segment_spans(dataset)):
         return 0
-    for known in (horizon, getattr(dataset, "horizon", None), _label_reach(dataset)):
-        if known is not None:
-            return max(0, int(known))
-    how = (
-        f"how far the label of {type(dataset).__name__} looks ahead is not known; give the dataset "
-        "an attribute `horizon` (days)"
+    for num_days in (horizon, getattr(dataset, "horizon", None), _label_reach(dataset)):
+        if num_days is not None:
+            return max(0, int(num_days))
+    hint = (
+        f"cannot tell how far the label of {type(dataset).__name__} looks ahead; set an attribute "
+        "`horizon` (days) on the dataset"
     )
     if strict:
-        raise ConfigError(f"purge=True: {how}, or samples_of(..., horizon=...).")
-    log.warning("%s: nothing is purged, %s", segment, how)
+        raise ConfigError(f"purge=True: {hint}, or get_samples(..., horizon=...).")
+    log.warning("%s: no samples are purged, %s", segment, hint)
     return 0
 
 
-def _spans(dataset: Any) -> dict[str, tuple[Any, Any]]:
-    """The dataset's segments that are a pair of dates, by name."""
-    known = getattr(dataset, "segments", None)
-    pairs = known.items() if isinstance(known, Mapping) else ()
+def _segment_spans(dataset: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the dataset's segments that are pairs of dates, by name."""
+    segments = getattr(dataset, "segments", None)
+    pairs = segments.items() if isinstance(segments, Mapping) else ()
     return {str(n): (s[0], s[1]) for n, s in pairs if isinstance(s, list | tuple) and len(s) == 2}
 
 
-def _may_be_followed(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether another segment begins behind this one; True where no dates are known."""
+def _has_later_segment(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether another segment may begin after this one; True if no dates are known."""
     if isinstance(segment, slice):
         end = segment.stop
     elif str(segment) in spans:
@@ -80,11 +80,11 @@ def _may_be_followed(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bool
 
 
 def _label_reach(dataset: Any) -> int | None:
-    """How far the label's expressions look ahead, where a loader (Qlib's) shows them."""
+    """Return how far the label's expressions look ahead, if a loader like Qlib's shows them."""
     loader = getattr(getattr(dataset, "handler", None), "data_loader", None)
     fields = getattr(loader, "fields", None)
     label = fields.get("label") if isinstance(fields, Mapping) else None
     try:
         return max(reach(str(expression))[1] for expression in label[0]) if label else None
     except (ExpressionError, TypeError):
-        return None  # an expression in a language of its own
+        return None  # the expression is in another language

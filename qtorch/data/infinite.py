@@ -1,4 +1,4 @@
-"""Infinite values in what is loaded: an error that says where they are, unless they are mended."""
+"""Checks for infinite values in loaded data: an error with their location unless replaced later."""
 
 from __future__ import annotations
 
@@ -17,74 +17,86 @@ from qtorch.data.view import View
 log = logging.getLogger(__name__)
 
 COLUMNS_AT_ONCE = 16
-MEND = (
-    "Mend them in the data, or put ProcessInf first among the handler's infer_processors: it puts "
-    "the mean of the day in their place"
+REPAIR_HINT = (
+    "Fix the data, or put ProcessInf first in the handler's infer_processors: it replaces them by "
+    "the mean of the day"
 )
 
-# What who loads has said of infinities: mended later (True), not (False), or nothing (None).
-_mended: ContextVar[bool | None] = ContextVar("qtorch_infinite_mended", default=None)
+# Set by the handler that loads: processors replace infinities later (True) or not (False). None
+# means that the data is loaded without a handler.
+_allow_infinities: ContextVar[bool | None] = ContextVar("qtorch_infinite_mended", default=None)
 
 
 @contextmanager
-def infinities_are_mended(mended: bool) -> Iterator[None]:
-    """Inside the block raw infinities are an error, unless processors are known to mend them."""
-    token = _mended.set(mended)
+def infinity_policy(allow: bool) -> Iterator[None]:
+    """Make raw infinities an error inside the block, unless processors replace them (`allow`)."""
+    token = _allow_infinities.set(allow)
     try:
         yield
     finally:
-        _mended.reset(token)
+        _allow_infinities.reset(token)
 
 
-def infinities_pass() -> bool:
-    """Whether raw infinities are let through here, as processors mend them."""
-    return bool(_mended.get())
+def is_infinity_allowed() -> bool:
+    """Whether raw infinities are allowed here because processors replace them."""
+    return bool(_allow_infinities.get())
 
 
 def check_bars(
     values: Tensor, fields: Sequence[str], calendar: pd.DatetimeIndex, instruments: Sequence[str]
 ) -> None:
-    """Look for infinities in bars `[F, D, N]` as they were read.
+    """Check bars `[F, D, N]` for infinities after they were read.
 
-    Raises DataError where a handler loads whose processors do not mend them: what a clip, a rank
-    or a division makes of them looks like data. For who looks at bars alone it is a warning.
+    Raises DataError if a handler loads them and its processors do not replace them, because what
+    a clip, a rank or a division makes of infinities looks like data. Without a handler, only a
+    warning is logged.
     """
     if any(bool(field.isinf().any()) for field in values):
-        _judge("bars", where_infinite(values.isinf(), fields, calendar, instruments))
+        _report_infinities(
+            "bars", describe_infinities(values.isinf(), fields, calendar, instruments)
+        )
 
 
-def checked(view: View) -> View:
-    """The view of a user's own columns, looked at in the same way."""
-    found = []
+def check_view(view: View) -> View:
+    """Check the view of a user's own columns in the same way, and return it."""
+    reports = []
     for group, columns in view.groups.items():
         for first in range(0, len(columns.names), COLUMNS_AT_ONCE):
             names = columns.names[first : first + COLUMNS_AT_ONCE]
-            if columns.is_surely_finite(names):
+            if columns.is_known_finite(names):
                 continue
             infinite = columns.block(names).isinf()
             if bool(infinite.any()):
-                said = [f"{group}/{name}" if group else name for name in names]
-                found.append(where_infinite(infinite, said, view.calendar, view.instruments))
-    if found:
-        _judge("data", "; ".join(found))
+                full_names = [f"{group}/{name}" if group else name for name in names]
+                reports.append(
+                    describe_infinities(infinite, full_names, view.calendar, view.instruments)
+                )
+    if reports:
+        _report_infinities("data", "; ".join(reports))
     return view
 
 
-def where_infinite(
+def describe_infinities(
     infinite: Tensor,
     names: Sequence[str],
     calendar: pd.DatetimeIndex,
     instruments: Sequence[str] | pd.Index,
 ) -> str:
-    """The columns of `infinite [K, D, N]` that have some, how many, and where the first one is."""
+    """List the columns of `infinite [K, D, N]` with infinities, their counts and the first one."""
     counts = infinite.sum((1, 2)).tolist()
-    held = ", ".join(f"{n} ({count})" for n, count in zip(names, counts, strict=True) if count)
+    counts_text = ", ".join(
+        f"{n} ({count})" for n, count in zip(names, counts, strict=True) if count
+    )
     date, instrument = torch.nonzero(infinite.any(0))[0].tolist()
-    return f"{held}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
+    return f"{counts_text}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
 
 
-def _judge(what: str, where: str) -> None:
-    said = f"infinite values in the {what}: {where}"
-    if _mended.get() is False:
-        raise DataError(f"{said}. {MEND}.")
-    log.warning("%s. %s.", said, "ProcessInf mends what is made of them" if _mended.get() else MEND)
+def _report_infinities(source: str, location: str) -> None:
+    message = f"infinite values in the {source}: {location}"
+    if _allow_infinities.get() is False:
+        raise DataError(f"{message}. {REPAIR_HINT}.")
+    log.warning(
+        "%s. %s.",
+        message,
+        "ProcessInf replaces them" if _allow_infinities.get() else REPAIR_HINT,
+    )

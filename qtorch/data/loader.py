@@ -1,4 +1,4 @@
-"""Loaders: from a source of bars, a user's frames, or other loaders to a view of raw columns."""
+"""Data loaders: build a view of raw columns from a source of bars, frames, or other loaders."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.data.columns import Columns, PanelColumns, instrument_major
-from qtorch.data.data_loader import DataLoader, ForeignLoader
-from qtorch.data.expression import evaluate, fields_of, reach
-from qtorch.data.feature_cache import cache_in_use
+from qtorch.data.data_loader import DataLoader, LoaderAdapter
+from qtorch.data.expression import evaluate, expression_fields, reach
+from qtorch.data.feature_cache import current_feature_cache
 from qtorch.data.feature_key import feature_key
-from qtorch.data.fields import narrowed, parse_fields, reach_of
+from qtorch.data.fields import max_reach, parse_fields, select_fields
 from qtorch.data.filter import DynamicFilter, build_filters
 from qtorch.data.frames import (
     read_frame,
-    view_of_frame,
-    view_of_frames,
+    view_from_frame,
+    view_from_frames,
 )
-from qtorch.data.infinite import checked
+from qtorch.data.infinite import check_view
 from qtorch.data.inst_processor import build_inst_processors
-from qtorch.data.join import HOW, joined, restricted
+from qtorch.data.join import HOW, join_views, restrict_view
 from qtorch.data.panel import Panel, clip_spans
 from qtorch.data.processor.base import Names
 from qtorch.data.provider import build_source, default_source
@@ -40,17 +40,17 @@ INSTRUMENTS_AT_ONCE = 128
 
 
 class QlibDataLoader(DataLoader):
-    """Expressions over a source's bars.
+    """Evaluate expressions over the bars of a source.
 
-    `config`: `{group: fields}` or `fields` alone, with `fields` a list of expressions (which are
-    then the columns' names too) or `(expressions, names)`. `filter_pipe`: dynamic filters of the
-    universe; they act on lists of instruments too (Qlib's do not). `inst_processors`:
-    TimeRangeFlt, or callables `(frame, instrument=...) -> frame` of each instrument that may
-    drop dates and change values; a list, for all groups. `source`: a Source, its configuration,
-    or the folder of Qlib's files; None takes the handler's.
+    `config`: `{group: fields}` or `fields` alone, where `fields` is a list of expressions (which
+    then also name the columns) or `(expressions, names)`. `filter_pipe`: dynamic filters of the
+    universe; they also act on lists of instruments (Qlib's do not). `inst_processors`:
+    TimeRangeFlt, or callables `(frame, instrument=...) -> frame` that process one instrument and
+    may drop dates and change values; one list for all groups. `source`: a Source, its
+    configuration, or a folder of Qlib's files; None uses the handler's source.
 
-    `swap_level` is taken for Qlib's sake and must stay True. One frequency serves all groups.
-    Point-in-time fields (`$$...`, `P(...)`) are refused.
+    `swap_level` exists for compatibility with Qlib and must stay True. All groups have the same
+    frequency. Point-in-time fields (`$$...`, `P(...)`) are not supported.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class QlibDataLoader(DataLoader):
     ) -> None:
         if not swap_level:
             raise ConfigError(
-                "swap_level=False (instrument before date) is not supported: swap the result of "
-                "load(...) with frame.swaplevel().sort_index()."
+                "swap_level=False (instrument before date) is not supported; reorder the result "
+                "of load(...) with frame.swaplevel().sort_index()."
             )
         self.config = config
         self.filter_pipe = filter_pipe
-        self.freq = _one_frequency(freq)
+        self.freq = _single_frequency(freq)
         self.inst_processors = inst_processors
         self.source = source
         self._fields = parse_fields(plain(config))
@@ -82,7 +82,7 @@ class QlibDataLoader(DataLoader):
         return {group: tuple(fields) for group, fields in self._fields.items()}
 
     def expressions(self) -> dict[str, dict[str, str]]:
-        """`{group: {column: expression}}`."""
+        """Return `{group: {column: expression}}`."""
         return {group: dict(fields) for group, fields in self._fields.items()}
 
     def horizon(self, group: str = "label") -> int | None:
@@ -105,17 +105,17 @@ class QlibDataLoader(DataLoader):
         source: Source | None = None,
         columns: Names | None = None,
     ) -> View:
-        fields = narrowed(self._fields, columns)
+        fields = select_fields(self._fields, columns)
         source = self._own_source or source or default_source()
-        universe, more = _universe(instruments)
-        filters = [*self._filters, *build_filters(more)]
+        universe, filter_config = _split_universe(instruments)
+        filters = [*self._filters, *build_filters(filter_config)]
 
         def compute() -> View:
-            return self._computed(source, universe, start_time, end_time, fields, filters)
+            return self._compute_view(source, universe, start_time, end_time, fields, filters)
 
-        cache, named = cache_in_use(), None
+        cache, cache_entry = current_feature_cache(), None
         if cache is not None:
-            named = feature_key(
+            cache_entry = feature_key(
                 self,
                 source,
                 universe=universe,
@@ -125,12 +125,16 @@ class QlibDataLoader(DataLoader):
                 fields=fields,
                 filters=filters,
             )
-        view = compute() if cache is None or named is None else cache.get(*named, make=compute)
+        view = (
+            compute()
+            if cache is None or cache_entry is None
+            else cache.get(*cache_entry, compute=compute)
+        )
         for process in self._inst_processors:
             view = process(view)
         return view
 
-    def _computed(
+    def _compute_view(
         self,
         source: Source,
         universe: Any,
@@ -139,13 +143,15 @@ class QlibDataLoader(DataLoader):
         fields: Mapping[str, Mapping[str, str]],
         filters: Sequence[DynamicFilter],
     ) -> View:
-        rules = [e for f in filters for e in f.expressions()]
-        wanted = self._wanted(start_time, end_time, fields, rules)
-        said = [e for part in fields.values() for e in part.values()]
-        bars = source.load_for([*said, *rules], instruments=universe, **wanted)
-        others = source.masked(said, **wanted)
-        for each in filters:
-            mask = each.members(bars)
+        rule_expressions = [e for f in filters for e in f.expressions()]
+        load_arguments = self._load_arguments(start_time, end_time, fields, rule_expressions)
+        field_expressions = [e for part in fields.values() for e in part.values()]
+        bars = source.load_for_expressions(
+            [*field_expressions, *rule_expressions], instruments=universe, **load_arguments
+        )
+        mask_bars = source.load_mask_bars(field_expressions, **load_arguments)
+        for dynamic_filter in filters:
+            mask = dynamic_filter.members(bars)
             bars = Panel(
                 bars.values,
                 bars.calendar,
@@ -154,48 +160,56 @@ class QlibDataLoader(DataLoader):
                 mask=mask,
                 spans=bars.spans,
             )
-        bars = _members_only(bars, start_time, end_time) if filters else bars
+        bars = _drop_nonmembers(bars, start_time, end_time) if filters else bars
         span = bars.rows(start_time, end_time)
-        more = {} if others is None else {"others": others}
-        groups = {g: self.columns_of(g, bars, span, names, **more) for g, names in fields.items()}
+        mask_arguments = {} if mask_bars is None else {"mask_bars": mask_bars}
+        groups = {
+            g: self.compute_columns(g, bars, span, names, **mask_arguments)
+            for g, names in fields.items()
+        }
         rows = bars.mask[span].contiguous()
         return View(groups, rows, rows)
 
-    def columns_of(
+    def compute_columns(
         self,
         group: str,
         bars: Panel,
         span: slice,
         expressions: Mapping[str, str],
-        others: Panel | None = None,
+        mask_bars: Panel | None = None,
     ) -> Columns:
-        """The columns of one group for the rows `span` of the bars; `others` are the bars of
-        instruments that the expressions look at besides."""
-        return evaluated(expressions, bars, span, others)
+        """Compute the columns of one group for the rows `span` of the bars.
 
-    def needs(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
-        """Rows before and after the dates that a group's expressions need."""
-        return reach_of(expressions.values())
+        `mask_bars` are the bars of further instruments that the expressions refer to (by Mask).
+        """
+        return evaluate_columns(expressions, bars, span, mask_bars)
 
-    def fields_of_group(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
-        """The stored fields that a group's expressions read."""
-        return fields_of(expressions)
+    def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
+        """Return the number of rows that a group's expressions need before and after the dates.
 
-    def _wanted(
+        None before means the whole history.
+        """
+        return max_reach(expressions.values())
+
+    def group_fields(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the stored fields that a group's expressions read."""
+        return expression_fields(expressions)
+
+    def _load_arguments(
         self,
         start_time: Any,
         end_time: Any,
         fields: Mapping[str, Mapping[str, str]],
-        rules: Sequence[str],
+        rule_expressions: Sequence[str],
     ) -> dict[str, Any]:
-        """What to load, but for the instruments."""
-        reaches = [self.needs(group, expressions) for group, expressions in fields.items()]
-        reaches.append(reach_of(rules))
+        """Build the arguments of the source's load methods, except for the instruments."""
+        reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
+        reaches.append(max_reach(rule_expressions))
         before = None if any(b is None for b, _ in reaches) else max(b or 0 for b, _ in reaches)
-        wanted = dict.fromkeys(f for g, e in fields.items() for f in self.fields_of_group(g, e))
-        wanted.update(dict.fromkeys(fields_of(rules)))
+        field_names = dict.fromkeys(f for g, e in fields.items() for f in self.group_fields(g, e))
+        field_names.update(dict.fromkeys(expression_fields(rule_expressions)))
         return {
-            "fields": list(wanted),
+            "fields": list(field_names),
             "start_time": start_time,
             "end_time": end_time,
             "freq": self.freq,
@@ -205,14 +219,15 @@ class QlibDataLoader(DataLoader):
 
 
 class StaticDataLoader(DataLoader):
-    """A user's own data: a DataFrame, `{group: DataFrame or path}`, or a path.
+    """Load a user's own data: a DataFrame, `{group: DataFrame or path}`, or a path.
 
     Frames are indexed by `(datetime, instrument)`; two-level columns are `(group, column)`. Files
-    are parquet or CSV, with `datetime` and `instrument` as index or columns. `join` says which
-    rows several frames have together. Values become float32; infinite ones need a ProcessInf.
+    are parquet or CSV, with `datetime` and `instrument` as index or columns. `join` selects the
+    rows of the result if there are several frames. Values become float32; infinite ones need a
+    ProcessInf.
 
-    Instruments are given as a list, or as one name of the data, or as a universe of the handler's
-    source; None and "all" mean every one.
+    Instruments are a list, the name of one instrument of the data, or a universe of the handler's
+    source; None and "all" mean every instrument.
     """
 
     def __init__(self, config: Any, join: str = "outer") -> None:
@@ -233,22 +248,22 @@ class StaticDataLoader(DataLoader):
     ) -> View:
         if self._view is None:
             self._view = self._read()
-        members = static_members(instruments, self._view, source)
-        view = restricted(self._view, members, start_time, end_time)
-        return checked(view if columns is None else _kept(view, columns))
+        members = resolve_members(instruments, self._view, source)
+        view = restrict_view(self._view, members, start_time, end_time)
+        return check_view(view if columns is None else _select_columns(view, columns))
 
     def _read(self) -> View:
         if isinstance(self.config, Mapping):
             frames = {str(g): read_frame(part) for g, part in self.config.items()}
-            return view_of_frames(frames, self.join)
-        return view_of_frame(read_frame(self.config))
+            return view_from_frames(frames, self.join)
+        return view_from_frame(read_frame(self.config))
 
 
 class NestedDataLoader(DataLoader):
-    """Several loaders' columns side by side; of a doubled column the later loader's counts.
+    """Join the columns of several loaders; a later loader replaces columns of the same name.
 
-    `join`: the rows that stay, "left" those of the first loader. Columns come sorted by name, as
-    in Qlib.
+    `join`: the rows of the result; "left" uses those of the first loader. Columns are sorted by
+    name, as in Qlib.
     """
 
     def __init__(self, dataloader_l: Sequence[Any], join: str = "left") -> None:
@@ -258,17 +273,17 @@ class NestedDataLoader(DataLoader):
             raise ConfigError("NestedDataLoader needs at least one loader.")
         self.dataloader_l = dataloader_l
         self.join = join
-        self._loaders = [build_loader(each) for each in dataloader_l]
+        self._loaders = [build_loader(loader) for loader in dataloader_l]
 
     def horizon(self, group: str = "label") -> int | None:
-        known = [h for h in (each.horizon(group) for each in self._loaders) if h is not None]
-        return max(known) if known else None
+        horizons = [h for h in (loader.horizon(group) for loader in self._loaders) if h is not None]
+        return max(horizons) if horizons else None
 
     def needs_source(self) -> bool:
-        return any(each.needs_source() for each in self._loaders)
+        return any(loader.needs_source() for loader in self._loaders)
 
     def fingerprint(self, source: Source | None = None) -> str:
-        return digest([each.fingerprint(source) for each in self._loaders])
+        return digest([loader.fingerprint(source) for loader in self._loaders])
 
     def view(
         self,
@@ -280,12 +295,12 @@ class NestedDataLoader(DataLoader):
         columns: Names | None = None,
     ) -> View:
         views = []
-        for k, each in enumerate(self._loaders):
-            # The first loader's rows decide; a frame that knows no universe gives all it has.
-            whole = k > 0 and isinstance(each, StaticDataLoader) and self.join == "left"
-            asked = None if whole else instruments
-            views.append(each.view(asked, start_time, end_time, source=source))
-        view = joined(views, self.join)
+        for k, loader in enumerate(self._loaders):
+            # The first loader decides on the rows, so a frame without universes loads everything.
+            loads_all = k > 0 and isinstance(loader, StaticDataLoader) and self.join == "left"
+            loader_instruments = None if loads_all else instruments
+            views.append(loader.view(loader_instruments, start_time, end_time, source=source))
+        view = join_views(views, self.join)
         groups = {g: view.groups[g].keep(sorted(view.groups[g].names)) for g in sorted(view.groups)}
         return View(groups, view.rows, view.history)
 
@@ -294,38 +309,42 @@ class NestedDataLoader(DataLoader):
 
 
 def build_loader(config: Any) -> DataLoader:
-    """A loader from its configuration, its bare name, or any object with Qlib's `load(...)`."""
+    """Build a loader from a configuration, a class name, or an object with Qlib's `load(...)`."""
     config = plain(config)
     if config is None:
         raise ConfigError("a handler needs data_loader=..., or DataHandlerLP.from_df(frame).")
     if isinstance(config, pd.DataFrame):
         return StaticDataLoader(config)
     if not isinstance(config, str | Mapping) and callable(getattr(config, "load", None)):
-        return config if isinstance(config, DataLoader) else ForeignLoader(config)
-    made = init_instance_by_config(config, MODULE, accept_types=DataLoader)
-    return made if isinstance(made, DataLoader) else ForeignLoader(made)
+        return config if isinstance(config, DataLoader) else LoaderAdapter(config)
+    loader = init_instance_by_config(config, MODULE, accept_types=DataLoader)
+    return loader if isinstance(loader, DataLoader) else LoaderAdapter(loader)
 
 
-def evaluated(
-    expressions: Mapping[str, str], bars: Panel, span: slice, others: Panel | None = None
+def evaluate_columns(
+    expressions: Mapping[str, str], bars: Panel, span: slice, mask_bars: Panel | None = None
 ) -> Columns:
-    """Expressions of the bars on the rows `span`, stored by instrument: packing them is free."""
-    ahead = reach_of(expressions.values())[1]
-    # What lies behind the dates is only for labels; features shall not pay for it.
-    stop = min(len(bars.calendar), span.stop + ahead)
-    seen = bars
+    """Evaluate expressions on the rows `span` of the bars, stored so that packing needs no copy."""
+    lookahead = max_reach(expressions.values())[1]
+    # Rows after the dates are only needed by labels; leave them out for features.
+    stop = min(len(bars.calendar), span.stop + lookahead)
+    visible_bars = bars
     if stop < len(bars.calendar):
         end = bars.calendar[stop - 1]
-        seen, others = bars.select(end=end), None if others is None else others.select(end=end)
+        visible_bars, mask_bars = (
+            bars.select(end=end),
+            None if mask_bars is None else mask_bars.select(end=end),
+        )
     n = len(bars.instruments)
     out = instrument_major(span.stop - span.start, n, len(expressions))
-    if span == slice(0, len(seen.calendar)):
-        return PanelColumns(evaluate(expressions, seen, out=out, others=others))
-    # History in front is not kept: blocks of instruments are computed whole and cut.
+    if span == slice(0, len(visible_bars.calendar)):
+        return PanelColumns(evaluate(expressions, visible_bars, out=out, others=mask_bars))
+    # The rows before the dates are history that the result does not need: compute blocks of
+    # instruments on all rows and cut them.
     for first in range(0, n, INSTRUMENTS_AT_ONCE):
         part = slice(first, first + INSTRUMENTS_AT_ONCE)
-        block = _instruments(seen, part)
-        out[:, part] = evaluate(expressions, block, others=others).values[span]
+        block = _select_instruments(visible_bars, part)
+        out[:, part] = evaluate(expressions, block, others=mask_bars).values[span]
     dates = bars.calendar[span]
     mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
     return PanelColumns(
@@ -333,7 +352,7 @@ def evaluated(
     )
 
 
-def _instruments(bars: Panel, part: slice) -> Panel:
+def _select_instruments(bars: Panel, part: slice) -> Panel:
     return Panel(
         bars.values[:, part],
         bars.calendar,
@@ -344,8 +363,8 @@ def _instruments(bars: Panel, part: slice) -> Panel:
     )
 
 
-def static_members(instruments: Any, view: View, source: Source | None) -> Any:
-    """What `instruments` means for data without universes: None for all, else names or spans."""
+def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
+    """Resolve `instruments` for data without universes: None for all, else names or spans."""
     if instruments is None or (isinstance(instruments, str) and instruments.lower() == "all"):
         return None
     if isinstance(instruments, str):
@@ -354,21 +373,21 @@ def static_members(instruments: Any, view: View, source: Source | None) -> Any:
         if source is not None and instruments in source.universes():
             return source.instruments(instruments)
         raise DataError(
-            f"the data has no universe {instruments!r}: a frame knows no universes. Give a list "
-            "of instruments, None for all, or a source=... that has this universe."
+            f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
+            "list of instruments, None for all, or a source=... that has this universe."
         )
     return instruments
 
 
-def _kept(view: View, columns: Names) -> View:
+def _select_columns(view: View, columns: Names) -> View:
     groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
     return View(groups, view.rows, view.history)
 
 
-def _universe(instruments: Any) -> tuple[Any, Any]:
-    """The universe, and a filter pipe that came with it (Qlib's `D.instruments` dict)."""
+def _split_universe(instruments: Any) -> tuple[Any, Any]:
+    """Return the universe and the filter pipe that came with it (Qlib's `D.instruments` dict)."""
     if instruments is None:
-        log.info("no instruments given: all of the source's are loaded")
+        log.info("no instruments given, loading all instruments of the source")
         return "all", None
     instruments = plain(instruments)
     if isinstance(instruments, Mapping) and "market" in instruments:
@@ -376,24 +395,24 @@ def _universe(instruments: Any) -> tuple[Any, Any]:
     return instruments, None
 
 
-def _members_only(bars: Panel, start: Any, end: Any) -> Panel:
-    """The panel without instruments that are members on none of the dates."""
-    kept = bars.mask[bars.rows(start, end)].any(0)
-    if bool(kept.all()):
+def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
+    """Drop instruments that are members on none of the dates."""
+    is_member = bars.mask[bars.rows(start, end)].any(0)
+    if bool(is_member.all()):
         return bars
-    if not bool(kept.any()):
-        raise DataError("the filter_pipe leaves no instrument on any day; loosen its rules.")
-    chosen = torch.nonzero(kept)[:, 0].cpu().numpy()
-    return bars.select(instruments=list(bars.instruments[chosen]))
+    if not bool(is_member.any()):
+        raise DataError("the filter_pipe excludes every instrument on every day; relax its rules.")
+    columns = torch.nonzero(is_member)[:, 0].cpu().numpy()
+    return bars.select(instruments=list(bars.instruments[columns]))
 
 
-def _one_frequency(freq: str | Mapping[str, str]) -> str:
+def _single_frequency(freq: str | Mapping[str, str]) -> str:
     if isinstance(freq, str):
         return freq
-    found = set(freq.values())
-    if len(found) == 1:
-        return found.pop()
+    frequencies = set(freq.values())
+    if len(frequencies) == 1:
+        return frequencies.pop()
     raise ConfigError(
-        f"groups of several frequencies ({dict(freq)}) are not supported; give one freq, and "
+        f"groups with different frequencies ({dict(freq)}) are not supported; pass one freq, and "
         "build the others as expressions or as columns of a frame."
     )

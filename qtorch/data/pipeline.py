@@ -1,4 +1,4 @@
-"""Running processors: which columns they need, which dates they fit on, in what order."""
+"""Running processors: which columns they need, which dates they are fitted on, in what order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.heartbeat import beat
-from qtorch.data.infinite import where_infinite
-from qtorch.data.processor.base import FLAT, Names, Processor, in_window
+from qtorch.data.infinite import describe_infinities
+from qtorch.data.processor.base import FLAT, Names, Processor, select_dates
 from qtorch.data.view import View
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LABEL = "label"
 
 
-class Window(NamedTuple):
+class DateSpan(NamedTuple):
     """An inclusive span of dates; None is open."""
 
     start: Any
@@ -32,57 +32,57 @@ class Window(NamedTuple):
         return f"{_date(self.start)}..{_date(self.end)}"
 
 
-def check_for_inference(processors: Sequence[Processor], argument: str) -> None:
-    """Refuse processors that need a label where no label is known."""
+def check_infer_processors(processors: Sequence[Processor], argument: str) -> None:
+    """Raise ArgumentError for processors that need a label in a list that is used for inference."""
     for processor in processors:
         if not processor.is_for_infer():
             raise ArgumentError(
-                f"{argument} holds {type(processor).__name__}, which is for learning alone (it "
-                "needs labels, and inference has none); move it to learn_processors."
+                f"{argument} contains {type(processor).__name__}, which needs labels and can only "
+                "be used for learning; move it to learn_processors."
             )
 
 
-def needed_columns(processors: Sequence[Processor], names: Names) -> Names:
-    """The columns that the processors' result depends on.
+def find_needed_columns(processors: Sequence[Processor], names: Names) -> Names:
+    """Return the columns that the processors' result depends on.
 
-    A later choice of columns makes the others needless as long as every step before it treats
-    each column by itself.
+    If a later processor selects columns, the others are not needed, as long as every processor
+    before it treats each column separately.
     """
     if FLAT in names:
         return names
     for processor in processors:
-        selecting = type(processor).selects is not Processor.selects
-        if not selecting and not (processor.columnwise and _by_group(processor)):
+        selects_columns = type(processor).output_columns is not Processor.output_columns
+        if not selects_columns and not (processor.columnwise and _selects_by_group(processor)):
             break
-        names = processor.selects(names)
+        names = processor.output_columns(names)
     return names
 
 
-def union_of_columns(one: Names, other: Names, order: Names) -> Names:
-    """The columns of either, in the order of all."""
-    wanted = {(g, n) for names in (one, other) for g, part in names.items() for n in part}
-    return {g: tuple(n for n in part if (g, n) in wanted) for g, part in order.items()}
+def merge_column_names(first: Names, second: Names, order: Names) -> Names:
+    """Return the columns of `first` and `second` in the order of `order`."""
+    pairs = {(g, n) for names in (first, second) for g, part in names.items() for n in part}
+    return {g: tuple(n for n in part if (g, n) in pairs) for g, part in order.items()}
 
 
 def check_names(processors: Sequence[Processor], names: Names) -> None:
-    """Let each processor look at the names it is given; errors and warnings come from here."""
+    """Let each processor check the column names of its input and raise errors or warnings."""
     for processor in processors:
         processor.check_names(names)
-        names = processor.selects(names)
+        names = processor.output_columns(names)
 
 
-def warn_of_dropped_labels(processors: Sequence[Processor], names: Names) -> None:
-    """Say it loudly where rows that are to be predicted go because of their labels."""
+def warn_about_label_drops(processors: Sequence[Processor], names: Names) -> None:
+    """Warn if rows that are to be predicted are dropped because of their labels."""
     for processor in processors:
         if processor.drops_by_label(names):
             log.warning(
-                "%s stands before inference and drops rows by their label: what is left of a test "
-                "segment was chosen with knowledge of its future, and on the newest days nothing "
-                "is left. Name the features (fields_group='feature'), or use DropnaLabel among "
+                "%s runs before inference and drops rows by their label: the remaining test rows "
+                "are selected with knowledge of the future, and the newest days have no rows at "
+                "all. Restrict it to the features (fields_group='feature'), or use DropnaLabel in "
                 "learn_processors.",
                 type(processor).__name__,
             )
-        names = processor.selects(names)
+        names = processor.output_columns(names)
 
 
 def run(
@@ -90,36 +90,36 @@ def run(
     processors: Sequence[Processor],
     *,
     fit: bool,
-    window: Window | None = None,
+    window: DateSpan | None = None,
 ) -> View:
-    """The view after every processor; with `fit`, each is fitted on what the one before gave."""
+    """Run every processor on the view; with `fit`, fit each on the output of the one before."""
     for processor in processors:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         beat("processors", processor=type(processor).__name__)
         if fit:
-            fit_one(processor, view, window)
-        processed = processor(view)
-        if not processor.mends_infinite:
-            _check_label(view, processed, type(processor).__name__)
-        view = processed
-        log.debug("%s: %.2f s", type(processor).__name__, time.perf_counter() - began)
+            fit_processor(processor, view, window)
+        result = processor(view)
+        if not processor.replaces_infinite:
+            _check_label(view, result, type(processor).__name__)
+        view = result
+        log.debug("%s: %.2f s", type(processor).__name__, time.perf_counter() - start_time)
     return view
 
 
-def mends_infinite(processors: Sequence[Processor]) -> bool:
-    """Whether infinities are mended before anything is learnt from them."""
+def replaces_infinite(processors: Sequence[Processor]) -> bool:
+    """Whether infinities are replaced before any processor is fitted."""
     for processor in processors:
-        if processor.mends_infinite:
+        if processor.replaces_infinite:
             return True
         if processor.has_fit_window():
             return False
     return False
 
 
-def _check_label(before: View, after: View, who: str) -> None:
-    """Refuse a step that takes infinite labels away: ranked or clipped they look like good ones.
+def _check_label(before: View, after: View, processor_name: str) -> None:
+    """Raise DataError if a processor hides infinite labels; once ranked or clipped they look valid.
 
-    What stays infinite is refused where it is to be learnt.
+    Labels that stay infinite are refused later, when samples for learning are built.
     """
     old, new = before.groups.get(LABEL), after.groups.get(LABEL)
     if old is None or new is None or old is new:
@@ -128,70 +128,74 @@ def _check_label(before: View, after: View, who: str) -> None:
     if not any(bool(old.column(n).isinf().any()) for n in names):
         return
     infinite = torch.stack([old.column(n).isinf() for n in names])
-    kept = torch.stack([new.column(n).isinf() for n in names])
-    hidden = infinite & ~kept & before.rows & after.rows
+    still_infinite = torch.stack([new.column(n).isinf() for n in names])
+    hidden = infinite & ~still_infinite & before.rows & after.rows
     if bool(hidden.any()):
-        where = where_infinite(hidden, names, before.calendar, before.instruments)
+        location = describe_infinities(hidden, names, before.calendar, before.instruments)
         raise DataError(
-            f"{who} would hide infinite labels: {where}. Mend the label's expression (a division "
-            "by zero?) or its data, or put ProcessInf before."
+            f"{processor_name} would hide infinite labels: {location}. Fix the label's expression "
+            "(is it a division by zero?) or its data, or put ProcessInf before it."
         )
 
 
-def fit_one(processor: Processor, view: View, window: Window | None) -> None:
+def fit_processor(processor: Processor, view: View, window: DateSpan | None) -> None:
     """Fit one processor on its own window, else on the handler's."""
     if has_own_window(processor) or not processor.has_fit_window():
         processor.fit(view)
         return
     if window is None:
         raise ConfigError(
-            f"{type(processor).__name__} learns from the data, but no fit window is known: give "
-            "fit_start_time and fit_end_time, or put the handler into a dataset with a 'train' "
-            "segment (its dates are then the window)."
+            f"{type(processor).__name__} needs a fit window: pass fit_start_time and "
+            "fit_end_time, or use the handler in a dataset with a 'train' segment, whose dates "
+            "are then the fit window."
         )
-    seen = in_window(view, *window)
-    if not bool(seen.rows.any()):
+    fit_view = select_dates(view, *window)
+    if not bool(fit_view.rows.any()):
         dates = view.calendar
-        held = f"{_date(dates[0])}..{_date(dates[-1])}" if len(dates) else "no dates"
+        covered_dates = f"{_date(dates[0])}..{_date(dates[-1])}" if len(dates) else "no dates"
         raise DataError(
             f"{type(processor).__name__}: the fit window {window} (the train segment, unless one "
-            f"is given) holds no row; the data covers {held}."
+            f"is set) has no rows; the data covers {covered_dates}."
         )
-    processor.fit(seen)
+    processor.fit(fit_view)
 
 
 def has_own_window(processor: Processor) -> bool:
-    """Whether the processor itself was given the dates to fit on."""
+    """Whether the processor has its own dates to fit on."""
     return processor.fit_start_time is not None or processor.fit_end_time is not None
 
 
 def check_window(
-    calendar: pd.DatetimeIndex, window: Window, train: Window, who: str, allow_wide: bool
+    calendar: pd.DatetimeIndex,
+    window: DateSpan,
+    train: DateSpan,
+    processor_name: str,
+    allow_wide: bool,
 ) -> None:
-    """Refuse a fit window that reaches beyond the train segment."""
-    rows, allowed = date_rows(calendar, *window), date_rows(calendar, *train)
-    if rows.start >= rows.stop or (rows.start >= allowed.start and rows.stop <= allowed.stop):
+    """Raise ConfigError for a fit window that reaches beyond the train segment."""
+    rows, train_rows = date_rows(calendar, *window), date_rows(calendar, *train)
+    if rows.start >= rows.stop or (rows.start >= train_rows.start and rows.stop <= train_rows.stop):
         return
-    said = (
-        f"{who} would be fitted on {window}, which reaches beyond the train segment {train}: the "
-        "statistics would be learnt from days that the model is judged on"
-        if rows.stop > allowed.stop
-        else f"{who} would be fitted on {window}, which begins before the train segment {train}: "
-        "the statistics would not be those of what the model is trained on"
+    message = (
+        f"{processor_name} would be fitted on {window}, which reaches beyond the train segment "
+        f"{train}: its statistics would come from days that the model is evaluated on"
+        if rows.stop > train_rows.stop
+        else f"{processor_name} would be fitted on {window}, which begins before the train segment "
+        f"{train}: its statistics would not be those of the training data"
     )
     if allow_wide:
-        log.warning("%s (allow_wide_fit=True).", said)
+        log.warning("%s (allow_wide_fit=True).", message)
         return
     raise ConfigError(
-        f"{said}. Leave fit_start_time and fit_end_time out (the train segment is then used), or "
-        "give the handler allow_wide_fit=True."
+        f"{message}. Leave out fit_start_time and fit_end_time to use the train segment, or set "
+        "allow_wide_fit=True on the handler."
     )
 
 
-def _by_group(processor: Processor) -> bool:
-    """Whether its columns are named by group, so that fewer of them are still those meant."""
-    asked = getattr(processor, "fields_group", None)
-    return asked is None or isinstance(asked, str) or all(isinstance(a, str) for a in asked)
+def _selects_by_group(processor: Processor) -> bool:
+    """Whether the processor names its columns by group, so that it also works on fewer columns."""
+    groups = getattr(processor, "fields_group", None)
+    return groups is None or isinstance(groups, str) or all(isinstance(a, str) for a in groups)
 
 
 def _date(date: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where features lie: on the device, or in host memory where they do not fit there."""
+"""Where features are stored: on the device, or in host memory if they do not fit there."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 Store = Literal["auto", "device", "host"]
 STORES: tuple[str, ...] = ("auto", "device", "host")
-# Of the device's free memory, what the columns may take before they stay on the host.
+# The share of the device's free memory that the features may take; larger ones stay on the host.
 DEVICE_SHARE = 0.6
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether a device has room for so many bytes of features beside all else it is to hold."""
+    """Whether `num_bytes` of features fit on a device besides everything else it must hold."""
     free = free_bytes(device)
     return free is None or num_bytes <= DEVICE_SHARE * free
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """A GPU's free memory; None for the CPU, which is where the features are anyway."""
+    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

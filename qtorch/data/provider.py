@@ -1,4 +1,4 @@
-"""Which source a handler or loader reads."""
+"""The data source that a handler or loader reads."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from qtorch.data.source.qlib import QlibSource
 
 
 def build_source(config: Any) -> Source:
-    """A source from itself, its configuration, a folder of Qlib's files, a frame or a Panel."""
+    """Build a source from a Source, a configuration, a folder of Qlib files, a frame or a Panel."""
     config = plain(config)
     if isinstance(config, Mapping):
-        made = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
-        return as_source(made)
+        source = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
+        return as_source(source)
     if isinstance(config, str) or hasattr(config, "__fspath__"):
         return QlibSource(config)
     return as_source(config)
 
 
 def default_source() -> Source:
-    """The source of `qtorch.init(provider_uri=...)`; a ConfigError where none was set."""
+    """Return the source of `qtorch.init(provider_uri=...)`; raise ConfigError if none is set."""
     if session().provider_uri is None:
         raise ConfigError(
-            "no data source: give the handler source=... (QlibSource, TableSource, "
+            "no data source: pass source=... to the handler (QlibSource, TableSource, "
             "SyntheticSource), or call qtorch.init(provider_uri='/path/to/qlib_data') first."
         )
     return build_source(session().provider_uri)

@@ -1,4 +1,4 @@
-"""The handler of raw data: loads once, hands out views and frames."""
+"""The handler of raw data: it loads data once and returns it as views and frames."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.serial import Serializable
 from qtorch.core.session import session
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.data_loader import DataLoader
-from qtorch.data.feature_cache import caching
-from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeezed
-from qtorch.data.infinite import infinities_are_mended
+from qtorch.data.feature_cache import use_feature_cache
+from qtorch.data.fetch import CS_ALL, CS_RAW, column_names, fetch_frame, squeeze_frame
+from qtorch.data.infinite import infinity_policy
 from qtorch.data.loader import build_loader
 from qtorch.data.processor.base import Names
 from qtorch.data.provider import build_source, default_source
@@ -28,20 +28,19 @@ DK_R, DK_I, DK_L = "raw", "infer", "learn"
 DATA_KEYS = (DK_R, DK_I, DK_L)
 
 
-@trusted_type
+@trust_subclasses
 class DataHandler(Configured, Serializable):
-    """Loads raw data when it is first asked for, and hands it out by dates and columns.
+    """Load raw data on first use, and return it by dates and columns.
 
     `instruments`: a universe's name, a list, or None for all. Dates are inclusive. `data_loader`:
-    a loader, its configuration, or a DataFrame. `source`: where bars come from (a Source, its
-    configuration, a folder in Qlib's layout); None takes that of `qtorch.init`. `cache` keeps the
-    loader's features on disk for whoever asks for the same (True: in QTORCH_CACHE; a path: there;
-    see qtorch.data.feature_cache). `init_data=True`
-    loads at once (Qlib's default). `fetch_orig` is taken for Qlib's sake: what is fetched is
-    always the caller's own copy. Infinite bars, or infinite values of one's own frame, are a
-    DataError that says where they are.
+    a loader, its configuration, or a DataFrame. `source`: the source of the bars (a Source, its
+    configuration, or a folder in Qlib's layout); None uses that of `qtorch.init`. `cache` stores
+    the loader's features on disk and shares them with other tasks (True: in QTORCH_CACHE; or a
+    path; see qtorch.data.feature_cache). `init_data=True` loads immediately (Qlib's default).
+    `fetch_orig` exists for compatibility with Qlib: fetched frames are always copies. Infinite
+    bars, or infinite values in a user's frame, raise a DataError with their location.
 
-    `view(data_key)` gives tensors (`View`), `fetch` DataFrames. Answers to
+    `view(data_key)` returns tensors (`View`), `fetch` DataFrames. Answers to
     qlib/data/dataset/handler.py.
     """
 
@@ -71,26 +70,26 @@ class DataHandler(Configured, Serializable):
         self.end_time = end_time
         self.fetch_orig = fetch_orig
         self.data_loader: DataLoader = build_loader(data_loader)
-        self.source = self._source_of(source)
+        self.source = self._build_source(source)
         if init_data:
             self._raw_view()
 
-    def _source_of(self, given: Any) -> Source | None:
-        if given is not None:
-            return build_source(given)
+    def _build_source(self, config: Any) -> Source | None:
+        if config is not None:
+            return build_source(config)
         if session().provider_uri is None or not self.data_loader.needs_source():
             return None
         source = default_source()
-        # A task carries its data source, also where the default gave it.
+        # Store the default source as an argument, so that a task describes its own data source.
         self._arguments = {**self._arguments, "source": source}
         return source
 
     # -- data ----------------------------------------------------------------------------------
 
     def view(self, data_key: str = DK_I, *, groups: Sequence[str] | None = None) -> View:
-        """The data of a key as tensors; loaded and processed now if it was not.
+        """Return the data of a key as tensors, loading and processing it on first use.
 
-        `groups` says which are wanted; others may be missing in the raw view.
+        `groups` names the requested groups; others may be missing in the raw view.
         """
         check_key(data_key)
         return self._raw_view(groups)
@@ -101,7 +100,7 @@ class DataHandler(Configured, Serializable):
         return self._raw
 
     def _load(self, columns: Names | None) -> View:
-        with caching(self.cache), infinities_are_mended(self._mends_infinite()):
+        with use_feature_cache(self.cache), infinity_policy(self._replaces_infinite()):
             view = self.data_loader.view(
                 self.instruments,
                 self.start_time,
@@ -110,15 +109,15 @@ class DataHandler(Configured, Serializable):
                 columns=columns,
             )
         if not bool(view.rows.any()):
-            raise DataError(f"there is no row between {self.start_time} and {self.end_time}.")
+            raise DataError(f"the data has no rows between {self.start_time} and {self.end_time}.")
         return view
 
-    def _mends_infinite(self) -> bool:
-        """Whether infinite values may be loaded, because they do not stay."""
+    def _replaces_infinite(self) -> bool:
+        """Whether infinite values may be loaded, because processors replace them."""
         return False
 
     def setup_data(self) -> None:
-        """Load the data again, for the dates and instruments as they are configured now."""
+        """Reload the data for the dates and instruments that are configured now."""
         self._raw = None
         self.view(DK_R)
 
@@ -133,35 +132,34 @@ class DataHandler(Configured, Serializable):
         start_time: Any = None,
         end_time: Any = None,
     ) -> None:
-        """Other instruments or dates (None: as they are), and Serializable's options.
+        """Change instruments or dates (None keeps them), and pass Serializable's options.
 
-        Data that is already loaded is loaded again at its next use; what processors have learnt
-        stays.
+        Data that is already loaded is reloaded on next use; fitted processors stay fitted.
         """
-        given = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
-        changed = {k: v for k, v in given.items() if v is not None}
-        for name, value in changed.items():
+        options = {"instruments": instruments, "start_time": start_time, "end_time": end_time}
+        changes = {k: v for k, v in options.items() if v is not None}
+        for name, value in changes.items():
             setattr(self, name, value)
-        self._arguments = {**self._arguments, **changed}
-        if changed:
-            self._forget()
+        self._arguments = {**self._arguments, **changes}
+        if changes:
+            self._discard_data()
         super().config(dump_all, exclude, include, recursive)
 
-    def _forget(self) -> None:
+    def _discard_data(self) -> None:
         self._raw = None
 
     def set_source(self, source: Any) -> None:
-        """Put the handler on other data; what processors have learnt stays."""
+        """Replace the data source; fitted processors stay fitted."""
         self.source = build_source(source)
         self._arguments = {**self._arguments, "source": self.source}
-        self._forget()
+        self._discard_data()
 
     def fingerprint(self) -> str:
-        """A hash of the content of the data that the handler reads."""
+        """Return a hash of the content of the data that the handler reads."""
         return self.data_loader.fingerprint(self.source)
 
     def horizon(self, group: str = "label") -> int | None:
-        """Calendar rows that the label looks ahead; None where the loader does not know."""
+        """Return how many calendar rows the label looks ahead; None if the loader does not know."""
         return self.data_loader.horizon(group)
 
     # -- frames --------------------------------------------------------------------------------
@@ -175,34 +173,34 @@ class DataHandler(Configured, Serializable):
         squeeze: bool = False,
         proc_func: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
     ) -> pd.DataFrame:
-        """Rows and columns as a `(datetime, instrument)` frame of float32.
+        """Return rows and columns as a `(datetime, instrument)` frame of float32.
 
-        `selector` and `level`: a date, a pair or slice of dates (inclusive), an index; of the
-        level "datetime" or "instrument", or for `level=None` anything that `frame.loc` takes.
+        `selector` and `level`: a date, a pair or slice of dates (inclusive), or an index, on the
+        level "datetime" or "instrument"; for `level=None` anything that `frame.loc` accepts.
         `col_set`: "__all" (one level of columns), "__raw" (groups and columns), a group, or a
-        list of groups. `proc_func` is applied to the rows before columns are chosen.
+        list of groups. `proc_func` is applied to the rows before columns are selected.
         """
-        wanted = None if isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW) else col_set
-        groups = [wanted] if isinstance(wanted, str) else wanted
+        group = None if isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW) else col_set
+        groups = [group] if isinstance(group, str) else group
         view = self.view(data_key, groups=None if proc_func is not None else groups)
         if proc_func is None:
             frame = fetch_frame(view, selector, level, col_set)
         else:
-            whole = proc_func(fetch_frame(view, selector, level, CS_RAW))
-            frame = _of_columns(whole, col_set)
-        return squeezed(frame, selector, level) if squeeze else frame
+            processed_frame = proc_func(fetch_frame(view, selector, level, CS_RAW))
+            frame = _select_columns(processed_frame, col_set)
+        return squeeze_frame(frame, selector, level) if squeeze else frame
 
     def get_cols(self, col_set: str | Sequence[str] = CS_ALL, data_key: str = DK_I) -> list[Any]:
-        """The names of the columns of a column set."""
+        """Return the column names of a column set."""
         return column_names(self.view(data_key), col_set)
 
     def get_range_selector(self, cur_date: Any, periods: int) -> slice:
-        """The slice of the `periods` trading days that end with `cur_date`."""
+        """Return the slice of the `periods` trading days that end with `cur_date`."""
         view = self.view(DK_I)
         dates = view.calendar[view.rows.any(1).cpu().numpy()]
         last = int(dates.get_indexer(pd.DatetimeIndex([cur_date]))[0])
         if last < 0:
-            raise DataError(f"{cur_date} is no day of the data.")
+            raise DataError(f"{cur_date} is not a date of the data.")
         if last - periods + 1 < 0:
             warnings.warn("`periods` is too large. the first date will be returned.", stacklevel=2)
         return slice(dates[max(0, last - periods + 1)], pd.Timestamp(cur_date))
@@ -210,28 +208,28 @@ class DataHandler(Configured, Serializable):
     def get_range_iterator(
         self, periods: int, min_periods: int | None = None, **fetch: Any
     ) -> Iterator[tuple[pd.Timestamp, pd.DataFrame]]:
-        """Each date with the frame of its last `periods` days; further arguments are fetch's."""
+        """Yield each date and the frame of its last `periods` days; `fetch` is passed to fetch."""
         view = self.view(DK_I)
         dates = view.calendar[view.rows.any(1).cpu().numpy()]
         for date in dates[periods if min_periods is None else min_periods :]:
             yield date, self.fetch(self.get_range_selector(date, periods), **fetch)
 
     def __repr__(self) -> str:
-        said = f"{self.instruments}, {self.start_time}..{self.end_time}"
-        return f"{type(self).__name__}({said}, {'loaded' if self._raw else 'not loaded'})"
+        span = f"{self.instruments}, {self.start_time}..{self.end_time}"
+        return f"{type(self).__name__}({span}, {'loaded' if self._raw else 'not loaded'})"
 
 
 def check_key(data_key: str) -> None:
-    """Refuse a data key that is none of raw, infer and learn."""
+    """Raise ConfigError for a data key other than raw, infer and learn."""
     if data_key not in DATA_KEYS:
         raise ConfigError(unknown_name("data_key", str(data_key), DATA_KEYS))
 
 
-def _of_columns(frame: pd.DataFrame, col_set: str | Sequence[str]) -> pd.DataFrame:
-    """The column set of a frame that a user's function gave."""
+def _select_columns(frame: pd.DataFrame, col_set: str | Sequence[str]) -> pd.DataFrame:
+    """Select a column set from a frame that a user's function returned."""
     if frame.columns.nlevels == 1 or col_set == CS_RAW:
         return frame
     if col_set == CS_ALL:
         return frame.droplevel(0, axis=1)
-    chosen: pd.DataFrame = frame[col_set if isinstance(col_set, str) else list(col_set)]
-    return chosen
+    selection: pd.DataFrame = frame[col_set if isinstance(col_set, str) else list(col_set)]
+    return selection

@@ -12,58 +12,58 @@ from torch import Tensor
 
 from qtorch.core.configured import Configured
 from qtorch.core.errors import DataError
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 
 
-@trusted_type
+@trust_subclasses
 class Reweighter(Configured):
-    """Base of what gives each training sample a weight (Qlib's data/dataset/weight.py).
+    """Base class for weighting training samples (Qlib's data/dataset/weight.py).
 
-    Subclasses implement `reweight`. `needs` names the groups of columns that they look at:
-    ("label",) by default, since a frame of all features is large.
+    Subclasses implement `reweight`. `needs` names the column groups that they read: ("label",)
+    by default, because a frame of all features is large.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("label",)
 
     def bind(self, dataset: Any) -> None:
-        """Hook: the dataset whose samples are to be weighted, before `reweight`."""
+        """Hook that is called with the dataset of the samples before `reweight`."""
 
     @abstractmethod
     def reweight(self, data: pd.DataFrame) -> Any:
-        """One weight a sample, >= 0: a Series on the frame's index, an array, or a tensor `[S]`.
+        """Return one weight >= 0 per sample: a Series on the frame's index, an array or a tensor.
 
         `data` holds the samples, indexed by `(datetime, instrument)`, with columns
-        `(group, name)` of the groups in `needs`, processed as for learning. Qlib hands a
+        `(group, name)` of the groups in `needs`, processed for learning. Qlib passes a
         TSDataSampler to time-series reweighters; here it is always the frame of the samples'
         own rows.
         """
 
 
-def checked_weights(weights: Any, index: pd.MultiIndex) -> Tensor:
-    """The weights of a reweighter as float32 `[S]`.
+def validate_weights(weights: Any, index: pd.MultiIndex) -> Tensor:
+    """Convert a reweighter's weights to float32 `[S]`.
 
-    A Series is aligned by its index. Raises DataError for another length, missing, negative or
-    infinite weights, and where all are zero.
+    A Series is aligned by its index. Raises DataError for a wrong length, for missing, negative or
+    infinite weights, and if all weights are zero.
     """
     if isinstance(weights, pd.DataFrame) and weights.shape[1] == 1:
         weights = weights.iloc[:, 0]
     if isinstance(weights, pd.Series):
         weights = weights.reindex(index).to_numpy(dtype=np.float32)
     if isinstance(weights, Tensor):
-        found = weights.detach().to("cpu", torch.float32)
+        values = weights.detach().to("cpu", torch.float32)
     else:
-        found = torch.as_tensor(np.array(weights, dtype=np.float32))
-    if tuple(found.shape) != (len(index),):
+        values = torch.as_tensor(np.array(weights, dtype=np.float32))
+    if tuple(values.shape) != (len(index),):
         raise DataError(
-            f"the reweighter gave weights of shape {tuple(found.shape)} for {len(index)} samples; "
-            "expected one a sample."
+            f"the reweighter returned weights of shape {tuple(values.shape)} for {len(index)} "
+            "samples; expected one weight per sample."
         )
-    bad = int((~found.isfinite() | (found < 0)).sum())
-    if bad:
+    num_invalid = int((~values.isfinite() | (values < 0)).sum())
+    if num_invalid:
         raise DataError(
-            f"the reweighter gave {bad} weights that are missing, negative or infinite; "
+            f"the reweighter returned {num_invalid} missing, negative or infinite weights; "
             "weights must be finite and >= 0."
         )
-    if len(found) and not bool((found > 0).any()):
-        raise DataError("the reweighter gave weight 0 to every sample.")
-    return found
+    if len(values) and not bool((values > 0).any()):
+        raise DataError("the reweighter returned weight 0 for every sample.")
+    return values

@@ -1,4 +1,4 @@
-"""Samples: pairs (date row, instrument column) into columns that stay on the device."""
+"""Samples: (date row, instrument column) pairs into feature columns that stay on the device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.batches import Batch
 from qtorch.data.columns import Columns, PanelColumns
 from qtorch.data.extras import Gatherable
-from qtorch.data.gather import NAN, Packed, check_fill, infinite_message
+from qtorch.data.gather import NAN, PackedColumns, check_fill, infinite_message
 from qtorch.data.placement import STORES, Store, fits
-from qtorch.data.reweighter import Reweighter, checked_weights
+from qtorch.data.reweighter import Reweighter, validate_weights
 from qtorch.data.sample_table import SampleTable
 from qtorch.data.view import multi_index
 
 log = logging.getLogger(__name__)
 
 DAY_BUCKETS = 8
-# How much is laid out at once where the features become a matrix.
+# How much is copied at once when the features are converted to a matrix.
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4096, 16
 
 
@@ -33,15 +33,17 @@ class Samples:
 
     `date` and `instrument` are int64 `[S]`; `target [S, Q]` the processed labels, `raw_label
     [S, Q]` the unprocessed ones (for IC), `weight [S]`; each of the last three may be None.
-    `features` are Columns, packed on the device at the first batch or by `to(device)`, or an
-    object already packed. Features that hold an infinity are refused when they are packed.
-    `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar rows that the
-    labels look ahead, None where that was not asked or is not known.
+    `features` are Columns, which are packed on the device at the first batch or by `to(device)`, or
+    columns that are already packed. Packing raises DataError for features that hold an infinity.
+    `storage_index`: (date row, instrument column) of each sample's window in the packed features,
+    if they differ from `date` and `instrument`. `notes`: counts for logs and summaries, e.g. of
+    purged samples. `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar
+    rows that the labels look ahead, None if it is unknown or was not needed.
     """
 
     def __init__(
         self,
-        features: Columns | Packed,
+        features: Columns | PackedColumns,
         date: Tensor,
         instrument: Tensor,
         *,
@@ -55,7 +57,7 @@ class Samples:
         history: Tensor | None = None,
         step_len: int = 1,
         fill: str = "ffill+bfill",
-        place: tuple[Tensor, Tensor] | None = None,
+        storage_index: tuple[Tensor, Tensor] | None = None,
         notes: Mapping[str, int] | None = None,
         extras: Mapping[str, Gatherable] | None = None,
         horizon: int | None = None,
@@ -74,39 +76,39 @@ class Samples:
         self.horizon = horizon
         self.store = "device"
         self.device = date.device
-        self._place = place
+        self._storage_index = storage_index
         self._columns = features if isinstance(features, Columns) else None
-        self._packed = features if isinstance(features, Packed) else None
-        self._known: SampleTable | None = None
+        self._feature_pack = features if isinstance(features, PackedColumns) else None
+        self._cached_table: SampleTable | None = None
         self._set_days()
 
     def _set_days(self) -> None:
         days, counts = torch.unique_consecutive(self.date, return_counts=True)
         if len(days) and bool((days[1:] <= days[:-1]).any()):
             raise AssertionError("samples must come in (datetime, instrument) order")
-        self._counts = counts.cpu()
-        self._first = self._counts.cumsum(0) - self._counts
-        self._largest = int(self._counts.max()) if len(days) else 0
-        self._bucket = max(1, -(-self._largest // DAY_BUCKETS))
+        self._day_counts = counts.cpu()
+        self._day_starts = self._day_counts.cumsum(0) - self._day_counts
+        self._max_day_size = int(self._day_counts.max()) if len(days) else 0
+        self._day_size_step = max(1, -(-self._max_day_size // DAY_BUCKETS))
 
-    # -- what there is -------------------------------------------------------------------------
+    # -- contents ------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.date)
 
     @property
     def num_days(self) -> int:
-        """Days with at least one sample."""
-        return len(self._counts)
+        """The number of days with at least one sample."""
+        return len(self._day_counts)
 
     @property
-    def most_a_day(self) -> int:
-        """Samples of the day that has most of them."""
-        return self._largest
+    def max_samples_per_day(self) -> int:
+        """The number of samples of the largest day."""
+        return self._max_day_size
 
     @property
-    def packed(self) -> Packed:
-        """The features laid out for gathering; packed now if they were not."""
+    def feature_pack(self) -> PackedColumns:
+        """The features laid out for gathering; packed on first use."""
         return self._pack(self.date.device)
 
     @property
@@ -120,21 +122,21 @@ class Samples:
         return self._window_shape()[0]
 
     def _window_shape(self) -> tuple[int, int]:
-        features = self._columns if self._columns is not None else self.packed
+        features = self._columns if self._columns is not None else self.feature_pack
         return features.window_shape(self.step_len)
 
     @property
     def index(self) -> pd.MultiIndex:
-        """`(datetime, instrument)` of every sample, in their order."""
+        """The `(datetime, instrument)` index of the samples, in their order."""
         return multi_index(self.calendar, self.instruments, self.date, self.instrument)
 
     @property
     def index_device(self) -> torch.device:
-        """Where the row numbers given to `batch` should lie."""
+        """The device on which `batch` expects its row numbers."""
         return self.date.device
 
     def describe(self) -> dict[str, Any]:
-        """What a log line or a summary says of these samples."""
+        """Return a summary of the samples for logs and reports."""
         days = self.date[[0, -1]].tolist() if len(self) else []
         span = [f"{self.calendar[d]:%Y-%m-%d}" for d in days]
         return {
@@ -150,7 +152,7 @@ class Samples:
         }
 
     def frame(self, groups: Iterable[str] = ("label",)) -> pd.DataFrame:
-        """The samples' own rows: `(datetime, instrument)` by `(group, name)`.
+        """Return the samples' own rows as a frame: `(datetime, instrument)` by `(group, name)`.
 
         Groups: "label" (processed), "raw_label", "feature" (the last step of the window).
         """
@@ -162,160 +164,168 @@ class Samples:
         return pd.DataFrame(parts, index=self.index)
 
     def rows(self) -> Tensor:
-        """The features of each sample's own day, `[S, F]` float32, as `feature_names` calls them.
+        """Return the features of each sample's own day, `[S, F]` float32, as in `feature_names`.
 
-        Of windows it is the last step. A column lies in one piece, so that nothing is copied by
-        who wants columns; the whole is what it costs.
+        For windows this is the last step. Each column is contiguous, so taking a column copies
+        nothing; the whole matrix is allocated.
         """
         out = torch.empty(len(self.feature_names), len(self), device=self.date.device)
         if self._columns is None:
-            every = torch.arange(len(self), device=self.index_device)
-            for part in torch.split(every, ROWS_AT_ONCE):
+            all_rows = torch.arange(len(self), device=self.index_device)
+            for part in torch.split(all_rows, ROWS_AT_ONCE):
                 out[:, part] = self.batch(part).x[:, -1].t()
             return out.t()
-        home = self._columns.device
+        storage_device = self._columns.device
         first, last = (int(self.date[k]) for k in (0, -1))
-        at = (self.date - first).to(home) * len(self.instruments) + self.instrument.to(home)
+        cells = (self.date - first).to(storage_device) * len(self.instruments) + self.instrument.to(
+            storage_device
+        )
         for k in range(0, len(out), COLUMNS_AT_ONCE):
             names = self.feature_names[k : k + COLUMNS_AT_ONCE]
             block = self._columns.block(names, rows=slice(first, last + 1)).flatten(1)
-            out[k : k + len(names)] = block.index_select(1, at)
+            out[k : k + len(names)] = block.index_select(1, cells)
         return out.t()
 
     def _group_values(self, group: str) -> tuple[tuple[str, ...], Tensor]:
-        found = {"label": self.target, "raw_label": self.raw_label}
+        targets = {"label": self.target, "raw_label": self.raw_label}
         if group == "feature":
             return self.feature_names, self.rows()
-        if group not in found:
-            raise DataError(unknown_name("group of columns", group, ("feature", *found)))
-        values = found[group]
+        if group not in targets:
+            raise DataError(unknown_name("group of columns", group, ("feature", *targets)))
+        values = targets[group]
         if values is None:
             raise DataError(f"these samples have no {group}.")
         return self.label_names, values
 
     def __repr__(self) -> str:
-        told = self.describe()
+        summary = self.describe()
         return (
-            f"Samples({told['samples']:,} of {told['start']}..{told['end']}, "
-            f"{told['instruments']} instruments, {told['features']} features)"
+            f"Samples({summary['samples']:,} of {summary['start']}..{summary['end']}, "
+            f"{summary['instruments']} instruments, {summary['features']} features)"
         )
 
     # -- batches -------------------------------------------------------------------------------
 
     def batch(self, rows: Tensor, *, size: int | None = None) -> Batch:
-        """The samples `rows`, int64 `[B]` on `index_device`.
+        """Gather the samples `rows`, int64 `[B]` on `index_device`.
 
-        With `size` the batch is padded to so many rows and has a mask.
+        With `size` the batch is padded to that many rows and has a mask.
         """
         count = len(rows)
         if size is None:
-            return self._gathered(rows)
-        gone = torch.arange(count, size, device=rows.device)
-        batch = self._gathered(torch.nn.functional.pad(rows, (0, size - count)), gone)
+            return self._gather(rows)
+        padding = torch.arange(count, size, device=rows.device)
+        batch = self._gather(torch.nn.functional.pad(rows, (0, size - count)), padding)
         batch.num_samples = count
         return batch
 
     def day_batch(self, days: Tensor, *, num_days: int | None = None) -> Batch:
-        """Whole days `[G, N, ...]`: `days` int64 `[G]` on the CPU count the days with samples.
+        """Gather whole days `[G, N, ...]`; `days` int64 `[G]` on the CPU index days with samples.
 
         Every row of a day is one sample of that date, so a batch holds true cross-sections. N is
-        the largest day's size rounded up to one of at most eight sizes; `num_days` pads G.
+        the largest day's size, rounded up to one of at most eight sizes; `num_days` pads G.
         """
-        counts = self._counts[days]
-        width = min(self._largest, -(-int(counts.max()) // self._bucket) * self._bucket)
+        counts = self._day_counts[days]
+        width = min(
+            self._max_day_size, -(-int(counts.max()) // self._day_size_step) * self._day_size_step
+        )
         num_samples = int(counts.sum())
         if num_days is not None and num_days > len(days):
             pad = (0, num_days - len(days))
             days, counts = (torch.nn.functional.pad(t, pad) for t in (days, counts))
-        # What is padding is known on the host: the device is not asked.
+        # The host computes which rows are padding, so it does not wait for the device.
         offsets = torch.arange(width)
-        there = offsets < counts[:, None]
-        gone = torch.nonzero(~there.reshape(-1))[:, 0]
-        rows = (self._first[days][:, None] + offsets * there).reshape(-1)
+        is_sample = offsets < counts[:, None]
+        padding = torch.nonzero(~is_sample.reshape(-1))[:, 0]
+        rows = (self._day_starts[days][:, None] + offsets * is_sample).reshape(-1)
         device = self.index_device
-        batch = self._gathered(rows.to(device), gone.to(device)).unflattened(len(days), width)
+        batch = self._gather(rows.to(device), padding.to(device)).unflatten(len(days), width)
         batch.num_samples = num_samples
         return batch
 
-    def _gathered(self, rows: Tensor, gone: Tensor | None = None) -> Batch:
-        """The samples `rows`; with `gone`, places in the batch that are padding, a mask too."""
+    def _gather(self, rows: Tensor, padding: Tensor | None = None) -> Batch:
+        """Gather the samples `rows`; `padding` are positions in the batch to blank and mask."""
 
-        table = self._table()
-        date, instrument, *at = table.places(rows)
-        if len(at) == 1:
-            x = self.packed.windows(at[0], self.step_len)
+        table = self._get_table()
+        date, instrument, *storage = table.indices(rows)
+        if len(storage) == 1:
+            x = self.feature_pack.windows(storage[0], self.step_len)
         else:
-            days, who = at or (date, instrument)
-            x = self.packed.gather(days, who, self.step_len, self.fill)
+            window_date, window_instrument = storage or (date, instrument)
+            x = self.feature_pack.gather(window_date, window_instrument, self.step_len, self.fill)
         extra = {name: source.gather(date, instrument) for name, source in self.extras.items()}
-        y, raw, weight = table.values(rows)
+        y, raw_label, weight = table.values(rows)
         mask = None
-        if gone is not None:
-            empty = [x, weight, *(e for e in extra.values() if e.is_floating_point())]
-            for value, filler in (*((v, 0.0) for v in empty), (y, NAN), (raw, NAN)):
+        if padding is not None:
+            zero_filled = [x, weight, *(e for e in extra.values() if e.is_floating_point())]
+            for value, filler in (*((v, 0.0) for v in zero_filled), (y, NAN), (raw_label, NAN)):
                 if value is not None:
-                    value.index_fill_(0, gone, filler)
+                    value.index_fill_(0, padding, filler)
             mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            mask.index_fill_(0, gone, False)
-        if raw is not None:
-            extra["raw_label"] = raw
+            mask.index_fill_(0, padding, False)
+        if raw_label is not None:
+            extra["raw_label"] = raw_label
         return Batch(
             x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
         )
 
-    def _table(self) -> SampleTable:
-        """Date and instrument of each sample, where its window lies, its labels and weight."""
+    def _get_table(self) -> SampleTable:
+        """Return the table of dates, instruments, window starts, labels and weights."""
         values = (self.target, self.raw_label, self.weight)
-        if self._known is None or not self._known.holds(values):
-            at = (self.date, self.instrument) if self._place is None else self._place
-            begin = self.packed.begins(*at, self.step_len, self.fill)
-            where = (self._place or ()) if begin is None else (begin,)
-            self._known = SampleTable((self.date, self.instrument, *where), values)
-        return self._known
+        if self._cached_table is None or not self._cached_table.has_values(values):
+            pairs = (
+                (self.date, self.instrument) if self._storage_index is None else self._storage_index
+            )
+            starts = self.feature_pack.window_starts(*pairs, self.step_len, self.fill)
+            storage = (self._storage_index or ()) if starts is None else (starts,)
+            self._cached_table = SampleTable((self.date, self.instrument, *storage), values)
+        return self._cached_table
 
     # -- device --------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str, *, store: Store = "auto") -> Samples:
-        """These samples for batches on `device`.
+        """Return these samples for batches on `device`.
 
-        `store`: "device" keeps the features there, "host" in host memory (each batch is then
-        sent over while the one before it is worked on), "auto" decides by the device's free
-        memory.
+        `store`: "device" keeps the features on the device, "host" in host memory (each batch is
+        then copied to the device while the previous one is being used), "auto" decides by the
+        device's free memory.
         """
         if store not in STORES:
             raise ConfigError(unknown_name("store", store, STORES))
         target = torch.device(device)
         if str(target) == "cuda":
             target = torch.device("cuda", torch.cuda.current_device())
-        where = "host" if store == "host" or (store == "auto" and self._too_large(target)) else ""
-        home = torch.device("cpu") if where == "host" else target
-        moved = self._moved(home)
-        moved.store = where or "device"
-        moved.device = target
-        if where == "host" and target.type != "cpu":
+        placement = (
+            "host" if store == "host" or (store == "auto" and self._too_large(target)) else ""
+        )
+        storage_device = torch.device("cpu") if placement == "host" else target
+        copy = self._rebuild(storage_device)
+        copy.store = placement or "device"
+        copy.device = target
+        if placement == "host" and target.type != "cpu":
             log.info(
-                "the features (%.2f GB) stay in host memory; batches are sent to %s ahead of use",
+                "keeping the features (%.2f GB) in host memory; batches are prefetched to %s",
                 self._num_bytes() / 1e9,
                 target,
             )
-        moved._pack(home)
-        return moved
+        copy._pack(storage_device)
+        return copy
 
-    def sent(self, batch: Batch) -> Batch:
-        """A batch gathered in host memory on its way to the device; returns at once."""
+    def send_to_device(self, batch: Batch) -> Batch:
+        """Copy a batch that was gathered in host memory to the device, without blocking."""
         if self.device.type != "cuda":
             return batch.to(self.device)
         return batch.pin_memory().to(self.device, non_blocking=True)
 
-    def _moved(self, home: torch.device, columns: Columns | None = None) -> Samples:
-        def there(t: Tensor | None) -> Tensor | None:
+    def _rebuild(self, home: torch.device, columns: Columns | None = None) -> Samples:
+        def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(home)
 
-        place = self._place
-        features: Columns | Packed | None = self._columns if columns is None else columns
+        storage_index = self._storage_index
+        features: Columns | PackedColumns | None = self._columns if columns is None else columns
         if features is None:
-            packed = self.packed
-            features = packed if packed.device == home else packed.to(home)
+            feature_pack = self.feature_pack
+            features = feature_pack if feature_pack.device == home else feature_pack.to(home)
         return Samples(
             features,
             self.date.to(home),
@@ -324,75 +334,81 @@ class Samples:
             instruments=self.instruments,
             feature_names=self.feature_names,
             label_names=self.label_names,
-            target=there(self.target),
-            raw_label=there(self.raw_label),
-            weight=there(self.weight),
+            target=move(self.target),
+            raw_label=move(self.raw_label),
+            weight=move(self.weight),
             history=self.history,
             step_len=self.step_len,
             fill=self.fill,
-            place=None if place is None else (place[0].to(home), place[1].to(home)),
+            storage_index=None
+            if storage_index is None
+            else (storage_index[0].to(home), storage_index[1].to(home)),
             notes=self.notes,
             extras={name: source.to(home) for name, source in self.extras.items()},
             horizon=self.horizon,
         )
 
-    def _pack(self, device: torch.device) -> Packed:
-        if self._packed is not None:
-            return self._packed
+    def _pack(self, device: torch.device) -> PackedColumns:
+        if self._feature_pack is not None:
+            return self._feature_pack
         assert self._columns is not None
-        packed = self._columns.pack(device, history=self.history)
-        if not packed.checked:
-            bad = packed.infinite().cpu().numpy()
-            if bad.any():
-                names = [n for n, wrong in zip(self._columns.names, bad, strict=True) if wrong]
+        feature_pack = self._columns.pack(device, history=self.history)
+        if not feature_pack.is_checked:
+            has_infinity = feature_pack.infinite_columns().cpu().numpy()
+            if has_infinity.any():
+                names = [
+                    n
+                    for n, is_infinite in zip(self._columns.names, has_infinity, strict=True)
+                    if is_infinite
+                ]
                 raise DataError(infinite_message(names, "features"))
-            packed.checked = True
-        self._packed = packed
-        return packed
+            feature_pack.is_checked = True
+        self._feature_pack = feature_pack
+        return feature_pack
 
     def _num_bytes(self) -> int:
-        if self._packed is not None:
-            return self._packed.num_bytes
+        if self._feature_pack is not None:
+            return self._feature_pack.num_bytes
         assert self._columns is not None
         return self._columns.num_bytes
 
     def _too_large(self, device: torch.device) -> bool:
-        """Whether the features would not fit; what lies there already takes nothing more."""
+        """Whether the features do not fit; features already on the device need no more room."""
         if fits(self._num_bytes(), device):
             return False
         if self._columns is not None:
-            return self._columns.shared_pack(device, self.history) is None
-        return self.packed.device != device
+            return self._columns.find_shared_pack(device, self.history) is None
+        return self.feature_pack.device != device
 
     @property
-    def arrangeable(self) -> bool:
-        """Whether `with_features` can put the features in another order."""
+    def can_reorder_features(self) -> bool:
+        """Whether `with_features` can select and reorder the features."""
         return isinstance(self._columns, PanelColumns)
 
     def with_features(self, names: Sequence[str]) -> Samples:
-        """These samples with their features by `names`, in that order."""
-        assert self._columns is not None, "ask `arrangeable` first"
-        moved = self._moved(self.date.device, self._columns.keep(names))
-        moved.feature_names = tuple(names)
-        return moved
+        """Return these samples with the features `names`, in that order."""
+        assert self._columns is not None, "check `can_reorder_features` first"
+        copy = self._rebuild(self.date.device, self._columns.keep(names))
+        copy.feature_names = tuple(names)
+        return copy
 
     # -- weights -------------------------------------------------------------------------------
 
-    def reweighted(self, reweighter: Reweighter | Any | None) -> Samples:
-        """These samples with the weights of a reweighter (None: unchanged).
+    def apply_reweighter(self, reweighter: Reweighter | Any | None) -> Samples:
+        """Return these samples with the weights of a reweighter (None: unchanged).
 
-        Anything with Qlib's `reweight(data)` will do; it is handed `frame(reweighter.needs)`.
+        Any object with Qlib's `reweight(data)` works; it receives `frame(reweighter.needs)`.
         """
         if reweighter is None:
             return self
         if not callable(getattr(reweighter, "reweight", None)):
             raise ConfigError(
-                f"{type(reweighter).__name__} is no reweighter: it has no reweight(data) method."
+                f"{type(reweighter).__name__} is not a reweighter: it has no reweight(data) method."
             )
         data = self.frame(getattr(reweighter, "needs", ("label",)))
-        weight = checked_weights(reweighter.reweight(data), self.index)
-        moved = self._moved(self.date.device)
-        moved.weight = weight.to(self.date.device)
-        moved.store, moved.device = self.store, self.device
-        moved._packed = self._packed
-        return moved
+        weight = validate_weights(reweighter.reweight(data), self.index)
+        copy = self._rebuild(self.date.device)
+        copy.weight = weight.to(self.date.device)
+        copy.store, copy.device = self.store, self.device
+        copy._feature_pack = self._feature_pack
+        return copy

@@ -1,4 +1,4 @@
-"""What a batch takes of each sample beside its window."""
+"""The per-sample values of a batch other than its window: indices, labels and weights."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from torch import Tensor
 class SampleTable:
     """Columns of samples, gathered by row number.
 
-    `places` are integers `[S]` (a sample's date, its instrument, where its window begins),
-    `values` float `[S]` or `[S, Q]`, or None. A matrix of one column is gathered as a vector, for
-    which torch is four times as quick.
+    `indices` are integers `[S]` (a sample's date, its instrument, where its window begins),
+    `values` float `[S]` or `[S, Q]`, or None. A matrix of one column is gathered as a vector, which
+    is four times as fast in torch.
     """
 
-    def __init__(self, places: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
-        self._places, self._values = tuple(places), tuple(values)
+    def __init__(self, indices: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+        self._indices, self._values = tuple(indices), tuple(values)
         self._vectors = [v if v is None or not _single(v) else v.reshape(-1) for v in values]
 
-    def holds(self, values: Sequence[Tensor | None]) -> bool:
-        """Whether the table was made of these very values."""
+    def has_values(self, values: Sequence[Tensor | None]) -> bool:
+        """Whether the table was built from exactly these value tensors."""
         return all(a is b for a, b in zip(self._values, values, strict=True))
 
-    def places(self, rows: Tensor) -> list[Tensor]:
-        """Each of the places at `rows`, int64 `[B]`; new memory."""
-        return [place.index_select(0, rows) for place in self._places]
+    def indices(self, rows: Tensor) -> list[Tensor]:
+        """Gather each index tensor at `rows`, int64 `[B]`; the results are new memory."""
+        return [index.index_select(0, rows) for index in self._indices]
 
     def values(self, rows: Tensor) -> list[Tensor | None]:
-        """Each of the values at `rows`, `[B]` or `[B, Q]` as it was given, None where it was None;
-        new memory."""
-        found = [None if v is None else v.index_select(0, rows) for v in self._vectors]
+        """Gather each value tensor at `rows`, as `[B]` or `[B, Q]`; None stays None.
+
+        The results are new memory.
+        """
+        vectors = [None if v is None else v.index_select(0, rows) for v in self._vectors]
         return [
             f.unsqueeze(1) if f is not None and v is not None and _single(v) else f
-            for f, v in zip(found, self._values, strict=True)
+            for f, v in zip(vectors, self._values, strict=True)
         ]
 
 

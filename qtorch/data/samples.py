@@ -1,4 +1,4 @@
-"""The samples of a dataset's segment, whatever the dataset is."""
+"""The samples of a segment of any kind of dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtorch.data.sample_set import Samples as Samples
 from qtorch.data.segment_samples import build_samples as build_samples
 
 
-def samples_of(
+def get_samples(
     dataset: Any,
     segment: str | slice,
     *,
@@ -17,16 +17,15 @@ def samples_of(
     purge: bool | None = None,
     **options: Any,
 ) -> Samples:
-    """The samples of a dataset's segment, whatever the dataset is.
+    """Return the samples of a dataset's segment, for any kind of dataset.
 
-    A qtorch dataset answers itself (`dataset.samples`); any other object with Qlib's `prepare`,
-    and a plain frame, go through `qtorch.data.foreign.as_samples`. `purge` None means: samples
-    for learning are purged by the label's horizon (where it is known), those for inference are
-    not.
+    A qtorch dataset has a method `samples`; any other object with Qlib's `prepare`, and a plain
+    frame, is converted by `qtorch.data.foreign.as_samples`. `purge` None means that samples for
+    learning are purged by the label's horizon (if it is known) and those for inference are not.
     """
-    own = getattr(dataset, "samples", None)
-    if callable(own):
-        purged = (data_key == "learn") if purge is None else purge
-        found: Samples = own(segment, data_key=data_key, purge=purged, **options)
-        return found
+    samples_method = getattr(dataset, "samples", None)
+    if callable(samples_method):
+        should_purge = (data_key == "learn") if purge is None else purge
+        samples: Samples = samples_method(segment, data_key=data_key, purge=should_purge, **options)
+        return samples
     return as_samples(dataset, segment, data_key=data_key, purge=purge, **options)

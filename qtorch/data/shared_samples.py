@@ -1,4 +1,4 @@
-"""Samples that other processes map: written once, read by any number without a copy."""
+"""Samples shared between processes: written once and memory-mapped by any number of readers."""
 
 from __future__ import annotations
 
@@ -11,75 +11,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtorch.data.mapped import file_of, map_file
+from qtorch.data.mapped import find_mapped_file, map_file
 from qtorch.data.sample_set import Samples
 
 DATA, OUTLINE = "samples.bin", "samples.pkl"
 ALIGNMENT = 64
-WASTE = 2  # of a storage of which so little is seen, only that part is written
+# If a tensor uses less than 1 / MAX_WASTE of its storage, only the used part is written.
+MAX_WASTE = 2
 
 
-def write_samples(given: Sequence[Samples | None], folder: Path, *, local: bool = True) -> None:
-    """Write samples into `folder`: their tensors side by side into one file, the rest beside it.
+def write_samples(
+    sample_sets: Sequence[Samples | None], folder: Path, *, local: bool = True
+) -> None:
+    """Write samples into `folder`: all tensors in one file, everything else in a pickle beside it.
 
-    Features are laid out for gathering first. With `local` what is mapped from a file (of the
-    feature cache) stays there and is only named: the readers are on this machine.
+    Features are packed for gathering first. With `local`, tensors that are mapped from a file (of
+    the feature cache) are not copied but referenced by path: the readers are on this machine.
     """
     with (folder / DATA).open("wb") as data, (folder / OUTLINE).open("wb") as outline:
         writer = _Writer(outline, data, local)
-        writer.dump([None if s is None else _laid_out(s) for s in given])
+        writer.dump([None if s is None else _pack_samples(s) for s in sample_sets])
 
 
 def read_samples(folder: Path) -> list[Samples | None]:
-    """The samples again, mapped. The outline is a pickle: read none that others could write."""
+    """Read the samples by memory map.
+
+    The outline is a pickle: only read a folder that no one else can write to.
+    """
     with (folder / OUTLINE).open("rb") as outline:
-        found: list[Samples | None] = _Reader(outline, folder).load()
-    return found
+        sample_sets: list[Samples | None] = _Reader(outline, folder).load()
+    return sample_sets
 
 
-def _laid_out(samples: Samples) -> Samples:
-    """The samples with features packed, windows filled, and no columns beside."""
+def _pack_samples(samples: Samples) -> Samples:
+    """Return a copy of the samples with packed features, filled windows and no source columns."""
     if len(samples):
-        samples.batch(torch.zeros(1, dtype=torch.int64))  # now, once, and not in every reader
-    laid = copy.copy(samples)
-    laid._packed, laid._columns, laid._known = samples.packed, None, None
-    return laid
+        samples.batch(
+            torch.zeros(1, dtype=torch.int64)
+        )  # pack now, once, instead of in every reader
+    result = copy.copy(samples)
+    result._feature_pack, result._columns, result._cached_table = samples.feature_pack, None, None
+    return result
 
 
 class _Writer(pickle.Pickler):
     def __init__(self, outline: Any, data: Any, local: bool) -> None:
         super().__init__(outline, protocol=pickle.HIGHEST_PROTOCOL)
         self._data, self._local = data, local
-        self._places: dict[tuple[int, int], tuple[str, int, int]] = {}
-        self._kept: list[Tensor] = []  # an address is a key as long as its memory lives
+        self._locations: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self._live_tensors: list[Tensor] = []  # kept alive, as storages are identified by address
 
-    def persistent_id(self, thing: Any) -> Any:
-        if type(thing) is not Tensor or thing.layout != torch.strided:
+    def persistent_id(self, obj: Any) -> Any:
+        if type(obj) is not Tensor or obj.layout != torch.strided:
             return None
-        tensor = thing.detach().cpu()
+        tensor = obj.detach().cpu()
         storage = tensor.untyped_storage()
-        seen = tensor.numel() * tensor.element_size()
-        if seen * WASTE < storage.nbytes() and file_of(storage) is None:
+        used_bytes = tensor.numel() * tensor.element_size()
+        if used_bytes * MAX_WASTE < storage.nbytes() and find_mapped_file(storage) is None:
             tensor = tensor.contiguous().clone()
             storage = tensor.untyped_storage()
-        self._kept.append(tensor)
-        name, begin, size = self._place(storage)
+        self._live_tensors.append(tensor)
+        name, begin, size = self._write_storage(storage)
         form = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         return name, begin, size, str(tensor.dtype).removeprefix("torch."), *form
 
-    def _place(self, storage: Any) -> tuple[str, int, int]:
+    def _write_storage(self, storage: Any) -> tuple[str, int, int]:
         key = (storage.data_ptr(), storage.nbytes())
-        if key in self._places:
-            return self._places[key]
-        path = file_of(storage) if self._local else None
+        if key in self._locations:
+            return self._locations[key]
+        path = find_mapped_file(storage) if self._local else None
         if path is not None:
-            place = (str(path), 0, storage.nbytes())
+            location = (str(path), 0, storage.nbytes())
         else:
             self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
-            place = ("", self._data.tell(), storage.nbytes())
+            location = ("", self._data.tell(), storage.nbytes())
             torch.tensor([], dtype=torch.uint8).set_(storage).numpy().tofile(self._data)
-        self._places[key] = place
-        return place
+        self._locations[key] = location
+        return location
 
 
 class _Reader(pickle.Unpickler):
@@ -88,8 +96,8 @@ class _Reader(pickle.Unpickler):
         self._folder = folder
         self._maps: dict[str, Tensor] = {}
 
-    def persistent_load(self, place: Any) -> Tensor:
-        name, begin, size, kind, shape, stride, offset = place
+    def persistent_load(self, location: Any) -> Tensor:
+        name, begin, size, kind, shape, stride, offset = location
         if name not in self._maps:
             self._maps[name] = map_file(Path(name) if name else self._folder / DATA)
         dtype = getattr(torch, kind)

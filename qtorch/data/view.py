@@ -1,4 +1,4 @@
-"""A view: groups of columns and the rows that count, as a handler's raw, infer or learn data."""
+"""A view: groups of columns and the valid rows, as a handler's raw, infer or learn data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from qtorch.data.panel import NAMES
 class View:
     """Groups of columns ("feature", "label", ...) over one calendar and instruments.
 
-    `rows [D, N]` bool are the samples, after the processors that drop rows; `history [D, N]`
-    bool are the rows that a window may look back at, before any were dropped (Qlib blanks
-    dropped rows inside windows too; here DropnaLabel takes a sample away, not a day of the
-    past). A view is not changed: `with_group` and `with_rows` give another one that shares
-    storage.
+    `rows [D, N]` bool are the samples, after the processors that drop rows. `history [D, N]` bool
+    are the rows that a window may look back at, before any were dropped. (Qlib also blanks dropped
+    rows inside windows; here DropnaLabel removes a sample, not a day of the past.) A view is
+    immutable: `with_group` and `with_rows` return another one that shares storage.
     """
 
     groups: Mapping[str, Columns]
@@ -36,18 +35,18 @@ class View:
     def __post_init__(self) -> None:
         if not self.groups:
             raise DataError("a view needs at least one group of columns.")
-        expected = (len(self.calendar), len(self.instruments))
-        for what, mask in (("rows", self.rows), ("history", self.history)):
-            if tuple(mask.shape) != expected or mask.dtype != torch.bool:
+        expected_shape = (len(self.calendar), len(self.instruments))
+        for mask_name, mask in (("rows", self.rows), ("history", self.history)):
+            if tuple(mask.shape) != expected_shape or mask.dtype != torch.bool:
                 raise DataError(
-                    f"{what} must be bool of shape {expected} (dates, instruments), got "
+                    f"{mask_name} must be bool of shape {expected_shape} (dates, instruments), got "
                     f"{mask.dtype} {tuple(mask.shape)}."
                 )
         for name, columns in self.groups.items():
-            if columns.shape[:2] != expected:
+            if columns.shape[:2] != expected_shape:
                 raise DataError(
                     f"group {name!r} has shape {columns.shape[:2]} (dates, instruments), "
-                    f"the view {expected}."
+                    f"the view {expected_shape}."
                 )
 
     @property
@@ -61,45 +60,45 @@ class View:
         return next(iter(self.groups.values())).instruments
 
     def group(self, name: str) -> Columns:
-        """One group's columns; a DataError with the nearest name where there is none."""
+        """Return one group's columns; raise DataError with the nearest name if it is unknown."""
         try:
             return self.groups[name]
         except KeyError:
             raise DataError(unknown_name("group of columns", name, self.groups)) from None
 
     def with_group(self, name: str, columns: Columns) -> View:
-        """A view with one group replaced or added."""
+        """Return a view with one group replaced or added."""
         return replace(self, groups={**self.groups, name: columns})
 
     def with_rows(self, rows: Tensor) -> View:
-        """A view with other sample rows; what windows may see stays."""
+        """Return a view with other sample rows; the history of windows stays."""
         return replace(self, rows=rows)
 
     # -- rows ----------------------------------------------------------------------------------
 
     def date_rows(self, start: Any = None, end: Any = None) -> slice:
-        """The calendar rows of the inclusive span `start..end` (None is open)."""
+        """Return the calendar rows of the inclusive span `start..end` (None is open)."""
         return date_rows(self.calendar, start, end)
 
     def sample_rows(
         self, rows: slice = slice(None), mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(date row, instrument column), int64 `[S]` each, in (datetime, instrument) order.
+        """Return (date row, instrument column), int64 `[S]` each, in (datetime, instrument) order.
 
-        Instruments are ordered by name. `mask [D, N]` narrows the view's rows further.
+        Instruments are ordered by name. `mask [D, N]` restricts the view's rows further.
         """
         first = rows.indices(len(self.calendar))[0]
-        chosen = self.rows[rows] if mask is None else self.rows[rows] & mask[rows]
+        is_sample = self.rows[rows] if mask is None else self.rows[rows] & mask[rows]
         order = np.argsort(self.instruments.to_numpy(dtype=object), kind="stable")
         if bool((order == np.arange(len(order))).all()):
-            date, instrument = torch.nonzero(chosen, as_tuple=True)
+            date, instrument = torch.nonzero(is_sample, as_tuple=True)
             return date + first, instrument
-        by_name = torch.as_tensor(order, device=chosen.device)
-        date, place = torch.nonzero(chosen[:, by_name], as_tuple=True)
-        return date + first, by_name[place]
+        by_name = torch.as_tensor(order, device=is_sample.device)
+        date, name_rank = torch.nonzero(is_sample[:, by_name], as_tuple=True)
+        return date + first, by_name[name_rank]
 
     def index(self, date: Tensor, instrument: Tensor) -> pd.MultiIndex:
-        """The `(datetime, instrument)` index of pairs of rows and columns."""
+        """Return the `(datetime, instrument)` index of row and column pairs."""
         return multi_index(self.calendar, self.instruments, date, instrument)
 
     # -- frames --------------------------------------------------------------------------------
@@ -111,23 +110,23 @@ class View:
         end: Any = None,
         groups: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """The sample rows as a frame: `(datetime, instrument)` by `(group, name)`, float32.
+        """Return the sample rows as a frame: `(datetime, instrument)` by `(group, name)`, float32.
 
-        This is the one thing that costs a full frame of memory.
+        This is the only operation that allocates a full frame.
         """
         span = self.date_rows(start, end)
         date, instrument = self.sample_rows(span)
-        chosen = list(self.groups) if groups is None else list(groups)
-        pairs = [(g, name) for g in chosen for name in self.group(g).names]
+        group_names = list(self.groups) if groups is None else list(groups)
+        pairs = [(g, name) for g in group_names for name in self.group(g).names]
         data = np.empty((len(pairs), len(date)), dtype=np.float32)
-        done = 0
-        for g in chosen:
+        offset = 0
+        for g in group_names:
             columns = self.group(g)
             for first in range(0, len(columns.names), 16):
                 part = columns.names[first : first + 16]
-                taken = columns.block(part, rows=span)[:, date - span.start, instrument]
-                data[done : done + len(part)] = taken.cpu().numpy()
-                done += len(part)
+                values = columns.block(part, rows=span)[:, date - span.start, instrument]
+                data[offset : offset + len(part)] = values.cpu().numpy()
+                offset += len(part)
         return pd.DataFrame(
             data.T,
             index=self.index(date, instrument),
@@ -141,7 +140,7 @@ class View:
 def multi_index(
     calendar: pd.DatetimeIndex, instruments: pd.Index, date: Tensor, instrument: Tensor
 ) -> pd.MultiIndex:
-    """The `(datetime, instrument)` index of pairs of calendar rows and instrument columns."""
+    """Build the `(datetime, instrument)` index of calendar rows and instrument columns."""
     levels: list[Any] = [calendar, instruments]
     codes: list[Any] = [date.cpu().numpy(), instrument.cpu().numpy()]
     index = pd.MultiIndex(levels=levels, codes=codes, names=list(NAMES), verify_integrity=False)

@@ -1,4 +1,4 @@
-"""Reweighters: by age, and by what bars say of an instrument on the day."""
+"""Reweighters: by age, or by an instrument's bars on the day."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.expression import fields_of
+from qtorch.data.expression import expression_fields
 from qtorch.data.provider import build_source, default_source
 from qtorch.data.reweighter import Reweighter
 from qtorch.data.source.base import Source
 
 
 class TimeDecay(Reweighter):
-    """The newest day weighs 1, and each `half_life` trading days of age halve that.
+    """Weight the newest day 1, and halve the weight with every `half_life` trading days of age.
 
     Ages count the days of the samples themselves; no weight falls below `floor`.
     """
@@ -23,7 +23,8 @@ class TimeDecay(Reweighter):
     def __init__(self, half_life: float = 250.0, floor: float = 0.0) -> None:
         if not half_life > 0 or not 0 <= floor <= 1:
             raise ConfigError(
-                f"half_life {half_life} must be positive, and floor {floor} lie from 0 to 1."
+                f"half_life must be positive and floor between 0 and 1, got {half_life} and "
+                f"{floor}."
             )
         self.half_life, self.floor = half_life, floor
 
@@ -34,24 +35,24 @@ class TimeDecay(Reweighter):
 
 
 class ExpressionWeight(Reweighter):
-    """(value / its median on the day) ** `power` of an expression over bars.
+    """Weight by (value / its median on the day) ** `power` for an expression over bars.
 
-    `limit`: no weight is further than this factor from 1. A sample without a value weighs as the
-    median. The expression is of the sample's own day and sees nothing later; `source` is where
-    the bars come from, by default the dataset's own.
+    Weights are limited to the range 1 / `limit` .. `limit`. A sample without a value gets the
+    weight of the median, 1. The expression is evaluated on the sample's own day without
+    look-ahead; `source` is the source of the bars, by default the dataset's own.
     """
 
     def __init__(
         self, expression: str, power: float = 1.0, limit: float = 10.0, source: Any = None
     ) -> None:
         if not limit >= 1:
-            raise ConfigError(f"limit is {limit}; a factor from 1 on.")
-        fields_of([expression])  # a mistake is said now
+            raise ConfigError(f"limit must be at least 1, got {limit}.")
+        expression_fields([expression])  # raise early for a faulty expression
         self.expression, self.power, self.limit, self.source = expression, power, limit, source
         self._source: Source | None = None if source is None else build_source(source)
 
     def bind(self, dataset: Any) -> None:
-        """Take the dataset's source of bars, where none was given."""
+        """Use the dataset's source of bars if none was passed."""
         if self.source is None:
             self._source = getattr(getattr(dataset, "handler", None), "source", None)
 
@@ -65,13 +66,16 @@ class ExpressionWeight(Reweighter):
             raise DataError(f"{self.expression} has no value for any of {len(value)} samples.")
         if (value < 0).any():
             raise DataError(f"{self.expression} is negative for {int((value < 0).sum())} samples.")
-        share = value / value.groupby(level="datetime").transform("median")
-        weight = share.where(share > 0) ** self.power
+        ratio = value / value.groupby(level="datetime").transform("median")
+        weight = ratio.where(ratio > 0) ** self.power
         return weight.fillna(1.0).clip(1 / self.limit, self.limit)
 
 
 class VolatilityWeight(ExpressionWeight):
-    """By the deviation of the last `window` daily returns; -1: calm instruments weigh more."""
+    """Weight by the standard deviation of the last `window` daily returns.
+
+    With the default `power` of -1, calm instruments weigh more.
+    """
 
     def __init__(
         self, window: int = 20, power: float = -1.0, limit: float = 10.0, source: Any = None
@@ -81,7 +85,7 @@ class VolatilityWeight(ExpressionWeight):
 
 
 class LiquidityWeight(ExpressionWeight):
-    """By the mean money traded in the last `window` days; its square root by default."""
+    """Weight by the mean traded amount of the last `window` days, by default by its square root."""
 
     def __init__(
         self, window: int = 20, power: float = 0.5, limit: float = 10.0, source: Any = None

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.dataset import DatasetH, span_of
-from qtorch.data.fetch import CS_ALL, chosen_groups
+from qtorch.data.dataset import DatasetH, parse_span
+from qtorch.data.fetch import CS_ALL, select_groups
 from qtorch.data.gather import check_fill
 from qtorch.data.raw_handler import DK_I
 from qtorch.data.sampler import TSDataSampler
 
 
 class TSDatasetH(DatasetH):
-    """Windows of the last `step_len` days of each sample, its own day included.
+    """Windows of the last `step_len` days of each sample, including its own day.
 
     Windows reach back before the segment's start. `fillna_type` ("none", "ffill",
-    "ffill+bfill") says what stands in a network's window for days on which the instrument has no
-    row; Qlib's models set "ffill+bfill". `flt_col`: a group of one column of truth values; where
-    it is false or missing a row is no sample, but windows see it. `prepare` gives a
-    `TSDataSampler`, which begins with "none", as Qlib's does.
+    "ffill+bfill") selects what a network's window shows for days on which the instrument has no
+    row; Qlib's models set "ffill+bfill". `flt_col`: a group with one boolean column; rows where
+    it is false or missing are not samples, but windows include them. `prepare` returns a
+    `TSDataSampler`, which starts with "none", as Qlib's does.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TSDatasetH(DatasetH):
         extras: Mapping[str, Any] | None = None,
     ) -> None:
         check_fill(fillna_type)
-        self.step_len = _positive(step_len)
+        self.step_len = _check_step_len(step_len)
         self.flt_col = flt_col
         self.fillna_type = fillna_type
         super().__init__(
@@ -52,7 +52,7 @@ class TSDatasetH(DatasetH):
             extras=extras,
         )
 
-    def prepare(  # type: ignore[override]  # samplers for frames, as in Qlib
+    def prepare(  # type: ignore[override]  # returns samplers, as in Qlib
         self,
         segments: Any,
         col_set: str | Sequence[str] = CS_ALL,
@@ -61,25 +61,25 @@ class TSDatasetH(DatasetH):
         flt_col: str | None = None,
         dtype: Any = None,
     ) -> Any:
-        """Samplers of segments; names, lists and dates as in `DatasetH.prepare`."""
+        """Return samplers of segments; names, lists and dates as in `DatasetH.prepare`."""
 
-        def sampler(which: Any, name: str | None) -> TSDataSampler:
+        def sampler(selector: Any, name: str | None) -> TSDataSampler:
             view = self.view(data_key)
-            start, end = span_of(name or "segment", which)
+            start, end = parse_span(name or "segment", selector)
             span = view.date_rows(start, end)
-            found = TSDataSampler(
+            ts_sampler = TSDataSampler(
                 view,
                 span,
                 step_len=self.step_len,
-                groups=chosen_groups(view, col_set) or list(view.groups),
+                groups=select_groups(view, col_set) or list(view.groups),
                 samples=self._sample_mask(data_key, flt_col),
                 dtype=dtype,
             )
-            if name is not None and found.empty:
-                raise DataError(self._empty(name, view))
-            return found
+            if name is not None and ts_sampler.empty:
+                raise DataError(self._empty_segment_message(name, view))
+            return ts_sampler
 
-        return self._each(segments, sampler)
+        return self._prepare_each(segments, sampler)
 
     def _sample_mask(self, data_key: str, flt_col: str | None = None) -> Tensor | None:
         group = self.flt_col if flt_col is None else flt_col
@@ -96,7 +96,7 @@ class TSDatasetH(DatasetH):
     def _step_len(self) -> int:
         return self.step_len
 
-    def _fill(self) -> str:
+    def _fill_method(self) -> str:
         return self.fillna_type
 
     def config(
@@ -110,16 +110,16 @@ class TSDatasetH(DatasetH):
         segments: Mapping[str, Any] | None = None,
         step_len: int | None = None,
     ) -> None:
-        """As DatasetH's, and another `step_len`."""
+        """Extend DatasetH's `config` by another `step_len`."""
         if step_len is not None:
-            self.step_len = _positive(step_len)
+            self.step_len = _check_step_len(step_len)
             self._arguments = {**self._arguments, "step_len": step_len}
         super().config(
             dump_all, exclude, include, recursive, handler_kwargs=handler_kwargs, segments=segments
         )
 
 
-def _positive(step_len: int) -> int:
+def _check_step_len(step_len: int) -> int:
     if step_len < 1:
         raise ConfigError(f"step_len must be at least 1, got {step_len}.")
     return int(step_len)
