@@ -123,7 +123,7 @@ class ADARNNModule(ScoreModule):
         (x,), _ = self.forward_adapter.arguments(batch)
         with self.effective_network(ADARNN) as network:
             states = network.states(x)
-            score = network.scored(states)
+            score = network.score_states(states)
         total, total_weight = self.loss_sums_from_scores(score, batch, complete=self.complete)
         transfer = total.new_zeros(())
         for pair_index, (first, second, has_both) in enumerate(self._pair_samples(batch)):

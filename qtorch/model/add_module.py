@@ -14,7 +14,7 @@ from qtorch.data.batches import Batch
 from qtorch.data.sample_set import Samples
 from qtorch.metrics.loss import mean_from_sums
 from qtorch.model.module import ScoreModule
-from qtorch.nn.add import ADD, MARKETS
+from qtorch.nn.add import ADD, NUM_MARKET_STATES
 
 UNKNOWN = -100  # market state of a day without labels; cross-entropy's ignore_index
 
@@ -71,13 +71,13 @@ class ADDModule(ScoreModule):
         (x, mask), _ = self.forward_adapter.arguments(batch)
         with self.effective_network(ADD) as network:
             state = network.encode(x)
-            score = network.read(state, mask)
+            score = network.score_state(state, mask)
         total, total_weight = self.loss_sums_from_scores(score, batch)
         outputs = self.disentangler(x, mask, state, self.alpha)
         adversary, weight = self.loss_sums_from_scores(outputs.adv_excess, batch)
         market = self.market[batch.date].masked_fill(~mask, UNKNOWN)
         is_sample = mask[..., None, None].to(x.dtype)
-        error = ((outputs.rebuilt.float() - x).square() * is_sample).sum()
+        error = ((outputs.reconstruction.float() - x).square() * is_sample).sum()
         auxiliary_loss = (
             mean_from_sums(adversary, torch.as_tensor(weight))
             + market_loss(outputs.market, market)
@@ -104,7 +104,7 @@ def market_states(train: Samples) -> Tensor:
         for values in (label.nan_to_num(), has_label.double())
     )
     mean = total / count  # NaN for a day without labels
-    quantiles = torch.arange(1, MARKETS, device=mean.device, dtype=mean.dtype) / MARKETS
+    quantiles = torch.arange(1, NUM_MARKET_STATES, device=mean.device, dtype=mean.dtype) / NUM_MARKET_STATES
     state = torch.bucketize(mean, torch.nanquantile(mean, quantiles))
     return state.masked_fill(count == 0, UNKNOWN)
 

@@ -13,7 +13,7 @@ from qtorch.data.batches import Batch
 from qtorch.data.extras import Gatherable
 from qtorch.data.sample_set import Samples
 from qtorch.model.scoring import evaluation_mode
-from qtorch.nn.lora import acting
+from qtorch.nn.lora import use_effective_weights
 from qtorch.nn.tra import TRA, minmax
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ErrorMemory(Gatherable):
         is_covered = days[samples.date.to(device)]
         is_covered = (is_covered >= self.start) & (is_covered < self.end)
         rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
-        with evaluation_mode(network, device), acting(network) as effective_tra:
+        with evaluation_mode(network, device), use_effective_weights(network) as effective_tra:
             assert isinstance(effective_tra, TRA), "fit and predict have checked the network"
             for chunk in torch.split(rows, CHUNK_SIZE):
                 batch = samples.batch(chunk)
@@ -76,7 +76,7 @@ class ErrorMemory(Gatherable):
                     batch = samples.send_to_device(batch)
                 x = batch.x.to(effective_tra.predictors.weight.dtype)
                 errors, has_label = prediction_errors(
-                    effective_tra.predicted(effective_tra.model(x)), batch
+                    effective_tra.predictions(effective_tra.model(x)), batch
                 )
                 instrument = columns[batch.instrument]
                 has_label = has_label & (instrument >= 0)

@@ -36,7 +36,7 @@ class IGMTFModule(ScoreModule):
         num_days = min(train.num_days, self.num_bank_days or train.num_days)
         self._days = torch.linspace(0, train.num_days - 1, num_days).round().long()
         self._train = train
-        network.reserve(num_days, train.max_samples_per_day)
+        network.reset_bank(num_days, train.max_samples_per_day)
         network.to(train.device)
 
     def on_train_epoch_start(self) -> None:
@@ -50,5 +50,5 @@ class IGMTFModule(ScoreModule):
                 if self._train.store == "host":
                     batch = self._train.send_to_device(batch)
                 (x, mask), _ = self.forward_adapter.arguments(batch)
-                network.keep(position, x, mask)
+                network.write_bank(position, x, mask)
                 position += len(days)

@@ -29,7 +29,7 @@ from qtorch.model.rank_group import RankGroup
 from qtorch.model.sharding import shard
 from qtorch.model.step_loader import StepBatches
 from qtorch.model.tally import LossAccumulator, mean_or_nan
-from qtorch.nn.lora import LoRA, acting
+from qtorch.nn.lora import LoRA, use_effective_weights
 
 TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, LEARNING_RATE = (
     "train/loss",
@@ -226,7 +226,7 @@ class ScoreModule(pl.LightningModule):
         Inside the block the network has its effective weights, LoRA's low-rank products included.
         """
         network = self.require_network(kind)
-        with acting(self.network):
+        with use_effective_weights(self.network):
             yield network
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:

@@ -16,9 +16,9 @@ ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt
 def get_statistics(dataset: Any) -> State | None:
     """Return the fitted state of the processors of a dataset's handler, or None if it has none."""
     handler: Any = getattr(dataset, "handler", None)
-    if not callable(getattr(handler, "fitted_state", None)):
+    if not callable(getattr(handler, "get_fitted_state", None)):
         return None
-    state: State = handler.fitted_state()
+    state: State = handler.get_fitted_state()
     return State(state.config, {k: v.detach().cpu().clone() for k, v in state.tensors.items()})
 
 
@@ -34,7 +34,7 @@ def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | N
     if mode not in STATISTICS:
         raise ConfigError(unknown_name("statistics", mode, STATISTICS))
     handler: Any = getattr(dataset, "handler", None)
-    if model_statistics is None or not callable(getattr(handler, "load_fitted", None)):
+    if model_statistics is None or not callable(getattr(handler, "load_fitted_state", None)):
         owner = "the model" if model_statistics is None else "the dataset"
         raise ConfigError(
             f"statistics={mode!r}: {owner} has no processors with fitted statistics; omit "
@@ -42,8 +42,8 @@ def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | N
         )
     if mode == "adapt":
         dataset.view()  # fits the processors on this dataset's train segment
-        model_statistics = interpolate_statistics(model_statistics, handler.fitted_state())
-    handler.load_fitted(model_statistics)
+        model_statistics = interpolate_statistics(model_statistics, handler.get_fitted_state())
+    handler.load_fitted_state(model_statistics)
 
 
 def interpolate_statistics(old: State, new: State) -> State:

@@ -99,7 +99,7 @@ class TCTSModule(ScoreModule):
             train.device
         )
 
-    def learnt(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def extra_optimizers(self) -> list[Optimizer]:

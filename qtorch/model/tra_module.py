@@ -104,7 +104,7 @@ class TRAModule(ScoreModule):
         flat = batch.flatten()
         (x,), keywords = self.forward_adapter.arguments(_add_past_errors(flat, self.memory))
         with self.effective_network(TRA) as network:
-            predictions, logits = network.patterns(x, **keywords)
+            predictions, logits = network.predictions_and_logits(x, **keywords)
         error, has_label = prediction_errors(predictions, flat)
         with torch.no_grad():
             new_errors = minmax(error)
@@ -117,7 +117,7 @@ class TRAModule(ScoreModule):
             weight = has_label if flat.weight is None else has_label * flat.weight
             return ((error * plan).sum(1) * weight).sum(), weight.sum()
         routing = F.gumbel_softmax(logits.float(), hard=True)
-        score = network.routed(predictions, routing)
+        score = network.mix_predictions(predictions, routing)
         total, total_weight = self.loss_sums_from_scores(
             score.reshape(*batch.date.shape, *score.shape[1:]), batch, complete=self.complete
         )

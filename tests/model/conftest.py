@@ -1,4 +1,4 @@
-"""The toy market for tests of training; one thread, so that numbers are the same bit for bit."""
+"""A toy market for tests of training, with one CPU thread so that results are bit-identical."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from toy_training import ToyDataset, ToyRecorder
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def single_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")
@@ -36,18 +36,18 @@ def recorder(tmp_path: Path) -> ToyRecorder:
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Ranks are forked; those that a fit has started."""
+def rank_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make ranks forked processes; return the list of those that fits have started."""
     from forked_ranks import ForkedRank
 
     import qtorch.model.ranks
 
-    started: list[Any] = []
+    processes: list[Any] = []
 
-    class Kept(ForkedRank):
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            started.append(self)
+    class RecordedRank(ForkedRank):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            processes.append(self)
 
-    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", Kept)
-    return started
+    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", RecordedRank)
+    return processes

@@ -1,6 +1,6 @@
-"""Ranks, and whole trainings, as real processes that need no imports: forked from this one.
+"""Ranks and whole trainings as forked processes, which need no slow imports.
 
-What they train may be told to die, or to write down what it has used.
+Environment variables make a rank fail at a certain batch, or write down the rows that it used.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 import psutil
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-from qtorch.data.shares import SharedLoader, share_of
+from qtorch.data.shares import ShardedLoader, shard_slice
 from qtorch.model import ranks
-from qtorch.model.rank import serve
+from qtorch.model.rank import run_rank
 from qtorch.model.rank_link import RankLink
 from qtorch.model.rank_process import RankProcess
 from qtorch.model.rank_training import train_rank
 
-assert train_rank  # imported here, so that no rank has to
+assert train_rank  # import it here, so that no forked rank has to
 
 DDP = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "enable_progress_bar": False}
-# "RANK:EPOCH:STEP:HOW", HOW of kill, raise, kill-all, stop.
-FATE, DIARY = "TOY_FATE", "TOY_DIARY"
-PIDS = "pids"  # a file beside the checkpoints: every rank that was started
-_others: set[int] = set()  # the parent's ends of pipes to ranks, which no other rank may hold
+# "RANK:EPOCH:STEP:ACTION", with the action kill, raise, kill-all or stop.
+FAULT_VARIABLE, ROW_LOG_VARIABLE = "TOY_FAULT", "TOY_ROW_LOG"
+PIDS_FILE = "pids"  # a file with the process ID of every rank that was started
+_parent_fds: set[int] = set()  # the parent's ends of the pipes, which a forked rank must close
 
 
-class Forked:
-    """A process that does `work` and ends."""
+class ForkedProcess:
+    """A forked process that calls `work` and exits."""
 
     def __init__(self, work: Callable[[], int | None]) -> None:
         self._code: int | None = None
@@ -54,8 +54,8 @@ class Forked:
         return self._code
 
     def join(self, seconds: float = 120.0) -> int | None:
-        end = time.monotonic() + seconds
-        while self.exit_code() is None and time.monotonic() < end:
+        deadline = time.monotonic() + seconds
+        while self.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         return self._code
 
@@ -66,7 +66,7 @@ class Forked:
 
 
 class ForkedRank(RankProcess):
-    """A RankProcess without a program of its own."""
+    """A RankProcess that is forked instead of started as a new program."""
 
     def __init__(
         self,
@@ -79,90 +79,90 @@ class ForkedRank(RankProcess):
         digest: str,
         local: bool,
     ) -> None:
-        self.rank, self._rest = rank, b""
+        self.rank, self._buffer = rank, b""
         commands, self._commands = os.pipe()
         self._replies, replies = os.pipe()
         os.set_blocking(self._replies, False)
-        _others.update((self._commands, self._replies))
+        _parent_fds.update((self._commands, self._replies))
         parent, argv = os.getpid(), [str(folder), digest, str(rank), str(local_rank)]
 
         def work() -> int:
-            for fd in _others:
+            for fd in _parent_fds:
                 os.close(fd)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             link = RankLink(replies, commands)
             link.listen()
-            _foretell(rank, parent)
-            return serve(link, argv)
+            _inject_faults(rank, parent)
+            return run_rank(link, argv)
 
-        self._forked = Forked(work)
+        self._process = ForkedProcess(work)
         os.close(commands)
         os.close(replies)
         if Path(folder).parent.name == "checkpoints":
-            with (Path(folder).parents[1] / PIDS).open("a") as pids:
+            with (Path(folder).parents[1] / PIDS_FILE).open("a") as pids:
                 pids.write(f"{self.pid}\n")
 
     @property
     def pid(self) -> int:
-        return self._forked.pid
+        return self._process.pid
 
     def exit_code(self) -> int | None:
-        return self._forked.exit_code()
+        return self._process.exit_code()
 
     def stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             os.write(self._commands, b"stop\n")
 
     def kill(self) -> None:
-        self._forked.kill()
-        for fd in {self._commands, self._replies} & _others:
+        self._process.kill()
+        for fd in {self._commands, self._replies} & _parent_fds:
             os.close(fd)
-            _others.discard(fd)
+            _parent_fds.discard(fd)
 
 
-def _foretell(rank: int, parent: int) -> None:
-    """This rank's fate, before a batch of its training; its diary of the rows it has used."""
-    fate, diary = os.environ.get(FATE), os.environ.get(DIARY)
-    whole = SharedLoader.batches
+def _inject_faults(rank: int, parent: int) -> None:
+    """Make this rank fail before a batch of its training, and write down the rows that it used."""
+    fault, row_log = os.environ.get(FAULT_VARIABLE), os.environ.get(ROW_LOG_VARIABLE)
+    original_batches = ShardedLoader.batches
 
-    def batches(self: SharedLoader, epoch: int, start_step: int = 0) -> Any:
-        for step, batch in enumerate(whole(self, epoch, start_step), start_step):
-            who, *at, how = (fate or "-1:0:0:none").split(":")
-            if [str(rank), str(epoch), str(step)] == [who, *at]:
-                if how == "kill-all":
+    def batches(self: ShardedLoader, epoch: int, start_step: int = 0) -> Any:
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
+            fault_rank, *fault_step, action = (fault or "-1:0:0:none").split(":")
+            if [str(rank), str(epoch), str(step)] == [fault_rank, *fault_step]:
+                if action == "kill-all":
                     os.kill(parent, signal.SIGKILL)
-                if how.startswith("kill"):
+                if action.startswith("kill"):
                     os.kill(os.getpid(), signal.SIGKILL)
-                if how == "stop":
+                if action == "stop":
                     os.kill(parent, signal.SIGINT)
                     time.sleep(0.3)
-                if how == "raise":
+                if action == "raise":
                     raise ZeroDivisionError("a rank divides by zero")
-            if diary is not None:
-                order = self.order_of(epoch)[step * self.size : (step + 1) * self.size]
-                rows = order[share_of(len(order), self.rank, self.world)].tolist()
-                with open(diary, "a") as file:
+            if row_log is not None:
+                order = self.epoch_order(epoch)[step * self.size : (step + 1) * self.size]
+                rows = order[shard_slice(len(order), self.rank, self.world_size)].tolist()
+                with open(row_log, "a") as file:
                     file.write(json.dumps([epoch, step, rows]) + "\n")
             yield batch
 
-    SharedLoader.batches = batches  # type: ignore[method-assign]
+    ShardedLoader.batches = batches  # type: ignore[method-assign]
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is this process, and it has not ended unnoticed."""
+    """Whether a process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def training_in(folder: Path, changes: dict[str, Any], **told: str) -> Forked:
-    """The toy training on several devices, in a process that may be killed."""
+def start_training(folder: Path, changes: dict[str, Any], **variables: str) -> ForkedProcess:
+    """Start the toy training on several devices in a process that may be killed."""
 
     def work() -> None:
-        os.environ.update(told)
+        os.environ.update(variables)
         ranks.RankProcess = ForkedRank  # type: ignore[misc]
         resumable_model(**changes).fit(ToyDataset(), recorder=ToyRecorder(folder))
 
     folder.mkdir(exist_ok=True)
-    return Forked(work)
+    return ForkedProcess(work)

@@ -1,11 +1,11 @@
-"""The time domains of ADARNN, the distance of their states, and its growing importance."""
+"""ADARNN's time domains, the distances between their states, and the importance of steps."""
 
 from __future__ import annotations
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_own_steps import STEPS, own
+from test_own_steps import METHODS, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
@@ -14,7 +14,7 @@ from qtorch.model.adarnn_module import ADARNNModule, _diverse_cuts
 from qtorch.nn.adarnn import ADARNN, step_distances
 
 
-def module_of(dataset: ToyDataset, **arguments) -> ADARNNModule:
+def make_module(dataset: ToyDataset, **arguments) -> ADARNNModule:
     torch.manual_seed(0)
     network = ADARNN(d_feat=4, hidden_size=5, num_layers=2)
     module = ADARNNModule(network, torch.nn.MSELoss(), torch.optim.Adam, **arguments)
@@ -23,10 +23,10 @@ def module_of(dataset: ToyDataset, **arguments) -> ADARNNModule:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mmd", "coral"])
-def test_distances_by_hand(kind: str) -> None:
+def test_distances_match_hand_computed_values(kind: str) -> None:
     g = torch.Generator().manual_seed(0)
     first, second = torch.randn(6, 2, 3, generator=g), torch.randn(6, 2, 3, generator=g) + 1
-    found = step_distances(kind, first, second)
+    distances = step_distances(kind, first, second)
     for step in range(2):
         a, b = first[:, step], second[:, step]
         mean = a.mean(0), b.mean(0)
@@ -35,27 +35,27 @@ def test_distances_by_hand(kind: str) -> None:
             "mmd": (mean[0] - mean[1]).norm() ** 2,
             "coral": (torch.cov(a.T) - torch.cov(b.T)).norm() ** 2 / 36,
         }[kind]
-        torch.testing.assert_close(found[step], expected)
+        torch.testing.assert_close(distances[step], expected)
     torch.testing.assert_close(step_distances(kind, first, first), torch.zeros(2))
 
 
-def test_each_pair_is_of_two_domains(dataset: ToyDataset) -> None:
-    module = module_of(dataset, num_domains=3)
+def test_pairs_have_samples_of_two_domains(dataset: ToyDataset) -> None:
+    module = make_module(dataset, num_domains=3)
     days = dataset.samples("train", data_key="learn").date.unique()
     assert module.domain[days].bincount().tolist() == [12, 12, 12]
     date = days[torch.tensor([1, 30, 14, 35, 2, 3])]
     batch = Batch(x=torch.zeros(6, 3, 4), date=date, instrument=torch.zeros(6, dtype=torch.int64))
-    pairs = module._paired(batch)
+    pairs = module._pair_samples(batch)
     assert [(a.tolist(), b.tolist(), bool(m)) for a, b, m in pairs] == [
         ([0, 4, 5, 0, 4, 5], [2] * 6, True),
         ([0, 4, 5, 0, 4, 5], [1, 3, 1, 3, 1, 3], True),
         ([2] * 6, [1, 3, 1, 3, 1, 3], True),
     ]
-    alone = Batch(x=batch.x[:1], date=date[:1], instrument=batch.instrument[:1])
-    assert not any(bool(met) for *_, met in module._paired(alone))
+    single_sample = Batch(x=batch.x[:1], date=date[:1], instrument=batch.instrument[:1])
+    assert not any(bool(has_both) for *_, has_both in module._pair_samples(single_sample))
 
 
-def test_diverse_domains_part_where_the_features_change() -> None:
+def test_diverse_domains_are_cut_where_features_change() -> None:
     means = torch.zeros(10, 2, dtype=torch.float64)
     means[3:7, 0], means[7:, 1] = 3.0, 3.0
     counts = torch.full((10,), 5.0, dtype=torch.float64)
@@ -63,57 +63,63 @@ def test_diverse_domains_part_where_the_features_change() -> None:
     assert _diverse_cuts(means, counts, 3) == (3, 7)
 
 
-def test_importance_is_learnt_and_then_boosted(dataset: ToyDataset, monkeypatch) -> None:
-    seen, start = [], ADARNNModule.on_train_epoch_start
+def test_importance_is_learned_and_then_boosted(dataset: ToyDataset, monkeypatch) -> None:
+    epochs, original_hook = [], ADARNNModule.on_train_epoch_start
 
-    def watched(self) -> None:
-        kept = [b.clone() for b in (self.importance, self.distance, self.distance_before)]
-        start(self)
-        seen.append((*kept, self.importance.clone()))
+    def record_state(self) -> None:
+        old_values = [b.clone() for b in (self.importance, self.distance, self.distance_before)]
+        original_hook(self)
+        epochs.append((*old_values, self.importance.clone()))
 
-    monkeypatch.setattr(ADARNNModule, "on_train_epoch_start", watched)
+    monkeypatch.setattr(ADARNNModule, "on_train_epoch_start", record_state)
     module = {"pre_epoch": 1, "loss_type": "mmd"}
-    own("ADARNN", module=module, trainer={"max_epochs": 5}).fit(dataset)
-    learnt, *_, importance = seen[1]
-    torch.testing.assert_close(importance, learnt / learnt.sum(-1, keepdim=True))
+    make_method_model("ADARNN", module=module, trainer={"max_epochs": 5}).fit(dataset)
+    gate_sums, *_, importance = epochs[1]
+    torch.testing.assert_close(importance, gate_sums / gate_sums.sum(-1, keepdim=True))
     assert importance.std(-1).min() > 0
-    torch.testing.assert_close(seen[2][0], seen[2][3])  # nothing yet to compare with
-    before, new, old, after = seen[3]
-    gain = torch.where(new > old + 1e-5, 1 + torch.sigmoid(new - old), 1.0)
-    expected = before * gain
-    torch.testing.assert_close(after, expected / expected.sum(-1, keepdim=True))
-    torch.testing.assert_close(after.sum(-1), torch.ones(1, 1))
+    torch.testing.assert_close(
+        epochs[2][0], epochs[2][3]
+    )  # there is no earlier distance to compare with
+    old_importance, new_distance, old_distance, new_importance = epochs[3]
+    gain = torch.where(
+        new_distance > old_distance + 1e-5, 1 + torch.sigmoid(new_distance - old_distance), 1.0
+    )
+    expected = old_importance * gain
+    torch.testing.assert_close(new_importance, expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(new_importance.sum(-1), torch.ones(1, 1))
 
 
-def test_the_states_of_the_domains_are_drawn_together(dataset: ToyDataset) -> None:
-    apart = []
+def test_training_reduces_the_distance_between_domains(dataset: ToyDataset) -> None:
+    distances = []
     for dw in (0.0, 20.0):
         module = {"dw": dw, "loss_type": "mmd", "pre_epoch": 3}
-        model = own("ADARNN", module=module, trainer={"max_epochs": 3}, monitor="train_loss")
+        model = make_method_model(
+            "ADARNN", module=module, trainer={"max_epochs": 3}, monitor="train_loss"
+        )
         model.fit(dataset)
         samples = dataset.samples("train", data_key="learn")
         half = len(samples) // 2
         x = samples.batch(torch.arange(2 * half)).x
         with torch.no_grad():
             states = model.network_.states(x)[-1]
-        apart.append(float(step_distances("mmd", states[:half], states[half:]).sum()))
-    assert apart[1] < apart[0]
+        distances.append(float(step_distances("mmd", states[:half], states[half:]).sum()))
+    assert distances[1] < distances[0]
 
 
-def test_what_cannot_be_meant(dataset: ToyDataset) -> None:
+def test_invalid_arguments_raise(dataset: ToyDataset) -> None:
     for changes, match in (
         ({"num_domains": 1}, "num_domains"),
         ({"loss_type": "adv"}, "loss_type"),
         ({"domains": "odd"}, "domains"),
     ):
         with pytest.raises(ConfigError, match=match):
-            own("ADARNN", module=changes).fit(dataset)
+            make_method_model("ADARNN", module=changes).fit(dataset)
     with pytest.raises(ConfigError, match="order=random"):
-        own("ADARNN", batch={"order": "day"}, **STEPS["ADARNN"]).fit(dataset)
+        make_method_model("ADARNN", batch={"order": "day"}, **METHODS["ADARNN"]).fit(dataset)
 
 
-class Rates(pl.Callback):
-    """The rates of the optimizer's groups and the gates, as each epoch begins."""
+class RateRecorder(pl.Callback):
+    """Record learning rates of parameter groups and the gates at the start of each epoch."""
 
     def __init__(self) -> None:
         self.rates: list[list[float]] = []
@@ -124,23 +130,27 @@ class Rates(pl.Callback):
         self.rates.append([group["lr"] for group in groups])
         self.gates.append(pl_module.gates.gate[0].weight.detach().clone())
         gates = {id(p) for p in pl_module.gates.parameters()}
-        assert {id(p) for p in groups[-1]["params"]} == gates  # a group of their own
+        assert {id(p) for p in groups[-1]["params"]} == gates  # the gates have their own group
 
 
 @pytest.mark.slow
-def test_gates_learn_at_the_full_rate_whatever_the_layers_do(dataset: ToyDataset) -> None:
-    noted = Rates()
-    halved = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
+def test_gates_learn_at_the_full_rate_with_layer_decay(dataset: ToyDataset) -> None:
+    recorder = RateRecorder()
+    scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
     network = {"hidden_size": 8, "num_layers": 2}
-    model = own("ADARNN", network=network, module={"pre_epoch": 2}, trainer={"max_epochs": 1})
+    model = make_method_model(
+        "ADARNN", network=network, module={"pre_epoch": 2}, trainer={"max_epochs": 1}
+    )
     model.fit(dataset)
-    model.callbacks = [noted]
-    model.finetune(dataset, lr=0.01, layer_decay=0.1, scheduler=halved, max_epochs=4)
-    # The head, the upper and the lower layer, then the gates; all of them fall together.
+    model.callbacks = [recorder]
+    model.finetune(dataset, lr=0.01, layer_decay=0.1, scheduler=scheduler, max_epochs=4)
+    # The head, the upper and the lower layer, then the gates; the scheduler scales all of them.
     first = [0.01, 0.001, 0.0001, 0.01]
-    for epoch, rates in enumerate(noted.rates):
+    for epoch, rates in enumerate(recorder.rates):
         assert rates == pytest.approx([rate * 0.5**epoch for rate in first])
-    moved = [float((b - a).abs().max()) for a, b in zip(noted.gates, noted.gates[1:], strict=False)]
-    assert moved[0] > 0.01  # steps of about the rate, more than one
-    assert 0 < moved[1] < moved[0]
-    assert moved[2] == 0  # the gates have said what matters: `pre_epoch` is over
+    changes = [
+        float((b - a).abs().max()) for a, b in zip(recorder.gates, recorder.gates[1:], strict=False)
+    ]
+    assert changes[0] > 0.01  # several steps of about the learning rate
+    assert 0 < changes[1] < changes[0]
+    assert changes[2] == 0  # after `pre_epoch` epochs the gates are not trained any more

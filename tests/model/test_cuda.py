@@ -1,53 +1,53 @@
-"""Training on a GPU: the same interface, nothing read back on the way."""
+"""Training on a GPU: the same interface, without waiting for the device in training steps."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from test_training import model_of, same, state_of
+from test_training import make_model, model_weights, same_weights
 from toy_training import ToyDataset
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_fit_and_predict(dataset: ToyDataset, precision: str) -> None:
+def test_fit_and_predict_on_gpu(dataset: ToyDataset, precision: str) -> None:
     trainer = {"accelerator": "auto", "precision": precision, "gradient_clip_val": 1.0}
-    model = model_of("LSTM", trainer={**trainer, "max_epochs": 5})
+    model = make_model("LSTM", trainer={**trainer, "max_epochs": 5})
     model.fit(dataset)
     assert model.fit_report_["device"].startswith("cuda")
     losses = model.evals_result_["train"]["loss"]
     assert losses[-1] < losses[0]
     assert next(model.network_.parameters()).device.type == "cpu"
-    on_gpu = model.predict(dataset)
+    gpu_scores = model.predict(dataset)
     model.trainer["accelerator"] = "cpu"
-    np.testing.assert_allclose(on_gpu, model.predict(dataset), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(gpu_scores, model.predict(dataset), rtol=1e-3, atol=1e-3)
 
 
-def test_inner_steps_do_not_change_a_bit(dataset: ToyDataset) -> None:
+def test_inner_steps_give_bit_identical_results_on_gpu(dataset: ToyDataset) -> None:
     fits = []
     for inner_steps in (1, 8):
-        model = model_of("MLP", trainer={"accelerator": "auto"}, inner_steps=inner_steps)
+        model = make_model("MLP", trainer={"accelerator": "auto"}, inner_steps=inner_steps)
         model.fit(dataset)
         fits.append(model)
-    assert same(state_of(fits[0]), state_of(fits[1]))
+    assert same_weights(model_weights(fits[0]), model_weights(fits[1]))
     assert fits[0].evals_result_ == fits[1].evals_result_
 
 
-def test_steps_do_not_wait_for_the_device(dataset: ToyDataset, monkeypatch) -> None:
+def test_training_steps_do_not_wait_for_the_device(dataset: ToyDataset, monkeypatch) -> None:
     from qtorch.model.module import ScoreModule
 
-    step = ScoreModule.training_step
+    original_step = ScoreModule.training_step
 
-    def watched(self, steps) -> None:
+    def step_without_sync(self, steps) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(self, steps)
+            original_step(self, steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    model = model_of("MLP", trainer={"accelerator": "auto", "max_epochs": 1})
-    model.fit(dataset)  # what is allocated or compiled once
-    monkeypatch.setattr(ScoreModule, "training_step", watched)
+    model = make_model("MLP", trainer={"accelerator": "auto", "max_epochs": 1})
+    model.fit(dataset)  # first allocations and compilations may wait
+    monkeypatch.setattr(ScoreModule, "training_step", step_without_sync)
     model.fit(dataset)

@@ -1,4 +1,4 @@
-"""Networks that see whole days, losses of days, and what goes with the samples."""
+"""Networks of whole days, losses over days, and extra tensors of samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_training import model_of, same, state_of
+from test_training import make_model, model_weights, same_weights
 from torch import Tensor, nn
 from toy_training import ToyDataset
 
@@ -21,8 +21,8 @@ from qtorch.nn.network import Network
 DAYS = {"order": "day", "days_per_batch": 4}
 
 
-class AgainstTheDay(Network):
-    """A score against the day's mean: what a network of single samples cannot give."""
+class DemeanedNetwork(Network):
+    """Subtract the day's mean from each score, which a network of single samples cannot do."""
 
     cross_section = True
 
@@ -32,13 +32,13 @@ class AgainstTheDay(Network):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         score = self.layer(x[:, :, -1] - 0.5 * x[:, :, -2].roll(-1, -1))
-        known = mask[..., None]
-        mean = (score * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)
+        is_sample = mask[..., None]
+        mean = (score * is_sample).sum(1, keepdim=True) / is_sample.sum(1, keepdim=True)
         return self.scores(score - mean)
 
 
-class Sector(Network):
-    """A score by sector alone."""
+class SectorNetwork(Network):
+    """Add a level per sector and per instrument to the score."""
 
     extras: ClassVar[tuple[str, ...]] = ("sector", "instrument")
 
@@ -46,14 +46,14 @@ class Sector(Network):
         super().__init__()
         self.layer = nn.Linear(d_feat, 1)
         self.level = nn.Linear(num_sectors, 1)
-        self.own = nn.Embedding(num_instruments, 1)
+        self.instrument_level = nn.Embedding(num_instruments, 1)
 
     def forward(self, x: Tensor, sector: Tensor, instrument: Tensor) -> Tensor:
-        return (self.layer(x[:, -1]) + self.level(sector) + self.own(instrument))[:, 0]
+        return (self.layer(x[:, -1]) + self.level(sector) + self.instrument_level(instrument))[:, 0]
 
 
-def test_a_network_of_whole_days_learns_and_scores_each_sample_once(dataset: ToyDataset) -> None:
-    model = model_of(AgainstTheDay(4), batch=DAYS, trainer={"max_epochs": 8}, loss="ic")
+def test_day_network_learns_and_scores_each_sample_once(dataset: ToyDataset) -> None:
+    model = make_model(DemeanedNetwork(4), batch=DAYS, trainer={"max_epochs": 8}, loss="ic")
     model.fit(dataset)
     scores = model.predict(dataset)
     samples = dataset.samples("test")
@@ -66,8 +66,8 @@ def test_a_network_of_whole_days_learns_and_scores_each_sample_once(dataset: Toy
     )
 
 
-def test_days_are_scored_alike_in_any_batch(dataset: ToyDataset) -> None:
-    model = model_of(AgainstTheDay(4), batch=DAYS, trainer={"max_epochs": 1})
+def test_day_scores_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:
+    model = make_model(DemeanedNetwork(4), batch=DAYS, trainer={"max_epochs": 1})
     model.fit(dataset)
     expected = model.predict(dataset)
     for size in (1, 40, 10_000):
@@ -75,27 +75,27 @@ def test_days_are_scored_alike_in_any_batch(dataset: ToyDataset) -> None:
         pd.testing.assert_series_equal(model.predict(dataset), expected, atol=1e-6)
 
 
-def test_random_batches_for_a_network_or_a_loss_of_days_are_refused(dataset: ToyDataset) -> None:
+def test_random_batches_are_refused_for_day_networks_and_losses(dataset: ToyDataset) -> None:
     with pytest.raises(ConfigError, match="order=day"):
-        model_of(AgainstTheDay(4)).fit(dataset)
+        make_model(DemeanedNetwork(4)).fit(dataset)
     with pytest.raises((ConfigError, ValueError), match="order=day"):
-        model_of(loss="rank_ic").fit(dataset)
+        make_model(loss="rank_ic").fit(dataset)
     with pytest.raises(ConfigError, match="order=day"):
-        model_of(day_label={"zscore": True}).fit(dataset)
+        make_model(day_label={"zscore": True}).fit(dataset)
 
 
 @pytest.mark.parametrize("loss", ["ic", "rank_ic", "pairwise", "listnet", "listmle"])
-def test_losses_of_days_train_a_network_of_samples(dataset: ToyDataset, loss: str) -> None:
-    model = model_of(loss=loss, batch={"order": "day", "days_per_batch": 2})
+def test_day_losses_train_a_network_of_single_samples(dataset: ToyDataset, loss: str) -> None:
+    model = make_model(loss=loss, batch={"order": "day", "days_per_batch": 2})
     model.fit(dataset)
     assert all(np.isfinite(model.evals_result_["train"]["loss"]))
     assert len(model.predict(dataset)) == len(dataset.samples("test"))
 
 
-def test_a_sum_of_losses_and_bins_by_configuration(dataset: ToyDataset) -> None:
+def test_combined_and_cross_entropy_losses_by_configuration(dataset: ToyDataset) -> None:
     days = {"order": "day", "days_per_batch": 2}
-    model_of(loss={"mse": 1.0, "ic": 0.5}, batch=days).fit(dataset)
-    model = model_of(loss={"_target_": "qtorch.metrics.loss.CrossEntropy", "num_bins": 5})
+    make_model(loss={"mse": 1.0, "ic": 0.5}, batch=days).fit(dataset)
+    model = make_model(loss={"_target_": "qtorch.metrics.loss.CrossEntropy", "num_bins": 5})
     model.fit(dataset)
     assert model.network_.num_outputs == 5
     scores = model.predict(dataset)
@@ -103,62 +103,66 @@ def test_a_sum_of_losses_and_bins_by_configuration(dataset: ToyDataset) -> None:
     label = dataset.samples("test").frame(["raw_label"])["raw_label"].iloc[:, 0]
     assert calc_ic(scores, label)[0].mean() > 0
     with pytest.raises(ConfigError, match="mse"):
-        model_of(loss={"mze": 1.0}).fit(dataset)
+        make_model(loss={"mze": 1.0}).fit(dataset)
     with pytest.raises(ConfigError, match="not a number"):
-        model_of(loss={"mse": "much"}).fit(dataset)
+        make_model(loss={"mse": "much"}).fit(dataset)
 
 
-def test_inner_steps_do_not_change_a_bit_of_days(dataset: ToyDataset) -> None:
-    fits, network = [], AgainstTheDay(4)
+def test_inner_steps_give_bit_identical_results_with_day_batches(dataset: ToyDataset) -> None:
+    fits, network = [], DemeanedNetwork(4)
     for inner_steps in (1, 3):
-        model = model_of(network, batch=DAYS, loss="ic", inner_steps=inner_steps)
+        model = make_model(network, batch=DAYS, loss="ic", inner_steps=inner_steps)
         model.fit(dataset)
-        fits.append(state_of(model))
-    assert same(*fits)
+        fits.append(model_weights(model))
+    assert same_weights(*fits)
 
 
-class WithSectors(ToyDataset):
-    """Odd instruments are of the one sector, even ones of the other."""
+class SectorDataset(ToyDataset):
+    """A ToyDataset with two sectors: odd and even instruments."""
 
     def samples(self, segment, *, data_key="infer", purge=False):
-        found = super().samples(segment, data_key=data_key, purge=purge)
-        table = pd.DataFrame({"instrument": found.instruments, "concept": ["odd", "even"] * 15})
-        found.extras["sector"] = Concepts(table).bind(found.calendar, found.instruments)
-        return found
+        segment_samples = super().samples(segment, data_key=data_key, purge=purge)
+        table = pd.DataFrame(
+            {"instrument": segment_samples.instruments, "concept": ["odd", "even"] * 15}
+        )
+        segment_samples.extras["sector"] = Concepts(table).bind(
+            segment_samples.calendar, segment_samples.instruments
+        )
+        return segment_samples
 
 
-def test_what_goes_with_a_sample_reaches_the_network(dataset: ToyDataset) -> None:
-    config = {"_target_": "test_day_networks.Sector"}
-    model = model_of(config, trainer={"max_epochs": 1})
-    model.fit(WithSectors())
+def test_extra_tensors_reach_the_network(dataset: ToyDataset) -> None:
+    config = {"_target_": "test_day_networks.SectorNetwork"}
+    model = make_model(config, trainer={"max_epochs": 1})
+    model.fit(SectorDataset())
     assert model.network_config_["num_sectors"] == 2
     assert model.network_config_["num_instruments"] == 30
-    assert len(model.predict(WithSectors()))
+    assert len(model.predict(SectorDataset()))
     with pytest.raises(ConfigError, match=r"dataset\.extras\.sector"):
-        model_of({**config, "num_sectors": 2}, trainer={"max_epochs": 1}).fit(dataset)
+        make_model({**config, "num_sectors": 2}, trainer={"max_epochs": 1}).fit(dataset)
 
 
-def test_day_labels_by_hand() -> None:
+def test_day_labels_match_hand_computed_values() -> None:
     label = torch.tensor(
         [[[5.0], [1.0], [9.0], [3.0], [100.0]], [[1.0], [2.0], [3.0], [4.0], [7.0]]]
     )
     mask = torch.tensor([[True] * 4 + [False], [True] * 5])
-    found = DayLabel(drop_extreme=0.5)(label, mask)
-    assert torch.equal(found[0, :, 0].isnan(), torch.tensor([False, True, True, False, True]))
-    assert torch.equal(found[1, :, 0].isnan(), torch.tensor([True, False, False, False, True]))
-    scaled = DayLabel(zscore=True)(label, mask)
-    known = scaled[0, :4, 0]
-    assert known.mean().item() == pytest.approx(0, abs=1e-6)
-    assert known.std(correction=0).item() == pytest.approx(1)
-    assert torch.isnan(scaled[0, 4, 0])
+    labels = DayLabel(drop_extreme=0.5)(label, mask)
+    assert torch.equal(labels[0, :, 0].isnan(), torch.tensor([False, True, True, False, True]))
+    assert torch.equal(labels[1, :, 0].isnan(), torch.tensor([True, False, False, False, True]))
+    zscores = DayLabel(zscore=True)(label, mask)
+    first_day = zscores[0, :4, 0]
+    assert first_day.mean().item() == pytest.approx(0, abs=1e-6)
+    assert first_day.std(correction=0).item() == pytest.approx(1)
+    assert torch.isnan(zscores[0, 4, 0])
 
 
-def test_day_labels_change_what_is_learnt_and_not_what_is_judged(dataset: ToyDataset) -> None:
-    plain = model_of(batch=DAYS)
-    treated = model_of(batch=DAYS, day_label={"drop_extreme": 0.2, "zscore": True})
-    for model in (plain, treated):
+def test_day_labels_change_training_but_not_validation(dataset: ToyDataset) -> None:
+    plain_model = make_model(batch=DAYS)
+    day_label_model = make_model(batch=DAYS, day_label={"drop_extreme": 0.2, "zscore": True})
+    for model in (plain_model, day_label_model):
         model.fit(dataset)
-    assert not same(state_of(plain), state_of(treated))
-    assert len(treated.predict(dataset)) == len(plain.predict(dataset))
+    assert not same_weights(model_weights(plain_model), model_weights(day_label_model))
+    assert len(day_label_model.predict(dataset)) == len(plain_model.predict(dataset))
     with pytest.raises(ConfigError, match="drop_extreme"):
-        model_of(batch=DAYS, day_label={"drop_extremes": 0.2}).fit(dataset)
+        make_model(batch=DAYS, day_label={"drop_extremes": 0.2}).fit(dataset)

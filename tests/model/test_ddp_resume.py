@@ -1,4 +1,4 @@
-"""A training on two devices that was killed, or taken up by another number of them."""
+"""A training on two devices that was killed, or resumed on another number of devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import DDP, DIARY, FATE, PIDS, Forked, ForkedRank, is_running, training_in
+from forked_ranks import (
+    DDP,
+    FAULT_VARIABLE,
+    PIDS_FILE,
+    ROW_LOG_VARIABLE,
+    ForkedProcess,
+    ForkedRank,
+    is_running,
+    start_training,
+)
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 import qtorch.model.ranks
@@ -24,12 +33,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qtorch.model.ranks, "RankProcess", ForkedRank)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
+def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qtorch.model.ranks, "RankProcess", ForkedRank)
@@ -39,116 +48,122 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
     return model, recorder.history()
 
 
-def _begun(folder: Path, **told: str) -> Forked:
-    return training_in(folder, CHANGES, **told)
+def _start_fit(folder: Path, **variables: str) -> ForkedProcess:
+    return start_training(folder, CHANGES, **variables)
 
 
-def _ranks_gone(folder: Path, seconds: float = 10.0) -> bool:
-    """Whether every rank that was started for the folder is gone, soon."""
-    end, told = time.monotonic() + seconds, folder / PIDS
-    while time.monotonic() < end:
-        pids = [int(p) for p in told.read_text().split()] if told.exists() else []
+def _wait_for_ranks_to_exit(folder: Path, seconds: float = 10.0) -> bool:
+    """Return whether all ranks that were started for the folder have exited in time."""
+    deadline, pids_file = time.monotonic() + seconds, folder / PIDS_FILE
+    while time.monotonic() < deadline:
+        pids = [int(p) for p in pids_file.read_text().split()] if pids_file.exists() else []
         if not any(is_running(p) for p in pids):
             return True
         time.sleep(0.05)
     return False
 
 
-def _resumed(folder: Path, **changes: Any):
+def _resume_fit(folder: Path, **changes: Any):
     recorder = ToyRecorder(folder)
     model = resumable_model(**{**CHANGES, **changes})
     model.fit(ToyDataset(), recorder=recorder)
     return model, recorder.history()
 
 
-def _same(model: Any, history: Any, uninterrupted: Any) -> None:
-    whole, expected = uninterrupted
-    first, second = whole.network_.state_dict(), model.network_.state_dict()
+def _assert_same(model: Any, history: Any, reference_fit: Any) -> None:
+    expected_model, expected_history = reference_fit
+    first, second = expected_model.network_.state_dict(), model.network_.state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert history == expected
-    assert model.evals_result_ == whole.evals_result_
-    assert model.predict(ToyDataset()).equals(whole.predict(ToyDataset()))
+    assert history == expected_history
+    assert model.evals_result_ == expected_model.evals_result_
+    assert model.predict(ToyDataset()).equals(expected_model.predict(ToyDataset()))
 
 
-def test_killed_with_all_its_ranks_in_mid_epoch(tmp_path: Path, uninterrupted) -> None:
+def test_killed_with_all_ranks_in_the_middle_of_an_epoch_resumes_exactly(
+    tmp_path: Path, reference_fit
+) -> None:
     folder = tmp_path / "run"
-    process = _begun(folder, **{FATE: "0:1:10:kill-all"})
+    process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
     assert process.join() == -signal.SIGKILL
-    assert _ranks_gone(folder)
-    model, history = _resumed(folder)
+    assert _wait_for_ranks_to_exit(folder)
+    model, history = _resume_fit(folder)
     assert model.fit_report_["resumed_from"] is not None
-    _same(model, history, uninterrupted)
-    assert not list((folder / "checkpoints").glob(".ranks-*"))  # what the killed one left
+    _assert_same(model, history, reference_fit)
+    assert not list((folder / "checkpoints").glob(".ranks-*"))  # what the killed training left
 
 
-def test_a_users_module_that_was_killed_with_all_its_ranks(tmp_path: Path) -> None:
-    """What it has logged of the epoch's first half, on both devices, counts too."""
-    own = {
-        "network": {"_target_": "user_networks.Talkative"},
+def test_user_module_killed_with_all_ranks_resumes_exactly(tmp_path: Path) -> None:
+    """What it logged in the first half of the epoch, on both devices, counts too."""
+    arguments = {
+        "network": {"_target_": "user_networks.LoggingModule"},
         "monitor": "own_valid_loss",
         "early_stop": None,
         "scheduler": None,
         "inner_steps": "auto",
         "trainer": {"max_epochs": 3, **DDP},
     }
-    process = training_in(tmp_path / "run", own, **{FATE: "0:1:10:kill-all"})
+    process = start_training(tmp_path / "run", arguments, **{FAULT_VARIABLE: "0:1:10:kill-all"})
     assert process.join() == -signal.SIGKILL
-    assert _ranks_gone(tmp_path / "run")
+    assert _wait_for_ranks_to_exit(tmp_path / "run")
     (tmp_path / "whole").mkdir()
-    resumed, whole = (_resumed(tmp_path / name, **own) for name in ("run", "whole"))
-    assert resumed[0].fit_report_["resumed_from"] is not None
-    assert whole[0].fit_report_["resumed_from"] is None
-    _same(*resumed, whole)
+    resumed_fit, uninterrupted_fit = (
+        _resume_fit(tmp_path / name, **arguments) for name in ("run", "whole")
+    )
+    assert resumed_fit[0].fit_report_["resumed_from"] is not None
+    assert uninterrupted_fit[0].fit_report_["resumed_from"] is None
+    _assert_same(*resumed_fit, uninterrupted_fit)
 
 
-def _diary(path: Path) -> dict[tuple[int, int], list[int]]:
-    """The rows that were used for each batch (epoch, step), of all ranks."""
-    found: dict[tuple[int, int], list[int]] = {}
+def _read_row_log(path: Path) -> dict[tuple[int, int], list[int]]:
+    """Return the rows that all ranks used for each batch (epoch, step)."""
+    rows_by_batch: dict[tuple[int, int], list[int]] = {}
     for line in path.read_text().splitlines():
         epoch, step, rows = json.loads(line)
-        found.setdefault((epoch, step), []).extend(rows)
-    return found
+        rows_by_batch.setdefault((epoch, step), []).extend(rows)
+    return rows_by_batch
 
 
-def test_two_devices_then_one(tmp_path: Path, caplog, monkeypatch) -> None:
-    """The rest of the epoch is of the samples that were not yet used."""
+def test_resume_on_one_device_after_two(tmp_path: Path, caplog, monkeypatch) -> None:
+    """The rest of the epoch uses the samples that were not used yet."""
     from qtorch.data.batches import BatchLoader
 
     folder = tmp_path / "run"
-    process = _begun(folder, **{FATE: "0:1:10:kill-all"})
+    process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
     assert process.join() == -signal.SIGKILL
     used: list[tuple[int, int]] = []
-    whole = BatchLoader.batches
+    original_batches = BatchLoader.batches
 
-    def noted(self, epoch: int, start_step: int = 0):
-        for step, batch in enumerate(whole(self, epoch, start_step), start_step):
+    def batches_with_record(self, epoch: int, start_step: int = 0):
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
             if self.order == "random":
                 used.append((epoch, step))
             yield batch
 
-    monkeypatch.setattr(BatchLoader, "batches", noted)
+    monkeypatch.setattr(BatchLoader, "batches", batches_with_record)
     with caplog.at_level(logging.WARNING, logger="qtorch"):
-        model, history = _resumed(folder, **ONE)
-    assert "is of 2 devices, this training goes on with 1" in caplog.text
-    found = newest_checkpoint(folder / "checkpoints")
-    assert found is not None
+        model, history = _resume_fit(folder, **ONE)
+    assert "was written with 2 devices, this training resumes with 1" in caplog.text
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
     assert used[0][0] == 1
-    assert used[0][1] in (4, 8)  # a checkpoint after each fourth batch
+    assert used[0][1] in (4, 8)  # checkpoints are written after every fourth batch
     assert used == [(e, s) for e in range(1, 4) for s in range(20) if (e, s) >= used[0]]
     assert model.fit_report_["epochs"] == 4
     assert len(history) == 4 * 5
 
 
-def test_one_device_then_two(tmp_path: Path, caplog, monkeypatch, uninterrupted) -> None:
+def test_resume_on_two_devices_after_one(
+    tmp_path: Path, caplog, monkeypatch, reference_fit
+) -> None:
     from qtorch.data.batches import BatchLoader
 
     class Stop(Exception):
         pass
 
-    whole = BatchLoader.batches
+    original_batches = BatchLoader.batches
 
-    def dying(self, epoch: int, start_step: int = 0):
-        for step, batch in enumerate(whole(self, epoch, start_step), start_step):
+    def failing_batches(self, epoch: int, start_step: int = 0):
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
             if self.order == "random" and (epoch, step) == (1, 10):
                 raise Stop
             yield batch
@@ -156,17 +171,17 @@ def test_one_device_then_two(tmp_path: Path, caplog, monkeypatch, uninterrupted)
     folder = tmp_path / "run"
     folder.mkdir()
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(BatchLoader, "batches", dying)
+        patch.setattr(BatchLoader, "batches", failing_batches)
         resumable_model(**ONE).fit(ToyDataset(), recorder=ToyRecorder(folder))
-    monkeypatch.setenv(DIARY, str(tmp_path / "diary"))
+    monkeypatch.setenv(ROW_LOG_VARIABLE, str(tmp_path / "diary"))
     with caplog.at_level(logging.WARNING, logger="qtorch"):
-        model, history = _resumed(folder)
-    assert "is of 1 devices, this training goes on with 2" in caplog.text
-    diary = _diary(tmp_path / "diary")
-    assert min(diary) in ((1, 8), (1, 4))
-    rows = [r for (epoch, _), rows in sorted(diary.items()) if epoch == 1 for r in rows]
-    assert len(rows) == len(set(rows)) == len(ToyDataset().samples("train")) - 50 * min(diary)[1]
+        model, history = _resume_fit(folder)
+    assert "was written with 1 devices, this training resumes with 2" in caplog.text
+    row_log = _read_row_log(tmp_path / "diary")
+    assert min(row_log) in ((1, 8), (1, 4))
+    rows = [r for (epoch, _), rows in sorted(row_log.items()) if epoch == 1 for r in rows]
+    assert len(rows) == len(set(rows)) == len(ToyDataset().samples("train")) - 50 * min(row_log)[1]
     assert len(history) == 4 * 5
-    # The mean loss of the epoch counts both parts, each sample once.
+    # The epoch's mean loss counts both parts, each sample once.
     loss = model.evals_result_["train"]["loss"][1]
-    assert loss == pytest.approx(uninterrupted[0].evals_result_["train"]["loss"][1], rel=0.05)
+    assert loss == pytest.approx(reference_fit[0].evals_result_["train"]["loss"][1], rel=0.05)

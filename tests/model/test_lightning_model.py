@@ -1,4 +1,6 @@
-"""The model as its user sees it: arguments, scores, saving, fine-tuning, networks of one's own."""
+"""LightningModel as its users see it: arguments, scores, saving, fine-tuning, networks of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_training import model_of, same, state_of
+from test_training import make_model, model_weights, same_weights
 from toy_training import ToyDataset, ToyRecorder
 
 from qtorch.core.errors import (
@@ -22,75 +24,77 @@ from qtorch.core.errors import (
 from qtorch.core.serial import State
 from qtorch.core.session import init
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
-from qtorch.model.progress_bar import BatchBar
+from qtorch.model.progress_bar import BatchProgressBar
 from qtorch.nn import LSTM, MLP
 
 
 @pytest.fixture(scope="module")
-def fitted(dataset: ToyDataset) -> LightningModel:
-    model = model_of(trainer={"max_epochs": 1})
+def short_model(dataset: ToyDataset) -> LightningModel:
+    model = make_model(trainer={"max_epochs": 1})
     model.fit(dataset)
     return model
 
 
-def test_every_sample_once_in_any_batch_size(dataset: ToyDataset, fitted: LightningModel) -> None:
+def test_predict_scores_every_sample_once_at_any_batch_size(
+    dataset: ToyDataset, short_model: LightningModel
+) -> None:
     samples = dataset.samples("test")
-    whole = fitted.predict(dataset)
-    assert whole.name == "score"
-    assert whole.dtype == np.float32
-    assert whole.index.equals(samples.index)
-    assert whole.index.names == ["datetime", "instrument"]
-    assert whole.index.is_unique
+    scores = short_model.predict(dataset)
+    assert scores.name == "score"
+    assert scores.dtype == np.float32
+    assert scores.index.equals(samples.index)
+    assert scores.index.names == ["datetime", "instrument"]
+    assert scores.index.is_unique
     batch = samples.batch(torch.arange(len(samples)))
     with torch.no_grad():
-        by_hand = fitted.network_.eval()(batch.x.transpose(1, 2).flatten(1))
-    np.testing.assert_allclose(whole, by_hand.numpy(), rtol=1e-6, atol=1e-7)
+        expected_scores = short_model.network_.eval()(batch.x.transpose(1, 2).flatten(1))
+    np.testing.assert_allclose(scores, expected_scores.numpy(), rtol=1e-6, atol=1e-7)
     for size in (1, 7, len(samples) - 1, len(samples)):
-        fitted.batch["eval_size"] = size
-        pd.testing.assert_series_equal(fitted.predict(dataset), whole, rtol=1e-5, atol=1e-6)
-    fitted.batch["eval_size"] = None
+        short_model.batch["eval_size"] = size
+        pd.testing.assert_series_equal(short_model.predict(dataset), scores, rtol=1e-5, atol=1e-6)
+    short_model.batch["eval_size"] = None
 
 
-def test_one_instrument_a_day_is_a_time_series(caplog: pytest.LogCaptureFixture) -> None:
-    alone = ToyDataset(num_instruments=1)
-    model = model_of(trainer={"max_epochs": 1})
-    model.fit(alone)
-    assert "every day of 'train' has one instrument alone" in caplog.text
-    assert len(model.predict(alone)) == len(alone.samples("test"))
-    for compared in ({"monitor": "rank_ic"}, {"day_label": {"zscore": True}}):
+def test_one_instrument_a_day_trains_a_time_series_model(caplog: pytest.LogCaptureFixture) -> None:
+    single_instrument = ToyDataset(num_instruments=1)
+    model = make_model(trainer={"max_epochs": 1})
+    model.fit(single_instrument)
+    assert "every day of 'train' has only one instrument" in caplog.text
+    assert len(model.predict(single_instrument)) == len(single_instrument.samples("test"))
+    for cross_section_options in ({"monitor": "rank_ic"}, {"day_label": {"zscore": True}}):
         with pytest.raises(DataError, match="compares the instruments of a day"):
-            model_of(**compared).fit(alone)
+            make_model(**cross_section_options).fit(single_instrument)
 
 
-def test_calling_is_predicting_and_a_slice_is_dates(
-    dataset: ToyDataset, fitted: LightningModel
+def test_calling_the_model_predicts_and_a_slice_selects_dates(
+    dataset: ToyDataset, short_model: LightningModel
 ) -> None:
     start, end = dataset.segments["test"]
-    named = fitted(dataset, "test")
-    pd.testing.assert_series_equal(named, fitted.predict(dataset, slice(start, end)))
-    one_day = fitted.predict(dataset, slice(end, end))
+    by_name = short_model(dataset, "test")
+    pd.testing.assert_series_equal(by_name, short_model.predict(dataset, slice(start, end)))
+    one_day = short_model.predict(dataset, slice(end, end))
     assert set(one_day.index.get_level_values("datetime")) == {end}
 
 
-def test_prediction_makes_no_gradients_and_leaves_the_mode(
-    dataset: ToyDataset, fitted: LightningModel
+def test_prediction_changes_neither_weights_nor_training_mode(
+    dataset: ToyDataset, short_model: LightningModel
 ) -> None:
-    fitted.network_.train()
-    before = {k: v.clone() for k, v in state_of(fitted).items()}
-    first, second = fitted.predict(dataset), fitted.predict(dataset)
-    assert fitted.network_.training
+    short_model.network_.train()
+    weights = {k: v.clone() for k, v in model_weights(short_model).items()}
+    first, second = short_model.predict(dataset), short_model.predict(dataset)
+    assert short_model.network_.training
     pd.testing.assert_series_equal(first, second)
-    assert same(before, state_of(fitted))
-    fitted.network_.eval()
+    assert same_weights(weights, model_weights(short_model))
+    short_model.network_.eval()
 
 
-def test_before_fit(dataset: ToyDataset) -> None:
+def test_predict_and_finetune_before_fit_raise(dataset: ToyDataset) -> None:
     for call in (LightningModel.predict, LightningModel.finetune):
         with pytest.raises(NotFittedError, match="call fit"):
-            call(model_of(), dataset)
+            call(make_model(), dataset)
 
 
-def test_the_family() -> None:
+def test_class_hierarchy() -> None:
     assert issubclass(LightningModel, ModelFT)
     assert issubclass(ModelFT, Model)
     assert issubclass(Model, BaseModel)
@@ -98,15 +102,15 @@ def test_the_family() -> None:
         Model()  # type: ignore[abstract]
 
 
-def test_wrong_names_say_the_nearest_one(dataset: ToyDataset) -> None:
+def test_errors_suggest_the_nearest_valid_name(dataset: ToyDataset) -> None:
     with pytest.raises(ArgumentError, match="Did you mean 'max_epochs'"):
-        model_of(trainer={"max_epoch": 3})
+        make_model(trainer={"max_epoch": 3})
     with pytest.raises(ArgumentError, match="Did you mean 'early_stop'"):
         LightningModel("LSTM", early_stopp=3)
     with pytest.raises(ConfigError, match="Did you mean 'size'"):
-        model_of(batch={"sise": 3})
+        make_model(batch={"sise": 3})
     with pytest.raises(ConfigError, match="Did you mean 'every_n_steps'"):
-        model_of(checkpoint={"every_n_step": 3})
+        make_model(checkpoint={"every_n_step": 3})
     for changes, text in (
         ({"network": {"_target_": "qtorch.nn.LSTM", "hiden_size": 4}}, "'hidden_size'"),
         ({"network": "LSTMM"}, "'LSTM'"),
@@ -117,72 +121,76 @@ def test_wrong_names_say_the_nearest_one(dataset: ToyDataset) -> None:
         ({"inner_steps": 0}, "inner_steps"),
         ({"scheduler": {"scheduler": "torch.optim.lr_scheduler.StepLR", "interva": 1}}, "interval"),
         ({"trainer": {"devices": 0}}, "number of devices"),
-        ({"trainer": {"precision": "12-bit"}}, "does not take these trainer arguments"),
+        ({"trainer": {"precision": "12-bit"}}, "rejects these trainer arguments"),
         ({"network": {"_target_": "qtorch.nn.Transformer", "nhead": 3}}, "multiple of nhead"),
         ({"callbacks": [pl.callbacks.EMAWeightAveraging()]}, "best epoch"),
     ):
         with pytest.raises(ConfigError, match=text):
-            model_of(**changes).fit(dataset)
+            make_model(**changes).fit(dataset)
 
 
-def test_the_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> None:
-    seen = []
+def test_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> None:
+    progress = []
 
-    def update(self, number, current, *rest, **more) -> None:
-        seen.append((current, self.total_train_batches))
+    def update(self, number, current, *args, **kwargs) -> None:
+        progress.append((current, self.total_train_batches))
 
-    monkeypatch.setattr(BatchBar, "_update", update)
-    model_of(trainer={"max_epochs": 1, "enable_progress_bar": True}, inner_steps=5).fit(dataset)
-    assert [pair for pair in seen if pair[0] > 4] == [(5, 16), (10, 16), (15, 16), (16, 16)]
+    monkeypatch.setattr(BatchProgressBar, "_update", update)
+    make_model(trainer={"max_epochs": 1, "enable_progress_bar": True}, inner_steps=5).fit(dataset)
+    assert [pair for pair in progress if pair[0] > 4] == [(5, 16), (10, 16), (15, 16), (16, 16)]
 
 
-def test_a_login_node_of_a_cluster_is_no_reason_for_a_warning(
+def test_no_warning_about_srun_on_a_login_node(
     dataset: ToyDataset, tmp_path, monkeypatch, recwarn
 ) -> None:
-    """Lightning's advice to start each command with srun is for another way of working."""
+    """Lightning advises to start commands with srun, which does not apply here."""
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    model = model_of(trainer={"max_epochs": 1})
+    model = make_model(trainer={"max_epochs": 1})
     model.fit(dataset)
     model.predict(dataset)
     assert not [w for w in recwarn if "srun" in str(w.message)]
 
 
-def test_a_trainer_without_checkpoints(dataset: ToyDataset, recorder: ToyRecorder) -> None:
-    model_of(checkpoint={}, trainer={"enable_checkpointing": False}).fit(dataset, recorder=recorder)
+def test_checkpoints_can_be_disabled_in_the_trainer(
+    dataset: ToyDataset, recorder: ToyRecorder
+) -> None:
+    make_model(checkpoint={}, trainer={"enable_checkpointing": False}).fit(
+        dataset, recorder=recorder
+    )
     assert not list(recorder.checkpoint_dir().glob("*"))
 
 
-def test_names_in_short(dataset: ToyDataset) -> None:
-    model = model_of("GRU", optimizer="adamw", loss="huber", trainer={"max_epochs": 1})
+def test_short_names_of_network_optimizer_and_loss(dataset: ToyDataset) -> None:
+    model = make_model("GRU", optimizer="adamw", loss="huber", trainer={"max_epochs": 1})
     model.fit(dataset)
     assert type(model.network_).__name__ == "GRU"
 
 
-def test_what_the_data_know_is_filled_in(dataset: ToyDataset) -> None:
-    model = model_of({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
+def test_network_dimensions_are_filled_in_from_the_data(dataset: ToyDataset) -> None:
+    model = make_model({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
     model.fit(dataset)
     assert model.network_.linear.in_features == 4
     assert model.network_.step_len == 3
-    flat = model_of("MLP", trainer={"max_epochs": 1})
+    flat = make_model("MLP", trainer={"max_epochs": 1})
     flat.fit(dataset)
     assert flat.network_config_["d_feat"] == 12
     with pytest.raises(ConfigError, match="d_feat of LSTM is 6, but the data have 4"):
-        model_of({"_target_": "qtorch.nn.LSTM", "d_feat": 6}).fit(dataset)
+        make_model({"_target_": "qtorch.nn.LSTM", "d_feat": 6}).fit(dataset)
 
 
-def test_a_live_network_is_copied(dataset: ToyDataset) -> None:
+def test_live_network_is_copied(dataset: ToyDataset) -> None:
     network = LSTM(d_feat=4, hidden_size=4)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    model = model_of(network, trainer={"max_epochs": 1})
+    model = make_model(network, trainer={"max_epochs": 1})
     model.fit(dataset)
-    assert same(before, network.state_dict())
-    assert not same(before, state_of(model))
+    assert same_weights(before, network.state_dict())
+    assert not same_weights(before, model_weights(model))
 
 
-def test_a_lightning_module_of_ones_own(dataset: ToyDataset, recorder: ToyRecorder) -> None:
-    config = {"_target_": "user_networks.OwnModule"}
-    model = model_of(
+def test_user_module_trains_logs_and_predicts(dataset: ToyDataset, recorder: ToyRecorder) -> None:
+    config = {"_target_": "user_networks.UserModule"}
+    model = make_model(
         config,
         monitor="own_valid_loss",
         trainer={"max_epochs": 3, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2},
@@ -196,135 +204,140 @@ def test_a_lightning_module_of_ones_own(dataset: ToyDataset, recorder: ToyRecord
     scores = model.predict(dataset)
     assert scores.index.equals(dataset.samples("test").index)
     assert {key for key, _ in recorder.history()} == {"own_loss", "own_valid_loss"}
-    finer = model.fit_report_["best_value"]
+    best_value = model.fit_report_["best_value"]
     model.finetune(dataset, trainer={"max_epochs": 2})
-    assert model.fit_report_["best_value"] < finer + 0.05
+    assert model.fit_report_["best_value"] < best_value + 0.05
 
 
-def test_a_module_that_does_not_log_what_is_watched(dataset: ToyDataset) -> None:
+def test_user_module_must_log_the_monitored_metric(dataset: ToyDataset) -> None:
     epochs = []
 
-    class Epochs(pl.Callback):
+    class EpochRecorder(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module) -> None:
             epochs.append(trainer.current_epoch)
 
-    told = r"'valid/loss'.*has logged own_loss, own_valid_loss\. Set monitor"
-    model = model_of({"_target_": "user_networks.OwnModule"}, callbacks=[Epochs()])
-    with pytest.raises(ConfigError, match=told):
+    message = r"'valid/loss'.*logged own_loss, own_valid_loss\. Set monitor"
+    model = make_model({"_target_": "user_networks.UserModule"}, callbacks=[EpochRecorder()])
+    with pytest.raises(ConfigError, match=message):
         model.fit(dataset)
-    assert epochs == [0]  # it is said after one epoch, not after all of them
+    assert epochs == [0]  # it raises after one epoch, not after all of them
     model.monitor = "own_los"
-    with pytest.raises(ConfigError, match="best 'own_los'"):
+    with pytest.raises(ConfigError, match="monitor, 'own_los'"):
         model.fit(dataset)
     model.monitor = "own_loss"
     model.fit(dataset)
     assert model.fit_report_["best_epoch"] is not None
 
 
-def test_a_network_that_gives_no_scores(dataset: ToyDataset) -> None:
+def test_network_without_scores_raises(dataset: ToyDataset) -> None:
     with pytest.raises((ValueError, IndexError)):
-        model_of({"_target_": "user_networks.Nonsense"}).fit(dataset)
+        make_model({"_target_": "user_networks.OneScoreNetwork"}).fit(dataset)
 
 
-def test_finetune_starts_at_the_fitted_weights(dataset: ToyDataset) -> None:
-    model = model_of("LSTM", trainer={"max_epochs": 2})
+def test_finetune_starts_from_the_fitted_weights(dataset: ToyDataset) -> None:
+    model = make_model("LSTM", trainer={"max_epochs": 2})
     model.fit(dataset)
-    before = {k: v.clone() for k, v in state_of(model).items()}
-    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
-    model.finetune(dataset, optimizer=still, trainer={"max_epochs": 1})
-    assert same(before, state_of(model))
+    weights = {k: v.clone() for k, v in model_weights(model).items()}
+    zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    model.finetune(dataset, optimizer=zero_rate, trainer={"max_epochs": 1})
+    assert same_weights(weights, model_weights(model))
     assert model.fit_report_["epochs"] == 1
     model.finetune(dataset)
-    assert not same(before, state_of(model))
+    assert not same_weights(weights, model_weights(model))
 
 
-def test_finetune_trains_in_training_mode(dataset: ToyDataset) -> None:
-    class Mode(pl.Callback):
+def test_finetune_runs_in_training_mode(dataset: ToyDataset) -> None:
+    class ModeRecorder(pl.Callback):
         modes: ClassVar[list[bool]] = []
 
-        def on_train_batch_end(self, trainer, pl_module, *rest) -> None:
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
             self.modes += [m.training for m in pl_module.network.modules()]
 
-    model = model_of("LSTM", callbacks=[Mode()], trainer={"max_epochs": 1})
+    model = make_model("LSTM", callbacks=[ModeRecorder()], trainer={"max_epochs": 1})
     model.fit(dataset)
     model.finetune(dataset)
-    assert all(Mode.modes)
+    assert all(ModeRecorder.modes)
 
 
-def test_finetune_in_the_run_of_the_fit_is_a_training_of_its_own(
+def test_finetune_in_the_same_run_does_not_resume_the_fit(
     dataset: ToyDataset, recorder: ToyRecorder
 ) -> None:
-    model = model_of(checkpoint={}, trainer={"max_epochs": 1})
+    model = make_model(checkpoint={}, trainer={"max_epochs": 1})
     model.fit(dataset, recorder=recorder)
-    before = {k: v.clone() for k, v in state_of(model).items()}
+    weights = {k: v.clone() for k, v in model_weights(model).items()}
     model.finetune(dataset, recorder=recorder)
     assert model.fit_report_["resumed_from"] is None
-    assert not same(before, state_of(model))
+    assert not same_weights(weights, model_weights(model))
 
 
-def test_pickle_and_state_keep_everything(dataset: ToyDataset, fitted, tmp_path) -> None:
-    expected = fitted.predict(dataset)
-    fitted.to_pickle(tmp_path / "model.pkl")
-    state = fitted.to_state()
-    for copy in (LightningModel.load(tmp_path / "model.pkl"), LightningModel.from_state(state)):
-        pd.testing.assert_series_equal(copy.predict(dataset), expected)
-        assert copy.evals_result_ == fitted.evals_result_
-        assert copy.fit_report_["epochs"] == 1
-        copy.finetune(dataset, trainer={"max_epochs": 1})
-    unfitted = LightningModel.from_state(model_of().to_state())
+def test_pickle_and_state_round_trip(dataset: ToyDataset, short_model, tmp_path) -> None:
+    expected = short_model.predict(dataset)
+    short_model.to_pickle(tmp_path / "model.pkl")
+    state = short_model.to_state()
+    for loaded_model in (
+        LightningModel.load(tmp_path / "model.pkl"),
+        LightningModel.from_state(state),
+    ):
+        pd.testing.assert_series_equal(loaded_model.predict(dataset), expected)
+        assert loaded_model.evals_result_ == short_model.evals_result_
+        assert loaded_model.fit_report_["epochs"] == 1
+        loaded_model.finetune(dataset, trainer={"max_epochs": 1})
+    unfitted_model = LightningModel.from_state(make_model().to_state())
     with pytest.raises(NotFittedError):
-        unfitted.predict(dataset)
+        unfitted_model.predict(dataset)
 
 
-def test_the_state_is_json_and_tensors(dataset: ToyDataset) -> None:
+def test_state_is_json_and_tensors(dataset: ToyDataset) -> None:
     import json
 
-    model = model_of(MLP(d_feat=12, layers=(8,)), trainer={"max_epochs": 1})
+    model = make_model(MLP(d_feat=12, layers=(8,)), trainer={"max_epochs": 1})
     model.fit(dataset)
     state = model.to_state()
-    again = LightningModel.from_state(
+    loaded_model = LightningModel.from_state(
         State(json.loads(json.dumps(state.config, allow_nan=False)), state.tensors)
     )
-    pd.testing.assert_series_equal(again.predict(dataset), model.predict(dataset))
-    assert again.to_config()["network"]["d_feat"] == 12
+    pd.testing.assert_series_equal(loaded_model.predict(dataset), model.predict(dataset))
+    assert loaded_model.to_config()["network"]["d_feat"] == 12
 
 
-def test_a_stored_network_of_the_users_needs_their_word(dataset: ToyDataset) -> None:
-    model = model_of({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
+def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
+    model = make_model({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
     model.fit(dataset)
     state = model.to_state()
     with pytest.raises(TrustError, match="user_networks"):
         LightningModel.from_state(state)
     init(trusted=["user_networks"])
-    again = LightningModel.from_state(state)
-    pd.testing.assert_series_equal(again.predict(dataset), model.predict(dataset))
+    loaded_model = LightningModel.from_state(state)
+    pd.testing.assert_series_equal(loaded_model.predict(dataset), model.predict(dataset))
 
 
-def test_a_live_module_of_the_users_has_no_configuration() -> None:
+def test_live_user_module_has_no_configuration() -> None:
     with pytest.raises(ConfigError, match="live"):
-        model_of(torch.nn.Linear(4, 1)).to_config()
+        make_model(torch.nn.Linear(4, 1)).to_config()
 
 
 def test_config_builds_the_same_model() -> None:
     from qtorch.core.instantiate import init_instance_by_config
 
-    model = model_of(early_stop=3)
+    model = make_model(early_stop=3)
     config = model.to_config()
     assert config["_target_"] == "qtorch.model.lightning_model.LightningModel"
     assert init_instance_by_config(config).to_config() == config
 
 
-def test_nan_features_are_one_clear_error() -> None:
-    broken = ToyDataset()
-    values = broken.view.groups["feature"]._panel.values
+def test_nan_features_raise_a_clear_error() -> None:
+    dataset_with_nan = ToyDataset()
+    values = dataset_with_nan.view.groups["feature"]._panel.values
     values[:, 3, 0] = float("nan")
     with pytest.raises(DataError, match=r"training loss of epoch 0 is nan.*Fillna"):
-        model_of().fit(broken)
+        make_model().fit(dataset_with_nan)
 
 
-def test_another_number_of_features_is_an_error(fitted: LightningModel) -> None:
-    other = ToyDataset()
-    columns = other.view.groups["feature"]
-    other.view = other.view.with_group("feature", columns.keep(columns.names[:2]))
-    with pytest.raises(DataError, match="2 features, the model learnt from 4"):
-        fitted.predict(other)
+def test_another_number_of_features_raises(short_model: LightningModel) -> None:
+    smaller_dataset = ToyDataset()
+    columns = smaller_dataset.view.groups["feature"]
+    smaller_dataset.view = smaller_dataset.view.with_group(
+        "feature", columns.keep(columns.names[:2])
+    )
+    with pytest.raises(DataError, match="2 features, but the model was trained on 4"):
+        short_model.predict(smaller_dataset)

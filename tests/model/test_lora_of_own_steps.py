@@ -1,4 +1,4 @@
-"""LoRA where the training step calls more of the network than `forward`."""
+"""LoRA fine-tuning of networks whose training step calls more than `forward`."""
 
 from __future__ import annotations
 
@@ -7,119 +7,125 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_own_steps import LABELS, STEPS, own
-from test_training import same, state_of
+from test_own_steps import METHODS, NUM_LABELS, make_method_model
+from test_training import model_weights, same_weights
 from toy_training import ToyDataset
 
-from qtorch.model.error_memory import recalling
+from qtorch.model.error_memory import with_error_memory
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.scoring import score_series
 from qtorch.nn import TRA
-from qtorch.nn.lora import LoRA, acting
+from qtorch.nn.lora import LoRA, use_effective_weights
 from qtorch.nn.recurrent import GRULayers
 
 RANK = 2
-PICKED = {**STEPS["TabNet"], "module": {"pretrain_epochs": 1, "lambda_sparse": 0.1}}
-OWN = {**STEPS, "TabNet": PICKED}
+TABNET_METHOD = {**METHODS["TabNet"], "module": {"pretrain_epochs": 1, "lambda_sparse": 0.1}}
+LORA_METHODS = {**METHODS, "TabNet": TABNET_METHOD}
 
 
-def fitted(name: str, **changes) -> tuple[LightningModel, ToyDataset]:
-    data = ToyDataset(40, 16, num_labels=LABELS.get(name, 1))
-    model = own(name, trainer={"max_epochs": 1}, **{**OWN[name], **changes})
+def fit_small_model(name: str, **changes) -> tuple[LightningModel, ToyDataset]:
+    data = ToyDataset(40, 16, num_labels=NUM_LABELS.get(name, 1))
+    model = make_method_model(name, trainer={"max_epochs": 1}, **{**LORA_METHODS[name], **changes})
     model.fit(data)
     return model, data
 
 
-class Kept(pl.Callback):
-    """The network of LoRA as the training leaves it."""
+class NetworkRecorder(pl.Callback):
+    """Keep a copy of the LoRA network at the end of training."""
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.lora = copy.deepcopy(pl_module.network)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_merged_weights_score_as_the_products_did(name: str) -> None:
-    model, data = fitted(name)
-    before, kept = state_of(copy.deepcopy(model)), Kept()
-    model.callbacks = [kept]
+@pytest.mark.parametrize("name", LORA_METHODS)
+def test_merged_weights_give_the_scores_of_the_lora_network(name: str) -> None:
+    model, data = fit_small_model(name)
+    old_weights, recorder = model_weights(copy.deepcopy(model)), NetworkRecorder()
+    model.callbacks = [recorder]
     model.finetune(data, lora={"rank": RANK}, max_epochs=1)
     network = model.network_
-    assert isinstance(kept.lora, LoRA)
-    assert type(network) is type(kept.lora.network)
-    samples = model.learnt_.matched(data.samples("test"))
+    assert isinstance(recorder.lora, LoRA)
+    assert type(network) is type(recorder.lora.network)
+    samples = model.input_schema_.match_features(data.samples("test"))
     if isinstance(network, TRA):
-        samples = recalling(network, samples, lambda dates: model._past(data, dates))
+        samples = with_error_memory(
+            network, samples, lambda dates: model._load_past_samples(data, dates)
+        )
     scores = [
         score_series(n.eval(), samples, device=torch.device("cpu"), batch_size=64)
-        for n in (kept.lora, network)
+        for n in (recorder.lora, network)
     ]
     torch.testing.assert_close(*(torch.tensor(s.to_numpy()) for s in scores), rtol=1e-4, atol=1e-5)
-    # What LoRA adapts has moved by products of its rank, and nothing else beside the head.
-    after, whole = state_of(model), {n for n, p in network.named_parameters()}
-    adapted = {n.replace("/", ".") for n in kept.lora.low}
-    learnt = {n for n, p in kept.lora.network.named_parameters() if p.requires_grad}
-    assert adapted
-    for tensor in whole - learnt - adapted:
-        assert torch.equal(before[tensor], after[tensor]), tensor
-    for tensor in adapted - learnt:
-        assert 0 < torch.linalg.matrix_rank(after[tensor] - before[tensor], tol=1e-5) <= RANK
-    again = LightningModel.from_state(model.to_state())
-    assert again.predict(data).equals(model.predict(data))
+    # Adapted weights have changed by a matrix of LoRA's rank; otherwise only the head has changed.
+    new_weights, all_names = model_weights(model), {n for n, p in network.named_parameters()}
+    adapted_names = {n.replace("/", ".") for n in recorder.lora.low}
+    trained_names = {n for n, p in recorder.lora.network.named_parameters() if p.requires_grad}
+    assert adapted_names
+    for tensor in all_names - trained_names - adapted_names:
+        assert torch.equal(old_weights[tensor], new_weights[tensor]), tensor
+    for tensor in adapted_names - trained_names:
+        assert (
+            0
+            < torch.linalg.matrix_rank(new_weights[tensor] - old_weights[tensor], tol=1e-5)
+            <= RANK
+        )
+    loaded_model = LightningModel.from_state(model.to_state())
+    assert loaded_model.predict(data).equals(model.predict(data))
 
 
-class Sums(pl.Callback):
-    """What a batch is learnt by with products beside the weights, and with them merged in."""
+class LossRecorder(pl.Callback):
+    """Compute a batch's loss with separate low-rank products, and with the products merged in."""
 
     def __init__(self, data: ToyDataset) -> None:
         self.samples = data.samples("train", data_key="learn")
-        self.found: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []
 
-    def sums(self, module) -> torch.Tensor:
-        # A bank, a memory of errors is written anew with the weights that act.
+    def compute_loss(self, module) -> torch.Tensor:
+        # Bank (IGMTF) and error memory (TRA) are recomputed with the effective weights.
         module.on_train_epoch_start()
-        by_day = module.network.cross_section
+        uses_days = module.network.cross_section
         batch = (
             self.samples.day_batch(torch.arange(3))
-            if by_day
+            if uses_days
             else self.samples.batch(torch.arange(0, len(self.samples), 5))
         )
         torch.manual_seed(0)
-        total, share = module.training_sums(batch)
-        return total / share
+        total, weight = module.training_sums(batch)
+        return total / weight
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if self.found:
+        if self.losses:
             return
         lora = pl_module.network
         torch.manual_seed(1)
         for product in lora.high.values():
             product.data.normal_(std=0.3)
-        plain = self.sums(pl_module)
-        plain.backward()
-        grown = {n for n, p in lora.named_parameters() if p.grad is not None}
-        assert {n for n, p in lora.named_parameters() if p.requires_grad} >= grown
+        loss = self.compute_loss(pl_module)
+        loss.backward()
+        names_with_gradients = {n for n, p in lora.named_parameters() if p.grad is not None}
+        assert {n for n, p in lora.named_parameters() if p.requires_grad} >= names_with_gradients
         assert any(p.grad is not None and p.grad.any() for p in lora.low.values())
         pl_module.zero_grad()
-        wanted = {n for n, p in lora.named_parameters() if p.requires_grad}
-        self.found = [plain.detach()]
+        trainable_names = {n for n, p in lora.named_parameters() if p.requires_grad}
+        self.losses = [loss.detach()]
         lora.merge()
-        self.found.append(self.sums(pl_module).detach())
+        self.losses.append(self.compute_loss(pl_module).detach())
         for n, p in lora.named_parameters():
-            p.requires_grad_(n in wanted)
+            p.requires_grad_(n in trainable_names)
 
 
-# TCTS calls nothing but forward, and looks for other slopes where other weights learn.
-@pytest.mark.parametrize("name", [n for n in OWN if n != "TCTS"])
-def test_the_step_learns_by_the_adapted_weights(name: str) -> None:
-    model, data = fitted(name)
-    sums = Sums(data)
-    model.callbacks = [sums]
+# TCTS only calls forward, and its slopes depend on which weights are trainable.
+@pytest.mark.parametrize("name", [n for n in LORA_METHODS if n != "TCTS"])
+def test_training_step_uses_the_adapted_weights(name: str) -> None:
+    model, data = fit_small_model(name)
+    recorder = LossRecorder(data)
+    model.callbacks = [recorder]
     model.finetune(data, lora={"rank": RANK}, max_epochs=1)
-    torch.testing.assert_close(*sums.found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*recorder.losses, rtol=1e-4, atol=1e-5)
 
 
-def test_the_networks_own_weights_are_back_whatever_happens() -> None:
-    class Two(torch.nn.Module):
+def test_original_weights_are_restored_after_an_exception() -> None:
+    class SmallNetwork(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.rnn, self.head = GRULayers(3, 4), torch.nn.Linear(4, 1)
@@ -128,16 +134,16 @@ def test_the_networks_own_weights_are_back_whatever_happens() -> None:
             return self.head(self.rnn(x)[0][:, -1])
 
     torch.manual_seed(0)
-    network, x = Two(), torch.randn(5, 2, 3)
-    before, lora = copy.deepcopy(network.state_dict()), LoRA(network, rank=1)
+    network, x = SmallNetwork(), torch.randn(5, 2, 3)
+    old_weights, lora = copy.deepcopy(network.state_dict()), LoRA(network, rank=1)
     for product in lora.high.values():
         product.data.normal_()
     expected = lora(x)
-    with acting(lora) as inner:
+    with use_effective_weights(lora) as inner:
         torch.testing.assert_close(inner(x), expected)
-        torch.testing.assert_close(lora(x), expected)  # adapted once, not twice
-    with pytest.raises(ZeroDivisionError), acting(lora):
+        torch.testing.assert_close(lora(x), expected)  # the products are added once, not twice
+    with pytest.raises(ZeroDivisionError), use_effective_weights(lora):
         raise ZeroDivisionError
-    assert same(network.state_dict(), before)
+    assert same_weights(network.state_dict(), old_weights)
     assert all(isinstance(p, torch.nn.Parameter) for p in network._parameters.values())
     torch.testing.assert_close(lora(x), expected)

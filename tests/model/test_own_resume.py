@@ -1,4 +1,4 @@
-"""A user's LightningModule that was stopped and resumed is the training that never was."""
+"""A user's LightningModule that is stopped and resumed ends like an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.batches import BatchLoader
 from qtorch.model.interruption import TrainingInterrupted
-from qtorch.model.keeper import Keeper
+from qtorch.model.keeper import CheckpointCallback
 
-OWN = {
-    "network": {"_target_": "user_networks.Talkative"},
+USER_MODEL = {
+    "network": {"_target_": "user_networks.LoggingModule"},
     "monitor": "own_valid_loss",
     "early_stop": None,
     "scheduler": None,
@@ -25,82 +25,85 @@ OWN = {
 
 
 class _Stop(Exception):
-    """Ends a training as a kill would: nothing comes after it."""
+    """Ends a training as a kill would: nothing runs after it."""
 
 
 def _fit(folder: Path, **changes):
     recorder = ToyRecorder(folder)
     folder.mkdir(exist_ok=True)
-    model = resumable_model(**{**OWN, **changes})
+    model = resumable_model(**{**USER_MODEL, **changes})
     model.fit(ToyDataset(), recorder=recorder)
     return model, recorder.history()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
+def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     return _fit(tmp_path_factory.mktemp("own"))
 
 
-def _same(resumed, whole) -> None:
-    (model, history), (other, expected) = resumed, whole
-    first, second = model.network_.state_dict(), other.network_.state_dict()
+def _assert_same(resumed_fit, reference_fit) -> None:
+    (model, history), (expected_model, expected_history) = resumed_fit, reference_fit
+    first, second = model.network_.state_dict(), expected_model.network_.state_dict()
     assert all(torch.equal(first[k], second[k]) for k in second)
-    assert history == expected
-    assert model.evals_result_ == other.evals_result_
+    assert history == expected_history
+    assert model.evals_result_ == expected_model.evals_result_
     assert model.fit_report_["resumed_from"] is not None
 
 
-def _ended(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, at: str, **changes) -> None:
-    """A training that is killed before a batch ("epoch:batch"), or told to stop in it."""
-    whole = BatchLoader.batches
+def _interrupt_fit(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, position: str, **changes
+) -> None:
+    """Run a training that is killed before a batch ("epoch:batch"), or gets a signal there."""
+    original_batches = BatchLoader.batches
 
-    def ending(self, epoch: int, start_step: int = 0):
-        for k, batch in enumerate(whole(self, epoch, start_step), start_step):
-            if self.order == "random" and f"{epoch}:{k}" == at:
+    def interrupting_batches(self, epoch: int, start_step: int = 0):
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
+            if self.order == "random" and f"{epoch}:{step}" == position:
                 if kind == "killed":
                     raise _Stop
                 os.kill(os.getpid(), signal.SIGINT)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchLoader, "batches", ending)
+        patch.setattr(BatchLoader, "batches", interrupting_batches)
         with pytest.raises(_Stop if kind == "killed" else TrainingInterrupted):
             _fit(folder, **changes)
 
 
 @pytest.mark.parametrize(
-    "how", ["killed at 0:6", "killed at 1:0", "killed at 1:13", "stopped at 1:6", "stopped at 0:19"]
+    "interruption",
+    ["killed at 0:6", "killed at 1:0", "killed at 1:13", "stopped at 1:6", "stopped at 0:19"],
 )
-def test_stopped_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted, how: str
+def test_interrupted_training_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit, interruption: str
 ) -> None:
-    """A checkpoint after each fourth of 20 batches; a stop in order writes one of its own."""
-    _ended(monkeypatch, tmp_path / "run", *how.split(" at "))
-    _same(_fit(tmp_path / "run"), uninterrupted)
+    """Checkpoints come after every fourth of 20 batches; an orderly stop writes another one."""
+    _interrupt_fit(monkeypatch, tmp_path / "run", *interruption.split(" at "))
+    _assert_same(_fit(tmp_path / "run"), reference_fit)
 
 
-def test_a_stop_before_a_validation_in_mid_epoch_waits_for_it(
+def test_stop_waits_for_a_validation_in_the_middle_of_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"trainer": {**OWN["trainer"], "val_check_interval": 4, "max_epochs": 1}}
-    _ended(monkeypatch, tmp_path / "run", "stopped", "0:11", **changes)
-    _same(_fit(tmp_path / "run", **changes), _fit(tmp_path / "whole", **changes))
+    changes = {"trainer": {**USER_MODEL["trainer"], "val_check_interval": 4, "max_epochs": 1}}
+    _interrupt_fit(monkeypatch, tmp_path / "run", "stopped", "0:11", **changes)
+    _assert_same(_fit(tmp_path / "run", **changes), _fit(tmp_path / "whole", **changes))
 
 
-def test_what_the_last_epoch_had_not_yet_logged_is_sent_without_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted
+def test_metrics_of_the_last_epoch_are_sent_on_resume_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit
 ) -> None:
-    """Lightning logs an epoch's means behind its checkpoint."""
-    whole = Keeper.on_train_epoch_end
+    """Lightning logs the means of an epoch after its checkpoint is written."""
+    original_hook = CheckpointCallback.on_train_epoch_end
 
-    def ending(self, trainer, module):
-        whole(self, trainer, module)
+    def failing_hook(self, trainer, module):
+        original_hook(self, trainer, module)
         if trainer.current_epoch == 2:
             raise _Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "on_train_epoch_end", ending)
+        patch.setattr(CheckpointCallback, "on_train_epoch_end", failing_hook)
         with pytest.raises(_Stop):
             _fit(tmp_path / "run")
-    _same(_fit(tmp_path / "run"), uninterrupted)
+    _assert_same(_fit(tmp_path / "run"), reference_fit)

@@ -1,4 +1,4 @@
-"""A search's pruner stops a training in order; a database that is gone stops nothing."""
+"""A search's pruner stops a training in an orderly way; an unreachable database stops nothing."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from qtorch.model import pruning
 from qtorch.model.lightning_model import LightningModel
 from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
 
-NAMED = {"study": "s", "id": 1, "number": 0, "storage": None, "pruner": "median"}
+TRIAL = {"study": "s", "id": 1, "number": 0, "storage": None, "pruner": "median"}
 
 
-class Judge:
-    """A trial that is to stop at one epoch; keeps what it was told."""
+class FakeTrial:
+    """A trial that should stop at one epoch; it records what was reported to it."""
 
-    pruner = "Judge"
+    pruner = "FakeTrial"
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.told = at, []
+    def __init__(self, stop_epoch: int | None) -> None:
+        self.stop_epoch, self.reports = stop_epoch, []
 
     def should_stop(self, step: int, value: float) -> bool:
-        self.told.append((step, value))
-        if self.at is None:
+        self.reports.append((step, value))
+        if self.stop_epoch is None:
             raise ConnectionError("gone")
-        return step == self.at
+        return step == self.stop_epoch
 
 
 @pytest.fixture
-def fitted(dataset, recorder: ToyRecorder, monkeypatch):
+def fit_with_trial(dataset, recorder: ToyRecorder, monkeypatch):
     tags: dict[str, str] = {}
-    recorder.set_tags = lambda **given: tags.update(given)  # type: ignore[attr-defined]
+    recorder.set_tags = lambda **new_tags: tags.update(new_tags)  # type: ignore[attr-defined]
 
     def fit(
-        judge: Judge, report: str = "valid/rank_ic", **trainer: Any
+        trial: FakeTrial, report: str = "valid/rank_ic", **trainer: Any
     ) -> tuple[LightningModel, dict[str, str]]:
-        # `run` is the process's own: a rank's stands for this one's recorder.
+        # `run` is the process's own recorder: in a rank it stands in for the parent's.
         monkeypatch.setattr(
             "qtorch.model.training.pruning_callbacks",
-            lambda run: [pruning.Pruning(judge, report, run)],
+            lambda run: [pruning.PruningCallback(trial, report, run)],
         )
         model = LightningModel(
             {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
@@ -62,40 +62,40 @@ def fitted(dataset, recorder: ToyRecorder, monkeypatch):
     return fit
 
 
-def test_a_pruned_training_ends_as_any_other(fitted):
-    judge = Judge(at=1)
-    model, tags = fitted(judge)
+def test_pruned_training_ends_like_any_other(fit_with_trial):
+    trial = FakeTrial(stop_epoch=1)
+    model, tags = fit_with_trial(trial)
     values = model.evals_result_["valid"]["rank_ic"]
-    assert [step for step, _ in judge.told] == [0, 1]
-    assert [value for _, value in judge.told] == pytest.approx(values)
+    assert [step for step, _ in trial.reports] == [0, 1]
+    assert [value for _, value in trial.reports] == pytest.approx(values)
     assert model.fit_report_["epochs"] == 2
     assert model.fit_report_["best_value"] == max(values)
     assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
 
 
 @pytest.mark.slow
-def test_on_several_devices_all_stop_together(fitted, forked):
-    model, tags = fitted(Judge(at=1), **DDP)
-    assert len(forked) == 2
+def test_pruning_stops_all_devices_together(fit_with_trial, rank_processes):
+    model, tags = fit_with_trial(FakeTrial(stop_epoch=1), **DDP)
+    assert len(rank_processes) == 2
     assert model.fit_report_["epochs"] == 2
     assert model.fit_report_["best_value"] == max(model.evals_result_["valid"]["rank_ic"])
     assert tags[PRUNED_TAG].startswith("after epoch 1 with valid/rank_ic")
 
 
-def test_a_trial_that_cannot_be_reached_stops_nothing(fitted, caplog):
-    model, tags = fitted(Judge(at=None))
+def test_unreachable_trial_stops_nothing(fit_with_trial, caplog):
+    model, tags = fit_with_trial(FakeTrial(stop_epoch=None))
     assert model.fit_report_["epochs"] == 4
     assert not tags
-    assert "could not be reported" in caplog.text
+    assert "could not report to the trial" in caplog.text
 
 
-def test_a_metric_that_there_is_not_is_told(fitted):
+def test_unknown_metric_to_report_suggests_the_nearest_name(fit_with_trial):
     with pytest.raises(ConfigError, match="Did you mean 'valid/rank_ic'"):
-        fitted(Judge(at=1), report="valid/rankic")
+        fit_with_trial(FakeTrial(stop_epoch=1), report="valid/rankic")
 
 
-def test_outside_of_a_search_there_is_nothing(monkeypatch):
+def test_no_callback_outside_of_a_search(monkeypatch):
     monkeypatch.delenv(TRIAL_VARIABLE, raising=False)
     assert pruning.pruning_callbacks(None) == []
-    monkeypatch.setenv(TRIAL_VARIABLE, json.dumps({**NAMED, "report": "x", "pruner": None}))
+    monkeypatch.setenv(TRIAL_VARIABLE, json.dumps({**TRIAL, "report": "x", "pruner": None}))
     assert pruning.pruning_callbacks(None) == []

@@ -1,15 +1,15 @@
-"""What TRA remembers, and that nothing it remembers was not known yet."""
+"""TRA's memory of past errors, which never uses errors that are not known yet."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_own_steps import STEPS, own
+from test_own_steps import METHODS, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import BatchLoader
-from qtorch.model.error_memory import ErrorMemory, recalling
+from qtorch.model.error_memory import ErrorMemory, with_error_memory
 from qtorch.nn.tra import TRA, minmax, sinkhorn
 
 LOOKBACK, HORIZON = 4, 2
@@ -21,56 +21,57 @@ def network() -> TRA:
     return TRA(d_feat=4, hidden_size=8, num_layers=1, lookback=LOOKBACK, label_horizon=HORIZON)
 
 
-def past(dataset: ToyDataset):
+def past_samples_loader(dataset: ToyDataset):
     return lambda dates: dataset.samples(dates, data_key="learn")
 
 
-def test_the_memory_holds_the_errors_of_days_whose_labels_are_known(
-    dataset: ToyDataset, network: TRA
-) -> None:
-    samples = recalling(network, dataset.samples("test"), past(dataset))
-    everything = dataset.samples(slice(None), data_key="learn")
-    place = {
+def test_memory_has_the_errors_of_days_with_known_labels(dataset: ToyDataset, network: TRA) -> None:
+    samples = with_error_memory(network, dataset.samples("test"), past_samples_loader(dataset))
+    all_samples = dataset.samples(slice(None), data_key="learn")
+    rows = {
         (d, i): k
         for k, (d, i) in enumerate(
-            zip(everything.date.tolist(), everything.instrument.tolist(), strict=True)
+            zip(all_samples.date.tolist(), all_samples.instrument.tolist(), strict=True)
         )
     }
     for number in (0, 40, len(samples) - 1):
-        date, who = int(samples.date[number]), int(samples.instrument[number])
-        found = samples.batch(torch.tensor([number])).extra["errors"][0]
-        assert found.shape == (LOOKBACK, 3)
+        date, instrument = int(samples.date[number]), int(samples.instrument[number])
+        errors = samples.batch(torch.tensor([number])).extra["errors"][0]
+        assert errors.shape == (LOOKBACK, 3)
         for step in range(LOOKBACK):
             day = date - HORIZON - LOOKBACK + 1 + step
             expected = torch.zeros(3)
-            if (day, who) in place:
-                batch = everything.batch(torch.tensor([place[day, who]]))
+            if (day, instrument) in rows:
+                batch = all_samples.batch(torch.tensor([rows[day, instrument]]))
                 with torch.no_grad():
-                    said = network.predicted(network.model(batch.x))[0, :, 0]
-                expected = minmax((said - batch.y[0, 0]).square())
-            torch.testing.assert_close(found[step], expected)
+                    prediction = network.predictions(network.model(batch.x))[0, :, 0]
+                expected = minmax((prediction - batch.y[0, 0]).square())
+            torch.testing.assert_close(errors[step], expected)
 
 
-def test_labels_that_are_not_known_yet_change_no_score(network: TRA) -> None:
+def test_unknown_labels_do_not_change_scores(network: TRA) -> None:
     first, second = ToyDataset(), ToyDataset()
-    model = own("TRA", trainer={"max_epochs": 1}, **STEPS["TRA"])
+    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
     model.fit(first)
     days = first.view.calendar
-    turn = days[50]
-    known = days.get_indexer([turn])[0] - HORIZON + 1
+    prediction_date = days[50]
+    first_unknown = days.get_indexer([prediction_date])[0] - HORIZON + 1
     label = second.view.groups["label"].column("LABEL")
-    label[known:] = -3 * label[known:]  # a view: from here on the labels are others
+    label[first_unknown:] = (
+        -3 * label[first_unknown:]
+    )  # a view: this changes the dataset's labels from here on
     before, after = (model.predict(d, slice(days[48], days[-1])) for d in (first, second))
     dates = before.index.get_level_values("datetime")
-    assert before[dates <= turn].equals(after[dates <= turn])
-    kept = [
-        recalling(network, d.samples("test"), past(d)).extras["errors"] for d in (first, second)
+    assert before[dates <= prediction_date].equals(after[dates <= prediction_date])
+    memories = [
+        with_error_memory(network, d.samples("test"), past_samples_loader(d)).extras["errors"]
+        for d in (first, second)
     ]
-    assert not torch.equal(kept[0].values, kept[1].values)
+    assert not torch.equal(memories[0].values, memories[1].values)
 
 
-def test_batches_do_not_matter_to_a_prediction(dataset: ToyDataset) -> None:
-    model = own("TRA", trainer={"max_epochs": 1}, **STEPS["TRA"])
+def test_predictions_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:
+    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
     model.fit(dataset)
     whole = model.predict(dataset)
     model.batch["eval_size"] = 7
@@ -79,26 +80,26 @@ def test_batches_do_not_matter_to_a_prediction(dataset: ToyDataset) -> None:
     )
 
 
-def test_while_the_transport_routes_the_router_learns_nothing(dataset: ToyDataset) -> None:
-    learnt = []
+def test_router_is_not_trained_while_the_transport_plan_routes(dataset: ToyDataset) -> None:
+    networks = []
     for pretrain in (1, 0):
-        model = own(
+        model = make_method_model(
             "TRA",
             trainer={"max_epochs": 1},
-            network=STEPS["TRA"]["network"],
+            network=METHODS["TRA"]["network"],
             module={"pretrain": pretrain, "rho": 0.5},
         )
         model.fit(dataset)
-        learnt.append(model.network_)
+        networks.append(model.network_)
     torch.manual_seed(3)
-    fresh = TRA(d_feat=4, hidden_size=8, num_layers=1, router_size=4)
-    assert torch.equal(learnt[0].fc.weight, fresh.fc.weight)
-    assert not torch.equal(learnt[0].predictors.weight, fresh.predictors.weight)
-    assert not torch.equal(learnt[1].fc.weight, fresh.fc.weight)
+    initial_network = TRA(d_feat=4, hidden_size=8, num_layers=1, router_size=4)
+    assert torch.equal(networks[0].fc.weight, initial_network.fc.weight)
+    assert not torch.equal(networks[0].predictors.weight, initial_network.predictors.weight)
+    assert not torch.equal(networks[1].fc.weight, initial_network.fc.weight)
 
 
-def test_the_valid_segment_is_scored_as_it_is_predicted(dataset: ToyDataset) -> None:
-    model = own("TRA", trainer={"max_epochs": 1}, **STEPS["TRA"])
+def test_valid_loss_matches_the_prediction(dataset: ToyDataset) -> None:
+    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
     model.fit(dataset)
     samples = dataset.samples("valid", data_key="learn")
     scores = torch.tensor(model.predict(dataset, "valid").values)
@@ -106,43 +107,43 @@ def test_the_valid_segment_is_scored_as_it_is_predicted(dataset: ToyDataset) -> 
     assert model.evals_result_["valid"]["loss"][0] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_day_batch_writes_its_own_samples_alone(dataset: ToyDataset, network: TRA) -> None:
+def test_day_batch_writes_no_padding_to_the_memory(dataset: ToyDataset, network: TRA) -> None:
     samples = dataset.samples("train", data_key="learn")
     memory = ErrorMemory(network, samples)
-    batch = next(BatchLoader(samples, order="day", days_per_batch=3).batches(0)).flat()
+    batch = next(BatchLoader(samples, order="day", days_per_batch=3).batches(0)).flatten()
     memory.write(batch.date, batch.instrument, torch.ones(len(batch.date), 3), batch.mask)
     assert int(memory.values[:-1].sum()) == 3 * int(batch.mask.sum())
     assert not memory.values[-1].any()
 
 
-def test_the_transport_shares_the_samples_out() -> None:
+def test_transport_plan_balances_the_predictors() -> None:
     cost = minmax(torch.rand(200, 3, generator=torch.Generator().manual_seed(0)))
-    there = torch.arange(200) != 7
-    plan = sinkhorn(cost, there, num_iters=50)
-    torch.testing.assert_close(plan.sum(1), there.float())
+    is_sample = torch.arange(200) != 7
+    plan = sinkhorn(cost, is_sample, num_iters=50)
+    torch.testing.assert_close(plan.sum(1), is_sample.float())
     torch.testing.assert_close(plan.sum(0), torch.full((3,), 199 / 3), rtol=1e-3, atol=0)
-    best = plan[there].argmax(1) == cost[there].argmin(1)
+    best = plan[is_sample].argmax(1) == cost[is_sample].argmin(1)
     assert best.float().mean() > 0.9
     assert torch.equal(minmax(torch.full((2, 3), 5.0)), torch.ones(2, 3))
 
 
-def test_a_horizon_that_is_too_short_is_refused(dataset: ToyDataset) -> None:
+def test_too_short_label_horizon_raises(dataset: ToyDataset) -> None:
     train = dataset.samples("train", data_key="learn")
     train.horizon = 3
 
-    class Farther(ToyDataset):
+    class LongHorizonDataset(ToyDataset):
         def samples(self, segment, **options):
-            found = super().samples(segment, **options)
-            found.horizon = 3
-            return found
+            segment_samples = super().samples(segment, **options)
+            segment_samples.horizon = 3
+            return segment_samples
 
     with pytest.raises(ConfigError, match="label_horizon of TRA is 2"):
-        own("TRA", network={"label_horizon": 2}).fit(Farther())
-    model = own("TRA", trainer={"max_epochs": 1}, **STEPS["TRA"])
-    model.fit(Farther())
+        make_method_model("TRA", network={"label_horizon": 2}).fit(LongHorizonDataset())
+    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
+    model.fit(LongHorizonDataset())
     assert model.network_.label_horizon == 3
-    live = TRA(d_feat=4, hidden_size=8, num_layers=1)
-    model = own("TRA")
-    model.network = live
+    live_network = TRA(d_feat=4, hidden_size=8, num_layers=1)
+    model = make_method_model("TRA")
+    model.network = live_network
     with pytest.raises(ConfigError, match="look 3 days ahead"):
-        model.fit(Farther())
+        model.fit(LongHorizonDataset())

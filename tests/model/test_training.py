@@ -1,4 +1,4 @@
-"""The numbers of a training: against a loop written by hand, whatever Lightning's steps hold."""
+"""The numbers of a training match a hand-written loop, for any number of batches per step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qtorch.nn import LSTM, MLP
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01}
 
 
-def model_of(network=None, **changes) -> LightningModel:
+def make_model(network=None, **changes) -> LightningModel:
     trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
     trainer |= changes.pop("trainer", {})
     arguments = {
@@ -35,19 +35,21 @@ def model_of(network=None, **changes) -> LightningModel:
     return LightningModel(**{**arguments, **changes}, trainer=trainer)
 
 
-def state_of(model: LightningModel) -> dict[str, torch.Tensor]:
+def model_weights(model: LightningModel) -> dict[str, torch.Tensor]:
     return model.network_.state_dict()
 
 
-def same(first: dict, second: dict) -> bool:
+def same_weights(first: dict, second: dict) -> bool:
     return all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.1)])
-def test_equal_to_a_loop_by_hand(dataset: ToyDataset, accumulate: int, clip: float | None) -> None:
+def test_training_matches_a_hand_written_loop(
+    dataset: ToyDataset, accumulate: int, clip: float | None
+) -> None:
     trainer = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    # "train/loss" goes down in both epochs, so that the best weights are the last ones.
-    model = model_of(trainer=trainer, monitor="train_loss")
+    # "train/loss" falls in both epochs, so that the best weights are the last ones.
+    model = make_model(trainer=trainer, monitor="train_loss")
     model.fit(dataset)
 
     samples = dataset.samples("train", data_key="learn")
@@ -70,14 +72,14 @@ def test_equal_to_a_loop_by_hand(dataset: ToyDataset, accumulate: int, clip: flo
                 optimizer.zero_grad()
         assert model.evals_result_["train"]["loss"][epoch] == pytest.approx(total / count, rel=1e-5)
     for key, value in network.state_dict().items():
-        torch.testing.assert_close(state_of(model)[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model_weights(model)[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_inner_steps_do_not_change_a_bit(dataset: ToyDataset, precision: str) -> None:
+def test_inner_steps_give_bit_identical_results(dataset: ToyDataset, precision: str) -> None:
     fits = []
     for inner_steps in (1, 3, "auto"):
-        model = model_of(
+        model = make_model(
             {"_target_": "qtorch.nn.GRU", "hidden_size": 8, "dropout": 0.3},
             scheduler={
                 "scheduler": {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9},
@@ -95,40 +97,40 @@ def test_inner_steps_do_not_change_a_bit(dataset: ToyDataset, precision: str) ->
         model.fit(dataset)
         fits.append(model)
     assert fits[2].fit_report_["inner_steps"] > 3
-    for other in fits[1:]:
-        assert same(state_of(fits[0]), state_of(other))
-        assert fits[0].evals_result_ == other.evals_result_
+    for fit in fits[1:]:
+        assert same_weights(model_weights(fits[0]), model_weights(fit))
+        assert fits[0].evals_result_ == fit.evals_result_
 
 
-class _Watcher(pl.Callback):
+class _BackwardCounter(pl.Callback):
     def __init__(self) -> None:
-        self.seen = 0
+        self.num_calls = 0
 
     def on_after_backward(self, trainer, pl_module) -> None:
-        self.seen += 1
+        self.num_calls += 1
         assert all(p.grad is not None for p in pl_module.parameters())
 
 
-def test_a_callback_between_backward_and_step_is_called_and_changes_nothing(
+def test_callback_between_backward_and_step_is_called_and_changes_nothing(
     dataset: ToyDataset,
 ) -> None:
-    watcher = _Watcher()
-    watched, bare = model_of(callbacks=[watcher]), model_of()
-    watched.fit(dataset)
-    bare.fit(dataset)
-    assert watched.fit_report_["inner_steps"] == 1
-    assert watcher.seen == 2 * 16
-    assert same(state_of(watched), state_of(bare))
-    again = model_of(callbacks=[watcher], inner_steps=5)
-    again.fit(dataset)
-    assert watcher.seen == 4 * 16
-    assert same(state_of(again), state_of(bare))
+    counter = _BackwardCounter()
+    model_with_callback, plain_model = make_model(callbacks=[counter]), make_model()
+    model_with_callback.fit(dataset)
+    plain_model.fit(dataset)
+    assert model_with_callback.fit_report_["inner_steps"] == 1
+    assert counter.num_calls == 2 * 16
+    assert same_weights(model_weights(model_with_callback), model_weights(plain_model))
+    larger_steps = make_model(callbacks=[counter], inner_steps=5)
+    larger_steps.fit(dataset)
+    assert counter.num_calls == 4 * 16
+    assert same_weights(model_weights(larger_steps), model_weights(plain_model))
 
 
-def test_validation_figures_are_those_of_the_scores(
+def test_validation_metrics_match_the_predicted_scores(
     dataset: ToyDataset, recorder: ToyRecorder
 ) -> None:
-    model = model_of(trainer={"max_epochs": 1})
+    model = make_model(trainer={"max_epochs": 1})
     model.fit(dataset, recorder=recorder)
     samples = dataset.samples("valid", data_key="learn")
     pred = model.predict(dataset, "valid").reindex(samples.index)
@@ -146,35 +148,35 @@ def test_validation_figures_are_those_of_the_scores(
     }
 
 
-class _FirstHalf(Reweighter):
+class _FirstHalfReweighter(Reweighter):
     def reweight(self, data: pd.DataFrame) -> pd.Series:
         weight = pd.Series(2.0, index=data.index)
         weight.iloc[len(data) // 2 :] = 0.0
         return weight
 
 
-def test_weights_decide_what_is_learnt_and_told(dataset: ToyDataset) -> None:
-    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
-    model = model_of(optimizer=still, trainer={"max_epochs": 1})
-    model.fit(dataset, _FirstHalf())
+def test_sample_weights_change_training_and_logged_loss(dataset: ToyDataset) -> None:
+    zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    model = make_model(optimizer=zero_rate, trainer={"max_epochs": 1})
+    model.fit(dataset, _FirstHalfReweighter())
     samples = dataset.samples("train", data_key="learn")
     pred = model.predict(dataset, "train").to_numpy()
     half = len(samples) // 2
     expected = ((pred - samples.target[:, 0].numpy())[:half] ** 2).mean()
-    # The running statistics of the batch normalisation have moved, the training's have not.
+    # Only approximate: training uses the batch's statistics, prediction the running ones.
     assert model.evals_result_["train"]["loss"][0] == pytest.approx(expected, rel=0.2)
-    learnt = model_of()
-    learnt.fit(dataset, _FirstHalf())
-    unweighted = model_of()
-    unweighted.fit(dataset)
-    assert not same(state_of(learnt), state_of(unweighted))
+    weighted_model = make_model()
+    weighted_model.fit(dataset, _FirstHalfReweighter())
+    unweighted_model = make_model()
+    unweighted_model.fit(dataset)
+    assert not same_weights(model_weights(weighted_model), model_weights(unweighted_model))
 
 
-def test_the_weighted_loss_of_an_epoch_is_exact(dataset: ToyDataset) -> None:
-    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
+def test_weighted_epoch_loss_is_exact(dataset: ToyDataset) -> None:
+    zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4, "num_layers": 1}
-    model = model_of(network, optimizer=still, trainer={"max_epochs": 1})
-    model.fit(dataset, _FirstHalf())
+    model = make_model(network, optimizer=zero_rate, trainer={"max_epochs": 1})
+    model.fit(dataset, _FirstHalfReweighter())
     samples = dataset.samples("train", data_key="learn")
     pred = model.predict(dataset, "train").to_numpy()
     half = len(samples) // 2
@@ -182,51 +184,51 @@ def test_the_weighted_loss_of_an_epoch_is_exact(dataset: ToyDataset) -> None:
     assert model.evals_result_["train"]["loss"][0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_step_is_a_pure_function_of_parameters_and_batch(dataset: ToyDataset) -> None:
+def test_loss_sums_are_a_pure_function_of_parameters_and_batch(dataset: ToyDataset) -> None:
     network = LSTM(d_feat=4, hidden_size=4)
     module = ScoreModule(network, MSE(), torch.optim.Adam)
     batch = dataset.samples("train", data_key="learn").batch(torch.arange(10))
-    total, share, _ = module.loss_sums(batch)
-    (total / share).backward()
+    total, weight, _ = module.loss_sums(batch)
+    (total / weight).backward()
     state = {k: v.detach().clone() for k, v in network.named_parameters()}
 
     def loss(state):
-        total, share, _ = module.loss_sums(batch, state)
-        return total / share
+        total, weight, _ = module.loss_sums(batch, state)
+        return total / weight
 
     gradients = torch.func.grad(loss)(state)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
-def test_the_best_epochs_weights_stay(dataset: ToyDataset) -> None:
-    growing = {"_target_": "torch.optim.SGD", "lr": 0.05}
-    worse = {
+def test_best_epoch_weights_are_kept(dataset: ToyDataset) -> None:
+    optimizer = {"_target_": "torch.optim.SGD", "lr": 0.05}
+    scheduler = {
         "_target_": "torch.optim.lr_scheduler.LambdaLR",
         "lr_lambda": lambda epoch: 1.0 if epoch == 0 else 40.0,
     }
-    model = model_of(optimizer=growing, scheduler=worse, trainer={"max_epochs": 3})
+    model = make_model(optimizer=optimizer, scheduler=scheduler, trainer={"max_epochs": 3})
     model.fit(dataset)
     losses = model.evals_result_["valid"]["loss"]
     assert min(losses) == losses[0]
-    first = model_of(optimizer=growing, trainer={"max_epochs": 1})
-    first.fit(dataset)
-    assert same(state_of(model), state_of(first))
+    one_epoch_model = make_model(optimizer=optimizer, trainer={"max_epochs": 1})
+    one_epoch_model.fit(dataset)
+    assert same_weights(model_weights(model), model_weights(one_epoch_model))
     assert model.fit_report_["best_epoch"] == 0
     assert model.fit_report_["best_value"] == losses[0]
 
 
-def test_early_stop_on_each_monitor(dataset: ToyDataset) -> None:
-    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
+def test_early_stop_with_each_monitor(dataset: ToyDataset) -> None:
+    zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4}
     for spec in (2, {"monitor": "ic", "patience": 2}, {"monitor": "rank_ic", "patience": 2}):
-        model = model_of(network, optimizer=still, early_stop=spec, trainer={"max_epochs": 9})
+        model = make_model(network, optimizer=zero_rate, early_stop=spec, trainer={"max_epochs": 9})
         model.fit(dataset)
         assert model.fit_report_["epochs"] == 3, spec
 
 
-def test_plateau_scheduler_gets_the_monitored_metric(dataset: ToyDataset) -> None:
-    model = model_of(
+def test_plateau_scheduler_receives_the_monitored_metric(dataset: ToyDataset) -> None:
+    model = make_model(
         {"_target_": "qtorch.nn.LSTM", "hidden_size": 4},
         optimizer={"_target_": "torch.optim.SGD", "lr": 1e-12},
         scheduler={
@@ -245,12 +247,12 @@ def test_plateau_scheduler_gets_the_monitored_metric(dataset: ToyDataset) -> Non
     assert model.evals_result_["train"]["lr"] == pytest.approx([1e-12, 1e-12, 5e-13], rel=1e-6)
 
 
-def test_lightnings_limits_count_batches(dataset: ToyDataset) -> None:
-    class Count(pl.Callback):
+def test_lightning_limits_count_batches(dataset: ToyDataset) -> None:
+    class StepCounter(pl.Callback):
         steps = 0
 
         def on_train_end(self, trainer, pl_module) -> None:
-            Count.steps = trainer.global_step
+            StepCounter.steps = trainer.global_step
 
     for trainer, expected in (
         ({"limit_train_batches": 5}, 10),
@@ -259,18 +261,18 @@ def test_lightnings_limits_count_batches(dataset: ToyDataset) -> None:
         ({"fast_dev_run": True}, 1),
         ({"val_check_interval": 0.5}, 32),
     ):
-        model_of(callbacks=[Count()], trainer=trainer).fit(dataset)
-        assert Count.steps == expected, trainer
+        make_model(callbacks=[StepCounter()], trainer=trainer).fit(dataset)
+        assert StepCounter.steps == expected, trainer
     with pytest.raises(ConfigError, match="inner_steps=1"):
-        model_of(inner_steps=4, trainer={"val_check_interval": 0.5}).fit(dataset)
+        make_model(inner_steps=4, trainer={"val_check_interval": 0.5}).fit(dataset)
 
 
-def test_day_batches_train_too(dataset: ToyDataset) -> None:
-    model = model_of(batch={"order": "day", "days_per_batch": 2}, trainer={"max_epochs": 3})
+def test_day_batches_train_without_padding_effects(dataset: ToyDataset) -> None:
+    model = make_model(batch={"order": "day", "days_per_batch": 2}, trainer={"max_epochs": 3})
     model.fit(dataset)
     losses = model.evals_result_["train"]["loss"]
     assert losses[-1] < losses[0]
-    # Padding is in no batch's loss: the figures are those of the samples alone.
+    # Padding does not count in any loss: the metrics are those of the samples alone.
     samples = dataset.samples("valid", data_key="learn")
     pred = model.predict(dataset, "valid").reindex(samples.index).to_numpy()
     best = model.fit_report_["best_epoch"]
@@ -278,50 +280,53 @@ def test_day_batches_train_too(dataset: ToyDataset) -> None:
     assert model.evals_result_["valid"]["loss"][best] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_seed_decides_everything_and_nothing_outside_is_touched(dataset: ToyDataset) -> None:
+def test_seed_determines_training_and_global_generators_are_restored(dataset: ToyDataset) -> None:
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4, "dropout": 0.5}
     torch.manual_seed(11)
-    before = torch.get_rng_state()
-    first = model_of(network)
+    rng_state = torch.get_rng_state()
+    first = make_model(network)
     first.fit(dataset)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), rng_state)
     torch.manual_seed(12)
-    second, third = model_of(network), model_of(network, seed=4)
+    second, third = make_model(network), make_model(network, seed=4)
     second.fit(dataset)
     third.fit(dataset)
-    assert same(state_of(first), state_of(second))
-    assert not same(state_of(first), state_of(third))
+    assert same_weights(model_weights(first), model_weights(second))
+    assert not same_weights(model_weights(first), model_weights(third))
 
 
-def test_any_callable_loss(dataset: ToyDataset) -> None:
-    theirs = model_of(loss=torch.nn.MSELoss())
-    ours = model_of()
-    theirs.fit(dataset)
-    ours.fit(dataset)
-    assert theirs.evals_result_["train"]["loss"] == pytest.approx(
-        ours.evals_result_["train"]["loss"], rel=1e-5
+def test_any_callable_works_as_loss(dataset: ToyDataset) -> None:
+    torch_loss_model = make_model(loss=torch.nn.MSELoss())
+    qtorch_loss_model = make_model()
+    torch_loss_model.fit(dataset)
+    qtorch_loss_model.fit(dataset)
+    assert torch_loss_model.evals_result_["train"]["loss"] == pytest.approx(
+        qtorch_loss_model.evals_result_["train"]["loss"], rel=1e-5
     )
     with pytest.raises(ConfigError, match="takes no weights"):
-        model_of(loss=torch.nn.MSELoss()).fit(dataset, _FirstHalf())
+        make_model(loss=torch.nn.MSELoss()).fit(dataset, _FirstHalfReweighter())
 
 
 @pytest.mark.slow
-def test_compile(dataset: ToyDataset) -> None:
+def test_compiled_network_trains_the_same(dataset: ToyDataset) -> None:
     network = {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0}
-    compiled, bare = model_of(network, compile={"backend": "eager"}), model_of(network)
-    compiled.fit(dataset)
-    bare.fit(dataset)
-    for key, value in state_of(bare).items():
-        torch.testing.assert_close(state_of(compiled)[key], value)
-    copy.deepcopy(compiled.network_)
+    compiled_model, plain_model = (
+        make_model(network, compile={"backend": "eager"}),
+        make_model(network),
+    )
+    compiled_model.fit(dataset)
+    plain_model.fit(dataset)
+    for key, value in model_weights(plain_model).items():
+        torch.testing.assert_close(model_weights(compiled_model)[key], value)
+    copy.deepcopy(compiled_model.network_)
 
 
-def test_without_a_valid_segment_the_last_weights_stay(dataset: ToyDataset) -> None:
-    lone = ToyDataset()
-    del lone.segments["valid"]
-    model = model_of()
-    model.fit(lone)
+def test_last_weights_are_kept_without_a_valid_segment(dataset: ToyDataset) -> None:
+    dataset_without_valid = ToyDataset()
+    del dataset_without_valid.segments["valid"]
+    model = make_model()
+    model.fit(dataset_without_valid)
     assert model.fit_report_["best_epoch"] is None
     assert "valid" not in model.evals_result_
     with pytest.raises(ConfigError, match="no segment 'valid'"):
-        model_of(early_stop=3).fit(lone)
+        make_model(early_stop=3).fit(dataset_without_valid)

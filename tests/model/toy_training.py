@@ -1,6 +1,6 @@
-"""A small market and a recorder in memory or in a file, for the tests of training.
+"""A small market and a recorder, in memory or in a file, for tests of training.
 
-Run as a script it trains in a process of its own, which a test may kill; see `main`.
+As a script it runs a training in a process of its own, which a test may kill; see `main`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ NUM_FEATURES = 4
 
 
 class ToyDataset:
-    """Features of noise; the label is a known mixture of the newest two days' features.
+    """Noise features, and a label that is a known mixture of the newest two days' features.
 
-    30 instruments, with holes; label "label" is the raw one over its standard deviation, so that
-    the two differ. Of `num_labels` the second is the signal without noise, the others oppose it.
+    30 instruments with missing rows. The label "label" is the raw label divided by its standard
+    deviation, so that the two differ. With several labels, the second is the signal without noise,
+    and the others are its negative.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class ToyDataset:
         days = pd.date_range("2020-01-01", periods=num_days, name="datetime")
         names = pd.Index([f"S{k:03d}" for k in range(num_instruments)], name="instrument")
         x = rng.normal(size=(num_days, num_instruments, NUM_FEATURES)).astype(np.float32)
-        before = np.concatenate([x[:1], x[:-1]])
-        signal = x[:, :, 0] - 0.5 * before[:, :, 1]
+        previous_x = np.concatenate([x[:1], x[:-1]])
+        signal = x[:, :, 0] - 0.5 * previous_x[:, :, 1]
         raw = 0.02 * (signal + rng.normal(size=signal.shape))
         labels = [raw / raw.std(), signal, *[-signal] * num_labels][:num_labels]
         values = np.concatenate([x, np.stack([raw, *labels], 2)], axis=2)
@@ -59,11 +60,11 @@ class ToyDataset:
         self.raw = PanelColumns(panel, ["RAW"])
         self.view = View(columns, rows, rows)
         self.step_len = step_len
-        cut = [int(num_days * share) for share in (0.6, 0.8)]
+        boundaries = [int(num_days * fraction) for fraction in (0.6, 0.8)]
         self.segments = {
-            "train": (days[0], days[cut[0] - 1]),
-            "valid": (days[cut[0]], days[cut[1] - 1]),
-            "test": (days[cut[1]], days[-1]),
+            "train": (days[0], days[boundaries[0] - 1]),
+            "valid": (days[boundaries[0]], days[boundaries[1] - 1]),
+            "test": (days[boundaries[1]], days[-1]),
         }
 
     def samples(
@@ -81,13 +82,13 @@ class ToyDataset:
 
 
 class ToyRecorder:
-    """Keeps what is logged, in memory and line by line in a file."""
+    """A recorder that keeps logged metrics in memory and as lines of a file."""
 
     id = "toy"
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.logged: list[tuple[str, int, float]] = []
+        self.points: list[tuple[str, int, float]] = []
 
     def checkpoint_dir(self) -> Path:
         return self.folder / "checkpoints"
@@ -95,11 +96,11 @@ class ToyRecorder:
     def log_batch(self, metrics: dict[str, float], step: int = 0) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
             for key, value in metrics.items():
-                self.logged.append((key, step, value))
+                self.points.append((key, step, value))
                 file.write(json.dumps([key, step, value]) + "\n")
 
     def history(self) -> dict[tuple[str, int], float]:
-        """What was logged, each key and step once; an unequal repetition is an error."""
+        """Return each logged (key, step) once; raise if it was logged with two different values."""
         out: dict[tuple[str, int], float] = {}
         for line in (self.folder / "metrics.jsonl").read_text().splitlines():
             key, step, value = json.loads(line)
@@ -110,7 +111,7 @@ class ToyRecorder:
 
 
 def resumable_model(**changes: Any) -> Any:
-    """A model whose training depends on everything that a checkpoint has to hold."""
+    """Return a model whose training depends on everything that a checkpoint must save."""
     from qtorch.model.lightning_model import LightningModel
 
     arguments: dict[str, Any] = {
@@ -140,23 +141,23 @@ def resumable_model(**changes: Any) -> Any:
     return LightningModel(**{**arguments, **changes})
 
 
-def main(folder: str, kill_at: str = "never", how: str = "SIGKILL") -> None:
-    """Train in `folder`; before batch `kill_at` ("epoch:step") this process gets a signal.
+def main(folder: str, kill_step: str = "never", signal_name: str = "SIGKILL") -> None:
+    """Train in `folder`; send this process a signal before batch `kill_step` ("epoch:step").
 
-    Writes the weights to `folder/weights.pt` if it comes to the end.
+    Writes the weights to `folder/weights.pt` if training finishes.
     """
     from qtorch.data.batches import BatchLoader
 
     torch.set_num_threads(1)
-    whole = BatchLoader.batches
+    original_batches = BatchLoader.batches
 
-    def dying(self: Any, epoch: int, start_step: int = 0) -> Any:
-        for step, batch in enumerate(whole(self, epoch, start_step), start_step):
-            if self.order == "random" and f"{epoch}:{step}" == kill_at:
-                os.kill(os.getpid(), getattr(signal, how))
+    def failing_batches(self: Any, epoch: int, start_step: int = 0) -> Any:
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
+            if self.order == "random" and f"{epoch}:{step}" == kill_step:
+                os.kill(os.getpid(), getattr(signal, signal_name))
             yield batch
 
-    BatchLoader.batches = dying  # type: ignore[method-assign]
+    BatchLoader.batches = failing_batches  # type: ignore[method-assign]
     model = resumable_model()
     model.fit(ToyDataset(), recorder=ToyRecorder(Path(folder)))
     torch.save(model.network_.state_dict(), Path(folder) / "weights.pt")

@@ -1,4 +1,6 @@
-"""What a user might bring: a plain torch module, a LightningModule that trains itself."""
+"""Networks as users may write them: a plain torch module, and LightningModules that train
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from qtorch.data.batches import Batch
 
 
 class LastStep(nn.Module):
-    """A linear model of the newest step; no class of qtorch's."""
+    """A linear model of the newest step, which is no qtorch class."""
 
     def __init__(self, d_feat: int, step_len: int = 0) -> None:
         super().__init__()
@@ -22,8 +24,10 @@ class LastStep(nn.Module):
         return self.linear(x[:, -1])
 
 
-class OwnModule(pl.LightningModule):
-    """Takes a Batch, logs what it likes, and gives scores in `predict_step`."""
+class UserModule(pl.LightningModule):
+    """A LightningModule that takes a Batch, logs its own metrics and returns scores in
+    `predict_step`.
+    """
 
     def __init__(self, d_feat: int, lr: float = 0.05, dropout: float = 0.2) -> None:
         super().__init__()
@@ -50,9 +54,10 @@ class OwnModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Talkative(OwnModule):
-    """Logs by every way that Lightning has: by step and epoch, reduced by mean, sum and max, from
-    the epoch's begin, and a torchmetrics metric, which has a state of its own."""
+class LoggingModule(UserModule):
+    """Log in every way that Lightning offers: by step and epoch, reduced by mean, sum and max, from
+    the start of the epoch, and with a torchmetrics metric, which has state.
+    """
 
     def __init__(self, d_feat: int, lr: float = 0.05) -> None:
         super().__init__(d_feat, lr)
@@ -74,8 +79,8 @@ class Talkative(OwnModule):
         return loss
 
 
-class Nonsense(nn.Module):
-    """Gives one number for a whole batch."""
+class OneScoreNetwork(nn.Module):
+    """A network that wrongly returns one number for a whole batch."""
 
     def __init__(self, d_feat: int) -> None:
         super().__init__()
