@@ -46,7 +46,7 @@ def benchmark_returns(
 
 
 def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
-    instruments = source.stored_instruments()
+    instruments = source.instrument_names()
     if isinstance(benchmark, str):
         if benchmark in instruments:
             return [benchmark]

@@ -15,7 +15,7 @@ from qtorch.backtest.quotes import CUMULATIVE, CURRENT, Bools, Floats, Quotes, V
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.session import session
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.provider import build_source, default_source
 from qtorch.data.source.base import Instruments, Source, frequency
 
@@ -31,7 +31,7 @@ ZERO_PRICE = 1e-8
 _CHANGE = "$close/Ref($close, 1)-1"
 
 
-@trusted_type
+@trust_subclasses
 class Exchange(Configured):
     """Deal prices, price limits, trade units and costs of a market; corresponds to Qlib's Exchange.
 

@@ -11,12 +11,12 @@ import numpy as np
 from qtorch.backtest.quotes import Bools, Floats
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 
 log = logging.getLogger(__name__)
 
 
-@trusted_type
+@trust_subclasses
 class EnhancedIndexingOptimizer(Configured):
     """Find long-only weights w that sum to 1 and maximise (w - b)'r - lamb * risk(w - b).
 

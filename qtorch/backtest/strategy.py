@@ -17,7 +17,7 @@ from qtorch.backtest.quotes import Bools, Floats
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StepContext:
         return total
 
 
-@trusted_type
+@trust_subclasses
 class Strategy(Configured, ABC):
     """Decides the orders of each bar. Subclasses implement `decide`.
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.core.heartbeat import RUN, listening
+from qtorch.core.heartbeat import RUN, listen
 from qtorch.core.session import init, session
-from qtorch.task.forked import TRAINING, Forks
+from qtorch.task.forked import TRAINING_MODULES, ForkServerClient
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import announce_run, error_summary, record_failure
@@ -40,7 +40,7 @@ class Isolation:
     """
 
     def __init__(self) -> None:
-        self._fork_server: Forks | None = None
+        self._fork_server: ForkServerClient | None = None
 
     def __enter__(self) -> Isolation:
         return self
@@ -64,7 +64,7 @@ class Isolation:
         """
         call = _pickle_call(function, first, experiment_name, options)
         if self._fork_server is None:
-            self._fork_server = Forks(*TRAINING)
+            self._fork_server = ForkServerClient(*TRAINING_MODULES)
         replies: dict[str, Any] = {}
         exit_status = self._fork_server.call(f"{__name__}.run_call", {"call": call}, replies.update)
         recorder = None
@@ -77,7 +77,7 @@ class Isolation:
             return recorder
         if "error" in replies:
             raise IsolatedError(replies["error"])
-        message = f"the task's process {exit_status.how} without returning a result."
+        message = f"the task's process {exit_status.description} without returning a result."
         if recorder is not None:
             fail_run(recorder, message)
         raise IsolatedError(message)
@@ -145,7 +145,7 @@ def report_started_runs(send_reply: SendReply) -> Iterator[None]:
         if stage == RUN:
             send_reply({RUN: details})
 
-    with listening(on_beat):
+    with listen(on_beat):
         yield
 
 

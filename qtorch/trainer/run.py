@@ -19,7 +19,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session_context
-from qtorch.core.trust import check_config
+from qtorch.core.trust import check_config_trust
 from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
@@ -248,7 +248,7 @@ def _execute(
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
         if is_stored:
-            check_config(task)
+            check_config_trust(task)
         beat("data")
         sources = collect_source_digests(task)
         model = _build(task["model"])

@@ -191,9 +191,9 @@ def score_only(network: Network, case: Case, qlib_state: State) -> Parts:
 
 def run_igmtf(network: Any, case: Case, qlib_state: State) -> Parts:
     """The score of IGMTF, after filling its bank with the windows of past days."""
-    network.reserve(len(BANK_DAYS), max(BANK_DAYS) + PADDING)
+    network.reset_bank(len(BANK_DAYS), max(BANK_DAYS) + PADDING)
     for k, window in enumerate(v for name, v in inputs(case).items() if name.startswith("bank")):
-        network.keep(k, *build_day_batch(torch.from_numpy(window)))
+        network.write_bank(k, *build_day_batch(torch.from_numpy(window)))
     return score_only(network, case, qlib_state)
 
 
@@ -208,7 +208,7 @@ def run_add(network: Any, case: Case, qlib_state: State) -> Parts:
     )
     x, mask = build_day_batch(torch.from_numpy(inputs(case)["x"]))
     outputs = disentangler(x, mask, network.encode(x), 1.0)
-    names = {"rebuilt": "reconstructed_feature"}
+    names = {"reconstruction": "reconstructed_feature"}
     parts = {names.get(name, name): value[mask] for name, value in outputs._asdict().items()}
     return score_only(network, case, qlib_state) | parts
 
@@ -242,7 +242,7 @@ def run_adarnn(network: Any, case: Case, qlib_state: State) -> Parts:
 def run_tra(network: Any, case: Case, qlib_state: State) -> Parts:
     """The score of TRA, the scores of all predictors, and the router's probabilities."""
     tensors = {name: torch.from_numpy(value) for name, value in inputs(case).items()}
-    predictor_scores, logits = network.patterns(tensors["x"], tensors["errors"])
+    predictor_scores, logits = network.predictions_and_logits(tensors["x"], tensors["errors"])
     return score_only(network, case, qlib_state) | {
         "each": predictor_scores,
         "share": logits.softmax(-1),
