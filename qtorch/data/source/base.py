@@ -1,4 +1,4 @@
-"""What every source of bars gives: calendars, universes, and panels of bars."""
+"""The interface of every source of bars: calendars, universes, and panels of bars."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from torch import Tensor
 from qtorch.core.configured import Configured
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
-from qtorch.data.expression.requirement import check_fields, fields_of, masked_of, reach
+from qtorch.data.expression.requirement import (
+    check_fields,
+    expression_fields,
+    mask_instruments,
+    reach,
+)
 from qtorch.data.infinite import check_bars
 from qtorch.data.panel import Panel, clip_spans, within_spans
 
@@ -25,75 +30,77 @@ Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
 Instruments: TypeAlias = str | Sequence[str] | Mapping[str, Spans]
 
-_ALIASES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
+_UNIT_NAMES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
 
 
 class Bars(NamedTuple):
-    """What `Source.read_bars` returns.
+    """The bars that `Source.read_bars` returns.
 
-    `values [F, D, N]` float32, NaN where there is no bar; `spans [N, 2]` int64 first and last
-    stored row of each instrument, both inclusive, counted from the first row that was asked for
-    and not cut to the rows asked for (`(0, -1)` where the instrument stores nothing).
+    `values [F, D, N]` are float32, NaN where there is no bar. `spans [N, 2]` int64 are the first
+    and last stored row of each instrument, both inclusive. They are relative to the first
+    requested row but not clipped to the requested rows; an instrument without any stored row has
+    `(0, -1)`.
     """
 
     values: Tensor
     spans: Tensor
 
 
-@trusted_type
+@trust_subclasses
 class Source(Configured, ABC):
-    """A place that bars come from; every dataset starts at one.
+    """Base class of the data sources that provide bars to every dataset.
 
-    A source of one's own implements the six `read_*`, `fields`, `universes` and `fingerprint`
-    methods; the rest follows. Field names stand without Qlib's `$`. The argument `instruments`
-    is everywhere the name of a universe, a list of instruments (each a member on all days), or
-    a mapping of instruments to membership spans. Dates are inclusive at both ends.
+    To write a new source, implement the six abstract methods: `read_calendar`,
+    `read_membership`, `read_bars`, `fields`, `universes` and `fingerprint`. Field names are
+    written without Qlib's `$`. The argument `instruments` is always the name of a universe, a
+    list of instruments (each a member on all days), or a mapping of instruments to membership
+    spans. Dates are inclusive at both ends.
     """
 
-    # -- what a source implements ----------------------------------------------------------------
+    # -- methods to implement --------------------------------------------------------------------
 
     @abstractmethod
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
-        """The whole calendar of a frequency, ascending, ns."""
+        """Return the whole calendar of a frequency, ascending, in nanosecond resolution."""
 
     @abstractmethod
     def read_membership(self, universe: str) -> Membership:
-        """The membership spans of a known universe; instruments in any order."""
+        """Return the membership spans of an existing universe; instruments in any order."""
 
     @abstractmethod
     def read_bars(
         self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
     ) -> Bars:
-        """The bars of the calendar rows `rows`; DataError for an unknown field."""
+        """Return the bars of the calendar rows `rows`; raise DataError for an unknown field."""
 
     @abstractmethod
     def fields(self, freq: str = "day") -> tuple[str, ...]:
-        """The fields stored for a frequency, without `$`."""
+        """Return the names of the fields stored for a frequency, without `$`."""
 
     @abstractmethod
     def universes(self) -> tuple[str, ...]:
-        """The names of the universes."""
+        """Return the names of the universes."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of the content (not of the place): equal data, equal fingerprint."""
+        """Return a hash of the data itself, not of its path: equal data has an equal hash."""
 
-    # -- what follows ----------------------------------------------------------------------------
+    # -- methods that every source inherits ------------------------------------------------------
 
-    def stored_instruments(self) -> frozenset[str]:
-        """Every instrument that may be named in a list."""
+    def instrument_names(self) -> frozenset[str]:
+        """Return all instruments of the source, which are those that a list may contain."""
         return frozenset(name for u in self.universes() for name in self.read_membership(u))
 
     def calendar(
         self, start_time: Any = None, end_time: Any = None, freq: str = "day"
     ) -> pd.DatetimeIndex:
-        """The trading days (or time stamps) of an inclusive date span; `D.calendar` in Qlib."""
+        """Return the trading days (or timestamps) of a date span; `D.calendar` in Qlib."""
         calendar = self.read_calendar(frequency(freq))
         return calendar[date_rows(calendar, start_time, end_time)]
 
     def instruments(self, universe: str = "all") -> Membership:
-        """Membership spans of a universe by instrument, sorted; `D.list_instruments` in Qlib."""
-        return dict(sorted(self.read_membership(self._universe(universe)).items()))
+        """Return `{instrument: membership spans}`, sorted; `D.list_instruments` in Qlib."""
+        return dict(sorted(self.read_membership(self._resolve_universe(universe)).items()))
 
     def load(
         self,
@@ -106,27 +113,30 @@ class Source(Configured, ABC):
         before: int | None = 0,
         after: int | None = 0,
     ) -> Panel:
-        """A panel of bars: all fields, or those named, of the members between two dates.
+        """Load a panel of bars: the fields (default: all) of the members between two dates.
 
-        `before` and `after` add that many calendar rows at the ends (None: all there are), for
-        windows that reach beyond the dates; the caller selects the dates again. An instrument is
-        in the panel if it is a member on some day between the dates. Its values are all that is
-        stored, on days outside its membership too; `mask` is membership and stored span, on all
-        rows of the panel.
+        `before` and `after` add that many calendar rows at the two ends (None: all rows), for
+        windows that reach beyond the dates; the caller then selects the dates again. An
+        instrument is in the panel if it is a member on at least one day between the dates. Its
+        values include all that is stored, also on days outside its membership. On every row of
+        the panel, `mask` is True if the instrument is a member and the row is in its stored span.
 
-        Raises DataError where dates, universe, instrument or field select nothing or are unknown,
-        and for infinite values where a handler loads that does not mend them (else a warning).
+        Raises DataError if the dates, universe, instruments or fields are unknown or select
+        nothing. Infinite values raise DataError while a handler without a processor for them
+        loads the bars, and otherwise cause a warning.
         """
         freq = frequency(freq)
         calendar = self.read_calendar(freq)
-        rows = _selected_rows(calendar, start_time, end_time)
+        rows = _select_rows(calendar, start_time, end_time)
         first = 0 if before is None else max(0, rows.start - before)
         last = len(calendar) if after is None else min(len(calendar), rows.stop + after)
-        membership = self._membership(instruments, calendar, rows)
-        wanted = tuple(self.fields(freq) if fields is None else (f.lstrip("$") for f in fields))
-        names = self._stored(sorted(membership), freq)
-        bars = self.read_bars(names, wanted, freq, slice(first, last))
-        check_bars(bars.values, wanted, calendar[first:last], names)
+        membership = self._select_members(instruments, calendar, rows)
+        field_names = tuple(
+            self.fields(freq) if fields is None else (f.lstrip("$") for f in fields)
+        )
+        names = self._drop_missing_instruments(sorted(membership), freq)
+        bars = self.read_bars(names, field_names, freq, slice(first, last))
+        check_bars(bars.values, field_names, calendar[first:last], names)
         spans = clip_spans(bars.spans, last - first)
         mask = within_spans(spans, last - first)
         mask &= _member_rows([membership[n] for n in names], calendar[first:last])
@@ -134,7 +144,7 @@ class Source(Configured, ABC):
             bars.values.permute(1, 2, 0),
             calendar[first:last],
             names,
-            wanted,
+            field_names,
             mask=mask,
             spans=spans,
         )
@@ -147,13 +157,13 @@ class Source(Configured, ABC):
         end_time: Any = None,
         freq: str = "day",
     ) -> pd.DataFrame:
-        """Expressions as a frame; `D.features` in Qlib.
+        """Evaluate expressions and return a DataFrame; `D.features` in Qlib.
 
-        Rows are `(instrument, datetime)` in Qlib's order, columns the expressions as given,
-        float32. Windows see all the history that they need before `start_time`.
+        The index is `(instrument, datetime)` in Qlib's order; the columns are the expressions as
+        written, float32. Rolling windows use all the history that they need before `start_time`.
         """
-        found = self.feature_panel(instruments, fields, start_time, end_time, freq)
-        return found.to_frame().swaplevel().sort_index()
+        panel = self.feature_panel(instruments, fields, start_time, end_time, freq)
+        return panel.to_frame().swaplevel().sort_index()
 
     def feature_panel(
         self,
@@ -163,89 +173,99 @@ class Source(Configured, ABC):
         end_time: Any = None,
         freq: str = "day",
     ) -> Panel:
-        """What `features` gives, as a panel of the dates asked for."""
+        """Return the result of `features` as a Panel of the requested dates."""
         if isinstance(fields, str) or not len(fields):
             raise DataError(
                 f"fields must be a list of expressions with at least one; got {fields!r}."
             )
         reaches = [reach(expression) for expression in fields]
         histories = [before for before, _ in reaches if before is not None]
-        wanted: dict[str, Any] = {
-            "fields": fields_of(fields),
+        load_arguments: dict[str, Any] = {
+            "fields": expression_fields(fields),
             "start_time": start_time,
             "end_time": end_time,
             "freq": freq,
             "before": max(histories) if len(histories) == len(reaches) else None,
             "after": max(after for _, after in reaches),
         }
-        bars = self.load_for(fields, instruments=instruments, **wanted)
-        others = self.masked(fields, **wanted)
-        found = evaluate(list(fields), bars, others=others)
-        return found.select(start=start_time, end=end_time)
+        bars = self.load_for_expressions(fields, instruments=instruments, **load_arguments)
+        mask_bars = self.load_mask_bars(fields, **load_arguments)
+        panel = evaluate(list(fields), bars, others=mask_bars)
+        return panel.select(start=start_time, end=end_time)
 
-    def load_for(self, expressions: Iterable[str], **wanted: Any) -> Panel:
-        """What `load(**wanted)` gives; where a field is missing, the error shows the expression
-        that reads it, which is what a user can look for."""
+    def load_for_expressions(self, expressions: Iterable[str], **load_arguments: Any) -> Panel:
+        """Return `load(**load_arguments)`; an error for a missing field names the expression.
+
+        A user wrote the expression, not the field list, so the error shows the expression that
+        reads the missing field.
+        """
         try:
-            return self.load(**wanted)
+            return self.load(**load_arguments)
         except DataError:
-            check_fields(expressions, self.fields(wanted["freq"]))
+            check_fields(expressions, self.fields(load_arguments["freq"]))
             raise
 
-    def masked(self, expressions: Iterable[str], **wanted: Any) -> Panel | None:
-        """The bars of the instruments that `Mask` names in the expressions, whatever the
-        universe; `wanted` are `load`'s other arguments. None where none is known."""
-        known = {name.lower(): name for name in self.stored_instruments()}
-        names = {known[n.lower()] for n in masked_of(expressions) if n.lower() in known}
-        return self.load(instruments=sorted(names), **wanted) if names else None
+    def load_mask_bars(self, expressions: Iterable[str], **load_arguments: Any) -> Panel | None:
+        """Load the bars of the instruments that `Mask` names in the expressions.
+
+        They are loaded independently of the universe; `load_arguments` are the other arguments
+        of `load`. Return None if the source has none of these instruments.
+        """
+        stored_names = {name.lower(): name for name in self.instrument_names()}
+        names = {
+            stored_names[n.lower()]
+            for n in mask_instruments(expressions)
+            if n.lower() in stored_names
+        }
+        return self.load(instruments=sorted(names), **load_arguments) if names else None
 
     # -- selection -------------------------------------------------------------------------------
 
-    def _universe(self, name: str) -> str:
-        """The stored name of a universe (Qlib's file names are lower case)."""
-        known = self.universes()
-        if name in known:
+    def _resolve_universe(self, name: str) -> str:
+        """Return the stored name of a universe; Qlib's file names are lower case."""
+        stored_names = self.universes()
+        if name in stored_names:
             return name
-        if name.lower() in known:
+        if name.lower() in stored_names:
             return name.lower()
-        raise DataError(unknown_name("universe", name, known))
+        raise DataError(unknown_name("universe", name, stored_names))
 
-    def _stored(self, names: list[str], freq: str) -> list[str]:
-        """The names that have bars; a source may leave out, with a warning, those that have not."""
+    def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
+        """Return the names that have bars; a source may drop others with a warning."""
         return names
 
-    def _membership(
+    def _select_members(
         self, instruments: Instruments, calendar: pd.DatetimeIndex, rows: slice
     ) -> Membership:
-        """The spans of the instruments that are members on some day of the rows."""
+        """Return the spans of the instruments that are members on at least one of the rows."""
         start, end = calendar[rows.start], calendar[rows.stop - 1]
         if isinstance(instruments, str):
-            found = self.read_membership(self._universe(instruments))
-            what = f"universe {instruments!r}"
+            membership = self.read_membership(self._resolve_universe(instruments))
+            source_text = f"universe {instruments!r}"
         else:
-            found = self._listed(instruments)
-            what = f"the list of {len(found)} instruments"
-        inside = {
+            membership = self._parse_instruments(instruments)
+            source_text = f"the list of {len(membership)} instruments"
+        members = {
             name: spans
-            for name, spans in found.items()
+            for name, spans in membership.items()
             if any(first <= end and last >= start.normalize() for first, last in spans)
         }
-        if not inside:
+        if not members:
             raise DataError(
-                f"{what} has no member between {start:%Y-%m-%d} and {end:%Y-%m-%d}; "
+                f"{source_text} has no member between {start:%Y-%m-%d} and {end:%Y-%m-%d}; "
                 "choose other dates or another universe."
             )
-        return inside
+        return members
 
-    def _listed(self, instruments: Sequence[str] | Mapping[str, Spans]) -> Membership:
-        """A list or mapping of instruments as spans; each name must be known."""
+    def _parse_instruments(self, instruments: Sequence[str] | Mapping[str, Spans]) -> Membership:
+        """Convert a list or mapping of instruments to spans; DataError for an unknown name."""
         if not isinstance(instruments, Mapping):
             always = (pd.Timestamp.min, pd.Timestamp.max)
             instruments = {str(name): [always] for name in instruments}
-        known = self.stored_instruments()
+        stored_names = self.instrument_names()
         for name in instruments:
-            if name not in known:
-                raise DataError(unknown_name("instrument", name, known))
+            if name not in stored_names:
+                raise DataError(unknown_name("instrument", name, stored_names))
         return {
             str(name): [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in spans]
             for name, spans in instruments.items()
@@ -253,39 +273,39 @@ class Source(Configured, ABC):
 
 
 def frequency(freq: str) -> str:
-    """The name of a frequency as Qlib's files carry it: `day`, `1min`, `5min`, ..."""
+    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `5min`, ..."""
     match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
     if match is None:
         raise DataError(f"{freq!r} is not a frequency; expected e.g. 'day', '1min', '30min'.")
     count, unit = match.group(1), match.group(2)
     if unit in ("min", "minute"):
         return f"{int(count or 1)}min"
-    unit = _ALIASES.get(unit, unit)
+    unit = _UNIT_NAMES.get(unit, unit)
     return unit if count in ("", "1") else f"{count}{unit}"
 
 
-def whole_days(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    """The last instants that the ends of spans mean: a bare date holds its whole day."""
+def extend_to_day_end(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    """Return the last instant of each span end: a date without a time includes its whole day."""
     bare = (ends == ends.normalize()) & (ends < pd.Timestamp.max.normalize())
     return pd.DatetimeIndex(ends.asi8 + np.where(bare, 86_400 * 10**9 - 1, 0))
 
 
-def _selected_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
-    """The rows of the dates, or an error that says what the calendar holds."""
+def _select_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
+    """Return the rows of the dates; raise DataError with the calendar's range if there are none."""
     rows = date_rows(calendar, start, end)
     if rows.start < rows.stop:
         return rows
-    held = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
-    raise DataError(f"no trading day between {start} and {end}; the calendar holds {held}.")
+    date_range = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
+    raise DataError(f"no trading day between {start} and {end}; the calendar has {date_range}.")
 
 
 def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:
-    """`[D, N]` bool: the days on which each instrument is a member."""
+    """Return `[D, N]` bool: the days on which each instrument is a member."""
     columns = np.repeat(np.arange(len(spans)), [len(s) for s in spans])
     flat = [edge for instrument in spans for span in instrument for edge in span]
     edges = pd.DatetimeIndex(flat).as_unit("ns")
     starts = calendar.searchsorted(edges[::2], side="left")
-    stops = calendar.searchsorted(whole_days(edges[1::2]), side="right")
+    stops = calendar.searchsorted(extend_to_day_end(edges[1::2]), side="right")
     change = np.zeros((len(calendar) + 1, len(spans)), dtype=np.int16)
     np.add.at(change, (starts, columns), 1)
     np.add.at(change, (np.maximum(starts, stops), columns), -1)

@@ -1,4 +1,4 @@
-"""Sources that hold their bars in memory: a user's own DataFrame or Panel."""
+"""Sources that hold their bars in memory, such as a DataFrame or a Panel."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
 
 
 class PanelSource(Source):
-    """Base of sources of one frequency whose bars fit in memory.
+    """Base class of sources that have one frequency and whose bars fit in memory.
 
-    A subclass implements `panel()` (kept by it, read only) and, for universes beside `all`,
-    `memberships()`; `freq` is its frequency.
+    A subclass implements `panel()`, which should cache its result (it is read only), and
+    overrides `memberships()` if it has universes other than `all`. `freq` is its frequency.
     """
 
     freq: str = "day"
 
     @abstractmethod
     def panel(self) -> Panel:
-        """All bars; instruments sorted."""
+        """Return all bars, with sorted instruments."""
 
     def memberships(self) -> Mapping[str, Membership]:
-        """The universes; `all` holds each instrument from its first to its last stored day."""
+        """Return the universes; `all` has each instrument from its first to its last stored day."""
         return {"all": span_membership(self.panel())}
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
-        self._check(freq)
+        self._check_frequency(freq)
         return self.panel().calendar
 
     def fields(self, freq: str = "day") -> tuple[str, ...]:
-        self._check(freq)
+        self._check_frequency(freq)
         return self.panel().fields
 
     def universes(self) -> tuple[str, ...]:
@@ -47,25 +47,25 @@ class PanelSource(Source):
     def read_membership(self, universe: str) -> Membership:
         return self.memberships()[universe]
 
-    def stored_instruments(self) -> frozenset[str]:
+    def instrument_names(self) -> frozenset[str]:
         return frozenset(self.panel().instruments)
 
     def read_bars(
         self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
     ) -> Bars:
-        self._check(freq)
+        self._check_frequency(freq)
         panel = self.panel()
         values, spans = panel.values.permute(2, 0, 1)[:, rows], panel.spans
-        chosen = [panel.position(f) for f in fields]
-        if chosen != list(range(len(panel.fields))):
-            values = values[torch.tensor(chosen, dtype=torch.int64)]
+        positions = [panel.position(f) for f in fields]
+        if positions != list(range(len(panel.fields))):
+            values = values[torch.tensor(positions, dtype=torch.int64)]
         if list(instruments) != list(panel.instruments):
             columns = torch.from_numpy(panel.instruments.get_indexer(pd.Index(instruments)))
             values, spans = values[:, :, columns], spans[columns]
         return Bars(values, spans - rows.start)
 
     def fingerprint(self) -> str:
-        """A hash of the bars and of the universes."""
+        """Return a hash of the bars and of the universes."""
         digest = hashlib.sha256(self.panel().fingerprint().encode())
         for name, members in sorted(self.memberships().items()):
             digest.update(f"{name}\n".encode())
@@ -73,21 +73,21 @@ class PanelSource(Source):
                 digest.update(f"{instrument}{[(a.value, b.value) for a, b in spans]}".encode())
         return digest.hexdigest()[:32]
 
-    def _check(self, freq: str) -> None:
+    def _check_frequency(self, freq: str) -> None:
         if frequency(freq) != frequency(self.freq):
             raise DataError(unknown_name("frequency", freq, [self.freq]))
 
 
 class FrameSource(PanelSource):
-    """A user's own bars: a `(datetime, instrument)` DataFrame of numeric columns, or a Panel.
+    """Bars from a `(datetime, instrument)` DataFrame of numeric columns, or from a Panel.
 
     Column names are the fields (`$close` and `close` are the same). `universes` maps a name to a
-    list of instruments or to `{instrument: [(start, end), ...]}`; `all` is there without it: each
-    instrument from its first to its last row. A date between them that the frame lacks for an
-    instrument is a suspended day, NaN. A Panel's mask, where it says less, is the universe
-    `members`.
+    list of instruments or to `{instrument: [(start, end), ...]}`. The universe `all` always
+    exists and has each instrument from its first to its last row. A date between the two without
+    a row for the instrument is a suspended day: its values are NaN. If a Panel's mask is narrower
+    than `all`, it becomes the universe `members`.
 
-    Raises DataError for a frame that `Panel.from_frame` refuses.
+    Raises DataError for a frame that `Panel.from_frame` rejects.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class FrameSource(PanelSource):
         freq: str = "day",
     ) -> None:
         self.freq = frequency(freq)
-        given = frame if isinstance(frame, Panel) else Panel.from_frame(frame)
-        self._panel = sorted_panel(given)
+        panel = frame if isinstance(frame, Panel) else Panel.from_frame(frame)
+        self._panel = sort_panel(panel)
         self._memberships: dict[str, Membership] = {"all": span_membership(self._panel)}
         if isinstance(frame, Panel):
             members = mask_membership(self._panel)
             if members != self._memberships["all"]:
                 self._memberships["members"] = members
-        for name, listed in (universes or {}).items():
-            self._memberships[name] = checked_membership(name, listed, self._panel)
+        for name, universe_members in (universes or {}).items():
+            self._memberships[name] = build_membership(name, universe_members, self._panel)
 
     def panel(self) -> Panel:
         return self._panel
@@ -116,7 +116,7 @@ class FrameSource(PanelSource):
 
 
 def as_source(data: Source | Panel | pd.DataFrame) -> Source:
-    """A source of what is a source already, a Panel, or a `(datetime, instrument)` DataFrame."""
+    """Convert a Panel or `(datetime, instrument)` DataFrame to a source; return a source as is."""
     if isinstance(data, Source):
         return data
     if isinstance(data, Panel | pd.DataFrame):
@@ -124,21 +124,21 @@ def as_source(data: Source | Panel | pd.DataFrame) -> Source:
     raise DataError(f"expected a Source, a Panel or a DataFrame, got {type(data).__name__}.")
 
 
-def sorted_panel(panel: Panel) -> Panel:
-    """The panel with fields without `$` and instruments in ascending order."""
+def sort_panel(panel: Panel) -> Panel:
+    """Sort a panel by instrument and remove `$` from its field names."""
     fields = [f.lstrip("$") for f in panel.fields]
     order = np.argsort(panel.instruments.to_numpy(dtype=object), kind="stable")
     values, mask, spans = panel.values.cpu(), panel.mask.cpu(), panel.spans.cpu()
     if (order != np.arange(len(order))).any():
-        chosen = torch.from_numpy(order)
-        values = values.permute(2, 0, 1)[:, :, chosen].permute(1, 2, 0)
-        mask, spans = mask[:, chosen], spans[chosen]
+        columns = torch.from_numpy(order)
+        values = values.permute(2, 0, 1)[:, :, columns].permute(1, 2, 0)
+        mask, spans = mask[:, columns], spans[columns]
     names = panel.instruments[order]
     return Panel(values, panel.calendar, names, fields, mask=mask, spans=spans)
 
 
 def span_membership(panel: Panel) -> Membership:
-    """Each instrument from its first to its last stored day."""
+    """Return a membership of each instrument from its first to its last stored day."""
     dates = panel.calendar
     return {
         name: [(dates[first], dates[last])]
@@ -148,7 +148,7 @@ def span_membership(panel: Panel) -> Membership:
 
 
 def mask_membership(panel: Panel) -> Membership:
-    """The panel's mask as spans of dates."""
+    """Convert the panel's mask to spans of dates."""
     edge = np.zeros((1, panel.shape[1]), dtype=np.int8)
     change = np.diff(panel.mask.cpu().numpy().astype(np.int8), axis=0, prepend=edge, append=edge)
     columns, starts = (a.tolist() for a in np.nonzero((change == 1).T))
@@ -160,20 +160,29 @@ def mask_membership(panel: Panel) -> Membership:
     return membership
 
 
-def checked_membership(
-    universe: str, listed: Sequence[str] | Mapping[str, Any], panel: Panel
+def build_membership(
+    universe: str, universe_members: Sequence[str] | Mapping[str, Any], panel: Panel
 ) -> Membership:
-    """A user's universe as spans within the calendar; each instrument must be in the panel."""
-    known = set(panel.instruments)
-    always: Spans = [(panel.calendar[0], panel.calendar[-1])]
-    given = listed if isinstance(listed, Mapping) else dict.fromkeys(listed, always)
-    for name in given:
-        if name not in known:
-            raise DataError(f"universe {universe!r}: {unknown_name('instrument', name, known)}")
-    start, end = always[0]
+    """Convert a user's universe to spans within the calendar.
+
+    Raises DataError for an instrument that is not in the panel.
+    """
+    stored_names = set(panel.instruments)
+    all_days: Spans = [(panel.calendar[0], panel.calendar[-1])]
+    named_spans = (
+        universe_members
+        if isinstance(universe_members, Mapping)
+        else dict.fromkeys(universe_members, all_days)
+    )
+    for name in named_spans:
+        if name not in stored_names:
+            raise DataError(
+                f"universe {universe!r}: {unknown_name('instrument', name, stored_names)}"
+            )
+    start, end = all_days[0]
     return {
         str(name): [
             (max(pd.Timestamp(first), start), min(pd.Timestamp(last), end)) for first, last in spans
         ]
-        for name, spans in given.items()
+        for name, spans in named_spans.items()
     }

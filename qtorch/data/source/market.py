@@ -1,4 +1,4 @@
-"""The arithmetic of the synthetic market: numpy arrays, dates down, instruments across."""
+"""Random generation of the synthetic market on numpy arrays `[D, N]`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray
 
-# Weights of the planted signal's two parts (the recent return, the return of the last 60 days), and
-# the windows that it looks back over.
+# Default weights of the two parts of the signal (the recent return and the return of the last 60
+# days), the weight of yesterday in the recent return, and the lengths of the two windows.
 WEIGHTS = (-0.8, 0.6)
 SECOND_DAY = 0.5
 VOLUME_WINDOW, MOMENTUM_WINDOW = 20, 60
@@ -18,9 +18,10 @@ VOLUME_WINDOW, MOMENTUM_WINDOW = 20, 60
 
 @dataclass(frozen=True)
 class Shocks:
-    """What the market draws before any drift; all `[D, N]`.
+    """Returns and volume before any drift is added; all arrays are `[D, N]`.
 
-    `sigma` is the deviation of the instrument's own part, known the day before.
+    `sigma` is the standard deviation of the instrument's idiosyncratic return; the value of a
+    day is known on the day before.
     """
 
     returns: Array
@@ -30,19 +31,20 @@ class Shocks:
 
 @dataclass(frozen=True)
 class Life:
-    """When an instrument is listed, and when it trades; `[D, N]` bool."""
+    """The days on which each instrument is listed and is traded; `[D, N]` bool."""
 
-    listed: Array
-    traded: Array
+    is_listed: Array
+    is_traded: Array
 
 
 def garch(
     rng: np.random.Generator, shape: tuple[int, int], *, df: float, arch: float
 ) -> tuple[Array, Array]:
-    """Innovations `[D, K]` with clustering and fat tails, and the deviation known before each.
+    """Draw GARCH(1,1) paths: `(innovations, conditional standard deviation)`, both `[D, K]`.
 
-    GARCH(1,1) of persistence 0.985 and variance one (Bollerslev 1986) with Student t shocks: the
-    variance of a day is 0.015 + arch * last square + (0.985 - arch) * last variance.
+    Innovations have volatility clustering and fat tails (Student t shocks with `df` degrees of
+    freedom). Persistence is 0.985 and the long-run variance is one: the variance of a day is
+    0.015 + arch * last square + (0.985 - arch) * last variance. Bollerslev (1986).
     """
     num_dates, width = shape
     shocks = rng.standard_t(df, size=shape) * np.sqrt((df - 2) / df)
@@ -51,137 +53,142 @@ def garch(
     for t in range(num_dates):
         deviation[t] = np.sqrt(variance)
         out[t] = deviation[t] * shocks[t]
-        # A single wild day may not blow the variance up for months.
+        # Cap the square so that a single extreme day does not inflate the variance for months.
         variance = 0.015 + arch * np.minimum(out[t] ** 2, 16.0) + (0.985 - arch) * variance
     return out, deviation
 
 
-def wave(rng: np.random.Generator, shape: tuple[int, int], *, keep: float, sd: float) -> Array:
-    """Stationary AR(1) paths `[D, K]` of standard deviation `sd`."""
-    steps = rng.normal(0, sd * np.sqrt(1 - keep**2), shape)
-    steps[0] = rng.normal(0, sd, shape[1])
+def ar1_paths(
+    rng: np.random.Generator, shape: tuple[int, int], *, persistence: float, deviation: float
+) -> Array:
+    """Draw stationary AR(1) paths `[D, K]` with standard deviation `deviation`."""
+    paths = rng.normal(0, deviation * np.sqrt(1 - persistence**2), shape)
+    paths[0] = rng.normal(0, deviation, shape[1])
     for t in range(1, shape[0]):
-        steps[t] += keep * steps[t - 1]
-    return steps
+        paths[t] += persistence * paths[t - 1]
+    return paths
 
 
 def draw_shocks(rng: np.random.Generator, num_dates: int, num: int, num_sectors: int) -> Shocks:
-    """Returns by factors, without drift, and the volume that goes with them.
+    """Draw returns from a factor model, without drift, and the volume that belongs to them.
 
-    Calm years and crises are one slow wave in the volatility of everything.
+    Calm years and crises come from one slow AR(1) path that scales all volatilities.
     """
-    unrest = np.exp(wave(rng, (num_dates, 1), keep=0.99, sd=0.4) - 0.08)
-    market = unrest * garch(rng, (num_dates, 1), df=7, arch=0.11)[0]
-    sectors = unrest * garch(rng, (num_dates, num_sectors), df=7, arch=0.09)[0]
-    own, deviation = garch(rng, (num_dates, num), df=4.5, arch=0.11)
+    volatility = np.exp(ar1_paths(rng, (num_dates, 1), persistence=0.99, deviation=0.4) - 0.08)
+    market = volatility * garch(rng, (num_dates, 1), df=7, arch=0.11)[0]
+    sectors = volatility * garch(rng, (num_dates, num_sectors), df=7, arch=0.09)[0]
+    residual, deviation = garch(rng, (num_dates, num), df=4.5, arch=0.11)
     beta = rng.normal(1.0, 0.25, num).clip(0.3, 1.9)
     sector = rng.integers(0, num_sectors, num)
     loading = rng.uniform(0.6, 1.4, num)
     level = np.exp(rng.normal(np.log(0.0145), 0.3, num)).clip(0.007, 0.035)
-    sigma = level * np.sqrt(unrest)
-    returns = 0.0003 + 0.0085 * beta * market + 0.0055 * loading * sectors[:, sector] + sigma * own
-    return Shocks(returns, sigma * deviation, _draw_volume(rng, own, market))
+    sigma = level * np.sqrt(volatility)
+    returns = (
+        0.0003 + 0.0085 * beta * market + 0.0055 * loading * sectors[:, sector] + sigma * residual
+    )
+    return Shocks(returns, sigma * deviation, _draw_volume(rng, residual, market))
 
 
-def _draw_volume(rng: np.random.Generator, own: Array, market: Array) -> Array:
-    """Volume in shares: a level, a slow wave, and more of it on days of large moves."""
-    level = rng.normal(13.5, 1.1, own.shape[1])
-    slow = wave(rng, own.shape, keep=0.96, sd=0.32)
-    busy = 0.25 * (np.abs(own) - 0.75).clip(-0.75, 6.0) + 0.1 * (np.abs(market) - 0.75)
-    volume: Array = np.exp(level + slow + busy + rng.normal(0, 0.2, own.shape))
+def _draw_volume(rng: np.random.Generator, residual: Array, market: Array) -> Array:
+    """Draw volumes in shares: a level, a slow AR(1) path, and more on days of large moves."""
+    level = rng.normal(13.5, 1.1, residual.shape[1])
+    slow = ar1_paths(rng, residual.shape, persistence=0.96, deviation=0.32)
+    activity = 0.25 * (np.abs(residual) - 0.75).clip(-0.75, 6.0) + 0.1 * (np.abs(market) - 0.75)
+    volume: Array = np.exp(level + slow + activity + rng.normal(0, 0.2, residual.shape))
     return volume
 
 
 def draw_life(rng: np.random.Generator, num_dates: int, num: int) -> Life:
-    """Late listings (a sixth), delistings (a twelfth), suspensions of a day to eight weeks."""
+    """Draw late listings (1/6), delistings (1/12), and suspensions of a day to eight weeks."""
     first = np.zeros(num, dtype=np.int64)
     last = np.full(num, num_dates - 1)
-    late = rng.random(num) < 1 / 6
-    first[late] = (rng.uniform(0.03, 0.75, num) * num_dates).astype(np.int64)[late]
-    ends = rng.random(num) < 1 / 12
+    is_late = rng.random(num) < 1 / 6
+    first[is_late] = (rng.uniform(0.03, 0.75, num) * num_dates).astype(np.int64)[is_late]
+    is_delisted = rng.random(num) < 1 / 12
     stop = first + (rng.uniform(0.25, 0.98, num) * (num_dates - first)).astype(np.int64)
-    last[ends] = stop[ends]
+    last[is_delisted] = stop[is_delisted]
     days = np.arange(num_dates)[:, None]
-    listed = (days >= first) & (days <= last)
-    suspended = np.zeros((num_dates, num), dtype=bool)
+    is_listed = (days >= first) & (days <= last)
+    is_suspended = np.zeros((num_dates, num), dtype=bool)
     for column in rng.integers(0, num, rng.poisson(0.3 * num * num_dates / 252)):
         start = int(rng.integers(0, num_dates))
-        suspended[start : start + min(1 + int(rng.geometric(0.15)), 40), column] = True
-    # The first and the last stored day are trading days: an instrument is listed by trading.
-    suspended[first, np.arange(num)] = False
-    suspended[last, np.arange(num)] = False
-    return Life(listed, listed & ~suspended)
+        is_suspended[start : start + min(1 + int(rng.geometric(0.15)), 40), column] = True
+    # An instrument's listed span is defined by its first and last bar, so both days must trade.
+    is_suspended[first, np.arange(num)] = False
+    is_suspended[last, np.arange(num)] = False
+    return Life(is_listed, is_listed & ~is_suspended)
 
 
 def add_drift(
     shocks: Shocks, life: Life, strength: float, weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """`(log returns, score)`: each day's drift is the score of the day before yesterday.
+    """Return `(log returns, score)`, both `[D, N]`, where the score of day t is a drift at t+2.
 
-    The score at the close of t moves the return from the close of t+1 to that of t+2, which is
-    the return that the label `Ref($close,-2)/Ref($close,-1)-1` of day t shows. `weights [D, 2]`
-    are those of the score's two parts by day; `WEIGHTS` on all days by default.
+    The score at the close of t shifts the return from the close of t+1 to the close of t+2, which
+    is what the label `Ref($close,-2)/Ref($close,-1)-1` of day t measures. The drift is
+    `strength * sigma * score`. `weights [D, 2]` are the daily weights of the score's two parts;
+    by default `WEIGHTS` on all days.
     """
     num_dates, num = shocks.returns.shape
     if weights is None:
         weights = np.tile(WEIGHTS, (num_dates, 1))
     returns = np.zeros((num_dates, num))
     score = np.zeros((num_dates, num))
-    relative = relative_volume(shocks.volume, life)
+    volume_ratio = relative_volume(shocks.volume, life)
     drift = strength * shocks.sigma
-    age = np.cumsum(life.listed, axis=0)
+    age = np.cumsum(life.is_listed, axis=0)
     path = np.zeros((num_dates + 1, num))
     for t in range(num_dates):
         returns[t] = shocks.returns[t] + (drift[t] * score[t - 2] if t >= 2 else 0.0)
         returns[t] *= age[t] > 1
         path[t + 1] = path[t] + returns[t]
-        recent = returns[t] + (SECOND_DAY * returns[t - 1] if t else 0.0)
-        back = max(t + 1 - MOMENTUM_WINDOW, 0)
-        momentum = (path[t + 1] - path[back]) * (age[t] > MOMENTUM_WINDOW)
-        traded = life.traded[t]
-        parts = weights[t, 0] * standardised(recent * relative[t], traded)
-        parts += weights[t, 1] * standardised(momentum, traded & (age[t] > MOMENTUM_WINDOW))
-        score[t] = standardised(parts, traded)
+        recent_return = returns[t] + (SECOND_DAY * returns[t - 1] if t else 0.0)
+        start = max(t + 1 - MOMENTUM_WINDOW, 0)
+        momentum = (path[t + 1] - path[start]) * (age[t] > MOMENTUM_WINDOW)
+        is_traded = life.is_traded[t]
+        parts = weights[t, 0] * standardize(recent_return * volume_ratio[t], is_traded)
+        parts += weights[t, 1] * standardize(momentum, is_traded & (age[t] > MOMENTUM_WINDOW))
+        score[t] = standardize(parts, is_traded)
     return returns, score
 
 
-def standardised(values: Array, where: Array) -> Array:
-    """Z-scores of one day's cross-section, clipped to 3; zero outside `where`."""
-    count = np.count_nonzero(where)
+def standardize(values: Array, mask: Array) -> Array:
+    """Compute z-scores of one day's cross-section, clipped to -3..3; zero outside `mask`."""
+    count = np.count_nonzero(mask)
     if count < 2:
         return np.zeros_like(values)
-    centred = np.where(where, values - (values @ where) / count, 0.0)
-    spread = np.sqrt((centred @ centred) / count)
-    scores: Array = (centred / max(spread, 1e-12)).clip(-3.0, 3.0)
+    deviations = np.where(mask, values - (values @ mask) / count, 0.0)
+    spread = np.sqrt((deviations @ deviations) / count)
+    scores: Array = (deviations / max(spread, 1e-12)).clip(-3.0, 3.0)
     return scores
 
 
 def relative_volume(volume: Array, life: Life) -> Array:
-    """Today's volume over the mean of the last 20 bars, between 0.2 and 4; `[D, N]`."""
-    seen = np.where(life.traded, volume, 0.0)
-    totals = np.cumsum(np.vstack([np.zeros_like(seen[:1]), seen]), axis=0)
-    counts = np.cumsum(np.vstack([np.zeros_like(seen[:1]), life.traded]), axis=0)
-    start = np.maximum(np.arange(len(seen)) + 1 - VOLUME_WINDOW, 0)
+    """Divide the volume by its mean over the last 20 days, clipped to 0.2..4; `[D, N]`."""
+    traded_volume = np.where(life.is_traded, volume, 0.0)
+    totals = np.cumsum(np.vstack([np.zeros_like(traded_volume[:1]), traded_volume]), axis=0)
+    counts = np.cumsum(np.vstack([np.zeros_like(traded_volume[:1]), life.is_traded]), axis=0)
+    start = np.maximum(np.arange(len(traded_volume)) + 1 - VOLUME_WINDOW, 0)
     mean = (totals[1:] - totals[start]) / np.maximum(counts[1:] - counts[start], 1)
     return (volume / np.where(mean > 0, mean, volume)).clip(0.2, 4.0)
 
 
 def draw_bars(rng: np.random.Generator, returns: Array, sigma: Array) -> dict[str, Array]:
-    """Open, high, low, close and vwap of a path of log returns, the first close being 1.
+    """Draw open, high, low, close and vwap for log returns; prices start at a level of 1.
 
-    A share of each return falls into the night. The day's range is that of a Brownian bridge
-    from open to close (its maximum and minimum have a closed form), so that low <= open, close,
-    vwap <= high.
+    Part of each return happens overnight. The range of a day is that of a Brownian bridge from
+    open to close (its maximum and minimum have a closed form), so that open, close and vwap lie
+    between low and high.
     """
     shape = returns.shape
     close = np.cumsum(returns, axis=0)
-    night = 0.3 * returns + 0.25 * sigma * rng.standard_normal(shape)
-    start = close - returns + night
-    move = close - start
-    # The day's own unrest grows with its move, as a calm day of a wild month is calm.
-    unrest = (0.65 * sigma + 0.35 * np.abs(move)) ** 2
-    up = np.sqrt(move**2 - 2 * unrest * np.log(rng.uniform(1e-9, 1.0, shape)))
-    down = np.sqrt(move**2 - 2 * unrest * np.log(rng.uniform(1e-9, 1.0, shape)))
+    overnight = 0.3 * returns + 0.25 * sigma * rng.standard_normal(shape)
+    start = close - returns + overnight
+    intraday = close - start
+    # A quiet day in a volatile month has a small range, so the range also depends on the move.
+    variance = (0.65 * sigma + 0.35 * np.abs(intraday)) ** 2
+    up = np.sqrt(intraday**2 - 2 * variance * np.log(rng.uniform(1e-9, 1.0, shape)))
+    down = np.sqrt(intraday**2 - 2 * variance * np.log(rng.uniform(1e-9, 1.0, shape)))
     middle = (start + close) / 2
     bars = {
         "open": start,
@@ -196,34 +203,34 @@ def draw_bars(rng: np.random.Generator, returns: Array, sigma: Array) -> dict[st
     return bars
 
 
-def split_factor(close: Array, listed: Array) -> Array:
-    """The adjustment factor `[D, N]`: 1 at listing, doubled where the raw price was split 2:1.
+def split_factor(close: Array, is_listed: Array) -> Array:
+    """Compute the adjustment factor `[D, N]`: 1 at listing, doubled at every 2:1 split.
 
-    A company splits when its raw price passes 160, and joins four shares into one when it falls
-    below 4; adjusted prices do not jump, the raw price (price / factor) does.
+    A company splits its shares when the raw price exceeds 160, and does a 1:4 reverse split when
+    the raw price falls below 4. Adjusted prices do not jump; the raw price (price / factor) does.
     """
     factor = np.ones_like(close)
     current = np.ones(close.shape[1])
     for t in range(1, len(close)):
         raw = close[t - 1] / current
-        current = np.where(listed[t] & (raw > 160), current * 2, current)
-        current = np.where(listed[t] & (raw < 4), current / 4, current)
+        current = np.where(is_listed[t] & (raw > 160), current * 2, current)
+        current = np.where(is_listed[t] & (raw < 4), current / 4, current)
         factor[t] = current
     return factor
 
 
-def liquid_spans(turnover: Array, listed: Array, size: int, every: int = 63) -> Array:
-    """Membership `[D, N]` of the `size` most traded, chosen anew every quarter.
+def liquid_members(turnover: Array, is_listed: Array, size: int, period: int = 63) -> Array:
+    """Select the `size` instruments with the largest turnover each quarter: `[D, N]` bool.
 
-    The choice looks back over the last quarter's turnover alone, so that a member of a day was
-    known the day before; the first quarter is chosen by its own first day.
+    The selection uses only the turnover of the previous quarter, so the members of a day are
+    known on the day before. The first quarter is selected by its own first day.
     """
-    member = np.zeros(listed.shape, dtype=bool)
-    for start in range(0, len(turnover), every):
-        seen = turnover[max(start - every, 0) : max(start, 1)]
-        counts = np.maximum(np.count_nonzero(seen, axis=0), 1)
-        score = np.where(listed[max(start - 1, 0)], seen.sum(0) / counts, -1.0)
-        chosen = np.argsort(-score, kind="stable")[:size]
-        member[start : start + every, chosen[score[chosen] > 0]] = True
-    member &= listed
+    member = np.zeros(is_listed.shape, dtype=bool)
+    for start in range(0, len(turnover), period):
+        past_turnover = turnover[max(start - period, 0) : max(start, 1)]
+        counts = np.maximum(np.count_nonzero(past_turnover, axis=0), 1)
+        score = np.where(is_listed[max(start - 1, 0)], past_turnover.sum(0) / counts, -1.0)
+        columns = np.argsort(-score, kind="stable")[:size]
+        member[start : start + period, columns[score[columns] > 0]] = True
+    member &= is_listed
     return member

@@ -1,4 +1,4 @@
-"""Bars in Qlib's own file layout."""
+"""Bars from a data folder in Qlib's file layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qtorch.data.source.base import Bars, Membership, Source
 
 logger = logging.getLogger(__name__)
 
-# Names that Windows keeps for devices; Qlib puts a prefix before such a folder.
+# Names that Windows reserves for devices; Qlib adds a prefix to such folder names.
 RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(10))]
 )
@@ -30,39 +30,40 @@ _digests: dict[tuple[str, int, int], bytes] = {}
 
 
 class QlibSource(Source):
-    """Reads a folder in Qlib's layout, as `dump_bin.py` or `write_qlib` writes it.
+    """Reads a data folder in Qlib's layout, as written by `dump_bin.py` or `write_qlib`.
 
-    `calendars/<freq>.txt`, `instruments/<universe>.txt` (instrument, start, end between tabs,
-    several lines an instrument where it left and came back) and
-    `features/<instrument>/<field>.<freq>.bin` (float32 little endian, the first value being the
-    calendar row of the second). `*_future` calendars are not read. Folders carry lower-case
-    names, instruments the case of the instruments files.
+    The layout is `calendars/<freq>.txt`; `instruments/<universe>.txt` with tab-separated
+    instrument, start and end (several lines for an instrument that left and returned); and
+    `features/<instrument>/<field>.<freq>.bin`, little-endian float32, whose first value is the
+    calendar row of the second value. `*_future` calendars are not read. Feature folders have
+    lower-case names; instruments have the case that the instruments files use.
 
-    An instrument's stored span runs from the first to the last row of the fields loaded. One
-    that a universe names but that has no folder yields nothing, with a warning, as in Qlib.
+    The stored span of an instrument is from the first to the last row of the loaded fields. An
+    instrument of a universe that has no folder is skipped with a warning, as in Qlib.
 
-    `provider_uri`: the folder; None takes that of `qtorch.init`. `strict`: refuse a field that
-    ends before another field of its instrument, loaded or not, as a cut file does (a dump writes
-    all fields of an instrument over one span); False reads it as it is, with a warning.
+    `provider_uri` is the folder; None uses that of `qtorch.init`. With `strict`, a field that
+    ends before another field of the same instrument (loaded or not) is an error, because it
+    indicates a truncated file: a dump writes all fields of an instrument over the same span.
+    With False the file is read as it is, with a warning.
 
-    Raises DataError (one line: what, where, how to mend) for folders, files and names that are
-    missing and for `.bin` files of impossible length. Unlike Qlib, unknown universes and fields
-    are errors rather than empty, and an instrument called NA is one.
+    Raises DataError for missing folders, files and names, and for `.bin` files of an impossible
+    length. Unlike Qlib, unknown universes and fields are errors instead of empty results, and an
+    instrument may be called NA.
     """
 
     def __init__(self, provider_uri: str | Path | None = None, *, strict: bool = True) -> None:
-        given = provider_uri if provider_uri is not None else session().provider_uri
-        if given is None:
+        folder = provider_uri if provider_uri is not None else session().provider_uri
+        if folder is None:
             raise ConfigError(
                 "QlibSource needs a folder: QlibSource(provider_uri='~/.qlib/qlib_data/us_data'), "
                 "or qtorch.init(provider_uri=...)."
             )
-        self.provider_uri = str(given)
+        self.provider_uri = str(folder)
         self.strict = strict
-        self._folder = Path(given).expanduser()
+        self._folder = Path(folder).expanduser()
         self._calendars: dict[str, pd.DatetimeIndex] = {}
         self._memberships: dict[str, Membership] = {}
-        # A task carries its data source, also where the default gave it.
+        # A task's config must name its data folder, also if it comes from qtorch.init.
         self._arguments = {**self._arguments, "provider_uri": self.provider_uri}
         self._check_folders()
 
@@ -70,13 +71,13 @@ class QlibSource(Source):
         if not self._folder.is_dir():
             raise DataError(
                 f"no data folder {self._folder}; expected Qlib's layout (calendars, instruments, "
-                "features) there. Check provider_uri, or write one with qtorch.data.write_qlib."
+                "features). Check provider_uri, or write a folder with qtorch.data.write_qlib."
             )
         for name in ("calendars", "instruments", "features"):
             if not (self._folder / name).is_dir():
                 raise DataError(
-                    f"{self._folder} has no folder {name!r}, so it is no Qlib data folder; "
-                    "provider_uri must name the folder that holds calendars, instruments, features."
+                    f"{self._folder} has no folder {name!r}, so it is not a Qlib data folder; "
+                    "provider_uri must be the folder with calendars, instruments and features."
                 )
 
     # -- calendars and universes -----------------------------------------------------------------
@@ -85,12 +86,14 @@ class QlibSource(Source):
         if freq not in self._calendars:
             path = self._folder / "calendars" / f"{freq}.txt"
             if not path.is_file():
-                found = [p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")]
-                raise DataError(f"{path.parent}: {unknown_name('frequency', freq, found)}")
+                frequencies = [
+                    p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
+                ]
+                raise DataError(f"{path.parent}: {unknown_name('frequency', freq, frequencies)}")
             lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
             calendar = normalise_calendar(lines)
             if not (calendar.is_monotonic_increasing and calendar.is_unique):
-                raise DataError(f"{path}: the dates must ascend and stand once each.")
+                raise DataError(f"{path}: the dates must be ascending and unique.")
             self._calendars[freq] = calendar
         return self._calendars[freq]
 
@@ -110,28 +113,28 @@ class QlibSource(Source):
         return frozenset(p.name for p in (self._folder / "features").iterdir())
 
     def fields(self, freq: str = "day") -> tuple[str, ...]:
-        end = f".{freq}.bin"
-        found: set[str] = set()
+        suffix = f".{freq}.bin"
+        names: set[str] = set()
         for folder in (self._folder / "features").iterdir():
-            found.update(p.name[: -len(end)] for p in folder.glob(f"*{end}"))
-        return tuple(sorted(found))
+            names.update(p.name[: -len(suffix)] for p in folder.glob(f"*{suffix}"))
+        return tuple(sorted(names))
 
-    def _stored(self, names: list[str], freq: str) -> list[str]:
-        stored = [n for n in names if folder_name(n) in self._folders]
-        missing = sorted(set(names) - set(stored))
+    def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
+        present_names = [n for n in names if folder_name(n) in self._folders]
+        missing = sorted(set(names) - set(present_names))
         if missing:
             logger.warning(
-                "%d of %d instruments have no folder in %s and yield nothing: %s",
+                "%d of %d instruments have no folder in %s and are skipped: %s",
                 len(missing),
                 len(names),
                 self._folder / "features",
                 ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else ""),
             )
-        if not stored:
+        if not present_names:
             raise DataError(
                 f"none of the {len(names)} instruments has a folder in {self._folder / 'features'}."
             )
-        return stored
+        return present_names
 
     def read_bars(
         self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
@@ -140,29 +143,29 @@ class QlibSource(Source):
         files = [f"{field.lower()}.{freq}.bin" for field in fields]
         n, d = len(instruments), rows.stop - rows.start
         values = np.empty((len(fields), d, n), dtype=np.float32)
-        reach = np.tile(np.array([num_dates, -1]), (len(fields), n, 1))
+        file_spans = np.tile(np.array([num_dates, -1]), (len(fields), n, 1))
         for k, name in enumerate(files):
             block = np.full((n, d), np.nan, dtype=np.float32)
             for i, instrument in enumerate(instruments):
                 path = f"{self._folder}/features/{folder_name(instrument)}/{name}"
-                stored = _read_bin(path, num_dates)
-                if stored is None:
+                content = _read_bin(path, num_dates)
+                if content is None:
                     continue
-                first, data = stored
+                first, data = content
                 if not len(data):
-                    self._cut(f"{path} holds no value")
+                    self._report_truncation(f"{path} has no values")
                     continue
-                reach[k, i] = first, first + len(data) - 1
+                file_spans[k, i] = first, first + len(data) - 1
                 lo, hi = max(first, rows.start), min(first + len(data), rows.stop)
                 if lo < hi:
                     block[i, lo - rows.start : hi - rows.start] = data[lo - first : hi - first]
-            if (reach[k, :, 1] < 0).all():
+            if (file_spans[k, :, 1] < 0).all():
                 raise DataError(
                     f"{self._folder}: {unknown_name('field', fields[k], self.fields(freq))}"
                 )
             values[k] = block.T
-        self._check_ends(reach[..., 1], instruments, files, freq)
-        first, last = reach[..., 0].min(0), reach[..., 1].max(0)
+        self._check_ends(file_spans[..., 1], instruments, files, freq)
+        first, last = file_spans[..., 0].min(0), file_spans[..., 1].max(0)
         first[last < 0] = rows.start
         last[last < 0] = rows.start - 1
         spans = torch.from_numpy(np.stack([first, last], 1) - rows.start)
@@ -171,40 +174,43 @@ class QlibSource(Source):
     def _check_ends(
         self, last: np.ndarray, instruments: Sequence[str], names: Sequence[str], freq: str
     ) -> None:
-        """A file that stops before its siblings was cut while it was written or copied.
+        """Report files that end before another file of their instrument.
 
-        `last [F, N]` is the last row of each file that was read, -1 for none.
+        Such a file was probably truncated while it was written or copied. `last [F, N]` is the
+        last row of each file that was read, -1 if there is no file.
         """
-        found, count = "", 0
+        first_problem, count = "", 0
         for i, instrument in enumerate(instruments):
             ends = dict(zip(names, last[:, i].tolist(), strict=True))
             folder = f"{self._folder}/features/{folder_name(instrument)}"
-            longest, end = _longest(folder, ends, freq, len(self.read_calendar(freq)))
-            short = [n for n, row in ends.items() if 0 <= row < end]
-            count += len(short)
-            if short and not found:
-                found = (
-                    f"{folder}/{short[0]} ends at calendar row {ends[short[0]]}, {longest} of the "
-                    f"same instrument at {end}"
+            longest, end = _find_longest_file(folder, ends, freq, len(self.read_calendar(freq)))
+            short_names = [n for n, row in ends.items() if 0 <= row < end]
+            count += len(short_names)
+            if short_names and not first_problem:
+                first_problem = (
+                    f"{folder}/{short_names[0]} ends at calendar row {ends[short_names[0]]}, but "
+                    f"{longest} of the same instrument at {end}"
                 )
         if count:
-            self._cut(f"{found} ({count} such file{'s' if count > 1 else ''})")
+            self._report_truncation(
+                f"{first_problem} ({count} such file{'s' if count > 1 else ''})"
+            )
 
-    def _cut(self, found: str) -> None:
-        """An error where this source is strict, else a warning."""
-        message = f"{found}: cut in the middle? Write it again"
+    def _report_truncation(self, problem: str) -> None:
+        """Raise an error if this source is strict, else log a warning."""
+        message = f"{problem}; it may be truncated. Write or copy it again"
         if self.strict:
-            raise DataError(f"{message}, or read it as it is with QlibSource(..., strict=False).")
+            raise DataError(f"{message}, or read it anyway with QlibSource(..., strict=False).")
         logger.warning("%s.", message)
 
     # -- content ---------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A hash of every file's bytes; within a process, unchanged files are hashed once."""
+        """Hash the bytes of every file; a process hashes an unchanged file only once."""
         digest = hashlib.sha256()
         for entry, relative in self._files():
             digest.update(relative.encode())
-            digest.update(_digest_of(entry))
+            digest.update(_file_digest(entry))
         return digest.hexdigest()[:32]
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -225,13 +231,13 @@ class _Stored(NamedTuple):
 
 
 def folder_name(instrument: str) -> str:
-    """The folder of an instrument's features."""
-    lowered = instrument.lower()
-    return f"_qlib_{lowered}" if lowered in RESERVED else lowered
+    """Return the name of an instrument's folder of features."""
+    name = instrument.lower()
+    return f"_qlib_{name}" if name in RESERVED else name
 
 
 def _read_bin(path: str, num_dates: int) -> _Stored | None:
-    """One field of one instrument; None where no file is."""
+    """Read one field of one instrument; return None if there is no file."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
@@ -239,41 +245,48 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
         return None
     if len(raw) % 4 or not raw:
         raise DataError(
-            f"{path} is cut in the middle: {len(raw)} bytes are no whole number of float32 values. "
+            f"{path} is truncated: {len(raw)} bytes are not a whole number of float32 values. "
             "Write or copy it again."
         )
     content = np.frombuffer(raw, dtype="<f4")
     first, count = float(content[0]), len(content) - 1
     if not (first >= 0 and first.is_integer()):
-        raise DataError(f"{path} is damaged: its first value, a calendar row, is {first}.")
+        raise DataError(f"{path} is corrupt: its first value must be a calendar row, got {first}.")
     if first + count > num_dates:
         raise DataError(
-            f"{path} holds {count} values from calendar row {int(first)} on, but the calendar has "
-            f"{num_dates} rows. The calendar or this file is of another version."
+            f"{path} has {count} values from calendar row {int(first)} on, but the calendar has "
+            f"{num_dates} rows. The calendar and this file are from different versions."
         )
     return _Stored(int(first), content[1:])
 
 
-def _longest(folder: str, read: Mapping[str, int], freq: str, num_dates: int) -> tuple[str, int]:
-    """The file of an instrument that ends last, and the row where; `read` are known ends."""
-    name = max(read, key=lambda n: read[n])
-    end = read[name]
+def _find_longest_file(
+    folder: str, file_ends: Mapping[str, int], freq: str, num_dates: int
+) -> tuple[str, int]:
+    """Find the file of an instrument that ends last, and its last row.
+
+    `file_ends` are the last rows of the files that were read already.
+    """
+    name = max(file_ends, key=lambda n: file_ends[n])
+    end = file_ends[name]
     if end < 0:
-        return name, end  # it stores none of these fields
+        return name, end  # the instrument stores none of these fields
     sizes = {e.name: e.stat().st_size for e in _entries(folder) if e.name.endswith(f".{freq}.bin")}
-    alike = {sizes[n] for n in read if n in sizes}  # of one size, of one span: nothing to open
-    for other, size in sizes.items():
-        if size not in alike and size > 4:
-            with open(f"{folder}/{other}", "rb") as file:
+    checked_sizes = {
+        sizes[n] for n in file_ends if n in sizes
+    }  # a file of a size seen before has the same span: no need to open it
+    for file_name, size in sizes.items():
+        if size not in checked_sizes and size > 4:
+            with open(f"{folder}/{file_name}", "rb") as file:
                 first = float(np.frombuffer(file.read(4), dtype="<f4")[0])
             row = first + size // 4 - 2
             if end < row < num_dates:
-                name, end = other, int(row)
+                name, end = file_name, int(row)
     return name, end
 
 
 def _read_instruments(path: Path) -> Membership:
-    """`instrument, start, end` between tabs; further columns are ignored."""
+    """Parse lines of tab-separated instrument, start and end; further columns are ignored."""
     membership: Membership = {}
     names: list[str] = []
     dates: list[str] = []
@@ -283,7 +296,7 @@ def _read_instruments(path: Path) -> Membership:
         parts = line.rstrip("\r\n").split("\t")
         if len(parts) < 3:
             raise DataError(
-                f"{path}, line {number}: expected instrument, start and end between tabs, "
+                f"{path}, line {number}: expected tab-separated instrument, start and end, "
                 f"got {line!r}."
             )
         names.append(parts[0].strip())
@@ -298,13 +311,13 @@ def _read_instruments(path: Path) -> Membership:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name."""
-    with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)
+    """Return the entries of a folder, sorted by name."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
-def _digest_of(entry: os.DirEntry[str]) -> bytes:
-    """The hash of a file, remembered by its size and time of change."""
+def _file_digest(entry: os.DirEntry[str]) -> bytes:
+    """Hash a file; the hash is cached by path, size and modification time."""
     stat = entry.stat()
     key = (entry.path, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:

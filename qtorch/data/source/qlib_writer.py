@@ -1,4 +1,4 @@
-"""Writes bars in Qlib's own file layout, so that real Qlib reads them."""
+"""Writing bars as a Qlib data folder that Qlib itself can read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pandas as pd
 from qtorch.core.errors import DataError
 from qtorch.data.panel import Panel
 from qtorch.data.source.base import Membership, Source, frequency
-from qtorch.data.source.frame import as_source, checked_membership, span_membership
+from qtorch.data.source.frame import as_source, build_membership, span_membership
 from qtorch.data.source.qlib import folder_name
 
 logger = logging.getLogger(__name__)
 
-# float32 counts whole numbers without a gap up to here; the start row stands in a float32.
+# The start row is stored as float32, which represents all integers only up to this number.
 _LARGEST_ROW = 2**24
 
 
@@ -36,32 +36,32 @@ def write_qlib(
 ) -> Path:
     """Write a source, a Panel or a `(datetime, instrument)` frame as a Qlib data folder.
 
-    All instruments, dates and universes of the source are written, `all` with each instrument's
-    first and last stored day, all fields or those named; `universes` adds further ones (a list
-    of instruments, or `{instrument: [(start, end), ...]}`). Values are float32.
+    All instruments, dates and universes of the source are written, with all fields or only
+    `fields`; `all` has each instrument from its first to its last stored day. `universes` adds
+    universes (a list of instruments, or `{instrument: [(start, end), ...]}`). Values are float32.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
-    `overwrite` lets it take the place of an earlier data folder (never of anything else).
+    Writing is atomic: the files are written to a temporary folder, which is then renamed.
+    `overwrite` allows replacing an existing data folder, but never any other kind of folder.
 
-    Returns the folder. Raises DataError where it exists, or where two instruments would share a
-    folder (Qlib's folders are lower case).
+    Returns the folder. Raises DataError if it exists, or if two instruments would share a folder
+    (Qlib's folder names are lower case).
     """
     source, target = as_source(data), Path(folder).expanduser()
     freq = frequency(freq)
     _check_target(target, overwrite)
-    names = sorted(source.stored_instruments())
+    names = sorted(source.instrument_names())
     _check_names(names)
     panel = source.load(fields, instruments=names, freq=freq)
     memberships = {name: source.instruments(name) for name in source.universes()}
-    for name, listed in (universes or {}).items():
-        memberships[name] = checked_membership(name, listed, panel)
+    for name, universe_members in (universes or {}).items():
+        memberships[name] = build_membership(name, universe_members, panel)
     memberships["all"] = span_membership(panel)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         temporary.chmod(0o755)
-        _write(panel, memberships, temporary, freq)
-        _replace(temporary, target)
+        _write_files(panel, memberships, temporary, freq)
+        _replace_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -73,34 +73,40 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise DataError(f"{target} exists; choose another folder, or say overwrite=True.")
+        raise DataError(f"{target} exists; choose another folder, or set overwrite=True.")
     if not (target / "calendars").is_dir() or not (target / "features").is_dir():
-        raise DataError(f"{target} is no Qlib data folder, so it is not overwritten.")
+        raise DataError(f"{target} is not a Qlib data folder, so it is not overwritten.")
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Qlib finds an instrument's folder by its lower-case name."""
-    seen: dict[str, str] = {}
+    """Check that names are valid as folders and unique in lower case, as Qlib uses them."""
+    first_names: dict[str, str] = {}
     for name in names:
         if not name or name != name.strip() or any(c in name for c in "/\\\t\n\0"):
             raise DataError(f"{name!r} cannot be the name of a folder; rename the instrument.")
-        other = seen.setdefault(name.lower(), name)
-        if other != name:
-            raise DataError(f"{other!r} and {name!r} would share one folder; rename one of them.")
+        first_name = first_names.setdefault(name.lower(), name)
+        if first_name != name:
+            raise DataError(
+                f"{first_name!r} and {name!r} would share one folder; rename one of them."
+            )
 
 
-def _write(panel: Panel, memberships: Mapping[str, Membership], folder: Path, freq: str) -> None:
+def _write_files(
+    panel: Panel, memberships: Mapping[str, Membership], folder: Path, freq: str
+) -> None:
     if len(panel.calendar) > _LARGEST_ROW:
-        raise DataError(f"{len(panel.calendar)} rows are more than Qlib's files can count.")
+        raise DataError(
+            f"the calendar has {len(panel.calendar)} rows, more than Qlib's files support."
+        )
     intraday = bool((panel.calendar != panel.calendar.normalize()).any())
-    form = "%Y-%m-%d %H:%M:%S" if intraday else "%Y-%m-%d"
+    date_format = "%Y-%m-%d %H:%M:%S" if intraday else "%Y-%m-%d"
     for part in ("calendars", "instruments", "features"):
         (folder / part).mkdir()
-    lines = panel.calendar.strftime(form)
+    lines = panel.calendar.strftime(date_format)
     (folder / "calendars" / f"{freq}.txt").write_text("\n".join(lines) + "\n")
     for universe, membership in memberships.items():
         rows = [
-            f"{name}\t{first.strftime(form)}\t{last.strftime(form)}"
+            f"{name}\t{first.strftime(date_format)}\t{last.strftime(date_format)}"
             for name, spans in sorted(membership.items())
             for first, last in spans
         ]
@@ -110,7 +116,7 @@ def _write(panel: Panel, memberships: Mapping[str, Membership], folder: Path, fr
     for path in paths:
         path.mkdir()
     for field in panel.fields:
-        # Instrument-major, so that each file is one contiguous stretch.
+        # Instrument-major, so that the values of each file are contiguous.
         column = panel.column(field).T.contiguous().cpu().numpy()
         for path, values, (first, last) in zip(paths, column, spans, strict=True):
             if last < first:
@@ -120,17 +126,17 @@ def _write(panel: Panel, memberships: Mapping[str, Membership], folder: Path, fr
             content.tofile(path / f"{field.lower()}.{freq}.bin")
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Put the finished folder in its place; an earlier one steps aside until that is done."""
+def _replace_folder(temporary: Path, target: Path) -> None:
+    """Rename the finished folder to its target; an old target is restored on error."""
     if not target.exists():
         os.replace(temporary, target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, aside / "old")
+    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, backup / "old")
     try:
         os.replace(temporary, target)
     except BaseException:
-        os.replace(aside / "old", target)
+        os.replace(backup / "old", target)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(backup, ignore_errors=True)

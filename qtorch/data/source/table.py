@@ -13,39 +13,40 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.data.panel import NAMES, Panel, normalise_calendar
 from qtorch.data.source.base import Membership, frequency
-from qtorch.data.source.frame import PanelSource, checked_membership, span_membership
+from qtorch.data.source.frame import PanelSource, build_membership, span_membership
 
 logger = logging.getLogger(__name__)
 
 LAYOUTS = ("long", "per_instrument", "wide")
-ENDINGS = (".parquet", ".pq", ".csv", ".csv.gz")
+SUFFIXES = (".parquet", ".pq", ".csv", ".csv.gz")
 DATETIME, INSTRUMENT = NAMES
-DATE_NAMES = (DATETIME, "date", "time", "timestamp")
-INSTRUMENT_NAMES = (INSTRUMENT, "symbol", "ticker", "code")
+DATE_COLUMNS = (DATETIME, "date", "time", "timestamp")
+INSTRUMENT_COLUMNS = (INSTRUMENT, "symbol", "ticker", "code")
 EMPTY_CELLS = ["", "nan", "NaN", "null", "#N/A"]
 
 
 class TableSource(PanelSource):
-    """Reads bars of parquet and CSV files into memory.
+    """Reads bars from parquet and CSV files into memory.
 
-    `layout`: `long`, one row a bar, in one file or in a folder of parts (a dataset);
-    `per_instrument`, a folder with one file an instrument, named after it; `wide`, a folder with
-    one file a field, named after it: dates down, instruments across. CSV by ending `.csv` or
-    `.csv.gz`, parquet by `.parquet` or `.pq`.
+    `layout` is one of: `long`, one row per bar, in one file or in a folder of parts (a dataset);
+    `per_instrument`, a folder with one file per instrument, named after it; `wide`, a folder with
+    one file per field, named after it, with a row per date and a column per instrument. CSV files
+    end in `.csv` or `.csv.gz`, parquet files in `.parquet` or `.pq`.
 
-    `columns` maps our names to the file's: `{"datetime": "date", "instrument": "symbol",
-    "close": "adj_close"}`. Fields named there are the fields read; with none named, every column
-    but date and instrument is one. Without a mapping the dates are sought in `datetime`, `date`,
-    `time` or `timestamp`, instruments in `instrument`, `symbol`, `ticker` or `code`, in the
-    stored index too. For `wide`, the mapping's fields name files.
+    `columns` maps qtorch's names to the names in the file: `{"datetime": "date", "instrument":
+    "symbol", "close": "adj_close"}`. If it names fields, only those are read; otherwise all
+    columns except date and instrument are fields. Without a mapping, dates are read from
+    `datetime`, `date`, `time` or `timestamp`, and instruments from `instrument`, `symbol`,
+    `ticker` or `code`, including the levels of a stored index. For `wide`, the mapping's fields
+    are the names of files.
 
-    `universes` names a membership file (columns universe, instrument, start, end; the last two
-    optional), or gives the universes as FrameSource does. `all` is always there: each instrument
-    from its first to its last row.
+    `universes` is the path of a membership file (columns universe, instrument, start, end; the
+    last two optional) or a mapping as in FrameSource. The universe `all` always exists and has
+    each instrument from its first to its last row.
 
-    Within a file the rows of an instrument ascend by date. Raises DataError for doubled or
-    descending rows, dates with a time zone, columns that are not numeric, and names in the
-    mapping that the file lacks (with the nearest).
+    Within a file the rows of an instrument must ascend by date. Raises DataError for duplicate
+    or descending rows, dates with a time zone, columns that are not numeric, and names in the
+    mapping that the file does not have (with the nearest name).
     """
 
     def __init__(
@@ -62,73 +63,81 @@ class TableSource(PanelSource):
         self.path = str(path)
         self.layout = layout
         self.columns = dict(columns or {})
-        self._given = universes
+        self._universes = universes
         self.freq = frequency(freq)
-        self._place = Path(path).expanduser()
-        if not self._place.exists():
-            raise DataError(f"no file or folder {self._place}; check the path of TableSource.")
-        if layout != "long" and not self._place.is_dir():
-            raise DataError(f"layout {layout!r} needs a folder of files, {self._place} is a file.")
+        self._root = Path(path).expanduser()
+        if not self._root.exists():
+            raise DataError(f"no file or folder {self._root}; check the path of TableSource.")
+        if layout != "long" and not self._root.is_dir():
+            raise DataError(
+                f"layout {layout!r} needs a folder of files, but {self._root} is a file."
+            )
         self._panel: Panel | None = None
         self._memberships: dict[str, Membership] | None = None
 
     def panel(self) -> Panel:
         if self._panel is None:
-            read: dict[str, Callable[[], Panel]] = {
+            readers: dict[str, Callable[[], Panel]] = {
                 "long": self._read_long,
                 "per_instrument": self._read_per_instrument,
                 "wide": self._read_wide,
             }
             try:
-                self._panel = read[self.layout]()
+                self._panel = readers[self.layout]()
             except DataError as error:
-                # The place is what the user can act on; errors of one file name it already.
-                if str(self._place) in str(error):
+                # Add the path for the user; an error about a single file names it already.
+                if str(self._root) in str(error):
                     raise
-                raise DataError(f"{self._place}: {error}") from error
-            logger.info("read %s from %s", self._panel, self._place)
+                raise DataError(f"{self._root}: {error}") from error
+            logger.info("read %s from %s", self._panel, self._root)
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
         if self._memberships is None:
             panel = self.panel()
-            found = {"all": span_membership(panel)}
-            given = self._given
-            listed = read_memberships(given) if isinstance(given, str | Path) else (given or {})
-            for name, members in listed.items():
-                found[name] = checked_membership(name, members, panel)
-            self._memberships = found
+            memberships = {"all": span_membership(panel)}
+            universes = self._universes
+            universe_members = (
+                read_memberships(universes)
+                if isinstance(universes, str | Path)
+                else (universes or {})
+            )
+            for name, members in universe_members.items():
+                memberships[name] = build_membership(name, members, panel)
+            self._memberships = memberships
         return self._memberships
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is read anew from the files is neither copied nor stored."""
+        """Leave out the data, which can be read again from the files."""
         return {**self.__dict__, "_panel": None, "_memberships": None}
 
     # -- layouts ---------------------------------------------------------------------------------
 
     def _read_long(self) -> Panel:
-        files = files_in(self._place) if self._place.is_dir() else [self._place]
-        frames = [self._bars(read_table(file), file, None) for file in files]
-        return Panel.from_frame(_together(frames))
+        files = list_tables(self._root) if self._root.is_dir() else [self._root]
+        frames = [self._parse_bars(read_table(file), file, None) for file in files]
+        return Panel.from_frame(_concat_frames(frames))
 
     def _read_per_instrument(self) -> Panel:
-        files = files_in(self._place)
-        frames = [self._bars(read_table(file), file, name_of(file)) for file in files]
-        shared = set.intersection(*(set(frame.columns) for frame in frames))
-        lacking = [f for f in frames[0].columns if f not in shared]
-        if lacking:
+        files = list_tables(self._root)
+        frames = [self._parse_bars(read_table(file), file, file_stem(file)) for file in files]
+        common_fields = set.intersection(*(set(frame.columns) for frame in frames))
+        missing_fields = [f for f in frames[0].columns if f not in common_fields]
+        if missing_fields:
             raise DataError(
-                f"the files do not hold the same columns: {lacking} are not in all of them. Name "
-                "the fields to read with columns={'close': 'close', ...}."
+                f"the files do not have the same columns: {missing_fields} are not in all of them. "
+                "Name the fields to read with columns={'close': 'close', ...}."
             )
-        return Panel.from_frame(_together([frame[list(frames[0].columns)] for frame in frames]))
+        return Panel.from_frame(
+            _concat_frames([frame[list(frames[0].columns)] for frame in frames])
+        )
 
     def _read_wide(self) -> Panel:
-        files = {name_of(file): file for file in files_in(self._place)}
-        fields = {ours: theirs for ours, theirs in self.columns.items() if ours not in NAMES}
-        for theirs in fields.values():
-            if theirs not in files:
-                raise DataError(unknown_name("file of a field", theirs, files))
+        files = {file_stem(file): file for file in list_tables(self._root)}
+        fields = {field: name for field, name in self.columns.items() if field not in NAMES}
+        for name in fields.values():
+            if name not in files:
+                raise DataError(unknown_name("file of a field", name, files))
         columns = [
             self._wide_field(files[name]).rename(field.lstrip("$"))
             for field, name in (fields or {name: name for name in files}).items()
@@ -136,56 +145,58 @@ class TableSource(PanelSource):
         return Panel.from_frame(pd.concat(columns, axis=1).sort_index())
 
     def _wide_field(self, file: Path) -> pd.Series:
-        """One field's table as a `(datetime, instrument)` column of the cells that hold a value."""
+        """Read a field's table as a `(datetime, instrument)` Series without its NaN cells."""
         table = read_table(file)
-        column, dates = self._dates(table, file)
+        column, dates = self._parse_dates(table, file)
         wide = table.drop(columns=column)
-        _check_numeric(wide, file)
+        _require_numeric(wide, file)
         if not (dates.is_monotonic_increasing and dates.is_unique):
-            raise DataError(f"{file}: the dates must ascend and stand once each.")
+            raise DataError(f"{file}: the dates must be ascending and unique.")
         names = pd.Index([str(c) for c in wide.columns])
         if not names.is_unique:
             twice = names[names.duplicated()].unique().tolist()[:5]
-            raise DataError(f"{file}: some instruments stand in two columns: {twice}.")
+            raise DataError(f"{file}: some instruments have more than one column: {twice}.")
         values = wide.to_numpy(dtype=np.float32, na_value=np.nan).reshape(-1)
-        held = np.flatnonzero(~np.isnan(values))
+        present_cells = np.flatnonzero(~np.isnan(values))
         index = pd.MultiIndex.from_product([dates, names], names=[DATETIME, INSTRUMENT])
-        return pd.Series(values[held], index=index[held])
+        return pd.Series(values[present_cells], index=index[present_cells])
 
     # -- one file --------------------------------------------------------------------------------
 
-    def _bars(self, table: pd.DataFrame, file: Path, instrument: str | None) -> pd.DataFrame:
-        """A file's rows as a `(datetime, instrument)` frame of our field names."""
-        taken, dates = self._dates(table, file)
-        marks = [taken]
+    def _parse_bars(self, table: pd.DataFrame, file: Path, instrument: str | None) -> pd.DataFrame:
+        """Convert a file's rows to a `(datetime, instrument)` frame with qtorch's field names."""
+        date_column, dates = self._parse_dates(table, file)
+        index_columns = [date_column]
         if instrument is None:
-            column = self._column(INSTRUMENT, INSTRUMENT_NAMES, table, file)
+            column = self._find_column(INSTRUMENT, INSTRUMENT_COLUMNS, table, file)
             if table[column].isna().any():
                 raise DataError(f"{file}: some rows have no instrument in {column!r}.")
             names = pd.Index(table[column].astype(str))
-            marks.append(column)
+            index_columns.append(column)
         else:
             names = pd.Index([instrument] * len(table))
-        fields = {ours: theirs for ours, theirs in self.columns.items() if ours not in NAMES}
+        fields = {
+            field: file_column for field, file_column in self.columns.items() if field not in NAMES
+        }
         if not fields:
-            fields = {c.lstrip("$"): c for c in table.columns if c not in marks}
-        for theirs in fields.values():
-            _known(theirs, table, file)
+            fields = {c.lstrip("$"): c for c in table.columns if c not in index_columns}
+        for file_column in fields.values():
+            _require_column(file_column, table, file)
         bars = table[list(fields.values())]
-        _check_numeric(bars, file)
+        _require_numeric(bars, file)
         bars = bars.set_axis([f.lstrip("$") for f in fields], axis=1)
         bars.index = pd.MultiIndex.from_arrays([dates, names], names=[DATETIME, INSTRUMENT])
         return bars
 
-    def _dates(self, table: pd.DataFrame, file: Path) -> tuple[str, pd.DatetimeIndex]:
-        """The column of dates and what stands in it."""
-        sought = (*DATE_NAMES, table.columns[0]) if self.layout == "wide" else DATE_NAMES
-        column = self._column(DATETIME, sought, table, file)
+    def _parse_dates(self, table: pd.DataFrame, file: Path) -> tuple[str, pd.DatetimeIndex]:
+        """Return the name of the date column and its parsed dates."""
+        candidates = (*DATE_COLUMNS, table.columns[0]) if self.layout == "wide" else DATE_COLUMNS
+        column = self._find_column(DATETIME, candidates, table, file)
         values = table[column]
         if pd.api.types.is_numeric_dtype(values):
-            # 20200131 is a date that many files write as a number; a count of seconds is not.
+            # Many files write dates as numbers such as 20200131; reject counts of seconds.
             if not values.between(10_000_000, 99_999_999).all():
-                raise DataError(f"{file}: the column {column!r} holds numbers, not dates.")
+                raise DataError(f"{file}: the column {column!r} contains numbers, not dates.")
             values = values.astype("int64").astype(str)
         try:
             dates = normalise_calendar(values)
@@ -195,46 +206,50 @@ class TableSource(PanelSource):
             raise DataError(f"{file}: some rows have no date in {column!r}.")
         return column, dates
 
-    def _column(self, ours: str, sought: Sequence[str], table: pd.DataFrame, file: Path) -> str:
-        """The file's column for the date or the instrument: as mapped, else by its usual names."""
-        mapped = self.columns.get(ours)
-        if mapped is not None:
-            _known(mapped, table, file)
-            return mapped
-        for name in sought:
+    def _find_column(
+        self, field: str, candidates: Sequence[str], table: pd.DataFrame, file: Path
+    ) -> str:
+        """Find the column of the date or the instrument by the mapping or else by common names."""
+        column = self.columns.get(field)
+        if column is not None:
+            _require_column(column, table, file)
+            return column
+        for name in candidates:
             if name in table.columns:
                 return name
         raise DataError(
-            f"{file}: no column for the {ours}; name it with columns={{{ours!r}: ...}}. "
+            f"{file}: no column for the {field}; set it with columns={{{field!r}: ...}}. "
             f"Columns: {', '.join(table.columns[:12])}."
         )
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The tables in a folder and below it, by name."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(ENDINGS))
+def list_tables(folder: Path) -> list[Path]:
+    """Return the tables in a folder and its subfolders, sorted by path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
-        raise DataError(f"{folder} holds no table; expected files ending {', '.join(ENDINGS)}.")
+        raise DataError(f"{folder} has no table; expected files that end in {', '.join(SUFFIXES)}.")
     return files
 
 
-def name_of(file: Path) -> str:
-    """A file's name without its ending (`BRK.B.csv` is `BRK.B`)."""
-    for ending in sorted(ENDINGS, key=len, reverse=True):
-        if file.name.endswith(ending):
-            return file.name[: -len(ending)]
+def file_stem(file: Path) -> str:
+    """Return a file's name without its suffix (`BRK.B` for `BRK.B.csv`)."""
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if file.name.endswith(suffix):
+            return file.name[: -len(suffix)]
     return file.name
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """A parquet or CSV file as a frame; a stored index becomes columns, names become text."""
-    if not file.name.endswith(ENDINGS):
-        raise DataError(f"{file} is no table; expected a file ending {', '.join(ENDINGS)}.")
+    """Read a parquet or CSV file; a stored index becomes columns, and column names are strings."""
+    if not file.name.endswith(SUFFIXES):
+        raise DataError(
+            f"{file} is not a table; expected a file that ends in {', '.join(SUFFIXES)}."
+        )
     try:
         if file.name.endswith((".parquet", ".pq")):
             table = pd.read_parquet(file)
         else:
-            # An instrument may be called NA: only an empty cell is missing there.
+            # An instrument may be called NA, so pandas' own list of missing values is too long.
             table = pd.read_csv(file, keep_default_na=False, na_values=EMPTY_CELLS)
     except (ValueError, OSError) as error:
         raise DataError(f"{file} cannot be read as a table: {error}") from error
@@ -247,41 +262,45 @@ def read_table(file: Path) -> pd.DataFrame:
 
 
 def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, Any]]]]:
-    """Universes of a file with columns universe, instrument and, where they end, start, end."""
+    """Read universes from a file with columns universe, instrument and optionally start, end."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise DataError(f"no membership file {file}.")
+        raise DataError(f"there is no membership file {file}.")
     table = read_table(file)
     for column in ("universe", "instrument"):
-        _known(column, table, file)
-    ends = {}
-    for column, open_end in (("start", pd.Timestamp.min), ("end", pd.Timestamp.max)):
-        given = table[column] if column in table else pd.Series(pd.NaT, index=table.index)
-        ends[column] = pd.Series(normalise_calendar(given)).fillna(open_end)
-    found: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
+        _require_column(column, table, file)
+    bounds = {}
+    for column, default in (("start", pd.Timestamp.min), ("end", pd.Timestamp.max)):
+        values = table[column] if column in table else pd.Series(pd.NaT, index=table.index)
+        bounds[column] = pd.Series(normalise_calendar(values)).fillna(default)
+    memberships: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     names = table["universe"].astype(str), table["instrument"].astype(str)
-    for universe, instrument, start, end in zip(*names, ends["start"], ends["end"], strict=True):
-        found.setdefault(universe, {}).setdefault(instrument, []).append((start, end))
-    return found
+    for universe, instrument, start, end in zip(
+        *names, bounds["start"], bounds["end"], strict=True
+    ):
+        memberships.setdefault(universe, {}).setdefault(instrument, []).append((start, end))
+    return memberships
 
 
-def _together(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Parts as one frame; those of a folder need not be named in the order of their dates."""
-    held = [frame for frame in frames if len(frame)] or frames[:1]
-    starts = [frame.index[0][0] if len(frame) else 0 for frame in held]
-    order = sorted(range(len(held)), key=lambda k: starts[k])
-    return held[0] if len(held) == 1 else pd.concat([held[k] for k in order])
+def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate the parts by date; the file names need not follow the order of the dates."""
+    non_empty = [frame for frame in frames if len(frame)] or frames[:1]
+    starts = [frame.index[0][0] if len(frame) else 0 for frame in non_empty]
+    order = sorted(range(len(non_empty)), key=lambda k: starts[k])
+    return non_empty[0] if len(non_empty) == 1 else pd.concat([non_empty[k] for k in order])
 
 
-def _known(column: str, table: pd.DataFrame, file: Path) -> None:
+def _require_column(column: str, table: pd.DataFrame, file: Path) -> None:
     if column not in table.columns:
         raise DataError(f"{file}: {unknown_name('column', column, table.columns)}")
 
 
-def _check_numeric(table: pd.DataFrame, file: Path) -> None:
-    bad = [f"{c!r} ({t})" for c, t in table.dtypes.items() if not pd.api.types.is_numeric_dtype(t)]
-    if bad:
+def _require_numeric(table: pd.DataFrame, file: Path) -> None:
+    problems = [
+        f"{c!r} ({t})" for c, t in table.dtypes.items() if not pd.api.types.is_numeric_dtype(t)
+    ]
+    if problems:
         raise DataError(
-            f"{file}: columns that are not numeric: {', '.join(bad[:5])}. Leave them out by naming "
-            "the fields to read: columns={'close': 'close', ...}."
+            f"{file}: columns that are not numeric: {', '.join(problems[:5])}. Name the fields "
+            "to read to leave them out: columns={'close': 'close', ...}."
         )

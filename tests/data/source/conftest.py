@@ -1,4 +1,4 @@
-"""Small markets that the source tests share."""
+"""Small markets shared by the tests of the data sources."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def market() -> SyntheticSource:
 
 @pytest.fixture(scope="session")
 def qlib_folder(market, tmp_path_factory):
-    """That market in Qlib's layout; read only."""
+    """The market in Qlib's layout; tests must not change it."""
     return write_qlib(market, tmp_path_factory.mktemp("qlib") / "market")
 
 
 @pytest.fixture
-def own_folder(market, tmp_path):
-    """A small market in Qlib's layout that a test may damage."""
+def writable_folder(market, tmp_path):
+    """A small market in Qlib's layout that a test may change."""
     panel = market.load(["open", "close", "volume"], instruments=["S00", "S01", "S02"])
     return write_qlib(panel, tmp_path / "market")
 
 
 @pytest.fixture(scope="session")
 def qlib_source(qlib_folder) -> QlibSource:
-    """A reader of that folder."""
+    """The source that reads `qlib_folder`."""
     return QlibSource(qlib_folder)
 
 
 @pytest.fixture(scope="session")
 def long_frame(market) -> pd.DataFrame:
-    """Six stocks of that market, one row a bar, instrument by instrument."""
+    """Six stocks of the market with one row per bar, sorted by instrument."""
     names = ["S00", "S01", "S02", "S03", "S04", "S05"]
     frame = market.load(["open", "close", "volume"], instruments=names).to_frame()
     frame = frame.dropna().reset_index()

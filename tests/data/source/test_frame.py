@@ -1,4 +1,4 @@
-"""A user's own DataFrame or Panel as a source."""
+"""FrameSource: a DataFrame or a Panel as a source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def frame(long_frame):
     return long_frame.set_index(["datetime", "instrument"])
 
 
-def test_a_frame_in_one_line(frame):
+def test_a_frame_is_loaded_unchanged(frame):
     source = FrameSource(frame)
     assert source.fields() == ("open", "close", "volume")
     pd.testing.assert_frame_equal(
@@ -27,26 +27,26 @@ def test_a_frame_in_one_line(frame):
     )
 
 
-def test_days_that_the_frame_lacks_are_suspended(frame):
+def test_missing_rows_are_suspended_days(frame):
     days = frame.index.get_level_values(0).unique().sort_values()[100:103]
-    gone = [(d, "S02") for d in days]
-    source = FrameSource(frame.drop(index=[g for g in gone if g in frame.index]))
+    missing_rows = [(d, "S02") for d in days]
+    source = FrameSource(frame.drop(index=[g for g in missing_rows if g in frame.index]))
     panel = source.load(["close"], start_time=days[0], end_time=days[-1], instruments=["S02"])
     assert panel.column("close").isnan().all()
     assert panel.mask.all()
 
 
-def test_dollar_names_and_instruments_are_put_in_order(frame):
+def test_instruments_are_sorted_and_dollar_signs_removed(frame):
     panel = FrameSource(frame).load().select(instruments=["S05", "S01", "S03"])
     source = FrameSource(panel)
     assert list(source.load().instruments) == ["S01", "S03", "S05"]
     expected = panel.select(instruments=["S03"]).column("close")
-    found = source.load(["close"], instruments=["S03"]).column("close")
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    close = source.load(["close"], instruments=["S03"]).column("close")
+    torch.testing.assert_close(close, expected, equal_nan=True)
     assert FrameSource(frame.add_prefix("$")).fields() == ("open", "close", "volume")
 
 
-def test_selections_agree_with_the_whole(frame):
+def test_a_selection_equals_the_same_part_of_the_whole_panel(frame):
     source = FrameSource(frame)
     whole = source.load()
     part = source.load(["volume", "open"], instruments=["S04", "S01"], start_time="2019-01-01")
@@ -69,7 +69,7 @@ def test_universes_by_list_and_by_spans(frame):
         FrameSource(frame, universes={"x": ["S9"]})
 
 
-def test_as_source(frame):
+def test_as_source_accepts_sources_and_frames(frame):
     source = FrameSource(frame)
     assert as_source(source) is source
     assert as_source(frame).fields() == source.fields()
@@ -77,19 +77,19 @@ def test_as_source(frame):
         as_source([1])
 
 
-def test_a_frame_is_no_configuration(frame):
+def test_a_source_with_a_frame_has_no_config(frame):
     with pytest.raises(ConfigError, match=r"FrameSource\.frame"):
         FrameSource(frame).to_config()
 
 
-def test_fingerprint_is_of_bars_and_universes(frame):
+def test_fingerprint_depends_on_bars_and_universes(frame):
     first = FrameSource(frame).fingerprint()
     assert FrameSource(frame.copy()).fingerprint() == first
     assert FrameSource(frame * 1.0001).fingerprint() != first
     assert FrameSource(frame, universes={"two": ["S01"]}).fingerprint() != first
 
 
-def test_an_infinite_value_passes_through(frame):
+def test_infinite_values_are_kept(frame):
     frame = frame.copy()
     frame.iloc[3, 1] = np.inf
     assert FrameSource(frame).load().column("close").isinf().sum() == 1

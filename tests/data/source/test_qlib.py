@@ -1,4 +1,4 @@
-"""Qlib's files: what the reader finds in them, and what it refuses."""
+"""QlibSource: reading a Qlib data folder, and errors for invalid folders and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DAYS = pd.bdate_range("2020-01-01", periods=6)
 
 
 def make_folder(folder, bins, instruments, freq="day", calendar=DAYS):
-    """A data folder by hand: `bins {(folder, field): (start, values)}`, text of universes."""
+    """Write a Qlib data folder from `bins {(folder, field): (start, values)}` and text files."""
     for part in ("calendars", "instruments", "features"):
         (folder / part).mkdir(parents=True)
     (folder / "calendars" / f"{freq}.txt").write_text("\n".join(map(str, calendar)) + "\n")
@@ -33,9 +33,9 @@ def make_folder(folder, bins, instruments, freq="day", calendar=DAYS):
 
 
 @pytest.fixture
-def by_hand(tmp_path):
-    everything = "AAA\t2020-01-01\t2020-01-08\nBbb\t2020-01-02\t2020-01-06\n"
-    some = "AAA\t2020-01-01\t2020-01-02\nAAA\t2020-01-07\t2020-01-08\n"
+def handmade_folder(tmp_path):
+    all_members = "AAA\t2020-01-01\t2020-01-08\nBbb\t2020-01-02\t2020-01-06\n"
+    some_members = "AAA\t2020-01-01\t2020-01-02\nAAA\t2020-01-07\t2020-01-08\n"
     return make_folder(
         tmp_path / "data",
         {
@@ -43,12 +43,12 @@ def by_hand(tmp_path):
             ("aaa", "pe"): (4, [30, 40]),
             ("bbb", "close"): (1, [20, float("nan"), 40]),
         },
-        {"all": everything, "some": some},
+        {"all": all_members, "some": some_members},
     )
 
 
-def test_reads_values_calendar_and_spans_by_hand(by_hand):
-    panel = QlibSource(by_hand).load(["close", "pe"])
+def test_reads_values_calendar_and_spans(handmade_folder):
+    panel = QlibSource(handmade_folder).load(["close", "pe"])
     nan = float("nan")
     assert list(panel.calendar) == list(DAYS)
     assert list(panel.instruments) == ["AAA", "Bbb"]
@@ -62,12 +62,12 @@ def test_reads_values_calendar_and_spans_by_hand(by_hand):
     assert panel.mask.T.int().tolist() == [[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]
 
 
-def test_several_membership_spans(by_hand):
-    panel = QlibSource(by_hand).load(["close"], instruments="some")
+def test_several_membership_spans(handmade_folder):
+    panel = QlibSource(handmade_folder).load(["close"], instruments="some")
     assert panel.mask[:, 0].int().tolist() == [1, 1, 0, 0, 1, 1]
-    # Values are all that is stored, whatever the membership: windows look through it.
+    # Values ignore membership, so that rolling windows see all stored rows.
     assert panel.column("close")[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
-    spans = QlibSource(by_hand).instruments("some")["AAA"]
+    spans = QlibSource(handmade_folder).instruments("some")["AAA"]
     assert [str(a.date()) for span in spans for a in span] == [
         "2020-01-01",
         "2020-01-02",
@@ -76,8 +76,8 @@ def test_several_membership_spans(by_hand):
     ]
 
 
-def test_rows_before_and_after_the_dates(by_hand):
-    source = QlibSource(by_hand)
+def test_rows_before_and_after_the_dates(handmade_folder):
+    source = QlibSource(handmade_folder)
     panel = source.load(
         ["close"], start_time="2020-01-03", end_time="2020-01-06", before=1, after=1
     )
@@ -88,27 +88,27 @@ def test_rows_before_and_after_the_dates(by_hand):
     assert len(source.load(["close"], start_time="2020-01-03", before=99, after=None).calendar) == 6
 
 
-def test_an_instrument_that_is_no_member_between_the_dates_is_left_out(by_hand):
-    panel = QlibSource(by_hand).load(["close"], start_time="2020-01-07")
+def test_instruments_without_membership_in_the_dates_are_left_out(handmade_folder):
+    panel = QlibSource(handmade_folder).load(["close"], start_time="2020-01-07")
     assert list(panel.instruments) == ["AAA"]
 
 
-def test_a_list_and_a_mapping_of_instruments(by_hand):
-    source = QlibSource(by_hand)
+def test_a_list_and_a_mapping_of_instruments(handmade_folder):
+    source = QlibSource(handmade_folder)
     assert list(source.load(["close"], instruments=["Bbb"]).instruments) == ["Bbb"]
     spans = {"AAA": [("2020-01-02", "2020-01-03")]}
     panel = source.load(["close"], instruments=spans)
     assert panel.mask[:, 0].int().tolist() == [0, 1, 1, 0, 0, 0]
 
 
-def test_field_names_with_dollar_and_universe_names_as_qlib_finds_them(by_hand):
-    panel = QlibSource(by_hand).load(["$close"], instruments="ALL")
+def test_dollar_signs_and_upper_case_universe_names_are_accepted(handmade_folder):
+    panel = QlibSource(handmade_folder).load(["$close"], instruments="ALL")
     assert panel.fields == ("close",)
 
 
-def test_calendar_fields_universes(by_hand):
-    (by_hand / "calendars" / "day_future.txt").write_text("2030-01-01\n")
-    source = QlibSource(by_hand)
+def test_calendar_fields_universes(handmade_folder):
+    (handmade_folder / "calendars" / "day_future.txt").write_text("2030-01-01\n")
+    source = QlibSource(handmade_folder)
     assert source.fields() == ("close", "pe")
     assert source.universes() == ("all", "some")
     assert list(source.calendar("2020-01-02", "2020-01-03")) == list(DAYS[1:3])
@@ -143,33 +143,33 @@ def test_an_instrument_called_na_and_one_called_con(tmp_path):
     assert list(panel.instruments) == ["CON", "NA"]
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- invalid folders, names and files -------------------------------------------------------------
 
 
-def one_line(error) -> str:
+def assert_one_line(error) -> str:
     text = str(error.value)
     assert "\n" not in text
     return text
 
 
-def test_missing_folders(tmp_path, own_folder):
+def test_missing_folders_raise(tmp_path, writable_folder):
     with pytest.raises(DataError, match="no data folder"):
         QlibSource(tmp_path / "nowhere")
-    os.rename(own_folder / "calendars", tmp_path / "away")
+    os.rename(writable_folder / "calendars", tmp_path / "away")
     with pytest.raises(DataError, match="no folder 'calendars'") as error:
-        QlibSource(own_folder)
-    assert str(own_folder) in one_line(error)
+        QlibSource(writable_folder)
+    assert str(writable_folder) in assert_one_line(error)
     with pytest.raises(ConfigError, match="needs a folder"):
         QlibSource()
 
 
-def test_unknown_names_show_the_nearest(own_folder):
-    source = QlibSource(own_folder)
+def test_unknown_names_raise_with_the_nearest_name(writable_folder):
+    source = QlibSource(writable_folder)
     with pytest.raises(DataError, match=r"unknown universe 'alll'.*'all'"):
         source.load(instruments="alll")
     with pytest.raises(DataError, match=r"unknown field 'clsoe'.*'close'") as error:
         source.load(["open", "clsoe"])
-    one_line(error)
+    assert_one_line(error)
     with pytest.raises(ExpressionError, match=r"unknown field 'clsoe'.*'close'") as error:
         source.features("all", ["$open", "Mean($clsoe, 5)"])
     assert str(error.value).splitlines()[1:] == ["    Mean($clsoe, 5)", "         ^^^^^^"]
@@ -182,11 +182,11 @@ def test_unknown_names_show_the_nearest(own_folder):
     with pytest.raises(DataError, match="not a frequency"):
         source.calendar(freq="*")
     with pytest.raises(ArgumentError, match=r"'provider_url'.*'provider_uri'"):
-        QlibSource(provider_url=str(own_folder))
+        QlibSource(provider_url=str(writable_folder))
 
 
-def test_empty_selections_say_what_is_there(own_folder):
-    source = QlibSource(own_folder)
+def test_empty_selections_raise(writable_folder):
+    source = QlibSource(writable_folder)
     with pytest.raises(DataError, match=r"no trading day.*2018-01-01\.\.2019-12-31"):
         source.load(start_time="2031-01-01")
     with pytest.raises(DataError, match="no trading day"):
@@ -197,110 +197,114 @@ def test_empty_selections_say_what_is_there(own_folder):
         source.load(instruments=[])
 
 
-@pytest.mark.parametrize("keep", [0, 2, 5, 1001, 1003])
-def test_a_file_cut_within_a_value(own_folder, keep):
-    path = own_folder / "features" / "s01" / "close.day.bin"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match="cut in the middle") as error:
-        QlibSource(own_folder).load(["open", "close"])
-    assert "s01/close.day.bin" in one_line(error)
+@pytest.mark.parametrize("num_bytes", [0, 2, 5, 1001, 1003])
+def test_a_file_truncated_within_a_value_raises(writable_folder, num_bytes):
+    path = writable_folder / "features" / "s01" / "close.day.bin"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(DataError, match="is truncated") as error:
+        QlibSource(writable_folder).load(["open", "close"])
+    assert "s01/close.day.bin" in assert_one_line(error)
 
 
-@pytest.mark.parametrize("loaded", [["open", "close"], ["close"], ["mine"]])
-def test_a_file_cut_between_values_is_seen_by_its_siblings(own_folder, caplog, loaded):
-    folder = own_folder / "features" / "s01"
+@pytest.mark.parametrize("fields", [["open", "close"], ["close"], ["mine"]])
+def test_a_file_that_ends_before_another_field_raises(writable_folder, caplog, fields):
+    folder = writable_folder / "features" / "s01"
     (folder / "mine.day.bin").write_bytes((folder / "close.day.bin").read_bytes())
-    path = folder / f"{loaded[-1]}.day.bin"
+    path = folder / f"{fields[-1]}.day.bin"
     path.write_bytes(path.read_bytes()[:1000])
-    said = rf"s01/{loaded[-1]}.day.bin ends at calendar row 248, .* at 521 .*strict=False"
-    with pytest.raises(DataError, match=said) as error:
-        QlibSource(own_folder).load(loaded)
-    one_line(error)
+    message = rf"s01/{fields[-1]}.day.bin ends at calendar row 248, .* at 521 .*strict=False"
+    with pytest.raises(DataError, match=message) as error:
+        QlibSource(writable_folder).load(fields)
+    assert_one_line(error)
     with caplog.at_level(logging.WARNING):
-        panel = QlibSource(own_folder, strict=False).load(loaded)
-    assert "cut in the middle" in caplog.text
-    assert panel.column(loaded[-1])[:, 1].isnan().any()
+        panel = QlibSource(writable_folder, strict=False).load(fields)
+    assert "may be truncated" in caplog.text
+    assert panel.column(fields[-1])[:, 1].isnan().any()
 
 
-def test_a_field_that_begins_later_is_whole(own_folder):
+def test_a_field_that_starts_later_is_valid(writable_folder):
     late = np.array([500, *range(22)], dtype="<f4")
-    late.tofile(own_folder / "features" / "s01" / "mine.day.bin")
-    source = QlibSource(own_folder)
+    late.tofile(writable_folder / "features" / "s01" / "mine.day.bin")
+    source = QlibSource(writable_folder)
     assert source.load(["mine"]).column("mine")[-1, 1] == 21
     assert source.load(["close"]).spans[1].tolist() == [0, 521]
 
 
-def test_a_file_cut_behind_its_first_number(own_folder, caplog):
-    path = own_folder / "features" / "s01" / "close.day.bin"
+def test_a_file_without_values_raises(writable_folder, caplog):
+    path = writable_folder / "features" / "s01" / "close.day.bin"
     path.write_bytes(path.read_bytes()[:4])
-    with pytest.raises(DataError, match=r"s01/close.day.bin holds no value: cut in the") as error:
-        QlibSource(own_folder).load(["open", "close"])
-    one_line(error)
+    with pytest.raises(DataError, match=r"s01/close.day.bin has no values; it may be") as error:
+        QlibSource(writable_folder).load(["open", "close"])
+    assert_one_line(error)
     with caplog.at_level(logging.WARNING):
-        panel = QlibSource(own_folder, strict=False).load(["open", "close"])
-    assert "holds no value" in caplog.text
+        panel = QlibSource(writable_folder, strict=False).load(["open", "close"])
+    assert "has no values" in caplog.text
     assert panel.column("close")[:, 1].isnan().all()
 
 
-def test_a_file_longer_than_the_calendar(own_folder):
-    path = own_folder / "features" / "s01" / "close.day.bin"
+def test_a_file_longer_than_the_calendar_raises(writable_folder):
+    path = writable_folder / "features" / "s01" / "close.day.bin"
     path.write_bytes(path.read_bytes() + np.ones(1000, dtype="<f4").tobytes())
     with pytest.raises(DataError, match="but the calendar has 522 rows"):
-        QlibSource(own_folder).load(["close"])
+        QlibSource(writable_folder).load(["close"])
 
 
 @pytest.mark.parametrize("start", [-1.0, 0.5, float("nan"), float("inf")])
-def test_a_start_row_that_is_none(own_folder, start):
-    np.array([start, 1, 2], dtype="<f4").tofile(own_folder / "features" / "s01" / "close.day.bin")
-    with pytest.raises(DataError, match="is damaged: its first value"):
-        QlibSource(own_folder).load(["close"])
+def test_an_invalid_start_row_raises(writable_folder, start):
+    np.array([start, 1, 2], dtype="<f4").tofile(
+        writable_folder / "features" / "s01" / "close.day.bin"
+    )
+    with pytest.raises(DataError, match="is corrupt: its first value"):
+        QlibSource(writable_folder).load(["close"])
 
 
-def test_damaged_text_files(own_folder):
-    universe = own_folder / "instruments" / "all.txt"
-    kept = universe.read_text()
-    universe.write_text(kept + "S09 2018-01-01\n")
-    with pytest.raises(DataError, match=r"all.txt, line 4: expected instrument, start and end"):
-        QlibSource(own_folder).load()
-    universe.write_text(kept + "S09\tx\ty\n")
-    with pytest.raises(DataError, match="cannot be read as dates"):
-        QlibSource(own_folder).load()
-    universe.write_text(kept)
-    calendar = own_folder / "calendars" / "day.txt"
+def test_invalid_text_files_raise(writable_folder):
+    universe = writable_folder / "instruments" / "all.txt"
+    original = universe.read_text()
+    universe.write_text(original + "S09 2018-01-01\n")
+    with pytest.raises(
+        DataError, match=r"all.txt, line 4: expected tab-separated instrument, start"
+    ):
+        QlibSource(writable_folder).load()
+    universe.write_text(original + "S09\tx\ty\n")
+    with pytest.raises(DataError, match="dates cannot be parsed"):
+        QlibSource(writable_folder).load()
+    universe.write_text(original)
+    calendar = writable_folder / "calendars" / "day.txt"
     calendar.write_text("2018-01-02\n2018-01-01\n")
-    with pytest.raises(DataError, match="ascend"):
-        QlibSource(own_folder).load()
+    with pytest.raises(DataError, match="ascending"):
+        QlibSource(writable_folder).load()
 
 
-def test_instruments_without_a_folder_yield_nothing_with_a_warning(own_folder, caplog):
-    universe = own_folder / "instruments" / "all.txt"
+def test_instruments_without_a_folder_are_skipped_with_a_warning(writable_folder, caplog):
+    universe = writable_folder / "instruments" / "all.txt"
     universe.write_text(universe.read_text() + "GHOST\t2018-01-01\t2019-12-31\n")
     with caplog.at_level(logging.WARNING):
-        panel = QlibSource(own_folder).load()
+        panel = QlibSource(writable_folder).load()
     assert list(panel.instruments) == ["S00", "S01", "S02"]
     assert "GHOST" in caplog.text
     with pytest.raises(DataError, match="none of the 1 instruments has a folder"):
-        QlibSource(own_folder).load(instruments=["GHOST"])
+        QlibSource(writable_folder).load(instruments=["GHOST"])
 
 
 # -- configuration and content -------------------------------------------------------------------
 
 
-def test_configuration_carries_the_folder_that_a_default_gave(own_folder):
-    with session_context(provider_uri=str(own_folder)):
+def test_config_contains_the_default_folder(writable_folder):
+    with session_context(provider_uri=str(writable_folder)):
         source = QlibSource()
     assert source.to_config() == {
         "_target_": "qtorch.data.source.qlib.QlibSource",
-        "provider_uri": str(own_folder),
+        "provider_uri": str(writable_folder),
     }
 
 
-def test_fingerprint_follows_content_and_not_place(own_folder, tmp_path):
-    first = QlibSource(own_folder).fingerprint()
-    moved = own_folder.rename(tmp_path / "elsewhere")
-    assert QlibSource(moved).fingerprint() == first
-    path = moved / "features" / "s01" / "close.day.bin"
+def test_fingerprint_depends_on_the_content_and_not_on_the_path(writable_folder, tmp_path):
+    first = QlibSource(writable_folder).fingerprint()
+    renamed_folder = writable_folder.rename(tmp_path / "renamed")
+    assert QlibSource(renamed_folder).fingerprint() == first
+    path = renamed_folder / "features" / "s01" / "close.day.bin"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    assert QlibSource(moved).fingerprint() != first
+    assert QlibSource(renamed_folder).fingerprint() != first

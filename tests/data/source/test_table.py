@@ -1,4 +1,4 @@
-"""Parquet and CSV: layouts, mappings, and what a table may not hold."""
+"""TableSource: layouts of parquet and CSV files, column mappings, and invalid tables."""
 
 from __future__ import annotations
 
@@ -14,76 +14,76 @@ from qtorch.data.source.table import TableSource
 
 
 @pytest.fixture(scope="module")
-def expected(long_frame):
+def reference_panel(long_frame):
     return FrameSource(long_frame.set_index(["datetime", "instrument"])).load()
 
 
-def assert_same(source, expected):
+def assert_same(source, reference_panel):
     panel = source.load()
-    assert sorted(panel.fields) == sorted(expected.fields)
-    assert list(panel.instruments) == list(expected.instruments)
-    assert panel.calendar.equals(expected.calendar)
-    assert torch.equal(panel.mask, expected.mask)
-    for field in expected.fields:
+    assert sorted(panel.fields) == sorted(reference_panel.fields)
+    assert list(panel.instruments) == list(reference_panel.instruments)
+    assert panel.calendar.equals(reference_panel.calendar)
+    assert torch.equal(panel.mask, reference_panel.mask)
+    for field in reference_panel.fields:
         torch.testing.assert_close(
-            panel.column(field), expected.column(field), equal_nan=True, rtol=1e-6, atol=0
+            panel.column(field), reference_panel.column(field), equal_nan=True, rtol=1e-6, atol=0
         )
 
 
 # -- layouts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz"])
-def test_one_long_file(tmp_path, long_frame, expected, ending):
-    path = tmp_path / f"bars.{ending}"
-    write = long_frame.to_parquet if ending == "parquet" else long_frame.to_csv
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "csv.gz"])
+def test_long_file(tmp_path, long_frame, reference_panel, suffix):
+    path = tmp_path / f"bars.{suffix}"
+    write = long_frame.to_parquet if suffix == "parquet" else long_frame.to_csv
     write(path, index=False)
-    assert_same(TableSource(path), expected)
+    assert_same(TableSource(path), reference_panel)
 
 
 @pytest.mark.parametrize("order", [["datetime", "instrument"], ["instrument", "datetime"]])
-def test_a_stored_index(tmp_path, long_frame, expected, order):
+def test_a_stored_index_becomes_columns(tmp_path, long_frame, reference_panel, order):
     long_frame.set_index(order).sort_index().to_parquet(tmp_path / "bars.parquet")
-    assert_same(TableSource(tmp_path / "bars.parquet"), expected)
+    assert_same(TableSource(tmp_path / "bars.parquet"), reference_panel)
 
 
-def test_a_folder_of_parts_in_any_order(tmp_path, long_frame, expected):
+def test_folder_of_parts_in_any_order(tmp_path, long_frame, reference_panel):
     years = long_frame["datetime"].dt.year
-    # The later year comes first by name.
+    # The file of the later year comes first by name.
     long_frame[years == 2019].to_parquet(tmp_path / "a.parquet")
     (tmp_path / "deep").mkdir()
     long_frame[years == 2018].to_csv(tmp_path / "deep" / "b.csv", index=False)
-    assert_same(TableSource(tmp_path), expected)
+    assert_same(TableSource(tmp_path), reference_panel)
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
-def test_one_file_an_instrument(tmp_path, long_frame, expected, ending):
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_one_file_per_instrument(tmp_path, long_frame, reference_panel, suffix):
     for name, bars in long_frame.groupby("instrument"):
         bars = bars.drop(columns="instrument").rename(columns={"datetime": "date"})
-        path = tmp_path / f"{name}.{ending}"
-        if ending == "csv":
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "csv":
             bars.to_csv(path, index=False)
         else:
             bars.set_index("date").to_parquet(path)
-    assert_same(TableSource(tmp_path, layout="per_instrument"), expected)
+    assert_same(TableSource(tmp_path, layout="per_instrument"), reference_panel)
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
-def test_one_file_a_field(tmp_path, long_frame, expected, ending):
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_one_file_per_field(tmp_path, long_frame, reference_panel, suffix):
     for field in ("open", "close", "volume"):
         wide = long_frame.pivot(index="datetime", columns="instrument", values=field)
-        if ending == "csv":
+        if suffix == "csv":
             wide.to_csv(tmp_path / f"{field}.csv")
         else:
             wide.rename_axis(index=None, columns=None).to_parquet(tmp_path / f"{field}.parquet")
-    assert_same(TableSource(tmp_path, layout="wide"), expected)
-    some = TableSource(tmp_path, layout="wide", columns={"price": "close"})
-    assert some.fields() == ("price",)
+    assert_same(TableSource(tmp_path, layout="wide"), reference_panel)
+    price_source = TableSource(tmp_path, layout="wide", columns={"price": "close"})
+    assert price_source.fields() == ("price",)
     with pytest.raises(DataError, match=r"unknown file of a field 'clos'.*'close'"):
         TableSource(tmp_path, layout="wide", columns={"price": "clos"}).load()
 
 
-def test_names_with_a_dot_and_na(tmp_path):
+def test_instruments_with_a_dot_and_called_na(tmp_path):
     days = pd.bdate_range("2020-01-01", periods=3)
     for name in ("BRK.B", "NA"):
         frame = pd.DataFrame({"date": days, "close": [1.0, 2.0, 3.0]})
@@ -100,26 +100,26 @@ def test_names_with_a_dot_and_na(tmp_path):
 # -- mapping -------------------------------------------------------------------------------------
 
 
-def test_columns_by_mapping(tmp_path, long_frame):
+def test_columns_are_renamed_by_the_mapping(tmp_path, long_frame):
     path = tmp_path / "bars.csv"
-    table = long_frame.rename(columns={"datetime": "day", "instrument": "who", "close": "adj"})
+    table = long_frame.rename(columns={"datetime": "day", "instrument": "asset", "close": "adj"})
     table.assign(note="text").to_csv(path, index=False)
-    columns = {"datetime": "day", "instrument": "who", "close": "adj", "$volume": "volume"}
+    columns = {"datetime": "day", "instrument": "asset", "close": "adj", "$volume": "volume"}
     source = TableSource(path, columns=columns)
     assert source.fields() == ("close", "volume")
     assert source.to_config()["columns"] == columns
 
 
-def test_dates_written_as_numbers(tmp_path, long_frame, expected):
+def test_numeric_dates(tmp_path, long_frame, reference_panel):
     table = long_frame.assign(datetime=long_frame["datetime"].dt.strftime("%Y%m%d"))
     table.to_csv(tmp_path / "bars.csv", index=False)
-    assert_same(TableSource(tmp_path / "bars.csv"), expected)
+    assert_same(TableSource(tmp_path / "bars.csv"), reference_panel)
     table.assign(datetime=range(len(table))).to_csv(tmp_path / "bars.csv", index=False)
-    with pytest.raises(DataError, match="holds numbers, not dates"):
+    with pytest.raises(DataError, match="contains numbers, not dates"):
         TableSource(tmp_path / "bars.csv").load()
 
 
-def test_a_membership_file(tmp_path, long_frame):
+def test_membership_file(tmp_path, long_frame):
     long_frame.to_parquet(tmp_path / "bars.parquet")
     (tmp_path / "members.csv").write_text(
         "universe,instrument,start,end\n"
@@ -139,92 +139,98 @@ def test_a_membership_file(tmp_path, long_frame):
         TableSource(tmp_path / "bars.parquet", universes=tmp_path / "no.csv").load()
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- invalid tables ------------------------------------------------------------------------------
 
 
-def read(tmp_path, table, **options):
+def load_table(tmp_path, table, **options):
     table.to_parquet(tmp_path / "bars.parquet", index=False)
     return TableSource(tmp_path / "bars.parquet", **options).load()
 
 
-def refuse(tmp_path, table, match, **options):
+def assert_data_error(tmp_path, table, match, **options):
     with pytest.raises(DataError, match=match) as error:
-        read(tmp_path, table, **options)
+        load_table(tmp_path, table, **options)
     assert "\n" not in str(error.value)
     assert "bars.parquet" in str(error.value)
 
 
-def test_doubled_and_descending_rows(tmp_path, long_frame):
-    refuse(tmp_path, pd.concat([long_frame, long_frame.iloc[[5]]]), "doubled|unsorted")
-    refuse(tmp_path, long_frame.iloc[[*range(6), 5, *range(6, 60)]], r"doubled row \(2018-")
-    refuse(tmp_path, long_frame.iloc[::-1], r"unsorted row .*sort_index")
+def test_duplicate_and_descending_rows_raise(tmp_path, long_frame):
+    assert_data_error(tmp_path, pd.concat([long_frame, long_frame.iloc[[5]]]), "duplicate|unsorted")
+    assert_data_error(
+        tmp_path, long_frame.iloc[[*range(6), 5, *range(6, 60)]], r"duplicate row \(2018-"
+    )
+    assert_data_error(tmp_path, long_frame.iloc[::-1], r"unsorted row .*sort_index")
 
 
-def test_time_zones(tmp_path, long_frame):
-    zoned = long_frame.assign(datetime=long_frame["datetime"].dt.tz_localize("UTC"))
-    refuse(tmp_path, zoned, "column 'datetime': the dates carry the time zone UTC")
+def test_time_zones_raise(tmp_path, long_frame):
+    utc_frame = long_frame.assign(datetime=long_frame["datetime"].dt.tz_localize("UTC"))
+    assert_data_error(tmp_path, utc_frame, "column 'datetime': the dates have the time zone UTC")
     offsets = ["2020-03-06 00:00:00-05:00", "2020-03-09 00:00:00-04:00"] * len(long_frame)
     text = long_frame.assign(datetime=offsets[: len(long_frame)])
-    refuse(tmp_path, text, "column 'datetime': the dates carry several time zones")
+    assert_data_error(tmp_path, text, "column 'datetime': the dates have several time zones")
 
 
-def test_columns_that_are_not_numeric(tmp_path, long_frame):
-    refuse(tmp_path, long_frame.assign(name="x"), r"not numeric: 'name'.*columns=")
+def test_columns_that_are_not_numeric_raise(tmp_path, long_frame):
+    assert_data_error(tmp_path, long_frame.assign(name="x"), r"not numeric: 'name'.*columns=")
 
 
-def test_unknown_columns(tmp_path, long_frame):
-    refuse(tmp_path, long_frame, r"unknown column 'clos'.*'close'", columns={"close": "clos"})
-    refuse(tmp_path, long_frame, r"unknown column 'Date'.*'datetime'", columns={"datetime": "Date"})
-    refuse(
-        tmp_path,
-        long_frame.rename(columns={"instrument": "who"}),
-        "no column for the instrument; name it with columns=",
+def test_unknown_columns_raise(tmp_path, long_frame):
+    assert_data_error(
+        tmp_path, long_frame, r"unknown column 'clos'.*'close'", columns={"close": "clos"}
     )
-    refuse(
+    assert_data_error(
+        tmp_path, long_frame, r"unknown column 'Date'.*'datetime'", columns={"datetime": "Date"}
+    )
+    assert_data_error(
         tmp_path,
-        long_frame.rename(columns={"datetime": "wann"}),
+        long_frame.rename(columns={"instrument": "asset"}),
+        "no column for the instrument; set it with columns=",
+    )
+    assert_data_error(
+        tmp_path,
+        long_frame.rename(columns={"datetime": "trading_day"}),
         "no column for the datetime",
     )
 
 
-def test_missing_dates_and_names(tmp_path, long_frame):
-    others = long_frame.index != 3
+def test_missing_dates_and_instruments_raise(tmp_path, long_frame):
+    is_other_row = long_frame.index != 3
     for column, match in (("datetime", "have no date"), ("instrument", "have no instrument")):
-        table = long_frame.assign(**{column: long_frame[column].where(others)})
-        refuse(tmp_path, table, match)
+        table = long_frame.assign(**{column: long_frame[column].where(is_other_row)})
+        assert_data_error(tmp_path, table, match)
 
 
-def test_places_that_are_no_tables(tmp_path, long_frame):
+def test_invalid_paths_and_files_raise(tmp_path, long_frame):
     with pytest.raises(DataError, match="no file or folder"):
         TableSource(tmp_path / "no.parquet")
     with pytest.raises(ConfigError, match=r"unknown layout 'wid'.*'wide'"):
         TableSource(tmp_path, layout="wid")
-    with pytest.raises(DataError, match="holds no table"):
+    with pytest.raises(DataError, match="has no table"):
         TableSource(tmp_path).load()
     (tmp_path / "bars.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(DataError, match="cannot be read as a table"):
         TableSource(tmp_path / "bars.parquet").load()
     (tmp_path / "bars.txt").write_text("x")
-    with pytest.raises(DataError, match="is no table"):
+    with pytest.raises(DataError, match="is not a table"):
         TableSource(tmp_path / "bars.txt").load()
     with pytest.raises(DataError, match="needs a folder"):
         TableSource(tmp_path / "bars.txt", layout="wide")
 
 
-def test_files_of_other_columns(tmp_path):
+def test_files_with_different_columns_raise(tmp_path):
     days = pd.bdate_range("2020-01-01", periods=2)
     pd.DataFrame({"date": days, "close": 1.0, "pe": 2.0}).to_csv(tmp_path / "A.csv", index=False)
     pd.DataFrame({"date": days, "close": 1.0}).to_csv(tmp_path / "B.csv", index=False)
     with pytest.raises(DataError, match=r"\['pe'\] are not in all"):
         TableSource(tmp_path, layout="per_instrument").load()
-    one = TableSource(tmp_path, layout="per_instrument", columns={"close": "close"})
-    assert one.load().shape == (2, 2, 1)
+    close_source = TableSource(tmp_path, layout="per_instrument", columns={"close": "close"})
+    assert close_source.load().shape == (2, 2, 1)
 
 
-def test_wide_dates_descend(tmp_path):
+def test_descending_dates_of_a_wide_table_raise(tmp_path):
     days = pd.bdate_range("2020-01-01", periods=3)[::-1]
     pd.DataFrame({"date": days, "A": np.ones(3)}).to_csv(tmp_path / "close.csv", index=False)
-    with pytest.raises(DataError, match="dates must ascend"):
+    with pytest.raises(DataError, match="dates must be ascending"):
         TableSource(tmp_path, layout="wide").load()
 
 
