@@ -1,4 +1,4 @@
-"""What is made of many runs: rolling studies, collectors, ensembles, groups, comparisons."""
+"""Work on many runs: rolling studies, sweeps, collectors, ensembles, comparisons, exports."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qtorch.study.ensemble import Ensemble as Ensemble
     from qtorch.study.ensemble import RollingEnsemble as RollingEnsemble
     from qtorch.study.ensemble import SingleKeyEnsemble as SingleKeyEnsemble
-    from qtorch.study.export import Exported as Exported
+    from qtorch.study.export import ExportResult as ExportResult
     from qtorch.study.export import export_model as export_model
     from qtorch.study.export import load_network as load_network
     from qtorch.study.group import Group as Group
@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Collector": "qtorch.study.collect",
         "Comparison": "qtorch.study.comparison",
         "Ensemble": "qtorch.study.ensemble",
-        "Exported": "qtorch.study.export",
+        "ExportResult": "qtorch.study.export",
         "Group": "qtorch.study.group",
         "MergeCollector": "qtorch.study.collect",
         "RecorderCollector": "qtorch.study.collect",

@@ -1,9 +1,10 @@
-"""One process at a time on one job: a claim is a file that its holder touches while it works.
+"""Claims: files that make sure that only one process at a time works on a job.
 
-A holder that is gone is known at once on its own machine, by its process, and elsewhere by the age
-of its last touch: who wants its job looks for as long as a touch counts. The file lies beside a
-local tracking store, else in the user's cache folder, which the nodes of a cluster share with the
-home folder (as the checkpoints do).
+The holder of a claim touches the claim file while it works. Whether the holder is still alive is
+known at once on its own machine, from its process ID; on other machines it is judged by the time
+of the last touch, so a process that wants the job watches the file for up to `STALE_SECONDS`.
+The file lies beside a local tracking store, else in the user's cache folder, which the nodes of a
+cluster share with the home folder (as they share the checkpoints).
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qtorch.core.files import cache_folder, whole_file
+from qtorch.core.files import atomic_write, cache_folder
 from qtorch.tracking.locations import file_lock, resolve_uri, sqlite_path
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-LOOK_SECONDS = 0.5  # between two looks at a claim of another machine
-LOST = 96  # the exit code of a process whose job another one has taken
+POLL_SECONDS = 0.5  # between two checks of a claim that is held on another machine
+LOST_CLAIM_EXIT_CODE = 96  # of a process whose job was taken over by another process
 
-Touch = tuple[dict[str, Any], int]  # a holder's token, and the time of its touch
+Touch = tuple[dict[str, Any], int]  # the holder's token, and the modification time of the file
 
 
 def claims_folder(tracking_uri: str) -> Path:
-    """Where the claims on jobs of a tracking store lie."""
+    """The folder of the claim files for the jobs of a tracking store."""
     uri = resolve_uri(tracking_uri)
     path = sqlite_path(uri)
     if path is not None:
@@ -45,104 +46,113 @@ def claims_folder(tracking_uri: str) -> Path:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Hold a claim inside the block; False where another process that lives holds it.
+def hold_claim(path: Path) -> Iterator[bool]:
+    """Hold a claim inside the block; yield False if another live process holds it.
 
-    Whether one on another machine lives is looked for: for seconds where it does, for
-    `STALE_SECONDS` where it does not. A holder that was stopped for so long (a suspended machine)
-    that another has taken its job ends at once when it finds out: two must not write into one run.
+    If the holder is on another machine, the claim file is watched: for seconds if the holder is
+    alive, for `STALE_SECONDS` if it is not. A holder that was suspended for so long that another
+    process took over its job exits as soon as it notices, because two processes must not write
+    into one run.
     """
-    token = {"token": uuid.uuid4().hex, "machine": _machine(), "process": _process(os.getpid())}
-    if not (_taken(path, token) or _outlived(path, token)):
+    token = {
+        "token": uuid.uuid4().hex,
+        "machine": _machine_id(),
+        "process": _process_id(os.getpid()),
+    }
+    if not (_take_claim(path, token) or _take_stale_claim(path, token)):
         yield False
         return
-    done = threading.Event()
-    beat = threading.Thread(target=_keep, args=(path, token, done), daemon=True, name="claim")
-    beat.start()
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_renew_claim, args=(path, token, stop), daemon=True, name="claim"
+    )
+    thread.start()
     try:
         yield True
     finally:
-        done.set()
-        beat.join()
-        if _read(path) == token:
+        stop.set()
+        thread.join()
+        if _read_token(path) == token:
             path.unlink(missing_ok=True)
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process that lives holds the claim."""
-    touch = _touch(path)
+    """Whether a live process holds the claim."""
+    touch = _read_touch(path)
     if touch is None:
         return False
-    held = touch[0]
-    if held["machine"] == _machine():
-        # One with the id of a dead holder has begun at another time.
-        return bool(_process(int(held["process"][0])) == held["process"])
-    return _age(path, touch) < STALE_SECONDS
+    token = touch[0]
+    if token["machine"] == _machine_id():
+        # Compares the start time as well: the ID of a dead holder may have been reused.
+        return bool(_process_id(int(token["process"][0])) == token["process"])
+    return _touch_age(path, touch) < STALE_SECONDS
 
 
-def _taken(path: Path, token: dict[str, Any], dead: Touch | None = None) -> bool:
-    """Take a claim that nobody holds, or whose last touch is `dead`."""
+def _take_claim(path: Path, token: dict[str, Any], stale_touch: Touch | None = None) -> bool:
+    """Take a claim that nobody holds, or whose last touch is still `stale_touch`."""
     with file_lock(path.with_name(f".{path.name}.lock")):
-        if is_held(path) and (dead is None or _touch(path) != dead):
+        if is_held(path) and (stale_touch is None or _read_touch(path) != stale_touch):
             return False
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(token))
         return True
 
 
-def _outlived(path: Path, token: dict[str, Any]) -> bool:
-    """Take the claim of a holder on another machine that does not touch it while we look.
+def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
+    """Take the claim of a holder on another machine if it is not touched while we watch it.
 
-    Where a node dies its job is tried again within seconds, when the claim still looks as that of
-    one who lives. Nobody's clock but ours counts while we wait, and the lock is free.
+    When a node dies, its job is retried within seconds, while the claim still looks alive. Only
+    our own clock measures the wait, and the lock is not held meanwhile.
     """
-    last = _touch(path)
-    if last is None:
-        return _taken(path, token)
-    holder = str(last[0]["machine"])
-    if holder == _machine():
+    last_touch = _read_touch(path)
+    if last_touch is None:
+        return _take_claim(path, token)
+    holder = str(last_touch[0]["machine"])
+    if holder == _machine_id():
         return False
-    patience = min(STALE_SECONDS, STALE_SECONDS - _age(path, last))
+    max_wait = min(STALE_SECONDS, STALE_SECONDS - _touch_age(path, last_touch))
     log.info(
-        "%s has claimed this job: looking for up to %.0f s whether it still works on it",
+        "this job is claimed by %s: waiting up to %.0f s to see whether it is still alive",
         holder.partition(" ")[0],
-        patience,
+        max_wait,
     )
-    end = time.monotonic() + patience
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(LOOK_SECONDS, left))
-        now = _touch(path)
-        if now is None:
+    deadline = time.monotonic() + max_wait
+    while (remaining := deadline - time.monotonic()) > 0:
+        time.sleep(min(POLL_SECONDS, remaining))
+        touch = _read_touch(path)
+        if touch is None:
             break
-        if now != last:
+        if touch != last_touch:
             return False
-    return _taken(path, token, last)
+    return _take_claim(path, token, last_touch)
 
 
-def _keep(path: Path, token: dict[str, Any], done: threading.Event) -> None:
-    while not done.wait(BEAT_SECONDS):
-        held = _read(path)
-        if held is not None and held != token:
-            log.critical("another process has taken this job meanwhile; ending here.")
-            os._exit(LOST)
+def _renew_claim(path: Path, token: dict[str, Any], stop: threading.Event) -> None:
+    """Touch the claim until `stop` is set; exit the process if another one took the claim."""
+    while not stop.wait(HEARTBEAT_SECONDS):
+        current = _read_token(path)
+        if current is not None and current != token:
+            log.critical("another process has taken over this job; exiting.")
+            os._exit(LOST_CLAIM_EXIT_CODE)
         try:
-            if held is None:
-                _taken(path, token)
+            if current is None:
+                _take_claim(path, token)
             else:
                 os.utime(path)
         except OSError as error:
-            log.warning("the claim %s cannot be renewed: %s", path, error)
+            log.warning("cannot renew the claim %s: %s", path, error)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    touch = _touch(path)
+def _read_token(path: Path) -> dict[str, Any] | None:
+    touch = _read_touch(path)
     return None if touch is None else touch[0]
 
 
-def _touch(path: Path) -> Touch | None:
-    """Who holds the claim, and when it was touched last; None where there is none to be read.
+def _read_touch(path: Path) -> Touch | None:
+    """The claim's token and the time of its last touch; None if there is no readable claim.
 
-    A network file system tells news of a file to who opens it; `stat` may be told old ones.
+    The file is opened before `fstat`, because a network file system refreshes a file's attributes
+    when it is opened, while `stat` may return cached ones.
     """
     try:
         with path.open() as file:
@@ -151,21 +161,21 @@ def _touch(path: Path) -> Touch | None:
         return None
 
 
-def _age(path: Path, touch: Touch) -> float:
-    """Seconds since that touch, by the clock that made it: the file system's."""
-    touched = touch[1] / 1e9
+def _touch_age(path: Path, touch: Touch) -> float:
+    """Seconds since a touch, by the clock of the file system, which also set its time."""
+    touch_time = touch[1] / 1e9
     probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         probe.touch()
-        return probe.stat().st_mtime - touched
+        return probe.stat().st_mtime - touch_time
     except OSError:
-        return time.time() - touched
+        return time.time() - touch_time
     finally:
         probe.unlink(missing_ok=True)
 
 
-def _machine() -> str:
-    """What shares process ids with this process: host, boot, container."""
+def _machine_id() -> str:
+    """Host, boot and container: processes with the same text share one space of process IDs."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -174,8 +184,8 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _process(pid: int) -> list[Any] | None:
-    """A process's id and when it began; None where there is none (or only its remains)."""
+def _process_id(pid: int) -> list[Any] | None:
+    """A process's ID and start time; None if there is no such process, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

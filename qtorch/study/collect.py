@@ -1,4 +1,4 @@
-"""Results gathered from many runs, then processed: grouped, merged, averaged."""
+"""Collect results from many runs and process them: group, merge, average."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ PREDICTION: Mapping[str, str] = {"pred": "pred.pkl"}
 
 
 class Collector(ABC):
-    """Collects `{key: things}` and runs each through its processes; calling it does both.
+    """Collects a mapping `{key: value}` and passes each value through a list of processes.
 
-    `process_list`: one callable or several, applied in order to the value of each key:
-    `[RollingGroup(), AverageEnsemble()]`. Answers to qlib/workflow/task/collect.py.
+    Calling a collector does both steps. `process_list`: one callable or several, which are applied
+    in order to the value of each key: `[RollingGroup(), AverageEnsemble()]`. Corresponds to
+    qlib/workflow/task/collect.py.
     """
 
     def __init__(self, process_list: Process | Sequence[Process] = ()) -> None:
@@ -31,7 +32,7 @@ class Collector(ABC):
 
     @abstractmethod
     def collect(self) -> dict[Any, Any]:
-        """What there is, before any processing."""
+        """The unprocessed values by key."""
 
     @staticmethod
     def process_collect(
@@ -40,23 +41,23 @@ class Collector(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> dict[Any, Any]:
-        """Each value run through the processes; further arguments are passed to every one."""
+        """Pass each value through the processes; further arguments go to each of them."""
         processes = _as_list(process_list)
-        made = {}
+        results = {}
         for key, value in collected_dict.items():
             for process in processes:
                 value = process(value, *args, **kwargs)
-            made[key] = value
-        return made
+            results[key] = value
+        return results
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return self.process_collect(self.collect(), self.process_list, *args, **kwargs)
 
 
 class MergeCollector(Collector):
-    """What several collectors give, in one mapping by `(collector's key, its key)`.
+    """Merges the results of several collectors into one mapping by `(collector's key, its key)`.
 
-    `merge_func(collector_key, key)` makes another key of the two.
+    `merge_func(collector_key, key)` builds another key from the two.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class MergeCollector(Collector):
         self.merge_func = merge_func or _pair
 
     def collect(self) -> dict[Any, Any]:
-        """Each collector is called, its processes run too."""
+        """Call each collector (its own processes included) and merge the results."""
         return {
             self.merge_func(outer, inner): value
             for outer, collector in self.collector_dict.items()
@@ -79,13 +80,13 @@ class MergeCollector(Collector):
 
 
 class RecorderCollector(Collector):
-    """Artifacts of the runs of an experiment: `{artifact: {run's key: object}}`.
+    """Collects artifacts from the runs of an experiment: `{artifact: {run's key: object}}`.
 
-    `experiment`: its name, an Experiment, or a callable that gives recorders. `rec_key_func`
-    makes a run's key (None: its id), `rec_filter_func` says which runs count, `status` which
-    statuses (None: all). `artifacts_path` names artifacts by their place in a run,
-    `artifacts_key` those that are wanted (None: all; `ART_KEY_RAW` is the recorder itself).
-    `list_kwargs` go to `list_recorders`.
+    `experiment`: its name, an Experiment, or a callable that returns recorders. `rec_key_func`
+    returns a run's key (None: its ID), `rec_filter_func` whether a run is included, `status` are
+    the accepted statuses (None: all). `artifacts_path` maps names to artifact paths in a run,
+    `artifacts_key` selects some of these names (None: all; `ART_KEY_RAW` is the recorder itself).
+    `list_kwargs` are passed to `list_recorders`.
     """
 
     ART_KEY_RAW = "__raw"
@@ -107,15 +108,15 @@ class RecorderCollector(Collector):
         if not isinstance(experiment, Experiment) and not callable(experiment):
             raise ConfigError(
                 f"experiment is a {type(experiment).__name__}; expected its name, an Experiment, "
-                "or a callable that gives recorders."
+                "or a callable that returns recorders."
             )
         self.experiment = experiment
         self.artifacts_path = dict(artifacts_path)
-        self.artifacts_key = self._known(artifacts_key)
-        self.rec_key_func = rec_key_func or _id_of
+        self.artifacts_key = self._validate_keys(artifacts_key)
+        self.rec_key_func = rec_key_func or _recorder_id
         self.rec_filter_func = rec_filter_func
         self.list_kwargs = dict(list_kwargs or {})
-        self.status = None if status is None else frozenset(_texts(status))
+        self.status = None if status is None else frozenset(_string_list(status))
 
     def collect(
         self,
@@ -123,30 +124,31 @@ class RecorderCollector(Collector):
         rec_filter_func: Callable[[Recorder], bool] | None = None,
         only_exist: bool = True,
     ) -> dict[Any, Any]:
-        """The artifacts, the oldest run first.
+        """Load the artifacts, the oldest run first.
 
-        A run that does not hold an artifact is left out with a warning; `only_exist=False` raises
-        its LoadObjectError. Of two runs with one key the later counts, with a warning.
+        A run without an artifact is skipped with a warning; `only_exist=False` raises its
+        LoadObjectError instead. If two runs have the same key, the later run is used, with a
+        warning.
         """
-        keys = self.artifacts_key if artifacts_key is None else self._known(artifacts_key)
-        found = self._recorders(rec_filter_func or self.rec_filter_func)
-        log.info("runs collected: %s", dict(Counter(r.status for r in found)) or "none")
-        collected: dict[Any, Any] = {}
-        for recorder in found:
+        keys = self.artifacts_key if artifacts_key is None else self._validate_keys(artifacts_key)
+        recorders = self._list_recorders(rec_filter_func or self.rec_filter_func)
+        log.info("runs collected: %s", dict(Counter(r.status for r in recorders)) or "none")
+        results: dict[Any, Any] = {}
+        for recorder in recorders:
             name = self.rec_key_func(recorder)
             for key in keys:
                 try:
-                    value = self._artifact(recorder, key)
+                    value = self._load_artifact(recorder, key)
                 except LoadObjectError as error:
                     if not only_exist:
                         raise
-                    log.warning("run %s is left out: %s", recorder.id, error)
+                    log.warning("run %s is skipped: %s", recorder.id, error)
                     continue
-                group = collected.setdefault(key, {})
+                group = results.setdefault(key, {})
                 if name in group:
-                    log.warning("two runs have the key %r; the later one counts", name)
+                    log.warning("two runs have the key %r; the later one is used", name)
                 group[name] = value
-        return collected
+        return results
 
     def get_exp_name(self) -> str:
         """The experiment's name."""
@@ -154,32 +156,36 @@ class RecorderCollector(Collector):
             return self.experiment.name
         raise ConfigError("this collector's recorders come from a callable, not an experiment.")
 
-    def _known(self, keys: str | Sequence[str] | None) -> list[str]:
+    def _validate_keys(self, keys: str | Sequence[str] | None) -> list[str]:
         if keys is None:
             return list(self.artifacts_path)
-        wanted = _texts(keys)
-        for key in wanted:
+        names = _string_list(keys)
+        for key in names:
             if key != self.ART_KEY_RAW and key not in self.artifacts_path:
                 raise ConfigError(unknown_name("artifact", key, self.artifacts_path))
-        return wanted
+        return names
 
-    def _recorders(self, wanted: Callable[[Recorder], bool] | None) -> list[Recorder]:
+    def _list_recorders(self, is_included: Callable[[Recorder], bool] | None) -> list[Recorder]:
         if isinstance(self.experiment, Experiment):
-            listed = self.experiment.list_recorders(**self.list_kwargs)
-            runs = list(listed.values() if isinstance(listed, Mapping) else listed)[::-1]
+            recorders = self.experiment.list_recorders(**self.list_kwargs)
+            runs = list(recorders.values() if isinstance(recorders, Mapping) else recorders)[::-1]
         else:
-            given = self.experiment()
-            runs = list(given.values() if isinstance(given, Mapping) else given)
-        of_status = (r for r in runs if self.status is None or r.status in self.status)
-        return [r for r in of_status if wanted is None or wanted(r)]
+            custom_recorders = self.experiment()
+            runs = list(
+                custom_recorders.values()
+                if isinstance(custom_recorders, Mapping)
+                else custom_recorders
+            )
+        with_status = (r for r in runs if self.status is None or r.status in self.status)
+        return [r for r in with_status if is_included is None or is_included(r)]
 
-    def _artifact(self, recorder: Recorder, key: str) -> Any:
+    def _load_artifact(self, recorder: Recorder, key: str) -> Any:
         if key == self.ART_KEY_RAW:
             return recorder
         return recorder.load_object(self.artifacts_path[key])
 
 
-def _id_of(recorder: Recorder) -> Any:
+def _recorder_id(recorder: Recorder) -> Any:
     return recorder.id
 
 
@@ -188,12 +194,12 @@ def _pair(outer: Any, inner: Any) -> tuple[Any, Any]:
 
 
 def _as_list(processes: Process | Sequence[Process]) -> list[Process]:
-    listed = [processes] if callable(processes) else list(processes)
-    for process in listed:
+    process_list = [processes] if callable(processes) else list(processes)
+    for process in process_list:
         if not callable(process):
-            raise ConfigError(f"a process is callable; got a {type(process).__name__}.")
-    return listed
+            raise ConfigError(f"a process must be callable; got a {type(process).__name__}.")
+    return process_list
 
 
-def _texts(value: str | Iterable[str]) -> list[str]:
+def _string_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)

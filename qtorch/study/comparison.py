@@ -1,4 +1,4 @@
-"""Several runs side by side: seeds of one setting as a group, and what chance alone would do."""
+"""Compare runs: group them by setting, test differences, and deflate the Sharpe ratios."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from qtorch.metrics.signal import mean_over_std
 from qtorch.record.run_results import (
     RunResults,
     has_benchmark,
-    judged_return,
     model_name,
+    net_excess_return,
     net_return,
     run_results,
 )
@@ -26,14 +26,14 @@ from qtorch.tracking.mlflow_recorder import COMMAND_PARAM
 from qtorch.tracking.recorder import Recorder
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
-LONG_SHORT = "half of (top fifth − bottom fifth by score), before cost"
-MOST_NAMED = 3  # params in a group's name
+LONG_SHORT = "half of (top quintile − bottom quintile by score), before costs"
+MAX_NAME_PARAMS = 3  # shown in a group's name
 SERIES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily return"}
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run: its metrics and params, and by day its IC, Rank IC and return (None: not held)."""
+    """One run: its metrics and params, and its daily IC, Rank IC and return (None if missing)."""
 
     id: str
     name: str
@@ -52,49 +52,59 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs whose params are equal but for the seed, under a name of what sets them apart."""
+    """Runs whose params are equal except for the seed, named after what differs between groups."""
 
     name: str
     runs: tuple[ComparedRun, ...]
 
     def mean_and_std(self, metric: str) -> tuple[float, float]:
-        """Over its runs (ddof 1; NaN for one run); NaN where one of them lacks the metric."""
+        """Mean and standard deviation of a metric over the runs (ddof 1; NaN for one run).
+
+        Both are NaN if a run lacks the metric.
+        """
         values = pd.Series([r.metrics.get(metric, math.nan) for r in self.runs])
         if values.isna().any():
             return math.nan, math.nan
         return float(values.mean()), float(values.std(ddof=1))
 
     def by_run(self, series: str) -> pd.DataFrame:
-        """A daily series ("ic", "rank_ic", "returns") of each run: days by run ids."""
-        held = {r.id: getattr(r, series) for r in self.runs}
-        return pd.DataFrame({k: v for k, v in held.items() if v is not None}).sort_index()
+        """A daily series ("ic", "rank_ic", "returns") of each run: a frame of days by run IDs."""
+        series_by_run = {r.id: getattr(r, series) for r in self.runs}
+        return pd.DataFrame({k: v for k, v in series_by_run.items() if v is not None}).sort_index()
 
     def daily(self, series: str) -> pd.Series:
-        """The mean over the runs of a daily series, on the days that all of them have."""
+        """The mean of a daily series over the runs, on the days that all of them have."""
         table = self.by_run(series).dropna()
         return table.mean(axis=1)
 
 
 @dataclass(frozen=True)
 class GroupTest:
-    """Two groups' daily series compared; `adjusted` is the p-value for so many comparisons."""
+    """A paired test of a daily series of two groups.
+
+    `adjusted_p_value` is the p-value corrected for the number of tested pairs.
+    """
 
     series: str
     first: str
     second: str
     test: PairedTest
-    adjusted: float
+    adjusted_p_value: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of several runs. `sharpe` is by run id, each judged as the best of `tries`."""
+    """The result of `compare_runs`.
+
+    `sharpe` holds the deflated Sharpe ratio by run ID, as if the run were the best of `tries`;
+    `returns_description` describes the daily returns that were used.
+    """
 
     groups: tuple[RunGroup, ...]
     tests: tuple[GroupTest, ...]
     sharpe: Mapping[str, DeflatedSharpe]
     tries: int
-    returns_of: str
+    returns_description: str
 
     @property
     def runs(self) -> list[ComparedRun]:
@@ -105,17 +115,18 @@ class Comparison:
 def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> Comparison:
     """Compare runs by their artifacts and metrics.
 
-    A run's daily return is its portfolio's after cost, in excess of the benchmark where there is
-    one; if not every run has a portfolio, that of its long-short quantiles (before cost). Groups
-    are compared by the mean of their runs, day by day (`paired_test`); p-values are adjusted by
-    Holm over the pairs of a series. `tries` is the number of strategies that were tried in all: by
-    default the runs given; the deflated Sharpe ratio needs it stated honestly.
+    A run's daily return is that of its portfolio after costs, in excess of the benchmark if there
+    is one. If a run has no portfolio, the returns of all runs are those of their long-short
+    quantiles (before costs). Groups are compared by the daily mean of their runs (`paired_test`);
+    the p-values of a series are adjusted by Holm's method for the number of pairs. `tries` is the
+    total number of strategies that were tried, including those not compared here (default: the
+    number of runs). The deflated Sharpe ratio is only as honest as this number.
     """
     recorders = list({r.id: r for r in recorders}.values())
     if len(recorders) < 2:
         raise ConfigError(f"a comparison needs two different runs; got {len(recorders)}.")
-    held = [run_results(r) for r in recorders]
-    daily, told = _returns(recorders, held)
+    results_list = [run_results(r) for r in recorders]
+    daily, description = _daily_returns(recorders, results_list)
     runs = [
         ComparedRun(
             id=str(recorder.id),
@@ -127,86 +138,95 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
             rank_ic=results.rank_ic,
             returns=returns,
         )
-        for recorder, results, returns in zip(recorders, held, daily, strict=True)
+        for recorder, results, returns in zip(recorders, results_list, daily, strict=True)
     ]
-    number = len(runs) if tries is None else tries
-    if number < len(runs):
-        raise ConfigError(f"tries={tries}, but {len(runs)} runs are compared: each was a try.")
-    groups = grouped(runs)
+    num_tries = len(runs) if tries is None else tries
+    if num_tries < len(runs):
+        raise ConfigError(
+            f"tries={tries}, but {len(runs)} runs are compared and each of them counts as a try."
+        )
+    groups = group_runs(runs)
     return Comparison(
         groups=groups,
-        tests=tuple(t for series in SERIES for t in _tests(groups, series)),
-        sharpe=_sharpes(runs, number),
-        tries=number,
-        returns_of=told,
+        tests=tuple(t for series in SERIES for t in _test_pairs(groups, series)),
+        sharpe=_sharpe_by_run(runs, num_tries),
+        tries=num_tries,
+        returns_description=description,
     )
 
 
-def grouped(runs: Sequence[ComparedRun]) -> tuple[RunGroup, ...]:
-    """Groups of equal params other than the seed, in the order of their first runs."""
+def group_runs(runs: Sequence[ComparedRun]) -> tuple[RunGroup, ...]:
+    """Group runs whose params are equal except for the seed, in the order of their first runs."""
     by_params: dict[frozenset[tuple[str, str]], list[ComparedRun]] = {}
     for run in runs:
-        by_params.setdefault(frozenset(_setting(run.params).items()), []).append(run)
+        by_params.setdefault(frozenset(_setting_params(run.params).items()), []).append(run)
     settings = [dict(key) for key in by_params]
-    names = _names(settings)
+    names = _group_names(settings)
     return tuple(
         RunGroup(name, tuple(members))
         for name, members in zip(names, by_params.values(), strict=True)
     )
 
 
-def differing(groups: Sequence[RunGroup]) -> dict[str, list[str]]:
-    """The params that are not equal in all groups: `{param: [value by group]}`."""
-    settings = [_setting(g.runs[0].params) for g in groups]
+def differing_params(groups: Sequence[RunGroup]) -> dict[str, list[str]]:
+    """The params that are not equal in all groups: `{param: [value of each group]}`."""
+    settings = [_setting_params(g.runs[0].params) for g in groups]
     keys = sorted({k for s in settings for k in s})
     table = {k: [s.get(k, "") for s in settings] for k in keys}
     return {k: values for k, values in table.items() if len(set(values)) > 1}
 
 
-def _setting(params: Mapping[str, str]) -> dict[str, str]:
-    """What a run was told to do: no seed, no command line, nothing about the machine."""
-    return {k: v for k, v in params.items() if k not in SEED_PARAMS and not _is_origin(k)}
+def _setting_params(params: Mapping[str, str]) -> dict[str, str]:
+    """The params that define a run's setting: no seed, command line or environment variables."""
+    return {
+        k: v for k, v in params.items() if k not in SEED_PARAMS and not _is_environment_param(k)
+    }
 
 
-def _is_origin(key: str) -> bool:
+def _is_environment_param(key: str) -> bool:
     return key == COMMAND_PARAM or key.startswith("QTORCH_")
 
 
-def _names(settings: Sequence[Mapping[str, str]]) -> list[str]:
+def _group_names(settings: Sequence[Mapping[str, str]]) -> list[str]:
     models = [model_name(s) for s in settings]
-    shared = sorted(set.intersection(*(set(s) for s in settings)))
-    varied = [k for k in shared if len({s[k] for s in settings}) > 1 and not _is_class(k)]
+    shared_params = sorted(set.intersection(*(set(s) for s in settings)))
+    varying_params = [
+        k for k in shared_params if len({s[k] for s in settings}) > 1 and not _is_class_param(k)
+    ]
     names = []
     for model, setting in zip(models, settings, strict=True):
-        parts = [model] if len(set(models)) > 1 or not varied else []
-        parts += [f"{k.rpartition('.')[2]}={_short(setting[k])}" for k in varied[:MOST_NAMED]]
+        parts = [model] if len(set(models)) > 1 or not varying_params else []
+        parts += [
+            f"{k.rpartition('.')[2]}={_shorten(setting[k])}"
+            for k in varying_params[:MAX_NAME_PARAMS]
+        ]
         names.append(", ".join(parts))
-    count, seen = Counter(names), Counter[str]()
+    count, occurrences = Counter(names), Counter[str]()
     for k, name in enumerate(names):
-        if count[name] > 1:  # what differs is in none of the shared params
-            seen[name] += 1
-            names[k] = f"{name} ({seen[name]})"
+        if count[name] > 1:  # they differ only in params that not all groups have
+            occurrences[name] += 1
+            names[k] = f"{name} ({occurrences[name]})"
     return names
 
 
-def _is_class(key: str) -> bool:
+def _is_class_param(key: str) -> bool:
     return key.endswith(("._target_", ".class", ".module_path"))
 
 
-def _short(value: str) -> str:
+def _shorten(value: str) -> str:
     return value if len(value) <= 24 else value[:23] + "…"
 
 
-def _returns(
-    recorders: Sequence[Recorder], held: Sequence[RunResults]
+def _daily_returns(
+    recorders: Sequence[Recorder], results_list: Sequence[RunResults]
 ) -> tuple[list[pd.Series | None], str]:
     """The same kind of daily return of every run, and its name."""
-    reports = [r.report for r in held if r.report is not None]
-    if len(reports) < len(held):
+    reports = [r.report for r in results_list if r.report is not None]
+    if len(reports) < len(results_list):
         return [_long_short(r) for r in recorders], LONG_SHORT
     if all(has_benchmark(r) for r in reports):
-        return [judged_return(r) for r in reports], "portfolio after cost less benchmark"
-    return [net_return(r) for r in reports], "portfolio after cost"
+        return [net_excess_return(r) for r in reports], "portfolio after costs less benchmark"
+    return [net_return(r) for r in reports], "portfolio after costs"
 
 
 def _long_short(recorder: Recorder) -> pd.Series | None:
@@ -217,18 +237,20 @@ def _long_short(recorder: Recorder) -> pd.Series | None:
     return series
 
 
-def _tests(groups: Sequence[RunGroup], series: str) -> list[GroupTest]:
+def _test_pairs(groups: Sequence[RunGroup], series: str) -> list[GroupTest]:
     daily = {g.name: g.daily(series) for g in groups}
     pairs = [(a, b) for a, b in combinations(daily, 2) if len(daily[a]) and len(daily[b])]
-    found = [paired_test(daily[a], daily[b]) for a, b in pairs]
-    adjusted = holm([t.p_value for t in found])
+    tests = [paired_test(daily[a], daily[b]) for a, b in pairs]
+    adjusted_p_values = holm([t.p_value for t in tests])
     return [
         GroupTest(series, a, b, test, p)
-        for (a, b), test, p in zip(pairs, found, adjusted, strict=True)
+        for (a, b), test, p in zip(pairs, tests, adjusted_p_values, strict=True)
     ]
 
 
-def _sharpes(runs: Sequence[ComparedRun], tries: int) -> dict[str, DeflatedSharpe]:
-    held = {r.id: r.returns for r in runs if r.returns is not None}
-    known = [s for s in map(mean_over_std, held.values()) if math.isfinite(s)]
-    return {run: deflated_sharpe(returns, tries, known) for run, returns in held.items()}
+def _sharpe_by_run(runs: Sequence[ComparedRun], tries: int) -> dict[str, DeflatedSharpe]:
+    returns_by_run = {r.id: r.returns for r in runs if r.returns is not None}
+    sharpes = [s for s in map(mean_over_std, returns_by_run.values()) if math.isfinite(s)]
+    return {
+        run: deflated_sharpe(returns, tries, sharpes) for run, returns in returns_by_run.items()
+    }

@@ -1,18 +1,18 @@
-"""The comparison of several runs as one page."""
+"""Write the comparison of several runs as one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtorch.record.page import Cell, Markup, Number, Page, facts, folded, paragraph, table
-from qtorch.record.run_results import told_of_run
+from qtorch.record.page import Cell, Markup, Number, Page, collapsible, facts, paragraph, table
+from qtorch.record.run_results import run_description
 from qtorch.study.comparison import (
     SERIES,
     Comparison,
     RunGroup,
     compare_runs,
-    differing,
+    differing_params,
 )
 from qtorch.study.comparison_chart import curves_chart, dots_chart
 from qtorch.tracking.recorder import Recorder
@@ -24,85 +24,87 @@ SHORT_ID = 8
 def write_comparison(
     recorders: Sequence[Recorder], folder: str | Path, *, tries: int | None = None
 ) -> Path:
-    """Compare runs (`compare_runs`) and write `comparison.html` and its PNGs into a folder."""
-    compared = compare_runs(recorders, tries=tries)
-    groups = len(compared.groups)
-    title = f"Comparison of {len(compared.runs)} runs in {groups} group{'s' * (groups > 1)}"
+    """Compare runs (`compare_runs`) and write `comparison.html` and its PNGs to a folder."""
+    comparison = compare_runs(recorders, tries=tries)
+    groups = len(comparison.groups)
+    title = f"Comparison of {len(comparison.runs)} runs in {groups} group{'s' * (groups > 1)}"
     page = Page(Path(folder), title)
-    told = told_of_run(recorders[0])
-    common = {k: told[k] for k in ("Data", "Tested on") if k in told}
+    description = run_description(recorders[0])
+    common = {k: description[k] for k in ("Data", "Tested on") if k in description}
     page.add(f"<header>\n<h1>{title}</h1>", facts(common.items()), "</header>")
-    _add_groups(page, compared)
-    _add_curves(page, compared)
-    _add_tests(page, compared)
-    _add_sharpe(page, compared)
-    _add_runs(page, compared)
+    _add_groups(page, comparison)
+    _add_curves(page, comparison)
+    _add_tests(page, comparison)
+    _add_sharpe(page, comparison)
+    _add_runs(page, comparison)
     return page.write(PAGE)
 
 
-def _columns(compared: Comparison) -> tuple[dict[str, str], dict[str, str]]:
-    """`{metric: heading}` of the signal's and of the portfolio's metrics that any run has."""
-    excess = f"{compared.runs[0].freq}.excess_return_with_cost"
+def _metric_columns(comparison: Comparison) -> tuple[dict[str, str], dict[str, str]]:
+    """`{metric: heading}` of the signal and of the portfolio metrics that any run has."""
+    excess = f"{comparison.runs[0].freq}.excess_return_with_cost"
     signal = {name: name for name in ("IC", "ICIR", "Rank IC", "Rank ICIR")}
-    signal["Long-Short Ann Return"] = "Long-short, a year"
-    held = {m for run in compared.runs for m in run.metrics}
+    signal["Long-Short Ann Return"] = "Annual long-short return"
+    logged_metrics = {m for run in comparison.runs for m in run.metrics}
     portfolio = {
-        f"{excess}.annualized_return": "Excess return, a year",
+        f"{excess}.annualized_return": "Annual excess return",
         f"{excess}.information_ratio": "Information ratio",
-        f"{excess}.max_drawdown": "Drawdown of the excess",
+        f"{excess}.max_drawdown": "Drawdown of the excess return",
     }
-    if held.isdisjoint(portfolio):  # no benchmark
+    if logged_metrics.isdisjoint(portfolio):  # no benchmark
         portfolio = {
-            "report.annualized_return": "Return, a year",
+            "report.annualized_return": "Annual return",
             "report.sharpe_ratio": "Sharpe ratio",
             "report.max_drawdown": "Drawdown",
         }
-    portfolio["report.turnover"] = "Turnover, a day"
-    first, second = ({m: h for m, h in part.items() if m in held} for part in (signal, portfolio))
-    return first, second
+    portfolio["report.turnover"] = "Daily turnover"
+    signal_columns, portfolio_columns = (
+        {m: h for m, h in part.items() if m in logged_metrics} for part in (signal, portfolio)
+    )
+    return signal_columns, portfolio_columns
 
 
-def _add_groups(page: Page, compared: Comparison) -> None:
-    parts = _columns(compared)
+def _add_groups(page: Page, comparison: Comparison) -> None:
+    parts = _metric_columns(comparison)
     tables = [
         table(
             ["Group", "Runs", *columns.values()],
-            [[g.name, str(len(g.runs)), *(_mean_cell(g, m) for m in columns)]
-             for g in compared.groups],
+            [[g.name, str(len(g.runs)), *(_mean_and_std_cell(g, m) for m in columns)]
+             for g in comparison.groups],
         )
         for columns in parts
         if columns
     ]  # fmt: skip
-    differ = differing(compared.groups)
-    names = [group.name for group in compared.groups]
+    differing = differing_params(comparison.groups)
+    names = [group.name for group in comparison.groups]
     page.section(
         "Groups",
-        paragraph("Runs with equal parameters but for the seed are a group. Mean over its runs "
-                  "± standard deviation (one run has none).", "note"),
+        paragraph("Runs whose parameters are equal except for the seed form a group. Cells show "
+                  "mean ± standard deviation over its runs (no deviation for one run).", "note"),
         *tables,
-        _dots(page, compared, parts[0] | parts[1]),
-        folded("Parameters that differ", table(
-            ["Parameter", *names], [[k, *v] for k, v in differ.items()], kind="wrap"))
-        if differ else "",
+        _runs_picture(page, comparison, parts[0] | parts[1]),
+        collapsible("Parameters that differ", table(
+            ["Parameter", *names], [[k, *v] for k, v in differing.items()], kind="wrap"))
+        if differing else "",
     )  # fmt: skip
 
 
-def _dots(page: Page, compared: Comparison, columns: dict[str, str]) -> str:
+def _runs_picture(page: Page, comparison: Comparison, columns: dict[str, str]) -> str:
     returns = [m for m in columns if m.endswith(("annualized_return", "Ann Return"))]
-    drawn = [m for m in ("IC", "Rank IC") if m in columns] + sorted(returns)[:1]
+    drawn_metrics = [m for m in ("IC", "Rank IC") if m in columns] + sorted(returns)[:1]
     values = {
         columns[m]: {g.name: [r.metrics[m] for r in g.runs if m in r.metrics]
-                     for g in compared.groups}
-        for m in drawn
+                     for g in comparison.groups}
+        for m in drawn_metrics
     }  # fmt: skip
     if not values:
         return ""
     percent = [columns[m] for m in returns]
-    says = f"{', '.join(values)} of each run, by group."
-    return page.picture("by_run", dots_chart, values, percent=percent, says=says)
+    alt_text = f"{', '.join(values)} of each run, by group."
+    return page.picture("by_run", dots_chart, values, percent=percent, alt_text=alt_text)
 
 
-def _mean_cell(group: RunGroup, metric: str) -> Cell:
+def _mean_and_std_cell(group: RunGroup, metric: str) -> Cell:
     mean, std = group.mean_and_std(metric)
     if mean != mean:
         return "–"
@@ -112,29 +114,30 @@ def _mean_cell(group: RunGroup, metric: str) -> Cell:
     return Markup(f"{first} ± {Number(f'{metric}.std', std, group.name).html()}")
 
 
-def _add_curves(page: Page, compared: Comparison) -> None:
+def _add_curves(page: Page, comparison: Comparison) -> None:
     pictures = []
     for series, title, unit in (
         ("rank_ic", "Cumulative Rank IC", "sum of daily correlations"),
         ("returns", "Cumulative return", "% (sum of daily returns)"),
     ):
-        tables = {g.name: g.by_run(series) for g in compared.groups}
+        tables = {g.name: g.by_run(series) for g in comparison.groups}
         tables = {name: t for name, t in tables.items() if t.shape[1]}
         if tables:
             pictures.append(
                 page.picture(f"cumulative_{series}", curves_chart, tables, title, unit,
-                             percent=series == "returns", says=f"{title} by group.")
+                             percent=series == "returns", alt_text=f"{title} by group.")
             )  # fmt: skip
-    told = (
-        f"Return: {compared.returns_of}. Line: mean of the runs; band: from the least to the most."
+    note = (
+        f"Return: {comparison.returns_description}. "
+        "Line: mean of the runs; band: minimum to maximum."
     )
-    page.section("Through time", paragraph(told, "note"), *pictures)
+    page.section("Over time", paragraph(note, "note"), *pictures)
 
 
-def _add_tests(page: Page, compared: Comparison) -> None:
-    if len(compared.groups) < 2:
-        told = "All runs are of one group: there is nothing to test them against."
-        page.section("Paired tests", paragraph(told, "missing"))
+def _add_tests(page: Page, comparison: Comparison) -> None:
+    if len(comparison.groups) < 2:
+        note = "All runs belong to one group, so there is nothing to test them against."
+        page.section("Paired tests", paragraph(note, "missing"))
         return
     rows: list[Sequence[Cell]] = [
         [
@@ -144,70 +147,70 @@ def _add_tests(page: Page, compared: Comparison) -> None:
                    t.test.mean, f"{t.first} − {t.second}"),
             Number("t", t.test.statistic, f"{t.first} − {t.second}"),
             Number(f"{t.series}.p_value", t.test.p_value, f"{t.first} − {t.second}"),
-            Number(f"{t.series}.adjusted_p_value", t.adjusted, f"{t.first} − {t.second}"),
+            Number(f"{t.series}.adjusted_p_value", t.adjusted_p_value, f"{t.first} − {t.second}"),
             f"{t.test.count:,}",
         ]
-        for t in compared.tests
+        for t in comparison.tests
     ]  # fmt: skip
-    lags = sorted({t.test.lags for t in compared.tests})
+    lags = sorted({t.test.lags for t in comparison.tests})
     page.section(
         "Paired tests",
-        paragraph("Each group is the mean of its runs; the two are compared day by day. The "
-                  "standard error is that of Newey and West for days that follow each other "
-                  f"({', '.join(map(str, lags))} lags); p-values are two-sided, and adjusted for "
-                  "the number of pairs by Holm. They speak of these days, not of other seeds.",
-                  "note"),
-        table(["Series", "Groups", "Mean difference", "t", "p", "p, adjusted", "Days"], rows),
+        paragraph("Each group is represented by the daily mean of its runs. The standard error is "
+                  "that of Newey and West, which allows for autocorrelation "
+                  f"({', '.join(map(str, lags))} lags); p-values are two-sided and adjusted by "
+                  "Holm's method for the number of pairs. They measure the uncertainty over days, "
+                  "not over seeds.", "note"),
+        table(["Series", "Groups", "Mean difference", "t", "p", "Adjusted p", "Days"], rows),
     )  # fmt: skip
 
 
-def _add_sharpe(page: Page, compared: Comparison) -> None:
-    if not compared.sharpe:
+def _add_sharpe(page: Page, comparison: Comparison) -> None:
+    if not comparison.sharpe:
         page.section("Deflated Sharpe ratio", paragraph(
-            "No run holds a daily return. Add PortAnaRecord, or SigAnaRecord with "
-            "ana_long_short=true, to the tasks' record.", "missing"))  # fmt: skip
+            "No run has daily returns. Add PortAnaRecord, or SigAnaRecord with "
+            "ana_long_short=true, to the record section of the tasks.", "missing"))  # fmt: skip
         return
-    where = {r.id: (g.name, r.seed) for g in compared.groups for r in g.runs}
-    ranked = sorted(compared.sharpe.items(), key=lambda item: -item[1].sharpe)
+    group_and_seed = {r.id: (g.name, r.seed) for g in comparison.groups for r in g.runs}
+    sorted_runs = sorted(comparison.sharpe.items(), key=lambda item: -item[1].sharpe)
     rows: list[Sequence[Cell]] = [
         [
             run[:SHORT_ID],
-            where[run][0],
-            where[run][1],
-            Number("sharpe", sure.sharpe, run),
-            Number("expected_best", sure.expected_best, run),
-            Number("deflated_sharpe", sure.probability, run),
-            f"{sure.count:,}",
+            group_and_seed[run][0],
+            group_and_seed[run][1],
+            Number("sharpe", result.sharpe, run),
+            Number("expected_best", result.expected_best, run),
+            Number("deflated_sharpe", result.probability, run),
+            f"{result.count:,}",
         ]
-        for run, sure in ranked
+        for run, result in sorted_runs
     ]
-    tries = Number("tries", compared.tries).html()
-    given = "the runs compared" if compared.tries == len(compared.runs) else "as stated"
+    tries = Number("tries", comparison.tries).html()
+    source = "the compared runs" if comparison.tries == len(comparison.runs) else "as given"
     page.section(
         "Deflated Sharpe ratio",
-        Markup(f'<p>Number of tries: <strong>{tries}</strong> ({given}). Where more strategies '
-               "were tried than are shown, state it: <code>tries=N</code>.</p>"),
-        paragraph("Of so many tries without any skill, the best would have the Sharpe ratio "
-                  "“best by luck”. The deflated Sharpe ratio is the probability that the true "
-                  "ratio lies above it, given the number of days, skew and kurtosis (Bailey and "
-                  "Lopez de Prado, 2014). Ratios are of a day, not annual; the variance of the "
-                  "tries is that of these runs, which are taken as independent: runs that resemble "
-                  "each other make it small. Return: "
-                  f"{compared.returns_of}.", "note"),
-        table(["Run", "Group", "Seed", "Sharpe, a day", "Best by luck", "Deflated", "Days"], rows),
+        Markup(f'<p>Number of tries: <strong>{tries}</strong> ({source}). If more strategies '
+               "were tried than are shown here, set <code>tries=N</code>.</p>"),
+        paragraph("“Best by luck” is the Sharpe ratio that the best of so many strategies without "
+                  "skill would be expected to reach. The deflated Sharpe ratio is the probability "
+                  "that the true ratio is higher than that, given the number of days, the skew and "
+                  "the kurtosis (Bailey and Lopez de Prado, 2014). Ratios are daily, not annual. "
+                  "The variance over tries is estimated from these runs as if they were "
+                  "independent, so it is too small if they are similar. Return: "
+                  f"{comparison.returns_description}.", "note"),
+        table(["Run", "Group", "Seed", "Daily Sharpe", "Best by luck", "Deflated", "Days"], rows),
     )  # fmt: skip
 
 
-def _add_runs(page: Page, compared: Comparison) -> None:
+def _add_runs(page: Page, comparison: Comparison) -> None:
     tables = [
         table(
             ["Run", "Group", "Seed", *columns.values()],
             [[run.id[:SHORT_ID], group.name, run.seed]
              + [Number(m, run.metrics[m], run.id) if m in run.metrics else "–" for m in columns]
-             for group in compared.groups for run in group.runs],
+             for group in comparison.groups for run in group.runs],
         )
-        for columns in _columns(compared)
+        for columns in _metric_columns(comparison)
         if columns
     ]  # fmt: skip
-    ids = table(["Run", "Name", "Id"], [[r.id[:SHORT_ID], r.name, r.id] for r in compared.runs])
-    page.section("All runs", *tables, folded("Whole ids", ids))
+    ids = table(["Run", "Name", "ID"], [[r.id[:SHORT_ID], r.name, r.id] for r in comparison.runs])
+    page.section("All runs", *tables, collapsible("Full run IDs", ids))

@@ -1,4 +1,4 @@
-"""Several results made into one: windows stitched, models averaged."""
+"""Combine several results into one: stitch rolling windows, average models."""
 
 from __future__ import annotations
 
@@ -14,80 +14,83 @@ DATETIME = "datetime"
 
 
 class Ensemble(ABC):
-    """Makes one object of a mapping of objects. Answers to qlib/model/ens/ensemble.py."""
+    """Combines a mapping of objects into one object. Corresponds to qlib/model/ens/ensemble.py."""
 
     @abstractmethod
     def __call__(self, ensemble_dict: Any) -> Any:
-        """The one object."""
+        """Return the combined object."""
 
 
 class SingleKeyEnsemble(Ensemble):
-    """A mapping with one key becomes its value, at every depth; any other stays as it is."""
+    """Replaces each mapping with a single key by its value, at every depth."""
 
     def __call__(self, ensemble_dict: Any, recursion: bool = True) -> Any:
-        """What is in the mapping; `recursion=False` looks at the outermost level alone."""
+        """Unwrap single keys; `recursion=False` only looks at the outermost level."""
         if not isinstance(ensemble_dict, Mapping):
             return ensemble_dict
-        made = dict(ensemble_dict)
+        result = dict(ensemble_dict)
         if recursion:
-            made = {key: self(value) for key, value in made.items()}
-        return next(iter(made.values())) if len(made) == 1 else made
+            result = {key: self(value) for key, value in result.items()}
+        return next(iter(result.values())) if len(result) == 1 else result
 
 
 class RollingEnsemble(Ensemble):
-    """Frames or Series of windows as one, in order; of a doubled row the later window's counts.
+    """Concatenates the frames or Series of rolling windows in order of time.
 
-    A window is later that begins later. The values have an index with a level "datetime"
-    (a plain DatetimeIndex of that name too: daily IC).
+    If two windows have the same row, that of the window with the later start is used. The values
+    need an index with a level "datetime"; a plain DatetimeIndex of that name (as of daily IC)
+    works as well.
     """
 
     def __call__(self, ensemble_dict: Mapping[Any, Any]) -> Any:
-        """All rows of all windows, each once, sorted."""
-        parts = _frames(ensemble_dict, "RollingEnsemble")
+        """Return the rows of all windows without duplicates, sorted."""
+        parts = _check_frames(ensemble_dict, "RollingEnsemble")
         parts.sort(key=lambda part: part.index.get_level_values(DATETIME).min())
-        whole: Any = pd.concat([p for p in parts if len(p)] or parts[:1])
-        return whole[~whole.index.duplicated(keep="last")].sort_index()
+        rows: Any = pd.concat([p for p in parts if len(p)] or parts[:1])
+        return rows[~rows.index.duplicated(keep="last")].sort_index()
 
 
 class AverageEnsemble(Ensemble):
-    """The mean of several scores, each first standardised by day: a Series.
+    """Averages several scores, each standardised by day first, into one Series.
 
-    A day's mean and standard deviation (ddof 1) are over its instruments; scores missing in some
-    of the frames are averaged over the others. Nested mappings are flattened.
+    The mean and standard deviation (ddof 1) of a day are over its instruments. A score that is
+    missing in some of the frames is averaged over the others. Nested mappings are flattened.
     """
 
     def __call__(self, ensemble_dict: Mapping[Any, Any]) -> pd.Series:
-        """The averaged scores, sorted."""
-        scores = pd.concat(_frames(_flat(ensemble_dict), "AverageEnsemble"), axis=1).sort_index()
+        """Return the averaged scores, sorted."""
+        scores = pd.concat(
+            _check_frames(_flatten(ensemble_dict), "AverageEnsemble"), axis=1
+        ).sort_index()
         days = scores.groupby(level=DATETIME)
-        # By position: columns of several frames have one name.
-        centred = scores.to_numpy(dtype=float) - days.transform("mean").to_numpy(dtype=float)
-        scaled = centred / days.transform("std").to_numpy(dtype=float)
-        return pd.DataFrame(scaled, index=scores.index).mean(axis=1)
+        # By position, because the columns of all frames have the same name.
+        deviations = scores.to_numpy(dtype=float) - days.transform("mean").to_numpy(dtype=float)
+        z_scores = deviations / days.transform("std").to_numpy(dtype=float)
+        return pd.DataFrame(z_scores, index=scores.index).mean(axis=1)
 
 
-def _frames(given: Mapping[Any, Any], who: str) -> list[Any]:
-    """The values, each a frame or Series with dates."""
-    if not given:
-        raise DataError(f"{who} was given nothing to merge: did the collector find no run?")
-    for key, value in given.items():
+def _check_frames(frames: Mapping[Any, Any], caller: str) -> list[Any]:
+    """Return the values as a list; DataError unless each is a frame or Series with dates."""
+    if not frames:
+        raise DataError(f"{caller} has nothing to merge; check that the collector found any runs.")
+    for key, value in frames.items():
         if not isinstance(value, pd.DataFrame | pd.Series):
             raise DataError(
-                f"{who} merges DataFrames and Series; {key!r} holds a {type(value).__name__}."
+                f"{caller} merges frames and Series, but {key!r} is a {type(value).__name__}."
             )
         if DATETIME not in value.index.names:
             raise DataError(
-                f"{who}: the index of {key!r} has the levels {list(value.index.names)}, but none "
-                f"called {DATETIME!r}."
+                f"{caller}: the index of {key!r} has the levels {list(value.index.names)}, but no "
+                f"level {DATETIME!r}."
             )
-    return list(given.values())
+    return list(frames.values())
 
 
-def _flat(nested: Mapping[Any, Any], trail: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
-    flat: dict[tuple[Any, ...], Any] = {}
-    for key, value in nested.items():
+def _flatten(mapping: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    leaves: dict[tuple[Any, ...], Any] = {}
+    for key, value in mapping.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, (*trail, key)))
+            leaves.update(_flatten(value, (*path, key)))
         else:
-            flat[(*trail, key)] = value
-    return flat
+            leaves[(*path, key)] = value
+    return leaves

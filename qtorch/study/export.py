@@ -1,4 +1,4 @@
-"""A fitted model as a file for other programs: ONNX, a torch program, or weights and JSON."""
+"""Export a fitted model to a file for other programs: ONNX, a torch program, or safetensors."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from torch import Tensor, nn
 
 import qtorch
 from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name
-from qtorch.core.files import whole_file
+from qtorch.core.files import atomic_write
 from qtorch.data.batches import Batch
 from qtorch.data.sample_set import Samples
-from qtorch.data.samples import samples_of
-from qtorch.model.factories import loss_of
-from qtorch.model.feeding import readout_of
+from qtorch.data.samples import get_samples
+from qtorch.model.factories import build_loss
+from qtorch.model.feeding import get_readout
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.network_config import build_network, network_config
-from qtorch.study.export_program import Scoring, first_line, traced
+from qtorch.study.export_program import ScoringModule, first_line, trace_program
 from qtorch.study.warm_start import WarmStart
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-5
-SMALL = 0.1  # a score below it counts as so large where differences are judged
-CHECKED_DAYS = 3
-KEY = "qtorch"  # of the description inside a file
-NOT_INCLUDED = (
-    "x holds the features as the dataset's infer processors give them; their fitted statistics "
-    "are not in this file."
+MIN_SCALE = 0.1  # the tolerance is relative to the largest score, but at least to this value
+NUM_CHECK_DAYS = 3
+METADATA_KEY = "qtorch"  # of the metadata inside a file
+PROCESSOR_NOTE = (
+    "x holds the features after the dataset's infer processors; the fitted statistics of the "
+    "processors are not in this file."
 )
-Run = Callable[[Sequence[Tensor]], Tensor]
+ScoreFunction = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A file that was checked: `difference` is the largest one between its scores and the
-    model's, of `samples` samples; `allowed` is what it could have been."""
+class ExportResult:
+    """An exported file whose scores were checked against the model's.
+
+    `description` is the path of the JSON file beside it. `difference` is the largest difference
+    over `samples` samples, and `allowed` the limit that it had to keep.
+    """
 
     path: Path
     description: Path
@@ -61,132 +64,145 @@ def export_model(
     segment: str | slice = "test",
     tolerance: float = TOLERANCE,
     run: str | None = None,
-) -> Exported:
-    """Write a fitted LightningModel to `path`, once the file has given the model's own scores.
+) -> ExportResult:
+    """Export a fitted LightningModel to `path` after checking that the file gives the same scores.
 
-    `format`: "onnx" (needs the extra `export`), "torch" (a program of torch.export, which torch
-    alone runs; its format follows torch's versions) or "safetensors" (the weights, for
-    `load_network`); by default what the suffix says. Both programs take batches of any size and
-    give the score that `predict` gives. Beside the file, and inside it under "qtorch", JSON tells
-    the inputs by name and shape, the features in their order, step_len, the network's
-    configuration and the `run`. Not included are the statistics of the dataset's processors.
+    `format`: "onnx" (needs the extra `export`), "torch" (a program of torch.export, which only
+    needs torch to run; its format depends on torch's version) or "safetensors" (the weights, for
+    `load_network`); by default the format follows from the suffix. Both programs accept batches of
+    any size and return the scores of `predict`. JSON metadata beside the file, and inside it under
+    "qtorch", lists the names and shapes of the inputs, the features in order, step_len, the
+    network's configuration and the ID of the `run`. The fitted statistics of the dataset's
+    processors are not included.
 
-    The first days of `segment` are scored from the file that would be written, in batches of one
-    and of several, on the CPU. Where a score differs by more than `tolerance` times the largest
-    score (at least 0.1) it raises ExportError and leaves no file. Raises ConfigError for a model
-    without a network of its own, or one that the format cannot hold.
+    The check scores the first days of `segment` with the exact bytes to be written, in batches of
+    one and of several, on the CPU. If a score differs by more than `tolerance` times the largest
+    score (at least 0.1), it raises ExportError and leaves no file. Raises ConfigError for a model
+    without a network, or whose network the format cannot represent.
     """
     path = Path(path).expanduser()
-    form = format or _format_of(path)
-    if form not in SUFFIXES:
-        raise ConfigError(unknown_name("format", form, SUFFIXES))
-    fitted = _fitted(model)
-    network = copy.deepcopy(fitted._fitted()).eval()
-    scoring = Scoring(network, readout_of(loss_of(fitted.loss)))
-    samples, expected = _checked_samples(fitted, dataset, segment)
-    batches = [scoring.inputs_of(batch) for batch in _batches(samples, scoring.cross_section)]
-    told = {KEY: qtorch.__version__, "format": form, "run": run, **_described(fitted, samples)}
-    data, call, told = _written(form, scoring, batches[-1], told)
-    found = torch.cat([_scored(call, inputs, scoring, form) for inputs in batches])
-    difference, allowed = _difference(found, expected, tolerance, form)
-    with whole_file(path) as temporary:
+    file_format = format or _guess_format(path)
+    if file_format not in SUFFIXES:
+        raise ConfigError(unknown_name("format", file_format, SUFFIXES))
+    cpu_model = _copy_to_cpu(model)
+    network = copy.deepcopy(cpu_model._require_network()).eval()
+    scoring = ScoringModule(network, get_readout(build_loss(cpu_model.loss)))
+    samples, model_scores = _check_samples(cpu_model, dataset, segment)
+    batches = [
+        scoring.batch_inputs(batch) for batch in _check_batches(samples, scoring.cross_section)
+    ]
+    metadata = {
+        METADATA_KEY: qtorch.__version__,
+        "format": file_format,
+        "run": run,
+        **_describe_model(cpu_model, samples),
+    }
+    data, score, metadata = _serialize_model(file_format, scoring, batches[-1], metadata)
+    scores = torch.cat([_score_batch(score, inputs, scoring, file_format) for inputs in batches])
+    difference, allowed = _check_difference(scores, model_scores, tolerance, file_format)
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
     description = path.with_name(path.name + ".json")
-    done = Exported(path, description, form, len(data), len(expected), difference, allowed)
-    check = {k: v for k, v in asdict(done).items() if k in ("samples", "difference", "allowed")}
-    with whole_file(description) as temporary:
-        temporary.write_text(json.dumps({**told, "check": check}, indent=1) + "\n")
-    return done
+    result = ExportResult(
+        path, description, file_format, len(data), len(model_scores), difference, allowed
+    )
+    check = {k: v for k, v in asdict(result).items() if k in ("samples", "difference", "allowed")}
+    with atomic_write(description) as temporary:
+        temporary.write_text(json.dumps({**metadata, "check": check}, indent=1) + "\n")
+    return result
 
 
 def load_network(path: str | Path) -> nn.Module:
-    """The network of an export in the format "safetensors", in evaluation mode.
+    """Load the network of a "safetensors" export, in evaluation mode.
 
-    Its names pass the trust rule. Raises DataError for another file.
+    The class names in the file are subject to the trust rule. Raises DataError for any other file.
     """
-    return _network_of(Path(path).expanduser().read_bytes(), str(path))
+    return _load_network_bytes(Path(path).expanduser().read_bytes(), str(path))
 
 
-def _format_of(path: Path) -> str:
-    for form, suffix in SUFFIXES.items():
+def _guess_format(path: Path) -> str:
+    for file_format, suffix in SUFFIXES.items():
         if path.suffix == suffix:
-            return form
+            return file_format
     raise ConfigError(
-        f"{path.name}: expected a name that ends in {', '.join(SUFFIXES.values())}, or a format "
-        f"({', '.join(SUFFIXES)})."
+        f"{path.name}: expected a name that ends in {', '.join(SUFFIXES.values())}, or an explicit "
+        f"format ({', '.join(SUFFIXES)})."
     )
 
 
-def _fitted(model: Any) -> LightningModel:
-    """The model whose network is exported, on the CPU, where the files are checked."""
-    inner = model._fitted() if isinstance(model, WarmStart) else model
+def _copy_to_cpu(model: Any) -> LightningModel:
+    """A copy of the model that predicts on the CPU, where the exported files are checked."""
+    inner = model._require_model() if isinstance(model, WarmStart) else model
     if not isinstance(inner, LightningModel):
         raise ConfigError(
-            f"a {type(inner).__name__} has no network to export; a LightningModel has one."
+            f"cannot export a {type(inner).__name__}: only a LightningModel has a network to "
+            "export."
         )
-    network = inner._fitted()
+    network = inner._require_network()
     if callable(getattr(network, "predict_step", None)):
         raise ConfigError(
-            f"{type(network).__name__} predicts from a Batch by its own predict_step, which no "
-            "file of tensors can hold; export the network in it with torch's own means."
+            f"{type(network).__name__} predicts from a Batch in its own predict_step, which cannot "
+            "be exported as a program of tensors; export the network inside it with torch itself."
         )
-    found = copy.copy(inner)
-    found.trainer = {**inner.trainer, "accelerator": "cpu", "devices": 1}
-    return found
+    cpu_model = copy.copy(inner)
+    cpu_model.trainer = {**inner.trainer, "accelerator": "cpu", "devices": 1}
+    return cpu_model
 
 
-# -- what it is checked with -----------------------------------------------------------------
+# -- the check ---------------------------------------------------------------------------------
 
 
-def _checked_samples(
+def _check_samples(
     model: LightningModel, dataset: Any, segment: str | slice
 ) -> tuple[Samples, Tensor]:
-    """The samples of a segment's first days, and the model's own scores of them."""
-    whole = samples_of(dataset, segment, data_key="infer")
-    if not len(whole):
-        raise DataError(f"the segment {segment!r} holds no sample to check the export with.")
-    days = whole.index.get_level_values("datetime").unique()[:CHECKED_DAYS]
+    """The samples of a segment's first days, and the model's own scores for them."""
+    segment_samples = get_samples(dataset, segment, data_key="infer")
+    if not len(segment_samples):
+        raise DataError(f"the segment {segment!r} has no sample to check the export with.")
+    days = segment_samples.index.get_level_values("datetime").unique()[:NUM_CHECK_DAYS]
     span = slice(days[0], days[-1])
-    samples = samples_of(dataset, span, data_key="infer")
-    if model.learnt_ is not None:
-        samples = model.learnt_.matched(samples)
+    samples = get_samples(dataset, span, data_key="infer")
+    if model.input_schema_ is not None:
+        samples = model.input_schema_.match_features(samples)
     return samples, torch.tensor(model.predict(dataset, span).to_numpy())
 
 
-def _batches(samples: Samples, by_day: bool) -> list[Batch]:
-    """One sample (or day), then all others: in the samples' order, in two sizes."""
+def _check_batches(samples: Samples, by_day: bool) -> list[Batch]:
+    """One batch of the first sample (or day), and one of all others: two different sizes."""
     count = samples.num_days if by_day else len(samples)
-    make = samples.day_batch if by_day else samples.batch
+    make_batch = samples.day_batch if by_day else samples.batch
     parts = [torch.arange(1), torch.arange(1, count)]
-    return [make(part) for part in parts if len(part)]
+    return [make_batch(part) for part in parts if len(part)]
 
 
-def _scored(call: Run, inputs: Sequence[Tensor], scoring: Scoring, form: str) -> Tensor:
-    """The scores of a batch's samples, by the file."""
+def _score_batch(
+    score: ScoreFunction, inputs: Sequence[Tensor], scoring: ScoringModule, file_format: str
+) -> Tensor:
+    """The scores of a batch's samples, computed by the exported file."""
     size = " x ".join(str(n) for n in inputs[0].shape[: scoring.num_axes])
     try:
         with torch.inference_mode():
-            found = call(inputs)
-    except Exception as error:  # of the runtime's own kinds
+            scores = score(inputs)
+    except Exception as error:  # each runtime has exception types of its own
         raise ExportError(
-            f"the {form} file of this {type(scoring.network).__name__} cannot score a batch of "
-            f"{size}: {first_line(error)} Nothing is written."
+            f"the {file_format} file of {type(scoring.network).__name__} cannot score a batch of "
+            f"{size}: {first_line(error)} No file was written."
         ) from error
-    return found[inputs[1]] if scoring.cross_section else found.flatten()
+    return scores[inputs[1]] if scoring.cross_section else scores.flatten()
 
 
-def _difference(
-    found: Tensor, expected: Tensor, tolerance: float, form: str
+def _check_difference(
+    scores: Tensor, model_scores: Tensor, tolerance: float, file_format: str
 ) -> tuple[float, float]:
-    largest = float(expected.abs().nan_to_num().max())
-    allowed = tolerance * max(largest, SMALL)
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    difference = float(torch.where(same, 0.0, (found - expected).abs()).max())
-    if not difference <= allowed:  # NaN on one side alone is a difference
+    largest = float(model_scores.abs().nan_to_num().max())
+    allowed = tolerance * max(largest, MIN_SCALE)
+    is_equal = (scores == model_scores) | (scores.isnan() & model_scores.isnan())
+    difference = float(torch.where(is_equal, 0.0, (scores - model_scores).abs()).max())
+    if not difference <= allowed:  # `not <=` also catches a NaN on one side only
         raise ExportError(
-            f"the {form} file's scores differ from the model's by up to {difference:.2g}, more "
-            f"than the {allowed:.2g} allowed (tolerance {tolerance:g} x the largest score); "
-            "nothing is written. Where so much is fine, raise tolerance."
+            f"the {file_format} file's scores differ from the model's by up to {difference:.2g}, "
+            f"more than the allowed {allowed:.2g} (tolerance {tolerance:g} x the largest score). "
+            "No file was written. If this difference is acceptable, raise tolerance."
         )
     return difference, allowed
 
@@ -194,80 +210,81 @@ def _difference(
 # -- the formats -----------------------------------------------------------------------------
 
 
-def _described(model: LightningModel, samples: Samples) -> dict[str, Any]:
+def _describe_model(model: LightningModel, samples: Samples) -> dict[str, Any]:
     network = model.network_
     assert network is not None, "a fitted model has a network"
-    flat = getattr(network, "inputs", "window") == "flat"
-    told = {
+    is_flat = getattr(network, "inputs", "window") == "flat"
+    metadata = {
         "features": list(samples.feature_names),
         "step_len": samples.num_steps,
         "layout": (
             "feature by feature, each with its steps from the oldest to the newest"
-            if flat
+            if is_flat
             else "steps from the oldest to the newest, each with its features"
         ),
         "labels": list(samples.label_names),
-        "note": NOT_INCLUDED,
+        "note": PROCESSOR_NOTE,
     }
     if "instrument" in getattr(network, "extras", ()):
-        told["instruments"] = [str(name) for name in samples.instruments]
+        metadata["instruments"] = [str(name) for name in samples.instruments]
     try:
-        told["network"] = model.network_config_ or network_config(network)
-    except ConfigError:  # a live network of the user's: a program holds it all the same
-        told["network"] = None
-    return told
+        metadata["network"] = model.network_config_ or network_config(network)
+    except ConfigError:  # the user passed a network object, which a program can still represent
+        metadata["network"] = None
+    return metadata
 
 
-def _written(
-    form: str, scoring: Scoring, example: Sequence[Tensor], told: dict[str, Any]
-) -> tuple[bytes, Run, dict[str, Any]]:
-    """The file's bytes, what scores with these very bytes, and its description."""
-    if form == "safetensors":
-        data = _safetensors_bytes(scoring.network, told)
-        again = Scoring(_network_of(data, "the export"), scoring.readout)
-        return data, lambda inputs: again(*inputs), told
-    if form == "onnx":  # says what is missing before the work, not after it
+def _serialize_model(
+    file_format: str, scoring: ScoringModule, example: Sequence[Tensor], metadata: dict[str, Any]
+) -> tuple[bytes, ScoreFunction, dict[str, Any]]:
+    """The bytes of the file, a function that scores with these very bytes, and the metadata."""
+    if file_format == "safetensors":
+        data = _safetensors_bytes(scoring.network, metadata)
+        rebuilt = ScoringModule(_load_network_bytes(data, "the export"), scoring.readout)
+        return data, lambda inputs: rebuilt(*inputs), metadata
+    if file_format == "onnx":  # imported first, so that a missing package is reported at once
         from qtorch.study.onnx_file import onnx_bytes, onnx_runner
-    program = traced(scoring, example)
+    program = trace_program(scoring, example)
     inputs = [
         {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
         for name, shape, t in zip(scoring.names, program.shapes, example, strict=True)
     ]
-    told = {**told, "inputs": inputs, "output": "score"}
-    text = json.dumps(told)
-    if form == "onnx":
-        data = onnx_bytes(program.program, scoring.names, "score", {KEY: text})
-        return data, onnx_runner(data, scoring.names), told
+    metadata = {**metadata, "inputs": inputs, "output": "score"}
+    text = json.dumps(metadata)
+    if file_format == "onnx":
+        data = onnx_bytes(program.program, scoring.names, "score", {METADATA_KEY: text})
+        return data, onnx_runner(data, scoring.names), metadata
     buffer = io.BytesIO()
-    torch.export.save(program.program, buffer, extra_files={f"{KEY}.json": text})
-    loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-    return buffer.getvalue(), lambda inputs: loaded(*inputs), told
+    torch.export.save(program.program, buffer, extra_files={f"{METADATA_KEY}.json": text})
+    module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    return buffer.getvalue(), lambda inputs: module(*inputs), metadata
 
 
-def _safetensors_bytes(network: nn.Module, told: dict[str, Any]) -> bytes:
+def _safetensors_bytes(network: nn.Module, metadata: dict[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    if told["network"] is None:
+    if metadata["network"] is None:
         raise ConfigError(
-            f"{type(network).__name__} was given live, and no configuration builds it again; give "
-            "it as {'_target_': ...}, or export a program: format=onnx or format=torch."
+            f"{type(network).__name__} was passed as an object, so there is no configuration to "
+            "rebuild it from. Pass it as {'_target_': ...}, or export a program: format=onnx or "
+            "format=torch."
         )
     tensors = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-    data: bytes = save(tensors, metadata={KEY: json.dumps(told)})
+    data: bytes = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
     return data
 
 
-def _network_of(data: bytes, name: str) -> nn.Module:
+def _load_network_bytes(data: bytes, name: str) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = load(data)
-        # The header is JSON behind its length: 8 bytes, little endian.
+        # The file starts with the length of its JSON header: 8 bytes, little endian.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        told = json.loads(header["__metadata__"][KEY])
+        metadata = json.loads(header["__metadata__"][METADATA_KEY])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{name} is no network that qtorch exported: {error}") from error
-    network = build_network(told["network"], stored=True).eval()
+        raise DataError(f"{name} is not a network exported by qtorch: {error}") from error
+    network = build_network(metadata["network"], stored=True).eval()
     network.load_state_dict(tensors)
     return network

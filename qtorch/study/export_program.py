@@ -1,4 +1,4 @@
-"""A fitted network as a program of tensors alone: what `predict` does with one batch."""
+"""Turn a fitted network into a program of tensors that scores a batch as `predict` does."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from torch.export import Dim, ExportedProgram
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.batches import Batch
-from qtorch.model.feeding import Feeder
+from qtorch.model.feeding import ForwardAdapter
 
 BATCH_AXES = {1: ("batch",), 2: ("days", "instruments")}
 
 
-class Scoring(nn.Module):
-    """Inputs by place to the score that `predict` gives: `x`, for a network of whole days `mask`,
-    then the network's extras; `[B]`, or `[G, N]`."""
+class ScoringModule(nn.Module):
+    """Maps positional input tensors to the scores of `predict`.
+
+    The inputs are `x`, then `mask` if the network processes whole days, then the network's extras.
+    The scores have shape `[B]`, or `[G, N]` (days, instruments) for whole days.
+    """
 
     def __init__(self, network: nn.Module, readout: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -30,72 +33,76 @@ class Scoring(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The inputs, in their order."""
+        """The names of the inputs, in order."""
         return ["x", *(["mask"] if self.cross_section else []), *self.extras]
 
     @property
     def num_axes(self) -> int:
-        """How many axes count samples: a batch, or days and instruments."""
+        """The number of leading axes over samples: 1 (batch) or 2 (days, instruments)."""
         return 2 if self.cross_section else 1
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        placed, named = inputs[: self.num_axes], inputs[self.num_axes :]
-        score: Tensor = self.network(*placed, **dict(zip(self.extras, named, strict=True)))
+        positional, extra_tensors = inputs[: self.num_axes], inputs[self.num_axes :]
+        score: Tensor = self.network(
+            *positional, **dict(zip(self.extras, extra_tensors, strict=True))
+        )
         return self.readout(score) if score.dim() > self.num_axes else score
 
-    def inputs_of(self, batch: Batch) -> list[Tensor]:
-        """A batch as the inputs."""
-        placed, named = Feeder(self.network).arguments(batch)
-        return [t.contiguous() for t in (*placed, *(named[name] for name in self.extras))]
+    def batch_inputs(self, batch: Batch) -> list[Tensor]:
+        """The input tensors of a batch, in order."""
+        positional, extra_tensors = ForwardAdapter(self.network).arguments(batch)
+        return [
+            t.contiguous() for t in (*positional, *(extra_tensors[name] for name in self.extras))
+        ]
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A program, and the form of its inputs: a name for each axis of any size, else its size."""
+class TracedProgram:
+    """An exported program and its input shapes: the name of each dynamic axis, else its size."""
 
     program: ExportedProgram
     shapes: list[list[str | int]]
 
 
-def traced(scoring: Scoring, example: Sequence[Tensor]) -> Traced:
-    """The program of a network in evaluation mode, for batches of any size.
+def trace_program(scoring: ScoringModule, example: Sequence[Tensor]) -> TracedProgram:
+    """Trace a network in evaluation mode into a program for batches of any size.
 
-    How many instruments a day has is free where the network allows it. Raises ConfigError where
-    the network cannot be traced, or fits batches of one size alone.
+    The number of instruments per day is dynamic too if the network allows it. Raises ConfigError
+    if the network cannot be traced, or only for one batch size.
     """
-    # Axes of length one would be taken for constants.
-    doubled = tuple(torch.cat([t, t]) for t in example)
-    if scoring.num_axes == 2 and doubled[0].shape[1] == 1:
-        doubled = tuple(torch.cat([t, t], 1) for t in doubled)
-    free = dict.fromkeys(range(scoring.num_axes), Dim.AUTO)
+    # torch.export treats axes of length one as constants, so every axis gets at least two entries.
+    doubled_example = tuple(torch.cat([t, t]) for t in example)
+    if scoring.num_axes == 2 and doubled_example[0].shape[1] == 1:
+        doubled_example = tuple(torch.cat([t, t], 1) for t in doubled_example)
+    dynamic_axes = dict.fromkeys(range(scoring.num_axes), Dim.AUTO)
     name = type(scoring.network).__name__
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                scoring, doubled, dynamic_shapes=((free,) * len(doubled),)
+                scoring, doubled_example, dynamic_shapes=((dynamic_axes,) * len(doubled_example),)
             )
-    except Exception as error:  # of dozens of kinds
+    except Exception as error:  # torch.export raises dozens of exception types
         raise ConfigError(
-            f"{name} cannot be traced by torch.export: {first_line(error)} "
-            "format=safetensors takes any network of a configuration."
+            f"torch.export cannot trace {name}: {first_line(error)} "
+            "format=safetensors works for any network built from a configuration."
         ) from error
-    shapes = [_shape(node, scoring.num_axes) for node in _inputs(program)]
+    shapes = [_symbolic_shape(node, scoring.num_axes) for node in _input_nodes(program)]
     if isinstance(shapes[0][0], int):
         raise ConfigError(
-            f"{name} could be traced for batches of {shapes[0][0]} alone; "
-            "format=safetensors takes any network of a configuration."
+            f"{name} could only be traced for batches of size {shapes[0][0]}; "
+            "format=safetensors works for any network built from a configuration."
         )
-    return Traced(program, shapes)
+    return TracedProgram(program, shapes)
 
 
-def _inputs(program: ExportedProgram) -> list[Any]:
-    wanted = list(program.graph_signature.user_inputs)
+def _input_nodes(program: ExportedProgram) -> list[Any]:
+    names = list(program.graph_signature.user_inputs)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    return [nodes[name] for name in wanted]
+    return [nodes[name] for name in names]
 
 
-def _shape(node: Any, num_axes: int) -> list[str | int]:
+def _symbolic_shape(node: Any, num_axes: int) -> list[str | int]:
     names = BATCH_AXES[num_axes]
     return [
         size if isinstance(size, int) else names[min(axis, num_axes - 1)]
@@ -104,7 +111,7 @@ def _shape(node: Any, num_axes: int) -> list[str | int]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as one sentence."""
+    """The first line of an error's message, ending with a period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if text.endswith(".") else f"{text}."

@@ -1,4 +1,4 @@
-"""A flat mapping by compound keys as groups, each reduced to one object."""
+"""Group a flat mapping by its compound keys, and reduce each group to one object."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qtorch.study.ensemble import RollingEnsemble
 
 
 class Group:
-    """Groups a mapping, then reduces each group. Answers to qlib/model/ens/group.py.
+    """Groups a mapping, then reduces each group. Corresponds to qlib/model/ens/group.py.
 
-    `group_func`: `{(A, B, C1): x, (A, B, C2): y}` to `{(A, B): {C1: x, C2: y}}`. `ens` reduces a
-    group's mapping to one object: an Ensemble, or any callable.
+    `group_func` turns `{(A, B, C1): x, (A, B, C2): y}` into `{(A, B): {C1: x, C2: y}}`. `ens` (an
+    Ensemble or any callable) reduces the mapping of a group to one object.
     """
 
     def __init__(
@@ -26,15 +26,17 @@ class Group:
         self._ens_func = ens
 
     def group(self, *args: Any, **kwargs: Any) -> Mapping[Any, Any]:
-        """The mapping of groups."""
+        """Return the mapping of groups."""
         if self._group_func is None:
-            raise ConfigError(f"{type(self).__name__} was given no group_func.")
+            raise ConfigError(
+                f"{type(self).__name__} has no group_func; pass one to the constructor."
+            )
         return self._group_func(*args, **kwargs)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """One group as one object."""
+        """Reduce one group to one object."""
         if self._ens_func is None:
-            raise ConfigError(f"{type(self).__name__} was given no ens to reduce its groups with.")
+            raise ConfigError(f"{type(self).__name__} has no ens to reduce its groups with.")
         return self._ens_func(*args, **kwargs)
 
     def __call__(
@@ -45,9 +47,10 @@ class Group:
         *args: Any,
         **kwargs: Any,
     ) -> dict[Any, Any]:
-        """`{group: object}`; `n_jobs` groups at a time, further arguments are `group`'s.
+        """Return `{group: object}`; further arguments are passed to `group`.
 
-        `verbose` is taken for Qlib's sake.
+        `n_jobs` threads reduce the groups; less than 1 stands for ThreadPoolExecutor's default.
+        `verbose` is ignored; it exists for compatibility with Qlib.
         """
         groups = self.group(ungrouped_dict, *args, **kwargs)
         if n_jobs == 1:
@@ -57,19 +60,19 @@ class Group:
 
 
 class RollingGroup(Group):
-    """Groups by all parts of a tuple key but the last, which names the window."""
+    """Groups by all parts of a tuple key except the last, which identifies the window."""
 
     def __init__(self, ens: Callable[..., Any] | None = None) -> None:
         super().__init__(ens=RollingEnsemble() if ens is None else ens)
 
     def group(self, rolling_dict: Mapping[Any, Any]) -> dict[Any, dict[Any, Any]]:
-        """`{(A, B, window): x}` as `{(A, B): {window: x}}`; TypeError for keys of other kinds."""
+        """Turn `{(A, B, window): x}` into `{(A, B): {window: x}}`; TypeError for other keys."""
         groups: dict[Any, dict[Any, Any]] = {}
         for key, value in rolling_dict.items():
             if not isinstance(key, tuple):
                 raise TypeError(
                     f"RollingGroup expects tuple keys whose last part is the window, got {key!r}; "
-                    "give the collector a rec_key_func that returns a tuple."
+                    "pass the collector a rec_key_func that returns a tuple."
                 )
             groups.setdefault(key[:-1], {})[key[-1]] = value
         return groups

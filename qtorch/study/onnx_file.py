@@ -1,4 +1,4 @@
-"""ONNX files: from a program of torch.export, and back to scores with onnxruntime."""
+"""Write ONNX files from programs of torch.export, and run them with onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ try:
     import onnxscript
 except ModuleNotFoundError as missing:
     raise ConfigError(
-        f"an export to ONNX needs {missing.name}: pip install 'qtorch[export]'."
+        f"exporting to ONNX needs {missing.name}: pip install 'qtorch[export]'."
     ) from missing
 
-NEEDS = (onnx, onnxruntime, onnxscript)  # torch imports the last one itself
+REQUIRED_MODULES = (onnx, onnxruntime, onnxscript)  # onnxscript is used by torch's exporter
 
 
 def onnx_bytes(
     program: ExportedProgram, names: Sequence[str], output: str, metadata: Mapping[str, str]
 ) -> bytes:
-    """One ONNX file with all weights in it, inputs and output named, `metadata` in its props."""
-    with _quietly():
-        converted = torch.onnx.export(
+    """Serialize a program to one ONNX file that includes the weights and `metadata`."""
+    with _silence_loggers():
+        onnx_program = torch.onnx.export(
             program,
             input_names=list(names),
             output_names=[output],
             external_data=False,
             verbose=False,
         )
-    assert converted is not None, "dynamo=True gives a program"
-    proto = converted.model_proto
+    assert onnx_program is not None, "dynamo=True returns a program"
+    proto = onnx_program.model_proto
     onnx.helper.set_model_props(proto, dict(metadata))
     data: bytes = proto.SerializeToString()
     return data
 
 
 def onnx_runner(data: bytes, names: Sequence[str]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Inputs in the order of `names` to the first output, by onnxruntime on the CPU."""
+    """A function that runs an ONNX file on the CPU: inputs in the order of `names` to scores."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    known = {each.name for each in session.get_inputs()}
+    input_names = {graph_input.name for graph_input in session.get_inputs()}
 
     def run(inputs: Sequence[Tensor]) -> Tensor:
-        # An input that the network does not use is no input of the graph.
-        given = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in known}
-        found: Any = session.run(None, given)[0]
-        return torch.from_numpy(found)
+        # The graph does not have inputs that the network never uses.
+        feeds = {n: t.numpy() for n, t in zip(names, inputs, strict=True) if n in input_names}
+        scores: Any = session.run(None, feeds)[0]
+        return torch.from_numpy(scores)
 
     return run
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """The exporter tells its steps and its optimizer's rules on several loggers."""
+def _silence_loggers() -> Iterator[None]:
+    """Silence the loggers on which the exporter reports its steps and optimizer rules."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

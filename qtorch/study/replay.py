@@ -1,4 +1,4 @@
-"""A finished run repeated from its own record, and compared with it number by number."""
+"""Replay a finished run from its own record and compare the results bit for bit."""
 
 from __future__ import annotations
 
@@ -15,100 +15,107 @@ from qtorch.core.errors import ConfigError, LoadObjectError
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.trials.place import PRUNED_TAG
-from qtorch.trainer.failure import started_runs
+from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.provenance import ENVIRONMENT
 from qtorch.trainer.run import TASK, task_train
 
-OF_TAG = "replay.of"
-EQUAL_TAG = "replay.equal"
+REPLAY_OF_TAG = "replay.of"
+REPLAY_EQUAL_TAG = "replay.equal"
 MODEL, SCORES = "params.pkl", "pred.pkl"
-MOST_NAMES = 3
-SYSTEM = "system/"  # MLflow's own measurements of the machine
+MAX_NAMES = 3
+SYSTEM = "system/"  # prefix of the system metrics that MLflow measures
 SOURCE = "source of "
-# Of an environment: what is not known where it is None, and what it is called.
-KNOWABLE = {"data": "the data", "sources": "the code of the task's own modules"}
+# Parts of an environment that may be None (unknown), and how messages refer to them.
+OPTIONAL_PARTS = {"data": "the data", "sources": "the code of the task's own modules"}
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One kind of number: whether it came out equal, and what is to be said of it."""
+class ResultCheck:
+    """The comparison of one kind of result; `equal` is None if there was nothing to compare."""
 
-    what: str
+    name: str
     equal: bool | None
-    told: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that was another one when the run was made; None where it was not there."""
+    """A part of the environment that changed since the original run; None where it is missing."""
 
-    what: str
-    then: str | None
-    now: str | None
+    name: str
+    original: str | None
+    current: str | None
 
 
 @dataclass
 class Replay:
-    """What came out: `equal` where every number that could be compared is the same bit for bit."""
+    """The result of a replay: both runs, the checks, and the differences of their environments.
+
+    `unknown` are notes on what could not be compared.
+    """
 
     original: Recorder
     run: Recorder
-    numbers: list[Compared]
+    checks: list[ResultCheck]
     differences: list[Difference]
     unknown: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        """Whether there was something to compare, and all of it is equal."""
-        judged = [n.equal for n in self.numbers if n.equal is not None]
-        return bool(judged) and all(judged)
+        """Whether at least one kind of result was compared and all of them are equal."""
+        verdicts = [check.equal for check in self.checks if check.equal is not None]
+        return bool(verdicts) and all(verdicts)
 
 
 def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
     """Repeat a run's task in a new run (tag `replay.of`), with its seed and number of threads.
 
-    Compared are the weights, each step of each metric, and the scores. The new run lies in the
-    same experiment unless another is named. Raises ConfigError for a run that is not finished or
-    holds no task.
+    Compares the weights, each step of each metric, and the scores. The new run belongs to the same
+    experiment unless `experiment_name` is given. Raises ConfigError for a run that is not finished
+    or has no task.
     """
     original: Recorder = R.get_recorder(recorder_id=run_id)
     if original.status != Recorder.STATUS_FI:
         raise ConfigError(
-            f"run {original.id} is {original.status}; only a finished run has numbers to compare "
-            f"with. (To go on with it: qtorch train resume={original.id})"
+            f"run {original.id} is {original.status}; only a finished run can be replayed. "
+            f"(To resume it: qtorch train resume={original.id})"
         )
-    task = _task_of(original)
-    then = _loaded(original, ENVIRONMENT) or {}
+    task = _load_task(original)
+    original_environment = _load_if_present(original, ENVIRONMENT) or {}
     name = experiment_name or getattr(original, "experiment_name", None)
-    with started_runs() as started, _threads(then.get("threads")):
+    with collect_started_runs() as started_runs, _num_threads(original_environment.get("threads")):
         try:
             run = task_train(task, name, f"replay of {original.name}")
         finally:
-            for each in started:
-                each.set_tags(**{OF_TAG: original.id})
-    numbers = [_weights(original, run), _metrics(original, run), _scores(original, run)]
-    now = _loaded(run, ENVIRONMENT) or {}
-    found = Replay(original, run, numbers, *differences(then, now))
-    stopped = original.list_tags().get(PRUNED_TAG)
-    if stopped:
-        found.differences.append(Difference("stopped by its search", stopped, "never"))
-    run.set_tags(**{EQUAL_TAG: str(found.equal).lower()})
-    return found
+            for started_run in started_runs:
+                started_run.set_tags(**{REPLAY_OF_TAG: original.id})
+    checks = [
+        _compare_weights(original, run),
+        _compare_metrics(original, run),
+        _compare_scores(original, run),
+    ]
+    environment = _load_if_present(run, ENVIRONMENT) or {}
+    replay = Replay(original, run, checks, *compare_environments(original_environment, environment))
+    pruning_note = original.list_tags().get(PRUNED_TAG)
+    if pruning_note:
+        replay.differences.append(Difference("pruned by its search", pruning_note, "no"))
+    run.set_tags(**{REPLAY_EQUAL_TAG: str(replay.equal).lower()})
+    return replay
 
 
-def _task_of(run: Recorder) -> Any:
-    task = _loaded(run, TASK)
+def _load_task(run: Recorder) -> Any:
+    task = _load_if_present(run, TASK)
     if not isinstance(task, Mapping):
         raise ConfigError(
-            f"run {run.id} holds no task that could be repeated (its artifact {TASK!r} is "
+            f"run {run.id} has no task to repeat (its artifact {TASK!r} is "
             f"{'missing' if task is None else type(task).__name__}). Runs of qtorch train, "
-            "task_train and the trainers hold one."
+            "task_train and the trainers store one."
         )
     return dict(task)
 
 
-def _loaded(run: Recorder, name: str) -> Any:
-    """An artifact; None where there is none."""
+def _load_if_present(run: Recorder, name: str) -> Any:
+    """An artifact; None if the run does not have it."""
     try:
         return run.load_object(name)
     except LoadObjectError:
@@ -116,128 +123,136 @@ def _loaded(run: Recorder, name: str) -> Any:
 
 
 @contextmanager
-def _threads(number: Any) -> Iterator[None]:
-    """As many threads as the run had: sums of another number differ in their last bits."""
+def _num_threads(num_threads: Any) -> Iterator[None]:
+    """Use the original run's number of threads, because it affects the last bits of sums."""
     import torch
 
-    before = torch.get_num_threads()
-    if isinstance(number, int):
-        torch.set_num_threads(number)
+    previous = torch.get_num_threads()
+    if isinstance(num_threads, int):
+        torch.set_num_threads(num_threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
-# -- numbers -----------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
-def _weights(original: Recorder, run: Recorder) -> Compared:
+def _compare_weights(original: Recorder, run: Recorder) -> ResultCheck:
     from qtorch.model.model_state import weights_digest
 
-    first, second = (getattr(_loaded(r, MODEL), "network_", None) for r in (original, run))
+    first, second = (getattr(_load_if_present(r, MODEL), "network_", None) for r in (original, run))
     if first is None or second is None:
-        return Compared("weights", None, "the model has no network of ours to look into")
+        return ResultCheck("weights", None, "the model has no network whose weights can be read")
     digests = weights_digest(first), weights_digest(second)
     if digests[0] == digests[1]:
-        return Compared("weights", True, f"digest {digests[0][:12]}")
-    one, two = first.state_dict(), second.state_dict()
-    if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
-        return Compared("weights", False, "the networks differ in their layers")
-    largest = max((float((one[k].double() - two[k].double()).abs().max()) for k in one), default=0)
-    return Compared("weights", False, f"largest difference {largest:.3g}")
+        return ResultCheck("weights", True, f"digest {digests[0][:12]}")
+    left, right = first.state_dict(), second.state_dict()
+    if {k: v.shape for k, v in left.items()} != {k: v.shape for k, v in right.items()}:
+        return ResultCheck("weights", False, "the networks have different layers")
+    largest = max(
+        (float((left[k].double() - right[k].double()).abs().max()) for k in left), default=0
+    )
+    return ResultCheck("weights", False, f"largest difference {largest:.3g}")
 
 
-def _metrics(original: Recorder, run: Recorder) -> Compared:
-    """Each step of each metric; NaN equals NaN."""
+def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
+    """Compare each step of each metric; NaN equals NaN."""
     names = sorted({*original.list_metrics(), *run.list_metrics()})
     names = [n for n in names if not n.startswith(SYSTEM)]
     if not names:
-        return Compared("metrics", None, "the run has none")
+        return ResultCheck("metrics", None, "the run has none")
     count, largest = 0, 0.0
-    missing: list[str] = []
-    other: dict[str, int] = {}
+    other_steps: list[str] = []
+    first_difference: dict[str, int] = {}
     for name in names:
-        one, two = original.logged(name), run.logged(name)
-        if one.keys() != two.keys():
-            missing.append(name)
-        for step in sorted(one.keys() & two.keys()):
+        left, right = original.metric_history(name), run.metric_history(name)
+        if left.keys() != right.keys():
+            other_steps.append(name)
+        for step in sorted(left.keys() & right.keys()):
             count += 1
-            if one[step] == two[step] or (math.isnan(one[step]) and math.isnan(two[step])):
+            if left[step] == right[step] or (math.isnan(left[step]) and math.isnan(right[step])):
                 continue
-            other.setdefault(name, step)
-            largest = max(largest, abs(one[step] - two[step]))
-    if not missing and not other:
-        return Compared("metrics", True, f"{count} values of {len(names)} metrics")
-    told = []
-    if other:
-        first = min(other, key=lambda n: (other[n], n))
-        told.append(
-            f"{len(other)} of {len(names)} metrics differ, first {first} at step {other[first]}; "
-            f"largest difference {largest:.3g}"
+            first_difference.setdefault(name, step)
+            largest = max(largest, abs(left[step] - right[step]))
+    if not other_steps and not first_difference:
+        return ResultCheck("metrics", True, f"{count} values of {len(names)} metrics")
+    details = []
+    if first_difference:
+        first = min(first_difference, key=lambda n: (first_difference[n], n))
+        details.append(
+            f"{len(first_difference)} of {len(names)} metrics differ, first {first} at step "
+            f"{first_difference[first]}; largest difference {largest:.3g}"
         )
-    if missing:
-        told.append(f"not the same steps of {_few(missing)}")
-    return Compared("metrics", False, "; ".join(told))
+    if other_steps:
+        details.append(f"different steps of {_join_names(other_steps)}")
+    return ResultCheck("metrics", False, "; ".join(details))
 
 
-def _scores(original: Recorder, run: Recorder) -> Compared:
-    one, two = _loaded(original, SCORES), _loaded(run, SCORES)
-    if one is None or two is None:
-        which = "neither run has" if one is None and two is None else "one of the runs has no"
-        return Compared("predictions", None if one is None else False, f"{which} {SCORES}")
-    one, two = (pd.DataFrame(each) for each in (one, two))
-    if not one.index.equals(two.index):
-        told = f"other samples: {len(one):,} then, {len(two):,} now"
-        return Compared("predictions", False, told)
-    first, second = one.to_numpy(), two.to_numpy()
+def _compare_scores(original: Recorder, run: Recorder) -> ResultCheck:
+    left, right = _load_if_present(original, SCORES), _load_if_present(run, SCORES)
+    if left is None or right is None:
+        subject = "neither run has" if left is None and right is None else "one of the runs has no"
+        return ResultCheck("predictions", None if left is None else False, f"{subject} {SCORES}")
+    left, right = (pd.DataFrame(scores) for scores in (left, right))
+    if not left.index.equals(right.index):
+        detail = f"different samples: {len(left):,} originally, {len(right):,} now"
+        return ResultCheck("predictions", False, detail)
+    first, second = left.to_numpy(), right.to_numpy()
     if first.shape == second.shape and np.array_equal(first, second, equal_nan=True):
-        return Compared("predictions", True, f"{len(one):,} scores, bit for bit")
+        return ResultCheck("predictions", True, f"{len(left):,} scores, bit for bit")
     largest = float(np.nanmax(np.abs(first.astype(float) - second.astype(float))))
-    return Compared("predictions", False, f"{len(one):,} scores, largest difference {largest:.3g}")
+    return ResultCheck(
+        "predictions", False, f"{len(left):,} scores, largest difference {largest:.3g}"
+    )
 
 
-# -- circumstances -----------------------------------------------------------------------------
+# -- environments ------------------------------------------------------------------------------
 
 
-def differences(
-    then: Mapping[str, Any], now: Mapping[str, Any]
+def compare_environments(
+    original: Mapping[str, Any], current: Mapping[str, Any]
 ) -> tuple[list[Difference], list[str]]:
-    """What differs between two environments, the data first; and what is to be said of what is
-    not known of them."""
-    if not then:
-        told = "the run has no record of its environment: versions, data, code and threads of then"
-        return [], [f"{told} are not known"]
-    lost = [k for k in KNOWABLE if then.get(k) is None or now.get(k) is None]
-    one, two = ({k: v for k, v in e.items() if k not in lost} for e in (then, now))
-    one, two = _flat(one), _flat(two)
-    alike = then.get("format") == now.get("format")  # else they hold other things
-    found, unknown = [], [KNOWABLE[k] for k in lost]
-    for name in sorted({*one, *two}, key=lambda n: (n != "data", not n.startswith("code"), n)):
-        first, second = one.get(name), two.get(name)
-        no_file = name.startswith(SOURCE) and None in (one.get(name, ""), two.get(name, ""))
-        if no_file or not (alike or (name in one and name in two)):
+    """The differences between two environments, the data first, and notes on unknown parts."""
+    if not original:
+        reason = "the run has no record of its environment, so its versions, data, code and threads"
+        return [], [f"{reason} are unknown"]
+    unknown_parts = [k for k in OPTIONAL_PARTS if original.get(k) is None or current.get(k) is None]
+    left, right = (
+        {k: v for k, v in e.items() if k not in unknown_parts} for e in (original, current)
+    )
+    left, right = _flatten(left), _flatten(right)
+    # Environments of different formats have different entries: only common ones are comparable.
+    is_same_format = original.get("format") == current.get("format")
+    differences, unknown = [], [OPTIONAL_PARTS[k] for k in unknown_parts]
+    for name in sorted({*left, *right}, key=lambda n: (n != "data", not n.startswith("code"), n)):
+        first, second = left.get(name), right.get(name)
+        no_file = name.startswith(SOURCE) and None in (left.get(name, ""), right.get(name, ""))
+        if no_file or not (is_same_format or (name in left and name in right)):
             unknown.append(name)
         elif first != second:
-            found.append(Difference(name, _text(first), _text(second)))
-    return found, [f"not known, so perhaps not as then: {', '.join(unknown)}"] if unknown else []
+            differences.append(Difference(name, _to_text(first), _to_text(second)))
+    return differences, (
+        [f"unknown, so possibly different: {', '.join(unknown)}"] if unknown else []
+    )
 
 
-def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
     for name, value in environment.items():
         if isinstance(value, Mapping):
-            short = {"packages": "", "sources": SOURCE}.get(name, f"{name}.")
-            found |= {f"{short}{k}": v for k, v in value.items()}
+            prefix = {"packages": "", "sources": SOURCE}.get(name, f"{name}.")
+            entries |= {f"{prefix}{k}": v for k, v in value.items()}
         elif name != "format":
-            found[name] = value
-    return found
+            entries[name] = value
+    return entries
 
 
-def _text(value: Any) -> str | None:
+def _to_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _few(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+def _join_names(names: list[str]) -> str:
+    num_hidden = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {num_hidden} more" if num_hidden > 0 else "")

@@ -1,4 +1,4 @@
-"""A search in a picture: its trials in order, what mattered, and the values by parameter."""
+"""Chart of a hyperparameter search: its trials in order, and the metric by parameter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qtorch.record.chart_style import (
     RANK_COLOUR,
     SERIES,
     SOFT,
-    finish,
-    legend,
-    name_axis,
+    add_legend,
+    label_axis,
     new_figure,
+    style_figure,
 )
 from qtorch.tracking.trials.row import TrialRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_PARAMETERS = 4
-DONE, STOPPED, BEST = SERIES[0], SOFT, RANK_COLOUR
-MOST_LETTERS = 34
+MAX_PARAMETERS = 4
+COMPLETE_COLOUR, PRUNED_COLOUR, BEST_COLOUR = SERIES[0], SOFT, RANK_COLOUR
+MAX_TITLE_LENGTH = 34
 
 
 def search_chart(
@@ -35,78 +35,92 @@ def search_chart(
     importances: Mapping[str, float] | None = None,
     narrow: bool = False,
 ) -> Figure:
-    """Panels: the trials in order with the best so far, and the value by parameter, for at most
-    four of them, the most important first. Pruned trials stand with their last reported value."""
-    judged = [r for r in rows if r.value is not None and np.isfinite(r.value)]
-    names = list(dict.fromkeys([*(importances or {}), *(n for r in judged for n in r.params)]))
-    names = names[:MOST_PARAMETERS]
+    """Draw the trials in order with the best value so far, and the metric against parameters.
+
+    There is one panel per parameter, for at most four parameters, the most important first. Pruned
+    trials are shown with their last reported value.
+    """
+    scored_rows = [r for r in rows if r.value is not None and np.isfinite(r.value)]
+    names = list(dict.fromkeys([*(importances or {}), *(n for r in scored_rows for n in r.params)]))
+    names = names[:MAX_PARAMETERS]
     columns = 1 if len(names) == 0 else 2
     panels = 1 + len(names)
     figure, axes = new_figure(2.9, narrow=narrow, rows=-(-panels // columns), columns=columns)
-    _history(axes[0], judged, metric, maximize)
-    legend(axes[0], narrow=narrow)
+    _draw_history(axes[0], scored_rows, metric, maximize)
+    add_legend(axes[0], narrow=narrow)
     for axis, name in zip(axes[1:], names, strict=False):
         share = (importances or {}).get(name)
-        _by_parameter(axis, judged, name, metric, share)
+        _draw_by_parameter(axis, scored_rows, name, metric, share)
     for axis in axes[panels:]:
         axis.set_axis_off()
-    return finish(figure)
+    return style_figure(figure)
 
 
-def _history(axis: Any, rows: Sequence[TrialRow], metric: str, maximize: bool) -> None:
-    done = [r for r in rows if r.state == "COMPLETE"]
-    stopped = [r for r in rows if r.state == "PRUNED"]
-    if stopped:
+def _draw_history(axis: Any, rows: Sequence[TrialRow], metric: str, maximize: bool) -> None:
+    complete = [r for r in rows if r.state == "COMPLETE"]
+    pruned_rows = [r for r in rows if r.state == "PRUNED"]
+    if pruned_rows:
         axis.scatter(
-            [r.number for r in stopped],
-            [r.value for r in stopped],
+            [r.number for r in pruned_rows],
+            [r.value for r in pruned_rows],
             s=22,
             marker="x",
-            color=STOPPED,
+            color=PRUNED_COLOUR,
             linewidths=1.2,
             label="pruned",
         )
-    axis.scatter([r.number for r in done], [r.value for r in done], s=22, color=DONE, label="done")
-    if done:
-        values = np.array([r.value for r in done], dtype=float)
+    axis.scatter(
+        [r.number for r in complete],
+        [r.value for r in complete],
+        s=22,
+        color=COMPLETE_COLOUR,
+        label="complete",
+    )
+    if complete:
+        values = np.array([r.value for r in complete], dtype=float)
         best = np.maximum.accumulate(values) if maximize else np.minimum.accumulate(values)
         axis.step(
-            [r.number for r in done],
+            [r.number for r in complete],
             best,
             where="post",
-            color=BEST,
+            color=BEST_COLOUR,
             linewidth=1.6,
             label="best so far",
         )
     axis.xaxis.get_major_locator().set_params(integer=True)
-    name_axis(axis, "Trials in order", metric, "trial")
+    label_axis(axis, "Trials in order", metric, "trial")
 
 
-def _by_parameter(
+def _draw_by_parameter(
     axis: Any, rows: Sequence[TrialRow], name: str, metric: str, share: float | None
 ) -> None:
-    having = [r for r in rows if name in r.params]
-    texts = any(isinstance(r.params[name], str) for r in having)
-    if texts:
-        kinds = sorted({str(r.params[name]) for r in having}, key=_by_number)
-        place = {kind: k for k, kind in enumerate(kinds)}
-        axis.set_xticks(range(len(kinds)), [k[:12] for k in kinds])
-        axis.set_xlim(-0.6, len(kinds) - 0.4)
-    for state, colour, marker in (("PRUNED", STOPPED, "x"), ("COMPLETE", DONE, "o")):
-        chosen = [r for r in having if r.state == state]
-        x = [place[str(r.params[name])] if texts else r.params[name] for r in chosen]
+    rows_with_param = [r for r in rows if name in r.params]
+    is_categorical = any(isinstance(r.params[name], str) for r in rows_with_param)
+    if is_categorical:
+        categories = sorted({str(r.params[name]) for r in rows_with_param}, key=_numeric_sort_key)
+        positions = {category: k for k, category in enumerate(categories)}
+        axis.set_xticks(range(len(categories)), [k[:12] for k in categories])
+        axis.set_xlim(-0.6, len(categories) - 0.4)
+    for state, colour, marker in (
+        ("PRUNED", PRUNED_COLOUR, "x"),
+        ("COMPLETE", COMPLETE_COLOUR, "o"),
+    ):
+        state_rows = [r for r in rows_with_param if r.state == state]
+        x = [
+            positions[str(r.params[name])] if is_categorical else r.params[name] for r in state_rows
+        ]
         axis.scatter(
-            x, [r.value for r in chosen], s=22, color=colour, marker=marker, linewidths=1.2
+            x, [r.value for r in state_rows], s=22, color=colour, marker=marker, linewidths=1.2
         )
-    numbers = [r.params[name] for r in having if not texts]
+    numbers = [r.params[name] for r in rows_with_param if not is_categorical]
     if numbers and min(numbers) > 0 and max(numbers) / min(numbers) >= 20:
         axis.set_xscale("log")
-    title = name if len(name) <= MOST_LETTERS else "…" + name[1 - MOST_LETTERS :]
-    name_axis(axis, title if share is None else f"{title} ({share:.0%})", metric)
+    title = name if len(name) <= MAX_TITLE_LENGTH else "…" + name[1 - MAX_TITLE_LENGTH :]
+    label_axis(axis, title if share is None else f"{title} ({share:.0%})", metric)
     axis.title.set_color(INK)
 
 
-def _by_number(text: str) -> tuple[int, float, str]:
+def _numeric_sort_key(text: str) -> tuple[int, float, str]:
     try:
         return (0, float(text), text)
     except ValueError:

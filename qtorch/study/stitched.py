@@ -1,4 +1,4 @@
-"""The signal of several windows, where records expect a model and a dataset."""
+"""Present the stitched signal of several windows as a model and a dataset for records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.model.base import BaseModel
-from qtorch.task.parts import dataset_of, segments_of, with_options
+from qtorch.task.parts import task_dataset, task_segments, with_arguments
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.run import make_records
 
@@ -24,47 +24,47 @@ SIGNAL_RECORD = "SignalRecord"
 
 
 class StitchedSignal(BaseModel):
-    """Scores that are known already, as a model: records cannot tell the difference."""
+    """A model whose scores are already known, so that records can use it like any other."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         self.scores = scores
 
     def predict(self, dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
-        """The scores of a segment of the dataset, or of dates (inclusive)."""
-        return _between(self.scores, dataset.segments, segment)
+        """Return the scores of a segment of the dataset, or of a slice of dates (inclusive)."""
+        return _select_dates(self.scores, dataset.segments, segment)
 
 
 class StitchedDataset:
-    """The windows' test segments as one, with the raw label that the windows stored.
+    """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
 
-    Its only segment is "test": what asks for another one finds none. The label costs nothing;
-    for anything else the windows' real dataset is built, on the span of all of them.
+    "test" is its only segment. The label is available at no cost; for anything else, the windows'
+    real dataset is built over the span of all windows.
     """
 
     def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
-        first, last = segments_of(tasks[0])[TEST], segments_of(tasks[-1])[TEST]
+        first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
         self.segments = {TEST: (first[0], last[1])}
-        self._config = with_options(dataset_of(tasks[-1]), segments=self.segments)
+        self._config = with_arguments(task_dataset(tasks[-1]), segments=self.segments)
         self._label = label
 
     @cached_property
-    def whole(self) -> Any:
-        """The real dataset; nothing of it is fitted."""
+    def full_dataset(self) -> Any:
+        """The real dataset, built on first use; its processors are not fitted."""
         return init_instance_by_config(self._config)
 
     def prepare(
         self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
     ) -> Any:
-        """As the real dataset's; the raw label is at hand."""
+        """Prepare data as the real dataset does; the raw label needs no dataset."""
         if (col_set, data_key) == ("label", "raw") and not options:
-            return _between(self._label, self.segments, segments)
-        return self.whole.prepare(segments, col_set, data_key, **options)
+            return _select_dates(self._label, self.segments, segments)
+        return self.full_dataset.prepare(segments, col_set, data_key, **options)
 
 
-def window_records(more: Sequence[Any] = ()) -> list[Any]:
-    """What each window records: its scores, and what else is wanted."""
-    listed = [more] if isinstance(more, Mapping | str) else list(more)
-    return listed if _has_signal(listed) else [SIGNAL_RECORD, *listed]
+def window_records(extra_records: Sequence[Any] = ()) -> list[Any]:
+    """The records of each window: its scores (SignalRecord) and the given extra records."""
+    records = [extra_records] if isinstance(extra_records, Mapping | str) else list(extra_records)
+    return records if _has_signal_record(records) else [SIGNAL_RECORD, *records]
 
 
 def make_stitched_records(
@@ -74,43 +74,43 @@ def make_stitched_records(
     label: pd.DataFrame,
     recorder: Recorder,
 ) -> None:
-    """The task's records on the stitched signal: `pred.pkl`, `label.pkl`, and what follows.
+    """Run the task's records on the stitched signal: `pred.pkl`, `label.pkl`, and the others.
 
-    They are given the signal as their model, and a StitchedDataset.
+    Their model is a StitchedSignal and their dataset a StitchedDataset.
     """
-    _warn_of_holes(prediction, label)
-    given = base.get("record")
-    listed = [given] if isinstance(given, Mapping | str) else list(given or [])
-    records = listed if _has_signal(listed) else [SIGNAL_RECORD, *listed]
+    _warn_about_missing_days(prediction, label)
+    config = base.get("record")
+    task_records = [config] if isinstance(config, Mapping | str) else list(config or [])
+    records = task_records if _has_signal_record(task_records) else [SIGNAL_RECORD, *task_records]
     make_records(recorder, records, StitchedSignal(prediction), StitchedDataset(tasks, label))
 
 
-def _between(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
-    """The rows of a segment, or of a slice of dates."""
+def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
+    """The rows of a segment, or of a slice of dates (inclusive)."""
     if isinstance(segment, str) and segment not in segments:
         raise ConfigError(unknown_name("segment of the stitched signal", segment, segments))
     span = slice(*segments[segment]) if isinstance(segment, str) else segment
     days = frame.index.get_level_values("datetime")
-    inside = np.ones(len(frame), dtype=bool)
+    mask = np.ones(len(frame), dtype=bool)
     if span.start is not None:
-        inside &= days >= pd.Timestamp(span.start)
+        mask &= days >= pd.Timestamp(span.start)
     if span.stop is not None:
-        inside &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
-    return frame[inside]
+        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
+    return frame[mask]
 
 
-def _has_signal(records: Sequence[Any]) -> bool:
+def _has_signal_record(records: Sequence[Any]) -> bool:
     names = (r if isinstance(r, str) else r.get("_target_") or r.get("class") for r in records)
     return any(str(name).rpartition(".")[2] == SIGNAL_RECORD for name in names)
 
 
-def _warn_of_holes(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
-    """Say which days of the test span have rows but no score."""
-    days, scored = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
-    missing = days.difference(scored)
+def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
+    """Warn about days of the test span that have rows but no score."""
+    days, scored_days = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
+    missing = days.difference(scored_days)
     if len(missing):
         log.warning(
-            "%d of %d trading days have no score, the first %s: none of their rows is a sample",
+            "%d of %d trading days have no score (the first is %s): none of their rows is a sample",
             len(missing),
             len(days),
             f"{missing[0]:%Y-%m-%d}",

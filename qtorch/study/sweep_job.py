@@ -1,4 +1,4 @@
-"""One job of a sweep: what of it is done already is not done again."""
+"""Run one job of a sweep, reusing the work that earlier runs of the same task have completed."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from qtorch.core.errors import LoadObjectError, TrustError
 from qtorch.core.identity import digest, fit_id, task_id
 from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.core.session import session
-from qtorch.study.claim import claimed
+from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
 from qtorch.tracking.errors import NotInStoreError
-from qtorch.tracking.lineage import PARENT_TAG, born_with
+from qtorch.tracking.lineage import PARENT_TAG, with_run_tags
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.rows import RunRow
-from qtorch.trainer.failure import error_of, note_started, started_runs
+from qtorch.trainer.failure import announce_run, collect_started_runs, get_error
 from qtorch.trainer.prepare import complete_task
-from qtorch.trainer.run import record_train, task_train
+from qtorch.trainer.run import reuse_trained_run, task_train
 
 log = logging.getLogger(__name__)
 
-FIT_KEY_TAG = "qtorch.fit_key"  # a training but for its data: known without reading them
-FIT_TAG = "qtorch.fit_id"
-FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this one's records were made of
-LOOK_SECONDS = 0.5  # between two looks at a job that another process has claimed
+FIT_KEY_TAG = "qtorch.fit_key"  # identifies a training except for its data, without reading them
+FIT_TAG = "qtorch.fit_id"  # identifies a training including its data
+FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this run's records were computed from
+POLL_SECONDS = 0.5  # between two checks of a job that another process has claimed
 ENDED = (Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_K)
 INTERRUPTED = (Recorder.STATUS_R, Recorder.STATUS_K, Recorder.STATUS_S)
 
 TRAINED, SKIPPED, RESUMED, RETRIED = "trained", "skipped", "resumed", "retried"
-RECORDED, ELSEWHERE, REFUSED = "records only", "elsewhere", "failed before"
+RECORDS_ONLY, ELSEWHERE, FAILED_BEFORE = "records only", "elsewhere", "failed before"
 
 
 @dataclass(frozen=True)
-class Membership:
-    """A job's place in a sweep: the sweep's run, the job's number and overrides.
+class SweepMember:
+    """A job as a member of a sweep: the sweep's run ID, the job's number and overrides.
 
-    `retry`: what failed is tried again. `reuse`: runs of the experiment that are no part of the
-    sweep count too, if they are finished or their training is what is wanted.
+    `retry`: failed jobs are tried again. `reuse`: runs of the experiment that do not belong to the
+    sweep are used too, if they finished the same task or the same training.
     """
 
     sweep_id: str
@@ -54,37 +54,38 @@ class Membership:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What a run of this job is tagged with."""
-        told = {"number": self.number, "overrides": list(self.overrides)}
-        return {JOB_TAG + self.sweep_id: json.dumps(told)}
+        """The tags of a run of this job."""
+        details = {"number": self.number, "overrides": list(self.overrides)}
+        return {JOB_TAG + self.sweep_id: json.dumps(details)}
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """The run of a job, and how it came about: one of the words above."""
+    """The run of a job, and what was done with it: one of the constants above."""
 
     recorder: Recorder
-    how: str
+    action: str
 
     @property
     def error(self) -> str | None:
-        """Why the job is not finished."""
-        if self.how == REFUSED:
-            return f"{error_of(self.recorder)} (failed before; sweep.retry=true tries it again)"
-        if self.how == ELSEWHERE:
-            return "another process works on it."
+        """Why the job is not finished; None if it is."""
+        if self.action == FAILED_BEFORE:
+            return f"{get_error(self.recorder)} (failed before; set sweep.retry=true to try again)"
+        if self.action == ELSEWHERE:
+            return "another process is working on it."
         return None
 
 
-def identified(task: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The task, complete, and the tags that tell it: of the whole, without seed, of its training.
+def identify_task(task: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Complete a task, and compute the tags that identify it.
 
-    A task without a seed gets one that depends on its definition, so that it has an identity.
+    The tags identify the whole task, the task without its seed, and its training. A task without a
+    seed gets one that is derived from its definition, so that it has an identity.
     """
-    given = plain(task)
-    if given.get("seed") is None and session().seed is None:
-        given = {**given, "seed": int(digest(given)[:8], 16) % 2**31}
-    complete = complete_task(given)
+    config = plain(task)
+    if config.get("seed") is None and session().seed is None:
+        config = {**config, "seed": int(digest(config)[:8], 16) % 2**31}
+    complete = complete_task(config)
     tags = {
         TASK_TAG: task_id(complete),
         SETTING_TAG: digest(_without_seed(complete)),
@@ -95,64 +96,66 @@ def identified(task: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]
 
 def run_sweep_job(
     task: Mapping[str, Any],
-    place: Membership,
+    member: SweepMember,
     experiment_name: str | None = None,
     recorder_name: str | None = None,
 ) -> JobOutcome:
-    """See a job done: its run, in which nothing is repeated that an earlier one has done.
+    """Run a job of a sweep, without repeating the work of an earlier run of the same task.
 
-    A finished run of the same task is taken as it is; an interrupted one goes on from its
-    checkpoint; a failed one stays so, unless `retry`. Where only the records differ the training
-    of the other run is used. A job that another living process works on is left to it.
+    A finished run is used as it is; an interrupted one is resumed from its checkpoint; a failed
+    one stays failed unless `retry`. If a run differs only in its records, its training is reused.
+    A job that another live process works on is left to that process.
     """
-    complete, tags = identified(task)
+    complete, tags = identify_task(task)
     experiment = R.get_exp(experiment_name=experiment_name)
-    finished = _finished(experiment.id, tags, place)
-    if finished is not None:
-        return _adopted(finished, place, SKIPPED)
-    waits = False
+    finished_run = _find_finished_run(experiment.id, tags, member)
+    if finished_run is not None:
+        return _adopt_earlier_run(finished_run, member, SKIPPED)
+    is_waiting = False
     while True:
-        with claimed(claim_path(experiment.id, tags)) as mine:
-            earlier = _earlier(experiment.id, tags, place)
+        with hold_claim(claim_path(experiment.id, tags)) as has_claim:
+            earlier = _find_earlier_run(experiment.id, tags, member)
             if earlier is not None and earlier.status == Recorder.STATUS_FI:
-                return _adopted(earlier, place, SKIPPED)
-            if mine:
-                return _done(complete, tags, place, earlier, experiment_name, recorder_name)
+                return _adopt_earlier_run(earlier, member, SKIPPED)
+            if has_claim:
+                return _run_with_claim(
+                    complete, tags, member, earlier, experiment_name, recorder_name
+                )
         if earlier is not None:
-            return _adopted(earlier, place, ELSEWHERE)
-        if not waits:
-            log.info("another process is about to begin this job: waiting for its run, or its end")
-            waits = True
-        time.sleep(LOOK_SECONDS)
+            return _adopt_earlier_run(earlier, member, ELSEWHERE)
+        if not is_waiting:
+            log.info("another process has claimed this job: waiting until it starts a run or ends")
+            is_waiting = True
+        time.sleep(POLL_SECONDS)
 
 
-def _done(
+def _run_with_claim(
     task: dict[str, Any],
     tags: Mapping[str, str],
-    place: Membership,
+    member: SweepMember,
     earlier: RunRow | None,
     experiment_name: str | None,
     recorder_name: str | None,
 ) -> JobOutcome:
-    """A job whose claim is held: what is left of it, done."""
-    if earlier is not None and earlier.status == Recorder.STATUS_FA and not place.retry:
-        return _adopted(earlier, place, REFUSED)
-    born = {**tags, **place.tags, PARENT_TAG: place.sweep_id}
-    with born_with(born):
+    """Do the remaining work of a job whose claim this process holds."""
+    if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
+        return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
+    run_tags = {**tags, **member.tags, PARENT_TAG: member.sweep_id}
+    with with_run_tags(run_tags):
         if earlier is not None:
-            return _again(task, place, earlier)
+            return _resume_run(task, member, earlier)
         experiment = R.get_exp(experiment_name=experiment_name)
-        fitted = _fitted(experiment.id, task, tags, place)
-        return _anew(task, fitted, experiment_name, recorder_name)
+        trained_runs = _find_trained_runs(experiment.id, task, tags, member)
+        return _start_run(task, trained_runs, experiment_name, recorder_name)
 
 
-def has_settled_jobs(experiment_name: str | None = None) -> bool:
-    """Whether any run of the experiment is finished or failed: one question to the store."""
-    from qtorch.tracking.mlflow_store import store_at
+def has_finished_jobs(experiment_name: str | None = None) -> bool:
+    """Whether any job of the experiment is finished or failed; a single query to the store."""
+    from qtorch.tracking.mlflow_store import open_store
 
     experiment = R.get_exp(experiment_name=experiment_name)
     rows = (
-        store_at(R.get_uri()).runs(
+        open_store(R.get_uri()).runs(
             [experiment.id],
             filter_string=f"attributes.status = '{status}' and tags.`{TASK_TAG}` != ''",
             max_results=1,
@@ -162,147 +165,158 @@ def has_settled_jobs(experiment_name: str | None = None) -> bool:
     return any(rows)
 
 
-def settled_sweep_job(
-    task: Mapping[str, Any], place: Membership, experiment_name: str | None = None
+def find_finished_job(
+    task: Mapping[str, Any], member: SweepMember, experiment_name: str | None = None
 ) -> JobOutcome | None:
-    """The run of a job in which `run_sweep_job` would do nothing: a finished one, or one that
-    failed and is not to be tried again. None where there is something to do."""
-    _, tags = identified(task)
-    earlier = _earlier(R.get_exp(experiment_name=experiment_name).id, tags, place)
+    """The outcome of a job for which `run_sweep_job` would have nothing to do.
+
+    That is a finished run, or a failed one without `retry`. None if there is work to do.
+    """
+    _, tags = identify_task(task)
+    earlier = _find_earlier_run(R.get_exp(experiment_name=experiment_name).id, tags, member)
     if earlier is not None and earlier.status == Recorder.STATUS_FI:
-        return _adopted(earlier, place, SKIPPED)
-    if earlier is not None and earlier.status == Recorder.STATUS_FA and not place.retry:
-        return _adopted(earlier, place, REFUSED)
+        return _adopt_earlier_run(earlier, member, SKIPPED)
+    if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
+        return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
     return None
 
 
-def _anew(task: dict[str, Any], fitted: list[RunRow], *names: str | None) -> JobOutcome:
-    for row in fitted:
-        with born_with({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
-            recorder = _recorded(task, row.id, *names)
+def _start_run(task: dict[str, Any], trained_runs: list[RunRow], *names: str | None) -> JobOutcome:
+    """Start a new run: with the training of one of `trained_runs` if possible, else train."""
+    for row in trained_runs:
+        with with_run_tags({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
+            recorder = _reuse_training(task, row.id, *names)
         if recorder is not None:
-            return JobOutcome(recorder, RECORDED)
+            return JobOutcome(recorder, RECORDS_ONLY)
     return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
 
 
-def _again(task: dict[str, Any], place: Membership, earlier: RunRow) -> JobOutcome:
-    """In the run that there is, from its checkpoint."""
-    _adopted(earlier, place, RESUMED)
+def _resume_run(task: dict[str, Any], member: SweepMember, earlier: RunRow) -> JobOutcome:
+    """Continue an earlier run of the same task from its checkpoint."""
+    _adopt_earlier_run(earlier, member, RESUMED)
     attempt = {"experiment_id": earlier.experiment_id, "recorder_id": earlier.id}
     recorder = None
-    if FIT_FROM_TAG in earlier.tags:  # only the records were to be made
-        recorder = _recorded(task, earlier.tags[FIT_FROM_TAG], run=attempt)
+    if FIT_FROM_TAG in earlier.tags:  # the run reused a training: only its records are missing
+        recorder = _reuse_training(task, earlier.tags[FIT_FROM_TAG], run=attempt)
     if recorder is None:
-        if FIT_TAG in earlier.tags:  # true again when this attempt has saved its own
+        # The tag must not promise a trained model while this attempt replaces it.
+        if FIT_TAG in earlier.tags:
             R.get_recorder(recorder_id=earlier.id).delete_tags(FIT_TAG)
         recorder = task_train(task, run=attempt, on_fitted=partial(_tag_fit, task))
     return JobOutcome(recorder, RETRIED if earlier.status == Recorder.STATUS_FA else RESUMED)
 
 
-def _recorded(
-    task: dict[str, Any], fitted_id: str, *names: str | None, run: Mapping[str, str] | None = None
+def _reuse_training(
+    task: dict[str, Any], trained_id: str, *names: str | None, run: Mapping[str, str] | None = None
 ) -> Recorder | None:
-    """The run with the records of what another one has trained; None if that cannot be used."""
-    begun: list[Recorder] = []
+    """Compute the task's records from another run's training; None if that cannot be used."""
+    started_runs: list[Recorder] = []
     try:
-        with started_runs(begun):
-            return record_train(task, R.get_recorder(recorder_id=fitted_id), *names, run=run)
+        with collect_started_runs(started_runs):
+            return reuse_trained_run(task, R.get_recorder(recorder_id=trained_id), *names, run=run)
     except (NotInStoreError, LoadObjectError, TrustError) as error:
-        if begun:  # a record's own error
+        if started_runs:  # the trained model was loaded, so the error comes from a record
             raise
-        log.warning("run %s has trained this, but cannot be used: %s", fitted_id, error)
+        log.warning("cannot reuse the training of run %s: %s", trained_id, error)
         return None
     finally:
-        for recorder in begun:
-            note_started(recorder)
+        for recorder in started_runs:
+            announce_run(recorder)
 
 
 # -- earlier runs ----------------------------------------------------------------------------------
 
 
-def _finished(experiment_id: str, tags: Mapping[str, str], place: Membership) -> RunRow | None:
-    found = _earlier(experiment_id, tags, place)
-    return found if found is not None and found.status == Recorder.STATUS_FI else None
+def _find_finished_run(
+    experiment_id: str, tags: Mapping[str, str], member: SweepMember
+) -> RunRow | None:
+    row = _find_earlier_run(experiment_id, tags, member)
+    return row if row is not None and row.status == Recorder.STATUS_FI else None
 
 
-def _earlier(experiment_id: str, tags: Mapping[str, str], place: Membership) -> RunRow | None:
-    """The run of the same task that counts: a finished one before an interrupted one before a
-    failed one, the newest of each."""
-    rows = _counting(_rows(experiment_id, TASK_TAG, tags[TASK_TAG]), place)
+def _find_earlier_run(
+    experiment_id: str, tags: Mapping[str, str], member: SweepMember
+) -> RunRow | None:
+    """The earlier run of the same task to use.
+
+    A finished run comes before an interrupted one, which comes before a failed one; of several
+    the newest is used. Unfinished runs only count if they belong to a sweep.
+    """
+    rows = _filter_by_reuse(_runs_with_tag(experiment_id, TASK_TAG, tags[TASK_TAG]), member)
     for statuses in ((Recorder.STATUS_FI,), INTERRUPTED, (Recorder.STATUS_FA,)):
         for row in rows:
-            of_a_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
-            if row.status in statuses and (of_a_sweep or row.status == Recorder.STATUS_FI):
+            is_in_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
+            if row.status in statuses and (is_in_sweep or row.status == Recorder.STATUS_FI):
                 return row
     return None
 
 
-def _rows(experiment_id: str, tag: str, value: str) -> list[RunRow]:
-    """Runs with a tag, the newest first."""
-    from qtorch.tracking.mlflow_store import store_at
+def _runs_with_tag(experiment_id: str, tag: str, value: str) -> list[RunRow]:
+    """The runs with a tag, the newest first."""
+    from qtorch.tracking.mlflow_store import open_store
 
     condition = f"tags.`{tag}` = '{value}'"
-    return store_at(R.get_uri()).runs([experiment_id], filter_string=condition)
+    return open_store(R.get_uri()).runs([experiment_id], filter_string=condition)
 
 
-def _counting(rows: list[RunRow], place: Membership) -> list[RunRow]:
-    """Without `reuse` those of the sweep alone."""
-    return rows if place.reuse else [r for r in rows if JOB_TAG + place.sweep_id in r.tags]
+def _filter_by_reuse(rows: list[RunRow], member: SweepMember) -> list[RunRow]:
+    """All rows with `reuse`, else only those of the sweep itself."""
+    return rows if member.reuse else [r for r in rows if JOB_TAG + member.sweep_id in r.tags]
 
 
-def _adopted(row: RunRow, place: Membership, how: str) -> JobOutcome:
-    """An earlier run as this sweep's job."""
+def _adopt_earlier_run(row: RunRow, member: SweepMember, action: str) -> JobOutcome:
+    """Tag an earlier run as a job of this sweep."""
     recorder: Recorder = R.get_recorder(recorder_id=row.id)
-    if place.tags.items() - row.tags.items():
-        recorder.set_tags(**place.tags)
-    note_started(recorder)
-    return JobOutcome(recorder, how)
+    if member.tags.items() - row.tags.items():
+        recorder.set_tags(**member.tags)
+    announce_run(recorder)
+    return JobOutcome(recorder, action)
 
 
-def _fitted(
-    experiment_id: str, task: Mapping[str, Any], tags: Mapping[str, str], place: Membership
+def _find_trained_runs(
+    experiment_id: str, task: Mapping[str, Any], tags: Mapping[str, str], member: SweepMember
 ) -> list[RunRow]:
-    """The runs that have trained just this, on the same data, finished ones first.
+    """The runs with the same training on the same data, finished ones first.
 
-    One that failed or was stopped after its training (in a record, say) has trained too; one that
-    may be alive is left alone.
+    Runs that failed or were stopped after their training (in a record, say) are included; runs
+    that may still be alive are not.
     """
-    rows = _counting(_rows(experiment_id, FIT_KEY_TAG, tags[FIT_KEY_TAG]), place)
+    rows = _filter_by_reuse(_runs_with_tag(experiment_id, FIT_KEY_TAG, tags[FIT_KEY_TAG]), member)
     rows = [r for r in rows if r.status in ENDED and FIT_TAG in r.tags]
     if not rows:
         return []
-    wanted = _fit_id(task, init_instance_by_config(task["dataset"]))
-    rows = [r for r in rows if r.tags[FIT_TAG] == wanted]
+    task_fit_id = _compute_fit_id(task, init_instance_by_config(task["dataset"]))
+    rows = [r for r in rows if r.tags[FIT_TAG] == task_fit_id]
     return sorted(rows, key=lambda r: r.status != Recorder.STATUS_FI)
 
 
-# -- what a run is told ----------------------------------------------------------------------------
+# -- tags of a run ---------------------------------------------------------------------------------
 
 
 def _tag_fit(task: Mapping[str, Any], recorder: Recorder, dataset: Any) -> None:
-    own = _fit_id(task, dataset)
-    if own is not None:
-        recorder.set_tags(**{FIT_TAG: own})
+    task_fit_id = _compute_fit_id(task, dataset)
+    if task_fit_id is not None:
+        recorder.set_tags(**{FIT_TAG: task_fit_id})
 
 
-def _fit_id(task: Mapping[str, Any], dataset: Any) -> str | None:
-    """None where the dataset is a class of the user's own that cannot tell its data."""
+def _compute_fit_id(task: Mapping[str, Any], dataset: Any) -> str | None:
+    """The ID of a training; None if the dataset is a user's class without a fingerprint."""
     fingerprint = getattr(dataset, "fingerprint", None)
     return fit_id(task, fingerprint()) if callable(fingerprint) else None
 
 
 def _without_seed(task: Mapping[str, Any]) -> dict[str, Any]:
-    bare = {k: v for k, v in task.items() if k != "seed"}
+    seedless = {k: v for k, v in task.items() if k != "seed"}
     model = task["model"]
     if isinstance(model, Mapping):
         model = {k: v for k, v in model.items() if k != "seed"}
         if isinstance(model.get("kwargs"), Mapping):
             model["kwargs"] = {k: v for k, v in model["kwargs"].items() if k != "seed"}
-        bare["model"] = model
-    return bare
+        seedless["model"] = model
+    return seedless
 
 
-def note_seconds(recorder: Recorder, seconds: float) -> None:
-    """Add seconds of work to what a job's run says of its attempts."""
-    before = float(recorder.list_tags().get(SECONDS_TAG, "0"))
-    recorder.set_tags(**{SECONDS_TAG: f"{before + seconds:.2f}"})
+def add_work_seconds(recorder: Recorder, seconds: float) -> None:
+    """Add to the working time of a job's run, which is summed over all attempts."""
+    previous = float(recorder.list_tags().get(SECONDS_TAG, "0"))
+    recorder.set_tags(**{SECONDS_TAG: f"{previous + seconds:.2f}"})

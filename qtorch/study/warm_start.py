@@ -1,4 +1,4 @@
-"""A model that does not begin at nothing but at another run's weights."""
+"""A model that continues training from the weights of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pandas as pd
 from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.instantiate import auto_filter_kwargs, init_instance_by_config
-from qtorch.core.names import dotted_name
+from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import check_name
+from qtorch.core.trust import check_name_trust
 from qtorch.model.base import Model, ModelFT
 from qtorch.tracking.current import current_recorder
 from qtorch.tracking.lineage import tag_lineage
@@ -27,15 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class WarmStart(ModelFT):
-    """Goes on from the fitted model of an earlier run: its `fit` is that model's `finetune`.
+    """Continues from the fitted model of an earlier run: its `fit` calls that model's `finetune`.
 
-    As data it says what comes before, so that a task of a pool can be one: `recorder_id` is the
-    earlier run, whose `params.pkl` holds a ModelFT. `options` are arguments of its `finetune`
-    (`max_epochs`, `lora`, ...); ArgumentError for one that it does not take. The run's tags keep
-    the lineage: `warm_start.from` and `warm_start.depth`.
+    It refers to the earlier run by ID, so a task with this model is plain data and can be put into
+    a task pool: `recorder_id` is the run, whose `params.pkl` must hold a ModelFT. `options` are
+    arguments of its `finetune` (`max_epochs`, `lora`, ...); an unknown one raises ArgumentError.
+    The tags `warm_start.from` and `warm_start.depth` of the new run record the lineage.
 
-    Raises NotFittedError where it is used before `fit`, ConfigError where the earlier model
-    cannot be trained on.
+    Raises NotFittedError if used before `fit`, ConfigError if the earlier model has no `finetune`.
     """
 
     def __init__(
@@ -52,99 +51,99 @@ class WarmStart(ModelFT):
     def fit(
         self, dataset: Any, reweighter: Any = None, *, recorder: Recorder | None = None
     ) -> None:
-        """Train the earlier run's model on."""
+        """Load the earlier run's model and finetune it."""
         run = current_recorder() if recorder is None else recorder
-        model = self._previous(run)
+        model = self._load_previous_model(run)
         self._finetune(model, dataset, reweighter, run)
 
     def finetune(
         self, dataset: Any, reweighter: Any = None, *, recorder: Recorder | None = None
     ) -> None:
-        """Train on from what is fitted here."""
-        self._finetune(self._fitted(), dataset, reweighter, recorder)
+        """Finetune the fitted model further."""
+        self._finetune(self._require_model(), dataset, reweighter, recorder)
 
-    def _previous(self, run: Recorder | None) -> Model:
+    def _load_previous_model(self, run: Recorder | None) -> Model:
         earlier = R.get_recorder(recorder_id=self.recorder_id, experiment_id=self.experiment_id)
         model = earlier.load_object("params.pkl")
         if isinstance(model, WarmStart):
-            model = model._fitted()
+            model = model._require_model()
         if not callable(getattr(model, "finetune", None)):
             raise ConfigError(
-                f"run {self.recorder_id} holds a {type(model).__name__}, which has no finetune: "
-                "nothing can begin from it."
+                f"the model of run {self.recorder_id} is a {type(model).__name__}, which has no "
+                "finetune method: a warm start from it is not possible."
             )
         if run is not None:
             tag_lineage(run, earlier)
-        found: Model = model
-        return found
+        previous_model: Model = model
+        return previous_model
 
     def _finetune(
         self, model: Model, dataset: Any, reweighter: Any, recorder: Recorder | None
     ) -> None:
-        act: Any = model.finetune  # type: ignore[attr-defined]
-        # A model of the user's may take no recorder; an option that it does not take is a mistake.
-        check_arguments(act, inspect.signature(act), self.options)
-        given: dict[str, Any] = {"recorder": recorder, **self.options}
+        finetune: Any = model.finetune  # type: ignore[attr-defined]
+        # The options must be arguments of finetune; `recorder` is only passed if it is one too.
+        check_arguments(finetune, inspect.signature(finetune), self.options)
+        kwargs: dict[str, Any] = {"recorder": recorder, **self.options}
         if reweighter is not None:
-            given["reweighter"] = reweighter
-        auto_filter_kwargs(act)(dataset, **given)
+            kwargs["reweighter"] = reweighter
+        auto_filter_kwargs(finetune)(dataset, **kwargs)
         self.model_ = model
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
-        """The model's scores."""
-        return self._fitted().predict(dataset, segment)
+        """Return the model's scores."""
+        return self._require_model().predict(dataset, segment)
 
-    def _fitted(self) -> Model:
+    def _require_model(self) -> Model:
         if self.model_ is None:
             raise NotFittedError(
-                "this WarmStart has no weights yet: call fit(dataset) first, or load a fitted one."
+                "this WarmStart is not fitted: call fit(dataset) first, or load a fitted one."
             )
         return self.model_
 
     @property
     def network_(self) -> Any:
-        """The model's fitted network; None before `fit`, or where it has none."""
+        """The model's fitted network; None before `fit`, or if the model has none."""
         return getattr(self.model_, "network_", None)
 
     @property
-    def learnt_(self) -> Any:
-        """The form of the samples that the model learnt from, where it tells."""
-        return getattr(self.model_, "learnt_", None)
+    def input_schema_(self) -> Any:
+        """The schema of the samples that the model was fitted on; None if unknown."""
+        return getattr(self.model_, "input_schema_", None)
 
     @property
     def fit_report_(self) -> dict[str, Any]:
-        """The model's figures of its last training."""
+        """The model's report of its last training."""
         return dict(getattr(self.model_, "fit_report_", None) or {})
 
     # -- saving --------------------------------------------------------------------------------
 
     def to_state(self) -> State:
-        """Where it began, and the model's own state; ConfigError where that has none."""
+        """Return the configuration and the model's state; ConfigError if the model has none."""
         state = State({"warm_start": self.to_config(), "model": None})
         if self.model_ is not None:
             if not isinstance(self.model_, Stateful):
-                raise ConfigError(f"a {type(self.model_).__name__} is stored as a pickle.")
+                raise ConfigError(f"a {type(self.model_).__name__} can only be stored as a pickle.")
             inner = self.model_.to_state()
-            state.config["model"] = {"class": dotted_name(type(self.model_)), "state": inner.config}
+            state.config["model"] = {"class": import_path(type(self.model_)), "state": inner.config}
             state.tensors = inner.tensors
         return state
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """The model again. Names in it pass the trust rule."""
-        built = init_instance_by_config(state.config["warm_start"], stored=True)
-        if not isinstance(built, cls):
-            raise TypeError(f"the state is of a {type(built).__qualname__}, not a {cls.__name__}.")
+        """Rebuild the model; class names in the state are subject to the trust rule."""
+        model = init_instance_by_config(state.config["warm_start"], check_trust=True)
+        if not isinstance(model, cls):
+            raise TypeError(f"the state is of a {type(model).__qualname__}, not a {cls.__name__}.")
         inner = state.config["model"]
         if inner is not None:
-            built.model_ = _class_of(inner["class"]).from_state(
+            model.model_ = _locate_class(inner["class"]).from_state(
                 State(inner["state"], state.tensors)
             )
-        return built
+        return model
 
 
-def _class_of(name: str) -> Any:
+def _locate_class(name: str) -> Any:
     from qtorch.core.names import locate
 
-    check_name(name)
+    check_name_trust(name)
     return locate(name)

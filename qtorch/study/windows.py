@@ -1,4 +1,4 @@
-"""The tasks of a rolling study: windows that share what they can."""
+"""Build the tasks of a rolling study, so that its windows share features."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pandas as pd
 
 from qtorch.core.errors import ConfigError
 from qtorch.task.parts import (
-    handler_of,
-    options_of,
-    segments_of,
+    config_arguments,
+    task_handler,
+    task_segments,
     with_handler,
 )
 from qtorch.task.rolling import RollingGen
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 WARM_START = "qtorch.study.warm_start.WarmStart"
 
 
-def rolled(
+def rolling_tasks(
     task: Mapping[str, Any],
     *,
     step: int,
@@ -34,74 +34,77 @@ def rolled(
     calendar: Sequence[Any] | None,
     records: Sequence[Any],
 ) -> list[dict[str, Any]]:
-    """The windows of a task, on one span of features and with records of their own."""
+    """The tasks of all windows, with a common end of the data and with `records` as records."""
     task = task if horizon is None else with_horizon(task, horizon)
-    roll = RollingGen(
+    generator = RollingGen(
         step,
         rtype,
         trunc_days=trunc_days,
-        task_copy_func=shared,
+        task_copy_func=copy_containers,
         overshoot=False,
         calendar=calendar,
     )
-    tasks = [{**each, "record": list(records)} for each in roll.generate(task)]
-    return with_one_span(tasks, cache)
+    tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
+    return with_common_end(tasks, cache)
 
 
-def with_one_span(
+def with_common_end(
     tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
 ) -> list[dict[str, Any]]:
-    """The tasks with one end for all handlers' data, so that they share features.
+    """Give the handlers of all tasks the same end date, so that they share cached features.
 
-    A feature does not depend on where the data end; the rows behind a task's last segment are
-    sampled by nobody. `cache` is the handlers' argument. Handlers that are no configuration stay.
+    This is safe because a feature does not depend on where the data end, and no sample is taken
+    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
+    that are objects instead of configurations are left as they are.
     """
-    ends = [options_of(handler_of(task)).get("end_time") for task in tasks]
-    given = [end for end in ends if end is not None]
-    last = max(given, key=pd.Timestamp) if len(given) == len(ends) and given else None
-    made = []
+    all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
+    ends = [end for end in all_ends if end is not None]
+    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
+    new_tasks = []
     for task in tasks:
-        options = options_of(handler_of(task))
+        options = config_arguments(task_handler(task))
         changes: dict[str, Any] = {"end_time": last} if "end_time" in options else {}
         if cache is not False:
             changes["cache"] = cache
-        made.append(with_handler(task, **changes))
-    return made
+        new_tasks.append(with_handler(task, **changes))
+    return new_tasks
 
 
 def with_horizon(task: Mapping[str, Any], horizon: int) -> dict[str, Any]:
-    """The task with the return from tomorrow's close to that of `horizon` days later as label."""
+    """Set the label to the return from tomorrow's close to the close `horizon` days later."""
     if int(horizon) < 1:
-        raise ConfigError(f"horizon={horizon}: the label's return is over at least one day.")
-    if not isinstance(handler_of(task), Mapping):
+        raise ConfigError(f"horizon={horizon}: expected at least 1 (the days of the return).")
+    if not isinstance(task_handler(task), Mapping):
         raise ConfigError(
-            "horizon=... sets the label of a handler's configuration, but this task's handler is "
-            "none; set the label where the handler is made."
+            "horizon=... sets the label in a handler's configuration, but this task's handler is "
+            "an object; set the label when you create it."
         )
     return with_handler(task, label=[f"Ref($close, -{int(horizon) + 1})/Ref($close, -1) - 1"])
 
 
-def warmed(task: Mapping[str, Any], before: Recorder, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The task with a model that begins at an earlier run's weights."""
+def with_warm_start(
+    task: Mapping[str, Any], previous: Recorder, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Replace the task's model by one that starts from the weights of an earlier run."""
     model = {
         "_target_": WARM_START,
-        "recorder_id": before.id,
-        "experiment_id": before.experiment_id,
+        "recorder_id": previous.id,
+        "experiment_id": previous.experiment_id,
         **({"options": dict(options)} if options else {}),
     }
     return {**task, "model": model}
 
 
-def shared(task: Any) -> Any:
-    """A copy of a task's containers; live objects in it (a handler with its data) are shared."""
+def copy_containers(task: Any) -> Any:
+    """Copy the containers of a task; objects in it (a handler with its data) are not copied."""
     if isinstance(task, Mapping):
-        return {key: shared(value) for key, value in task.items()}
+        return {key: copy_containers(value) for key, value in task.items()}
     if isinstance(task, list | tuple):
-        return [shared(value) for value in task]
+        return [copy_containers(value) for value in task]
     return task
 
 
 def span_text(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """The first and last test day of all windows."""
-    spans = [segments_of(task)["test"] for task in tasks]
-    return f"tested {spans[0][0]}..{spans[-1][1]}"
+    """Text with the first and last test day of all windows."""
+    spans = [task_segments(task)["test"] for task in tasks]
+    return f"tested on {spans[0][0]}..{spans[-1][1]}"
