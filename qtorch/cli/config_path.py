@@ -1,4 +1,4 @@
-"""Where the shipped configuration lies: one answer for a wheel and for a working tree."""
+"""Locate the Hydra configuration that is shipped with qtorch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ ROOT_CONFIG = "train"
 
 
 def config_path() -> Path:
-    """The folder of the shipped Hydra groups.
+    """Return the folder of the shipped Hydra config groups.
 
-    A wheel carries it inside the package (`qtorch/conf`); in an editable install it lies beside
-    the package, at the root of the working tree. A user's `--config-dir` is added by Hydra.
+    A wheel contains it inside the package (`qtorch/conf`); in an editable install it is beside the
+    package, at the root of the working tree. Hydra adds a user's `--config-dir` itself.
     """
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parent / "conf")
@@ -19,7 +19,7 @@ def config_path() -> Path:
         if (folder / f"{ROOT_CONFIG}.yaml").is_file():
             return folder
     raise FileNotFoundError(
-        f"qtorch's own configuration ({ROOT_CONFIG}.yaml) was looked for in "
-        f"{' and '.join(map(str, candidates))} and is in neither: the installation is damaged, "
-        "install qtorch again."
+        f"cannot find qtorch's configuration ({ROOT_CONFIG}.yaml) in "
+        f"{' or '.join(map(str, candidates))}: the installation is damaged, "
+        "reinstall qtorch."
     )

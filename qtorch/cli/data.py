@@ -1,4 +1,4 @@
-"""`qtorch data`: bring bars into Qlib's layout, see what is there, and the features kept of it."""
+"""`qtorch data`: import bars into Qlib's format, describe a source, manage the feature cache."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.compose import composed
-from qtorch.cli.signals import interruptible
+from qtorch.cli.compose import compose_settings
+from qtorch.cli.signals import handle_stop_signals
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import configure_logging
-from qtorch.core.wording import counted
+from qtorch.core.wording import format_count
 
 USAGE = """\
-qtorch data: bars in, bars seen
+qtorch data: import and inspect bars
 
 usage: qtorch data import   data=table data.path=bars.parquet out=FOLDER
        qtorch data describe data=qlib data.provider_uri=FOLDER [universe=all] [out=bars.png]
        qtorch data cache    [clear | remove KEY ...] [folder=FOLDER]
 
-  import    writes any source in Qlib's own layout: calendars, instruments, features/*.bin
-  describe  dates, instruments, holes and large moves, in words and as a picture
-  cache     the features that handlers keep on disk (cache=true): shows them, clears them
+  import    write any source in Qlib's format: calendars, instruments, features/*.bin
+  describe  print dates, instruments, gaps and large moves, and save a chart
+  cache     list or remove the features that handlers cache on disk (cache=true)
 
-  data is synthetic, qlib, table, or a file of your own in --config-dir DIR/data.
+  data is synthetic, qlib, table, or your own config file in --config-dir DIR/data.
 """
 
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
         from qtorch.cli.cache import run_cache
 
         return run_cache(argv[1:])
-    settings = composed("bars", argv[1:])
-    with interruptible():
+    settings = compose_settings("bars", argv[1:])
+    with handle_stop_signals():
         return actions[argv[0]](settings)
 
 
@@ -50,17 +50,18 @@ def _import(settings: dict[str, Any]) -> int:
     from qtorch.data.source.qlib_writer import write_qlib
 
     if settings["out"] is None:
-        raise ConfigError("out must be given: out=FOLDER, where the data goes.")
+        raise ConfigError("out must be given: add out=FOLDER, the folder to write.")
     folder = Path(settings["out"]).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"out={folder} exists and is not empty; name a new folder.")
+        raise ConfigError(f"out={folder} exists and is not empty; choose a new folder.")
     source = init_instance_by_config(settings["data"])
     write_qlib(source, folder, freq=settings["freq"])
     calendar = source.calendar(freq=settings["freq"])
     print(
-        f"{counted(len(source.instruments()), 'instrument')}, {counted(len(calendar), 'date')} "
+        f"{format_count(len(source.instruments()), 'instrument')}, "
+        f"{format_count(len(calendar), 'date')} "
         f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d} in {folder}\n"
-        f"use it: qtorch train data=qlib data.provider_uri={folder}"
+        f"use it with: qtorch train data=qlib data.provider_uri={folder}"
     )
     return 0
 
@@ -71,9 +72,9 @@ def _describe(settings: dict[str, Any]) -> int:
     source = init_instance_by_config(settings["data"])
     out = Path(settings["out"] or "bars.png").expanduser()
     if out.suffix != ".png":
-        raise ConfigError(f"out={out}: the picture is a .png file.")
+        raise ConfigError(f"out={out}: expected a name that ends in .png.")
     description = describe(source, universe=settings["universe"], freq=settings["freq"])
     print(description.text())
-    description.picture().savefig(out, dpi=130)
-    print(f"picture: {out}")
+    description.plot().savefig(out, dpi=130)
+    print(f"saved chart to {out}")
     return 0

@@ -1,4 +1,4 @@
-"""`qtorch export`: a finished run's network as a file for other programs, checked first."""
+"""`qtorch export`: export and verify the network of a finished run."""
 
 from __future__ import annotations
 
@@ -6,85 +6,86 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.compose import composed
-from qtorch.cli.finished import finished_run, model_and_dataset, segment_of
-from qtorch.cli.signals import interruptible
+from qtorch.cli.compose import compose_settings
+from qtorch.cli.finished import load_finished_run, load_model_and_dataset, parse_segment
+from qtorch.cli.signals import handle_stop_signals
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
 
 USAGE = """\
-qtorch export: a finished run's network as a file for other programs
+qtorch export: export the network of a finished run for use in other programs
 
 usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=true]
 
-  run        the run's id
-  format     onnx         for onnxruntime and others; needs pip install 'qtorch[export]'
-             torch        .pt2, a program that torch.export.load reads; torch alone runs it
-             safetensors  the weights, and how the network is built: qtorch.study.load_network
-  out        the file; by default RUN_ID.onnx, .pt2 or .safetensors here
-  log        true: the file goes to the run's artifacts too, under export/
-  segment    what it is checked with: a segment of the run's dataset, or two dates
-  tolerance  the largest difference of a score, as a share of the largest score (1e-5)
-  data       another source than the run's own: data=qlib data.provider_uri=...
+  run        the run ID
+  format     onnx         for onnxruntime and others; requires pip install 'qtorch[export]'
+             torch        .pt2, a program for torch.export.load; needs nothing but torch
+             safetensors  weights and the network's configuration, for qtorch.study.load_network
+  out        output file; default: RUN_ID.onnx, .pt2 or .safetensors in this folder
+  log        true: also log the file as an artifact of the run, under export/
+  segment    data for the check: a segment of the run's dataset, or two dates
+  tolerance  largest allowed score difference, relative to the largest score (1e-5)
+  data       use another data source: data=qlib data.provider_uri=...
 
-onnx and torch take batches of any size and give the score that `qtorch predict` gives: x is
-[batch, step_len, features] (flat networks: [batch, features * step_len]); networks of whole days
-take x [days, instruments, ...] and a mask. FILE.json, and "qtorch" inside the file, tell every
-input, the features in their order and step_len.
+onnx and torch files accept batches of any size and return the scores of `qtorch predict`. x has
+the shape [batch, step_len, features] (flat networks: [batch, features * step_len]); networks that
+score whole days take x [days, instruments, ...] and a mask. FILE.json, and the entry "qtorch"
+inside the file, describe every input, the order of the features, and step_len.
 
-The file's scores of some days are compared with the model's own before it is written; a file that
-differs is an error and is not left behind. Not included: the statistics of the dataset's
-processors. x is what the dataset gives after its infer processors.
+Before the file is written, its scores for some days are compared with the model's; a difference is
+an error, and no file is written. Not included: the statistics of the dataset's processors. x is
+the dataset's output after its infer processors.
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load model and dataset of the run, export, check, write."""
+    """Load the run's model and dataset, export the network and verify the file."""
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
-    settings = composed("export", argv)
+    settings = compose_settings("export", argv)
     configure_logging()
-    path = _path(settings)
+    path = _output_path(settings)
     if settings["tracking"].get("uri") is not None:
         init(tracking_uri=settings["tracking"]["uri"])
     from qtorch.study.export import export_model
 
-    with interruptible():
-        recorder = finished_run(settings["run"])
-        model, dataset = model_and_dataset(recorder, settings.get("data"))
-        done = export_model(
+    with handle_stop_signals():
+        recorder = load_finished_run(settings["run"])
+        model, dataset = load_model_and_dataset(recorder, settings.get("data"))
+        result = export_model(
             model,
             dataset,
             path,
             format=settings["format"],
-            segment=segment_of(settings["segment"], dataset),
+            segment=parse_segment(settings["segment"], dataset),
             tolerance=settings["tolerance"],
             run=recorder.id,
         )
         if settings["log"]:
-            for file in (done.path, done.description):
+            for file in (result.path, result.description):
                 recorder.log_artifact(file, "export")
     print(
-        f"{done.path} ({done.num_bytes:,} bytes): {done.samples:,} scores equal the model's to "
-        f"{done.difference:.1g} ({done.allowed:.1g} allowed)\n{done.description} tells its inputs"
+        f"{result.path} ({result.num_bytes:,} bytes): {result.samples:,} scores equal the "
+        f"model's to {result.difference:.1g} ({result.allowed:.1g} allowed)\n"
+        f"{result.description} describes the inputs"
     )
     if settings["log"]:
-        print(f"both are artifacts of run {recorder.id}, under export/")
+        print(f"logged both files as artifacts of run {recorder.id}, under export/")
     return 0
 
 
-def _path(settings: dict[str, Any]) -> Path:
-    """The file to write; decided before the work, not after it."""
+def _output_path(settings: dict[str, Any]) -> Path:
+    """Check and return the output path, before any work is done."""
     from qtorch.study.export import SUFFIXES
 
-    given, form = settings["out"], settings["format"]
+    out, form = settings["out"], settings["format"]
     if form not in SUFFIXES:
         raise ConfigError(unknown_name("format", str(form), SUFFIXES))
-    path = Path(given or settings["run"] + SUFFIXES[form]).expanduser()
+    path = Path(out or settings["run"] + SUFFIXES[form]).expanduser()
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"out={given}: there is no folder {path.absolute().parent}.")
+        raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
     if path.is_dir():
-        raise ConfigError(f"out={given} is a folder; name the file in it.")
+        raise ConfigError(f"out={out} is a folder; give the name of a file.")
     return path

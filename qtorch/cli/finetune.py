@@ -1,4 +1,4 @@
-"""`qtorch finetune`: a finished run's model learns on, in a run of its own."""
+"""`qtorch finetune`: fine-tune the model of a finished run in a new run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qtorch.cli.compose import composed
-from qtorch.cli.finished import finished_run
-from qtorch.cli.segments import with_dates
-from qtorch.cli.signals import interruptible
+from qtorch.cli.compose import compose_settings
+from qtorch.cli.finished import load_finished_run
+from qtorch.cli.segments import resolve_segments
+from qtorch.cli.signals import handle_stop_signals
 from qtorch.cli.sweep import FINISHED, JobResult
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import plain
@@ -19,22 +19,22 @@ from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
 
 USAGE = """\
-qtorch finetune: a finished run's model learns on other data, in a run of its own
+qtorch finetune: fine-tune the model of a finished run in a new run
 
 usage: qtorch finetune run=RUN_ID [dataset.KEY=VALUE ...] [OPTION=VALUE ...]
 
-  run             the run whose model it is; it is not touched
-  dataset.KEY     over that run's dataset: dataset.segments.train=[2016-01-01,2016-12-31]
+  run             the run whose model is fine-tuned; it is not modified
+  dataset.KEY     override of that run's dataset: dataset.segments.train=[2016-01-01,2016-12-31]
                   dataset.handler.instruments=smallcaps
-  max_epochs, lr, early_stop, trainer   instead of the model's own
-  train           all, head, or patterns of parameter names; frozen: patterns that stay
-  layer_decay     each layer's rate as a share of the one's above it
-  unfreeze_every  epochs until one layer more learns, from the head down
-  lora            lora={rank: 4}: matrices of low rank learn, and are merged in at the end
-  keep_optimizer  true: the optimizer goes on with its moments
-  statistics      keep, refit or adapt: what features and batch norms are normalised by
+  max_epochs, lr, early_stop, trainer   override the model's settings
+  train           all, head, or patterns of parameter names; frozen: patterns to freeze
+  layer_decay     learning rate of each layer, relative to the layer above it
+  unfreeze_every  unfreeze one more layer after so many epochs, from the head down
+  lora            lora={rank: 4}: train low-rank matrices, and merge them at the end
+  keep_optimizer  true: start from the optimizer's state
+  statistics      keep, refit or adapt the statistics of processors and batch norms
 
-The run is tagged warm_start.from and lies under the earlier one on MLflow's page.
+The new run has the tag warm_start.from and is a child of the earlier run in MLflow.
 """
 OPTIONS = (
     "max_epochs",
@@ -54,21 +54,21 @@ DEFAULTS = {"train": "all", "layer_decay": 1.0, "keep_optimizer": False}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the run's task, train its model on, print the summary."""
+    """Load the run's task, fine-tune its model and print the summary."""
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
-    own = [a for a in argv if a.lstrip("+").startswith("dataset.")]
-    settings = composed("finetune", [a for a in argv if a not in own])
+    dataset_overrides = [a for a in argv if a.lstrip("+").startswith("dataset.")]
+    settings = compose_settings("finetune", [a for a in argv if a not in dataset_overrides])
     configure_logging(settings["log_level"])
     if settings["tracking"].get("uri") is not None:
         init(tracking_uri=settings["tracking"]["uri"])
-    begin = time.perf_counter()
-    with interruptible():
-        recorder = _train(settings, [a.lstrip("+") for a in own])
+    start = time.perf_counter()
+    with handle_stop_signals():
+        recorder = _train(settings, [a.lstrip("+") for a in dataset_overrides])
     from qtorch.cli.table import print_summary
 
-    result = JobResult(0, list(argv), FINISHED, time.perf_counter() - begin)
+    result = JobResult(0, list(argv), FINISHED, time.perf_counter() - start)
     result.run_id, result.metrics = recorder.id, recorder.list_metrics()
     result.experiment = getattr(recorder, "experiment_name", None)
     print_summary(result, recorder)
@@ -78,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
 def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
     from qtorch.trainer.run import task_train
 
-    earlier = finished_run(settings["run"])
+    earlier = load_finished_run(settings["run"])
     task = earlier.load_object("task")
-    # What is not said is left to the model's own arguments.
+    # Options that are not given keep the model's own arguments.
     options = {
         k: settings[k] for k in OPTIONS if settings[k] not in (None, [], {}, DEFAULTS.get(k))
     }
@@ -90,19 +90,20 @@ def _train(settings: dict[str, Any], changes: Sequence[str]) -> Any:
         "experiment_id": earlier.experiment_id,
         "options": options,
     }
-    learnt = {**task, "model": model, "dataset": changed(task["dataset"], changes)}
+    new_task = {**task, "model": model, "dataset": override_dataset(task["dataset"], changes)}
     name = settings["experiment_name"] or getattr(earlier, "experiment_name", None)
-    return task_train(with_dates(learnt), name, settings["run_name"])
+    return task_train(resolve_segments(new_task), name, settings["run_name"])
 
 
-def changed(dataset: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """A dataset's configuration with `dataset.KEY=VALUE` over it.
+def override_dataset(dataset: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Apply `dataset.KEY=VALUE` overrides to a dataset's configuration.
 
-    Raises ConfigError for a change that is none, or reaches into what is no mapping.
+    Raises ConfigError for an invalid override, or one that descends into a value that is no
+    mapping.
     """
     try:
-        merged = OmegaConf.merge({"dataset": dataset}, OmegaConf.from_dotlist(list(changes)))
-        found: dict[str, Any] = plain(merged)["dataset"]
+        config = OmegaConf.merge({"dataset": dataset}, OmegaConf.from_dotlist(list(changes)))
+        result: dict[str, Any] = plain(config)["dataset"]
     except Exception as error:
         raise ConfigError(f"{' '.join(changes)}: {str(error).splitlines()[0]}") from error
-    return found
+    return result

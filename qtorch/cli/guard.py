@@ -1,4 +1,4 @@
-"""How a command ends: one clear line for a user's error, exit codes, Ctrl-C."""
+"""Error handling of the commands: one-line messages, exit codes, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from qtorch.core.errors import QtorchError
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
 INTERRUPTED = 130
-# The two lines that an ExpressionError ends with.
+# An ExpressionError ends with two lines: the expression, and carets under the wrong part.
 _POINTER = re.compile(r"[.:]?\n {4}(?P<line>[^\n]+)\n {4}(?P<before> *)(?P<caret>\^+)")
 
 
-def debugging() -> bool:
-    """Whether errors should show their traceback (`--debug` or QTORCH_DEBUG=1)."""
+def is_debug_enabled() -> bool:
+    """Whether errors show their traceback (`--debug` or QTORCH_DEBUG=1)."""
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
-def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; an exception becomes one line on stderr and an exit code."""
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; turn an exception into one line on stderr and an exit code."""
     arguments = [a for a in argv if a != "--debug"]
-    before = os.environ.get(DEBUG_VARIABLE)
+    previous = os.environ.get(DEBUG_VARIABLE)
     if len(arguments) < len(argv):
         os.environ[DEBUG_VARIABLE] = "1"
     try:
@@ -34,49 +34,49 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
         print(f"interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        report(error)
+        print_error(error)
         return 1
     finally:
-        if before is None:
+        if previous is None:
             os.environ.pop(DEBUG_VARIABLE, None)
         else:
-            os.environ[DEBUG_VARIABLE] = before
+            os.environ[DEBUG_VARIABLE] = previous
 
 
-def report(error: BaseException) -> None:
-    """Say on stderr what went wrong; with the traceback where debugging, or for our own bugs."""
-    if debugging():
+def print_error(error: BaseException) -> None:
+    """Print an error to stderr, with its traceback if debugging is enabled."""
+    if is_debug_enabled():
         traceback.print_exception(error)
     print(f"error: {error_line(error)}", file=sys.stderr)
 
 
 def error_line(error: BaseException) -> str:
-    """An error as one line: the message of a known kind, the type too for any other."""
-    told = _innermost_known(error)
-    text = " ".join(_POINTER.sub(_place, str(told)).split())
-    if isinstance(told, QtorchError):
+    """Format an error as one line; prepend the type unless the error is one of ours."""
+    cause = _find_qtorch_error(error)
+    text = " ".join(_POINTER.sub(_describe_position, str(cause)).split())
+    if isinstance(cause, QtorchError):
         return text
-    if isinstance(told, OSError) and told.errno == errno.ENOSPC:
-        where = f" while writing {told.filename}" if told.filename else ""
-        return f"the disk is full{where}: {text}. Free some space, then resume the run."
-    if isinstance(told, OSError) and told.filename:
-        return f"{told.strerror}: {told.filename}"
-    return f"{type(told).__name__}: {text} (QTORCH_DEBUG=1 shows where)"
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        file_text = f" while writing {cause.filename}" if cause.filename else ""
+        return f"the disk is full{file_text}: {text}. Free some space, then resume the run."
+    if isinstance(cause, OSError) and cause.filename:
+        return f"{cause.strerror}: {cause.filename}"
+    return f"{type(cause).__name__}: {text} (set QTORCH_DEBUG=1 for the traceback)"
 
 
-def _place(found: re.Match[str]) -> str:
-    """What a caret under an expression points at, said in words: carets need lines."""
-    line, begin = found["line"], len(found["before"])
-    marked = line[begin : begin + len(found["caret"])]
-    where = f"{marked!r}, character {begin + 1}" if marked.strip() else "the end"
-    return f": {where} of {line!r}"
+def _describe_position(match: re.Match[str]) -> str:
+    """Describe in words which part of an expression the carets mark: carets need several lines."""
+    line, start = match["line"], len(match["before"])
+    marked_text = line[start : start + len(match["caret"])]
+    position = f"{marked_text!r}, character {start + 1}" if marked_text.strip() else "the end"
+    return f": {position} of {line!r}"
 
 
-def _innermost_known(error: BaseException) -> BaseException:
-    """The cause that a user can act on: Hydra and Lightning wrap ours in theirs."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, QtorchError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+def _find_qtorch_error(error: BaseException) -> BaseException:
+    """Find the qtorch error that Hydra or Lightning has wrapped: users can act on that one."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, QtorchError):
+            return current
+        current = current.__cause__ or current.__context__
     return error

@@ -1,4 +1,4 @@
-"""One job of `qtorch train`: a composed configuration becomes a run and a result."""
+"""Run one job of `qtorch train`: from the composed configuration to a run and a result."""
 
 from __future__ import annotations
 
@@ -12,70 +12,73 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qtorch.cli.hydra_errors import check_complete, explain
-from qtorch.cli.isolation import close_lost, hint, in_own_process, isolated
-from qtorch.cli.submitted import do_as_submitted, submitted
+from qtorch.cli.hydra_errors import check_missing_values, explain_error
+from qtorch.cli.isolation import fail_lost_run, failure_hint, is_isolated, run_in_child_process
+from qtorch.cli.submitted import is_submitit, run_submitit_job
 from qtorch.cli.sweep import (
     FAILED,
     KILLED,
     RESULT_FILE,
     JobResult,
-    note_here,
-    stored_result,
+    add_result,
+    load_result,
 )
-from qtorch.cli.sweep_start import SWEEP_VARIABLE, plain_words, the_sweep
-from qtorch.cli.work import LOCAL, POOL, note_failure, print_failure, store, work
+from qtorch.cli.sweep_start import SWEEP_VARIABLE, current_sweep, task_overrides
+from qtorch.cli.work import LOCAL, POOL, execute_job, print_failure, record_failure, store_result
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.instantiate import plain
-from qtorch.task.forked import Ended
+from qtorch.task.forked import ExitStatus
 
 RUNNERS = (LOCAL, POOL)
 
 
 def run_job(config: DictConfig) -> None:
-    """Train what the configuration describes; never raises but for an interruption.
+    """Train what the configuration describes; raise nothing but an interruption.
 
-    Hydra drops what jobs return and stops a sweep at the first exception, so that the result, a
-    failure too, is stored in the job's folder and printed by the command at its end. Called in
-    the launcher's process, which may do several jobs: the work is done in one of its own.
+    Hydra discards the return values of jobs and stops a sweep at the first exception. Therefore the
+    result, even a failure, is stored in the job's folder, and the command prints it at its end. The
+    launcher's process, in which this is called, may run several jobs: the work itself is done in a
+    child process.
     """
-    result = _result(config)
+    result = _create_result(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        settings = _prepared(config)
-        request = _request(config, settings, result, folder)
+        settings = _validate_settings(config)
+        request = _build_request(config, settings, result, folder)
         launcher, sweep = str(HydraConfig.get().launcher._target_), request["sweep"] is not None
-        apart = settings["runner"] == LOCAL and isolated(
+        use_child_process = settings["runner"] == LOCAL and is_isolated(
             settings["sweep"]["isolate"], launcher, sweep=sweep
         )
     except Exception as error:
-        note_failure(result, error)
-        store(result, folder)
+        record_failure(result, error)
+        store_result(result, folder)
         print_failure(result)
         return
-    if not apart:
-        if submitted(launcher):
-            do_as_submitted(lambda: work(request))
+    if not use_child_process:
+        if is_submitit(launcher):
+            run_submitit_job(lambda: execute_job(request))
         else:
-            work(request)
+            execute_job(request)
         return
-    ended, run = in_own_process(request, Path(str(HydraConfig.get().sweep.dir)).resolve())
-    told = stored_result(folder / RESULT_FILE)
-    if told is None:
-        _note_lost(result, ended, run)
-        store(result, folder)
+    exit_status, run = run_in_child_process(
+        request, Path(str(HydraConfig.get().sweep.dir)).resolve()
+    )
+    stored_result = load_result(folder / RESULT_FILE)
+    if stored_result is None:
+        _record_lost_process(result, exit_status, run)
+        store_result(result, folder)
         if result.status == FAILED:
             print_failure(result)
     else:
-        note_here(told)
-    if (told or result).status == KILLED and (not sweep or the_sweep() is not None):
-        raise KeyboardInterrupt((told or result).error)
+        add_result(stored_result)
+    if (stored_result or result).status == KILLED and (not sweep or current_sweep() is not None):
+        raise KeyboardInterrupt((stored_result or result).error)
 
 
-def _request(
+def _build_request(
     config: DictConfig, settings: dict[str, Any], result: JobResult, folder: Path
 ) -> dict[str, Any]:
-    """All that `work` needs, as plain data: it may be another process that does it."""
+    """Collect the input of `execute_job` as plain data, because another process may do the work."""
     hydra = HydraConfig.get()
     return {
         "settings": settings,
@@ -83,61 +86,61 @@ def _request(
         "overrides": result.overrides,
         "folder": str(folder.resolve()),
         "model": hydra.runtime.choices.get("model"),
-        "resume": _resumed_run(settings, list(hydra.overrides.task)),
+        "resume": _resume_run_id(settings, list(hydra.overrides.task)),
         "sweep": os.environ.get(SWEEP_VARIABLE) if hydra.mode == RunMode.MULTIRUN else None,
     }
 
 
-def _note_lost(result: JobResult, ended: Ended, run: Mapping[str, Any] | None) -> None:
-    """The result of a job whose process left none."""
-    if ended.refused:
-        result.status, result.error = KILLED, "Nothing had been started."
+def _record_lost_process(
+    result: JobResult, exit_status: ExitStatus, run: Mapping[str, Any] | None
+) -> None:
+    """Set the result of a job whose process left none."""
+    if exit_status.is_refused:
+        result.status, result.error = KILLED, "Nothing was started."
         return
     result.status = FAILED
-    result.error = f"the job's process {ended.how}{hint(ended)}."
+    result.error = f"the job's process {exit_status.description}{failure_hint(exit_status)}."
     if run is not None:
         result.run_id = run["recorder_id"]
-        close_lost(run, result.error)
+        fail_lost_run(run, result.error)
 
 
-def _prepared(config: DictConfig) -> dict[str, Any]:
-    """The settings as plain data; logging and the tracking store as they say."""
+def _validate_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings as plain data after checking that they are complete."""
     try:
-        check_complete(config)
+        check_missing_values(config)
         settings: dict[str, Any] = plain(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain_error(error)) from error
     if settings["runner"] not in RUNNERS:
         raise ConfigError(unknown_name("runner", str(settings["runner"]), RUNNERS))
     return settings
 
 
-def _resumed_run(settings: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
-    """The run that `resume=ID` or `run=ID resume=true` names."""
+def _resume_run_id(settings: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return the ID of the run to resume: `resume=ID` or `run=ID resume=true`."""
     resume, run = settings.get("resume"), settings.get("run")
     if resume is None or resume is False:
         if run is not None:
-            raise ConfigError(f"run={run} is given without resume=true; say resume={run}.")
+            raise ConfigError(f"run={run} needs resume=true; use resume={run} to resume the run.")
         return None
-    named = run if resume is True else resume
-    if named is None:
-        raise ConfigError(
-            "resume=true needs the run's id: resume=RUN_ID, or run=RUN_ID resume=true."
-        )
-    other = [
+    run_id = run if resume is True else resume
+    if run_id is None:
+        raise ConfigError("resume=true needs a run ID: resume=RUN_ID, or run=RUN_ID resume=true.")
+    ignored_overrides = [
         o
         for o in overrides
         if not o.lstrip("+").startswith(("resume=", "run=", "tracking", "log_level=", "sweep."))
     ]
-    if other:
+    if ignored_overrides:
         raise ConfigError(
-            f"a resumed run goes on with its own task, so {', '.join(other)} would not count; "
-            "leave it out, or start a new run."
+            f"a resumed run uses its own task, so {', '.join(ignored_overrides)} would be ignored; "
+            "remove it, or start a new run."
         )
-    return str(named)
+    return str(run_id)
 
 
-def _result(config: DictConfig) -> JobResult:
+def _create_result(config: DictConfig) -> JobResult:
     hydra = HydraConfig.get()
     number = int(hydra.job.num) if not OmegaConf.is_missing(hydra.job, "num") else 0
-    return JobResult(number, plain_words(hydra.overrides.task), FAILED, 0.0)
+    return JobResult(number, task_overrides(hydra.overrides.task), FAILED, 0.0)

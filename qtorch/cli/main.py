@@ -1,4 +1,4 @@
-"""`qtorch COMMAND ...`: finds the command's file and runs it; imports nothing heavy itself."""
+"""The `qtorch` entry point: dispatches to the command's module and imports nothing heavy itself."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from qtorch.core.errors import unknown_name
 
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
-    "train": ("qtorch.cli.train", "train and judge a model; Hydra overrides follow, -m sweeps"),
-    "sweep": ("qtorch.cli.sweeps", "what train -m began: list, show NAME, best NAME, resume NAME"),
+    "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
+    "sweep": ("qtorch.cli.sweeps", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
     "finetune": (
         "qtorch.cli.finetune",
-        "a run's model learns on: run=ID dataset.segments.train=...",
+        "fine-tune the model of a run: run=ID dataset.segments.train=...",
     ),
-    "export": ("qtorch.cli.export", "a run's network as a file: run=ID format=onnx out=FILE"),
-    "report": ("qtorch.cli.report", "a run as a page, or several compared: runs=[ID,...]"),
-    "replay": ("qtorch.cli.replay", "a finished run once more: do the numbers agree? run=ID"),
-    "rolling": ("qtorch.cli.rolling", "train again and again through time: model=gru step=40"),
-    "worker": ("qtorch.cli.worker", "train the tasks of a pool: pool=NAME url=... devices=..."),
-    "tasks": ("qtorch.cli.tasks", "a pool's tasks: list, stat, show, wait, retry, remove, ..."),
+    "export": ("qtorch.cli.export", "export the network of a run: run=ID format=onnx out=FILE"),
+    "report": ("qtorch.cli.report", "HTML report of a run, or a comparison: runs=[ID,...]"),
+    "replay": ("qtorch.cli.replay", "repeat a finished run and compare the results: run=ID"),
+    "rolling": ("qtorch.cli.rolling", "rolling retraining and evaluation: model=gru step=40"),
+    "worker": ("qtorch.cli.worker", "train tasks from a task pool: pool=NAME url=... devices=..."),
+    "tasks": ("qtorch.cli.tasks", "manage a task pool: list, stat, show, wait, retry, remove, ..."),
     "data": (
         "qtorch.cli.data",
-        "import: to Qlib's layout; describe: a source; cache: kept features",
+        "import data into Qlib's format, describe a source, manage the cache",
     ),
-    "tracking": ("qtorch.cli.tracking", "send: deliver what an unreachable server did not get"),
+    "tracking": ("qtorch.cli.tracking", "send: deliver data that a server has not received"),
 }
 
-# Under torchrun and srun the other ranks' commands train along, and do nothing else.
-SHARED = ("train", "finetune")
+# torchrun and srun start these commands on every rank: rank 0 runs the command, the other ranks
+# only take part in its trainings.
+RANK_COMMANDS = ("train", "finetune")
 
 HELP = """\
 qtorch: deep learning for stock research on PyTorch Lightning, Hydra and MLflow
@@ -41,55 +42,60 @@ usage: qtorch COMMAND [--debug] ...
 
 {commands}
 
-  qtorch COMMAND --help     what a command takes
-  qtorch --version          the version
+  qtorch COMMAND --help     show the options of a command
+  qtorch --version          show the version
 
-first steps
-  qtorch train                                       an LSTM on the embedded synthetic market
-  qtorch train model=gru trainer.max_epochs=5        other parts, other settings
-  qtorch train -m model=lstm,gru seed=0,1,2          a sweep, each job its own run
+examples
+  qtorch train                                       LSTM on the built-in synthetic market
+  qtorch train model=gru trainer.max_epochs=5        another model and setting
+  qtorch train -m model=lstm,gru seed=0,1,2          a sweep with one run per job
   qtorch train data=qlib data.provider_uri=~/qlib_data universe=nyse500
   qtorch predict run=RUN_ID segment=test out=scores.parquet
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+        listing = "\n".join(
+            f"  {name:<10} {description}" for name, (_, description) in COMMANDS.items()
+        )
         print(HELP.format(commands=listing))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(f"qtorch {qtorch.__version__}")
         return 0
-    name, *rest = arguments
+    name, *command_arguments = arguments
     if name not in COMMANDS:
         print(f"error: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
         return 2
-    from qtorch.cli.guard import guarded
+    from qtorch.cli.guard import run_command
 
     def command(argv: Sequence[str]) -> int:
         code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
         return code
 
-    if name in SHARED:
-        return _shared(lambda: guarded(command, rest))
-    return guarded(command, rest)
+    if name in RANK_COMMANDS:
+        return _run_on_rank_zero(lambda: run_command(command, command_arguments))
+    return run_command(command, command_arguments)
 
 
-def _shared(work: Callable[[], int]) -> int:
-    """The work, once, where torchrun or srun has started this command for each rank."""
+def _run_on_rank_zero(work: Callable[[], int]) -> int:
+    """Run the command on rank 0 if torchrun or srun started it on every rank.
+
+    The other ranks only serve rank 0's trainings.
+    """
     from qtorch.core.launch import external_world
 
     world = external_world()
     if world is None:
         return work()
-    from qtorch.model.external import hosting, serve
+    from qtorch.model.external import host_ranks, serve_ranks
 
     if world.rank > 0:
-        return serve(world)
-    with hosting(world) as outcome:
+        return serve_ranks(world)
+    with host_ranks(world) as outcome:
         outcome["code"] = work()
     return outcome["code"]
 

@@ -1,7 +1,7 @@
-"""`KEY=VALUE` words of the commands that compose no configuration.
+"""Parse `KEY=VALUE` options of the commands that do not compose a configuration.
 
-Values are taken as they are (a URL with `?` and `=` needs no quotes beyond the shell's), which is
-why the commands of the task pool read their words here and not through Hydra.
+Values are taken literally: a URL with `?` and `=` needs no quotes beyond the shell's. This is why
+the task pool commands parse their options here and not through Hydra.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name
 
-Readers = Mapping[str, Callable[[str], Any]]
-NOTHING = ("", "null", "none", "None")
+Parsers = Mapping[str, Callable[[str], Any]]
+NULL_WORDS = ("", "null", "none", "None")
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
-def options_of(argv: Sequence[str], readers: Readers, command: str) -> dict[str, Any]:
-    """The given options, read; ConfigError with the nearest name for one that there is not."""
-    found, rest = known_options(argv, readers)
-    if rest:
-        name = rest[0].partition("=")[0]
-        raise ConfigError(unknown_name(f"option of {command}", name, readers, limit=30))
-    return found
+def parse_options(argv: Sequence[str], parsers: Parsers, command: str) -> dict[str, Any]:
+    """Parse all options; raise ConfigError with the nearest name for an unknown option."""
+    options, remaining_words = parse_known_options(argv, parsers)
+    if remaining_words:
+        name = remaining_words[0].partition("=")[0]
+        raise ConfigError(unknown_name(f"option of {command}", name, parsers, limit=30))
+    return options
 
 
-def known_options(argv: Iterable[str], readers: Readers) -> tuple[dict[str, Any], list[str]]:
-    """The options that `readers` knows, and the words that are none of them."""
-    found: dict[str, Any] = {}
-    rest = []
+def parse_known_options(argv: Iterable[str], parsers: Parsers) -> tuple[dict[str, Any], list[str]]:
+    """Parse the options that `parsers` knows; also return the remaining words."""
+    options: dict[str, Any] = {}
+    remaining_words = []
     for word in argv:
         name, equals, value = word.partition("=")
-        if not equals or name not in readers:
-            rest.append(word)
+        if not equals or name not in parsers:
+            remaining_words.append(word)
             continue
         try:
-            found[name] = None if value in NOTHING else readers[name](value)
+            options[name] = None if value in NULL_WORDS else parsers[name](value)
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{word}: expected {_expected(readers[name])}; got {value!r}."
+                f"{word}: expected {_expected_value_text(parsers[name])}; got {value!r}."
             ) from None
-    return found, rest
+    return options, remaining_words
 
 
-def needed(options: Mapping[str, Any], name: str, command: str) -> Any:
-    """An option that must be given."""
+def require_option(options: Mapping[str, Any], name: str, command: str) -> Any:
+    """Return an option that is required; raise ConfigError if it was not given."""
     if options.get(name) is None:
-        raise ConfigError(f"{command} needs {name}=...; {command} --help tells more.")
+        raise ConfigError(f"{command} needs {name}=...; see {command} --help.")
     return options[name]
 
 
-def switch(text: str) -> bool:
-    """true or false."""
+def parse_bool(text: str) -> bool:
+    """Parse true or false."""
     if text.lower() in TRUE:
         return True
     if text.lower() in FALSE:
@@ -61,23 +61,23 @@ def switch(text: str) -> bool:
     raise ValueError(text)
 
 
-def seconds(text: str) -> float:
-    """A number of seconds, 0 or more."""
+def parse_seconds(text: str) -> float:
+    """Parse a number of seconds, 0 or more."""
     value = float(text)
     if not value >= 0:
         raise ValueError(text)
     return value
 
 
-def count(text: str) -> int:
-    """A number from 1."""
+def parse_count(text: str) -> int:
+    """Parse a whole number, 1 or more."""
     value = int(text)
     if value < 1:
         raise ValueError(text)
     return value
 
 
-def _expected(reader: Callable[[str], Any]) -> str:
-    kinds = {int: "a whole number", float: "a number", switch: "true or false"}
-    kinds |= {seconds: "a number of seconds", count: "a whole number from 1"}
-    return kinds.get(reader, "another value")
+def _expected_value_text(parser: Callable[[str], Any]) -> str:
+    kinds = {int: "a whole number", float: "a number", parse_bool: "true or false"}
+    kinds |= {parse_seconds: "a number of seconds", parse_count: "a whole number from 1"}
+    return kinds.get(parser, "another value")

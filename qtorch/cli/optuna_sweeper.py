@@ -1,7 +1,7 @@
-"""`qtorch train -m hydra/sweeper=optuna`: the jobs of a sweep are chosen by Optuna.
+"""`qtorch train -m hydra/sweeper=optuna`: let Optuna choose the jobs of a sweep.
 
-Hydra's own Optuna sweeper pins an Optuna whose storage fails with today's SQLAlchemy; this one
-asks Optuna itself, keeps the study beside the tracking store, and stops what falls behind.
+Hydra's own Optuna sweeper pins an Optuna version whose storage fails with current SQLAlchemy. This
+one uses Optuna directly, stores the study beside the tracking store, and prunes bad trials.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.ray_launcher import RayLauncher
-from qtorch.cli.search_space import Searched, searched
+from qtorch.cli.search_space import SearchOverrides, parse_search
 from qtorch.cli.sweep import (
     FINISHED,
     KILLED,
     RUNNING,
     JobResult,
-    finished_jobs,
-    forget_job,
+    discard_result,
+    job_results,
 )
-from qtorch.cli.sweep_start import the_sweep
+from qtorch.cli.sweep_start import current_sweep
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.identity import digest
-from qtorch.core.wording import counted
+from qtorch.core.wording import format_count
 from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
 
 if TYPE_CHECKING:
-    from qtorch.tracking.trials.row import Asked
+    from qtorch.tracking.trials.row import TrialJob
     from qtorch.tracking.trials.study import Trials
 
 log = logging.getLogger(__name__)
 
 SWEEP_VARIABLE = "QTORCH_SWEEP"
-STUDY_TAG = "qtorch.study"  # a study's name: of a trial's run; + . + a search's digest, of a sweep
-# What may be another one in a command that goes on with the same study.
-NO_PART = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
+# Tag with the study's name: on the run of a trial, and, with "." and the digest of the search
+# appended, on the run of the sweep.
+STUDY_TAG = "qtorch.study"
+# Overrides that may differ between commands that continue the same study.
+IGNORED_PREFIXES = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
 PAUSE_SECONDS = 1.0
 
 
 class OptunaSweeper(Sweeper):
-    """Asks a study for trials, has the launcher run them, tells the study how they ended.
+    """Asks a study for trials, runs them with the launcher, and tells the study their results.
 
     The arguments are those of conf/hydra/sweeper/optuna.yaml.
     """
@@ -75,85 +77,92 @@ class OptunaSweeper(Sweeper):
     ) -> None:
         self.metric, self.direction, self.report = metric, direction, report
         self.n_trials, self.n_jobs = int(n_trials), int(n_jobs)
-        self.sampler, self.pruner = _plain(sampler), _plain(pruner)
+        self.sampler, self.pruner = _to_container(sampler), _to_container(pruner)
         self.seed, self.study_name, self.storage = seed, study_name, storage
-        self.grace, self.params = float(grace), _plain(params)
-        self._number = 0  # of the next job
-        self._started = False
-        self._busy: list[tuple[float, Asked]] = []  # others are at their jobs: try again then
+        self.grace, self.params = float(grace), _to_container(params)
+        self._number = 0  # number of the next job
+        self._has_started = False
+        # Trials whose jobs run in other processes, each with the time of the next attempt.
+        self._postponed_trials: list[tuple[float, TrialJob]] = []
         self._pauses: dict[int, float] = {}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Hydra's; the launcher is the command's."""
-        self.config, self.hydra_context = config, hydra_context  # for Hydra's own methods
+        """Store the context and configuration, as Hydra requires; create the command's launcher."""
+        # Hydra's base class expects the public names.
+        self.config, self.hydra_context = config, hydra_context
         self._config, self._context = config, hydra_context
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until the study has as many as were asked for, by whatever processes."""
-        found = searched(arguments, self.params, self._context.config_loader)
+        """Run trials until the study has as many as requested, counting other processes' trials."""
+        search = parse_search(arguments, self.params, self._context.config_loader)
         folder = Path(str(self._config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, folder / "multirun.yaml")
-        study = self._study(found)
-        self._take_up(study)
-        stays_open(self.launcher, True)
+        study = self._create_study(search)
+        self._resume_study(study)
+        set_keep_connection(self.launcher, True)
         try:
-            while not _stopped():
-                asked = self._due() or self._asked(study, found)
-                if asked:
-                    self._run(study, asked, found)
-                elif not self._wait(study):
+            while not _is_stopped():
+                trials = self._due_trials() or self._ask_trials(study, search)
+                if trials:
+                    self._run_trials(study, trials, search)
+                elif not self._wait_for_work(study):
                     return
-            raise KeyboardInterrupt  # a launcher of several processes has returned nonetheless
+            # Launchers with several processes return after Ctrl-C instead of raising.
+            raise KeyboardInterrupt
         finally:
-            stays_open(self.launcher, False)
-            for _, trial in self._busy:
-                study.give_back(trial, lost=False)
-            self._tell_all(study, folder)
+            set_keep_connection(self.launcher, False)
+            for _, trial in self._postponed_trials:
+                study.requeue(trial, count_retry=False)
+            self._report(study, folder)
 
-    def _take_up(self, study: Trials) -> None:
-        """Say what there is already; with sweep.retry have what failed tried again."""
-        failed = 0
+    def _resume_study(self, study: Trials) -> None:
+        """Report the trials that the study already has; retry failed ones if sweep.retry is set."""
+        num_failed = 0
         if OmegaConf.select(self._config, "sweep.retry"):
-            failed = study.retry_failed()
-        begun = study.counted()
-        if begun:
-            print(f"the study {study.name} has {counted(begun, 'trial')} already", file=sys.stderr)
-        if failed:
-            print(f"{counted(failed, 'failed trial')} to be tried again", file=sys.stderr)
+            num_failed = study.retry_failed_trials()
+        num_trials = study.num_final_trials()
+        if num_trials:
+            print(
+                f"study {study.name} already has {format_count(num_trials, 'trial')}",
+                file=sys.stderr,
+            )
+        if num_failed:
+            print(f"retrying {format_count(num_failed, 'failed trial')}", file=sys.stderr)
 
-    def _study(self, found: Searched) -> Trials:
+    def _create_study(self, search: SearchOverrides) -> Trials:
         try:
-            from qtorch.tracking.trials.parts import grid_of, is_grid
+            from qtorch.tracking.trials.parts import grid_values, is_grid
             from qtorch.tracking.trials.study import Trials
         except ImportError as error:
             raise ConfigError(
-                "hydra/sweeper=optuna needs Optuna 5: pip install 'qtorch[sweep]'."
+                "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
             ) from error
         from qtorch.core.session import init
         from qtorch.tracking.locations import default_uri
         from qtorch.tracking.trials.place import storage_url
 
         if is_grid(self.sampler):
-            points = math.prod(len(values) for values in grid_of(found.space).values())
-            self.n_trials = min(self.n_trials, points)
+            num_points = math.prod(len(values) for values in grid_values(search.space).values())
+            self.n_trials = min(self.n_trials, num_points)
         uri = OmegaConf.select(self._config, "tracking.uri")
         if uri is not None:
             init(tracking_uri=str(uri))
         self.url = storage_url(self.storage, default_uri())
         if self.storage is None and default_uri().startswith("http"):
             print(
-                f"the trials are in {self.url}, for an MLflow server's database is out of reach; "
-                "hydra.sweeper.storage=postgresql+psycopg://... serves all machines.",
+                f"storing the trials in {self.url}, because the MLflow server's database is not "
+                "accessible; use hydra.sweeper.storage=postgresql+psycopg://... to share them "
+                "between machines.",
                 file=sys.stderr,
             )
         return Trials(
-            self._name(found),
+            self._study_name(search),
             self.url,
             direction=self.direction,
             sampler=self.sampler,
@@ -162,129 +171,150 @@ class OptunaSweeper(Sweeper):
             grace=self.grace,
         )
 
-    def _name(self, found: Searched) -> str:
-        """The given name, the sweep's, else one made of the command: what it fixes and searches,
-        and by what it judges. The sweep's run remembers it: it may get a name of its own later."""
+    def _study_name(self, search: SearchOverrides) -> str:
+        """Return the study's name: the given one, the sweep's, or one derived from the command.
+
+        A derived name depends on the fixed overrides, the search space and the objective. The
+        sweep's run stores it in a tag, because the sweep may be given a name later.
+        """
         if self.study_name:
             return str(self.study_name)
         parts = {
-            "fixed": sorted(o for o in found.fixed if not o.lstrip("+~").startswith(NO_PART)),
-            "space": {name: repr(part) for name, part in found.space.items()},
+            "fixed": sorted(
+                o for o in search.fixed if not o.lstrip("+~").startswith(IGNORED_PREFIXES)
+            ),
+            "space": {name: repr(part) for name, part in search.space.items()},
             "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
         }
-        own = digest(parts)[:8]
-        named = OmegaConf.select(self._config, "sweep.name")
-        name = str(named or f"{self._config.experiment_name}-{own}")
-        parent = self._parent()
-        if parent is None:
+        search_digest = digest(parts)[:8]
+        sweep_name = OmegaConf.select(self._config, "sweep.name")
+        name = str(sweep_name or f"{self._config.experiment_name}-{search_digest}")
+        sweep_run_id = self._sweep_run_id()
+        if sweep_run_id is None:
             return name
         from qtorch.tracking.r import R
 
-        sweep, tag = R.get_recorder(recorder_id=parent), f"{STUDY_TAG}.{own}"
-        remembered: str = sweep.list_tags().get(tag, name)
-        sweep.set_tags(**{tag: remembered})
-        return remembered
+        sweep, tag = R.get_recorder(recorder_id=sweep_run_id), f"{STUDY_TAG}.{search_digest}"
+        stored_name: str = sweep.list_tags().get(tag, name)
+        sweep.set_tags(**{tag: stored_name})
+        return stored_name
 
-    def _asked(self, study: Trials, found: Searched) -> list[Asked]:
-        asked: list[Asked] = []
-        while len(asked) < max(self.n_jobs, 1):
-            trial = study.ask(found.space, self.n_trials)
+    def _ask_trials(self, study: Trials, search: SearchOverrides) -> list[TrialJob]:
+        trials: list[TrialJob] = []
+        while len(trials) < max(self.n_jobs, 1):
+            trial = study.ask(search.space, self.n_trials)
             if trial is None:
                 break
-            asked.append(trial)
-        return asked
+            trials.append(trial)
+        return trials
 
-    def _run(self, study: Trials, asked: Sequence[Asked], found: Searched) -> None:
-        """Launch the trials' jobs. Whatever ends this process, none of them stays behind."""
-        first, self._number = self._number, self._number + len(asked)
-        batch = [[*self._overrides(found, t), self._variable(study, t)] for t in asked]
-        left = dict(enumerate(asked, first))
+    def _run_trials(
+        self, study: Trials, trials: Sequence[TrialJob], search: SearchOverrides
+    ) -> None:
+        """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
+        first, self._number = self._number, self._number + len(trials)
+        batch = [
+            [*self._trial_overrides(search, t), self._trial_override(study, t)] for t in trials
+        ]
+        pending_trials = dict(enumerate(trials, first))
         try:
             self.validate_batch_is_legal(batch)
-            with study.alive([*asked, *(t for _, t in self._busy)]):
-                told = self._launched(batch, first)
-            for number, trial in list(left.items()):
-                self._judge(study, trial, told.get(number))
-                del left[number]
+            with study.keep_heartbeats([*trials, *(t for _, t in self._postponed_trials)]):
+                results = self._launch(batch, first)
+            for number, trial in list(pending_trials.items()):
+                self._tell_result(study, trial, results.get(number))
+                del pending_trials[number]
         except (ConfigError, HydraException) as error:
-            for trial in left.values():
+            for trial in pending_trials.values():
                 study.fail(trial, str(error))
             raise
         except BaseException:
-            for trial in left.values():
-                study.give_back(trial, lost=False)
+            for trial in pending_trials.values():
+                study.requeue(trial, count_retry=False)
             raise
 
-    def _overrides(self, found: Searched, trial: Asked) -> list[str]:
-        """The job's; whoever runs a trial that is to be tried again tries it again."""
-        return found.overrides(trial.params) + (["sweep.retry=true"] if trial.retry else [])
+    def _trial_overrides(self, search: SearchOverrides, trial: TrialJob) -> list[str]:
+        """Return the overrides of the trial's job; the job of a retried trial retries too."""
+        return search.overrides(trial.params) + (["sweep.retry=true"] if trial.retry else [])
 
-    def _launched(self, batch: Sequence[Sequence[str]], first: int) -> dict[int, JobResult]:
-        """The results of the jobs by number; one that left none failed with its launcher."""
+    def _launch(self, batch: Sequence[Sequence[str]], first: int) -> dict[int, JobResult]:
+        """Launch the jobs and return their results by number.
+
+        Jobs may be missing if the launcher fails.
+        """
         error: Exception | None = None
         try:
             self.launcher.launch(batch, initial_job_idx=first)
-        except Exception as raised:
-            error = raised
-        told = {j.number: j for j in finished_jobs()}
-        missing = [n for n in range(first, first + len(batch)) if n not in told]
+        except Exception as launch_error:
+            error = launch_error
+        results = {j.number: j for j in job_results()}
+        missing = [n for n in range(first, first + len(batch)) if n not in results]
         if missing and error is not None:
-            if not self._started and len(missing) == len(batch):
-                raise error  # no job has ever begun: the launcher, not the jobs
+            if not self._has_started and len(missing) == len(batch):
+                raise error  # no job has ever started: the launcher is at fault, not the jobs
             log.warning("jobs %s left no result: %s", missing, error)
-        self._started = self._started or len(missing) < len(batch)
-        return told
+        self._has_started = self._has_started or len(missing) < len(batch)
+        return results
 
-    def _judge(self, study: Trials, trial: Asked, job: JobResult | None) -> None:
+    def _tell_result(self, study: Trials, trial: TrialJob, job: JobResult | None) -> None:
         if job is not None and job.status == RUNNING:
-            self._put_off(trial, job)
+            self._postpone(trial, job)
             return
         if job is None or job.status == KILLED:
-            again = study.give_back(trial, lost=not _stopped())
-            if again and job is not None:
-                forget_job(job)
+            is_requeued = study.requeue(trial, count_retry=not _is_stopped())
+            if is_requeued and job is not None:
+                discard_result(job)
             return
         if job.status != FINISHED:
             study.fail(trial, job.error or job.status, run_id=job.run_id)
             return
-        value, pruned = job.metrics.get(self.metric, math.nan), self._tagged(study, trial, job)
-        if math.isfinite(value) or pruned:
-            study.tell(trial, value, run_id=job.run_id, pruned=pruned)
+        value, is_pruned = job.metrics.get(self.metric, math.nan), self._tag_run(study, trial, job)
+        if math.isfinite(value) or is_pruned:
+            study.tell(trial, value, run_id=job.run_id, is_pruned=is_pruned)
         elif self.metric in job.metrics:
             study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
         else:
             raise ConfigError(unknown_name("metric of the run", self.metric, job.metrics, limit=40))
 
-    def _put_off(self, trial: Asked, job: JobResult) -> None:
-        """Another process is at the trial's job: it stays asked for, and is tried again when that
-        may be over, each time later. (After a kill a job's own process lives on until it has
-        written its checkpoint; two trials may be one job.)"""
+    def _postpone(self, trial: TrialJob, job: JobResult) -> None:
+        """Postpone a trial whose job another process is running, each time for longer.
+
+        After a kill, a job's process may live on until it has written its checkpoint; and two
+        trials may be the same job.
+        """
         pause = min(2 * self._pauses.get(trial.number, PAUSE_SECONDS / 2), self.grace)
         self._pauses[trial.number] = pause
-        self._busy.append((time.monotonic() + pause, trial))
-        forget_job(job)
+        self._postponed_trials.append((time.monotonic() + pause, trial))
+        discard_result(job)
 
-    def _due(self) -> list[Asked]:
-        """The trials that were put off until now."""
+    def _due_trials(self) -> list[TrialJob]:
+        """Return the postponed trials whose time has come."""
         now = time.monotonic()
-        due = [put_off for put_off in self._busy if put_off[0] <= now][: max(self.n_jobs, 1)]
-        self._busy = [put_off for put_off in self._busy if put_off not in due]
-        return [trial for _, trial in due]
+        due_entries = [entry for entry in self._postponed_trials if entry[0] <= now][
+            : max(self.n_jobs, 1)
+        ]
+        self._postponed_trials = [
+            entry for entry in self._postponed_trials if entry not in due_entries
+        ]
+        return [trial for _, trial in due_entries]
 
-    def _tagged(self, study: Trials, trial: Asked, job: JobResult) -> bool:
-        """Name the trial in its run; whether that was pruned, for this trial or an equal one."""
+    def _tag_run(self, study: Trials, trial: TrialJob, job: JobResult) -> bool:
+        """Tag the run with its trial; return whether it was pruned (for this or an equal trial)."""
         from qtorch.tracking.r import R
 
-        pruned = study.is_pruned(trial)
+        is_pruned = study.is_pruned(trial)
         if job.run_id is None:
-            return pruned
+            return is_pruned
         run = R.get_recorder(recorder_id=job.run_id)
         run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
-        return pruned or PRUNED_TAG in run.list_tags()
+        return is_pruned or PRUNED_TAG in run.list_tags()
 
-    def _variable(self, study: Trials, trial: Asked) -> str:
-        """The job's process learns its trial by its environment: no part of its task."""
-        told = {
+    def _trial_override(self, study: Trials, trial: TrialJob) -> str:
+        """Return the override that passes the trial to the job in an environment variable.
+
+        The trial is no part of the task.
+        """
+        trial_settings = {
             "study": study.name,
             "id": trial.id,
             "number": trial.number,
@@ -292,33 +322,34 @@ class OptunaSweeper(Sweeper):
             "report": self.report,
             "pruner": self.pruner,
         }
-        text = json.dumps(told).replace("\\", "\\\\").replace("'", "\\'")
+        text = json.dumps(trial_settings).replace("\\", "\\\\").replace("'", "\\'")
         return f"++hydra.job.env_set.{TRIAL_VARIABLE}='{text}'"
 
-    def _wait(self, study: Trials) -> bool:
-        """Whether there may be more to do: others may die. Waits as long as it takes to tell.
+    def _wait_for_work(self, study: Trials) -> bool:
+        """Wait until it is clear whether more trials have to be run, and return that.
 
-        All trials are asked for; some may run elsewhere. Whoever is alive after the grace time
-        brings them home, and this process need not stay.
+        All trials have been asked for, but some may run in other processes, which may die. A
+        process that is alive after the grace time will finish its trials, so this one need not
+        wait for it.
         """
-        if self._busy:
-            with study.alive([trial for _, trial in self._busy]):
+        if self._postponed_trials:
+            with study.keep_heartbeats([trial for _, trial in self._postponed_trials]):
                 time.sleep(PAUSE_SECONDS)
             return True
         end = time.monotonic() + self.grace + 2 * study.interval
-        while study.running() and time.monotonic() < end and not _stopped():
+        while study.num_running() and time.monotonic() < end and not _is_stopped():
             time.sleep(PAUSE_SECONDS)
             if study.has_work(self.n_trials):
                 return True
         return study.has_work(self.n_trials)
 
-    def _tell_all(self, study: Trials, folder: Path) -> None:
-        from qtorch.cli.study_table import show_study
+    def _report(self, study: Trials, folder: Path) -> None:
+        from qtorch.cli.study_table import report_study
 
-        show_study(study, self.metric, folder, self._parent())
+        report_study(study, self.metric, folder, self._sweep_run_id())
 
-    def _parent(self) -> str | None:
-        """The sweep's own run, where it has one."""
+    def _sweep_run_id(self) -> str | None:
+        """Return the ID of the sweep's run, if there is one."""
         if os.environ.get(SWEEP_VARIABLE):
             return os.environ[SWEEP_VARIABLE]
         for override in self._config.hydra.overrides.hydra:
@@ -328,19 +359,19 @@ class OptunaSweeper(Sweeper):
         return None
 
 
-def _plain(value: Any) -> Any:
+def _to_container(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _stopped() -> bool:
-    """Whether Ctrl-C or a signal has stopped the command; no job is begun any more."""
-    sweep = the_sweep()
-    return sweep is not None and sweep.stopped
+def _is_stopped() -> bool:
+    """Whether Ctrl-C or a signal has stopped the command, so that no more jobs may start."""
+    sweep = current_sweep()
+    return sweep is not None and sweep.is_stopped
 
 
-def stays_open(launcher: Launcher, wanted: bool) -> None:
-    """Tell a launcher that holds a cluster to keep it from batch to batch, or to let it go."""
+def set_keep_connection(launcher: Launcher, is_kept: bool) -> None:
+    """Let a launcher keep its cluster connection between batches, or close it."""
     if isinstance(launcher, RayLauncher):
-        launcher.stays_open = wanted
-        if not wanted:
+        launcher.keep_connection = is_kept
+        if not is_kept:
             launcher.close()

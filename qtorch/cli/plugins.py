@@ -1,8 +1,8 @@
-"""Makes our launchers and sweepers known to Hydra.
+"""Register qtorch's launchers and sweepers with Hydra.
 
-Hydra takes a plugin only under a name below `hydra_plugins`, the package in which installed ones
-lie. Ours are classes of this package under such a name: nothing is laid beside qtorch, and a
-process that unpickles one finds it by its own module.
+Hydra accepts a plugin only under a name below `hydra_plugins`, the namespace package of installed
+plugins. Our classes live in this package and are registered under such a name: nothing has to be
+installed beside qtorch, and a process that unpickles one imports it from its own module.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PACKAGE = "hydra_plugins.qtorch"
 
 
 def register_plugins() -> None:
-    """Before Hydra runs; again is as good as once."""
-    known = Plugins.instance().class_name_to_class
-    ours: tuple[type[Plugin], ...] = (OptunaSweeper, RayLauncher, *SUBMITIT_LAUNCHERS)
-    for plugin in ours:
-        known[f"{PACKAGE}.{plugin.__name__}"] = plugin
+    """Register our plugins before Hydra runs; calling it again changes nothing."""
+    registry = Plugins.instance().class_name_to_class
+    plugins: tuple[type[Plugin], ...] = (OptunaSweeper, RayLauncher, *SUBMITIT_LAUNCHERS)
+    for plugin in plugins:
+        registry[f"{PACKAGE}.{plugin.__name__}"] = plugin

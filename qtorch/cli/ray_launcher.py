@@ -1,8 +1,8 @@
-"""`hydra/launcher=ray`: the jobs of a sweep as tasks of a Ray cluster.
+"""`hydra/launcher=ray`: run the jobs of a sweep as tasks of a Ray cluster.
 
-Hydra's own Ray launcher asks for versions of other packages that do not go with MLflow's; this
-one does what a sweep needs: resources a job, a process a job, another try for a job whose worker
-or node died.
+Hydra's own Ray launcher requires package versions that conflict with MLflow's. This one does what a
+sweep needs: resources per job, one process per job, and retries for a job whose worker or node
+died.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.signals import interruptible
+from qtorch.cli.signals import handle_stop_signals
 from qtorch.core.errors import ConfigError
-from qtorch.core.stops import NOTICES, noted
+from qtorch.core.stops import SCHEDULER_SIGNALS, stop_state
 
 log = logging.getLogger(__name__)
 
-# What Ray is told before it is imported: no reports home, one line of a job once.
-VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-# A cluster of this command's own stays on loopback, and its jobs are no background work.
-OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-REACH_SECONDS = 5.0
+# Set before Ray is imported: no usage statistics, and no merging of equal log lines of jobs.
+RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# A cluster that this command starts listens on loopback only, and its jobs run at normal priority.
+LOCAL_CLUSTER_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
+CONNECT_SECONDS = 5.0
 STOP_SECONDS = 60.0
 
 
 class RayLauncher(Launcher):
-    """Runs each job in a Ray worker of its own; the cluster is a running one or made for the sweep.
+    """Runs each job in its own Ray worker, on a running cluster or on one started for the sweep.
 
-    The arguments are those of conf/hydra/launcher/ray.yaml. The sweep's folder must be a path that
-    all nodes see, for each job leaves its result there.
+    The arguments are those of conf/hydra/launcher/ray.yaml. The sweep's folder must be on a path
+    that all nodes can access, because each job writes its result there.
     """
 
     def __init__(
@@ -64,56 +64,57 @@ class RayLauncher(Launcher):
     ) -> None:
         self.address, self.max_retries = address, int(max_retries)
         self.num_cpus, self.num_gpus, self.memory = num_cpus, num_gpus, memory
-        self._ours = False  # whether this process connected
-        self.stays_open = (
-            False  # for a sweeper that launches again and again, and closes at the end
-        )
-        self.env_vars, self.init, self.remote = _plain(env_vars), _plain(init), _plain(remote)
+        self._is_connection_owner = False  # whether this process opened the connection
+        # A sweeper that launches several batches sets this, and closes the launcher at the end.
+        self.keep_connection = False
+        self.env_vars, self.init, self.remote = _to_dict(env_vars), _to_dict(init), _to_dict(remote)
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Hydra's."""
+        """Store the context, function and configuration, as Hydra requires."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run the jobs; one that could not be run is a failed JobReturn, not an error."""
+        """Run the jobs; a job that could not run becomes a failed JobReturn, not an error."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        from qtorch.cli.settled_jobs import settled_jobs  # with torch
+        from qtorch.cli.settled_jobs import skip_finished_jobs  # imports torch
 
         jobs = dict(enumerate(job_overrides, initial_job_idx))
-        returns = settled_jobs(self.hydra_context, self.config, jobs)
-        left = {n: overrides for n, overrides in jobs.items() if n not in returns}
-        if left:
-            ray = self._connected()
+        returns = skip_finished_jobs(self.hydra_context, self.config, jobs)
+        remaining_jobs = {n: overrides for n, overrides in jobs.items() if n not in returns}
+        if remaining_jobs:
+            ray = self._connect()
             try:
-                returns.update(self._run(ray, left))
+                returns.update(self._run(ray, remaining_jobs))
             finally:
-                if not self.stays_open:
+                if not self.keep_connection:
                     self.close()
         return [returns[n] for n in jobs]
 
     def close(self) -> None:
-        """Leave the cluster, and end it where it was made for this command."""
-        if self._ours:
+        """Disconnect from the cluster, and stop it if it was started for this command."""
+        if self._is_connection_owner:
             import ray
 
-            self._ours = False
+            self._is_connection_owner = False
             ray.shutdown()
 
-    def _connected(self) -> Any:
-        """Ray, connected."""
+    def _connect(self) -> Any:
+        """Connect to the cluster and return the ray module."""
         local = self.address in (None, "local")
-        for name, value in {**VARIABLES, **(OWN_CLUSTER if local else {})}.items():
+        for name, value in {**RAY_VARIABLES, **(LOCAL_CLUSTER_VARIABLES if local else {})}.items():
             os.environ.setdefault(name, value)
         try:
             import ray
         except ImportError as error:
-            raise ConfigError("hydra/launcher=ray needs Ray: pip install 'qtorch[ray]'.") from error
+            raise ConfigError(
+                "hydra/launcher=ray requires Ray: pip install 'qtorch[ray]'."
+            ) from error
         if ray.is_initialized():
             return ray
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
@@ -122,15 +123,15 @@ class RayLauncher(Launcher):
         else:
             options["address"] = self.address
         try:
-            _check_reached(str(self.address))
-            with _own_signals():
+            _check_address(str(self.address))
+            with _keep_sigterm_handler():
                 ray.init(**{**options, **self.init})
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray cluster at hydra.launcher.address={self.address}: {error}. Start one with "
-                "`ray start --head`, or leave the address out for one of this command's own."
+                "`ray start --head`, or omit the address to start one for this sweep."
             ) from error
-        self._ours = True
+        self._is_connection_owner = True
         return ray
 
     def _run(self, ray: Any, jobs: Mapping[int, Sequence[str]]) -> dict[int, JobReturn]:
@@ -138,17 +139,17 @@ class RayLauncher(Launcher):
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
             "max_retries": self.max_retries,
-            "max_calls": 1,  # a process a job: nothing of one reaches the next
+            "max_calls": 1,  # one process per job, so that no state leaks into the next job
             "runtime_env": {"env_vars": self._environment()},
             **({} if self.memory is None else {"memory": self.memory}),
             **self.remote,
         }
         task = ray.remote(**options)(run_in_worker)
         state = ray.put(Singleton.get_state())
-        sent = {}
+        results = {}
         for number, overrides in jobs.items():
             log.info("\t#%d : %s", number, " ".join(o for o in overrides if "hydra." not in o))
-            sent[number] = task.remote(
+            results[number] = task.remote(
                 number,
                 list(overrides),
                 self.hydra_context,
@@ -158,36 +159,40 @@ class RayLauncher(Launcher):
                 os.getcwd(),
             )
         try:
-            return {n: self._result(ray, each, n, jobs[n]) for n, each in sent.items()}
+            return {n: self._job_return(ray, result, n, jobs[n]) for n, result in results.items()}
         except BaseException as stop:
-            for each in sent.values():
-                ray.cancel(each, force=False)
-            if not isinstance(stop, Exception):  # Ctrl-C: they keep a checkpoint
-                ray.wait(list(sent.values()), num_returns=len(sent), timeout=STOP_SECONDS)
+            for result in results.values():
+                ray.cancel(result, force=False)
+            if not isinstance(stop, Exception):  # Ctrl-C: give the jobs time to write a checkpoint
+                ray.wait(list(results.values()), num_returns=len(results), timeout=STOP_SECONDS)
             raise
 
-    def _result(self, ray: Any, sent: Any, number: int, overrides: Sequence[str]) -> JobReturn:
+    def _job_return(
+        self, ray: Any, result_ref: Any, number: int, overrides: Sequence[str]
+    ) -> JobReturn:
         try:
-            found: JobReturn = ray.get(sent)
-            return found
+            job_return: JobReturn = ray.get(result_ref)
+            return job_return
         except ray.exceptions.RayError as error:
-            from qtorch.cli.lost import note_lost_job
-            from qtorch.cli.settled_jobs import composed_job
+            from qtorch.cli.lost import record_lost_job
+            from qtorch.cli.settled_jobs import compose_job
 
-            job = composed_job(self.hydra_context, self.config, number, overrides)
-            why = f"Ray lost it (max_retries={self.max_retries}): {_first_line(error)}"
-            return note_lost_job(job, number, overrides, why)
+            job = compose_job(self.hydra_context, self.config, number, overrides)
+            reason = f"Ray lost the job (max_retries={self.max_retries}): {_failure_text(error)}"
+            return record_lost_job(job, number, overrides, reason)
 
     def _environment(self) -> dict[str, str]:
-        """What a worker needs to find this code and the same stores."""
+        """Return the variables with which a worker finds this code and the same stores."""
         paths = [p for p in sys.path if p and Path(p).is_dir()]
-        own = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(dict.fromkeys([own, *paths])) if own in paths else None
-        kept = ("QTORCH_", "MLFLOW_", "OMP_", "HYDRA_", "AWS_", "DO_NOT_TRACK")
-        found = {k: v for k, v in os.environ.items() if k.startswith(kept)}
+        code_folder = str(Path(__file__).resolve().parents[2])
+        path = (
+            os.pathsep.join(dict.fromkeys([code_folder, *paths])) if code_folder in paths else None
+        )
+        prefixes = ("QTORCH_", "MLFLOW_", "OMP_", "HYDRA_", "AWS_", "DO_NOT_TRACK")
+        variables = {k: v for k, v in os.environ.items() if k.startswith(prefixes)}
         if path is not None:
-            found["PYTHONPATH"] = path
-        return {**found, **{k: str(v) for k, v in self.env_vars.items()}}
+            variables["PYTHONPATH"] = path
+        return {**variables, **{k: str(v) for k, v in self.env_vars.items()}}
 
 
 def run_in_worker(
@@ -199,7 +204,7 @@ def run_in_worker(
     singleton_state: Any,
     folder: str,
 ) -> JobReturn:
-    """One job, in a Ray worker: in the sweep's working folder, as Hydra's own launchers run it."""
+    """Run one job in a Ray worker, in the sweep's working folder, as Hydra's own launchers do."""
     os.chdir(folder)
     setup_globals()
     Singleton.set_state(singleton_state)
@@ -208,7 +213,7 @@ def run_in_worker(
         job.hydra.job.id = f"{job.hydra.job.name}_{number}"
         job.hydra.job.num = number
     HydraConfig.instance().set_config(job)
-    with _tried_again():
+    with _exit_for_retry():
         return run_job(
             hydra_context=hydra_context,
             task_function=task_function,
@@ -219,49 +224,51 @@ def run_in_worker(
 
 
 @contextmanager
-def _tried_again() -> Iterator[None]:
-    """After a notice (a node is drained) Ray is to try the job again, from its checkpoint.
+def _exit_for_retry() -> Iterator[None]:
+    """Let Ray retry a job that received a stop signal (a node is drained), from its checkpoint.
 
-    It does so where a process ends without a result. An exception would be the job's end: Ray
-    takes KeyboardInterrupt for the answer to `ray.cancel`, whose signal is SIGINT.
+    Ray retries a job whose process ends without a result. An exception would end the job for good:
+    Ray treats KeyboardInterrupt as the response to `ray.cancel`, which sends SIGINT.
     """
-    with interruptible():
+    with handle_stop_signals():
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            if not {noted.asked, noted.answered} & set(NOTICES):
+            if not {stop_state.interrupt_signal, stop_state.training_signal} & set(
+                SCHEDULER_SIGNALS
+            ):
                 raise
-            log.warning("asked to stop: this job is left to another try.")
+            log.warning("received a stop signal: exiting, so that Ray retries this job.")
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray puts a handler of its own for SIGTERM, which ends the process on the spot."""
-    before = signal.getsignal(signal.SIGTERM)
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the SIGTERM handler after the block: Ray's own ends the process immediately."""
+    previous_handler = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _check_reached(address: str) -> None:
-    """OSError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+def _check_address(address: str) -> None:
+    """Raise OSError if nothing listens at HOST:PORT: Ray itself would retry for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
-def _first_line(error: BaseException) -> str:
-    """What Ray says of a job that it lost: without a traceback, and without where its logs are."""
-    cause = getattr(error, "cause", None)  # of a RayTaskError: what was raised in the worker
-    told = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
-    return next(iter(told.splitlines()), type(error).__name__)
+def _failure_text(error: BaseException) -> str:
+    """Describe why Ray lost a job, without traceback and log paths."""
+    cause = getattr(error, "cause", None)  # a RayTaskError has the exception of the worker
+    text = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    found: Any = value
+def _to_dict(value: Any) -> dict[str, Any]:
+    container: Any = value
     if OmegaConf.is_config(value):
-        found = OmegaConf.to_container(value, resolve=True)
-    return dict(found or {})
+        container = OmegaConf.to_container(value, resolve=True)
+    return dict(container or {})

@@ -1,4 +1,4 @@
-"""`qtorch report`: a run, or the comparison of several, as one HTML page."""
+"""`qtorch report`: write an HTML report of one run, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -8,54 +8,54 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qtorch.cli.compose import composed
-from qtorch.cli.signals import interruptible
+from qtorch.cli.compose import compose_settings
+from qtorch.cli.signals import handle_stop_signals
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
 
 USAGE = """\
-qtorch report: runs as a page that needs no network and no server
+qtorch report: HTML page of one run or several, readable without network or server
 
 usage: qtorch report runs=[RUN_ID,...] [out=FOLDER] [mode=sum] [tries=N] [log=true]
 
-  runs   one id: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run
-         several: seeds in groups, paired tests, the deflated Sharpe ratio
-  out    a folder for the page and its pictures (PNG); several runs: comparison by default
-  mode   one run's returns: sum (added up) or product (compounded)
-  tries  how many strategies were tried in all; by default as many as runs are given
-  log    true: a comparison goes to the artifacts of each run too, under comparison/
+  runs   one ID: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run
+         several: runs grouped over seeds, paired tests, deflated Sharpe ratio
+  out    folder for the page and its charts (PNG); default for several runs: comparison
+  mode   returns of one run: sum (cumulated by addition) or product (compounded)
+  tries  total number of strategies tried; default: the number of runs
+  log    true: also log a comparison as artifacts of each run, under comparison/
 
-The page of one run is an artifact of the run, report/report.html, and its numbers are metrics of
-the run. It shows what the run's records left and says which record to add for the rest.
+The page of one run is logged as the artifact report/report.html of the run, and its numbers as
+metrics. It shows the output of the run's records and names the records that would add more.
 """
 COMPARISON = "comparison"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Find the runs, make the page."""
+    """Load the runs and write the page."""
     if any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0
-    settings = composed("report", argv)
+    settings = compose_settings("report", argv)
     configure_logging()
-    ids = _ids(settings["runs"])
-    out = _folder(settings["out"])
+    ids = _run_ids(settings["runs"])
+    out = _output_folder(settings["out"])
     if settings["tracking"].get("uri") is not None:
         init(tracking_uri=settings["tracking"]["uri"])
     from qtorch.tracking.r import R
 
-    with interruptible():
+    with handle_stop_signals():
         recorders = [R.get_recorder(recorder_id=run) for run in ids]
         if len(recorders) == 1:
-            page = _one(recorders[0], settings, out)
+            page = _report_run(recorders[0], settings, out)
         else:
-            page = _several(recorders, settings, out or Path(COMPARISON))
+            page = _compare_runs(recorders, settings, out or Path(COMPARISON))
     print(page)
     return 0
 
 
-def _one(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
+def _report_run(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
     from qtorch.record.report import ReportRecord
 
     tries = 1 if settings["tries"] is None else settings["tries"]
@@ -65,10 +65,10 @@ def _one(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
     if out is not None:
         shutil.copytree(folder, out, dirs_exist_ok=True)
         folder = out
-    return f"{folder / record.list()[0]}: the report of run {recorder.id}, an artifact of it"
+    return f"{folder / record.list()[0]}: report of run {recorder.id}, also logged as an artifact"
 
 
-def _several(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> str:
+def _compare_runs(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> str:
     from qtorch.study.comparison_page import write_comparison
 
     with TemporaryDirectory() as scratch:
@@ -79,24 +79,24 @@ def _several(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> s
         if settings["log"]:
             for recorder in recorders:
                 recorder.save_objects(scratch, artifact_path=COMPARISON)
-    return f"{out / page.name}: the comparison of {len(recorders)} runs"
+    return f"{out / page.name}: comparison of {len(recorders)} runs"
 
 
-def _ids(given: Any) -> list[str]:
-    """The ids, each once, in their order."""
-    ids = list(dict.fromkeys(map(str, given if isinstance(given, list) else [given])))
+def _run_ids(runs: Any) -> list[str]:
+    """Return the distinct run IDs in their order."""
+    ids = list(dict.fromkeys(map(str, runs if isinstance(runs, list) else [runs])))
     if not ids:
-        raise ConfigError("runs=[]: name one run at least, runs=[RUN_ID,...].")
+        raise ConfigError("runs=[]: expected at least one run ID, runs=[RUN_ID,...].")
     return ids
 
 
-def _folder(given: str | None) -> Path | None:
-    """The folder to write; decided before the work, not after it."""
-    if given is None:
+def _output_folder(out: str | None) -> Path | None:
+    """Check and return the output folder, before any work is done."""
+    if out is None:
         return None
-    path = Path(given).expanduser()
+    path = Path(out).expanduser()
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"out={given} is a file; name a folder.")
+        raise ConfigError(f"out={out} is a file; expected a folder.")
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"out={given}: there is no folder {path.absolute().parent}.")
+        raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
     return path

@@ -1,4 +1,4 @@
-"""A job of a scheduler (SLURM, Kubernetes, ...) that is started again goes on in its run."""
+"""Resume the run of a job that its scheduler (SLURM, Kubernetes, ...) starts again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from qtorch.cli import slurm
 from qtorch.core.errors import ConfigError
-from qtorch.core.stops import NOTICES, noted
+from qtorch.core.stops import SCHEDULER_SIGNALS, stop_state
 from qtorch.tracking.r import R
 from qtorch.tracking.recorder import Recorder
 
@@ -21,61 +21,67 @@ JOB_VARIABLE = "QTORCH_JOB"
 NAME = re.compile(r"[\w.:/\-]+")
 
 
-def scheduled_job() -> str | None:
-    """A name that this job keeps however often the scheduler starts it again; None outside one.
+def scheduler_job_name() -> str | None:
+    """Return a job name that stays the same when the scheduler restarts the job; None without one.
 
-    QTORCH_JOB gives it (of a Kubernetes job: its name), else it is SLURM's job id; each task of
-    an array has its own.
+    It is QTORCH_JOB if set (for example the name of a Kubernetes job), otherwise SLURM's job ID;
+    each task of an array has its own.
     """
-    given = os.environ.get(JOB_VARIABLE)
-    if given:
-        if not NAME.fullmatch(given):
-            raise ConfigError(f"{JOB_VARIABLE}={given!r}: letters, digits, - _ . : / make a name.")
-        return given
+    job_name = os.environ.get(JOB_VARIABLE)
+    if job_name:
+        if not NAME.fullmatch(job_name):
+            raise ConfigError(
+                f"{JOB_VARIABLE}={job_name!r}: use only letters, digits and - _ . : / in "
+                "a job name."
+            )
+        return job_name
     id = os.environ.get("SLURM_JOB_ID")
     return None if id is None else f"{os.environ.get('SLURM_CLUSTER_NAME', 'slurm')}.{id}"
 
 
-def _starts_again() -> bool:
+def _is_restart() -> bool:
     return bool(os.environ.get(JOB_VARIABLE)) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-def earlier_attempt(experiment_name: str, tags: Mapping[str, str]) -> dict[str, str] | None:
-    """The run that an earlier start of this scheduler's job began, for `task_train(run=...)`.
+def find_earlier_attempt(experiment_name: str, tags: Mapping[str, str]) -> dict[str, str] | None:
+    """Find the run of an earlier start of this scheduler job, for `task_train(run=...)`.
 
-    `tags` tell the task; JOB_TAG is among them where there is a job. None where this is the first
-    start.
+    `tags` identify the task, and contain JOB_TAG if there is a scheduler job. Returns None on the
+    first start of the job.
     """
-    if JOB_TAG not in tags or not _starts_again():
+    if JOB_TAG not in tags or not _is_restart():
         return None
     experiment = R.get_exp(experiment_name=experiment_name)
-    mine = f"tags.`{JOB_TAG}` = '{tags[JOB_TAG]}'"
-    for run in experiment.list_recorders(rtype="list", filter_string=mine):
+    filter_string = f"tags.`{JOB_TAG}` = '{tags[JOB_TAG]}'"
+    for run in experiment.list_recorders(rtype="list", filter_string=filter_string):
         if run.status != Recorder.STATUS_FA and tags.items() <= run.list_tags().items():
-            log.info("run %s of this job's earlier start goes on", run.id)
+            log.info("resuming run %s of an earlier start of this job", run.id)
             return {"experiment_id": experiment.id, "recorder_id": run.id}
     return None
 
 
-def queued_again() -> str | None:
-    """After a notice: SLURM's job back into the queue, and what to tell of it; else None.
+def requeue_slurm_job() -> str | None:
+    """Requeue the SLURM job after a stop signal; return a message, or None if nothing was requeued.
 
-    SIGUSR1 is the notice that a user asks SLURM for (`--signal=USR1@60`) to go on after the time
-    limit. SIGTERM is what SLURM sends when it takes the node away for another job, and what
-    `scancel` sends, which ends for good: SLURM is asked which. This is the last thing that a
-    process does, for SLURM ends it at once.
+    Users request SIGUSR1 from SLURM (`--signal=USR1@60`) to continue after the time limit. SLURM
+    sends SIGTERM when it preempts the job, but also for `scancel`, which ends the job for good:
+    SLURM is asked which it is. This must be the last step of the process, because SLURM ends it
+    immediately.
     """
-    id, heard = os.environ.get("SLURM_JOB_ID"), {noted.asked, noted.answered, *noted.further}
-    if not heard.intersection(NOTICES):
+    id, received_signals = (
+        os.environ.get("SLURM_JOB_ID"),
+        {stop_state.interrupt_signal, stop_state.training_signal, *stop_state.later_signals},
+    )
+    if not received_signals.intersection(SCHEDULER_SIGNALS):
         return None
     try:
-        job = slurm.own_job()
+        job = slurm.current_job()
         if job is None:
             return None
-        if not slurm.is_queued_by_slurm(job):
-            if signal.SIGUSR1 not in heard and not slurm.is_preempted(job):
+        if not slurm.is_requeued_by_slurm(job):
+            if signal.SIGUSR1 not in received_signals and not slurm.is_preempted(job):
                 return None
             slurm.requeue(job)
     except slurm.SlurmError as error:
-        return f"SLURM job {id} could not be queued again: {error}"
-    return f"SLURM job {id} is queued again, and goes on in this run."
+        return f"cannot requeue SLURM job {id}: {error}"
+    return f"requeued SLURM job {id}; it will resume this run."

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's notice while a command works."""
+"""Handle Ctrl-C and stop signals from a scheduler while a command runs."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from types import FrameType
 from typing import Any
 
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.core.stops import NOTICES, noted
+from qtorch.core.stops import SCHEDULER_SIGNALS, stop_state
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """The first Ctrl-C stops the work in order, the second ends the process at once.
+def handle_stop_signals() -> Iterator[None]:
+    """Stop the work in an orderly way on the first Ctrl-C, and immediately on the second.
 
-    A scheduler's notice (SIGTERM, SIGUSR1) stops in order too. Outside the main thread nothing
-    changes.
+    A scheduler's signals (SIGTERM, SIGUSR1) stop it in an orderly way too. Outside the main thread
+    this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted.clear()
-    pressed = 0
+    stop_state.clear()
+    num_interrupts = 0
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed += 1
-        if pressed > 1:
-            print("interrupted twice: ending at once.", file=sys.stderr, flush=True)
+        nonlocal num_interrupts
+        num_interrupts += 1
+        if num_interrupts > 1:
+            print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
-        noted.asked = number
+        stop_state.interrupt_signal = number
         raise KeyboardInterrupt
 
-    def on_notice(number: int, frame: FrameType | None) -> None:
-        noted.asked = number
+    def on_scheduler_signal(number: int, frame: FrameType | None) -> None:
+        stop_state.interrupt_signal = number
         raise SystemExit(128 + number)
 
-    handlers: dict[int, Any] = dict.fromkeys(NOTICES, on_notice)
+    handlers: dict[int, Any] = dict.fromkeys(SCHEDULER_SIGNALS, on_scheduler_signal)
     handlers[signal.SIGINT] = on_interrupt
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    previous_handlers = {
+        number: signal.signal(number, handler) for number, handler in handlers.items()
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a search says at its end: its trials by value, the best, what mattered, a picture."""
+"""Report a search: its trials by value, the best trial, parameter importances, and a chart."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qtorch.cli.table import number
+from qtorch.cli.table import format_number
 from qtorch.core.errors import QtorchError
-from qtorch.core.wording import counted
-from qtorch.tracking.locations import redacted
+from qtorch.core.wording import format_count
+from qtorch.tracking.locations import redact_password
 from qtorch.tracking.trials.row import TrialRow
 
 if TYPE_CHECKING:
@@ -26,99 +26,110 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STYLE = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
-PICTURE, RECORD = "search.png", "search.json"
-FORMAT = 1
+CHART_FILE, TRIALS_FILE = "search.png", "search.json"
+FORMAT_VERSION = 1
 
 
-def show_study(study: Trials, metric: str, folder: Path, parent: str | None) -> None:
-    """Print the table; the picture and the trials as JSON go into the sweep's folder, and into
-    the sweep's own run where it has one."""
+def report_study(study: Trials, metric: str, folder: Path, sweep_run_id: str | None) -> None:
+    """Print the trials, and write a chart and a JSON file.
+
+    Both files go into the sweep's folder, and into the sweep's run if there is one.
+    """
     rows, maximize = study.rows(), study.direction == "maximize"
-    shares = study.importances()
-    _print(study, rows, metric, shares, maximize)
-    held = [folder / RECORD]
-    told = {"format": FORMAT, "study": study.name, "metric": metric, "direction": study.direction}
-    told |= {"storage": redacted(study.url), "importances": shares}
-    held[0].write_text(json.dumps({**told, "trials": [asdict(r) for r in rows]}, indent=1))
+    importances = study.importances()
+    _print_trials(study, rows, metric, importances, maximize)
+    paths = [folder / TRIALS_FILE]
+    record = {
+        "format": FORMAT_VERSION,
+        "study": study.name,
+        "metric": metric,
+        "direction": study.direction,
+    }
+    record |= {"storage": redact_password(study.url), "importances": importances}
+    paths[0].write_text(json.dumps({**record, "trials": [asdict(r) for r in rows]}, indent=1))
     if any(r.value is not None for r in rows):
         from qtorch.study.search_chart import search_chart
 
-        figure = search_chart(rows, metric, maximize=maximize, importances=shares)
-        figure.savefig(folder / PICTURE, dpi=120)
-        held.append(folder / PICTURE)
-    if parent is not None:
-        _keep(parent, held)
-    _console().print(f"[dim]look at it:[/dim] {held[-1]}", soft_wrap=True)
+        figure = search_chart(rows, metric, maximize=maximize, importances=importances)
+        figure.savefig(folder / CHART_FILE, dpi=120)
+        paths.append(folder / CHART_FILE)
+    if sweep_run_id is not None:
+        _log_artifacts(sweep_run_id, paths)
+    _console().print(f"[dim]saved to:[/dim] {paths[-1]}", soft_wrap=True)
 
 
-def _print(
-    study: Trials, rows: Sequence[TrialRow], metric: str, shares: dict[str, float], maximize: bool
+def _print_trials(
+    study: Trials,
+    rows: Sequence[TrialRow],
+    metric: str,
+    importances: dict[str, float],
+    maximize: bool,
 ) -> None:
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    ended = sum(r.state in ("COMPLETE", "PRUNED") for r in rows)
-    shown.title = f"study {study.name}: {counted(ended, 'trial')} by {metric}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    num_ended = sum(r.state in ("COMPLETE", "PRUNED") for r in rows)
+    table.title = f"study {study.name}: {format_count(num_ended, 'trial')} by {metric}"
     names = list(dict.fromkeys(n for r in rows for n in r.params))
-    shown.add_column("trial", justify="right")
-    shown.add_column("status")
-    shown.add_column(metric, justify="right")
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    table.add_column(metric, justify="right")
     for name in names:
-        shown.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold")
     for name in ("epochs", "run"):
-        shown.add_column(name, overflow="fold", justify="right" if name == "epochs" else "left")
-    for row in sorted(rows, key=lambda r: _order(r, maximize)):
+        table.add_column(name, overflow="fold", justify="right" if name == "epochs" else "left")
+    for row in sorted(rows, key=lambda r: _sort_key(r, maximize)):
         style = STYLE.get(row.state, "dim") if not row.replaced else "dim"
-        shown.add_row(
+        table.add_row(
             str(row.number),
             f"[{style}]{row.state}[/{style}]",
-            number(row.value),
-            *(_shown(row.params.get(n)) for n in names),
+            format_number(row.value),
+            *(_format_value(row.params.get(n)) for n in names),
             str(row.steps or "-"),
             _outcome(row),
         )
-    _console().print(shown)
-    done = [r for r in rows if r.state == "COMPLETE" and r.value is not None]
-    if done:
-        best = min(done, key=lambda r: _order(r, maximize))
-        chosen = " ".join(f"{n}={_shown(v)}" for n, v in best.params.items())
+    _console().print(table)
+    complete_trials = [r for r in rows if r.state == "COMPLETE" and r.value is not None]
+    if complete_trials:
+        best = min(complete_trials, key=lambda r: _sort_key(r, maximize))
+        best_params = " ".join(f"{n}={_format_value(v)}" for n, v in best.params.items())
         _console().print(
-            f"best: trial {best.number}, {metric} {number(best.value)}, run {best.run_id}"
+            f"best: trial {best.number}, {metric} {format_number(best.value)}, run {best.run_id}"
         )
-        _console().print(f"      {chosen}", soft_wrap=True)
-    if shares:
-        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        _console().print(f"what mattered: {listed}", soft_wrap=True)
+        _console().print(f"      {best_params}", soft_wrap=True)
+    if importances:
+        importance_text = ", ".join(f"{name} {share:.0%}" for name, share in importances.items())
+        _console().print(f"importance: {importance_text}", soft_wrap=True)
 
 
-def _order(row: TrialRow, maximize: bool) -> tuple[int, float, int]:
-    """Finished ones by value, then pruned ones, then the others by number."""
+def _sort_key(row: TrialRow, maximize: bool) -> tuple[int, float, int]:
+    """Sort complete trials by value, then pruned ones by value, then the others by number."""
     rank = {"COMPLETE": 0, "PRUNED": 1}.get(row.state, 2)
     value = row.value if row.value is not None and rank < 2 else 0.0
     return rank, -value if maximize else value, row.number
 
 
 def _outcome(row: TrialRow) -> str:
-    """The run; why there is none, or what became of it."""
+    """Return the run ID; or why there is none, or that the trial was retried."""
     if row.replaced and row.run_id:
-        return "failed, tried again"
+        return "failed, retried"
     return row.run_id or (row.error or "-")[:60]
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _keep(parent: str, files: Sequence[Path]) -> None:
-    """The files as artifacts of the sweep's run."""
+def _log_artifacts(sweep_run_id: str, files: Sequence[Path]) -> None:
+    """Log the files as artifacts of the sweep's run."""
     from qtorch.tracking.r import R
 
     try:
-        run = R.get_recorder(recorder_id=parent)
+        run = R.get_recorder(recorder_id=sweep_run_id)
         for path in files:
             run.log_artifact(path)
     except QtorchError as error:
-        log.warning("the search's picture is not kept in run %s: %s", parent, error)
+        log.warning("cannot log the search's files in run %s: %s", sweep_run_id, error)
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""A job in the hands of a scheduler: submitit starts it, signals it, queues it again."""
+"""Run a job under submitit, which starts, signals and requeues it."""
 
 from __future__ import annotations
 
@@ -9,60 +9,62 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtorch.cli.slurm import SlurmError, is_preempted, is_queued_by_slurm, own_job
+from qtorch.cli.slurm import SlurmError, current_job, is_preempted, is_requeued_by_slurm
 
 log = logging.getLogger(__name__)
 
-SUBMITIT = "Submitit"  # in the name of a launcher's class
+SUBMITIT = "Submitit"  # part of the names of the launcher classes
 SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
-NOTICE = signal.SIGUSR1
+STOP_SIGNAL = signal.SIGUSR1
 EXECUTOR_VARIABLE, SLURM = "SUBMITIT_EXECUTOR", "slurm"
 
 
-def submitted(launcher: str) -> bool:
-    """Whether jobs live on without the process that launched them."""
+def is_submitit(launcher: str) -> bool:
+    """Whether the launcher's jobs continue after the process that launched them has ended."""
     return SUBMITIT in launcher
 
 
-def choose_signal() -> None:
-    """Have submitit ask for the signal that a training takes as a notice (its own is SIGUSR2)."""
-    os.environ.setdefault(SIGNAL_VARIABLE, NOTICE.name.removeprefix("SIG"))
+def set_submitit_signal() -> None:
+    """Let submitit use the signal that a training treats as a stop request (instead of SIGUSR2)."""
+    os.environ.setdefault(SIGNAL_VARIABLE, STOP_SIGNAL.name.removeprefix("SIG"))
 
 
-def do_as_submitted(work: Callable[[], Any]) -> None:
-    """Do a job's work in submitit's process; a notice reaches the work first, submitit then.
+def run_submitit_job(work: Callable[[], Any]) -> None:
+    """Run a job in submitit's process; a stop signal reaches the job first, then submitit.
 
-    Submitit's own handler ends the process in the middle of a step. Here the training notes the
-    signal, stops after its step and keeps a checkpoint; then submitit queues the job again. After
-    a SIGTERM it does so if SLURM takes the node away for another job; where SLURM has queued the
-    job itself, the process ends without a result, which would be the job's end for who waits for
-    it. `scancel` stops the work alike, and that is all.
+    Submitit's own handler ends the process in the middle of a step. Here the training receives the
+    signal, stops after the current step and writes a checkpoint; then submitit requeues the job.
+    After SIGTERM this happens only if SLURM preempts the job. If SLURM has requeued the job itself,
+    the process ends without a result, because a result would tell the waiting launcher that the job
+    is complete. `scancel` stops the job in the same way and does not requeue it.
     """
-    from qtorch.core.stops import Stops
+    from qtorch.core.stops import StopHandler
 
     if threading.current_thread() is not threading.main_thread():
         work()
         return
-    again: Any = signal.getsignal(NOTICE)
-    stops = Stops()
+    submitit_handler: Any = signal.getsignal(STOP_SIGNAL)
+    stops = StopHandler()
     try:
         work()
     except KeyboardInterrupt:
-        if not stops.told():
+        if not stops.count_signals():
             return
-        job = _of_slurm()
-        if is_queued_by_slurm(job):
+        job = _slurm_record()
+        if is_requeued_by_slurm(job):
             raise SystemExit(128 + signal.SIGTERM) from None
-        if callable(again) and (NOTICE in stops.heard or is_preempted(job)):
-            again(NOTICE, None)
+        if callable(submitit_handler) and (
+            STOP_SIGNAL in stops.received_signals or is_preempted(job)
+        ):
+            submitit_handler(STOP_SIGNAL, None)
 
 
-def _of_slurm() -> Mapping[str, str]:
-    """What SLURM says of this job; nothing where it is none of SLURM's."""
+def _slurm_record() -> Mapping[str, str]:
+    """Return SLURM's record of this job; empty if it is not a SLURM job."""
     if os.environ.get(EXECUTOR_VARIABLE) != SLURM:
         return {}
     try:
-        return own_job() or {}
+        return current_job() or {}
     except SlurmError as error:
-        log.warning("SLURM does not say why it stops this job: %s", error)
+        log.warning("cannot ask SLURM why it stops this job: %s", error)
         return {}

@@ -1,4 +1,4 @@
-"""The jobs of one command: what each leaves behind, wherever a launcher ran it."""
+"""Store and collect the results of a command's jobs, wherever a launcher ran them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 RESULT_FILE = "job.json"
-FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # a run's own words
-RUNNING = "RUNNING"  # in another process
-SENT = "SENT"  # into a pool, for workers
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # the statuses of MLflow's runs
+RUNNING = "RUNNING"  # another process runs the job
+SENT = "SENT"  # submitted to a task pool
 
-_here: list[JobResult] = []
+_results: list[JobResult] = []
 _sweep_folder: Path | None = None
 
 
-class Refusal(BaseException):
-    """A sweep that cannot begin: Hydra makes warnings of its callbacks' exceptions, not of this."""
+class SweepStartError(BaseException):
+    """A sweep cannot start.
+
+    A BaseException, because Hydra turns the exceptions of callbacks into warnings.
+    """
 
 
 @dataclass
 class JobResult:
-    """How one job ended: a file in its folder, for the launcher may run it in another process.
+    """The result of one job, written to its folder because a launcher may use another process.
 
-    `note` says how it came to its run, where it was not simply trained.
+    `note` says how the job got its run unless it was simply trained.
     """
 
     number: int
@@ -38,58 +41,58 @@ class JobResult:
     experiment: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
-    sent: dict[str, Any] | None = None  # of a task in a pool: its id, pool, url, wait
+    sent: dict[str, Any] | None = None  # a task in a pool: id, pool, url, wait
     note: str | None = None
 
     def store(self, folder: Path) -> None:
-        """Keep the result for the process that started the sweep."""
-        _here.append(self)
+        """Write the result to the job's folder for the process that started the sweep."""
+        _results.append(self)
         (folder / RESULT_FILE).write_text(json.dumps(asdict(self), indent=1))
 
 
-def collect_from(folder: Path) -> None:
-    """The results of this command are what its jobs leave in that folder."""
+def collect_results(folder: Path) -> None:
+    """Collect the results of this command's jobs from that folder."""
     global _sweep_folder
     _sweep_folder = folder
 
 
-def forget_jobs() -> None:
-    """Begin anew: the results of an earlier command in this process do not count."""
+def clear_results() -> None:
+    """Forget the results of an earlier command in this process."""
     global _sweep_folder
     _sweep_folder = None
-    _here.clear()
+    _results.clear()
 
 
-def finished_jobs() -> list[JobResult]:
-    """The results of all jobs that ended, by number."""
+def job_results() -> list[JobResult]:
+    """Return the results of all jobs that have ended, ordered by number."""
     if _sweep_folder is None:
-        return sorted(_here, key=lambda j: j.number)
-    found = [stored_result(path) for path in _sweep_folder.rglob(RESULT_FILE)]
-    return sorted((j for j in found if j is not None), key=lambda j: j.number)
+        return sorted(_results, key=lambda j: j.number)
+    results = [load_result(path) for path in _sweep_folder.rglob(RESULT_FILE)]
+    return sorted((j for j in results if j is not None), key=lambda j: j.number)
 
 
-def forget_job(job: JobResult) -> None:
-    """Its result is no end: it will be begun again, with another number."""
+def discard_result(job: JobResult) -> None:
+    """Delete the result of a job that will be started again under another number."""
     if _sweep_folder is None:
-        _here[:] = [j for j in _here if j.number != job.number]
+        _results[:] = [j for j in _results if j.number != job.number]
         return
     for path in _sweep_folder.rglob(RESULT_FILE):
-        told = stored_result(path)
-        if told is not None and told.number == job.number:
+        result = load_result(path)
+        if result is not None and result.number == job.number:
             path.unlink()
 
 
-def note_here(result: JobResult) -> None:
-    """Count a result that another process has stored among this process's own."""
-    _here.append(result)
+def add_result(result: JobResult) -> None:
+    """Add a result that another process has stored to this process's results."""
+    _results.append(result)
 
 
-def stored_result(path: Path) -> JobResult | None:
-    """The result in a file; None, with a warning unless there is no file, where none is."""
+def load_result(path: Path) -> JobResult | None:
+    """Load a result; return None if there is no file, or with a warning if it is invalid."""
     try:
         return JobResult(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        log.warning("the result %s cannot be read: %s", path, error)
+        log.warning("cannot read the result %s: %s", path, error)
         return None

@@ -1,4 +1,4 @@
-"""The beginning and the end of a sweep's command: its run, its processes, its signals."""
+"""Start a sweep: its MLflow run, its fork server and its signal handlers."""
 
 from __future__ import annotations
 
@@ -21,184 +21,193 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.isolation import WORK_MODULE, isolated, share
-from qtorch.cli.submitted import choose_signal, submitted
-from qtorch.cli.sweep import FAILED, RUNNING, Refusal, collect_from
+from qtorch.cli.isolation import WORK_MODULE, is_isolated, share_fork_server
+from qtorch.cli.submitted import is_submitit, set_submitit_signal
+from qtorch.cli.sweep import FAILED, RUNNING, SweepStartError, collect_results
 from qtorch.core.errors import ConfigError
-from qtorch.core.stops import STOPS
-from qtorch.task.forked import TRAINING, Forks
+from qtorch.core.stops import STOP_SIGNALS
+from qtorch.task.forked import TRAINING_MODULES, ForkServerClient
 
-SWEEP_VARIABLE = "QTORCH_SWEEP"  # the id of the sweep's run, for its jobs
-NAME = re.compile(r"[\w.\-]+")
-# How a sweep is run and shown, not what it is.
-MANNER = re.compile(
+SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
+NAME_PATTERN = re.compile(r"[\w.\-]+")
+# Overrides that control how a sweep is executed and displayed; they do not define its tasks.
+EXECUTION_OVERRIDES = re.compile(
     r"[+~]*(hydra[./]|hydra$|sweep\.|tracking[.=@]|log_level=|runner=|pool=|url=|wait=)"
 )
 LOCAL = "local"
 
 
 class SweepCommand:
-    """What the process that started a sweep holds until its end."""
+    """The state of the process that started a sweep."""
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.launcher = ""
         self.recorder: Any = None
-        self.forks: Forks | None = None
-        self.in_this_thread = False  # whether the jobs are waited for by the main thread itself
+        self.fork_server: ForkServerClient | None = None
+        self.waits_in_main_thread = False  # whether the main thread itself waits for the jobs
         self._handlers: dict[int, Any] = {}
 
     @property
-    def stopped(self) -> bool:
-        """Whether Ctrl-C or a signal has stopped it."""
-        return self.forks is not None and self.forks.stopped
+    def is_stopped(self) -> bool:
+        """Whether Ctrl-C or a signal has stopped the sweep."""
+        return self.fork_server is not None and self.fork_server.is_stopped
 
     def start_processes(self, folder: Path) -> None:
-        """The zygote of the jobs, and the signals that it passes on."""
-        self.forks = Forks(*TRAINING, WORK_MODULE)
-        share(self.forks, folder)
+        """Start the fork server of the jobs, and forward stop signals to it."""
+        self.fork_server = ForkServerClient(*TRAINING_MODULES, WORK_MODULE)
+        share_fork_server(self.fork_server, folder)
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {n: signal.signal(n, self._on_signal) for n in STOPS}
+            self._handlers = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first stops the jobs in order, a second Ctrl-C ends all at once.
+        """Stop the jobs in an orderly way at the first signal; exit immediately at a second Ctrl-C.
 
-        A scheduler's signals count once: several may come, to every process.
+        Further signals of a scheduler are ignored: it may send several, to every process.
         """
-        assert self.forks is not None
-        if self.forks.stopped:
+        assert self.fork_server is not None
+        if self.fork_server.is_stopped:
             if number == signal.SIGINT:
-                print("interrupted twice: ending at once.", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)  # the zygote notices, and ends what runs
+                print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)  # the fork server notices and ends the running jobs
             return
-        told = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"{told}: the jobs keep a checkpoint and stop.", file=sys.stderr, flush=True)
-        self.forks.stop(signal.SIGTERM if number == signal.SIGINT else number)
-        if self.in_this_thread and not self.forks.busy:
+        signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
+        self.fork_server.stop(signal.SIGTERM if number == signal.SIGINT else number)
+        if self.waits_in_main_thread and not self.fork_server.is_busy:
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """Give the signals back, end the processes."""
+        """Restore the signal handlers and end the processes."""
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._on_signal:  # else they are given back already
+            # Another handler means that the handlers have been restored already.
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)
-        if self.forks is not None:
-            self.forks.close()
+        if self.fork_server is not None:
+            self.fork_server.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
-            self.recorder.end_run(FAILED)  # the command did not come to its table
+            self.recorder.end_run(FAILED)  # the command ended before its results table
 
 
-class SweepFolder(Callback):
-    """Begins a sweep, and tells the starting process where its jobs put their results.
+class SweepCallback(Callback):
+    """Starts the sweep's run, and makes the command collect results from the sweep's folder.
 
-    Hydra gives a sweep's return values to nobody, and a launcher's workers share no memory.
+    Hydra discards the return values of a sweep's jobs, and a launcher's workers share no memory
+    with the command.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the sweep's folder; make its run and its processes."""
-        collect_from(Path(str(config.hydra.sweep.dir)).resolve())
-        begin(config)
+        """Register the sweep's folder; start its run and its processes."""
+        collect_results(Path(str(config.hydra.sweep.dir)).resolve())
+        begin_sweep(config)
 
 
-_command: list[SweepCommand] = []
+_sweeps: list[SweepCommand] = []
 
 
-def the_sweep() -> SweepCommand | None:
-    """The sweep that this process has started; None where it is a job, or no sweep runs."""
-    return _command[-1] if _command else None
+def current_sweep() -> SweepCommand | None:
+    """Return the sweep that this process has started; None in a job, or without a sweep."""
+    return _sweeps[-1] if _sweeps else None
 
 
-def forget_sweep() -> None:
-    """The command is at its end."""
-    while _command:
-        _command.pop().close()
+def close_sweep() -> None:
+    """Close the sweep at the end of the command."""
+    while _sweeps:
+        _sweeps.pop().close()
 
 
-def begin(config: DictConfig) -> None:
-    """Called by Hydra before the first job: processes, the sweep's run, its id for the jobs."""
+def begin_sweep(config: DictConfig) -> None:
+    """Start the processes and the sweep's run, and pass the run's ID to the jobs.
+
+    Hydra calls this before the first job, through SweepCallback.
+    """
     sweep = SweepCommand()
-    _command.append(sweep)
+    _sweeps.append(sweep)
     try:
         overrides = list(config.hydra.overrides.task)
         sweep.name = sweep_name(config.sweep.name, overrides)
         launcher = sweep.launcher = str(config.hydra.launcher._target_)
-        _check_installed(launcher)
-        if config.runner == LOCAL and isolated(config.sweep.isolate, launcher, sweep=True):
+        _check_launcher(launcher)
+        if config.runner == LOCAL and is_isolated(config.sweep.isolate, launcher, sweep=True):
             sweep.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
-        if submitted(launcher):
-            choose_signal()
-        sweep.in_this_thread = launcher.endswith("BasicLauncher")
-        sweep.recorder = _run_of(config, sweep.name, overrides)
+        if is_submitit(launcher):
+            set_submitit_signal()
+        sweep.waits_in_main_thread = launcher.endswith("BasicLauncher")
+        sweep.recorder = _start_run(config, sweep.name, overrides)
     except Exception as error:
-        raise Refusal from error
+        raise SweepStartError from error
     id = sweep.recorder.id
     config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
-    print(f"sweep {sweep.name}, run {id}", file=sys.stderr)
+    print(f"started sweep {sweep.name} (run {id})", file=sys.stderr)
 
 
-def _check_installed(launcher: str) -> None:
+def _check_launcher(launcher: str) -> None:
     if launcher not in Plugins.instance().class_name_to_class:
         raise ConfigError(
-            f"the launcher {launcher} is not installed here: pip install 'qtorch[sweep]' brings "
+            f"the launcher {launcher} is not installed: pip install 'qtorch[sweep]' installs "
             "joblib and submitit."
         )
 
 
-def _run_of(config: DictConfig, name: str, overrides: list[str]) -> Any:
-    from qtorch.cli.work import quiet_libraries
+def _start_run(config: DictConfig, name: str, overrides: list[str]) -> Any:
+    from qtorch.cli.work import silence_libraries
     from qtorch.core.runtime import configure_logging
     from qtorch.core.session import init
-    from qtorch.study.sweep import begin_sweep
+    from qtorch.study.sweep import start_sweep
 
     configure_logging(config.log_level)
-    quiet_libraries()
+    silence_libraries()
     uri = OmegaConf.select(config, "tracking.uri")
     if uri is not None:
         init(tracking_uri=str(uri))
-    return begin_sweep(
+    return start_sweep(
         name,
         config.experiment_name,
-        typed(),
-        told=plain_words(typed()),
-        count=count_of(config, overrides),
+        command_words(),
+        overrides=task_overrides(command_words()),
+        count=count_jobs(config, overrides),
         folder=os.getcwd(),
     )
 
 
-def typed() -> list[str]:
-    """The words of the command that `resume` repeats."""
+def command_words() -> list[str]:
+    """Return the words of the command that `qtorch sweep resume` repeats."""
     words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
     return [w for w in dict.fromkeys(words) if not w.startswith("sweep.retry=")]
 
 
-def plain_words(overrides: Sequence[str]) -> list[str]:
-    """The overrides that say what is run, without those that say in what manner."""
-    return [o for o in overrides if not MANNER.match(o)]
+def task_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that define the tasks, without those that control their execution."""
+    return [o for o in overrides if not EXECUTION_OVERRIDES.match(o)]
 
 
-def sweep_name(given: str | None, overrides: Sequence[str]) -> str:
-    """The name given, else what is varied and a digest of the overrides that say what is run."""
-    if given is not None:
-        if not NAME.fullmatch(str(given)):
-            raise ConfigError(f"sweep.name={given!r}: letters, digits, - _ and . make a name.")
-        return str(given)
-    own = sorted(plain_words(overrides))
-    parsed = OverridesParser.create().parse_overrides(own)
-    keys = [str(p.key_or_group).rpartition(".")[2] for p in parsed if p.is_sweep_override()]
-    varied = "-".join(k for k in dict.fromkeys(keys) if NAME.fullmatch(k))
-    return f"{varied[:40] or 'sweep'}-{sha256(chr(10).join(own).encode()).hexdigest()[:6]}"
+def sweep_name(name: str | None, overrides: Sequence[str]) -> str:
+    """Return the given name, or the varied keys followed by a digest of the task overrides."""
+    if name is not None:
+        if not NAME_PATTERN.fullmatch(str(name)):
+            raise ConfigError(f"sweep.name={name!r}: use only letters, digits and - _ . in a name.")
+        return str(name)
+    identity = sorted(task_overrides(overrides))
+    parsed_overrides = OverridesParser.create().parse_overrides(identity)
+    keys = [
+        str(p.key_or_group).rpartition(".")[2] for p in parsed_overrides if p.is_sweep_override()
+    ]
+    varied_keys = "-".join(k for k in dict.fromkeys(keys) if NAME_PATTERN.fullmatch(k))
+    return (
+        f"{varied_keys[:40] or 'sweep'}-{sha256(chr(10).join(identity).encode()).hexdigest()[:6]}"
+    )
 
 
-def count_of(config: DictConfig, overrides: Sequence[str]) -> int | None:
-    """How many jobs there will be, as far as can be told beforehand."""
-    trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
-    if trials is not None:
-        return int(trials)
+def count_jobs(config: DictConfig, overrides: Sequence[str]) -> int | None:
+    """Count the jobs of the sweep; None if their number is not known beforehand."""
+    num_trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
+    if num_trials is not None:
+        return int(num_trials)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        varied = [p for p in parsed if p.is_sweep_override()]
-        if not all(p.is_discrete_sweep() for p in varied):
+        parsed_overrides = OverridesParser.create().parse_overrides(list(overrides))
+        sweep_overrides = [p for p in parsed_overrides if p.is_sweep_override()]
+        if not all(p.is_discrete_sweep() for p in sweep_overrides):
             return None
-        return math.prod(len(list(p.sweep_string_iterator())) for p in varied)
+        return math.prod(len(list(p.sweep_string_iterator())) for p in sweep_overrides)
     except HydraException:
         return None

@@ -1,4 +1,4 @@
-"""`qtorch sweep`: the sweeps of a tracking store; show one, find its best, take it up again."""
+"""`qtorch sweep`: list, show and resume the sweeps of a tracking store, or find their best job."""
 
 from __future__ import annotations
 
@@ -9,89 +9,93 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.options import known_options, switch
+from qtorch.cli.options import parse_bool, parse_known_options
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 
 USAGE = """\
-qtorch sweep: what `qtorch train -m` has begun
+qtorch sweep: manage the sweeps of `qtorch train -m`
 
 usage: qtorch sweep list
        qtorch sweep show NAME
        qtorch sweep best NAME [metric="valid.IC"] [mode=max]
        qtorch sweep resume NAME [retry=true]
 
-  list     every sweep of the tracking store, the newest first
-  show     its jobs, mean and deviation over seeds, the best job
-  best     the best job and the best setting by a metric (the valid segment's Rank IC)
-  resume   the sweep's command again, in its folder: finished jobs are skipped, interrupted ones
-           go on from their checkpoints, and with retry=true failed ones are tried again
-           (a search goes on with its study)
+  list     list the sweeps of the tracking store, newest first
+  show     show the jobs of a sweep, statistics over seeds, and the best job
+  best     show the best job and setting by a metric (default: Rank IC on the valid segment)
+  resume   repeat the sweep's command in its folder: finished jobs are skipped, interrupted
+           jobs resume from their checkpoints, failed jobs are retried with retry=true
+           (a search continues its study)
 
-  NAME           the sweep's name, or the id of its run
-  tracking.uri   MLflow's store; by default the one of this folder (or MLFLOW_TRACKING_URI), and
-                 for a sweep that is not there the store that you began it in
+  NAME           name of the sweep, or its run ID
+  tracking.uri   MLflow tracking URI; default: the store of this folder (or MLFLOW_TRACKING_URI);
+                 if the sweep is not there, the store in which it was started
 """
-READERS: dict[str, Callable[[str], Any]] = {
+PARSERS: dict[str, Callable[[str], Any]] = {
     "metric": str,
     "mode": str,
-    "retry": switch,
+    "retry": parse_bool,
     "tracking.uri": str,
 }
-TAKEN = {"list": (), "show": (), "best": ("metric", "mode"), "resume": ("retry",)}
+ACTION_OPTIONS = {"list": (), "show": (), "best": ("metric", "mode"), "resume": ("retry",)}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the first word says."""
+    """Run the action that the first word names."""
     if not argv or any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0 if argv else 2
     action, *words = argv
-    if action not in TAKEN:
-        raise ArgumentError(unknown_name("action of qtorch sweep", action, TAKEN))
-    options, rest = known_options(words, READERS)
-    allowed = (*TAKEN[action], "tracking.uri")
-    wrong = [w.partition("=")[0] for w in rest if "=" in w] + [
-        o for o in options if o not in allowed
+    if action not in ACTION_OPTIONS:
+        raise ArgumentError(unknown_name("action of qtorch sweep", action, ACTION_OPTIONS))
+    options, names = parse_known_options(words, PARSERS)
+    allowed_options = (*ACTION_OPTIONS[action], "tracking.uri")
+    unknown_options = [w.partition("=")[0] for w in names if "=" in w] + [
+        o for o in options if o not in allowed_options
     ]
-    if wrong:
-        raise ConfigError(unknown_name(f"option of qtorch sweep {action}", wrong[0], allowed))
-    if len(rest) != (action != "list"):
-        takes = "takes no name" if action == "list" else "takes the name of one sweep"
-        raise ArgumentError(f"qtorch sweep {action} {takes}; got {' '.join(rest) or 'none'}.")
-    from qtorch.cli.work import quiet_libraries
+    if unknown_options:
+        raise ConfigError(
+            unknown_name(f"option of qtorch sweep {action}", unknown_options[0], allowed_options)
+        )
+    if len(names) != (action != "list"):
+        expectation = "takes no name" if action == "list" else "takes the name of one sweep"
+        raise ArgumentError(
+            f"qtorch sweep {action} {expectation}; got {' '.join(names) or 'none'}."
+        )
+    from qtorch.cli.work import silence_libraries
     from qtorch.core.session import init
 
-    quiet_libraries()
+    silence_libraries()
     if options.get("tracking.uri"):
         init(tracking_uri=options["tracking.uri"])
     if action == "list":
         return _list()
     if not options.get("tracking.uri"):
-        _look_elsewhere(rest[0])
-    act = {"show": _show, "best": _best, "resume": _resume}[action]
-    return act(rest[0], options)
+        _select_store(names[0])
+    run_action = {"show": _show, "best": _best, "resume": _resume}[action]
+    return run_action(names[0], options)
 
 
-def _look_elsewhere(named: str) -> None:
-    """Take the store that a sweep was begun in, where this folder's has none of that name."""
+def _select_store(name: str) -> None:
+    """Use the store in which the sweep was started if this folder's store does not have it."""
     from qtorch.core.session import init
-    from qtorch.study.sweep import SWEEP_TAG, list_sweeps, registered_uri
+    from qtorch.study.sweep import SWEEP_TAG, find_sweep_uri, list_sweeps
 
-    here = _has_store()
-    if here and any(named in (s.id, s.tags[SWEEP_TAG]) for s in list_sweeps()):
+    has_store = _has_store()
+    if has_store and any(name in (s.id, s.tags[SWEEP_TAG]) for s in list_sweeps()):
         return
-    uri = registered_uri(named)
+    uri = find_sweep_uri(name)
     if uri is not None:
         init(tracking_uri=uri)
-    elif not here:
+    elif not has_store:
         raise ConfigError(
-            f"there is no sweep {named!r}: this folder has no tracking store. Go to the sweep's "
-            "folder, or give tracking.uri=..."
+            f"sweep {name!r} not found: this folder has no tracking store. Change to the sweep's "
+            "folder, or add tracking.uri=..."
         )
 
 
 def _has_store() -> bool:
-    """Whether there is a tracking store: asking one that is not there would make it."""
+    """Whether the tracking store exists; querying a missing one would create it."""
     from qtorch.tracking.locations import sqlite_path
     from qtorch.tracking.r import R
 
@@ -105,76 +109,79 @@ def _list() -> int:
 
     from qtorch.cli.sweep_table import counts_text
     from qtorch.cli.table import STATUS_STYLE, terminal
-    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, count_of, list_sweeps, sweep_jobs
-    from qtorch.tracking.limits import local_time
+    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
+    from qtorch.tracking.limits import format_local_time
 
     sweeps = list_sweeps() if _has_store() else []
     if not sweeps:
-        terminal().print("no sweep yet: qtorch train -m model=lstm,gru seed=0,1,2 begins one.")
+        terminal().print("no sweeps yet; start one with: qtorch train -m model=lstm,gru seed=0,1,2")
         return 0
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("sweep", "status", "jobs", "begun", "command", "run"):
-        shown.add_column(name, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("sweep", "status", "jobs", "started", "command", "run"):
+        table.add_column(name, overflow="fold")
     for row in sweeps:
         jobs = sweep_jobs(row.id)
         style = STATUS_STYLE.get(row.status, "")
-        shown.add_row(
+        table.add_row(
             row.tags[SWEEP_TAG],
             f"[{style}]{row.status}[/{style}]" if style else row.status,
-            counts_text(jobs, count_of(row)) if jobs else "none",
-            (local_time(row.start_time) or "")[:16],
+            counts_text(jobs, get_job_count(row)) if jobs else "none",
+            (format_local_time(row.start_time) or "")[:16],
             row.tags.get(COMMAND_TAG, ""),
             row.id,
         )
-    terminal().print(shown)
+    terminal().print(table)
     return 0
 
 
-def _show(named: str, options: dict[str, Any]) -> int:
+def _show(name: str, options: dict[str, Any]) -> int:
     from qtorch.cli.sweep_table import print_sweep
-    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, count_of, find_sweep, sweep_jobs
+    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, find_sweep, get_job_count, sweep_jobs
 
-    row = find_sweep(named)
+    row = find_sweep(name)
     jobs = sweep_jobs(row.id)
-    print_sweep(row.tags[SWEEP_TAG], jobs, count_of(row), row.tags.get(COMMAND_TAG, ""))
+    print_sweep(row.tags[SWEEP_TAG], jobs, get_job_count(row), row.tags.get(COMMAND_TAG, ""))
     for job in (j for j in jobs if j.error):
         print(f"job {job.number}: {job.error}", file=sys.stderr)
     return 0
 
 
-def _best(named: str, options: dict[str, Any]) -> int:
+def _best(name: str, options: dict[str, Any]) -> int:
     from qtorch.cli.sweep_table import print_best
     from qtorch.study.sweep import find_sweep, sweep_jobs
     from qtorch.study.sweep_groups import seed_groups
 
-    jobs = sweep_jobs(find_sweep(named).id)
+    jobs = sweep_jobs(find_sweep(name).id)
     print_best(jobs, seed_groups(jobs), options.get("metric"), options.get("mode"))
     return 0
 
 
-def _resume(named: str, options: dict[str, Any]) -> int:
-    """Each command of the sweep, as it was typed, in the folder where it was; the worst code."""
+def _resume(name: str, options: dict[str, Any]) -> int:
+    """Repeat each command of the sweep in its original folder; return the worst exit code."""
     from qtorch.cli import train
-    from qtorch.study.sweep import SWEEP_TAG, find_sweep, plan_of
-    from qtorch.tracking.locations import redacted
+    from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
+    from qtorch.tracking.locations import redact_password
     from qtorch.tracking.r import R
 
-    row, uri = find_sweep(named), R.get_uri()
-    plan = plan_of(row.id)
+    row, uri = find_sweep(name), R.get_uri()
+    plan = load_plan(row.id)
     folder = Path(plan["folder"])
     if not folder.is_dir():
         raise ConfigError(
-            f"the sweep was begun in {folder}, which is not here: repeat its command where its "
-            f"data are, with sweep.name={row.tags[SWEEP_TAG]}."
+            f"the sweep was started in {folder}, which does not exist here: repeat its command "
+            f"next to its data, with sweep.name={row.tags[SWEEP_TAG]}."
         )
     os.chdir(folder)
-    added = [f"sweep.name={row.tags[SWEEP_TAG]}", "sweep.retry=" + str(bool(options.get("retry")))]
-    if redacted(uri) == uri:
-        added.append(f"tracking.uri='{uri}'")
+    extra_overrides = [
+        f"sweep.name={row.tags[SWEEP_TAG]}",
+        "sweep.retry=" + str(bool(options.get("retry"))),
+    ]
+    if redact_password(uri) == uri:
+        extra_overrides.append(f"tracking.uri='{uri}'")
     else:
         os.environ["MLFLOW_TRACKING_URI"] = uri
     codes = []
     for command in plan["commands"]:
         print(f"in {folder}: qtorch train -m {shlex.join(command['words'])}", file=sys.stderr)
-        codes.append(train.main(["-m", *command["words"], *added]))
+        codes.append(train.main(["-m", *command["words"], *extra_overrides]))
     return max(codes)

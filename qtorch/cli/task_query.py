@@ -1,4 +1,4 @@
-"""The words of a query on the command line: `status=failed model=lstm seed=3`."""
+"""Parse the task query on the command line: `status=failed model=lstm seed=3`."""
 
 from __future__ import annotations
 
@@ -6,59 +6,59 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qtorch.cli.task_text import model_of
+from qtorch.cli.task_text import model_name
 from qtorch.core.errors import ConfigError
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
 
-OWN = ("id", "_id", "status", "model")
+TASK_COLUMNS = ("id", "_id", "status", "model")
 
 
-def chosen_tasks(manager: TaskManager, words: Sequence[str]) -> list[Task]:
-    """The tasks that a query's words name, oldest first; results as they are stored."""
-    query, models = _parsed(words)
+def select_tasks(manager: TaskManager, words: Sequence[str]) -> list[Task]:
+    """Return the tasks that match a query, oldest first, with results as they are stored."""
+    query, models = _parse_query(words)
     tasks = manager.query(query, decode=False)
-    return [t for t in tasks if not models or model_of(t["def"]).lower() in models]
+    return [t for t in tasks if not models or model_name(t["def"]).lower() in models]
 
 
 def store_query(words: Sequence[str]) -> dict[str, Any] | None:
-    """The words as a query of the store; None where that alone cannot tell (model=...)."""
-    query, models = _parsed(words)
+    """Translate the words to a store query; None if the store cannot evaluate it (model=...)."""
+    query, models = _parse_query(words)
     return None if models else query
 
 
-def _parsed(words: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """The store's query, and the models that are asked for (in lower case)."""
+def _parse_query(words: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Return the store's query, and the requested models in lower case."""
     query: dict[str, Any] = {}
     models: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ConfigError(
-                f"{word!r} is no part of a query; expected KEY=VALUE such as status=failed, "
+                f"invalid query {word!r}; expected KEY=VALUE such as status=failed, "
                 "id=3,5, model=lstm or seed=3."
             )
         if key == "model":
             models |= {m.strip().lower() for m in text.split(",")}
-        elif key in OWN:
+        elif key in TASK_COLUMNS:
             values = [v.strip() for v in text.split(",")]
             query["_id" if key in ("id", "_id") else key] = {"$in": values}
         else:
-            query[key] = {"$in": _meanings(text)}
+            query[key] = {"$in": _possible_values(text)}
     return query, models
 
 
-def _meanings(text: str) -> list[Any]:
-    """What a value can mean: text, or the number, list, ... that it reads as; `a,b` is either."""
-    meanings: list[Any] = []
+def _possible_values(text: str) -> list[Any]:
+    """Return the possible values of a text: itself, its JSON value, and those of a list `a,b`."""
+    possible_values: list[Any] = []
     for part in [text, *(text.split(",") if text[:1] not in ("[", "{", '"') else [])]:
-        for value in (part, _read(part)):
-            if not any(type(value) is type(m) and value == m for m in meanings):
-                meanings.append(value)
-    return meanings
+        for value in (part, _parse_json(part)):
+            if not any(type(value) is type(m) and value == m for m in possible_values):
+                possible_values.append(value)
+    return possible_values
 
 
-def _read(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Tasks of a pool on the screen and as CSV."""
+"""Print the tasks of a pool, and convert them to CSV."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qtorch.cli.task_text import counts_text, duration, model_of
-from qtorch.cli.worker_table import doing, epoch_of, metric_of
+from qtorch.cli.task_text import counts_text, format_duration, model_name
+from qtorch.cli.worker_table import epoch_text, metrics_text, stage_text
 from qtorch.task.definition import RECORDER, Task
 
 STYLE = {"done": "green", "failed": "red", "running": "cyan"}
@@ -28,9 +28,9 @@ CSV_COLUMNS = (
 
 
 def print_tasks(tasks: Sequence[Task], limit: int | None = None) -> None:
-    """One row a task."""
+    """Print one row per task."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("id", "status", "model", "seed", "run", "attempts", "what it is at", "since"):
+    for name in ("id", "status", "model", "seed", "run", "attempts", "activity", "since"):
         table.add_column(name, overflow="fold", justify="right" if name == "since" else "left")
     now = time.time()
     for task in tasks if limit is None else tasks[-limit:]:
@@ -40,30 +40,30 @@ def print_tasks(tasks: Sequence[Task], limit: int | None = None) -> None:
         table.add_row(
             str(task["_id"]),
             status,
-            model_of(task["def"]) or "-",
+            model_name(task["def"]) or "-",
             "-" if seed is None else str(seed),
-            run_of(task) or "-",
+            task_run_id(task) or "-",
             attempts_text(task),
-            _at(task),
-            duration(max(0.0, now - float(task["updated"]))) if task.get("updated") else "-",
+            _activity_text(task),
+            format_duration(max(0.0, now - float(task["updated"]))) if task.get("updated") else "-",
         )
     _console().print(table)
     if limit is not None and len(tasks) > limit:
-        print(f"the newest {limit} of {len(tasks)}")
+        print(f"showing the newest {limit} of {len(tasks)} tasks")
 
 
 def print_task(task: Task) -> None:
-    """All that is known of a task."""
+    """Print all details of a task."""
     console = _console()
     lines = Table.grid(padding=(0, 2))
     worker = task.get("worker") or {}
     facts = {
         "task": f"{task['_id']} ({task['status']})",
-        "model": model_of(task["def"]),
-        "run": run_of(task),
+        "model": model_name(task["def"]),
+        "run": task_run_id(task),
         "attempts": attempts_text(task),
         "worker": " ".join(str(worker[k]) for k in ("host", "pid") if k in worker),
-        "at": _at(task) if task["status"] != "failed" else "",
+        "activity": _activity_text(task) if task["status"] != "failed" else "",
         "error": task.get("error"),
     }
     for name, value in facts.items():
@@ -79,52 +79,57 @@ def print_task(task: Task) -> None:
 
 
 def attempts_text(task: Mapping[str, Any]) -> str:
-    """How often it was taken, and what came of that."""
+    """Format the number of attempts, and how many ended in errors or were lost or returned."""
     counts = [(task["errors"], "errors"), (task["lost"], "lost"), (task["preemptions"], "returned")]
-    told = ", ".join(f"{n} {what}" for n, what in counts if n)
-    return f"{task['attempt']} ({told})" if told else str(task["attempt"])
+    details = ", ".join(f"{n} {name}" for n, name in counts if n)
+    return f"{task['attempt']} ({details})" if details else str(task["attempt"])
 
 
-def run_of(task: Mapping[str, Any]) -> str:
-    """The id of the task's run."""
+def task_run_id(task: Mapping[str, Any]) -> str:
+    """Return the ID of the task's run."""
     result = task.get("res")
-    found = result.get(RECORDER) if isinstance(result, Mapping) else None
-    return str((found or task.get("run") or {}).get("recorder_id") or "")
+    recorder = result.get(RECORDER) if isinstance(result, Mapping) else None
+    return str((recorder or task.get("run") or {}).get("recorder_id") or "")
 
 
-def _at(task: Mapping[str, Any]) -> str:
+def _activity_text(task: Mapping[str, Any]) -> str:
     if task["status"] in ("failed", "waiting", "part_done"):
         return str(task.get("error") or "")[:200].replace("[", r"\[")
     progress = task.get("progress") or {}
     if task["status"] == "done":
-        return metric_of(progress)
+        return metrics_text(progress)
     host = (task.get("worker") or {}).get("host", "")
-    parts = (doing(progress), epoch_of(progress), metric_of(progress), f"on {host}" if host else "")
+    parts = (
+        stage_text(progress),
+        epoch_text(progress),
+        metrics_text(progress),
+        f"on {host}" if host else "",
+    )
     return "  ".join(p for p in parts if p)
 
 
 def csv_text(tasks: Sequence[Task]) -> str:
-    """The tasks as CSV, without definitions."""
+    """Format the tasks as CSV, without their definitions."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for task in tasks:
         definition = task["def"] if isinstance(task["def"], Mapping) else {}
-        own = {
+        values = {
             "id": task["_id"],
-            "model": model_of(definition),
+            "model": model_name(definition),
             "seed": definition.get("seed"),
             "worker": (task.get("worker") or {}).get("id"),
-            "run": run_of(task),
+            "run": task_run_id(task),
             "experiment_id": (task.get("run") or {}).get("experiment_id"),
         }
-        writer.writerow([own[c] if c in own else task.get(c) for c in CSV_COLUMNS])
+        writer.writerow([values[c] if c in values else task.get(c) for c in CSV_COLUMNS])
     return out.getvalue()
 
 
 @contextmanager
-def progress_shown(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
-    """A function that shows counts: on a terminal a bar with the remaining time, else lines."""
+def show_progress(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
+    """Yield a function that displays counts: a progress bar on a terminal, otherwise lines."""
     if not sys.stderr.isatty():
         yield lambda stat: print(counts_text(stat), file=sys.stderr, flush=True)
         return
@@ -138,18 +143,18 @@ def progress_shown(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         bar = bars.add_task(pool, total=None)
 
-        def show(stat: Mapping[str, int]) -> None:
-            finished = stat.get("done", 0) + stat.get("failed", 0)
-            failed = f", [red]{stat['failed']} failed[/red]" if stat.get("failed") else ""
-            running = f", {stat['running']} running" if stat.get("running") else ""
+        def update(stat: Mapping[str, int]) -> None:
+            num_finished = stat.get("done", 0) + stat.get("failed", 0)
+            failed_text = f", [red]{stat['failed']} failed[/red]" if stat.get("failed") else ""
+            running_text = f", {stat['running']} running" if stat.get("running") else ""
             bars.update(
                 bar,
-                completed=finished,
+                completed=num_finished,
                 total=sum(stat.values()),
-                description=f"{pool}{running}{failed}",
+                description=f"{pool}{running_text}{failed_text}",
             )
 
-        yield show
+        yield update
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""Tasks of a pool as text: what a person calls their model, how long ago, how long still."""
+"""Format tasks of a pool as text: model names, counts, durations."""
 
 from __future__ import annotations
 
@@ -8,51 +8,55 @@ from typing import TYPE_CHECKING, Any
 from qtorch.task.query import STATUSES
 
 if TYPE_CHECKING:
-    from qtorch.task.slot import View
+    from qtorch.task.slot import SlotStatus
 
-KEYS = ("_target_", "class", "func")
+NAME_KEYS = ("_target_", "class", "func")
 
 
-def model_of(definition: Any) -> str:
-    """The network's name where the model has one, else the model's."""
+def model_name(definition: Any) -> str:
+    """Return the name of the network if the model has one, else of the model."""
     model = definition.get("model") if isinstance(definition, Mapping) else None
     if not isinstance(model, Mapping):
-        return _last(model)
+        return _last_part(model)
     options = model if "_target_" in model else model.get("kwargs") or {}
     network = options.get("network")
-    return (_name(network) if network is not None else "") or _name(model)
+    return (_config_name(network) if network is not None else "") or _config_name(model)
 
 
 def counts_text(stat: Mapping[str, int]) -> str:
-    """`3 waiting, 40 done`."""
+    """Format counts by status: `3 waiting, 40 done`."""
     return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
 
 
-def counts_of(views: Iterable[View]) -> dict[str, int]:
-    """What all places of a worker have done, by how it ended."""
+def total_counts(slots: Iterable[SlotStatus]) -> dict[str, int]:
+    """Add up the counts of a worker's slots, by how the tasks ended."""
     totals: dict[str, int] = {}
-    for view in views:
-        for name, number in view.counts.items():
+    for slot in slots:
+        for name, number in slot.counts.items():
             totals[name] = totals.get(name, 0) + number
     return totals
 
 
-def duration(seconds: float | None) -> str:
-    """`4.2 s`, `3:05`, `1:02:07`."""
+def format_duration(seconds: float | None) -> str:
+    """Format a duration: `4.2 s`, `3:05`, `1:02:07`."""
     if seconds is None:
         return "-"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, remaining_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return (
+        f"{hours}:{minutes:02}:{remaining_seconds:02}"
+        if hours
+        else f"{minutes}:{remaining_seconds:02}"
+    )
 
 
-def _name(config: Any) -> str:
+def _config_name(config: Any) -> str:
     if isinstance(config, Mapping):
-        return _last(next((config[k] for k in KEYS if config.get(k)), None))
-    return _last(config)
+        return _last_part(next((config[k] for k in NAME_KEYS if config.get(k)), None))
+    return _last_part(config)
 
 
-def _last(name: Any) -> str:
+def _last_part(name: Any) -> str:
     return name.rpartition(".")[2] if isinstance(name, str) else ""

@@ -1,4 +1,4 @@
-"""`qtorch tracking`: what a tracking server did not get, delivered later."""
+"""`qtorch tracking`: deliver data that a tracking server could not receive earlier."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from qtorch.core.errors import ConfigError, unknown_name
 
 USAGE = """\
-qtorch tracking: deliver what was kept on disk while a tracking store did not answer
+qtorch tracking: deliver data that was stored on disk while the tracking store was unreachable
 
 usage: qtorch tracking send [run=RUN_ID] [folder=FOLDER] [tracking.uri=URI]
 
-  run           one run alone
-  folder        another folder than this user's outbox
-  tracking.uri  where to; by default where it was meant for (needed if that had a password)
+  run           only this run
+  folder        outbox folder; default: the outbox of this user
+  tracking.uri  destination; default: the original store (required if its URI has a password)
 """
 ACTIONS = ("send",)
 OPTIONS = ("run", "folder", "tracking.uri")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `send`: 0 where everything was delivered or nothing waits, else 1."""
+    """Run `send`; return 0 if everything was delivered or nothing was pending, otherwise 1."""
     if not argv or any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0 if argv else 2
     if argv[0] not in ACTIONS:
         raise ConfigError(unknown_name("tracking command", argv[0], ACTIONS))
-    options = dict(_option(word) for word in argv[1:])
+    options = dict(_parse_option(word) for word in argv[1:])
 
     from qtorch.tracking.outbox import send
 
@@ -37,18 +37,20 @@ def main(argv: Sequence[str]) -> int:
         folder=options.get("folder"),
     )
     if not reports:
-        print("nothing waits to be delivered.")
-    failed = False
+        print("nothing to deliver.")
+    has_failed = False
     for report in reports:
-        print(f"run {report.run_id}: {report.sent} sent, {report.already_there} were there already")
-        problems = [*report.refused, *([report.error] if report.error else [])]
+        print(
+            f"run {report.run_id}: {report.num_sent} sent, {report.num_skipped} already delivered"
+        )
+        problems = [*report.rejections, *([report.error] if report.error else [])]
         for problem in problems:
-            failed = True
+            has_failed = True
             print(f"error: run {report.run_id}: {' '.join(problem.split())}", file=sys.stderr)
-    return int(failed)
+    return int(has_failed)
 
 
-def _option(word: str) -> tuple[str, str]:
+def _parse_option(word: str) -> tuple[str, str]:
     name, equals, value = word.partition("=")
     if not equals or name not in OPTIONS:
         raise ConfigError(unknown_name("option of tracking send", name, OPTIONS))

@@ -1,4 +1,4 @@
-"""`qtorch train`: compose a task from conf/ and overrides, run it (or a sweep), tell the result."""
+"""`qtorch train`: compose a task from conf/ and overrides, run it or a sweep, print the results."""
 
 from __future__ import annotations
 
@@ -15,62 +15,63 @@ from omegaconf import DictConfig
 
 from qtorch.cli.config_path import ROOT_CONFIG, config_path
 from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.hydra_errors import explained
+from qtorch.cli.hydra_errors import translate_hydra_errors
 from qtorch.cli.plugins import register_plugins
-from qtorch.cli.signals import interruptible
-from qtorch.cli.sweep import KILLED, Refusal, finished_jobs, forget_jobs
+from qtorch.cli.signals import handle_stop_signals
+from qtorch.cli.sweep import KILLED, SweepStartError, clear_results, job_results
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
-# Our launcher groups have their plugins' names, and are checked against those; a launcher's workers
-# import this module too.
+# Our launcher configs have the names of Hydra's plugins, and Hydra warns that it validates them
+# against the plugins' schemas. The filter is set at import, so that launcher workers get it too.
 warnings.filterwarnings("ignore", message=r".*\n?.*validated against ConfigStore schema")
-# Hydra composes its help without the root configuration, which could say so.
+# Hydra composes its help without the root configuration, so the template cannot be chosen there.
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what the overrides ask for; 0 where every job finished, 130 after Ctrl-C, else 1."""
-    forget_jobs()
-    many = any(a in ("-m", "--multirun") for a in argv)
+    """Run the jobs; return 0 if every job finished, 130 after Ctrl-C, otherwise 1."""
+    clear_results()
+    is_multirun = any(a in ("-m", "--multirun") for a in argv)
     register_plugins()
     try:
-        ended = _launched(argv)
-        if isinstance(ended, int):
-            return ended
-        return _told(many, ended)
+        outcome = _run_jobs(argv)
+        if isinstance(outcome, int):
+            return outcome
+        return _report_results(is_multirun, outcome)
     finally:
         if "qtorch.cli.sweep_start" in sys.modules:
-            from qtorch.cli.sweep_start import forget_sweep
+            from qtorch.cli.sweep_start import close_sweep
 
-            forget_sweep()
+            close_sweep()
 
 
-def _launched(argv: Sequence[str]) -> BaseException | int | None:
-    """Hydra's part: every job has ended after it, or what has kept some from it is returned.
+def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
+    """Run all jobs through Hydra.
 
-    An exit code where there were no jobs (--help).
+    Return the exception that kept jobs from running to their end, if any; or an exit code if no job
+    was requested (--help).
     """
     try:
-        return _composed_and_run(argv)
+        return _run_hydra(argv)
     except Exception as error:
-        if not _sweep_has_begun():
+        if not _has_sweep_started():
             raise
-        return error  # of a launcher: what its jobs came to is told nevertheless
+        return error  # the launcher failed: the results of its jobs are printed nevertheless
 
 
-def _composed_and_run(argv: Sequence[str]) -> BaseException | int | None:
-    with _as_program(argv), interruptible(), explained(argv):
+def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
+    with _patch_arguments(argv), handle_stop_signals(), translate_hydra_errors(argv):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
-                _run
+                _run_job
             )()
         except KeyboardInterrupt as stop:
             return stop
         except SystemExit as end:
-            if _sweep_has_begun():
-                return end  # a scheduler's notice
-            return end.code if isinstance(end.code, int) else 0  # --help, a wrong option
-        except Refusal as refusal:
+            if _has_sweep_started():
+                return end  # a stop signal from a scheduler
+            return end.code if isinstance(end.code, int) else 0  # --help or an invalid option
+        except SweepStartError as refusal:
             if refusal.__cause__ is None:
                 raise
             raise refusal.__cause__ from None
@@ -79,59 +80,62 @@ def _composed_and_run(argv: Sequence[str]) -> BaseException | int | None:
     return None
 
 
-def _sweep_has_begun() -> bool:
+def _has_sweep_started() -> bool:
     if "qtorch.cli.sweep_start" not in sys.modules:
         return False
-    from qtorch.cli.sweep_start import the_sweep
+    from qtorch.cli.sweep_start import current_sweep
 
-    sweep = the_sweep()
+    sweep = current_sweep()
     return sweep is not None and sweep.recorder is not None
 
 
-def _told(many: bool, interrupted: BaseException | None) -> int:
-    """What the jobs came to, on the terminal and as an exit code; `interrupted`, what kept some
-    from their end."""
-    jobs = finished_jobs()
-    if any(j.sent for j in jobs) and interrupted is None:
-        from qtorch.cli.sent import await_jobs
+def _report_results(is_multirun: bool, interruption: BaseException | None) -> int:
+    """Print the results of the jobs and return the exit code.
 
-        with interruptible():
-            await_jobs(jobs)
-    if many:
-        from qtorch.cli.sweep_end import end
+    `interruption` is the exception that kept jobs from running to their end.
+    """
+    jobs = job_results()
+    if any(j.sent for j in jobs) and interruption is None:
+        from qtorch.cli.sent import wait_for_pool_jobs
 
-        return end(jobs, interrupted)
+        with handle_stop_signals():
+            wait_for_pool_jobs(jobs)
+    if is_multirun:
+        from qtorch.cli.sweep_end import finish_sweep
+
+        return finish_sweep(jobs, interruption)
     if any(j.sent for j in jobs):
         from qtorch.cli.table import print_jobs
 
         print_jobs(jobs)
-    if interrupted is not None:
-        from qtorch.cli.scheduled import queued_again
+    if interruption is not None:
+        from qtorch.cli.scheduled import requeue_slurm_job
 
-        told = queued_again()
-        if told is not None:
-            kept = str(interrupted).partition(". ")[0].rstrip(".")  # without how to go on by hand
-            raise KeyboardInterrupt(f"{kept}. {told}")
-        raise interrupted
-    for failed in (j for j in jobs if j.error):
-        print(f"error: {failed.error}", file=sys.stderr)
+        requeue_text = requeue_slurm_job()
+        if requeue_text is not None:
+            # Drop the hint on resuming by hand.
+            first_sentence = str(interruption).partition(". ")[0].rstrip(".")
+            raise KeyboardInterrupt(f"{first_sentence}. {requeue_text}")
+        raise interruption
+    for failed_job in (j for j in jobs if j.error):
+        print(f"error: {failed_job.error}", file=sys.stderr)
     if any(j.status == KILLED for j in jobs):
         return INTERRUPTED
     return int(any(j.error for j in jobs))
 
 
-def _run(config: DictConfig) -> None:
-    """Imported with the first job: composing, --cfg and --help need no torch."""
+def _run_job(config: DictConfig) -> None:
+    """Run one job; imported late because composing, --cfg and --help need no torch."""
     from qtorch.cli.job import run_job
 
     run_job(config)
 
 
 @contextmanager
-def _as_program(argv: Sequence[str]) -> Iterator[None]:
-    """Hydra reads sys.argv, and hides its exceptions unless told not to."""
-    before, variable = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    # argparse takes overrides in one stretch only; here they may stand before options too.
+def _patch_arguments(argv: Sequence[str]) -> Iterator[None]:
+    """Set sys.argv, which Hydra reads, and HYDRA_FULL_ERROR, without which it hides exceptions."""
+    original_argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # argparse accepts the overrides only as one contiguous block; allow them before options too.
     overrides = [a for a in argv if _OVERRIDE.match(a)]
     overrides += [choice for option, choice in HYDRA_HELP.items() if option in argv]
     sys.argv = ["qtorch train", *(a for a in argv if not _OVERRIDE.match(a)), *overrides]
@@ -139,8 +143,8 @@ def _as_program(argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.argv = before
-        if variable is None:
+        sys.argv = original_argv
+        if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = variable
+            os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -1,4 +1,4 @@
-"""`qtorch worker`: work off a task pool, one training process for each device."""
+"""`qtorch worker`: train tasks from a pool, with one training process per device slot."""
 
 from __future__ import annotations
 
@@ -11,128 +11,140 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.options import count, needed, options_of, seconds, switch
-from qtorch.cli.task_text import counts_of, counts_text
+from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds, require_option
+from qtorch.cli.task_text import counts_text, total_counts
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import configure_logging
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.slot import WorkerOptions
 from qtorch.task.supervisor import Show, Supervisor
-from qtorch.tracking.locations import redacted
+from qtorch.tracking.locations import redact_password
 
 USAGE = """\
-qtorch worker: take tasks from a pool and train them, until told to stop
+qtorch worker: train tasks from a task pool until stopped
 
 usage: qtorch worker pool=NAME [url=URL] [devices=auto] [per_device=1] [max_tasks=N]
                      [idle_timeout=SECONDS] [force_release=true] ...
 
-  pool           the pool's name
-  url            where the pool is: sqlite:///FILE, postgresql+psycopg://..., mongodb://...;
-                 by default QTORCH_TASK_URL, else mlruns/tasks.db in this folder
-  devices        auto (every GPU that this process may see, else the CPU), cpu, or GPUs: 0,1
-  per_device     so many trainings at once on each
-  max_tasks      end after so many tasks
-  idle_timeout   end after so many seconds without work; without it the worker waits for more
-  force_release  a process of its own for each task, so that a GPU's memory comes back whole
-  experiment     MLflow's experiment for tasks that name none (by default the pool's name)
-  tracking.uri   MLflow's store for all tasks, whatever they name
-  lease          seconds after which the tasks of a dead worker are free again (60)
-  hang_after     seconds without a sign of life after which a training is ended (600)
-  grace          seconds for a checkpoint when the worker is told to stop (30)
-  func, end_func what runs a waiting task, and one that a delayed trainer has begun
-  table          true, false: the live table (by default on a terminal)
-  logs           a folder for what the trainings print
+  pool           name of the pool
+  url            database of the pool: sqlite:///FILE, postgresql+psycopg://..., mongodb://...;
+                 default: QTORCH_TASK_URL, else mlruns/tasks.db in this folder
+  devices        auto (all visible GPUs, else the CPU), cpu, or GPU indices: 0,1
+  per_device     number of concurrent trainings on each device
+  max_tasks      stop after so many tasks
+  idle_timeout   stop after so many seconds without work; default: wait for more tasks
+  force_release  true: run each task in a new process, so that all GPU memory is released
+  experiment     MLflow experiment for tasks that do not name one (default: the pool's name)
+  tracking.uri   MLflow tracking URI for all tasks; overrides the tasks' own
+  lease          seconds after which tasks of a dead worker become available again (60)
+  hang_after     kill a training after so many seconds without a heartbeat (600)
+  grace          seconds to write a checkpoint when the worker is stopped (30)
+  func, end_func functions that run waiting tasks, and part_done tasks of a delayed trainer
+  table          true, false: show a live table (default: only on a terminal)
+  logs           folder for the output of the trainings
 
-Ctrl-C, SIGTERM and SIGUSR1 hand the tasks back, with their checkpoints; a second Ctrl-C ends at
-once.
+Ctrl-C, SIGTERM and SIGUSR1 write checkpoints and return the tasks to the pool; a second Ctrl-C
+exits immediately.
 """
-READERS: dict[str, Callable[[str], Any]] = {
+PARSERS: dict[str, Callable[[str], Any]] = {
     "pool": str,
     "url": str,
     "devices": str,
-    "per_device": count,
-    "max_tasks": count,
-    "idle_timeout": seconds,
-    "force_release": switch,
+    "per_device": parse_count,
+    "max_tasks": parse_count,
+    "idle_timeout": parse_seconds,
+    "force_release": parse_bool,
     "experiment": str,
     "tracking.uri": str,
-    "lease": seconds,
-    "hang_after": seconds,
-    "grace": seconds,
+    "lease": parse_seconds,
+    "hang_after": parse_seconds,
+    "grace": parse_seconds,
     "func": str,
     "end_func": str,
-    "table": switch,
+    "table": parse_bool,
     "logs": str,
     "log_level": str,
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    """Work; 0 where the work is done, 128 + the signal that stopped it, else 1."""
+    """Run the worker; return 0 when it is done, 128 + the signal that stopped it, otherwise 1."""
     if not argv or any(a in ("-h", "--help") for a in argv):
         print(USAGE)
         return 0 if argv else 2
-    given = options_of(argv, READERS, "qtorch worker")
-    options = worker_options(given)
-    devices = device_names(given.get("devices"))
-    devices = [d for d in devices for _ in range(given.get("per_device") or 1)]
+    arguments = parse_options(argv, PARSERS, "qtorch worker")
+    options = worker_options(arguments)
+    devices = device_names(arguments.get("devices"))
+    devices = [d for d in devices for _ in range(arguments.get("per_device") or 1)]
     manager = TaskManager(options.pool, options.url, patience=10.0)
-    told = counts_text(manager.task_stat()) or "no task yet"  # a wrong URL is said now
+    pool_counts = counts_text(manager.task_stat()) or "no tasks yet"  # a wrong URL fails here
     manager.close()
-    level = given.get("log_level") or "INFO"
-    table = given.get("table")
-    table = sys.stdout.isatty() if table is None else table
-    logs = _log_folder(given.get("logs"), options.pool if table else None)
-    configure_logging(logging.WARNING if table else level)
+    level = arguments.get("log_level") or "INFO"
+    show_table = arguments.get("table")
+    show_table = sys.stdout.isatty() if show_table is None else show_table
+    logs = _log_folder(arguments.get("logs"), options.pool if show_table else None)
+    configure_logging(logging.WARNING if show_table else level)
     os.environ["QTORCH_WORKER_LOG"] = level
-    where = f", its trainings print into {logs}" if logs else ""
-    print(f"worker {os.getpid()} on {', '.join(devices)}{where}")
-    print(f"pool {options.pool} ({told}) in {redacted(manager.url)}", flush=True)
-    with _shown(options.pool, table) as show:
+    logs_text = f", training output in {logs}" if logs else ""
+    print(f"worker {os.getpid()} on {', '.join(devices)}{logs_text}")
+    print(f"pool {options.pool} ({pool_counts}) in {redact_password(manager.url)}", flush=True)
+    with _live_table(options.pool, show_table) as show:
         supervisor = Supervisor(options, devices, show=show, logs=logs)
         code = supervisor.run()
-    totals = counts_of([slot.view for slot in supervisor.slots])
-    print("ended: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
+    totals = total_counts([slot.status for slot in supervisor.slots])
+    print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
         print(f"error: {error}", file=sys.stderr)
     return code
 
 
-def worker_options(given: dict[str, Any]) -> WorkerOptions:
-    """The worker's options from the command's."""
-    pool = needed(given, "pool", "qtorch worker")
+def worker_options(arguments: dict[str, Any]) -> WorkerOptions:
+    """Convert the command's options to WorkerOptions."""
+    pool = require_option(arguments, "pool", "qtorch worker")
     functions = dict(WorkerOptions(pool).functions)
     for name, status in (("func", "waiting"), ("end_func", "part_done")):
-        if given.get(name):
-            functions[status] = given[name]
-    plain = ("url", "lease", "max_tasks", "idle_timeout", "force_release", "hang_after", "grace")
-    chosen = {name: given[name] for name in plain if given.get(name) is not None}
-    if chosen.get("lease") == 0:
-        raise ConfigError("lease=0: a lease is a number of seconds above 0.")
+        if arguments.get(name):
+            functions[status] = arguments[name]
+    option_names = (
+        "url",
+        "lease",
+        "max_tasks",
+        "idle_timeout",
+        "force_release",
+        "hang_after",
+        "grace",
+    )
+    options = {name: arguments[name] for name in option_names if arguments.get(name) is not None}
+    if options.get("lease") == 0:
+        raise ConfigError("lease=0: expected a number of seconds above 0.")
     return WorkerOptions(
         pool,
         functions=functions,
-        experiment=given.get("experiment"),
-        tracking_uri=given.get("tracking.uri"),
-        **chosen,
+        experiment=arguments.get("experiment"),
+        tracking_uri=arguments.get("tracking.uri"),
+        **options,
     )
 
 
-def _log_folder(given: str | None, pool: str | None) -> Path | None:
-    """Where the trainings print: the given folder; under a live table a folder of its own."""
-    if given is None and pool is None:
+def _log_folder(folder_name: str | None, pool: str | None) -> Path | None:
+    """Create the folder for the trainings' output: the given one, or one for a live table."""
+    if folder_name is None and pool is None:
         return None
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(given) if given else Path("outputs", f"worker_{pool}_{stamp}_{os.getpid()}")
+    timestamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = (
+        Path(folder_name)
+        if folder_name
+        else Path("outputs", f"worker_{pool}_{timestamp}_{os.getpid()}")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def _shown(pool: str, table: bool) -> Iterator[Show | None]:
-    """The live table, where one is wanted."""
-    if not table:
+def _live_table(pool: str, show_table: bool) -> Iterator[Show | None]:
+    """Display the live table if requested; yield the function that updates it."""
+    if not show_table:
         yield None
         return
     from rich.live import Live
@@ -140,4 +152,4 @@ def _shown(pool: str, table: bool) -> Iterator[Show | None]:
     from qtorch.cli.worker_table import worker_table
 
     with Live(worker_table(pool, []), auto_refresh=False) as live:
-        yield lambda views: live.update(worker_table(pool, views), refresh=True)
+        yield lambda slots: live.update(worker_table(pool, slots), refresh=True)
