@@ -288,9 +288,7 @@ def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
     bad = [c for c, t in frame.dtypes.items() if not (pd.api.types.is_numeric_dtype(t))]
     if bad:
         kinds = ", ".join(f"{c!r} ({frame[c].dtype})" for c in bad[:5])
-        raise DataError(
-            f"every column must be numeric, but these are not: {kinds}. Drop or encode them."
-        )
+        raise DataError(f"every column must be numeric; not numeric: {kinds}. Drop or encode them.")
     return frame.to_numpy(dtype=np.float32, na_value=np.nan)
 
 

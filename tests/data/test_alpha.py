@@ -41,52 +41,60 @@ def test_158_columns_in_qlibs_order(source) -> None:
     assert handler.get_cols("label") == ["LABEL0"]
 
 
-def test_what_an_index_did_comes_last_and_is_the_same_for_all(source) -> None:
+def test_market_features_come_last_and_are_equal_for_all_instruments(source) -> None:
     handler = Alpha158("stocks", **SPAN, source=source, columns=["KMID"], market=["market"])
-    found = handler.fetch(col_set="feature", data_key="raw")
-    assert list(found) == ["KMID", *market_features(["market"])[1]]
-    assert len(found.columns) == 22
-    assert "MARKET" not in found.index.get_level_values("instrument")
-    by_day = found.drop(columns="KMID").groupby(level="datetime")
+    frame = handler.fetch(col_set="feature", data_key="raw")
+    assert list(frame) == ["KMID", *market_features(["market"])[1]]
+    assert len(frame.columns) == 22
+    assert "MARKET" not in frame.index.get_level_values("instrument")
+    by_day = frame.drop(columns="KMID").groupby(level="datetime")
     assert (by_day.nunique(dropna=False) == 1).all(axis=None)
     index = source.features(["MARKET"], ["$close", "$volume"]).droplevel("instrument")
-    moved, amount = index["$close"].pct_change(), index["$close"] * index["$volume"]
-    expected = {
-        "RET": moved,
-        "RETMEAN60": moved.rolling(60, min_periods=1).mean(),
-        "RETSTD5": moved.rolling(5, min_periods=1).std(),
+    returns, amount = index["$close"].pct_change(), index["$close"] * index["$volume"]
+    expected_values = {
+        "RET": returns,
+        "RETMEAN60": returns.rolling(60, min_periods=1).mean(),
+        "RETSTD5": returns.rolling(5, min_periods=1).std(),
         "AMOUNTMEAN10": amount.rolling(10, min_periods=1).mean() / amount,
         "AMOUNTSTD20": amount.rolling(20, min_periods=1).std() / amount,
     }
-    for name, values in expected.items():
+    for name, values in expected_values.items():
         first = by_day[f"{name}_market"].first()
         np.testing.assert_allclose(first, values[first.index], rtol=2e-3, atol=1e-5, err_msg=name)
-    with pytest.raises(ConfigError, match="expected a list"):
+    with pytest.raises(ConfigError, match="must be a list of instruments"):
         Alpha158(source=source, market="MARKET")
 
 
-def test_another_instrument_is_seen_whatever_the_universe_and_its_size() -> None:
-    many = SyntheticSource(140, "2015-01-01", "2015-04-30", seed=3)
-    loader = QlibDataLoader(["Mask(Mean($close, 5), 'market')", "$close"], source=many)
-    last = sorted(many.instruments("stocks"))[-3:]
-    for universe in ("stocks", last):  # more than what is computed at once; and few
-        found = loader.load(universe, "2015-03-02", "2015-04-30").iloc[:, 0].unstack()
-        expected = many.features(["MARKET"], ["Mean($close, 5)"], "2015-03-02", "2015-04-30")
-        assert len(found.columns) == 3 if universe is last else len(found.columns) > 130
-        filled = found.ffill(axis=1).bfill(axis=1)  # a day that an instrument lacks has no value
-        np.testing.assert_allclose(filled.iloc[:, 0], expected.iloc[:, 0], rtol=1e-6)
-    same = many.features(last, ["Mask(Mean($close, 5), 'market')"], "2015-03-02", "2015-03-02")
-    np.testing.assert_allclose(same.iloc[:, 0], expected.iloc[0, 0], rtol=1e-6)
+def test_mask_reads_another_instrument_for_any_universe() -> None:
+    market = SyntheticSource(140, "2015-01-01", "2015-04-30", seed=3)
+    loader = QlibDataLoader(["Mask(Mean($close, 5), 'market')", "$close"], source=market)
+    last = sorted(market.instruments("stocks"))[-3:]
+    for universe in ("stocks", last):  # more instruments than one block, and only three
+        masked_values = loader.load(universe, "2015-03-02", "2015-04-30").iloc[:, 0].unstack()
+        market_values = market.features(["MARKET"], ["Mean($close, 5)"], "2015-03-02", "2015-04-30")
+        assert (
+            len(masked_values.columns) == 3
+            if universe is last
+            else len(masked_values.columns) > 130
+        )
+        filled_rows = masked_values.ffill(axis=1).bfill(
+            axis=1
+        )  # an instrument has no value on a day without a row
+        np.testing.assert_allclose(filled_rows.iloc[:, 0], market_values.iloc[:, 0], rtol=1e-6)
+    one_day = market.features(last, ["Mask(Mean($close, 5), 'market')"], "2015-03-02", "2015-03-02")
+    np.testing.assert_allclose(one_day.iloc[:, 0], market_values.iloc[0, 0], rtol=1e-6)
     with pytest.raises(ExpressionError, match="unknown instrument 'nobody'"):
-        QlibDataLoader(["Mask($close, 'nobody')"], source=many).load("stocks")
+        QlibDataLoader(["Mask($close, 'nobody')"], source=market).load("stocks")
 
 
 def test_the_label_is_the_return_from_tomorrow(source) -> None:
     close = source.features("all", ["$close"])["$close"].unstack(0)
-    expected = (close.shift(-2) / close.shift(-1) - 1).loc[SPAN["start_time"] : SPAN["end_time"]]
+    expected_label = (close.shift(-2) / close.shift(-1) - 1).loc[
+        SPAN["start_time"] : SPAN["end_time"]
+    ]
     label = Alpha158(**SPAN, source=source).fetch(col_set="label", data_key="raw")["LABEL0"]
-    expected = expected.stack(future_stack=True).reindex(label.index)
-    np.testing.assert_allclose(label, expected, rtol=1e-4, atol=1e-6)
+    expected_label = expected_label.stack(future_stack=True).reindex(label.index)
+    np.testing.assert_allclose(label, expected_label, rtol=1e-4, atol=1e-6)
     vwap = Alpha158vwap(**SPAN, source=source).get_label_config()
     assert vwap == (["Ref($vwap, -2)/Ref($vwap, -1) - 1"], ["LABEL0"])
     assert Alpha360vwap(**SPAN, source=source).get_label_config() == vwap
@@ -99,35 +107,35 @@ def test_default_processors_are_qlibs(source) -> None:
     assert kinds == ["ProcessInf", "ZScoreNorm", "Fillna", "DropnaLabel", "CSZScoreNorm"]
 
 
-def test_some_columns_alone_are_computed_and_equal(source) -> None:
-    whole = Alpha158(**SPAN, source=source)
-    some = Alpha158(**SPAN, source=source, columns=SELECTED_20)
-    names = some.get_cols("feature")
+def test_selected_columns_equal_those_of_the_full_set(source) -> None:
+    full = Alpha158(**SPAN, source=source)
+    selection = Alpha158(**SPAN, source=source, columns=SELECTED_20)
+    names = selection.get_cols("feature")
     assert sorted(names) == sorted(SELECTED_20)
-    frame = whole.fetch(col_set="feature", data_key="raw")
+    frame = full.fetch(col_set="feature", data_key="raw")
     assert names == [n for n in frame.columns if n in SELECTED_20]
-    np.testing.assert_array_equal(some.fetch(col_set="feature"), frame[names])
+    np.testing.assert_array_equal(selection.fetch(col_set="feature"), frame[names])
     keep = {"class": "FilterCol", "kwargs": {"col_list": list(SELECTED_20)}}
-    filtered = Alpha158(**SPAN, source=source, infer_processors=[keep])
-    np.testing.assert_array_equal(filtered.fetch(col_set="feature"), frame[names])
-    assert filtered._raw is not None
-    assert filtered._raw.group("feature").names == tuple(names)
+    handler_with_filter = Alpha158(**SPAN, source=source, infer_processors=[keep])
+    np.testing.assert_array_equal(handler_with_filter.fetch(col_set="feature"), frame[names])
+    assert handler_with_filter._raw is not None
+    assert handler_with_filter._raw.group("feature").names == tuple(names)
     with pytest.raises(ConfigError, match="Did you mean 'KSFT'"):
         Alpha158(columns=["KSFT3"], source=source)
-    wrong = {"class": "FilterCol", "kwargs": {"col_list": ["KMIDD"]}}
+    misspelt = {"class": "FilterCol", "kwargs": {"col_list": ["KMIDD"]}}
     with pytest.raises(ConfigError, match="Did you mean 'KMID"):
-        Alpha158(**SPAN, source=source, infer_processors=[wrong]).fetch()
+        Alpha158(**SPAN, source=source, infer_processors=[misspelt]).fetch()
 
 
 def test_features_are_packed_without_a_copy(source) -> None:
     view = Alpha158(**SPAN, source=source).view("learn")
     columns = view.group("feature")
     assert isinstance(columns, PanelColumns)
-    packed = columns.pack("cpu", history=view.history)
-    assert packed.values.data_ptr() == columns.column("KMID").data_ptr()
+    pack = columns.pack("cpu", history=view.history)
+    assert pack.values.data_ptr() == columns.column("KMID").data_ptr()
 
 
-def test_alpha360_is_a_window_and_prepares_360_equal_columns(source) -> None:
+def test_alpha360_windows_equal_the_360_expressions(source) -> None:
     handler = Alpha360(**SPAN, **FIT, source=source)
     columns = handler.view("raw").group("feature")
     assert isinstance(columns, WindowColumns)
@@ -135,12 +143,12 @@ def test_alpha360_is_a_window_and_prepares_360_equal_columns(source) -> None:
     plain = DataHandlerLP(
         "all", **SPAN, data_loader=QlibDataLoader({"feature": (expressions, names)}), source=source
     )
-    theirs = plain.fetch(col_set="feature")
-    ours = handler.fetch(col_set="feature", data_key="raw")
-    assert list(ours.columns) == names
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    expression_values = plain.fetch(col_set="feature")
+    window_values = handler.fetch(col_set="feature", data_key="raw")
+    assert list(window_values.columns) == names
+    np.testing.assert_allclose(window_values, expression_values, rtol=1e-6)
     # The first date's window reaches back before the start.
-    first = ours.loc["2015-06-01"]
+    first = window_values.loc["2015-06-01"]
     assert first["CLOSE59"].notna().any()
 
 
@@ -148,16 +156,16 @@ def test_alpha360_batches_hold_the_processed_columns(source) -> None:
     handler = Alpha360(**SPAN, **FIT, source=source)
     view = handler.view("infer")
     frame = handler.fetch(col_set="feature")
-    packed = view.group("feature").pack("cpu", history=view.history)
+    pack = view.group("feature").pack("cpu", history=view.history)
     date, instrument = view.sample_rows()
-    x = packed.gather(date, instrument)
+    x = pack.gather(date, instrument)
     assert x.shape[1:] == (60, 6)
     flat = x.transpose(1, 2).flatten(1).numpy()
     np.testing.assert_allclose(flat, frame.to_numpy(), rtol=1e-5, atol=1e-5)
     assert not np.isnan(flat).any()
 
 
-def test_alpha360_with_infinities_is_what_the_expressions_give() -> None:
+def test_alpha360_with_infinities_equals_the_expressions() -> None:
     bars = SyntheticSource(5, "2015-01-01", "2015-12-31", seed=3).load(start_time="2015-01-01")
     frame = bars.to_frame()
     frame.loc[("2015-09-01", frame.index[0][1]), "close"] = 0.0
@@ -176,9 +184,9 @@ def test_alpha360_with_infinities_is_what_the_expressions_give() -> None:
     handler = Alpha360(**SPAN, **FIT, source=source)
     raw = handler.fetch(col_set="feature", data_key="raw").to_numpy()
     assert np.isinf(raw).any()
-    found, expected = (h.fetch(col_set="feature") for h in (handler, plain))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert np.isfinite(found.to_numpy()).all()
+    features, expected_features = (h.fetch(col_set="feature") for h in (handler, plain))
+    np.testing.assert_allclose(features, expected_features, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(features.to_numpy()).all()
 
 
 def test_alpha360_some_columns(source) -> None:
@@ -188,7 +196,7 @@ def test_alpha360_some_columns(source) -> None:
     np.testing.assert_array_equal(frame[names], whole[names])
 
 
-def test_a_label_of_ones_own(source) -> None:
+def test_custom_labels(source) -> None:
     handler = Alpha158(**SPAN, source=source, label=["Ref($close, -6)/Ref($close, -1)-1"])
     assert handler.get_cols("label") == ["Ref($close, -6)/Ref($close, -1)-1"]
     assert handler.horizon() == 6
@@ -199,7 +207,7 @@ def test_a_label_of_ones_own(source) -> None:
     assert several.horizon() == 9
 
 
-def test_it_is_rebuilt_from_its_configuration(source) -> None:
+def test_handler_is_rebuilt_from_its_configuration(source) -> None:
     processors = [{"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}}]
     first = Alpha158(**SPAN, source=source, infer_processors=processors, **FIT)
     config = first.to_config()
@@ -209,14 +217,14 @@ def test_it_is_rebuilt_from_its_configuration(source) -> None:
     assert processors == [{"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}}]
 
 
-def test_the_loaders_by_themselves(source) -> None:
+def test_loaders_without_a_handler(source) -> None:
     assert len(Alpha158DL(source=source).names()["feature"]) == 158
     only = Alpha158DL.get_feature_config({"kbar": {}, "rolling": {"include": ["ROC"]}})
     assert len(only[1]) == 14
     view = Alpha360DL(source=source).view(None, "2015-12-01", "2015-12-31")
     assert view.group("feature").shape[2] == 360
-    own = Alpha360DL({"feature": (["$close"], ["C"])}, source=source)
-    assert own.view(None).group("feature").names == ("C",)
+    replacement = Alpha360DL({"feature": (["$close"], ["C"])}, source=source)
+    assert replacement.view(None).group("feature").names == ("C",)
     torch.testing.assert_close(
         view.group("feature").column("CLOSE0").nan_to_num(1.0), torch.ones(view.rows.shape)
     )

@@ -14,7 +14,7 @@ from qtorch.data.samples import Samples, build_samples
 from qtorch.data.view import View
 
 
-def made(
+def make_samples(
     num_dates: int = 9, num_instruments: int = 5, missing: float = 0.3, seed: int = 0
 ) -> Samples:
     generator = torch.Generator().manual_seed(seed)
@@ -33,8 +33,8 @@ def made(
 
 
 def numbers(batch: Batch) -> list[int]:
-    """The cell that each sample of a batch is; padding left out."""
-    flat = batch.flat()
+    """Return the cell number of each sample of a batch, without padding."""
+    flat = batch.flatten()
     x = flat.x[:, -1, 0] if flat.mask is None else flat.x[flat.mask][:, -1, 0]
     return [int(v) for v in x]
 
@@ -53,10 +53,10 @@ shapes = {
 
 @settings(max_examples=60, deadline=None)
 @given(**shapes)
-def test_an_epoch_is_every_sample_once(
+def test_an_epoch_yields_every_sample_once(
     num_dates, num_instruments, missing, seed, order, batch_size, days_per_batch, pad_tail
 ):
-    samples = made(num_dates, num_instruments, missing, seed)
+    samples = make_samples(num_dates, num_instruments, missing, seed)
     loader = BatchLoader(
         samples,
         order=order,
@@ -67,38 +67,38 @@ def test_an_epoch_is_every_sample_once(
     )
     batches = list(loader)
     assert len(batches) == len(loader)
-    seen = [number for batch in batches for number in numbers(batch)]
-    everything = (samples.date * num_instruments + samples.instrument).tolist()
-    assert sorted(seen) == everything
+    cells = [number for batch in batches for number in numbers(batch)]
+    all_cells = (samples.date * num_instruments + samples.instrument).tolist()
+    assert sorted(cells) == all_cells
     assert sum(batch.num_samples for batch in batches) == len(samples)
     if order.endswith("sequential"):
-        assert seen == everything
+        assert cells == all_cells
     if pad_tail:
         assert len({len(batch.x) for batch in batches}) == 1
-    # The same numbers again, from any step of the epoch on, whatever was drawn in between.
+    # The epoch can be repeated from any step, whatever random numbers are drawn in between.
     torch.rand(3)
-    again = [numbers(batch) for batch in loader.batches(0, len(batches) // 2)]
-    assert again == [numbers(batch) for batch in batches[len(batches) // 2 :]]
+    second_half = [numbers(batch) for batch in loader.batches(0, len(batches) // 2)]
+    assert second_half == [numbers(batch) for batch in batches[len(batches) // 2 :]]
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), days=st.integers(1, 4), missing=st.sampled_from([0.0, 0.5]))
 def test_day_batches_hold_exactly_one_days_universe_each(seed, days, missing):
-    samples = made(8, 6, missing, seed)
+    samples = make_samples(8, 6, missing, seed)
     for batch in BatchLoader(samples, order="day", seed=seed, days_per_batch=days):
         assert batch.mask is not None
         assert batch.y is not None
         for g in range(len(batch.x)):
-            there = batch.mask[g]
-            date = batch.date[g][there].unique()
+            is_sample = batch.mask[g]
+            date = batch.date[g][is_sample].unique()
             assert len(date) == 1
             universe = samples.instrument[samples.date == date]
-            assert batch.instrument[g][there].tolist() == universe.tolist()
-            assert batch.y[g][~there].isnan().all()
+            assert batch.instrument[g][is_sample].tolist() == universe.tolist()
+            assert batch.y[g][~is_sample].isnan().all()
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
-    samples = made()
+def test_the_order_depends_only_on_seed_and_epoch():
+    samples = make_samples()
 
     def order(seed: int, epoch: int) -> list[int]:
         loader = BatchLoader(samples, seed=seed, batch_size=7)
@@ -116,59 +116,61 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    # Pinned: a run resumed elsewhere, or by a later version, must go on with the same batches.
-    loader = BatchLoader(made(4, 3, 0.0), seed=7)
-    assert loader.order_of(2).tolist() == [0, 2, 4, 3, 5, 9, 10, 8, 1, 6, 11, 7]
+    # Pinned: a run that resumes elsewhere or with a later version must see the same batches.
+    loader = BatchLoader(make_samples(4, 3, 0.0), seed=7)
+    assert loader.epoch_order(2).tolist() == [0, 2, 4, 3, 5, 9, 10, 8, 1, 6, 11, 7]
 
 
 @pytest.mark.parametrize("order", ["random", "day"])
-def test_an_epoch_resumed_in_the_middle_goes_on_with_what_was_to_come(order):
-    samples = made()
+def test_a_resumed_epoch_yields_the_remaining_batches(order):
+    samples = make_samples()
     loader = BatchLoader(samples, order=order, batch_size=6, seed=1)
     loader.set_epoch(3)
     whole = [numbers(batch) for batch in loader]
     running = iter(loader)
-    done = [numbers(next(running)) for _ in range(2)]
+    first_batches = [numbers(next(running)) for _ in range(2)]
     state = loader.state_dict()
     assert state == {"epoch": 3, "step": 2}
-    other = BatchLoader(samples, order=order, batch_size=6, seed=1)
-    other.load_state_dict(state)
-    assert done + [numbers(batch) for batch in other] == whole
-    # Once: the epoch after it is whole again.
-    other.set_epoch(4)
-    assert len(list(other)) == len(whole)
-    # A state at an epoch's end is the beginning of the next one.
-    assert other.state_dict()["step"] == len(other)
-    third = BatchLoader(samples, order=order, batch_size=6, seed=1)
-    third.load_state_dict(other.state_dict())
-    third.set_epoch(5)
-    assert len(list(third)) == len(whole)
+    resumed_loader = BatchLoader(samples, order=order, batch_size=6, seed=1)
+    resumed_loader.load_state_dict(state)
+    assert first_batches + [numbers(batch) for batch in resumed_loader] == whole
+    # The state applies once: the next epoch is complete again.
+    resumed_loader.set_epoch(4)
+    assert len(list(resumed_loader)) == len(whole)
+    # A state at the end of an epoch starts the next one.
+    assert resumed_loader.state_dict()["step"] == len(resumed_loader)
+    next_loader = BatchLoader(samples, order=order, batch_size=6, seed=1)
+    next_loader.load_state_dict(resumed_loader.state_dict())
+    next_loader.set_epoch(5)
+    assert len(list(next_loader)) == len(whole)
 
 
-def test_the_host_store_gives_the_same_batches_one_ahead():
-    samples = made()
-    expected = [numbers(b) for b in BatchLoader(samples, batch_size=6)]
+def test_the_host_store_prefetches_the_same_batches():
+    samples = make_samples()
+    expected_cells = [numbers(b) for b in BatchLoader(samples, batch_size=6)]
     host = samples.to("cpu", store="host")
-    sent: list[int] = []
-    send = host.sent
-    host.sent = lambda batch: sent.append(len(sent)) or send(batch)  # type: ignore[method-assign]
-    found = []
+    num_sent_batches: list[int] = []
+    send = host.send_to_device
+    host.send_to_device = lambda batch: (
+        num_sent_batches.append(len(num_sent_batches)) or send(batch)
+    )  # type: ignore[method-assign]
+    cells = []
     for step, batch in enumerate(BatchLoader(host, batch_size=6)):
-        found.append(numbers(batch))
-        assert len(sent) == min(step + 2, len(expected))
-    assert found == expected
+        cells.append(numbers(batch))
+        assert len(num_sent_batches) == min(step + 2, len(expected_cells))
+    assert cells == expected_cells
 
 
-def test_a_batch_moves_as_a_whole():
-    batch = next(iter(BatchLoader(made(), batch_size=4, pad_tail=True)))
-    moved = batch.to("meta")
-    assert moved.x.is_meta
-    assert moved.y is not None
-    assert moved.y.is_meta
-    assert moved.mask is not None
-    assert moved.mask.is_meta
-    assert moved.num_samples == batch.num_samples
-    assert batch.flat() is batch
+def test_all_tensors_of_a_batch_are_moved():
+    batch = next(iter(BatchLoader(make_samples(), batch_size=4, pad_tail=True)))
+    meta_batch = batch.to("meta")
+    assert meta_batch.x.is_meta
+    assert meta_batch.y is not None
+    assert meta_batch.y.is_meta
+    assert meta_batch.mask is not None
+    assert meta_batch.mask.is_meta
+    assert meta_batch.num_samples == batch.num_samples
+    assert batch.flatten() is batch
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,6 @@ def test_a_batch_moves_as_a_whole():
         ({"days_per_batch": -1}, "days_per_batch must be at least 1"),
     ],
 )
-def test_options_that_cannot_be_meant(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        BatchLoader(made(), **options)
+        BatchLoader(make_samples(), **options)

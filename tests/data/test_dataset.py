@@ -12,7 +12,7 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data import DataHandlerLP, DatasetH, FrameSource, TSDatasetH
 from qtorch.data.loader import QlibDataLoader
-from qtorch.data.samples import samples_of
+from qtorch.data.samples import get_samples
 
 DATES = pd.bdate_range("2020-01-01", periods=60)
 NAMES = ["A", "B", "C", "D"]
@@ -36,24 +36,24 @@ def bars() -> pd.DataFrame:
     return pd.DataFrame({"close": close, "open": close - rng.random(len(index)) / 2}, index)
 
 
-def make(kind=DatasetH, handler: dict | None = None, **options) -> DatasetH:
-    given = {"infer_processors": [ZSCORE], "learn_processors": LEARN, **(handler or {})}
-    built = DataHandlerLP(
-        "all", data_loader=QlibDataLoader(FIELDS), source=FrameSource(bars()), **given
+def make_dataset(kind=DatasetH, handler: dict | None = None, **options) -> DatasetH:
+    handler_options = {"infer_processors": [ZSCORE], "learn_processors": LEARN, **(handler or {})}
+    handler_ = DataHandlerLP(
+        "all", data_loader=QlibDataLoader(FIELDS), source=FrameSource(bars()), **handler_options
     )
-    return kind(built, options.pop("segments", SEGMENTS), **options)
+    return kind(handler_, options.pop("segments", SEGMENTS), **options)
 
 
 # -- prepare ---------------------------------------------------------------------------------------
 
 
-def test_names_lists_and_dates() -> None:
-    dataset = make()
+def test_prepare_accepts_names_lists_and_dates() -> None:
+    dataset = make_dataset()
     train = dataset.prepare("train", col_set="__raw")
     dates = train.index.get_level_values("datetime")
     assert (dates.min(), dates.max()) == (DATES[0], pd.Timestamp("2020-01-31"))
-    both = dataset.prepare(["train", "valid"], col_set="feature", data_key="learn")
-    assert [len(f) for f in both] == [23 * 4, 10 * 4]
+    frames = dataset.prepare(["train", "valid"], col_set="feature", data_key="learn")
+    assert [len(f) for f in frames] == [23 * 4, 10 * 4]
     span = dataset.prepare(slice("2020-01-30", "2020-02-04"), col_set="label", data_key="raw")
     assert len(span) == 4 * 4
     assert len(dataset.prepare(("2020-01-30", "2020-02-04"))) == 4 * 4
@@ -65,24 +65,24 @@ def test_names_lists_and_dates() -> None:
 
 
 def test_the_fit_window_is_the_train_segment() -> None:
-    dataset = make()
+    dataset = make_dataset()
     raw = dataset.prepare("train", col_set="feature", data_key="raw").astype(np.float64)
-    found = dataset.prepare("test", col_set="feature")
+    features = dataset.prepare("test", col_set="feature")
     test = dataset.prepare("test", col_set="feature", data_key="raw")
-    np.testing.assert_allclose(found, (test - raw.mean()) / raw.std(ddof=0), atol=1e-4)
+    np.testing.assert_allclose(features, (test - raw.mean()) / raw.std(ddof=0), atol=1e-4)
 
 
-def test_one_handler_in_two_datasets_is_fitted_for_each() -> None:
-    first = make()
+def test_a_handler_in_two_datasets_is_fitted_for_each() -> None:
+    first = make_dataset()
     later = {**SEGMENTS, "train": ("2020-01-01", "2020-01-10")}
     second = DatasetH(first.handler, later)
-    one, other = first.prepare("test"), second.prepare("test")
-    assert not np.allclose(one["CO"], other["CO"])
-    pd.testing.assert_frame_equal(first.prepare("test"), one)
+    first_frame, second_frame = first.prepare("test"), second.prepare("test")
+    assert not np.allclose(first_frame["CO"], second_frame["CO"])
+    pd.testing.assert_frame_equal(first.prepare("test"), first_frame)
 
 
 def test_config_moves_segments_and_fit_window() -> None:
-    dataset = make()
+    dataset = make_dataset()
     before = dataset.prepare("test")
     dataset.config(segments={**SEGMENTS, "train": ("2020-01-01", "2020-01-10")})
     assert not np.allclose(dataset.prepare("test")["CO"], before["CO"])
@@ -92,7 +92,7 @@ def test_config_moves_segments_and_fit_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("segments", "said"),
+    ("segments", "message"),
     [
         ({"a": ("2020-01-01", "2020-02-01"), "b": ("2020-02-01", "2020-03-01")}, "overlap"),
         ({"a": ("2020-02-01", "2020-01-01")}, "ends"),
@@ -101,20 +101,20 @@ def test_config_moves_segments_and_fit_window() -> None:
         ([("2020-01-01", "2020-02-01")], "segments must be"),
     ],
 )
-def test_segments_that_cannot_be_meant(segments, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        make(segments=segments)
+def test_invalid_segments_are_refused(segments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_dataset(segments=segments)
 
 
 def test_overlap_can_be_allowed() -> None:
     segments = {"a": ("2020-01-01", "2020-02-14"), "b": ("2020-02-03", "2020-02-28")}
-    dataset = make(segments=segments, allow_overlap=True, handler={"infer_processors": []})
+    dataset = make_dataset(segments=segments, allow_overlap=True, handler={"infer_processors": []})
     assert len(dataset.prepare("b")) == 20 * 4
 
 
 @pytest.mark.parametrize("kind", [DatasetH, TSDatasetH])
-def test_an_empty_segment_names_what_the_data_covers(kind) -> None:
-    dataset = make(kind, segments={**SEGMENTS, "test": ("2021-01-01", "2021-03-01")})
+def test_an_empty_segment_error_names_the_dates_of_the_data(kind) -> None:
+    dataset = make_dataset(kind, segments={**SEGMENTS, "test": ("2021-01-01", "2021-03-01")})
     with pytest.raises(DataError, match=r"segment 'test'.*2020-01-01\.\.2020-03-24"):
         dataset.prepare("test")
     with pytest.raises(DataError, match=r"test.*2020-01-01\.\.2020-03-24"):
@@ -124,13 +124,13 @@ def test_an_empty_segment_names_what_the_data_covers(kind) -> None:
 # -- samples ---------------------------------------------------------------------------------------
 
 
-def test_samples_are_the_learn_view_purged_by_the_labels_reach(caplog) -> None:
+def test_samples_are_the_learn_view_purged_by_the_label_horizon(caplog) -> None:
     caplog.set_level(logging.INFO)
-    dataset = make()
+    dataset = make_dataset()
     samples = dataset.samples("train")
     days = samples.index.get_level_values("datetime").unique()
     assert list(days) == list(DATES[:21])  # 23 days, the labels of the last 2 reach into valid
-    assert "8 samples purged" in caplog.text
+    assert "purged 8 samples" in caplog.text
     learn = dataset.prepare("train", col_set=["feature", "label"], data_key="learn")
     learn = learn.loc[: DATES[20]]
     batch = samples.batch(torch.arange(len(samples)))
@@ -140,65 +140,65 @@ def test_samples_are_the_learn_view_purged_by_the_labels_reach(caplog) -> None:
     np.testing.assert_allclose(batch.extra["raw_label"], raw, atol=1e-7)
     assert len(dataset.samples("train", purge=False)) == 23 * 4
     assert len(dataset.samples("train", horizon=5)) == 18 * 4
-    assert len(make(horizon=1).samples("train")) == 22 * 4
+    assert len(make_dataset(horizon=1).samples("train")) == 22 * 4
     assert len(dataset.samples("valid")) == 8 * 4
 
 
-def test_the_last_segment_is_not_purged_and_prediction_never_is() -> None:
-    dataset = make()
+def test_the_last_segment_and_prediction_are_not_purged() -> None:
+    dataset = make_dataset()
     index = dataset.samples("test", data_key="infer").index
     assert list(index) == list(dataset.prepare("test").index)
     assert len(dataset.samples("test")) == 25 * 4  # 27 days, of which 2 have no label
     assert len(dataset.samples("train", data_key="infer")) == 23 * 4
 
 
-def test_dates_instead_of_a_name() -> None:
-    dataset = make()
+def test_samples_of_dates_instead_of_a_name() -> None:
+    dataset = make_dataset()
     assert len(dataset.samples(slice("2020-01-20", "2020-01-31"), purge=True)) == 8 * 4
-    assert len(samples_of(dataset, slice("2020-01-20", "2020-01-31"))) == 10 * 4
+    assert len(get_samples(dataset, slice("2020-01-20", "2020-01-31"))) == 10 * 4
     with pytest.raises(ConfigError, match="Did you mean 'valid'"):
         dataset.samples("valids")
 
 
-def test_an_unknown_horizon_is_said(caplog) -> None:
-    frame = make().prepare(slice(None), col_set="__raw", data_key="raw")
+def test_an_unknown_horizon_is_logged(caplog) -> None:
+    frame = make_dataset().prepare(slice(None), col_set="__raw", data_key="raw")
     dataset = DatasetH(DataHandlerLP.from_df(frame), SEGMENTS)
     assert len(dataset.samples("train")) == 23 * 4
-    assert "no sample is purged" in caplog.text
+    assert "no samples are purged" in caplog.text
 
 
-def test_windows_reach_back_and_over_rows_without_label() -> None:
-    dataset = make(TSDatasetH, step_len=5)
+def test_windows_reach_back_and_include_rows_without_a_label() -> None:
+    dataset = make_dataset(TSDatasetH, step_len=5)
     samples = dataset.samples("valid")
     assert (samples.num_steps, samples.num_features) == (5, 2)
-    features = make().prepare(slice(None), col_set="feature").xs("B", level="instrument")
+    features = make_dataset().prepare(slice(None), col_set="feature").xs("B", level="instrument")
     row = list(samples.index).index((DATES[25], "B"))
     x = samples.batch(torch.tensor([row])).x[0]
     np.testing.assert_allclose(x, features.loc[DATES[21] : DATES[25]], atol=1e-6)
-    # The last days have no label: they are no samples, yet a window would see them.
+    # The last days have no label, so they are no samples, but windows can still include them.
     learn = dataset.view("learn")
     assert not learn.rows[-2:].any()
     assert learn.history.all()
 
 
-def test_a_column_of_truth_values_chooses_samples() -> None:
+def test_a_boolean_column_filters_samples() -> None:
     fields = {**FIELDS, "use": (["$close > 10.5"], ["USE"])}
     handler = DataHandlerLP("all", data_loader=QlibDataLoader(fields), source=FrameSource(bars()))
     dataset = TSDatasetH(handler, SEGMENTS, step_len=3, flt_col="use")
-    chosen = (bars()["close"] > np.float32(10.5)).sort_index().loc["2020-02-17":"2020-03-24"]
-    expected = list(chosen.index[chosen])
-    assert list(dataset.samples("test", data_key="infer").index) == expected
+    is_selected = (bars()["close"] > np.float32(10.5)).sort_index().loc["2020-02-17":"2020-03-24"]
+    expected_index = list(is_selected.index[is_selected])
+    assert list(dataset.samples("test", data_key="infer").index) == expected_index
     sampler = dataset.prepare("test", col_set="feature")
-    assert sorted(sampler.get_index()) == expected
+    assert sorted(sampler.get_index()) == expected_index
     with pytest.raises(ConfigError, match="must be a group of one column"):
         dataset.prepare("test", flt_col="feature")
 
 
-# -- storing ---------------------------------------------------------------------------------------
+# -- storage ---------------------------------------------------------------------------------------
 
 
-def stored(dataset: DatasetH) -> State:
-    """The state as a store gives it back: plain JSON and tensors."""
+def roundtrip_state(dataset: DatasetH) -> State:
+    """Return the state as it is restored from a store: plain JSON and tensors."""
     import json
 
     state = dataset.to_state()
@@ -206,7 +206,7 @@ def stored(dataset: DatasetH) -> State:
 
 
 @pytest.mark.parametrize("kind", [DatasetH, TSDatasetH])
-def test_a_stored_dataset_goes_on_to_a_later_end_without_fitting(kind, tmp_path) -> None:
+def test_a_restored_dataset_extends_to_a_later_end_without_fitting(kind, tmp_path) -> None:
     from qtorch.data import QlibSource, write_qlib
 
     early, late = bars().loc[: DATES[49]], bars()
@@ -224,31 +224,33 @@ def test_a_stored_dataset_goes_on_to_a_later_end_without_fitting(kind, tmp_path)
     }
     segments = {**SEGMENTS, "test": ("2020-02-17", "2020-03-10")}
     first = kind(handler, segments)
-    expected = first.view("infer").frame(end=DATES[45])
-    state = stored(first)
+    expected_frame = first.view("infer").frame(end=DATES[45])
+    state = roundtrip_state(first)
     assert set(state.tensors) == {"processors.0.center_", "processors.0.scale_"}
 
-    again = kind.from_state(state)
-    pd.testing.assert_frame_equal(again.view("infer").frame(end=DATES[45]), expected)
-    # Other data behind it, a later end, and a train segment that would fit otherwise.
-    again.setup_data(source=str(write_qlib(FrameSource(late), tmp_path / "late")))
-    again.config(
+    restored_dataset = kind.from_state(state)
+    pd.testing.assert_frame_equal(
+        restored_dataset.view("infer").frame(end=DATES[45]), expected_frame
+    )
+    # New data, a later end, and a train segment that would change the fit.
+    restored_dataset.setup_data(source=str(write_qlib(FrameSource(late), tmp_path / "late")))
+    restored_dataset.config(
         handler_kwargs={"end_time": "2020-03-24"},
         segments={"train": ("2020-01-01", "2020-02-10"), "test": ("2020-02-17", "2020-03-24")},
     )
-    again.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
-    found = again.view("infer").frame()
-    assert found.index[-1][0] == DATES[-1]
-    pd.testing.assert_frame_equal(found.loc[: DATES[45]], expected)
+    restored_dataset.setup_data(handler_kwargs={"init_type": DataHandlerLP.IT_LS})
+    later_frame = restored_dataset.view("infer").frame()
+    assert later_frame.index[-1][0] == DATES[-1]
+    pd.testing.assert_frame_equal(later_frame.loc[: DATES[45]], expected_frame)
 
 
-def test_what_has_no_configuration_says_so() -> None:
-    frame = make().prepare(slice(None), col_set="__raw", data_key="raw")
+def test_a_live_frame_cannot_be_stored() -> None:
+    frame = make_dataset().prepare(slice(None), col_set="__raw", data_key="raw")
     with pytest.raises(ConfigError, match="live DataFrame"):
         DatasetH(DataHandlerLP.from_df(frame), SEGMENTS).to_state()
 
 
-def test_configurations_build_it_and_stay_as_they_are() -> None:
+def test_a_dataset_is_built_from_a_configuration_that_stays_unchanged() -> None:
     config = {
         "class": "TSDatasetH",
         "module_path": "qtorch.data",
@@ -276,7 +278,7 @@ def test_configurations_build_it_and_stay_as_they_are() -> None:
         TSDatasetH(dataset.handler, SEGMENTS, step_len=0)
 
 
-def test_the_extremes_of_segments() -> None:
+def test_min_and_max_time_of_segments() -> None:
     assert DatasetH.get_min_time(SEGMENTS) == "2020-01-01"
     assert DatasetH.get_max_time(SEGMENTS) == "2020-03-24"
     assert DatasetH.get_max_time({"a": ("2020-01-01", None)}) is None

@@ -25,9 +25,9 @@ TABLE = pd.DataFrame(
 
 
 def by_day(concepts: Concepts, instrument: int) -> list[list[float]]:
-    bound = concepts.bind(CALENDAR, NAMES)
+    bound_concepts = concepts.bind(CALENDAR, NAMES)
     date = torch.arange(5)
-    return bound.gather(date, torch.full((5,), instrument)).tolist()
+    return bound_concepts.gather(date, torch.full((5,), instrument)).tolist()
 
 
 def test_memberships_are_as_of_the_date() -> None:
@@ -43,12 +43,12 @@ def test_a_table_without_dates_and_from_a_file(tmp_path: Path) -> None:
     assert by_day(Concepts(str(path)), 0) == [[1, 0, 1]] * 5
 
 
-def test_what_cannot_be_meant() -> None:
-    with pytest.raises(DataError, match=r"lacks \['concept'\]"):
+def test_invalid_tables_and_names_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\['concept'\] are missing"):
         Concepts(TABLE.drop(columns="concept")).bind(CALENDAR, NAMES)
     with pytest.raises(DataError, match="no file"):
         Concepts("nowhere.csv").bind(CALENDAR, NAMES)
-    with pytest.raises(DataError, match="lacks its instrument"):
+    with pytest.raises(DataError, match="has no instrument"):
         Concepts(TABLE.assign(instrument=None)).bind(CALENDAR, NAMES)
     with pytest.raises(ConfigError, match="raw_label"):
         check_extras({"raw_label": None})

@@ -1,4 +1,4 @@
-"""Features on disk: equal to what is computed, computed once, bounded, safe."""
+"""The feature cache: equal values, one computation, a bounded size, safe under failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Alpha158, Alpha360, DataHandlerLP, TSDatasetH
 from qtorch.data.columns import PanelColumns
-from qtorch.data.feature_cache import BYTES_VARIABLE, FeatureCache, caching
+from qtorch.data.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
 from qtorch.data.loader import QlibDataLoader
 from qtorch.data.panel import Panel
 from qtorch.data.source.qlib import QlibSource
@@ -33,7 +33,7 @@ COLUMNS = ["KMID", "MA5", "STD10"]
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory) -> Path:
-    """Eight stocks over a year in Qlib's layout."""
+    """Eight stocks over a year, in Qlib's layout."""
     source = SyntheticSource(8, "2018-01-01", "2018-12-31", num_sectors=2, seed=1)
     return write_qlib(source, tmp_path_factory.mktemp("cached") / "market")
 
@@ -43,44 +43,44 @@ def folder(tmp_path) -> Path:
     return tmp_path / "features"
 
 
-def handler(market, folder, kind=Alpha158, **given):
-    given = {"columns": COLUMNS, "start_time": "2018-03-01", "end_time": "2018-11-30", **given}
-    return kind("stocks", source=str(market), cache=folder, **given)
+def handler(market, folder, kind=Alpha158, **options):
+    options = {"columns": COLUMNS, "start_time": "2018-03-01", "end_time": "2018-11-30", **options}
+    return kind("stocks", source=str(market), cache=folder, **options)
 
 
-def frames_equal(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
+def assert_frames_equal(first: pd.DataFrame, second: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Alpha158, Alpha360])
-def test_what_is_read_is_what_was_computed(market, folder, kind):
-    given = {} if kind is Alpha158 else {"columns": None, "infer_processors": ["Fillna"]}
-    plain = handler(market, False, kind, **given)
-    first, second = (handler(market, folder, kind, **given) for _ in range(2))
+def test_cached_features_equal_computed_features(market, folder, kind):
+    options = {} if kind is Alpha158 else {"columns": None, "infer_processors": ["Fillna"]}
+    plain = handler(market, False, kind, **options)
+    first, second = (handler(market, folder, kind, **options) for _ in range(2))
     segments = {"train": ("2018-04-02", "2018-08-31"), "test": ("2018-09-03", "2018-11-30")}
     datasets = [TSDatasetH(h, segments, step_len=5) for h in (plain, first, second)]
     for key in ("raw", "infer", "learn"):
-        whole = [h.fetch(data_key=key, col_set="__raw") for h in (plain, first, second)]
-        frames_equal(whole[0], whole[1])
-        frames_equal(whole[0], whole[2])
-    expected, *others = (d.samples("train", data_key="learn") for d in datasets)
-    for samples in others:
-        assert samples.index.equals(expected.index)
-        assert torch.equal(samples.target.nan_to_num(9), expected.target.nan_to_num(9))
+        frames = [h.fetch(data_key=key, col_set="__raw") for h in (plain, first, second)]
+        assert_frames_equal(frames[0], frames[1])
+        assert_frames_equal(frames[0], frames[2])
+    expected_samples, *other_samples = (d.samples("train", data_key="learn") for d in datasets)
+    for samples in other_samples:
+        assert samples.index.equals(expected_samples.index)
+        assert torch.equal(samples.target.nan_to_num(9), expected_samples.target.nan_to_num(9))
     assert len(FeatureCache(folder).entries()) == 1
 
 
-def test_it_is_computed_once_and_read_by_memory_map(market, folder, monkeypatch):
+def test_features_are_computed_once_and_read_by_memory_map(market, folder, monkeypatch):
     handler(market, folder).view("raw")
-    monkeypatch.setattr(QlibDataLoader, "_computed", None)  # computing would fail
+    monkeypatch.setattr(QlibDataLoader, "_compute_view", None)  # computing would fail
     view = handler(market, folder).view("raw")
-    panel = view.groups["feature"].bare_panel()
+    panel = view.groups["feature"].plain_panel()
     assert panel.values.permute(1, 0, 2).is_contiguous()  # packing needs no copy
-    # Mapped, and private: what one process does to it no other sees.
+    # The map is private: writes are not visible to other readers.
     panel.values.zero_()
-    again = handler(market, folder).view("raw").groups["feature"].bare_panel()
-    assert float(again.values.nan_to_num(0).abs().sum()) > 0
+    second_panel = handler(market, folder).view("raw").groups["feature"].plain_panel()
+    assert float(second_panel.values.nan_to_num(0).abs().sum()) > 0
 
 
 @pytest.mark.parametrize(
@@ -94,42 +94,44 @@ def test_it_is_computed_once_and_read_by_memory_map(market, folder, monkeypatch)
         {"filter_pipe": [{"filter_type": "NameDFilter", "name_rule_re": "S[1-5]"}]},
     ],
 )
-def test_what_changes_the_values_changes_the_key(market, folder, change):
+def test_options_that_change_the_values_change_the_key(market, folder, change):
     if "filter_pipe" in change:
         rule = {"_target_": "qtorch.data.filter.NameDFilter", "name_rule_re": "S[1-5]"}
         change = {"filter_pipe": [rule]}
     handler(market, folder).view("raw")
-    other = handler(market, folder, **change)
-    expected = handler(market, False, **change)
-    frames_equal(other.fetch(data_key="raw"), expected.fetch(data_key="raw"))
+    changed_handler = handler(market, folder, **change)
+    uncached_handler = handler(market, False, **change)
+    assert_frames_equal(
+        changed_handler.fetch(data_key="raw"), uncached_handler.fetch(data_key="raw")
+    )
     assert len(FeatureCache(folder).entries()) == 2
 
 
-def test_what_does_not_change_the_values_does_not(market, folder, tmp_path):
+def test_options_that_keep_the_values_keep_the_key(market, folder, tmp_path):
     handler(market, folder).view("raw")
-    # A weekend as the end, another form of date, other processors, another place of the data.
-    moved = shutil.copytree(market, tmp_path / "elsewhere")
+    # An end on a weekend, another type of date, other processors, another folder of the data.
+    copy = shutil.copytree(market, tmp_path / "elsewhere")
     handler(market, folder, end_time="2018-12-02").view("raw")
     handler(market, folder, start_time=pd.Timestamp("2018-03-01")).view("raw")
     handler(market, folder, infer_processors=["Fillna"]).view("raw")
-    handler(moved, folder).view("raw")
+    handler(copy, folder).view("raw")
     assert len(FeatureCache(folder).entries()) == 1
 
 
-def test_changed_bars_are_other_features(market, folder, tmp_path):
+def test_changed_bars_change_the_key(market, folder, tmp_path):
     copy = shutil.copytree(market, tmp_path / "copy")
     before = handler(copy, folder).fetch(data_key="raw")
     path = copy / "features" / "s3" / "close.day.bin"
-    stored = np.fromfile(path, dtype="<f4")
-    stored[1:] *= 1.01
-    stored[40] *= 1.5
-    stored.tofile(path)
+    close_values = np.fromfile(path, dtype="<f4")
+    close_values[1:] *= 1.01
+    close_values[40] *= 1.5
+    close_values.tofile(path)
     after = handler(copy, folder).fetch(data_key="raw")
     assert not before.equals(after)
-    frames_equal(after, handler(copy, False).fetch(data_key="raw"))
+    assert_frames_equal(after, handler(copy, False).fetch(data_key="raw"))
 
 
-def test_processors_of_instruments_run_after_the_cache(market, folder):
+def test_inst_processors_run_after_the_cache(market, folder):
     calls = []
 
     def double(frame, instrument):
@@ -137,7 +139,7 @@ def test_processors_of_instruments_run_after_the_cache(market, folder):
         return frame * 2
 
     loader = {"feature": ["$close"], "label": ["Ref($close, -2)/Ref($close, -1) - 1"]}
-    made = [
+    frames = [
         DataHandlerLP(
             "stocks",
             data_loader=QlibDataLoader(loader, inst_processors=inst),
@@ -146,25 +148,25 @@ def test_processors_of_instruments_run_after_the_cache(market, folder):
         ).fetch(data_key="raw", col_set="feature")
         for inst in (None, [double])
     ]
-    frames_equal(made[0] * 2, made[1])
+    assert_frames_equal(frames[0] * 2, frames[1])
     assert len(set(calls)) == 8
     assert len(FeatureCache(folder).entries()) == 1
 
 
-class Doubling(QlibDataLoader):
-    def columns_of(self, group, bars, span, expressions):
-        return super().columns_of(group, bars, span, expressions)
+class UserLoader(QlibDataLoader):
+    def compute_columns(self, group, bars, span, expressions):
+        return super().compute_columns(group, bars, span, expressions)
 
 
-def test_a_loader_of_ones_own_is_not_cached(market, folder, caplog):
+def test_a_user_defined_loader_is_not_cached(market, folder, caplog):
     caplog.set_level("INFO")
-    loader = Doubling({"feature": ["$close"]})
+    loader = UserLoader({"feature": ["$close"]})
     DataHandlerLP("stocks", data_loader=loader, source=str(market), cache=folder).view("raw")
     assert FeatureCache(folder).entries() == []
-    assert "not cached: Doubling.columns_of computes them" in caplog.text
+    assert "not cached: UserLoader.compute_columns computes them" in caplog.text
 
 
-def test_errors_pass_and_leave_nothing(market, folder):
+def test_errors_are_raised_and_leave_no_entry(market, folder):
     with pytest.raises(DataError, match="no trading day"):
         handler(market, folder, start_time="2030-01-01", end_time=None).view("raw")
     with pytest.raises(DataError, match="universe"):
@@ -172,51 +174,53 @@ def test_errors_pass_and_leave_nothing(market, folder):
     assert [p.name for p in folder.glob("*")] == [p.name for p in folder.glob(".lock-*")]
 
 
-# -- bounds and damage -----------------------------------------------------------------------------
+# -- size limit and failures------------------------------------------------------------------------
 
 
-def view_of(value: float, size: int = 64) -> View:
+def make_view(value: float, size: int = 64) -> View:
     values = torch.full((size, 4, 4), value)
     panel = Panel(values, pd.bdate_range("2020-01-01", periods=size), list("ABCD"), list("wxyz"))
     return View({"feature": PanelColumns(panel)}, panel.mask, panel.mask)
 
 
-def held(view: View) -> float:
-    return float(view.groups["feature"].bare_panel().values[3, 2, 1])
+def read_value(view: View) -> float:
+    return float(view.groups["feature"].plain_panel().values[3, 2, 1])
 
 
-def test_the_least_recently_used_go_first(folder):
-    one = len_of(FeatureCache(folder), "probe")
-    cache = FeatureCache(folder, max_bytes=int(3.5 * one))
+def test_the_least_recently_used_entries_are_evicted(folder):
+    size = entry_size(FeatureCache(folder), "probe")
+    cache = FeatureCache(folder, max_bytes=int(3.5 * size))
     cache.clear()
     for k, key in enumerate(("a", "b", "c")):
-        cache.get(key, {}, make=lambda k=k: view_of(float(k)))
+        cache.get(key, {}, compute=lambda k=k: make_view(float(k)))
         os.utime(folder / key / "meta.json", (1000 + k, 1000 + k))
-    cache.get("a", {}, make=lambda: pytest.fail("a is there"))  # used again: b is now the oldest
-    kept = cache.get("b", {}, make=lambda: pytest.fail("b is there"))
+    cache.get(
+        "a", {}, compute=lambda: pytest.fail("a is cached")
+    )  # used again: b is now the oldest
+    evicted_view = cache.get("b", {}, compute=lambda: pytest.fail("b is cached"))
     os.utime(folder / "b" / "meta.json", (1000, 1000))
-    cache.get("d", {}, make=lambda: view_of(3.0))
+    cache.get("d", {}, compute=lambda: make_view(3.0))
     assert {e.key for e in cache.entries()} == {"a", "c", "d"}
-    assert held(kept) == 1.0  # readable to who holds it
+    assert read_value(evicted_view) == 1.0  # an evicted view stays readable
     assert sum(e.num_bytes for e in cache.entries()) <= cache.max_bytes
 
 
-def len_of(cache: FeatureCache, key: str) -> int:
-    cache.get(key, {}, make=lambda: view_of(0.0))
+def entry_size(cache: FeatureCache, key: str) -> int:
+    cache.get(key, {}, compute=lambda: make_view(0.0))
     return cache.entries()[0].num_bytes
 
 
-def test_what_is_larger_than_the_cache_is_computed_all_the_same(folder):
+def test_features_larger_than_the_cache_are_computed_without_caching(folder):
     cache = FeatureCache(folder, max_bytes=100)
-    assert held(cache.get("a", {}, make=lambda: view_of(7.0))) == 7.0
+    assert read_value(cache.get("a", {}, compute=lambda: make_view(7.0))) == 7.0
     assert cache.entries() == []
     assert [p for p in folder.iterdir() if not p.name.startswith(".lock")] == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "meta", "arrays"])
-def test_a_damaged_entry_is_made_anew(folder, damage, caplog):
+def test_a_damaged_entry_is_recomputed(folder, damage, caplog):
     cache = FeatureCache(folder)
-    cache.get("a", {}, make=lambda: view_of(1.0))
+    cache.get("a", {}, compute=lambda: make_view(1.0))
     entry = folder / "a"
     match damage:
         case "cut":
@@ -227,11 +231,11 @@ def test_a_damaged_entry_is_made_anew(folder, damage, caplog):
             (entry / "meta.json").write_text("{")
         case "arrays":
             os.truncate(entry / "arrays.npz", 50)
-    assert held(cache.get("a", {}, make=lambda: view_of(2.0))) == 2.0
-    assert held(cache.get("a", {}, make=lambda: pytest.fail("a is there"))) == 2.0
+    assert read_value(cache.get("a", {}, compute=lambda: make_view(2.0))) == 2.0
+    assert read_value(cache.get("a", {}, compute=lambda: pytest.fail("a is cached"))) == 2.0
 
 
-def test_a_disk_that_takes_no_more_costs_only_speed(folder, monkeypatch, caplog):
+def test_a_full_disk_only_disables_caching(folder, monkeypatch, caplog):
     from qtorch.data import feature_cache
 
     def full(*_):
@@ -239,28 +243,28 @@ def test_a_disk_that_takes_no_more_costs_only_speed(folder, monkeypatch, caplog)
 
     monkeypatch.setattr(feature_cache, "write_view", full)
     cache = FeatureCache(folder)
-    assert held(cache.get("a", {}, make=lambda: view_of(4.0))) == 4.0
+    assert read_value(cache.get("a", {}, compute=lambda: make_view(4.0))) == 4.0
     assert "No space left" in caplog.text
     assert [p for p in folder.iterdir() if not p.name.startswith(".lock")] == []
 
 
-def test_a_folder_that_cannot_be_made_costs_only_speed(tmp_path):
+def test_a_folder_that_cannot_be_created_only_disables_caching(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = FeatureCache(tmp_path / "file" / "features")
-    assert held(cache.get("a", {}, make=lambda: view_of(4.0))) == 4.0
+    assert read_value(cache.get("a", {}, compute=lambda: make_view(4.0))) == 4.0
     assert cache.entries() == []
     assert cache.clear() == 0
 
 
-def test_what_died_in_the_middle_is_swept(folder):
+def test_stale_temporary_folders_are_removed(folder):
     cache = FeatureCache(folder)
-    cache.get("a", {}, make=lambda: view_of(1.0))
+    cache.get("a", {}, compute=lambda: make_view(1.0))
     old, new = folder / ".part-old", folder / ".part-new"
     for part in (old, new):
         part.mkdir()
         (part / "0.f32").write_bytes(b"half")
     os.utime(old, (0, 0))
-    cache.get("b", {}, make=lambda: view_of(1.0))
+    cache.get("b", {}, compute=lambda: make_view(1.0))
     assert not old.exists()
     assert new.exists()
     assert cache.clear() == 2
@@ -268,11 +272,11 @@ def test_what_died_in_the_middle_is_swept(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("20G", 20 * 2**30), ("1.5 MiB", 1572864), ("7", 7)]
+    ("text", "expected_bytes"), [("20G", 20 * 2**30), ("1.5 MiB", 1572864), ("7", 7)]
 )
-def test_the_bound_comes_from_the_environment(monkeypatch, text, expected):
+def test_the_maximum_size_comes_from_the_environment(monkeypatch, text, expected_bytes):
     monkeypatch.setenv(BYTES_VARIABLE, text)
-    assert FeatureCache().max_bytes == expected
+    assert FeatureCache().max_bytes == expected_bytes
     monkeypatch.setenv(BYTES_VARIABLE, "much")
     with pytest.raises(ConfigError, match="such as 20G"):
         FeatureCache()
@@ -280,45 +284,45 @@ def test_the_bound_comes_from_the_environment(monkeypatch, text, expected):
 
 def test_the_default_folder_is_in_qtorchs_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QTORCH_CACHE", str(tmp_path))
-    with caching(True):
+    with use_feature_cache(True):
         assert FeatureCache().folder == tmp_path / "features"
 
 
-# -- several at once -------------------------------------------------------------------------------
+# -- concurrency -----------------------------------------------------------------------------------
 
 
-def test_threads_that_need_the_same_get_the_same(folder):
-    made, got = [], []
+def test_threads_share_one_computation(folder):
+    computations, values = [], []
 
-    def make():
-        made.append(1)
+    def compute():
+        computations.append(1)
         time.sleep(0.2)
-        return view_of(5.0)
+        return make_view(5.0)
 
     def get():
-        got.append(held(FeatureCache(folder).get("a", {}, make=make)))
+        values.append(read_value(FeatureCache(folder).get("a", {}, compute=compute)))
 
     threads = [threading.Thread(target=get) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == [5.0] * 6
-    assert len(made) == 1
+    assert values == [5.0] * 6
+    assert len(computations) == 1
 
 
 WORK = """
 import os, sys, time
 from pathlib import Path
-import test_feature_cache as here
+import test_feature_cache as tests
 from qtorch.data.feature_cache import FeatureCache
 folder, log, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-def make():
+def compute():
     with open(log, "a") as file:
         file.write(f"{os.getpid()}\\n")
     time.sleep(pause)
-    return here.view_of(6.0)
-print(here.held(FeatureCache(folder).get("a", {}, make=make)), flush=True)
+    return tests.make_view(6.0)
+print(tests.read_value(FeatureCache(folder).get("a", {}, compute=compute)), flush=True)
 """
 
 
@@ -333,7 +337,7 @@ def start(folder, log, pause) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_one_process_computes_and_the_others_wait(folder, tmp_path):
+def test_one_process_computes_while_the_others_wait(folder, tmp_path):
     log = tmp_path / "log"
     children = [start(folder, log, 1.5) for _ in range(3)]
     assert [child.communicate(timeout=120)[0].strip() for child in children] == ["6.0"] * 3
@@ -341,7 +345,7 @@ def test_one_process_computes_and_the_others_wait(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_killed_in_the_middle_hands_on(folder, tmp_path):
+def test_another_process_takes_over_from_a_killed_one(folder, tmp_path):
     log = tmp_path / "log"
     first = start(folder, log, 600)
     end = time.monotonic() + 60
@@ -359,39 +363,39 @@ def test_a_process_killed_in_the_middle_hands_on(folder, tmp_path):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_the_command_shows_removes_and_clears(market, folder, capsys):
+def test_the_command_lists_removes_and_clears_entries(market, folder, capsys):
     from qtorch.cli.main import main
 
     handler(market, folder).view("raw")
     handler(market, folder, columns=["KMID"]).view("raw")
-    place = f"folder={folder}"
+    folder_option = f"folder={folder}"
     keys = [e.key for e in FeatureCache(folder).entries()]
-    assert main(["data", "cache", place]) == 0
+    assert main(["data", "cache", folder_option]) == 0
     out = capsys.readouterr().out
     assert all(key in out for key in keys)
     assert "2 entries" in out
     assert "QlibSource" in out
-    assert main(["data", "cache", "remove", keys[0][:8], place]) == 0
+    assert main(["data", "cache", "remove", keys[0][:8], folder_option]) == 0
     assert [e.key for e in FeatureCache(folder).entries()] == keys[1:]
-    assert main(["data", "cache", "remove", "zzz", place]) == 1
-    assert "no entry begins" in capsys.readouterr().err
-    assert main(["data", "cache", "clear", place]) == 0
+    assert main(["data", "cache", "remove", "zzz", folder_option]) == 1
+    assert "no entry starts" in capsys.readouterr().err
+    assert main(["data", "cache", "clear", folder_option]) == 0
     assert "1 entry removed" in capsys.readouterr().out
-    assert main(["data", "cache", "cler", place]) == 1
+    assert main(["data", "cache", "cler", folder_option]) == 1
     assert "Did you mean 'clear'" in capsys.readouterr().err
 
 
-def test_a_stored_dataset_says_that_it_was_cached_and_its_identity_does_not(market, folder):
+def test_the_cache_option_is_stored_but_is_not_part_of_the_fit_id(market, folder):
     from qtorch.core.identity import fit_id
 
-    plain, cached = handler(market, False), handler(market, str(folder))
-    configs = [{"dataset": {"handler": h.to_config()}} for h in (plain, cached)]
+    plain_handler, cached_handler = handler(market, False), handler(market, str(folder))
+    configs = [{"dataset": {"handler": h.to_config()}} for h in (plain_handler, cached_handler)]
     assert configs[1]["dataset"]["handler"]["cache"] == str(folder)
     assert fit_id(configs[0], "data") == fit_id(configs[1], "data")
     assert json.dumps(configs)
 
 
-def test_the_source_is_asked_once_a_handler(market, folder, monkeypatch):
+def test_cached_features_need_no_bars_from_the_source(market, folder, monkeypatch):
     handler(market, folder).view("raw")
     reads = []
     real = QlibSource.read_bars

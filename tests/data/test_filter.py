@@ -27,7 +27,7 @@ def rows(source: FrameSource, *pipe, start=None, end=None) -> set[tuple[int, str
     return {(int(DATES.get_loc(d)), name) for d, name in index}
 
 
-def everything() -> set[tuple[int, str]]:
+def all_rows() -> set[tuple[int, str]]:
     return {(d, name) for d in range(12) for name in NAMES}
 
 
@@ -36,30 +36,32 @@ def test_name_filter_matches_from_the_beginning(source: FrameSource) -> None:
     assert {n for _, n in rows(source, NameDFilter(".B$"))} == {"AB"}
 
 
-def test_outside_its_dates_a_filter_leaves_membership_alone(source: FrameSource) -> None:
-    found = rows(source, NameDFilter("A", DATES[3], DATES[5]))
-    assert everything() - found == {(d, "BA") for d in (3, 4, 5)}
+def test_a_filter_does_not_change_membership_outside_its_dates(source: FrameSource) -> None:
+    passing_rows = rows(source, NameDFilter("A", DATES[3], DATES[5]))
+    assert all_rows() - passing_rows == {(d, "BA") for d in (3, 4, 5)}
 
 
-def test_expression_filter_by_day_and_missing_is_not_true(source: FrameSource) -> None:
-    found = rows(source, ExpressionDFilter("$close >= 6"))
-    expected = {(d, n) for d, n in everything() if 3 * d + NAMES.index(n) >= 6} - {(2, "AB")}
-    assert found == expected
+def test_expression_filter_by_day_treats_missing_values_as_false(source: FrameSource) -> None:
+    passing_rows = rows(source, ExpressionDFilter("$close >= 6"))
+    expected_rows = {(d, n) for d, n in all_rows() if 3 * d + NAMES.index(n) >= 6} - {(2, "AB")}
+    assert passing_rows == expected_rows
     assert (2, "AB") not in rows(source, ExpressionDFilter("$close"))
 
 
 def test_expression_filter_sees_history_before_the_dates(source: FrameSource) -> None:
-    found = rows(source, ExpressionDFilter("Ref($close, 4) >= 0"), start=DATES[4], end=DATES[5])
-    assert found == {(d, n) for d in (4, 5) for n in NAMES}
+    passing_rows = rows(
+        source, ExpressionDFilter("Ref($close, 4) >= 0"), start=DATES[4], end=DATES[5]
+    )
+    assert passing_rows == {(d, n) for d in (4, 5) for n in NAMES}
 
 
-def test_filters_act_one_after_the_other(source: FrameSource) -> None:
-    found = rows(source, NameDFilter("A"), ExpressionDFilter("$close < 9", None, DATES[6]))
-    assert {n for _, n in found} == {"AA", "AB"}
-    assert {d for d, _ in found} == {0, 1, 2, 7, 8, 9, 10, 11}
+def test_filters_are_applied_in_order(source: FrameSource) -> None:
+    passing_rows = rows(source, NameDFilter("A"), ExpressionDFilter("$close < 9", None, DATES[6]))
+    assert {n for _, n in passing_rows} == {"AA", "AB"}
+    assert {d for d, _ in passing_rows} == {0, 1, 2, 7, 8, 9, 10, 11}
 
 
-def test_qlibs_dicts_and_configurations(source: FrameSource) -> None:
+def test_filters_from_qlibs_dicts_and_configurations(source: FrameSource) -> None:
     old = {
         "filter_type": "ExpressionDFilter",
         "rule_expression": "$close < 9",
@@ -80,10 +82,10 @@ def test_qlibs_dicts_and_configurations(source: FrameSource) -> None:
     assert set(frame.index.get_level_values("instrument")) == {"BA"}
 
 
-def test_errors(source: FrameSource) -> None:
-    with pytest.raises(DataError, match="leaves no instrument on any day"):
+def test_invalid_filters_are_refused(source: FrameSource) -> None:
+    with pytest.raises(DataError, match="excludes every instrument on every day"):
         rows(source, NameDFilter("Z"))
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a valid regular expression"):
         NameDFilter("(")
     with pytest.raises(ConfigError, match="unknown filter_type 'NameFilter'"):
         build_filters([{"filter_type": "NameFilter"}])

@@ -13,7 +13,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.foreign import as_samples
-from qtorch.data.samples import samples_of
+from qtorch.data.samples import get_samples
 from qtorch.model import LightningModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,18 +30,22 @@ def frame() -> pd.DataFrame:
 
 
 class FrameDataset:
-    """What DatasetH shows of itself: segments, a handler, prepare."""
+    """The part of Qlib's DatasetH that qtorch uses: segments, a handler, prepare."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.frame = frame
         self.segments = {"train": ("2020-01-01", "2020-01-17"), "test": (SPAN.start, SPAN.stop)}
         self.handler = SimpleNamespace(fetch=self.fetch, get_cols=lambda col_set: ["LABEL0"])
-        self.asked: list[str] = []
+        self.requested_keys: list[str] = []
 
     def prepare(self, segment, col_set, data_key):
-        self.asked.append(data_key)
-        found = self.frame.loc[slice(*self.segments[segment])][list(col_set)]
-        return found.dropna(subset=[("label", "LABEL0")]) if data_key == "learn" else found
+        self.requested_keys.append(data_key)
+        segment_frame = self.frame.loc[slice(*self.segments[segment])][list(col_set)]
+        return (
+            segment_frame.dropna(subset=[("label", "LABEL0")])
+            if data_key == "learn"
+            else segment_frame
+        )
 
     def fetch(self, dates, col_set, data_key):
         assert data_key == "raw"
@@ -49,17 +53,17 @@ class FrameDataset:
 
 
 class Sampler:
-    """What Qlib's TSDataSampler shows of itself; windows by a list of positions."""
+    """The part of Qlib's TSDataSampler that qtorch uses: windows by a list of positions."""
 
     def __init__(self, frame: pd.DataFrame, start: str, end: str, step_len: int) -> None:
-        ordered = frame.swaplevel().sort_index()
+        sorted_frame = frame.swaplevel().sort_index()
         self.step_len, self.fillna_type = step_len, "none"
         empty = np.full((1, frame.shape[1]), np.nan)
-        self.data_arr = np.concatenate([ordered.to_numpy(np.float64), empty])
-        number = pd.Series(range(len(ordered)), index=ordered.index, dtype=object)
+        self.data_arr = np.concatenate([sorted_frame.to_numpy(np.float64), empty])
+        number = pd.Series(range(len(sorted_frame)), index=sorted_frame.index, dtype=object)
         self.idx_df = number.unstack().sort_index().T.sort_index()
-        date = ordered.index.get_level_values(1)
-        self.data_index = ordered.index[(date >= start) & (date <= end)]
+        date = sorted_frame.index.get_level_values(1)
+        self.data_index = sorted_frame.index[(date >= start) & (date <= end)]
 
     def get_index(self):
         return self.data_index.swaplevel()
@@ -73,9 +77,9 @@ class Sampler:
     def __getitem__(self, positions):
         out = []
         for k in positions:
-            who, date = self.data_index[k]
-            place = self.idx_df.index.get_loc(date)
-            numbers = self.idx_df[who].iloc[max(0, place + 1 - self.step_len) : place + 1]
+            instrument, date = self.data_index[k]
+            row = self.idx_df.index.get_loc(date)
+            numbers = self.idx_df[instrument].iloc[max(0, row + 1 - self.step_len) : row + 1]
             numbers = numbers.reset_index(drop=True).astype(float)
             missing = self.step_len - len(numbers)
             numbers.index = numbers.index + missing
@@ -90,7 +94,7 @@ class Sampler:
 
 
 class Windows:
-    """Windows of which nothing is known but index, length and access."""
+    """Windows that offer only an index, a length and item access."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.get_index, self.config = sampler.get_index, sampler.config
@@ -115,41 +119,41 @@ class WindowDataset(FrameDataset):
         return self.wrap(Sampler(frame, *self.segments[segment], self.step_len))
 
 
-def test_a_dataset_with_prepare(frame):
+def test_samples_of_a_dataset_with_prepare(frame):
     dataset = FrameDataset(frame)
-    samples = samples_of(dataset, "test", data_key="infer")
-    expected = frame.loc[SPAN]
-    assert samples.index.equals(expected.index)
+    samples = get_samples(dataset, "test", data_key="infer")
+    expected_frame = frame.loc[SPAN]
+    assert samples.index.equals(expected_frame.index)
     batch = samples.batch(torch.arange(len(samples)))
-    np.testing.assert_array_equal(batch.x[:, 0], expected["feature"].to_numpy())
-    np.testing.assert_array_equal(batch.y, expected["label"].to_numpy())
-    np.testing.assert_allclose(batch.extra["raw_label"], expected["label"].to_numpy() * 100)
-    assert dataset.asked == ["infer"]
+    np.testing.assert_array_equal(batch.x[:, 0], expected_frame["feature"].to_numpy())
+    np.testing.assert_array_equal(batch.y, expected_frame["label"].to_numpy())
+    np.testing.assert_allclose(batch.extra["raw_label"], expected_frame["label"].to_numpy() * 100)
+    assert dataset.requested_keys == ["infer"]
     assert samples.feature_names == ("ROW", "HOLES")
 
 
-def test_learning_leaves_out_rows_without_label(frame):
+def test_rows_without_a_label_are_left_out_for_learning(frame):
     frame.iloc[::9, 2] = np.nan
     dataset = FrameDataset(frame)
-    assert not samples_of(dataset, "train", data_key="learn").target.isnan().any()
-    infer = samples_of(dataset, "train", data_key="infer")
+    assert not get_samples(dataset, "train", data_key="learn").target.isnan().any()
+    infer = get_samples(dataset, "train", data_key="infer")
     assert len(infer) == len(frame.loc["2020-01-01":"2020-01-17"])
 
 
 @pytest.mark.parametrize("fill", ["none", "ffill", "ffill+bfill"])
 @pytest.mark.parametrize("kind", ["sampler", "access only"])
-def test_windows_of_a_sampler(frame, fill, kind):
+def test_samples_of_a_sampler_of_windows(frame, fill, kind):
     dataset = WindowDataset(frame, wrap=Windows if kind == "access only" else lambda s: s)
-    samples = samples_of(dataset, "test", data_key="infer", fill=fill)
-    theirs = Sampler(frame, SPAN.start, SPAN.stop, 6)
-    theirs.config(fill)
-    at = theirs.get_index().get_indexer(samples.index)
-    assert len(samples) == len(theirs)
-    assert (at >= 0).all()
-    expected = theirs[list(at)].astype(np.float32)
+    samples = get_samples(dataset, "test", data_key="infer", fill=fill)
+    sampler = Sampler(frame, SPAN.start, SPAN.stop, 6)
+    sampler.config(fill)
+    positions = sampler.get_index().get_indexer(samples.index)
+    assert len(samples) == len(sampler)
+    assert (positions >= 0).all()
+    expected_windows = sampler[list(positions)].astype(np.float32)
     batch = samples.batch(torch.arange(len(samples)))
-    np.testing.assert_array_equal(batch.x, expected[:, :, :2])
-    np.testing.assert_array_equal(batch.y[:, 0], expected[:, -1, 2])
+    np.testing.assert_array_equal(batch.x, expected_windows[:, :, :2])
+    np.testing.assert_array_equal(batch.y[:, 0], expected_windows[:, -1, 2])
     raw = frame["label"].reindex(samples.index).to_numpy()
     np.testing.assert_allclose(batch.extra["raw_label"], raw * 100)
     assert (samples.num_steps, samples.num_features) == (6, 2)
@@ -158,8 +162,8 @@ def test_windows_of_a_sampler(frame, fill, kind):
     assert (day.date == day.date[0, 0]).all()
 
 
-class OwnDataset:
-    """The least that is a dataset: `prepare`, and not a word of its dates."""
+class UserDataset:
+    """The minimal dataset: only `prepare`, without any dates."""
 
     def __init__(self, frame: pd.DataFrame, **spans: slice) -> None:
         self.frame, self.spans = frame, spans
@@ -168,9 +172,9 @@ class OwnDataset:
         return self.frame.loc[self.spans[segment]][list(col_set)]
 
 
-def own_dataset(frame: pd.DataFrame, train_end: str = "2020-01-24") -> OwnDataset:
+def make_user_dataset(frame: pd.DataFrame, train_end: str = "2020-01-24") -> UserDataset:
     valid, test = slice("2020-01-27", "2020-02-07"), slice("2020-02-10", "2020-03-03")
-    return OwnDataset(
+    return UserDataset(
         frame.fillna(0.0), train=slice("2020-01-01", train_end), valid=valid, test=test
     )
 
@@ -184,10 +188,13 @@ def small_model() -> LightningModel:
     )
 
 
-def test_a_dataset_of_ones_own_is_learnt_from_and_predicted(frame, caplog):
-    dataset, model = own_dataset(frame), small_model()
+def test_a_model_fits_and_predicts_a_user_defined_dataset(frame, caplog):
+    dataset, model = make_user_dataset(frame), small_model()
     model.fit(dataset)
-    assert "train: nothing is purged, how far the label of OwnDataset looks ahead" in caplog.text
+    assert (
+        "train: no samples are purged, cannot tell how far the label of UserDataset looks"
+        in caplog.text
+    )
     assert "attribute `horizon`" in caplog.text
     scores = model.predict(dataset)
     assert scores.index.equals(frame.loc[dataset.spans["test"]].index)
@@ -196,92 +203,96 @@ def test_a_dataset_of_ones_own_is_learnt_from_and_predicted(frame, caplog):
     dataset.horizon = 2
     caplog.set_level("INFO")
     model.fit(dataset)
-    assert "nothing is purged" not in caplog.text
-    whole = frame.loc[dataset.spans["train"]]
-    gone = len(whole.loc["2020-01-23":])
-    assert f"train: {gone} samples purged" in caplog.text
+    assert "no samples are purged" not in caplog.text
+    train_frame = frame.loc[dataset.spans["train"]]
+    num_purged = len(train_frame.loc["2020-01-23":])
+    assert f"train: purged {num_purged} samples whose" in caplog.text
     with pytest.raises(ConfigError, match=r"'train' and 'valid' overlap.*1 days in both"):
-        model.fit(own_dataset(frame, train_end="2020-01-27"))
+        model.fit(make_user_dataset(frame, train_end="2020-01-27"))
 
 
 @pytest.mark.parametrize("kind", [FrameDataset, WindowDataset])
-def test_purging_by_days_that_are_given_or_read_from_the_label(frame, kind):
+def test_purging_by_a_given_horizon_or_the_label_expression(frame, kind):
     def days(dataset, **options):
-        samples = samples_of(dataset, "train", data_key="learn", **options)
+        samples = get_samples(dataset, "train", data_key="learn", **options)
         return samples.index.get_level_values(0).unique()
 
     frame.iloc[:, 2] = 1.0
     dataset = kind(frame)
-    whole = days(dataset)
-    assert whole[-1] == pd.Timestamp("2020-01-17")
-    assert days(dataset, horizon=3).equals(whole[:-3])
-    with pytest.raises(ConfigError, match=f"purge=True: how far the label of {kind.__name__}"):
+    all_days = days(dataset)
+    assert all_days[-1] == pd.Timestamp("2020-01-17")
+    assert days(dataset, horizon=3).equals(all_days[:-3])
+    with pytest.raises(
+        ConfigError, match=f"purge=True: cannot tell how far the label of {kind.__name__}"
+    ):
         days(dataset, purge=True)
     label = (["Ref($close, -2) / Ref($close, -1) - 1"], ["LABEL0"])
     dataset.handler.data_loader = SimpleNamespace(fields={"label": label})
-    assert days(dataset).equals(whole[:-2])
-    assert days(dataset, purge=False).equals(whole)
-    assert len(samples_of(dataset, "train")) == len(frame.loc[whole[0] : whole[-1]])
+    assert days(dataset).equals(all_days[:-2])
+    assert days(dataset, purge=False).equals(all_days)
+    assert len(get_samples(dataset, "train")) == len(frame.loc[all_days[0] : all_days[-1]])
     dataset.segments["test"] = ("2020-01-17", "2020-02-28")
     with pytest.raises(ConfigError, match=r"segments 'train' .* and 'test' .* overlap"):
         days(dataset)
     dataset.allow_overlap = True
-    assert days(dataset).equals(whole)  # nothing begins behind it
+    assert days(dataset).equals(all_days)  # no segment begins after it
     with pytest.raises(ConfigError, match="a plain frame has no segments"):
-        samples_of(frame, slice(None), horizon=2)
+        get_samples(frame, slice(None), horizon=2)
 
 
-def test_windows_without_label_are_left_out_for_learning(frame):
-    def blank(sampler: Sampler) -> Sampler:
+def test_windows_without_a_label_are_left_out_for_learning(frame):
+    def remove_labels(sampler: Sampler) -> Sampler:
         sampler.data_arr[::9, 2] = np.nan
         return sampler
 
-    samples = samples_of(WindowDataset(frame, wrap=blank), "test", data_key="learn")
+    samples = get_samples(WindowDataset(frame, wrap=remove_labels), "test", data_key="learn")
     assert not samples.target.isnan().any()
     assert 0 < len(samples) < len(frame.loc[SPAN])
 
 
-def test_a_plain_frame(frame):
-    samples = samples_of(frame, SPAN, step_len=4, fill="none")
+def test_samples_of_a_plain_frame(frame):
+    samples = get_samples(frame, SPAN, step_len=4, fill="none")
     assert len(samples) == len(frame.loc[SPAN])
     assert samples.raw_label is None
     x = samples.batch(torch.tensor([0])).x
     assert x.shape == (1, 4, 2)
-    assert len(samples_of(frame, None)) == len(frame)
-    shuffled = frame.sample(frac=1.0, random_state=0)
-    np.testing.assert_array_equal(samples_of(shuffled, None).target, samples_of(frame, None).target)
+    assert len(get_samples(frame, None)) == len(frame)
+    shuffled_frame = frame.sample(frac=1.0, random_state=0)
+    np.testing.assert_array_equal(
+        get_samples(shuffled_frame, None).target, get_samples(frame, None).target
+    )
 
 
-def test_what_is_no_dataset_says_what_is_wanted(frame):
-    with pytest.raises(DataError, match="dict is no dataset: it has neither samples"):
-        samples_of({}, "train")
+def test_errors_for_objects_that_are_not_datasets(frame):
+    with pytest.raises(DataError, match="dict is not a dataset: it has neither samples"):
+        get_samples({}, "train")
     with pytest.raises(DataError, match="a plain frame has no segment 'train'"):
-        samples_of(frame, "train")
+        get_samples(frame, "train")
     with pytest.raises(DataError, match=r"columns \(group, name\)"):
-        samples_of(frame["feature"], None)
+        get_samples(frame["feature"], None)
     with pytest.raises(DataError, match="unknown group of columns 'feature'"):
-        samples_of(frame[["label"]], None)
+        get_samples(frame[["label"]], None)
     odd = SimpleNamespace(prepare=lambda *args, **kwargs: 3)
-    with pytest.raises(DataError, match="prepare gave a int"):
-        samples_of(odd, "train")
+    with pytest.raises(DataError, match="prepare returned a int"):
+        get_samples(odd, "train")
     empty = SimpleNamespace(prepare=lambda *args, **kwargs: frame.iloc[:0])
-    with pytest.raises(DataError, match="train holds no sample: the frame is empty"):
-        samples_of(empty, "train")
-    with pytest.raises(DataError, match="no feature is left"):
+    with pytest.raises(DataError, match="train has no samples: the frame is empty"):
+        get_samples(empty, "train")
+    with pytest.raises(DataError, match="no feature column is left"):
         as_samples(WindowDataset(frame), "test", num_labels=3)
 
 
 def test_infinite_features_are_named(frame):
     frame.iloc[3, 1] = np.inf
     with pytest.raises(DataError, match="infinite values in the features: HOLES"):
-        samples_of(FrameDataset(frame), "train").to("cpu")
+        get_samples(FrameDataset(frame), "train").to("cpu")
     with pytest.raises(DataError, match="infinite values in the features: column 1"):
-        samples_of(WindowDataset(frame), "train")
+        get_samples(WindowDataset(frame), "train")
 
 
 @pytest.mark.slow
 @pytest.mark.qlib
-def test_real_qlibs_datasets(frame, tmp_path, qlib_python):
+def test_samples_equal_real_qlibs_datasets(frame, tmp_path, qlib_python):
     frame.iloc[::17, 2] = np.nan
     frame.columns = pd.Index(["/".join(c) for c in frame.columns])
     frame.to_parquet(tmp_path / "frame.parquet")
@@ -294,8 +305,8 @@ def test_real_qlibs_datasets(frame, tmp_path, qlib_python):
         "test=2020-02-03,2020-03-03",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len([line for line in done.stdout.splitlines() if "equal" in line]) == 8
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert len([line for line in process.stdout.splitlines() if "equal" in line]) == 8

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from qtorch.core.errors import ConfigError
 from qtorch.data import gather
 from qtorch.data.columns import PanelColumns
-from qtorch.data.foreign import view_of_frame
-from qtorch.data.gather import FILLS, DensePacked
+from qtorch.data.foreign import view_from_frame
+from qtorch.data.gather import FILLS, DensePackedColumns
 from qtorch.data.samples import build_samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +30,13 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def by_hand(exists: np.ndarray, date: int, who: int, step_len: int, fill: str) -> list[int]:
-    """A window's rows one by one: -1 is missing."""
+def window_rows(
+    exists: np.ndarray, date: int, instrument: int, step_len: int, fill: str
+) -> list[int]:
+    """Build a window's rows one by one; -1 is missing."""
     days = [d for d in range(len(exists)) if exists[d].any() and d <= date]
     rows = [-1] * max(0, step_len - len(days)) + days[-step_len:]
-    rows = [d if d >= 0 and exists[d, who] else -1 for d in rows]
+    rows = [d if d >= 0 and exists[d, instrument] else -1 for d in rows]
     if fill != "none":
         for k in range(1, step_len):
             if rows[k] < 0:
@@ -53,54 +55,58 @@ def by_hand(exists: np.ndarray, date: int, who: int, step_len: int, fill: str) -
     step_len=st.integers(1, 9),
     fill=st.sampled_from(FILLS),
     missing=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
-    own=st.booleans(),
+    owns_values=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_windows_are_those_worked_out_row_by_row(
-    num_dates, num_instruments, step_len, fill, missing, own, seed
+def test_windows_equal_those_built_row_by_row(
+    num_dates, num_instruments, step_len, fill, missing, owns_values, seed
 ):
     rng = np.random.default_rng(seed)
     exists = rng.random((num_dates, num_instruments)) >= missing
     values = torch.arange(num_instruments * num_dates * 2.0).view(num_instruments, num_dates, 2)
     values = torch.where(torch.from_numpy(exists.T)[..., None], values, 1e6)  # must not show
-    packed = DensePacked(values, history=torch.from_numpy(exists), own=own)
+    pack = DensePackedColumns(values, history=torch.from_numpy(exists), owns_values=owns_values)
     cells = [(d, n) for d in range(num_dates) for n in range(num_instruments)]
-    date, who = (torch.tensor(part) for part in zip(*cells, strict=True))
-    x = packed.gather(date, who, step_len, fill)
+    date, instrument = (torch.tensor(part) for part in zip(*cells, strict=True))
+    x = pack.gather(date, instrument, step_len, fill)
     assert x.shape == (len(cells), step_len, 2)
     for k, (d, n) in enumerate(cells):
-        rows = torch.tensor(by_hand(exists, d, n, step_len, fill))
-        if own and not exists[d, n]:  # no sample
+        rows = torch.tensor(window_rows(exists, d, n, step_len, fill))
+        if owns_values and not exists[d, n]:  # no sample
             rows[:] = -1
-        expected = values[n, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], NAN)
-        assert same(x[k], expected), (d, n, rows)
+        expected_window = values[n, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], NAN)
+        assert same(x[k], expected_window), (d, n, rows)
 
 
-def test_incomplete_windows_that_take_too_much_memory_are_mended_by_batch(monkeypatch):
+def test_incomplete_windows_are_filled_per_batch_if_memory_is_short(monkeypatch):
     monkeypatch.setattr(gather, "EXTENSION_BYTES", 0)
     monkeypatch.setattr(gather, "EXTENSION_SHARE", 0.0)
     exists = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) > 0.3
     values = torch.randn(3, 20, 2)
-    date, who = torch.nonzero(exists, as_tuple=True)
-    small = DensePacked(values, history=exists, own=True)
-    assert small._starts_of(5, "ffill+bfill") is None
+    date, instrument = torch.nonzero(exists, as_tuple=True)
+    small = DensePackedColumns(values, history=exists, owns_values=True)
+    assert small._get_window_starts(5, "ffill+bfill") is None
     monkeypatch.undo()
-    large = DensePacked(values, history=exists, own=True)
-    assert large._starts_of(5, "ffill+bfill") is not None
+    large = DensePackedColumns(values, history=exists, owns_values=True)
+    assert large._get_window_starts(5, "ffill+bfill") is not None
     for fill in FILLS:
-        assert same(small.gather(date, who, 5, fill), large.gather(date, who, 5, fill))
+        assert same(
+            small.gather(date, instrument, 5, fill), large.gather(date, instrument, 5, fill)
+        )
 
 
 def test_the_result_is_new_memory():
-    packed = DensePacked(torch.zeros(1, 4, 1))
-    packed.gather(torch.tensor([3]), torch.tensor([0]), 2).fill_(7.0)
-    packed.gather(torch.tensor([3]), torch.tensor([0]), 1).fill_(7.0)
-    assert not packed.values.any()
+    pack = DensePackedColumns(torch.zeros(1, 4, 1))
+    pack.gather(torch.tensor([3]), torch.tensor([0]), 2).fill_(7.0)
+    pack.gather(torch.tensor([3]), torch.tensor([0]), 1).fill_(7.0)
+    assert not pack.values.any()
 
 
 def test_an_unknown_fill_is_named():
     with pytest.raises(ConfigError, match=r"unknown fillna_type 'bfill'.*'ffill'"):
-        DensePacked(torch.zeros(1, 4, 1)).gather(torch.tensor([3]), torch.tensor([0]), 2, "bfill")
+        DensePackedColumns(torch.zeros(1, 4, 1)).gather(
+            torch.tensor([3]), torch.tensor([0]), 2, "bfill"
+        )
 
 
 # -- real Qlib ---------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ STEP_LEN = 8
 
 
 def golden_frame(arrays: dict[str, np.ndarray]) -> pd.DataFrame:
-    """The stress frame that Qlib was given, kept beside what it answered."""
+    """Return the stress frame that Qlib processed, stored beside Qlib's results."""
     index = pd.MultiIndex.from_arrays(
         [pd.DatetimeIndex(arrays["frame/date"]), arrays["frame/instrument"].astype(str)],
         names=["datetime", "instrument"],
@@ -124,30 +130,30 @@ def golden_frame(arrays: dict[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(arrays["frame/values"], index=index, columns=columns)
 
 
-def test_windows_are_qlibs_golden():
+def test_windows_equal_qlibs_golden_windows():
     with np.load(GOLDEN) as golden:
-        theirs = {name: golden[name] for name in golden.files}
-    frame = golden_frame(theirs)
-    rows = parity.compare(frame, SEGMENTS, STEP_LEN, theirs)
+        qlib_windows = {name: golden[name] for name in golden.files}
+    frame = golden_frame(qlib_windows)
+    rows = parity.compare(frame, SEGMENTS, STEP_LEN, qlib_windows)
     assert {(r.segment, r.fill) for r in rows} == {(s, f) for s in SEGMENTS for f in FILLS}
     assert all(r.windows > 100 for r in rows)
     assert sum(r.different for r in rows) == 0
 
 
 @pytest.mark.qlib
-def test_windows_are_those_of_real_qlib(tmp_path, qlib_python):
+def test_windows_equal_those_of_real_qlib(tmp_path, qlib_python):
     frame = parity.stress_frame(num_dates=90, num_instruments=12, seed=3)
     segments = {**SEGMENTS, "later": ("2020-04-01", "2020-05-29")}
-    theirs = parity.qlib_windows(frame, segments, 11, qlib_python, tmp_path)
-    assert not [r for r in parity.compare(frame, segments, 11, theirs) if r.different]
+    windows = parity.qlib_windows(frame, segments, 11, qlib_python, tmp_path)
+    assert not [r for r in parity.compare(frame, segments, 11, windows) if r.different]
 
 
-def test_a_dropped_label_takes_a_sample_away_and_not_a_day_of_the_past():
-    """The declared difference: Qlib's learn frame lacks the row, so that its window is filled.
+def test_a_dropped_label_removes_a_sample_but_not_a_day_of_the_past():
+    """Check the declared difference: Qlib's learn frame lacks the row, so its window is filled.
 
-    Five days of one instrument, the label of day 2 is missing. Qlib's window of three steps that
-    ends on day 3 is made of days 1 and 3 (day 2 filled from day 1): [1, 1, 3] with ffill. Here
-    day 2 is no sample, but what happened on it stays visible: [1, 2, 3].
+    One instrument has five days, and the label of day 2 is missing. Qlib's window of three steps
+    that ends on day 3 consists of days 1 and 3 (day 2 filled from day 1): [1, 1, 3] with ffill.
+    Here day 2 is no sample, but its features stay visible: [1, 2, 3].
     """
     days = pd.bdate_range("2020-01-06", periods=5)
     index = pd.MultiIndex.from_product([days, ["A", "B"]], names=["datetime", "instrument"])
@@ -155,23 +161,23 @@ def test_a_dropped_label_takes_a_sample_away_and_not_a_day_of_the_past():
     label = np.ones(10)
     label[4] = np.nan  # day 2 of A
     frame = pd.DataFrame({("feature", "F"): number, ("label", "L"): label}, index=index)
-    whole = view_of_frame(frame)
-    learn = whole.with_rows(whole.rows & ~whole.groups["label"].column("L").isnan())
-    ours = build_samples(learn, step_len=3, fill="ffill", learn=True)
-    assert len(ours) == 9
-    at = ours.index.get_loc((days[3], "A"))
-    assert ours.batch(torch.tensor([at])).x.flatten().tolist() == [1.0, 2.0, 3.0]
-    dropped = build_samples(view_of_frame(frame.dropna()), step_len=3, fill="ffill")
-    at = dropped.index.get_loc((days[3], "A"))
-    assert dropped.batch(torch.tensor([at])).x.flatten().tolist() == [1.0, 1.0, 3.0]
+    view = view_from_frame(frame)
+    learn = view.with_rows(view.rows & ~view.groups["label"].column("L").isnan())
+    samples = build_samples(learn, step_len=3, fill="ffill", learn=True)
+    assert len(samples) == 9
+    position = samples.index.get_loc((days[3], "A"))
+    assert samples.batch(torch.tensor([position])).x.flatten().tolist() == [1.0, 2.0, 3.0]
+    qlib_like_samples = build_samples(view_from_frame(frame.dropna()), step_len=3, fill="ffill")
+    position = qlib_like_samples.index.get_loc((days[3], "A"))
+    assert qlib_like_samples.batch(torch.tensor([position])).x.flatten().tolist() == [1.0, 1.0, 3.0]
 
 
-def test_a_panel_pack_goes_through_the_same_windows():
+def test_a_panel_pack_gathers_the_same_windows():
     frame = parity.stress_frame(num_dates=25, num_instruments=5)
-    view = view_of_frame(frame)
+    view = view_from_frame(frame)
     columns = view.groups["feature"]
     assert isinstance(columns, PanelColumns)
-    date, who = view.sample_rows()
-    packed = columns.pack("cpu", history=view.history)
-    x = packed.gather(date, who, 1, "none")[:, 0]
+    date, instrument = view.sample_rows()
+    pack = columns.pack("cpu", history=view.history)
+    x = pack.gather(date, instrument, 1, "none")[:, 0]
     assert same(x, torch.tensor(frame["feature"].to_numpy(np.float32)))

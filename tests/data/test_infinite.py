@@ -1,4 +1,4 @@
-"""Infinite values: refused where they are loaded, unless a processor is there that mends them."""
+"""Infinite values are refused on loading, unless a processor replaces them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bars() -> pd.DataFrame:
     return pd.DataFrame(values, index, ["open", "close"])
 
 
-def handler_of(bars: pd.DataFrame, infer=(), learn=(), **options) -> DataHandlerLP:
+def make_handler(bars: pd.DataFrame, infer=(), learn=(), **options) -> DataHandlerLP:
     return DataHandlerLP(
         data_loader=QlibDataLoader({**FEATURES, **LABEL}),
         source=FrameSource(bars),
@@ -35,67 +35,73 @@ def handler_of(bars: pd.DataFrame, infer=(), learn=(), **options) -> DataHandler
     )
 
 
-def test_infinite_bars_need_a_processor_that_mends_them(bars, caplog, tmp_path):
+def test_infinite_bars_need_a_processor_that_replaces_them(bars, caplog, tmp_path):
     bars.loc[(DAYS[5], "C"), "close"] = np.inf
-    said = r"infinite values in the bars: close \(1\), first C on 2020-01-08\. .*ProcessInf first"
-    refused = [(), (ROBUST, "Fillna"), (ROBUST, "ProcessInf")]
-    for infer in refused:
-        with pytest.raises(DataError, match=said):
-            handler_of(bars, infer).fetch()
+    message = (
+        r"infinite values in the bars: close \(1\), first C on 2020-01-08\. .*ProcessInf first"
+    )
+    insufficient = [(), (ROBUST, "Fillna"), (ROBUST, "ProcessInf")]
+    for infer in insufficient:
+        with pytest.raises(DataError, match=message):
+            make_handler(bars, infer).fetch()
     independent = {"process_type": "independent"}
-    with pytest.raises(DataError, match=said):
-        handler_of(bars, ["ProcessInf"], **independent).fetch()
+    with pytest.raises(DataError, match=message):
+        make_handler(bars, ["ProcessInf"], **independent).fetch()
     loader = QlibDataLoader(FEATURES)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         DataHandler(data_loader=loader, source=FrameSource(bars)).fetch()
     assert not caplog.text
-    mended = handler_of(bars, ["ProcessInf", ROBUST], [RANK], cache=tmp_path)
-    assert np.isfinite(mended.fetch(col_set="feature")).all(axis=None)
-    assert "first C on 2020-01-08. ProcessInf mends" in caplog.text
-    handler_of(bars, ["ProcessInf"], ["ProcessInf"], **independent).fetch()
-    with pytest.raises(DataError, match=said):  # what the cache holds was let through, not found
-        handler_of(bars, [ROBUST], cache=tmp_path).fetch()
+    handler = make_handler(bars, ["ProcessInf", ROBUST], [RANK], cache=tmp_path)
+    assert np.isfinite(handler.fetch(col_set="feature")).all(axis=None)
+    assert "first C on 2020-01-08. ProcessInf replaces" in caplog.text
+    make_handler(bars, ["ProcessInf"], ["ProcessInf"], **independent).fetch()
+    with pytest.raises(DataError, match=message):  # cached with infinities allowed
+        make_handler(bars, [ROBUST], cache=tmp_path).fetch()
 
 
-def test_a_frame_of_ones_own_is_looked_at_too(bars):
+def test_infinities_in_a_users_frame_are_refused(bars):
     frame = pd.concat({"feature": bars, "label": bars[["close"]] - 10}, axis=1)
     frame.iloc[9, 0], frame.iloc[[6, 17], 2] = np.inf, -np.inf
-    said = r"the data: feature/open \(1\), first B on 2020-01-03; label/close \(2\), first C on"
+    message = r"the data: feature/open \(1\), first B on 2020-01-03; label/close \(2\), first C on"
     for handler in (
         DataHandlerLP.from_df(frame, learn_processors=[RANK]),
         DataHandler(data_loader=frame),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             handler.fetch()
     with pytest.raises(DataError, match=r"the data: feature/open \(1\), first B on"):
         DataHandlerLP.from_df(frame["feature"], label="close").fetch(col_set="feature")
-    DataHandlerLP.from_df(frame, start_time=DAYS[5]).fetch()  # they are before these dates
-    mended = DataHandlerLP.from_df(frame, infer_processors=["ProcessInf"], learn_processors=[RANK])
+    DataHandlerLP.from_df(
+        frame, start_time=DAYS[5]
+    ).fetch()  # the infinities are before these dates
+    repaired_handler = DataHandlerLP.from_df(
+        frame, infer_processors=["ProcessInf"], learn_processors=[RANK]
+    )
     day = frame["feature", "open"].loc[DAYS[2]].drop("B")
-    assert mended.fetch()["open"].iloc[9] == pytest.approx(day.mean())
+    assert repaired_handler.fetch()["open"].iloc[9] == pytest.approx(day.mean())
     assert np.isinf(StaticDataLoader(frame).load()).any(axis=None)
 
 
-def test_a_division_by_zero_is_for_the_processors_but_not_in_a_label(bars):
+def test_infinities_from_division_are_allowed_in_features_but_not_in_labels(bars):
     bars.loc[(DAYS[3], "D"), "open"] = 0.0
-    ratio = handler_of(bars, [ROBUST], [RANK]).fetch()["RATIO"]
+    ratio = make_handler(bars, [ROBUST], [RANK]).fetch()["RATIO"]
     assert ratio.loc[DAYS[3], "D"] == 3.0  # clipped, as in Qlib
     bars.loc[(DAYS[7], "A"), "close"] = 0.0
-    said = r"CSRankNorm would hide infinite labels: LABEL0 \(1\), first A on 2020-01-10\. "
-    with pytest.raises(DataError, match=said):
-        handler_of(bars, [ROBUST], [RANK]).fetch(data_key="learn")
-    dataset = DatasetH(handler_of(bars, [ROBUST]), {"train": (DAYS[0], DAYS[9])})
+    message = r"CSRankNorm would hide infinite labels: LABEL0 \(1\), first A on 2020-01-10\. "
+    with pytest.raises(DataError, match=message):
+        make_handler(bars, [ROBUST], [RANK]).fetch(data_key="learn")
+    dataset = DatasetH(make_handler(bars, [ROBUST]), {"train": (DAYS[0], DAYS[9])})
     with pytest.raises(DataError, match="infinite values in the labels: LABEL0"):
         dataset.samples("train")
-    for mend in ("ProcessInf", Replaced()):
-        label = handler_of(bars, [mend], [RANK]).fetch(data_key="learn")["LABEL0"]
+    for processor in ("ProcessInf", ReplaceWithNaN()):
+        label = make_handler(bars, [processor], [RANK]).fetch(data_key="learn")["LABEL0"]
         assert label.dropna().abs().max() < 1.74
 
 
-class Replaced:
-    """A pandas processor of a user's own."""
+class ReplaceWithNaN:
+    """A user's pandas processor that replaces infinities."""
 
-    mends_infinite = True
+    replaces_infinite = True
 
     def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
         return frame.replace([np.inf, -np.inf], np.nan)

@@ -54,43 +54,43 @@ def test_groups_names_and_values(source: FrameSource) -> None:
     ]
     close = bars_frame()["close"].unstack()
     np.testing.assert_allclose(frame["feature"]["GAP"], 0.5, rtol=1e-5)
-    expected = close.shift(5).stack(future_stack=True).reindex(frame.index)
-    np.testing.assert_array_equal(frame["feature"]["OLD"], expected)
+    expected_values = close.shift(5).stack(future_stack=True).reindex(frame.index)
+    np.testing.assert_array_equal(frame["feature"]["OLD"], expected_values)
     assert loader.horizon() == 2
     assert loader.horizon("nothing") is None
     assert loader.names() == {"feature": ("GAP", "OLD"), "label": ("Ref($close,-2)",)}
 
 
-def test_dates_are_inclusive_and_windows_see_what_lies_around_them(source: FrameSource) -> None:
+def test_dates_are_inclusive_and_expressions_read_rows_outside_them(source: FrameSource) -> None:
     view = QlibDataLoader(FIELDS).view(["A", "B"], "2020-01-20", "2020-01-24", source=source)
     frame = view.frame()
     dates = frame.index.get_level_values("datetime")
     assert (dates.min(), dates.max()) == (pd.Timestamp("2020-01-20"), pd.Timestamp("2020-01-24"))
     assert not frame.isna().any().any()
     close = bars_frame()["close"].unstack()
-    expected = close.shift(-2).loc["2020-01-20":"2020-01-24", ["A", "B"]].stack()
-    np.testing.assert_array_equal(frame["label"].iloc[:, 0], expected.reindex(frame.index))
+    expected_label = close.shift(-2).loc["2020-01-20":"2020-01-24", ["A", "B"]].stack()
+    np.testing.assert_array_equal(frame["label"].iloc[:, 0], expected_label.reindex(frame.index))
 
 
-def test_history_in_front_costs_no_storage_and_packing_no_copy(source: FrameSource) -> None:
+def test_history_is_not_stored_and_packing_needs_no_copy(source: FrameSource) -> None:
     view = QlibDataLoader(FIELDS).view(None, "2020-01-20", None, source=source)
     columns = view.group("feature")
     assert isinstance(columns, PanelColumns)
-    packed = columns.pack("cpu", history=view.history)
-    assert packed.values.shape == (4, len(view.calendar), 2)
-    assert packed.values.data_ptr() == columns.column("GAP").data_ptr()
+    pack = columns.pack("cpu", history=view.history)
+    assert pack.values.shape == (4, len(view.calendar), 2)
+    assert pack.values.data_ptr() == columns.column("GAP").data_ptr()
 
 
-def test_membership_makes_rows_but_values_know_the_days_outside(source: FrameSource) -> None:
+def test_membership_limits_rows_but_not_the_history_of_values(source: FrameSource) -> None:
     frame = QlibDataLoader(FIELDS).view("some", source=source).frame()
     a = frame.xs("A", level="instrument")
     assert list(a.index) == [*DATES[:10], *DATES[20:]]
-    assert not a.loc[DATES[20]].isna().any()  # five days back lies outside its membership
+    assert not a.loc[DATES[20]].isna().any()  # five days earlier it was not a member
     assert set(frame.index.get_level_values("instrument")) == {"A", "D"}
     assert frame.xs("D", level="instrument").index[0] == DATES[10]
 
 
-def test_only_wanted_columns_are_computed(source: FrameSource) -> None:
+def test_only_requested_columns_are_computed(source: FrameSource) -> None:
     loader = QlibDataLoader(FIELDS)
     view = loader.view(None, source=source, columns={"feature": ("OLD",)})
     assert view.group("feature").names == ("OLD",)
@@ -103,22 +103,22 @@ def test_a_list_of_fields_has_no_groups(source: FrameSource) -> None:
     assert frame.shape == (30, 2)
 
 
-def test_the_default_source_is_of_init(tmp_path: Path, source: FrameSource) -> None:
+def test_the_default_source_comes_from_init(tmp_path: Path, source: FrameSource) -> None:
     loader = QlibDataLoader(["$close"])
-    with pytest.raises(ConfigError, match=r"no data source: give the handler source="):
+    with pytest.raises(ConfigError, match=r"no data source: pass source="):
         loader.load(["A"])
     init(provider_uri=str(write_qlib(source, tmp_path / "data")))
     assert len(loader.load(["A"])) == 30
 
 
-def test_a_source_by_folder_or_configuration(tmp_path: Path, source: FrameSource) -> None:
+def test_a_source_from_a_folder_or_configuration(tmp_path: Path, source: FrameSource) -> None:
     folder = write_qlib(source, tmp_path / "data")
-    for given in (
+    for source_config in (
         str(folder),
         folder,
         {"class": "QlibSource", "kwargs": {"provider_uri": str(folder)}},
     ):
-        assert len(QlibDataLoader(["$close"], source=given).load(["A"])) == 30
+        assert len(QlibDataLoader(["$close"], source=source_config).load(["A"])) == 30
 
 
 @pytest.mark.parametrize("field", ["P($$roewa_q)", "PRef($$x, 201801)", "$$roe"])
@@ -128,16 +128,16 @@ def test_point_in_time_fields_are_refused(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
-        ({}, "names no group"),
+        ({}, "config is empty"),
         ({"feature": []}, "expected a list of expressions"),
-        ({"feature": (["$close"], ["A", "B"])}, "1 expressions have 2 names"),
-        ({"feature": (["$close", "$open"], ["A", "A"])}, r"given twice: \['A'\]"),
+        ({"feature": (["$close"], ["A", "B"])}, "got 1 expressions but 2 names"),
+        ({"feature": (["$close", "$open"], ["A", "A"])}, r"duplicates: \['A'\]"),
     ],
 )
-def test_a_config_that_cannot_be_meant(config, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_configs_are_refused(config, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         QlibDataLoader(config)
 
 
@@ -146,24 +146,24 @@ def test_unknown_arguments_and_options_are_refused() -> None:
         QlibDataLoader(["$close"], filter_pip=[])
     with pytest.raises(ConfigError, match="swap_level=False"):
         QlibDataLoader(["$close"], swap_level=False)
-    with pytest.raises(ConfigError, match="several frequencies"):
+    with pytest.raises(ConfigError, match="different frequencies"):
         QlibDataLoader({"a": ["$close"], "b": ["$close"]}, freq={"a": "day", "b": "1min"})
 
 
-def test_inst_processors(source: FrameSource) -> None:
-    def halved(df: pd.DataFrame, instrument: str) -> pd.DataFrame:
+def test_inst_processors_process_each_instrument(source: FrameSource) -> None:
+    def halve(df: pd.DataFrame, instrument: str) -> pd.DataFrame:
         return df.iloc[:0] if instrument == "B" else df.iloc[1:] / 2
 
     plain = QlibDataLoader(["$close"]).view(None, source=source).frame()
-    frame = QlibDataLoader(["$close"], inst_processors=[halved]).view(None, source=source).frame()
+    frame = QlibDataLoader(["$close"], inst_processors=[halve]).view(None, source=source).frame()
     names = frame.index.get_level_values("instrument")
     assert set(names) == {"A", "C", "D"}
     assert (names == "A").sum() == 29
     np.testing.assert_array_equal(frame, plain.reindex(frame.index) / 2)
     config = {"class": "TimeRangeFlt", "kwargs": {"start_time": "2020-01-01"}}
-    for given in (TimeRangeFlt(DATES[0]), config):
-        kept = QlibDataLoader(["$close"], inst_processors=[given], source=source)
-        assert set(kept.load().index.get_level_values("instrument")) == {"A", "B", "C"}
+    for processor in (TimeRangeFlt(DATES[0]), config):
+        loader = QlibDataLoader(["$close"], inst_processors=[processor], source=source)
+        assert set(loader.load().index.get_level_values("instrument")) == {"A", "B", "C"}
 
 
 def test_inst_processors_may_not_resample(source: FrameSource) -> None:
@@ -184,55 +184,55 @@ def test_static_frame_by_instruments_and_dates() -> None:
         loader.load(), frame.sort_index().astype(np.float32), check_index_type=False
     )
     part = loader.load(["B", "D"], "2020-01-10", "2020-01-17")
-    expected = frame.loc["2020-01-10":"2020-01-17"]
-    expected = expected[expected.index.get_level_values(1).isin(["B", "D"])]
-    pd.testing.assert_frame_equal(part, expected.astype(np.float32), check_index_type=False)
+    expected_frame = frame.loc["2020-01-10":"2020-01-17"]
+    expected_frame = expected_frame[expected_frame.index.get_level_values(1).isin(["B", "D"])]
+    pd.testing.assert_frame_equal(part, expected_frame.astype(np.float32), check_index_type=False)
 
 
 def test_static_frames_are_joined(tmp_path: Path) -> None:
-    left = bars_frame()[["close"]]
-    right = bars_frame()[["open"]].iloc[7:]
-    right.to_parquet(tmp_path / "right.parquet")
-    parts = {"feature": left, "label": tmp_path / "right.parquet"}
+    close = bars_frame()[["close"]]
+    open_ = bars_frame()[["open"]].iloc[7:]
+    open_.to_parquet(tmp_path / "right.parquet")
+    parts = {"feature": close, "label": tmp_path / "right.parquet"}
     outer = StaticDataLoader(parts).load()
-    assert len(outer) == len(left)
+    assert len(outer) == len(close)
     assert outer[("label", "open")].isna().sum() == 7
-    assert len(StaticDataLoader(parts, join="inner").load()) == len(right)
+    assert len(StaticDataLoader(parts, join="inner").load()) == len(open_)
 
 
-def test_static_csv(tmp_path: Path) -> None:
+def test_static_loader_reads_csv(tmp_path: Path) -> None:
     frame = bars_frame()
     frame.to_csv(tmp_path / "bars.csv")
-    found = StaticDataLoader(str(tmp_path / "bars.csv")).load()
+    loaded_frame = StaticDataLoader(str(tmp_path / "bars.csv")).load()
     pd.testing.assert_frame_equal(
-        found, frame.astype(np.float32), check_index_type=False, atol=1e-6
+        loaded_frame, frame.astype(np.float32), check_index_type=False, atol=1e-6
     )
 
 
 def test_static_universe_comes_from_a_source(source: FrameSource) -> None:
     loader = StaticDataLoader(bars_frame())
-    with pytest.raises(DataError, match="a frame knows no universes"):
+    with pytest.raises(DataError, match="frames have no universes"):
         loader.load("some")
     rows = loader.view("some", source=source).frame().xs("A", level="instrument")
     assert list(rows.index) == [*DATES[:10], *DATES[20:]]
 
 
 @pytest.mark.parametrize(
-    ("frame", "said"),
+    ("frame", "message"),
     [
         (pd.DataFrame({"x": [1.0]}), "expected an index or columns"),
-        (bars_frame().iloc[[0, 0]], "doubled"),
+        (bars_frame().iloc[[0, 0]], "duplicate"),
         (bars_frame().iloc[::-1], "unsorted"),
         (bars_frame().assign(name="x"), "must be numeric"),
         (bars_frame().tz_localize("UTC", level=0), "time zone"),
     ],
 )
-def test_frames_that_cannot_be_meant(frame: pd.DataFrame, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_invalid_frames_are_refused(frame: pd.DataFrame, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         StaticDataLoader(frame).load()
 
 
-def test_missing_files_and_formats(tmp_path: Path) -> None:
+def test_missing_files_and_unknown_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         StaticDataLoader(tmp_path / "no.parquet").load()
     (tmp_path / "x.txt").write_text("x")
@@ -242,28 +242,28 @@ def test_missing_files_and_formats(tmp_path: Path) -> None:
         StaticDataLoader(bars_frame(), join="outter")
 
 
-# -- several ---------------------------------------------------------------------------------------
+# -- nesting ---------------------------------------------------------------------------------------
 
 
-def test_nested_rows_are_the_first_loaders_and_columns_sorted(source: FrameSource) -> None:
-    own = bars_frame()[["volume"]].rename(columns={"volume": "extra"}).iloc[20:]
-    own = own.assign(GAP=7.0)
-    own.columns = pd.MultiIndex.from_product([["feature"], own.columns])
-    loader = NestedDataLoader([QlibDataLoader(FIELDS, source=source), StaticDataLoader(own)])
+def test_nested_loader_keeps_the_first_loaders_rows_and_sorts_columns(source: FrameSource) -> None:
+    user_frame = bars_frame()[["volume"]].rename(columns={"volume": "extra"}).iloc[20:]
+    user_frame = user_frame.assign(GAP=7.0)
+    user_frame.columns = pd.MultiIndex.from_product([["feature"], user_frame.columns])
+    loader = NestedDataLoader([QlibDataLoader(FIELDS, source=source), StaticDataLoader(user_frame)])
     frame = loader.load("some")
     first = QlibDataLoader(FIELDS, source=source).load("some")
     assert frame.index.equals(first.index)
     assert list(frame.columns) == sorted(frame.columns)
     assert set(frame["feature"].columns) == {"GAP", "OLD", "extra"}
-    there = frame.index.isin(own.index)
-    assert (frame.loc[there, ("feature", "GAP")] == 7.0).all()  # the later loader's column
-    assert frame.loc[~there, ("feature", "GAP")].isna().all()
+    has_row = frame.index.isin(user_frame.index)
+    assert (frame.loc[has_row, ("feature", "GAP")] == 7.0).all()  # the column of the later loader
+    assert frame.loc[~has_row, ("feature", "GAP")].isna().all()
     np.testing.assert_array_equal(frame["feature"]["OLD"], first["feature"]["OLD"])
     assert loader.horizon() == 2
 
 
 class OldLoader:
-    """Qlib's protocol and nothing more."""
+    """A loader with Qlib's protocol and nothing else."""
 
     def load(self, instruments, start_time=None, end_time=None) -> pd.DataFrame:
         return bars_frame().loc[start_time:end_time]

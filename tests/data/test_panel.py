@@ -1,4 +1,4 @@
-"""The panel: shapes, selection, windows, frames and what a frame may not hold."""
+"""The panel: shapes, selection, windows, and conversion from and to frames."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def small_panel() -> Panel:
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
-def test_calendar_is_nanoseconds_whatever_comes(unit):
+def test_calendar_is_converted_to_nanoseconds(unit):
     index = normalise_calendar(pd.date_range("2020-01-01", periods=3).as_unit(unit))
     assert index.dtype == "datetime64[ns]"
     assert index.asi8[1] - index.asi8[0] == 86_400 * 10**9
 
 
-def test_time_zones_are_refused_with_the_cure():
+def test_time_zones_are_refused_with_a_fix():
     with pytest.raises(DataError, match=r"time zone UTC.*tz_localize\(None\)"):
         normalise_calendar(pd.date_range("2020-01-01", periods=3, tz="UTC"))
 
 
-def test_what_is_no_date_is_refused():
-    with pytest.raises(DataError, match="cannot be read as dates"):
+def test_values_that_are_not_dates_are_refused():
+    with pytest.raises(DataError, match="cannot be parsed"):
         normalise_calendar(["2020-01-01", "yesterday-ish"])
 
 
-def test_bare_end_date_holds_its_whole_day():
+def test_an_end_date_includes_its_whole_day():
     calendar = pd.date_range("2020-01-02 09:30", periods=4, freq="6h")
     assert date_rows(calendar, "2020-01-02", "2020-01-02") == slice(0, 3)
     assert date_rows(calendar, None, "2020-01-02 15:30") == slice(0, 2)
     assert date_rows(calendar, "2020-02-01", "2020-01-01").start == 4
 
 
-def test_a_date_with_a_zone_is_refused_in_a_selection():
+def test_a_selection_refuses_dates_with_a_time_zone():
     with pytest.raises(DataError, match="time zone"):
         small_panel().rows("2020-01-02T00:00:00+00:00")
     with pytest.raises(DataError, match="not a date"):
@@ -68,20 +68,20 @@ def test_shape_calendar_and_names_must_agree():
     dates = pd.date_range("2020-01-01", periods=2)
     with pytest.raises(DataError, match=r"shape \(2, 3, 1\).*\(2, 2, 1\)"):
         Panel(torch.zeros(2, 3, 1), dates, ["A", "B"], ["close"])
-    with pytest.raises(DataError, match="each instrument may stand once"):
+    with pytest.raises(DataError, match="instrument names must be unique"):
         Panel(torch.zeros(2, 2, 1), dates, ["A", "A"], ["close"])
     with pytest.raises(DataError, match="ascending"):
         Panel(torch.zeros(2, 1, 1), dates[::-1], ["A"], ["close"])
 
 
-def test_spans_of_values_alone_are_first_and_last_value():
+def test_spans_default_to_the_first_and_last_value():
     values = torch.tensor([[NAN, 1.0], [2.0, NAN], [NAN, 3.0], [4.0, NAN]])[..., None]
     panel = Panel(values, pd.date_range("2020-01-01", periods=4), ["A", "B"], ["close"])
     assert panel.spans.tolist() == [[1, 3], [0, 2]]
     assert panel.mask.T.int().tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
-    nothing = Panel(torch.full((4, 1, 1), NAN), panel.calendar, ["A"], ["close"])
-    assert nothing.spans.tolist() == [[0, -1]]
-    assert not nothing.mask.any()
+    empty_panel = Panel(torch.full((4, 1, 1), NAN), panel.calendar, ["A"], ["close"])
+    assert empty_panel.spans.tolist() == [[0, -1]]
+    assert not empty_panel.mask.any()
 
 
 def test_from_frame_places_each_value():
@@ -92,7 +92,7 @@ def test_from_frame_places_each_value():
     assert panel.spans.tolist() == [[0, 2], [1, 2]]
 
 
-def test_a_row_of_nothing_but_nan_exists():
+def test_a_row_with_only_nan_exists():
     frame = small_frame()
     frame.iloc[0] = NAN
     panel = Panel.from_frame(frame)
@@ -101,7 +101,7 @@ def test_a_row_of_nothing_but_nan_exists():
 
 
 @pytest.mark.parametrize("order", [["datetime", "instrument"], ["instrument", "datetime"]])
-def test_frame_in_either_order_of_levels(order):
+def test_from_frame_accepts_either_order_of_levels(order):
     frame = small_frame().reorder_levels(order)
     assert Panel.from_frame(frame).fingerprint() == small_panel().fingerprint()
 
@@ -110,23 +110,23 @@ def test_date_major_and_instrument_major_rows_are_the_same_panel():
     assert Panel.from_frame(small_frame().sort_index()).fingerprint() == small_panel().fingerprint()
 
 
-def test_doubled_rows_are_refused_by_place():
+def test_the_error_for_duplicate_rows_names_the_first_one():
     frame = pd.concat([small_frame(), small_frame().iloc[[4]]])
-    with pytest.raises(DataError, match=r"doubled row \(2020-01-06, B\), 1 in all"):
+    with pytest.raises(DataError, match=r"duplicate row \(2020-01-06, B\), 1 in all"):
         Panel.from_frame(frame)
 
 
-def test_descending_rows_are_refused_by_place():
+def test_the_error_for_descending_rows_names_the_first_one():
     with pytest.raises(DataError, match=r"unsorted row \(2020-01-03, A\).*sort_index"):
         Panel.from_frame(small_frame().iloc[[0, 2, 1, 3, 4]])
 
 
-def test_doubled_rows_that_are_not_adjacent_are_refused():
-    with pytest.raises(DataError, match=r"unsorted|doubled"):
+def test_duplicate_rows_that_are_not_adjacent_are_refused():
+    with pytest.raises(DataError, match=r"unsorted|duplicate"):
         Panel.from_frame(small_frame().iloc[[0, 1, 2, 3, 4, 0]])
 
 
-def test_other_frames_are_refused_with_the_cure():
+def test_other_invalid_frames_are_refused_with_a_fix():
     with pytest.raises(DataError, match=r"set_index\(\['datetime', 'instrument'\]\)"):
         Panel.from_frame(small_frame().reset_index())
     with pytest.raises(DataError, match="not numeric: 'name'"):
@@ -135,10 +135,10 @@ def test_other_frames_are_refused_with_the_cure():
     no_date.loc[0, "datetime"] = pd.NaT
     with pytest.raises(DataError, match="no date"):
         Panel.from_frame(no_date.set_index(["datetime", "instrument"]))
-    zoned = small_frame().reset_index()
-    zoned["datetime"] = zoned["datetime"].dt.tz_localize("America/New_York")
+    frame_with_zone = small_frame().reset_index()
+    frame_with_zone["datetime"] = frame_with_zone["datetime"].dt.tz_localize("America/New_York")
     with pytest.raises(DataError, match="America/New_York"):
-        Panel.from_frame(zoned.set_index(["datetime", "instrument"]))
+        Panel.from_frame(frame_with_zone.set_index(["datetime", "instrument"]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -151,7 +151,7 @@ def test_frame_round_trip(seed, num_dates, num):
     dates = pd.date_range("2020-01-01", periods=num_dates)
     panel = Panel(values, dates, [f"I{k}" for k in range(num)], ["a", "b"], mask=mask)
     frame = panel.to_frame()
-    expected = pd.DataFrame(
+    expected_frame = pd.DataFrame(
         values.numpy()[mask.numpy()],
         index=pd.MultiIndex.from_tuples(
             [(dates[d], f"I{n}") for d in range(num_dates) for n in range(num) if mask[d, n]],
@@ -159,11 +159,11 @@ def test_frame_round_trip(seed, num_dates, num):
         ),
         columns=["a", "b"],
     )
-    if len(expected):
-        pd.testing.assert_frame_equal(frame, expected, check_index_type=False)
-        again = Panel.from_frame(frame)
-        back = again.to_frame()
-        pd.testing.assert_frame_equal(back, frame, check_index_type=False)
+    if len(expected_frame):
+        pd.testing.assert_frame_equal(frame, expected_frame, check_index_type=False)
+        panel_from_frame = Panel.from_frame(frame)
+        second_frame = panel_from_frame.to_frame()
+        pd.testing.assert_frame_equal(second_frame, frame, check_index_type=False)
     else:
         assert len(frame) == 0
 
@@ -180,31 +180,31 @@ def test_select_moves_spans_with_the_dates():
     assert early.mask.tolist() == [[True, False]]
 
 
-def test_select_names_in_the_order_asked_for():
+def test_select_keeps_the_requested_order():
     some = small_panel().select(fields=["volume"], instruments=["B", "A"], end="2020-01-03")
     assert some.fields == ("volume",)
     assert list(some.instruments) == ["B", "A"]
     assert some.column("volume").nan_to_num(-1).tolist() == [[-1, 1], [4, 2]]
 
 
-def test_select_of_no_fields_is_no_fields():
+def test_select_without_fields_is_empty():
     assert small_panel().select(fields=[]).shape == (3, 2, 0)
 
 
-def test_unknown_names_show_the_nearest():
+def test_errors_for_unknown_names_suggest_the_nearest():
     with pytest.raises(DataError, match=r"unknown field 'volum'.*'volume'"):
         small_panel().column("volum")
     with pytest.raises(DataError, match="unknown instrument 'C'"):
         small_panel().select(instruments=["A", "C"])
 
 
-def test_clip_spans_leaves_nothing_as_nothing():
+def test_clip_spans_keeps_empty_spans_empty():
     spans = torch.tensor([[-5, -2], [-3, 1], [2, 9], [7, 9], [0, -1]])
     assert clip_spans(spans, 5).tolist() == [[0, -1], [0, 1], [2, 4], [0, -1], [0, -1]]
     assert within_spans(clip_spans(spans, 5), 5).sum(0).tolist() == [0, 2, 3, 0, 0]
 
 
-def test_gather_takes_windows_and_nan_before_the_start():
+def test_gather_pads_windows_with_nan_before_the_start():
     values = torch.arange(8.0).reshape(4, 2, 1)
     panel = Panel(values, pd.date_range("2020-01-01", periods=4), ["A", "B"], ["close"])
     window = panel.gather(torch.tensor([3, 1]), torch.tensor([1, 0]), 3)[..., 0]
@@ -216,9 +216,9 @@ def test_gather_takes_windows_and_nan_before_the_start():
 # -- fingerprint ---------------------------------------------------------------------------------
 
 
-def test_fingerprint_is_of_content_not_of_storage():
+def test_the_fingerprint_depends_on_content_not_on_storage():
     panel = small_panel()
-    copied = Panel(
+    copy = Panel(
         panel.values.contiguous(),
         panel.calendar,
         panel.instruments,
@@ -226,9 +226,9 @@ def test_fingerprint_is_of_content_not_of_storage():
         mask=panel.mask,
         spans=panel.spans,
     )
-    assert copied.values.stride() != panel.values.stride()
-    assert copied.fingerprint() == panel.fingerprint()
-    for changed in ("values", "mask"):
-        other = small_panel()
-        getattr(other, changed)[2, 1] = 0
-        assert other.fingerprint() != panel.fingerprint(), changed
+    assert copy.values.stride() != panel.values.stride()
+    assert copy.fingerprint() == panel.fingerprint()
+    for attribute in ("values", "mask"):
+        changed_panel = small_panel()
+        getattr(changed_panel, attribute)[2, 1] = 0
+        assert changed_panel.fingerprint() != panel.fingerprint(), attribute

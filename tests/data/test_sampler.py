@@ -17,9 +17,9 @@ def dataset() -> TSDatasetH:
     """Instrument A has every day, B lacks days 6 and 8; x counts days, the label is minus x."""
     index = pd.MultiIndex.from_product([DATES, ["B", "A"]], names=["datetime", "instrument"])
     day = index.get_level_values(0).map({d: k for k, d in enumerate(DATES)}).to_numpy(float)
-    who = (index.get_level_values(1) == "B") * 100.0
+    offset = (index.get_level_values(1) == "B") * 100.0
     columns = pd.MultiIndex.from_tuples([("feature", "x"), ("label", "LABEL0")])
-    frame = pd.DataFrame(np.stack([day + who, -day], 1), index, columns)
+    frame = pd.DataFrame(np.stack([day + offset, -day], 1), index, columns)
     frame = frame.drop([(DATES[6], "B"), (DATES[8], "B")])
     frame.loc[(DATES[9], "A"), ("label", "LABEL0")] = NAN
     handler = DataHandlerLP.from_df(frame, learn_processors=["DropnaLabel"])
@@ -30,9 +30,9 @@ def dataset() -> TSDatasetH:
 def test_order_length_and_access(dataset: TSDatasetH) -> None:
     sampler = dataset.prepare("test", col_set=["feature", "label"])
     assert isinstance(sampler, TSDataSampler)
-    expected = [(d, "A") for d in DATES[8:13]] + [(d, "B") for d in DATES[9:13]]
-    assert list(sampler.get_index()) == expected
-    assert list(sampler.data_index) == [(n, d) for d, n in expected]
+    expected_index = [(d, "A") for d in DATES[8:13]] + [(d, "B") for d in DATES[9:13]]
+    assert list(sampler.get_index()) == expected_index
+    assert list(sampler.data_index) == [(n, d) for d, n in expected_index]
     assert len(sampler) == 9
     assert not sampler.empty
     assert (sampler.start, sampler.end) == (DATES[8], DATES[12])
@@ -46,18 +46,18 @@ def test_order_length_and_access(dataset: TSDatasetH) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fill", "expected"),
+    ("fill", "expected_window"),
     [
         ("none", [NAN, 107, NAN, 109]),
         ("ffill", [NAN, 107, 107, 109]),
         ("ffill+bfill", [107, 107, 107, 109]),
     ],
 )
-def test_days_without_a_row(dataset: TSDatasetH, fill: str, expected: list[float]) -> None:
+def test_days_without_a_row(dataset: TSDatasetH, fill: str, expected_window: list[float]) -> None:
     sampler = dataset.prepare("test", col_set="feature")
     assert sampler.fillna_type == "none"
     sampler.config(fillna_type=fill)
-    np.testing.assert_array_equal(sampler[DATES[9], "B"][:, 0], expected)
+    np.testing.assert_array_equal(sampler[DATES[9], "B"][:, 0], expected_window)
 
 
 def test_windows_before_the_data_are_missing(dataset: TSDatasetH) -> None:
@@ -65,8 +65,8 @@ def test_windows_before_the_data_are_missing(dataset: TSDatasetH) -> None:
     np.testing.assert_array_equal(sampler[DATES[1], "A"][:, 0], [NAN, NAN, 0, 1])
 
 
-def test_rows_dropped_for_their_label_are_seen_by_windows(dataset: TSDatasetH) -> None:
-    """Qlib's window of day 10 is [7, 8, NaN, 10]: the declared difference."""
+def test_windows_include_rows_dropped_for_their_label(dataset: TSDatasetH) -> None:
+    """Check the declared difference: Qlib's window of day 10 is [7, 8, NaN, 10]."""
     sampler = dataset.prepare("test", col_set="feature", data_key="learn")
     assert (DATES[9], "A") not in sampler.get_index()
     np.testing.assert_array_equal(sampler[DATES[10], "A"][:, 0], [7, 8, 9, 10])
@@ -79,7 +79,7 @@ def test_lists_of_segments_and_types(dataset: TSDatasetH) -> None:
     assert len(dataset.prepare(slice(DATES[10], DATES[11]))) == 4
 
 
-def test_addresses_that_cannot_be_meant(dataset: TSDatasetH) -> None:
+def test_invalid_indices_are_refused(dataset: TSDatasetH) -> None:
     sampler = dataset.prepare("test")
     with pytest.raises(IndexError, match=r"9 is out of \[0, 9\)"):
         sampler[9]
@@ -87,7 +87,7 @@ def test_addresses_that_cannot_be_meant(dataset: TSDatasetH) -> None:
         sampler[DATES[9], "Z"]
     with pytest.raises(DataError, match="data begins later"):
         sampler["2019-01-01", "A"]
-    with pytest.raises(ConfigError, match="addressed by"):
+    with pytest.raises(ConfigError, match="expected a position"):
         sampler["A"]
     with pytest.raises(ConfigError, match="Did you mean 'ffill'"):
         sampler.config(fillna_type="fill")

@@ -13,7 +13,7 @@ from qtorch.data.columns import PanelColumns
 from qtorch.data.elementwise import Affine
 from qtorch.data.panel import Panel
 from qtorch.data.reweighter import Reweighter
-from qtorch.data.samples import Samples, build_samples, samples_of
+from qtorch.data.samples import Samples, build_samples, get_samples
 from qtorch.data.view import View
 
 D, N = 20, 4
@@ -21,10 +21,10 @@ DATES = pd.bdate_range("2020-01-01", periods=D)
 NAN, INF = float("nan"), float("inf")
 
 
-def view(
+def make_view(
     cells: Mapping[tuple[str, int, int], float] | None = None, instruments: int = N
 ) -> tuple[View, PanelColumns]:
-    """A view with two features and a processed label (raw - 1); the raw label's columns."""
+    """Build a view with two features and a processed label (raw - 1), and its raw label."""
     torch.manual_seed(0)
     values = torch.randn(D, instruments, 3)
     names = ["F0", "F1", "L"]
@@ -41,40 +41,40 @@ def view(
 
 
 def test_samples_are_the_rows_of_the_segment_in_order():
-    made, raw = view()
-    samples = build_samples(made, start="2020-01-06", end="2020-01-10", raw_label=raw, step_len=3)
-    expected = made.frame(start="2020-01-06", end="2020-01-10")
-    pd.testing.assert_index_equal(samples.index, expected.index)
+    view, raw = make_view()
+    samples = build_samples(view, start="2020-01-06", end="2020-01-10", raw_label=raw, step_len=3)
+    expected_frame = view.frame(start="2020-01-06", end="2020-01-10")
+    pd.testing.assert_index_equal(samples.index, expected_frame.index)
     assert len(samples) == 5 * N
     assert (samples.num_days, samples.num_features, samples.num_steps) == (5, 2, 3)
     batch = samples.batch(torch.arange(len(samples)))
     assert batch.x.shape == (20, 3, 2)
-    np.testing.assert_array_equal(batch.x[:, -1], expected["feature"].to_numpy())
-    np.testing.assert_array_equal(batch.y, expected["label"].to_numpy())
+    np.testing.assert_array_equal(batch.x[:, -1], expected_frame["feature"].to_numpy())
+    np.testing.assert_array_equal(batch.y, expected_frame["label"].to_numpy())
     torch.testing.assert_close(batch.extra["raw_label"], batch.y + 1)
-    earlier = made.frame(start="2020-01-02", end="2020-01-08")["feature"].to_numpy()
+    earlier = view.frame(start="2020-01-02", end="2020-01-08")["feature"].to_numpy()
     np.testing.assert_array_equal(batch.x[:, 0], earlier)  # windows reach before the segment
 
 
 def test_a_batch_of_one_and_a_padded_batch():
-    samples = build_samples(view()[0], step_len=2)
-    one = samples.batch(torch.tensor([7]))
-    assert (one.x.shape, one.y.shape, one.mask) == ((1, 2, 2), (1, 1), None)
+    samples = build_samples(make_view()[0], step_len=2)
+    single = samples.batch(torch.tensor([7]))
+    assert (single.x.shape, single.y.shape, single.mask) == ((1, 2, 2), (1, 1), None)
     padded = samples.batch(torch.tensor([7, 3]), size=4)
     assert padded.x.shape == (4, 2, 2)
     assert padded.mask.tolist() == [True, True, False, False]
     assert padded.num_samples == 2
     assert padded.y[2:].isnan().all()
     assert (padded.x[2:] == 0).all()
-    torch.testing.assert_close(padded.x[0], one.x[0])
+    torch.testing.assert_close(padded.x[0], single.x[0])
 
 
 def test_a_day_batch_is_exactly_one_days_universe():
-    made, raw = view()
-    rows = made.rows.clone()
+    view, raw = make_view()
+    rows = view.rows.clone()
     rows[3, 1:] = False
     rows[5] = False
-    samples = build_samples(made.with_rows(rows), raw_label=raw)
+    samples = build_samples(view.with_rows(rows), raw_label=raw)
     assert samples.num_days == D - 1
     batch = samples.day_batch(torch.tensor([3, 5]))
     assert batch.x.shape[:2] == batch.mask.shape == (2, N)
@@ -82,19 +82,19 @@ def test_a_day_batch_is_exactly_one_days_universe():
     assert batch.num_samples == 1 + N
     assert batch.mask.sum(1).tolist() == [1, N]
     assert batch.date[0, 0] == 3
-    assert (batch.date[1] == 6).all()  # day 5 holds no sample
+    assert (batch.date[1] == 6).all()  # day 5 has no samples
     assert batch.instrument[1].tolist() == [0, 1, 2, 3]
     assert batch.y[0, 1:].isnan().all()
     assert batch.extra["raw_label"][0, 1:].isnan().all()
     assert (batch.x[0, 1:] == 0).all()
-    flat = batch.flat()
+    flat = batch.flatten()
     assert flat.x.shape == (2 * N, 1, 2)
     padded = samples.day_batch(torch.tensor([3]), num_days=3)
     assert padded.mask.sum() == 1
     assert padded.x.shape[0] == 3
 
 
-def test_few_widths_of_day_batches():
+def test_day_batches_have_few_distinct_widths():
     torch.manual_seed(0)
     panel = Panel(
         torch.randn(40, 60, 1), pd.bdate_range("2020", periods=40), map(str, range(60)), ["F"]
@@ -108,14 +108,14 @@ def test_few_widths_of_day_batches():
     assert sum(int(b.mask.sum()) for b in batches) == len(samples)
 
 
-# -- what is left out --------------------------------------------------------------------------
+# -- excluded samples --------------------------------------------------------------------------
 
 
 def test_samples_whose_label_reaches_the_next_segment_are_purged(caplog):
-    made, _ = view()
+    view, _ = make_view()
     with caplog.at_level(logging.INFO, "qtorch"):
         samples = build_samples(
-            made,
+            view,
             end="2020-01-10",
             name="train",
             horizon=2,
@@ -124,59 +124,59 @@ def test_samples_whose_label_reaches_the_next_segment_are_purged(caplog):
         )
     assert samples.index.get_level_values(0).max() == pd.Timestamp("2020-01-08")
     assert samples.describe()["purged"] == 2 * N
-    assert "train: 8 samples purged" in caplog.text
-    assert len(build_samples(made, end="2020-01-10")) == len(samples) + 2 * N
+    assert "train: purged 8 samples" in caplog.text
+    assert len(build_samples(view, end="2020-01-10")) == len(samples) + 2 * N
 
 
-def test_rows_without_label_are_no_samples_for_learning(caplog):
-    made, raw = view({("L", 4, 1): NAN, ("L", 4, 2): NAN})
+def test_rows_without_a_label_are_left_out_for_learning(caplog):
+    view, raw = make_view({("L", 4, 1): NAN, ("L", 4, 2): NAN})
     with caplog.at_level(logging.INFO, "qtorch"):
-        learn = build_samples(made, raw_label=raw, learn=True)
-    assert "2 rows without label left out" in caplog.text
+        learn = build_samples(view, raw_label=raw, learn=True)
+    assert "left out 2 rows without a label" in caplog.text
     assert len(learn) == D * N - 2
     assert not learn.target.isnan().any()
     assert learn.raw_label.shape == learn.target.shape
-    assert len(build_samples(made, raw_label=raw)) == D * N  # for prediction every row counts
+    assert len(build_samples(view, raw_label=raw)) == D * N  # for prediction every row is a sample
 
 
-def test_a_row_with_some_of_its_labels_stays():
-    made, _ = view({("L", 4, 1): NAN})
-    label = made.groups["label"].with_columns({"SECOND": torch.ones(D, N)})
-    samples = build_samples(made.with_group("label", label), learn=True)
+def test_a_row_with_some_labels_is_kept():
+    view, _ = make_view({("L", 4, 1): NAN})
+    label = view.groups["label"].with_columns({"SECOND": torch.ones(D, N)})
+    samples = build_samples(view.with_group("label", label), learn=True)
     assert len(samples) == D * N
     assert samples.target.shape == (D * N, 2)
     assert int(samples.target.isnan().sum()) == 1
 
 
-def test_windows_see_rows_that_are_no_samples():
-    made, _ = view()
-    rows = made.rows.clone()
+def test_windows_include_rows_that_are_not_samples():
+    view, _ = make_view()
+    rows = view.rows.clone()
     rows[5, 0] = False
-    samples = build_samples(made.with_rows(rows), step_len=2, fill="none")
+    samples = build_samples(view.with_rows(rows), step_len=2, fill="none")
     at = samples.index.get_loc((DATES[6], "I0"))
     x = samples.batch(torch.tensor([at])).x
     assert (DATES[5], "I0") not in samples.index
-    assert x[0, 0, 0] == made.groups["feature"].column("F0")[5, 0]
+    assert x[0, 0, 0] == view.groups["feature"].column("F0")[5, 0]
 
 
-def test_a_mask_narrows_the_rows():
-    made, _ = view()
+def test_a_mask_restricts_the_rows():
+    view, _ = make_view()
     mask = torch.zeros(D, N, dtype=torch.bool)
     mask[:, 2] = True
-    samples = build_samples(made, rows=mask)
+    samples = build_samples(view, rows=mask)
     assert samples.instrument.unique().tolist() == [2]
     assert samples.describe()["purged"] == 0
 
 
-# -- what cannot be meant ----------------------------------------------------------------------
+# -- errors and edge cases ---------------------------------------------------------------------
 
 
-def test_an_empty_segment_says_what_is_there():
-    with pytest.raises(DataError, match=r"test \(2031-01-01..None\) holds no sample.*2020-01-01"):
-        build_samples(view()[0], start="2031-01-01", name="test")
+def test_an_empty_segment_error_describes_the_data():
+    with pytest.raises(DataError, match=r"test \(2031-01-01..None\) has no samples.*2020-01-01"):
+        build_samples(make_view()[0], start="2031-01-01", name="test")
     with pytest.raises(DataError, match="8 samples were purged"):
         build_samples(
-            view()[0],
+            make_view()[0],
             start="2020-01-09",
             end="2020-01-10",
             horizon=5,
@@ -185,70 +185,76 @@ def test_an_empty_segment_says_what_is_there():
         )
 
 
-def test_a_label_that_is_nan_everywhere():
-    made, _ = view()
-    nothing = made.groups["label"].with_columns({"L": torch.full((D, N), NAN)})
+def test_a_label_that_is_nan_everywhere_is_refused():
+    view, _ = make_view()
+    nan_label = view.groups["label"].with_columns({"L": torch.full((D, N), NAN)})
     with pytest.raises(DataError, match=r"train .*label \['L'\] is NaN in all 80 samples"):
-        build_samples(made.with_group("label", nothing), name="train", learn=True)
+        build_samples(view.with_group("label", nan_label), name="train", learn=True)
 
 
-def test_infinite_features_and_labels_are_named_with_the_mend():
-    made, _ = view({("F1", 3, 2): INF})
-    samples = build_samples(made)
+def test_infinite_features_and_labels_are_refused_with_a_fix():
+    view, _ = make_view({("F1", 3, 2): INF})
+    samples = build_samples(view)
     with pytest.raises(DataError, match=r"infinite values in the features: F1.*ProcessInf"):
         samples.to("cpu")
     with pytest.raises(DataError, match="infinite values in the features: F1"):
         samples.batch(torch.tensor([0]))
-    made, raw = view({("L", 3, 2): -INF})
+    view, raw = make_view({("L", 3, 2): -INF})
     with pytest.raises(DataError, match="infinite values in the labels: L"):
-        build_samples(made, learn=True)
-    told = build_samples(made, raw_label=raw)  # unknown, not an error, where nothing is learnt
-    assert int(told.raw_label.isnan().sum()) == int(told.target.isnan().sum()) == 1
+        build_samples(view, learn=True)
+    samples_for_prediction = build_samples(
+        view, raw_label=raw
+    )  # infinite labels become NaN for prediction
+    assert (
+        int(samples_for_prediction.raw_label.isnan().sum())
+        == int(samples_for_prediction.target.isnan().sum())
+        == 1
+    )
 
 
-def test_no_label_group_no_target():
-    made, _ = view()
-    alone = View({"feature": made.groups["feature"]}, made.rows, made.history)
-    batch = build_samples(alone).batch(torch.tensor([0]))
+def test_without_a_label_group_there_is_no_target():
+    view, _ = make_view()
+    view_without_label = View({"feature": view.groups["feature"]}, view.rows, view.history)
+    batch = build_samples(view_without_label).batch(torch.tensor([0]))
     assert batch.y is None
     assert batch.extra == {}
 
 
-def test_one_instrument_works():
-    samples = build_samples(view(instruments=1)[0], step_len=3, learn=True)
+def test_samples_of_one_instrument():
+    samples = build_samples(make_view(instruments=1)[0], step_len=3, learn=True)
     assert len(samples) == D
     assert samples.day_batch(torch.tensor([4])).x.shape == (1, 1, 3, 2)
 
 
 @pytest.mark.parametrize("options", [{"step_len": 0}, {"fill": "bfill"}])
-def test_options_that_cannot_be_meant(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(ConfigError):
-        build_samples(view()[0], **options)
+        build_samples(make_view()[0], **options)
 
 
 # -- devices, weights, dispatch ----------------------------------------------------------------
 
 
-def test_moving_keeps_everything_and_the_host_store_gives_the_same_batches():
-    made, raw = view()
-    samples = build_samples(made, raw_label=raw, step_len=3)
+def test_every_store_gives_the_same_batches():
+    view, raw = make_view()
+    samples = build_samples(view, raw_label=raw, step_len=3)
     rows = torch.tensor([5, 70, 11])
-    expected = samples.batch(rows)
+    expected_batch = samples.batch(rows)
     for store in ("auto", "device", "host"):
-        moved = samples.to("cpu", store=store)
-        assert moved.store == ("host" if store == "host" else "device")
-        batch = moved.batch(rows)
+        moved_samples = samples.to("cpu", store=store)
+        assert moved_samples.store == ("host" if store == "host" else "device")
+        batch = moved_samples.batch(rows)
         for name in ("x", "y", "date", "instrument"):
-            assert torch.equal(getattr(batch, name), getattr(expected, name))
-        assert moved.describe() == samples.describe()
+            assert torch.equal(getattr(batch, name), getattr(expected_batch, name))
+        assert moved_samples.describe() == samples.describe()
     with pytest.raises(ConfigError, match="unknown store 'gpu'"):
         samples.to("cpu", store="gpu")
 
 
-def test_segments_that_share_a_pack_are_on_the_device_together(monkeypatch):
-    made, raw = view()
-    made = made.with_group("feature", made.groups["feature"].keep(["F1"]))  # a copy when packed
-    train, valid = (build_samples(made, raw_label=raw, end=end) for end in DATES[[9, 19]])
+def test_segments_that_share_a_pack_share_its_device_memory(monkeypatch):
+    view, raw = make_view()
+    view = view.with_group("feature", view.groups["feature"].keep(["F1"]))  # a copy when packed
+    train, valid = (build_samples(view, raw_label=raw, end=end) for end in DATES[[9, 19]])
     size = 4 * D * N
     free = [2 * size]
     monkeypatch.setattr("qtorch.data.placement.free_bytes", lambda device: free[0])
@@ -256,73 +262,80 @@ def test_segments_that_share_a_pack_are_on_the_device_together(monkeypatch):
     free[0] -= size
     valid = valid.to("cpu")
     assert (train.store, valid.store) == ("device", "device")
-    assert valid.packed is train.packed
+    assert valid.feature_pack is train.feature_pack
     assert valid.to("cpu").store == "device"
-    other = build_samples(made.with_group("feature", raw), raw_label=raw)
-    assert other.to("cpu").store == "host"  # features of its own have no room any more
+    other_samples = build_samples(view.with_group("feature", raw), raw_label=raw)
+    assert other_samples.to("cpu").store == "host"  # other features do not fit any more
 
 
 @pytest.mark.gpu
-def test_batches_on_the_gpu_are_those_of_the_cpu():
-    made, raw = view()
-    history = made.history.clone()
+def test_batches_on_the_gpu_equal_those_of_the_cpu():
+    view, raw = make_view()
+    history = view.history.clone()
     history[7, 2] = False
-    made = View(made.groups, rows=made.rows & history, history=history)
-    samples = build_samples(made, raw_label=raw, step_len=4)
+    view = View(view.groups, rows=view.rows & history, history=history)
+    samples = build_samples(view, raw_label=raw, step_len=4)
     rows = torch.randperm(len(samples))
-    expected = samples.batch(rows)
+    expected_batch = samples.batch(rows)
     for store in ("device", "host"):
-        moved = samples.to("cuda", store=store)
-        batch = moved.batch(rows.to(moved.index_device))
-        batch = moved.sent(batch) if store == "host" else batch
+        moved_samples = samples.to("cuda", store=store)
+        batch = moved_samples.batch(rows.to(moved_samples.index_device))
+        batch = moved_samples.send_to_device(batch) if store == "host" else batch
         assert batch.x.is_cuda
-        torch.testing.assert_close(batch.x.cpu(), expected.x, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(batch.y.cpu(), expected.y, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(batch.x.cpu(), expected_batch.x, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(batch.y.cpu(), expected_batch.y, rtol=0, atol=0, equal_nan=True)
 
 
 class LabelSize(Reweighter):
-    """The label's size as weight."""
+    """Use the label's absolute value as weight."""
 
     def reweight(self, data: pd.DataFrame) -> pd.Series:
         return data["label", "L"].abs()
 
 
-def test_weights_reach_the_batches():
-    samples = build_samples(view()[0], learn=True)
-    weighted = samples.reweighted(LabelSize())
+def test_batches_contain_the_weights():
+    samples = build_samples(make_view()[0], learn=True)
+    weighted_samples = samples.apply_reweighter(LabelSize())
     assert samples.weight is None
     rows = torch.tensor([3, 60])
-    batch = weighted.batch(rows)
+    batch = weighted_samples.batch(rows)
     torch.testing.assert_close(batch.weight, batch.y[:, 0].abs())
     assert torch.equal(batch.x, samples.batch(rows).x)
-    assert weighted.day_batch(torch.tensor([0])).weight.shape == (1, N)
-    assert weighted.batch(rows, size=3).weight[2] == 0
-    assert samples.reweighted(None) is samples
-    with pytest.raises(ConfigError, match="int is no reweighter"):
-        samples.reweighted(3)
+    assert weighted_samples.day_batch(torch.tensor([0])).weight.shape == (1, N)
+    assert weighted_samples.batch(rows, size=3).weight[2] == 0
+    assert samples.apply_reweighter(None) is samples
+    with pytest.raises(ConfigError, match="int is not a reweighter"):
+        samples.apply_reweighter(3)
 
 
-def test_frames_of_the_samples_own_rows():
-    made, raw = view()
-    samples = build_samples(made, raw_label=raw, step_len=3)
+def test_frame_returns_the_samples_own_rows():
+    view, raw = make_view()
+    samples = build_samples(view, raw_label=raw, step_len=3)
     frame = samples.frame(("feature", "label", "raw_label"))
     pd.testing.assert_frame_equal(
-        frame[["feature", "label"]], made.frame(), check_column_type=False
+        frame[["feature", "label"]], view.frame(), check_column_type=False
     )
     assert list(frame.columns.get_level_values(0).unique()) == ["feature", "label", "raw_label"]
 
 
-class Own:
-    """A dataset that answers itself."""
+class UserDataset:
+    """A dataset with its own `samples` method."""
 
     def samples(self, segment, *, data_key, purge):
-        made = build_samples(view()[0], step_len=2)
-        made.notes["asked"] = (segment, data_key, purge)
-        return made
+        result = build_samples(make_view()[0], step_len=2)
+        result.notes["arguments"] = (segment, data_key, purge)
+        return result
 
 
-def test_a_qtorch_dataset_answers_itself():
-    assert samples_of(Own(), "train", data_key="learn").notes["asked"] == ("train", "learn", True)
-    assert samples_of(Own(), "test").notes["asked"] == ("test", "infer", False)
-    assert samples_of(Own(), "train", data_key="learn", purge=False).notes["asked"][2] is False
-    assert isinstance(samples_of(Own(), "x"), Samples)
+def test_get_samples_calls_the_method_of_a_qtorch_dataset():
+    assert get_samples(UserDataset(), "train", data_key="learn").notes["arguments"] == (
+        "train",
+        "learn",
+        True,
+    )
+    assert get_samples(UserDataset(), "test").notes["arguments"] == ("test", "infer", False)
+    assert (
+        get_samples(UserDataset(), "train", data_key="learn", purge=False).notes["arguments"][2]
+        is False
+    )
+    assert isinstance(get_samples(UserDataset(), "x"), Samples)

@@ -6,7 +6,7 @@ import pytest
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import LiquidityWeight, SyntheticSource, TimeDecay, VolatilityWeight
-from qtorch.data.reweighter import checked_weights
+from qtorch.data.reweighter import validate_weights
 from qtorch.data.weighting import ExpressionWeight
 
 
@@ -21,7 +21,7 @@ def data(source: SyntheticSource) -> pd.DataFrame:
     return close.dropna()
 
 
-def test_days_count_not_the_calendar(data: pd.DataFrame) -> None:
+def test_time_decay_counts_trading_days(data: pd.DataFrame) -> None:
     weight = TimeDecay(half_life=10).reweight(data)
     days = weight.index.get_level_values(0)
     assert (weight[days == days.unique()[-1]] == 1).all()
@@ -31,31 +31,31 @@ def test_days_count_not_the_calendar(data: pd.DataFrame) -> None:
         TimeDecay(half_life=0)
 
 
-def test_calm_instruments_weigh_more_and_the_future_nothing(
+def test_calm_instruments_weigh_more_without_look_ahead(
     source: SyntheticSource, data: pd.DataFrame
 ) -> None:
     weight = VolatilityWeight(window=10, source=source).reweight(data)
     close = source.features("all", ["$close"]).iloc[:, 0].unstack(0)
     returns = close / close.shift(1) - 1
     std = returns.rolling(10, min_periods=1).std().stack().reindex(data.index)
-    share = std / std.groupby(level=0).transform("median")
-    expected = (1 / share).clip(0.1, 10)
-    whole = returns.notna().rolling(10).sum().stack().reindex(data.index) == 10
-    assert np.allclose(weight[whole], expected[whole], rtol=1e-3)
+    ratio = std / std.groupby(level=0).transform("median")
+    expected_weight = (1 / ratio).clip(0.1, 10)
+    has_full_window = returns.notna().rolling(10).sum().stack().reindex(data.index) == 10
+    assert np.allclose(weight[has_full_window], expected_weight[has_full_window], rtol=1e-3)
     early = data[data.index.get_level_values(0) < "2019-05-01"]
-    cut = VolatilityWeight(window=10, source=source).reweight(early)
-    pd.testing.assert_series_equal(cut, weight.reindex(early.index))
-    assert len(checked_weights(weight, data.index)) == len(data)
+    early_weight = VolatilityWeight(window=10, source=source).reweight(early)
+    pd.testing.assert_series_equal(early_weight, weight.reindex(early.index))
+    assert len(validate_weights(weight, data.index)) == len(data)
 
 
 def test_liquid_instruments_weigh_more(source: SyntheticSource, data: pd.DataFrame) -> None:
     weight = LiquidityWeight(source=source).reweight(data)
-    money = source.features("all", ["Mean($close*$volume, 20)"]).iloc[:, 0].swaplevel()
-    ranks = pd.concat([weight, money.reindex(data.index)], axis=1).groupby(level=0).rank()
+    mean_amount = source.features("all", ["Mean($close*$volume, 20)"]).iloc[:, 0].swaplevel()
+    ranks = pd.concat([weight, mean_amount.reindex(data.index)], axis=1).groupby(level=0).rank()
     assert ranks.corr().iloc[0, 1] > 0.95
 
 
-def test_what_cannot_be_meant(source: SyntheticSource, data: pd.DataFrame) -> None:
+def test_invalid_expressions_are_refused(source: SyntheticSource, data: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="negative"):
         ExpressionWeight("0 - $close", source=source).reweight(data)
     with pytest.raises(DataError, match="volum"):
