@@ -1,4 +1,4 @@
-"""Pools of tasks that survive what works on them, and tasks in series."""
+"""Task pools that survive the failure of their workers, and generators of task series."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Dates on a trading calendar: aligned, counted, truncated and shifted by trading days."""
+"""TimeAdjuster: align, count, truncate and shift dates on a trading calendar."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Span = tuple[pd.Timestamp | None, pd.Timestamp | None]
 
 
 class CalendarEndError(DataError, KeyError):
-    """A date was moved beyond the calendar's end (a KeyError, as in Qlib)."""
+    """A date was shifted beyond the calendar's end (a KeyError, as in Qlib)."""
 
     __str__ = Exception.__str__
 
 
 class TimeAdjuster:
-    """Moves dates along a calendar. Answers to qlib/workflow/task/utils.py.
+    """Moves dates along a trading calendar. Corresponds to qlib/workflow/task/utils.py.
 
-    The calendar: `calendar` (dates), else that of `source` (a Source, its configuration or a
-    folder in Qlib's layout), else of `qtorch.init(provider_uri=...)`. `future` adds the trading
-    days to come where the source holds them (`<freq>_future.txt`). None as a date is open.
+    The calendar is `calendar` (dates), else that of `source` (a Source, its configuration or a
+    folder in Qlib's layout), else that of `qtorch.init(provider_uri=...)`. `future` adds future
+    trading days if the source has them (`<freq>_future.txt`). None as a date means unbounded.
 
-    Differences: a date before the first day or after the last is an error where Qlib answers with
-    the calendar's other end; lists serve as spans as well as tuples.
+    Differences from Qlib: a date before the first or after the last day is an error, while Qlib
+    returns the other end of the calendar; spans may be lists as well as tuples.
     """
 
     SHIFT_SD = "sliding"
@@ -46,43 +46,43 @@ class TimeAdjuster:
         freq: str = "day",
     ) -> None:
         if calendar is None:
-            dates = _calendar_of(source, freq, future)
+            dates = _load_calendar(source, freq, future)
         else:
             dates = pd.DatetimeIndex(list(calendar)).as_unit("ns")
         if not len(dates):
-            raise DataError("the calendar holds no date.")
+            raise DataError("the calendar is empty.")
         if not (dates.is_monotonic_increasing and dates.is_unique):
-            raise DataError("the calendar's dates must ascend and stand once each.")
+            raise DataError("the calendar's dates must be increasing and unique.")
         self._all = dates
         self.cals = dates
         self.set_end_time(end_time)
 
     def set_end_time(self, end_time: Any = None) -> None:
-        """End the calendar at a date; None is its own end."""
+        """Truncate the calendar after a date; None restores the full calendar."""
         stop = None if end_time is None else end_row(self._all, end_time)
         self.cals = self._all[:stop]
         if not len(self.cals):
             raise DataError(f"no trading day up to {end_time}; the first is {self._all[0]:%F}.")
 
     def get(self, idx: int | None) -> pd.Timestamp | None:
-        """The date of a calendar row; None for None and for rows behind the end."""
+        """Return the date of a calendar row; None for None and for rows after the end."""
         if idx is None or idx >= len(self.cals):
             return None
         if idx < 0:
             raise DataError(
-                f"{-idx} trading days before the calendar's first ({self.cals[0]:%Y-%m-%d}) there "
-                "is no date; begin later."
+                f"there is no date {-idx} trading days before the calendar's first "
+                f"({self.cals[0]:%Y-%m-%d}); use a later start."
             )
         return self.cals[idx]
 
     def max(self) -> pd.Timestamp:
-        """The last date."""
+        """Return the last date of the calendar."""
         return self.cals[-1]
 
     def align_idx(self, time_point: Any, tp_type: str = "start") -> int | None:
-        """The row of a date: "start" the first that is not before it, "end" the last not after it.
+        """Return the row of the first date on or after ("start") or the last on or before ("end").
 
-        The one may lie behind the last row, the other may be -1.
+        "start" may return the length of the calendar, "end" may return -1.
         """
         if tp_type not in ("start", "end"):
             raise ConfigError(unknown_name("tp_type", str(tp_type), ("start", "end")))
@@ -93,39 +93,39 @@ class TimeAdjuster:
         return end_row(self.cals, time_point) - 1
 
     def cal_interval(self, time_point_A: Any, time_point_B: Any) -> int:
-        """Trading days from B to A."""
+        """Return the number of trading days from B to A (negative if A is before B)."""
         a, b = self.align_idx(time_point_A), self.align_idx(time_point_B)
         if a is None or b is None:
-            raise ConfigError("the days between two dates cannot be counted where one is open.")
+            raise ConfigError("cannot count the trading days between dates if one of them is None.")
         return a - b
 
     def align_time(self, time_point: Any, tp_type: str = "start") -> pd.Timestamp | None:
-        """The trading day of a date: the first not before it, or the last not after it."""
+        """Return the first trading day on or after ("start") or the last on or before ("end")."""
         row = self.align_idx(time_point, tp_type)
         if row is None:
             return None
         if not 0 <= row < len(self.cals):
-            side = "before its first" if row < 0 else "after its last"
+            position = "before" if row < 0 else "after"
             raise DataError(
-                f"{time_point} is no day of the calendar, it lies {side}: it holds "
+                f"{time_point} is {position} the calendar, which covers "
                 f"{self.cals[0]:%Y-%m-%d}..{self.cals[-1]:%Y-%m-%d}."
             )
         return self.cals[row]
 
     def align_seg(self, segment: Any) -> Any:
-        """A span, or a mapping of spans, by trading days."""
+        """Align the dates of a span, or of a mapping of spans, to trading days."""
         if isinstance(segment, Mapping):
             return {name: self.align_seg(part) for name, part in segment.items()}
-        start, end = _pair(segment)
+        start, end = _split_segment(segment)
         return self.align_time(start, "start"), self.align_time(end, "end")
 
     def truncate(self, segment: Any, test_start: Any, days: int) -> Span:
-        """A span that ends `days` trading days before `test_start`, or sooner.
+        """Truncate a span to end at least `days` trading days before `test_start`.
 
-        A label that looks `days` rows ahead is then known when the first test day closes. Raises
-        ConfigError where nothing of the span is left.
+        A label that looks `days` rows ahead is then known at the close of the first test day.
+        Raises ConfigError if nothing of the span is left.
         """
-        start, end = _pair(segment)
+        start, end = _split_segment(segment)
         limit = self.align_idx(test_start)
         assert limit is not None, "a test segment has a start"
         limit -= days
@@ -133,45 +133,45 @@ class TimeAdjuster:
         last = limit if last is None else min(last, limit)
         if last < (first or 0):
             raise ConfigError(
-                f"the segment {start}..{end} has no day left when it is cut {days} trading days "
-                f"before the test begins ({test_start}); end it earlier or start the test later."
+                f"the segment {start}..{end} has no day left when it is truncated {days} trading "
+                f"days before the test starts ({test_start}); start it earlier or the test later."
             )
         return self.get(first), self.get(last)
 
     def shift(self, seg: Any, step: int, rtype: str = SHIFT_SD) -> Span:
-        """A span moved by `step` trading days: both ends, or the end alone ("expanding").
+        """Shift a span by `step` trading days: both dates, or only the end ("expanding").
 
-        An end behind the calendar becomes None. Raises CalendarEndError (a KeyError) where the
-        start lies behind it.
+        An end after the calendar becomes None. Raises CalendarEndError (a KeyError) if the start
+        is after the calendar.
         """
         if rtype not in (self.SHIFT_SD, self.SHIFT_EX):
             raise ConfigError(unknown_name("rtype", str(rtype), (self.SHIFT_SD, self.SHIFT_EX)))
-        start, end = _pair(seg)
+        start, end = _split_segment(seg)
         first, last = self.align_idx(start, "start"), self.align_idx(end, "end")
         last = None if last is None else last + step
         if rtype == self.SHIFT_SD and first is not None:
             first += step
         if first is not None and first >= len(self.cals):
             raise CalendarEndError(
-                f"{start}..{end} moved by {step} trading days starts after the calendar's end "
+                f"{start}..{end} shifted by {step} trading days starts after the calendar's end "
                 f"({self.cals[-1]:%Y-%m-%d})."
             )
         return self.get(first), self.get(last)
 
 
-def _calendar_of(source: Any, freq: str, future: bool) -> pd.DatetimeIndex:
+def _load_calendar(source: Any, freq: str, future: bool) -> pd.DatetimeIndex:
     from qtorch.data.provider import build_source, default_source
 
-    found: Source = default_source() if source is None else build_source(source)
+    calendar_source: Source = default_source() if source is None else build_source(source)
     if future:
         try:
-            return found.read_calendar(f"{freq}_future")
-        except DataError:  # most data knows no days to come
-            return found.calendar(freq=freq)
-    return found.calendar(freq=freq)
+            return calendar_source.read_calendar(f"{freq}_future")
+        except DataError:  # most data has no future calendar
+            return calendar_source.calendar(freq=freq)
+    return calendar_source.calendar(freq=freq)
 
 
-def _pair(segment: Any) -> tuple[Any, Any]:
+def _split_segment(segment: Any) -> tuple[Any, Any]:
     if isinstance(segment, list | tuple) and len(segment) == 2:
         return segment[0], segment[1]
-    raise ConfigError(f"a segment is two dates (start, end), got {segment!r:.80}.")
+    raise ConfigError(f"a segment must be two dates (start, end); got {segment!r:.80}.")

@@ -1,9 +1,9 @@
-"""The training process of a worker: runs tasks for its supervisor, one after another.
+"""The child process of a worker: runs tasks for its supervisor, one after another.
 
-Forked from a zygote with a pipe along which its supervisor sends lines of JSON; it says `alive`
-all the time. When it is gone (its end of the pipe closes, or it is silent for so long) another
-worker will get the task, so this process ends at once: nothing may write into the run beside the
-next attempt.
+It is forked from the fork server with a pipe on which the supervisor sends lines of JSON, among
+them regular `alive` messages. If the supervisor is gone (its end of the pipe is closed, or it was
+silent for too long), another worker will claim the task. This process then kills itself, because
+it must not write to the run while the next attempt does.
 """
 
 from __future__ import annotations
@@ -22,97 +22,107 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import QtorchError, TrustError
-from qtorch.core.heartbeat import RUN, beat, listening
+from qtorch.core.heartbeat import RUN, beat, listen
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
-from qtorch.core.stops import Stops
-from qtorch.core.trust import check_config
+from qtorch.core.stops import StopHandler
+from qtorch.core.trust import check_config_trust
 from qtorch.task.definition import decode_result, encode_result
 
 if TYPE_CHECKING:
-    from qtorch.task.zygote import Asker
+    from qtorch.task.zygote import Reply
 
 log = logging.getLogger(__name__)
 
 
 class Link:
-    """The pipe from the supervisor, and the connection to it (`qtorch.task.zygote.Asker`).
+    """The pipe from the supervisor, and the connection to it (`qtorch.task.zygote.Reply`).
 
-    `silence`: seconds without a word after which the supervisor counts as gone; `heard`: when it
-    was there, by the machine's monotonic clock, which its words carry too (they may have waited).
+    `silence_timeout`: seconds without a message after which the supervisor counts as gone.
+    `last_alive`: when the supervisor was last alive, by the machine's monotonic clock. Its messages
+    carry this time too, because they may have waited in the pipe.
     """
 
-    def __init__(self, commands: int, silence: float, heard: float, asker: Asker) -> None:
-        self._commands, self._silence, self._asker = commands, silence, asker
+    def __init__(
+        self, commands: int, silence_timeout: float, last_alive: float, reply: Reply
+    ) -> None:
+        self._commands, self._silence_timeout, self._reply = commands, silence_timeout, reply
         self._requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._heard = heard
-        self._over = False
-        self.busy = False
+        self._last_alive = last_alive
+        self._is_closed = False
+        self.is_busy = False
 
     def start(self) -> None:
-        """Listen from now on."""
-        for work in (self._listen, self._watch):
-            threading.Thread(target=work, daemon=True, name=f"link-{work.__name__}").start()
+        """Start the threads that read commands and watch the supervisor."""
+        for function in (self._read_commands, self._watch_supervisor):
+            threading.Thread(target=function, daemon=True, name=f"link-{function.__name__}").start()
 
-    def request(self) -> dict[str, Any] | None:
-        """The next task; None at the end."""
-        self.busy = False
+    def next_request(self) -> dict[str, Any] | None:
+        """Wait for the next task; return None when there are no more."""
+        self.is_busy = False
         request = self._requests.get()
-        self.busy = request is not None
-        return None if self._over else request
+        self.is_busy = request is not None
+        return None if self._is_closed else request
 
-    def say(self, message: Mapping[str, Any]) -> None:
-        """Something to the supervisor."""
-        self._asker(message)
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to the supervisor."""
+        self._reply(message)
 
     def beat(self, stage: str, details: dict[str, Any]) -> None:
-        """The listener of heartbeats."""
+        """Forward a heartbeat to the supervisor (a listener of `qtorch.core.heartbeat`)."""
         if stage == RUN:
-            self.say({"run": details})
+            self.send({"run": details})
         else:
-            self.say({"beat": {"stage": stage, **details}})
+            self.send({"beat": {"stage": stage, **details}})
 
-    def _listen(self) -> None:
+    def _read_commands(self) -> None:
         try:
             with os.fdopen(self._commands, "rb") as lines:
                 for line in lines:
                     command = json.loads(line)
-                    self._heard = max(self._heard, command.get("alive", 0.0))
+                    self._last_alive = max(self._last_alive, command.get("alive", 0.0))
                     if command.get("stop"):
-                        self._asker.stops.stop()
+                        self._reply.stop_handler.interrupt()
                     elif "func" in command:
                         self._requests.put(command)
         finally:
-            self._gone()
+            self._close()
 
-    def _watch(self) -> None:
+    def _watch_supervisor(self) -> None:
         while True:
-            time.sleep(0.2)  # what has waited in the pipe is heard first
-            if time.monotonic() - self._heard > self._silence:
-                self._gone()
+            time.sleep(0.2)  # messages that wait in the pipe must be read first
+            if time.monotonic() - self._last_alive > self._silence_timeout:
+                self._close()
                 return
 
-    def _gone(self) -> None:
-        self._over = True
-        if self.busy:
-            # A supervisor that was only stopped for a while learns that the task is not to blame.
-            self._asker.try_to_say({"interrupted": True})
-            _end_group()
+    def _close(self) -> None:
+        self._is_closed = True
+        if self.is_busy:
+            # If the supervisor was only paused, this tells it that the task did not fail by itself.
+            self._reply.try_send({"interrupted": True})
+            _kill_process_group()
         self._requests.put(None)
 
 
-def _end_group() -> None:
-    """End this process and what it has started; a zygote's child leads its group."""
+def _kill_process_group() -> None:
+    """Kill this process and the processes that it has started; a forked child leads its group."""
     os.killpg(0, signal.SIGKILL)
 
 
-def answer(request: Mapping[str, Any], stops: Stops, link: Link) -> dict[str, Any]:
-    """Run one task; how it ended, as the supervisor is told.
+def run_request(
+    request: Mapping[str, Any], stop_handler: StopHandler, link: Link
+) -> dict[str, Any]:
+    """Run one task and return the message about its outcome.
 
-    One of `{"result": JSON}`, `{"error": text, "traceback": text}`, `{"interrupted": true}`,
-    `{"refused": text}` (it names what is not trusted, or what there is not: no use in trying
-    again), `{"unusable": text}` (this process cannot work, which is not the task's fault). Once
-    the work has begun `{"ready": true}` is said before.
+    The message is one of
+    - `{"result": JSON}`;
+    - `{"error": text, "traceback": text}`: the task failed;
+    - `{"interrupted": true}`;
+    - `{"refused": text}`: the definition names something untrusted or nonexistent, so that a
+      further attempt is useless;
+    - `{"unusable": text}`: this process cannot run tasks, which is not the task's fault.
+
+    `{"ready": true}` is sent before the task's function is called.
     """
     try:
         beat("importing")
@@ -120,54 +130,54 @@ def answer(request: Mapping[str, Any], stops: Stops, link: Link) -> dict[str, An
     except KeyboardInterrupt:
         return {"interrupted": True}
     except BaseException as error:
-        return {"unusable": f"{request['func']} cannot be used here: {one_line(error)}"}
+        return {"unusable": f"cannot import {request['func']}: {format_error(error)}"}
     try:
-        link.say({"ready": True})
+        link.send({"ready": True})
         definition = request["definition"]
         try:
-            check_config(definition)
+            check_config_trust(definition)
         except QtorchError as error:
             return {"refused": str(error)}
-        earlier = request.get("res")
-        first = definition if earlier is None else decode_result(json.dumps(earlier))
-        options = taken_by(function, request["options"])
+        stored_result = request.get("res")
+        first = definition if stored_result is None else decode_result(json.dumps(stored_result))
+        options = filter_options(function, request["options"])
         return {"result": json.loads(encode_result(function(first, **options)))}
     except TrustError as error:
         return {"refused": str(error)}
     except BaseException as error:
-        if not isinstance(error, Exception) and stops.told():
+        if not isinstance(error, Exception) and stop_handler.count_signals():
             return {"interrupted": True}
-        return {"error": one_line(error), "traceback": traceback.format_exc()}
+        return {"error": format_error(error), "traceback": traceback.format_exc()}
 
 
-def taken_by(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a function takes; those without a value are left out."""
-    given = {k: v for k, v in options.items() if v is not None}
+def filter_options(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None and that a function accepts."""
+    values = {k: v for k, v in options.items() if v is not None}
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return given
-    return {k: v for k, v in given.items() if k in {p.name for p in parameters}}
+        return values
+    return {k: v for k, v in values.items() if k in {p.name for p in parameters}}
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error of ours, type and message of any other."""
+def format_error(error: BaseException) -> str:
+    """Return the message of a qtorch error, or type and message of another error, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, QtorchError) and text else f"{type(error).__name__}: {text}"
 
 
-def work_here(request: Mapping[str, Any], asker: Asker) -> int:
-    """Work until the supervisor has no more; in a zygote's child."""
-    link = Link(asker.descriptors[0], request["silence"], request["heard"], asker)
+def serve_tasks(request: Mapping[str, Any], reply: Reply) -> int:
+    """Run tasks until the supervisor has no more; called by the fork server in a child."""
+    link = Link(reply.descriptors[0], request["silence_timeout"], request["last_alive"], reply)
     try:
         link.start()
         configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
-        with listening(link.beat):
-            while (task := link.request()) is not None:
-                told = answer(task, asker.stops, link)
-                link.say(told)
-                if task.get("last") or not {"result", "refused"} & told.keys():
-                    break  # memory goes back whole; after an error nothing is taken for granted
+        with listen(link.beat):
+            while (task := link.next_request()) is not None:
+                outcome = run_request(task, reply.stop_handler, link)
+                link.send(outcome)
+                if task.get("last") or not {"result", "refused"} & outcome.keys():
+                    break  # exit to free all memory; after an error, also to drop corrupt state
     except KeyboardInterrupt:
         log.debug("stopped while idle")
-    atexit._run_exitfuncs()  # a run that a user's function left open is ended; a fork would not
+    atexit._run_exitfuncs()  # ends runs that a user's function left open; os._exit would not
     return 0

@@ -1,4 +1,4 @@
-"""What a pool stores of a task: its definition, its identity, its result; all plain JSON."""
+"""The parts of a task that a pool stores as JSON: its definition, identity and result."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from qtorch.core.configured import is_numpy_scalar, plain_value
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskResultError
 from qtorch.core.identity import canonical_json
 
-RECORDER = "$recorder"  # the key under which a result holds a run by its ids
+RECORDER = "$recorder"  # key of a run's ids in a stored result
 
 
 class Task(dict[str, Any]):
-    """One task of a pool, as Qlib's: a mapping with `_id`, `def`, `res`, `status`, `priority`.
+    """A task of a pool, as in Qlib: a dict with `_id`, `def`, `res`, `status` and `priority`.
 
-    Beside them: `attempt` (how often it was claimed; the number that fences off older claims),
-    `errors`, `lost`, `preemptions` (how often it failed, lost its lease, was handed back),
-    `worker` (id, host, pid of the last claim), `deadline`, `created`, `updated` (seconds since
-    1970 by the store's clock), `error` and `traceback` of the last failure, `run` (experiment_id,
-    recorder_id, tracking_uri of its run, once it has one), `progress` (what its worker last told).
+    Further keys:
+    attempt: how often it was claimed; changes of an older attempt are rejected.
+    errors, lost, preemptions: how often it failed, lost its lease, was returned after a stop.
+    worker: id, host and pid of the last claim.
+    deadline, created, updated: seconds since 1970 by the store's clock.
+    error, traceback: of the last failure.
+    run: experiment_id, recorder_id and tracking_uri of its run, if it has one.
+    progress: the last progress that its worker has reported.
     """
 
-    settling = False  # a change that ends its lease is on its way
+    is_settling = False  # whether a change that ends the lease was sent
 
     def __repr__(self) -> str:
         return f"Task({self.get('_id')}, {self.get('status')}, attempt {self.get('attempt')})"
@@ -36,7 +39,7 @@ class Task(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Definition:
-    """A definition as it is stored: its JSON text, its hash, the tokens that queries look for."""
+    """A definition as it is stored: its JSON text, its hash, and tokens for queries."""
 
     text: str
     hash: str
@@ -44,70 +47,70 @@ class Definition:
 
 
 def encode_definition(definition: Mapping[str, Any]) -> Definition:
-    """The stored form of a definition.
+    """Encode a definition for the store.
 
-    Two definitions are equal where their canonical forms are (order of keys, tuple or list,
-    `class` with `kwargs` or `_target_`). Raises TaskDefinitionError for a live object, which
-    another process could not rebuild, and for what is no mapping.
+    Definitions count as equal if their canonical forms are: the order of keys, tuple or list, and
+    `class` with `kwargs` or `_target_` make no difference. Raises TaskDefinitionError for a live
+    object, which another process could not rebuild, and if `definition` is not a mapping.
     """
     if not isinstance(definition, Mapping):
         raise TaskDefinitionError(
-            f"a task's definition is a dict; got {type(definition).__name__}."
+            f"a task's definition must be a dict; got {type(definition).__name__}."
         )
     try:
         plain = plain_value(definition, "task")
         canonical = canonical_json(definition)
     except ConfigError as error:
         raise TaskDefinitionError(f"the pool cannot store this task: {error}") from error
-    tokens = {token for form in (plain, json.loads(canonical)) for token in _tokens(form)}
+    tokens = {token for form in (plain, json.loads(canonical)) for token in _query_tokens(form)}
     return Definition(json.dumps(plain), _short_hash(canonical, 32), tuple(sorted(tokens)))
 
 
 def decode_definition(text: str) -> dict[str, Any]:
-    """The definition behind a stored text; TaskDefinitionError where it is none."""
+    """Decode a stored definition; raise TaskDefinitionError if it is invalid."""
     try:
         value = json.loads(text)
     except (TypeError, ValueError) as error:
         raise TaskDefinitionError(
-            f"the stored definition is no JSON ({error}); replace the task or remove it."
+            f"the stored definition is not valid JSON ({error}); replace or remove the task."
         ) from error
     if not isinstance(value, dict):
         raise TaskDefinitionError(
-            f"the stored definition is a JSON {type(value).__name__}, not an object; replace the "
-            "task or remove it."
+            f"the stored definition is a JSON {type(value).__name__}, not an object; replace or "
+            "remove the task."
         )
     return value
 
 
-def token(path: str, value: Any) -> str:
-    """The mark that a definition has where `path` (dotted) holds `value`; 1 and 1.0 are equal."""
-    text = json.dumps(_unified(value), sort_keys=True, separators=(",", ":"))
+def query_token(path: str, value: Any) -> str:
+    """Return the token of definitions whose dotted `path` has `value`; 1 and 1.0 are equal."""
+    text = json.dumps(_unify_numbers(value), sort_keys=True, separators=(",", ":"))
     return _short_hash(f"{path}={text}", 16)
 
 
-def hash_of(definition: Mapping[str, Any]) -> str:
-    """The hash under which the pool keeps a definition once."""
+def definition_hash(definition: Mapping[str, Any]) -> str:
+    """Return the hash by which the pool recognizes equal definitions."""
     return _short_hash(canonical_json(definition), 32)
 
 
 def encode_result(result: Any) -> str:
-    """A result as JSON text; a Recorder becomes its ids, a tuple a list.
+    """Encode a result as JSON text; a Recorder is stored as its ids, a tuple as a list.
 
-    Raises TaskResultError for anything else that is no plain data.
+    Raises TaskResultError for other objects that are not plain data.
     """
-    return json.dumps(_encoded(result, "the result"))
+    return json.dumps(_encode_value(result, "the result"))
 
 
-def decode_result(text: str | None, *, live: bool = True) -> Any:
-    """A stored result; with `live` the ids of a run become a Recorder again."""
+def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
+    """Decode a stored result; with `load_recorders` replace the ids of runs by Recorders."""
     if text is None:
         return None
     value = json.loads(text)
-    return _revived(value) if live else value
+    return _restore_recorders(value) if load_recorders else value
 
 
 def recorder_reference(recorder: Any) -> dict[str, Any]:
-    """What finds a run again: experiment_id, recorder_id, tracking_uri."""
+    """Return the ids that identify a run: experiment_id, recorder_id, tracking_uri."""
     return {
         "experiment_id": recorder.experiment_id,
         "recorder_id": recorder.id,
@@ -115,22 +118,22 @@ def recorder_reference(recorder: Any) -> dict[str, Any]:
     }
 
 
-def _tokens(form: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _query_tokens(form: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in form.items():
         path = f"{prefix}{key}"
-        yield token(path, value)
+        yield query_token(path, value)
         if isinstance(value, Mapping):
-            yield from _tokens(value, f"{path}.")
+            yield from _query_tokens(value, f"{path}.")
 
 
-def _unified(value: Any) -> Any:
-    """Numbers that are equal get one form."""
+def _unify_numbers(value: Any) -> Any:
+    """Give equal numbers the same form: integral floats become ints."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):
-        return {str(k): _unified(v) for k, v in value.items()}
+        return {str(k): _unify_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_unified(v) for v in value]
+        return [_unify_numbers(v) for v in value]
     return value
 
 
@@ -138,13 +141,13 @@ def _short_hash(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
-def _encoded(value: Any, where: str) -> Any:
+def _encode_value(value: Any, location: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _encoded(v, f"{where}[{k!r}]") for k, v in value.items()}
+        return {str(k): _encode_value(v, f"{location}[{k!r}]") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_encoded(v, f"{where}[{k}]") for k, v in enumerate(value)]
+        return [_encode_value(v, f"{location}[{k}]") for k, v in enumerate(value)]
     if _is_recorder(value):
         return {RECORDER: recorder_reference(value)}
     if is_numpy_scalar(value):
@@ -154,9 +157,9 @@ def _encoded(value: Any, where: str) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     raise TaskResultError(
-        f"{where} is a {type(value).__name__}, which the pool does not store (it keeps numbers, "
-        "text, lists, dicts and recorders). Save it in a run (recorder.save_objects) and return "
-        "the recorder."
+        f"{location} is a {type(value).__name__}, but the pool stores only numbers, text, lists, "
+        "dicts and recorders. Save the object in a run (recorder.save_objects) and return the "
+        "recorder."
     )
 
 
@@ -165,17 +168,17 @@ def _is_recorder(value: Any) -> bool:
     return module is not None and isinstance(value, module.Recorder)
 
 
-def _revived(value: Any) -> Any:
+def _restore_recorders(value: Any) -> Any:
     if isinstance(value, list):
-        return [_revived(v) for v in value]
+        return [_restore_recorders(v) for v in value]
     if not isinstance(value, dict):
         return value
     if set(value) == {RECORDER}:
-        return _recorder(value[RECORDER])
-    return {k: _revived(v) for k, v in value.items()}
+        return _load_recorder(value[RECORDER])
+    return {k: _restore_recorders(v) for k, v in value.items()}
 
 
-def _recorder(reference: Mapping[str, Any]) -> Any:
+def _load_recorder(reference: Mapping[str, Any]) -> Any:
     from qtorch.tracking.r import R
 
     ids = {"recorder_id": reference["recorder_id"], "experiment_id": reference["experiment_id"]}

@@ -1,7 +1,7 @@
-"""Work in processes of its own, each forked from a zygote that has its imports done.
+"""The client of the fork server (`qtorch.task.zygote`): calls functions in forked processes.
 
-The owner starts the zygote; other processes of the machine (the workers of a parallel launcher)
-find it by its address and share it.
+The owner starts the server; other processes of the machine (the workers of a parallel launcher)
+connect to its address and share it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from qtorch.task.zygote import FORK, GRACE_SECONDS
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 60.0  # until the zygote listens, which it does before its imports
-PID_SECONDS = 1.0  # until a child that was forked says so
-CLOSE_SECONDS = GRACE_SECONDS + 15.0  # until all children have ended, and the zygote
-END_SECONDS = 5.0  # until the zygote has ended a child
-ZYGOTE_MODULE = "qtorch.task.zygote"
-# Torch's way of counting GPUs without a CUDA context, which no fork would survive; and no window,
-# nor the backend of a notebook.
+START_SECONDS = 60.0  # until the server listens, which it does before its imports
+PID_SECONDS = 1.0  # until a forked child reports its process id
+CLOSE_SECONDS = GRACE_SECONDS + 15.0  # until all children and the server have exited
+END_SECONDS = 5.0  # until the server has killed a child
+SERVER_MODULE = "qtorch.task.zygote"
+# With the first variable torch counts GPUs without creating a CUDA context, which would not survive
+# a fork. The second keeps matplotlib from using a window or a notebook's backend.
 FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "MPLBACKEND": "Agg"}
-TRAINING = (  # what every training needs
+TRAINING_MODULES = (  # imported by every training
     "qtorch.tracking.mlflow_store",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_workspace_store",
@@ -53,7 +53,7 @@ TRAINING = (  # what every training needs
     "qtorch.record.ic_chart",
     "qtorch.trainer.run",
     "torch.optim",
-    "torch._dynamo",  # an optimizer's first step wants it
+    "torch._dynamo",  # imported in an optimizer's first step
     "torch.utils.serialization",
     "torch.profiler._cupti_monitor",
     "pytorch_lightning.callbacks",
@@ -70,39 +70,41 @@ Message = dict[str, Any]
 
 
 class ForkError(QtorchError, RuntimeError):
-    """The zygote does not answer."""
+    """The fork server does not answer."""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a child ended: its exit code, or minus the signal that ended it.
+class ExitStatus:
+    """How a child ended: its exit code, or minus the number of the signal that killed it.
 
-    None: the zygote itself is gone. `refused`: nothing was begun, for the zygote was stopped.
+    `code` is None if the server itself is gone. `is_refused`: the child was not started, because
+    the server was stopping.
     """
 
     code: int | None
-    refused: bool = False
+    is_refused: bool = False
 
     @property
-    def how(self) -> str:
-        """`was ended by SIGKILL`, `ended with code 1` and so on."""
-        if self.refused:
-            return "was not begun"
+    def description(self) -> str:
+        """The end of a sentence, such as `was killed by SIGKILL` or `exited with code 1`."""
+        if self.is_refused:
+            return "was not started"
         if self.code is None:
-            return "was lost with the process that had started it"
+            return "was lost together with the fork server"
         if self.code < 0:
-            return f"was ended by {signal.Signals(-self.code).name}"
-        return f"ended with code {self.code}"
+            return f"was killed by {signal.Signals(-self.code).name}"
+        return f"exited with code {self.code}"
 
 
-class Fork:
-    """A zygote's child at work, seen from the process that asked for it.
+class ForkedCall:
+    """A call of `function(request, reply)` in a child of the fork server, seen from the caller.
 
-    Asks the zygote at `address` for a call of `function(request, asker)` (see
-    `qtorch.task.zygote`). `function` is a dotted name; `request` goes as JSON. The child has this
-    process's folder, `sys.path` (unless `path` is given) and `sys.argv`, its environment with
-    `environment` added, the first two of `descriptors` as standard output and error, and gets the
-    others. Raises ForkError where no zygote answers, at once where `lost` says that there is none.
+    `function` is an import path, `request` is sent as JSON, `reply` is a
+    `qtorch.task.zygote.Reply`.
+    The child gets this process's working folder, `sys.argv`, `sys.path` (or `path`), environment
+    (with `environment` added), and `descriptors`: the first two become standard output and error.
+    Raises ForkError if no server answers at `address`, without waiting if `is_server_gone`
+    returns True.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Fork:
         environment: Mapping[str, str] | None = None,
         path: Sequence[str] | None = None,
         descriptors: Sequence[int] = (1, 2),
-        lost: Callable[[], bool] = lambda: False,
+        is_server_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         message = {
             "function": function,
@@ -127,28 +129,28 @@ class Fork:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        self.pid: int | None = None  # once the child has said it
-        self.ended: Ended | None = None
+        self.pid: int | None = None  # set when the child reports it
+        self.exit_status: ExitStatus | None = None
         self._buffer = b""
-        self._connection = _connected(address, lost)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused: see the answer
+        self._connection = _connect(address, is_server_gone)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused: see `receive`
             socket.send_fds(self._connection, [b"+"], list(descriptors))
             self._connection.sendall(json.dumps(message, default=str).encode() + b"\n")
 
-    def __enter__(self) -> Fork:
+    def __enter__(self) -> ForkedCall:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def receive(self, patience: float | None = None) -> list[Message]:
-        """What the child has told since, waited for at most `patience` seconds (None: for ever).
+    def receive(self, timeout: float | None = None) -> list[Message]:
+        """Return the child's new messages; wait up to `timeout` seconds for one (None: forever).
 
-        Once it has ended `ended` says how.
+        Sets `exit_status` when the child has ended.
         """
-        if self.ended is not None:
+        if self.exit_status is not None:
             return []
-        if patience is not None and not select.select([self._connection], [], [], patience)[0]:
+        if timeout is not None and not select.select([self._connection], [], [], timeout)[0]:
             return []
         try:
             data = self._connection.recv(65536)
@@ -156,181 +158,199 @@ class Fork:
             data = b""
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         messages = []
-        for told in filter(None, map(_parsed, lines)):
-            if FORK in told:
-                self._note(told[FORK])
+        for message in filter(None, map(_parse_line, lines)):
+            if FORK in message:
+                self._update_status(message[FORK])
             else:
-                messages.append(told)
+                messages.append(message)
         if not data:
-            self.ended = self.ended or Ended(None)
+            self.exit_status = self.exit_status or ExitStatus(None)
         return messages
 
-    def _note(self, told: Message) -> None:
-        if "pid" in told:
-            self.pid = told["pid"]
-        elif self.ended is None:
-            self.ended = Ended(told.get("ended"), refused=told.get("refused", False))
+    def _update_status(self, message: Message) -> None:
+        if "pid" in message:
+            self.pid = message["pid"]
+        elif self.exit_status is None:
+            self.exit_status = ExitStatus(
+                message.get("ended"), is_refused=message.get("refused", False)
+            )
 
     def close(self) -> None:
-        """Wait no more: a child that still works is stopped, with time for a checkpoint."""
+        """Close the connection; a child that still works is stopped, with time for a checkpoint."""
         self._connection.close()
 
 
-class Forks:
-    """A zygote of this process's own; it ends with this process, or with `close`.
+class ForkServerClient:
+    """Starts and owns a fork server; the server ends with this process or with `close`.
 
-    `modules` are imported in it; one that is not there is left out. `output` is a file for what
-    it prints itself, else it prints where this process does.
+    The server imports `modules` and ignores those that cannot be imported. Its own output goes to
+    the file `output`, or to the output of this process.
     """
 
     def __init__(self, *modules: str, output: Path | None = None) -> None:
-        self._folder = tempfile.mkdtemp(prefix="qtorch-")  # of this user alone
-        self.address = os.path.join(self._folder, "zygote")
-        self.stopped = False
-        self.busy = False  # whether this process waits for a call
-        theirs, self._orders = os.pipe()
-        with contextlib.ExitStack() as given:
-            given.callback(os.close, theirs)
-            file = None if output is None else given.enter_context(output.open("ab"))
-            self._process = self._begun([self.address, str(theirs), *modules], theirs, file)
+        self._folder = tempfile.mkdtemp(prefix="qtorch-")  # accessible to this user only
+        self.address = os.path.join(self._folder, "fork_server")
+        self.is_stopped = False
+        self.is_busy = False  # whether this process waits for a call
+        commands, self._commands = os.pipe()
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, commands)
+            file = None if output is None else stack.enter_context(output.open("ab"))
+            self._process = self._start_process(
+                [self.address, str(commands), *modules], commands, file
+            )
         self._owner = os.getpid()
 
-    def _begun(
-        self, arguments: Sequence[str], orders: int, output: IO[bytes] | None
+    def _start_process(
+        self, arguments: Sequence[str], commands: int, output: IO[bytes] | None
     ) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # what is found here is there
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # same imports as here
         return subprocess.Popen(
-            [sys.executable, "-m", ZYGOTE_MODULE, *arguments],
+            [sys.executable, "-m", SERVER_MODULE, *arguments],
             env={**os.environ, **FORK_SAFE, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=(orders,),
-            start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            pass_fds=(commands,),
+            start_new_session=True,  # Ctrl-C in the terminal reaches only this process
         )
 
     @property
-    def open(self) -> bool:
-        """Whether it has not been closed."""
-        return self._orders >= 0
+    def is_open(self) -> bool:
+        """Whether `close` has not been called."""
+        return self._commands >= 0
 
     @property
-    def lost(self) -> bool:
-        """Whether the zygote's process has ended."""
+    def has_exited(self) -> bool:
+        """Whether the server's process has exited."""
         return self._process.poll() is not None
 
     def call(
         self,
         function: str,
         request: Mapping[str, Any],
-        tell: Callable[[Message], None] = lambda message: None,
-    ) -> Ended:
-        """`call_at` here. Ctrl-C (or what else interrupts) stops the child, waits, and passes."""
-        self.busy = True
+        on_message: Callable[[Message], None] = lambda message: None,
+    ) -> ExitStatus:
+        """Call a function in a child and wait for its end (see `call_fork_server`).
+
+        If this process is interrupted (Ctrl-C), the child is stopped and waited for first.
+        """
+        self.is_busy = True
         try:
-            return call_at(
-                self.address, function, request, tell, interrupted=self.stop, lost=lambda: self.lost
+            return call_fork_server(
+                self.address,
+                function,
+                request,
+                on_message,
+                on_interrupt=self.stop,
+                is_server_gone=lambda: self.has_exited,
             )
         finally:
-            self.busy = False
+            self.is_busy = False
 
-    def fork(self, function: str, request: Mapping[str, Any], **given: Any) -> Fork:
-        """A child that begins to work; the options are those of `Fork`."""
-        return Fork(self.address, function, request, lost=lambda: self.lost, **given)
+    def fork(self, function: str, request: Mapping[str, Any], **options: Any) -> ForkedCall:
+        """Start a call without waiting for it; the options are those of `ForkedCall`."""
+        return ForkedCall(
+            self.address, function, request, is_server_gone=lambda: self.has_exited, **options
+        )
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Send every child a signal, once; no further work is begun."""
-        self.stopped = True
-        self._order(f"{int(number)}")
+        """Send a signal to every child; the server starts no further children."""
+        self.is_stopped = True
+        self._send_command(f"{int(number)}")
 
-    def kill(self, fork: Fork) -> None:
-        """End a child and what it has started, now. One that was not begun never begins."""
+    def kill(self, fork: ForkedCall) -> None:
+        """Kill a child and the processes that it has started; one not yet started never starts."""
         end = time.monotonic() + END_SECONDS
         fork.receive(0.0 if fork.pid is not None else PID_SECONDS)
-        while fork.pid is not None and fork.ended is None:
-            told = not self.lost and self._order(f"{int(signal.SIGKILL)} {fork.pid}")
-            if not told or time.monotonic() > end:
-                with contextlib.suppress(ProcessLookupError):  # nobody else does
+        while fork.pid is not None and fork.exit_status is None:
+            is_sent = not self.has_exited and self._send_command(
+                f"{int(signal.SIGKILL)} {fork.pid}"
+            )
+            if not is_sent or time.monotonic() > end:
+                with contextlib.suppress(ProcessLookupError):  # the server cannot do it
                     os.killpg(fork.pid, signal.SIGKILL)
                 break
             fork.receive(PID_SECONDS)
-        if fork.pid is not None and fork.ended == Ended(None):  # nobody has ended its group
+        if fork.pid is not None and fork.exit_status == ExitStatus(
+            None
+        ):  # the server has not killed its group
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(fork.pid, signal.SIGKILL)
         fork.close()
 
-    def close(self, patience: float = CLOSE_SECONDS) -> None:
-        """End the zygote; what still runs is stopped first, for which there are so many seconds."""
-        if self._orders >= 0 and os.getpid() == self._owner:
-            os.close(self._orders)
-            self._orders = -1
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Stop the running children and the server; kill the server after `timeout` seconds."""
+        if self._commands >= 0 and os.getpid() == self._owner:
+            os.close(self._commands)
+            self._commands = -1
             try:
-                self._process.wait(patience)
+                self._process.wait(timeout)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _order(self, line: str) -> bool:
-        if self._orders < 0:
+    def _send_command(self, line: str) -> bool:
+        if self._commands < 0:
             return False
         try:
-            os.write(self._orders, f"{line}\n".encode())
+            os.write(self._commands, f"{line}\n".encode())
         except OSError:
             return False
         return True
 
 
-def call_at(
+def call_fork_server(
     address: str,
     function: str,
     request: Mapping[str, Any],
-    tell: Callable[[Message], None] = lambda message: None,
+    on_message: Callable[[Message], None] = lambda message: None,
     *,
-    interrupted: Callable[[], None] | None = None,
-    lost: Callable[[], bool] = lambda: False,
-) -> Ended:
-    """Have a zygote's child do a call (see `Fork`); wait for its end.
+    on_interrupt: Callable[[], None] | None = None,
+    is_server_gone: Callable[[], bool] = lambda: False,
+) -> ExitStatus:
+    """Call a function in a child of a fork server (see `ForkedCall`) and wait for its end.
 
-    What it tells comes here as it is told. `interrupted` is called where this process is
-    interrupted meanwhile, and the interruption raised again once the child has ended.
+    `on_message` gets the child's messages as they arrive. If this process is interrupted
+    meanwhile, `on_interrupt` is called and the interruption raised again after the child has ended.
     """
     stop: BaseException | None = None
     try:
-        begun = Fork(address, function, request, lost=lost)
+        forked_call = ForkedCall(address, function, request, is_server_gone=is_server_gone)
     except ForkError as error:
         raise ForkError(
-            f"{error} A sweep does without it by sweep.isolate=false, a trainer by "
-            "call_in_subproc=False."
+            f"{error} To run without subprocesses, set sweep.isolate=false (sweeps) or "
+            "call_in_subproc=False (trainers)."
         ) from error
-    with begun as fork:
-        while fork.ended is None:
+    with forked_call as fork:
+        while fork.exit_status is None:
             try:
                 messages = fork.receive()
             except (KeyboardInterrupt, SystemExit) as error:
-                if interrupted is None:
+                if on_interrupt is None:
                     raise
                 if stop is None:
-                    interrupted()
+                    on_interrupt()
                 stop = stop or error
                 continue
-            for told in messages:
-                tell(told)
+            for message in messages:
+                on_message(message)
     if stop is not None:
         raise stop
-    return fork.ended
+    return fork.exit_status
 
 
-def _parsed(line: bytes) -> Message | None:
-    """What a line says; None for the rest of one that a killed child had begun."""
+def _parse_line(line: bytes) -> Message | None:
+    """Parse a message; return None for an incomplete line of a killed child."""
     try:
-        found: Message = json.loads(line)
+        message: Message = json.loads(line)
     except ValueError:
         return None
-    return found
+    return message
 
 
-def _connected(address: str, lost: Callable[[], bool]) -> socket.socket:
+def _connect(address: str, is_server_gone: Callable[[], bool]) -> socket.socket:
     end = time.monotonic() + START_SECONDS
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -338,10 +358,8 @@ def _connected(address: str, lost: Callable[[], bool]) -> socket.socket:
             connection.connect(address)
         except OSError as error:
             connection.close()
-            if lost() or not Path(address).parent.is_dir() or time.monotonic() > end:
-                raise ForkError(
-                    f"the process that starts the others does not answer ({error})."
-                ) from error
+            if is_server_gone() or not Path(address).parent.is_dir() or time.monotonic() > end:
+                raise ForkError(f"the fork server does not answer ({error}).") from error
             time.sleep(0.02)
             continue
         return connection

@@ -1,4 +1,4 @@
-"""Many tasks from few: generators, and how they are combined."""
+"""Generators that make several tasks from one, and their combination."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pandas as pd
 from qtorch.core.configured import plain_value
 from qtorch.core.instantiate import plain
 from qtorch.task.adjust import TimeAdjuster
-from qtorch.task.parts import segments_of, source_of, with_segments
+from qtorch.task.parts import task_segments, task_source, with_segments
 
 TaskDef = Mapping[str, Any]
 
 
 class TaskGen(ABC):
-    """Makes tasks from one; calling it is `generate`. Answers to qlib/workflow/task/gen.py.
+    """Generates several tasks from one, without modifying it. Calling it calls `generate`.
 
-    What it is given stays as it is.
+    Corresponds to qlib/workflow/task/gen.py.
     """
 
     @abstractmethod
     def generate(self, task: TaskDef) -> list[dict[str, Any]]:
-        """The tasks made from `task`."""
+        """Generate tasks from `task`."""
 
     def __call__(self, task: TaskDef) -> list[dict[str, Any]]:
         return self.generate(task)
@@ -34,22 +34,24 @@ class TaskGen(ABC):
 def task_generator(
     tasks: TaskDef | Sequence[TaskDef], generators: TaskGen | Sequence[TaskGen]
 ) -> list[dict[str, Any]]:
-    """Each generator applied to what the ones before it made: 3 tasks, 2 and 3 from each, are 18.
+    """Apply generators one after another, each to all tasks of the previous one.
 
-    One bare task or generator is a list of one.
+    For example, 3 tasks and generators of 2 and 3 tasks each make 18 tasks. A single task or
+    generator counts as a list of one.
     """
-    made = [dict(t) for t in ([tasks] if isinstance(tasks, Mapping) else tasks)]
-    for each in [generators] if isinstance(generators, TaskGen) else generators:
-        made = [new for task in made for new in each.generate(task)]
-    return made
+    generated_tasks = [dict(t) for t in ([tasks] if isinstance(tasks, Mapping) else tasks)]
+    for generator in [generators] if isinstance(generators, TaskGen) else generators:
+        generated_tasks = [new for task in generated_tasks for new in generator.generate(task)]
+    return generated_tasks
 
 
 class MultiHorizonGenBase(TaskGen):
-    """One task for each horizon of the label; a subclass says in `set_horizon` how.
+    """Generates one task per label horizon; a subclass implements `set_horizon`.
 
-    `label_leak_n`: days after the prediction until a label of horizon 0 would be known: 2 for
-    "bought tomorrow, sold the day after". Each task's segments end `horizon + label_leak_n`
-    trading days before its test segment. `calendar`: as TimeAdjuster's; None is the task's own.
+    `label_leak_n` is the number of days after the prediction until a label of horizon 0 would be
+    known: 2 if shares are bought on the next day and sold the day after. Each task's other
+    segments end `horizon + label_leak_n` trading days before its test segment. `calendar` is that
+    of TimeAdjuster; by default the calendar of the task's source.
     """
 
     def __init__(
@@ -67,47 +69,49 @@ class MultiHorizonGenBase(TaskGen):
 
     @abstractmethod
     def set_horizon(self, task: dict[str, Any], hr: int) -> None:
-        """Change a task, which is a copy, to a horizon."""
+        """Set the horizon of `task`, which is a copy that may be modified."""
 
     def generate(self, task: TaskDef) -> list[dict[str, Any]]:
-        """One task a horizon, in their order."""
-        made = []
-        adjuster = adjuster_of(task, self.calendar)
+        """Generate one task per horizon, in their order."""
+        generated_tasks = []
+        adjuster = build_adjuster(task, self.calendar)
         for horizon in self.horizon:
-            new = copy_of(task)
+            new = copy_task(task)
             self.set_horizon(new, horizon)
-            segments = adjuster.align_seg(segments_of(new))
+            segments = adjuster.align_seg(task_segments(new))
             days = horizon + self.label_leak_n
-            segments = truncated(adjuster, segments, days, self.test_key)
-            made.append(with_segments(new, as_text(segments)))
-        return made
+            segments = truncate_segments(adjuster, segments, days, self.test_key)
+            generated_tasks.append(with_segments(new, segments_to_text(segments)))
+        return generated_tasks
 
 
-def truncated(
+def truncate_segments(
     adjuster: TimeAdjuster, segments: Mapping[str, Any], days: int, test_key: str = "test"
 ) -> dict[str, Any]:
-    """The segments, all but the test's cut to end `days` trading days before the test begins."""
+    """Truncate all segments but the test's to end `days` trading days before the test begins."""
     starts = [t for t in segments[test_key] if t is not None]
-    begin = min(starts, key=pd.Timestamp)
+    test_start = min(starts, key=pd.Timestamp)
     return {
-        name: span if name == test_key else adjuster.truncate(span, begin, days)
+        name: span if name == test_key else adjuster.truncate(span, test_start, days)
         for name, span in segments.items()
     }
 
 
-def adjuster_of(
+def build_adjuster(
     task: TaskDef, calendar: Sequence[Any] | pd.DatetimeIndex | None = None
 ) -> TimeAdjuster:
-    """The adjuster on a given calendar, else on that of the task's source."""
-    return TimeAdjuster(calendar=calendar, source=None if calendar is not None else source_of(task))
+    """Build a TimeAdjuster on a calendar, by default on that of the task's source."""
+    return TimeAdjuster(
+        calendar=calendar, source=None if calendar is not None else task_source(task)
+    )
 
 
-def as_text(segments: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Segments as a task holds them: plain data, dates as text (Qlib keeps Timestamps)."""
+def segments_to_text(segments: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """Convert segments to plain data with dates as text, as in a task (Qlib has Timestamps)."""
     return {name: [plain_value(date) for date in span] for name, span in segments.items()}
 
 
-def copy_of(task: TaskDef) -> dict[str, Any]:
-    """A copy of a task of which everything may be changed."""
-    made: dict[str, Any] = copy.deepcopy(dict(plain(task)))
-    return made
+def copy_task(task: TaskDef) -> dict[str, Any]:
+    """Return a deep copy of a task."""
+    new: dict[str, Any] = copy.deepcopy(dict(plain(task)))
+    return new

@@ -1,4 +1,4 @@
-"""Keeping a lease alive from a thread while the work goes on in another."""
+"""Renew a task's lease in a background thread while the task runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class LeaseKeeper:
-    """Inside the block a thread renews the task's lease; `lost` is set where that fails.
+class LeaseRenewer:
+    """Context manager in which a thread renews the task's lease; sets `lease_lost` if that fails.
 
-    `note(progress)` and `note_run(run)` are sent with the next renewal, a run at once; both are
-    signs of life. With `hang_after`, work that gives none for so many seconds counts as hung:
-    `hung` is set and the lease is renewed no more, so that it runs out even where nothing can
-    interrupt the work. `on_end` is called (in the thread) when the lease is lost or the work hangs.
+    `report_progress` is sent with the next renewal, `report_run` immediately; both are signs of
+    life. With `hang_after`, work without a sign of life for that many seconds counts as hung:
+    `work_hung` is set and the lease is no longer renewed, so that it expires even if nothing can
+    interrupt the work. `on_end` is called (in the thread) if the lease is lost or the work hangs.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class LeaseKeeper:
         hang_after: float | None = None,
     ) -> None:
         self.manager, self.task, self.on_end, self.hang_after = manager, task, on_end, hang_after
-        self.lost, self.hung = threading.Event(), threading.Event()
-        self._sign = time.monotonic()
-        self._wake, self._end = threading.Event(), threading.Event()
+        self.lease_lost, self.work_hung = threading.Event(), threading.Event()
+        self._last_sign = time.monotonic()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._progress: dict[str, Any] | None = None
         self._run: dict[str, Any] | None = None
         self._thread = threading.Thread(
-            target=self._keep, name=f"lease of task {task['_id']}", daemon=True
+            target=self._renewal_loop, name=f"lease of task {task['_id']}", daemon=True
         )
 
     def __enter__(self) -> Self:
@@ -60,39 +60,39 @@ class LeaseKeeper:
         self.stop()
 
     def stop(self) -> None:
-        """End the renewals; a lost lease after this is told to nobody."""
-        self._end.set()
+        """Stop renewing; a lease lost after this is not reported."""
+        self._stop.set()
         self._wake.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=1.0)  # one that waits for an absent store is left behind
+            self._thread.join(timeout=1.0)  # do not wait for a thread that waits for the store
 
-    def note(self, progress: Mapping[str, Any]) -> None:
-        """What the work is at, for the next renewal."""
+    def report_progress(self, progress: Mapping[str, Any]) -> None:
+        """Store progress with the next renewal."""
         with self._lock:
-            self._progress, self._sign = dict(progress), time.monotonic()
+            self._progress, self._last_sign = dict(progress), time.monotonic()
 
-    def note_run(self, run: Mapping[str, Any]) -> None:
-        """The run that holds the work, sent at once: a later attempt takes it up again."""
+    def report_run(self, run: Mapping[str, Any]) -> None:
+        """Store the task's run immediately; a later attempt resumes it."""
         with self._lock:
-            self._run, self._sign = dict(run), time.monotonic()
+            self._run, self._last_sign = dict(run), time.monotonic()
         self._wake.set()
 
     def beat(self, stage: str, details: Mapping[str, Any]) -> None:
-        """A sign of progress as `qtorch.core.heartbeat` tells it."""
+        """Report a heartbeat (a listener of `qtorch.core.heartbeat`)."""
         if stage == "run":
-            self.note_run({"tracking_uri": None, **details})
+            self.report_run({"tracking_uri": None, **details})
         else:
-            self.note({"stage": stage, **details})
+            self.report_progress({"stage": stage, **details})
 
-    def _keep(self) -> None:
-        while not self._end.is_set():
-            left = self._until_hung()
-            self._wake.wait(max(0.0, min(self.manager.renew_every, left)))
+    def _renewal_loop(self) -> None:
+        while not self._stop.is_set():
+            seconds_left = self._seconds_until_hung()
+            self._wake.wait(max(0.0, min(self.manager.renew_every, seconds_left)))
             self._wake.clear()
-            if self._end.is_set():
+            if self._stop.is_set():
                 return
-            if self._until_hung() <= 0:
-                self._tell(self.hung)
+            if self._seconds_until_hung() <= 0:
+                self._end_work(self.work_hung)
                 return
             with self._lock:
                 progress, run = self._progress, self._run
@@ -100,23 +100,23 @@ class LeaseKeeper:
             try:
                 self._renew(progress, run)
             except LeaseLost as error:
-                # One that was just committed or given back is not lost.
-                if not self._end.is_set() and not self.task.settling:
+                # After a commit or return of the task the lease is gone, but not lost.
+                if not self._stop.is_set() and not self.task.is_settling:
                     log.warning("%s", error)
-                    self._tell(self.lost)
+                    self._end_work(self.lease_lost)
                 return
-            except Exception:  # such as a store that was away for longer than patience
-                log.exception("task %s: its lease could not be renewed", self.task["_id"])
+            except Exception:  # for example a store that was unavailable for too long
+                log.exception("task %s: could not renew the lease", self.task["_id"])
 
-    def _until_hung(self) -> float:
-        """Seconds until work that gives no further sign of life counts as hung."""
+    def _seconds_until_hung(self) -> float:
+        """Return the seconds until work without a further sign of life counts as hung."""
         if self.hang_after is None:
             return math.inf
         with self._lock:
-            return self._sign + self.hang_after - time.monotonic()
+            return self._last_sign + self.hang_after - time.monotonic()
 
-    def _tell(self, what: threading.Event) -> None:
-        what.set()
+    def _end_work(self, reason: threading.Event) -> None:
+        reason.set()
         if self.on_end is not None:
             self.on_end()
 
@@ -124,5 +124,5 @@ class LeaseKeeper:
         try:
             self.manager.renew(self.task, progress=progress, run=run)
         except TaskResultError as error:
-            log.warning("task %s: its progress cannot be stored: %s", self.task["_id"], error)
+            log.warning("task %s: cannot store its progress: %s", self.task["_id"], error)
             self.manager.renew(self.task, run=run)

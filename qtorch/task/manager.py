@@ -1,4 +1,4 @@
-"""The task pool: hundreds of trainings handed to any number of processes on any machines."""
+"""TaskManager: a pool of tasks that any number of processes on any machines share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError
-from qtorch.core.wording import counted
+from qtorch.core.wording import format_count
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
-from qtorch.task.lease import LeaseKeeper
-from qtorch.task.pool import Pool, default_url, open_store, task_of, told
+from qtorch.task.lease import LeaseRenewer
+from qtorch.task.pool import Pool, default_url, error_columns, open_store, row_to_task
 from qtorch.task.query import (
     DONE,
     FAILED,
@@ -22,31 +22,31 @@ from qtorch.task.query import (
     check_status,
     parse_query,
 )
-from qtorch.task.store import Change, retrying
-from qtorch.task.waiting import WaitResult, wait_for
+from qtorch.task.store import Change, retry_while_unavailable
+from qtorch.task.waiting import WaitResult, wait_for_tasks
 
 log = logging.getLogger(__name__)
 
-Ids = list[str]  # in the class, `list` is a method
+Ids = list[str]  # inside the class, `list` is a method
 Query = Mapping[str, Any]
 
 LEASE_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
-FRESH = {"errors": 0, "lost": 0, "error": None, "traceback": None}
-SWEEP_SECONDS = 0.5  # between two looks for lost leases while other tasks wait
+RESET_VALUES = {"errors": 0, "lost": 0, "error": None, "traceback": None}
+SWEEP_SECONDS = 0.5  # between two searches for expired leases while other tasks are waiting
 
 
 class TaskManager:
-    """One pool of tasks in a store that many processes share.
+    """A pool of tasks in a store that many processes share.
 
     `url` is sqlite:///FILE, postgresql+psycopg://... or mongodb://...; None is `default_url()`.
-    A fetched task is lent for `lease` seconds of the store's clock, and whoever works on it renews
-    (`renew`, every `renew_every` seconds); one whose lease has run out is taken again by whoever
-    fetches next, and what its former worker then commits is refused (LeaseLost). A task that
-    failed `max_errors` times, or lost `max_lost` leases, is failed. While the store is away, each
-    call waits and tries again for `patience` seconds, then raises TaskStoreError.
+    Fetching a task claims it with a lease of `lease` seconds (by the store's clock), which the
+    worker renews every `renew_every` seconds (`renew`). If the lease expires, the next worker that
+    fetches can claim the task, and a commit of the former worker is rejected (LeaseLost). A task
+    gets the status failed after `max_errors` errors or `max_lost` lost leases. While the store is
+    unavailable, each call is retried for `patience` seconds, then raises TaskStoreError.
 
-    One manager may serve several threads. Answers to qlib/workflow/task/manage.py.
+    Several threads may share a manager. Corresponds to qlib/workflow/task/manage.py.
     """
 
     STATUS_WAITING = WAITING
@@ -67,9 +67,11 @@ class TaskManager:
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         if not task_pool or not isinstance(task_pool, str):
-            raise ConfigError(f"a task pool has a name; got {task_pool!r}.")
+            raise ConfigError(
+                f"the name of a task pool must be a string that is not empty; got {task_pool!r}."
+            )
         if lease <= 0:
-            raise ConfigError(f"a lease is a number of seconds above 0; got {lease!r}.")
+            raise ConfigError(f"lease must be a number of seconds above 0; got {lease!r}.")
         self.task_pool = task_pool
         self.url = url or default_url()
         self.lease = float(lease)
@@ -83,34 +85,37 @@ class TaskManager:
         return f"TaskManager({self.task_pool!r})"
 
     def close(self) -> None:
-        """Give the connections to the store back; the next call opens it again."""
+        """Close the connections to the store; the next call opens it again."""
         self._pool.close()
 
-    # What the pool holds
+    # -- definitions and queries ---------------------------------------------------------------
 
     @staticmethod
     def list(url: str | None = None) -> list[str]:
-        """The names of the pools behind a URL."""
-        store = retrying(lambda: open_store(url or default_url()), patience=10, what="list pools")
+        """Return the names of the pools in a store."""
+        store = retry_while_unavailable(
+            lambda: open_store(url or default_url()), patience=10, action="list pools"
+        )
         try:
-            return retrying(store.pools, patience=10, what="list pools")
+            return retry_while_unavailable(store.pools, patience=10, action="list pools")
         finally:
             store.close()
 
     def create_task(
         self, defs: Sequence[Mapping[str, Any]], dry_run: bool = False, print_nt: bool = False
     ) -> Ids:
-        """The ids of the tasks with these definitions, in their order; the missing ones are made.
+        """Create tasks for new definitions; return the ids of all `defs`, in their order.
 
-        An equal definition is one task, however many processes create it at once. With `dry_run`
-        nothing is made and, as in Qlib, `[]` returned; `print_nt` logs the new ones.
+        Equal definitions share one task, even if several processes create them concurrently. With
+        `dry_run` nothing is created and, as in Qlib, `[]` is returned; `print_nt` logs the new
+        definitions.
         """
         definitions = [encode_definition(d) for d in defs]
-        known = self._ids_of(definitions)
-        new = {d.hash: d for d in definitions if d.hash not in known}
-        log.info("tasks in all: %d, new ones: %d", len(definitions), len(new))
-        if known:
-            self._warn_of_failed(tuple(known))
+        ids = self._find_ids(definitions)
+        new = {d.hash: d for d in definitions if d.hash not in ids}
+        log.info("%d task definitions, %d new", len(definitions), len(new))
+        if ids:
+            self._warn_about_failed_tasks(tuple(ids))
         if print_nt:
             for definition in new.values():
                 log.info("new task: %s", definition.text)
@@ -118,85 +123,88 @@ class TaskManager:
             return []
         if new:
             self._pool.call("create tasks", lambda s: s.insert(self.task_pool, list(new.values())))
-            known = self._ids_of(definitions)
-        return [known[d.hash] for d in definitions]
+            ids = self._find_ids(definitions)
+        return [ids[d.hash] for d in definitions]
 
     def insert_task_def(self, task_def: Mapping[str, Any]) -> str:
-        """Add one definition; its id (of the old task, where the pool holds an equal one)."""
+        """Create one task; return its id (that of an existing task with an equal definition)."""
         return self.create_task([task_def])[0]
 
     def replace_task(self, task: Mapping[str, Any], new_def: Mapping[str, Any]) -> None:
-        """Another definition for a task, which waits again as a fresh one.
+        """Replace the definition of a task and reset the task to waiting.
 
-        Whoever works on it loses its lease. Raises TaskError where the pool holds `new_def`.
+        A worker that runs the task loses its lease. Raises TaskError if the pool already contains
+        `new_def`.
         """
         definition = encode_definition(new_def)
-        values = {**FRESH, "status": WAITING, "res": None, "committed": None, "run": None}
+        values = {**RESET_VALUES, "status": WAITING, "res": None, "committed": None, "run": None}
         change = Change({**values, "progress": None})
         try:
-            found = self._pool.call(
+            is_replaced = self._pool.call(
                 "replace a task", lambda s: s.redefine(task["_id"], definition, change)
             )
         except ValueError as error:
             if isinstance(error, TaskError):
                 raise
             raise TaskError(
-                f"task {task['_id']} cannot get this definition: {error}, as task "
-                f"{self._ids_of([definition]).get(definition.hash)}."
+                f"cannot replace the definition of task {task['_id']}: {error}, as task "
+                f"{self._find_ids([definition]).get(definition.hash)}."
             ) from error
-        if not found:
+        if not is_replaced:
             raise TaskError(f"pool {self.task_pool!r} has no task {task['_id']}.")
 
     def query(self, query: Query | None = None, decode: bool = True) -> Iterator[Task]:
-        """The tasks that match, oldest first.
+        """Return the matching tasks, oldest first.
 
-        With `decode` a run in a result comes back as a Recorder; without, as `{"$recorder": ids}`,
-        which asks no tracking store. A definition that is no JSON comes back as its text.
+        With `decode` a run in a result is returned as a Recorder, else as `{"$recorder": ids}`,
+        which needs no access to the tracking store. An invalid definition is returned as text.
         """
         condition = parse_query(query)
         rows = self._pool.call("query", lambda s: s.find(self.task_pool, condition))
-        return (task_of(row, live=decode, strict=False) for row in rows)
+        return (row_to_task(row, load_recorders=decode, strict=False) for row in rows)
 
     def re_query(self, _id: str, decode: bool = True) -> Task:
-        """The task of an id as it is now; TaskError where there is none."""
-        found = list(self.query({"_id": _id}, decode=decode))
-        if not found:
+        """Return the current state of a task; raise TaskError if there is none with this id."""
+        tasks = list(self.query({"_id": _id}, decode=decode))
+        if not tasks:
             raise TaskError(f"pool {self.task_pool!r} has no task {_id!r}.")
-        return found[0]
+        return tasks[0]
 
     def task_stat(self, query: Query | None = None) -> dict[str, int]:
-        """How many tasks have which status."""
+        """Count the matching tasks by status."""
         condition = parse_query(query)
         return self._pool.call("count tasks", lambda s: s.count(self.task_pool, condition))
 
     def remove(self, query: Query | None = None) -> int:
-        """Remove the tasks that match (every task of the pool without a query); how many."""
+        """Remove the matching tasks (without a query, all tasks); return their number."""
         condition = parse_query(query)
         return self._pool.call("remove tasks", lambda s: s.delete(self.task_pool, condition))
 
     def reset_waiting(self, query: Query | None = None) -> int:
-        """Let tasks wait again: those that match, else those that are running; how many."""
+        """Reset matching tasks (by default the running ones) to waiting; return their number."""
         query = dict(query or {})
         query.setdefault("status", RUNNING)
         return self.reset_status(query, WAITING)
 
     def reset_status(self, query: Query | None, status: str) -> int:
-        """Set the status of the tasks that match, and forget their errors; how many.
+        """Set the status of the matching tasks and clear their errors; return their number.
 
-        Whoever works on one of them loses its lease. A task with a run goes on in that run.
+        Workers that run these tasks lose their leases. A task that has a run resumes it.
         """
         condition = parse_query(query)
-        change = Change({**FRESH, "status": _settled(status), "origin": None, "claim": None})
+        change = Change(
+            {**RESET_VALUES, "status": _check_new_status(status), "origin": None, "claim": None}
+        )
         return self._pool.call(
             "reset tasks", lambda s: s.change_all(self.task_pool, condition, change)
         )
 
     def prioritize(self, task: Mapping[str, Any], priority: int) -> None:
-        """Set the priority of a task: higher ones are fetched first; 0 is the default."""
+        """Set the priority of a task; higher priorities are fetched first, the default is 0."""
         condition, change = parse_query({"_id": task["_id"]}), Change({"priority": int(priority)})
         self._pool.call("prioritize", lambda s: s.change_all(self.task_pool, condition, change))
 
-    # Taking and giving back
+    # -- claims, leases and commits ------------------------------------------------------------
 
     def fetch_task(
         self,
@@ -206,24 +214,24 @@ class TaskManager:
         worker: str | None = None,
         decode: bool = True,
     ) -> Task | None:
-        """Claim a task: the highest priority first, then the oldest; None where none matches.
+        """Claim the matching task with the highest priority, then the oldest; None if none matches.
 
-        Tasks whose lease has run out count as what they were before it. One whose definition
-        cannot be read is failed, with the reason, and the next one taken. `worker` names the
-        claimant; `decode` as in `query`.
+        A task with an expired lease counts as having its status before the claim. A task with an
+        invalid definition is marked as failed, and the next one is claimed. `worker` is the name of
+        the claiming worker; `decode` as in `query`.
         """
         condition = parse_query(query, status)
-        self._pool.take_back_expired(at_most_every=SWEEP_SECONDS)
+        self._pool.reclaim_expired_leases(at_most_every=SWEEP_SECONDS)
         while True:
             row = self._pool.claim(condition, status, worker)
             if row is None:
-                if self._pool.take_back_expired():
+                if self._pool.reclaim_expired_leases():
                     continue
                 return None
             try:
-                return task_of(row, live=decode)
+                return row_to_task(row, load_recorders=decode)
             except TaskDefinitionError as error:
-                self.fail_task(task_of(row, live=False, strict=False), error)
+                self.fail_task(row_to_task(row, load_recorders=False, strict=False), error)
 
     @contextmanager
     def safe_fetch_task(
@@ -232,30 +240,32 @@ class TaskManager:
         status: str = WAITING,
         task_pool: str | None = None,
     ) -> Iterator[Task | None]:
-        """A claimed task for a `with` block, whose lease a thread renews.
+        """Claim a task for a `with` block, in which a thread renews its lease; yield it or None.
 
-        If the block raises, the task is returned: an exception counts as an error of the task,
-        Ctrl-C as a preemption. If it ends without a commit, the lease runs out.
+        If the block raises, the task is returned to the pool: an exception counts as an error of
+        the task, Ctrl-C as a preemption. If the block ends without a commit, the lease expires.
         """
-        manager = self if task_pool in (None, self.task_pool) else self._of_pool(str(task_pool))
+        manager = self if task_pool in (None, self.task_pool) else self._for_pool(str(task_pool))
         task = manager.fetch_task(query, status)
         if task is None:
             yield None
             return
-        with LeaseKeeper(manager, task):
+        with LeaseRenewer(manager, task):
             try:
                 yield task
             except Exception as error:
                 manager.return_task(task, status, error=error)
                 raise
             except BaseException:
-                manager.return_task(task, status, preempted=True)
+                manager.return_task(task, status, is_preempted=True)
                 raise
             if task["status"] == RUNNING:
-                log.warning("task %s was neither committed nor returned", task["_id"])
+                log.warning(
+                    "task %s was neither committed nor returned; its lease will expire", task["_id"]
+                )
 
     def task_fetcher_iter(self, query: Query | None = None) -> Iterator[Task]:
-        """Fetch tasks until none waits; each is held as by `safe_fetch_task`."""
+        """Yield tasks until none is waiting; each is handled as by `safe_fetch_task`."""
         while True:
             with self.safe_fetch_task(query) as task:
                 if task is None:
@@ -269,10 +279,10 @@ class TaskManager:
         progress: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
     ) -> None:
-        """Lend a claimed task for another lease, and tell what its worker is at.
+        """Renew the lease of a claimed task; store its progress and its run.
 
-        `run` (experiment_id, recorder_id, tracking_uri) is what a later attempt takes up again.
-        Raises LeaseLost where the task is no longer the caller's.
+        A later attempt resumes `run` (experiment_id, recorder_id, tracking_uri). Raises LeaseLost
+        if the caller no longer holds the lease.
         """
         values: dict[str, Any] = {}
         if progress is not None:
@@ -280,19 +290,21 @@ class TaskManager:
         if run is not None:
             task["run"] = dict(run)
             values["run"] = encode_result(dict(run))
-        self._pool.change_mine(task, Change(values, lease=self.lease), "renew")
+        self._pool.change_claimed_task(task, Change(values, lease=self.lease), "renew the lease")
 
     def commit_task_res(self, task: Task, res: Any, status: str | None = DONE) -> None:
-        """Store a result: plain data, or a Recorder (kept as experiment and run id).
+        """Store the result of a claimed task: plain data, or a Recorder (stored as its ids).
 
-        Tuples come back as lists. Raises LeaseLost, and stores nothing, where the task is no
-        longer the caller's; TaskResultError for what is no plain data. The same commit sent twice
-        is one.
+        Tuples are read back as lists. Raises LeaseLost, and stores nothing, if the caller no
+        longer holds the lease; TaskResultError if the result is not plain data. Committing is
+        idempotent.
         """
-        after = _settled(status or DONE)
-        values = {"status": after, "res": encode_result(res), "committed": task["attempt"]}
-        self._pool.change_mine(task, Change({**values, "error": None, "traceback": None}), "commit")
-        task.update(status=after, res=res, error=None, traceback=None, deadline=None)
+        new_status = _check_new_status(status or DONE)
+        values = {"status": new_status, "res": encode_result(res), "committed": task["attempt"]}
+        self._pool.change_claimed_task(
+            task, Change({**values, "error": None, "traceback": None}), "commit the result"
+        )
+        task.update(status=new_status, res=res, error=None, traceback=None, deadline=None)
 
     def return_task(
         self,
@@ -301,28 +313,29 @@ class TaskManager:
         *,
         error: BaseException | str | None = None,
         traceback: str | None = None,
-        preempted: bool = False,
+        is_preempted: bool = False,
     ) -> bool:
-        """Give a claimed task back, to be taken by others; False where it was lost before.
+        """Return a claimed task to the pool; return False if its lease was lost before.
 
-        With `error` it counts as an error of the task, and the last of `max_errors` fails it.
-        `preempted` counts as neither error nor lost lease; without both nothing is counted.
+        With `error` it counts as an error of the task; after `max_errors` of them the task is
+        failed. `is_preempted` counts as a preemption, which is neither an error nor a lost lease.
+        Without both nothing is counted.
         """
-        values: dict[str, Any] = {"status": _settled(status or WAITING)}
-        steps = {"preemptions": 1} if preempted else {}
-        if error is not None and not preempted:
-            values.update(told(error, traceback))
+        values: dict[str, Any] = {"status": _check_new_status(status or WAITING)}
+        steps = {"preemptions": 1} if is_preempted else {}
+        if error is not None and not is_preempted:
+            values.update(error_columns(error, traceback))
             steps = {"errors": 1}
             if task["errors"] + 1 >= self.max_errors:
                 values["status"] = FAILED
-        return self._pool.give_back(task, Change(values, steps))
+        return self._pool.release_task(task, Change(values, steps))
 
     def fail_task(
         self, task: Task, error: BaseException | str, traceback: str | None = None
     ) -> bool:
-        """Fail a claimed task at once, for what no further attempt can mend."""
-        values = {"status": FAILED, **told(error, traceback)}
-        return self._pool.give_back(task, Change(values, {"errors": 1}))
+        """Mark a claimed task as failed, for an error that further attempts cannot fix."""
+        values = {"status": FAILED, **error_columns(error, traceback)}
+        return self._pool.release_task(task, Change(values, {"errors": 1}))
 
     def wait(
         self,
@@ -331,40 +344,46 @@ class TaskManager:
         timeout: float | None = None,
         poll: float = 0.25,
         on_progress: Callable[[dict[str, int]], None] | None = None,
-        finished: Sequence[str] = (DONE, FAILED),
+        final_statuses: Sequence[str] = (DONE, FAILED),
     ) -> WaitResult:
-        """Wait until the tasks that match are done or failed; how many are what.
+        """Wait until all matching tasks are done or failed; return the number per status.
 
-        Somebody must work on them: waiting takes back what dead workers hold, and runs nothing.
-        `on_progress` gets the counts whenever they change. Raises TaskTimeout after `timeout`
-        seconds; failed tasks are in `.failed` of what is returned, and logged.
+        Waiting runs no tasks: other processes must do that. It returns the tasks of dead workers
+        to the pool. `on_progress` is called with the counts whenever they change. Failed tasks are
+        logged and returned in `.failed_tasks` of the result. Raises TaskTimeout after `timeout`
+        seconds.
         """
-        return wait_for(
-            self, query, timeout=timeout, poll=poll, on_progress=on_progress, finished=finished
+        return wait_for_tasks(
+            self,
+            query,
+            timeout=timeout,
+            poll=poll,
+            on_progress=on_progress,
+            final_statuses=final_statuses,
         )
 
-    def take_back_expired(self) -> int:
-        """Let tasks whose lease has run out wait again (or fail, by `max_lost`); how many."""
-        return self._pool.take_back_expired()
+    def reclaim_expired_leases(self) -> int:
+        """Return tasks with an expired lease to the pool (or fail them); return their number."""
+        return self._pool.reclaim_expired_leases()
 
-    # Steps
+    # -- internals -----------------------------------------------------------------------------
 
-    def _warn_of_failed(self, hashes: tuple[str, ...]) -> None:
+    def _warn_about_failed_tasks(self, hashes: tuple[str, ...]) -> None:
         condition = Condition(hashes=hashes, statuses=(FAILED,))
         stat = self._pool.call("count tasks", lambda s: s.count(self.task_pool, condition))
         if stat:
             log.warning(
-                "pool %r holds %s of these already, as failed until "
+                "pool %r already contains %s of these with status failed; to run them again, use "
                 "`reset_status(query, 'waiting')` or `qtorch tasks retry`",
                 self.task_pool,
-                counted(stat[FAILED], "task"),
+                format_count(stat[FAILED], "task"),
             )
 
-    def _ids_of(self, definitions: Sequence[Definition]) -> dict[str, str]:
+    def _find_ids(self, definitions: Sequence[Definition]) -> dict[str, str]:
         hashes = [d.hash for d in definitions]
-        return self._pool.call("look for tasks", lambda s: s.ids(self.task_pool, hashes))
+        return self._pool.call("find tasks", lambda s: s.find_ids(self.task_pool, hashes))
 
-    def _of_pool(self, task_pool: str) -> TaskManager:
+    def _for_pool(self, task_pool: str) -> TaskManager:
         return TaskManager(
             task_pool,
             self.url,
@@ -376,8 +395,10 @@ class TaskManager:
         )
 
 
-def _settled(status: str) -> str:
-    """A status that a task may be given; ConfigError for running, which needs a lease."""
+def _check_new_status(status: str) -> str:
+    """Return a status that can be set; raise ConfigError for running, which needs a lease."""
     if check_status(status) == RUNNING:
-        raise ConfigError("a task is running when a worker fetches it; nothing else makes it so.")
+        raise ConfigError(
+            "the status cannot be set to running: a task is running only after a worker fetches it."
+        )
     return status

@@ -1,7 +1,7 @@
-"""The parts of a task that make it a series: its segments, its handler, its data's calendar.
+"""Read and replace parts of a task's configuration: its dataset, segments, handler and source.
 
-A configuration stands in either form, `_target_` with arguments beside it or `class` with
-`kwargs`; nothing here changes what it is given.
+A configuration may have either form, `_target_` with arguments beside it or `class` with `kwargs`.
+The functions return modified copies and never modify their arguments.
 """
 
 from __future__ import annotations
@@ -15,85 +15,90 @@ from qtorch.core.instantiate import init_instance_by_config
 FIT_START, FIT_END = "fit_start_time", "fit_end_time"
 
 
-def options_of(config: Any) -> Mapping[str, Any]:
-    """The arguments in a configuration; none for what is no configuration."""
+def config_arguments(config: Any) -> Mapping[str, Any]:
+    """Return the arguments in a configuration; empty if it is not a configuration."""
     if not isinstance(config, Mapping):
         return {}
     options = config if "_target_" in config else config.get("kwargs") or {}
     return options if isinstance(options, Mapping) else {}
 
 
-def with_options(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """A configuration with some arguments replaced or added."""
+def with_arguments(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Return a configuration with some arguments replaced or added."""
     if "_target_" in config:
         return {**config, **values}
     return {**config, "kwargs": {**(config.get("kwargs") or {}), **values}}
 
 
-def dataset_of(task: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration of a task's dataset; ConfigError where it is none."""
+def task_dataset(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of a task's dataset; raise ConfigError if it is a live object."""
     dataset = task.get("dataset")
     if not isinstance(dataset, Mapping):
         raise ConfigError(
-            f"a series of tasks is made from a dataset's configuration; this task's dataset is "
-            f"{'missing' if dataset is None else f'a live {type(dataset).__name__}'}. Give "
+            f"generating tasks needs the configuration of a dataset, but this task's dataset is "
+            f"{'missing' if dataset is None else f'a live {type(dataset).__name__}'}. Write "
             "{'_target_': 'qtorch.data.TSDatasetH', 'handler': ..., 'segments': ...}."
         )
     return dataset
 
 
-def segments_of(task: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's segments, `{name: (start, end)}`."""
-    segments = options_of(dataset_of(task)).get("segments")
+def task_segments(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's segments, `{name: (start, end)}`."""
+    segments = config_arguments(task_dataset(task)).get("segments")
     if not isinstance(segments, Mapping):
         raise ConfigError(
-            f"the task's dataset has no segments ({segments!r:.60}); expected "
+            f"the task's dataset has no valid segments ({segments!r:.60}); expected "
             "{name: (start, end)}."
         )
     return dict(segments)
 
 
 def with_segments(task: Mapping[str, Any], segments: Mapping[str, Any]) -> dict[str, Any]:
-    """The task with other segments."""
-    return {**task, "dataset": with_options(dataset_of(task), segments=dict(segments))}
+    """Return the task with other segments."""
+    return {**task, "dataset": with_arguments(task_dataset(task), segments=dict(segments))}
 
 
-def handler_of(task: Mapping[str, Any]) -> Any:
-    """What the task says of its handler: a configuration, a path, a live object, or None."""
-    return options_of(dataset_of(task)).get("handler")
+def task_handler(task: Mapping[str, Any]) -> Any:
+    """Return the handler of a task: a configuration, a path, a live object, or None."""
+    return config_arguments(task_dataset(task)).get("handler")
 
 
 def with_handler(task: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """The task with some of its handler's arguments replaced; as it is without a configuration."""
-    handler = handler_of(task)
+    """Return the task with some handler arguments replaced, if the handler is a configuration."""
+    handler = task_handler(task)
     if not isinstance(handler, Mapping):
         return dict(task)
-    dataset = with_options(dataset_of(task), handler=with_options(handler, **values))
+    dataset = with_arguments(task_dataset(task), handler=with_arguments(handler, **values))
     return {**task, "dataset": dataset}
 
 
-def source_of(task: Mapping[str, Any]) -> Any:
-    """The source of bars that a task names, configured or live; None where it names none."""
-    handler = handler_of(task)
+def task_source(task: Mapping[str, Any]) -> Any:
+    """Return a task's data source, as configuration or live object; None if it names none."""
+    handler = task_handler(task)
     if isinstance(handler, Mapping):
-        given = options_of(handler)
-        found = given.get("source")
-        return found if found is not None else options_of(given.get("data_loader")).get("source")
+        arguments = config_arguments(handler)
+        source = arguments.get("source")
+        return (
+            source
+            if source is not None
+            else config_arguments(arguments.get("data_loader")).get("source")
+        )
     return getattr(handler, "source", None)
 
 
 def label_horizon(task: Mapping[str, Any]) -> int | None:
-    """Calendar rows that the task's label looks ahead; None where nothing says it.
+    """Return how many calendar rows the task's label looks ahead; None if that is unknown.
 
-    The dataset's own `horizon` counts, else the reach of the label's expressions.
+    It is the dataset's `horizon`, else the look-ahead of the label's expressions.
     """
-    given = options_of(dataset_of(task)).get("horizon")
-    if given is not None:
-        return int(given)
-    handler = handler_of(task)
+    dataset_horizon = config_arguments(task_dataset(task)).get("horizon")
+    if dataset_horizon is not None:
+        return int(dataset_horizon)
+    handler = task_handler(task)
     if isinstance(handler, Mapping):
-        quiet = {"init_data": False} if "init_data" in options_of(handler) else {}
-        handler = init_instance_by_config(with_options(handler, **quiet))
+        # If the configuration sets `init_data`, build the handler without loading its data.
+        overrides = {"init_data": False} if "init_data" in config_arguments(handler) else {}
+        handler = init_instance_by_config(with_arguments(handler, **overrides))
     horizon = getattr(handler, "horizon", None)
-    found: int | None = horizon("label") if callable(horizon) else None
-    return found
+    label_rows: int | None = horizon("label") if callable(horizon) else None
+    return label_rows

@@ -1,4 +1,4 @@
-"""Leases and fences on top of a store: what every change of a claimed task goes through."""
+"""Claims and leases on top of a store, and rejection of changes by workers that lost a lease."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from qtorch.core.errors import LeaseLost, TaskDefinitionError, TaskStoreError
 from qtorch.core.session import session
 from qtorch.task.definition import Task, decode_definition, decode_result
 from qtorch.task.query import FAILED, RUNNING, WAITING, Condition
-from qtorch.task.store import Change, Row, Store, retrying
+from qtorch.task.store import Change, Row, Store, retry_while_unavailable
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 URL_VARIABLE = "QTORCH_TASK_URL"
-ERROR_LETTERS, TRACEBACK_LETTERS = 5000, 100_000
+MAX_ERROR_CHARS, MAX_TRACEBACK_CHARS = 5000, 100_000
 JSON_COLUMNS = ("worker", "run", "progress")
 PLAIN_COLUMNS = ("status", "priority", "attempt", "errors", "lost", "preemptions", "deadline",
                  "created", "updated", "error", "traceback")  # fmt: skip
 
 
 def default_url() -> str:
-    """The URL of the pools in force: `qtorch.init`'s, else QTORCH_TASK_URL, else a sqlite file.
+    """Return the default URL of task pools: of `qtorch.init`, else QTORCH_TASK_URL, else SQLite.
 
-    That file is `mlruns/tasks.db` under the working folder, beside the default tracking store.
+    The SQLite file is `mlruns/tasks.db` in the working folder, beside the default tracking store.
     """
-    given = session().task_url or os.environ.get(URL_VARIABLE)
-    return given or f"sqlite:///{Path('mlruns', 'tasks.db').absolute()}"
+    url = session().task_url or os.environ.get(URL_VARIABLE)
+    return url or f"sqlite:///{Path('mlruns', 'tasks.db').absolute()}"
 
 
 def open_store(url: str) -> Store:
-    """The store behind a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
+    """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
     scheme = url.partition(":")[0].partition("+")[0]
     if scheme in ("sqlite", "postgresql", "postgres"):
         from qtorch.task.sql import SqlStore
@@ -53,15 +53,15 @@ def open_store(url: str) -> Store:
 
         return MongoStore(url)
     raise TaskStoreError(
-        f"the task URL {url!r} names no store that pools know. Write sqlite:///FILE, "
+        f"the task URL {url!r} names no store that qtorch supports. Use sqlite:///FILE, "
         "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
     )
 
 
 class Pool:
-    """One pool of a store; the lower half of TaskManager.
+    """One pool of a store; TaskManager is built on it.
 
-    The store is opened at the first use, once in each process (a fork opens its own).
+    The store is opened on first use, once in each process (a forked process opens its own).
     """
 
     def __init__(
@@ -72,95 +72,110 @@ class Pool:
         self.lease = lease
         self.max_lost = max_lost
         self.patience = patience
-        self._opened: tuple[int, Store] | None = None
-        self._inherited: list[Store] = []  # of the process that this one was forked from
-        self._swept = -math.inf  # when expired leases were last looked for
+        self._process_store: tuple[int, Store] | None = None
+        self._parent_stores: list[Store] = []  # opened by the parent of this forked process
+        self._last_sweep = -math.inf  # when expired leases were last searched
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_opened", "_inherited", "_lock")}
+        return {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("_process_store", "_parent_stores", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opened=None, _inherited=[], _lock=threading.Lock())
+        vars(self).update(state, _process_store=None, _parent_stores=[], _lock=threading.Lock())
 
-    def call(self, what: str, step: Callable[[Store], T]) -> T:
-        """One step of the store, tried again while it is away."""
-        return retrying(lambda: step(self._store()), patience=self.patience, what=what)
+    def call(self, action: str, operation: Callable[[Store], T]) -> T:
+        """Run an operation of the store; retry it while the store is unavailable."""
+        return retry_while_unavailable(
+            lambda: operation(self._store()), patience=self.patience, action=action
+        )
 
     def close(self) -> None:
-        """Give the connections back; the next use opens the store again."""
+        """Close the connections; the next use opens the store again."""
         with self._lock:
-            if self._opened is not None and self._opened[0] == os.getpid():
-                self._opened[1].close()
-            self._opened = None
+            if self._process_store is not None and self._process_store[0] == os.getpid():
+                self._process_store[1].close()
+            self._process_store = None
 
     def claim(self, condition: Condition, status: str, worker: str | None) -> Row | None:
-        """Take the first task that matches, for one lease."""
-        mark, sent = secrets.token_hex(8), False
+        """Claim the first matching task for one lease."""
+        claim_id, is_retry = secrets.token_hex(8), False
         host, pid = socket.gethostname(), os.getpid()
-        who = {"id": worker or f"{host}:{pid}", "host": host, "pid": pid}
-        values = {"status": RUNNING, "origin": status, "claim": mark, "progress": None}
-        change = Change({**values, "worker": json.dumps(who)}, {"attempt": 1}, self.lease)
+        worker_info = {"id": worker or f"{host}:{pid}", "host": host, "pid": pid}
+        values = {"status": RUNNING, "origin": status, "claim": claim_id, "progress": None}
+        change = Change({**values, "worker": json.dumps(worker_info)}, {"attempt": 1}, self.lease)
 
         def claim(store: Store) -> Row | None:
-            nonlocal sent
-            # The answer to an earlier try may have been lost on its way.
-            row = store.claimed(self.task_pool, mark) if sent else None
-            sent = True
+            nonlocal is_retry
+            # An earlier try may have succeeded although its answer was lost.
+            row = store.find_claim(self.task_pool, claim_id) if is_retry else None
+            is_retry = True
             return row or store.claim(self.task_pool, status, condition, change)
 
         return self.call("fetch a task", claim)
 
-    def take_back_expired(self, *, at_most_every: float = 0.0) -> int:
-        """Let tasks whose lease has run out wait again; fail those that lost too many.
+    def reclaim_expired_leases(self, *, at_most_every: float = 0.0) -> int:
+        """Return tasks with an expired lease to the pool; fail those that lost too many leases.
 
-        How many there were. `at_most_every` so many seconds the store is asked.
+        Returns their number. Does nothing if the last call was less than `at_most_every` seconds
+        ago.
         """
         now, count = time.monotonic(), 0
-        if now - self._swept < at_most_every:
+        if now - self._last_sweep < at_most_every:
             return 0
-        self._swept = now
-        for row in self.call("look for lost leases", lambda s: s.expired(self.task_pool)):
-            lost = int(row["lost"]) + 1
-            who = json.loads(row["worker"] or "{}")
-            text = f"lost its lease on {who.get('host')} (process {who.get('pid')}), {lost} in all"
-            over = lost >= self.max_lost
-            values = {"status": FAILED if over else row["origin"] or WAITING, "error": text}
-            if self._take_back(row, Change(values, {"lost": 1})):
+        self._last_sweep = now
+        for row in self.call(
+            "search expired leases", lambda s: s.find_expired_rows(self.task_pool)
+        ):
+            num_lost = int(row["lost"]) + 1
+            worker_info = json.loads(row["worker"] or "{}")
+            text = (
+                f"lost its lease on {worker_info.get('host')} (process {worker_info.get('pid')}), "
+                f"{num_lost} in all"
+            )
+            is_failed = num_lost >= self.max_lost
+            values = {"status": FAILED if is_failed else row["origin"] or WAITING, "error": text}
+            if self._reclaim_task(row, Change(values, {"lost": 1})):
                 count += 1
-                log.warning("task %s %s%s", row["id"], text, ": failed" if over else "")
+                log.warning("task %s %s%s", row["id"], text, ": failed" if is_failed else "")
         return count
 
-    def _take_back(self, row: Row, change: Change) -> bool:
+    def _reclaim_task(self, row: Row, change: Change) -> bool:
         return self.call(
-            "take back a task",
-            lambda s: s.change(row["id"], row["attempt"], change, expired=True),
+            "return a task with an expired lease",
+            lambda s: s.change(row["id"], row["attempt"], change, only_if_expired=True),
         )
 
-    def change_mine(self, task: Task, change: Change, what: str) -> None:
-        """A change that only the holder of the lease may make; LeaseLost for anybody else.
+    def change_claimed_task(self, task: Task, change: Change, action: str) -> None:
+        """Change a claimed task; raise LeaseLost if the caller no longer holds its lease.
 
-        A change of status that stands already is this one, sent before: its answer was lost.
+        If the task already has the new status, an earlier try of this change has succeeded and
+        only its answer was lost.
         """
         id, attempt = task["_id"], task["attempt"]
-        stands = {k: v for k, v in change.values.items() if k in ("status", "committed")}
-        task.settling = task.settling or bool(stands)
-        if self.call(what, lambda s: s.change(id, attempt, change)):
+        final_values = {k: v for k, v in change.values.items() if k in ("status", "committed")}
+        task.is_settling = task.is_settling or bool(final_values)
+        if self.call(action, lambda s: s.change(id, attempt, change)):
             return
-        rows = self.call(what, lambda s: s.find(self.task_pool, Condition(ids=(id,))))
+        rows = self.call(action, lambda s: s.find(self.task_pool, Condition(ids=(id,))))
         for row in rows:
-            same = row["attempt"] == attempt and all(row[k] == v for k, v in stands.items())
-            if stands and same:
+            is_same = row["attempt"] == attempt and all(
+                row[k] == v for k, v in final_values.items()
+            )
+            if final_values and is_same:
                 return
         raise LeaseLost(
-            f"task {id}: attempt {attempt} holds no lease any more ({_state(rows)}); to {what} is "
-            "refused, and what it made is not kept."
+            f"cannot {action}: attempt {attempt} of task {id} holds no lease any more "
+            f"({_describe_state(rows)}); its result is discarded."
         )
 
-    def give_back(self, task: Task, change: Change) -> bool:
-        """A change that ends the lease; False where it was lost before."""
+    def release_task(self, task: Task, change: Change) -> bool:
+        """Make a change that ends the lease; return False if the lease was lost before."""
         try:
-            self.change_mine(task, change, "return the task")
+            self.change_claimed_task(task, change, "return the task")
         except LeaseLost as error:
             log.warning("%s", error)
             return False
@@ -169,18 +184,20 @@ class Pool:
 
     def _store(self) -> Store:
         with self._lock:
-            if self._opened is not None and self._opened[0] != os.getpid():
-                self._inherited.append(self._opened[1])  # closing it would end the parent's
-                self._opened = None
-            if self._opened is None:
-                self._opened = (os.getpid(), open_store(self.url))
-            return self._opened[1]
+            if self._process_store is not None and self._process_store[0] != os.getpid():
+                self._parent_stores.append(
+                    self._process_store[1]
+                )  # closing it would break the parent's connections
+                self._process_store = None
+            if self._process_store is None:
+                self._process_store = (os.getpid(), open_store(self.url))
+            return self._process_store[1]
 
 
-def task_of(row: Row, *, live: bool, strict: bool = True) -> Task:
-    """A row as a Task; with `live` runs in its result are Recorders.
+def row_to_task(row: Row, *, load_recorders: bool, strict: bool = True) -> Task:
+    """Convert a row to a Task; with `load_recorders` runs in its result become Recorders.
 
-    A definition that cannot be read raises TaskDefinitionError if `strict`, else stands as text.
+    An invalid definition raises TaskDefinitionError if `strict`, else it is returned as text.
     """
     task = Task(_id=row["id"])
     try:
@@ -189,25 +206,25 @@ def task_of(row: Row, *, live: bool, strict: bool = True) -> Task:
         if strict:
             raise
         task["def"] = row["definition"]
-    task["res"] = decode_result(row["res"], live=live)
+    task["res"] = decode_result(row["res"], load_recorders=load_recorders)
     task.update({k: row[k] for k in PLAIN_COLUMNS})
     task.update({k: json.loads(row[k]) if row[k] else None for k in JSON_COLUMNS})
     return task
 
 
-def told(error: BaseException | str, traceback: str | None) -> dict[str, Any]:
-    """An error as a row keeps it."""
+def error_columns(error: BaseException | str, traceback: str | None) -> dict[str, Any]:
+    """Return the columns `error` and `traceback` of a row."""
     text = error
     if not isinstance(error, str):
         text = " ".join(f"{type(error).__name__}: {error}".split())
         traceback = traceback or "".join(tracebacks.format_exception(error))
     return {
-        "error": str(text)[:ERROR_LETTERS],
-        "traceback": traceback and traceback[-TRACEBACK_LETTERS:],
+        "error": str(text)[:MAX_ERROR_CHARS],
+        "traceback": traceback and traceback[-MAX_TRACEBACK_CHARS:],
     }
 
 
-def _state(rows: list[Row]) -> str:
+def _describe_state(rows: list[Row]) -> str:
     if not rows:
         return "the task was removed"
     return f"the task is {rows[0]['status']}, at attempt {rows[0]['attempt']}"

@@ -1,4 +1,4 @@
-"""A worker's training process, seen from its supervisor."""
+"""A worker's child process, seen from its supervisor."""
 
 from __future__ import annotations
 
@@ -14,169 +14,173 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtorch.task.forked import CLOSE_SECONDS, TRAINING, Forks, Message
+from qtorch.task.forked import CLOSE_SECONDS, TRAINING_MODULES, ForkServerClient, Message
 
 log = logging.getLogger(__name__)
 
-CHILD = "qtorch.task.child.work_here"
-END_SECONDS = 5.0  # for a child that has nothing more to do
-SAY_SECONDS = 1.0  # for a child to take a message, unless more is given
-LOOK_SECONDS = 0.2
-SIGNAL_SECONDS = 1.0  # a scheduler signals every process, and the child may hear it first
-FENCE = 0.8  # of the lease: a child that hears nothing for so long ends itself
+CHILD_FUNCTION = "qtorch.task.child.serve_tasks"
+END_SECONDS = 5.0  # for a child without further work to exit
+SEND_SECONDS = 1.0  # default time for a child to accept a message
+POLL_SECONDS = 0.2
+SIGNAL_SECONDS = 1.0  # a scheduler signals every process; the child may get its signal first
+FENCE_FRACTION = 0.8  # of the lease: a child kills itself after that time of silence
 
 
-class Children:
-    """Where a worker's processes come from: forked, so that none repeats the imports.
+class ChildLauncher:
+    """Starts the child processes of a worker, forked so that none repeats the imports.
 
-    `functions`: the dotted names of what they will do. For qtorch's own what trainings need is
-    imported beforehand; a user's is imported by each child, for it might not survive a fork.
-    `output` is a file for what the imports print.
+    `functions` are the import paths of the functions that run tasks. If all are qtorch's own, the
+    fork server imports what trainings need. A user's function is imported by each child, because
+    its modules might not survive a fork. `output` is a file for the output of the fork server.
     """
 
     def __init__(self, functions: Collection[str] = (), output: Path | None = None) -> None:
-        ours = bool(functions) and all(name.startswith("qtorch.") for name in functions)
-        self._modules = TRAINING if ours else ()
+        is_own = bool(functions) and all(name.startswith("qtorch.") for name in functions)
+        self._modules = TRAINING_MODULES if is_own else ()
         self._output = output
-        self._forks: list[Forks] = []  # the last one is in use, the others begin nothing more
+        self._servers: list[ForkServerClient] = []  # only the last one starts new children
         self._lock = threading.Lock()
 
     def start(
-        self, environment: Mapping[str, str], silence: float, output: Path | None = None
+        self, environment: Mapping[str, str], silence_timeout: float, output: Path | None = None
     ) -> ChildProcess:
-        """A new one. Raises ForkError where there can be none."""
+        """Start a child process; raise ForkError if that is impossible."""
         with self._lock:
-            while self._forks and self._forks[-1].lost:
-                self._forks.pop().close()
-            if not self._forks or self._forks[-1].stopped:
-                self._forks.append(Forks(*self._modules, output=self._output))
-            forks = self._forks[-1]
-        return ChildProcess(forks, environment, silence, output)
+            while self._servers and self._servers[-1].has_exited:
+                self._servers.pop().close()
+            if not self._servers or self._servers[-1].is_stopped:
+                self._servers.append(ForkServerClient(*self._modules, output=self._output))
+            server = self._servers[-1]
+        return ChildProcess(server, environment, silence_timeout, output)
 
-    def close(self, patience: float = CLOSE_SECONDS) -> None:
-        """No child is begun any more; what still works is stopped within so many seconds."""
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Stop the fork servers and the children that still run, within `timeout` seconds each."""
         with self._lock:
-            while self._forks:
-                self._forks.pop().close(patience)
+            while self._servers:
+                self._servers.pop().close(timeout)
 
 
 class ChildProcess:
-    """One process of `qtorch.task.child`, in a session of its own, with a pipe for commands.
+    """A process that runs `qtorch.task.child.serve_tasks`, in its own session, with a command pipe.
 
-    `environment` is added to this process's; `output` is a file for what it prints, else it
-    prints where this process does. `silence`: see the child.
+    `environment` is added to that of this process. `output` is a file for the child's output, which
+    else goes to the output of this process. `silence_timeout`: see `qtorch.task.child.Link`.
     """
 
     def __init__(
         self,
-        forks: Forks,
+        server: ForkServerClient,
         environment: Mapping[str, str],
-        silence: float,
+        silence_timeout: float,
         output: Path | None = None,
     ) -> None:
-        self._forks = forks
+        self._server = server
         self._lock = threading.Lock()
-        self._closed = False
-        here = os.getcwd()  # found as by `python -m`
-        path = sys.path if here in sys.path else [here, *sys.path]
-        with contextlib.ExitStack() as theirs:
+        self._is_closed = False
+        folder = os.getcwd()  # importable, as with `python -m`
+        path = sys.path if folder in sys.path else [folder, *sys.path]
+        with contextlib.ExitStack() as stack:
             commands, self._commands = os.pipe()
-            theirs.callback(os.close, commands)
+            stack.callback(os.close, commands)
             os.set_blocking(self._commands, False)
-            printed = (1, 2)
+            output_descriptors = (1, 2)
             if output is not None:
-                file = theirs.enter_context(output.open("ab")).fileno()
-                printed = (file, file)
+                file = stack.enter_context(output.open("ab")).fileno()
+                output_descriptors = (file, file)
             try:
-                self._fork = forks.fork(
-                    CHILD,
-                    {"silence": silence, "heard": time.monotonic()},
+                self._call = server.fork(
+                    CHILD_FUNCTION,
+                    {"silence_timeout": silence_timeout, "last_alive": time.monotonic()},
                     environment=environment,
                     path=path,
-                    descriptors=(*printed, commands),
+                    descriptors=(*output_descriptors, commands),
                 )
             except BaseException:
                 os.close(self._commands)
                 raise
 
     @property
-    def begun(self) -> bool:
-        """Whether it is known to have been forked."""
-        return self._fork.pid is not None
+    def is_started(self) -> bool:
+        """Whether the fork server has reported the child's process id."""
+        return self._call.pid is not None
 
     @property
-    def gone(self) -> bool:
-        """Whether it is known to have ended."""
-        return self._fork.ended is not None
+    def has_ended(self) -> bool:
+        """Whether the child's end has been reported."""
+        return self._call.exit_status is not None
 
-    def say(
+    def send(
         self,
         message: Mapping[str, Any],
-        patience: float = SAY_SECONDS,
-        given_up: Callable[[], bool] = lambda: False,
+        timeout: float = SEND_SECONDS,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """A line to the child; False where it does not take it in time, or is gone."""
+        """Send a message to the child; return False if it does not accept it in time or is gone."""
         line = json.dumps(message).encode() + b"\n"
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         with self._lock:
             try:
-                while line and not self._closed and time.monotonic() < end and not given_up():
-                    if select.select([], [self._commands], [], min(patience, LOOK_SECONDS))[1]:
+                while (
+                    line and not self._is_closed and time.monotonic() < end and not is_cancelled()
+                ):
+                    if select.select([], [self._commands], [], min(timeout, POLL_SECONDS))[1]:
                         line = line[os.write(self._commands, line) :]
             except OSError as error:
-                log.debug("the child takes no message: %s", error)
+                log.debug("cannot send a message to the child: %s", error)
                 return False
         return not line
 
     def ping(self) -> None:
-        """Say that this process lives; a child that does not listen is not waited for."""
+        """Tell the child that this process is alive, without waiting for it to read the message."""
         if not self._lock.acquire(blocking=False):
-            return  # something is being said, or it is being ended
+            return  # another thread sends a message or closes the pipe
         try:
-            if not self._closed and select.select([], [self._commands], [], 0)[1]:
-                # Short: a writable pipe takes it whole.
+            if not self._is_closed and select.select([], [self._commands], [], 0)[1]:
+                # The message is short, so a writable pipe accepts it as a whole.
                 os.write(self._commands, f'{{"alive": {time.monotonic()}}}\n'.encode())
         except OSError as error:
-            log.debug("the child takes no message: %s", error)
+            log.debug("cannot send a message to the child: %s", error)
         finally:
             self._lock.release()
 
-    def messages(self, patience: float) -> list[Message] | None:
-        """What it has said, waited for at most `patience` seconds; None once it is gone."""
-        messages = self._fork.receive(patience)
-        if self._fork.ended is not None and self._fork.ended.refused:
-            self._forks.stopped = True  # a scheduler's signal reached it alone
-        return messages or (None if self.gone else [])
+    def receive(self, timeout: float) -> list[Message] | None:
+        """Return the child's new messages; wait up to `timeout` seconds. None if it has ended."""
+        messages = self._call.receive(timeout)
+        if self._call.exit_status is not None and self._call.exit_status.is_refused:
+            self._server.is_stopped = True  # only the server got a scheduler's signal
+        return messages or (None if self.has_ended else [])
 
-    def how_it_ended(self) -> str:
-        """`was ended by SIGKILL`, `ended with code 1` and so on, for a child that is gone."""
-        return "works" if self._fork.ended is None else self._fork.ended.how
+    def describe_exit(self) -> str:
+        """Return a phrase such as `was killed by SIGKILL` or `exited with code 1`."""
+        return (
+            "is running" if self._call.exit_status is None else self._call.exit_status.description
+        )
 
     @property
-    def without_cause(self) -> bool:
-        """Whether what it was forked from has refused it, or has gone, which is no fault of it."""
-        return self._fork.ended is not None and self._fork.ended.code is None
+    def is_server_failure(self) -> bool:
+        """Whether the child ended because the fork server refused to start it, or is gone."""
+        return self._call.exit_status is not None and self._call.exit_status.code is None
 
-    def disown(self) -> None:
-        """End the process that should have forked it, for it does nothing."""
-        self._forks.stopped = True
-        self._forks.close(0.0)
+    def stop_server(self) -> None:
+        """End the fork server, which has not started this child in time."""
+        self._server.is_stopped = True
+        self._server.close(0.0)
 
     def kill(self) -> None:
-        """End it and what it has started, now."""
-        self._forks.kill(self._fork)
+        """Kill the child and the processes that it has started."""
+        self._server.kill(self._call)
         self._close()
 
     def finish(self) -> None:
-        """Let it end by itself, for it has nothing more to do; else kill it."""
+        """Let the child exit by itself, and kill it if it does not within END_SECONDS."""
         self._close()
         end = time.monotonic() + END_SECONDS
-        while not self.gone and time.monotonic() < end:
-            self._fork.receive(END_SECONDS)
+        while not self.has_ended and time.monotonic() < end:
+            self._call.receive(END_SECONDS)
         self.kill()
 
     def _close(self) -> None:
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            if not self._is_closed:
+                self._is_closed = True
                 os.close(self._commands)

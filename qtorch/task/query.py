@@ -1,9 +1,9 @@
-"""The small part of MongoDB's query language that pools understand, on every store alike.
+"""Queries for tasks: the subset of MongoDB's query language that every store supports.
 
-A query is a mapping. Keys: `_id`, `status`, `def` (the whole definition), or a dotted path of the
-definition, bare or after `def.` or `filter.` (Qlib's name for it). Values: one that must be equal,
-or `{"$in": [...]}`. Several keys must all hold. Paths look into both spellings of a configuration:
-`model.class` and `model.kwargs.lr` as it was written, `model._target_` and `model.lr` too.
+A query is a mapping; all its conditions must hold. A key is `_id`, `status`, `def` (the whole
+definition), or a dotted path in the definition, with or without the prefix `def.` or `filter.`
+(Qlib's name). A value must be equal, or is `{"$in": [...]}`. Paths match both forms of a
+configuration: `model.class` and `model.kwargs.lr` as well as `model._target_` and `model.lr`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.task.definition import hash_of, token
+from qtorch.task.definition import definition_hash, query_token
 
 WAITING, RUNNING, PART_DONE, DONE, FAILED = "waiting", "running", "part_done", "done", "failed"
 STATUSES = (WAITING, RUNNING, PART_DONE, DONE, FAILED)
 PREFIXES = ("def.", "filter.")
-WHOLE = ("def", "filter")
+WHOLE_DEFINITION = ("def", "filter")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A query as the stores read it. None is no restriction; an empty tuple matches nothing.
+    """A parsed query. None is no restriction; an empty tuple matches nothing.
 
-    `tokens` holds groups: of each group a definition must have at least one.
+    `tokens` consists of groups; a definition must have at least one token of each group.
     """
 
     ids: tuple[str, ...] | None = None
@@ -35,9 +35,9 @@ class Condition:
 
 
 def parse_query(query: Mapping[str, Any] | None, status: str | None = None) -> Condition:
-    """The condition of a query; `status` replaces what the query says of it.
+    """Parse a query; `status` overrides the query's own status.
 
-    Raises ConfigError for an operator that there is not.
+    Raises ConfigError for an unsupported operator.
     """
     ids = statuses = hashes = None
     groups = []
@@ -47,20 +47,20 @@ def parse_query(query: Mapping[str, Any] | None, status: str | None = None) -> C
             ids = tuple(str(v) for v in values)
         elif key == "status":
             statuses = tuple(check_status(v) for v in values)
-        elif key in WHOLE:
-            hashes = tuple(hash_of(v) for v in values)
+        elif key in WHOLE_DEFINITION:
+            hashes = tuple(definition_hash(v) for v in values)
         else:
             path = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
-            groups.append(tuple(token(path, v) for v in values))
+            groups.append(tuple(query_token(path, v) for v in values))
     if status is not None:
         statuses = (check_status(status),)
     return Condition(ids, statuses, hashes, tuple(groups))
 
 
 def check_status(status: Any) -> str:
-    """ConfigError, with the nearest name, for a status that there is not."""
+    """Return a status; raise ConfigError, with the nearest name, if it does not exist."""
     if status not in STATUSES:
-        raise ConfigError(unknown_name("status of a task", str(status), STATUSES))
+        raise ConfigError(unknown_name("task status", str(status), STATUSES))
     return str(status)
 
 
@@ -72,10 +72,10 @@ def _values(key: str, value: Any) -> list[Any]:
         return [value]
     if operators != ["$in"] or len(value) > 1:
         raise ConfigError(
-            f"the query of {key!r} uses {', '.join(sorted(map(str, value)))}; pools know equality "
-            'and {"$in": [...]} only.'
+            f"the query of {key!r} uses {', '.join(sorted(map(str, value)))}; pools support only "
+            'equality and {"$in": [...]}.'
         )
-    listed = value["$in"]
-    if isinstance(listed, str) or not isinstance(listed, Iterable):
-        raise ConfigError(f"$in of {key!r} takes a list; got {listed!r}.")
-    return list(listed)
+    values = value["$in"]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"$in of {key!r} needs a list; got {values!r}.")
+    return list(values)

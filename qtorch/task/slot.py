@@ -1,4 +1,4 @@
-"""One place of a worker: a thread that takes tasks from the pool, a process that does them."""
+"""One slot of a worker: a thread that claims tasks, and a child process that runs them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from typing import Any
 from qtorch.core.errors import LeaseLost, TaskError
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.forked import ForkError
-from qtorch.task.lease import LeaseKeeper
+from qtorch.task.lease import LeaseRenewer
 from qtorch.task.manager import TaskManager
-from qtorch.task.process import FENCE, SIGNAL_SECONDS, ChildProcess, Children
+from qtorch.task.process import FENCE_FRACTION, SIGNAL_SECONDS, ChildLauncher, ChildProcess
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2  # between two looks at the child
-IDLE_SECONDS = (0.3, 2.0)  # between two looks into an empty pool: the first, the longest
+POLL_SECONDS = 0.2  # between two polls of the child
+IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How a worker works.
+    """The options of a worker.
 
-    `functions`: for each status that tasks are taken in, in this order, the dotted name of what
-    does them. `experiment` and `tracking_uri` say where runs belong, whatever the tasks say (they
-    say it in `tracking`, see `qtorch.trainer.prepare`; the pool's name is the last resort).
-    `force_release` gives each task a process of its own. Seconds: `lease`; `hang_after` without a
-    sign of life a training is ended; `grace` to a training that was asked to stop; `idle_timeout`
-    without work the worker ends (None: never). `max_tasks` for all its places together.
+    functions: for each task status to claim, in order of preference, the import path of the
+        function that runs such tasks.
+    experiment, tracking_uri: override the experiment and tracking store that a task names in its
+        `tracking` (see `qtorch.trainer.prepare`). The default experiment is named like the pool.
+    lease: duration of a lease in seconds.
+    max_tasks: maximum number of tasks of all slots together.
+    idle_timeout: seconds without work after which the worker ends (None: never).
+    force_release: run each task in its own process.
+    hang_after: seconds without a sign of life after which a task counts as hung.
+    grace: seconds that an interrupted training gets to write a checkpoint.
     """
 
     pool: str
@@ -54,35 +58,35 @@ class WorkerOptions:
     grace: float = 30.0
 
 
-class Orders:
-    """What the places of a worker share: how many tasks may still be taken, when to stop."""
+class WorkerControl:
+    """State that the slots of a worker share: how many tasks may be claimed, whether to stop."""
 
     def __init__(self, max_tasks: int | None) -> None:
-        self.ending = False  # take no further task
-        self.stop = threading.Event()  # hand the tasks back, keeping checkpoints
-        self.hurry = threading.Event()  # ... without waiting for any
-        self._left = max_tasks
+        self.is_draining = False  # claim no further task
+        self.stop = threading.Event()  # write checkpoints and return the tasks to the pool
+        self.hurry = threading.Event()  # ... without waiting for checkpoints
+        self._remaining = max_tasks
         self._lock = threading.Lock()
         self.last_work = time.monotonic()
 
-    def take(self) -> bool:
-        """Whether one more task may be taken."""
+    def reserve_task(self) -> bool:
+        """Count one more task against `max_tasks`; return False if none is left."""
         with self._lock:
-            if self._left is None:
+            if self._remaining is None:
                 return True
-            self._left -= 1
-            return self._left >= 0
+            self._remaining -= 1
+            return self._remaining >= 0
 
-    def give_back(self) -> None:
-        """There was no task to take."""
+    def release_reservation(self) -> None:
+        """Undo `reserve_task`, because the pool had no task to claim."""
         with self._lock:
-            if self._left is not None:
-                self._left += 1
+            if self._remaining is not None:
+                self._remaining += 1
 
 
 @dataclass
-class View:
-    """What a place is doing, for a table."""
+class SlotStatus:
+    """What a slot is doing, for display."""
 
     name: str
     device: str
@@ -96,44 +100,45 @@ class View:
 
 
 class Slot(threading.Thread):
-    """Takes tasks, has its child do them, renews their leases while the child moves.
+    """Claims tasks, runs them in a child process, and renews their leases meanwhile.
 
-    Its child is one of `children`; `environment` tells it the device, `output` where it prints.
+    `launcher` starts the child; `environment` selects its device; `output` is a file for its
+    output.
     """
 
     def __init__(
         self,
         options: WorkerOptions,
-        orders: Orders,
-        view: View,
+        control: WorkerControl,
+        status: SlotStatus,
         *,
         worker: str,
-        children: Children,
+        launcher: ChildLauncher,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
-        super().__init__(name=view.name, daemon=True)
-        self.options, self.orders, self.view = options, orders, view
-        self.children = children
+        super().__init__(name=status.name, daemon=True)
+        self.options, self.control, self.status = options, control, status
+        self.launcher = launcher
         self.worker, self.environment, self.output = worker, environment, output
         self.child: ChildProcess | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Until there is nothing more to do, or a stop is ordered."""
+        """Run until there is no more work or the worker stops."""
         try:
             self._work()
         except TaskError as error:
             self.error = error
-            log.error("%s ends: %s", self.name, error)
+            log.error("%s failed: %s", self.name, error)
         except BaseException as error:
             self.error = error
-            log.exception("%s ends", self.name)
+            log.exception("%s failed", self.name)
         finally:
             self._drop_child()
 
     def ping(self) -> None:
-        """Tell the child that its supervisor lives; called by the main thread."""
+        """Tell the child that its supervisor is alive; called by the supervisor's ping thread."""
         child = self.child
         if child is not None:
             child.ping()
@@ -141,29 +146,29 @@ class Slot(threading.Thread):
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
-        while not self.orders.ending:
-            if not self.orders.take():
+        while not self.control.is_draining:
+            if not self.control.reserve_task():
                 return
-            taken = self._fetch(manager)
-            if taken is None:
-                self.orders.give_back()
-                if self._idle_for_long():
+            claim = self._fetch(manager)
+            if claim is None:
+                self.control.release_reservation()
+                if self._is_idle_too_long():
                     return
-                self.orders.stop.wait(pause)
+                self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
             pause = IDLE_SECONDS[0]
-            outcome = self._execute(manager, *taken)
-            self.orders.last_work = time.monotonic()
-            if outcome.get("interrupted"):  # perhaps by a signal that has yet to come here
-                self.orders.stop.wait(SIGNAL_SECONDS)
+            outcome = self._execute(manager, *claim)
+            self.control.last_work = time.monotonic()
+            if outcome.get("interrupted"):  # this process may be about to get the same stop signal
+                self.control.stop.wait(SIGNAL_SECONDS)
 
-    def _idle_for_long(self) -> bool:
+    def _is_idle_too_long(self) -> bool:
         limit = self.options.idle_timeout
-        return limit is not None and time.monotonic() - self.orders.last_work >= limit
+        return limit is not None and time.monotonic() - self.control.last_work >= limit
 
     def _fetch(self, manager: TaskManager) -> tuple[Task, str] | None:
-        """A task and the status that it was taken in."""
+        """Claim a task; return it with the status that it had before."""
         for status in self.options.functions:
             try:
                 task = manager.fetch_task(
@@ -179,152 +184,162 @@ class Slot(threading.Thread):
     # -- one task ------------------------------------------------------------------------------
 
     def _execute(self, manager: TaskManager, task: Task, status: str) -> dict[str, Any]:
-        self.view.task, self.view.since = task, time.monotonic()
-        self.view.progress, self.view.run = {"stage": "starting"}, task.get("run")
-        log.info("%s takes task %s (attempt %s)", self.name, task["_id"], task["attempt"])
+        self.status.task, self.status.since = task, time.monotonic()
+        self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
+        log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
-            with LeaseKeeper(manager, task, hang_after=self.options.hang_after) as lease:
-                outcome = self._watched(task, status, lease)
-                self._settle(manager, task, status, outcome, lease)
+            with LeaseRenewer(manager, task, hang_after=self.options.hang_after) as lease:
+                outcome = self._run_on_child(task, status, lease)
+                self._report_outcome(manager, task, status, outcome, lease)
                 return outcome
         finally:
-            self.view.task = None
+            self.status.task = None
 
-    def _watched(self, task: Task, status: str, lease: LeaseKeeper) -> dict[str, Any]:
-        """The child's answer; a second child's where the first was not to be had."""
-        outcome = self._answer(task, status, lease)
-        if "unbegun" in outcome:
-            log.warning("%s: %s; once more", self.name, outcome["unbegun"])
-            outcome = self._answer(task, status, lease)
-        return {"unusable": outcome["unbegun"]} if "unbegun" in outcome else outcome
+    def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+        """Run the task on a child, and once more if the first child could not be started."""
+        outcome = self._wait_for_outcome(task, status, lease)
+        if "not_started" in outcome:
+            log.warning("%s: %s; trying again", self.name, outcome["not_started"])
+            outcome = self._wait_for_outcome(task, status, lease)
+        return {"unusable": outcome["not_started"]} if "not_started" in outcome else outcome
 
-    def _answer(self, task: Task, status: str, lease: LeaseKeeper) -> dict[str, Any]:
-        """The child's answer; or `died`, `hung`, `interrupted`, `lost` where it gives none.
+    def _wait_for_outcome(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+        """Return the child's final message, or `died`, `hung`, `interrupted` or `lost`.
 
-        A child that ends before its work has begun is `unusable`, which is no fault of the task;
-        one that was never begun, or lost with what it was forked from, is `unbegun`.
+        If the child ends before the task has begun, the outcome is `unusable`, which is not the
+        task's fault. If the child was never started, or was lost together with the fork server,
+        it is `not_started`.
         """
         try:
-            child = self._ready_child()
+            child = self._get_child()
         except ForkError as error:
-            return {"unbegun": str(error)}
+            return {"not_started": str(error)}
 
-        def over() -> bool:
-            return self.orders.stop.is_set() or lease.lost.is_set()
+        def is_cancelled() -> bool:
+            return self.control.stop.is_set() or lease.lease_lost.is_set()
 
-        child.say(self._request(task, status), self.options.hang_after, over)
-        sign, stopped, ready = time.monotonic(), None, False
+        child.send(self._build_request(task, status), self.options.hang_after, is_cancelled)
+        last_sign, stop_time, is_ready = time.monotonic(), None, False
         while True:
-            messages = child.messages(LOOK_SECONDS)
+            messages = child.receive(POLL_SECONDS)
             now = time.monotonic()
             if messages is None:
-                told = f"the task's process {child.how_it_ended()}"
+                reason = f"the task's process {child.describe_exit()}"
                 self._drop_child()
-                # Before its work began perhaps by a signal that has yet to come here.
-                if stopped is not None or (not ready and self.orders.stop.wait(SIGNAL_SECONDS)):
+                # A child that ended before its task began may have got a stop signal that this
+                # process has not received yet.
+                if stop_time is not None or (
+                    not is_ready and self.control.stop.wait(SIGNAL_SECONDS)
+                ):
                     return {"interrupted": True}
-                if ready:
-                    return {"died": told}
-                return {"unbegun" if child.without_cause else "unusable": told}
+                if is_ready:
+                    return {"died": reason}
+                return {"not_started" if child.is_server_failure else "unusable": reason}
             for message in messages:
-                sign, ready = now, ready or "ready" in message
+                last_sign, is_ready = now, is_ready or "ready" in message
                 if not {"beat", "run", "ready"} & message.keys():
                     return message
-                self._note(message, lease)
-            if lease.lost.is_set():
+                self._report_progress(message, lease)
+            if lease.lease_lost.is_set():
                 self._drop_child(kill=True)
                 return {"lost": True}
-            if now - sign > self.options.hang_after:
-                if not child.begun:
-                    child.disown()
+            if now - last_sign > self.options.hang_after:
+                if not child.is_started:
+                    child.stop_server()
                     self._drop_child(kill=True)
-                    return {"unbegun": "what starts the tasks' processes does nothing"}
+                    return {"not_started": "the fork server does not respond"}
                 self._drop_child(kill=True)
                 return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
-            if stopped is None and self.orders.stop.is_set():
-                stopped = now
-                child.say({"stop": True})
-            late = stopped is not None and now - stopped > self.options.grace
-            if late or self.orders.hurry.is_set():
+            if stop_time is None and self.control.stop.is_set():
+                stop_time = now
+                child.send({"stop": True})
+            is_late = stop_time is not None and now - stop_time > self.options.grace
+            if is_late or self.control.hurry.is_set():
                 self._drop_child(kill=True)
                 return {"interrupted": True}
 
-    def _request(self, task: Task, status: str) -> dict[str, Any]:
+    def _build_request(self, task: Task, status: str) -> dict[str, Any]:
         options, definition, run = self.options, task["def"], task.get("run")
-        place = definition.get("tracking")
-        place = dict(place) if isinstance(place, Mapping) else {}
-        named = options.experiment or place.get("experiment_name") or options.pool
-        begun = task["res"] if status == TaskManager.STATUS_PART_DONE else None
+        tracking = definition.get("tracking")
+        tracking = dict(tracking) if isinstance(tracking, Mapping) else {}
+        experiment_name = options.experiment or tracking.get("experiment_name") or options.pool
+        result = task["res"] if status == TaskManager.STATUS_PART_DONE else None
         if options.tracking_uri:
-            if place:
-                definition = {**definition, "tracking": {**place, "uri": options.tracking_uri}}
+            if tracking:
+                definition = {**definition, "tracking": {**tracking, "uri": options.tracking_uri}}
             run = run and {**run, "tracking_uri": options.tracking_uri}
-            if isinstance(begun, Mapping) and RECORDER in begun:
-                begun = {RECORDER: {**begun[RECORDER], "tracking_uri": options.tracking_uri}}
+            if isinstance(result, Mapping) and RECORDER in result:
+                result = {RECORDER: {**result[RECORDER], "tracking_uri": options.tracking_uri}}
         return {
             "func": options.functions[status],
             "definition": definition,
-            "res": begun,
-            "options": {"experiment_name": named, "run": run},
+            "res": result,
+            "options": {"experiment_name": experiment_name, "run": run},
             "last": options.force_release,
         }
 
-    def _note(self, message: Mapping[str, Any], lease: LeaseKeeper) -> None:
+    def _report_progress(self, message: Mapping[str, Any], lease: LeaseRenewer) -> None:
         if "run" in message:
-            self.view.run = dict(message["run"])
-            lease.note_run(self.view.run)
+            self.status.run = dict(message["run"])
+            lease.report_run(self.status.run)
         elif "beat" in message:
-            # A new stage keeps what is known of the training: its epoch, its metrics.
-            self.view.progress = {**self.view.progress, **message["beat"]}
-            lease.note(self.view.progress)
+            # A new stage keeps what earlier beats have reported, such as epoch and metrics.
+            self.status.progress = {**self.status.progress, **message["beat"]}
+            lease.report_progress(self.status.progress)
 
-    def _settle(
+    def _report_outcome(
         self,
         manager: TaskManager,
         task: Task,
         status: str,
         outcome: Mapping[str, Any],
-        lease: LeaseKeeper,
+        lease: LeaseRenewer,
     ) -> None:
-        """Tell the pool how it ended; `returned` is what others may take again."""
-        view, name = self.view, f"task {task['_id']}"
+        """Report the outcome to the pool: commit, return or fail the task."""
+        slot_status, name = self.status, f"task {task['_id']}"
         try:
             if outcome.get("lost"):
-                raise LeaseLost("its lease ran out meanwhile")
+                raise LeaseLost("the lease expired")
             if "result" in outcome:
-                self._patiently(lambda: manager.commit_task_res(task, outcome["result"]), lease)
-                view.counts["done"] += 1
+                self._retry_while_unavailable(
+                    lambda: manager.commit_task_res(task, outcome["result"]), lease
+                )
+                slot_status.counts["done"] += 1
                 log.info("%s: %s is done", self.name, name)
             elif outcome.get("interrupted"):
-                _held(manager.return_task(task, status, preempted=True))
-                view.counts["returned"] += 1
-                log.info("%s: %s goes back to the pool", self.name, name)
+                _require_lease(manager.return_task(task, status, is_preempted=True))
+                slot_status.counts["returned"] += 1
+                log.info("%s: returned %s to the pool", self.name, name)
             elif "unusable" in outcome:
                 manager.return_task(task, status)
-                raise TaskError(f"this worker cannot work: {outcome['unusable']}")
+                raise TaskError(f"this worker cannot run tasks: {outcome['unusable']}")
             else:
-                self._patiently(lambda: self._failed(manager, task, status, outcome), lease)
-                view.counts["failed"] += 1
-        except LeaseLost as lost:
-            view.counts["lost"] += 1
-            log.warning("%s: %s is no longer ours, nothing is committed: %s", self.name, name, lost)
+                self._retry_while_unavailable(
+                    lambda: self._report_failure(manager, task, status, outcome), lease
+                )
+                slot_status.counts["failed"] += 1
+        except LeaseLost as error:
+            slot_status.counts["lost"] += 1
+            log.warning(
+                "%s: lost the lease of %s, nothing is committed: %s", self.name, name, error
+            )
         if self.options.force_release or not {"result", "refused"} & outcome.keys():
             self._drop_child()
 
-    def _failed(
+    def _report_failure(
         self, manager: TaskManager, task: Task, status: str, outcome: Mapping[str, Any]
     ) -> None:
-        if "refused" in outcome:  # no further attempt can mend that
+        if "refused" in outcome:  # further attempts would fail too
             text = outcome["refused"]
-            _held(manager.fail_task(task, text))
+            _require_lease(manager.fail_task(task, text))
         else:
             text = outcome.get("error") or outcome.get("died") or outcome.get("hung")
-            trace = outcome.get("traceback")
-            _held(manager.return_task(task, status, error=text, traceback=trace))
+            traceback_text = outcome.get("traceback")
+            _require_lease(manager.return_task(task, status, error=text, traceback=traceback_text))
         log.error("%s: task %s failed: %s", self.name, task["_id"], text)
 
-    def _patiently(self, call: Callable[[], Any], lease: LeaseKeeper) -> None:
-        """The call, again while the pool's store is away: what is done must not get lost."""
+    def _retry_while_unavailable(self, call: Callable[[], Any], lease: LeaseRenewer) -> None:
+        """Repeat the call while the store is unavailable, so that a finished result is not lost."""
         while True:
             try:
                 call()
@@ -332,17 +347,17 @@ class Slot(threading.Thread):
             except LeaseLost:
                 raise
             except TaskError as error:
-                if self.orders.stop.is_set() or lease.lost.is_set():
+                if self.control.stop.is_set() or lease.lease_lost.is_set():
                     raise
                 log.error("%s: %s", self.name, error)
 
     # -- the child -----------------------------------------------------------------------------
 
-    def _ready_child(self) -> ChildProcess:
-        if self.child is None or self.child.messages(0.0) is None:
+    def _get_child(self) -> ChildProcess:
+        if self.child is None or self.child.receive(0.0) is None:
             self._drop_child()
-            silence = FENCE * self.options.lease
-            self.child = self.children.start(self.environment, silence, self.output)
+            silence_timeout = FENCE_FRACTION * self.options.lease
+            self.child = self.launcher.start(self.environment, silence_timeout, self.output)
         return self.child
 
     def _drop_child(self, *, kill: bool = False) -> None:
@@ -351,7 +366,7 @@ class Slot(threading.Thread):
             child.kill() if kill else child.finish()
 
 
-def _held(told: bool) -> None:
-    """LeaseLost where the pool took no word of this worker's on the task."""
-    if not told:
-        raise LeaseLost("its lease ran out meanwhile")
+def _require_lease(is_accepted: bool) -> None:
+    """Raise LeaseLost if the pool did not accept a change, because the lease is lost."""
+    if not is_accepted:
+        raise LeaseLost("the lease expired")

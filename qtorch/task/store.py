@@ -1,4 +1,4 @@
-"""What a pool asks of its store, and how it outlives the store's absences."""
+"""The interface of the stores of task pools, and retries while a store is unavailable."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Row = dict[str, Any]
 
 SCHEMA_VERSION = 1
 TASKS, SCHEMA = "qtorch_tasks", "qtorch_task_schema"
-LONGEST_PAUSE = 5.0
-REMIND_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 5.0
+LOG_SECONDS = 30.0
 
 
-class StoreAway(Exception):
-    """One try failed because the store is locked or does not answer; the next may not."""
+class StoreUnavailable(Exception):
+    """A temporary failure: the store is locked or does not answer; a retry may succeed."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an update does to a row: `values` set, `steps` added, `lease` seconds from now.
+    """An update of a row: `values` are set, `steps` are added, `lease` sets the deadline.
 
-    The store sets `updated`, and the deadline where there is a lease, by its own clock; a change
+    The store sets `updated`, and the deadline `lease` seconds from now, by its own clock. A change
     of status without a lease clears the deadline.
     """
 
@@ -43,92 +43,96 @@ class Change:
 
 
 class Store(ABC):
-    """A place where the tasks of many pools lie. Each method is one atomic step.
+    """A store of the tasks of many pools. Each method is one atomic operation.
 
     Rows are dicts of id, status, origin (the status before the claim), priority, attempt,
     committed (the attempt that committed), errors, lost, preemptions, deadline, created, updated,
-    claim (the mark of the last claim), error, traceback, and as JSON text: worker, run, progress,
-    res, definition. Every method raises StoreAway where trying again may help.
+    claim (the id of the last claim), error, traceback, and as JSON text: worker, run, progress,
+    res, definition. Every method raises StoreUnavailable if a retry may succeed.
     """
 
     @abstractmethod
     def insert(self, pool: str, definitions: Sequence[Definition]) -> int:
-        """Add what the pool does not hold yet (by hash); how many were new."""
+        """Insert definitions that are new to the pool (by hash); return their number."""
 
     @abstractmethod
-    def ids(self, pool: str, hashes: Sequence[str]) -> dict[str, str]:
-        """`{hash: id}` of those that the pool holds."""
+    def find_ids(self, pool: str, hashes: Sequence[str]) -> dict[str, str]:
+        """Return `{hash: id}` of the hashes that the pool contains."""
 
     @abstractmethod
     def claim(self, pool: str, status: str, condition: Condition, change: Change) -> Row | None:
-        """Change the first row (by priority, then age) that matches; the row as it is then."""
+        """Change the first matching row (by priority, then age) and return the changed row."""
 
     @abstractmethod
-    def claimed(self, pool: str, claim: str) -> Row | None:
-        """The running row that bears a claim's mark."""
+    def find_claim(self, pool: str, claim: str) -> Row | None:
+        """Return the running row with this claim id."""
 
     @abstractmethod
-    def expired(self, pool: str) -> list[Row]:
-        """Running rows whose deadline has passed."""
+    def find_expired_rows(self, pool: str) -> list[Row]:
+        """Return the running rows whose deadline has passed."""
 
     @abstractmethod
-    def change(self, id: str, attempt: int, change: Change, *, expired: bool = False) -> bool:
-        """Change a running row of this attempt; False where it is no longer so.
+    def change(
+        self, id: str, attempt: int, change: Change, *, only_if_expired: bool = False
+    ) -> bool:
+        """Change a running row of this attempt; return False if there is none any more.
 
-        With `expired`, only if its deadline has passed.
+        With `only_if_expired`, only if its deadline has passed.
         """
 
     @abstractmethod
     def change_all(self, pool: str, condition: Condition, change: Change) -> int:
-        """Change every row that matches, whoever runs it; how many."""
+        """Change all matching rows, also those that workers run; return their number."""
 
     @abstractmethod
     def redefine(self, id: str, definition: Definition, change: Change) -> bool:
-        """Another definition for a row; ValueError where the pool holds that one already."""
+        """Replace a row's definition; raise ValueError if the pool already contains it."""
 
     @abstractmethod
     def find(self, pool: str, condition: Condition) -> list[Row]:
-        """The rows that match, oldest first."""
+        """Return the matching rows, oldest first."""
 
     @abstractmethod
     def count(self, pool: str, condition: Condition) -> dict[str, int]:
-        """How many rows match, by status."""
+        """Count the matching rows by status."""
 
     @abstractmethod
     def delete(self, pool: str, condition: Condition) -> int:
-        """Remove the rows that match; how many."""
+        """Delete the matching rows; return their number."""
 
     @abstractmethod
     def pools(self) -> list[str]:
-        """The names of the pools that hold tasks."""
+        """Return the names of the pools that contain tasks."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
 
 
-def retrying(call: Callable[[], T], *, patience: float, what: str) -> T:
-    """The call's result, tried again for `patience` seconds while the store is away.
+def retry_while_unavailable(call: Callable[[], T], *, patience: float, action: str) -> T:
+    """Return the result of a call; retry for `patience` seconds while the store is unavailable.
 
-    Pauses grow from 20 ms to 5 s, spread by chance. Raises TaskStoreError when time is up.
+    The pauses grow from 20 ms to 5 s, with random jitter. Raises TaskStoreError after `patience`.
     """
     begin = time.monotonic()
-    pause, said = 0.02, 0.0
+    pause, last_log = 0.02, 0.0
     while True:
         try:
             return call()
-        except StoreAway as error:
-            waited = time.monotonic() - begin
-            if waited >= patience:
+        except StoreUnavailable as error:
+            elapsed_seconds = time.monotonic() - begin
+            if elapsed_seconds >= patience:
                 raise TaskStoreError(
-                    f"{what}: the task store has not answered for {waited:.0f} s ({error}). Start "
-                    "it, or correct the URL; nothing that it holds is lost."
+                    f"{action}: the task store has not answered for {elapsed_seconds:.0f} s "
+                    f"({error}). Start it or correct its URL; its tasks are not lost."
                 ) from error
-            if waited > 1.0 and waited - said > (REMIND_SECONDS if said else 0.0):
-                said = waited
+            if elapsed_seconds > 1.0 and elapsed_seconds - last_log > (
+                LOG_SECONDS if last_log else 0.0
+            ):
+                last_log = elapsed_seconds
                 log.warning(
-                    "%s: the task store does not answer (%s); trying again for up to %.0f s",
-                    what, error, patience - waited,
+                    "%s: the task store does not answer (%s); retrying for up to %.0f s",
+                    action, error, patience - elapsed_seconds,
                 )  # fmt: skip
-        time.sleep(min(pause * random.uniform(0.5, 1.0), max(patience - waited, 0.01)))
-        pause = min(pause * 1.6, LONGEST_PAUSE)
+        time.sleep(min(pause * random.uniform(0.5, 1.0), max(patience - elapsed_seconds, 0.01)))
+        pause = min(pause * 1.6, MAX_PAUSE_SECONDS)

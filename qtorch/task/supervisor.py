@@ -1,7 +1,8 @@
-"""A worker: a small process without torch that has its children train, and keeps their leases.
+"""The worker process: runs tasks in child processes and renews their leases.
 
-One thread for each place (`qtorch.task.slot`), a child in each; this module's main thread minds
-the signals and shows what they do, another one tells the children that this process lives.
+The worker itself imports no torch and stays small. Each slot (`qtorch.task.slot`) is a thread with
+a child process. The main thread handles signals and displays the slots; another thread tells the
+children regularly that this process is alive.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qtorch.core.stops import NOTICES, STOPS
+from qtorch.core.stops import SCHEDULER_SIGNALS, STOP_SIGNALS
 from qtorch.task.devices import CPU, device_environment
-from qtorch.task.process import Children
-from qtorch.task.slot import Orders, Slot, View, WorkerOptions
+from qtorch.task.process import ChildLauncher
+from qtorch.task.slot import Slot, SlotStatus, WorkerControl, WorkerOptions
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
-FORWARD_SECONDS = 0.3  # a scheduler's signal reaches the children too: let it be there first
-HURRY_SECONDS = 3.0
-CLOSE_SECONDS = 15.0  # for the process of the imports to end: it may be in the middle of one
+FORWARD_SECONDS = 0.3  # a scheduler signals the children too; let its signal arrive first
+HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
+CLOSE_SECONDS = 15.0  # for the fork server to exit; it may be in the middle of an import
 THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
-Show = Callable[[Sequence[View]], None]
+Show = Callable[[Sequence[SlotStatus]], None]
 
 
 class Supervisor:
-    """Works off a pool with one child for each of `devices`, until nothing is left to do.
+    """Runs the tasks of a pool with one child process for each of `devices`.
 
-    `show` is called four times a second with what each place does. `logs` is a folder for what
-    the children and their imports print (else it goes where this process prints).
+    `show` is called four times per second with the status of each slot. `logs` is a folder for the
+    output of the children and the fork server, which else goes to the output of this process.
     """
 
     def __init__(
@@ -49,22 +50,22 @@ class Supervisor:
         logs: Path | None = None,
     ) -> None:
         self.options, self.show = options, show
-        self.orders = Orders(options.max_tasks)
+        self.control = WorkerControl(options.max_tasks)
         self._signals: list[tuple[int, float]] = []
         host = socket.gethostname()
         output = None if logs is None else logs / "imports.log"
-        self.children = Children(options.functions.values(), output)
+        self.launcher = ChildLauncher(options.functions.values(), output)
         self.slots = []
         for k, device in enumerate(devices):
             slot = Slot(
                 options,
-                self.orders,
-                View(f"slot {k}", device),
+                self.control,
+                SlotStatus(f"slot {k}", device),
                 worker=f"{host}:{os.getpid()}:{k}",
-                children=self.children,
+                launcher=self.launcher,
                 environment={
                     **device_environment(device),
-                    **_threads(devices),
+                    **_thread_environment(devices),
                     **({TRACKING: options.tracking_uri} if options.tracking_uri else {}),
                 },
                 output=None if logs is None else logs / f"slot{k}.log",
@@ -72,51 +73,54 @@ class Supervisor:
             self.slots.append(slot)
 
     def run(self) -> int:
-        """The exit code: 0 at the end of the work, 128 + the signal that stopped it, 1 if a place
-        broke down.
+        """Run until there is no more work; return the exit code.
 
-        A scheduler's notice or Ctrl-C has the trainings keep a checkpoint, gives their tasks back
-        and ends; a Ctrl-C after it ends at once. A task that was finished meanwhile is committed.
+        The code is 0 at the end of the work, 128 + the signal that stopped it, or 1 if a slot
+        failed. After a stop signal the trainings write a checkpoint and their tasks are returned
+        to the pool; a second Ctrl-C ends the process immediately. A task that finishes meanwhile
+        is committed.
         """
-        with self._listening():
+        with self._handle_signals():
             for slot in self.slots:
                 slot.start()
             threading.Thread(target=self._ping, daemon=True, name="ping").start()
             while any(slot.is_alive() for slot in self.slots):
-                self._mind_signals()
+                self._process_signals()
                 if self.show is not None:
-                    self.show([slot.view for slot in self.slots])
+                    self.show([slot.status for slot in self.slots])
                 time.sleep(TICK_SECONDS)
-            self.children.close(HURRY_SECONDS if self.orders.hurry.is_set() else CLOSE_SECONDS)
+            self.launcher.close(HURRY_SECONDS if self.control.hurry.is_set() else CLOSE_SECONDS)
         if self._signals:
             return 128 + self._signals[0][0]
         return int(any(slot.error is not None for slot in self.slots))
 
     def _ping(self) -> None:
-        """Tell the children that this process lives, also while a terminal is held up."""
+        """Tell the children that this process is alive, also while a terminal blocks its output."""
         while True:
             for slot in self.slots:
                 slot.ping()
             time.sleep(TICK_SECONDS)
 
-    def _mind_signals(self) -> None:
+    def _process_signals(self) -> None:
         if not self._signals:
             return
-        number, when = self._signals[0]
-        since = time.monotonic() - when
-        if since > FORWARD_SECONDS and not self.orders.stop.is_set():
+        number, signal_time = self._signals[0]
+        seconds = time.monotonic() - signal_time
+        if seconds > FORWARD_SECONDS and not self.control.stop.is_set():
             name = signal.Signals(number).name
-            log.warning("%s: tasks go back to the pool; Ctrl-C once more ends at once", name)
-            self.orders.stop.set()
-        again = [at for each, at in self._signals[1:] if each not in NOTICES]
-        if again:
-            self.orders.stop.set()
-            self.orders.hurry.set()
-            if time.monotonic() - again[0] > HURRY_SECONDS:
-                self._leave(number)
+            log.warning(
+                "%s: returning tasks to the pool; press Ctrl-C again to exit immediately", name
+            )
+            self.control.stop.set()
+        interrupts = [at for each, at in self._signals[1:] if each not in SCHEDULER_SIGNALS]
+        if interrupts:
+            self.control.stop.set()
+            self.control.hurry.set()
+            if time.monotonic() - interrupts[0] > HURRY_SECONDS:
+                self._exit_now(number)
 
-    def _leave(self, number: int) -> None:
-        """End although a place still waits (for the pool's store); its lease will run out."""
+    def _exit_now(self, number: int) -> None:
+        """Exit although a slot still waits for the pool's store; its lease will expire."""
         try:
             for slot in self.slots:
                 child = slot.child
@@ -126,21 +130,21 @@ class Supervisor:
             os._exit(128 + number)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
+    def _handle_signals(self) -> Iterator[None]:
+        def record_signal(number: int, frame: FrameType | None) -> None:
             self._signals.append((number, time.monotonic()))
-            self.orders.ending = True
+            self.control.is_draining = True
 
-        before = {n: signal.signal(n, note) for n in STOPS}
+        previous_handlers = {n: signal.signal(n, record_signal) for n in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
 
-def _threads(devices: Sequence[str]) -> dict[str, str]:
-    """Several children that compute on the CPU share its cores."""
+def _thread_environment(devices: Sequence[str]) -> dict[str, str]:
+    """Divide the CPU cores among several children, unless OMP_NUM_THREADS is set."""
     if THREADS in os.environ or len(devices) == 1:
         return {}
     return {THREADS: str(max(1, len(os.sched_getaffinity(0)) // len(devices)))}

@@ -1,4 +1,4 @@
-"""The table of the pools that lie in a database of SQL, and how an older one comes up to date."""
+"""The SQL schema of task pools and its migrations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ COLUMNS = (
     "deadline, created, updated, claim, worker, run, progress, error, traceback, res, definition"
 )
 
-# What brings a store of an older version to the next: {from: statements}.
+# The statements that migrate from each version to the next.
 MIGRATIONS: dict[int, tuple[str, ...]] = {}
 
 TABLE = """
