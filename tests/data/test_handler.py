@@ -407,7 +407,7 @@ def test_inference_works_without_labels(frame: pd.DataFrame) -> None:
         frame, infer_processors=[ZSCORE], learn_processors=["DropnaLabel"], **WINDOW
     )
     assert len(handler.fetch()) == 200
-    with pytest.raises(DataError, match="leaves none of 200 rows"):
+    with pytest.raises(DataError, match="drops all 200 rows"):
         handler.fetch(data_key="learn")
 
 
