@@ -1,4 +1,4 @@
-"""Processors: from a loader's raw columns to what a network is given."""
+"""Processors, which transform the raw columns of a loader into the inputs of a model."""
 
 from typing import TYPE_CHECKING
 

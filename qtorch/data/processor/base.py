@@ -1,4 +1,4 @@
-"""What a processor is: a pure map of views, with statistics learnt on the fit window."""
+"""The base class of processors: pure functions of views, with statistics from a fit window."""
 
 from __future__ import annotations
 
@@ -12,67 +12,66 @@ from torch import Tensor
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name
 from qtorch.core.serial import Serializable, State
-from qtorch.core.trust import trusted_type
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.view import View
 
 FieldsGroup: TypeAlias = str | Sequence[str | tuple[str, str]] | None
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 
-FLAT = ""  # the one group of data whose columns have no groups
-_KEEP: Any = object()
+FLAT = ""  # the name of the only group if the columns have no groups
+_UNCHANGED: Any = object()
 
 
-@trusted_type
+@trust_subclasses
 class Processor(Configured, Serializable, ABC):
-    """One step from a loader's raw data to what a network sees; Qlib's Processor on tensors.
+    """A step of data processing; Qlib's Processor on tensors.
 
-    `fit(view)` learns statistics from the rows of a view (the handler hands over the fit
-    window's), `processor(view)` gives another view and changes nothing of the one given. What
-    was learnt lies in attributes with a trailing underscore, named in `state_names` (tensors)
-    and `columns_`, so that it can be stored without pickle.
+    `fit(view)` computes statistics from the rows of a view (the handler passes the fit window);
+    `processor(view)` returns a new view and leaves its input unchanged. The fitted state is kept
+    in attributes with a trailing underscore: the tensors listed in `state_names`, and
+    `columns_`. It can be stored without pickle.
 
-    A processor with the attributes `fit_start_time` and `fit_end_time` fits on these dates
-    (inclusive) where they are given. Answers to qlib/data/dataset/processor.py; unlike there,
-    nothing is ever written in place.
+    If `fit_start_time` and `fit_end_time` are set, `fit` uses these dates (inclusive) only.
+    Corresponds to qlib/data/dataset/processor.py; unlike there, nothing is written in place.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    #: Each column's result depends on that column alone, and no row or column is taken away:
-    #: columns that a later step drops then need not be computed at all.
+    #: True if each output column depends only on the same input column and no row or column is
+    #: dropped. Columns that a later processor drops then need not be computed at all.
     columnwise: ClassVar[bool] = False
-    #: It puts something in the place of infinite values, in every column: they may be loaded, and
-    #: a label may have had some.
-    mends_infinite: bool = False
+    #: True if infinite values are replaced in every column. Infinite values are then allowed in
+    #: the loaded data, including the label.
+    replaces_infinite: bool = False
 
     fit_start_time: Any = None
     fit_end_time: Any = None
     columns_: tuple[tuple[str, str], ...] | None = None
 
     def fit(self, view: View) -> None:
-        """Learn from the view's rows; the view of the fit window."""
+        """Compute the statistics from the rows of `view`, which is the view of the fit window."""
 
     @abstractmethod
     def __call__(self, view: View) -> View:
-        """The processed view; `view` and all that it holds stay as they are."""
+        """Return the processed view; `view` and its tensors stay unchanged."""
 
     def is_for_infer(self) -> bool:
-        """Whether it may be used where no label is known."""
+        """Whether the processor may be used for inference, when no label is known."""
         return True
 
     def readonly(self) -> bool:
-        """Qlib's question whether the input is left alone: always."""
+        """Whether the input stays unchanged, as in Qlib: always True."""
         return True
 
-    def selects(self, names: Names) -> Names:
-        """The columns that stay, by group, of those given."""
+    def output_columns(self, names: Names) -> Names:
+        """Return the columns of the output by group, for the input columns `names`."""
         return names
 
     def drops_by_label(self, names: Names) -> bool:
-        """Whether rows are taken away because of what their label is, or is missing."""
+        """Whether rows are dropped because of the value of their label, such as NaN."""
         return False
 
     def check_names(self, names: Names) -> None:
-        """Warn of names in the arguments that the data lacks; asked once, with all columns."""
+        """Warn about arguments that name columns which do not exist; called with all columns."""
 
     def config(
         self,
@@ -81,81 +80,85 @@ class Processor(Configured, Serializable, ABC):
         include: Iterable[str] | None = None,
         recursive: bool = False,
         *,
-        fit_start_time: Any = _KEEP,
-        fit_end_time: Any = _KEEP,
+        fit_start_time: Any = _UNCHANGED,
+        fit_end_time: Any = _UNCHANGED,
     ) -> None:
-        """Serializable's options, and another fit window (where the processor has one)."""
+        """Set the options of Serializable, and the fit window if the processor has one."""
         for name, value in (("fit_start_time", fit_start_time), ("fit_end_time", fit_end_time)):
-            if value is not _KEEP and self.has_fit_window():
+            if value is not _UNCHANGED and self.has_fit_window():
                 setattr(self, name, value)
                 self._arguments = {**self._arguments, name: value}
         super().config(dump_all, exclude, include, recursive)
 
     def has_fit_window(self) -> bool:
-        """Whether it learns from the dates of a fit window."""
+        """Whether `fit` computes statistics from a fit window."""
         return bool(self.state_names)
 
-    # -- what was learnt -----------------------------------------------------------------------
+    # -- fitted state --------------------------------------------------------------------------
 
-    def fitted_state(self) -> State | None:
-        """What `fit` has learnt, or None for a processor that learns nothing.
+    def get_fitted_state(self) -> State | None:
+        """Return the fitted state, or None for a processor without one.
 
         Raises NotFittedError before `fit`.
         """
         if not self.state_names:
             return None
-        columns = self._fitted_columns()
+        columns = self._get_fitted_columns()
         tensors = {name: getattr(self, name) for name in self.state_names}
         return State({"columns": [list(c) for c in columns]}, tensors)
 
-    def load_fitted(self, state: State) -> None:
-        """Take over what another processor of this kind has learnt."""
+    def load_fitted_state(self, state: State) -> None:
+        """Load the fitted state of another processor of this class."""
         self.columns_ = tuple((str(g), str(n)) for g, n in state.config["columns"])
         for name in self.state_names:
             if name not in state.tensors:
                 raise DataError(
-                    f"the stored state of {type(self).__name__} lacks {name!r}; it holds "
+                    f"the stored state of {type(self).__name__} has no {name!r}; it has "
                     f"{sorted(state.tensors)}."
                 )
             setattr(self, name, state.tensors[name].detach().to("cpu", torch.float32))
 
-    def _fitted_columns(self) -> tuple[tuple[str, str], ...]:
+    def _get_fitted_columns(self) -> tuple[tuple[str, str], ...]:
         if self.columns_ is None:
             raise NotFittedError(
                 f"{type(self).__name__} is not fitted: call fit(view) on the view of the fit "
-                "window first, or load a stored state. A handler does it by itself."
+                "window first, or load a stored state. A handler does this automatically."
             )
         return self.columns_
 
-    def _places(self, group: str, names: Sequence[str]) -> Tensor:
-        """Where the statistics of these columns stand; an error for a column never fitted."""
-        place = {column: k for k, column in enumerate(self._fitted_columns())}
-        missing = [n for n in names if (group, n) not in place]
+    def _get_positions(self, group: str, names: Sequence[str]) -> Tensor:
+        """Return the positions of columns in the statistics; DataError for a column not fitted."""
+        position = {column: k for k, column in enumerate(self._get_fitted_columns())}
+        missing = [n for n in names if (group, n) not in position]
         if missing:
             raise DataError(
                 f"{type(self).__name__} was fitted without the column {missing[0]!r} of group "
                 f"{group!r} ({len(missing)} such columns); fit it on data with these columns."
             )
-        return torch.tensor([place[group, n] for n in names], dtype=torch.int64)
+        return torch.tensor([position[group, n] for n in names], dtype=torch.int64)
 
 
-def chosen_columns(groups: Names, fields_group: FieldsGroup) -> dict[str, tuple[str, ...]]:
-    """The columns that `fields_group` means, by group.
+def select_columns(groups: Names, fields_group: FieldsGroup) -> dict[str, tuple[str, ...]]:
+    """Return the columns that `fields_group` selects, by group.
 
-    None is every column of every group (labels too, as in Qlib), a string one group, a list
-    several groups or `(group, column)` pairs. In data without groups a string is a column.
+    None selects every column of every group (including labels, as in Qlib), a string selects a
+    group, and a list selects several groups or `(group, column)` pairs. If the data has no
+    groups, a string selects a column.
     """
     if fields_group is None:
         return {g: tuple(names) for g, names in groups.items()}
-    asked = [fields_group] if isinstance(fields_group, str) else list(fields_group)
-    found: dict[str, tuple[str, ...]] = {}
-    for item in asked:
-        group, names = _meant(groups, item)
-        found[group] = (*found.get(group, ()), *(n for n in names if n not in found.get(group, ())))
-    return found
+    items = [fields_group] if isinstance(fields_group, str) else list(fields_group)
+    selection: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        group, names = _resolve_item(groups, item)
+        selection[group] = (
+            *selection.get(group, ()),
+            *(n for n in names if n not in selection.get(group, ())),
+        )
+    return selection
 
 
-def _meant(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
+def _resolve_item(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
     if isinstance(item, tuple | list) and len(item) == 2:
         group, name = str(item[0]), str(item[1])
         if group not in groups:
@@ -165,7 +168,7 @@ def _meant(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
         return group, (name,)
     if not isinstance(item, str):
         raise ConfigError(
-            f"fields_group holds {item!r}; expected the name of a group or a (group, column) pair."
+            f"fields_group contains {item!r}; expected a group name or a (group, column) pair."
         )
     if item in groups:
         return item, tuple(groups[item])
@@ -176,16 +179,16 @@ def _meant(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
     raise ConfigError(unknown_name("group of columns", item, groups))
 
 
-def names_of(view: View) -> dict[str, tuple[str, ...]]:
-    """The columns of a view, by group."""
+def column_names(view: View) -> dict[str, tuple[str, ...]]:
+    """Return the column names of a view by group."""
     return {group: columns.names for group, columns in view.groups.items()}
 
 
-def in_window(view: View, start: Any, end: Any) -> View:
-    """The view with the rows of an inclusive date span alone; open ends are None."""
+def select_dates(view: View, start: Any, end: Any) -> View:
+    """Return the view with only the rows of an inclusive date span; None is an open end."""
     if start is None and end is None:
         return view
-    span = view.date_rows(start, end)
-    inside = torch.zeros_like(view.rows)
-    inside[span] = view.rows[span]
-    return view.with_rows(inside)
+    dates = view.date_rows(start, end)
+    rows = torch.zeros_like(view.rows)
+    rows[dates] = view.rows[dates]
+    return view.with_rows(rows)

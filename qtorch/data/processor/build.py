@@ -1,4 +1,4 @@
-"""Processors from what a configuration says."""
+"""Building processors from configurations."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ MODULE = "qtorch.data.processor"
 
 
 def build_processor(config: Any) -> Processor:
-    """A processor from its configuration, bare name, or object.
+    """Build a processor from a configuration, a class name, or an object.
 
-    Qlib's `{"class": "Fillna", "kwargs": {...}}`, `{"_target_": ...}` and bare names of
-    `qtorch.data.processor` all work. A callable that is no Processor is taken as a pandas
-    processor of Qlib's protocol.
+    Accepts Qlib's `{"class": "Fillna", "kwargs": {...}}`, `{"_target_": ...}`, and the names of
+    classes in `qtorch.data.processor`. A callable that is not a Processor is treated as a pandas
+    processor with Qlib's protocol.
     """
     config = plain(config)
     if isinstance(config, Processor):
         return config
     if not isinstance(config, str | Mapping | Path):
         return PandasProcessor(config)
-    made = init_instance_by_config(config, MODULE)
-    if isinstance(made, Processor):
-        return made
+    instance = init_instance_by_config(config, MODULE)
+    if isinstance(instance, Processor):
+        return instance
     return PandasProcessor(config)
 
 
 def build_processors(configs: Sequence[Any] | None, argument: str) -> list[Processor]:
-    """A list of processors; `argument` names it in an error."""
+    """Build a list of processors; `argument` is its name in error messages."""
     if configs is None:
         return []
     configs = plain(configs)

@@ -1,4 +1,4 @@
-"""Processors of single values: fill, tanh, and infinities by the day's mean."""
+"""Processors of single values: filling, tanh, and replacement of infinite values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qtorch.data.columns import Columns
 from qtorch.data.elementwise import Affine, FillNaN, Tanh
-from qtorch.data.processor.base import FieldsGroup, Processor, chosen_columns, names_of
+from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
 from qtorch.data.processor.cross_section import day_finite_mean
 from qtorch.data.view import View
 
@@ -15,7 +15,7 @@ BLOCK = 16
 
 
 class Fillna(Processor):
-    """`fill_value` for missing values."""
+    """Replaces missing values by `fill_value`."""
 
     columnwise = True
 
@@ -24,14 +24,14 @@ class Fillna(Processor):
         self.fill_value = fill_value
 
     def __call__(self, view: View) -> View:
-        for group, names in chosen_columns(names_of(view), self.fields_group).items():
-            filled = view.group(group).with_elementwise(names, FillNaN(float(self.fill_value)))
-            view = view.with_group(group, filled)
+        for group, names in select_columns(column_names(view), self.fields_group).items():
+            new_columns = view.group(group).with_elementwise(names, FillNaN(float(self.fill_value)))
+            view = view.with_group(group, new_columns)
         return view
 
 
 class TanhProcess(Processor):
-    """`tanh(x - 1)` of every column whose name does not hold "LABEL"."""
+    """Computes `tanh(x - 1)` of every column whose name does not contain "LABEL"."""
 
     columnwise = True
 
@@ -39,42 +39,46 @@ class TanhProcess(Processor):
         for group, columns in view.groups.items():
             names = [n for n in columns.names if "LABEL" not in n]
             if names:
-                pressed = columns.with_elementwise(names, Affine(1.0))
-                view = view.with_group(group, pressed.with_elementwise(names, Tanh()))
+                shifted_columns = columns.with_elementwise(names, Affine(1.0))
+                view = view.with_group(group, shifted_columns.with_elementwise(names, Tanh()))
         return view
 
 
 class ProcessInf(Processor):
-    """The mean of the day's finite values in the place of infinite ones, in every column.
+    """Replaces infinite values by the mean of the day's finite values, in every column.
 
-    Only columns that hold an infinity are written. A day without a finite value gives NaN.
+    Only columns with infinite values are copied. Without a finite value on the day, they become
+    NaN.
     """
 
     columnwise = True
-    mends_infinite = True
+    replaces_infinite = True
 
     def __call__(self, view: View) -> View:
         for group, columns in view.groups.items():
-            mended = _mended(columns, view.rows, view.rows | view.history)
-            if mended:
-                view = view.with_group(group, columns.with_columns(mended))
+            new_columns = _replace_infinities(columns, view.rows, view.rows | view.history)
+            if new_columns:
+                view = view.with_group(group, columns.with_columns(new_columns))
         return view
 
 
-def _mended(columns: Columns, rows: Tensor, seen: Tensor) -> dict[str, Tensor]:
-    """The columns that hold an infinity in a row that anyone sees, with the mean in its place."""
+def _replace_infinities(columns: Columns, rows: Tensor, used_rows: Tensor) -> dict[str, Tensor]:
+    """Return new tensors for the columns with an infinite value in `used_rows [D, N]`.
+
+    Their infinite values are replaced by the day's mean over `rows [D, N]`.
+    """
     out: dict[str, Tensor] = {}
-    if columns.is_surely_finite():
+    if columns.is_known_finite():
         return out
     for first in range(0, len(columns.names), BLOCK):
         part = columns.names[first : first + BLOCK]
-        if columns.is_surely_finite(part):
+        if columns.is_known_finite(part):
             continue
         block = columns.block(part)
         if not bool(block.isinf().any()):
             continue
         for name, values in zip(part, block, strict=True):
-            infinite = values.isinf() & seen
+            infinite = values.isinf() & used_rows
             if bool(infinite.any()):
                 mean = day_finite_mean(values, rows)[:, None]
                 out[name] = torch.where(infinite, mean, values)

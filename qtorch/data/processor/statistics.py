@@ -1,4 +1,4 @@
-"""Normalisation by statistics of the fit window: min-max, z-score, robust z-score."""
+"""Normalization with statistics of the fit window: min-max, z-score, and robust z-score."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from qtorch.data.elementwise import Affine, Clip
 from qtorch.data.processor.base import (
     FieldsGroup,
     Processor,
-    chosen_columns,
-    in_window,
-    names_of,
+    column_names,
+    select_columns,
+    select_dates,
 )
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
 from qtorch.data.view import View
 
 T = TypeVar("T")
 R = TypeVar("R")
-BLOCK = 16  # columns read together: one cache line where an instrument's columns lie side by side
+BLOCK = 16  # columns read at once: one cache line if the columns of an instrument are adjacent
 TINY = 1e-12  # Qlib's EPS
 
 
 class FittedNorm(Processor):
-    """`(x - center) / scale` with both numbers of each column learnt on the fit window.
+    """Computes `(x - center) / scale` with two statistics per column, fitted on the fit window.
 
-    NaN is left out of the statistics and stays NaN. Infinite values are not left out, as in
-    Qlib: put ProcessInf first. The operation is applied when a column is read or gathered, so
-    nothing is copied.
+    NaN is ignored by the statistics and stays NaN. Infinite values are not ignored, as in Qlib:
+    put ProcessInf first. The operation is applied when a column is read or gathered, so no data
+    is copied.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("center_", "scale_")
@@ -57,38 +57,38 @@ class FittedNorm(Processor):
 
     @abstractmethod
     def column_statistics(self, values: np.ndarray) -> tuple[float, float]:
-        """`(center, scale)` of one column's values `[M]` float32 without NaN; M may be 0."""
+        """Compute `(center, scale)` of a column's `values [M]` float32 without NaN; M may be 0."""
 
     def fit(self, view: View) -> None:
-        seen = in_window(view, self.fit_start_time, self.fit_end_time)
-        used = seen.rows.cpu().numpy()
+        fit_view = select_dates(view, self.fit_start_time, self.fit_end_time)
+        used = fit_view.rows.cpu().numpy()
         if not used.any():
             dates = view.calendar
-            held = f"{dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}" if len(dates) else "no dates"
+            date_range = f"{dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}" if len(dates) else "no dates"
             raise DataError(
                 f"{type(self).__name__}: the fit window {self.fit_start_time}.."
-                f"{self.fit_end_time} holds no row; the data holds {held}."
+                f"{self.fit_end_time} has no rows; the data has {date_range}."
             )
-        chosen = chosen_columns(names_of(view), self.fields_group)
+        selection = select_columns(column_names(view), self.fields_group)
         columns: list[tuple[str, str]] = []
-        found: list[tuple[float, float]] = []
-        for group, names in chosen.items():
-            found += _by_column(view.group(group), names, used, self)
+        statistics: list[tuple[float, float]] = []
+        for group, names in selection.items():
+            statistics += _column_statistics(view.group(group), names, used, self)
             columns += [(group, name) for name in names]
         self.columns_ = tuple(columns)
-        self.center_ = torch.tensor([c for c, _ in found], dtype=torch.float32)
-        self.scale_ = torch.tensor([s for _, s in found], dtype=torch.float32)
+        self.center_ = torch.tensor([c for c, _ in statistics], dtype=torch.float32)
+        self.scale_ = torch.tensor([s for _, s in statistics], dtype=torch.float32)
 
     def __call__(self, view: View) -> View:
-        for group, names in chosen_columns(names_of(view), self.fields_group).items():
-            at = self._places(group, names)
-            step = Affine(self.center_[at], self.scale_[at])
+        for group, names in select_columns(column_names(view), self.fields_group).items():
+            positions = self._get_positions(group, names)
+            step = Affine(self.center_[positions], self.scale_[positions])
             view = view.with_group(group, view.group(group).with_elementwise(names, step))
         return view
 
 
 class MinMaxNorm(FittedNorm):
-    """`(x - min) / (max - min)` of the fit window; a constant column stays as it is."""
+    """Computes `(x - min) / (max - min)`; a column that is constant in the fit window is kept."""
 
     def column_statistics(self, values: np.ndarray) -> tuple[float, float]:
         if not len(values):
@@ -98,7 +98,7 @@ class MinMaxNorm(FittedNorm):
 
 
 class ZScoreNorm(FittedNorm):
-    """`(x - mean) / std` (ddof 0) of the fit window; a constant column stays as it is."""
+    """Computes `(x - mean) / std` (ddof 0); a column that is constant in the fit window is kept."""
 
     def column_statistics(self, values: np.ndarray) -> tuple[float, float]:
         if not len(values):
@@ -106,15 +106,19 @@ class ZScoreNorm(FittedNorm):
         with np.errstate(invalid="ignore"):
             mean = float(values.mean(dtype=np.float64))
             deviation = values - np.float32(mean)
-            # Around the rounded mean: its own deviation is taken out again.
-            rest = float(deviation.mean(dtype=np.float64))
+            # The mean was rounded to float32, so subtract the remaining mean of the deviations.
+            rounding = float(deviation.mean(dtype=np.float64))
             square = float(np.square(deviation, out=deviation).mean(dtype=np.float64))
-            std = float(np.sqrt(max(square - rest * rest, 0.0))) if square == square else np.nan
+            std = (
+                float(np.sqrt(max(square - rounding * rounding, 0.0)))
+                if square == square
+                else np.nan
+            )
         return (mean, std) if std != 0 else (0.0, 1.0)
 
 
 class RobustZScoreNorm(FittedNorm):
-    """`(x - median) / (1.4826 * (MAD + 1e-12))` of the fit window, clipped to -3..3."""
+    """Computes `(x - median) / (1.4826 * (MAD + 1e-12))`, clipped to -3..3."""
 
     def __init__(
         self,
@@ -139,63 +143,63 @@ class RobustZScoreNorm(FittedNorm):
         view = super().__call__(view)
         if not self.clip_outlier:
             return view
-        for group, names in chosen_columns(names_of(view), self.fields_group).items():
-            clipped = view.group(group).with_elementwise(names, Clip(-CLIP, CLIP))
-            view = view.with_group(group, clipped)
+        for group, names in select_columns(column_names(view), self.fields_group).items():
+            new_columns = view.group(group).with_elementwise(names, Clip(-CLIP, CLIP))
+            view = view.with_group(group, new_columns)
         return view
 
 
 def _median(values: np.ndarray) -> np.float32:
-    """The median of float32 values by quickselect; the middle two averaged, as numpy does."""
+    """Compute the median of float32 values by quickselect; average the middle two, as numpy."""
     if np.isnan(values).any():
-        values = values[~np.isnan(values)]  # inf - inf; np.nanmedian leaves them out too
+        values = values[~np.isnan(values)]  # NaN comes from inf - inf; np.nanmedian ignores it too
         if not len(values):
             return np.float32(np.nan)
     half = len(values) // 2
-    ordered = np.partition(values, half)
-    high = ordered[half]
+    partition = np.partition(values, half)
+    high = partition[half]
     if len(values) % 2:
         return np.float32(high)
-    low = ordered[:half].max()
+    low = partition[:half].max()
     return np.float32(high) if low == high else np.float32((low + high) * np.float32(0.5))
 
 
-def _by_column(
+def _column_statistics(
     columns: Columns, names: Sequence[str], used: np.ndarray, norm: FittedNorm
 ) -> list[tuple[float, float]]:
-    """The statistics of columns over the cells `used [D, N]`, a block at a time, by threads."""
+    """Compute the statistics of columns over the cells `used [D, N]`, by blocks in threads."""
     days = np.flatnonzero(used.any(1))
     rows = slice(int(days[0]), int(days[-1]) + 1)
     cells = np.flatnonzero(used[rows])
-    whole = len(cells) == used[rows].size
+    is_full = len(cells) == used[rows].size
     parts = [names[k : k + BLOCK] for k in range(0, len(names), BLOCK)]
-    kept = threading.local()
+    buffers = threading.local()
 
     def statistics(part: Sequence[str]) -> list[tuple[float, float]]:
-        if getattr(kept, "block", None) is None:
+        if getattr(buffers, "block", None) is None:
             shape = (min(BLOCK, len(names)), rows.stop - rows.start, used.shape[1])
-            kept.block = torch.empty(shape, device=columns.device)
-        block = columns.block(part, rows=rows, out=kept.block[: len(part)])
+            buffers.block = torch.empty(shape, device=columns.device)
+        block = columns.block(part, rows=rows, out=buffers.block[: len(part)])
         out = []
         for values in block.cpu().numpy():
             flat = values.reshape(-1)
-            taken = flat if whole else flat.take(cells)
-            missing = np.isnan(taken)
-            out.append(norm.column_statistics(taken[~missing] if missing.any() else taken))
+            selection = flat if is_full else flat.take(cells)
+            missing = np.isnan(selection)
+            out.append(norm.column_statistics(selection[~missing] if missing.any() else selection))
         return out
 
-    return [pair for found in _in_threads(statistics, parts) for pair in found]
+    return [pair for part_statistics in _map_threads(statistics, parts) for pair in part_statistics]
 
 
-def _in_threads(work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
-    """`work` of every part, in order, by as many threads as torch has; one torch thread each."""
-    before = torch.get_num_threads()
-    if min(len(parts), before) <= 1:
-        return [work(part) for part in parts]
+def _map_threads(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+    """Map `function` over the parts with as many threads as torch uses, one torch thread each."""
+    num_threads = torch.get_num_threads()
+    if min(len(parts), num_threads) <= 1:
+        return [function(part) for part in parts]
     try:
         with ThreadPoolExecutor(
-            min(len(parts), before), initializer=torch.set_num_threads, initargs=(1,)
+            min(len(parts), num_threads), initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            return list(pool.map(work, parts))
+            return list(pool.map(function, parts))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)

@@ -1,4 +1,4 @@
-"""Small views for the processors' tests."""
+"""Small views shared by the tests of the processors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.data.frames import view_of_frame
+from qtorch.data.frames import view_from_frame
 from qtorch.data.view import View
 
 
 def small_frame(num_dates: int = 12, num_instruments: int = 7, seed: int = 0) -> pd.DataFrame:
-    """Three features and a label with NaN, ties and rows that are not there."""
+    """Build a frame of three features and a label with NaN, ties and missing rows."""
     rng = np.random.default_rng(seed)
     dates = pd.bdate_range("2020-01-01", periods=num_dates)
     index = pd.MultiIndex.from_product(
@@ -35,12 +35,12 @@ def frame() -> pd.DataFrame:
 
 @pytest.fixture
 def view(frame: pd.DataFrame) -> View:
-    return view_of_frame(frame)
+    return view_from_frame(frame)
 
 
 @pytest.fixture
-def unchanged() -> Callable[[View], Callable[[], None]]:
-    """Call it before; what it returns asserts that the view is as it was."""
+def watch_view() -> Callable[[View], Callable[[], None]]:
+    """Return a function that records a view and returns a check that it has not changed."""
 
     def watch(view: View) -> Callable[[], None]:
         before = {(g, n): c.column(n).clone() for g, c in view.groups.items() for n in c.names}

@@ -16,48 +16,50 @@ DAYS = arrays(np.float32, (4, 7), elements=CELLS)
 MASKS = arrays(np.bool_, (4, 7))
 
 
-def by_day(values: np.ndarray, rows: np.ndarray, function) -> np.ndarray:
-    """pandas on each day's rows alone; NaN elsewhere."""
+def apply_by_day(values: np.ndarray, rows: np.ndarray, function) -> np.ndarray:
+    """Apply a pandas function to the rows of each day; NaN elsewhere."""
     out = np.full(values.shape, np.nan)
     for d in range(len(values)):
         out[d, rows[d]] = function(pd.Series(values[d, rows[d]].astype(np.float64)))
     return out
 
 
-def check(found: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found.numpy()[rows], expected[rows], rtol=2e-5, atol=2e-5)
+def assert_close_in_rows(result: torch.Tensor, rows: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(result.numpy()[rows], expected[rows], rtol=2e-5, atol=2e-5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(DAYS, MASKS)
-def test_rank_is_pandas_rank_of_the_rows(values: np.ndarray, rows: np.ndarray) -> None:
-    expected = by_day(values, rows, lambda x: (x.rank(pct=True) - 0.5) * 3.46)
-    check(cs.day_rank_norm(torch.tensor(values), torch.tensor(rows)), rows, expected)
+def test_rank_norm_equals_pandas(values: np.ndarray, rows: np.ndarray) -> None:
+    expected = apply_by_day(values, rows, lambda x: (x.rank(pct=True) - 0.5) * 3.46)
+    assert_close_in_rows(cs.day_rank_norm(torch.tensor(values), torch.tensor(rows)), rows, expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(DAYS, MASKS)
-def test_median_and_mean_fill_are_pandas(values: np.ndarray, rows: np.ndarray) -> None:
+def test_median_and_mean_fill_equal_pandas(values: np.ndarray, rows: np.ndarray) -> None:
     x, r = torch.tensor(values), torch.tensor(rows)
     medians = [pd.Series(v[m]).median() for v, m in zip(values, rows, strict=True)]
     np.testing.assert_allclose(cs.day_median(x, r)[:, 0].numpy(), medians, rtol=1e-5, atol=1e-5)
-    expected = by_day(values, rows, lambda v: v.fillna(v.mean()))
-    check(cs.day_mean_fill(x, r), rows, expected)
+    expected = apply_by_day(values, rows, lambda v: v.fillna(v.mean()))
+    assert_close_in_rows(cs.day_mean_fill(x, r), rows, expected)
 
 
-def test_zscore_is_pandas_with_ddof_1() -> None:
+def test_zscore_equals_pandas_with_ddof_1() -> None:
     rng = np.random.default_rng(1)
     values = rng.standard_normal((5, 9)).astype(np.float32)
     values[rng.random(values.shape) < 0.2] = NAN
     rows = rng.random(values.shape) < 0.8
-    expected = by_day(values, rows, lambda x: (x - x.mean()) / x.std())
-    check(cs.day_zscore(torch.tensor(values), torch.tensor(rows)), rows, expected)
-    robust = by_day(
+    expected = apply_by_day(values, rows, lambda x: (x - x.mean()) / x.std())
+    assert_close_in_rows(cs.day_zscore(torch.tensor(values), torch.tensor(rows)), rows, expected)
+    robust = apply_by_day(
         values,
         rows,
         lambda x: ((x - x.median()) / (x - x.median()).abs().median() / 1.4826).clip(-3, 3),
     )
-    check(cs.day_robust_zscore(torch.tensor(values), torch.tensor(rows)), rows, robust)
+    assert_close_in_rows(
+        cs.day_robust_zscore(torch.tensor(values), torch.tensor(rows)), rows, robust
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,18 +67,18 @@ def test_zscore_is_pandas_with_ddof_1() -> None:
     [
         ([0.1, 0.1, 0.1], [NAN, NAN, NAN]),  # equal values, not exact in binary
         ([5.0, NAN, NAN], [NAN, NAN, NAN]),  # one value
-        ([1.0, INF, 2.0], [NAN, NAN, NAN]),  # an infinite one
+        ([1.0, INF, 2.0], [NAN, NAN, NAN]),  # an infinite value
         ([NAN, NAN, NAN], [NAN, NAN, NAN]),
         ([1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]),
     ],
 )
-def test_zscore_of_days_that_have_none(day: list[float], expected: list[float]) -> None:
+def test_zscore_of_degenerate_days_is_nan(day: list[float], expected: list[float]) -> None:
     x = torch.tensor([day])
-    found = cs.day_zscore(x, torch.ones_like(x, dtype=torch.bool))
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-6)
+    zscore = cs.day_zscore(x, torch.ones_like(x, dtype=torch.bool))
+    np.testing.assert_allclose(zscore[0].numpy(), expected, atol=1e-6)
 
 
-def test_infinities_rank_at_the_ends_and_tie_with_each_other() -> None:
+def test_infinite_values_rank_first_and_last_with_ties() -> None:
     x = torch.tensor([[INF, 3.0, -INF, INF, NAN]])
     rank = cs.day_rank_norm(x, torch.ones_like(x, dtype=torch.bool))[0] / 3.46 + 0.5
     np.testing.assert_allclose(rank.numpy() * 4, [3.5, 2, 1, 3.5, NAN], atol=1e-5)
@@ -85,7 +87,7 @@ def test_infinities_rank_at_the_ends_and_tie_with_each_other() -> None:
     np.testing.assert_allclose(rank.numpy()[:3] * 3, [3, 2, 1], atol=1e-5)
 
 
-def test_values_outside_the_rows_are_placed_between_them_and_change_nothing() -> None:
+def test_values_outside_the_rows_do_not_affect_the_statistics() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 2.5, 9.0, 2.0, NAN]])
     rows = torch.tensor([[True] * 4 + [False] * 4])
     rank = (cs.day_rank_norm(x, rows)[0] / 3.46 + 0.5) * 4
@@ -95,13 +97,13 @@ def test_values_outside_the_rows_are_placed_between_them_and_change_nothing() ->
     assert float(z[4]) == pytest.approx((2.5 - 2.5) / 1.290994, abs=1e-5)
 
 
-def test_finite_mean_leaves_out_infinite_and_missing_values() -> None:
+def test_finite_mean_ignores_infinite_and_missing_values() -> None:
     x = torch.tensor([[1.0, INF, NAN, 3.0], [INF, -INF, NAN, NAN]])
     mean = cs.day_finite_mean(x, torch.ones_like(x, dtype=torch.bool))
     np.testing.assert_allclose(mean.numpy(), [2.0, NAN])
 
 
-def test_the_rank_of_a_day_without_rows_is_missing() -> None:
+def test_rank_norm_of_a_day_without_rows_is_nan() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     rank = cs.day_rank_norm(x, torch.tensor([[True, True, False], [False, False, False]]))
     assert rank[0].isfinite().all()

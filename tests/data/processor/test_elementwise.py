@@ -3,24 +3,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qtorch.data.frames import view_of_frame
+from qtorch.data.frames import view_from_frame
 from qtorch.data.processor import Fillna, ProcessInf, TanhProcess
 
 
-def test_fillna_fills_the_group_alone_and_keeps_infinities(frame, unchanged) -> None:
+def test_fillna_fills_only_the_group_and_keeps_infinite_values(frame, watch_view) -> None:
     frame.iloc[3, 0] = np.inf
-    view = view_of_frame(frame)
-    check = unchanged(view)
+    view = view_from_frame(frame)
+    check = watch_view(view)
     result = Fillna(fields_group="feature", fill_value=7.0)(view).frame()
     assert (result["feature"] == frame.sort_index()["feature"].fillna(7.0)).all().all()
     assert result["label"].isna().any().any()
-    everything = Fillna()(view).frame()
-    assert not everything.isna().any().any()
+    all_groups = Fillna()(view).frame()
+    assert not all_groups.isna().any().any()
     check()
 
 
-def test_tanh_leaves_labels_alone(frame, view, unchanged) -> None:
-    check = unchanged(view)
+def test_tanh_does_not_change_labels(frame, view, watch_view) -> None:
+    check = watch_view(view)
     result = TanhProcess()(view).frame()
     expected = np.tanh(frame.sort_index()["feature"].astype(np.float64) - 1)
     np.testing.assert_allclose(result["feature"], expected, atol=1e-6)
@@ -28,31 +28,31 @@ def test_tanh_leaves_labels_alone(frame, view, unchanged) -> None:
     check()
 
 
-def test_infinities_become_the_days_mean_of_finite_values(frame, unchanged) -> None:
+def test_infinite_values_become_the_mean_of_finite_values(frame, watch_view) -> None:
     frame = frame.sort_index()
     day = frame.index.get_level_values("datetime") == frame.index[0][0]
     frame.iloc[0, 0], frame.iloc[1, 0] = np.inf, -np.inf
     finite = frame.loc[day, ("feature", "x")].replace([np.inf, -np.inf], np.nan)
-    view = view_of_frame(frame)
-    check = unchanged(view)
+    view = view_from_frame(frame)
+    check = watch_view(view)
     result = ProcessInf()(view)
     x = result.frame().loc[day, ("feature", "x")].to_numpy()
     np.testing.assert_allclose(x[:2], finite.mean(), rtol=1e-6)
     np.testing.assert_array_equal(x[2:], finite.to_numpy()[2:])
-    # A column without infinities is the same storage.
+    # A column without infinite values is not copied.
     before, after = view.group("feature").column("y"), result.group("feature").column("y")
     assert before.data_ptr() == after.data_ptr()
     check()
 
 
-def test_a_day_of_infinities_alone_becomes_nan() -> None:
+def test_a_day_without_finite_values_becomes_nan() -> None:
     import pandas as pd
 
     index = pd.MultiIndex.from_product(
         [pd.bdate_range("2020-01-01", periods=2), ["a", "b"]], names=["datetime", "instrument"]
     )
     frame = pd.DataFrame({"x": [np.inf, np.nan, 1.0, 2.0]}, index)
-    result = ProcessInf()(view_of_frame(frame)).groups[""].column("x")
+    result = ProcessInf()(view_from_frame(frame)).groups[""].column("x")
     torch.testing.assert_close(
         result, torch.tensor([[np.nan, np.nan], [1.0, 2.0]], dtype=torch.float32), equal_nan=True
     )

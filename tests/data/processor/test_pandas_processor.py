@@ -12,14 +12,14 @@ from qtorch.data.processor.build import build_processors
 
 
 class Demean:
-    """A user's processor of Qlib's protocol: learns means, writes in place, drops rows."""
+    """A processor with Qlib's protocol that fits means, writes in place, and drops rows."""
 
     def __init__(self, fit_start_time=None, fit_end_time=None) -> None:
         self.fit_start_time, self.fit_end_time = fit_start_time, fit_end_time
 
     def fit(self, df: pd.DataFrame) -> None:
-        seen = df.loc[slice(self.fit_start_time, self.fit_end_time)]
-        self.mean = seen["feature"].mean().to_numpy()
+        fit_frame = df.loc[slice(self.fit_start_time, self.fit_end_time)]
+        self.mean = fit_frame["feature"].mean().to_numpy()
         self.cols = df["feature"].columns
 
     def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
@@ -31,8 +31,8 @@ class Demean:
         return False
 
 
-def test_rows_values_and_columns_come_back(frame, view, unchanged) -> None:
-    check = unchanged(view)
+def test_the_returned_frame_becomes_the_view(frame, view, watch_view) -> None:
+    check = watch_view(view)
     processor = PandasProcessor(Demean(None, "2020-01-08"))
     processor.fit(view)
     result = processor(view)
@@ -42,45 +42,45 @@ def test_rows_values_and_columns_come_back(frame, view, unchanged) -> None:
     np.testing.assert_allclose(result.frame()["feature"], expected["feature"] - mean, atol=1e-6)
     assert result.frame().index.equals(expected.index)
     check()
-    # For learning alone: what it dropped stays in windows, as it was.
+    # The processor is only for learning, so windows keep the dropped rows and their values.
     assert torch.equal(result.history, view.history)
-    gone = view.rows & ~result.rows
+    dropped_rows = view.rows & ~result.rows
     torch.testing.assert_close(
-        result.group("feature").column("x")[gone],
-        view.group("feature").column("x")[gone],
+        result.group("feature").column("x")[dropped_rows],
+        view.group("feature").column("x")[dropped_rows],
         equal_nan=True,
     )
 
 
-def test_its_state_is_stored_without_pickle(view) -> None:
+def test_the_fitted_state_is_saved_and_loaded(view) -> None:
     first = PandasProcessor(Demean())
     first.fit(view)
-    state = first.fitted_state()
+    state = first.get_fitted_state()
     assert state is not None
     assert set(state.tensors) == {"mean"}
     second = PandasProcessor(Demean())
-    second.load_fitted(state)
+    second.load_fitted_state(state)
     pd.testing.assert_frame_equal(second(view).frame(), first(view).frame())
 
 
-def test_new_columns_may_come_and_new_rows_may_not(view) -> None:
-    added = PandasProcessor(lambda df: df.assign().join(df[["label"]].rename(
+def test_new_columns_are_allowed_and_new_rows_raise(view) -> None:
+    result = PandasProcessor(lambda df: df.assign().join(df[["label"]].rename(
         columns={"label": "more"}, level=0)))(view)  # fmt: skip
-    assert added.group("more").names == ("LABEL0",)
+    assert result.group("more").names == ("LABEL0",)
 
-    def doubled(df: pd.DataFrame) -> pd.DataFrame:
-        later = df.copy()
-        dates = later.index.get_level_values(0) + pd.Timedelta(days=1000)
-        later.index = pd.MultiIndex.from_arrays(
-            [dates, later.index.get_level_values(1)], names=later.index.names
+    def append_rows(df: pd.DataFrame) -> pd.DataFrame:
+        new_rows = df.copy()
+        dates = new_rows.index.get_level_values(0) + pd.Timedelta(days=1000)
+        new_rows.index = pd.MultiIndex.from_arrays(
+            [dates, new_rows.index.get_level_values(1)], names=new_rows.index.names
         )
-        return pd.concat([df, later])
+        return pd.concat([df, new_rows])
 
-    with pytest.raises(DataError, match="drop rows, not add them"):
-        PandasProcessor(doubled)(view)
+    with pytest.raises(DataError, match="must not add rows"):
+        PandasProcessor(append_rows)(view)
 
 
-def test_handlers_adapt_it_and_fit_it_on_the_window(frame) -> None:
+def test_a_handler_fits_a_pandas_processor_on_the_fit_window(frame) -> None:
     handler = DataHandlerLP.from_df(
         frame, learn_processors=[Demean()], fit_start_time=None, fit_end_time="2020-01-08"
     )
@@ -90,17 +90,17 @@ def test_handlers_adapt_it_and_fit_it_on_the_window(frame) -> None:
     np.testing.assert_allclose(learn, expected, atol=1e-6)
 
 
-def test_a_configuration_of_a_foreign_class_is_adapted() -> None:
-    (made,) = build_processors(
+def test_the_config_of_a_pandas_processor_is_wrapped() -> None:
+    (processor,) = build_processors(
         [{"class": "Demean", "module_path": __file__, "kwargs": {"fit_end_time": "2020-01-08"}}],
         "infer_processors",
     )
-    assert isinstance(made, PandasProcessor)
-    assert made.to_config()["processor"]["kwargs"] == {"fit_end_time": "2020-01-08"}
+    assert isinstance(processor, PandasProcessor)
+    assert processor.to_config()["processor"]["kwargs"] == {"fit_end_time": "2020-01-08"}
 
 
-def test_what_cannot_be_called_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no processor"):
+def test_invalid_processors_raise() -> None:
+    with pytest.raises(ConfigError, match="not a processor"):
         PandasProcessor(3)
     with pytest.raises(ConfigError, match="infer_processors must be a list"):
         build_processors({"class": "Fillna"}, "infer_processors")

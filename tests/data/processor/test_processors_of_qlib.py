@@ -1,4 +1,4 @@
-"""Every processor and both process types against real Qlib's numbers."""
+"""All processors and both process types compared with the results of Qlib."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ import processors  # noqa: E402
 GOLDEN = ROOT / "tests" / "golden" / "qlib_processors.npz"
 
 
-def test_processors_are_as_real_qlib_computed_them() -> None:
-    frame, asked = processors.golden_input()
-    rows = processors.compare(frame, processors.read_golden(GOLDEN), asked)
-    assert len(rows) == 4 * len(asked)
+def test_processors_equal_the_stored_results_of_qlib() -> None:
+    frame, processor_configs = processors.golden_input()
+    rows = processors.compare(frame, processors.read_golden(GOLDEN), processor_configs)
+    assert len(rows) == 4 * len(processor_configs)
     assert [str(r) for r in rows if not r.passes] == []
 
 
-def test_the_comparison_notices_a_difference() -> None:
-    frame, asked = processors.golden_input()
+def test_the_comparison_detects_a_difference() -> None:
+    frame, processor_configs = processors.golden_input()
     golden = processors.read_golden(GOLDEN)
     name = "CSZScoreNorm/label"
     golden[f"{name}|infer|test|values"][5, -1] += 1e-3
     golden[f"{name}|infer|train|values"][5, -1] = np.nan
-    rows = processors.compare(frame, golden, {name: asked[name]})
+    rows = processors.compare(frame, golden, {name: processor_configs[name]})
     assert [r.passes for r in rows] == [False, False, True, True]
 
 
 @pytest.mark.qlib
 @pytest.mark.slow
-def test_processors_against_qlib_now(qlib_python: str) -> None:
+def test_processors_equal_the_installed_qlib(qlib_python: str) -> None:
     assert [str(r) for r in processors.main(qlib_python) if not r.passes] == []
 
 
 @pytest.mark.qlib
 @pytest.mark.slow
-def test_handlers_and_prepare_against_qlib_now(qlib_python: str) -> None:
+def test_handlers_and_prepare_equal_the_installed_qlib(qlib_python: str) -> None:
     assert [str(r) for r in handlers.main(qlib_python) if not r.passes] == []

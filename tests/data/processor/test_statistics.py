@@ -16,35 +16,37 @@ from qtorch.data.view import View
 WINDOW = ("2020-01-03", "2020-01-10")
 
 
-def numpy_result(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """The textbook formula in float64 on the window's rows, column by column."""
+def pandas_result(kind: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Normalize the features with pandas in float64 and statistics of the window."""
     x = frame["feature"].astype(np.float64)
-    seen = x.loc[WINDOW[0] : WINDOW[1]]
+    fit_rows = x.loc[WINDOW[0] : WINDOW[1]]
     if kind == "MinMaxNorm":
-        return (x - seen.min()) / (seen.max() - seen.min())
+        return (x - fit_rows.min()) / (fit_rows.max() - fit_rows.min())
     if kind == "ZScoreNorm":
-        return (x - seen.mean()) / seen.std(ddof=0)
-    middle = seen.median()
-    spread = ((seen - middle).abs().median() + 1e-12) * 1.4826
+        return (x - fit_rows.mean()) / fit_rows.std(ddof=0)
+    middle = fit_rows.median()
+    spread = ((fit_rows - middle).abs().median() + 1e-12) * 1.4826
     return ((x - middle) / spread).clip(-3, 3)
 
 
 @pytest.mark.parametrize("kind", [MinMaxNorm, ZScoreNorm, RobustZScoreNorm])
-def test_statistics_are_of_the_window_and_act_everywhere(kind, frame, view, unchanged) -> None:
-    check = unchanged(view)
+def test_statistics_of_the_fit_window_are_applied_to_all_rows(
+    kind, frame, view, watch_view
+) -> None:
+    check = watch_view(view)
     processor = kind(*WINDOW, fields_group="feature")
     processor.fit(view)
     result = processor(view)
-    expected = numpy_result(kind.__name__, frame.sort_index())
+    expected = pandas_result(kind.__name__, frame.sort_index())
     pd.testing.assert_frame_equal(
         result.frame()["feature"].astype(np.float64), expected, atol=1e-5, check_index_type=False
     )
-    same = result.frame()["label"]
-    pd.testing.assert_frame_equal(same, view.frame()["label"])
+    labels = result.frame()["label"]
+    pd.testing.assert_frame_equal(labels, view.frame()["label"])
     check()
 
 
-def test_without_a_group_the_label_is_normalised_too(view) -> None:
+def test_without_a_group_labels_are_normalized_too(view) -> None:
     processor = ZScoreNorm(*WINDOW)
     processor.fit(view)
     assert ("label", "LABEL0") in (processor.columns_ or ())
@@ -54,19 +56,19 @@ def test_without_a_group_the_label_is_normalised_too(view) -> None:
     )
 
 
-def test_rows_outside_the_view_do_not_count(frame, view) -> None:
+def test_statistics_ignore_rows_outside_the_view(frame, view) -> None:
     mask = view.rows.clone()
     mask[:, 2:] = False
     processor = ZScoreNorm(*WINDOW, fields_group="feature")
     processor.fit(view.with_rows(mask))
-    kept = frame[frame.index.get_level_values("instrument").isin(["a", "b"])].sort_index()
-    mean = kept["feature"].loc[WINDOW[0] : WINDOW[1]].mean().to_numpy()
+    view_frame = frame[frame.index.get_level_values("instrument").isin(["a", "b"])].sort_index()
+    mean = view_frame["feature"].loc[WINDOW[0] : WINDOW[1]].mean().to_numpy()
     np.testing.assert_allclose(processor.center_.numpy(), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [MinMaxNorm, ZScoreNorm])
 @pytest.mark.parametrize("value", [0.1, 0.0, -3.7])
-def test_a_constant_column_stays_as_it_is(kind, value: float) -> None:
+def test_a_constant_column_does_not_change(kind, value: float) -> None:
     values = torch.full((1, 30, 20), value).permute(1, 2, 0)
     panel = Panel(
         values, pd.bdate_range("2020-01-01", periods=30), list(map(str, range(20))), ["c"]
@@ -77,7 +79,7 @@ def test_a_constant_column_stays_as_it_is(kind, value: float) -> None:
     assert torch.equal(processor(view).group("feature").column("c"), values[..., 0])
 
 
-def test_a_column_without_values_is_nan_and_a_constant_one_is_clipped() -> None:
+def test_robust_zscore_of_empty_and_constant_columns() -> None:
     values = torch.full((2, 10, 4), float("nan"))
     values[1] = 2.0
     panel = Panel(
@@ -95,7 +97,7 @@ def test_a_column_without_values_is_nan_and_a_constant_one_is_clipped() -> None:
     assert torch.equal(result.column("flat"), torch.zeros(10, 4))
 
 
-def test_median_of_an_even_number_is_between_the_middle_two() -> None:
+def test_the_median_of_an_even_number_of_values_is_averaged() -> None:
     values = torch.tensor([1.0, 2.0, 10.0, 20.0]).reshape(2, 2, 1)
     panel = Panel(values, pd.bdate_range("2020-01-01", periods=2), ["a", "b"], ["x"])
     view = View({"feature": PanelColumns(panel)}, panel.mask, panel.mask)
@@ -105,33 +107,33 @@ def test_median_of_an_even_number_is_between_the_middle_two() -> None:
     assert float(processor.scale_[0]) == pytest.approx(4.5 * 1.4826, rel=1e-6)
 
 
-def test_an_unfitted_processor_says_so(view) -> None:
+def test_an_unfitted_processor_raises(view) -> None:
     with pytest.raises(NotFittedError, match="ZScoreNorm is not fitted"):
         ZScoreNorm()(view)
 
 
-def test_a_window_without_rows_names_what_there_is(view) -> None:
-    with pytest.raises(DataError, match=r"holds no row; the data holds 2020-01-01\.\."):
+def test_a_fit_window_without_rows_raises(view) -> None:
+    with pytest.raises(DataError, match=r"has no rows; the data has 2020-01-01\.\."):
         ZScoreNorm("1999-01-01", "1999-12-31").fit(view)
 
 
-def test_an_unknown_group_shows_the_nearest(view) -> None:
+def test_an_unknown_group_raises_with_the_nearest_name(view) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'feature'"):
         ZScoreNorm(fields_group="features").fit(view)
 
 
-def test_the_fitted_state_is_taken_over_by_another(view) -> None:
+def test_the_fitted_state_is_saved_and_loaded(view) -> None:
     first = RobustZScoreNorm(*WINDOW, fields_group="feature")
     first.fit(view)
-    state = first.fitted_state()
+    state = first.get_fitted_state()
     assert state is not None
     assert state.config == {"columns": [["feature", n] for n in "xyz"]}
     second = RobustZScoreNorm(*WINDOW, fields_group="feature")
-    second.load_fitted(state)
+    second.load_fitted_state(state)
     pd.testing.assert_frame_equal(second(view).frame(), first(view).frame())
 
 
-def test_state_is_found_by_name_not_by_place(view) -> None:
+def test_statistics_are_matched_by_column_name(view) -> None:
     processor = ZScoreNorm(*WINDOW, fields_group="feature")
     processor.fit(view)
     narrow = view.with_group("feature", view.group("feature").keep(["z", "x"]))
@@ -148,6 +150,6 @@ def test_158_columns_of_a_market_are_fitted_in_seconds() -> None:
         f"c{k}" for k in range(f)
     ])  # fmt: skip
     view = View({"feature": PanelColumns(panel)}, panel.mask, panel.mask)
-    began = time.perf_counter()
+    start = time.perf_counter()
     RobustZScoreNorm().fit(view)
-    assert time.perf_counter() - began < 15  # 2 s on an idle core
+    assert time.perf_counter() - start < 15  # 2 s on an idle core
