@@ -1,4 +1,4 @@
-"""A market small enough for a study in seconds, and a store of the test's own."""
+"""Fixtures for the study tests: a temporary store, and tasks that train in seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEGMENTS = {
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> str:
-    """A sqlite store of this test's own."""
+    """The URI of a temporary sqlite store."""
     uri = f"sqlite:///{tmp_path}/runs.db"
     monkeypatch.chdir(tmp_path)
     qtorch.init(tracking_uri=uri)
@@ -35,9 +35,9 @@ def store(tmp_path, monkeypatch) -> str:
 
 @pytest.fixture
 def make_task():
-    """`make_task(network=..., epochs=..., **more of the task)`: a small network, ten features."""
+    """`make_task(network=..., epochs=..., **overrides)`: a task with a small network."""
 
-    def make(epochs: int = 1, network: Any = None, **more: Any) -> dict[str, Any]:
+    def make(epochs: int = 1, network: Any = None, **overrides: Any) -> dict[str, Any]:
         handler = {
             "_target_": "qtorch.data.Alpha158",
             "source": SOURCE,
@@ -58,6 +58,6 @@ def make_task():
             "trainer": {"max_epochs": epochs, "accelerator": "cpu"},
         }
         task = {"model": model, "dataset": dataset, "record": ["SignalRecord", "SigAnaRecord"]}
-        return {**task, "seed": 3, **more}
+        return {**task, "seed": 3, **overrides}
 
     return make

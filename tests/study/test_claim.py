@@ -1,4 +1,4 @@
-"""Claims: one holder at a time, a dead one is known."""
+"""Tests of claims: only one holder at a time, and dead holders are detected."""
 
 from __future__ import annotations
 
@@ -12,66 +12,66 @@ import time
 import pytest
 
 from qtorch.study import claim
-from qtorch.study.claim import claimed, claims_folder, is_held
+from qtorch.study.claim import claims_folder, hold_claim, is_held
 from qtorch.tracking.locations import file_lock
 
 context = multiprocessing.get_context("fork")
 
 
-def in_a_child(work, *arguments):
+def start_process(work, *arguments):
     child = context.Process(target=work, args=arguments)
     child.start()
     return child
 
 
-def hold(path, ready, end):
-    with claimed(path) as mine:
-        ready.put(mine)
+def hold_in_process(path, ready, end):
+    with hold_claim(path) as has_claim:
+        ready.put(has_claim)
         end.get()
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """`(path, child, end)`: a process that holds the claim."""
+    """`(path, child, end)` of a process that holds the claim until something is put into `end`."""
     ready, end = context.SimpleQueue(), context.SimpleQueue()
-    child = in_a_child(hold, tmp_path / "job.json", ready, end)
+    child = start_process(hold_in_process, tmp_path / "job.json", ready, end)
     assert ready.get() is True
     yield tmp_path / "job.json", child, end
     child.kill()
     child.join()
 
 
-def test_a_second_process_does_not_get_the_claim_until_it_is_given_back(holder):
+def test_second_process_gets_claim_only_after_release(holder):
     path, child, end = holder
     assert is_held(path)
-    with claimed(path) as mine:
-        assert mine is False
+    with hold_claim(path) as has_claim:
+        assert has_claim is False
     assert is_held(path)
     end.put(None)
     child.join()
     assert not path.exists()
-    with claimed(path) as mine:
-        assert mine is True
+    with hold_claim(path) as has_claim:
+        assert has_claim is True
 
 
-def test_a_dead_holder_of_this_machine_is_known_at_once(holder):
+def test_dead_holder_on_same_machine_is_detected_at_once(holder):
     path, child, _ = holder
     child.kill()
     child.join()
     assert path.exists()
     assert not is_held(path)
-    with claimed(path) as mine:
-        assert mine is True
+    with hold_claim(path) as has_claim:
+        assert has_claim is True
 
 
-def test_one_with_the_process_id_of_a_dead_holder_is_another(tmp_path):
+def test_reused_process_id_does_not_hold_claim(tmp_path):
     path = tmp_path / "job.json"
-    held = {"token": "x", "machine": claim._machine(), "process": [os.getpid(), "1"]}
-    path.write_text(json.dumps(held))
+    token = {"token": "x", "machine": claim._machine_id(), "process": [os.getpid(), "1"]}
+    path.write_text(json.dumps(token))
     assert not is_held(path)
 
 
-def test_a_holder_elsewhere_is_judged_by_its_last_touch(tmp_path):
+def test_remote_holder_is_judged_by_its_last_touch(tmp_path):
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"token": "x", "machine": "another", "process": [1, "1"]}))
     assert is_held(path)
@@ -81,87 +81,88 @@ def test_a_holder_elsewhere_is_judged_by_its_last_touch(tmp_path):
 
 
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    """The claim of another machine, touched a moment ago; it counts for a second."""
+def remote_claim(tmp_path, monkeypatch):
+    """A claim of another machine that was touched just now and becomes stale after a second."""
     monkeypatch.setattr(claim, "STALE_SECONDS", 1.0)
-    monkeypatch.setattr(claim, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(claim, "POLL_SECONDS", 0.02)
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"token": "x", "machine": "another 1", "process": [1, "1"]}))
     return path
 
 
-def touch_until(path, done):
-    while not done.wait(0.1):
+def keep_touching(path, stop_event):
+    while not stop_event.wait(0.1):
         os.utime(path)
 
 
-def later(seconds, work, *arguments):
+def run_later(seconds, work, *arguments):
     timer = threading.Timer(seconds, work, arguments)
     timer.start()
     return timer
 
 
-def test_a_dead_holder_elsewhere_is_outlived(foreign, caplog):
+def test_claim_of_dead_remote_holder_is_taken_over(remote_claim, caplog):
     caplog.set_level("INFO")
-    free = []
+    lock_attempts = []
 
     def try_the_lock():
-        with file_lock(foreign.with_name(f".{foreign.name}.lock"), timeout=0.2):
-            free.append(True)
+        with file_lock(remote_claim.with_name(f".{remote_claim.name}.lock"), timeout=0.2):
+            lock_attempts.append(True)
 
-    timer = later(0.3, try_the_lock)
-    begin = time.monotonic()
-    with claimed(foreign) as mine:
-        assert mine is True
-        assert json.loads(foreign.read_text())["machine"] == claim._machine()
-    assert 0.8 < time.monotonic() - begin < 3
+    timer = run_later(0.3, try_the_lock)
+    start_time = time.monotonic()
+    with hold_claim(remote_claim) as has_claim:
+        assert has_claim is True
+        assert json.loads(remote_claim.read_text())["machine"] == claim._machine_id()
+    assert 0.8 < time.monotonic() - start_time < 3
     timer.join()
-    assert free
-    assert "another has claimed this job" in caplog.text
+    assert lock_attempts
+    assert "this job is claimed by another" in caplog.text
 
 
-def test_a_holder_elsewhere_that_touches_its_claim_keeps_it(foreign):
-    done = threading.Event()
-    holder = threading.Thread(target=touch_until, args=(foreign, done))
+def test_remote_holder_that_touches_its_claim_keeps_it(remote_claim):
+    stop_event = threading.Event()
+    holder = threading.Thread(target=keep_touching, args=(remote_claim, stop_event))
     holder.start()
-    with claimed(foreign) as mine:
-        assert mine is False
-    done.set()
+    with hold_claim(remote_claim) as has_claim:
+        assert has_claim is False
+    stop_event.set()
     holder.join()
-    assert json.loads(foreign.read_text())["machine"] == "another 1"
+    assert json.loads(remote_claim.read_text())["machine"] == "another 1"
 
 
-def test_a_claim_given_back_elsewhere_is_taken_at_once(foreign, monkeypatch):
+def test_claim_released_by_remote_holder_is_taken_at_once(remote_claim, monkeypatch):
     monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
-    later(0.1, foreign.unlink)
-    with claimed(foreign) as mine:
-        assert mine is True
+    run_later(0.1, remote_claim.unlink)
+    with hold_claim(remote_claim) as has_claim:
+        assert has_claim is True
 
 
-def test_of_those_who_outlive_a_holder_one_gets_its_job(foreign):
-    begin, end, taken = context.Barrier(2), context.Barrier(2), context.SimpleQueue()
-    children = [in_a_child(race, foreign, begin, taken, end) for _ in range(2)]
+def test_only_one_process_takes_over_a_stale_claim(remote_claim):
+    begin, end, results = context.Barrier(2), context.Barrier(2), context.SimpleQueue()
+    children = [start_process(race_for_claim, remote_claim, begin, results, end) for _ in range(2)]
     for child in children:
         child.join()
-    assert sorted(taken.get() for _ in children) == [False, True]
+    assert sorted(results.get() for _ in children) == [False, True]
 
 
-def test_an_interruption_ends_the_look_at_a_claim(foreign, monkeypatch):
+def test_interrupt_stops_waiting_for_claim(remote_claim, monkeypatch):
     monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    # A process that was started with a shell's `&` ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        later(0.1, os.kill, os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt), claimed(foreign):
+        run_later(0.1, os.kill, os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), hold_claim(remote_claim):
             pass
     finally:
         signal.signal(signal.SIGINT, before)
-    assert json.loads(foreign.read_text())["machine"] == "another 1"
+    assert json.loads(remote_claim.read_text())["machine"] == "another 1"
 
 
-def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.02)
+def test_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.02)
     path = tmp_path / "job.json"
-    with claimed(path):
+    with hold_claim(path):
         os.utime(path, (1, 1))
         end = time.monotonic() + 5
         while path.stat().st_mtime == 1 and time.monotonic() < end:
@@ -169,39 +170,41 @@ def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
         assert path.stat().st_mtime > 1
 
 
-def late(path):
-    claim.BEAT_SECONDS = 0.1
-    with claimed(path):
+def hold_and_lose_claim(path):
+    claim.HEARTBEAT_SECONDS = 0.1
+    with hold_claim(path):
         path.write_text(json.dumps({"token": "of another", "machine": "m", "process": [1, "1"]}))
         time.sleep(5)
 
 
-def test_a_holder_whose_job_was_taken_meanwhile_ends(tmp_path):
+def test_holder_exits_after_losing_its_claim(tmp_path):
     path = tmp_path / "job.json"
-    child = in_a_child(late, path)
+    child = start_process(hold_and_lose_claim, path)
     child.join(5)
-    assert child.exitcode == claim.LOST
+    assert child.exitcode == claim.LOST_CLAIM_EXIT_CODE
     assert json.loads(path.read_text())["token"] == "of another"
 
 
-def race(path, begin, taken, end):
+def race_for_claim(path, begin, results, end):
     begin.wait()
-    with claimed(path) as mine:
-        taken.put(mine)
+    with hold_claim(path) as has_claim:
+        results.put(has_claim)
         end.wait()
 
 
-def test_of_many_at_once_one_gets_it(tmp_path):
-    begin, end, taken = context.Barrier(8), context.Barrier(8), context.SimpleQueue()
-    children = [in_a_child(race, tmp_path / "a.json", begin, taken, end) for _ in range(8)]
+def test_only_one_of_many_processes_gets_the_claim(tmp_path):
+    begin, end, results = context.Barrier(8), context.Barrier(8), context.SimpleQueue()
+    children = [
+        start_process(race_for_claim, tmp_path / "a.json", begin, results, end) for _ in range(8)
+    ]
     for child in children:
         child.join()
-    assert sorted(taken.get() for _ in children) == [False] * 7 + [True]
+    assert sorted(results.get() for _ in children) == [False] * 7 + [True]
 
 
-def test_claims_lie_beside_a_local_store(tmp_path, monkeypatch):
+def test_claims_folder_lies_beside_local_store(tmp_path, monkeypatch):
     assert claims_folder(f"sqlite:///{tmp_path}/mlruns/m.db") == tmp_path / "mlruns" / "claims"
     monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
-    served = claims_folder("http://localhost:5000")
-    assert served.parent == tmp_path / "cache" / "claims"
-    assert served != claims_folder("http://localhost:5001")
+    server_folder = claims_folder("http://localhost:5000")
+    assert server_folder.parent == tmp_path / "cache" / "claims"
+    assert server_folder != claims_folder("http://localhost:5001")

@@ -1,4 +1,4 @@
-"""Collecting from the runs of a store."""
+"""Tests of collectors on the runs of a store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scores(start: str, value: float) -> pd.DataFrame:
 
 @pytest.fixture
 def runs(store):
-    """Two models of two windows each, a failed run, and one without scores."""
+    """Runs of two models with two windows each, a failed run, and a run without scores."""
     for model in ("gru", "lstm"):
         for k, start in enumerate(("2020-01-06", "2020-01-08")):
             with R.start(experiment_name="windows", recorder_name=model):
@@ -34,97 +34,103 @@ def runs(store):
     with R.start(experiment_name="windows", recorder_name="empty"):
         R.set_tags(window=9, model="empty")
     failing = R.start(experiment_name="windows", recorder_name="failed")
-    with pytest.raises(ValueError, match="by intent"), failing:
+    with pytest.raises(ValueError, match="intended failure"), failing:
         R.save_objects(**{"pred.pkl": scores("2020-01-06", 9.0)})
-        raise ValueError("by intent")
+        raise ValueError("intended failure")
     return R.get_exp(experiment_name="windows")
 
 
-def by_window(recorder):
+def window_key(recorder):
     tags = recorder.list_tags()
     return tags["model"], int(tags["window"])
 
 
 @pytest.mark.slow
-def test_finished_runs_are_collected_grouped_and_averaged(runs, caplog):
-    collector = RecorderCollector("windows", [RollingGroup()], rec_key_func=by_window)
-    collected = collector()
-    assert list(collected) == ["pred"]
-    assert list(collected["pred"]) == [("gru",), ("lstm",)]
-    assert collected["pred"][("gru",)]["score"].tolist() == [1, -1, 2, 1, 2, -2, 4, 2]
-    assert "is left out" in caplog.text
-    both = RecorderCollector(runs, [RollingGroup(), AverageEnsemble()], rec_key_func=by_window)
-    assert len(both()["pred"]) == 8
+def test_finished_runs_are_grouped_and_averaged(runs, caplog):
+    collector = RecorderCollector("windows", [RollingGroup()], rec_key_func=window_key)
+    results = collector()
+    assert list(results) == ["pred"]
+    assert list(results["pred"]) == [("gru",), ("lstm",)]
+    assert results["pred"][("gru",)]["score"].tolist() == [1, -1, 2, 1, 2, -2, 4, 2]
+    assert "is skipped" in caplog.text
+    averaging_collector = RecorderCollector(
+        runs, [RollingGroup(), AverageEnsemble()], rec_key_func=window_key
+    )
+    assert len(averaging_collector()["pred"]) == 8
     assert collector.get_exp_name() == "windows"
 
 
 @pytest.mark.slow
-def test_filters_keys_statuses_and_raw(runs):
-    every = RecorderCollector("windows", status=None, artifacts_key=RecorderCollector.ART_KEY_RAW)
-    assert len(every.collect()["__raw"]) == 6
-    failed = RecorderCollector("windows", status="FAILED")
-    assert len(failed.collect()["pred"]) == 1
+def test_collector_filters_by_key_status_and_function(runs):
+    raw_collector = RecorderCollector(
+        "windows", status=None, artifacts_key=RecorderCollector.ART_KEY_RAW
+    )
+    assert len(raw_collector.collect()["__raw"]) == 6
+    failed_collector = RecorderCollector("windows", status="FAILED")
+    assert len(failed_collector.collect()["pred"]) == 1
     paths = {"pred": "pred.pkl", "note": "note"}
-    some = RecorderCollector(
+    gru_collector = RecorderCollector(
         "windows",
-        rec_key_func=by_window,
+        rec_key_func=window_key,
         rec_filter_func=lambda r: r.name == "gru",
         artifacts_path=paths,
     )
-    assert some.collect()["note"] == {("gru", 0): {"window": 0}, ("gru", 1): {"window": 1}}
-    assert list(some.collect("note")) == ["note"]
-    assert list(some.collect(rec_filter_func=lambda r: r.name == "lstm")["note"]) == [
+    assert gru_collector.collect()["note"] == {("gru", 0): {"window": 0}, ("gru", 1): {"window": 1}}
+    assert list(gru_collector.collect("note")) == ["note"]
+    assert list(gru_collector.collect(rec_filter_func=lambda r: r.name == "lstm")["note"]) == [
         ("lstm", 0),
         ("lstm", 1),
     ]
-    listed = RecorderCollector(lambda: runs.list_recorders("list"), rec_key_func=by_window)
-    assert len(listed.collect()["pred"]) == 4
+    from_callable = RecorderCollector(lambda: runs.list_recorders("list"), rec_key_func=window_key)
+    assert len(from_callable.collect()["pred"]) == 4
 
 
 @pytest.mark.slow
-def test_a_missing_artifact_is_left_out_or_raised(runs, caplog):
-    collector = RecorderCollector("windows", rec_key_func=by_window)
+def test_missing_artifact_is_skipped_or_raises(runs, caplog):
+    collector = RecorderCollector("windows", rec_key_func=window_key)
     assert ("empty", 9) not in collector.collect()["pred"]
-    assert "is left out" in caplog.text
+    assert "is skipped" in caplog.text
     with pytest.raises(LoadObjectError):
         collector.collect(only_exist=False)
 
 
-def test_of_two_runs_with_one_key_the_newer_counts(runs, caplog):
+def test_newer_of_two_runs_with_same_key_is_used(runs, caplog):
     collector = RecorderCollector(
-        "windows", rec_key_func=lambda r: "one", rec_filter_func=lambda r: r.name == "gru"
+        "windows", rec_key_func=lambda r: "same", rec_filter_func=lambda r: r.name == "gru"
     )
-    assert collector.collect()["pred"]["one"]["score"].iloc[0] == 2
+    assert collector.collect()["pred"]["same"]["score"].iloc[0] == 2
     assert "two runs have the key" in caplog.text
 
 
 def test_collectors_are_merged_by_key(runs):
-    def of(model):
+    def model_collector(model):
         return RecorderCollector(
             "windows",
             [RollingGroup()],
-            rec_key_func=by_window,
+            rec_key_func=window_key,
             rec_filter_func=lambda r: r.name == model,
         )
 
-    merged = MergeCollector({"a": of("gru"), "b": of("lstm")})()
-    assert list(merged) == [("a", "pred"), ("b", "pred")]
-    named = MergeCollector({"a": of("gru")}, [len], merge_func=lambda a, b: f"{a}.{b}")
-    assert named() == {"a.pred": 1}
+    results = MergeCollector({"a": model_collector("gru"), "b": model_collector("lstm")})()
+    assert list(results) == [("a", "pred"), ("b", "pred")]
+    results_by_name = MergeCollector(
+        {"a": model_collector("gru")}, [len], merge_func=lambda a, b: f"{a}.{b}"
+    )
+    assert results_by_name() == {"a.pred": 1}
 
 
-def test_processes_get_what_the_call_is_given():
+def test_call_arguments_are_passed_to_processes():
     class Two(Collector):
         def collect(self):
             return {"a": 1, "b": 2}
 
     assert Two([lambda x, by: x * by, lambda x, by: x + by])(by=3) == {"a": 6, "b": 9}
     assert Collector.process_collect({"a": 1}, lambda x: x + 1) == {"a": 2}
-    with pytest.raises(ConfigError, match="callable"):
+    with pytest.raises(ConfigError, match="must be callable"):
         Two([5])
 
 
-def test_misuse_is_named(runs):
+def test_invalid_arguments_raise_clear_errors(runs):
     with pytest.raises(ConfigError, match="Did you mean 'pred'"):
         RecorderCollector("windows", artifacts_key="prd")
     with pytest.raises(ConfigError, match="its name, an Experiment, or a callable"):

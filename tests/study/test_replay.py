@@ -1,4 +1,4 @@
-"""A run repeated from its own record: equal where nothing changed, else told what did."""
+"""Tests of replays: equal results if nothing changed, otherwise a report of what did."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from qtorch import R, init
 from qtorch.core.errors import ConfigError
-from qtorch.study.replay import OF_TAG, Difference, differences, replay_run
+from qtorch.study.replay import REPLAY_OF_TAG, Difference, compare_environments, replay_run
 from qtorch.trainer.run import task_train
 
 
 @pytest.fixture
-def made(store, make_task):
-    """`made(change)`: a finished run; `change` works on its task."""
+def make_run(store, make_task):
+    """`make_run(change)`: a finished run whose task was modified by `change`."""
 
     def make(change=lambda task: None):
         task = copy.deepcopy(make_task(epochs=2))
@@ -26,8 +26,8 @@ def made(store, make_task):
     return make
 
 
-def on_a_table(path):
-    """A change of a task: its data come from a file."""
+def use_table_source(path):
+    """A `change` that makes the task read its data from a file."""
 
     def change(task) -> None:
         task["dataset"]["handler"]["source"] = {
@@ -40,50 +40,50 @@ def on_a_table(path):
 
 
 @pytest.mark.slow
-def test_a_run_replayed_is_equal_and_says_of_what(made):
-    run = made()
-    held = run.load_object("environment")
-    assert held["format"] == 2
-    assert {"torch", "numpy", "pyarrow", "hydra-core", "qtorch"} <= held["packages"].keys()
-    assert held["sources"] == {}  # all of it is qtorch's
-    assert len(held["data"]) == 32
-    found = replay_run(run.id)
-    assert found.equal
-    assert [n.equal for n in found.numbers] == [True, True, True]
-    assert found.differences == []
-    assert found.run.list_tags()[OF_TAG] == run.id
-    assert found.run.experiment_id == run.experiment_id
+def test_replay_of_unchanged_run_is_equal(make_run):
+    run = make_run()
+    environment = run.load_object("environment")
+    assert environment["format"] == 2
+    assert {"torch", "numpy", "pyarrow", "hydra-core", "qtorch"} <= environment["packages"].keys()
+    assert environment["sources"] == {}  # the task uses only qtorch's classes
+    assert len(environment["data"]) == 32
+    replay = replay_run(run.id)
+    assert replay.equal
+    assert [n.equal for n in replay.checks] == [True, True, True]
+    assert replay.differences == []
+    assert replay.run.list_tags()[REPLAY_OF_TAG] == run.id
+    assert replay.run.experiment_id == run.experiment_id
 
 
 @pytest.mark.slow
-def test_other_data_are_told_as_other_data(made, make_task, tmp_path):
+def test_changed_data_are_reported(make_run, make_task, tmp_path):
     from qtorch.core.instantiate import init_instance_by_config
 
     path = tmp_path / "bars.parquet"
     source = make_task()["dataset"]["handler"]["source"]
     frame = init_instance_by_config(source).load().to_frame().reset_index()
     frame.to_parquet(path, index=False)
-    run = made(on_a_table(path))
+    run = make_run(use_table_source(path))
     frame.loc[frame.index[1000], "close"] *= 1.5
     frame.to_parquet(path, index=False)
-    found = replay_run(run.id)
-    assert not found.equal
-    assert [d.what for d in found.differences] == ["data"]
-    assert found.differences[0].then == run.load_object("environment")["data"]
-    assert {n.what for n in found.numbers if n.equal is False} >= {"metrics", "predictions"}
+    replay = replay_run(run.id)
+    assert not replay.equal
+    assert [d.name for d in replay.differences] == ["data"]
+    assert replay.differences[0].original == run.load_object("environment")["data"]
+    assert {n.name for n in replay.checks if n.equal is False} >= {"metrics", "predictions"}
 
 
 @pytest.mark.slow
-def test_a_run_without_an_environment_is_replayed_and_said_so(made, monkeypatch):
+def test_run_without_environment_is_replayed_with_note(make_run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("qtorch.trainer.run.save_environment", lambda *given: None)
-        run = made()
-    found = replay_run(run.id)
-    assert found.equal
-    assert "no record of its environment" in found.unknown[0]
+        patch.setattr("qtorch.trainer.run.save_environment", lambda *args: None)
+        run = make_run()
+    replay = replay_run(run.id)
+    assert replay.equal
+    assert "no record of its environment" in replay.unknown[0]
 
 
-OWN = """
+NETWORK_SOURCE = """
 from torch import nn
 from own_parts import halved
 
@@ -98,9 +98,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def own_network(tmp_path, monkeypatch):
-    """A network of the user's own, `own_net.Net`, which needs the module `own_parts`."""
-    (tmp_path / "own_net.py").write_text(OWN)
+def user_network(tmp_path, monkeypatch):
+    """A network in a user's module, `own_net.Net`, which imports the module `own_parts`."""
+    (tmp_path / "own_net.py").write_text(NETWORK_SOURCE)
     (tmp_path / "own_parts.py").write_text("def halved(x):\n    return x / 2\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     init(trusted=["own_net"])
@@ -110,56 +110,56 @@ def own_network(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_differs_is_named(made, own_network, tmp_path):
-    run = made(lambda task: task["model"].update(network=own_network))
-    held = run.load_object("environment")
-    assert held["sources"].keys() == {"own_net", "own_parts"}
+def test_differences_are_reported(make_run, user_network, tmp_path):
+    run = make_run(lambda task: task["model"].update(network=user_network))
+    environment_record = run.load_object("environment")
+    assert environment_record["sources"].keys() == {"own_net", "own_parts"}
     (tmp_path / "own_parts.py").write_text("def halved(x):\n    return x / 2.5\n")
-    held["packages"] = {**held["packages"], "torch": "1.0"}
-    run.save_objects(environment={**held, "code": {"commit": "abc"}})
+    environment_record["packages"] = {**environment_record["packages"], "torch": "1.0"}
+    run.save_objects(environment={**environment_record, "code": {"commit": "abc"}})
     run.save_objects(**{"pred.pkl": pd.DataFrame(run.load_object("pred.pkl")) + 0.25})
-    found = replay_run(run.id)
-    assert {"torch", "code.commit", "source of own_parts"} <= {d.what for d in found.differences}
-    assert "source of own_net" not in {d.what for d in found.differences}
-    assert not found.unknown
-    scores = found.numbers[2]
-    assert (scores.equal, "largest difference 0.25" in scores.told) == (False, True)
-    assert not found.equal
+    replay = replay_run(run.id)
+    assert {"torch", "code.commit", "source of own_parts"} <= {d.name for d in replay.differences}
+    assert "source of own_net" not in {d.name for d in replay.differences}
+    assert not replay.unknown
+    scores = replay.checks[2]
+    assert (scores.equal, "largest difference 0.25" in scores.detail) == (False, True)
+    assert not replay.equal
 
 
-def test_what_is_not_known_is_not_said_to_be_the_same():
-    held = {"packages": {"torch": "2"}, "sources": {"mine": "ab"}, "data": "cd", "format": 2}
-    assert differences(held, held) == ([], [])
-    for then, told in (
-        ({**held, "data": None}, "the data"),
-        ({**held, "sources": None}, "the code of the task's own modules"),
-        ({**held, "sources": {"mine": None}}, "source of mine"),
+def test_unknown_parts_are_not_reported_as_equal():
+    environment = {"packages": {"torch": "2"}, "sources": {"mine": "ab"}, "data": "cd", "format": 2}
+    assert compare_environments(environment, environment) == ([], [])
+    for original, description in (
+        ({**environment, "data": None}, "the data"),
+        ({**environment, "sources": None}, "the code of the task's own modules"),
+        ({**environment, "sources": {"mine": None}}, "source of mine"),
         ({"packages": {}, "data": "cd", "format": 1}, "the code of the task's own modules, torch"),
     ):
-        for pair in ((then, held), (held, then), (then, then)):
-            found, (unknown,) = differences(*pair)
-            assert found == []
-            assert unknown.endswith(f"as then: {told}") or pair == (then, then)
-    gone = differences({**held, "packages": {}}, held)
-    assert gone == ([Difference("torch", None, "2")], [])
+        for pair in ((original, environment), (environment, original), (original, original)):
+            differences, (unknown,) = compare_environments(*pair)
+            assert differences == []
+            assert unknown.endswith(f"different: {description}") or pair == (original, original)
+    missing_package = compare_environments({**environment, "packages": {}}, environment)
+    assert missing_package == ([Difference("torch", None, "2")], [])
 
 
-def test_a_run_that_cannot_be_replayed_says_why(store):
+def test_replay_of_unfinished_or_empty_run_raises(store):
     with R.start(experiment_name="replayed"):
         R.log_metrics(x=1.0)
-        bare = R.get_recorder()
-    with pytest.raises(ConfigError, match="holds no task"):
-        replay_run(bare.id)
+        empty_run = R.get_recorder()
+    with pytest.raises(ConfigError, match="has no task to repeat"):
+        replay_run(empty_run.id)
     with pytest.raises(ZeroDivisionError), R.start(experiment_name="replayed"):
-        failed = R.get_recorder()
+        failed_run = R.get_recorder()
         raise ZeroDivisionError
     with pytest.raises(ConfigError, match="is FAILED; only a finished run"):
-        replay_run(failed.id)
+        replay_run(failed_run.id)
 
 
 @pytest.mark.slow
-def test_the_environment_costs_little_and_fails_nothing(made, monkeypatch):
+def test_failure_to_describe_environment_does_not_fail_the_run(make_run, monkeypatch):
     from qtorch.trainer import provenance
 
-    monkeypatch.setattr(provenance, "environment_of", lambda *given: 1 / 0)
-    assert made().status == "FINISHED"
+    monkeypatch.setattr(provenance, "describe_environment", lambda *args: 1 / 0)
+    assert make_run().status == "FINISHED"

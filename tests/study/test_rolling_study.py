@@ -1,4 +1,4 @@
-"""Rolling studies on a small market: windows, their runs, and the stitched signal."""
+"""Tests of rolling studies on a small market: windows, their runs, the stitched signal."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from qtorch.data.feature_cache import FeatureCache
 from qtorch.data.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
-from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
-from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG
-from qtorch.study.windows import rolled
+from qtorch.run_study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
+from qtorch.run_study.rolling import SPAN_TAG, WINDOW_TAG
+from qtorch.run_study.windows import rolling_tasks
 from qtorch.tracking.lineage import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
 
-def study(task, folder, trainer=None, **options):
+def run_study(task, folder, trainer=None, **options):
     options = {"step": 40, "cache": str(folder / "features"), **options}
     return rolling_study(task, trainer, experiment_name="study", **options)
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """How often features were computed."""
+def feature_calls(monkeypatch):
+    """A list with one entry for each time that features were computed."""
     calls = []
-    real = QlibDataLoader._computed
+    real = QlibDataLoader._compute_view
     monkeypatch.setattr(
-        QlibDataLoader, "_computed", lambda self, *a: calls.append(1) or real(self, *a)
+        QlibDataLoader, "_compute_view", lambda self, *a: calls.append(1) or real(self, *a)
     )
     return calls
 
 
 @pytest.mark.slow
-def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
+def test_rolling_study_end_to_end(store, tmp_path, make_task, feature_calls):
     task = make_task()
     before = copy.deepcopy(task)
-    result = study(task, tmp_path)
+    result = run_study(task, tmp_path)
     assert task == before
     assert len(result.windows) == len(result.tasks) == 3
-    assert len(computed) == 1  # three windows and the stitched signal
+    assert len(feature_calls) == 1  # three windows and the stitched signal
 
-    # Every trading day of the test, each sample once.
+    # The signal has every trading day of the test segment, and each sample once.
     days = result.prediction.index.get_level_values("datetime").unique()
     assert days[0] == pd.Timestamp("2019-01-01")
     assert days[-1] == pd.Timestamp("2019-05-31")
@@ -59,7 +59,7 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     samples = init_instance_by_config(whole).samples("test", data_key="infer")
     assert result.prediction.index.equals(samples.index)
 
-    # The parent holds the signal and what the task's records say of it.
+    # The parent run has the signal and the results of the task's records.
     parent = R.get_recorder(recorder_id=result.recorder.id)
     assert parent.status == "FINISHED"
     pd.testing.assert_frame_equal(parent.load_object("pred.pkl"), result.prediction)
@@ -70,14 +70,14 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
     assert parent.list_params()["rolling.windows"] == "3"
     assert parent.load_object("task")["seed"] == 3
 
-    # The windows are its children, in order.
-    listed = parent.load_object("rolling")
-    assert [w["recorder_id"] for w in listed] == [r.id for r in result.windows]
+    # The windows are its child runs, in order.
+    window_list = parent.load_object("rolling")
+    assert [w["recorder_id"] for w in window_list] == [r.id for r in result.windows]
     for number, recorder in enumerate(result.windows):
         tags = R.get_recorder(recorder_id=recorder.id).list_tags()
         assert tags[PARENT_TAG] == parent.id
         assert tags[WINDOW_TAG] == str(number)
-        assert tags[SPAN_TAG] == "..".join(listed[number]["segments"]["test"])
+        assert tags[SPAN_TAG] == "..".join(window_list[number]["segments"]["test"])
     children = RecorderCollector(
         "study",
         [RollingEnsemble()],
@@ -87,17 +87,17 @@ def test_a_study_from_end_to_end(store, tmp_path, make_task, computed):
 
 
 @pytest.mark.slow
-def test_trainers_and_the_cache_change_no_number(store, tmp_path, make_task, computed):
-    reference = study(make_task(), tmp_path, cache=False)
-    assert len(computed) == 3
+def test_results_do_not_depend_on_trainer_or_cache(store, tmp_path, make_task, feature_calls):
+    reference = run_study(make_task(), tmp_path, cache=False)
+    assert len(feature_calls) == 3
     for trainer in (TrainerR("study"), DelayTrainerR("study")):
-        other = study(make_task(), tmp_path, trainer)
-        pd.testing.assert_frame_equal(other.prediction, reference.prediction, check_exact=True)
-    assert len(computed) == 4
+        result = run_study(make_task(), tmp_path, trainer)
+        pd.testing.assert_frame_equal(result.prediction, reference.prediction, check_exact=True)
+    assert len(feature_calls) == 4
 
 
-def test_the_windows_share_one_span_and_differ_in_the_rest(make_task, tmp_path):
-    tasks = rolled(
+def test_windows_share_end_date_and_differ_in_segments(make_task, tmp_path):
+    tasks = rolling_tasks(
         make_task(),
         step=25,
         rtype="sliding",
@@ -115,13 +115,13 @@ def test_the_windows_share_one_span_and_differ_in_the_rest(make_task, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_window_equals_the_same_task_by_itself(store, tmp_path, make_task):
-    """Neither the shared span nor the cache leaks into a window."""
+def test_window_equals_its_task_trained_alone(store, tmp_path, make_task):
+    """Neither the shared end date nor the cache changes a window's scores."""
     from qtorch.task import RollingGen
 
-    result = study(make_task(), tmp_path)
-    alone = RollingGen(40)(make_task())[1]
-    (recorder,) = TrainerR("alone")([alone])
+    result = run_study(make_task(), tmp_path)
+    window_task = RollingGen(40)(make_task())[1]
+    (recorder,) = TrainerR("alone")([window_task])
     pd.testing.assert_frame_equal(
         recorder.load_object("pred.pkl"),
         result.windows[1].load_object("pred.pkl"),
@@ -130,7 +130,7 @@ def test_a_window_equals_the_same_task_by_itself(store, tmp_path, make_task):
 
 
 @pytest.mark.slow
-def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_task, monkeypatch):
+def test_failed_window_is_reported_and_others_are_kept(store, tmp_path, make_task, monkeypatch):
     real = LightningModel.fit
 
     def fit(self, dataset, *args, **options):
@@ -140,7 +140,7 @@ def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_
 
     monkeypatch.setattr(LightningModel, "fit", fit)
     with pytest.raises(StudyError, match=r"1 of 3 windows did not finish.*window 2.*no luck"):
-        study(make_task(), tmp_path)
+        run_study(make_task(), tmp_path)
     runs = list(R.list_recorders(experiment_name="study").values())
     assert sorted(r.status for r in runs) == ["FAILED"] * 2 + ["FINISHED"] * 2
     parent = next(r for r in runs if r.name == "rolling")
@@ -150,9 +150,9 @@ def test_a_failed_window_is_named_and_the_others_are_kept(store, tmp_path, make_
 
 
 @pytest.mark.slow
-def test_records_of_the_windows_and_of_the_whole(store, tmp_path, make_task):
+def test_records_of_windows_and_of_stitched_signal(store, tmp_path, make_task):
     record = [{"_target_": "qtorch.record.SegmentICRecord", "segments": ["valid", "test"]}]
-    result = study(make_task(record=record), tmp_path, part_records=record)
+    result = run_study(make_task(record=record), tmp_path, part_records=record)
     window = result.windows[0].list_metrics()
     assert {"valid.IC", "test.IC"} <= window.keys()
     metrics = result.recorder.list_metrics()
@@ -161,69 +161,69 @@ def test_records_of_the_windows_and_of_the_whole(store, tmp_path, make_task):
     assert "pred.pkl" in result.recorder.list_artifacts()
 
 
-def test_a_task_that_cannot_be_rolled_says_why(store, tmp_path, make_task):
-    with pytest.raises(ConfigError, match="at least one day"):
-        study(make_task(), tmp_path, horizon=0)
-    live = make_task()
-    live["dataset"]["handler"] = object()
+def test_invalid_horizon_raises(store, tmp_path, make_task):
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        run_study(make_task(), tmp_path, horizon=0)
+    task_with_object = make_task()
+    task_with_object["dataset"]["handler"] = object()
     with pytest.raises(ConfigError, match="label of a handler's configuration"):
-        study(live, tmp_path, horizon=2)
+        run_study(task_with_object, tmp_path, horizon=2)
 
 
 # -- warm start ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_warm_window_begins_from_the_one_before(store, tmp_path, make_task):
-    cold = study(make_task(epochs=2), tmp_path)
-    warm = study(make_task(epochs=2), tmp_path, warm_start=True)
+def test_warm_window_starts_from_previous_window(store, tmp_path, make_task):
+    cold = run_study(make_task(epochs=2), tmp_path)
+    warm = run_study(make_task(epochs=2), tmp_path, warm_start=True)
     first, second, third = (r.load_object("params.pkl") for r in warm.windows[:3])
-    # The first is as without; from the second on they part.
-    ours, theirs = (s.windows[0].load_object("pred.pkl") for s in (warm, cold))
-    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    # The first window is the same without a warm start; the later ones differ.
+    warm_scores, cold_scores = (s.windows[0].load_object("pred.pkl") for s in (warm, cold))
+    pd.testing.assert_frame_equal(warm_scores, cold_scores, check_exact=True)
     assert not np.allclose(
         warm.windows[1].load_object("pred.pkl"), cold.windows[1].load_object("pred.pkl")
     )
-    # The second is what finetune makes of the first.
+    # The second window equals a finetune of the first window's model.
     from qtorch import init_instance_by_config
     from qtorch.core.session import session_context
 
     dataset = init_instance_by_config(warm.tasks[1]["dataset"])
     with session_context(seed=3):
         first.finetune(dataset)
-    ours, by_hand = second.model_.network_.state_dict(), first.network_.state_dict()
-    assert all((ours[k] == by_hand[k]).all() for k in ours)
-    # The lineage can be followed from the last to the first.
+    window_state, expected_state = second.model_.network_.state_dict(), first.network_.state_dict()
+    assert all((window_state[k] == expected_state[k]).all() for k in window_state)
+    # The lineage can be followed from the last window to the first.
     ids = [r.id for r in warm.windows]
     tags = [R.get_recorder(recorder_id=i).list_tags() for i in ids]
     assert [t.get("warm_start.from") for t in tags] == [None, *ids[:-1]]
     assert [t.get("warm_start.depth") for t in tags] == [None, "1", "2"]
     assert third.fit_report_["epochs"] == 2
-    # What was loaded predicts.
-    again = third.predict(init_instance_by_config(warm.tasks[2]["dataset"]))
-    stored = warm.windows[2].load_object("pred.pkl")["score"]
-    pd.testing.assert_series_equal(again, stored, check_exact=True)
+    # The loaded model predicts the stored scores.
+    prediction = third.predict(init_instance_by_config(warm.tasks[2]["dataset"]))
+    stored_prediction = warm.windows[2].load_object("pred.pkl")["score"]
+    pd.testing.assert_series_equal(prediction, stored_prediction, check_exact=True)
 
 
 @pytest.mark.slow
-def test_options_of_a_warm_start_and_a_chain_that_breaks(store, tmp_path, make_task, monkeypatch):
+def test_warm_start_options_and_failing_window(store, tmp_path, make_task, monkeypatch):
     options = {"trainer": {"max_epochs": 1}}
-    warm = study(make_task(epochs=2), tmp_path, warm_start=options)
+    warm = run_study(make_task(epochs=2), tmp_path, warm_start=options)
     assert [r.load_object("params.pkl").fit_report_["epochs"] for r in warm.windows] == [2, 1, 1]
 
-    def broken(self, *args, **options):
+    def failing_finetune(self, *args, **options):
         raise ValueError("no finetune today")
 
-    monkeypatch.setattr(LightningModel, "finetune", broken)
+    monkeypatch.setattr(LightningModel, "finetune", failing_finetune)
     with pytest.raises(StudyError, match=r"window 1.*no finetune today"):
-        study(make_task(), tmp_path, warm_start=True)
+        run_study(make_task(), tmp_path, warm_start=True)
 
 
-def test_warm_start_by_itself(store, tmp_path, make_task):
+def test_warm_start_without_fitted_model_raises(store, tmp_path, make_task):
     from qtorch.core.errors import NotFittedError
-    from qtorch.study import WarmStart
+    from qtorch.run_study import WarmStart
 
-    with pytest.raises(NotFittedError, match="no weights yet"):
+    with pytest.raises(NotFittedError, match="is not fitted"):
         WarmStart("x").predict(None)
     with R.start(experiment_name="e"):
         R.save_objects(**{"params.pkl": {"no": "model"}})

@@ -1,4 +1,4 @@
-"""What makes jobs the same, groups of seeds, the best."""
+"""Tests of task identity, seed groups, and the best job and group of a sweep."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qtorch.study.sweep import SweepJob
 from qtorch.study.sweep_groups import (
     best_group,
     best_job,
-    best_metric,
+    choose_metric,
     common_overrides,
-    mode_of,
+    resolve_mode,
     seed_groups,
 )
-from qtorch.study.sweep_job import FIT_KEY_TAG, SETTING_TAG, TASK_TAG, identified
+from qtorch.study.sweep_job import FIT_KEY_TAG, SETTING_TAG, TASK_TAG, identify_task
 
 TASK = {
     "model": {"_target_": "qtorch.model.LightningModel", "network": {"_target_": "qtorch.nn.GRU"}},
@@ -27,33 +27,33 @@ TASK = {
 }
 
 
-def job(number, setting, seed, ic, status="FINISHED"):
+def make_job(number, setting, seed, ic, status="FINISHED"):
     overrides = ["debug=tiny", f"model={setting}", f"seed={seed}"]
     metrics = {} if ic is None else {"test.Rank IC": ic, "valid/loss": 1 - ic}
     return SweepJob(number, overrides, status, f"run{number}", metrics, 1.0, setting)
 
 
 JOBS = [
-    job(0, "lstm", 0, 0.01),
-    job(1, "lstm", 1, 0.05),
-    job(2, "gru", 0, 0.03),
-    job(3, "gru", 1, 0.04),
-    job(4, "gru", 2, None, "FAILED"),
+    make_job(0, "lstm", 0, 0.01),
+    make_job(1, "lstm", 1, 0.05),
+    make_job(2, "gru", 0, 0.03),
+    make_job(3, "gru", 1, 0.04),
+    make_job(4, "gru", 2, None, "FAILED"),
 ]
 
 
-def test_jobs_are_grouped_by_all_but_the_seed():
+def test_jobs_are_grouped_by_setting():
     groups = seed_groups(JOBS)
     assert [(g.name, len(g.jobs)) for g in groups] == [("model=lstm", 2), ("model=gru", 2)]
-    mean, deviation, count = groups[0].spread("test.Rank IC")
-    assert (mean, deviation, count) == (pytest.approx(0.03), pytest.approx(0.04 / math.sqrt(2)), 2)
-    mean, deviation, count = seed_groups(JOBS[:1])[0].spread("test.Rank IC")
+    mean, std, count = groups[0].metric_statistics("test.Rank IC")
+    assert (mean, std, count) == (pytest.approx(0.03), pytest.approx(0.04 / math.sqrt(2)), 2)
+    mean, std, count = seed_groups(JOBS[:1])[0].metric_statistics("test.Rank IC")
     assert (mean, count) == (0.01, 1)
-    assert math.isnan(deviation)
-    assert groups[0].spread("nothing")[2] == 0
+    assert math.isnan(std)
+    assert groups[0].metric_statistics("unknown")[2] == 0
 
 
-def test_what_all_have_in_common_is_not_said_in_every_row():
+def test_common_overrides_of_jobs():
     assert common_overrides(JOBS) == {"debug=tiny"}
     assert common_overrides(JOBS[:1], "debug=tiny model=lstm seed=0,1") == {
         "debug=tiny",
@@ -62,64 +62,64 @@ def test_what_all_have_in_common_is_not_said_in_every_row():
     assert common_overrides([]) == set()
 
 
-def test_the_best_job_and_the_best_setting_may_differ():
-    metric = best_metric(JOBS)
+def test_best_job_and_best_setting_can_differ():
+    metric = choose_metric(JOBS)
     assert metric == "test.Rank IC"
-    chosen = [replace(j, metrics={**j.metrics, "valid.Rank IC": 0.0}) for j in JOBS]
-    assert best_metric(chosen) == "valid.Rank IC"  # a test that chooses is none
-    best = best_job(JOBS, metric, mode_of(metric))
+    jobs_with_valid = [replace(j, metrics={**j.metrics, "valid.Rank IC": 0.0}) for j in JOBS]
+    assert choose_metric(jobs_with_valid) == "valid.Rank IC"  # a test segment must not select
+    best = best_job(JOBS, metric, resolve_mode(metric))
     assert best is not None
     assert best.number == 1
     group = best_group(seed_groups(JOBS), metric)
     assert group is not None
     assert group.name == "model=gru"
-    loss = best_job(JOBS, "valid/loss", mode_of("valid/loss"))
+    loss = best_job(JOBS, "valid/loss", resolve_mode("valid/loss"))
     assert loss is not None
     assert loss.number == 1
     assert best_job(JOBS[-1:], metric) is None
 
 
-def test_wrong_metrics_and_modes_are_named():
+def test_unknown_metric_or_mode_raises():
     with pytest.raises(ConfigError, match=r"Did you mean 'test.Rank IC'"):
-        best_metric(JOBS, "test.Rank_IC")
+        choose_metric(JOBS, "test.Rank_IC")
     with pytest.raises(ConfigError, match="mode"):
-        mode_of("IC", "maximal")
-    assert mode_of("valid/loss", "max") == "max"
-    assert mode_of("1day.excess_return_with_cost.max_drawdown") == "max"  # a negative number
+        resolve_mode("IC", "maximal")
+    assert resolve_mode("valid/loss", "max") == "max"
+    assert resolve_mode("1day.excess_return_with_cost.max_drawdown") == "max"  # a negative number
 
 
-def tags(**changes):
-    return identified({**TASK, **changes})[1]
+def compute_tags(**changes):
+    return identify_task({**TASK, **changes})[1]
 
 
-def test_a_seed_changes_the_task_and_not_the_setting():
-    first, other = tags(), tags(seed=1)
-    assert first[TASK_TAG] != other[TASK_TAG]
-    assert first[SETTING_TAG] == other[SETTING_TAG]
-    assert first[FIT_KEY_TAG] != other[FIT_KEY_TAG]
+def test_seed_changes_task_but_not_setting():
+    first, with_other_seed = compute_tags(), compute_tags(seed=1)
+    assert first[TASK_TAG] != with_other_seed[TASK_TAG]
+    assert first[SETTING_TAG] == with_other_seed[SETTING_TAG]
+    assert first[FIT_KEY_TAG] != with_other_seed[FIT_KEY_TAG]
 
 
-def test_a_record_changes_the_task_and_not_the_training():
-    first, other = tags(), tags(record=[])
-    assert first[TASK_TAG] != other[TASK_TAG]
-    assert first[FIT_KEY_TAG] == other[FIT_KEY_TAG]
+def test_record_changes_task_but_not_training():
+    first, without_records = compute_tags(), compute_tags(record=[])
+    assert first[TASK_TAG] != without_records[TASK_TAG]
+    assert first[FIT_KEY_TAG] == without_records[FIT_KEY_TAG]
 
 
-def test_a_task_without_a_seed_gets_one_of_its_own():
-    complete, told = identified({**TASK, "seed": None})
-    assert complete["seed"] == identified({**TASK, "seed": None})[0]["seed"]
-    assert complete["seed"] != identified({**TASK, "seed": None, "record": []})[0]["seed"]
-    assert told == identified(complete)[1]
+def test_task_without_seed_gets_deterministic_seed():
+    complete, task_tags = identify_task({**TASK, "seed": None})
+    assert complete["seed"] == identify_task({**TASK, "seed": None})[0]["seed"]
+    assert complete["seed"] != identify_task({**TASK, "seed": None, "record": []})[0]["seed"]
+    assert task_tags == identify_task(complete)[1]
 
 
-def test_a_relative_path_means_the_same_job_in_its_folder_alone(tmp_path, monkeypatch):
+def test_relative_path_identifies_task_only_within_its_folder(tmp_path, monkeypatch):
     source = {"_target_": "qtorch.data.QlibSource", "provider_uri": "bars"}
     handler = {"_target_": "qtorch.data.Alpha158", "source": source}
     task = {**TASK, "dataset": {"_target_": "qtorch.data.DatasetH", "handler": handler}}
     monkeypatch.chdir(tmp_path)
-    here = identified(task)[1]
-    assert here == identified(task)[1]
+    first_tags = identify_task(task)[1]
+    assert first_tags == identify_task(task)[1]
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert identified(task)[1][TASK_TAG] != here[TASK_TAG]
-    assert identified(task)[1][FIT_KEY_TAG] == here[FIT_KEY_TAG]
+    assert identify_task(task)[1][TASK_TAG] != first_tags[TASK_TAG]
+    assert identify_task(task)[1][FIT_KEY_TAG] == first_tags[FIT_KEY_TAG]

@@ -1,4 +1,4 @@
-"""One job of a sweep: what earlier runs have done of it counts."""
+"""Tests of running a sweep's job: the work of earlier runs is reused."""
 
 from __future__ import annotations
 
@@ -9,145 +9,149 @@ from types import SimpleNamespace
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.core.heartbeat import listening
+from qtorch.core.heartbeat import listen
 from qtorch.study import sweep_job
-from qtorch.study.claim import claimed
+from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import claim_path
 from qtorch.study.sweep_job import (
+    FAILED_BEFORE,
     FIT_FROM_TAG,
-    RECORDED,
-    REFUSED,
+    RECORDS_ONLY,
     RESUMED,
     SKIPPED,
     TRAINED,
-    Membership,
-    has_settled_jobs,
-    identified,
+    SweepMember,
+    find_finished_job,
+    has_finished_jobs,
+    identify_task,
     run_sweep_job,
-    settled_sweep_job,
 )
 from qtorch.tracking.r import R
 
-PLACE = Membership("the-sweep", 0, ("seed=1",))
-AGAIN = Membership("the-sweep", 0, ("seed=1",), retry=True)
+MEMBER = SweepMember("the-sweep", 0, ("seed=1",))
+RETRY_MEMBER = SweepMember("the-sweep", 0, ("seed=1",), retry=True)
 
 
-def interrupted_by(stage: str):
-    """Inside, the work is interrupted where it comes to `stage`."""
+def interrupt_at_stage(stage: str):
+    """Within this context, raise KeyboardInterrupt when the work reaches `stage`."""
 
     def on_beat(name: str, details: dict) -> None:
         if name == stage:
             raise KeyboardInterrupt
 
-    return listening(on_beat)
+    return listen(on_beat)
 
 
 @pytest.mark.slow
-def test_records_that_were_interrupted_are_made_without_training(store, make_task, monkeypatch):
+def test_interrupted_records_are_resumed_without_training(store, make_task, monkeypatch):
     task = {**make_task(), "seed": 1}
-    fitted = run_sweep_job(task, PLACE, "exp")
-    assert fitted.how == TRAINED
-    other = {**task, "record": ["SignalRecord"]}
+    first_outcome = run_sweep_job(task, MEMBER, "exp")
+    assert first_outcome.action == TRAINED
+    other_task = {**task, "record": ["SignalRecord"]}
     monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt), interrupted_by("record"):
-        run_sweep_job(other, PLACE, "exp")
-    (killed,) = [
+    with pytest.raises(KeyboardInterrupt), interrupt_at_stage("record"):
+        run_sweep_job(other_task, MEMBER, "exp")
+    (killed_run,) = [
         r for r in R.list_recorders(experiment_name="exp").values() if r.status == "KILLED"
     ]
-    assert killed.list_tags()[FIT_FROM_TAG] == fitted.recorder.id
+    assert killed_run.list_tags()[FIT_FROM_TAG] == first_outcome.recorder.id
 
-    monkeypatch.setattr(sweep_job, "task_train", None)  # whoever trains fails
-    made = run_sweep_job(other, PLACE, "exp")
-    assert made.how == RESUMED
-    assert (made.recorder.id, made.recorder.status) == (killed.id, "FINISHED")
-    assert made.recorder.logged("valid/loss") == fitted.recorder.logged("valid/loss")
-    assert "pred.pkl" in made.recorder.list_artifacts()
-    third = run_sweep_job({**task, "record": []}, PLACE, "exp")
-    assert third.how == RECORDED
+    monkeypatch.setattr(sweep_job, "task_train", None)  # any attempt to train fails
+    outcome = run_sweep_job(other_task, MEMBER, "exp")
+    assert outcome.action == RESUMED
+    assert (outcome.recorder.id, outcome.recorder.status) == (killed_run.id, "FINISHED")
+    assert outcome.recorder.metric_history("valid/loss") == first_outcome.recorder.metric_history(
+        "valid/loss"
+    )
+    assert "pred.pkl" in outcome.recorder.list_artifacts()
+    third_outcome = run_sweep_job({**task, "record": []}, MEMBER, "exp")
+    assert third_outcome.action == RECORDS_ONLY
 
 
 @pytest.mark.slow
-def test_a_record_that_failed_is_mended_without_training(store, make_task, monkeypatch):
+def test_failed_record_is_retried_without_training(store, make_task, monkeypatch):
     task = {**make_task(), "seed": 1}
     with pytest.raises(ConfigError, match="NoSuchRecord"):
-        run_sweep_job({**task, "record": ["NoSuchRecord"]}, PLACE, "exp")
-    (failed,) = R.list_recorders(experiment_name="exp").values()
-    assert failed.status == "FAILED"
-    alone = Membership(PLACE.sweep_id, 0, PLACE.overrides, reuse=False)
-    elsewhere = Membership("another", 0, PLACE.overrides, reuse=False)
+        run_sweep_job({**task, "record": ["NoSuchRecord"]}, MEMBER, "exp")
+    (failed_run,) = R.list_recorders(experiment_name="exp").values()
+    assert failed_run.status == "FAILED"
+    same_sweep = SweepMember(MEMBER.sweep_id, 0, MEMBER.overrides, reuse=False)
+    other_sweep = SweepMember("another", 0, MEMBER.overrides, reuse=False)
 
-    train = sweep_job.task_train
-    monkeypatch.setattr(sweep_job, "task_train", None)  # whoever trains fails
+    real_train = sweep_job.task_train
+    monkeypatch.setattr(sweep_job, "task_train", None)  # any attempt to train fails
     with pytest.raises(TypeError):
-        run_sweep_job(task, elsewhere, "exp")
-    made = run_sweep_job(task, alone, "exp")
-    assert (made.how, made.recorder.status) == (RECORDED, "FINISHED")
-    assert made.recorder.list_tags()[FIT_FROM_TAG] == failed.id
-    assert made.recorder.logged("valid/loss") == failed.logged("valid/loss")
+        run_sweep_job(task, other_sweep, "exp")
+    outcome = run_sweep_job(task, same_sweep, "exp")
+    assert (outcome.action, outcome.recorder.status) == (RECORDS_ONLY, "FINISHED")
+    assert outcome.recorder.list_tags()[FIT_FROM_TAG] == failed_run.id
+    assert outcome.recorder.metric_history("valid/loss") == failed_run.metric_history("valid/loss")
 
-    # A record's own failure to load something is no reason to train.
-    other = {**task, "record": ["SigAnaRecord"]}  # of scores that no record has made
+    # If a record itself fails to load an artifact, the job must not train again.
+    other_task = {**task, "record": ["SigAnaRecord"]}  # needs scores, which no record stored
     with pytest.raises(Exception, match=r"pred\.pkl"):
-        run_sweep_job(other, alone, "exp")
+        run_sweep_job(other_task, same_sweep, "exp")
 
-    # What cannot be loaded is passed over, be it all that there is.
+    # Runs whose model cannot be loaded are ignored, even if there are no others.
     for run in R.list_recorders(experiment_name="exp").values():
         Path(run.download_artifact("params.pkl")).unlink()
-    monkeypatch.setattr(sweep_job, "task_train", train)
-    assert run_sweep_job({**task, "record": []}, alone, "exp").how == TRAINED
+    monkeypatch.setattr(sweep_job, "task_train", real_train)
+    assert run_sweep_job({**task, "record": []}, same_sweep, "exp").action == TRAINED
 
 
 @pytest.mark.slow
-def test_what_is_settled_is_known_without_doing_it(store, make_task):
+def test_finished_and_failed_jobs_are_found_without_running(store, make_task):
     task = {**make_task(), "seed": 1, "record": []}
-    assert not has_settled_jobs("exp")
-    assert settled_sweep_job(task, PLACE, "exp") is None
-    bad = {**task, "model": {**task["model"], "network": "qtorch.nn.NoSuchNetwork"}}
+    assert not has_finished_jobs("exp")
+    assert find_finished_job(task, MEMBER, "exp") is None
+    bad_task = {**task, "model": {**task["model"], "network": "qtorch.nn.NoSuchNetwork"}}
     with pytest.raises(Exception, match="NoSuchNetwork"):
-        run_sweep_job(bad, PLACE, "exp")
-    assert has_settled_jobs("exp")
-    refused = settled_sweep_job(bad, PLACE, "exp")
-    assert (refused.how, refused.recorder.status) == (REFUSED, "FAILED")
-    assert "sweep.retry=true" in refused.error
-    assert settled_sweep_job(bad, AGAIN, "exp") is None
+        run_sweep_job(bad_task, MEMBER, "exp")
+    assert has_finished_jobs("exp")
+    failed_outcome = find_finished_job(bad_task, MEMBER, "exp")
+    assert (failed_outcome.action, failed_outcome.recorder.status) == (FAILED_BEFORE, "FAILED")
+    assert "sweep.retry=true" in failed_outcome.error
+    assert find_finished_job(bad_task, RETRY_MEMBER, "exp") is None
     with pytest.raises(Exception, match="NoSuchNetwork"):
-        run_sweep_job(bad, AGAIN, "exp")
-    assert len(R.list_recorders(experiment_name="exp")) == 1  # tried again in its run
+        run_sweep_job(bad_task, RETRY_MEMBER, "exp")
+    assert len(R.list_recorders(experiment_name="exp")) == 1  # retried in the same run
 
-    done = run_sweep_job(task, PLACE, "exp")
-    found = settled_sweep_job(task, Membership("another", 3, ("seed=1",)), "exp")
-    assert (found.how, found.recorder.id, found.error) == (SKIPPED, done.recorder.id, None)
-    only_own = Membership("a-third", 3, ("seed=1",), reuse=False)
-    assert settled_sweep_job(task, only_own, "exp") is None
+    outcome = run_sweep_job(task, MEMBER, "exp")
+    skipped_outcome = find_finished_job(task, SweepMember("another", 3, ("seed=1",)), "exp")
+    assert (skipped_outcome.action, skipped_outcome.recorder.id, skipped_outcome.error) == (
+        SKIPPED,
+        outcome.recorder.id,
+        None,
+    )
+    without_reuse = SweepMember("a-third", 3, ("seed=1",), reuse=False)
+    assert find_finished_job(task, without_reuse, "exp") is None
 
 
 @pytest.mark.slow
-def test_a_claim_that_is_given_up_before_its_run_began_is_taken(
-    store, make_task, monkeypatch, caplog
-):
-    """Who holds it may read data for minutes before there is a run, and fail in that."""
+def test_job_waits_for_claim_whose_holder_has_no_run_yet(store, make_task, monkeypatch, caplog):
+    """The holder of a claim may load data for minutes before its run starts, and fail there."""
     task = {**make_task(), "seed": 1, "record": []}
-    held = claim_path(R.get_exp(experiment_name="exp").id, identified(task)[1])
-    waits = threading.Event()
+    path = claim_path(R.get_exp(experiment_name="exp").id, identify_task(task)[1])
+    is_waiting = threading.Event()
 
     def sleep(seconds: float) -> None:
         assert not R.list_recorders(experiment_name="exp")
-        waits.set()
+        is_waiting.set()
 
     def hold() -> None:
-        with claimed(held) as mine:
-            assert mine
-            holds.set()
-            assert waits.wait(60)
+        with hold_claim(path) as has_claim:
+            assert has_claim
+            is_holding.set()
+            assert is_waiting.wait(60)
 
-    holds = threading.Event()
+    is_holding = threading.Event()
     holder = threading.Thread(target=hold)
     holder.start()
-    assert holds.wait(60)
+    assert is_holding.wait(60)
     monkeypatch.setattr(sweep_job, "time", SimpleNamespace(sleep=sleep))
     with caplog.at_level("INFO", "qtorch"):
-        done = run_sweep_job(task, PLACE, "exp")
+        outcome = run_sweep_job(task, MEMBER, "exp")
     holder.join()
-    assert waits.is_set()
-    assert (done.how, done.recorder.status) == (TRAINED, "FINISHED")
-    assert len([r for r in caplog.records if "about to begin this job" in r.getMessage()]) == 1
+    assert is_waiting.is_set()
+    assert (outcome.action, outcome.recorder.status) == (TRAINED, "FINISHED")
+    assert len([r for r in caplog.records if "has claimed this job" in r.getMessage()]) == 1
