@@ -168,7 +168,9 @@ class TrainerRM(TrainerR):
                 self._run_tasks(function, name, before, after, query)
             try:
                 manager.wait(
-                    query, timeout=None if skip_run else POLL_SECONDS, finished=list(final_statuses)
+                    query,
+                    timeout=None if skip_run else POLL_SECONDS,
+                    final_statuses=list(final_statuses),
                 )
                 return
             except TaskTimeout:

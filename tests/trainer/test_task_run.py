@@ -134,7 +134,7 @@ def test_records_run_in_order_with_placeholders_and_signature_arguments(make_tas
 
 
 def test_record_before_its_dependency_fails_with_a_hint(make_task):
-    with pytest.raises(RecordError, match=r"pred\.pkl.*Put SignalRecord before it"):
+    with pytest.raises(RecordError, match=r"pred\.pkl.*Run SignalRecord before it"):
         task_train(make_task(record=["SigAnaRecord", "SignalRecord"]), "exp")
     (recorder,) = R.list_recorders(experiment_name="exp").values()
     assert recorder.status == Recorder.STATUS_FA

@@ -89,7 +89,7 @@ def test_delayed_failure_is_recorded_and_can_be_retried(make_task, tmp_path):
 
 
 @pytest.mark.slow
-def test_call_in_subproc_runs_each_task_in_its_own_process(warm, make_task, tmp_path):
+def test_call_in_subproc_runs_each_task_in_its_own_process(shared_fork_server, make_task, tmp_path):
     log = tmp_path / "log"
     tasks = [
         make_task(record=[], value=1.0, log=str(log)),
@@ -115,7 +115,7 @@ def test_call_in_subproc_runs_each_task_in_its_own_process(warm, make_task, tmp_
 
 
 @pytest.mark.slow
-def test_delayed_trainer_with_call_in_subproc(warm, make_task):
+def test_delayed_trainer_with_call_in_subproc(shared_fork_server, make_task):
     prepared_runs = [begin_task_train(make_task(record=[]), "exp")]
     prepared_runs[0].set_tags(train_status="begin_task_train")
     (finished_run,) = DelayTrainerR("exp", call_in_subproc=True).end_train(prepared_runs)
@@ -123,7 +123,9 @@ def test_delayed_trainer_with_call_in_subproc(warm, make_task):
 
 
 @pytest.mark.slow
-def test_object_of_the_main_script_cannot_be_sent_to_a_subprocess(warm, make_task, monkeypatch):
+def test_object_of_the_main_script_cannot_be_sent_to_a_subprocess(
+    shared_fork_server, make_task, monkeypatch
+):
     class ScriptModel:
         pass
 
