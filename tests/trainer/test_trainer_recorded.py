@@ -89,7 +89,9 @@ def test_delayed_failure_is_recorded_and_can_be_retried(make_task, tmp_path):
 
 
 @pytest.mark.slow
-def test_call_in_subproc_runs_each_task_in_its_own_process(shared_fork_server, make_task, tmp_path):
+def test_call_in_subproc_runs_each_task_in_its_own_process(
+    session_fork_server, make_task, tmp_path
+):
     log = tmp_path / "log"
     tasks = [
         make_task(record=[], value=1.0, log=str(log)),
@@ -107,7 +109,8 @@ def test_call_in_subproc_runs_each_task_in_its_own_process(shared_fork_server, m
     ]
     assert [r.status for r in recorders] == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
     assert len({pid for pid, _, _ in lines} - {str(os.getpid())}) == 4
-    assert len({parent for _, parent, _ in lines} - {str(os.getpid())}) == 1  # the fork server
+    # The parent of all children is the fork server.
+    assert len({parent for _, parent, _ in lines} - {str(os.getpid())}) == 1
     assert "this model fails" in recorders[1].list_tags()["error"]
     assert "SIGKILL" in recorders[2].list_tags()["error"]
     expected = task_train(make_task(record=[]), "exp").list_metrics()["random_number"]
@@ -115,7 +118,7 @@ def test_call_in_subproc_runs_each_task_in_its_own_process(shared_fork_server, m
 
 
 @pytest.mark.slow
-def test_delayed_trainer_with_call_in_subproc(shared_fork_server, make_task):
+def test_delayed_trainer_with_call_in_subproc(session_fork_server, make_task):
     prepared_runs = [begin_task_train(make_task(record=[]), "exp")]
     prepared_runs[0].set_tags(train_status="begin_task_train")
     (finished_run,) = DelayTrainerR("exp", call_in_subproc=True).end_train(prepared_runs)
@@ -124,7 +127,7 @@ def test_delayed_trainer_with_call_in_subproc(shared_fork_server, make_task):
 
 @pytest.mark.slow
 def test_object_of_the_main_script_cannot_be_sent_to_a_subprocess(
-    shared_fork_server, make_task, monkeypatch
+    session_fork_server, make_task, monkeypatch
 ):
     class ScriptModel:
         pass
