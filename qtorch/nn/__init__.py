@@ -1,4 +1,4 @@
-"""Networks: pure torch, one a file; they know nothing of training."""
+"""Networks in pure torch, one per file, independent of the training code."""
 
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from qtorch.nn.recurrent import recurrent_layers as recurrent_layers
     from qtorch.nn.sandwich import Sandwich as Sandwich
     from qtorch.nn.sfm import SFM as SFM
+    from qtorch.nn.stacked import call_stacked_members as call_stacked_members
     from qtorch.nn.stacked import stack_members as stack_members
-    from qtorch.nn.stacked import stacked_call as stacked_call
     from qtorch.nn.stockmixer import StockMixer as StockMixer
     from qtorch.nn.tabnet import TabNet as TabNet
     from qtorch.nn.tcn import TCN as TCN
@@ -57,7 +57,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "Network": "qtorch.nn.network",
         "recurrent_layers": "qtorch.nn.recurrent",
         "stack_members": "qtorch.nn.stacked",
-        "stacked_call": "qtorch.nn.stacked",
+        "call_stacked_members": "qtorch.nn.stacked",
         "TCTS": "qtorch.nn.tcts",
         "TRA": "qtorch.nn.tra",
         "Transformer": "qtorch.nn.transformer",

@@ -1,4 +1,4 @@
-"""ADARNN: a GRU whose states are to be alike in all periods of the past."""
+"""ADARNN: a GRU trained so that its hidden states are distributed alike in different periods."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ DISTANCES = ("cosine", "mmd", "coral")
 
 
 class ADARNN(Network):
-    """GRU layers, each a module of its own, so that the states of all of them can be compared.
+    """Stacked GRU that exposes the hidden states of every layer.
 
-    Du et al., "AdaRNN: Adaptive Learning and Forecasting of Time Series", CIKM 2021. Answers to
-    Qlib's pytorch_adarnn.py; the layers have the same names. `qtorch.model.ADARNNModule` trains
-    it over domains of time. Differences: `dropout` acts between the layers (Qlib gives it to
-    layers of one, where it does nothing); the gates, which only training needs, are no part of
-    the network; the bottleneck, which Qlib never turns on, is left out.
+    Each layer is a separate module, because training compares the states of all layers between
+    domains (periods of time); see `qtorch.model.ADARNNModule`.
+
+    Du et al., "AdaRNN: Adaptive Learning and Forecasting of Time Series", CIKM 2021. Corresponds
+    to Qlib's pytorch_adarnn.py, with the same layer names. Differences: `dropout` is applied
+    between the layers (Qlib passes it to single-layer GRUs, which ignore it); the gates are not
+    part of the network, because only training needs them; the bottleneck, which Qlib never
+    enables, is left out.
     """
 
     def __init__(
@@ -35,30 +38,30 @@ class ADARNN(Network):
     ) -> None:
         super().__init__(num_outputs)
         if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}; there must be one at least.")
+            raise ValueError(f"num_layers is {num_layers}; expected at least 1.")
         widths = [d_feat] + [hidden_size] * (num_layers - 1)
         self.features = nn.ModuleList([GRULayers(width, hidden_size) for width in widths])
         self.dropout = nn.Dropout(dropout)
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def states(self, x: Tensor) -> list[Tensor]:
-        """The states `[B, T, H]` of each layer for `x [B, T, F]`."""
-        found: list[Tensor] = []
+        """Return the hidden states `[B, T, H]` of each layer for `x [B, T, F]`."""
+        layer_states: list[Tensor] = []
         for layer in self.features:
-            found.append(layer(self.dropout(found[-1]) if found else x)[0])
-        return found
+            layer_states.append(layer(self.dropout(layer_states[-1]) if layer_states else x)[0])
+        return layer_states
 
-    def scored(self, states: Sequence[Tensor]) -> Tensor:
-        """The scores `[B]` or `[B, Q]` that the layers' states give."""
+    def score_states(self, states: Sequence[Tensor]) -> Tensor:
+        """Return the scores `[B]` or `[B, Q]` computed from the hidden states of the layers."""
         return self.scores(self.fc_out(states[-1][:, -1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
-        return self.scored(self.states(x))
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
+        return self.score_states(self.states(x))
 
 
 class StepGates(nn.Module):
-    """How much each step of each layer matters where the states of two domains are compared."""
+    """Weights of the steps of each layer in the distance between the states of two domains."""
 
     def __init__(self, num_layers: int, step_len: int, hidden_size: int) -> None:
         super().__init__()
@@ -71,19 +74,23 @@ class StepGates(nn.Module):
             nn.init.zeros_(gate.bias)
 
     def forward(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-        """States `[B, T, H]` of each layer, sample against sample, to shares `[layers, T]`."""
-        shares = []
+        """Return step weights `[layers, T]`, which sum to one for each layer.
+
+        `source` and `target` hold the states `[B, T, H]` of each layer for two domains; sample b of
+        one is paired with sample b of the other.
+        """
+        layer_weights = []
         for gate, norm, first, second in zip(self.gate, self.bn_lst, source, target, strict=True):
-            both = torch.cat((first, second), -1).flatten(1)  # [B, T * 2H]
-            shares.append(torch.sigmoid(norm(gate(both))).mean(0).softmax(0))
-        return torch.stack(shares)
+            pairs = torch.cat((first, second), -1).flatten(1)  # [B, T * 2H]
+            layer_weights.append(torch.sigmoid(norm(gate(pairs))).mean(0).softmax(0))
+        return torch.stack(layer_weights)
 
 
 def step_distances(kind: str, source: Tensor, target: Tensor) -> Tensor:
-    """How far apart two sets of states `[B, T, H]` lie at each step: `[T]`.
+    """Return the distance `[T]` at each step between two sets of states `[B, T, H]`.
 
-    "cosine": one less the cosine of their means; "mmd": the squared distance of their means;
-    "coral": that of their covariances, over 4 H^2.
+    "cosine": one minus the cosine of their means; "mmd": the squared distance of their means;
+    "coral": the squared distance of their covariances, divided by 4 H^2.
     """
     if kind == "coral":
         return (_covariance(source) - _covariance(target)).square().mean((1, 2)) / 4
@@ -94,6 +101,6 @@ def step_distances(kind: str, source: Tensor, target: Tensor) -> Tensor:
 
 
 def _covariance(states: Tensor) -> Tensor:
-    """`[B, T, H]` to `[T, H, H]`."""
-    centred = states - states.mean(0)
-    return torch.einsum("bth,btk->thk", centred, centred) / max(len(states) - 1, 1)
+    """Return the covariance `[T, H, H]` over the batch of states `[B, T, H]` at each step."""
+    deviations = states - states.mean(0)
+    return torch.einsum("bth,btk->thk", deviations, deviations) / max(len(states) - 1, 1)

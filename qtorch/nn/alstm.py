@@ -1,4 +1,4 @@
-"""ALSTM: a recurrent network that weighs its own states over time."""
+"""ALSTM: a recurrent network with attention over its own states."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qtorch.nn.recurrent import recurrent_layers
 
 
 class ALSTM(Network):
-    """Recurrent layers over embedded steps; the score sees their last state beside the mean of
-    all states that attention over time gives.
+    """Recurrent layers over embedded steps, scored from their last state concatenated with the
+    attention-weighted mean of all states.
 
     Qin et al., "A Dual-Stage Attention-Based Recurrent Neural Network for Time Series
-    Prediction", 2017 (its attention over time), as Feng et al., "Enhancing Stock Movement
-    Prediction with Adversarial Training", 2019, use it. Answers to Qlib's pytorch_alstm.py and
-    pytorch_alstm_ts.py. Differences: `num_outputs`; layers named for what they do; the window is
+    Prediction", 2017 (its temporal attention), as used by Feng et al., "Enhancing Stock Movement
+    Prediction with Adversarial Training", 2019. Corresponds to Qlib's pytorch_alstm.py and
+    pytorch_alstm_ts.py. Differences: `num_outputs`; layers have descriptive names; the window is
     `[B, T, F]`, not flat.
     """
 
@@ -31,7 +31,9 @@ class ALSTM(Network):
     ) -> None:
         super().__init__(num_outputs)
         if hidden_size < 2:
-            raise ValueError(f"hidden_size is {hidden_size}; attention takes half of it: from 2.")
+            raise ValueError(
+                f"hidden_size is {hidden_size}; expected at least 2 (attention uses half)."
+            )
         self.embed = nn.Linear(d_feat, hidden_size)
         self.rnn = recurrent_layers(rnn_type, hidden_size, hidden_size, num_layers, dropout)
         self.attend = nn.Linear(hidden_size, hidden_size // 2)
@@ -40,7 +42,7 @@ class ALSTM(Network):
         self.fc_out = nn.Linear(2 * hidden_size, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         states, _ = self.rnn(torch.tanh(self.embed(x)))  # [B, T, H]
         weight = self.relevance(torch.tanh(self.dropout(self.attend(states))))  # [B, T, 1]
         mean = (states * weight.softmax(1)).sum(1)  # [B, H]

@@ -1,4 +1,4 @@
-"""DLinear: a straight line through trend and remainder."""
+"""DLinear: linear layers over the trend and the remainder of each feature."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from qtorch.nn.network import Network
 
 
 def moving_average(x: Tensor, kernel_size: int) -> Tensor:
-    """Centred moving average over the last axis of `x [B, F, T]`, the ends repeated."""
+    """Return the centered moving average over the last axis of `x [B, F, T]`.
+
+    The window is padded by repeating its first and last values, so the length stays T.
+    """
     before = (kernel_size - 1) // 2
     padded = F.pad(x, (before, kernel_size - 1 - before), mode="replicate")
     return F.avg_pool1d(padded, kernel_size, stride=1)
 
 
 class DLinear(Network):
-    """Each feature's trend (a moving average) and remainder through a linear layer over time;
-    a linear layer over the features then gives the score.
+    """Linear layers over time for each feature's trend (a moving average) and remainder, then a
+    linear layer over the features.
 
     Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023. Adapted:
-    the paper forecasts every series from itself; here the forecasts of the features are weighed
-    to one score. `individual` gives each feature layers of its own.
+    the paper forecasts each series from its own past; here a linear layer combines the forecasts
+    of the features into one score. With `individual`, each feature has its own linear layers.
     """
 
     def __init__(
@@ -36,18 +39,18 @@ class DLinear(Network):
     ) -> None:
         super().__init__(num_outputs)
         if kernel_size < 1:
-            raise ValueError(f"kernel_size is {kernel_size}; an average needs one step at least.")
+            raise ValueError(f"kernel_size is {kernel_size}; expected at least 1.")
         self.kernel_size = kernel_size
-        lines, bound = d_feat if individual else 1, step_len**-0.5
-        self.trend = nn.Parameter(torch.empty(lines, step_len).uniform_(-bound, bound))
-        self.rest = nn.Parameter(torch.empty(lines, step_len).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(lines))
+        num_lines, limit = d_feat if individual else 1, step_len**-0.5
+        self.trend = nn.Parameter(torch.empty(num_lines, step_len).uniform_(-limit, limit))
+        self.rest = nn.Parameter(torch.empty(num_lines, step_len).uniform_(-limit, limit))
+        self.bias = nn.Parameter(torch.zeros(num_lines))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(d_feat, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         x = x.transpose(1, 2)  # [B, F, T]
         trend = moving_average(x, self.kernel_size)
-        level = (trend * self.trend + (x - trend) * self.rest).sum(2) + self.bias  # [B, F]
-        return self.scores(self.head(self.dropout(level)))
+        forecast = (trend * self.trend + (x - trend) * self.rest).sum(2) + self.bias  # [B, F]
+        return self.scores(self.head(self.dropout(forecast)))

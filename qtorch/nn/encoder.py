@@ -1,4 +1,4 @@
-"""A Transformer encoder as the newer time series networks use it."""
+"""The Transformer encoder shared by PatchTST and iTransformer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 def encoder(
     d_model: int, nhead: int, num_layers: int, dim_feedforward: int, dropout: float
 ) -> nn.TransformerEncoder:
-    """Encoder layers with GELU over `[B, tokens, d_model]`, batch first.
+    """Return encoder layers with GELU for `[B, tokens, d_model]`, batch first.
 
-    Raises ValueError where the heads do not divide the width.
+    Raises ValueError if `d_model` is not a multiple of `nhead`.
     """
     if d_model % nhead:
         raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")

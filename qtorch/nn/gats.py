@@ -1,4 +1,4 @@
-"""GATs: a recurrent state for each instrument, and attention between those of a day."""
+"""GATs: recurrent states of instruments, and attention between the instruments of a day."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from qtorch.nn.recurrent import recurrent_layers
 
 
 class GATs(Network):
-    """Each instrument's state, mixed with the day's others as a learnt attention says.
+    """Recurrent state of each instrument, plus learned attention over the day's instruments.
 
     Velickovic et al., "Graph Attention Networks", ICLR 2018, on the complete graph of a day.
-    Answers to Qlib's pytorch_gats.py and pytorch_gats_ts.py; the layers have the same names, so
-    that the recurrent part can come from a trained LSTM or GRU. Differences: a batch is whole
-    days (Qlib's `_ts` cuts windows that are sorted by instrument as though they were sorted by
-    date, so that its "days" are stretches of one instrument's) and padding is masked; the logits
-    of all pairs are a sum of two terms instead of a product with `[N * N, 2 H]` pairs;
-    `num_outputs`; a day of one instrument stays a day.
+    Corresponds to Qlib's pytorch_gats.py and pytorch_gats_ts.py, with the same layer names, so
+    that the recurrent weights can be taken from a trained LSTM or GRU. Differences: a batch is
+    whole days and padding is masked (Qlib's `_ts` splits windows that are sorted by instrument as
+    if they were sorted by date, so its "days" are stretches of one instrument); the logits of all
+    pairs are computed as a sum of two terms instead of from `[N * N, 2 H]` concatenated pairs;
+    `num_outputs`; a day with one instrument keeps its shape.
     """
 
     cross_section = True
@@ -42,9 +42,9 @@ class GATs(Network):
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [G, N, T, F]`, `mask [G, N]` to `[G, N]` or `[G, N, Q]`."""
+        """Map `x [G, N, T, F]`, `mask [G, N]` to scores `[G, N]` or `[G, N, Q]`."""
         state = newest_states(self.rnn, x)  # [G, N, H]
-        seen, looks = (self.transformation(state) @ part for part in self.a.chunk(2))  # [G, N, 1]
-        logits = F.leaky_relu(looks + seen.transpose(-1, -2))  # [G, N, N]
+        key, query = (self.transformation(state) @ part for part in self.a.chunk(2))  # [G, N, 1]
+        logits = F.leaky_relu(query + key.transpose(-1, -2))  # [G, N, N]
         state = state + masked_softmax(logits, mask[:, None]).to(state.dtype) @ state
         return self.scores(self.fc_out(F.leaky_relu(self.fc(state))))

@@ -1,4 +1,4 @@
-"""GRU: the LSTM's lighter sister."""
+"""GRU: a gated recurrent network, lighter than the LSTM."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from qtorch.nn.recurrent import GRULayers
 
 
 class GRU(LastState):
-    """Stacked GRU whose last state gives the score.
+    """Stacked GRU with a linear head on its last state.
 
-    Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014. Answers to
-    Qlib's pytorch_gru.py and pytorch_gru_ts.py; the layers have the same names. Differences as
-    in `LSTM`.
+    Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014. Corresponds to
+    Qlib's pytorch_gru.py and pytorch_gru_ts.py, with the same layer names. The differences are
+    those of `LSTM`.
     """
 
     layers = GRULayers

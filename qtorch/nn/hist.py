@@ -1,4 +1,4 @@
-"""HIST: what instruments share by known concepts, by hidden ones, and what is each one's own."""
+"""HIST: information shared through predefined and hidden concepts, and individual information."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtorch.nn.cross_section import cosines, masked_softmax, newest_states
+from qtorch.nn.cross_section import cosine_similarities, masked_softmax, newest_states
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
 
 
 class HIST(Network):
-    """Three doubly residual parts of an instrument's state: concepts, hidden concepts, itself.
+    """Score from three doubly residual modules: concepts, hidden concepts, individual information.
 
     Xu et al., "HIST: A Graph-based Framework for Stock Trend Forecasting via Mining
-    Concept-Oriented Shared Information", 2021. Answers to Qlib's pytorch_hist.py; the layers
-    have the same names. The memberships are the extra `concept [G, N, K]` (0 and 1, as of the
-    sample's date; `qtorch.data.extras.Concepts`), `num_concepts` is filled from the data; no
-    weight depends on it.
+    Concept-Oriented Shared Information", 2021. Corresponds to Qlib's pytorch_hist.py, with the
+    same layer names. The concept memberships are the extra `concept [G, N, K]` (0 or 1, as of the
+    sample's date; see `qtorch.data.extras.Concepts`). `num_concepts` is filled in from the
+    dataset; no weight depends on it.
 
-    Differences: memberships of the day (Qlib downloads one matrix of today for all years, and
-    instruments it does not know get the row 733); empty concepts are masked, not cut out, and
-    "empty" means without members, not a sum of states that happens to be zero; the six layers
-    of Qlib's that nothing uses are left out; it runs on the CPU (Qlib's asks for a GPU).
+    Differences: memberships are those of each day (Qlib downloads one current matrix for all
+    years, and gives row 733 to unknown instruments); empty concepts are masked instead of
+    removed, and "empty" means without members, not with states that happen to sum to zero; six
+    unused layers of Qlib's are left out; it also runs on the CPU (Qlib's requires a GPU).
     """
 
     cross_section = True
@@ -51,17 +51,17 @@ class HIST(Network):
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def forward(self, x: Tensor, mask: Tensor, concept: Tensor) -> Tensor:
-        """`x [G, N, T, F]`, `mask [G, N]`, `concept [G, N, K]` to `[G, N]` or `[G, N, Q]`."""
+        """Map `x [G, N, T, F]`, `mask [G, N]`, `concept [G, N, K]` to scores `[G, N(, Q)]`."""
         if self.num_concepts is not None and concept.shape[-1] != self.num_concepts:
             raise ValueError(
-                f"{concept.shape[-1]} concepts; this network was made for {self.num_concepts}."
+                f"got {concept.shape[-1]} concepts, but num_concepts is {self.num_concepts}."
             )
         state = newest_states(self.rnn, x)  # [G, N, H]
-        shared = self.fc_es(_by_concepts(state, concept * mask[..., None]))
-        rest = state - self.fc_es_back(shared)
-        hidden = self.fc_is(_by_each_other(rest, mask))
-        own = rest - self.fc_is_back(hidden)
-        parts = torch.stack((self.fc_es_fore(shared), self.fc_is_fore(hidden), self.fc_indi(own)))
+        explicit = self.fc_es(_concept_states(state, concept * mask[..., None]))
+        residual = state - self.fc_es_back(explicit)
+        hidden = self.fc_is(_hidden_concept_states(residual, mask))
+        own = residual - self.fc_is_back(hidden)
+        parts = torch.stack((self.fc_es_fore(explicit), self.fc_is_fore(hidden), self.fc_indi(own)))
         return self.scores(self.fc_out(F.leaky_relu(parts).sum(0)))
 
 
@@ -71,32 +71,41 @@ def _square(hidden_size: int) -> nn.Linear:
     return layer
 
 
-def _by_concepts(state: Tensor, concept: Tensor) -> Tensor:
-    """What instruments `[G, N, H]` know by their concepts' states, `concept [G, N, K]`."""
-    members = concept.sum(1, keepdim=True)  # [G, 1, K]
-    share = concept / (members * concept + 1)
-    return _attended(state, share.transpose(-1, -2) @ state, members > 0)
+def _concept_states(state: Tensor, concept: Tensor) -> Tensor:
+    """Return each instrument's attention over the states of predefined concepts, `[G, N, H]`.
+
+    `state [G, N, H]`, `concept [G, N, K]` 0 or 1.
+    """
+    num_members = concept.sum(1, keepdim=True)  # [G, 1, K]
+    share = concept / (num_members * concept + 1)
+    return _attend_to_concepts(state, share.transpose(-1, -2) @ state, num_members > 0)
 
 
-def _by_each_other(state: Tensor, mask: Tensor) -> Tensor:
-    """What instruments `[G, N, H]` know by hidden concepts: each instrument is one, and its
-    members are itself and those that are most like it."""
+def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
+    """Return each instrument's attention over hidden concepts, `[G, N, H]`.
+
+    Each instrument defines one hidden concept. Its members are the instruments whose most similar
+    other instrument it is, and the instrument itself if there are any.
+    """
     count = state.shape[1]
-    place = torch.arange(count, device=state.device)
-    itself = place[:, None] == place
-    # Who is most like whom is a choice, which rounding would make for the network.
+    index = torch.arange(count, device=state.device)
+    is_self = index[:, None] == index
+    # In half precision, rounding would decide which instrument is the most similar one.
     with torch.autocast(state.device.type, enabled=False):
-        alike = cosines(state.float(), state.float())
-    # Not above zero is like nobody: a zero on the diagonal wins then, and counts for nothing.
-    others = alike.masked_fill(itself | ~mask[:, None], 0.0)
-    most, which = others.max(-1)  # [G, N]
-    member = (which[..., None] == place) * (most * mask)[..., None]  # [G, N, N], by concept last
-    chosen = member.sum(1) != 0  # [G, N]
-    member = member + itself * (alike * chosen[:, None])
-    return _attended(state, member.transpose(-1, -2) @ state, chosen[:, None])
+        similarity = cosine_similarities(state.float(), state.float())
+    # An instrument without positive similarity to another joins no concept: the zero on the
+    # diagonal is its maximum then, and gives a membership of zero.
+    masked_similarity = similarity.masked_fill(is_self | ~mask[:, None], 0.0)
+    best, concept = masked_similarity.max(-1)  # [G, N]
+    member = (concept[..., None] == index) * (best * mask)[..., None]  # [G, N, N], concepts last
+    has_members = member.sum(1) != 0  # [G, N]
+    member = member + is_self * (similarity * has_members[:, None])
+    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, has_members[:, None])
 
 
-def _attended(state: Tensor, concept: Tensor, there: Tensor) -> Tensor:
-    """Concepts `[G, K, H]` seen by instruments `[G, N, H]`, more where they are alike;
-    `there [G, 1, K]`."""
-    return masked_softmax(cosines(state, concept), there).to(concept.dtype) @ concept
+def _attend_to_concepts(state: Tensor, concept: Tensor, is_valid: Tensor) -> Tensor:
+    """Attend from instruments `state [G, N, H]` to concepts `[G, K, H]` by cosine similarity.
+
+    `is_valid [G, 1, K]` masks concepts out.
+    """
+    return masked_softmax(cosine_similarities(state, concept), is_valid).to(concept.dtype) @ concept

@@ -1,4 +1,4 @@
-"""IGMTF: an instrument's state beside the most similar states of the most similar past days."""
+"""IGMTF: attend to the most similar instruments of the most similar past days."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtorch.nn.cross_section import cosines, masked_mean, newest_states
+from qtorch.nn.cross_section import cosine_similarities, masked_mean, newest_states
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
 
-NOBODY = -2.0  # below any cosine
+NO_NEIGHBOR = -2.0  # below any cosine
 
 
 class IGMTF(Network):
-    """Looks up past days like this one, and in them instruments like each of this day's.
+    """Recurrent states of a day, combined with similar states from a bank of past days.
+
+    For each day, the `k_day` most similar days of the bank are looked up, and in them the
+    `n_neighbor` most similar instruments for each instrument.
 
     Xu et al., "Instance-wise Graph-based Framework for Multivariate Time Series Forecasting",
-    2021. Answers to Qlib's pytorch_igmtf.py; the layers have the same names. The bank of states
-    is buffers: `bank [D, N, H]`, `bank_mask [D, N]`, `bank_day [D, H]`. `qtorch.model.IGMTFModule`
-    writes it as each epoch begins; it is saved with the weights and predicts with them. A bank
-    that is empty adds nothing.
+    2021. Corresponds to Qlib's pytorch_igmtf.py, with the same layer names. The bank is stored
+    in buffers: `bank [D, N, H]`, `bank_mask [D, N]`, `bank_day [D, H]`. `qtorch.model.IGMTFModule`
+    writes it at the start of each epoch. It is saved with the weights, and prediction uses it. An
+    empty bank contributes nothing.
 
-    Differences: the epoch that is kept predicts with the bank it was validated with (Qlib makes
-    another one to predict); `fc_output`, which nothing uses, is left out; days are true days
-    with padding masked; `k_day` and `n_neighbor` are arguments of the constructor.
+    Differences: the best epoch predicts with the bank that it was validated with (Qlib rebuilds
+    the bank for prediction); the unused `fc_output` is left out; batches are true days with
+    padding masked; `k_day` and `n_neighbor` are constructor arguments.
     """
 
     cross_section = True
@@ -57,52 +60,54 @@ class IGMTF(Network):
         self.project1 = nn.Linear(hidden_size, hidden_size, bias=False)
         self.project2 = nn.Linear(hidden_size, hidden_size, bias=False)
         self.fc_out_pred = nn.Linear(2 * hidden_size, num_outputs)
-        self.reserve(1, 1)
+        self.reset_bank(1, 1)
 
-    def reserve(self, num_days: int, width: int) -> None:
-        """An empty bank for so many days of at most `width` instruments."""
+    def reset_bank(self, num_days: int, width: int) -> None:
+        """Replace the bank by an empty one for `num_days` days of at most `width` instruments."""
         device = self.project1.weight.device
-        form = (num_days, width)
-        self.register_buffer("bank", torch.zeros(*form, self.hidden_size, device=device))
-        self.register_buffer("bank_mask", torch.zeros(form, dtype=torch.bool, device=device))
+        shape = (num_days, width)
+        self.register_buffer("bank", torch.zeros(*shape, self.hidden_size, device=device))
+        self.register_buffer("bank_mask", torch.zeros(shape, dtype=torch.bool, device=device))
         self.register_buffer("bank_day", torch.zeros(num_days, self.hidden_size, device=device))
 
     def states(self, x: Tensor) -> Tensor:
-        """What the bank holds: `x [G, N, T, F]` to `[G, N, H]`."""
+        """Return the states that the bank stores: `x [G, N, T, F]` to `[G, N, H]`."""
         states: Tensor = self.lins(newest_states(self.rnn, x))
         return states
 
     @torch.no_grad()
-    def keep(self, start: int, x: Tensor, mask: Tensor) -> None:
-        """Write the states of the days `x [G, N, T, F]`, `mask [G, N]` as the bank's days from
-        `start` on."""
+    def write_bank(self, start: int, x: Tensor, mask: Tensor) -> None:
+        """Write the states of the days `x [G, N, T, F]`, `mask [G, N]` to the bank, starting at
+        its day `start`."""
         states, (num, width) = self.states(x), mask.shape
         rows = slice(start, start + num)
         self.bank[rows, :width], self.bank_mask[rows, :width] = states * mask[..., None], mask
         self.bank_day[rows] = masked_mean(states, mask)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [G, N, T, F]`, `mask [G, N]` to `[G, N]` or `[G, N, Q]`."""
+        """Map `x [G, N, T, F]`, `mask [G, N]` to scores `[G, N]` or `[G, N, Q]`."""
         state = self.states(x)  # [G, N, H]
-        days = _alike(masked_mean(state, mask), self.bank_day)  # [G, D]
-        near = days.topk(min(self.k_day, days.shape[-1]), -1).indices  # [G, k]
-        kept = self.project2(self.lins(self.bank[near].flatten(1, 2)))  # [G, C, H]
-        there = self.bank_mask[near].flatten(1, 2)  # [G, C]
-        alike = _alike(self.project1(state), kept).masked_fill(~there[:, None], NOBODY)
-        most, which = alike.topk(min(self.n_neighbor, alike.shape[-1]), -1)  # [G, N, n]
-        share = torch.where(most > NOBODY / 2, most, 0.0) / self.n_neighbor
-        place = which.flatten(1)[..., None].expand(-1, -1, kept.shape[-1])
-        found = kept.gather(1, place).unflatten(1, which.shape[1:])  # [G, N, n, H]
-        met = (share[..., None] * found).sum(-2)
-        return self.scores(self.fc_out_pred(torch.cat((state, met), -1)))
+        day_similarity = _exact_similarities(masked_mean(state, mask), self.bank_day)  # [G, D]
+        days = day_similarity.topk(min(self.k_day, day_similarity.shape[-1]), -1).indices  # [G, k]
+        candidates = self.project2(self.lins(self.bank[days].flatten(1, 2)))  # [G, C, H]
+        is_instrument = self.bank_mask[days].flatten(1, 2)  # [G, C]
+        similarity = _exact_similarities(self.project1(state), candidates).masked_fill(
+            ~is_instrument[:, None], NO_NEIGHBOR
+        )
+        best, index = similarity.topk(min(self.n_neighbor, similarity.shape[-1]), -1)  # [G, N, n]
+        weight = torch.where(best > NO_NEIGHBOR / 2, best, 0.0) / self.n_neighbor
+        flat_index = index.flatten(1)[..., None].expand(-1, -1, candidates.shape[-1])
+        neighbors = candidates.gather(1, flat_index).unflatten(1, index.shape[1:])  # [G, N, n, H]
+        neighbor_state = (weight[..., None] * neighbors).sum(-2)
+        return self.scores(self.fc_out_pred(torch.cat((state, neighbor_state), -1)))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        if f"{prefix}bank_mask" in state_dict:  # a bank is as large as its training was long
-            self.reserve(*state_dict[f"{prefix}bank_mask"].shape)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}bank_mask" in state_dict:  # its size depends on the train segment
+            self.reset_bank(*state_dict[f"{prefix}bank_mask"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _alike(x: Tensor, y: Tensor) -> Tensor:
-    """Cosines in full precision: who is nearest is a choice, which rounding would make."""
+def _exact_similarities(x: Tensor, y: Tensor) -> Tensor:
+    """Return cosines in float32; in half precision, rounding would decide which are nearest."""
     with torch.autocast(x.device.type, enabled=False):
-        return cosines(x.float(), y.float())
+        return cosine_similarities(x.float(), y.float())

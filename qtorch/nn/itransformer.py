@@ -1,4 +1,4 @@
-"""iTransformer: attention between features, each a token that holds its whole window."""
+"""iTransformer: attention between features, each embedded with its whole window as one token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qtorch.nn.network import Network
 
 
 class ITransformer(Network):
-    """Each feature's window is embedded as one token; an encoder relates the features.
+    """Embed each feature's window as one token, and apply a Transformer encoder over features.
 
     Liu et al., "iTransformer: Inverted Transformers Are Effective for Time Series Forecasting",
-    ICLR 2024. Adapted: the tokens together give one score, where the paper forecasts each series
-    from its own token. Windows are not normalised one by one (the paper's are, and the forecast
-    scaled back): a score has no scale to go back to, and the level of a feature is information.
+    ICLR 2024. Adapted: one score is computed from all tokens, while the paper forecasts each
+    series from its own token. Windows are not normalized individually (the paper does, and scales
+    the forecast back): a score has no scale to return to, and a feature's level is information.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ITransformer(Network):
         self.head = nn.Linear(d_feat * d_model, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         tokens = self.dropout(self.embed(x.transpose(1, 2)))  # [B, F, H]
         tokens = self.norm(self.encoder(tokens))
         return self.scores(self.head(tokens.flatten(1)))

@@ -1,4 +1,4 @@
-"""KRNN: several recurrent networks side by side, over convolved steps."""
+"""KRNN: the mean of several parallel recurrent networks over convolved steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qtorch.nn.recurrent import GRULayers
 class KRNNEncoder(nn.Module):
     """A convolution over time, then the mean of `rnn_dups` GRUs: `x [B, T, F]` to `[B, T, H]`.
 
-    Raises ValueError for an even `cnn_kernel_size`, which has no step in its middle.
+    Raises ValueError for an even `cnn_kernel_size`, which has no middle step.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class KRNNEncoder(nn.Module):
 
 
 class KRNN(Network):
-    """`rnn_dups` recurrent networks over convolved steps; the mean of their last states gives
-    the score. Each is small, and their mean varies less than one alone.
+    """Convolution over time, then `rnn_dups` small recurrent networks whose mean last state is
+    scored. The mean varies less than a single network.
 
-    From Microsoft's FOST, without a paper; answers to Qlib's pytorch_krnn.py. Differences:
-    `d_feat` for `fea_dim`; Qlib takes the flat window, which Alpha360 lays out feature by
-    feature, for one laid out step by step, so that its convolution runs over a mixture of time
-    and features; an even `cnn_kernel_size` is an error (Qlib loses a step); `num_outputs`; a
-    batch of one stays a batch.
+    From Microsoft's FOST, without a paper. Corresponds to Qlib's pytorch_krnn.py. Differences:
+    `d_feat` instead of `fea_dim`; Qlib reads the flat window as if it were ordered step by step,
+    although Alpha360 orders it feature by feature, so that its convolution mixes time and
+    features; an even `cnn_kernel_size` is an error (in Qlib it drops a step); `num_outputs`; a
+    batch with one sample keeps its shape.
     """
 
     def __init__(
@@ -69,5 +69,5 @@ class KRNN(Network):
         self.out_fc = nn.Linear(rnn_dim, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         return self.scores(self.out_fc(self.encoder(x)[:, -1]))

@@ -1,4 +1,4 @@
-"""Recurrent layers over the window and a head on their last state: what LSTM and GRU share."""
+"""Base class of LSTM and GRU: recurrent layers with a linear head on the last state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from qtorch.nn.recurrent import GRULayers, LSTMLayers
 
 
 class LastState(Network, ABC):
-    """Reads the window from its oldest step to its newest; the last state gives the score."""
+    """Recurrent layers over the window, oldest step first, and a linear head on the last state."""
 
     @property
     @abstractmethod
     def layers(self) -> type[LSTMLayers] | type[GRULayers]:
-        """Which recurrent layers a network of this family has."""
+        """The class of the recurrent layers."""
 
     def __init__(
         self,
@@ -31,6 +31,6 @@ class LastState(Network, ABC):
         self.fc_out = nn.Linear(hidden_size, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         states, _ = self.rnn(x)  # [B, T, H]
         return self.scores(self.fc_out(states[:, -1]))

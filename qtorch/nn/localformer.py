@@ -1,4 +1,4 @@
-"""Localformer: a Transformer with the neighbourhood of each step convolved in."""
+"""Localformer: a Transformer with convolutions over neighboring steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qtorch.nn.transformer import PositionalEncoding
 
 
 class Localformer(Network):
-    """Encoder layers that see each step with a convolution of its neighbours added, then a GRU
-    whose last state gives the score.
+    """Transformer encoder layers, each with a convolution over time added to its input, then a
+    GRU with a linear head on its last state.
 
-    The idea is Li et al.'s, "Enhancing the Locality and Breaking the Memory Bottleneck of
-    Transformer on Time Series Forecasting", 2019; the form is of Qlib's pytorch_localformer.py
-    and pytorch_localformer_ts.py, to which this answers; there is no paper of its own.
-    Differences: Qlib's weights hold the encoder layer that it copies, too, which nothing uses;
-    its copies begin equal, ours each with weights of their own; `dim_feedforward` and
+    The idea is from Li et al., "Enhancing the Locality and Breaking the Memory Bottleneck of
+    Transformer on Time Series Forecasting", 2019. The architecture corresponds to Qlib's
+    pytorch_localformer.py and pytorch_localformer_ts.py and has no paper of its own. Differences:
+    Qlib's state dict also contains the unused template of its encoder layers; Qlib's layers start
+    as equal copies, while here each layer is initialized independently; `dim_feedforward` and
     `num_outputs` can be set.
     """
 
@@ -47,11 +47,11 @@ class Localformer(Network):
         self.decoder_layer = nn.Linear(d_model, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         steps = self.pos_encoder(self.feature_layer(x))  # [B, T, H]
-        near = steps
+        local = steps
         for conv, layer in zip(self.conv, self.layers, strict=True):
-            near = conv(steps.transpose(1, 2)).transpose(1, 2)  # [B, T, H]
-            steps = layer(steps + near)
-        states, _ = self.rnn(steps + near)
+            local = conv(steps.transpose(1, 2)).transpose(1, 2)  # [B, T, H]
+            steps = layer(steps + local)
+        states, _ = self.rnn(steps + local)
         return self.scores(self.decoder_layer(states[:, -1]))

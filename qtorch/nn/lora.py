@@ -1,4 +1,4 @@
-"""LoRA: a frozen network learns again through matrices of low rank beside its weights."""
+"""LoRA: fine-tune a frozen network through low-rank matrices that are added to its weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# Weights of layers that multiply: [out, in] matrices of linear and recurrent layers.
-ADAPTED = (nn.Linear, nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
+# Layers whose weights are [out, in] matrices.
+ADAPTABLE_LAYERS = (nn.Linear, nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
 
 
 class LoRA(nn.Module):
-    """A network whose weights `W` act as `W + alpha / rank x B A`; only A and B learn.
+    """A network with weights `W + alpha / rank x B A`, of which only A and B are trained.
 
-    `A [rank, in]` begins at random and `B [out, rank]` at zero, so that it begins as the network
-    itself. Adapted are the weight matrices of linear, recurrent and attention layers whose
-    parameter names fit one of `targets` (patterns; all by default), and `trained` names patterns
-    of parameters that learn whole beside them (a head). It feeds as the network does; `applied`
-    lends the network to who calls more of it than `forward`. `merge` gives the network with the
-    products added into its weights.
+    `A [rank, in]` starts random and `B [out, rank]` at zero, so that the initial outputs are those
+    of the network. Adapted are the weight matrices of linear, recurrent and attention layers whose
+    parameter names match one of `targets` (patterns; all by default). `trained` are patterns of
+    parameters that are trained directly, such as the head. A LoRA takes the same inputs as its
+    network. `use_effective_weights` lets a training step call methods of the network other than
+    `forward`. `merge` returns the network with the products added to its weights.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
@@ -38,93 +38,105 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be at least 1.")
+            raise ValueError(f"rank is {rank}; expected at least 1.")
         self.network = network
-        self._applied = False
+        self._is_active = False
         self.rank, self.scale = rank, (rank if alpha is None else alpha) / rank
         self.inputs = getattr(network, "inputs", "window")
         self.cross_section = getattr(network, "cross_section", False)
         self.extras = getattr(network, "extras", ())
         self.low, self.high = nn.ParameterDict(), nn.ParameterDict()
-        for name, weight in adaptable(network).items():
+        for name, weight in adaptable_weights(network).items():
             if not any(fnmatch(name, pattern) for pattern in targets):
                 continue
-            out, into = weight.shape
-            low = torch.empty(rank, into, dtype=weight.dtype, device=weight.device)
-            self.low[_key(name)] = nn.Parameter(nn.init.kaiming_uniform_(low, a=5**0.5))
-            self.high[_key(name)] = nn.Parameter(weight.new_zeros(out, rank))
+            out_size, in_size = weight.shape
+            low = torch.empty(rank, in_size, dtype=weight.dtype, device=weight.device)
+            self.low[_parameter_key(name)] = nn.Parameter(nn.init.kaiming_uniform_(low, a=5**0.5))
+            self.high[_parameter_key(name)] = nn.Parameter(weight.new_zeros(out_size, rank))
         if not self.low:
-            known = ", ".join(adaptable(network))
-            raise ValueError(f"targets {list(targets)} fit no weight; it has {known or 'none'}.")
+            weight_names = ", ".join(adaptable_weights(network))
+            raise ValueError(
+                f"targets {list(targets)} match no weight; choose from {weight_names or 'none'}."
+            )
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in trained))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network gives with the adapted weights."""
-        if self._applied:
+        """Call the network with its effective weights."""
+        if self._is_active:
             return self.network(*args, **kwargs)
-        return functional_call(self.network, self.adapted(), args, kwargs)
+        return functional_call(self.network, self.effective_weights(), args, kwargs)
 
-    def adapted(self) -> dict[str, Tensor]:
-        """The network's weights by name where they differ from its own."""
-        own = dict(self.network.named_parameters())
+    def effective_weights(self) -> dict[str, Tensor]:
+        """Return the effective weights `W + alpha / rank x B A` by parameter name.
+
+        Only parameters with low-rank matrices are included.
+        """
+        parameters = dict(self.network.named_parameters())
         return {
-            name: own[name] + self.scale * (self.high[key] @ self.low[key])
-            for name in own
-            if (key := _key(name)) in self.low
+            name: parameters[name] + self.scale * (self.high[key] @ self.low[key])
+            for name in parameters
+            if (key := _parameter_key(name)) in self.low
         }
 
     @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """The network, with the adapted weights in the place of its own while the block runs; the
-        gradient of what is made of them goes to A and B. It is not to be moved meanwhile."""
-        assert not self._applied, "the weights are adapted already"
-        own: list[tuple[dict[str, Any], str, Any]] = []
-        for name, value in self.adapted().items():
+    def use_effective_weights(self) -> Iterator[nn.Module]:
+        """Context manager that yields the network with its effective weights in place.
+
+        Gradients of results computed inside the block reach A and B. The network must not be
+        moved to another device meanwhile.
+        """
+        assert not self._is_active, "use_effective_weights cannot be nested"
+        originals: list[tuple[dict[str, Any], str, Any]] = []
+        for name, value in self.effective_weights().items():
             path, _, leaf = name.rpartition(".")
             parameters: dict[str, Any] = self.network.get_submodule(path)._parameters
-            own.append((parameters, leaf, parameters[leaf]))
-            parameters[leaf] = value  # past nn.Module.__setattr__, which takes Parameters alone
-        self._applied = True
+            originals.append((parameters, leaf, parameters[leaf]))
+            # nn.Module.__setattr__ would reject a tensor that is not a Parameter.
+            parameters[leaf] = value
+        self._is_active = True
         try:
             yield self.network
         finally:
-            self._applied = False
-            for parameters, leaf, weight in own:
+            self._is_active = False
+            for parameters, leaf, weight in originals:
                 parameters[leaf] = weight
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """The network itself, the products added into its weights, all of it free to learn."""
-        own = dict(self.network.named_parameters())
-        for name, value in self.adapted().items():
-            own[name].copy_(value)
+        """Add the products to the weights; return the network with all parameters trainable."""
+        parameters = dict(self.network.named_parameters())
+        for name, value in self.effective_weights().items():
+            parameters[name].copy_(value)
         for name in self.high:
             self.high[name].zero_()
         return self.network.requires_grad_(True)
 
 
 @contextmanager
-def acting(network: nn.Module) -> Iterator[nn.Module]:
-    """A network, all of whose methods see the weights that it acts with: of a LoRA the network in
-    it, see `LoRA.applied`."""
+def use_effective_weights(network: nn.Module) -> Iterator[nn.Module]:
+    """Context manager that yields a network whose methods use its effective weights.
+
+    For a LoRA this is the wrapped network (see `LoRA.use_effective_weights`); any other network is
+    yielded as it is.
+    """
     if not isinstance(network, LoRA):
         yield network
         return
-    with network.applied() as inner:
+    with network.use_effective_weights() as inner:
         yield inner
 
 
-def adaptable(network: nn.Module) -> Mapping[str, nn.Parameter]:
-    """The weight matrices by name that LoRA can adapt."""
-    found = {}
+def adaptable_weights(network: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return the weight matrices that LoRA can adapt, by parameter name."""
+    weights = {}
     for prefix, module in network.named_modules():
-        if isinstance(module, ADAPTED):
+        if isinstance(module, ADAPTABLE_LAYERS):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 2:
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
-    return found
+                    weights[f"{prefix}.{name}" if prefix else name] = parameter
+    return weights
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a ParameterDict takes no dots
+def _parameter_key(name: str) -> str:
+    return name.replace(".", "/")  # ParameterDict does not allow dots

@@ -1,4 +1,4 @@
-"""A selective state-space model (Mamba), scanned step by step in plain torch."""
+"""Mamba: a selective state-space model, scanned step by step in plain torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qtorch.nn.network import Network
 
 
 class SelectiveSSM(nn.Module):
-    """A block over `x [B, T, H]`: short causal convolution, selective scan, gate.
+    """A residual block over `x [B, T, H]`: short causal convolution, selective scan, gate.
 
-    The state `[B, E, K]` decays and takes in each step by amounts that the step itself decides
-    (its step size, what goes in, what is read out).
+    The step size and the input and output matrices of the state `[B, E, K]` are computed from
+    each step's input (E = `expand * d_model` channels, K = `d_state`).
     """
 
     def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int) -> None:
@@ -27,37 +27,40 @@ class SelectiveSSM(nn.Module):
         self.conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
-        # Decay rates 1..K for each channel; step sizes between 0.001 and 0.1 at first.
+        # Initial values: decay rates 1..K for each channel, step sizes between 0.001 and 0.1.
         rates = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(inner, 1)
         self.log_rate = nn.Parameter(rates.log())
         self.skip = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, d_model, bias=False)
         size = torch.exp(torch.rand(inner) * math.log(100.0) + math.log(0.001))
-        with torch.no_grad():  # the inverse of softplus
+        with torch.no_grad():  # inverse of softplus
             self.dt_proj.bias.copy_(size + torch.log(-torch.expm1(-size)))
 
     def forward(self, x: Tensor) -> Tensor:
         steps = x.shape[1]
         inner, gate = self.in_proj(self.norm(x)).chunk(2, -1)  # [B, T, E] each
         inner = F.silu(self.conv(inner.transpose(1, 2))[..., :steps].transpose(1, 2))
-        sizes, entry, exit = self.x_proj(inner).split((self.rank, self.d_state, self.d_state), -1)
+        sizes, input_matrix, output_matrix = self.x_proj(inner).split(
+            (self.rank, self.d_state, self.d_state), -1
+        )
         delta = F.softplus(self.dt_proj(sizes))  # [B, T, E]
         decay = torch.exp(-delta[..., None] * self.log_rate.exp())  # [B, T, E, K]
-        taken = (delta * inner)[..., None] * entry[:, :, None]  # [B, T, E, K]
-        state, read = torch.zeros_like(taken[:, 0]), []
+        increment = (delta * inner)[..., None] * input_matrix[:, :, None]  # [B, T, E, K]
+        state, outputs = torch.zeros_like(increment[:, 0]), []
         for t in range(steps):
-            state = decay[:, t] * state + taken[:, t]
-            read.append((state * exit[:, t, None]).sum(-1))  # [B, E]
-        found = torch.stack(read, 1) + inner * self.skip
-        given: Tensor = x + self.out_proj(found * F.silu(gate))
-        return given
+            state = decay[:, t] * state + increment[:, t]
+            outputs.append((state * output_matrix[:, t, None]).sum(-1))  # [B, E]
+        readout = torch.stack(outputs, 1) + inner * self.skip  # [B, T, E]
+        output: Tensor = x + self.out_proj(readout * F.silu(gate))
+        return output
 
 
 class Mamba(Network):
-    """Selective state-space blocks over the window; the newest step's state gives the score.
+    """Selective state-space blocks over the window and a linear head on the newest step.
 
     Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023. The
-    recurrence is a loop over the steps, for windows are short; no kernel of its own.
+    recurrence is a Python loop over the steps instead of a custom kernel, because windows are
+    short.
     """
 
     def __init__(
@@ -81,6 +84,6 @@ class Mamba(Network):
         self.head = nn.Linear(d_model, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         states = self.blocks(self.embed(x))
         return self.scores(self.head(self.dropout(self.norm(states[:, -1]))))

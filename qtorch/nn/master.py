@@ -1,4 +1,4 @@
-"""MASTER: attention over an instrument's steps, then between instruments, guided by the market."""
+"""MASTER: attention over time, then between instruments, guided by the state of the market."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qtorch.nn.transformer import PositionalEncoding
 
 
 class MASTER(Network):
-    """Features weighed by the state of the market, mixed over time, then over instruments.
+    """Features gated by the state of the market, attention over time, then over instruments.
 
     Li et al., "MASTER: Market-Guided Stock Transformer for Stock Price Forecasting", AAAI 2024.
-    The features from `gate_input_start_index` on, up to `gate_input_end_index` (None: the last),
-    describe the market (the columns that the handler's `market` adds, see
-    conf/experiment/master.yaml); their newest values give each other feature its weight, the
-    more even the higher `beta` is. Follows the authors' master.py (attention over time is not
-    scaled there, residuals begin behind the norm). Differences: a batch is whole days with padding
-    masked; where no gate columns are given, the day's mean of the features stands for the state
-    of the market; `num_outputs`. Authors and Qlib's proposal for it train with
-    `day_label: {drop_extreme: 0.05, zscore: true}`.
+    The features from `gate_input_start_index` up to `gate_input_end_index` (exclusive; None: all
+    remaining) describe the market: these are the columns that the handler's `market` option adds,
+    see conf/experiment/master.yaml. Their newest values determine the weights of the other
+    features; a higher `beta` makes the weights more even. Follows the authors' master.py, where
+    attention over time is not scaled and residual connections start after the norm. Differences: a
+    batch is whole days with padding masked; without gate columns, the mean of the day's features
+    represents the state of the market; `num_outputs`. The authors, and the proposal to add MASTER
+    to Qlib, train with `day_label: {drop_extreme: 0.05, zscore: true}`.
     """
 
     cross_section = True
@@ -41,21 +41,21 @@ class MASTER(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        own, end = d_feat, d_feat if gate_input_end_index is None else gate_input_end_index
+        num_own, end = d_feat, d_feat if gate_input_end_index is None else gate_input_end_index
         if gate_input_start_index is not None:
-            own = gate_input_start_index
-            if not 0 < own < end <= d_feat:
+            num_own = gate_input_start_index
+            if not 0 < num_own < end <= d_feat:
                 raise ValueError(
-                    f"the gate's columns are {own} to {end} of {d_feat} features; expected "
-                    "features before them, and one of them at least."
+                    f"the gate's columns are {num_own} to {end} of {d_feat} features; expected at "
+                    "least one gate column, and other features before the gate columns."
                 )
         elif gate_input_end_index is not None:
-            raise ValueError("gate_input_end_index is given without gate_input_start_index.")
+            raise ValueError("gate_input_end_index requires gate_input_start_index.")
         if not beta > 0:
-            raise ValueError(f"beta is {beta}; it must be positive.")
-        self.beta, self.market = beta, (slice(own, end) if own < d_feat else None)
-        self.feature_gate = nn.Linear(own if self.market is None else end - own, own)
-        self.feature_layer = nn.Linear(own, d_model)
+            raise ValueError(f"beta is {beta}; expected a positive number.")
+        self.beta, self.market = beta, (slice(num_own, end) if num_own < d_feat else None)
+        self.feature_gate = nn.Linear(num_own if self.market is None else end - num_own, num_own)
+        self.feature_layer = nn.Linear(num_own, d_model)
         self.positions = PositionalEncoding(d_model)
         self.intra = AttentionBlock(d_model, t_nhead, t_dropout, scale=1.0)
         self.inter = AttentionBlock(d_model, s_nhead, s_dropout)
@@ -63,22 +63,24 @@ class MASTER(Network):
         self.fc_out = nn.Linear(d_model, num_outputs)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [G, N, T, F]`, `mask [G, N]` to `[G, N]` or `[G, N, Q]`."""
-        own = x[..., : self.feature_layer.in_features]
-        own = own * self._gate(x, mask)
-        steps = self.positions(self.feature_layer(own).flatten(0, 1))  # [G * N, T, H]
+        """Map `x [G, N, T, F]`, `mask [G, N]` to scores `[G, N]` or `[G, N, Q]`."""
+        features = x[..., : self.feature_layer.in_features]
+        features = features * self._gate(x, mask)
+        steps = self.positions(self.feature_layer(features).flatten(0, 1))  # [G * N, T, H]
         steps = self.intra(steps).unflatten(0, x.shape[:2])
         steps = steps.transpose(1, 2)  # [G, T, N, H]
-        # A day of padding alone attends to all of it, for a softmax of nothing is NaN.
-        there = (mask | ~mask.any(1, keepdim=True))[:, None].expand(steps.shape[:3])
-        steps = self.inter(steps.flatten(0, 1), there.flatten(0, 1)).unflatten(0, steps.shape[:2])
+        # On a day with padding only, everything is allowed: a softmax without entries would be NaN.
+        is_allowed = (mask | ~mask.any(1, keepdim=True))[:, None].expand(steps.shape[:3])
+        steps = self.inter(steps.flatten(0, 1), is_allowed.flatten(0, 1)).unflatten(
+            0, steps.shape[:2]
+        )
         steps = steps.transpose(1, 2)  # [G, N, T, H]
         key = self.temporal(steps)
         share = torch.softmax(key @ key[..., -1, :, None], -2)  # [G, N, T, 1]
         return self.scores(self.fc_out((share * steps).sum(-2)))
 
     def _gate(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The weight of each feature, one on average: `[G, N or 1, 1, F]`."""
+        """Return the weight of each feature, with mean one: `[G, N or 1, 1, F]`."""
         newest = x[:, :, -1]  # [G, N, F]
         if self.market is None:
             state = masked_mean(newest, mask)[:, None]
@@ -89,9 +91,9 @@ class MASTER(Network):
 
 
 class AttentionBlock(nn.Module):
-    """Norm, attention within a sequence, norm, two linear layers: `[B, L, H]` to the same.
+    """Norm, self-attention, norm, feed-forward layers: `[B, L, H]` to `[B, L, H]`.
 
-    `scale` multiplies the logits, None is one over the square root of a head's width.
+    `scale` multiplies the logits (None: one over the square root of a head's width).
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class AttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % nhead:
-            raise ValueError(f"d_model {d_model} is not a multiple of its {nhead} heads.")
+            raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")
         self.nhead, self.dropout, self.scale = nhead, dropout, scale
         self.qtrans = nn.Linear(d_model, d_model, bias=False)
         self.ktrans = nn.Linear(d_model, d_model, bias=False)
@@ -113,21 +115,24 @@ class AttentionBlock(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, there: Tensor | None = None) -> Tensor:
-        """`x [B, L, H]`; `there [B, L]` bool, what may be attended to (None: everything)."""
+    def forward(self, x: Tensor, is_allowed: Tensor | None = None) -> Tensor:
+        """Apply the block to `x [B, L, H]`.
+
+        `is_allowed [B, L]` bool says which positions may be attended to (None: all).
+        """
         x = self.norm1(x)
         query, key, value = (
             f(x).unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # [B, A, L, H / A]
             for f in (self.qtrans, self.ktrans, self.vtrans)
         )
-        found = F.scaled_dot_product_attention(
+        attention = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if there is None else there[:, None, None],
+            attn_mask=None if is_allowed is None else is_allowed[:, None, None],
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        x = self.norm2(x + found.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.ffn(x)
-        return out
+        x = self.norm2(x + attention.transpose(1, 2).flatten(2))
+        output: Tensor = x + self.ffn(x)
+        return output

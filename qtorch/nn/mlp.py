@@ -1,4 +1,4 @@
-"""MLP: fully connected layers over all inputs at once."""
+"""MLP: fully connected layers over the flat window."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ACTIVATIONS = ("LeakyReLU", "SiLU")
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that takes a training batch of one: it has no variance of its own, so the
-    running statistics stand in (torch raises, and the tail of an epoch may be one sample)."""
+    """`nn.BatchNorm1d` that normalizes a training batch of one sample with the running statistics.
+
+    torch raises an error for it, but the last batch of an epoch may have a single sample.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and len(input) == 1:
@@ -26,11 +28,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MLP(Network):
-    """Dropout, then linear layer, batch normalisation and activation for each of `layers`.
+    """Dropout, then a linear layer, batch normalization and activation for each of `layers`.
 
-    Answers to Qlib's pytorch_nn.py (`Net` of DNNModelPytorch; `layers` and `act` as there, with
-    its initialisation). Differences: `d_feat` for `input_dim` and `num_outputs` for `output_dim`;
-    `dropout` can be set (Qlib fixes 0.05); a training batch of one works.
+    Corresponds to Qlib's pytorch_nn.py (`Net` of DNNModelPytorch), with the same `layers`, `act`
+    and initialization. Differences: `d_feat` instead of `input_dim`, `num_outputs` instead of
+    `output_dim`; `dropout` can be set (0.05 in Qlib); a training batch of one sample works.
     """
 
     inputs: ClassVar[Literal["window", "flat"]] = "flat"
@@ -59,5 +61,5 @@ class MLP(Network):
                 nn.init.kaiming_normal_(part.weight, a=0.1, nonlinearity="leaky_relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, F * T]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, F * T]` to scores `[B]` or `[B, Q]`."""
         return self.scores(self.layers(x))

@@ -1,4 +1,4 @@
-"""PatchTST: attention between patches of time, every feature read by the same encoder."""
+"""PatchTST: attention between patches of time, with one encoder shared by all features."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from qtorch.nn.network import Network
 
 
 class PatchTST(Network):
-    """Windows cut into patches, each feature on its own through a shared encoder; the states of
-    all patches give a number each feature, and those the score.
+    """Split each feature's window into patches, encode the features separately with shared
+    weights, then score from the encoded patches of all features.
 
     Nie et al., "A Time Series is Worth 64 Words: Long-term Forecasting with Transformers", ICLR
-    2023. As there: the last step is repeated for `stride` steps, so that the last patch holds the
-    newest. Adapted: one score of all features, where the paper forecasts each series from itself;
-    layer norms for batch norms, and no instance normalisation unless `instance_norm` (a score has
-    no scale to go back to, and the level of a feature is information).
+    2023. As in the paper, the window is padded with `stride` copies of its last step, so that the
+    last patch contains the newest step. Adapted: one score from all features, while the paper
+    forecasts each series from its own past; layer norms instead of batch norms; no instance
+    normalization unless `instance_norm` (a score has no scale to return to, and a feature's level
+    is information).
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class PatchTST(Network):
         super().__init__(num_outputs)
         if not 1 <= stride <= patch_len <= step_len + stride:
             raise ValueError(
-                f"patches of {patch_len} steps, one every {stride}, do not fit a window of "
-                f"{step_len}: expected 1 <= stride <= patch_len <= step_len + stride."
+                f"patches of {patch_len} steps with stride {stride} do not fit a window of "
+                f"{step_len} steps: expected 1 <= stride <= patch_len <= step_len + stride."
             )
         self.patch_len, self.stride, self.instance_norm = patch_len, stride, instance_norm
         num_patches = (step_len + stride - patch_len) // stride + 1
@@ -51,7 +52,7 @@ class PatchTST(Network):
         self.head = nn.Linear(d_feat * d_model, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         b, _, f = x.shape
         x = x.transpose(1, 2)  # [B, F, T]
         if self.instance_norm:
@@ -60,5 +61,5 @@ class PatchTST(Network):
         patches = x.unfold(2, self.patch_len, self.stride)  # [B, F, patches, patch_len]
         tokens = self.dropout(self.embed(patches) + self.position).flatten(0, 1)
         states = self.encoder(tokens).flatten(1)  # [B * F, patches * H]
-        level = F.gelu(self.level(states)).view(b, f, -1)
+        level = F.gelu(self.level(states)).view(b, f, -1)  # [B, F, H]
         return self.scores(self.head(level.flatten(1)))

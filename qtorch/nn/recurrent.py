@@ -1,4 +1,4 @@
-"""Recurrent layers of one family: torch's own for one network, a batched time loop for many."""
+"""LSTM and GRU layers that also run for stacked members (vmap)."""
 
 from __future__ import annotations
 
@@ -14,62 +14,68 @@ LSTMState = tuple[Tensor, Tensor]
 
 
 class LSTMLayers(nn.LSTM):
-    """`nn.LSTM` over `x [B, T, F]`, batch first, with its parameters by their names.
+    """`nn.LSTM` over `x [B, T, F]`, batch first, with torch's parameter names.
 
-    One network runs torch's (cuDNN's) kernel. Stacked members (`qtorch.nn.stacked`) run step by
-    step in operations that are batched over them, which torch's kernel cannot be. `forward`
-    returns `(states [B, T, H], (h, c) [L, B, H])`.
+    A single network uses torch's (cuDNN's) kernel. Stacked members (`qtorch.nn.stacked`) use a
+    loop over the steps, because that kernel cannot be batched over members. `forward` returns
+    `(states [B, T, H], (h, c) [L, B, H])`.
     """
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
-        # torch warns of dropout with one layer, where there is nothing between layers to drop.
-        between = dropout if num_layers > 1 else 0.0
-        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
+        # Dropout acts between layers: torch warns if it is set for a single layer.
+        layer_dropout = dropout if num_layers > 1 else 0.0
+        super().__init__(
+            input_size, hidden_size, num_layers, batch_first=True, dropout=layer_dropout
+        )
 
-    def forward(  # type: ignore[override]  # torch declares packed sequences too
+    def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: LSTMState | None = None
     ) -> tuple[Tensor, LSTMState]:
         if is_stacked():
-            return self._loop(x, hx)
+            return self._run_steps(x, hx)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # oneDNN has no half-precision LSTM for many CPUs and raises where it has none.
+            # oneDNN has no half-precision LSTM for many CPUs, and raises an error there.
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float(), hx)
         return super().forward(x, hx)
 
-    def _loop(self, x: Tensor, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
+    def _run_steps(self, x: Tensor, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
         if hx is None:
-            zero = x.new_zeros(self.num_layers, len(x), self.hidden_size)
-            hx = (zero, zero)
+            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+            hx = (zeros, zeros)
         c0 = hx[1]
 
         def cell(k: int) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-            recur = _weights(self, k)[1]
+            state_weights = _layer_weights(self, k)[1]
 
-            def step(given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                gates = given + F.linear(state[0], *recur)
+            def step(inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                gates = inputs + F.linear(state[0], *state_weights)
                 i, f, g, o = gates.chunk(4, -1)
                 c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
                 return torch.sigmoid(o) * torch.tanh(c), c
 
             return step
 
-        states, last = _run(self, x, cell, [(hx[0][k], c0[k]) for k in range(self.num_layers)])
+        states, last = _run_layers(
+            self, x, cell, [(hx[0][k], c0[k]) for k in range(self.num_layers)]
+        )
         return states, (torch.stack([s[0] for s in last]), torch.stack([s[1] for s in last]))
 
 
 class GRULayers(nn.GRU):
-    """`nn.GRU` over `x [B, T, F]`, as `LSTMLayers`; returns `(states [B, T, H], h [L, B, H])`."""
+    """`nn.GRU`, extended like `LSTMLayers`; `forward` returns `(states [B, T, H], h [L, B, H])`."""
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
-        between = dropout if num_layers > 1 else 0.0
-        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
+        layer_dropout = dropout if num_layers > 1 else 0.0
+        super().__init__(
+            input_size, hidden_size, num_layers, batch_first=True, dropout=layer_dropout
+        )
 
-    def forward(  # type: ignore[override]  # torch declares packed sequences too
+    def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if not is_stacked():
@@ -78,19 +84,19 @@ class GRULayers(nn.GRU):
             hx = x.new_zeros(self.num_layers, len(x), self.hidden_size)
 
         def cell(k: int) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-            recur = _weights(self, k)[1]
+            state_weights = _layer_weights(self, k)[1]
 
-            def step(given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            def step(inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 (h,) = state
-                r, z, n = given.chunk(3, -1)
-                hr, hz, hn = F.linear(h, *recur).chunk(3, -1)
+                r, z, n = inputs.chunk(3, -1)
+                hr, hz, hn = F.linear(h, *state_weights).chunk(3, -1)
                 r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
                 n = torch.tanh(n + r * hn)
                 return (n + z * (h - n),)
 
             return step
 
-        states, last = _run(self, x, cell, [(hx[k],) for k in range(self.num_layers)])
+        states, last = _run_layers(self, x, cell, [(hx[k],) for k in range(self.num_layers)])
         return states, torch.stack([s[0] for s in last])
 
 
@@ -100,36 +106,40 @@ RNNS: dict[str, type[LSTMLayers] | type[GRULayers]] = {"LSTM": LSTMLayers, "GRU"
 def recurrent_layers(
     kind: str, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
 ) -> LSTMLayers | GRULayers:
-    """LSTM or GRU layers by name, whatever its case. Raises ValueError for another name."""
+    """Return LSTM or GRU layers. Raises ValueError for another `kind`, whose case is ignored."""
     if kind.upper() not in RNNS:
-        raise ValueError(f"the recurrent layer is {kind!r}; expected one of {', '.join(RNNS)}.")
+        raise ValueError(f"unknown recurrent layer {kind!r}; expected one of {', '.join(RNNS)}.")
     return RNNS[kind.upper()](input_size, hidden_size, num_layers, dropout)
 
 
-def _weights(layers: nn.RNNBase, k: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(weight, bias) on the input, and on the state, of layer k."""
-    given = getattr(layers, f"weight_ih_l{k}"), getattr(layers, f"bias_ih_l{k}")
-    recur = getattr(layers, f"weight_hh_l{k}"), getattr(layers, f"bias_hh_l{k}")
-    return given, recur
+def _layer_weights(
+    layers: nn.RNNBase, k: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return `(weight, bias)` of layer k for the input, and those for the hidden state."""
+    input_weights = getattr(layers, f"weight_ih_l{k}"), getattr(layers, f"bias_ih_l{k}")
+    state_weights = getattr(layers, f"weight_hh_l{k}"), getattr(layers, f"bias_hh_l{k}")
+    return input_weights, state_weights
 
 
-def _run(
+def _run_layers(
     layers: nn.RNNBase,
     x: Tensor,
     cell: Callable[[int], Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]],
     states: list[tuple[Tensor, ...]],
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """The layers one after another, each over all steps; what depends on the input alone is one
-    matrix product for all steps."""
-    last = []
+    """Run the layers one after another, each over all steps.
+
+    The product of inputs and input weights is computed for all steps at once.
+    """
+    last_states = []
     for k, state in enumerate(states):
-        step, given = cell(k), F.linear(x, *_weights(layers, k)[0])  # [B, T, gates * H]
+        step, inputs = cell(k), F.linear(x, *_layer_weights(layers, k)[0])  # [B, T, gates * H]
         outputs = []
         for t in range(x.shape[1]):
-            state = step(given[:, t], state)
+            state = step(inputs[:, t], state)
             outputs.append(state[0])
         x = torch.stack(outputs, 1)  # [B, T, H]
-        last.append(state)
+        last_states.append(state)
         if k + 1 < len(states) and layers.dropout:
             x = F.dropout(x, layers.dropout, layers.training)
-    return x, last
+    return x, last_states

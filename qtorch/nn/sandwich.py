@@ -1,4 +1,4 @@
-"""Sandwich: convolutions and recurrent layers in turn."""
+"""Sandwich: alternating convolutions and recurrent layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qtorch.nn.network import Network
 
 
 class Sandwich(Network):
-    """Two encoders of `KRNN` one upon the other: convolution, recurrence, convolution,
-    recurrence; the newest step's state gives the score.
+    """Two stacked `KRNN` encoders (convolution, recurrence, convolution, recurrence) and a linear
+    head on the state of the newest step.
 
-    From Microsoft's FOST, without a paper; answers to Qlib's pytorch_sandwich.py. Differences as
-    in `KRNN`.
+    From Microsoft's FOST, without a paper. Corresponds to Qlib's pytorch_sandwich.py. The
+    differences are those of `KRNN`.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Sandwich(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        form = (rnn_dups, rnn_layers, dropout)
-        self.first_encoder = KRNNEncoder(d_feat, cnn_dim_1, cnn_kernel_size, rnn_dim_1, *form)
-        self.second_encoder = KRNNEncoder(rnn_dim_1, cnn_dim_2, cnn_kernel_size, rnn_dim_2, *form)
+        sizes = (rnn_dups, rnn_layers, dropout)
+        self.first_encoder = KRNNEncoder(d_feat, cnn_dim_1, cnn_kernel_size, rnn_dim_1, *sizes)
+        self.second_encoder = KRNNEncoder(rnn_dim_1, cnn_dim_2, cnn_kernel_size, rnn_dim_2, *sizes)
         self.out_fc = nn.Linear(rnn_dim_2, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         steps = self.second_encoder(self.first_encoder(x))  # [B, T, H]
         return self.scores(self.out_fc(steps[:, -1]))

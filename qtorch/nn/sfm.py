@@ -1,4 +1,4 @@
-"""SFM: a recurrent memory that keeps each state by frequency."""
+"""SFM: a recurrent network whose memory is decomposed by frequency."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from qtorch.nn.network import Network
 
 
 class SFM(Network):
-    """State frequency memory: the memory of each of H states is a spectrum of `freq_dim`
-    frequencies, which decays by state and by frequency; its amplitudes give the next state.
+    """State frequency memory: each of H states has a memory of `freq_dim` frequencies.
+
+    The memory decays with a forget gate per state and one per frequency. The next hidden state is
+    computed from its amplitudes.
 
     Zhang, Aggarwal and Qi, "Stock Price Prediction via Discovering Multi-Frequency Trading
-    Patterns", KDD 2017. Answers to Qlib's pytorch_sfm.py; `gates` and `recur` hold its W and U
-    side by side, in the order of `_parts`. Differences: `dropout_W` (on the features) and
-    `dropout_U` (on the state) act, with one draw for all steps of a window, where Qlib takes
-    them and does nothing; the waves are in the precision of the weights, Qlib's in double; the
-    projection is made of the last state alone, whose others nobody reads; `num_outputs`.
+    Patterns", KDD 2017. Corresponds to Qlib's pytorch_sfm.py; `gates` and `recur` hold its W and U
+    matrices concatenated in the order of `_part_sizes`. Differences: `dropout_W` (on the features)
+    and `dropout_U` (on the state) are applied, with one mask for all steps of a window, while Qlib
+    accepts and ignores them; the waves have the precision of the weights (double in Qlib); only
+    the last state is projected, because the others are not used; `num_outputs`.
     """
 
     waves: Tensor
@@ -37,27 +39,27 @@ class SFM(Network):
     ) -> None:
         super().__init__(num_outputs)
         self.dropout_W, self.dropout_U = dropout_W, dropout_U
-        # The input gate, how the states are forgotten, the candidate, the output gate, and how
-        # the frequencies are forgotten.
-        self._parts = [hidden_size, hidden_size, hidden_size, hidden_size, freq_dim]
-        self.gates = nn.Linear(d_feat, sum(self._parts))
-        self.recur = nn.Linear(hidden_size, sum(self._parts), bias=False)
+        # Input gate, forget gate of the states, candidate, output gate, forget gate of the
+        # frequencies.
+        self._part_sizes = [hidden_size, hidden_size, hidden_size, hidden_size, freq_dim]
+        self.gates = nn.Linear(d_feat, sum(self._part_sizes))
+        self.recur = nn.Linear(hidden_size, sum(self._part_sizes), bias=False)
         self.amplitude = nn.Parameter(nn.init.orthogonal_(torch.empty(freq_dim, 1)))
         self.amplitude_bias = nn.Parameter(torch.zeros(hidden_size))
         self.project = nn.Linear(hidden_size, output_dim)
         self.fc_out = nn.Linear(output_dim, num_outputs)
         self.register_buffer("waves", torch.arange(freq_dim) / freq_dim, persistent=False)
-        self._begin()
+        self._init_weights()
 
-    def _begin(self) -> None:
-        """Each part by itself, as the paper's authors do; what is forgotten begins as nothing."""
-        for layer, begin in (
+    def _init_weights(self) -> None:
+        """Initialize each gate separately, as the authors do, with forget gate biases of one."""
+        for layer, init in (
             (self.gates, nn.init.xavier_uniform_),
             (self.recur, nn.init.orthogonal_),
         ):
-            for part in torch.split(layer.weight.data, self._parts):
-                begin(part)
-        hidden = self._parts[0]
+            for part in torch.split(layer.weight.data, self._part_sizes):
+                init(part)
+        hidden = self._part_sizes[0]
         bias = self.gates.bias.data.zero_()
         bias[hidden : 2 * hidden] = 1
         bias[4 * hidden :] = 1
@@ -65,17 +67,19 @@ class SFM(Network):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
-        hidden, frequencies = self._parts[0], self._parts[-1]
-        given = self.gates(x * _kept(x[:, :1], self.dropout_W, self.training))  # [B, T, 4H + K]
-        count = x.shape[0]  # len(x) is a constant to a program that is exported
-        state = given.new_zeros(count, hidden)  # [B, H]
-        kept = _kept(state, self.dropout_U, self.training)
-        real = imaginary = given.new_zeros(count, hidden, frequencies)  # [B, H, K]
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
+        hidden, frequencies = self._part_sizes[0], self._part_sizes[-1]
+        inputs = self.gates(
+            x * _dropout_mask(x[:, :1], self.dropout_W, self.training)
+        )  # [B, T, 4H + K]
+        count = x.shape[0]  # torch.export would treat len(x) as a constant
+        state = inputs.new_zeros(count, hidden)  # [B, H]
+        state_mask = _dropout_mask(state, self.dropout_U, self.training)
+        real = imaginary = inputs.new_zeros(count, hidden, frequencies)  # [B, H, K]
         for step in range(x.shape[1]):
-            parts = given[:, step] + self.recur(state * kept)
-            i, slow, c, o, fast = parts.split(self._parts, -1)
-            forget = F.hardsigmoid(slow)[:, :, None] * F.hardsigmoid(fast)[:, None]  # [B, H, K]
+            parts = inputs[:, step] + self.recur(state * state_mask)  # [B, 4H + K]
+            i, state_gate, c, o, frequency_gate = parts.split(self._part_sizes, -1)
+            forget = F.hardsigmoid(state_gate)[:, :, None] * F.hardsigmoid(frequency_gate)[:, None]
             new = (F.hardsigmoid(i) * torch.tanh(c))[:, :, None]  # [B, H, 1]
             angle = 2 * math.pi * (step + 1) * self.waves  # [K]
             real = forget * real + new * torch.cos(angle)
@@ -86,6 +90,6 @@ class SFM(Network):
         return self.scores(self.fc_out(self.project(state)))
 
 
-def _kept(like: Tensor, share: float, training: bool) -> Tensor:
-    """What dropout leaves of ones in the form of `like`."""
-    return F.dropout(torch.ones_like(like), share, training)
+def _dropout_mask(reference: Tensor, p: float, training: bool) -> Tensor:
+    """Return ones after dropout, with the shape of `reference`."""
+    return F.dropout(torch.ones_like(reference), p, training)

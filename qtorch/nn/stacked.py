@@ -1,4 +1,4 @@
-"""Many networks of one architecture as one batched program: members stacked along an axis."""
+"""Run many networks of one architecture as one batched program (vmap over stacked weights)."""
 
 from __future__ import annotations
 
@@ -16,49 +16,54 @@ _STACKED: ContextVar[bool] = ContextVar("qtorch_nn_stacked", default=False)
 
 
 def is_stacked() -> bool:
-    """Whether the running forward is of stacked members: layers whose kernels cannot be batched
-    over members then take operations that can."""
+    """Return whether the current forward pass runs stacked members.
+
+    Layers whose kernels cannot be batched over members then use operations that can.
+    """
     return _STACKED.get()
 
 
 def stack_members(members: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers `[M, ...]` by name, of members of one architecture."""
+    """Stack the parameters and buffers of M networks of one architecture: `[M, ...]` by name."""
     parameters, buffers = stack_module_state(list(members))
     return {**parameters, **buffers}
 
 
-def stacked_call(
+def call_stacked_members(
     network: nn.Module,
     state: Mapping[str, Tensor],
     *args: Any,
     in_dims: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`network(*args)` for M members at once: `[M, ...]` of what one member gives.
+    """Call M members at once with `network`'s architecture: returns their outputs as `[M, ...]`.
 
-    `state` are stacked parameters and buffers (`stack_members`); `network` lends its form and
-    its mode, and its own weights are not looked at. `in_dims=None` gives every member the same
-    arguments, 0 gives each its own, stacked along their first axis. Buffers that a training
-    forward changes (running statistics) are changed in `state`. Dropout differs by member.
+    `state` are the stacked parameters and buffers (`stack_members`). `network` provides the
+    architecture and the training or evaluation mode; its own weights are not used. With
+    `in_dims=None` every member gets the same arguments; with 0 each gets its own, stacked along
+    the first axis. Buffers that a training forward pass updates (running statistics) are updated
+    in `state`. Each member has its own dropout masks.
     """
 
-    def one(own: dict[str, Tensor], given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return functional_call(network, own, given, named)
+    def call_member(
+        member_state: dict[str, Tensor], member_args: tuple[Any, ...], member_kwargs: dict[str, Any]
+    ) -> Any:
+        return functional_call(network, member_state, member_args, member_kwargs)
 
-    with _stacked():
-        call = torch.func.vmap(one, in_dims=(0, in_dims, in_dims), randomness="different")
+    with _enable_stacked_mode():
+        call = torch.func.vmap(call_member, in_dims=(0, in_dims, in_dims), randomness="different")
         return call(dict(state), args, kwargs)
 
 
 @contextmanager
-def _stacked() -> Iterator[None]:
+def _enable_stacked_mode() -> Iterator[None]:
     token = _STACKED.set(True)
-    # torch's fused attention kernels are for one network.
-    fast = torch.backends.mha.get_fastpath_enabled()
+    # torch's fused attention kernels cannot be batched over members.
+    is_fastpath_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(is_fastpath_enabled)
         _STACKED.reset(token)

@@ -1,4 +1,4 @@
-"""TabNet: several looks at one row of features, each at the few that an attention picks."""
+"""TabNet: sequential attention that selects a few features at each decision step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from qtorch.nn.tabnet_layers import (
 
 
 class TabNet(Network):
-    """Steps that pick features, transform them, add to the decision and say where to look next.
+    """Decision steps that select features, transform them and add to the encoding of a row.
 
-    Arik and Pfister, "TabNet: Attentive Interpretable Tabular Learning", AAAI 2021. Answers to
-    Qlib's pytorch_tabnet.py: layers named as in its encoder, `fc_out` is the `fc` of its
-    FinetuneModel. As there, `n_steps` counts the step that only says where to look first.
-    `qtorch.model.TabNetModule` pretrains it, with the `decoder` that it then throws away.
+    Arik and Pfister, "TabNet: Attentive Interpretable Tabular Learning", AAAI 2021. Corresponds to
+    Qlib's pytorch_tabnet.py: layers are named as in its encoder, and `fc_out` is the `fc` of its
+    FinetuneModel. As there, `n_steps` includes the first step, which only provides the input of
+    the first attention. `qtorch.model.TabNetModule` pretrains the network with the `decoder`,
+    which is discarded afterwards.
 
-    Differences: what was picked weighs less in the next steps, the less the nearer `relax` is to
-    1, as the paper has it (Qlib forgets it from step to step; `relax=None` does as Qlib does);
-    the parts of a batch that are normalised apart are equally large, none is a rest of one;
-    `n_shared=0` works; `n_d`, `n_a`, `n_shared`, `n_ind`, `n_steps` are heeded.
+    Differences: features that were selected get less weight in later steps, as in the paper, and
+    the less the closer `relax` is to 1 (Qlib forgets previous selections; `relax=None` does the
+    same); the parts of a batch that are normalized separately have equal sizes, so that no
+    remainder of one sample is left; `n_shared=0` works; `n_d`, `n_a`, `n_shared`, `n_ind` and
+    `n_steps` take effect.
     """
 
     inputs: ClassVar[Literal["window", "flat"]] = "flat"
@@ -56,7 +58,7 @@ class TabNet(Network):
         if relax is not None and relax < 1:
             raise ValueError(f"relax is {relax}; expected 1 or more, or None.")
         self.n_d, self.relax = n_d, relax
-        self.decoder_form = (out_dim, d_feat, n_shared, n_ind, n_steps, vbs)
+        self.decoder_arguments = (out_dim, d_feat, n_shared, n_ind, n_steps, vbs)
         width = n_d + n_a
         self.bn = BatchNorm(d_feat, momentum=MOMENTUM)
         self.shared = shared_layers(d_feat, width, n_shared)
@@ -68,43 +70,46 @@ class TabNet(Network):
         self.fc_out = nn.Linear(out_dim, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, F * T]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, F * T]` to scores `[B]` or `[B, Q]`."""
         return self.scores(self.fc_out(self.encode(x)[0]))
 
     def encode(self, x: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a row `x [B, F]` says, `[B, out_dim]`, and the entropy of what was picked, the
-        steps' mean, `[B]`. `prior [B, F]`: how far each feature may be picked (None: all 1)."""
+        """Return the encoding `[B, out_dim]` of rows `x [B, F]`, and the entropy `[B]` of the
+        selection masks (mean over steps).
+
+        `prior [B, F]` scales how strongly each feature may be selected (None: all 1).
+        """
         x = self.bn(x)
         prior = torch.ones_like(x) if prior is None else prior
-        look = self.first_step(x, self.shared)[:, self.n_d :]
+        attention_input = self.first_step(x, self.shared)[:, self.n_d :]
         parts, entropies = [], []
         for step in self.steps:
-            picked, found = step(x, look, prior, self.shared)
+            selection, hidden = step(x, attention_input, prior, self.shared)
             if self.relax is not None:
-                prior = prior * (self.relax - picked)
-            parts.append(F.relu(found[:, : self.n_d]))
-            entropies.append(-(picked * (picked + 1e-10).log()).sum(-1))
-            look = found[:, self.n_d :]
+                prior = prior * (self.relax - selection)
+            parts.append(F.relu(hidden[:, : self.n_d]))
+            entropies.append(-(selection * (selection + 1e-10).log()).sum(-1))
+            attention_input = hidden[:, self.n_d :]
         return self.fc(torch.stack(parts).sum(0)), torch.stack(entropies).mean(0)
 
     def decoder(self) -> TabNetDecoder:
-        """A new decoder that fits `encode`."""
-        return TabNetDecoder(*self.decoder_form)
+        """Return a new decoder for the outputs of `encode`."""
+        return TabNetDecoder(*self.decoder_arguments)
 
 
 class TabNetDecoder(nn.Module):
-    """Features again from what an encoder says of them: `[B, into]` to `[B, d_feat]`.
+    """Reconstruct features from an encoding: `[B, in_size]` to `[B, d_feat]`.
 
-    Named as Qlib's TabNet_Decoder.
+    The layers have the names of Qlib's TabNet_Decoder.
     """
 
     def __init__(
-        self, into: int, d_feat: int, n_shared: int, n_ind: int, n_steps: int, vbs: int
+        self, in_size: int, d_feat: int, n_shared: int, n_ind: int, n_steps: int, vbs: int
     ) -> None:
         super().__init__()
-        self.shared = shared_layers(into, d_feat, n_shared)
+        self.shared = shared_layers(in_size, d_feat, n_shared)
         self.steps = nn.ModuleList(
-            DecoderStep(into, d_feat, n_shared, n_ind, vbs) for _ in range(n_steps)
+            DecoderStep(in_size, d_feat, n_shared, n_ind, vbs) for _ in range(n_steps)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ class TabNetDecoder(nn.Module):
 
 
 class DecisionStep(nn.Module):
-    """One look: what it picks, `[B, F]`, and what it finds there, `[B, width]`."""
+    """A decision step: returns the selection mask `[B, F]` and the hidden values `[B, width]`."""
 
     def __init__(
         self, d_feat: int, n_a: int, width: int, n_shared: int, n_ind: int, vbs: int
@@ -122,20 +127,20 @@ class DecisionStep(nn.Module):
         self.fea_tran = FeatureTransformer(d_feat, width, n_shared, n_ind, vbs)
 
     def forward(
-        self, x: Tensor, look: Tensor, prior: Tensor, shared: nn.ModuleList
+        self, x: Tensor, attention_input: Tensor, prior: Tensor, shared: nn.ModuleList
     ) -> tuple[Tensor, Tensor]:
-        picked = self.atten_tran(look, prior)
-        return picked, self.fea_tran(x * picked, shared)
+        selection = self.atten_tran(attention_input, prior)
+        return selection, self.fea_tran(x * selection, shared)
 
 
 class DecoderStep(nn.Module):
-    """A feature transformer and a linear layer."""
+    """A decoder step: a feature transformer and a linear layer."""
 
-    def __init__(self, into: int, d_feat: int, n_shared: int, n_ind: int, vbs: int) -> None:
+    def __init__(self, in_size: int, d_feat: int, n_shared: int, n_ind: int, vbs: int) -> None:
         super().__init__()
-        self.fea_tran = FeatureTransformer(into, d_feat, n_shared, n_ind, vbs)
+        self.fea_tran = FeatureTransformer(in_size, d_feat, n_shared, n_ind, vbs)
         self.fc = nn.Linear(d_feat, d_feat)
 
     def forward(self, x: Tensor, shared: nn.ModuleList) -> Tensor:
-        found: Tensor = self.fc(self.fea_tran(x, shared))
-        return found
+        output: Tensor = self.fc(self.fea_tran(x, shared))
+        return output

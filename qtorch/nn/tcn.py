@@ -1,4 +1,4 @@
-"""TCN: convolutions that look back over ever wider stretches of the window."""
+"""TCN: causal convolutions over the window with increasing dilation."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from qtorch.nn.network import Network
 
 
 class CausalConv(nn.Module):
-    """Weight-normalised convolution over time: `x [B, C, T]` to `[B, C', T]`, where each step
-    sees `kernel_size` steps, `dilation` apart, of which it is the last.
+    """Causal, weight-normalized convolution over time: `x [B, C, T]` to `[B, C', T]`.
 
-    `weight_v` is the direction of the weights, `weight_g` their length for each output channel
-    (Salimans and Kingma, "Weight Normalization", 2016). torch's own wrappers of weight norm hold
-    a derived weight that neither pickling nor stacked members bear.
+    Each output step depends on `kernel_size` input steps, `dilation` apart, up to itself.
+    `weight_v` is the direction of the weights and `weight_g` their norm for each output channel
+    (Salimans and Kingma, "Weight Normalization", 2016). torch's weight norm is not used, because
+    the derived weight that it stores works neither with pickling nor with stacked members.
     """
 
     def __init__(self, in_size: int, out_size: int, kernel_size: int, dilation: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(in_size * kernel_size)  # as nn.Conv1d begins
+        limit = 1 / math.sqrt(in_size * kernel_size)  # as in nn.Conv1d
         self.weight_v = nn.Parameter(torch.empty(out_size, in_size, kernel_size))
-        nn.init.uniform_(self.weight_v, -bound, bound)
-        self.weight_g = nn.Parameter(self._length().detach())
-        self.bias = nn.Parameter(torch.empty(out_size).uniform_(-bound, bound))
+        nn.init.uniform_(self.weight_v, -limit, limit)
+        self.weight_g = nn.Parameter(self._norm().detach())
+        self.bias = nn.Parameter(torch.empty(out_size).uniform_(-limit, limit))
         self.dilation = dilation
-        self.past = (kernel_size - 1) * dilation
+        self.padding = (kernel_size - 1) * dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_v * (self.weight_g / self._length())
-        return F.conv1d(F.pad(x, (self.past, 0)), weight, self.bias, dilation=self.dilation)
+        weight = self.weight_v * (self.weight_g / self._norm())
+        return F.conv1d(F.pad(x, (self.padding, 0)), weight, self.bias, dilation=self.dilation)
 
-    def _length(self) -> Tensor:
-        length: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
-        return length
+    def _norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
+        return norm
 
 
 class TemporalBlock(nn.Module):
-    """Two causal convolutions beside a shortcut: `x [B, C, T]` to `[B, C', T]`."""
+    """Two causal convolutions with a residual connection: `x [B, C, T]` to `[B, C', T]`."""
 
     def __init__(
         self, in_size: int, out_size: int, kernel_size: int, dilation: int, dropout: float
@@ -52,21 +52,21 @@ class TemporalBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.dropout(torch.relu(self.conv1(x)))
-        found = self.dropout(torch.relu(self.conv2(found)))
-        return torch.relu(found + self.downsample(x))
+        hidden = self.dropout(torch.relu(self.conv1(x)))
+        hidden = self.dropout(torch.relu(self.conv2(hidden)))
+        return torch.relu(hidden + self.downsample(x))
 
 
 class TCN(Network):
-    """Temporal blocks, each with twice the dilation of the one before; the newest step's state
-    gives the score.
+    """Temporal blocks with doubling dilation and a linear head on the newest step.
 
     Bai, Kolter and Koltun, "An Empirical Evaluation of Generic Convolutional and Recurrent
-    Networks for Sequence Modeling", 2018. Answers to Qlib's pytorch_tcn.py, pytorch_tcn_ts.py
-    and tcn.py; a block's weights have the same names. Differences: the padding stands before
-    the first step alone, where Qlib pads both sides and cuts the end off; the shortcuts begin as
-    torch's convolutions, Qlib's from a normal of 0.01 (which it means for the convolutions too,
-    where weight norm undoes it); `num_outputs`; a batch of one stays a batch.
+    Networks for Sequence Modeling", 2018. Corresponds to Qlib's pytorch_tcn.py, pytorch_tcn_ts.py
+    and tcn.py; the weights of a block have the same names. Differences: only the start of the
+    window is padded (Qlib pads both ends and cuts the last steps off); the convolutions of the
+    residual connections have torch's default initialization (Qlib: normal with standard deviation
+    0.01, also intended for the causal convolutions, where weight norm undoes it); `num_outputs`; a
+    batch with one sample keeps its shape.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TCN(Network):
         self.linear = nn.Linear(n_chans, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         states = x.transpose(1, 2)  # [B, F, T]
         for block in self.blocks:
             states = block(states)  # [B, H, T]

@@ -1,4 +1,4 @@
-"""TCTS: one network for labels of several horizons, and one that weighs the labels."""
+"""TCTS: a network for labels of several horizons, and a network that weights these labels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import GRULayers
 
-NEVER = -1e9  # takes a task out of a softmax and stays finite
+MASKED_LOGIT = -1e9  # a logit that removes a task from a softmax but stays finite
 
 
 class TCTS(Network):
-    """GRU layers whose last state answers for the labels of all horizons: with one output, or
-    with `own_heads` one for each.
+    """GRU layers whose last state predicts the labels of all horizons.
 
-    Wu et al., "Temporally Correlated Task Scheduling for Sequence Learning", ICML 2021. Answers
-    to Qlib's pytorch_tcts.py; the layers have the same names. The first label column is the main
-    task and its output the score. `qtorch.model.TCTSModule` trains it. Differences: the score is
-    given once for each label column, so that it can be held against all of them; `own_heads`.
+    There is one output for all labels, or with `own_heads` one output for each.
+
+    Wu et al., "Temporally Correlated Task Scheduling for Sequence Learning", ICML 2021.
+    Corresponds to Qlib's pytorch_tcts.py, with the same layer names. The first label column is the
+    main task, and its output is the score. `qtorch.model.TCTSModule` trains the network.
+    Differences: the score is repeated for each label column, so that it can be compared with all
+    labels; `own_heads`.
     """
 
     def __init__(
@@ -35,17 +37,18 @@ class TCTS(Network):
         self.fc_out = nn.Linear(hidden_size, num_outputs if own_heads else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         states, _ = self.rnn(x)  # [B, T, H]
         outputs = self.fc_out(states[:, -1])
         return self.scores(outputs.expand(-1, self.num_outputs))
 
 
 class TaskWeights(nn.Module):
-    """How much each sample should teach by each of its labels: shares of one.
+    """Compute the loss weight of each label of a sample; the weights of a sample sum to one.
 
-    It sees the features, the errors, the labels and the main score, as Qlib's MLPModel does; the
-    main task's number, which Qlib adds, is the same for every sample and left to the bias.
+    The inputs are the features, the errors, the labels and the main score, as in Qlib's MLPModel.
+    Qlib also adds the index of the main task, which is the same for every sample and is covered by
+    the bias here.
     """
 
     def __init__(
@@ -68,12 +71,16 @@ class TaskWeights(nn.Module):
         self.mlp.add_module("fc_out", nn.Linear(width, num_tasks))
 
     def forward(self, x: Tensor, score: Tensor, label: Tensor) -> Tensor:
-        """`x [B, T, F]`, `score [B, Q]`, `label [B, Q]` to `[B, Q]`; a label that is NaN gets
-        nothing, and a sample without any label gives nothing."""
-        there = ~label.isnan()
-        known = label.nan_to_num()
-        error = torch.where(there, score - known, 0.0)
-        flat = x.transpose(1, 2).flatten(1)
-        seen = torch.cat((flat, error, known, score[:, :1]), -1)
-        share: Tensor = self.mlp(seen).masked_fill(~there, NEVER).softmax(-1) * there
-        return share
+        """Map `x [B, T, F]`, `score [B, Q]`, `label [B, Q]` to weights `[B, Q]`.
+
+        A NaN label gets weight zero; a sample without labels has weights of zero.
+        """
+        has_label = ~label.isnan()
+        filled_label = label.nan_to_num()
+        error = torch.where(has_label, score - filled_label, 0.0)
+        features = x.transpose(1, 2).flatten(1)
+        inputs = torch.cat((features, error, filled_label, score[:, :1]), -1)
+        weight: Tensor = (
+            self.mlp(inputs).masked_fill(~has_label, MASKED_LOGIT).softmax(-1) * has_label
+        )
+        return weight

@@ -1,4 +1,4 @@
-"""TRA: several predictors, and a router that sends each sample to one of them."""
+"""TRA: several predictors, and a router that assigns each sample to one of them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ BACKBONES = ("RNN", "Transformer")
 
 
 class TRA(Network):
-    """Temporal Routing Adaptor: predictors for different trading patterns on one backbone. The
-    router chooses one by the backbone's state (`src_info` "LR"), by the predictors' own past
-    errors ("TPE"), or by both.
+    """Temporal Routing Adaptor: predictors for different trading patterns on one backbone.
+
+    A router selects one predictor for each sample from the backbone's state (`src_info` "LR"),
+    from the past errors of the predictors ("TPE"), or from both ("LR_TPE").
 
     Lin et al., "Learning Multiple Stock Trading Patterns with Temporal Routing Adaptor and
-    Optimal Transport", KDD 2021. Answers to Qlib's pytorch_tra.py; the layers have the same names
-    (its backbone is `model`, its adaptor this network). `errors [B, lookback, num_states]` are
-    the errors of the sample's instrument on the days from `date - label_horizon - lookback + 1`
-    to `date - label_horizon`, scaled to [0, 1] over the predictors; zeros where they are not
-    known. A day's label is known `label_horizon` days later: nothing later than `date` is in them.
-    It is filled from the dataset where that knows it. `qtorch.model.TRAModule` trains the network
-    and keeps the errors; `LightningModel.predict` finds those that its samples need by itself.
+    Optimal Transport", KDD 2021. Corresponds to Qlib's pytorch_tra.py, with the same layer names
+    (its backbone is `model`, its adaptor this network).
 
-    Differences: several label columns share one route; the steps of the errors are calendar days
-    (Qlib counts the instrument's rows); the draw of a route in training is part of the training
-    step, and here the likeliest is taken; positions are added without dropout.
+    The extra `errors [B, lookback, num_states]` holds the errors on the sample's instrument on
+    the days from `date - label_horizon - lookback + 1` to `date - label_horizon`, scaled to [0, 1]
+    over the predictors, and zero where unknown. A day's label is known `label_horizon` days later,
+    so the errors contain no information from after `date`. `label_horizon` is filled in from the
+    dataset if the dataset knows it. `qtorch.model.TRAModule` trains the network and stores the
+    errors; `LightningModel.predict` computes the errors that its samples need.
+
+    Differences: all label columns share one route; the steps of `errors` are calendar days (Qlib
+    counts the instrument's rows); routes are sampled in the training step only, while `forward`
+    takes the most likely one; positional encodings are added without dropout.
     """
 
     extras: ClassVar[tuple[str, ...]] = ("errors",)
@@ -57,17 +60,17 @@ class TRA(Network):
     ) -> None:
         super().__init__(num_outputs)
         if num_states < 2:
-            raise ValueError(f"num_states is {num_states}; a router chooses from 2 at least.")
+            raise ValueError(f"num_states is {num_states}; expected at least 2 predictors.")
         if lookback < 1 or label_horizon < 1:
             raise ValueError(
-                f"lookback {lookback} and label_horizon {label_horizon} must be at least 1."
+                f"lookback is {lookback}, label_horizon is {label_horizon}; expected at least 1."
             )
-        for name, value, known in (
+        for name, value, choices in (
             ("src_info", src_info, SOURCES),
             ("backbone", backbone, BACKBONES),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
         self.num_states, self.tau, self.src_info = num_states, tau, src_info
         self.lookback, self.label_horizon = lookback, label_horizon
         self.model: _Recurrent | _Attention
@@ -77,49 +80,52 @@ class TRA(Network):
             self.model = _Attention(d_feat, hidden_size, num_layers, dropout, nhead)
         width = self.model.output_size
         self.predictors = nn.Linear(width, num_states * num_outputs)
-        seen = width if "LR" in src_info else 0
+        router_input_size = width if "LR" in src_info else 0
         if "TPE" in src_info:
             self.router = recurrent_layers(router_arch, num_states, router_size)
-            seen += router_size
-        self.fc = nn.Linear(seen, num_states)
+            router_input_size += router_size
+        self.fc = nn.Linear(router_input_size, num_states)
 
-    def patterns(self, x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """What each predictor says `[B, num_states, Q]`, and the router's logits
+    def predictions_and_logits(self, x: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predictions of all predictors `[B, num_states, Q]`, and the router's logits
         `[B, num_states]`."""
         state = self.model(x)  # [B, H]
-        seen = [state] if "LR" in self.src_info else []
+        router_inputs = [state] if "LR" in self.src_info else []
         if "TPE" in self.src_info:
-            seen.append(self.router(errors.to(state.dtype))[0][:, -1])
-        return self.predicted(state), self.fc(torch.cat(seen, -1)) / self.tau
+            router_inputs.append(self.router(errors.to(state.dtype))[0][:, -1])
+        return self.predictions(state), self.fc(torch.cat(router_inputs, -1)) / self.tau
 
-    def predicted(self, state: Tensor) -> Tensor:
-        """What each predictor says of states of the backbone: `[B, H]` to `[B, num_states, Q]`."""
-        found: Tensor = self.predictors(state)
-        return found.reshape(-1, self.num_states, self.num_outputs)
+    def predictions(self, state: Tensor) -> Tensor:
+        """Return the predictions `[B, num_states, Q]` for states `[B, H]` of the backbone."""
+        outputs: Tensor = self.predictors(state)
+        return outputs.reshape(-1, self.num_states, self.num_outputs)
 
-    def routed(self, found: Tensor, share: Tensor) -> Tensor:
-        """The predictions `[B, num_states, Q]` weighted by `share [B, num_states]`."""
-        return self.scores((found * share[..., None]).sum(-2))
+    def mix_predictions(self, predictions: Tensor, share: Tensor) -> Tensor:
+        """Return predictions `[B, num_states, Q]` weighted by `share [B, num_states]` as scores."""
+        return self.scores((predictions * share[..., None]).sum(-2))
 
     def forward(self, x: Tensor, errors: Tensor) -> Tensor:
-        """`x [B, T, F]`, `errors [B, lookback, num_states]` to `[B]` or `[B, Q]`."""
-        found, logits = self.patterns(x, errors)
+        """Map `x [B, T, F]`, `errors [B, lookback, num_states]` to scores `[B]` or `[B, Q]`."""
+        predictions, logits = self.predictions_and_logits(x, errors)
         share = logits.softmax(-1)
         best = logits.argmax(-1, keepdim=True)
-        chosen = best == torch.arange(self.num_states, device=logits.device)
-        # The value of the choice, the gradient of the shares.
-        return self.routed(found, chosen.to(share.dtype) + (share - share.detach()))
+        is_best = best == torch.arange(self.num_states, device=logits.device)
+        # Straight-through estimator: the value of the hard choice, the gradient of the softmax.
+        return self.mix_predictions(predictions, is_best.to(share.dtype) + (share - share.detach()))
 
 
 class _Recurrent(nn.Module):
-    """The mean of the layers' last states beside, with `use_attn`, attention over all states."""
+    """Recurrent backbone: the mean of the layers' last states.
+
+    With `use_attn`, it is concatenated with an attention-weighted sum of all states.
+    """
 
     def __init__(
         self, d_feat: int, hidden: int, num_layers: int, dropout: float, arch: str, use_attn: bool
     ) -> None:
         super().__init__()
-        narrow = hidden < d_feat
-        self.input_proj = nn.Linear(d_feat, hidden) if narrow else nn.Identity()
+        is_narrow = hidden < d_feat
+        self.input_proj = nn.Linear(d_feat, hidden) if is_narrow else nn.Identity()
         self.rnn = recurrent_layers(arch, min(d_feat, hidden), hidden, num_layers, dropout)
         self.use_attn = use_attn
         if use_attn:
@@ -129,15 +135,15 @@ class _Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         states, last = self.rnn(self.input_proj(x))  # [B, T, H]
-        newest: Tensor = (last[0] if isinstance(last, tuple) else last).mean(0)  # [B, H]
+        last_state: Tensor = (last[0] if isinstance(last, tuple) else last).mean(0)  # [B, H]
         if not self.use_attn:
-            return newest
+            return last_state
         share = self.u(torch.tanh(self.W(states))).softmax(1)  # [B, T, 1]
-        return torch.cat((newest, (states * share).sum(1)), -1)
+        return torch.cat((last_state, (states * share).sum(1)), -1)
 
 
 class _Attention(nn.Module):
-    """A Transformer's state of the newest step."""
+    """Transformer backbone: the encoder's state of the newest step."""
 
     def __init__(
         self, d_feat: int, hidden: int, num_layers: int, dropout: float, nhead: int
@@ -157,19 +163,22 @@ class _Attention(nn.Module):
 
 
 def minmax(values: Tensor) -> Tensor:
-    """Values scaled to [0, 1] along the last axis; ones where they are all equal."""
+    """Scale values to [0, 1] along the last axis, or to ones if they are all equal."""
     low, high = values.aminmax(dim=-1, keepdim=True)
     return torch.where(high > low, (values - low) / (high - low).clamp(min=1e-12), 1.0)
 
 
-def sinkhorn(cost: Tensor, there: Tensor, num_iters: int = 3, epsilon: float = 0.1) -> Tensor:
-    """A plan `[B, K]` that gives each sample shares of the predictors, most where the `cost [B,
-    K]` is least, and each predictor about as many samples. Rows outside `there [B]` get none.
+def sinkhorn(cost: Tensor, is_sample: Tensor, num_iters: int = 3, epsilon: float = 0.1) -> Tensor:
+    """Return a transport plan `[B, K]` between samples and predictors for `cost [B, K]`.
 
-    Cuturi, "Sinkhorn Distances", 2013: entropy `epsilon`, so many rounds.
+    Each sample's shares sum to one and are largest where its cost is lowest, while all predictors
+    get about the same number of samples. Rows where `is_sample [B]` is False get zeros.
+
+    Cuturi, "Sinkhorn Distances", 2013, with `num_iters` iterations and entropic regularization
+    `epsilon`.
     """
     tiny = torch.finfo(cost.dtype).tiny
-    plan = torch.exp(-cost / epsilon) * there[:, None]
+    plan = torch.exp(-cost / epsilon) * is_sample[:, None]
     for _ in range(num_iters):
         plan = plan / plan.sum(0, keepdim=True).clamp(min=tiny)
         plan = plan / plan.sum(1, keepdim=True).clamp(min=tiny)

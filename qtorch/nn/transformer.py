@@ -25,23 +25,24 @@ class PositionalEncoding(nn.Module):
         table = torch.zeros(max_len, d_model)
         table[:, 0::2] = torch.sin(position * rate)
         table[:, 1::2] = torch.cos(position * rate)[:, : d_model // 2]
-        # Not part of the weights: it follows from the arguments.
+        # Not saved with the weights, because the arguments determine it.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = x.shape[1]
         if steps > len(self.table):
-            raise ValueError(f"a window of {steps} steps; this network takes {len(self.table)}.")
+            raise ValueError(f"got a window of {steps} steps; expected at most {len(self.table)}.")
         return x + self.table[:steps]
 
 
 class Transformer(Network):
-    """Transformer encoder; the newest step's state gives the score.
+    """Transformer encoder over the window and a linear head on the newest step.
 
-    Vaswani et al., "Attention Is All You Need", 2017. Answers to Qlib's pytorch_transformer.py
-    and pytorch_transformer_ts.py; the layers have the same names. Differences: `num_outputs`;
-    `dim_feedforward` can be set (Qlib leaves torch's 2048); the table of positions is no part of
-    the weights; Qlib's hold the encoder layer that it copies, too, which nothing uses.
+    Vaswani et al., "Attention Is All You Need", 2017. Corresponds to Qlib's
+    pytorch_transformer.py and pytorch_transformer_ts.py, with the same layer names. Differences:
+    `num_outputs`; `dim_feedforward` can be set (Qlib uses torch's default of 2048); the positional
+    encoding is not in the state dict; Qlib's state dict also contains the unused template of its
+    encoder layers.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Transformer(Network):
         self.decoder_layer = nn.Linear(d_model, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         steps = self.pos_encoder(self.feature_layer(x))  # [B, T, H]
         steps = self.transformer_encoder(steps)
         return self.scores(self.decoder_layer(steps[:, -1]))

@@ -1,4 +1,4 @@
-"""TSMixer: multilayer perceptrons over time and over features in turn."""
+"""TSMixer: MLPs that alternate between mixing over time and over features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtorch.nn.network import Network
 
 
 class MixerBlock(nn.Module):
-    """Mixes `x [B, T, F]` along the steps, then along the features, each with a residual."""
+    """Mix `x [B, T, F]` over the steps, then over the features, each with a residual."""
 
     def __init__(self, step_len: int, d_feat: int, hidden_size: int, dropout: float) -> None:
         super().__init__()
@@ -21,20 +21,20 @@ class MixerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = F.relu(self.time(self.time_norm(x).transpose(1, 2))).transpose(1, 2)
-        x = x + self.dropout(mixed)
+        update = F.relu(self.time(self.time_norm(x).transpose(1, 2))).transpose(1, 2)
+        x = x + self.dropout(update)
         hidden = self.dropout(F.relu(self.wide(self.feature_norm(x))))
-        found: Tensor = x + self.dropout(self.narrow(hidden))
-        return found
+        output: Tensor = x + self.dropout(self.narrow(hidden))
+        return output
 
 
 class TSMixer(Network):
-    """Mixer blocks, a projection of the steps to one, a linear layer over the features.
+    """Mixer blocks, a linear projection of the steps to one, and a linear head over the features.
 
     Chen et al., "TSMixer: An All-MLP Architecture for Time Series Forecasting", TMLR 2023.
-    Adapted: the temporal projection ends in one step, and the features in a score. The norms are
-    over steps and features of a sample (the paper takes a batch's; its code offers both), so
-    that a score does not depend on what else is in the batch.
+    Adapted: the temporal projection returns one step, and the features are mapped to a score. Norms
+    are computed over the steps and features of a sample, so that a score does not depend on the
+    rest of the batch (the paper uses batch norms; its code offers both).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TSMixer(Network):
         self.head = nn.Linear(d_feat, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [B, T, F]` to `[B]` or `[B, Q]`."""
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         x = self.blocks(x)
         last = self.project(x.transpose(1, 2))[..., 0]  # [B, F]
         return self.scores(self.head(last))

@@ -1,4 +1,4 @@
-"""Networks and what they are fed, for the contract that all of them keep."""
+"""All networks and suitable inputs, for the tests that every network must pass."""
 
 from __future__ import annotations
 
@@ -15,65 +15,71 @@ from qtorch.nn.network import Network
 
 G, N, T, F = 3, 7, 6, 4
 NUM_INSTRUMENTS, NUM_DAYS, NUM_CONCEPTS, NUM_STATES = 11, 20, 5, 3
-# Padding of the day batch: the last day has three instruments, the first is full.
+# Numbers of instruments on the days of a batch; the other rows are padding.
 COUNTS = (N, 5, 3)
 
 
-def _networks() -> list[type[Network]]:
-    found = set()
+def _find_networks() -> list[type[Network]]:
+    networks = set()
     for module in pkgutil.iter_modules(qtorch.nn.__path__):
-        for _, thing in inspect.getmembers(importlib.import_module(f"qtorch.nn.{module.name}")):
-            if inspect.isclass(thing) and issubclass(thing, Network) and thing is not Network:
-                found.add(thing)
-    found = {cls for cls in found if not inspect.isabstract(cls)}
-    return sorted(found, key=lambda c: c.__name__)
+        for _, value in inspect.getmembers(importlib.import_module(f"qtorch.nn.{module.name}")):
+            if inspect.isclass(value) and issubclass(value, Network) and value is not Network:
+                networks.add(value)
+    networks = {cls for cls in networks if not inspect.isabstract(cls)}
+    return sorted(networks, key=lambda c: c.__name__)
 
 
-NETWORKS = _networks()
+NETWORKS = _find_networks()
 
 
-def build(cls: type[Network], seed: int = 0, **arguments: Any) -> Network:
-    """A network as a dataset would complete it."""
-    known = {
+def build_network(cls: type[Network], seed: int = 0, **arguments: Any) -> Network:
+    """Create a network, with the arguments that a dataset would fill in."""
+    dataset_arguments = {
         "d_feat": F * T if cls.inputs == "flat" else F,
         "step_len": T,
         "num_instruments": NUM_INSTRUMENTS,
         "num_days": NUM_DAYS,
         "num_concepts": NUM_CONCEPTS,
         "num_states": NUM_STATES,
-        "n_steps": 3,  # of TabNet, whose five are slow to trace
+        "n_steps": 3,  # of TabNet; its default of five is slow to trace
     }
-    takes = inspect.signature(cls).parameters
+    parameters = inspect.signature(cls).parameters
     torch.manual_seed(seed)
-    return cls(**{k: v for k, v in known.items() if k in takes}, **arguments)
+    return cls(**{k: v for k, v in dataset_arguments.items() if k in parameters}, **arguments)
 
 
-def feed(cls: type[Network], *, size: int | None = None, seed: int = 1) -> dict[str, Tensor]:
-    """The arguments of `forward` by name; `size` samples (one day of so many) instead of usual."""
+def build_inputs(
+    cls: type[Network], *, size: int | None = None, seed: int = 1
+) -> dict[str, Tensor]:
+    """Return the arguments of `forward` by name.
+
+    `size` is the number of samples, in a single day for cross-sectional networks (None: N samples,
+    or G days of up to N).
+    """
     g = torch.Generator().manual_seed(seed)
-    form = (G, N) if cls.cross_section else (N,)
+    shape = (G, N) if cls.cross_section else (N,)
     if size is not None:
-        form = (1, size) if cls.cross_section else (size,)
-    x = torch.randn(*form, T, F, generator=g)
-    given = {"x": x.transpose(-1, -2).flatten(-2) if cls.inputs == "flat" else x}
+        shape = (1, size) if cls.cross_section else (size,)
+    x = torch.randn(*shape, T, F, generator=g)
+    inputs = {"x": x.transpose(-1, -2).flatten(-2) if cls.inputs == "flat" else x}
     if cls.cross_section:
         counts = torch.tensor(COUNTS if size is None else [size])
-        given["mask"] = torch.arange(form[1]) < counts[:, None]
+        inputs["mask"] = torch.arange(shape[1]) < counts[:, None]
     extras = {
         "instrument": torch.stack(
-            [torch.randperm(NUM_INSTRUMENTS, generator=g)[: form[-1]] for _ in range(form[0])]
+            [torch.randperm(NUM_INSTRUMENTS, generator=g)[: shape[-1]] for _ in range(shape[0])]
         )
         if cls.cross_section
-        else torch.randint(NUM_INSTRUMENTS, form, generator=g),
-        "date": torch.arange(5, 5 + form[0])[:, None].expand(form)
+        else torch.randint(NUM_INSTRUMENTS, shape, generator=g),
+        "date": torch.arange(5, 5 + shape[0])[:, None].expand(shape)
         if cls.cross_section
-        else torch.randint(NUM_DAYS, form, generator=g),
-        "errors": torch.rand(*form, T, NUM_STATES, generator=g),
-        "concept": (torch.rand(*form, NUM_CONCEPTS, generator=g) > 0.5).float(),
+        else torch.randint(NUM_DAYS, shape, generator=g),
+        "errors": torch.rand(*shape, T, NUM_STATES, generator=g),
+        "concept": (torch.rand(*shape, NUM_CONCEPTS, generator=g) > 0.5).float(),
     }
-    return {**given, **{name: extras[name] for name in cls.extras}}
+    return {**inputs, **{name: extras[name] for name in cls.extras}}
 
 
-def real(cls: type[Network], score: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """The scores of samples, without those of padding."""
-    return score[given["mask"]] if cls.cross_section else score
+def drop_padding(cls: type[Network], score: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the scores of the samples, without those of padding."""
+    return score[inputs["mask"]] if cls.cross_section else score

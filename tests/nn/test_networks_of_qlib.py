@@ -1,4 +1,4 @@
-"""Networks with real Qlib's weights against the scores that Qlib's gave with them."""
+"""Networks with weights of real Qlib, compared with the scores of Qlib's networks."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ import networks  # noqa: E402
 GOLDEN = networks.read(ROOT / "tests" / "golden" / "qlib_networks.npz")
 
 
-def kept(file: str) -> dict[str, networks.Answer]:
+def golden_answers(file: str) -> dict[str, networks.Answer]:
     return {name: answer for name, answer in GOLDEN.items() if name.startswith(f"{file}:")}
 
 
-def row_of(answers: dict[str, networks.Answer]) -> networks.Row:
+def compare_single(answers: dict[str, networks.Answer]) -> networks.Row:
     (row,) = networks.compare(answers)
     return row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", network_cases.TWINS)
-def test_scores_are_those_of_qlib(file: str) -> None:
-    row = row_of(kept(file))
-    if not row.here:
-        pytest.skip(f"qtorch.nn has no {row.ours}")
+def test_scores_equal_golden_scores_of_qlib(file: str) -> None:
+    row = compare_single(golden_answers(file))
+    if not row.is_available:
+        pytest.skip(f"qtorch.nn has no {row.network}")
     assert row.passes, str(row)
-    assert row.spread > 0.02, "scores that are all alike would agree with anything"
+    assert row.spread > 0.02, "the scores are too similar for a meaningful comparison"
 
 
-def test_the_golden_points_cover_the_grid() -> None:
+def test_golden_cases_cover_the_parameter_grid() -> None:
     assert set(GOLDEN) == {case.name for case in network_cases.cases(networks.EVERY)}
     for file, twin in network_cases.TWINS.items():
-        some = [c.sizes for c in network_cases.cases(networks.EVERY, [file])]
-        for name, values in {**network_cases.BASE, **twin.varied}.items():
-            assert {sizes[name] for sizes in some} == set(values), (file, name)
+        case_sizes = [c.sizes for c in network_cases.cases(networks.EVERY, [file])]
+        for name, values in {**network_cases.BASE, **twin.grid_values}.items():
+            assert {sizes[name] for sizes in case_sizes} == set(values), (file, name)
 
 
-def test_the_comparison_notices_a_score_that_differs() -> None:
-    answers = kept("pytorch_gru")
+def test_comparison_detects_different_scores() -> None:
+    answers = golden_answers("pytorch_gru")
     name = next(iter(answers))
-    shifted = answers[name].parts["score"] + 2e-5
-    answers[name] = replace(answers[name], parts={"score": shifted})
-    row = row_of(answers)
+    shifted_scores = answers[name].parts["score"] + 2e-5
+    answers[name] = replace(answers[name], parts={"score": shifted_scores})
+    row = compare_single(answers)
     assert not row.passes
-    assert row.agree == row.outputs - len(shifted)
+    assert row.agree == row.outputs - len(shifted_scores)
 
 
-def test_the_comparison_notices_weights_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = ((r"^transformation", "fc"), (r"^fc\.", "transformation."))
-    monkeypatch.setitem(network_weights.NAMES, "GATs", swapped)
-    assert not row_of(kept("pytorch_gats")).passes
+def test_comparison_detects_swapped_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped_names = ((r"^transformation", "fc"), (r"^fc\.", "transformation."))
+    monkeypatch.setitem(network_weights.NAMES, "GATs", swapped_names)
+    assert not compare_single(golden_answers("pytorch_gats")).passes
 
 
-def test_a_parameter_without_a_place_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmapped_parameters_are_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_weights, "NAMES", {})
-    with pytest.raises(RuntimeError, match=r"without a value.*embed.*not known.*net\.fc_in"):
-        networks.compare(kept("pytorch_alstm"))
+    with pytest.raises(RuntimeError, match=r"without a value.*embed.*unknown.*net\.fc_in"):
+        networks.compare(golden_answers("pytorch_alstm"))
 
 
 @pytest.mark.qlib
 @pytest.mark.slow
-def test_scores_are_those_of_qlib_now(qlib_python: str) -> None:
+def test_scores_equal_those_of_installed_qlib(qlib_python: str) -> None:
     assert [str(row) for row in networks.main(qlib_python) if not row.passes] == []

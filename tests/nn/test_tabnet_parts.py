@@ -1,4 +1,4 @@
-"""TabNet's parts against closed forms: sparsemax, norms of parts of a batch, what was picked."""
+"""Layers of TabNet compared with closed forms: sparsemax, ghost norm, selection prior."""
 
 from __future__ import annotations
 
@@ -11,59 +11,64 @@ from qtorch.nn.tabnet_layers import GhostNorm, sparsemax
 
 def test_sparsemax_is_the_projection_onto_the_simplex() -> None:
     scores = torch.randn(50, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = sparsemax(2 * scores)
+    projection = sparsemax(2 * scores)
     low, high = (2 * scores).amin(1) - 1, (2 * scores).amax(1)
-    for _ in range(60):  # the threshold that leaves a sum of one, by halving
+    for _ in range(60):  # bisection for the threshold that gives a sum of one
         middle = (low + high) / 2
-        more = (2 * scores - middle[:, None]).clamp(min=0).sum(1) > 1
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    torch.testing.assert_close(found, (2 * scores - low[:, None]).clamp(min=0))
-    assert (found == 0).any()
+        is_sum_too_large = (2 * scores - middle[:, None]).clamp(min=0).sum(1) > 1
+        low, high = (
+            torch.where(is_sum_too_large, middle, low),
+            torch.where(is_sum_too_large, high, middle),
+        )
+    torch.testing.assert_close(projection, (2 * scores - low[:, None]).clamp(min=0))
+    assert (projection == 0).any()
     assert torch.autograd.gradcheck(sparsemax, (scores[:4].requires_grad_(),))
     torch.testing.assert_close(sparsemax(torch.full((1, 4), 1e4)), torch.full((1, 4), 0.25))
 
 
-def test_parts_of_a_batch_are_normalised_by_themselves() -> None:
+def test_ghost_norm_normalizes_parts_of_a_batch_separately() -> None:
     x = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
     norm = GhostNorm(3, vbs=3)
-    found = norm(x)  # three parts: 4, 4, 3
+    output = norm(x)  # three parts: 4, 4, 3
     for rows in (slice(0, 4), slice(4, 8), slice(8, 11)):
         part = x[rows]
         expected = (part - part.mean(0)) / (part.var(0, correction=0) + 1e-5).sqrt()
-        torch.testing.assert_close(found[rows], expected)
+        torch.testing.assert_close(output[rows], expected)
     before = {k: v.clone() for k, v in norm.state_dict().items()}
-    one = norm(x[:1])
+    single_output = norm(x[:1])
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
-    torch.testing.assert_close(one, norm.eval()(x)[:1])
+    torch.testing.assert_close(single_output, norm.eval()(x)[:1])
 
 
 @pytest.mark.parametrize("relax", [1.0, 1.5, None])
-def test_what_was_picked_is_remembered_from_step_to_step(relax: float | None) -> None:
+def test_selected_features_get_a_lower_prior_in_later_steps(relax: float | None) -> None:
     torch.manual_seed(0)
     network = TabNet(d_feat=5, n_d=4, n_a=4, out_dim=4, n_steps=4, relax=relax, vbs=64)
-    seen = []
+    attention_calls = []
     for step in network.steps:
-        step.atten_tran.register_forward_hook(lambda _, given, out: seen.append((given[1], out)))
+        step.atten_tran.register_forward_hook(
+            lambda _, inputs, output: attention_calls.append((inputs[1], output))
+        )
     network.encode(torch.randn(20, 5))
     expected = torch.ones(20, 5)
-    for prior, picked in seen:
+    for prior, selection in attention_calls:
         torch.testing.assert_close(prior, expected)
-        torch.testing.assert_close(picked.sum(-1), torch.ones(20))
-        expected = expected if relax is None else expected * (relax - picked)
+        torch.testing.assert_close(selection.sum(-1), torch.ones(20))
+        expected = expected if relax is None else expected * (relax - selection)
 
 
-def test_the_prior_of_a_guess_is_zero_for_what_is_hidden() -> None:
+def test_prior_scales_the_attention_logits() -> None:
     torch.manual_seed(0)
     network = TabNet(d_feat=5, n_d=4, n_a=4, out_dim=4, vbs=64).eval()
-    look, hidden = torch.randn(6, 4), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    attention_input, prior = torch.randn(6, 4), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     attention = network.steps[0].atten_tran
-    logits = attention.bn(attention.fc(look)) * hidden
-    torch.testing.assert_close(attention(look, hidden), sparsemax(logits))
-    found = network.encode(torch.randn(6, 5), hidden.expand(6, 5))[0]
-    assert network.decoder().eval()(found).shape == (6, 5)
+    logits = attention.bn(attention.fc(attention_input)) * prior
+    torch.testing.assert_close(attention(attention_input, prior), sparsemax(logits))
+    encoding = network.encode(torch.randn(6, 5), prior.expand(6, 5))[0]
+    assert network.decoder().eval()(encoding).shape == (6, 5)
 
 
-def test_forms_that_cannot_be_meant() -> None:
+def test_invalid_arguments_raise_errors() -> None:
     with pytest.raises(ValueError, match="n_steps is 1"):
         TabNet(d_feat=5, n_steps=1)
     with pytest.raises(ValueError, match=r"relax is 0\.5"):

@@ -179,13 +179,15 @@ def test_invalid_exports_raise_clear_errors(fit_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SFM", "TabNet", "IGMTF", "MASTER", "StockMixer", "Mamba", "ADD"])
 def test_networks_with_loops_or_memory_are_traced_for_any_batch_size(name, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "nn")
-    from network_inputs import NETWORKS, build, feed
+    from network_inputs import NETWORKS, build_inputs, build_network
 
     from qtorch.study.export_program import ScoringModule, trace_program
 
     cls = next(c for c in NETWORKS if c.__name__ == name)
-    scoring = ScoringModule(build(cls).eval(), lambda score: score[..., 0])
-    large_inputs, single_inputs = ([feed(cls, size=s)[n] for n in scoring.names] for s in (None, 1))
+    scoring = ScoringModule(build_network(cls).eval(), lambda score: score[..., 0])
+    large_inputs, single_inputs = (
+        [build_inputs(cls, size=s)[n] for n in scoring.names] for s in (None, 1)
+    )
     program = trace_program(scoring, large_inputs).program.module()
     with torch.inference_mode():
         input_sets = [large_inputs, single_inputs]
