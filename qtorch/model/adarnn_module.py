@@ -168,9 +168,7 @@ class ADARNNModule(ScoreModule):
 
 
 def _slot_means(train: Samples, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean features `[NUM_SLOTS, F]` of each slot's samples, and their counts
-    `[NUM_SLOTS]`.
-    """
+    """Return each slot's mean features `[NUM_SLOTS, F]` and sample counts `[NUM_SLOTS]`."""
     sums = torch.zeros(NUM_SLOTS, train.num_features, dtype=torch.float64)
     counts = torch.zeros(NUM_SLOTS, dtype=torch.float64)
     for rows in torch.split(torch.arange(len(train), device=train.index_device), CHUNK_SIZE):

@@ -104,7 +104,9 @@ def market_states(train: Samples) -> Tensor:
         for values in (label.nan_to_num(), has_label.double())
     )
     mean = total / count  # NaN for a day without labels
-    quantiles = torch.arange(1, NUM_MARKET_STATES, device=mean.device, dtype=mean.dtype) / NUM_MARKET_STATES
+    quantiles = (
+        torch.arange(1, NUM_MARKET_STATES, device=mean.device, dtype=mean.dtype) / NUM_MARKET_STATES
+    )
     state = torch.bucketize(mean, torch.nanquantile(mean, quantiles))
     return state.masked_fill(count == 0, UNKNOWN)
 

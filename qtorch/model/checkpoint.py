@@ -49,10 +49,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_and_rotate(save: Any, folder: Path, *, rotate: bool = True) -> Path:
-    """Save with `save(path)` as the folder's last checkpoint; the old last becomes the previous
-    one.
+    """Save the folder's last checkpoint by calling `save(path)`; keep the old one as the previous.
 
-    `rotate` is False in a process that only takes part in a collective save which another one
+    `rotate` is False in a process that only takes part in a collective save, whose file another one
     writes.
     """
     last, previous = folder / LAST, folder / PREVIOUS

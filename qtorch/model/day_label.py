@@ -30,9 +30,7 @@ class DayLabel:
         self.drop_extreme, self.zscore = float(drop_extreme), zscore
 
     def __call__(self, label: Tensor, mask: Tensor | None) -> Tensor:
-        """Transform `label [G, N, Q]` with `mask [G, N]`; labels that are missing or dropped are
-        NaN.
-        """
+        """Transform `label [G, N, Q]` with `mask [G, N]`; missing or dropped labels are NaN."""
         if mask is not None:
             label = label.masked_fill(~mask[..., None], torch.nan)
         if self.drop_extreme:

@@ -58,8 +58,9 @@ class ErrorMemory(Gatherable):
 
     @torch.no_grad()
     def record_errors(self, network: nn.Module, samples: Samples) -> None:
-        """Store the errors of a TRA (or a LoRA of one) on samples; their calendar may be another
-        one.
+        """Store the errors of a TRA, or of a LoRA of one, on samples.
+
+        The samples may have another calendar and other instruments.
         """
         days = torch.as_tensor(self.calendar.get_indexer(samples.calendar))
         columns = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
@@ -84,10 +85,9 @@ class ErrorMemory(Gatherable):
 
 
 def prediction_errors(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return squared errors `[B, K]` of predictions `[B, K, Q]`, and whether each sample has a
-    label `[B]`.
+    """Return squared errors `[B, K]` and which samples have a label, `[B]`.
 
-    The errors are means over the labels that are not NaN.
+    `predictions` is `[B, K, Q]`. The errors are means over the labels that are not NaN.
     """
     target = batch.y
     assert target is not None, "errors need labels"

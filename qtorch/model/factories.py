@@ -106,9 +106,7 @@ def optimizer_factory(spec: Any) -> OptimizerFactory:
 
 
 def explain_errors(factory: OptimizerFactory) -> OptimizerFactory:
-    """Wrap an optimizer factory so that a bad argument (such as a string for lr) raises
-    ConfigError.
-    """
+    """Wrap an optimizer factory to raise ConfigError for a bad argument (a string for lr)."""
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
         try:
@@ -154,10 +152,10 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
 
 
 def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
-    """Return a factory from a name or a partial configuration; remaining arguments are passed
-    later.
+    """Return a factory from a name or a partial configuration.
 
-    `kind` ("optimizer", "scheduler", ...) is used in error messages.
+    The remaining arguments are passed to the factory later. `kind` ("optimizer", "scheduler", ...)
+    is used in error messages.
     """
     if isinstance(spec, str):
         spec = {"_target_": spec}

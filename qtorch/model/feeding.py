@@ -14,8 +14,9 @@ from qtorch.metrics.loss import Loss
 
 
 def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function from outputs `[..., Q]` to a score `[...]`: the loss's own, else the
-    first output.
+    """Return the function from outputs `[..., Q]` to a score `[...]`.
+
+    This is the loss's `readout`; for any other callable, the first output.
     """
     return loss.readout if isinstance(loss, Loss) else lambda score: score[..., 0]
 

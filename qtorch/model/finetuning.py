@@ -228,9 +228,7 @@ class FrozenBatchNorms(pl.Callback):
 
 
 def _partial_options(tuning: Mapping[str, Any]) -> list[str]:
-    """Return the fine-tuning options with which an optimizer had several parameter groups or a
-    subset.
-    """
+    """Return the options that gave an earlier optimizer a subset or groups of the parameters."""
     defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
     return [name for name in defaults if tuning.get(name, defaults[name]) != defaults[name]]
 

@@ -1,6 +1,4 @@
-"""Fit a network: resume or start training, on one device or several, and manage its checkpoint
-folder.
-"""
+"""Fit a network on one device or several: resume or start, and manage the checkpoint folder."""
 
 from __future__ import annotations
 

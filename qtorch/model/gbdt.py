@@ -243,9 +243,8 @@ def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _parameter_aliases() -> dict[str, str]:
     """Return each of LightGBM's parameter names and aliases with its canonical name."""
-    aliases_by_name = (
-        _lightgbm().basic._ConfigAliases._get_all_param_aliases()
-    )  # there is no public API for this
+    # There is no public API for this.
+    aliases_by_name = _lightgbm().basic._ConfigAliases._get_all_param_aliases()
     return {alias: name for name, aliases in aliases_by_name.items() for alias in (name, *aliases)}
 
 

@@ -47,8 +47,7 @@ class StopRequest:
 
 
 class Interruption(StopRequest):
-    """Context manager that turns the first stop signal into a request to stop after the current
-    step.
+    """Context manager that turns a stop signal into a request to stop after the current step.
 
     A second Ctrl-C raises StopTraining at once. Further signals of a scheduler do not, since
     schedulers may send them twice. Signals can only be handled in the main thread; in other threads

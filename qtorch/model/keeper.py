@@ -176,7 +176,7 @@ class CheckpointCallback(Checkpoint):
         for values, step in unsent:
             self._send_metrics(trainer, values, step)
 
-    # -- steps ------------------------------------------------------------------------------------
+    # -- best weights, metrics, saving ---------------------------------------------------------
 
     def _update_best(
         self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float]

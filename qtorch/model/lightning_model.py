@@ -337,12 +337,11 @@ class LightningModel(ModelFT):
     # -- scoring -------------------------------------------------------------------------------
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
-        """Return the scores of a segment: a float32 Series "score" indexed by (datetime,
-        instrument).
+        """Return the scores of a segment, each sample once.
 
-        Each sample occurs once. With several outputs, the score is the loss's readout, by default
-        the first output. Raises NotFittedError before `fit`, and DataError if the dataset's
-        features do not match those of the training.
+        The result is a float32 Series "score", indexed by (datetime, instrument). With several
+        outputs, the score is the loss's readout, by default the first output. Raises NotFittedError
+        before `fit`, and DataError if the dataset's features do not match those of the training.
         """
         network = self._require_network()
         samples = get_samples(dataset, segment, data_key="infer")

@@ -144,8 +144,9 @@ class ScoreModule(pl.LightningModule):
     # -- one batch -----------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the network's scores of a batch: `[B]` or `[B, Q]`, for a day batch `[G, N]` or
-        `[G, N, Q]`.
+        """Return the network's scores of a batch.
+
+        Their shape is `[B]` or `[B, Q]`, for a day batch `[G, N]` or `[G, N, Q]`.
         """
         return self.forward_adapter(batch)
 

@@ -34,8 +34,9 @@ PLAIN_FIELDS = (  # metadata fields of a logged metric that a checkpoint holds u
 
 
 def unsent_metrics(trainer: pl.Trainer) -> list[tuple[dict[str, float], int]]:
-    """Return what Lightning sends to the loggers after the current hook: the metrics of the
-    finished batch or epoch, with their step.
+    """Return the metrics, with their step, that Lightning sends to the loggers after this hook.
+
+    These are the metrics of the batch or epoch that has just finished.
     """
     connector, loop = trainer._logger_connector, trainer.fit_loop
     step = loop.epoch_loop._batches_that_stepped
@@ -65,9 +66,8 @@ def epoch_state(module: pl.LightningModule) -> dict[str, Any]:
     trainer = module.trainer
     results = {} if _is_between_epochs(trainer) else trainer.fit_loop.epoch_loop._results
     finished_results = trainer.fit_loop.epoch_loop._results if not results else {}
-    logged_metric_ids = {
-        id(r.value) for r in finished_results.values() if not r.is_tensor
-    }  # Lightning resets these at the end of the epoch
+    # Lightning resets logged metrics at the end of the epoch: they have no state to save.
+    logged_metric_ids = {id(r.value) for r in finished_results.values() if not r.is_tensor}
     return {
         "results": {k: _serialize_result(r) for k, r in results.items() if _is_current(r)},
         "seen": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},

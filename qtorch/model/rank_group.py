@@ -31,9 +31,7 @@ class RankGroup:
         return self.rank == 0
 
     def connect(self) -> None:
-        """Create the CPU process group. Every rank must call it once torch.distributed is
-        initialized.
-        """
+        """Create the CPU process group; every rank calls it once torch.distributed is set up."""
         if self.size > 1 and self._control is None:
             # The default group communicates between devices, objects would have to be moved there.
             self._control = dist.new_group(backend="gloo")

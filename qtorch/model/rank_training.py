@@ -26,8 +26,9 @@ from qtorch.model.training import Training, quiet_lightning
 
 
 def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: int) -> None:
-    """Train this rank's share and tell the parent that it is done or was stopped; errors are
-    raised.
+    """Train this rank's share, and tell the parent when it is done or was stopped.
+
+    Errors are raised.
     """
     request, (train, valid) = read_request(Path(folder), digest)
     assert train is not None, "the train segment has samples"

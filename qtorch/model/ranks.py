@@ -54,8 +54,9 @@ class RankError(QtorchError, RuntimeError):
 
 
 class RanksStopped(Exception):
-    """All ranks stopped after the same step: `position` is (epoch, batch), `num_batches` the
-    epoch's length.
+    """All ranks stopped after the same step.
+
+    `position` is (epoch, batch), `num_batches` the number of batches of the epoch.
     """
 
     def __init__(self, position: tuple[int, int] | None, num_batches: int) -> None:
@@ -193,9 +194,8 @@ class RankSupervisor:
         """Handle the messages of all ranks; return whether there were any."""
         has_messages = False
         for handle in self.handles:
-            code = (
-                handle.exit_code()
-            )  # ask before reading, so that its last messages are not missed
+            # Ask before reading, so that its last messages are not missed.
+            code = handle.exit_code()
             for message in handle.messages():
                 has_messages = True
                 self._handle_message(handle.rank, message)

@@ -47,8 +47,9 @@ def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | N
 
 
 def interpolate_statistics(old: State, new: State) -> State:
-    """Return the mean of two states, column by column, matched by name because the order may
-    differ.
+    """Return the mean of two states, column by column.
+
+    Columns are matched by name, because their order may differ.
     """
     has_no_state = [[p is None for p in state.config["processors"]] for state in (old, new)]
     if has_no_state[0] != has_no_state[1] or set(old.tensors) != set(new.tensors):
@@ -68,9 +69,7 @@ def interpolate_statistics(old: State, new: State) -> State:
 
 
 def _column_order(old: dict[str, Any], new: dict[str, Any]) -> list[int] | None:
-    """Return the position of each old column in the new processor; None if there are no column
-    names.
-    """
+    """Return the position of each old column in the new processor, or None without column names."""
     if "columns" not in old or "columns" not in new:
         return None
     positions = {(str(g), str(n)): k for k, (g, n) in enumerate(new["columns"])}

@@ -104,9 +104,7 @@ class TabNetModule(ScoreModule):
         return (error * hidden).sum(), hidden.sum()
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the network's input rows `x [B, F]`, and 1 for samples and 0 for padding, `[B,
-        1]`.
-        """
+        """Return input rows `x [B, F]`, and a mask `[B, 1]`: 1 for samples, 0 for padding."""
         (x,), _ = self.forward_adapter.arguments(batch)
         mask = batch.mask
         return x, torch.ones_like(x[:, :1]) if mask is None else mask.reshape(-1, 1).to(x.dtype)

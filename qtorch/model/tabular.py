@@ -47,11 +47,10 @@ class TabularModel(Model):
     feature_names_: tuple[str, ...] | None = None
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
-        """Return the scores of a segment: a float32 Series "score" indexed by (datetime,
-        instrument).
+        """Return the scores of a segment, each sample once.
 
-        Each sample occurs once. Raises NotFittedError before `fit`, and DataError if a feature of
-        the training is missing.
+        The result is a float32 Series "score", indexed by (datetime, instrument). Raises
+        NotFittedError before `fit`, and DataError if a feature of the training is missing.
         """
         names = self._require_feature_names()
         samples = get_samples(dataset, segment, data_key="infer")

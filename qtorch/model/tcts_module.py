@@ -172,8 +172,9 @@ class TCTSModule(ScoreModule):
     def _loss_slopes(
         self, batch: Batch, parameters: list[nn.Parameter], valid_gradient: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Return the slope of each training loss `[B, Q]` along `valid_gradient`, and the scores
-        `[B, Q]`.
+        """Return the slopes of the training losses `[B, Q]`, and the scores `[B, Q]`.
+
+        A slope is that of a loss along the normalized `valid_gradient`.
         """
         norm = torch.stack([s.square().sum() for s in valid_gradient]).sum().sqrt().clamp(min=1e-12)
         steps = [s * (STEP_LENGTH / norm) for s in valid_gradient]

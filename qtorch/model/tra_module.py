@@ -89,9 +89,8 @@ class TRAModule(ScoreModule):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         assert self._valid is not None, "validation needs a valid segment"
-        self.valid_memory.record_errors(
-            self.network, self._train
-        )  # the last days before the valid segment
+        # The lookback of the first valid days reaches into the train segment.
+        self.valid_memory.record_errors(self.network, self._train)
         self.valid_memory.record_errors(self.network, self._valid)
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:

@@ -200,8 +200,9 @@ def device_name(options: TrainerOptions) -> str:
 
 
 def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
-    """Return the number of batches per training_step; "auto" is 1 if anything counts single
-    batches.
+    """Return the number of batches per training_step.
+
+    "auto" is 1 if an argument or a callback counts single batches.
     """
     needs_single_batches = options.counts_batches or any(
         _has_batch_hooks(c) for c in options.callbacks

@@ -1,6 +1,4 @@
-"""One training in this process: samples, module, trainer and checkpoints, as a whole or as one
-rank.
-"""
+"""One training in this process, alone or as one rank: samples, module, trainer, checkpoints."""
 
 from __future__ import annotations
 
@@ -184,8 +182,9 @@ class Training:
         return checkpoint_callback
 
     def _trainer_options(self) -> TrainerOptions:
-        """Return the trainer options; let DDP look for unused parameters if layers are unfrozen
-        later.
+        """Return the trainer options.
+
+        If layers are unfrozen later, DDP has to look for parameters without gradients.
         """
         options = self.recipe.trainer
         unfreezes_layers = self.tuning is not None and self.tuning.unfreeze_every is not None
@@ -333,9 +332,8 @@ class Training:
             ckpt_path=None if path is None else str(path),
             weights_only=None if path is None else True,
         )
-        self.checkpoint_callback.resend_metrics(
-            self.trainer
-        )  # if no epoch was left to train, nothing has sent them
+        # If no epoch was left to train, nothing has sent the metrics of the checkpoint yet.
+        self.checkpoint_callback.resend_metrics(self.trainer)
 
     def result(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> FitResult:
         """Return the result after training, with the best weights loaded into the network."""

@@ -77,9 +77,8 @@ def test_importance_is_learned_and_then_boosted(dataset: ToyDataset, monkeypatch
     gate_sums, *_, importance = epochs[1]
     torch.testing.assert_close(importance, gate_sums / gate_sums.sum(-1, keepdim=True))
     assert importance.std(-1).min() > 0
-    torch.testing.assert_close(
-        epochs[2][0], epochs[2][3]
-    )  # there is no earlier distance to compare with
+    # There is no earlier distance to compare with.
+    torch.testing.assert_close(epochs[2][0], epochs[2][3])
     old_importance, new_distance, old_distance, new_importance = epochs[3]
     gain = torch.where(
         new_distance > old_distance + 1e-5, 1 + torch.sigmoid(new_distance - old_distance), 1.0

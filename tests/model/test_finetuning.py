@@ -116,9 +116,8 @@ def test_lora_starts_as_the_network_and_merges_into_it(network: nn.Module) -> No
     lora(x).square().sum().backward()
     trainable = {n for n, p in lora.named_parameters() if p.grad is not None and p.grad.any()}
     assert trainable
-    assert all(
-        n.startswith("high.") for n in trainable
-    )  # the gradient of A is zero as long as B is zero
+    # The gradient of A is zero as long as B is zero.
+    assert all(n.startswith("high.") for n in trainable)
     for p in lora.high.values():
         p.data.normal_(generator=torch.Generator().manual_seed(0))
     changed_scores = lora(x)
@@ -138,7 +137,7 @@ def test_finetuning_with_lora(base_model: LightningModel, dataset: ToyDataset) -
     assert torch.linalg.matrix_rank(change, tol=1e-5) <= 2
     with pytest.raises(ConfigError, match="lora"):
         model.finetune(dataset, lora={"rang": 2})
-    with pytest.raises(ConfigError, match="fit no weight"):
+    with pytest.raises(ConfigError, match="match no weight"):
         model.finetune(dataset, lora={"targets": ["conv.*"]})
     with pytest.raises(ConfigError, match="lora defines which weights"):
         model.finetune(dataset, lora={"rank": 2}, train="head")

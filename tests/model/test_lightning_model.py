@@ -1,6 +1,4 @@
-"""LightningModel as its users see it: arguments, scores, saving, fine-tuning, networks of their
-own.
-"""
+"""LightningModel as users see it: arguments, scores, saving, fine-tuning, custom networks."""
 
 from __future__ import annotations
 

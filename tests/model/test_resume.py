@@ -147,9 +147,8 @@ def test_finished_training_is_not_repeated(recorder: ToyRecorder, reference_fit,
     resumed_model.fit(ToyDataset(), recorder=recorder)
     assert resumed_model.fit_report_["resumed_from"] is not None
     assert _same_weights(_model_weights(resumed_model), _model_weights(reference_fit[0]))
-    assert (
-        recorder.history() == history
-    )  # sent again because a killed process may not have sent them; the values are equal
+    # Sent again because a killed process may not have sent them; the values are equal.
+    assert recorder.history() == history
     longer_model = resumable_model(trainer={**resumed_model.trainer, "max_epochs": 5})
     assert "threads" not in caplog.text
     torch.set_num_threads(2)
@@ -316,9 +315,8 @@ def test_second_ctrl_c_stops_at_once(
     _send_signals(monkeypatch, tmp_path / "run", (2, 7), *signals)
     checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
-    assert (
-        checkpoint[1]["global_step"] == 2 * 20 + 4
-    )  # not step 8 of the epoch but the last multiple of four
+    # The last multiple of four, not step 8 of the epoch.
+    assert checkpoint[1]["global_step"] == 2 * 20 + 4
     model, history = _resume_fit(tmp_path / "run")
     assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
     assert history == reference_fit[1]

@@ -57,9 +57,8 @@ def test_unknown_labels_do_not_change_scores(network: TRA) -> None:
     prediction_date = days[50]
     first_unknown = days.get_indexer([prediction_date])[0] - HORIZON + 1
     label = second.view.groups["label"].column("LABEL")
-    label[first_unknown:] = (
-        -3 * label[first_unknown:]
-    )  # a view: this changes the dataset's labels from here on
+    # A view: this changes the dataset's labels from here on.
+    label[first_unknown:] = -3 * label[first_unknown:]
     before, after = (model.predict(d, slice(days[48], days[-1])) for d in (first, second))
     dates = before.index.get_level_values("datetime")
     assert before[dates <= prediction_date].equals(after[dates <= prediction_date])

@@ -1,6 +1,4 @@
-"""Networks as users may write them: a plain torch module, and LightningModules that train
-themselves.
-"""
+"""Networks as users may write them: a torch module, and LightningModules that train themselves."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ class LastStep(nn.Module):
 
 
 class UserModule(pl.LightningModule):
-    """A LightningModule that takes a Batch, logs its own metrics and returns scores in
-    `predict_step`.
-    """
+    """A LightningModule for Batches that logs its own metrics and returns scores."""
 
     def __init__(self, d_feat: int, lr: float = 0.05, dropout: float = 0.2) -> None:
         super().__init__()
@@ -55,8 +51,10 @@ class UserModule(pl.LightningModule):
 
 
 class LoggingModule(UserModule):
-    """Log in every way that Lightning offers: by step and epoch, reduced by mean, sum and max, from
-    the start of the epoch, and with a torchmetrics metric, which has state.
+    """Log in every way that Lightning offers.
+
+    By step and by epoch, reduced by mean, sum and max, from the start of the epoch, and with a
+    torchmetrics metric, which has state.
     """
 
     def __init__(self, d_feat: int, lr: float = 0.05) -> None:
