@@ -1,4 +1,4 @@
-"""What every test shares: quiet libraries, a folder of its own, no session left behind."""
+"""Fixtures of all tests: no telemetry, an isolated tracking store, no session state left behind."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a part which is not here say which."""
+    """Skip tests whose requirements are missing, with a reason."""
     for item in items:
         if item.get_closest_marker("qlib") and not os.environ.get("QTORCH_QLIB_PYTHON"):
             item.add_marker(
-                pytest.mark.skip(reason="QTORCH_QLIB_PYTHON names no Python with pyqlib")
+                pytest.mark.skip(reason="QTORCH_QLIB_PYTHON is not set to a Python with pyqlib")
             )
         if item.get_closest_marker("gpu"):
             import torch
@@ -37,18 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins with qtorch's defaults, whatever another one set."""
+def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start each test with qtorch's defaults, whatever another test has set."""
     from qtorch.core import session
-    from qtorch.core.stops import noted
-    from qtorch.tracking.current import all_running, make_past
+    from qtorch.core.stops import stop_state
+    from qtorch.tracking.current import remove_running, running_recorders
 
     monkeypatch.setattr(session, "_process", session.Session())
     yield
-    noted.clear()
-    for left in all_running():  # a run that a test leaves open is no other one's
-        make_past(left)
-    # A command writes its log to the stderr of its time, which ends with the test.
+    stop_state.clear()
+    for (
+        recorder
+    ) in running_recorders():  # a run left open by this test must not leak into the next one
+        remove_running(recorder)
+    # A command's log handler writes to the stderr of this test, which ends with the test.
     logger = logging.getLogger("qtorch")
     logger.handlers.clear()
     logger.propagate = True
@@ -57,7 +59,10 @@ def own_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def template_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the session that the first store fills, from the user's where that has one."""
+    """Create a cache folder for the session, with the MLflow templates of the user's cache.
+
+    The first store that is created adds a missing template.
+    """
     from qtorch.tracking.locations import cache_folder
 
     folder = tmp_path_factory.mktemp("cache")
@@ -67,66 +72,67 @@ def template_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quiet_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes outside its folders, none reads the user's settings."""
+def isolate_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests from writing outside their folders and from reading the user's settings."""
     monkeypatch.setenv("QTORCH_CACHE", str(template_cache))
     monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Any]:
-    """The process that jobs are forked from, its imports done once for the session."""
-    from qtorch.task.forked import TRAINING, Forks
+def fork_server() -> Iterator[Any]:
+    """A fork server for the test session, which imports everything once."""
+    from qtorch.task.forked import TRAINING_MODULES, ForkServerClient
 
-    forks = Forks(*TRAINING, "qtorch.cli.work")
-    yield forks
-    forks.close()
+    server = ForkServerClient(*TRAINING_MODULES, "qtorch.cli.work")
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def warm(zygote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs and tasks in processes of their own are forked from the session's zygote."""
+def session_fork_server(fork_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the child processes of jobs and tasks from the session's fork server."""
 
     class Shared:
-        address, stopped, busy, open = zygote.address, False, False, True
-        call = zygote.call
+        address, is_stopped, is_busy, is_open = fork_server.address, False, False, True
+        call = fork_server.call
 
         def __init__(self, *modules: str) -> None:
-            type(self).open = True
+            type(self).is_open = True
 
         def close(self) -> None:
-            type(self).open = False
+            type(self).is_open = False
 
     from qtorch.cli import isolation, sweep_start
     from qtorch.trainer import isolated
 
     for module in (sweep_start, isolation, isolated):
-        monkeypatch.setattr(module, "Forks", Shared)
-    monkeypatch.setattr(isolation, "_forks", [])
+        monkeypatch.setattr(module, "ForkServerClient", Shared)
+    monkeypatch.setattr(isolation, "_fork_servers", [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def market_data() -> Path:
-    """The folder of real market data beside the repository; tests skip without it."""
+    """Return the folder with real market data beside the repository; skip the test without it."""
     folder = Path(os.environ.get("QTORCH_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "qlib_nyse500").is_dir():
-        pytest.skip("no real market data: QTORCH_TEST_DATA names no folder that holds qlib_nyse500")
+        pytest.skip("no real market data: QTORCH_TEST_DATA is not a folder with qlib_nyse500")
     return folder
 
 
 @pytest.fixture(scope="session")
 def qlib_python() -> str:
-    """A Python with pyqlib."""
+    """Return a Python interpreter with pyqlib."""
     return os.environ["QTORCH_QLIB_PYTHON"]
 
 
 @pytest.fixture(scope="session")
 def account_walk() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
-    """`account_walk(num_days=60, seed=0, bench=True)`: a portfolio's report and positions.
+    """Return `account_walk(num_days=60, seed=0, bench=True)`: a portfolio's report and positions.
 
-    The frames of PortAnaRecord, of an account that wanders; cash + value = account.
+    The frames are those of PortAnaRecord for an account with random returns.
+    Cash + value = account.
     """
 
     def walk(num_days: int = 60, seed: int = 0, bench: bool = True):
@@ -136,7 +142,7 @@ def account_walk() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
         turnover = pd.Series(np.r_[0.9, rng.uniform(0.05, 0.15, num_days - 1)], days)
         cost = turnover * 0.0015
         account = 1e6 * (1 + gross - cost).cumprod()
-        before = account.shift(fill_value=1e6)
+        previous = account.shift(fill_value=1e6)
         names = [f"I{k}" for k in range(8)]
         share = pd.DataFrame(rng.dirichlet(np.full(8, 4.0), num_days) * 0.95, days, names)
         share = share.where(rng.random(share.shape) > 0.2, 0.0)
@@ -145,19 +151,21 @@ def account_walk() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
             {
                 "account": account,
                 "return": gross,
-                "total_turnover": (turnover * before).cumsum(),
+                "total_turnover": (turnover * previous).cumsum(),
                 "turnover": turnover,
-                "total_cost": (cost * before).cumsum(),
+                "total_cost": (cost * previous).cumsum(),
                 "cost": cost,
                 "value": value,
                 "cash": account - value,
                 "bench": rng.normal(0.0004, 0.008, num_days) if bench else np.nan,
             }
         )
-        held = share.stack().rename_axis(["datetime", "instrument"])
-        held = held[held > 0]
-        worth = held * account.reindex(held.index.get_level_values(0)).to_numpy()
-        positions = pd.DataFrame({"amount": worth / 20, "price": 20.0, "count": 1, "weight": held})
+        weights = share.stack().rename_axis(["datetime", "instrument"])
+        weights = weights[weights > 0]
+        worth = weights * account.reindex(weights.index.get_level_values(0)).to_numpy()
+        positions = pd.DataFrame(
+            {"amount": worth / 20, "price": 20.0, "count": 1, "weight": weights}
+        )
         return report, positions
 
     return walk
@@ -166,27 +174,27 @@ def account_walk() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
 class _Elements(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[dict[str, str]] = []
+        self.elements: list[dict[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append({"tag": tag, **{k: v or "" for k, v in attrs}})
+        self.elements.append({"tag": tag, **{k: v or "" for k, v in attrs}})
 
 
 @pytest.fixture(scope="session")
 def elements() -> Callable[[str], list[dict[str, str]]]:
-    """`elements(html)`: every element's attributes, with its `tag`."""
+    """Return `elements(html)`: the attributes of every element, and its `tag`."""
 
     def parse(html: str) -> list[dict[str, str]]:
         parser = _Elements()
         parser.feed(html)
-        return parser.found
+        return parser.elements
 
     return parse
 
 
 @pytest.fixture
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages whose figures are made but not drawn, which is what takes seconds."""
+    """Create the figures of report pages without drawing them, which would take seconds."""
     from qtorch.record import page
 
     monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
@@ -194,19 +202,19 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages whose figures are not even made: their places and files are."""
+    """Skip the figures of report pages, but write their files and page elements."""
     from qtorch.record import page
 
-    def picture(self, name, draw, *data, says, **options):
+    def picture(self, name, draw, *data, alt_text, **options):
         (self.folder / f"{name}.png").write_bytes(b"picture")
-        return f'<figure id="{name}"><img src="data:," alt="{says}"></figure>'
+        return f'<figure id="{name}"><img src="data:," alt="{alt_text}"></figure>'
 
     monkeypatch.setattr(page.Page, "picture", picture)
 
 
 @pytest.fixture(scope="session")
-def in_browser() -> Callable[..., str]:
-    """`in_browser(path)`: the DOM after Chromium has loaded it; skips where there is none."""
+def browser_dom() -> Callable[..., str]:
+    """Return `browser_dom(path)`: the DOM after Chromium has loaded a page; may skip the test."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
@@ -215,9 +223,9 @@ def in_browser() -> Callable[..., str]:
     def dump(path: Path) -> str:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command = [program, *options, f"--user-data-dir={path.parent / 'profile'}", "--dump-dom"]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, path.as_uri()], capture_output=True, text=True, check=True, timeout=120
         )
-        return done.stdout
+        return process.stdout
 
     return dump

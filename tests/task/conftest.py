@@ -1,4 +1,4 @@
-"""Stores for the pool's tests: a file, a PostgreSQL server, a MongoDB server over its wire."""
+"""Task stores for the tests: a SQLite file, a PostgreSQL server, a MongoDB server."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pool_workers import STARTED, end, postgres
+from pool_workers import STARTED, kill, postgres
 
 from qtorch.task import TaskManager
 
-STORES = (  # the servers take half a minute of a run, and more to start
+STORES = (  # the servers are slow: tests on them take half a minute, and starting them longer
     "sqlite",
     pytest.param("postgres", marks=pytest.mark.slow),
     pytest.param("mongo", marks=pytest.mark.slow),
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A PostgreSQL server of the session: the one that the environment names, else one of ours."""
+    """The URL of a PostgreSQL server: of the environment variable, else of a new server."""
     if os.environ.get(POSTGRES_VARIABLE):
         yield os.environ[POSTGRES_VARIABLE]
         return
@@ -42,18 +42,18 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def mongo_url() -> Iterator[str]:
-    """A MongoDB server of the session: the one that the environment names, else SecantusDB."""
+    """The URL of a MongoDB server: of the environment variable, else of a new SecantusDB server."""
     if os.environ.get(MONGO_VARIABLE):
         yield os.environ[MONGO_VARIABLE]
         return
     pymongo = pytest.importorskip("pymongo", reason="a pool on MongoDB needs pymongo")
     program = Path(sys.executable).with_name("secantusd-py")
-    found = str(program) if program.exists() else shutil.which("secantusd-py")
-    if found is None:
-        pytest.skip(f"no MongoDB: {MONGO_VARIABLE} names none and SecantusDB is not installed")
+    executable = str(program) if program.exists() else shutil.which("secantusd-py")
+    if executable is None:
+        pytest.skip(f"no MongoDB: {MONGO_VARIABLE} is not set and SecantusDB is not installed")
     port = free_port()
     server = subprocess.Popen(
-        [found, "--port", str(port), "--storage-path", ":memory:", "--standalone"],
+        [executable, "--port", str(port), "--storage-path", ":memory:", "--standalone"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -67,16 +67,16 @@ def mongo_url() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_process_is_left() -> Iterator[None]:
-    """What a test has started ends with it, however that ends."""
+def kill_started_processes() -> Iterator[None]:
+    """Kill the processes that a test has started, also if it fails."""
     yield
     while STARTED:
-        end(STARTED.pop())
+        kill(STARTED.pop())
 
 
 @pytest.fixture(params=STORES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of each store in turn."""
+    """The URL of each kind of store."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'pool' / 'tasks.db'}"
     return str(request.getfixturevalue(f"{request.param}_url"))
@@ -84,22 +84,22 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def pool_name() -> str:
-    """A pool that no other test uses."""
+    """A pool name that no other test uses."""
     return f"pool-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
 def make_manager(url: str, pool_name: str) -> Iterator[Callable[..., TaskManager]]:
-    """Managers of the test's pool, closed at its end; each with connections of its own."""
-    made: list[TaskManager] = []
+    """A function that creates managers of the test's pool; they are closed after the test."""
+    managers: list[TaskManager] = []
 
     def make(pool: str = pool_name, **options: float) -> TaskManager:
-        made.append(TaskManager(pool, url, **{"patience": 20.0, **options}))
-        return made[-1]
+        managers.append(TaskManager(pool, url, **{"patience": 20.0, **options}))
+        return managers[-1]
 
     yield make
-    for manager in made:
-        manager.remove()  # servers are shared, and slower the more they hold
+    for manager in managers:
+        manager.remove()  # the servers are shared, and get slower with more tasks
         manager.close()
 
 

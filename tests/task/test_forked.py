@@ -1,4 +1,4 @@
-"""Children of the zygote: what they inherit, what they leave, how they end."""
+"""Children of the fork server: what they inherit, what they leave, how they end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.task.forked import Ended, ForkError, Forks, call_at
+from qtorch.task.forked import ExitStatus, ForkError, ForkServerClient, call_fork_server
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slow  # the zygote's imports
+pytestmark = pytest.mark.slow  # the imports of the fork server take seconds
 
 
 @pytest.fixture(autouse=True)
@@ -21,16 +21,16 @@ def steps_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
 
 
-def test_a_child_is_where_and_what_its_caller_is(zygote, tmp_path, monkeypatch, capfd):
+def test_child_inherits_the_environment_of_its_caller(fork_server, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORK_TEST", "mine")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    told = []
-    ended = zygote.call("fork_steps.describe", {"a": 1}, told.append)
-    assert ended == Ended(3)
-    assert told == [
+    messages = []
+    exit_status = fork_server.call("fork_steps.describe", {"a": 1}, messages.append)
+    assert exit_status == ExitStatus(3)
+    assert messages == [
         {
-            "given": {"a": 1},
+            "request": {"a": 1},
             "folder": str(tmp_path),
             "variable": "mine",
             "argv": sys.argv,
@@ -38,88 +38,92 @@ def test_a_child_is_where_and_what_its_caller_is(zygote, tmp_path, monkeypatch, 
             "group": True,
         }
     ]
-    assert "said by the child" in capfd.readouterr().out
+    assert "printed by the child" in capfd.readouterr().out
 
 
-def test_memory_of_one_child_does_not_reach_the_next(zygote):
-    told = []
+def test_memory_of_a_child_does_not_affect_the_next_child(fork_server):
+    messages = []
     for value in (1, 2):
-        assert zygote.call("fork_steps.remember", {"value": value}, told.append) == Ended(0)
-    assert told == [{"before": None}, {"before": None}]
+        assert fork_server.call(
+            "fork_steps.remember", {"value": value}, messages.append
+        ) == ExitStatus(0)
+    assert messages == [{"before": None}, {"before": None}]
 
 
-def test_a_killed_child_is_told_of_and_the_next_one_works(zygote):
-    told = []
-    ended = zygote.call("fork_steps.die", {}, told.append)
-    assert ended.code == -signal.SIGKILL
-    assert ended.how == "was ended by SIGKILL"
-    assert told == [{"run": "begun"}]
-    assert zygote.call("fork_steps.remember", {"value": 0}).code == 0
+def test_killed_child_is_reported_and_the_next_child_works(fork_server):
+    messages = []
+    exit_status = fork_server.call("fork_steps.die", {}, messages.append)
+    assert exit_status.code == -signal.SIGKILL
+    assert exit_status.description == "was killed by SIGKILL"
+    assert messages == [{"run": "started"}]
+    assert fork_server.call("fork_steps.remember", {"value": 0}).code == 0
 
 
-def test_what_cannot_be_imported_is_left_out(monkeypatch, tmp_path):
-    """A part that is not installed, one that fails; a notebook's way to draw is nobody else's."""
+def test_module_that_cannot_be_imported_is_ignored(monkeypatch, tmp_path):
+    """Covers a missing and a failing module; and matplotlib ignores a notebook's backend."""
     (tmp_path / "failing_part.py").write_text("raise ValueError")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
-    forks = Forks("no_such_part", "failing_part", "matplotlib")
-    told: list = []
-    assert forks.call("fork_steps.name_backend", {}, told.append) == Ended(0)
-    assert told == [{"backend": "agg"}]
-    forks.close()
+    server = ForkServerClient("no_such_part", "failing_part", "matplotlib")
+    messages: list = []
+    assert server.call("fork_steps.name_backend", {}, messages.append) == ExitStatus(0)
+    assert messages == [{"backend": "agg"}]
+    server.close()
 
 
-def test_one_child_is_killed_and_the_other_works_on(zygote):
-    forks = [zygote.fork("fork_steps.wait_for_stop", {}) for _ in range(2)]
-    told = [fork.receive(10.0) or fork.receive(10.0) for fork in forks]
-    assert [t[0]["waiting"] for t in told] == [fork.pid for fork in forks]
-    zygote.kill(forks[0])
-    assert forks[0].ended == Ended(-signal.SIGKILL)
+def test_killing_a_child_does_not_affect_another_child(fork_server):
+    calls = [fork_server.fork("fork_steps.wait_for_stop", {}) for _ in range(2)]
+    messages = [call.receive(10.0) or call.receive(10.0) for call in calls]
+    assert [m[0]["waiting"] for m in messages] == [call.pid for call in calls]
+    fork_server.kill(calls[0])
+    assert calls[0].exit_status == ExitStatus(-signal.SIGKILL)
     with pytest.raises(ProcessLookupError):
-        os.kill(forks[0].pid, 0)
-    assert forks[1].receive(0.0) == []
-    os.kill(forks[1].pid, signal.SIGTERM)
-    while forks[1].ended is None:
-        forks[1].receive(10.0)
-    assert forks[1].ended == Ended(0)
+        os.kill(calls[0].pid, 0)
+    assert calls[1].receive(0.0) == []
+    os.kill(calls[1].pid, signal.SIGTERM)
+    while calls[1].exit_status is None:
+        calls[1].receive(10.0)
+    assert calls[1].exit_status == ExitStatus(0)
 
 
-def test_what_is_killed_before_it_was_begun_never_begins(tmp_path):
-    forks = Forks("torch")  # for seconds the zygote is at its imports
-    fork = forks.fork("fork_steps.leave", {"path": str(tmp_path / "begun")})
-    forks.kill(fork)
-    assert forks.call("fork_steps.leave", {"path": str(tmp_path / "next")}) == Ended(0)
+def test_call_that_is_killed_before_its_start_never_starts(tmp_path):
+    server = ForkServerClient("torch")  # the imports of the server take seconds
+    call = server.fork("fork_steps.create_file", {"path": str(tmp_path / "first")})
+    server.kill(call)
+    assert server.call("fork_steps.create_file", {"path": str(tmp_path / "next")}) == ExitStatus(0)
     assert [p.name for p in tmp_path.iterdir()] == ["next"]
-    forks.close()
+    server.close()
 
 
-def test_an_error_of_the_work_is_an_exit_code(zygote, capfd):
-    assert zygote.call("fork_steps.nothing_of_that_name", {}).code == 1
-    assert "nothing_of_that_name" in capfd.readouterr().err
+def test_error_of_the_function_is_reported_as_exit_code(fork_server, capfd):
+    assert fork_server.call("fork_steps.no_such_function", {}).code == 1
+    assert "no_such_function" in capfd.readouterr().err
 
 
-def test_a_stop_reaches_every_child_once_and_nothing_begins_after_it():
-    forks = Forks("torch")
-    told: dict[int, list] = {0: [], 1: []}
-    ends: dict[int, Ended] = {}
+def test_stop_reaches_every_child_once_and_no_call_starts_after_it():
+    server = ForkServerClient("torch")
+    messages: dict[int, list] = {0: [], 1: []}
+    exit_statuses: dict[int, ExitStatus] = {}
 
     def call(k: int) -> None:
-        ends[k] = call_at(forks.address, "fork_steps.wait_for_stop", {}, told[k].append)
+        exit_statuses[k] = call_fork_server(
+            server.address, "fork_steps.wait_for_stop", {}, messages[k].append
+        )
 
-    threads = [threading.Thread(target=call, args=(k,)) for k in told]
+    threads = [threading.Thread(target=call, args=(k,)) for k in messages]
     for thread in threads:
         thread.start()
-    while not all(told.values()):
+    while not all(messages.values()):
         threads[0].join(0.05)
-    os.kill(told[0][0]["waiting"], signal.SIGTERM)  # a scheduler signals every process too
-    forks.stop(signal.SIGTERM)
-    forks.stop(signal.SIGTERM)
+    os.kill(messages[0][0]["waiting"], signal.SIGTERM)  # a scheduler signals every process too
+    server.stop(signal.SIGTERM)
+    server.stop(signal.SIGTERM)
     for thread in threads:
         thread.join()
-    assert [t[1] for t in told.values()] == [{"stops": 1, "thread": True}] * 2
-    assert list(ends.values()) == [Ended(0)] * 2
-    assert forks.call("fork_steps.describe", {}) == Ended(None, refused=True)
-    forks.close()
+    assert [m[1] for m in messages.values()] == [{"stops": 1, "thread": True}] * 2
+    assert list(exit_statuses.values()) == [ExitStatus(0)] * 2
+    assert server.call("fork_steps.describe", {}) == ExitStatus(None, is_refused=True)
+    server.close()
     with pytest.raises(ForkError, match=r"sweep.isolate=false"):
-        call_at(forks.address, "fork_steps.describe", {})
+        call_fork_server(server.address, "fork_steps.describe", {})

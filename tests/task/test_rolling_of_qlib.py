@@ -1,4 +1,4 @@
-"""Rolling tasks and ensembles against what real Qlib made of the same."""
+"""Rolling tasks and ensembles compared with those of real Qlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
 
-from rolling_cases import CALENDAR, flat, rolling_cases, scores, shown, task_of  # noqa: E402
+from rolling_cases import CALENDAR, build_task, flatten, rolling_cases, scores, task_windows  # noqa: E402
 
 from qtorch.study import AverageEnsemble, RollingEnsemble, RollingGroup  # noqa: E402
 from qtorch.task import MultiHorizonGenBase, RollingGen  # noqa: E402
@@ -26,48 +26,48 @@ class Horizons(MultiHorizonGenBase):
         task["horizon"] = hr
 
 
-def ours() -> dict:
-    rolled = {}
+def compute_results() -> dict:
+    windows = {}
     for name, case in rolling_cases().items():
         generator = RollingGen(
             case["step"], case["rtype"], trunc_days=case["trunc_days"], calendar=CALENDAR
         )
-        rolled[name] = shown(generator(task_of(case["segments"], case["end_time"])))
-    case = rolling_cases()[next(iter(rolled))]
+        windows[name] = task_windows(generator(build_task(case["segments"], case["end_time"])))
+    case = rolling_cases()[next(iter(windows))]
     horizons = Horizons([1, 5, 20], label_leak_n=2, calendar=CALENDAR)
     frames = scores()
     return {
-        "rolling": rolled,
-        "horizons": shown(horizons(task_of(case["segments"], None))),
-        "stitched": flat(RollingGroup()(frames)[("lstm",)]),
-        "rolling ensemble": flat(RollingEnsemble()(frames)),
-        "average": flat(AverageEnsemble()({"a": frames, "b": {"c": frames}})),
+        "rolling": windows,
+        "horizons": task_windows(horizons(build_task(case["segments"], None))),
+        "stitched": flatten(RollingGroup()(frames)[("lstm",)]),
+        "rolling ensemble": flatten(RollingEnsemble()(frames)),
+        "average": flatten(AverageEnsemble()({"a": frames, "b": {"c": frames}})),
     }
 
 
-def check(made: dict, golden: dict) -> None:
-    assert made["rolling"].keys() == golden["rolling"].keys()
+def check_results(results: dict, golden: dict) -> None:
+    assert results["rolling"].keys() == golden["rolling"].keys()
     for name, tasks in golden["rolling"].items():
-        for theirs, own in zip(tasks, made["rolling"][name], strict=True):
-            assert own["segments"] == theirs["segments"], name
-            # Where the last window is open, Qlib leaves a handler that ends before it begins.
-            if theirs["segments"]["test"][1] is not None:
-                assert own["end_time"] == theirs["end_time"], name
-    assert made["horizons"] == golden["horizons"]
+        for expected, actual in zip(tasks, results["rolling"][name], strict=True):
+            assert actual["segments"] == expected["segments"], name
+            # If the last window has no end, Qlib's handler ends before that window starts.
+            if expected["segments"]["test"][1] is not None:
+                assert actual["end_time"] == expected["end_time"], name
+    assert results["horizons"] == golden["horizons"]
     for name in ("stitched", "rolling ensemble", "average"):
-        own, theirs = made[name], golden[name]
-        assert [row[:2] for row in own] == [row[:2] for row in theirs], name
-        values = [np.array([row[2] for row in rows], dtype=float) for rows in (own, theirs)]
+        actual, expected = results[name], golden[name]
+        assert [row[:2] for row in actual] == [row[:2] for row in expected], name
+        values = [np.array([row[2] for row in rows], dtype=float) for rows in (actual, expected)]
         np.testing.assert_allclose(*values, rtol=1e-12, atol=1e-12)
 
 
-def test_as_real_qlib_made_them():
-    check(ours(), json.loads(GOLDEN.read_text()))
+def test_results_equal_stored_results_of_qlib():
+    check_results(compute_results(), json.loads(GOLDEN.read_text()))
 
 
 @pytest.mark.qlib
 @pytest.mark.slow
-def test_against_qlib_now(qlib_python):
+def test_results_equal_those_of_installed_qlib(qlib_python):
     script = ROOT / "scripts" / "parity" / "qlib_rolling.py"
-    done = subprocess.run([qlib_python, str(script)], capture_output=True, text=True, check=True)
-    check(ours(), json.loads(done.stdout))
+    process = subprocess.run([qlib_python, str(script)], capture_output=True, text=True, check=True)
+    check_results(compute_results(), json.loads(process.stdout))

@@ -1,4 +1,4 @@
-"""run_task in one process: what it does with errors, signals, lost leases and names."""
+"""`run_task`: errors, signals, lost leases, hanging functions and child processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 
 import pool_workers
 import pytest
-from pool_workers import start, until
+from pool_workers import start, wait_until
 
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.heartbeat import beat
@@ -24,55 +24,55 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path / 'tasks.db'}"
 
 
-def numbers(count):
+def definitions(count):
     return [{"number": k} for k in range(count)]
 
 
-def test_it_runs_what_there_is(manager, url):
+def test_runs_all_waiting_tasks(manager, url):
     assert run_task(lambda task: task, manager.task_pool, url=url) is False
-    manager.create_task(numbers(3))
-    seen = []
+    manager.create_task(definitions(3))
+    calls = []
 
     def work(task, factor, offset=0):
-        seen.append(task)
+        calls.append(task)
         return task["number"] * factor + offset
 
     assert run_task(work, manager.task_pool, url=url, factor=2, offset=1) is True
-    assert seen == numbers(3)
+    assert calls == definitions(3)
     assert [t["res"] for t in manager.query()] == [1, 3, 5]
 
 
-def test_queries_and_limits(manager, url):
-    manager.create_task(numbers(4))
+def test_query_and_max_tasks_select_the_tasks(manager, url):
+    manager.create_task(definitions(4))
     query = {"number": {"$in": [1, 2, 3]}}
     run_task(lambda task: 1, manager.task_pool, query, url=url, max_tasks=2)
     assert [t["status"] for t in manager.query()] == ["waiting", "done", "done", "waiting"]
 
 
-def test_errors_count_for_their_task_and_the_others_go_on(manager, url):
-    manager.create_task(numbers(3))
+def test_error_counts_for_its_task_and_the_others_run(manager, url):
+    manager.create_task(definitions(3))
 
     def work(task):
         return 1 // (task["number"] - 1)
 
     run_task(work, manager.task_pool, url=url)
     assert manager.task_stat() == {"done": 2, "failed": 1}
-    (failed,) = manager.query({"status": "failed"})
-    assert (failed["errors"], failed["attempt"]) == (3, 3)
-    assert failed["error"].startswith("ZeroDivisionError")
-    assert "in work" in failed["traceback"]
+    (failed_task,) = manager.query({"status": "failed"})
+    assert (failed_task["errors"], failed_task["attempt"]) == (3, 3)
+    assert failed_task["error"].startswith("ZeroDivisionError")
+    assert "in work" in failed_task["traceback"]
 
 
-def test_a_result_that_cannot_be_stored_is_an_error_of_the_task(manager, url):
-    manager.create_task(numbers(1))
+def test_result_that_cannot_be_stored_is_an_error_of_the_task(manager, url):
+    manager.create_task(definitions(1))
     run_task(lambda task: object(), manager.task_pool, url=url)
     (task,) = manager.query()
     assert task["status"] == "failed"
     assert "return the recorder" in task["error"]
 
 
-def test_a_task_may_not_end_its_worker(manager, url):
-    manager.create_task(numbers(2))
+def test_sys_exit_of_a_task_does_not_end_the_loop(manager, url):
+    manager.create_task(definitions(2))
 
     def work(task):
         if task["number"] == 0:
@@ -91,20 +91,24 @@ def test_a_task_may_not_end_its_worker(manager, url):
         ({"class": "X", "module_path": "/somewhere/x.py"}, "TrustError.*which is code"),
     ],
 )
-def test_a_definition_that_names_the_wrong_thing_fails_at_once(manager, url, model, reason):
-    manager.create_task([{"model": model}, *numbers(1)])
+def test_definition_with_an_invalid_name_fails_without_retry(manager, url, model, reason):
+    manager.create_task([{"model": model}, *definitions(1)])
     run_task(lambda task: task["number"], manager.task_pool, url=url)
-    failed, done = manager.query()
-    assert (failed["status"], failed["attempt"], done["status"]) == ("failed", 1, "done")
+    failed_task, done_task = manager.query()
+    assert (failed_task["status"], failed_task["attempt"], done_task["status"]) == (
+        "failed",
+        1,
+        "done",
+    )
     import re
 
-    assert re.search(reason, failed["error"])
+    assert re.search(reason, failed_task["error"])
 
 
-def test_two_phases(manager, url):
-    manager.create_task(numbers(2))
-    first = {"after_status": "part_done", "idle_timeout": None}
-    run_task(lambda task: task["number"] + 10, manager.task_pool, url=url, **first)
+def test_two_phases_with_part_done(manager, url):
+    manager.create_task(definitions(2))
+    first_phase = {"after_status": "part_done", "idle_timeout": None}
+    run_task(lambda task: task["number"] + 10, manager.task_pool, url=url, **first_phase)
     assert manager.task_stat() == {"part_done": 2}
     run_task(lambda result: result * 2, manager.task_pool, url=url, before_status="part_done")
     assert [t["res"] for t in manager.query()] == [20, 22]
@@ -112,23 +116,23 @@ def test_two_phases(manager, url):
         run_task(len, manager.task_pool, url=url, before_status="done")
 
 
-def test_a_typo_in_the_arguments_is_named(manager, url):
+def test_unknown_argument_suggests_the_nearest_name(manager, url):
     with pytest.raises(ArgumentError, match="Did you mean 'seconds'"):
-        run_task(pool_workers.brief, manager.task_pool, url=url, secnods=1)
+        run_task(pool_workers.short_task, manager.task_pool, url=url, secnods=1)
 
 
-def test_by_dotted_name_until_all_are_done(manager, url, tmp_path):
-    """A second worker with `idle_timeout=None` waits for what the first holds."""
-    manager.create_task(numbers(2))
-    held = manager.fetch_task()
-    threading.Timer(0.5, lambda: manager.return_task(held)).start()
-    name, journal = "pool_workers.brief", str(tmp_path / "journal")
+def test_function_by_import_path_runs_until_all_tasks_are_done(manager, url, tmp_path):
+    """With `idle_timeout=None` the loop waits for tasks that other workers run."""
+    manager.create_task(definitions(2))
+    claimed_task = manager.fetch_task()
+    threading.Timer(0.5, lambda: manager.return_task(claimed_task)).start()
+    name, journal = "pool_workers.short_task", str(tmp_path / "journal")
     run_task(name, manager.task_pool, url=url, idle_timeout=None, journal=journal)
     assert manager.task_stat() == {"done": 2}
 
 
-def test_the_run_of_an_earlier_attempt_and_the_signs_of_life(manager, url):
-    manager.create_task(numbers(1))
+def test_run_is_stored_and_passed_to_the_next_attempt(manager, url):
+    manager.create_task(definitions(1))
     runs = []
 
     def work(task, run=None):
@@ -136,32 +140,33 @@ def test_the_run_of_an_earlier_attempt_and_the_signs_of_life(manager, url):
         if run is None:
             beat("epoch", epoch=1, loss=0.5)
             beat("run", experiment_id="3", recorder_id="abc")
-            until(lambda: manager.re_query("1")["run"])  # told at once, not at the next renewal
+            wait_until(
+                lambda: manager.re_query("1")["run"]
+            )  # stored immediately, not with the next renewal
             assert manager.re_query("1")["progress"] == {"stage": "epoch", "epoch": 1, "loss": 0.5}
             raise OSError("a disk went away")
         return "resumed"
 
     run_task(work, manager.task_pool, url=url)
-    kept = {"experiment_id": "3", "recorder_id": "abc", "tracking_uri": None}
-    assert runs == [None, kept]
+    run_ids = {"experiment_id": "3", "recorder_id": "abc", "tracking_uri": None}
+    assert runs == [None, run_ids]
     assert manager.re_query("1")["res"] == "resumed"
 
 
-def test_a_lost_lease_stops_the_work(manager, url):
-    """A reset takes the task away: the work is interrupted, nothing is committed, and the loop
-    goes on (here with the same task)."""
-    manager.create_task(numbers(1))
-    ends = []
+def test_lost_lease_interrupts_the_task(manager, url):
+    """After a reset the task is interrupted, nothing is committed, and the loop continues."""
+    manager.create_task(definitions(1))
+    interrupts = []
     handler = signal.getsignal(signal.SIGINT)
 
     def work(task):
-        if ends:
+        if interrupts:
             return "second"
         manager.reset_waiting()
         try:
             time.sleep(20)
         except KeyboardInterrupt:
-            ends.append(1)
+            interrupts.append(1)
             raise
         return "first"
 
@@ -174,15 +179,15 @@ def test_a_lost_lease_stops_the_work(manager, url):
 
 
 @pytest.mark.slow
-def test_a_function_that_hangs_does_not_keep_its_task(manager, url, monkeypatch):
-    """It is interrupted, as its error; one that gives signs of life goes on for longer."""
+def test_hanging_function_is_interrupted_and_a_beating_one_is_not(manager, url, monkeypatch):
+    """Hanging counts as an error of the task; heartbeats prevent it."""
     monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.02)
-    manager.create_task(numbers(2))
-    hung = []
+    manager.create_task(definitions(2))
+    hangs = []
 
     def work(task):
-        if task["number"] == 0 and not hung:
-            hung.append(1)
+        if task["number"] == 0 and not hangs:
+            hangs.append(1)
             threading.Event().wait(20)
         for _ in range(task["number"] * 40):
             beat("training")
@@ -195,12 +200,12 @@ def test_a_function_that_hangs_does_not_keep_its_task(manager, url, monkeypatch)
         (0, 2, 1),
         (1, 1, 0),
     ]
-    with pytest.raises(ConfigError, match="hang_after is a number of seconds above 0"):
+    with pytest.raises(ConfigError, match="hang_after must be a number of seconds above 0"):
         run_task(work, manager.task_pool, url=url, hang_after=0)
 
 
-def test_what_hangs_says_where_and_fails_in_the_end(manager, url):
-    manager.create_task(numbers(1))
+def test_hanging_function_fails_with_its_traceback(manager, url):
+    manager.create_task(definitions(1))
 
     def work(task):
         threading.Event().wait(20)
@@ -212,17 +217,17 @@ def test_what_hangs_says_where_and_fails_in_the_end(manager, url):
     assert "in work" in task["traceback"]
 
 
-def test_a_hung_function_that_nothing_interrupts_loses_its_lease(manager, url):
-    """In a thread no signal reaches it: the lease runs out, and its commit is refused."""
-    manager.create_task(numbers(1))
+def test_hanging_function_in_a_thread_loses_its_lease(manager, url):
+    """No signal reaches a thread: the lease expires, and the commit is rejected."""
+    manager.create_task(definitions(1))
     go = threading.Event()
-    given = {"url": url, "hang_after": 0.2, "lease": 0.4}
+    options = {"url": url, "hang_after": 0.2, "lease": 0.4}
     thread = threading.Thread(
-        target=run_task, args=(lambda task: go.wait(20), manager.task_pool), kwargs=given
+        target=run_task, args=(lambda task: go.wait(20), manager.task_pool), kwargs=options
     )
     thread.start()
-    until(lambda: manager.task_stat() == {"running": 1})
-    until(lambda: manager.fetch_task())
+    wait_until(lambda: manager.task_stat() == {"running": 1})
+    wait_until(lambda: manager.fetch_task())
     (task,) = manager.query()
     assert (task["attempt"], task["lost"]) == (2, 1)
     go.set()
@@ -231,10 +236,10 @@ def test_a_hung_function_that_nothing_interrupts_loses_its_lease(manager, url):
     assert (task["status"], task["attempt"]) == ("running", 2)
 
 
-def test_in_a_thread(manager, url):
-    manager.create_task(numbers(3))
-    given = {"target": run_task, "args": (lambda task: 1, manager.task_pool)}
-    thread = threading.Thread(**given, kwargs={"url": url})
+def test_runs_in_a_thread(manager, url):
+    manager.create_task(definitions(3))
+    arguments = {"target": run_task, "args": (lambda task: 1, manager.task_pool)}
+    thread = threading.Thread(**arguments, kwargs={"url": url})
     thread.start()
     thread.join(10)
     assert manager.task_stat() == {"done": 3}
@@ -242,45 +247,45 @@ def test_in_a_thread(manager, url):
 
 STOPPABLE = """
 import sys, time
-from pool_workers import note
+from pool_workers import append_line
 from qtorch.task import run_task
 
-def work(task, journal, stubborn):
-    note(journal, "begin")
+def work(task, journal, slow_stop):
+    append_line(journal, "begin")
     try:
         time.sleep(30)
     finally:
-        note(journal, "kept")
-        if stubborn:
+        append_line(journal, "checkpoint")
+        if slow_stop:
             time.sleep(30)
 
-pool, url, journal, stubborn = sys.argv[1:]
-run_task(work, pool, url=url, journal=journal, stubborn=stubborn == "1")
+pool, url, journal, slow_stop = sys.argv[1:]
+run_task(work, pool, url=url, journal=journal, slow_stop=slow_stop == "1")
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_gives_the_task_back(manager, url, tmp_path, number):
-    manager.create_task(numbers(2))
+def test_stop_signal_returns_the_task_to_the_pool(manager, url, tmp_path, number):
+    manager.create_task(definitions(2))
     journal = tmp_path / "journal"
     process = start(STOPPABLE, manager.task_pool, url, str(journal), "0")
-    until(lambda: journal.exists())
+    wait_until(lambda: journal.exists())
     process.send_signal(number)
     code = process.wait(10)
     assert code == (143 if number == signal.SIGTERM else -signal.SIGINT)
-    assert journal.read_text() == "begin\nkept\n"
+    assert journal.read_text() == "begin\ncheckpoint\n"
     first, second = manager.query()
     assert (first["status"], first["preemptions"], first["errors"]) == ("waiting", 1, 0)
     assert second["attempt"] == 0
 
 
-def test_a_second_signal_ends_at_once(manager, url, tmp_path):
-    manager.create_task(numbers(1))
+def test_second_ctrl_c_ends_immediately(manager, url, tmp_path):
+    manager.create_task(definitions(1))
     journal = tmp_path / "journal"
     process = start(STOPPABLE, manager.task_pool, url, str(journal), "1")
-    until(lambda: journal.exists())
+    wait_until(lambda: journal.exists())
     process.send_signal(signal.SIGINT)
-    until(lambda: "kept" in journal.read_text())
+    wait_until(lambda: "checkpoint" in journal.read_text())
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(10) != 0
@@ -288,27 +293,34 @@ def test_a_second_signal_ends_at_once(manager, url, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_for_each_task(manager, url, tmp_path, monkeypatch):
-    """force_release: other processes, their errors and their deaths are told."""
+def test_force_release_runs_each_task_in_its_own_process(manager, url, tmp_path, monkeypatch):
+    """The death of the child is an error of the task."""
     monkeypatch.setenv("QTORCH_TRUSTED", "pool_workers")
     journal = str(tmp_path / "journal")
-    manager.create_task([{"number": 1}, {"number": 2, "what": "kill"}])
-    run_task(pool_workers.told_pid, manager.task_pool, force_release=True, url=url, journal=journal)
-    done, failed = manager.query()
-    assert done["res"]["pid"] != os.getpid()
-    assert (failed["status"], failed["errors"]) == ("failed", 3)
-    assert "was ended by SIGKILL" in failed["error"]
+    manager.create_task([{"number": 1}, {"number": 2, "failure": "kill"}])
+    run_task(
+        pool_workers.report_pid, manager.task_pool, force_release=True, url=url, journal=journal
+    )
+    done_task, failed_task = manager.query()
+    assert done_task["res"]["pid"] != os.getpid()
+    assert (failed_task["status"], failed_task["errors"]) == ("failed", 3)
+    assert "was killed by SIGKILL" in failed_task["error"]
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_ended(manager, url, tmp_path, monkeypatch):
-    """At once, without the time for a checkpoint: another worker may have the task."""
+def test_hanging_child_is_killed(manager, url, tmp_path, monkeypatch):
+    """It gets no time for a checkpoint, because another worker may have claimed the task."""
     monkeypatch.setenv("QTORCH_TRUSTED", "pool_workers")
-    manager.create_task([{"number": 1, "what": "hang"}])
-    given = {"journal": str(tmp_path / "journal"), "hang_after": 4.0}
+    manager.create_task([{"number": 1, "failure": "hang"}])
+    options = {"journal": str(tmp_path / "journal"), "hang_after": 4.0}
     begin = time.monotonic()
     run_task(
-        pool_workers.told_pid, manager.task_pool, force_release=True, url=url, max_tasks=1, **given
+        pool_workers.report_pid,
+        manager.task_pool,
+        force_release=True,
+        url=url,
+        max_tasks=1,
+        **options,
     )
     assert time.monotonic() - begin < 20
     (task,) = manager.query()
@@ -318,11 +330,11 @@ def test_a_process_that_hangs_is_ended(manager, url, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_recorder_comes_back_as_one(manager, url, tmp_path):
+def test_recorder_result_is_returned_as_recorder(manager, url, tmp_path):
     from qtorch.tracking import R
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    manager.create_task(numbers(1))
+    manager.create_task(definitions(1))
 
     def work(task):
         with R.uri_context(uri), R.start(experiment_name="e"):
@@ -333,13 +345,13 @@ def test_a_recorder_comes_back_as_one(manager, url, tmp_path):
     (task,) = manager.query()
     assert task["res"].list_metrics() == {"ic": 0.1}
     assert task["res"].uri == uri
-    (plain,) = manager.query(decode=False)
-    assert plain["res"]["$recorder"]["recorder_id"] == task["res"].id
-    twice = decode_result(encode_result([task["res"], {"a": (1, 2)}]))
-    assert twice == [task["res"], {"a": [1, 2]}]
+    (encoded_task,) = manager.query(decode=False)
+    assert encoded_task["res"]["$recorder"]["recorder_id"] == task["res"].id
+    decoded_result = decode_result(encode_result([task["res"], {"a": (1, 2)}]))
+    assert decoded_result == [task["res"], {"a": [1, 2]}]
 
 
-def test_a_pool_in_use_imports_nothing_heavy(tmp_path):
+def test_task_manager_imports_no_heavy_library(tmp_path):
     code = f"""
 import sys, time
 begin = time.perf_counter()
@@ -352,11 +364,13 @@ manager.commit_task_res(task, 1)
 heavy = {{"torch", "mlflow", "pandas", "numpy", "pytorch_lightning", "hydra", "pymongo", "psycopg"}}
 print(sorted(heavy & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "[]"
 
 
-def test_the_default_store_lies_beside_the_runs(tmp_path, monkeypatch):
+def test_default_url_of_the_store(tmp_path, monkeypatch):
     import qtorch
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Claims, leases, fences and waiting, on every store alike."""
+"""Claims, leases, commits and waiting, on every store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pool_workers import until
+from pool_workers import wait_until
 
 from qtorch.core.errors import (
     ConfigError,
@@ -15,12 +15,12 @@ from qtorch.core.errors import (
     TaskResultError,
     TaskTimeout,
 )
-from qtorch.task.lease import LeaseKeeper
+from qtorch.task.lease import LeaseRenewer
 
 
-def lstm(seed: int, **more):
+def lstm(seed: int, **fields):
     return {"model": {"class": "LSTM", "module_path": "q.m", "kwargs": {"lr": 0.1}}, "seed": seed,
-            **more}  # fmt: skip
+            **fields}  # fmt: skip
 
 
 def statuses(manager):
@@ -28,7 +28,7 @@ def statuses(manager):
 
 
 class TestClaims:
-    def test_priority_first_then_age(self, manager):
+    def test_fetch_order_is_priority_then_age(self, manager):
         ids = manager.create_task([lstm(k) for k in range(4)])
         manager.prioritize({"_id": ids[2]}, 5)
         manager.prioritize({"_id": ids[0]}, -1)
@@ -36,7 +36,7 @@ class TestClaims:
         assert order == [ids[2], ids[1], ids[3], ids[0]]
         assert manager.fetch_task() is None
 
-    def test_a_claimed_task_says_who_has_it(self, manager):
+    def test_claimed_task_has_worker_and_deadline(self, manager):
         manager.create_task([lstm(1)])
         before = time.time()
         task = manager.fetch_task(worker="gpu-3")
@@ -46,106 +46,110 @@ class TestClaims:
         assert task["deadline"] - task["updated"] == pytest.approx(manager.lease, abs=0.1)
         assert manager.fetch_task() is None
 
-    def test_many_claimants_get_each_task_once(self, make_manager):
+    def test_concurrent_workers_claim_each_task_once(self, make_manager):
         managers = [make_manager() for _ in range(6)]
         ids = managers[0].create_task([lstm(k) for k in range(40)])
 
-        def take(manager):
-            taken = []
+        def run_all(manager):
+            ids = []
             while (task := manager.fetch_task()) is not None:
-                taken.append(task["_id"])
+                ids.append(task["_id"])
                 manager.commit_task_res(task, task["def"]["seed"])
-            return taken
+            return ids
 
         with ThreadPoolExecutor(6) as threads:
-            taken = [id for each in threads.map(take, managers) for id in each]
-        assert sorted(taken) == sorted(ids)
+            claimed_ids = [id for each in threads.map(run_all, managers) for id in each]
+        assert sorted(claimed_ids) == sorted(ids)
         assert managers[0].task_stat() == {"done": 40}
 
-    def test_results_come_back(self, manager):
+    def test_results_are_stored_as_json(self, manager):
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
         with pytest.raises(TaskResultError, match=r"the result\['model'\] is a object"):
             manager.commit_task_res(task, {"model": object()})
         manager.commit_task_res(task, {"ic": (0.1, None, float("inf")), "name": "ä"})
-        done = manager.re_query(task["_id"])
-        assert (done["status"], done["deadline"]) == ("done", None)
-        assert done["res"] == {"ic": [0.1, None, float("inf")], "name": "ä"}
+        done_task = manager.re_query(task["_id"])
+        assert (done_task["status"], done_task["deadline"]) == ("done", None)
+        assert done_task["res"] == {"ic": [0.1, None, float("inf")], "name": "ä"}
 
-    def test_part_done_goes_on_from_its_result(self, manager):
+    def test_part_done_task_continues_from_its_result(self, manager):
         manager.create_task([lstm(1)])
         manager.commit_task_res(manager.fetch_task(), {"step": 1}, status="part_done")
         assert manager.fetch_task() is None
         task = manager.fetch_task(status="part_done")
         assert (task["res"], task["attempt"]) == ({"step": 1}, 2)
-        manager.return_task(task, "part_done", preempted=True)
+        manager.return_task(task, "part_done", is_preempted=True)
         task = manager.fetch_task(status="part_done")
         manager.commit_task_res(task, {"step": 2})
         assert manager.re_query(task["_id"])["res"] == {"step": 2}
 
-    def test_a_commit_sent_twice_is_one(self, manager):
+    def test_commit_is_idempotent(self, manager):
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
         manager.commit_task_res(task, 1)
         manager.commit_task_res(task, 1)
         assert manager.re_query(task["_id"])["res"] == 1
 
-    def test_the_answer_to_a_claim_may_get_lost(self, manager, monkeypatch):
-        """The claim reached the store, its answer did not come back: the same task, once."""
-        from qtorch.task.store import StoreAway
+    def test_claim_whose_answer_is_lost_is_not_repeated(self, manager, monkeypatch):
+        """The claim succeeds, but the connection is lost before the answer: a retry finds it."""
+        from qtorch.task.store import StoreUnavailable
 
         manager.create_task([lstm(1), lstm(2)])
         store = manager._pool._store()
-        claim, cut = store.claim, [True]
+        claim, failures = store.claim, [True]
 
-        def claim_and_lose(*arguments):
+        def claim_and_disconnect(*arguments):
             row = claim(*arguments)
-            if cut.pop() if cut else False:
-                raise StoreAway("connection lost")
+            if failures.pop() if failures else False:
+                raise StoreUnavailable("connection lost")
             return row
 
-        monkeypatch.setattr(store, "claim", claim_and_lose)
+        monkeypatch.setattr(store, "claim", claim_and_disconnect)
         task = manager.fetch_task()
         assert task["attempt"] == 1
         assert manager.task_stat() == {"running": 1, "waiting": 1}
 
-    def test_renewal_tells_run_and_progress(self, manager):
+    def test_renewal_stores_run_and_progress(self, manager):
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
         run = {"experiment_id": "1", "recorder_id": "r", "tracking_uri": "u"}
         manager.renew(task, progress={"epoch": 3}, run=run)
-        shown = manager.re_query(task["_id"])
-        assert (shown["progress"], shown["run"]) == ({"epoch": 3}, run)
-        assert shown["deadline"] > task["deadline"]
-        manager.return_task(task, preempted=True)
-        again = manager.fetch_task()
-        assert (again["run"], again["progress"], again["preemptions"]) == (run, None, 1)
+        stored_task = manager.re_query(task["_id"])
+        assert (stored_task["progress"], stored_task["run"]) == ({"epoch": 3}, run)
+        assert stored_task["deadline"] > task["deadline"]
+        manager.return_task(task, is_preempted=True)
+        next_attempt = manager.fetch_task()
+        assert (next_attempt["run"], next_attempt["progress"], next_attempt["preemptions"]) == (
+            run,
+            None,
+            1,
+        )
 
 
 class TestLeases:
-    def test_an_expired_lease_is_taken_by_the_next(self, make_manager):
+    def test_task_with_an_expired_lease_is_claimed_by_the_next_worker(self, make_manager):
         first, second = make_manager(lease=0.2), make_manager()
         first.create_task([lstm(1), lstm(2)])
         old = first.fetch_task()
         time.sleep(0.4)
-        new = second.fetch_task()  # the oldest again, before the other one
+        new = second.fetch_task()  # the oldest task comes first
         assert new["_id"] == old["_id"]
         assert (new["attempt"], new["lost"], new["errors"]) == (2, 1, 0)
-        for refused in (
+        for change in (
             lambda: first.commit_task_res(old, "old"),
             lambda: first.renew(old),
         ):
-            with pytest.raises(LeaseLost, match="attempt 1 holds no lease"):
-                refused()
+            with pytest.raises(LeaseLost, match=r"attempt 1 of task .* holds no lease"):
+                change()
         assert first.return_task(old, error="x") is False
         second.commit_task_res(new, "new")
         with pytest.raises(LeaseLost):
             first.commit_task_res(old, "old")
-        done = second.re_query(new["_id"])
-        assert (done["res"], done["status"], done["errors"]) == ("new", "done", 0)
+        done_task = second.re_query(new["_id"])
+        assert (done_task["res"], done_task["status"], done_task["errors"]) == ("new", "done", 0)
 
     @pytest.mark.slow
-    def test_renewals_keep_it(self, make_manager):
+    def test_renewals_keep_the_lease(self, make_manager):
         first, second = make_manager(lease=0.5), make_manager()
         first.create_task([lstm(1)])
         task = first.fetch_task()
@@ -155,7 +159,7 @@ class TestLeases:
             assert second.fetch_task() is None
         first.commit_task_res(task, 1)
 
-    def test_one_that_nobody_took_may_still_commit(self, make_manager):
+    def test_commit_after_the_deadline_is_accepted_if_nobody_claimed_the_task(self, make_manager):
         manager = make_manager(lease=0.1)
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
@@ -163,7 +167,7 @@ class TestLeases:
         manager.commit_task_res(task, 1)
         assert manager.re_query(task["_id"])["lost"] == 0
 
-    def test_lost_leases_are_capped(self, make_manager):
+    def test_task_fails_after_max_lost_leases(self, make_manager):
         manager = make_manager(lease=0.05, max_lost=3)
         manager.create_task([lstm(1)])
         for attempt in (1, 2, 3):
@@ -174,7 +178,7 @@ class TestLeases:
         assert (task["status"], task["lost"], task["errors"]) == ("failed", 3, 0)
         assert "lost its lease on" in task["error"]
 
-    def test_errors_are_capped_and_told(self, manager):
+    def test_task_fails_after_max_errors_with_the_last_error(self, manager):
         manager.create_task([lstm(1)])
         for attempt in (1, 2, 3):
             task = manager.fetch_task()
@@ -184,21 +188,25 @@ class TestLeases:
             except ValueError as error:
                 manager.return_task(task, error=error)
         assert manager.fetch_task() is None
-        failed = manager.re_query(task["_id"])
-        assert (failed["status"], failed["errors"], failed["lost"]) == ("failed", 3, 0)
-        assert failed["error"].startswith("ValueError: bad")
-        assert 'raise ValueError("bad' in failed["traceback"]
-        assert failed["worker"]["host"]
+        failed_task = manager.re_query(task["_id"])
+        assert (failed_task["status"], failed_task["errors"], failed_task["lost"]) == (
+            "failed",
+            3,
+            0,
+        )
+        assert failed_task["error"].startswith("ValueError: bad")
+        assert 'raise ValueError("bad' in failed_task["traceback"]
+        assert failed_task["worker"]["host"]
 
-    def test_preemptions_count_as_neither(self, make_manager):
+    def test_preemptions_count_neither_as_error_nor_as_lost_lease(self, make_manager):
         manager = make_manager(max_errors=1, max_lost=1)
         manager.create_task([lstm(1)])
         for _ in range(5):
-            assert manager.return_task(manager.fetch_task(), preempted=True)
+            assert manager.return_task(manager.fetch_task(), is_preempted=True)
         task = manager.fetch_task()
         assert (task["preemptions"], task["errors"], task["lost"]) == (5, 0, 0)
 
-    def test_a_reset_takes_the_lease_and_forgets_the_errors(self, manager):
+    def test_reset_revokes_the_lease_and_clears_the_errors(self, manager):
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
         assert manager.reset_waiting() == 1
@@ -209,41 +217,48 @@ class TestLeases:
         assert manager.reset_status({"status": "failed"}, "waiting") == 1
         task = manager.fetch_task()
         assert (task["errors"], task["error"], task["attempt"]) == (0, None, 3)
-        with pytest.raises(ConfigError, match="fetches it"):
+        with pytest.raises(ConfigError, match="cannot be set to running"):
             manager.reset_status({}, "running")
 
-    def test_progress_that_cannot_be_stored_costs_no_lease(self, make_manager):
+    def test_progress_that_cannot_be_stored_does_not_lose_the_lease(self, make_manager):
         manager = make_manager(lease=0.6)
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
-        with LeaseKeeper(manager, task) as keeper:
-            keeper.note({"tensor": object()})
-            keeper.note_run({"recorder_id": "r"})
-            until(lambda: manager.re_query(task["_id"])["run"])
-            keeper.note({"epoch": 1})
-            until(lambda: manager.re_query(task["_id"])["progress"] == {"epoch": 1})
-            assert not keeper.lost.is_set()
+        with LeaseRenewer(manager, task) as lease:
+            lease.report_progress({"tensor": object()})
+            lease.report_run({"recorder_id": "r"})
+            wait_until(lambda: manager.re_query(task["_id"])["run"])
+            lease.report_progress({"epoch": 1})
+            wait_until(lambda: manager.re_query(task["_id"])["progress"] == {"epoch": 1})
+            assert not lease.lease_lost.is_set()
             manager.commit_task_res(task, 1)
             time.sleep(0.2)
-        assert not keeper.lost.is_set()  # a renewal after the commit is no loss
+        assert (
+            not lease.lease_lost.is_set()
+        )  # a failed renewal after the commit is not a lost lease
 
     @pytest.mark.slow
-    def test_safe_fetch(self, make_manager):
+    def test_safe_fetch_task_renews_and_returns_the_task(self, make_manager):
         manager = make_manager(lease=0.4, max_errors=2)
         manager.create_task([lstm(1)])
         with pytest.raises(ZeroDivisionError), manager.safe_fetch_task() as task:
-            time.sleep(0.8)  # a thread renews
+            time.sleep(0.8)  # longer than the lease, which a thread renews
             1 / 0
         with pytest.raises(KeyboardInterrupt), manager.safe_fetch_task() as task:
             raise KeyboardInterrupt
         with manager.safe_fetch_task() as task:
             manager.commit_task_res(task, 1)
-        done = manager.re_query(task["_id"])
-        assert (done["attempt"], done["errors"], done["preemptions"], done["lost"]) == (3, 1, 1, 0)
-        with manager.safe_fetch_task() as nothing:
-            assert nothing is None
+        done_task = manager.re_query(task["_id"])
+        assert (
+            done_task["attempt"],
+            done_task["errors"],
+            done_task["preemptions"],
+            done_task["lost"],
+        ) == (3, 1, 1, 0)
+        with manager.safe_fetch_task() as no_task:
+            assert no_task is None
 
-    def test_fetcher(self, manager):
+    def test_task_fetcher_iter_yields_all_tasks(self, manager):
         manager.create_task([lstm(k) for k in range(3)])
         for task in manager.task_fetcher_iter():
             manager.commit_task_res(task, task["def"]["seed"])
@@ -251,10 +266,10 @@ class TestLeases:
 
 
 class TestWaiting:
-    def test_it_wakes_within_a_second_of_the_last_commit(self, make_manager):
+    def test_wait_returns_within_a_second_of_the_last_commit(self, make_manager):
         manager, worker = make_manager(), make_manager()
         manager.create_task([lstm(1), lstm(2)])
-        committed, told = [], []
+        commit_times, reports = [], []
 
         def work():
             for task in worker.task_fetcher_iter():
@@ -263,28 +278,28 @@ class TestWaiting:
                     worker.fail_task(task, "no luck")
                 else:
                     worker.commit_task_res(task, 1)
-                committed.append(time.monotonic())
+                commit_times.append(time.monotonic())
 
         thread = threading.Thread(target=work)
         thread.start()
-        result = manager.wait(timeout=20, on_progress=told.append)
-        late = time.monotonic() - committed[-1] if committed else 0
+        result = manager.wait(timeout=20, on_progress=reports.append)
+        delay = time.monotonic() - commit_times[-1] if commit_times else 0
         thread.join()
-        assert late < 1.0
+        assert delay < 1.0
         assert result == {"done": 1, "failed": 1}
-        assert [t["error"] for t in result.failed] == ["no luck"]
-        assert told[-1] == result
-        assert len(told) >= 2
+        assert [t["error"] for t in result.failed_tasks] == ["no luck"]
+        assert reports[-1] == result
+        assert len(reports) >= 2
 
-    def test_a_timeout_names_what_is_unfinished(self, manager):
+    def test_timeout_error_names_the_unfinished_tasks(self, manager):
         ids = manager.create_task([lstm(1), lstm(2)])
         manager.commit_task_res(manager.fetch_task({"_id": ids[0]}), 1)
-        with pytest.raises(TaskTimeout, match=f"{ids[1]} \\(waiting\\)") as caught:
+        with pytest.raises(TaskTimeout, match=f"{ids[1]} \\(waiting\\)") as error_info:
             manager.wait(timeout=0.1)
-        assert caught.value.unfinished == [ids[1]]
+        assert error_info.value.unfinished_ids == [ids[1]]
         assert manager.wait({"_id": ids[0]}) == {"done": 1}
 
-    def test_it_takes_back_what_the_dead_hold(self, make_manager):
+    def test_wait_returns_the_tasks_of_dead_workers_to_the_pool(self, make_manager):
         manager = make_manager(lease=0.2)
         manager.create_task([lstm(1)])
         manager.fetch_task()
@@ -293,7 +308,7 @@ class TestWaiting:
         assert statuses(manager) == ["waiting"]
 
 
-def test_threads_share_a_manager(manager):
+def test_threads_can_share_a_manager(manager):
     manager.create_task([lstm(k) for k in range(20)])
 
     def work(_):

@@ -1,4 +1,4 @@
-"""What TaskManager promises, on every store alike."""
+"""TaskManager on every store: definitions, queries, migrations, unavailable stores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pool_workers import until
+from pool_workers import wait_until
 
 from qtorch.core.errors import (
     ConfigError,
@@ -22,51 +22,51 @@ from qtorch.task import TaskManager, sql
 from qtorch.task.store import Change
 
 
-def lstm(seed: int, **more):
+def lstm(seed: int, **fields):
     return {"model": {"class": "LSTM", "module_path": "q.m", "kwargs": {"lr": 0.1}}, "seed": seed,
-            **more}  # fmt: skip
+            **fields}  # fmt: skip
 
 
 class TestDefinitions:
     def test_equal_definitions_are_one_task(self, manager):
         ids = manager.create_task([lstm(1), lstm(2), lstm(1)])
         assert ids[0] == ids[2] != ids[1]
-        spelled = {"seed": 2, "model": {"_target_": "q.m.LSTM", "lr": 0.1}}
-        assert manager.create_task([spelled]) == [ids[1]]
+        equal_definition = {"seed": 2, "model": {"_target_": "q.m.LSTM", "lr": 0.1}}
+        assert manager.create_task([equal_definition]) == [ids[1]]
         assert manager.insert_task_def(lstm(1)) == ids[0]
         assert manager.task_stat() == {"waiting": 2}
 
-    def test_pools_of_one_store_do_not_mix(self, manager, make_manager, url):
-        other = make_manager(manager.task_pool + "-other")
+    def test_pools_of_a_store_are_separate(self, manager, make_manager, url):
+        other_manager = make_manager(manager.task_pool + "-other")
         manager.create_task([lstm(1)])
-        assert other.fetch_task() is None
-        assert other.create_task([lstm(1)]) != manager.create_task([lstm(1)])
-        assert {manager.task_pool, other.task_pool} <= set(TaskManager.list(url))
-        assert other.remove() == 1
-        assert other.task_pool not in TaskManager.list(url)
+        assert other_manager.fetch_task() is None
+        assert other_manager.create_task([lstm(1)]) != manager.create_task([lstm(1)])
+        assert {manager.task_pool, other_manager.task_pool} <= set(TaskManager.list(url))
+        assert other_manager.remove() == 1
+        assert other_manager.task_pool not in TaskManager.list(url)
 
-    def test_dry_run_makes_nothing(self, manager):
+    def test_dry_run_creates_no_task(self, manager):
         assert manager.create_task([lstm(1)], dry_run=True) == []
         assert manager.task_stat() == {}
 
-    def test_no_definitions_no_ids(self, manager):
+    def test_create_task_without_definitions_returns_no_ids(self, manager):
         assert manager.create_task([]) == []
 
-    def test_a_definition_comes_back_as_it_was_written(self, manager):
+    def test_definition_is_read_back_unchanged(self, manager):
         definition = lstm(1, record=[{"a.b": "ä \u2028 \0", "$x": None}], span=("2020-01-01", 1.5))
         manager.create_task([definition])
         (task,) = manager.query()
         assert task["def"] == {**definition, "span": ["2020-01-01", 1.5]}
         assert manager.fetch_task()["def"] == task["def"]
 
-    def test_a_live_object_is_refused_with_what_to_write(self, manager):
+    def test_live_object_in_a_definition_is_rejected_with_a_hint(self, manager):
         with pytest.raises(TaskDefinitionError, match=r"task\.model is a live object.*_target_"):
             manager.create_task([{"model": object()}])
-        with pytest.raises(TaskDefinitionError, match="is a dict; got str"):
+        with pytest.raises(TaskDefinitionError, match="must be a dict; got str"):
             manager.create_task(["model"])
         assert manager.task_stat() == {}
 
-    def test_replace(self, manager):
+    def test_replace_task_resets_the_task(self, manager):
         first, second = manager.create_task([lstm(1), lstm(2)])
         task = manager.fetch_task({"_id": first})
         manager.replace_task(task, lstm(3))
@@ -78,7 +78,7 @@ class TestDefinitions:
         with pytest.raises(TaskError, match=f"as task {second}"):
             manager.replace_task(task, lstm(2))
 
-    def test_storms_make_each_task_once(self, make_manager):
+    def test_concurrent_create_task_creates_each_task_once(self, make_manager):
         definitions = [lstm(seed) for seed in range(30)]
         managers = [make_manager() for _ in range(4)]
         ready = threading.Barrier(4)
@@ -90,19 +90,19 @@ class TestDefinitions:
             return ids if k % 2 else ids[::-1]
 
         with ThreadPoolExecutor(4) as threads:
-            first, *others = threads.map(create, range(4))
-        assert all(ids == first for ids in others)
+            first, *further = threads.map(create, range(4))
+        assert all(ids == first for ids in further)
         assert managers[0].task_stat() == {"waiting": 30}
 
 
 class TestQueries:
     @pytest.fixture(autouse=True)
-    def filled(self, manager):
-        more = [{"flag": True, "n": 1}, {"flag": False, "n": 1.5}, {"flag": None, "n": "1"}]
-        self.ids = manager.create_task([lstm(k, **more[k]) for k in range(3)])
+    def three_tasks(self, manager):
+        fields = [{"flag": True, "n": 1}, {"flag": False, "n": 1.5}, {"flag": None, "n": "1"}]
+        self.ids = manager.create_task([lstm(k, **fields[k]) for k in range(3)])
 
     @pytest.mark.parametrize(
-        ("query", "found"),
+        ("query", "numbers"),
         [
             ({}, [0, 1, 2]),
             ({"seed": 1}, [1]),
@@ -120,42 +120,42 @@ class TestQueries:
             ({"status": "waiting", "n": 1.5}, [1]),
             ({"status": {"$in": ["done", "failed"]}}, []),
             ({"seed": {"$in": []}}, []),
-            ({"_id": "nothing"}, []),
+            ({"_id": "unknown"}, []),
             ({"_id": {"$in": []}}, []),
             ({"def": lstm(1, flag=False, n=1.5)}, [1]),
             ({"missing": 1}, []),
         ],
     )
-    def test_what_matches(self, manager, query, found):
-        ids = [self.ids[k] for k in found]
+    def test_query_matches_the_right_tasks(self, manager, query, numbers):
+        ids = [self.ids[k] for k in numbers]
         assert [t["_id"] for t in manager.query(query)] == ids
         assert sum(manager.task_stat(query).values()) == len(ids)
-        if "status" not in query:  # a fetch brings its own
+        if "status" not in query:  # fetch_task sets its own status
             task = manager.fetch_task(query)
             assert (task and task["_id"]) == (ids[0] if ids else None)
 
-    def test_by_id(self, manager):
+    def test_query_by_id(self, manager):
         assert manager.re_query(self.ids[1])["def"]["seed"] == 1
         assert [t["_id"] for t in manager.query({"_id": {"$in": self.ids[:2]}})] == self.ids[:2]
         with pytest.raises(TaskError, match="has no task"):
             manager.re_query("99999999")
 
     @pytest.mark.parametrize("query", [{"seed": {"$gt": 1}}, {"seed": {"$in": [1], "$gt": 0}}])
-    def test_other_operators_are_refused(self, manager, query):
+    def test_unsupported_operators_are_rejected(self, manager, query):
         with pytest.raises(ConfigError, match=r"\$in"):
             manager.fetch_task(query)
 
-    def test_a_wrong_status_is_named(self, manager):
+    def test_unknown_status_suggests_the_nearest_name(self, manager):
         with pytest.raises(ConfigError, match="Did you mean 'waiting'"):
             manager.task_stat({"status": "wating"})
 
-    def test_remove(self, manager):
+    def test_remove_deletes_the_matching_tasks(self, manager):
         assert manager.remove({"seed": {"$in": [0, 1]}}) == 2
         assert [t["def"]["seed"] for t in manager.query()] == [2]
 
 
 class TestStores:
-    def test_a_newer_schema_is_refused_by_name(self, manager, url, monkeypatch):
+    def test_newer_schema_version_is_rejected(self, manager, url, monkeypatch):
         manager.create_task([lstm(1)])
         with monkeypatch.context() as patch:
             for module in ("sql", "mongo"):
@@ -163,7 +163,7 @@ class TestStores:
             with pytest.raises(TaskStoreVersionError, match=r"has version 1 .* knows up to 0"):
                 TaskManager(manager.task_pool, url).task_stat()
 
-    def test_an_older_schema_is_migrated_once(self, manager, url, monkeypatch):
+    def test_older_schema_version_is_migrated_once(self, manager, url, monkeypatch):
         manager.create_task([lstm(1)])
         steps = []
         with monkeypatch.context() as patch:
@@ -175,19 +175,19 @@ class TestStores:
                 mongo = pytest.importorskip("qtorch.task.mongo")
                 patch.setitem(mongo.MIGRATIONS, 1, steps.append)
             for _ in range(2):
-                later = TaskManager(manager.task_pool, url)
-                later.create_task([lstm(1), lstm(2)])
-                assert later.task_stat() == {"waiting": 2}
-                later.close()
+                new_manager = TaskManager(manager.task_pool, url)
+                new_manager.create_task([lstm(1), lstm(2)])
+                assert new_manager.task_stat() == {"waiting": 2}
+                new_manager.close()
             assert len(steps) == url.startswith("mongo")
         with pytest.raises(TaskStoreVersionError, match=r"has version 2 .* knows up to 1"):
             TaskManager(manager.task_pool, url).task_stat()
-        _forget_version_2(manager)
+        _undo_migration(manager)
 
-    def test_the_servers_clock_decides(self, manager, url, monkeypatch):
-        """A machine whose clock is an hour ahead takes nothing that is not due."""
+    def test_deadlines_use_the_clock_of_the_server(self, manager, url, monkeypatch):
+        """A machine whose clock is an hour ahead does not claim running tasks."""
         if url.startswith("sqlite"):
-            pytest.skip("a file has no clock but this machine's")
+            pytest.skip("a SQLite store uses the clock of this machine")
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
         hour_ahead = time.time() + 3600
@@ -196,31 +196,31 @@ class TestStores:
         manager.renew(task)
         assert abs(manager.re_query(task["_id"])["deadline"] - task["deadline"]) < 60
 
-    def test_an_unreadable_definition_is_failed_and_the_next_taken(self, manager):
+    def test_task_with_an_invalid_definition_fails_and_the_next_is_fetched(self, manager):
         ids = manager.create_task([lstm(1), lstm(2), lstm(3)])
         store = manager._pool._store()
         for id, text in ((ids[0], '{"model": '), (ids[1], "[1]")):
-            store.change_all(manager.task_pool, _only(id), Change({"definition": text}))
+            store.change_all(manager.task_pool, _id_condition(id), Change({"definition": text}))
         task = manager.fetch_task()
         assert task["_id"] == ids[2]
-        broken, listed, _ = manager.query()
-        assert (broken["status"], listed["status"]) == ("failed", "failed")
-        assert "no JSON" in broken["error"]
-        assert broken["def"] == '{"model": '
-        assert "JSON list" in listed["error"]
+        truncated_task, list_task, _ = manager.query()
+        assert (truncated_task["status"], list_task["status"]) == ("failed", "failed")
+        assert "not valid JSON" in truncated_task["error"]
+        assert truncated_task["def"] == '{"model": '
+        assert "JSON list" in list_task["error"]
 
-    def test_pickled_and_forgotten_connections(self, manager):
+    def test_manager_can_be_pickled_and_reopened(self, manager):
         import pickle
 
         manager.create_task([lstm(1)])
-        twin = pickle.loads(pickle.dumps(manager))
+        copy = pickle.loads(pickle.dumps(manager))
         manager.close()
-        assert twin.task_stat() == manager.task_stat() == {"waiting": 1}
-        twin.close()
+        assert copy.task_stat() == manager.task_stat() == {"waiting": 1}
+        copy.close()
 
 
-def _forget_version_2(manager):
-    """The servers are shared by all tests."""
+def _undo_migration(manager):
+    """Restore schema version 1, because all tests share the servers."""
     store = manager._pool._store()
     if manager.url.startswith("mongo"):
         store._database["qtorch_task_schema"].update_one({}, {"$set": {"version": 1}})
@@ -229,17 +229,17 @@ def _forget_version_2(manager):
         "DELETE FROM qtorch_task_schema WHERE version = 2",
         "ALTER TABLE qtorch_tasks DROP COLUMN extra",
     ):
-        store._changed(text, {})
+        store._update(text, {})
 
 
-def _only(id):
+def _id_condition(id):
     from qtorch.task.query import parse_query
 
     return parse_query({"_id": id})
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("sqlite://", "in memory"),
         ("redis://x", "names no store"),
@@ -247,16 +247,16 @@ def _only(id):
         ("mongodb://h:port/x", "cannot be used"),
     ],
 )
-def test_a_wrong_url_says_so_at_once(url, said):
+def test_invalid_url_raises_an_error_without_retry(url, message):
     if url.startswith("mongo"):
         pytest.importorskip("pymongo")
-    with pytest.raises(TaskStoreError, match=said):
+    with pytest.raises(TaskStoreError, match=message):
         TaskManager("p", url).task_stat()
 
 
 @pytest.mark.slow
-def test_workers_that_come_together_make_a_fresh_stores_tables_once(postgres_url):
-    """Eight find none; the one that has the lock makes them, the others find them then."""
+def test_concurrent_workers_create_the_tables_of_a_new_store_once(postgres_url):
+    """Eight workers find no tables; the first one to get the lock creates them."""
     import sqlalchemy as sa
 
     name = f"fresh_{uuid.uuid4().hex[:8]}"
@@ -269,10 +269,12 @@ def test_workers_that_come_together_make_a_fresh_stores_tables_once(postgres_url
     with ThreadPoolExecutor(8) as threads:
         with holder.begin() as lock:
             lock.exec_driver_sql(f"SELECT pg_advisory_xact_lock({sql.LOCK_KEY}, 0)")
-            told = [threads.submit(m.task_stat) for m in managers]
-            waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-            until(lambda: lock.exec_driver_sql(waiting).scalar() == 8)
-        assert [t.result() for t in told] == [{}] * 8
+            futures = [threads.submit(m.task_stat) for m in managers]
+            count_waiting = (
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            )
+            wait_until(lambda: lock.exec_driver_sql(count_waiting).scalar() == 8)
+        assert [f.result() for f in futures] == [{}] * 8
     for manager in managers:
         manager.close()
     holder.dispose()
@@ -281,7 +283,7 @@ def test_workers_that_come_together_make_a_fresh_stores_tables_once(postgres_url
     server.dispose()
 
 
-def test_patience_ends(tmp_path):
+def test_unavailable_store_raises_after_patience(tmp_path):
     pytest.importorskip("psycopg")
     manager = TaskManager("p", "postgresql://nobody@127.0.0.1:1/none", patience=0.3)
     begin = time.monotonic()
@@ -290,20 +292,20 @@ def test_patience_ends(tmp_path):
     assert time.monotonic() - begin < 5
 
 
-def test_waiting_outlives_a_locked_file(tmp_path):
+def test_fetch_waits_while_the_sqlite_file_is_locked(tmp_path):
     import sqlite3
 
     manager = TaskManager("p", f"sqlite:///{tmp_path}/t.db")
     manager.create_task([lstm(1)])
     lock = sqlite3.connect(tmp_path / "t.db", isolation_level=None, check_same_thread=False)
     lock.execute("BEGIN EXCLUSIVE")
-    taken = []
-    thread = threading.Thread(target=lambda: taken.append(manager.fetch_task()))
+    tasks = []
+    thread = threading.Thread(target=lambda: tasks.append(manager.fetch_task()))
     thread.start()
     time.sleep(0.3)
-    assert not taken
+    assert not tasks
     lock.execute("COMMIT")
-    until(lambda: taken)
-    assert taken[0]["attempt"] == 1
+    wait_until(lambda: tasks)
+    assert tasks[0]["attempt"] == 1
     lock.close()
     manager.close()

@@ -1,4 +1,4 @@
-"""What the worker's tests have its children do."""
+"""The function that the tests of `qtorch worker` run in its children."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pool_workers import note
+from pool_workers import append_line
 
 from qtorch.core.heartbeat import RUN, beat
 
 
 def act(definition: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Do what the definition says; each attempt leaves a line with its number and process."""
-    note(definition["journal"], f"{definition['number']} {os.getpid()} {os.getppid()}")
-    how = definition["how"]
-    if how == "raise":
+    """Behave as the definition says; write number and process ids to the journal first."""
+    append_line(definition["journal"], f"{definition['number']} {os.getpid()} {os.getppid()}")
+    behavior = definition["behavior"]
+    if behavior == "raise":
         raise ValueError("this task\nfails")
-    if how == "die":
+    if behavior == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "exit":
+    if behavior == "exit":
         raise SystemExit(3)
-    if how == "hang":
+    if behavior == "hang":
         threading.Event().wait()
-    if how == "long":
-        _work_long(definition, run)
+    if behavior == "long":
+        _run_long(definition, run)
     return {
         "number": definition["number"],
         "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -36,8 +36,8 @@ def act(definition: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> 
     }
 
 
-def _work_long(definition: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
-    """Work with signs of life until told to go on, or interrupted; keep a checkpoint then."""
+def _run_long(definition: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
+    """Beat until the file `go` exists; if interrupted, write a checkpoint line to the journal."""
     beat(RUN, experiment_id="1", recorder_id=f"run{definition['number']}", tracking_uri=None)
     go = Path(definition["go"])
     step = 0
@@ -47,5 +47,5 @@ def _work_long(definition: Mapping[str, Any], run: Mapping[str, Any] | None) -> 
             beat("training", epoch=step, epochs=None, metrics={"valid/ic": 0.5})
             time.sleep(0.05)
     except KeyboardInterrupt:
-        note(definition["journal"], f"checkpoint {os.getpid()}")
+        append_line(definition["journal"], f"checkpoint {os.getpid()}")
         raise
