@@ -60,7 +60,7 @@ class MongoStore(Store):
         except (errors.InvalidURI, errors.ConfigurationError, ValueError) as error:
             raise TaskStoreError(f"the URL of the task store cannot be used: {error}") from error
         # Read from the primary, which has all claims and commits.
-        self._database = database.with_arguments(read_preference=pymongo.ReadPreference.PRIMARY)
+        self._database = database.with_options(read_preference=pymongo.ReadPreference.PRIMARY)
         self._tasks: Collection[Document] = self._database[TASKS]
         with self._translate_errors():
             self._prepare()
