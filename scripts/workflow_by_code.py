@@ -1,6 +1,6 @@
-"""The main job block by block in Python, as Qlib's example of that name does it.
+"""The main job step by step in Python, like Qlib's example of the same name.
 
-python scripts/workflow_by_code.py                                    the embedded market
+python scripts/workflow_by_code.py                                    # the synthetic market
 python scripts/workflow_by_code.py --provider-uri ~/qlib_data --universe nyse500
 """
 
@@ -22,7 +22,7 @@ VSTD5 RSQR60 CORR60 WVMA60 STD5 RSQR20 CORD60 CORD10 CORR20 KLOW
 
 
 def source_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the bars come from."""
+    """The configuration of the source of the bars."""
     if arguments.provider_uri is None:
         return {"class": "SyntheticSource", "module_path": "qtorch.data"}
     kwargs = {"provider_uri": arguments.provider_uri}
@@ -30,12 +30,12 @@ def source_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def task_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The task as Qlib writes it: plain data, `class`, `module_path` and `kwargs`."""
-    embedded = arguments.provider_uri is None
+    """The task in Qlib's format: plain data with `class`, `module_path` and `kwargs`."""
+    is_synthetic = arguments.provider_uri is None
     segments = {
-        "train": ("2015-01-01", "2018-08-07") if embedded else ("2008-01-01", "2014-12-31"),
-        "valid": ("2018-08-08", "2019-07-02") if embedded else ("2015-01-01", "2015-12-31"),
-        "test": ("2019-07-03", "2020-12-31") if embedded else ("2016-01-01", "2017-11-30"),
+        "train": ("2015-01-01", "2018-08-07") if is_synthetic else ("2008-01-01", "2014-12-31"),
+        "valid": ("2018-08-08", "2019-07-02") if is_synthetic else ("2015-01-01", "2015-12-31"),
+        "test": ("2019-07-03", "2020-12-31") if is_synthetic else ("2016-01-01", "2017-11-30"),
     }
     infer = [
         {"class": "FilterCol", "kwargs": {"fields_group": "feature", "col_list": COLUMNS}},
@@ -48,7 +48,7 @@ def task_config(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     handler = {
         "source": source_config(arguments),
-        "instruments": arguments.universe or ("stocks" if embedded else "all"),
+        "instruments": arguments.universe or ("stocks" if is_synthetic else "all"),
         "infer_processors": infer,
         "learn_processors": learn,
     }
@@ -74,7 +74,7 @@ def task_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def portfolio_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The backtest as Qlib's example writes it."""
+    """The backtest in the format of Qlib's example."""
     benchmark = arguments.benchmark or ("MARKET" if arguments.provider_uri is None else "scored")
     return {
         "strategy": {
@@ -101,7 +101,7 @@ def portfolio_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Train, save, judge."""
+    """Train the model, save it, and evaluate its signal and portfolio."""
     configure_logging()
     qtorch.init(seed=arguments.seed)
     seed_everything(arguments.seed)
@@ -131,7 +131,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--provider-uri", help="a folder in Qlib's layout")
     parser.add_argument("--universe", help="default: all stocks of the market")
-    parser.add_argument("--benchmark", help="default: MARKET, or the scored instruments' mean")
+    parser.add_argument(
+        "--benchmark", help="default: MARKET, or the mean of the scored instruments"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

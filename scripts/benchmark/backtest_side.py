@@ -1,8 +1,8 @@
-"""qtorch's backtests, for the bench: one pass as Qlib makes it, and many score columns at once.
+"""Benchmark qtorch's backtests: one pass as in Qlib, and many score columns in one pass.
 
     python backtest_side.py backtest --provider FOLDER --work DIR
 
-Prints one line of JSON. Qlib's pass is `backtest` of qlib_side.py, on the same scores.
+Prints one line of JSON. qlib_side.py runs Qlib's backtest on the same scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from memory import Peak
+from memory import PeakMemory
 from qlib_side import BACKTEST, random_scores
 
 from qtorch.backtest import Exchange, TopkDropoutStrategy, backtest
@@ -27,20 +27,22 @@ from qtorch.data import QlibSource
 COLUMNS = 64
 
 
-def run(scores: Any, source: QlibSource, exchange: Exchange | None = None) -> tuple[float, Any]:
-    """Seconds of a backtest to its report, and the result."""
+def run_backtest(
+    scores: Any, source: QlibSource, exchange: Exchange | None = None
+) -> tuple[float, Any]:
+    """Run a backtest; return its seconds including the reports, and the result."""
     costs = {k: BACKTEST[k] for k in ("open_cost", "close_cost", "min_cost", "limit_threshold")}
     begin = time.perf_counter()
-    found = backtest(
+    result = backtest(
         *BACKTEST["span"],
         TopkDropoutStrategy(signal=scores, topk=50, n_drop=5),
         account=BACKTEST["account"],
         benchmark=BACKTEST["benchmark"],
         exchange_kwargs={"exchange": exchange or Exchange(source=source, **costs)},
     )
-    for member in found:
-        member.report  # noqa: B018 - what a caller waits for
-    return time.perf_counter() - begin, found
+    for member in result:
+        member.report  # noqa: B018 - the report is computed on first access
+    return time.perf_counter() - begin, result
 
 
 def main() -> None:
@@ -53,25 +55,31 @@ def main() -> None:
     source = QlibSource(args.provider)
     calendar = source.calendar(*BACKTEST["scores"])
     scores = random_scores(calendar, sorted(source.instruments("nyse500")))
-    run(scores.iloc[:5000], source)  # imports
-    peak = Peak()
-    one = sorted(run(scores, source)[0] for _ in range(3))[1]
-    one_mib = peak.mib
+    run_backtest(scores.iloc[:5000], source)  # warm-up: imports
+    peak = PeakMemory()
+    single_seconds = sorted(run_backtest(scores, source)[0] for _ in range(3))[1]
+    single_mib = peak.mib
     random = np.random.default_rng(1)
     noise = {f"s{k}": scores + random.standard_normal(len(scores)) for k in range(COLUMNS)}
     frame = pd.DataFrame(noise)
     costs = {k: BACKTEST[k] for k in ("open_cost", "close_cost", "min_cost", "limit_threshold")}
     exchange = Exchange(source=source, **costs)
-    run(scores, source, exchange)  # its bars are in memory for both sides
-    singles = sum(run(frame[name], source, exchange)[0] for name in frame)
-    peak = Peak()
-    many, whole = run(frame, source, exchange)
+    run_backtest(scores, source, exchange)  # warm-up: loads the bars, which both sides then share
+    separate_seconds = sum(run_backtest(frame[name], source, exchange)[0] for name in frame)
+    peak = PeakMemory()
+    batch_seconds, batch_result = run_backtest(frame, source, exchange)
     mib = peak.mib
-    alone = run(frame["s7"], source, exchange)[1]
-    assert whole["s7"].report.equals(alone.report)
+    separate_result = run_backtest(frame["s7"], source, exchange)[1]
+    assert batch_result["s7"].report.equals(separate_result.report)
     print(
         json.dumps(
-            {"one": one, "one_mib": one_mib, "singles": singles, "many": many, "many_mib": mib}
+            {
+                "one": single_seconds,
+                "one_mib": single_mib,
+                "singles": separate_seconds,
+                "many": batch_seconds,
+                "many_mib": mib,
+            }
         )
     )
 

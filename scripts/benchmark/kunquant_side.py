@@ -1,8 +1,8 @@
-"""KunQuant's compiled Alpha158 on the same bars; runs under a Python that has kunquant.
+"""Benchmark KunQuant's compiled Alpha158 on the same bars; needs a Python with kunquant.
 
     python kunquant_side.py bars.npz --threads 2
 
-`bars.npz` holds open, high, low, close, volume, vwap as [D, N] float32. Compiling is not timed.
+`bars.npz` holds open, high, low, close, volume, vwap as float32 `[D, N]`. Compilation is not timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         bars = {k: file[k] for k in ("open", "high", "low", "close", "volume", "vwap")}
     bars["amount"] = bars["vwap"] * bars["volume"]
     d, n = bars["close"].shape
-    pad = -n % 8  # the vector width: its time-major layout takes whole vectors of instruments
+    pad = -n % 8  # KunQuant's time-major layout needs a multiple of the vector width
     inputs = {k: np.pad(bars[k], ((0, 0), (0, pad)), mode="edge") for k in FIELDS}
     inputs = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in inputs.items()}
     builder = Builder()

@@ -1,4 +1,4 @@
-"""The smallest model there is, so that a task's cost is the framework's alone."""
+"""A minimal model, so that a task's cost is almost only that of the framework."""
 
 from __future__ import annotations
 

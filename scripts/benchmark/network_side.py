@@ -1,9 +1,10 @@
-"""One network's epochs: the model's own `fit` and a hand-written loop, in turns.
+"""Benchmark the epochs of one network: the model's `fit` and a hand-written loop, alternately.
 
     python network_side.py NAME --provider FOLDER --threads 1 --work DIR --repeats 3
 
-prints one line of JSON, and in it the job that tells `zoo_qlib.py` to do the same. The task is
-that of `scripts/zoo.py`, on fewer days; networks of a slow step get fewer still.
+Prints one line of JSON, which includes the path of a job file for the same training with
+`zoo_qlib.py`. The task is that of `scripts/zoo.py` on fewer days; networks with slow steps get
+even fewer.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from zoo_cells import Settings, prepare, qlib_job, task_of
+from zoo_cells import Settings, build_task, prepare_worker, write_qlib_job
 
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
 from qtorch.data.batches import Batch, BatchLoader
-from qtorch.model.feeding import Feeder
+from qtorch.model.feeding import ForwardAdapter
 
 YEAR, QUARTER = ("2014-01-01", "2014-12-31"), ("2014-10-01", "2014-12-31")
-SLOW = ("transformer", "gats")
-CLIP = 3.0
+SLOW_NETWORKS = ("transformer", "gats")
+GRADIENT_CLIP = 3.0
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def build_settings(args: argparse.Namespace) -> Settings:
     return Settings(
         provider=args.provider,
         folder=args.work,
@@ -41,7 +42,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         steps=0,
         universe="nyse500",
         instruments=100,
-        train=QUARTER if args.name in SLOW else YEAR,
+        train=QUARTER if args.name in SLOW_NETWORKS else YEAR,
         valid=("2015-01-01", "2015-02-28"),
         test=("2015-03-01", "2015-03-31"),
         step_len=20,
@@ -50,8 +51,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
-def ready(samples: Any, batch: dict[str, Any]) -> list[Batch]:
-    """All batches of an epoch as ready tensors."""
+def load_batches(samples: Any, batch: dict[str, Any]) -> list[Batch]:
+    """All batches of an epoch, gathered in advance."""
     loader = BatchLoader(
         samples,
         batch_size=batch["size"],
@@ -61,53 +62,55 @@ def ready(samples: Any, batch: dict[str, Any]) -> list[Batch]:
     return list(loader.batches(0))
 
 
-def hand_epoch(network: nn.Module, optimizer: Any, batches: list[tuple[Any, Tensor, Any]]) -> float:
-    """Seconds of a pass that holds nothing but the arithmetic."""
+def run_manual_epoch(
+    network: nn.Module, optimizer: Any, batches: list[tuple[Any, Tensor, Any]]
+) -> float:
+    """Seconds of a training pass that does only the arithmetic."""
     network.train()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for arguments, label, mask in batches:
-        wrong = (network(*arguments) - label).square()
-        loss = wrong.mean() if mask is None else (wrong * mask).sum() / mask.sum()
+        squared_error = (network(*arguments) - label).square()
+        loss = squared_error.mean() if mask is None else (squared_error * mask).sum() / mask.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_value_(network.parameters(), CLIP)
+        nn.utils.clip_grad_value_(network.parameters(), GRADIENT_CLIP)
         optimizer.step()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    settings = settings_of(args)
-    prepare(settings)
-    task = task_of(args.name, 0, settings)
+    settings = build_settings(args)
+    prepare_worker(settings)
+    task = build_task(args.name, 0, settings)
     dataset = init_instance_by_config(task["dataset"])
     config = task["model"]
     config["checkpoint"] = {"enabled": False}
-    config["trainer"] |= {"enable_progress_bar": False, "gradient_clip_val": CLIP}
+    config["trainer"] |= {"enable_progress_bar": False, "gradient_clip_val": GRADIENT_CLIP}
     samples = dataset.samples("train", data_key="learn").to("cpu")
     model = init_instance_by_config(config)
-    train, hand, epoch = [], [], []
+    train, manual, epoch = [], [], []
     with session_context(seed=0):
-        model.fit(dataset)  # a warm one
+        model.fit(dataset)  # warm-up
         network: nn.Module = model.network_
-        feeder = Feeder(network)
+        forward_adapter = ForwardAdapter(network)
         batches = [
-            (feeder.arguments(b)[0], b.y[..., 0].nan_to_num(), b.mask)
-            for b in ready(samples, config["batch"])
+            (forward_adapter.arguments(b)[0], b.y[..., 0].nan_to_num(), b.mask)
+            for b in load_batches(samples, config["batch"])
         ]
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        hand_epoch(network, optimizer, batches[:5])
+        run_manual_epoch(network, optimizer, batches[:5])
         for _ in range(args.repeats):
             model.fit(dataset)
             train.append(model.fit_report_["train_seconds"])
             epoch.append(model.fit_report_["seconds"])
-            hand.append(hand_epoch(network, optimizer, batches))
-    job = qlib_job(args.name, 0, settings)
+            manual.append(run_manual_epoch(network, optimizer, batches))
+    job = write_qlib_job(args.name, 0, settings)
     return {
         "train_rate": len(samples) / median(train),
         "epoch_rate": len(samples) / median(epoch),
-        "hand_rate": len(samples) / median(hand),
-        "hand_step": median(hand) / len(batches),
-        "share": median(hand) / median(train),
+        "hand_rate": len(samples) / median(manual),
+        "hand_step": median(manual) / len(batches),
+        "share": median(manual) / median(train),
         "instruments": settings.instruments,
         "days": samples.num_days,
         "job": str(job),

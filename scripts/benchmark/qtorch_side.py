@@ -1,8 +1,8 @@
-"""qtorch's side of the benchmark, and the hand-written code that bounds it.
+"""qtorch's measurements of the benchmark, and hand-written code as their bound.
 
     python qtorch_side.py WORK --provider FOLDER --threads 2 --work DIR
 
-prints one line of JSON. Every work runs in a process of its own, on the data and spans of
+Prints one line of JSON. Each measurement runs in a process of its own, on the data and spans of
 `qlib_side.py`.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from memory import Peak
+from memory import PeakMemory
 from qlib_side import COLUMNS, FIT, SEGMENTS, SPAN, SPANS
 
 from qtorch.core.instantiate import init_instance_by_config
@@ -69,13 +69,13 @@ def lstm_dataset(args: argparse.Namespace, *, windows: bool = True) -> Any:
     return init_instance_by_config(dataset_config(args, "Alpha158", windows=windows, **options))
 
 
-def timed(function: Callable[[], Any], repeats: int) -> list[float]:
+def measure_seconds(function: Callable[[], Any], repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         function()
         synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start)
     return seconds
 
 
@@ -84,107 +84,115 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def device() -> torch.device:
+def get_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def features(args: argparse.Namespace) -> dict[str, Any]:
-    """The 158 columns: with the reading of bars (Qlib's work), and alone (KunQuant's)."""
+def measure_features(args: argparse.Namespace) -> dict[str, Any]:
+    """Compute the 158 columns: with reading the bars (as Qlib does), and without (KunQuant)."""
     import numpy as np
 
     from qtorch.data.expression import evaluate
     from qtorch.data.features import alpha158
 
     expressions, names = alpha158()
-    named = dict(zip(names, expressions, strict=True))
+    expressions_by_name = dict(zip(names, expressions, strict=True))
 
-    def read() -> Any:
+    def read_bars() -> Any:
         source = init_instance_by_config(source_config(args))
         return source.load(instruments="nyse500", start_time=SPAN[0], end_time=SPAN[1])
 
-    bars = read()
-    evaluate(named, bars, num_threads=args.threads)
-    alone = timed(lambda: evaluate(named, bars, num_threads=args.threads), args.repeats)
-    whole = timed(lambda: evaluate(named, read(), num_threads=args.threads), args.repeats)
-    wanted = ("open", "high", "low", "close", "volume", "vwap")
+    bars = read_bars()
+    evaluate(expressions_by_name, bars, num_threads=args.threads)
+    compute_seconds = measure_seconds(
+        lambda: evaluate(expressions_by_name, bars, num_threads=args.threads), args.repeats
+    )
+    total_seconds = measure_seconds(
+        lambda: evaluate(expressions_by_name, read_bars(), num_threads=args.threads), args.repeats
+    )
+    fields = ("open", "high", "low", "close", "volume", "vwap")
     path = Path(args.work) / "bars.npz"
-    np.savez(path, **{f: bars.column(f).contiguous().numpy() for f in wanted})
-    return {"seconds": median(whole), "alone": median(alone), "columns": len(names)}
+    np.savez(path, **{f: bars.column(f).contiguous().numpy() for f in fields})
+    return {
+        "seconds": median(total_seconds),
+        "alone": median(compute_seconds),
+        "columns": len(names),
+    }
 
 
-def handler(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """From nothing to the first training batch; the full frame of `prepare` apart."""
-    from qtorch.data import Alpha158, Alpha360, DatasetH, QlibSource  # noqa: F401 - Qlib's imports
-    from qtorch.data.batches import BatchLoader  # are not timed either
+def measure_handler(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Measure from the handler to the first training batch, and separately `prepare`."""
+    from qtorch.data import Alpha158, Alpha360, DatasetH, QlibSource  # noqa: F401 - imports are not
+    from qtorch.data.batches import BatchLoader  # timed, as in qlib_side.py
 
-    begin = time.perf_counter()
-    peak = Peak()
+    start = time.perf_counter()
+    peak = PeakMemory()
     dataset = init_instance_by_config(dataset_config(args, name))
     samples = dataset.samples("train", data_key="learn")
     batch = next(iter(BatchLoader(samples, batch_size=BATCH, order="random", seed=0)))
-    seconds, mib = time.perf_counter() - begin, peak.mib
+    seconds, mib = time.perf_counter() - start, peak.mib
     assert batch.x.shape[0] == BATCH
-    frame_peak, begin = Peak(), time.perf_counter()
+    frame_peak, start = PeakMemory(), time.perf_counter()
     rows = len(dataset.prepare(slice(*SPANS[name]), col_set=["feature", "label"], data_key="infer"))
     return {
         "seconds": seconds,
         "mib": mib,
         "rows": rows,
-        "prepare_seconds": time.perf_counter() - begin,
+        "prepare_seconds": time.perf_counter() - start,
         "prepare_mib": frame_peak.mib,
     }
 
 
-def windows(args: argparse.Namespace) -> dict[str, Any]:
-    """Random window batches of 20 x 20 beside bare gathers from a ready tensor.
+def measure_windows(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare random batches of 20 x 20 windows with bare gathers from a prepared tensor.
 
-    `bare`: one index a window into a strided view, where a window is one run of memory. `select`:
-    the same by `index_select`, the fastest that torch offers. `rows`: one index a row, as one
-    writes it first. Ours gathers labels, weights, dates and instruments too.
+    `bare`: one index per window into a strided view, in which a window is contiguous. `select`:
+    the same with `index_select`, the fastest that torch offers. `rows`: one index per row, the
+    obvious way to write it. Only qtorch also gathers labels, weights, dates and instruments.
     """
     from qtorch.data.batches import BatchLoader
 
-    samples = lstm_dataset(args).samples("train", data_key="learn").to(device())
+    samples = lstm_dataset(args).samples("train", data_key="learn").to(get_device())
     loader = BatchLoader(samples, batch_size=BATCH, order="random", seed=0)
 
-    def epoch() -> None:
+    def run_epoch() -> None:
         for _ in loader:
             pass
 
-    store, index = dense_store(samples)
+    store, index = random_features(samples)
     steps = torch.arange(-19, 1, device=store.device)
 
     width = store.shape[1]
     view = store.as_strided((len(store) - 19, 20 * width), (width, 1))
-    begin = (index - 19).clamp(min=0)
+    first_rows = (index - 19).clamp(min=0)
 
-    def bare() -> None:
+    def gather_views() -> None:
         order = torch.randperm(len(index), device=store.device)
         for rows in order.split(BATCH):
-            view[begin[rows]].view(-1, 20, width)
+            view[first_rows[rows]].view(-1, 20, width)
 
-    def select() -> None:
+    def select_views() -> None:
         order = torch.randperm(len(index), device=store.device)
         for rows in order.split(BATCH):
-            view.index_select(0, begin[rows]).view(-1, 20, width)
+            view.index_select(0, first_rows[rows]).view(-1, 20, width)
 
-    def by_rows() -> None:
+    def gather_rows() -> None:
         order = torch.randperm(len(index), device=store.device)
         for rows in order.split(BATCH):
             store[(index[rows, None] + steps)]
 
-    works = (epoch, bare, select, by_rows)
-    times: list[list[float]] = [[] for _ in works]
-    for turn in range(args.repeats + 1):  # in turns, so that all see the same machine
-        for work, found in zip(works, times, strict=True):
-            took = timed(work, 1)
-            found += took if turn else []
+    functions = (run_epoch, gather_views, select_views, gather_rows)
+    times: list[list[float]] = [[] for _ in functions]
+    for round_number in range(args.repeats + 1):  # alternate, so that all see the same load
+        for function, seconds in zip(functions, times, strict=True):
+            measured_seconds = measure_seconds(function, 1)
+            seconds += measured_seconds if round_number else []
     names = ("seconds", "bare", "select", "rows")
     return {**dict(zip(names, map(median, times), strict=True)), "samples": len(samples)}
 
 
-def dense_store(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ready-made features `[rows, F]`, instrument after instrument, and each sample's row."""
+def random_features(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random features `[rows, F]`, instrument after instrument, and the row of each sample."""
     d, n = len(samples.calendar), len(samples.instruments)
     f = samples.num_features
     generator = torch.Generator().manual_seed(0)
@@ -192,23 +200,25 @@ def dense_store(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return store, samples.instrument * d + samples.date
 
 
-def ready(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All windows and targets of the samples as ready tensors."""
+def load_tensors(samples: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All windows and targets of the samples, gathered in advance."""
     batch = samples.batch(torch.arange(len(samples), device=samples.date.device))
     return batch.x, batch.y
 
 
-def hand_epoch(network: torch.nn.Module, optimizer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+def run_manual_epoch(
+    network: torch.nn.Module, optimizer: Any, x: torch.Tensor, y: torch.Tensor
+) -> None:
     network.train()
-    order = torch.randperm(len(x), device=x.device)
-    for rows in order.split(BATCH):
+    permutation = torch.randperm(len(x), device=x.device)
+    for rows in permutation.split(BATCH):
         loss = (network(x[rows]).view(-1) - y[rows].view(-1)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
 
-def fit_and_hand(
+def compare_fit(
     args: argparse.Namespace,
     network: dict[str, Any],
     epochs: int,
@@ -216,7 +226,7 @@ def fit_and_hand(
     windows: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Seconds of one epoch of training: the model's own `fit`, and a hand-written loop."""
+    """Seconds of one training epoch: of the model's `fit`, and of a hand-written loop."""
     dataset = lstm_dataset(args, windows=windows)
     config = {
         "_target_": "qtorch.model.LightningModel",
@@ -229,64 +239,68 @@ def fit_and_hand(
         **options,
     }
     model = init_instance_by_config(config)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     model.fit(dataset)
-    total = time.perf_counter() - begin
-    samples = dataset.samples("train", data_key="learn").to(device())
-    x, y = ready(samples)
-    bare = init_instance_by_config({**network, "d_feat": samples.num_features}).to(device())
-    if bare.inputs == "flat":  # the dataset has no windows: x is [rows, F] or [rows, 1, F]
+    fit_seconds = time.perf_counter() - start
+    samples = dataset.samples("train", data_key="learn").to(get_device())
+    x, y = load_tensors(samples)
+    bare_network = init_instance_by_config({**network, "d_feat": samples.num_features}).to(
+        get_device()
+    )
+    if bare_network.inputs == "flat":  # the dataset has no windows: x is [rows, F] or [rows, 1, F]
         x = x.flatten(1)
-    optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3)
-    hand_epoch(bare, optimizer, x[: 20 * BATCH], y[: 20 * BATCH])
-    hand = timed(lambda: hand_epoch(bare, optimizer, x, y), max(epochs - 1, 1))
+    optimizer = torch.optim.Adam(bare_network.parameters(), lr=1e-3)
+    run_manual_epoch(bare_network, optimizer, x[: 20 * BATCH], y[: 20 * BATCH])
+    manual_seconds = measure_seconds(
+        lambda: run_manual_epoch(bare_network, optimizer, x, y), max(epochs - 1, 1)
+    )
     report = model.fit_report_
     return {
         "samples": len(samples),
         "train_seconds": report["train_seconds"] / report["epochs"],
         "epoch_seconds": report["seconds"] / report["epochs"],
         "inner_steps": report["inner_steps"],
-        "fit": total,
-        "hand": median(hand),
+        "fit": fit_seconds,
+        "hand": median(manual_seconds),
         "model": model,
         "dataset": dataset,
-        "bare": bare,
+        "bare": bare_network,
     }
 
 
-def lstm(args: argparse.Namespace) -> dict[str, Any]:
+def measure_lstm(args: argparse.Namespace) -> dict[str, Any]:
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 64, "num_layers": 2, "dropout": 0.0}
-    out = fit_and_hand(args, network, epochs=args.repeats)
-    model, dataset, bare = out.pop("model"), out.pop("dataset"), out.pop("bare")
+    result = compare_fit(args, network, epochs=args.repeats)
+    model, dataset, bare_network = result.pop("model"), result.pop("dataset"), result.pop("bare")
     model.predict(dataset)
-    predict = timed(lambda: model.predict(dataset), args.repeats)
-    samples = dataset.samples("test", data_key="infer").to(device())
-    x, _ = ready(samples)
-    bare.eval()
+    predict = measure_seconds(lambda: model.predict(dataset), args.repeats)
+    samples = dataset.samples("test", data_key="infer").to(get_device())
+    x, _ = load_tensors(samples)
+    bare_network.eval()
 
     def infer(size: int) -> None:
         with torch.no_grad():
-            torch.cat([bare(x[k : k + size]) for k in range(0, len(x), size)]).cpu()
+            torch.cat([bare_network(x[k : k + size]) for k in range(0, len(x), size)]).cpu()
 
     infer(BATCH)
-    by_size = [median(timed(partial(infer, n), args.repeats)) for n in (BATCH, 4096)]
+    by_size = [median(measure_seconds(partial(infer, n), args.repeats)) for n in (BATCH, 4096)]
     return {
-        **out,
+        **result,
         "predict": median(predict),
-        "infer": min(by_size),  # the size that suits the device
+        "infer": min(by_size),  # the batch size that suits the device
         "test_samples": len(samples),
     }
 
 
-def mlp(args: argparse.Namespace) -> dict[str, Any]:
+def measure_mlp(args: argparse.Namespace) -> dict[str, Any]:
     """A network whose step takes about a millisecond."""
     network = {"_target_": "qtorch.nn.MLP", "layers": [32], "dropout": 0.0}
-    out = fit_and_hand(args, network, epochs=args.repeats, windows=False, inner_steps="auto")
-    return {k: v for k, v in out.items() if k not in ("model", "dataset", "bare")}
+    result = compare_fit(args, network, epochs=args.repeats, windows=False, inner_steps="auto")
+    return {k: v for k, v in result.items() if k not in ("model", "dataset", "bare")}
 
 
-def trainer(args: argparse.Namespace) -> dict[str, Any]:
-    """Ten tiny tasks through TrainerR, beside the same fits and predictions bare."""
+def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare ten tiny tasks of TrainerR with the same fits and predictions without it."""
     import numpy as np
     import pandas as pd
 
@@ -327,45 +341,45 @@ def trainer(args: argparse.Namespace) -> dict[str, Any]:
             },
         }
 
-    def bare(seed: int) -> None:
+    def run_bare(seed: int) -> None:
         data = init_instance_by_config(task(seed)["dataset"])
         model = init_instance_by_config(task(seed)["model"])
         model.fit(data)
         model.predict(data)
 
     TrainerR(experiment_name="warm")([task(100)])
-    bare(0)
-    begin = time.perf_counter()
+    run_bare(0)
+    start = time.perf_counter()
     for seed in range(10):
-        bare(seed)
+        run_bare(seed)
     middle = time.perf_counter()
     TrainerR(experiment_name="tiny")([task(seed) for seed in range(10)])
     end = time.perf_counter()
-    return {"bare": (middle - begin) / 10, "task": (end - middle) / 10}
+    return {"bare": (middle - start) / 10, "task": (end - middle) / 10}
 
 
-WORKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "features": features,
-    "alpha158": lambda a: handler(a, "Alpha158"),
-    "alpha360": lambda a: handler(a, "Alpha360"),
-    "windows": windows,
-    "lstm": lstm,
-    "mlp": mlp,
-    "trainer": trainer,
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "features": measure_features,
+    "alpha158": lambda a: measure_handler(a, "Alpha158"),
+    "alpha360": lambda a: measure_handler(a, "Alpha360"),
+    "windows": measure_windows,
+    "lstm": measure_lstm,
+    "mlp": measure_mlp,
+    "trainer": measure_trainer,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=WORKS)
+    parser.add_argument("name", choices=MEASUREMENTS)
     parser.add_argument("--provider", required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", required=True)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result = WORKS[args.name](args)
-    print(json.dumps({**result, "device": str(device())}))
+    result = MEASUREMENTS[args.name](args)
+    print(json.dumps({**result, "device": str(get_device())}))
 
 
 if __name__ == "__main__":

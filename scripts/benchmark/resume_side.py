@@ -1,11 +1,11 @@
-"""What checkpoints cost, and a start from one.
+"""Benchmark the cost of checkpoints, and the start of a training from one.
 
     python scripts/benchmark/resume_side.py resume --provider FOLDER --work DIR
 
-The MLP of the benchmark, whose epochs of some 880,000 samples are the shortest: fits of `EPOCHS`
-epochs with a checkpoint after each beside fits without, in turns; and the time from `fit` to its
-first batch, from a checkpoint and without one. Prints one line of JSON, in seconds, the shortest of
-the repeats: the difference is smaller than what else a machine does.
+Uses the benchmark's MLP, which has the shortest epochs (about 880,000 samples). Compares fits of
+`EPOCHS` epochs with a checkpoint after each epoch to fits without, alternately; and the time from
+`fit` to the first epoch with and without resuming from a checkpoint. Prints one line of JSON with
+the minimum seconds over the repeats, because the difference is smaller than the noise.
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ from qtorch.model.checkpoint import LAST
 EPOCHS = 4
 
 
-class FirstBatch(pl.Callback):
-    """When the first training step began."""
+class FirstEpochTimer(pl.Callback):
+    """Stores the time at which the first epoch started."""
 
     def __init__(self) -> None:
-        self.at = 0.0
+        self.start_time = 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self.at = self.at or time.perf_counter()
+        self.start_time = self.start_time or time.perf_counter()
 
 
-def fitted(dataset: Any, epochs: int, folder: Path | None, resume: bool) -> tuple[float, float]:
-    """Seconds of a fit, and of those until its first epoch."""
-    first = FirstBatch()
+def measure_fit(
+    dataset: Any, epochs: int, folder: Path | None, resume: bool
+) -> tuple[float, float]:
+    """Seconds of a fit, and seconds until its first epoch started."""
+    timer = FirstEpochTimer()
     model = LightningModel(
         {"_target_": "qtorch.nn.MLP", "layers": [32], "dropout": 0.0},
         optimizer={"_target_": "torch.optim.Adam", "lr": 1e-3},
         batch={"size": BATCH},
         trainer={"max_epochs": epochs, "enable_progress_bar": False},
         checkpoint={"enabled": False} if folder is None else {"dir": str(folder)},
-        callbacks=[first],
+        callbacks=[timer],
         seed=0,
     )
-    begin = time.perf_counter()
+    start = time.perf_counter()
     model.fit(dataset, resume="auto" if resume else None)
-    return time.perf_counter() - begin, first.at - begin
+    return time.perf_counter() - start, timer.start_time - start
 
 
 def main() -> None:
@@ -68,18 +70,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dataset = lstm_dataset(args, windows=False)
     folder = Path(args.work) / "checkpoints"
-    fitted(dataset, 1, None, False)  # the features are made now
+    measure_fit(dataset, 1, None, False)  # warm-up: computes the features
     times: dict[str, list[float]] = {n: [] for n in ("with", "without", "fresh", "resumed")}
     for _ in range(args.repeats):
         shutil.rmtree(folder, ignore_errors=True)
-        whole, first = fitted(dataset, EPOCHS, folder, False)
-        times["with"].append(whole)
-        times["fresh"].append(first)
-        times["without"].append(fitted(dataset, EPOCHS, None, False)[0])
-        times["resumed"].append(fitted(dataset, EPOCHS + 1, folder, True)[1])
-    told: dict[str, Any] = {name: min(found) for name, found in times.items()}
-    told["size"] = (folder / LAST).stat().st_size
-    print(json.dumps({**told, "epochs": EPOCHS}))
+        fit_seconds, first_seconds = measure_fit(dataset, EPOCHS, folder, False)
+        times["with"].append(fit_seconds)
+        times["fresh"].append(first_seconds)
+        times["without"].append(measure_fit(dataset, EPOCHS, None, False)[0])
+        times["resumed"].append(measure_fit(dataset, EPOCHS + 1, folder, True)[1])
+    result: dict[str, Any] = {name: min(seconds) for name, seconds in times.items()}
+    result["size"] = (folder / LAST).stat().st_size
+    print(json.dumps({**result, "epochs": EPOCHS}))
 
 
 if __name__ == "__main__":

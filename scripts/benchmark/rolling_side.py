@@ -1,12 +1,12 @@
-"""A rolling study whose windows share features, beside one where each computes its own.
+"""Benchmark a rolling study with shared features against one whose windows compute their own.
 
     python rolling_side.py rolling --provider FOLDER [--universe nyse500] [--tasks 40] [--threads 2]
 
-FOLDER holds bars in Qlib's layout. Both studies are the same tasks (Alpha158 with all its columns,
-trained on a year, a small network); the one reads the features that its first window computed,
-the other computes them in every window. Each runs in a process of its own, imports outside the
-timing, in turns. Prints one line of JSON: seconds in all, of processor time and by part, and the
-ratios.
+FOLDER holds bars in Qlib's layout. Both studies have the same tasks (all columns of Alpha158, one
+year of training, a small network). One study reads the features that its first window computed,
+the other computes them in every window. The studies run alternately, each in a process of its own
+whose imports are not timed. Prints one line of JSON: total seconds, CPU seconds, seconds by part,
+and the ratios.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SHARED, OWN = "shared", "own"
+SHARED, SEPARATE = "shared", "own"
 TRAIN_DAYS, VALID_DAYS, STEP = 240, 40, 20
 
 
-def task(args: argparse.Namespace) -> dict[str, Any]:
-    """The task that is rolled: its test segment makes `--tasks` windows at the calendar's end."""
+def build_task(args: argparse.Namespace) -> dict[str, Any]:
+    """The task to roll, with a test segment of `--tasks` windows at the end of the calendar."""
     from qtorch.data.source.qlib import QlibSource
 
     days = QlibSource(args.provider).calendar()
@@ -70,33 +70,33 @@ def task(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds in features, in training and in scoring, summed over the windows."""
+def time_parts() -> Iterator[dict[str, float]]:
+    """Sum up the seconds of features, training and prediction over the windows."""
     from qtorch.data.loader import QlibDataLoader
     from qtorch.model.lightning_model import LightningModel
 
-    spent: dict[str, float] = defaultdict(float)
+    seconds_by_part: dict[str, float] = defaultdict(float)
 
-    def timed(cls: type, name: str, part: str) -> None:
-        real = getattr(cls, name)
+    def add_timing(cls: type, name: str, part: str) -> None:
+        method = getattr(cls, name)
 
-        def wrapper(self: Any, *given: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
+        def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
             try:
-                return real(self, *given, **options)
+                return method(self, *args, **options)
             finally:
-                spent[part] += time.perf_counter() - begin
+                seconds_by_part[part] += time.perf_counter() - start
 
         setattr(cls, name, wrapper)
 
-    timed(QlibDataLoader, "view", "features")
-    timed(LightningModel, "fit", "features, processors and training")
-    timed(LightningModel, "predict", "prediction")
-    yield spent
+    add_timing(QlibDataLoader, "view", "features")
+    add_timing(LightningModel, "fit", "features, processors and training")
+    add_timing(LightningModel, "predict", "prediction")
+    yield seconds_by_part
 
 
-def study(args: argparse.Namespace) -> dict[str, Any]:
-    """One study in this process."""
+def run_study(args: argparse.Namespace) -> dict[str, Any]:
+    """Run one study in this process."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -111,23 +111,23 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.chdir(folder)
         qtorch.init(tracking_uri=f"sqlite:///{folder}/runs.db")
-        R.get_exp(experiment_name="bench")  # the store's own start is no part of a study
-        with timed_parts() as spent:
-            begin, cpu = time.perf_counter(), time.process_time()
+        R.get_exp(experiment_name="bench")  # creates the store before the timing starts
+        with time_parts() as seconds_by_part:
+            start, cpu = time.perf_counter(), time.process_time()
             result = rolling_study(
-                task(args),
+                build_task(args),
                 TrainerR("bench"),
                 step=STEP,
                 rtype="sliding",
                 cache=str(Path(folder, "features")) if args.study == SHARED else False,
                 experiment_name="bench",
             )
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - start
         return {
             "seconds": seconds,
             "cpu": time.process_time() - cpu,
             "windows": len(result.windows),
-            "parts": {k: round(v, 3) for k, v in spent.items()},
+            "parts": {k: round(v, 3) for k, v in seconds_by_part.items()},
             "score": float(result.prediction["score"].sum()),
         }
 
@@ -136,39 +136,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", choices=("rolling",))
     parser.add_argument("--provider", required=True, type=os.path.abspath)
-    parser.add_argument("--work", dest="folder", type=os.path.abspath, help="for runs and features")
+    parser.add_argument(
+        "--work", dest="folder", type=os.path.abspath, help="folder for runs and features"
+    )
     parser.add_argument("--universe", default="nyse500")
     parser.add_argument("--tasks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--study", choices=(SHARED, OWN), help=argparse.SUPPRESS)
+    parser.add_argument("--study", choices=(SHARED, SEPARATE), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.study:
-        print(json.dumps(study(args)))
+        print(json.dumps(run_study(args)))
         return
-    told: dict[str, list[dict[str, Any]]] = {SHARED: [], OWN: []}
+    runs_by_kind: dict[str, list[dict[str, Any]]] = {SHARED: [], SEPARATE: []}
     for _ in range(args.repeats):
-        for kind in (SHARED, OWN):
+        for kind in (SHARED, SEPARATE):
             command = [sys.executable, *sys.argv, "--study", kind]
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                sys.exit(done.stderr[-3000:])
-            told[kind].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    scores = {run["score"] for runs in told.values() for run in runs}
-    shared, own = (median(run["seconds"] for run in told[kind]) for kind in (SHARED, OWN))
-    cpu = {kind: round(median(run["cpu"] for run in runs), 2) for kind, runs in told.items()}
+            process = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if process.returncode:
+                sys.exit(process.stderr[-3000:])
+            runs_by_kind[kind].append(json.loads(process.stdout.strip().splitlines()[-1]))
+    scores = {run["score"] for runs in runs_by_kind.values() for run in runs}
+    shared_seconds, separate_seconds = (
+        median(run["seconds"] for run in runs_by_kind[kind]) for kind in (SHARED, SEPARATE)
+    )
+    cpu = {
+        kind: round(median(run["cpu"] for run in runs), 2) for kind, runs in runs_by_kind.items()
+    }
     print(
         json.dumps(
             {
-                "windows": told[SHARED][0]["windows"],
-                "shared": shared,
-                "own": own,
-                "ratio": own / shared,
+                "windows": runs_by_kind[SHARED][0]["windows"],
+                "shared": shared_seconds,
+                "own": separate_seconds,
+                "ratio": separate_seconds / shared_seconds,
                 "cpu": cpu,
-                "cpu_ratio": cpu[OWN] / cpu[SHARED],
+                "cpu_ratio": cpu[SEPARATE] / cpu[SHARED],
                 "equal": len(scores) == 1,
-                "parts": {kind: runs[-1]["parts"] for kind, runs in told.items()},
+                "parts": {kind: runs[-1]["parts"] for kind, runs in runs_by_kind.items()},
             }
         )
     )

@@ -1,9 +1,10 @@
-"""Qlib's own network on the zoo's data; runs under a Python that has pyqlib.
+"""Train Qlib's own network on the zoo's data; needs a Python with pyqlib.
 
     python zoo_qlib.py JOB.json
 
-JOB says network, arguments, data and seed (see zoo_cells.py). Writes the scores beside it as CSV
-and prints one line of JSON: samples a second of training and prediction, parameters.
+JOB holds the network, its arguments, the data and the seed (see zoo_cells.py). Writes the scores
+to a CSV file beside it, and prints one line of JSON: samples per second of training and
+prediction, number of parameters.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ CLASSES = {
     "transformer": ("pytorch_transformer_ts", "TransformerModel", "model"),
     "gats": ("pytorch_gats_ts", "GATs", "GAT_model"),
 }
-# What their constructors call otherwise, or do not take.
-FIXED = ("_target_", "dim_feedforward")
+# Arguments of qtorch's networks that Qlib's constructors name differently or do not have.
+OMITTED_ARGUMENTS = ("_target_", "dim_feedforward")
 
 
 def init(job: dict) -> None:
@@ -42,8 +43,8 @@ def init(job: dict) -> None:
     )
 
 
-def dataset_of(job: dict):
-    """Qlib's dataset of windows: Alpha158's columns by name, as its recurrent benchmarks have."""
+def build_dataset(job: dict):
+    """Qlib's window dataset with selected columns of Alpha158, as in its recurrent benchmarks."""
     from qlib.data.dataset import TSDatasetH
 
     fields = {"fields_group": "feature"}
@@ -71,13 +72,13 @@ def dataset_of(job: dict):
     return TSDatasetH(handler=handler, segments=segments, step_len=job["step_len"])
 
 
-def model_of(job: dict):
-    """Their class with our hyperparameters under their names."""
+def build_model(job: dict):
+    """Qlib's model class with qtorch's hyperparameters under Qlib's names."""
     import importlib
 
     module, name, _ = CLASSES[job["network"]]
     cls = getattr(importlib.import_module(f"qlib.contrib.model.{module}"), name)
-    arguments = {k: v for k, v in job["arguments"].items() if k not in FIXED}
+    arguments = {k: v for k, v in job["arguments"].items() if k not in OMITTED_ARGUMENTS}
     batch = {} if job["network"] == "gats" else {"batch_size": job["batch_size"]}
     extra = {"reg": job["weight_decay"]} if job["network"] == "transformer" else {}
     return cls(
@@ -94,21 +95,21 @@ def model_of(job: dict):
     )
 
 
-def timed(model, name: str, seconds: dict[str, float]) -> None:
-    """Add up what a method of the model takes."""
-    whole = getattr(model, name)
+def add_timing(model, name: str, seconds: dict[str, float]) -> None:
+    """Wrap a method of the model so that its time is added to `seconds`."""
+    method = getattr(model, name)
 
-    def measured(*args, **kwargs):
-        begin = time.perf_counter()
-        result = whole(*args, **kwargs)
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 
-    setattr(model, name, measured)
+    setattr(model, name, wrapper)
 
 
-def shortened(dataset, job: dict) -> dict:
-    """Segments of so few days that an epoch has about `steps` batches."""
+def shorten_segments(dataset, job: dict) -> dict:
+    """Shorten the train segment to about `steps` batches per epoch, and valid to 30 days."""
     import pandas as pd
 
     index = dataset.prepare("train", data_key="learn").get_index()
@@ -116,8 +117,8 @@ def shortened(dataset, job: dict) -> dict:
     count = -(-job["steps"] * job["batch_size"] // max(1, len(index) // len(days)))
     train = (days[max(0, len(days) - count)], days[-1])
     valid = dataset.segments["valid"]
-    short = (valid[0], str(pd.Timestamp(valid[0]) + pd.Timedelta(days=30))[:10])
-    return {**dataset.segments, "train": train, "valid": short}
+    short_valid = (valid[0], str(pd.Timestamp(valid[0]) + pd.Timedelta(days=30))[:10])
+    return {**dataset.segments, "train": train, "valid": short_valid}
 
 
 def main() -> None:
@@ -127,32 +128,33 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     init(job)
-    dataset = dataset_of(job)
+    dataset = build_dataset(job)
     if job["steps"]:
         job["epochs"] = 1
-        dataset.config(segments=shortened(dataset, job))
-    samples = len(dataset.prepare("train", data_key="learn"))
-    valid = len(dataset.prepare("valid", data_key="learn"))
-    model = model_of(job)
+        dataset.config(segments=shorten_segments(dataset, job))
+    num_samples = len(dataset.prepare("train", data_key="learn"))
+    num_valid = len(dataset.prepare("valid", data_key="learn"))
+    model = build_model(job)
     seconds: dict[str, float] = {}
-    evaluated: dict[str, list] = {}
+    history: dict[str, list] = {}
     for name in ("train_epoch", "test_epoch"):
-        timed(model, name, seconds)
-    model.fit(dataset, evals_result=evaluated, save_path=f"{job['work']}/weights.pt")
-    begin = time.perf_counter()
+        add_timing(model, name, seconds)
+    model.fit(dataset, evals_result=history, save_path=f"{job['work']}/weights.pt")
+    start = time.perf_counter()
     scores = model.predict(dataset)
-    predict = time.perf_counter() - begin
+    predict_seconds = time.perf_counter() - start
     scores.rename("score").to_csv(path.with_suffix(".csv"))
     network = getattr(model, CLASSES[job["network"]][2])
-    epochs = len(evaluated["valid"])
+    epochs = len(history["valid"])
     print(json.dumps({
-        "train_rate": samples * epochs / seconds["train_epoch"],
-        "epoch_rate": samples * epochs / sum(seconds.values()),  # with the train and valid metric
-        "predict_rate": len(scores) / predict,
+        "train_rate": num_samples * epochs / seconds["train_epoch"],
+        # The epoch includes the metric on the train and valid segments.
+        "epoch_rate": num_samples * epochs / sum(seconds.values()),
+        "predict_rate": len(scores) / predict_seconds,
         "parameters": sum(p.numel() for p in network.parameters()),
         "epochs": epochs,
-        "samples": samples,
-        "valid_samples": valid,
+        "samples": num_samples,
+        "valid_samples": num_valid,
         "seconds": sum(seconds.values()),
     }))  # fmt: skip
 

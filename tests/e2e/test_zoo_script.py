@@ -1,4 +1,4 @@
-"""The zoo's script: what it finds, what it keeps, what it does again."""
+"""Tests of scripts/zoo.py: its rows, stored results, and repeated cells."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def provider(tmp_path_factory) -> Path:
 
 
 def arguments(provider: Path, **changes) -> argparse.Namespace:
-    given = {
+    defaults = {
         "provider": str(provider), "qlib_python": None, "only": "linear,hist", "seeds": "0,1",
         "speed": False, "steps": 2, "threads": 1, "universe": "stocks", "instruments": 15,
         "train": "2019-08-01,2019-12-31", "valid": "2020-01-01,2020-03-31",
         "test": "2020-04-01,2020-06-30", "step_len": 5, "epochs": 1, "handler": "alpha158_20",
     }  # fmt: skip
-    return argparse.Namespace(**{**given, **changes})
+    return argparse.Namespace(**{**defaults, **changes})
 
 
 @pytest.mark.slow
-def test_cells_are_measured_kept_and_not_done_again(zoo, provider, tmp_path, capsys):
+def test_cells_are_stored_and_not_repeated(zoo, provider, tmp_path, capsys):
     args = arguments(provider)
-    settings = zoo.Settings.of(args, tmp_path)
-    zoo.zoo_cells.prepare(settings)
+    settings = zoo.Settings.from_arguments(args, tmp_path)
+    zoo.zoo_cells.prepare_worker(settings)
     results = zoo.Results(tmp_path / "zoo.json", settings.numbers)
     key, cell = zoo.run_cell(("linear", 0, settings))
     assert key == "linear:0"
@@ -61,19 +61,19 @@ def test_cells_are_measured_kept_and_not_done_again(zoo, provider, tmp_path, cap
     assert cell["predict_rate"] > 0
     assert cell["parameters"] > 1000
     results.add(key, cell)
-    again = zoo.Results(tmp_path / "zoo.json", settings.numbers)
-    assert again.cells.keys() == {"linear:0", "hist:speed"}
-    left = {("hist", 0), ("hist", 1), ("linear", 1)}
-    assert set(zoo.missing_cells(args, again)) == left
-    zoo.print_table(again)
+    loaded_results = zoo.Results(tmp_path / "zoo.json", settings.numbers)
+    assert loaded_results.cells.keys() == {"linear:0", "hist:speed"}
+    missing_cells = {("hist", 0), ("hist", 1), ("linear", 1)}
+    assert set(zoo.missing_cells(args, loaded_results)) == missing_cells
+    zoo.print_table(loaded_results)
     rows = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in rows[2:]] == ["hist", "linear"]
-    other = zoo.Settings.of(arguments(provider, epochs=2), tmp_path)
+    other_settings = zoo.Settings.from_arguments(arguments(provider, epochs=2), tmp_path)
     with pytest.raises(SystemExit, match="epochs=1"):
-        zoo.Results(tmp_path / "zoo.json", other.numbers)
+        zoo.Results(tmp_path / "zoo.json", other_settings.numbers)
 
 
-def test_every_model_of_the_configuration_is_a_row(zoo):
+def test_every_model_config_is_a_row(zoo):
     choices = {p.stem for p in config_path().joinpath("model").glob("*.yaml")} - {"lightning"}
     assert set(zoo.find_rows(qlib=False, only="")) == choices
     assert set(zoo.zoo_cells.VARIANTS) <= choices

@@ -14,9 +14,9 @@ from qtorch.data.feature_cache import FeatureCache
 from qtorch.data.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
-from qtorch.run_study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
-from qtorch.run_study.rolling import SPAN_TAG, WINDOW_TAG
-from qtorch.run_study.windows import rolling_tasks
+from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
+from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG
+from qtorch.study.windows import rolling_tasks
 from qtorch.tracking.lineage import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
@@ -221,7 +221,7 @@ def test_warm_start_options_and_failing_window(store, tmp_path, make_task, monke
 
 def test_warm_start_without_fitted_model_raises(store, tmp_path, make_task):
     from qtorch.core.errors import NotFittedError
-    from qtorch.run_study import WarmStart
+    from qtorch.study import WarmStart
 
     with pytest.raises(NotFittedError, match="is not fitted"):
         WarmStart("x").predict(None)
