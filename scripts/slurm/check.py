@@ -1,6 +1,6 @@
-"""What `scripts/slurm_check.sh` tries: qtorch's commands on a cluster that loses jobs and nodes.
+"""Check qtorch's commands on a SLURM cluster that loses jobs and nodes (scripts/slurm_check.sh).
 
-python scripts/slurm/check.py [FOLDER OF BARS IN QLIB'S LAYOUT]
+python scripts/slurm/check.py [FOLDER WITH BARS IN QLIB'S LAYOUT]
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cluster import Cluster
 
 from qtorch.study.sweep import JOB_TAG
 
-GOING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
-PATIENCE = 600.0
+ACTIVE_STATES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
+TIMEOUT = 600.0
 PAGE = Path(__file__).resolve().parents[1] / "from_laptop_to_cluster.md"
-USUAL = "sweep,devices,array,requeued"
-TINY = ["debug=tiny", "model.network.hidden_size=16", "model.network.num_layers=1"]
-REAL = [
+DEFAULT_CHECKS = "sweep,devices,array,requeued"
+SYNTHETIC_DATA = ["debug=tiny", "model.network.hidden_size=16", "model.network.num_layers=1"]
+QLIB_DATA = [
     "data=qlib",
     "universe=nyse500",
     "dataset.step_len=5",
@@ -52,7 +52,7 @@ LAUNCHER = [
 
 
 class Check:
-    """The commands of a user in a folder that all nodes see."""
+    """Runs the commands of a user in a folder that all nodes share, and collects the results."""
 
     def __init__(self, cluster: Cluster, folder: Path, market: list[str], epochs: int) -> None:
         self.cluster, self.folder = cluster, folder
@@ -69,290 +69,340 @@ class Check:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         os.environ["MLFLOW_TRACKING_URI"] = self.uri
-        self.one = ["model=gru"]  # the job that is trained in several ways
+        self.reference_job = ["model=gru"]  # overrides of the job that several checks train
         self.rows: list[tuple[str, str, bool]] = []
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        """A command that runs beside this; its output goes into `commands.log`."""
+    def start_command(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in the background; its output goes to `commands.log`."""
         with (self.folder / "commands.log").open("a") as log:
             print("$", *command, file=log, flush=True)
             return subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, text=True
             )
 
-    def call(self, *command: str) -> int:
-        """A command and its exit code."""
+    def run_command(self, *command: str) -> int:
+        """Run a command and return its exit code."""
         print("  $", " ".join(command), file=sys.stderr, flush=True)
-        return self.start(*command).wait(PATIENCE)
+        return self.start_command(*command).wait(TIMEOUT)
 
-    def note(self, what: str, told: str, held: bool) -> None:
-        """A row of the table."""
-        self.rows.append((what, told, held))
-        print(f"  {'ok ' if held else 'NOT'} {what}: {told}", file=sys.stderr, flush=True)
+    def add_row(self, name: str, details: str, has_passed: bool) -> None:
+        """Add a row to the table and print it."""
+        self.rows.append((name, details, has_passed))
+        print(
+            f"  {'ok    ' if has_passed else 'FAILED'} {name}: {details}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def runs(self, experiment: str) -> list[Any]:
-        """The runs of an experiment that are jobs: those with a task."""
+        """List the runs of the jobs in an experiment."""
         from qtorch import R
 
         try:
-            found = R.list_recorders(experiment_name=experiment).values()
-        except Exception:  # no such experiment yet
+            recorders = R.list_recorders(experiment_name=experiment).values()
+        except Exception:  # the experiment does not exist yet
             return []
-        return [r for r in found if "hostname" in r.list_tags()]  # no sweep's own
+        return [r for r in recorders if "hostname" in r.list_tags()]  # not a sweep's own run
 
-    def last_sent(self) -> str:
-        """The newest job of sbatch that a command has told of."""
+    def last_job_id(self) -> str:
+        """Return the ID of the last job that sbatch has submitted."""
         log = (self.folder / "commands.log").read_text()
         return str(re.findall(r"^Submitted batch job (\d+)", log, re.MULTILINE)[-1])
 
-    def submissions(self) -> int:
-        """How many jobs submitit has sent to SLURM."""
+    def num_submissions(self) -> int:
+        """Count the jobs that submitit has submitted to SLURM."""
         return len(list(self.folder.rglob("*_submitted.pkl")))
 
-    def undisturbed(self) -> Any:
-        """The run of the one job, trained here and in one go."""
-        if not self.runs("alone"):
-            self.call("qtorch", "train", *self.job, *self.one, "experiment_name=alone")
-        return self.runs("alone")[0]
+    def reference_run(self) -> Any:
+        """Return the run of the reference job, trained outside SLURM and without interruption."""
+        if not self.runs("reference"):
+            self.run_command(
+                "qtorch", "train", *self.job, *self.reference_job, "experiment_name=reference"
+            )
+        return self.runs("reference")[0]
 
 
-def until(
-    condition: Callable[[], Any], what: str, command: subprocess.Popen[str] | None = None
+def wait_until(
+    condition: Callable[[], Any], description: str, command: subprocess.Popen[str] | None = None
 ) -> Any:
-    """Wait for it; in vain once the command that would bring it has ended."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
+    """Wait until a condition holds and return its value; fail if `command` ends before."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (value := condition()):
         if command is not None and command.poll() is not None:
-            raise RuntimeError(f"waited for {what}, but the command ended: {command.returncode}")
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited in vain for {what}")
-        time.sleep(0.5)  # looking takes a core from those who are looked at
-    return found
+            raise RuntimeError(
+                f"the command exited with code {command.returncode} while waiting for {description}"
+            )
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"timed out while waiting for {description}")
+        time.sleep(0.5)  # polling more often would take CPU time from the jobs
+    return value
 
 
-def epochs_of(run: Any) -> set[int]:
-    """The epochs whose metrics a run has."""
-    return set(run.logged("valid/loss")) if "valid/loss" in run.list_metrics() else set()
+def epochs_with_metrics(run: Any) -> set[int]:
+    """Return the epochs for which a run has metrics."""
+    return set(run.metric_history("valid/loss")) if "valid/loss" in run.list_metrics() else set()
 
 
-def history(run: Any) -> dict[str, Any]:
-    """All metrics of a run, step by step."""
-    return {name: run.logged(name) for name in sorted(run.list_metrics())}
+def metric_histories(run: Any) -> dict[str, Any]:
+    """Return the history of all metrics of a run."""
+    return {name: run.metric_history(name) for name in sorted(run.list_metrics())}
 
 
-def number_of(run: Any) -> int:
-    """A run's number in its sweep: under submitit that in the array of jobs too."""
+def job_number(run: Any) -> int:
+    """Return a run's job number in its sweep; submitit's job array uses the same numbers."""
     tags = run.list_tags()
     return int(json.loads(next(v for k, v in tags.items() if k.startswith(JOB_TAG)))["number"])
 
 
-def resumed_from(run: Any) -> str | None:
-    """The checkpoint from which a run's training went on at last."""
-    return run.load_object("fit_report")["resumed_from"]  # type: ignore[no-any-return]  # or None
+def last_checkpoint(run: Any) -> str | None:
+    """Return the checkpoint from which a run's training was last resumed."""
+    return run.load_object("fit_report")["resumed_from"]  # type: ignore[no-any-return]
 
 
-def in_training(check: Check, experiment: str) -> set[int]:
-    """The jobs that are well in their training, and not about to end it."""
+def training_jobs(check: Check, experiment: str) -> set[int]:
+    """Return the jobs in the middle of their training: some epochs done, but not about to end."""
     busy = [r for r in check.runs(experiment) if r.status == "RUNNING"]
-    return {number_of(r) for r in busy if 0 < len(epochs_of(r)) < 0.6 * check.epochs}
+    return {job_number(r) for r in busy if 0 < len(epochs_with_metrics(r)) < 0.6 * check.epochs}
 
 
-def busy_on(
-    check: Check, node: str, experiment: str, least: int = 1
+def jobs_on_node(
+    check: Check, node: str, experiment: str, min_jobs: int = 1
 ) -> tuple[list[int], set[int]] | None:
-    """The jobs on a node, and those of all nodes in mid-training, once `least` are both."""
-    busy = in_training(check, experiment)
-    jobs = [int(k) for k in check.cluster.jobs("%K", "-w", node)]
-    return (jobs, busy) if len(busy.intersection(jobs)) >= least else None
+    """Return the jobs on a node and the jobs in mid-training on any node.
+
+    None while fewer than `least` jobs are both.
+    """
+    in_training = training_jobs(check, experiment)
+    jobs = [int(k) for k in check.cluster.list_jobs("%K", "-w", node)]
+    return (jobs, in_training) if len(in_training.intersection(jobs)) >= min_jobs else None
 
 
-def disturbed(check: Check, name: str, words: list[str]) -> tuple[set[int], set[int]]:
-    """The sweep loses jobs in four ways; which ran then, and which of them had a checkpoint.
+def disturb_sweep(check: Check, name: str, overrides: list[str]) -> tuple[set[int], set[int]]:
+    """Run a sweep that loses jobs in four ways; return these jobs, and those with a checkpoint.
 
-    One is cancelled before it begins and one in mid-training, those of a node are preempted, those
-    of the other are lost with it.
+    One job is cancelled before it starts and one in mid-training; the jobs on one node are
+    preempted, and those on the other node are lost with the node.
     """
     cluster = check.cluster
-    command = check.start("qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *words)
-    first, busy = until(lambda: busy_on(check, "one", name, 2), "jobs in training", command)
-    array, waiting = cluster.jobs("%F")[0], cluster.jobs("%K", "-r", "-t", "PENDING")
-    cluster.run("scancel", f"{array}_{waiting[0]}")
+    command = check.start_command(
+        "qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *overrides
+    )
+    on_one, busy = wait_until(
+        lambda: jobs_on_node(check, "one", name, 2), "jobs in training", command
+    )
+    check_worker_array, waiting = (
+        cluster.list_jobs("%F")[0],
+        cluster.list_jobs("%K", "-r", "-t", "PENDING"),
+    )
+    cluster.run("scancel", f"{check_worker_array}_{waiting[0]}")
     urgent = ["--partition=urgent", "--nodelist=one", "--exclusive", "--output=/dev/null"]
-    told = cluster.run("sbatch", "--parsable", *urgent, "--wrap=true").strip()
-    second, others = until(lambda: busy_on(check, "two", name), "jobs in training on two", command)
-    victim = min(others.intersection(second))
-    cluster.run("scancel", f"{array}_{victim}")
-    until(lambda: "COMPLETED" in cluster.state(told), "the urgent job's end", command)
-    hit = {k for k in first if cluster.told(f"{array}_{k}")["Restarts"] == "1"}
-    kept = {*busy.intersection(hit), victim}
-    check.note("preempted jobs queued again", f"{len(hit)} of {len(first)}", hit == set(first))
-    second, busy = until(lambda: busy_on(check, "two", name), "jobs on two again", command)
-    count = cluster.kill_node("two")
-    cut = {number_of(r) for r in check.runs(name) if r.status == "RUNNING"}.intersection(second)
-    code = command.wait(PATIENCE)
-    check.note("jobs cancelled, a node killed", f"{count} processes; exit code {code}", code != 0)
-    lost = f"job {array}_{waiting[0]} of slurm: it has ended without a result"
-    found = lost in (check.folder / "commands.log").read_text()
-    check.note("one cancelled before it began is a failed job", lost if found else "", found)
+    urgent_job = cluster.run("sbatch", "--parsable", *urgent, "--wrap=true").strip()
+    on_two, busy_on_two = wait_until(
+        lambda: jobs_on_node(check, "two", name), "jobs on node two", command
+    )
+    cancelled_job = min(busy_on_two.intersection(on_two))
+    cluster.run("scancel", f"{check_worker_array}_{cancelled_job}")
+    wait_until(
+        lambda: "COMPLETED" in cluster.job_states(urgent_job), "the end of the urgent job", command
+    )
+    requeued_jobs = {
+        k for k in on_one if cluster.job_record(f"{check_worker_array}_{k}")["Restarts"] == "1"
+    }
+    with_checkpoint = {*busy.intersection(requeued_jobs), cancelled_job}
+    check.add_row(
+        "preempted jobs were requeued",
+        f"{len(requeued_jobs)} of {len(on_one)}",
+        requeued_jobs == set(on_one),
+    )
+    on_two, busy = wait_until(
+        lambda: jobs_on_node(check, "two", name), "jobs on node two again", command
+    )
+    num_processes = cluster.kill_node("two")
+    node_jobs = {job_number(r) for r in check.runs(name) if r.status == "RUNNING"}.intersection(
+        on_two
+    )
+    code = command.wait(TIMEOUT)
+    check.add_row(
+        "sweep with cancelled jobs and a killed node fails",
+        f"killed {num_processes} processes; exit code {code}",
+        code != 0,
+    )
+    message = f"job {check_worker_array}_{waiting[0]} of slurm: the job ended without a result"
+    is_reported = message in (check.folder / "commands.log").read_text()
+    check.add_row(
+        "a job cancelled before its start has failed", message if is_reported else "", is_reported
+    )
     cluster.start_node("two")
-    return {*hit, *cut, victim}, kept.union(busy.intersection(cut))
+    return {*requeued_jobs, *node_jobs, cancelled_job}, with_checkpoint.union(
+        busy.intersection(node_jobs)
+    )
 
 
-def sweep(check: Check, jobs: int) -> None:
-    """A sweep that loses jobs and a node, and is resumed."""
+def check_sweep(check: Check, jobs: int) -> None:
+    """Check that a sweep that lost jobs and a node can be resumed."""
     name = "study"
     seeds = f"seed=range({jobs // 2})"
-    words = [*check.job, f"experiment_name={name}", "model=lstm,gru", seeds]
-    hit, kept = disturbed(check, name, words)
-    done = [r for r in check.runs(name) if r.status == "FINISHED"]
-    before = {r.id: (history(r), r.end_time) for r in done}
-    asked = check.submissions()
-    code = check.call("qtorch", "sweep", "resume", name)
+    overrides = [*check.job, f"experiment_name={name}", "model=lstm,gru", seeds]
+    hit_jobs, with_checkpoint = disturb_sweep(check, name, overrides)
+    finished_before = [r for r in check.runs(name) if r.status == "FINISHED"]
+    before = {r.id: (metric_histories(r), r.end_time) for r in finished_before}
+    num_submitted = check.num_submissions()
+    code = check.run_command("qtorch", "sweep", "resume", name)
     runs = check.runs(name)
-    finished = [r for r in runs if r.status == "FINISHED"]
-    check.note(
-        "the sweep resumed",
-        f"exit code {code}; {len(finished)} of {jobs} jobs finished, {len(runs)} runs",
-        code == 0 and len(finished) == len(runs) == jobs,
+    finished_runs = [r for r in runs if r.status == "FINISHED"]
+    check.add_row(
+        "the sweep was resumed",
+        f"exit code {code}; {len(finished_runs)} of {jobs} jobs finished, {len(runs)} runs",
+        code == 0 and len(finished_runs) == len(runs) == jobs,
     )
-    asked = check.submissions() - asked
-    what = "the cluster asked for what was left alone"
-    check.note(what, f"{asked} sent to the queue", asked == jobs - len(done))
-    after = {r.id: (history(r), r.end_time) for r in runs if r.id in before}
-    check.note("no finished job repeated", f"{len(before)} were, untouched", after == before)
-    resumed = {
-        number_of(r): r for r in finished if r.load_object("fit_report")["resumed_from"] is not None
+    num_submitted = check.num_submissions() - num_submitted
+    title = "only unfinished jobs were submitted"
+    check.add_row(title, f"submitted {num_submitted}", num_submitted == jobs - len(finished_before))
+    after = {r.id: (metric_histories(r), r.end_time) for r in runs if r.id in before}
+    check.add_row("no finished job was repeated", f"{len(before)} finished before", after == before)
+    resumed_runs = {
+        job_number(r): r
+        for r in finished_runs
+        if r.load_object("fit_report")["resumed_from"] is not None
     }
-    check.note(
-        "interrupted jobs went on from their checkpoints",
-        f"{sorted(resumed)}, of {sorted(hit)} that were; with a checkpoint {sorted(kept)}",
-        len(kept) > 1 and kept <= set(resumed) <= hit,
+    check.add_row(
+        "interrupted jobs resumed from their checkpoints",
+        f"resumed {sorted(resumed_runs)} of {sorted(hit_jobs)}; "
+        f"with a checkpoint: {sorted(with_checkpoint)}",
+        len(with_checkpoint) > 1 and with_checkpoint <= set(resumed_runs) <= hit_jobs,
     )
-    run = resumed[max(resumed)]  # rather a GRU
+    run = resumed_runs[max(resumed_runs)]  # the highest numbers are GRU jobs
     task = run.load_object("task")
     model = "gru" if "GRU" in str(task["model"]["network"]) else "lstm"
-    check.one = [f"model={model}", f"seed={task['seed']}"]
-    equal = history(check.undisturbed()) == history(run)
-    check.note("... as if nothing had been", "metrics equal to an undisturbed run's", equal)
+    check.reference_job = [f"model={model}", f"seed={task['seed']}"]
+    equal = metric_histories(check.reference_run()) == metric_histories(run)
+    check.add_row("... with unchanged results", "metrics equal those of an undisturbed run", equal)
 
 
-def devices(check: Check) -> None:
-    """Two processes train one network, by srun on one node, by a sweep's job on both."""
+def check_devices(check: Check) -> None:
+    """Check DDP with two processes: with srun on one node, and in a sweep's job on both nodes."""
     ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
-    sweep = ["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.nodes=2"]
+    check_sweep = ["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.nodes=2"]
     ways = {
-        "by srun, two processes on one node": [
+        "with srun, two processes on one node": [
             *["srun", "--ntasks=2", "--nodes=1", "qtorch", "train", *ddp],
             *["trainer.devices=2", "experiment_name=ddp-srun"],
         ],
         "in a sweep's job, one process on each node": [
-            *[*sweep, *ddp, "trainer.devices=1", "trainer.num_nodes=2"],
+            *[*check_sweep, *ddp, "trainer.devices=1", "trainer.num_nodes=2"],
             *["experiment_name=ddp-nodes"],
         ],
     }
-    single = check.undisturbed()
-    for what, command in ways.items():
-        code = check.call(*command, *check.job, *check.one)
-        found = check.runs(command[-1].partition("=")[2])
-        worst = max(
+    reference = check.reference_run()
+    for description, command in ways.items():
+        code = check.run_command(*command, *check.job, *check.reference_job)
+        runs = check.runs(command[-1].partition("=")[2])
+        max_difference = max(
             (
-                abs(value - single.logged(key)[step])
+                abs(value - reference.metric_history(key)[step])
                 for key in ("train/loss", "valid/loss", "valid/rank_ic")
-                for step, value in (found[0].logged(key) if found else {}).items()
+                for step, value in (runs[0].metric_history(key) if runs else {}).items()
             ),
             default=float("inf"),
         )
-        check.note(
-            f"DDP {what}",
-            f"exit code {code}, {len(found)} run; metrics within {worst:.1e} of one device's",
-            code == 0 and len(found) == 1 and worst < 1e-3,
+        check.add_row(
+            f"DDP {description}",
+            f"exit code {code}, {len(runs)} run(s); "
+            f"metrics differ by at most {max_difference:.1e} from one device",
+            code == 0 and len(runs) == 1 and max_difference < 1e-3,
         )
 
 
-def array(check: Check) -> None:
-    """Workers of a pool as an array; one of them is cancelled in mid-training."""
+def check_worker_array(check: Check) -> None:
+    """Check pool workers that run as a job array; one is cancelled in mid-training."""
     from qtorch.task.manager import TaskManager
 
     name, url = "pool", f"sqlite:///{check.folder / 'tasks.db'}"
-    words = [*check.job, "model=gru", f"experiment_name={name}", "seed=0,1,2,3"]
-    check.call(
-        "qtorch", "train", "-m", "runner=rm", f"url={url}", "pool=pool", "wait=false", *words
+    overrides = [*check.job, "model=gru", f"experiment_name={name}", "seed=0,1,2,3"]
+    check.run_command(
+        "qtorch", "train", "-m", "runner=rm", f"url={url}", "pool=pool", "wait=false", *overrides
     )
     worker = f"srun qtorch worker pool=pool url={url} lease=10 idle_timeout=15 table=false"
-    told = check.cluster.run(
+    array_job = check.cluster.run(
         "sbatch", "--parsable", "--array=0-2", "--cpus-per-task=1", "--signal=TERM@60",
         f"--chdir={check.folder}", f"--export=ALL,PATH={check.environment['PATH']}",
         *[f"--output={check.folder}/worker-%a.log"], f"--wrap={worker}",
     )  # fmt: skip
-    until(lambda: check.runs(name), "a worker's first run")
-    check.cluster.run("scancel", f"{told.strip()}_0")
-    code = check.call("qtorch", "tasks", "wait", "pool=pool", f"url={url}")
+    wait_until(lambda: check.runs(name), "the first run of a worker")
+    check.cluster.run("scancel", f"{array_job.strip()}_0")
+    code = check.run_command("qtorch", "tasks", "wait", "pool=pool", f"url={url}")
     manager = TaskManager("pool", url)
     states, runs = manager.task_stat(), check.runs(name) or []
     manager.close()
-    check.note(
-        "pool workers as an array, one cancelled",
+    check.add_row(
+        "pool workers as a job array, one cancelled",
         f"exit code {code}; {dict(states)}; {len(runs)} runs",
         code == 0 and states.get("done") == 4,
     )
 
 
-def requeued(check: Check) -> None:
-    """A job that gets SIGUSR1 keeps a checkpoint, is queued again, and goes on in its run."""
+def requeue(check: Check) -> None:
+    """Check that a job with SIGUSR1 writes a checkpoint, is requeued, and resumes its run."""
     name = "requeued"
-    words = [*check.job, *check.one, f"experiment_name={name}"]
+    overrides = [*check.job, *check.reference_job, f"experiment_name={name}"]
     job = check.cluster.run(
         "sbatch", "--parsable", "--requeue", "--signal=B:USR1@60", f"--chdir={check.folder}",
         f"--export=ALL,PATH={check.environment['PATH']}", f"--output={check.folder}/requeued.log",
-        "--open-mode=append", f"--wrap=exec qtorch train {' '.join(map(repr, words))}",
+        "--open-mode=append", f"--wrap=exec qtorch train {' '.join(map(repr, overrides))}",
     ).strip()  # fmt: skip
-    until(lambda: any(epochs_of(r) for r in check.runs(name)), "the first epoch")
+    wait_until(lambda: any(epochs_with_metrics(r) for r in check.runs(name)), "the first epoch")
     check.cluster.run("scancel", "--batch", "--signal=USR1", job)
-    until(lambda: any(r.status == "KILLED" for r in check.runs(name)), "the run's end")
-    until(lambda: any(r.status == "FINISHED" for r in check.runs(name)), "the job's second part")
+    wait_until(lambda: any(r.status == "KILLED" for r in check.runs(name)), "the end of the run")
+    wait_until(
+        lambda: any(r.status == "FINISHED" for r in check.runs(name)), "the end of the resumed job"
+    )
     (run,) = check.runs(name)
-    resumed = resumed_from(run)
-    equal = history(run) == history(check.undisturbed())
-    check.note(
-        "SIGUSR1: a checkpoint, queued again, the same run",
-        f"went on from {Path(str(resumed)).name}, metrics equal to an undisturbed run's: {equal}",
-        resumed is not None and equal,
+    checkpoint = last_checkpoint(run)
+    is_equal = metric_histories(run) == metric_histories(check.reference_run())
+    check.add_row(
+        "SIGUSR1: checkpoint, requeue, resume in the same run",
+        f"resumed from {Path(str(checkpoint)).name}; metrics equal an undisturbed run: {is_equal}",
+        checkpoint is not None and is_equal,
     )
 
 
-def page(check: Check) -> None:
-    """Every command of the page, as it stands there, one after another."""
+def check_page(check: Check) -> None:
+    """Run every command of the page unchanged, one after another."""
     text = PAGE.read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        sent: dict[str, str] = {}
+        sbatch_jobs: dict[str, str] = {}
         for command in block.replace("\\\n", " ").splitlines():
-            own_ray = "address=auto" in command
-            if own_ray:
-                check.call(
+            needs_ray = "address=auto" in command
+            if needs_ray:
+                check.run_command(
                     *["ray", "start", "--head", "--num-cpus", "2", "--include-dashboard=false"]
                 )
             if "RUN_ID" in command:
-                done = [r for r in check.runs("debug") if r.status == "FINISHED"]
-                command = command.replace("RUN_ID", str(done[0].id))
-            told = f"`{' '.join(command.split())[:60]}`"
-            code = check.call("bash", "-c", command)
-            if own_ray:
-                check.call("ray", "stop", "--force")
+                finished_runs = [r for r in check.runs("debug") if r.status == "FINISHED"]
+                command = command.replace("RUN_ID", str(finished_runs[0].id))
+            title = f"`{' '.join(command.split())[:60]}`"
+            code = check.run_command("bash", "-c", command)
+            if needs_ray:
+                check.run_command("ray", "stop", "--force")
             if command.startswith("sbatch") and code == 0:
-                sent[told] = check.last_sent()
+                sbatch_jobs[title] = check.last_job_id()
             else:
-                check.note(told, f"exit code {code}", code == 0)
-        for told, job in sent.items():  # at the block's end: it may be what they wait for
-            until(lambda: not check.cluster.state(job) & GOING, f"the end of job {job}")  # noqa: B023
-            states = check.cluster.state(job)
-            check.note(told, f"job {job}: {', '.join(sorted(states))}", states == {"COMPLETED"})
+                check.add_row(title, f"exit code {code}", code == 0)
+        # Wait after the block only: its commands may depend on each other.
+        for title, job in sbatch_jobs.items():
+            wait_until(
+                lambda: not check.cluster.job_states(job) & ACTIVE_STATES,  # noqa: B023
+                f"the end of job {job}",
+            )
+            states = check.cluster.job_states(job)
+            check.add_row(title, f"job {job}: {', '.join(sorted(states))}", states == {"COMPLETED"})
 
 
 CHECKS: dict[str, Callable[[Check], None]] = {
-    "devices": devices,
-    "array": array,
-    "requeued": requeued,
-    "page": page,
+    "devices": check_devices,
+    "array": check_worker_array,
+    "requeued": requeue,
+    "page": check_page,
 }
 
 
@@ -361,36 +411,44 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("provider", nargs="?", help="bars in Qlib's layout, with nyse500")
-    parser.add_argument("--jobs", type=int, default=12, help="jobs of the sweep")
+    parser.add_argument("--jobs", type=int, default=12, help="number of jobs in the sweep")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--only", default=USUAL, help=f"checks, by comma: {USUAL},page")
-    parser.add_argument("--keep", help="a folder for what the check leaves, instead of none")
-    parser.add_argument("--json", help="a file for the table's rows")
+    parser.add_argument(
+        "--only",
+        default=DEFAULT_CHECKS,
+        help=f"checks to run, separated by commas: {DEFAULT_CHECKS},page",
+    )
+    parser.add_argument("--keep", help="keep the files of the check in this folder")
+    parser.add_argument("--json", help="write the table's rows to this file")
     args = parser.parse_args()
-    market = TINY
+    market = SYNTHETIC_DATA
     if args.provider:
-        market = [*REAL, f"data.provider_uri={Path(args.provider).resolve()}"]
-    with tempfile.TemporaryDirectory(prefix="qtorch-slurm-", ignore_cleanup_errors=True) as made:
-        folder = Path(args.keep or made).resolve()
+        market = [*QLIB_DATA, f"data.provider_uri={Path(args.provider).resolve()}"]
+    with tempfile.TemporaryDirectory(
+        prefix="qtorch-slurm-", ignore_cleanup_errors=True
+    ) as temporary_folder:
+        folder = Path(args.keep or temporary_folder).resolve()
         (folder / "slurm").mkdir(parents=True)
         with Cluster(folder / "slurm") as cluster:
             check = Check(cluster, folder, market, args.epochs)
             for name in args.only.split(","):
                 print(f"{name}:", file=sys.stderr)
-                begin = time.monotonic()
+                start_time = time.monotonic()
                 try:
-                    sweep(check, args.jobs) if name == "sweep" else CHECKS[name](check)
+                    check_sweep(check, args.jobs) if name == "sweep" else CHECKS[name](check)
                 except Exception as error:
-                    check.note(name, f"{type(error).__name__}: {error}", False)
-                print(f"  {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-        if not all(held for _, _, held in check.rows):
+                    check.add_row(name, f"{type(error).__name__}: {error}", False)
+                print(f"  {time.monotonic() - start_time:.0f} s", file=sys.stderr, flush=True)
+        if not all(has_passed for _, _, has_passed in check.rows):
             print((folder / "commands.log").read_text()[-8000:], file=sys.stderr)
-    print(f"\n| on SLURM {'(real bars)' if args.provider else ''} | seen | held |\n|---|---|---|")
-    for what, told, held in check.rows:
-        print(f"| {what} | {told} | {'yes' if held else 'NO'} |")
+    print(
+        f"\n| on SLURM {'(real bars)' if args.provider else ''} | details | passed |\n|---|---|---|"
+    )
+    for name, details, has_passed in check.rows:
+        print(f"| {name} | {details} | {'yes' if has_passed else 'NO'} |")
     if args.json:
         Path(args.json).write_text(json.dumps(check.rows))
-    return int(not all(held for _, _, held in check.rows))
+    return int(not all(has_passed for _, _, has_passed in check.rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A private SLURM of two nodes on this machine: no system services, no munge, no cgroups.
+"""A private SLURM cluster of two nodes on this machine, without system services, munge and cgroups.
 
-A job of the partition `urgent` takes the nodes of other jobs, which have some seconds before.
+Jobs of the partition `urgent` preempt other jobs, which get a few seconds of grace time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ MinJobAge=600
 
 
 class Cluster:
-    """Starts in a second, stops with the block. `environment` is what its commands need."""
+    """A context manager that starts the cluster, within a second, and stops it.
+
+    SLURM commands need the variables in `environment`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,86 +83,90 @@ class Cluster:
 
     def __exit__(self, *error: object) -> None:
         self.run("scancel", "--state=RUNNING", "--state=PENDING", "-u", USER, check=False)
-        for node in NODES:  # else what a job does not end in time would stay behind
+        for node in NODES:  # otherwise processes that ignore scancel would be left running
             self.kill_node(node)
         self.run("scontrol", "shutdown", check=False)
         time.sleep(1.0)
         for path in self.folder.glob("*.pid"):
-            end_process(int(path.read_text()))
+            kill_process(int(path.read_text()))
 
     def run(self, *command: str, check: bool = True) -> str:
-        """A command of SLURM's; what it says."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout
+        """Run a SLURM command and return its output."""
+        process = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        if check and process.returncode:
+            raise RuntimeError(
+                f"{' '.join(command)}: {process.stderr.strip() or process.stdout.strip()}"
+            )
+        return process.stdout
 
     def start_node(self, node: str) -> None:
-        """A node joins; returns when it can take jobs."""
+        """Start a node and wait until it accepts jobs."""
         self.run("slurmd", "-N", node)
         end = time.monotonic() + 30
         while self.run("sinfo", "-h", "-n", node, "-o", "%T").strip() not in ("idle", "mixed"):
             if time.monotonic() > end:
-                raise RuntimeError(f"node {node} does not come up; see {self.folder}")
+                raise RuntimeError(
+                    f"node {node} did not start within 30 seconds; see {self.folder}"
+                )
             time.sleep(0.2)
 
     def kill_node(self, node: str) -> int:
-        """A node dies: its daemon and every process of its jobs, by kill -9. How many they were."""
+        """Kill a node's daemon and all processes of its jobs with SIGKILL; return their number."""
         pids = [int((self.folder / f"slurmd-{node}.pid").read_text())]
-        jobs = self.jobs("%A", "-w", node)
+        jobs = self.list_jobs("%A", "-w", node)
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                words = path.read_bytes().decode(errors="replace")
+                arguments = path.read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            # First those that would tell the controller how the others ended.
-            if words.startswith("slurmstepd") and any(f"[{job}." in words for job in jobs):
+            # Kill the step daemons first: they would report the others' end to the controller.
+            if arguments.startswith("slurmstepd") and any(f"[{job}." in arguments for job in jobs):
                 pids.append(int(path.parent.name))
-        own = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
-        pids += [pid for pid, told in processes() if own <= told]
+        node_entries = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        pids += [pid for pid, entries in process_environments() if node_entries <= entries]
         for pid in pids:
-            end_process(pid)
+            kill_process(pid)
         return len(pids)
 
-    def told(self, job: str) -> dict[str, str]:
-        """What SLURM says of a job, or of one task of an array."""
+    def job_record(self, job: str) -> dict[str, str]:
+        """Return SLURM's record of a job, or of one task of a job array."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job)))
 
-    def state(self, job: str) -> set[str]:
-        """The states of a job; an array may be in several."""
+    def job_states(self, job: str) -> set[str]:
+        """Return the states of a job; the tasks of a job array may have several."""
         return set(re.findall(r"JobState=(\S+)", self.run("scontrol", "show", "job", "-o", job)))
 
-    def jobs(self, form: str = "%i", *options: str) -> list[str]:
-        """The running jobs (`-t` says other states), a line each as `squeue -o` says."""
-        return self.run("squeue", "-h", "-t", "RUNNING", "-o", form, *options).split()
+    def list_jobs(self, output_format: str = "%i", *options: str) -> list[str]:
+        """List the running jobs in a format of `squeue -o`; option `-t` selects other states."""
+        return self.run("squeue", "-h", "-t", "RUNNING", "-o", output_format, *options).split()
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports that nobody listens on."""
+    """Return ports on which no process listens."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
     return ports
 
 
-def end_process(pid: int) -> None:
-    """kill -9, if it is there."""
+def kill_process(pid: int) -> None:
+    """Send SIGKILL to a process, if it exists."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
 
 
-def processes() -> list[tuple[int, set[str]]]:
-    """Every process whose environment can be read, with that."""
-    found = []
+def process_environments() -> list[tuple[int, set[str]]]:
+    """List all processes whose environment is readable, as (pid, environment entries)."""
+    environments = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            told = path.read_bytes().decode(errors="replace").split("\0")
+            entries = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        found.append((int(path.parent.name), set(told)))
-    return found
+        environments.append((int(path.parent.name), set(entries)))
+    return environments
