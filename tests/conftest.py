@@ -46,9 +46,8 @@ def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(session, "_process", session.Session())
     yield
     stop_state.clear()
-    for (
-        recorder
-    ) in running_recorders():  # a run left open by this test must not leak into the next one
+    # A run left open by this test must not leak into the next one.
+    for recorder in running_recorders():
         remove_running(recorder)
     # A command's log handler writes to the stderr of this test, which ends with the test.
     logger = logging.getLogger("qtorch")

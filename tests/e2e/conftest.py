@@ -1,4 +1,4 @@
-"""The command line as a user starts it, on a market small enough for tests."""
+"""Fixtures that run the command line as a user does, on a market small enough for tests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SMALL = ("model.network.hidden_size=8", "model.network.num_layers=1")
 
 
 @dataclass
-class Told:
-    """What a command said."""
+class CommandResult:
+    """The exit code and the output of a command."""
 
     code: int
     out: str
     err: str
 
     def error(self) -> str:
-        """Its one line of error; fails where there is none, several, or a traceback."""
+        """Return the single error line; fail if there is none, several, or a traceback."""
         assert self.code not in (0, None), self.out
         assert "Traceback" not in self.err, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -30,7 +30,7 @@ class Told:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A foreign working folder: everything a command leaves behind is in it."""
+    """Change to an empty working folder, which collects everything that the commands write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
@@ -38,41 +38,41 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def qtorch_cli(folder, capsys):
-    """`qtorch_cli("train", ...)` in this process."""
+    """Return `qtorch_cli("train", ...)`, which runs a command in this process."""
     from qtorch.cli.main import main
 
-    def run(*argv: str) -> Told:
+    def run(*argv: str) -> CommandResult:
         capsys.readouterr()
         code = main(argv)
-        told = capsys.readouterr()
-        return Told(code, told.out, told.err)
+        output = capsys.readouterr()
+        return CommandResult(code, output.out, output.err)
 
     return run
 
 
 @pytest.fixture
 def train(qtorch_cli):
-    """`train(...)`: one epoch on the tiny market, a small LSTM unless the overrides name one."""
+    """Return `train(...)`: one epoch on the tiny market, by default with a small LSTM."""
 
-    def run(*overrides: str) -> Told:
-        own = any(o.startswith("model") for o in overrides)
-        return qtorch_cli("train", *TINY, *(() if own else SMALL), *overrides)
+    def run(*overrides: str) -> CommandResult:
+        has_model = any(o.startswith("model") for o in overrides)
+        return qtorch_cli("train", *TINY, *(() if has_model else SMALL), *overrides)
 
     return run
 
 
 @pytest.fixture
 def start(folder):
-    """`start("train", ...)` as a process of its own; ended with the test."""
+    """Return `start("train", ...)`: start a command in a process that is killed after the test."""
     from forked_command import ForkedCommand
 
     children = []
 
-    def begin(*argv: str, own_group: bool = False, **env: str) -> ForkedCommand:
-        children.append(ForkedCommand(argv, folder, env, own_group))
+    def start_command(*argv: str, new_session: bool = False, **env: str) -> ForkedCommand:
+        children.append(ForkedCommand(argv, folder, env, new_session))
         return children[-1]
 
-    yield begin
+    yield start_command
     for child in children:
         child.kill()
         child.communicate()
@@ -80,14 +80,14 @@ def start(folder):
 
 @pytest.fixture
 def runs():
-    """`runs(experiment)`: its recorders, by status."""
+    """Return `runs(experiment)`, which lists the recorders of an experiment."""
     from qtorch import R
     from qtorch.core.errors import TrackingError
 
-    def found(experiment: str = "debug"):
+    def list_runs(experiment: str = "debug"):
         try:
             return list(R.list_recorders(experiment_name=experiment).values())
         except TrackingError:
             return []
 
-    return found
+    return list_runs

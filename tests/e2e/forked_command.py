@@ -1,4 +1,4 @@
-"""qtorch's commands as real processes that need no imports: forked from this one."""
+"""Start qtorch commands as real processes without import time, by forking the test process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qtorch.trainer import isolated
 
 
 class ForkedProcess:
-    """A process that does `work` and ends with the code that this gives; used as Popen is."""
+    """A forked process that calls `work` and exits with its return value; used like Popen."""
 
     def __init__(self, work: Callable[[], int | None]) -> None:
         self.returncode: int | None = None
@@ -62,28 +62,28 @@ class ForkedProcess:
 
 
 class ForkedCommand(ForkedProcess):
-    """`qtorch ARGV` in a folder, with `environment` added; its output goes into files.
+    """A process that runs `qtorch ARGV` in a folder, with `environment` added, and writes to files.
 
-    What it starts to fork trainings from (`qtorch.task.forked.Forks`) is forked from it too.
+    Its fork server (`qtorch.task.forked.ForkServerClient`) is forked from it too.
     """
 
     def __init__(
-        self, argv: Sequence[str], folder: Path, environment: dict[str, str], own_group: bool
+        self, argv: Sequence[str], folder: Path, environment: dict[str, str], new_session: bool
     ) -> None:
         self.args = list(argv)
-        self._told = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        super().__init__(lambda: self._work(folder, environment, own_group))
+        self._outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        super().__init__(lambda: self._work(folder, environment, new_session))
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """All that it has told, once it has ended."""
+        """Wait for the end of the command and return its output and errors."""
         self.wait(timeout)
-        out, err = (_whole(file) for file in self._told)
+        out, err = (_read_all(file) for file in self._outputs)
         return out, err
 
-    def _work(self, folder: Path, environment: dict[str, str], own_group: bool) -> int:
-        if own_group:
+    def _work(self, folder: Path, environment: dict[str, str], new_session: bool) -> int:
+        if new_session:
             os.setsid()
-        for standard, file in enumerate(self._told, 1):
+        for standard, file in enumerate(self._outputs, 1):
             os.dup2(file.fileno(), standard)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -93,9 +93,9 @@ class ForkedCommand(ForkedProcess):
         path = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [str(folder), *filter(None, path)]
         torch.set_num_threads(1)
-        for module in (sweep_start, isolation, isolated):  # the fixture `warm` has another one
-            module.Forks = forked.Forks  # type: ignore[attr-defined]
-        forked.Forks._begun = _forked_zygote  # type: ignore[method-assign]
+        for module in (sweep_start, isolation, isolated):  # undo the fixture `session_fork_server`
+            module.ForkServerClient = forked.ForkServerClient  # type: ignore[attr-defined]
+        forked.ForkServerClient._start_process = _start_forked_server  # type: ignore[method-assign]
         try:
             return int(main(self.args) or 0)
         finally:
@@ -103,19 +103,22 @@ class ForkedCommand(ForkedProcess):
                 stream.flush()
 
 
-def _whole(file: IO[str]) -> str:
+def _read_all(file: IO[str]) -> str:
     file.seek(0)
     return file.read()
 
 
-def _forked_zygote(
-    forks: forked.Forks, arguments: Sequence[str], orders: int, output: IO[bytes] | None
+def _start_forked_server(
+    client: forked.ForkServerClient,
+    arguments: Sequence[str],
+    commands: int,
+    output: IO[bytes] | None,
 ) -> ForkedProcess:
-    """`Forks._begun` without a program of its own."""
+    """Replace `ForkServerClient._start_process`: fork the server instead of starting a program."""
 
     def work() -> int:
         os.setsid()
-        os.close(forks._orders)  # the owner's end: else its death would not be noticed
+        os.close(client._commands)  # the owner's end: open, it would hide the owner's death
         if output is not None:
             for standard in (1, 2):
                 os.dup2(output.fileno(), standard)

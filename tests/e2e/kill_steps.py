@@ -1,15 +1,15 @@
-"""Trains one task again and again in processes that are killed; run as a script.
+"""Train one task in processes that are killed repeatedly; run as a script.
 
     python kill_steps.py FOLDER KILLS DEVICES
 
-Every attempt is a real process (forked from this one, which has its imports done and has trained
-once) that ends by SIGKILL at a moment drawn from the stages that a task goes through: at a
-heartbeat, soon after one, or inside the writing of a checkpoint or an artifact, between two
-changes to files or in the middle of a file. On two DEVICES it is one of the ranks that dies or
-the parent of both. (Before the run is made there is nothing to go on from: no kill comes then.)
+Every attempt is a real process (forked from this one, which has done its imports and trained once)
+that dies by SIGKILL at a random moment in one of the stages of a task: at a heartbeat, shortly
+after one, or while it writes a checkpoint or an artifact (between two changes to files, or in the
+middle of a file). On two DEVICES either a rank or the parent of both is killed. No kill comes
+before the run is created, because there is nothing to resume yet.
 
-A task that came to its end before KILLS were done is followed by the next one, with another seed.
-Each of them is also trained undisturbed. Prints JSON: `{"rounds": [{"whole": id, "killed": id}],
+If a task ends before KILLS kills are done, the next task follows, with another seed. Each task is
+also trained without kills. Prints JSON: `{"rounds": [{"whole": id, "killed": id}],
 "kills": {stage: count}, "inside": {stage: [file, ...]}, "ranks": [rank, ...]}`.
 """
 
@@ -46,44 +46,44 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))  # for forke
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When to die: in a stage ("" is any), inside the writing of a file, by which rank's death."""
+class KillPoint:
+    """When to kill: the stage ("" is any), whether inside the writing of a file, and which rank."""
 
     stage: str
     inside: bool = False
     rank: int | None = None
 
 
-# In turns: what comes once a task at the end, so that few tasks bear many kills.
-ALONE = (
-    Moment("training"),
-    Moment("checkpoint", inside=True),
-    Moment("validation"),
-    Moment("checkpoint", inside=True),
-    Moment(""),
-    Moment("training"),
-    Moment("checkpoint"),
-    Moment("saving", inside=True),
-    Moment("record", inside=True),
-    Moment("scoring"),
+# Used in turn. Stages that occur once per task come last, so that few tasks suffice for many kills.
+SINGLE_DEVICE_KILLS = (
+    KillPoint("training"),
+    KillPoint("checkpoint", inside=True),
+    KillPoint("validation"),
+    KillPoint("checkpoint", inside=True),
+    KillPoint(""),
+    KillPoint("training"),
+    KillPoint("checkpoint"),
+    KillPoint("saving", inside=True),
+    KillPoint("record", inside=True),
+    KillPoint("scoring"),
 )
-SHARED = (
-    Moment("training", rank=0),
-    Moment("validation", rank=1),
-    Moment("checkpoint"),
-    Moment("training", rank=1),
-    Moment("checkpoint", rank=0),
-    Moment("training"),
-    Moment("saving", inside=True),
+TWO_DEVICE_KILLS = (
+    KillPoint("training", rank=0),
+    KillPoint("validation", rank=1),
+    KillPoint("checkpoint"),
+    KillPoint("training", rank=1),
+    KillPoint("checkpoint", rank=0),
+    KillPoint("training"),
+    KillPoint("saving", inside=True),
 )
-RANK_LOST = 3  # the exit code of a parent whose rank was killed
-# The changes to files that Python tells of; "open" is told of before a file is made.
+RANK_LOST = 3  # exit code of a parent whose rank was killed
+# Audit events of changes to files; "open" is raised before the file is created.
 CHANGES = ("open", "os.rename", "os.link", "os.remove", "os.chmod", "os.mkdir")
 EXPERIMENTS = ("whole", "killed")
 
 
 def task(seed: int, devices: int) -> dict[str, Any]:
-    """A small training with all that a continuation has to hold, and two records."""
+    """Return a small training with everything that a checkpoint has to restore, and two records."""
     source = {
         "_target_": "qtorch.data.SyntheticSource",
         "num_instruments": 12,
@@ -123,93 +123,100 @@ def task(seed: int, devices: int) -> dict[str, Any]:
     }
 
 
-def warm_up(devices: int) -> None:
-    """What every attempt would have to find out anew, or does not need."""
-    quick = task(0, 1)
-    model = init_instance_by_config(quick["model"])
+def prepare_process(devices: int) -> None:
+    """Do the slow first steps once for all attempts, and replace what attempts do not need."""
+    quick_task = task(0, 1)
+    model = init_instance_by_config(quick_task["model"])
     model.trainer["max_epochs"] = 1
-    model.fit(init_instance_by_config(quick["dataset"]))
+    model.fit(init_instance_by_config(quick_task["dataset"]))
     qtorch.record.signal_analysis.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
     if devices > 1:
         from forked_ranks import ForkedRank
 
-        class Listed(ForkedRank):
-            def __init__(self, *arguments: Any, **named: Any) -> None:
-                super().__init__(*arguments, **named)
-                pids.append(self.pid)
+        class RecordedRank(ForkedRank):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                rank_pids.append(self.pid)
 
-        ranks.RankProcess = Listed  # type: ignore[misc]
-
-
-pids: list[int] = []  # of this process's ranks
+        ranks.RankProcess = RecordedRank  # type: ignore[misc]
 
 
-class Death:
-    """Listens to the heartbeats of this process and ends it at its moment."""
+rank_pids: list[int] = []  # process IDs of this process's ranks
+
+
+class Killer:
+    """Listens to the heartbeats of this process and kills it at the planned point."""
 
     def __init__(
-        self, folder: Path, note: Path, moment: Moment | None, draw: random.Random
+        self, folder: Path, run_file: Path, kill_point: KillPoint | None, draw: random.Random
     ) -> None:
-        self.folder, self.note, self.moment = folder, note, moment
-        self.own = os.getpid()
+        self.folder, self.run_file, self.kill_point = folder, run_file, kill_point
+        self.pid = os.getpid()
         self.delay = draw.choice((0.0, draw.random() * 0.03))
-        once = moment is not None and moment.stage in ("saving", "record", "scoring")
-        self.beats = 1 if once else draw.randint(1, 4)  # left to be heard
-        self.changes = 0  # left to be seen
-        self.drawn = draw.randint(1, 7 if moment and moment.stage == "checkpoint" else 25)
+        once = kill_point is not None and kill_point.stage in ("saving", "record", "scoring")
+        self.beats_left = 1 if once else draw.randint(1, 4)  # heartbeats left until the kill
+        self.changes_left = 0  # file changes left until the kill
+        self.num_changes = draw.randint(
+            1, 7 if kill_point and kill_point.stage == "checkpoint" else 25
+        )
 
-    def listen(self, told: str, details: dict[str, Any]) -> None:
-        if os.getpid() != self.own:  # a rank, forked from here
+    def listen(self, stage: str, details: dict[str, Any]) -> None:
+        if os.getpid() != self.pid:  # in a rank that was forked from this process
             return
-        if told == heartbeat.RUN:
-            temporary = self.note.with_suffix(".new")
+        if stage == heartbeat.RUN:
+            temporary = self.run_file.with_suffix(".new")
             temporary.write_text(json.dumps(details))
-            os.replace(temporary, self.note)
+            os.replace(temporary, self.run_file)
             return
-        moment = self.moment
-        if moment is None or not self.note.exists() or moment.stage not in ("", told):
+        kill_point = self.kill_point
+        if kill_point is None or not self.run_file.exists() or kill_point.stage not in ("", stage):
             return
-        self.beats -= 1
-        if self.beats == 0 and moment.inside:
-            self.changes = self.drawn
-            sys.addaudithook(self.look)
-        elif self.beats == 0:
-            self.tell(told)
-            self.end(moment.rank)
+        self.beats_left -= 1
+        if self.beats_left == 0 and kill_point.inside:
+            self.changes_left = self.num_changes
+            sys.addaudithook(self.on_file_change)
+        elif self.beats_left == 0:
+            self.record_kill(stage)
+            self.kill(kill_point.rank)
 
-    def look(self, event: str, told: tuple[Any, ...]) -> None:
-        """Count the changes to the run's files (of a checkpoint's stage to checkpoints alone)."""
-        if self.changes == 0 or event not in CHANGES or os.getpid() != self.own:
+    def on_file_change(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Count the changes to the run's files (in the checkpoint stage, only to checkpoints)."""
+        if self.changes_left == 0 or event not in CHANGES or os.getpid() != self.pid:
             return
-        path, stage = str(told[0]), self.moment.stage  # type: ignore[union-attr]  # it has one
-        ours = path.startswith(str(self.folder / "artifacts"))
-        if not ours or (stage == "checkpoint") != ("/checkpoints/" in path):
+        path, stage = str(arguments[0]), self.kill_point.stage  # type: ignore[union-attr]
+        is_artifact = path.startswith(str(self.folder / "artifacts"))
+        if not is_artifact or (stage == "checkpoint") != ("/checkpoints/" in path):
             return
-        self.changes -= 1
-        if self.changes == 0:
-            self.tell(stage, f"{event} {Path(path).name}")
+        self.changes_left -= 1
+        if self.changes_left == 0:
+            self.record_kill(stage, f"{event} {Path(path).name}")
             if event != "open":
-                self.delay = 0.0  # between this change and the one before
-            self.end()
+                self.delay = 0.0  # exactly between this change and the previous one
+            self.kill()
 
-    def tell(self, stage: str, change: str = "") -> None:
-        rank = None if self.moment is None else self.moment.rank
-        (self.folder / "death").write_text(json.dumps([stage, change, rank]))
+    def record_kill(self, stage: str, change: str = "") -> None:
+        rank = None if self.kill_point is None else self.kill_point.rank
+        (self.folder / "kill").write_text(json.dumps([stage, change, rank]))
 
-    def end(self, rank: int | None = None) -> None:
+    def kill(self, rank: int | None = None) -> None:
         if rank is not None:
-            os.kill(pids[rank], signal.SIGKILL)
-        elif self.delay:  # an alarm that nobody hears ends a process where it stands, too
+            os.kill(rank_pids[rank], signal.SIGKILL)
+        elif self.delay:  # an unhandled alarm kills a process at any point, too
             signal.setitimer(signal.ITIMER_REAL, self.delay / 3)
         else:
-            os.kill(self.own, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def attempt(
-    folder: Path, seed: int, devices: int, which: str, moment: Moment | None, draw: random.Random
+def run_attempt(
+    folder: Path,
+    seed: int,
+    devices: int,
+    experiment: str,
+    kill_point: KillPoint | None,
+    draw: random.Random,
 ) -> int:
-    """One process that trains the task, in the run that an earlier one began; how it ended."""
-    note = folder / f"{which}-{seed}.json"
+    """Train the task in a child process, in the run of an earlier attempt; return the exit code."""
+    run_file = folder / f"{experiment}-{seed}.json"
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -218,9 +225,9 @@ def attempt(
         torch.set_num_threads(1)
         init(tracking_uri=f"sqlite:///{folder / 'runs.db'}")
         heartbeat.PAUSE_SECONDS = 0.0
-        earlier = json.loads(note.read_text()) if note.exists() else None
-        with heartbeat.listening(Death(folder, note, moment, draw).listen):
-            task_train(task(seed, devices), which, run=earlier)
+        earlier_run = json.loads(run_file.read_text()) if run_file.exists() else None
+        with heartbeat.listen(Killer(folder, run_file, kill_point, draw).listen):
+            task_train(task(seed, devices), experiment, run=earlier_run)
         code = 0
     except RankError:
         code = RANK_LOST
@@ -233,34 +240,39 @@ def attempt(
 
 
 def main(folder: Path, kills: int, devices: int) -> None:
-    """Kill until all kills are done, then let the last task come to its end."""
+    """Kill attempts until all kills are done, then let the last task finish."""
     draw = random.Random(0)
-    moments = ALONE if devices == 1 else SHARED
-    warm_up(devices)
+    kill_points = SINGLE_DEVICE_KILLS if devices == 1 else TWO_DEVICE_KILLS
+    prepare_process(devices)
     rounds: list[dict[str, Any]] = []
-    where: Counter[str] = Counter()
+    kills_by_stage: Counter[str] = Counter()
     inside: dict[str, list[str]] = {}
-    lost: list[int] = []
-    while sum(where.values()) < kills or not rounds:
+    killed_ranks: list[int] = []
+    while sum(kills_by_stage.values()) < kills or not rounds:
         number = len(rounds)
-        assert attempt(folder, number, devices, "whole", None, draw) == 0
+        assert run_attempt(folder, number, devices, "whole", None, draw) == 0
         while True:
-            done = sum(where.values())
-            moment = moments[done % len(moments)] if done < kills else None
-            draw.random()  # a child's draws are its own: the next one begins elsewhere
-            code = attempt(folder, number, devices, "killed", moment, draw)
+            num_kills = sum(kills_by_stage.values())
+            kill_point = kill_points[num_kills % len(kill_points)] if num_kills < kills else None
+            # Children draw from a copy of the generator: advance it for the next child.
+            draw.random()
+            code = run_attempt(folder, number, devices, "killed", kill_point, draw)
             if code == 0:
                 break
-            stage, change, rank = json.loads((folder / "death").read_text())
+            stage, change, rank = json.loads((folder / "kill").read_text())
             assert code in ((-signal.SIGKILL, -signal.SIGALRM) if rank is None else (RANK_LOST,))
-            where[stage] += 1
+            kills_by_stage[stage] += 1
             if change:
                 inside.setdefault(stage, []).append(change)
             if rank is not None:
-                lost.append(rank)
+                killed_ranks.append(rank)
         ids = {w: json.loads((folder / f"{w}-{number}.json").read_text()) for w in EXPERIMENTS}
         rounds.append({w: i["recorder_id"] for w, i in ids.items()})
-    print(json.dumps({"rounds": rounds, "kills": where, "inside": inside, "ranks": lost}))
+    print(
+        json.dumps(
+            {"rounds": rounds, "kills": kills_by_stage, "inside": inside, "ranks": killed_ranks}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training functions of a pool's tests that worker processes import."""
+"""Training functions for pool tests, which worker processes import."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from qtorch.tracking import Recorder
 from qtorch.trainer import task_train
 
-MARK = "trained"
+MARKER_FILE = "trained"
 
 
 def train_then_wait(task: Mapping[str, Any], experiment_name: str, **options: Any) -> Recorder:
-    """Train, and the first time never come back: what is killed then has not committed."""
+    """Train the task; the first time, hang afterwards, so that a kill comes before the commit."""
     recorder = task_train(task, experiment_name, **options)
-    if not Path(MARK).exists():
-        Path(MARK).touch()
+    if not Path(MARKER_FILE).exists():
+        Path(MARKER_FILE).touch()
         threading.Event().wait()
     return recorder

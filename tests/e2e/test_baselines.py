@@ -1,4 +1,4 @@
-"""Models that are no networks go the same way: one command, the same records, the same scores."""
+"""Tests that models without a network use the same commands and records."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
      ("model=linear", "dataset=day")],
     ids=["lightgbm on windows", "linear on days"],
 )  # fmt: skip
-def test_a_baseline_is_trained_judged_and_scores_again(overrides, qtorch_cli, runs, folder):
-    told = qtorch_cli("train", "data=synthetic_tiny", "log_level=WARNING", *overrides)
-    assert told.code == 0, told.err
-    assert "samples/s" in told.out
+def test_baseline_is_trained_evaluated_and_predicts(overrides, qtorch_cli, runs, folder):
+    result = qtorch_cli("train", "data=synthetic_tiny", "log_level=WARNING", *overrides)
+    assert result.code == 0, result.err
+    assert "samples/s" in result.out
     (run,) = runs("qtorch")
     assert run.status == "FINISHED"
     metrics = run.list_metrics()
     assert metrics["test.IC"] == pytest.approx(metrics["IC"], abs=1e-12)
-    assert metrics["Rank IC"] > 0.05  # of 0.2 that are planted
+    assert metrics["Rank IC"] > 0.05  # the planted signal is 0.2
     assert qtorch_cli("predict", f"run={run.id}", "out=scores.parquet").code == 0
     scores = pd.read_parquet(folder / "scores.parquet")
-    expected = run.load_object("pred.pkl")
-    pd.testing.assert_frame_equal(scores.sort_index(), expected.sort_index())
+    prediction = run.load_object("pred.pkl")
+    pd.testing.assert_frame_equal(scores.sort_index(), prediction.sort_index())

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear line, an exit code, no run that looks finished."""
+"""Tests of user errors: a clear one-line message, an exit code, no run that looks finished."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 
-def closes(num_days: int = 300, num_instruments: int = 8) -> pd.DataFrame:
-    """A long table of bars."""
+def make_bars(num_days: int = 300, num_instruments: int = 8) -> pd.DataFrame:
+    """Return a long table of bars."""
     dates = pd.bdate_range("2019-01-01", periods=num_days).as_unit("ns")
     names = [f"I{k}" for k in range(num_instruments)]
     index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
@@ -21,7 +21,7 @@ def closes(num_days: int = 300, num_instruments: int = 8) -> pd.DataFrame:
     return pd.DataFrame({**bars, "vwap": close, "volume": volume}, index=index).reset_index()
 
 
-def without_finished(runs):
+def assert_no_finished_run(runs):
     assert [r.status for r in runs()] in ([], ["FAILED"])
 
 
@@ -44,25 +44,25 @@ CONFIG_FAULTS = {
     "unknown operator": (["handler.label=['Reff($close,-2)/$close']"], "Did you mean 'Ref'?"),
     "syntax error": (["handler.label=['Ref($close,-2']"], "'(', character 4 of 'Ref($close,-2'"),
     "unknown metric": (["callbacks.monitor=icc"], "Did you mean 'ic'?"),
-    "word for a number": (["trainer.max_epochs=abc"], "trainer.max_epochs is 'abc'"),
-    "label of nothing": (
+    "text instead of a number": (["trainer.max_epochs=abc"], "trainer.max_epochs is 'abc'"),
+    "label that is always NaN": (
         ["handler.label=['Ref($close,-9999)/$close']"],
-        "Is the label NaN everywhere",
+        "whether the label is NaN everywhere",
     ),
     "empty segment": (["segments.test=[2031-01-01,2031-12-31]"], "test"),
-    "segments over one": (["segments.test=0.9"], "their sum is at most 1"),
-    "tracking that does not answer": (
+    "segment fractions above one": (["segments.test=0.9"], "their sum at most 1"),
+    "unreachable tracking server": (
         ["tracking.uri=http://127.0.0.1:9"],
         "http://127.0.0.1:9 does not answer (Connection refused)",
     ),
-    "a bare folder as store": (["tracking.uri=runs"], "sqlite:///"),
-    "resume of nothing": (["resume=true"], "resume=RUN_ID"),
+    "plain folder as store": (["tracking.uri=runs"], "sqlite:///"),
+    "resume without a run ID": (["resume=true"], "resume=RUN_ID"),
     "resume of an unknown run": (["resume=abc"], "abc"),
 }
 DATES = ["segments.train=[2018-07-01,2019-06-30]", "segments.valid=[2019-07-01,2019-09-30]"]
 
 
-# A second is little, but there are many: one of each kind in the fast suite.
+# Each takes about a second: the fast suite runs only one of each kind.
 FAST = (
     "missing provider folder",
     "unknown universe",
@@ -70,88 +70,89 @@ FAST = (
     "unknown field",
     "unknown operator",
     "syntax error",
-    "label of nothing",
+    "label that is always NaN",
     "empty segment",
-    "tracking that does not answer",
+    "unreachable tracking server",
 )
 FAULTS = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in CONFIG_FAULTS]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_configuration(fault, train, qtorch_cli, runs, monkeypatch):
+def test_wrong_configuration_gives_a_one_line_error(fault, train, qtorch_cli, runs, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
-    overrides, said = CONFIG_FAULTS[fault]
+    overrides, message = CONFIG_FAULTS[fault]
     if fault == "empty segment":
         overrides = [*DATES, "record=none", *overrides]
     if fault.startswith("resume"):
-        told = qtorch_cli("train", *overrides)
+        result = qtorch_cli("train", *overrides)
     else:
-        told = train(*overrides)
-    assert said in told.error()
-    assert told.code == 1
-    if fault == "empty segment":  # said before the training, not after it
+        result = train(*overrides)
+    assert message in result.error()
+    assert result.code == 1
+    if fault == "empty segment":  # reported before the training, not after it
         (run,) = runs()
-        assert run.logged("train/loss") == {}
+        assert run.metric_history("train/loss") == {}
     if "tracking" not in fault and "store" not in fault:
-        without_finished(runs)
+        assert_no_finished_run(runs)
 
 
 @pytest.mark.slow
 def test_overlapping_segments(train, runs):
-    told = train(
+    result = train(
         *DATES[:1],
         "segments.valid=[2019-06-01,2019-09-30]",
         "segments.test=[2019-10-01,2020-06-30]",
     )
-    assert "overlap" in told.error()
-    without_finished(runs)
+    assert "overlap" in result.error()
+    assert_no_finished_run(runs)
 
 
-def spoilt(bars: pd.DataFrame, how: str) -> pd.DataFrame:
-    if how == "doubled":
+def corrupt(bars: pd.DataFrame, fault: str) -> pd.DataFrame:
+    if fault == "duplicate row":
         return pd.concat([bars, bars.tail(1)])
-    if how == "unsorted":
+    if fault == "unsorted":
         return bars.iloc[::-1]
-    if how == "time zone":
+    if fault == "time zone":
         return bars.assign(datetime=bars["datetime"].dt.tz_localize("America/New_York"))
-    if how == "not numeric":
+    if fault == "not numeric":
         return bars.assign(close=bars["close"].astype(str) + " USD")
-    if how == "infinite":
+    if fault == "infinite":
         return bars.assign(close=bars["close"].where(bars.index != 1234, np.inf))
-    if how == "one instrument":
+    if fault == "one instrument":
         return bars[bars["instrument"] == "I0"]
     return bars
 
 
 TABLE_FAULTS = {
-    "doubled": "doubled",
+    "duplicate row": "duplicate",
     "unsorted": "unsorted",
     "time zone": "America/New_York",
     "not numeric": "close",
-    "infinite": "infinite values in the bars: close (1), first I2 on 2019-08-05. Mend them in the "
-    "data, or put ProcessInf first among the handler's infer_processors",
+    "infinite": "infinite values in the bars: close (1), first I2 on 2019-08-05. Fix the data, "
+    "or put ProcessInf first in the handler's infer_processors",
     "one instrument": "compares the instruments of a day",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", TABLE_FAULTS)
-def test_a_faulty_table(how, train, runs, folder):
-    spoilt(closes(), how).to_parquet(folder / "bars.parquet", index=False)
-    told = train("data=table", "data.path=bars.parquet")
-    assert TABLE_FAULTS[how] in told.error()
-    without_finished(runs)
-    assert all(run.logged("train/loss") == {} for run in runs())  # said before the training
-    if how == "one instrument":
-        alone = train("data=table", "data.path=bars.parquet", "record=none")
-        assert "CSRankNorm compares the instruments of a day" in alone.error()
+@pytest.mark.parametrize("fault", TABLE_FAULTS)
+def test_faulty_table_gives_a_one_line_error(fault, train, runs, folder):
+    corrupt(make_bars(), fault).to_parquet(folder / "bars.parquet", index=False)
+    result = train("data=table", "data.path=bars.parquet")
+    assert TABLE_FAULTS[fault] in result.error()
+    assert_no_finished_run(runs)
+    # The fault is reported before the training.
+    assert all(run.metric_history("train/loss") == {} for run in runs())
+    if fault == "one instrument":
+        result_without_records = train("data=table", "data.path=bars.parquet", "record=none")
+        assert "CSRankNorm compares the instruments of a day" in result_without_records.error()
 
 
 @pytest.mark.slow
 def test_process_inf_handles_infinite_values(train, runs, folder):
-    spoilt(closes(), "infinite").to_parquet(folder / "bars.parquet", index=False)
-    told = train(
+    corrupt(make_bars(), "infinite").to_parquet(folder / "bars.parquet", index=False)
+    result = train(
         "data=table",
         "data.path=bars.parquet",
         "handler.infer_processors=[{_target_:qtorch.data.processor.ProcessInf},"
@@ -159,44 +160,44 @@ def test_process_inf_handles_infinite_values(train, runs, folder):
         "handler.learn_processors=[{_target_:qtorch.data.processor.DropnaLabel},"
         "{_target_:qtorch.data.processor.ProcessInf}]",
     )
-    assert told.code == 0, told.err
+    assert result.code == 0, result.err
     assert runs()[0].status == "FINISHED"
 
 
 @pytest.mark.slow
-def test_a_bin_file_cut_in_the_middle(train, qtorch_cli, runs, folder):
+def test_truncated_bin_file(train, qtorch_cli, runs, folder):
     assert qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars").code == 0
     path = sorted((folder / "bars" / "features").glob("*/close.day.bin"))[3]
     path.write_bytes(path.read_bytes()[:-6])
-    told = train("data=qlib", "data.provider_uri=bars")
-    assert "close.day.bin" in told.error()
-    without_finished(runs)
+    result = train("data=qlib", "data.provider_uri=bars")
+    assert "close.day.bin" in result.error()
+    assert_no_finished_run(runs)
 
 
 @pytest.mark.slow
-def test_predict_before_fit(train, runs, qtorch_cli):
+def test_predict_with_a_failed_run(train, runs, qtorch_cli):
     train("handler.label=['Ref($close,-9999)/$close']")
     (run,) = runs()
-    told = qtorch_cli("predict", f"run={run.id}", "out=x.csv")
-    assert "only a finished run holds a fitted model" in told.error()
+    result = qtorch_cli("predict", f"run={run.id}", "out=x.csv")
+    assert "only a finished run has a fitted model" in result.error()
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_saving(train, runs, folder, monkeypatch):
+def test_full_disk_while_saving(train, runs, folder, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "1")
     disk = folder / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
+    mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)],
         capture_output=True,
         text=True,
         check=False,
     )
-    if mounted.returncode:
-        pytest.skip(f"a small filesystem cannot be mounted here: {mounted.stderr.strip()}")
+    if mount.returncode:
+        pytest.skip(f"a small filesystem cannot be mounted here: {mount.stderr.strip()}")
     try:
-        told = train(f"tracking.uri=sqlite:///{disk}/runs.db", "model.network.hidden_size=400")
-        assert "full" in told.error()
+        result = train(f"tracking.uri=sqlite:///{disk}/runs.db", "model.network.hidden_size=400")
+        assert "full" in result.error()
         import qtorch
 
         qtorch.init(tracking_uri=f"sqlite:///{disk}/runs.db")

@@ -42,8 +42,8 @@ def study(monkeypatch):
 def test_fine_tuning_helps_if_the_market_has_changed(study):
     """Compare on twelve markets, each with its own network.
 
-    The gains are differences on the same bars; their means exceed their standard errors clearly, and
-    few markets show no gain.
+    The gains are differences on the same bars; their means are well above their standard errors,
+    and few markets show no gain.
     """
     arguments = study.build_parser().parse_args(ARGUMENTS)
     results = [study.run_seed(arguments, seed, study.build_data(arguments, seed)) for seed in SEEDS]

@@ -1,4 +1,4 @@
-"""Ctrl-C, kill -9 and what comes after them, on real processes."""
+"""Tests of Ctrl-C, SIGTERM and resume with real processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 12  # enough that the last one is far when the first one is seen
+EPOCHS = 12  # enough that the training is far from its end after the first epoch
 LONG = ("train", "debug=tiny", f"trainer.max_epochs={EPOCHS}", "callbacks=no_stop")
 JOB = (*LONG, "model.network.dropout=0.2", "model.network.hidden_size=16")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-equal means: with one number of threads; the processes are started with one."""
+def single_thread():
+    """Use one thread, as the started processes do: equal results need equal numbers of threads."""
     import torch
 
     before = torch.get_num_threads()
@@ -28,30 +28,30 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def wait_for_epoch(runs, child, epoch: int = 0, patience: float = 240.0):
-    """The run, once its metrics of an epoch are in the store."""
-    end = time.monotonic() + patience
+def wait_for_epoch(runs, child, epoch: int = 0, timeout: float = 240.0):
+    """Wait until the metrics of an epoch are stored and return the run."""
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         assert child.poll() is None, child.communicate()
         for run in runs():
-            if epoch in run.logged("valid/loss"):
+            if epoch in run.metric_history("valid/loss"):
                 return run
         time.sleep(0.1)
-    raise AssertionError("the training did not get anywhere")
+    raise AssertionError("the training did not reach the epoch in time")
 
 
 def history(run, folder) -> dict:
-    """`{(key, step): value}` of MLflow's own table, in which each stands once."""
+    """Return `{(key, step): value}` from MLflow's table, and check that no point is duplicated."""
     (database,) = folder.glob("**/mlflow.db")
     with closing(sqlite3.connect(database)) as connection:
         query = "SELECT key, step, value FROM metrics WHERE run_uuid = ?"
         points = connection.execute(query, (run.id,)).fetchall()
-    found = {(key, step): value for key, step, value in points}
-    assert len(found) == len(points)
-    return found
+    values = {(key, step): value for key, step, value in points}
+    assert len(values) == len(points)
+    return values
 
 
-def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli, folder):
+def test_run_can_be_resumed_after_ctrl_c(start, runs, qtorch_cli, folder):
     child = start(*JOB)
     run = wait_for_epoch(runs, child)
     child.send_signal(signal.SIGINT)
@@ -59,23 +59,23 @@ def test_ctrl_c_leaves_a_killed_run_that_can_be_resumed(start, runs, qtorch_cli,
     assert child.returncode == 130, err
     assert "Traceback" not in err
     assert f"qtorch train resume={run.id}" in err
-    (killed,) = runs()
-    assert killed.status == "KILLED"
-    assert set(killed.logged("valid/loss")) < set(range(EPOCHS))
+    (killed_run,) = runs()
+    assert killed_run.status == "KILLED"
+    assert set(killed_run.metric_history("valid/loss")) < set(range(EPOCHS))
 
-    refused = qtorch_cli("train", f"resume={run.id}", "seed=1")
-    assert "would not count" in refused.error()
-    told = qtorch_cli("train", f"run={run.id}", "resume=true")
-    assert told.code == 0, told.err
-    (resumed,) = runs()
-    assert resumed.status == "FINISHED"
-    assert set(resumed.logged("valid/loss")) == set(range(EPOCHS))
+    rejected_result = qtorch_cli("train", f"resume={run.id}", "seed=1")
+    assert "would be ignored" in rejected_result.error()
+    result = qtorch_cli("train", f"run={run.id}", "resume=true")
+    assert result.code == 0, result.err
+    (resumed_run,) = runs()
+    assert resumed_run.status == "FINISHED"
+    assert set(resumed_run.metric_history("valid/loss")) == set(range(EPOCHS))
 
     assert qtorch_cli(*JOB).code == 0
-    other = next(r for r in runs() if r.id != run.id)
-    assert history(resumed, folder) == history(other, folder)
-    told = qtorch_cli("train", f"resume={run.id}")
-    assert "FINISHED" in told.error()
+    uninterrupted_run = next(r for r in runs() if r.id != run.id)
+    assert history(resumed_run, folder) == history(uninterrupted_run, folder)
+    result = qtorch_cli("train", f"resume={run.id}")
+    assert "FINISHED" in result.error()
 
 
 SLOW = """
@@ -98,8 +98,8 @@ class Slow(nn.Module):
 """
 
 
-def test_a_second_ctrl_c_ends_at_once(start, runs, folder):
-    """In a step of two minutes: the first Ctrl-C waits for its end, the second does not."""
+def test_second_ctrl_c_exits_immediately(start, runs, folder):
+    """During a step of two minutes, only the first Ctrl-C waits for the end of the step."""
     (folder / "slow.py").write_text(SLOW)
     job = (*LONG, "model=lightning", "+model.network._target_=slow.Slow")
     child = start(*job)
@@ -110,18 +110,16 @@ def test_a_second_ctrl_c_ends_at_once(start, runs, folder):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(1)  # the first one alone ends nothing
+        child.wait(1)  # the first Ctrl-C does not end the process
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
-    assert "stopping after this step; Ctrl-C once more ends at once" in err
+    assert "stopping after this step; press Ctrl-C again to stop immediately" in err
     assert not (folder / "stepped").exists()
     assert [r.status for r in runs()] == ["KILLED"]
 
 
-def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_run(
-    start, runs, qtorch_cli, monkeypatch
-):
+def test_restarted_scheduler_job_resumes_its_run(start, runs, qtorch_cli, monkeypatch):
     child = start(*JOB, QTORCH_JOB="ns/job-7")
     run = wait_for_epoch(runs, child)
     child.send_signal(signal.SIGTERM)
@@ -132,10 +130,10 @@ def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_run(
 
     monkeypatch.setenv("QTORCH_JOB", "ns/job-7")
     assert qtorch_cli(*JOB).code == 0
-    (resumed,) = runs()
-    assert (resumed.id, resumed.status) == (run.id, "FINISHED")
-    assert resumed.load_object("fit_report")["resumed_from"] is not None
-    assert set(resumed.logged("valid/loss")) == set(range(EPOCHS))
+    (resumed_run,) = runs()
+    assert (resumed_run.id, resumed_run.status) == (run.id, "FINISHED")
+    assert resumed_run.load_object("fit_report")["resumed_from"] is not None
+    assert set(resumed_run.metric_history("valid/loss")) == set(range(EPOCHS))
     assert qtorch_cli(*JOB, "trainer.max_epochs=1").code == 0  # another task of the same job
     assert len(runs()) == 2
     monkeypatch.setenv("QTORCH_JOB", "job 7")

@@ -1,4 +1,4 @@
-"""One command for each rank: torchrun starts them, one of them does the work."""
+"""Tests of commands that torchrun starts on every rank."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def _torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
-def test_torchrun_trains_each_job_once_on_all_its_processes(tmp_path: Path) -> None:
-    """The first job's rank, which another process has started, fails; the second is as if alone."""
+def test_torchrun_trains_each_job_once_on_all_ranks(tmp_path: Path) -> None:
+    """The rank that torchrun started as another process fails in the first job only."""
     (tmp_path / "fragile.py").write_text(FRAGILE)
     network = ("model=lightning", "+model.network._target_=fragile.Fragile")
-    done = _torchrun(tmp_path, "-m", "trainer=ddp", *network, "+model.network.fails=true,false")
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert "error: job 0: ZeroDivisionError: a rank divides by zero" in done.stderr
-    assert "2 jobs, 1 failed, 1 finished" in done.stdout, done.stderr[-3000:]
-    runs = re.findall(r"(FAILED|FINISHED) +([0-9a-f]{32})", done.stdout)
+    process = _torchrun(tmp_path, "-m", "trainer=ddp", *network, "+model.network.fails=true,false")
+    assert process.returncode == 1, process.stderr[-3000:]
+    assert "error: job 0: ZeroDivisionError: a rank divides by zero" in process.stderr
+    assert "2 jobs, 1 failed, 1 finished" in process.stdout, process.stderr[-3000:]
+    runs = re.findall(r"(FAILED|FINISHED) +([0-9a-f]{32})", process.stdout)
     assert [status for status, _ in runs] == ["FAILED", "FINISHED"]
-    assert done.stderr.count("epoch 0: train/loss") == 1
-    assert done.stdout.count("experiment debug") == 1
+    assert process.stderr.count("epoch 0: train/loss") == 1
+    assert process.stdout.count("experiment debug") == 1
     assert not list(tmp_path.rglob(".ranks-*"))
-    assert not [p for p in psutil.process_iter(["cmdline"]) if _works_in(tmp_path, p)]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if _mentions_folder(tmp_path, p)]
 
 
-def _works_in(folder: Path, process: psutil.Process) -> bool:
+def _mentions_folder(folder: Path, process: psutil.Process) -> bool:
     return any(str(folder) in word for word in process.info["cmdline"] or ())

@@ -1,4 +1,4 @@
-"""That the default configuration learns what is there, and nothing where nothing is."""
+"""Tests that the default configuration learns a planted signal, and nothing from noise."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("learning")]
 
 
 def daily_rank_ic(runs, status="FINISHED"):
-    """The Rank IC of each test day, run by run."""
-    found = runs("qtorch")
-    assert {r.status for r in found} == {status}
-    return [r.load_object("sig_analysis/ric.pkl") for r in found]
+    """Return the Rank IC of each test day, per run."""
+    recorders = runs("qtorch")
+    assert {r.status for r in recorders} == {status}
+    return [r.load_object("sig_analysis/ric.pkl") for r in recorders]
 
 
-def test_the_default_lstm_finds_at_least_half_of_the_planted_signal(qtorch_cli, runs):
-    scores, needed = [], 0.0
+def test_default_lstm_finds_half_of_the_planted_signal(qtorch_cli, runs):
+    scores, threshold = [], 0.0
     for seed in range(3):
-        # Half an epoch is enough to find it; what comes after would only take longer.
-        told = qtorch_cli(
+        # Half an epoch is enough to find the signal; more would only take longer.
+        result = qtorch_cli(
             "train", f"seed={seed}", "trainer.max_epochs=1", "+trainer.limit_train_batches=0.5",
             "log_level=WARNING",
         )  # fmt: skip
-        assert told.code == 0, told.err
-        found = daily_rank_ic(runs)
-        days = found[0].index
-        planted = SyntheticSource().planted_rank_ic(days[0], days[-1])
+        assert result.code == 0, result.err
+        daily_ics = daily_rank_ic(runs)
+        days = daily_ics[0].index
+        planted_ic = SyntheticSource().signal_rank_ic(days[0], days[-1])
         assert len(days) > 300
-        assert 0.05 < planted.mean() < 0.08
-        scores, needed = [ric.mean() for ric in found], planted.mean() / 2
-        if sum(score >= needed for score in scores) == 2:  # the median, whatever the third gives
+        assert 0.05 < planted_ic.mean() < 0.08
+        scores, threshold = [ric.mean() for ric in daily_ics], planted_ic.mean() / 2
+        # Two good scores decide the median of three.
+        if sum(score >= threshold for score in scores) == 2:
             return
-    assert median(scores) >= needed
+    assert median(scores) >= threshold
 
 
-def test_a_market_without_a_signal_gives_none(qtorch_cli, runs):
-    told = qtorch_cli(
+def test_no_signal_gives_no_rank_ic(qtorch_cli, runs):
+    result = qtorch_cli(
         "train", "data.signal=0", "data.num_instruments=150", "trainer.max_epochs=1",
         "log_level=WARNING",
     )  # fmt: skip
-    assert told.code == 0, told.err
+    assert result.code == 0, result.err
     (ric,) = daily_rank_ic(runs)
     error = ric.std() / np.sqrt(len(ric))
     assert error < 0.01
     assert abs(ric.mean()) < 1.96 * error
 
 
-def test_learning_on_with_the_same_data_does_no_harm():
+def test_fine_tuning_on_the_same_data_does_no_harm():
     source = {
         "_target_": "qtorch.data.SyntheticSource",
         "num_instruments": 60,
@@ -106,11 +107,11 @@ def test_learning_on_with_the_same_data_does_no_harm():
         )
         model.fit(dataset)
         before.append(rank_ic(model))
-        for way, options in (("all", {}), ("lora", {"lora": {"rank": 2}})):
-            tuned = copy.deepcopy(model)
-            tuned.finetune(dataset, max_epochs=2, **options)
-            after[way].append(rank_ic(tuned))
+        for variant, options in (("all", {}), ("lora", {"lora": {"rank": 2}})):
+            finetuned_model = copy.deepcopy(model)
+            finetuned_model.finetune(dataset, max_epochs=2, **options)
+            after[variant].append(rank_ic(finetuned_model))
     spread = max(before) - min(before)
-    assert np.mean(before) > 0.05  # something was learnt that could be lost
-    for way in after:
-        assert np.mean(after[way]) > np.mean(before) - max(spread, 0.005), (before, after)
+    assert np.mean(before) > 0.05  # the network has learnt something that it could lose
+    for variant in after:
+        assert np.mean(after[variant]) > np.mean(before) - max(spread, 0.005), (before, after)

@@ -1,4 +1,4 @@
-"""`hydra/launcher=ray` on a real cluster: every job ends, also where a worker is killed."""
+"""Tests of `hydra/launcher=ray` on a real cluster, with workers that are killed."""
 
 from __future__ import annotations
 
@@ -19,55 +19,56 @@ from typing import Any
 import psutil
 import pytest
 
-if importlib.util.find_spec("ray") is None:  # not imported: it reads its variables then
+# Ray reads its environment variables when imported, so only look for it here.
+if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed", allow_module_level=True)
 
-QUIET = {
+RAY_VARIABLES = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",  # else a busy machine leaves the jobs waiting
+    "RAY_worker_niceness": "0",  # with Ray's default, a busy machine starves the jobs
 }
 RAY = Path(sys.executable).with_name("ray")
 
 
 def cluster_processes(port: int) -> list[psutil.Process]:
-    """What runs of the cluster: its servers, and the workers."""
-    found = []
+    """Return the processes of the cluster: its servers and workers."""
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or ())
         if f"127.0.0.1:{port}" in line or f"--gcs_server_port={port}" in line:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def running_jobs(port: int) -> list[psutil.Process]:
-    """The workers in which a job is running."""
-    found = []
+    """Return the workers that are running a job."""
+    workers = []
     for process in cluster_processes(port):
-        for each in (process, *process.children(recursive=True)):
+        for candidate in (process, *process.children(recursive=True)):
             try:
-                if each.cmdline()[:1] == ["ray::run_in_worker"]:
-                    found.append(each)
+                if candidate.cmdline()[:1] == ["ray::run_in_worker"]:
+                    workers.append(candidate)
             except psutil.NoSuchProcess:
                 continue
-    return found
+    return workers
 
 
-def jobs_of(runs: list[Any]) -> list[Any]:
-    """The runs that are jobs: not the sweep's own."""
+def job_runs(runs: list[Any]) -> list[Any]:
+    """Return the runs of jobs, without the sweep's own run."""
     return [r for r in runs if "seed" in r.list_params()]
 
 
 @pytest.fixture
 def cluster(tmp_path_factory, monkeypatch) -> Iterator[int]:
-    """A cluster of two CPUs on loopback; its port. Nothing of it is left afterwards."""
-    for name, value in QUIET.items():
+    """Start a cluster of two CPUs on loopback and yield its port; end its processes afterwards."""
+    for name, value in RAY_VARIABLES.items():
         monkeypatch.setenv(name, value)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = Path("/tmp") / f"qtr{port}"  # sockets have short names
+    folder = Path("/tmp") / f"qtr{port}"  # the paths of sockets must be short
     command = [
         str(RAY), "start", "--head", "--num-cpus", "2", "--include-dashboard=false",
         "--disable-usage-stats", "--node-ip-address", "127.0.0.1", "--port", str(port),
@@ -90,90 +91,92 @@ def cluster(tmp_path_factory, monkeypatch) -> Iterator[int]:
         server.wait(30)
         _, alive = psutil.wait_procs(children, timeout=20)
         shutil.rmtree(folder, ignore_errors=True)
-        left = cluster_processes(port)
-        for process in (*alive, *left):
+        remaining = cluster_processes(port)
+        for process in (*alive, *remaining):
             process.kill()
-        assert not left
+        assert not remaining
 
 
 LONG = ("trainer.max_epochs=12", "callbacks=no_stop", "model.checkpoint.every_n_steps=2")
-# What happens to each job, by its seed: Ray tries each once more.
-HARM = {"0": ["SIGKILL"], "1": ["SIGTERM"], "2": ["SIGKILL", "SIGKILL"]}
+# Signals that each job's workers get, by seed; Ray retries a job once.
+SIGNALS_BY_SEED = {"0": ["SIGKILL"], "1": ["SIGTERM"], "2": ["SIGKILL", "SIGKILL"]}
 
 
-def worker_of(run: Any, folder: Path) -> int:
-    """The process that has claimed a run's job."""
+def claiming_pid(run: Any, folder: Path) -> int:
+    """Return the process ID that has claimed a run's job."""
     task = run.list_tags()["qtorch.task_id"]
     claim = folder / "mlruns" / "claims" / f"{run.experiment_id}-{task}.json"
     return int(json.loads(claim.read_text())["process"][0])
 
 
-def harm(
+def signal_workers(
     find_runs: Callable[[], list[Any]],
     folder: Path,
     plan: dict[str, list[str]],
-    over: threading.Event,
+    is_done: threading.Event,
 ) -> None:
-    """Send each job's worker, and the next one's, what the plan has, once it has a checkpoint."""
-    harmed: set[int] = set()
-    while any(plan.values()) and not over.wait(0.5):
+    """Send each job's workers their planned signals, one per worker once it has logged an epoch."""
+    signalled_pids: set[int] = set()
+    while any(plan.values()) and not is_done.wait(0.5):
         if not (folder / "mlruns" / "mlflow.db").exists():
             continue
-        for run in jobs_of(find_runs()):
-            left = plan[run.list_params()["seed"]]
+        for run in job_runs(find_runs()):
+            signals = plan[run.list_params()["seed"]]
             try:
-                pid = worker_of(run, folder)
-                if left and pid not in harmed and "valid/loss" in run.list_metrics():
-                    os.kill(pid, signal.Signals[left[0]])
-                    harmed.add(pid)
-                    left.pop(0)
+                pid = claiming_pid(run, folder)
+                if signals and pid not in signalled_pids and "valid/loss" in run.list_metrics():
+                    os.kill(pid, signal.Signals[signals[0]])
+                    signalled_pids.add(pid)
+                    signals.pop(0)
             except (FileNotFoundError, ProcessLookupError):
                 continue
 
 
 @pytest.mark.slow
-def test_a_sweep_on_a_cluster_survives_workers_that_end(cluster, train, qtorch_cli, runs, folder):
-    plan = {seed: list(signals) for seed, signals in HARM.items()}
-    over = threading.Event()
-    harming = threading.Thread(target=harm, args=(runs, folder, plan, over))
-    harming.start()
+def test_sweep_survives_killed_workers(cluster, train, qtorch_cli, runs, folder):
+    plan = {seed: list(signals) for seed, signals in SIGNALS_BY_SEED.items()}
+    is_done = threading.Event()
+    thread = threading.Thread(target=signal_workers, args=(runs, folder, plan, is_done))
+    thread.start()
     address = f"hydra.launcher.address=127.0.0.1:{cluster}"
-    told = train(
+    result = train(
         "-m", "hydra/launcher=ray", address, "hydra.launcher.num_cpus=1",
-        "hydra.launcher.max_retries=1", "sweep.name=harm", "seed=0,1,2", *LONG,
+        "hydra.launcher.max_retries=1", "sweep.name=signals", "seed=0,1,2", *LONG,
     )  # fmt: skip
-    over.set()
-    harming.join()
-    assert not any(plan.values()), told.err
-    assert told.code == 1, told.err
-    assert "error: job 2: Ray lost it (max_retries=1)" in told.err
-    assert len([line for line in told.out.splitlines() if "FINISHED" in line]) == 2
-    assert len([line for line in told.out.splitlines() if "FAILED" in line]) == 1
-    assert ends(runs()) == {"0": "FINISHED", "1": "FINISHED", "2": "FAILED"}
+    is_done.set()
+    thread.join()
+    assert not any(plan.values()), result.err
+    assert result.code == 1, result.err
+    assert "error: job 2: Ray lost the job (max_retries=1)" in result.err
+    assert len([line for line in result.out.splitlines() if "FINISHED" in line]) == 2
+    assert len([line for line in result.out.splitlines() if "FAILED" in line]) == 1
+    assert statuses_by_seed(runs()) == {"0": "FINISHED", "1": "FINISHED", "2": "FAILED"}
     assert not running_jobs(cluster)
 
-    told = qtorch_cli("sweep", "resume", "harm", "retry=true")
-    assert told.code == 0, told.err
-    assert len([line for line in told.out.splitlines() if "(retried)" in line]) == 1
-    assert ends(runs()) == dict.fromkeys(HARM, "FINISHED")
-    for run in jobs_of(runs()):
+    result = qtorch_cli("sweep", "resume", "signals", "retry=true")
+    assert result.code == 0, result.err
+    assert len([line for line in result.out.splitlines() if "(retried)" in line]) == 1
+    assert statuses_by_seed(runs()) == dict.fromkeys(SIGNALS_BY_SEED, "FINISHED")
+    for run in job_runs(runs()):
         assert run.load_object("fit_report")["resumed_from"] is not None
-        assert list(run.logged("valid/loss")) == list(range(12))
+        assert list(run.metric_history("valid/loss")) == list(range(12))
 
 
-def ends(found: list[Any]) -> dict[str, str]:
-    """The status of each job's run, by its seed; a job has one."""
-    jobs = jobs_of(found)
+def statuses_by_seed(runs: list[Any]) -> dict[str, str]:
+    """Return the status of each job's run, by its seed; check that a job has only one run."""
+    jobs = job_runs(runs)
     assert len(jobs) == len({r.list_params()["seed"] for r in jobs})
     return {r.list_params()["seed"]: r.status for r in jobs}
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_told_at_once(train):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_missing_cluster_is_reported_immediately(train):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     begin = time.monotonic()
-    told = train("-m", "hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{port}", "seed=0,1")
-    assert "ray start --head" in told.error()
+    result = train(
+        "-m", "hydra/launcher=ray", f"hydra.launcher.address=127.0.0.1:{port}", "seed=0,1"
+    )
+    assert "ray start --head" in result.error()
     assert time.monotonic() - begin < 20

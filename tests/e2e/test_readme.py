@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""Tests that the Python examples of the README run."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from qtorch.data.source.synthetic import SyntheticSource
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def blocks() -> list[str]:
+def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
 @pytest.mark.slow
-def test_the_tour_in_python_runs(folder, monkeypatch, runs):
+def test_python_tour_runs(folder, monkeypatch, runs):
     monkeypatch.setenv("HOME", str(folder))
     market = SyntheticSource(8, "2007-10-01", "2017-12-08")
-    written = Path(write_qlib(market, folder / ".qlib/qlib_data/us_data"))
-    shutil.copy(written / "instruments/stocks.txt", written / "instruments/sp500.txt")
-    tour, later = blocks()[:2]
+    data_folder = Path(write_qlib(market, folder / ".qlib/qlib_data/us_data"))
+    shutil.copy(data_folder / "instruments/stocks.txt", data_folder / "instruments/sp500.txt")
+    tour_code, later_code = python_blocks()[:2]
     names: dict = {}
-    shorter = tour.replace('"max_epochs": 10', '"max_epochs": 1')
-    exec(shorter.replace("topk=50, n_drop=5", "topk=4, n_drop=1"), names)
+    short_tour = tour_code.replace('"max_epochs": 10', '"max_epochs": 1')
+    exec(short_tour.replace("topk=50, n_drop=5", "topk=4, n_drop=1"), names)
     (run,) = runs("workflow")
     assert run.status == "FINISHED"
     assert {"IC", "Rank IC", "1day.excess_return_with_cost.mean"} <= set(run.list_metrics())
-    exec(later.replace("recorder_id=...", f"recorder_id={run.id!r}"), names)
+    exec(later_code.replace("recorder_id=...", f"recorder_id={run.id!r}"), names)
     assert names["R"].get_recorder(recorder_id=run.id, experiment_name="workflow").id == run.id
 
 
-def test_a_users_network_of_the_readme_trains(folder, monkeypatch):
-    (folder / "mine.py").write_text("import torch\n\n\n" + blocks()[2].split("\n\n\n")[0])
+def test_custom_network_trains(folder, monkeypatch):
+    (folder / "mine.py").write_text("import torch\n\n\n" + python_blocks()[2].split("\n\n\n")[0])
     monkeypatch.syspath_prepend(str(folder))
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Training, then the report of the run and the comparison of two seeds."""
+"""Test of the report of a trained run and the comparison of two seeds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_pictures")
-def test_two_seeds_are_trained_reported_and_compared(train, qtorch_cli, runs, folder, elements):
+def test_report_and_comparison_of_two_seeds(train, qtorch_cli, runs, folder, elements):
     for seed in (0, 1):
         assert train(f"seed={seed}", "trainer.max_epochs=2").code == 0
     first, second = runs()
     assert qtorch_cli("report", f"runs=[{first.id}]").code == 0
     page = Path(first.download_artifact("report/report.html")).read_text(encoding="utf-8")
-    shown = {e["data-metric"]: float(e["data-value"]) for e in elements(page) if "data-metric" in e}
-    assert shown == first.list_metrics()
+    page_metrics = {
+        e["data-metric"]: float(e["data-value"]) for e in elements(page) if "data-metric" in e
+    }
+    assert page_metrics == first.list_metrics()
     assert "LSTM: signal and portfolio" in page
     assert "SyntheticSource" in page
     assert "Add PortAnaRecord" in page
@@ -27,10 +29,10 @@ def test_two_seeds_are_trained_reported_and_compared(train, qtorch_cli, runs, fo
     assert qtorch_cli("report", f"runs=[{first.id},{second.id}]").code == 0
     text = (folder / "comparison" / "comparison.html").read_text(encoding="utf-8")
     assert "Comparison of 2 runs in 1 group<" in text
-    found = {
+    comparison_metrics = {
         (e["data-of"], e["data-metric"]): float(e["data-value"])
         for e in elements(text)
         if "data-of" in e
     }
     for run in (first, second):
-        assert found[run.id, "Rank IC"] == run.list_metrics()["Rank IC"]
+        assert comparison_metrics[run.id, "Rank IC"] == run.list_metrics()["Rank IC"]

@@ -1,4 +1,4 @@
-"""`qtorch rolling`, here and through a pool, and a real study whose worker is killed."""
+"""Tests of `qtorch rolling`: locally, through a pool, and a study with a killed worker."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_pool_training import HERE, in_mid_training, until
+from test_pool_training import E2E_FOLDER, training_condition, wait_until
 
 from qtorch import R
-from qtorch.cli.compose import composed
+from qtorch.cli.compose import compose_settings
 from qtorch.data.source.qlib import QlibSource
 from qtorch.study import rolling_study
 from qtorch.task import TaskManager
@@ -23,8 +23,8 @@ LEASE = 6.0
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Bit-equal means: with one number of threads; the workers are started with one."""
+def single_thread():
+    """Use one thread, as the started workers do: equal results need equal numbers of threads."""
     import torch
 
     before = torch.get_num_threads()
@@ -34,7 +34,7 @@ def one_thread():
 
 
 def parent_and_windows(experiment: str = "debug"):
-    """The newest study of an experiment, and its windows in order."""
+    """Return the newest study of an experiment, and its windows in order."""
     runs = list(R.list_recorders(experiment_name=experiment).values())
     tags = {r.id: r.list_tags() for r in runs}
     parent = next(r for r in runs if PARENT_TAG not in tags[r.id])
@@ -43,38 +43,38 @@ def parent_and_windows(experiment: str = "debug"):
 
 
 @pytest.mark.slow
-def test_a_study_here_and_through_a_pool(qtorch_cli, folder):
-    told = qtorch_cli("rolling", *TINY, f"cache={folder}/features")
-    assert told.code == 0, told.err
+def test_study_locally_and_through_a_pool(qtorch_cli, folder):
+    result = qtorch_cli("rolling", *TINY, f"cache={folder}/features")
+    assert result.code == 0, result.err
     parent, windows = parent_and_windows()
     assert len(windows) == 4
     assert parent.name == "rolling LSTM"
-    assert all(r.id in told.out for r in (parent, *windows))
+    assert all(r.id in result.out for r in (parent, *windows))
     assert {"IC", "test.IC", "window.IC"} <= parent.list_metrics().keys()
-    expected = parent.load_object("pred.pkl")
+    prediction = parent.load_object("pred.pkl")
 
-    shown = qtorch_cli("data", "cache", f"folder={folder}/features").out
-    assert "1 entry" in shown
+    cache_text = qtorch_cli("data", "cache", f"folder={folder}/features").out
+    assert "1 entry" in cache_text
 
-    told = qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows")
-    assert told.code == 0, told.err
-    pooled, children = parent_and_windows()
-    assert pooled.id != parent.id
-    pd.testing.assert_frame_equal(pooled.load_object("pred.pkl"), expected, check_exact=True)
+    result = qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows")
+    assert result.code == 0, result.err
+    pool_parent, children = parent_and_windows()
+    assert pool_parent.id != parent.id
+    pd.testing.assert_frame_equal(pool_parent.load_object("pred.pkl"), prediction, check_exact=True)
     assert TaskManager("windows").task_stat()["done"] == 4
 
-    # The same study again finds its windows done, and takes them as its own.
+    # A repeated study finds its windows finished and adopts them.
     assert qtorch_cli("rolling", *TINY, "cache=false", "runner=rm", "pool=windows").code == 0
-    again, same = parent_and_windows()
-    assert again.id != pooled.id
-    assert [r.id for r in same] == [r.id for r in children]
+    repeated_parent, repeated_windows = parent_and_windows()
+    assert repeated_parent.id != pool_parent.id
+    assert [r.id for r in repeated_windows] == [r.id for r in children]
 
 
 @pytest.mark.slow
-def test_horizon_and_warm_start_from_the_command_line(qtorch_cli, folder):
+def test_horizon_and_warm_start_options(qtorch_cli, folder):
     words = ["horizon=5", "warm_start=true", "rtype=sliding", "step=70", "runner=rm"]
-    told = qtorch_cli("rolling", *TINY, *words, f"cache={folder}/features")
-    assert told.code == 0, told.err
+    result = qtorch_cli("rolling", *TINY, *words, f"cache={folder}/features")
+    assert result.code == 0, result.err
     parent, windows = parent_and_windows()
     task = windows[1].load_object("task")
     assert task["dataset"]["handler"]["label"] == ["Ref($close, -6)/Ref($close, -1) - 1"]
@@ -82,11 +82,11 @@ def test_horizon_and_warm_start_from_the_command_line(qtorch_cli, folder):
     assert parent.list_params()["rolling.horizon"] == "5"
     test, valid = (task["dataset"]["segments"][s] for s in ("test", "valid"))
     days = pd.bdate_range(valid[1], test[0])
-    assert len(days) - 1 == 6  # as far as this label looks
+    assert len(days) - 1 == 6  # as many days as the label needs
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["stp=40"], "Did you mean"),
         (["runner=rmm"], "Did you mean 'rm'"),
@@ -94,14 +94,14 @@ def test_horizon_and_warm_start_from_the_command_line(qtorch_cli, folder):
         (["step=0"], "at least one trading day"),
     ],
 )
-def test_misuse_is_one_line(qtorch_cli, words, said):
-    assert said in qtorch_cli("rolling", "debug=tiny", *words).error()
+def test_wrong_arguments_give_a_one_line_error(qtorch_cli, words, message):
+    assert message in qtorch_cli("rolling", "debug=tiny", *words).error()
 
 
-def test_help_names_the_options(qtorch_cli):
-    told = qtorch_cli("rolling", "--help")
-    assert told.code == 0
-    assert all(word in told.out for word in ("step", "rtype", "horizon", "warm_start", "runner"))
+def test_help_lists_the_options(qtorch_cli):
+    result = qtorch_cli("rolling", "--help")
+    assert result.code == 0
+    assert all(word in result.out for word in ("step", "rtype", "horizon", "warm_start", "runner"))
 
 
 # -- a real study ----------------------------------------------------------------------------------
@@ -110,13 +110,13 @@ STEP, WINDOWS = 20, 12
 
 
 def real_task(provider: Path, model: str, cache: Path) -> dict:
-    """Two years of training on 100 instruments, 12 windows of 20 days."""
+    """Return a task with two years of training on 100 instruments, and 12 windows of 20 days."""
     source = QlibSource(str(provider))
     days, names = source.calendar(), sorted(source.instruments("nyse500"))[:100]
     ends = [len(days) - 1 - k for k in (WINDOWS * STEP + 360, WINDOWS * STEP + 40, WINDOWS * STEP)]
     first, train, valid = (f"{days[k]:%Y-%m-%d}" for k in ends)
-    behind = [f"{days[k + 1]:%Y-%m-%d}" for k in ends[1:]]
-    settings = composed(
+    next_days = [f"{days[k + 1]:%Y-%m-%d}" for k in ends[1:]]
+    settings = compose_settings(
         "rolling",
         [
             "data=qlib",
@@ -135,15 +135,15 @@ def real_task(provider: Path, model: str, cache: Path) -> dict:
     task["dataset"]["handler"] |= {"instruments": names, "cache": str(cache)}
     task["dataset"]["segments"] = {
         "train": [first, train],
-        "valid": [behind[0], valid],
-        "test": [behind[1], f"{days[-1]:%Y-%m-%d}"],
+        "valid": [next_days[0], valid],
+        "test": [next_days[1], f"{days[-1]:%Y-%m-%d}"],
     }
     return task
 
 
 @pytest.mark.slow
-def test_a_real_study_survives_the_death_of_a_worker(start, folder, market_data):
-    """24 windows of LSTM and GRU, two workers, one of them killed, another one comes."""
+def test_real_study_survives_a_killed_worker(start, folder, market_data):
+    """Train 24 windows of LSTM and GRU with two workers; one is killed, and a third one starts."""
     provider = market_data / "qlib_nyse500"
     tasks = {name: real_task(provider, name, folder / "features") for name in ("lstm", "gru")}
     options = {"step": STEP, "rtype": "sliding", "cache": str(folder / "features")}
@@ -151,13 +151,14 @@ def test_a_real_study_survives_the_death_of_a_worker(start, folder, market_data)
     pool = TaskManager("pool", lease=LEASE)
 
     def worker():
-        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(E2E_FOLDER), os.environ.get("PYTHONPATH", "")])
         return start("worker", "pool=pool", f"lease={LEASE}", PYTHONPATH=path)
 
-    def in_the_firsts_hands():
+    def is_first_worker_training():
         running = pool.query({"status": "running"}, decode=False)
         return any(
-            t["worker"]["pid"] == first.pid and in_mid_training(pool, t["_id"])() for t in running
+            t["worker"]["pid"] == first.pid and training_condition(pool, t["_id"])()
+            for t in running
         )
 
     first, _ = worker(), worker()
@@ -167,16 +168,16 @@ def test_a_real_study_survives_the_death_of_a_worker(start, folder, market_data)
                 n: rolling_study(t, trainer, recorder_name=n, **options) for n, t in tasks.items()
             }
         )
-        until(in_the_firsts_hands, first, patience=300)
+        wait_until(is_first_worker_training, first, timeout=300)
         first.kill()
         first.communicate()
         worker()
         results = running.result(timeout=1500)
 
     assert pool.task_stat() == {**dict.fromkeys(pool.task_stat(), 0), "done": 2 * WINDOWS}
-    lost = [t for t in pool.query({}) if t["lost"]]
-    assert len(lost) == 1
-    assert lost[0]["res"].list_tags()["qtorch.attempt"] != "1"  # resumed in its own run
+    lost_tasks = [t for t in pool.query({}) if t["lost"]]
+    assert len(lost_tasks) == 1
+    assert lost_tasks[0]["res"].list_tags()["qtorch.attempt"] != "1"  # resumed in its run
     for name, result in results.items():
         assert len(result.windows) == WINDOWS
         days = result.prediction.index.get_level_values("datetime").unique()
@@ -186,5 +187,5 @@ def test_a_real_study_survives_the_death_of_a_worker(start, folder, market_data)
         )
         assert result.prediction.index.is_unique
         assert {"IC", "Rank IC", "test.ICIR"} <= result.recorder.list_metrics().keys()
-        here = rolling_study(tasks[name], TrainerR("here"), **options)
-        pd.testing.assert_frame_equal(here.prediction, result.prediction, check_exact=True)
+        local_study = rolling_study(tasks[name], TrainerR("local"), **options)
+        pd.testing.assert_frame_equal(local_study.prediction, result.prediction, check_exact=True)

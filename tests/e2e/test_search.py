@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna` as a user runs it: pruning, two processes, a kill, and the same again."""
+"""Tests of `hydra/sweeper=optuna`: pruning, two processes, a kill, resuming."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import closing
 
 import pytest
 
-from qtorch.study.claim import claimed
+from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import claim_path
-from qtorch.tracking.current import all_running
+from qtorch.tracking.current import running_recorders
 
 pytest.importorskip("optuna")
 
@@ -23,11 +23,11 @@ SEARCH = (
     "hydra.sweeper.grace=8", "hydra.sweeper.pruner={_target_:optuna.pruners.MedianPruner,"
     "n_startup_trials:1}",
 )  # fmt: skip
-PATIENCE = 180.0  # seconds, of a machine with much to do
+TIMEOUT = 180.0  # seconds, enough for a busy machine
 
 
 def trials(folder) -> list[tuple[str, int]]:
-    """State and number of the study's trials; none while there is no study."""
+    """Return state and number of the study's trials; an empty list if there is no study."""
     path = folder / "mlruns" / "mlflow-optuna.db"
     if not path.exists():
         return []
@@ -38,8 +38,8 @@ def trials(folder) -> list[tuple[str, int]]:
             return []
 
 
-def forked(*argv: str) -> int:
-    """The command in a process of its own, its imports done."""
+def fork_command(*argv: str) -> int:
+    """Run the command in a forked process, without import time; return its process ID."""
     from qtorch.cli.main import main
 
     pid = os.fork()
@@ -55,83 +55,85 @@ def forked(*argv: str) -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_search_together_and_a_killed_one_loses_nothing(
-    warm, folder, qtorch_cli, runs
+def test_two_processes_share_a_search_and_one_is_killed(
+    session_fork_server, folder, qtorch_cli, runs
 ):
     import qtorch.cli.job
-    import qtorch.tracking.trials.study  # noqa: F401 - the imports of the forked processes
+    import qtorch.tracking.trials.study  # noqa: F401 - imported for the forked processes
 
-    victim, other = forked(*SEARCH), forked(*SEARCH)
-    end = time.monotonic() + PATIENCE
+    victim, survivor = fork_command(*SEARCH), fork_command(*SEARCH)
+    end = time.monotonic() + TIMEOUT
     while sum(state == "COMPLETE" for state, _ in trials(folder)) < 2:
         assert time.monotonic() < end, trials(folder)
         time.sleep(0.05)
     os.kill(victim, signal.SIGKILL)
     os.waitpid(victim, 0)
-    _, code = os.waitpid(other, 0)
+    _, code = os.waitpid(survivor, 0)
     assert os.waitstatus_to_exitcode(code) == 0
-    told = qtorch_cli(*SEARCH)
-    assert told.code == 0, told.err
+    result = qtorch_cli(*SEARCH)
+    assert result.code == 0, result.err
     states = [state for state, _ in trials(folder)]
-    good = states.count("COMPLETE") + states.count("PRUNED")
-    assert (good, states.count("RUNNING"), states.count("WAITING")) == (6, 0, 0), states
-    assert states.count("FAIL") <= 1  # the killed one's trial, which was run again
-    assert "has 6 trials already" in told.err
-    assert "best: trial" in told.out
+    num_ended = states.count("COMPLETE") + states.count("PRUNED")
+    assert (num_ended, states.count("RUNNING"), states.count("WAITING")) == (6, 0, 0), states
+    assert states.count("FAIL") <= 1  # the trial of the killed process, which was repeated
+    assert "already has 6 trials" in result.err
+    assert "best: trial" in result.out
     assert list(folder.glob("outputs/*/*/search.png"))
-    finished = [r for r in runs() if r.status == "FINISHED"]
-    tagged = [r.list_tags().get("qtorch.trial") for r in finished]
-    assert len(set(tagged) - {None}) == 6
-    pruned = [r for r in finished if "pruned" in r.list_tags()]
-    assert len(pruned) == states.count("PRUNED")
+    finished_runs = [r for r in runs() if r.status == "FINISHED"]
+    trial_tags = [r.list_tags().get("qtorch.trial") for r in finished_runs]
+    assert len(set(trial_tags) - {None}) == 6
+    pruned_runs = [r for r in finished_runs if "pruned" in r.list_tags()]
+    assert len(pruned_runs) == states.count("PRUNED")
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_in_its_study_and_what_failed_is_tried_again_once_its_job_is_free(
-    warm, folder, qtorch_cli, runs, monkeypatch
+def test_resumed_search_retries_failed_trials_once_their_job_is_free(
+    session_fork_server, folder, qtorch_cli, runs, monkeypatch
 ):
     (folder / "fragile.py").write_text(
         "from pathlib import Path\nfrom qtorch.nn import LSTM\n\n\nclass Fragile(LSTM):\n"
         "    def __init__(self, d_feat, hidden_size, num_layers=1, dropout=0.0):\n"
-        "        assert Path('mended').exists(), 'not yet'\n"
+        "        assert Path('fixed').exists(), 'not fixed yet'\n"
         "        super().__init__(d_feat, hidden_size, num_layers)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("QTORCH_TRUSTED", "fragile")
-    told = qtorch_cli(
+    result = qtorch_cli(
         "train", "-m", "debug=tiny", "log_level=ERROR", "hydra/sweeper=optuna", SPACE[1],
         "hydra.sweeper.n_trials=1", "model.network._target_=fragile.Fragile",
     )  # fmt: skip
-    assert told.code == 1
+    assert result.code == 1
     assert trials(folder) == [("FAIL", 0)]
-    (failed,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
+    (failed_run,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
     (name,) = (tags["qtorch.sweep"] for r in runs() if "qtorch.sweep" in (tags := r.list_tags()))
-    tags = failed.list_tags()
+    tags = failed_run.list_tags()
     (key,) = (tag for tag in tags if tag.startswith("qtorch.job."))
 
-    (folder / "mended").touch()
-    with claimed(claim_path(failed.experiment_id, tags)):  # as a killed search's own job may
-        resumed = forked("sweep", "resume", name, "retry=true")
-        end = time.monotonic() + PATIENCE
-        while failed.list_tags()[key] == tags[key]:  # until a second attempt has its number there
+    (folder / "fixed").touch()
+    # The job of a killed search may still hold the claim.
+    with hold_claim(claim_path(failed_run.experiment_id, tags)):
+        resume_pid = fork_command("sweep", "resume", name, "retry=true")
+        end = time.monotonic() + TIMEOUT
+        # Wait until the second attempt has added its number to the tag.
+        while failed_run.list_tags()[key] == tags[key]:
             assert time.monotonic() < end
             time.sleep(0.5)
-    _, code = os.waitpid(resumed, 0)
+    _, code = os.waitpid(resume_pid, 0)
     assert os.waitstatus_to_exitcode(code) == 0
     assert trials(folder) == [("FAIL", 0), ("COMPLETE", 1)]
-    (again,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
-    assert (again.id, again.status) == (failed.id, "FINISHED")
-    told = qtorch_cli("sweep", "resume", name)
-    assert told.code == 0, told.err
-    assert "has 1 trial already" in told.err
-    assert "failed, tried again" in told.out
+    (retried_run,) = (r for r in runs() if "qtorch.task_id" in r.list_tags())
+    assert (retried_run.id, retried_run.status) == (failed_run.id, "FINISHED")
+    result = qtorch_cli("sweep", "resume", name)
+    assert result.code == 0, result.err
+    assert "already has 1 trial" in result.err
+    assert "failed, retried" in result.out
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_a_launcher_of_several_processes_leaves_the_trials_to_be_run(folder):
+def test_ctrl_c_with_a_parallel_launcher_requeues_the_trials(folder):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    child = forked(*SEARCH, "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2")
-    end = time.monotonic() + PATIENCE
+    child = fork_command(*SEARCH, "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2")
+    end = time.monotonic() + TIMEOUT
     while [state for state, _ in trials(folder)] != ["RUNNING"] * 2:
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -142,12 +144,12 @@ def test_ctrl_c_under_a_launcher_of_several_processes_leaves_the_trials_to_be_ru
 
 
 @pytest.mark.slow
-def test_a_search_without_a_space_or_with_a_wrong_metric_is_told(qtorch_cli, runs):
-    told = qtorch_cli("train", "-m", "hydra/sweeper=optuna", "debug=tiny")
-    assert "the search has no space" in told.error()
-    told = qtorch_cli(
+def test_search_without_a_space_or_with_a_wrong_option(qtorch_cli, runs):
+    result = qtorch_cli("train", "-m", "hydra/sweeper=optuna", "debug=tiny")
+    assert "the search has no space" in result.error()
+    result = qtorch_cli(
         "train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.smapler=tpe", "seed=0,1"
     )
-    assert "Did you mean 'sampler'" in told.error()
-    assert [r.status for r in runs()] == ["FAILED"]  # the search itself: no trial began
-    assert not all_running()
+    assert "Did you mean 'sampler'" in result.error()
+    assert [r.status for r in runs()] == ["FAILED"]  # the search itself; no trial has started
+    assert not running_recorders()

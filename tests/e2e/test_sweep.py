@@ -1,4 +1,4 @@
-"""A sweep as a thing: its run and its jobs, taken up again, interrupted, shown."""
+"""Tests of sweeps: their runs and jobs, resuming, interruption, and the `qtorch sweep` command."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def jobs(runs):
-    """`jobs()`: the runs that are no sweep's own."""
+    """Return `jobs()`: the runs that are not a sweep's own run."""
 
-    def found():
+    def list_jobs():
         return [r for r in runs() if "qtorch.sweep" not in r.list_tags()]
 
-    return found
+    return list_jobs
 
 
 def sweeps(runs):
     return [r for r in runs() if "qtorch.sweep" in r.list_tags()]
 
 
-def committed(folder) -> str:
-    """The commit of a folder under git."""
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    for words in (("init", "-q"), (*who, "commit", "-q", "--allow-empty", "-m", "begin")):
+def create_commit(folder) -> str:
+    """Initialize a git repository in a folder and return its commit."""
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), (*identity, "commit", "-q", "--allow-empty", "-m", "begin")):
         subprocess.run(["git", *words], cwd=folder, check=True)
-    told = subprocess.run(
+    result = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True
     )
-    return told.stdout.strip()
+    return result.stdout.strip()
 
 
-def trained_at(run) -> int:
+def training_time(run) -> int:
     return Path(run.download_artifact("params.pkl")).stat().st_mtime_ns
 
 
-def rows_of(told, *words) -> list[str]:
-    return [line for line in told.out.splitlines() if all(w in line for w in words)]
+def matching_rows(result, *words) -> list[str]:
+    return [line for line in result.out.splitlines() if all(w in line for w in words)]
 
 
-def test_a_sweep_is_one_run_that_the_same_command_takes_up_again(
-    warm, train, runs, jobs, qtorch_cli, folder, monkeypatch
+def test_repeated_command_resumes_its_sweep(
+    session_fork_server, train, runs, jobs, qtorch_cli, folder, monkeypatch
 ):
-    commit = committed(folder)
+    commit = create_commit(folder)
     command = ("-m", "model.network.hidden_size=8,-1", "seed=0,1")
-    told = train(*command)
-    assert told.code == 1
+    result = train(*command)
+    assert result.code == 1
     (parent,) = sweeps(runs)
     name = parent.list_tags()["qtorch.sweep"]
     assert parent.status == "FAILED"
@@ -70,72 +70,76 @@ def test_a_sweep_is_one_run_that_the_same_command_takes_up_again(
     assert sorted(r.status for r in children) == ["FAILED"] * 2 + ["FINISHED"] * 2
     for run in children:
         assert run.list_tags()["qtorch.task_id"] == task_id(run.load_object("task"))
-    assert len(rows_of(told, "seed=", "FINISHED")) == len(rows_of(told, "seed=", "FAILED")) == 2
-    assert "hidden_size=8       2 " in told.out  # the seeds as a group
-    assert "all with: debug=tiny" in told.out
-    assert len([line for line in told.err.splitlines() if line.startswith("error: job ")]) == 2
+    assert (
+        len(matching_rows(result, "seed=", "FINISHED"))
+        == len(matching_rows(result, "seed=", "FAILED"))
+        == 2
+    )
+    assert "hidden_size=8       2 " in result.out  # the group of seeds
+    assert "common overrides: debug=tiny" in result.out
+    assert len([line for line in result.err.splitlines() if line.startswith("error: job ")]) == 2
 
-    before = {r.id: trained_at(r) for r in children if r.status == "FINISHED"}
-    told = train(*command)
-    assert told.code == 1
+    training_times = {r.id: training_time(r) for r in children if r.status == "FINISHED"}
+    result = train(*command)
+    assert result.code == 1
     assert {r.id for r in jobs()} == {r.id for r in children}
-    assert {r.id: trained_at(r) for r in jobs() if r.status == "FINISHED"} == before
-    assert len(rows_of(told, "(skipped)")) == 2
-    assert "sweep.retry=true" in told.err
+    assert {r.id: training_time(r) for r in jobs() if r.status == "FINISHED"} == training_times
+    assert len(matching_rows(result, "(skipped)")) == 2
+    assert "sweep.retry=true" in result.err
     assert [p.id for p in sweeps(runs)] == [parent.id]
 
-    monkeypatch.chdir(folder.parent)  # from another folder: the store is known
-    told = qtorch_cli("sweep", "resume", name, "retry=true")
+    monkeypatch.chdir(folder.parent)  # from another folder: the command finds the store
+    result = qtorch_cli("sweep", "resume", name, "retry=true")
     monkeypatch.chdir(folder)
-    assert told.code == 1
-    assert len(rows_of(told, "(skipped)")) == 2
+    assert result.code == 1
+    assert len(matching_rows(result, "(skipped)")) == 2
     attempts = {r.status: r.list_tags()[ATTEMPT_TAG] for r in jobs()}
     assert attempts == {"FINISHED": "1", "FAILED": "2"}
     assert {r.id for r in jobs()} == {r.id for r in children}
 
-    told = train("-m", "model.network.hidden_size=8", "seed=0,1,2")
-    assert told.code == 0, told.err
+    result = train("-m", "model.network.hidden_size=8", "seed=0,1,2")
+    assert result.code == 0, result.err
     assert len(jobs()) == 5  # one new value, one new run
-    assert len(rows_of(told, "(skipped)")) == 2
+    assert len(matching_rows(result, "(skipped)")) == 2
     assert {p.status for p in sweeps(runs)} == {"FINISHED", "FAILED"}
 
-    told = train("-m", "model.network.hidden_size=8", "seed=0,1", "record=none")
-    assert told.code == 0, told.err
-    assert len(rows_of(told, "(records only)")) == 2
-    made = [r for r in jobs() if FIT_FROM_TAG in r.list_tags()]
-    assert {r.list_tags()[FIT_FROM_TAG] for r in made} == set(before)
-    for run in made:
-        fitted = next(r for r in children if r.id == run.list_tags()[FIT_FROM_TAG])
-        assert run.load_object("fit_report") == fitted.load_object("fit_report")
-        assert run.logged("valid/loss") == fitted.logged("valid/loss")
-        assert run.load_object("params.pkl").fit_report_ == fitted.load_object("fit_report")
+    result = train("-m", "model.network.hidden_size=8", "seed=0,1", "record=none")
+    assert result.code == 0, result.err
+    assert len(matching_rows(result, "(records only)")) == 2
+    record_runs = [r for r in jobs() if FIT_FROM_TAG in r.list_tags()]
+    assert {r.list_tags()[FIT_FROM_TAG] for r in record_runs} == set(training_times)
+    for run in record_runs:
+        fitted_run = next(r for r in children if r.id == run.list_tags()[FIT_FROM_TAG])
+        assert run.load_object("fit_report") == fitted_run.load_object("fit_report")
+        assert run.metric_history("valid/loss") == fitted_run.metric_history("valid/loss")
+        assert run.load_object("params.pkl").fit_report_ == fitted_run.load_object("fit_report")
         assert not list(run.checkpoint_dir().iterdir())
 
-    # the same job alone
+    # The same job without a sweep.
     assert train("model.network.hidden_size=8", "seed=1").code == 0
-    alone = next(r for r in jobs() if PARENT_TAG not in r.list_tags())
-    same = next(r for r in children if r.list_tags()["qtorch.task_id"] == task_of(alone))
-    assert alone.list_metrics() == same.list_metrics()
-    shown(qtorch_cli, name, parent.id)
+    single_run = next(r for r in jobs() if PARENT_TAG not in r.list_tags())
+    sweep_run = next(r for r in children if r.list_tags()["qtorch.task_id"] == task_tag(single_run))
+    assert single_run.list_metrics() == sweep_run.list_metrics()
+    check_sweep_command(qtorch_cli, name, parent.id)
 
 
-def task_of(run) -> str:
+def task_tag(run) -> str:
     return run.list_tags()["qtorch.task_id"]
 
 
-def shown(qtorch_cli, name, id):
-    """What `qtorch sweep` tells of the first sweep."""
-    told = qtorch_cli("sweep", "show", name)
-    assert told.code == 0, told.err
-    assert len(rows_of(told, "seed=", "FAILED")) == 2
-    assert "4 jobs, 2 finished, 2 failed" in told.out
-    told = qtorch_cli("sweep", "best", id, "metric=valid.IC")
-    assert "best by valid.IC" in told.out
-    assert "hidden_size=8" in told.out
-    told = qtorch_cli("sweep", "best", name, "metric=valid.ICC")
-    assert "Did you mean 'valid.IC'" in told.error()
-    told = qtorch_cli("sweep", "list")
-    assert name in told.out
+def check_sweep_command(qtorch_cli, name, id):
+    """Check what `qtorch sweep` prints about the first sweep."""
+    result = qtorch_cli("sweep", "show", name)
+    assert result.code == 0, result.err
+    assert len(matching_rows(result, "seed=", "FAILED")) == 2
+    assert "4 jobs, 2 finished, 2 failed" in result.out
+    result = qtorch_cli("sweep", "best", id, "metric=valid.IC")
+    assert "best by valid.IC" in result.out
+    assert "hidden_size=8" in result.out
+    result = qtorch_cli("sweep", "best", name, "metric=valid.ICC")
+    assert "Did you mean 'valid.IC'" in result.error()
+    result = qtorch_cli("sweep", "list")
+    assert name in result.out
     assert "Did you mean" in qtorch_cli("sweep", "show", name + "x").error()
     assert "Did you mean 'resume'" in qtorch_cli("sweep", "resum", name).err
     assert "retry" in qtorch_cli("sweep", "--help").out
@@ -145,26 +149,26 @@ LONG = ("trainer.max_epochs=48", "callbacks=no_stop", "model.network.dropout=0.2
 STEPS = ("model.checkpoint.every_n_steps=2", "model.network.hidden_size=8")
 
 
-def wait_for_epoch(jobs, child, epoch, patience=240.0):
-    end = time.monotonic() + patience
+def wait_for_epoch(jobs, child, epoch, timeout=240.0):
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         assert child.poll() is None, child.communicate()
         for run in jobs():
-            if epoch in run.logged("valid/loss"):
+            if epoch in run.metric_history("valid/loss"):
                 return run
         time.sleep(0.1)
-    raise AssertionError("the training did not get anywhere")
+    raise AssertionError("the training did not reach the epoch in time")
 
 
-def below(pid: int) -> list[int]:
-    """The processes that descend from one."""
-    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in told.stdout.splitlines()]
-    found, fresh = [], [pid]
-    while fresh:
-        fresh = [p for p, parent in pairs if parent in fresh]
-        found += fresh
-    return found
+def descendant_pids(pid: int) -> list[int]:
+    """Return the process IDs of all descendants of a process."""
+    result = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    descendants, generation = [], [pid]
+    while generation:
+        generation = [p for p, parent in pairs if parent in generation]
+        descendants += generation
+    return descendants
 
 
 def is_alive(pid: int) -> bool:
@@ -175,14 +179,14 @@ def is_alive(pid: int) -> bool:
 
 
 def history(run) -> dict:
-    return {k: run.logged(k) for k in sorted(run.list_metrics())}
+    return {k: run.metric_history(k) for k in sorted(run.list_metrics())}
 
 
-def test_a_sweep_that_is_interrupted_and_killed_ends_as_one_that_was_not(
-    warm, start, train, runs, jobs, qtorch_cli
+def test_interrupted_and_killed_sweep_gives_equal_results(
+    session_fork_server, start, train, runs, jobs, qtorch_cli
 ):
     job = ("train", "debug=tiny", "log_level=WARNING", "-m", *LONG, *STEPS, "seed=0,1")
-    child = start(*job, own_group=True)
+    child = start(*job, new_session=True)
     run = wait_for_epoch(jobs, child, 1)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, err = child.communicate(timeout=120)
@@ -194,71 +198,69 @@ def test_a_sweep_that_is_interrupted_and_killed_ends_as_one_that_was_not(
     assert f"qtorch sweep resume {name}" in err
     assert [r.status for r in jobs()] == ["KILLED"]
     assert parent.status == "KILLED"
-    stood = max(run.logged("valid/loss"))
+    last_epoch = max(run.metric_history("valid/loss"))
 
-    child = start(*job, own_group=True)
-    wait_for_epoch(jobs, child, stood + 2)
-    others = below(child.pid)
-    child.kill()  # -9: the jobs' processes notice
+    child = start(*job, new_session=True)
+    wait_for_epoch(jobs, child, last_epoch + 2)
+    descendants = descendant_pids(child.pid)
+    child.kill()  # SIGKILL: the jobs' processes notice it
     child.communicate()
     end = time.monotonic() + 60
-    while any(map(is_alive, others)) and time.monotonic() < end:
+    while any(map(is_alive, descendants)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(map(is_alive, others))
+    assert not any(map(is_alive, descendants))
     assert [r.status for r in jobs()] == ["KILLED"]
 
-    told = qtorch_cli("sweep", "resume", name)
-    assert told.code == 0, told.err
-    found = {r.list_params()["seed"]: r for r in jobs()}
+    result = qtorch_cli("sweep", "resume", name)
+    assert result.code == 0, result.err
+    runs_by_seed = {r.list_params()["seed"]: r for r in jobs()}
     assert len(jobs()) == 2
-    assert found["0"].id == run.id
-    assert len(rows_of(told, "(resumed)")) == 1
+    assert runs_by_seed["0"].id == run.id
+    assert len(matching_rows(result, "(resumed)")) == 1
     assert sweeps(runs)[0].status == "FINISHED"
     plan = parent.load_object("sweep")
     assert plan["commands"][0]["words"][0] == "debug=tiny"
 
     assert train("debug=tiny", *LONG, *STEPS, "seed=0").code == 0
-    alone = next(r for r in jobs() if PARENT_TAG not in r.list_tags())
-    assert history(alone) == history(found["0"])
+    single_run = next(r for r in jobs() if PARENT_TAG not in r.list_tags())
+    assert history(single_run) == history(runs_by_seed["0"])
 
 
-def test_a_job_that_the_kernel_ends_is_failed_and_takes_no_other_along(
-    warm, train, jobs, folder, monkeypatch
-):
-    (folder / "greedy.py").write_text(
-        "import os, signal\nfrom qtorch.nn import LSTM\n\n\nclass Greedy(LSTM):\n"
+def test_killed_job_fails_alone(session_fork_server, train, jobs, folder, monkeypatch):
+    (folder / "self_killing.py").write_text(
+        "import os, signal\nfrom qtorch.nn import LSTM\n\n\nclass SelfKilling(LSTM):\n"
         "    def __init__(self, *args, **kwargs):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("QTORCH_TRUSTED", "greedy")
-    told = train("-m", "model.network._target_=greedy.Greedy,qtorch.nn.GRU")
-    assert told.code == 1
-    assert "was ended by SIGKILL" in told.err
-    ends = {r.status: r.list_tags().get("error", "") for r in jobs()}
-    assert sorted(ends) == ["FAILED", "FINISHED"]
-    assert "SIGKILL" in ends["FAILED"]
+    monkeypatch.setenv("QTORCH_TRUSTED", "self_killing")
+    result = train("-m", "model.network._target_=self_killing.SelfKilling,qtorch.nn.GRU")
+    assert result.code == 1
+    assert "was killed by SIGKILL" in result.err
+    errors = {r.status: r.list_tags().get("error", "") for r in jobs()}
+    assert sorted(errors) == ["FAILED", "FINISHED"]
+    assert "SIGKILL" in errors["FAILED"]
 
 
-def test_an_error_of_the_launcher_does_not_lose_the_table(warm, train, runs, jobs, folder):
+def test_launcher_error_keeps_the_table(session_fork_server, train, runs, jobs, folder):
     (folder / "out").mkdir()
-    (folder / "out" / "1").touch()  # where the second job's folder would be
-    told = train("-m", "hydra.sweep.dir=out", "seed=0,1")
-    assert told.code == 1
-    assert "out/1" in told.error()
-    assert len(rows_of(told, " 0 ", "FINISHED")) == 1
+    (folder / "out" / "1").touch()  # blocks the folder of the second job
+    result = train("-m", "hydra.sweep.dir=out", "seed=0,1")
+    assert result.code == 1
+    assert "out/1" in result.error()
+    assert len(matching_rows(result, " 0 ", "FINISHED")) == 1
     assert [r.status for r in jobs()] == ["FINISHED"]
     assert [p.status for p in sweeps(runs)] == ["FAILED"]
 
 
-def test_two_processes_begin_one_sweep_at_once(folder, runs):
+def test_concurrent_starts_share_one_sweep(folder, runs):
     from multiprocessing import get_context
 
     from qtorch import R
 
-    R.get_exp(experiment_name="debug")  # the store is there
+    R.get_exp(experiment_name="debug")  # create the store
     context = get_context("fork")
     barrier = context.Barrier(4)
-    children = [context.Process(target=begin_one, args=(barrier,)) for _ in range(4)]
+    children = [context.Process(target=start_and_end_sweep, args=(barrier,)) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:
@@ -268,78 +270,81 @@ def test_two_processes_begin_one_sweep_at_once(folder, runs):
     assert len(parent.load_object("sweep")["commands"]) == 1
 
 
-def begin_one(barrier):
-    from qtorch.study.sweep import begin_sweep, end_sweep
+def start_and_end_sweep(barrier):
+    from qtorch.study.sweep import end_sweep, start_sweep
 
     barrier.wait()
-    recorder = begin_sweep("race", "debug", ["seed=0,1"], told=["seed=0,1"], folder=".")
+    recorder = start_sweep("race", "debug", ["seed=0,1"], overrides=["seed=0,1"], folder=".")
     end_sweep(recorder)
 
 
-ODD = """
+SELF_KILLING_NETWORK = """
 import json, os, signal
 from pathlib import Path
 from qtorch.nn import LSTM
 
 
-class Odd(LSTM):
+class SelfKilling(LSTM):
     def __init__(self, d_feat=6, **kwargs):
-        Path("seen.json").write_text(json.dumps(os.environ.get("CUDA_VISIBLE_DEVICES")))
-        if not Path("spared").exists():
-            os.kill(os.getppid(), signal.SIGKILL)  # submitit's, which would tell of the end
+        Path("visible_devices.json").write_text(json.dumps(os.environ.get("CUDA_VISIBLE_DEVICES")))
+        if not Path("survive").exists():
+            os.kill(os.getppid(), signal.SIGKILL)  # submitit's process, which would report the end
             os.kill(os.getpid(), signal.SIGKILL)
         super().__init__(d_feat, **kwargs)
 """
 
 
-def test_submitit_gives_each_job_that_is_left_a_process_by_itself(
-    warm, train, jobs, folder, monkeypatch
+def test_submitit_runs_each_unfinished_job_in_its_own_process(
+    session_fork_server, train, jobs, folder, monkeypatch
 ):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    (folder / "odd.py").write_text(ODD)
+    (folder / "self_killing.py").write_text(SELF_KILLING_NETWORK)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("QTORCH_TRUSTED", "odd")
+    monkeypatch.setenv("QTORCH_TRUSTED", "self_killing")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     command = ("-m", "model=gru", "hydra/launcher=submitit_local")
-    networks = "model.network._target_=odd.Odd,qtorch.nn.GRU"
-    told = train(*command, networks)
-    assert told.code == 1
-    # The lost one was waited for, and the others too: it may be taken up, and none has failed.
-    assert len(rows_of(told, "Odd", "KILLED")) == len(rows_of(told, "GRU", "FINISHED")) == 1
-    assert "error: job 0: job " in told.err
-    assert "has ended without a result" in told.err
-    assert "0_log.err" in told.err
-    assert (folder / "seen.json").read_text() == '"5,7"'
+    networks = "model.network._target_=self_killing.SelfKilling,qtorch.nn.GRU"
+    result = train(*command, networks)
+    assert result.code == 1
+    # The launcher has waited for all jobs. The lost one can be resumed, and none has failed.
+    assert (
+        len(matching_rows(result, "SelfKilling", "KILLED"))
+        == len(matching_rows(result, "GRU", "FINISHED"))
+        == 1
+    )
+    assert "error: job 0: job " in result.err
+    assert "ended without a result" in result.err
+    assert "0_log.err" in result.err
+    assert (folder / "visible_devices.json").read_text() == '"5,7"'
 
-    (folder / "spared").touch()
+    (folder / "survive").touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    submitted = len(list(folder.rglob("*_submitted.pkl")))
-    told = train(*command, f"{networks},no.Net")
-    assert told.code == 1
-    assert len(rows_of(told, " 0 ", "Odd", "FINISHED (resumed)")) == 1, told
-    assert len(rows_of(told, " 1 ", "GRU", "FINISHED (skipped)")) == 1
-    assert len(rows_of(told, " 2 ", "no.Net", "FAILED")) == 1
-    assert len(list(folder.rglob("*_submitted.pkl"))) == submitted + 2  # of the jobs that were left
+    num_submitted = len(list(folder.rglob("*_submitted.pkl")))
+    result = train(*command, f"{networks},no.Net")
+    assert result.code == 1
+    assert len(matching_rows(result, " 0 ", "SelfKilling", "FINISHED (resumed)")) == 1, result
+    assert len(matching_rows(result, " 1 ", "GRU", "FINISHED (skipped)")) == 1
+    assert len(matching_rows(result, " 2 ", "no.Net", "FAILED")) == 1
+    # Only the unfinished jobs were submitted.
+    assert len(list(folder.rglob("*_submitted.pkl"))) == num_submitted + 2
     assert len([p for p in folder.rglob("job.json") if p.parent.name == "2"]) == 1
-    assert (folder / "seen.json").read_text() == "null"
+    assert (folder / "visible_devices.json").read_text() == "null"
 
-    told = train(*command, f"{networks},no.Net")
-    assert told.code == 1
-    assert len(list(folder.rglob("*_submitted.pkl"))) == submitted + 2
-    assert len(rows_of(told, "(skipped)")) == 2
-    assert "error: job 2: " in told.err
-    assert "sweep.retry=true" in told.err
+    result = train(*command, f"{networks},no.Net")
+    assert result.code == 1
+    assert len(list(folder.rglob("*_submitted.pkl"))) == num_submitted + 2
+    assert len(matching_rows(result, "(skipped)")) == 2
+    assert "error: job 2: " in result.err
+    assert "sweep.retry=true" in result.err
     assert len(jobs()) == 3
 
 
-def test_a_launcher_that_is_not_installed_is_told_before_anything_begins(
-    qtorch_cli, runs, monkeypatch
-):
+def test_missing_launcher_is_reported_before_the_sweep_starts(qtorch_cli, runs, monkeypatch):
     from hydra.core.plugins import Plugins
 
     joblib = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
     monkeypatch.delitem(Plugins.instance().class_name_to_class, joblib)
-    told = qtorch_cli("train", "-m", "debug=tiny", "hydra/launcher=joblib", "seed=0,1")
-    assert "pip install 'qtorch[sweep]'" in told.error()
+    result = qtorch_cli("train", "-m", "debug=tiny", "hydra/launcher=joblib", "seed=0,1")
+    assert "pip install 'qtorch[sweep]'" in result.error()
     assert not sweeps(runs)
