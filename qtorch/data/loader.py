@@ -338,13 +338,13 @@ def evaluate_columns(
     n = len(bars.instruments)
     out = instrument_major(span.stop - span.start, n, len(expressions))
     if span == slice(0, len(visible_bars.calendar)):
-        return PanelColumns(evaluate(expressions, visible_bars, out=out, others=mask_bars))
+        return PanelColumns(evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars))
     # The rows before the dates are history that the result does not need: compute blocks of
     # instruments on all rows and cut them.
     for first in range(0, n, INSTRUMENTS_AT_ONCE):
         part = slice(first, first + INSTRUMENTS_AT_ONCE)
         block = _select_instruments(visible_bars, part)
-        out[:, part] = evaluate(expressions, block, others=mask_bars).values[span]
+        out[:, part] = evaluate(expressions, block, mask_bars=mask_bars).values[span]
     dates = bars.calendar[span]
     mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
     return PanelColumns(

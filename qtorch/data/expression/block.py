@@ -1,4 +1,4 @@
-"""A block of instruments: its fields, and which rows of each instrument are stored."""
+"""A block of instruments: its fields, and the stored rows of each instrument."""
 
 from __future__ import annotations
 
@@ -10,104 +10,106 @@ from torch import Tensor
 
 from qtorch.core.errors import ExpressionError, unknown_name
 from qtorch.data.expression.node import Field
-from qtorch.data.expression.tokens import error_at
+from qtorch.data.expression.tokens import expression_error
 from qtorch.data.panel import Panel
 
 NAN = float("nan")
 
 
 class Block:
-    """Some instruments (columns `start..stop`) of the bars, all rows.
+    """All rows of the instruments in columns `start..stop` of the bars.
 
-    Values here are `[D, n]` tensors. A number is NaN outside its instrument's span; what a
-    condition holds there is undefined, and `numbers` mends it. `others` are bars of instruments
-    that `Mask` may name besides.
+    Values are `[D, n]` tensors. Numbers are NaN outside the span of their instrument; conditions
+    are undefined there until `as_numbers` converts them. `mask_bars` are the bars of further
+    instruments that `Mask` may name.
     """
 
-    def __init__(self, bars: Panel, start: int, stop: int, others: Panel | None = None) -> None:
-        self.bars, self.start, self.stop, self.others = bars, start, stop, others
+    def __init__(self, bars: Panel, start: int, stop: int, mask_bars: Panel | None = None) -> None:
+        self.bars, self.start, self.stop, self.mask_bars = bars, start, stop, mask_bars
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start
         spans = bars.spans[start:stop].to(self.device)
         self.first, self.last = spans[:, 0].contiguous(), spans[:, 1].contiguous()
-        self.whole = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
+        self.is_full = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
         self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows
 
     @cached_property
     def rows(self) -> Tensor:
-        """`[D, 1]` float64: the number of each row."""
+        """The row numbers, `[D, 1]` float64."""
         return torch.arange(self.num_rows, dtype=torch.float64, device=self.device)[:, None]
 
     @cached_property
-    def inside(self) -> Tensor:
-        """`[D, n]` bool: the rows within each instrument's span."""
+    def is_stored(self) -> Tensor:
+        """Whether a row is within the instrument's span, `[D, n]` bool."""
         order = torch.arange(self.num_rows, device=self.device)[:, None]
         return (order >= self.first) & (order <= self.last)
 
     @cached_property
-    def gap(self) -> Tensor:
-        """`[D, n]` float32: 0 within the spans, NaN outside; adding it is the quickest mask."""
-        return torch.zeros(self.inside.shape, device=self.device).masked_fill_(~self.inside, NAN)
+    def span_mask(self) -> Tensor:
+        """0 within the spans and NaN outside, `[D, n]` float32; adding it is the fastest mask."""
+        return torch.zeros(self.is_stored.shape, device=self.device).masked_fill_(
+            ~self.is_stored, NAN
+        )
 
-    def window(self, asked: int) -> int:
-        """The window that sees the same rows: 0 is all, and none is longer than the calendar."""
+    def clip_window(self, window: int) -> int:
+        """Limit a window to the length of the calendar; 0 means all past rows."""
         rows = max(self.num_rows, 1)
-        return rows if asked == 0 else min(asked, rows)
+        return rows if window == 0 else min(window, rows)
 
-    def windows(self, asked: Iterable[int]) -> tuple[int, ...]:
-        """The same for many, ascending and each once."""
-        return tuple(sorted({self.window(w) for w in asked}))
+    def clip_windows(self, windows: Iterable[int]) -> tuple[int, ...]:
+        """Limit several windows and return them ascending and unique."""
+        return tuple(sorted({self.clip_window(w) for w in windows}))
 
-    def first_row(self, window: int) -> Tensor:
-        """`[D, 1]` or `[D, n]` float64: the first row of each window cut at the span's start."""
+    def first_rows(self, window: int) -> Tensor:
+        """Return the first row of each window within the span, `[D, 1]` or `[D, n]` float64."""
         start = (self.rows - (window - 1)).clamp_(min=0)
-        return start if self.whole else torch.maximum(start, self.first.to(start.dtype))
+        return start if self.is_full else torch.maximum(start, self.first.to(start.dtype))
 
-    def lengths(self, window: int) -> Tensor:
-        """Rows in each window, with or without a value: `[D, 1]` or `[D, n]` float64."""
-        return (self.rows + 1 - self.first_row(window)).clamp_(min=0)
+    def window_lengths(self, window: int) -> Tensor:
+        """Return the number of rows in each window, including NaN: `[D, 1]` or `[D, n]` float64."""
+        return (self.rows + 1 - self.first_rows(window)).clamp_(min=0)
 
-    def seal(self, values: Tensor, *, head: bool = False) -> Tensor:
-        """NaN after the last stored row (and before the first: `head`), in place."""
-        if self.whole:
+    def mask_outside_span(self, values: Tensor, *, head: bool = False) -> Tensor:
+        """Set values after the span (with `head` also those before it) to NaN in place."""
+        if self.is_full:
             return values
-        tail = 0 if head else self._tail
-        if tail < self.num_rows:
-            values[tail:] += self.gap[tail:]
+        start = 0 if head else self._tail
+        if start < self.num_rows:
+            values[start:] += self.span_mask[start:]
         return values
 
-    def numbers(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A condition as 0 and 1 (NaN outside the spans); numbers as they are, cast to `dtype`."""
+    def as_numbers(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Convert conditions to 0 and 1 (NaN outside the spans), and cast numbers to `dtype`."""
         if values.dtype == torch.bool:
-            return self.seal(values.to(dtype or torch.float32), head=True)
+            return self.mask_outside_span(values.to(dtype or torch.float32), head=True)
         return values if dtype is None else values.to(dtype)
 
     def empty(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Tensor:
-        """An uninitialised `[D, n]` tensor."""
+        """Return an uninitialized `[D, n]` tensor."""
         shape = (self.num_rows if rows is None else rows, self.num_columns)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def load(self, field: Field) -> Tensor:
-        """A stored field `[D, n]`, contiguous.
+        """Load a stored field as a contiguous `[D, n]` tensor.
 
-        Raises ExpressionError with the nearest name where the bars lack it.
+        Raises ExpressionError with the nearest name if the bars do not have the field.
         """
         name = field_name(field, self.bars.fields)
         column = self.bars.column(name)[:, self.start : self.stop]
         values = column.to(torch.float32).contiguous()
-        if self.whole:
+        if self.is_full:
             return values
-        return values + self.gap
+        return values + self.span_mask
 
 
-def field_name(field: Field, known: Sequence[str]) -> str:
-    """The bars' own name of a field: as written, or in lower case (as Qlib stores names)."""
+def field_name(field: Field, stored_names: Sequence[str]) -> str:
+    """Find the stored name of a field: as written or in lower case, as Qlib stores names."""
     for name in (field.name, field.name.lower()):
-        if name in known:
+        if name in stored_names:
             return name
-    raise _unknown_field(field, known)
+    raise _unknown_field_error(field, stored_names)
 
 
-def _unknown_field(field: Field, known: Sequence[str]) -> ExpressionError:
-    return error_at(field.span, unknown_name("field", field.name, known))
+def _unknown_field_error(field: Field, stored_names: Sequence[str]) -> ExpressionError:
+    return expression_error(field.span, unknown_name("field", field.name, stored_names))

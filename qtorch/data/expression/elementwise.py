@@ -1,4 +1,4 @@
-"""Operators that look at one row: arithmetic, comparison, conditions, Log, Sign, If."""
+"""Operators on single rows: arithmetic, comparisons, conditions, Log, Sign, If."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Kernel, Machine
+from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.plan import Step
 
 
-def _arithmetic(function: Callable[..., Tensor], *, opens: bool = False) -> Kernel:
-    """A kernel of two operands; `opens` where it may give numbers out of NaN (`NaN ** 0`)."""
+def _arithmetic(function: Callable[..., Tensor], *, fills_nan: bool = False) -> Kernel:
+    """Build a kernel of two operands; `fills_nan` if NaN may become a number (`NaN ** 0`)."""
 
-    def kernel(machine: Machine, step: Step) -> Tensor:
-        left, right = machine.operand(step, 0), machine.operand(step, 1)
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        left, right = executor.get_operand(step, 0), executor.get_operand(step, 1)
         if step.dtype == torch.float64:
-            left, right = _wide(left), _wide(right)
-        into = machine.destination(step)
-        result = function(left, right) if into is None else function(left, right, out=into)
-        return machine.block.seal(result, head=True) if opens else result
+            left, right = _to_float64(left), _to_float64(right)
+        out = executor.get_output(step)
+        result = function(left, right) if out is None else function(left, right, out=out)
+        return executor.block.mask_outside_span(result, head=True) if fills_nan else result
 
     return kernel
 
 
-def _wide(value: Tensor | int | float) -> Tensor | int | float:
+def _to_float64(value: Tensor | int | float) -> Tensor | int | float:
     return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
-def _extreme(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch's maximum and minimum for a tensor and a constant too; NaN wins, as in numpy."""
+def _accept_constants(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Extend torch.maximum or minimum to constant operands; NaN propagates, as in numpy."""
 
     def apply(left: Tensor | float, right: Tensor | float, *, out: Tensor | None = None) -> Tensor:
         if not isinstance(left, Tensor):
             left, right = right, left
-        assert isinstance(left, Tensor), "the parser asks for a series in every call"
+        assert isinstance(left, Tensor), "the parser requires a series in every call"
         if not isinstance(right, Tensor):
             right = left.new_tensor(right)
         return function(left, right, out=out)
@@ -44,36 +44,36 @@ def _extreme(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return apply
 
 
-def _comparison(function: Callable[..., Tensor], mirrored: Callable[..., Tensor]) -> Kernel:
-    def kernel(machine: Machine, step: Step) -> Tensor:
-        left, right = machine.operand(step, 0), machine.operand(step, 1)
+def _comparison(function: Callable[..., Tensor], mirror: Callable[..., Tensor]) -> Kernel:
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        left, right = executor.get_operand(step, 0), executor.get_operand(step, 1)
         if isinstance(left, Tensor):
             return function(left, right)
-        return mirrored(right, left)
+        return mirror(right, left)
 
     return kernel
 
 
 def _condition(function: Callable[..., Tensor]) -> Kernel:
-    def kernel(machine: Machine, step: Step) -> Tensor:
-        return function(*(machine.value(step, k) for k in range(len(step.arguments))))
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        return function(*(executor.get_value(step, k) for k in range(len(step.arguments))))
 
     return kernel
 
 
-def _field(machine: Machine, step: Step) -> Tensor:
+def _field(executor: Executor, step: Step) -> Tensor:
     node = step.node
     assert step.operator == "Field"
-    return machine.block.load(node)  # type: ignore[arg-type]  # as asserted
+    return executor.block.load(node)  # type: ignore[arg-type]  # the node of a Field step
 
 
-def _log(machine: Machine, step: Step) -> Tensor:
-    """The logarithm as numpy rounds it in float32: torch's differs in the last place.
+def _log(executor: Executor, step: Step) -> Tensor:
+    """Compute the logarithm with numpy's rounding in float32, which differs from torch's.
 
-    The difference is 1 in 2**24, which a correlation of nearly equal numbers shows. Away from the
-    CPU the float64 logarithm, rounded, is nearest to numpy's.
+    The relative difference is 2**-24, which becomes visible in the correlation of nearly equal
+    numbers. On a GPU, the rounded float64 logarithm is closest to numpy's result.
     """
-    values = machine.numbers(step)
+    values = executor.get_numbers(step)
     if values.dtype == torch.float64:
         return torch.log(values)
     if values.device.type != "cpu":
@@ -82,18 +82,20 @@ def _log(machine: Machine, step: Step) -> Tensor:
         return torch.from_numpy(np.log(values.numpy()))
 
 
-def _sign(machine: Machine, step: Step) -> Tensor:
-    values = machine.numbers(step)
-    return torch.sign(values).add_(values * 0)  # torch's sign of NaN is 0
+def _sign(executor: Executor, step: Step) -> Tensor:
+    values = executor.get_numbers(step)
+    return torch.sign(values).add_(values * 0)  # torch's sign of NaN is 0, but must be NaN
 
 
-def _if(machine: Machine, step: Step) -> Tensor:
-    condition = machine.value(step, 0)
+def _if_else(executor: Executor, step: Step) -> Tensor:
+    condition = executor.get_value(step, 0)
     if condition.dtype != torch.bool:
-        condition = condition != 0  # NaN counts as true, as in numpy
-    chosen = [torch.as_tensor(machine.operand(step, place)).to(step.dtype) for place in (1, 2)]
-    left, right = (value.to(condition.device) for value in chosen)
-    return machine.block.seal(torch.where(condition, left, right), head=True)
+        condition = condition != 0  # NaN is true, as in numpy
+    branches = [
+        torch.as_tensor(executor.get_operand(step, position)).to(step.dtype) for position in (1, 2)
+    ]
+    left, right = (value.to(condition.device) for value in branches)
+    return executor.block.mask_outside_span(torch.where(condition, left, right), head=True)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -102,9 +104,9 @@ KERNELS: dict[str, Kernel] = {
     "Sub": _arithmetic(torch.sub),
     "Mul": _arithmetic(torch.mul),
     "Div": _arithmetic(torch.div),
-    "Power": _arithmetic(torch.pow, opens=True),
-    "Greater": _arithmetic(_extreme(torch.maximum)),
-    "Less": _arithmetic(_extreme(torch.minimum)),
+    "Power": _arithmetic(torch.pow, fills_nan=True),
+    "Greater": _arithmetic(_accept_constants(torch.maximum)),
+    "Less": _arithmetic(_accept_constants(torch.minimum)),
     "Gt": _comparison(torch.gt, torch.lt),
     "Ge": _comparison(torch.ge, torch.le),
     "Lt": _comparison(torch.lt, torch.gt),
@@ -114,8 +116,8 @@ KERNELS: dict[str, Kernel] = {
     "And": _condition(torch.logical_and),
     "Or": _condition(torch.logical_or),
     "Not": _condition(torch.logical_not),
-    "Abs": lambda machine, step: machine.numbers(step).abs(),
+    "Abs": lambda executor, step: executor.get_numbers(step).abs(),
     "Sign": _sign,
     "Log": _log,
-    "If": _if,
+    "If": _if_else,
 }

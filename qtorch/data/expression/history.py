@@ -1,4 +1,4 @@
-"""Operators that look at other rows one by one or at all of them: Ref, Delta, EMA, Mad, Mask."""
+"""Operators that use single other rows or the whole history: Ref, Delta, EMA, Mad."""
 
 from __future__ import annotations
 
@@ -6,56 +6,56 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.block import NAN, Block
-from qtorch.data.expression.machine import Kernel, Machine
+from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.plan import Step
 
 
-def _shifted(block: Block, values: Tensor, lag: int) -> Tensor:
-    """Values `lag` rows ago (ahead if negative); 0: each instrument's first stored row."""
+def _shift(block: Block, values: Tensor, lag: int) -> Tensor:
+    """Shift values by `lag` rows (ahead if negative); 0 is each instrument's first stored row."""
     rows = block.num_rows
     if lag == 0:
         first = values.gather(0, block.first.clamp(max=max(rows - 1, 0))[None])
-        return block.seal(first.expand_as(values).clone(), head=True)
-    shifted = torch.empty_like(values)
+        return block.mask_outside_span(first.expand_as(values).clone(), head=True)
+    result = torch.empty_like(values)
     if lag > 0:
-        cut = min(lag, rows)
-        shifted[:cut] = NAN
-        shifted[cut:] = values[: rows - cut]
-        return block.seal(shifted)
-    cut = min(-lag, rows)
-    shifted[rows - cut :] = NAN
-    shifted[: rows - cut] = values[cut:]
-    return block.seal(shifted, head=True)
+        num_missing = min(lag, rows)
+        result[:num_missing] = NAN
+        result[num_missing:] = values[: rows - num_missing]
+        return block.mask_outside_span(result)
+    num_missing = min(-lag, rows)
+    result[rows - num_missing :] = NAN
+    result[: rows - num_missing] = values[num_missing:]
+    return block.mask_outside_span(result, head=True)
 
 
-def _ref(machine: Machine, step: Step) -> Tensor:
-    return _shifted(machine.block, machine.numbers(step), int(step.numbers[0]))
+def _ref(executor: Executor, step: Step) -> Tensor:
+    return _shift(executor.block, executor.get_numbers(step), int(step.constants[0]))
 
 
-def _delta(machine: Machine, step: Step) -> Tensor:
-    values = machine.numbers(step)
-    return values - _shifted(machine.block, values, int(step.numbers[0]))
+def _delta(executor: Executor, step: Step) -> Tensor:
+    values = executor.get_numbers(step)
+    return values - _shift(executor.block, values, int(step.constants[0]))
 
 
 # -- exponential means -----------------------------------------------------------------------------
 
 
-def _exponential_mean(machine: Machine, step: Step) -> Tensor:
-    """pandas' adjusted exponential mean over all history; a missing day only ages the weights."""
-    series, given = machine.series(step), step.numbers[0]
-    block = machine.block
-    if given == 0:
-        mean = _expanding_exponential(machine, step)
+def _exponential_mean(executor: Executor, step: Step) -> Tensor:
+    """Compute pandas' adjusted exponential mean; weights decay on missing days too."""
+    series, window = executor.get_series(step), step.constants[0]
+    block = executor.block
+    if window == 0:
+        mean = _expanding_exponential_mean(executor, step)
     else:
-        alpha = given if 0 < given < 1 else 2 / (given + 1)
-        total = _decayed(series.filled.to(torch.float64), 1 - alpha)
-        weight = _decayed(series.rows.valid.to(torch.float64), 1 - alpha)
-        mean = _held(total / weight, series.rows.valid)
-    return block.seal(mean.to(step.dtype))
+        alpha = window if 0 < window < 1 else 2 / (window + 1)
+        total = _decaying_sum(series.values_or_zero.to(torch.float64), 1 - alpha)
+        weight = _decaying_sum(series.rows.valid.to(torch.float64), 1 - alpha)
+        mean = _fill_forward(total / weight, series.rows.valid)
+    return block.mask_outside_span(mean.to(step.dtype))
 
 
-def _decayed(base: Tensor, keep: float) -> Tensor:
-    """`y[t] = base[t] + keep * y[t - 1]`, by doubling: after k passes y sees 2**k rows."""
+def _decaying_sum(base: Tensor, keep: float) -> Tensor:
+    """Compute `y[t] = base[t] + keep * y[t - 1]` by doubling: k passes cover 2**k rows."""
     total, shift, factor = base, 1, keep
     while shift < len(base) and factor > 0:
         longer = total.clone()
@@ -64,48 +64,50 @@ def _decayed(base: Tensor, keep: float) -> Tensor:
     return total
 
 
-def _held(values: Tensor, valid: Tensor) -> Tensor:
-    """Each row's value, or the latest valid row's before it (NaN before the first)."""
+def _fill_forward(values: Tensor, valid: Tensor) -> Tensor:
+    """Replace values of invalid rows by the last valid value (NaN before the first)."""
     rows = torch.arange(len(values), device=values.device)[:, None]
     latest = torch.where(valid > 0, rows, -1).cummax(0).values
     return values.gather(0, latest.clamp(min=0)).masked_fill_(latest < 0, NAN)
 
 
-def _expanding_exponential(machine: Machine, step: Step) -> Tensor:
-    """EMA with window 0: row L of an instrument has weights `(1 - 2/(1 + L)) ** lag`.
+def _expanding_exponential_mean(executor: Executor, step: Step) -> Tensor:
+    """Compute EMA with window 0: row L of an instrument has the weights `(1 - 2/(1 + L)) ** lag`.
 
-    The weights change with the row, so this is a product of a `[D, D]` matrix with the series,
-    each instrument moved up to its first stored row.
+    The weights depend on the row, so a `[D, D]` matrix is multiplied with the series, after each
+    instrument has been shifted to start at its first stored row.
     """
-    series, block = machine.series(step), machine.block
+    series, block = executor.get_series(step), executor.block
     rows = torch.arange(block.num_rows, device=block.device)
     source = rows[:, None] + block.first
-    beyond = source >= block.num_rows
-    moved = series.filled.to(torch.float64).gather(0, source.clamp(max=block.num_rows - 1))
+    is_past_end = source >= block.num_rows
+    aligned_values = series.values_or_zero.to(torch.float64).gather(
+        0, source.clamp(max=block.num_rows - 1)
+    )
     lag = (rows[:, None] - rows).to(torch.float64)
     keep = (1 - 2 / (2 + rows.to(torch.float64)))[:, None]
     weights = torch.where(lag >= 0, keep ** lag.clamp(min=0), 0.0)
     weights /= weights.sum(1, keepdim=True)
-    mean = weights @ moved.masked_fill_(beyond, 0.0)
-    back = (rows[:, None] - block.first).clamp(min=0)
-    # pandas asks for one value in the window, however old.
-    seen = series.rows.valid.cumsum(0) > 0
-    return mean.gather(0, back).masked_fill_(~seen, NAN)
+    mean = weights @ aligned_values.masked_fill_(is_past_end, 0.0)
+    row_in_span = (rows[:, None] - block.first).clamp(min=0)
+    # As in pandas, one value in the window is enough, no matter how old it is.
+    has_value = series.rows.valid.cumsum(0) > 0
+    return mean.gather(0, row_in_span).masked_fill_(~has_value, NAN)
 
 
 # -- mean absolute deviation -----------------------------------------------------------------------
 
 
-def _mean_absolute_deviation(machine: Machine, step: Step) -> Tensor:
-    series = machine.series(step)
-    window, rows = machine.window(step), series.rows
-    mean = series.sum("sum", window).to(torch.float64) * rows.per_count(window)
+def _mean_absolute_deviation(executor: Executor, step: Step) -> Tensor:
+    series = executor.get_series(step)
+    window, rows = executor.get_window(step), series.rows
+    mean = series.sum("sum", window).to(torch.float64) * rows.inverse_count(window)
     total = torch.zeros_like(mean)
     for lag in range(window):
-        distance = (series.filled[: len(mean) - lag] - mean[lag:]).abs_()
+        distance = (series.values_or_zero[: len(mean) - lag] - mean[lag:]).abs_()
         distance *= rows.valid[: len(mean) - lag]
         total[lag:] += distance
-    return machine.block.seal(total.mul_(rows.per_count(window)).to(step.dtype))
+    return executor.block.mask_outside_span(total.mul_(rows.inverse_count(window)).to(step.dtype))
 
 
 KERNELS: dict[str, Kernel] = {

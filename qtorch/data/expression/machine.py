@@ -1,4 +1,4 @@
-"""A plan run over one block of instruments: each step once, freed after its last use."""
+"""Execution of a plan on a block of instruments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qtorch.data.expression.plan import Key, Plan, Step
 from qtorch.data.expression.rows import Rows, find_rows
 from qtorch.data.expression.series import Pair, Series
 
-Kernel: TypeAlias = "Callable[[Machine, Step], Tensor]"
+Kernel: TypeAlias = "Callable[[Executor, Step], Tensor]"
 
 
-class Machine:
-    """Values of the steps computed so far for a block, and the series and pairs over them.
+class Executor:
+    """Executes a plan on a block and holds the values of its steps.
 
-    Kernels read their arguments here. A value, and whatever rolling sums hang on it, is dropped
-    when the last step that reads it is done.
+    Kernels read their arguments from the executor. A value and its cached rolling sums are freed
+    after the last step that reads them.
     """
 
     def __init__(self, block: Block, plan: Plan, kernels: dict[str, Kernel]) -> None:
@@ -31,10 +31,10 @@ class Machine:
         self._pairs: dict[Key, Pair] = {}
         self._rows: list[Rows] = []
         self._target: Tensor | None = None
-        self._left = [len(step.consumers) for step in plan.steps]
+        self._num_pending_uses = [len(step.consumers) for step in plan.steps]
 
     def run(self, out: Callable[[int], Tensor]) -> None:
-        """Compute all steps; output `k` is written into `out(k)` `[D, n]`."""
+        """Compute all steps and write output `k` to the tensor `out(k)` `[D, n]`."""
         for at, step in enumerate(self.plan.steps):
             targets = [out(output) for output in step.outputs]
             self._target = targets[0] if targets and not step.consumers else None
@@ -44,78 +44,78 @@ class Machine:
                     self._write(target, value)
             self._release(step)
             if step.consumers:
-                self._values[at] = value if step.condition else value.to(step.dtype)
+                self._values[at] = value if step.is_condition else value.to(step.dtype)
 
-    def destination(self, step: Step) -> Tensor | None:
-        """Where a kernel may write a result that is an output and nothing else, saving a copy."""
-        narrow = all(self._values[i].dtype == torch.float32 for i in step.inputs)
-        return self._target if narrow else None
+    def get_output(self, step: Step) -> Tensor | None:
+        """Return the output tensor that a kernel may write to directly, saving a copy, or None."""
+        is_float32 = all(self._values[i].dtype == torch.float32 for i in step.inputs)
+        return self._target if is_float32 else None
 
     def _write(self, target: Tensor, value: Tensor) -> None:
         if value.dtype == torch.bool:
-            value = self.block.numbers(value)
+            value = self.block.as_numbers(value)
         target.copy_(value)
 
     def _release(self, step: Step) -> None:
         for i in set(step.inputs):
-            self._left[i] -= 1
-            if self._left[i] == 0:
+            self._num_pending_uses[i] -= 1
+            if self._num_pending_uses[i] == 0:
                 del self._values[i]
                 self._series.pop(i, None)
                 for key in [k for k in self._pairs if i in k]:
                     del self._pairs[key]
 
-    # -- what kernels read -----------------------------------------------------------------------
+    # -- arguments of kernels --------------------------------------------------------------------
 
-    def value(self, step: Step, place: int) -> Tensor:
-        """An argument that is a step, as stored: numbers or true and false, `[D, n]`."""
-        argument = step.arguments[place]
+    def get_value(self, step: Step, position: int) -> Tensor:
+        """Return the stored value `[D, n]` of an argument that is a step: numbers or booleans."""
+        argument = step.arguments[position]
         assert isinstance(argument, int), argument
         return self._values[argument]
 
-    def operand(self, step: Step, place: int) -> Tensor | int | float:
-        """An argument as a tensor of numbers or as a constant."""
-        argument = step.arguments[place]
+    def get_operand(self, step: Step, position: int) -> Tensor | int | float:
+        """Return an argument as a tensor of numbers or as a constant."""
+        argument = step.arguments[position]
         if isinstance(argument, Number):
             return argument.value
         assert not isinstance(argument, Text), argument
-        return self.block.numbers(self._values[argument])
+        return self.block.as_numbers(self._values[argument])
 
-    def numbers(self, step: Step, place: int = 0) -> Tensor:
-        """An argument that is a step as numbers: 0 and 1 for a condition."""
-        return self.block.numbers(self.value(step, place))
+    def get_numbers(self, step: Step, position: int = 0) -> Tensor:
+        """Return an argument that is a step as numbers; conditions become 0 and 1."""
+        return self.block.as_numbers(self.get_value(step, position))
 
-    def series(self, step: Step, place: int = 0) -> Series:
-        """The series over an argument; shared by all rolling operators that look at it."""
-        argument = step.arguments[place]
+    def get_series(self, step: Step, position: int = 0) -> Series:
+        """Return the series of an argument, shared by all rolling operators on it."""
+        argument = step.arguments[position]
         assert isinstance(argument, int), argument
         if argument not in self._series:
             key = (argument,)
             self._series[argument] = Series(
                 self.block,
                 self._values[argument],
-                lambda *families: self.plan.windows_of(key, *families),
-                self.rows_of,
+                lambda *families: self.plan.get_windows(key, *families),
+                self.find_rows,
             )
         return self._series[argument]
 
-    def pair(self, step: Step) -> Pair:
-        """The pair of the first two arguments."""
+    def get_pair(self, step: Step) -> Pair:
+        """Return the pair of the first two arguments."""
         key = step.inputs
         if key not in self._pairs:
             self._pairs[key] = Pair(
-                self.series(step, 0),
-                self.series(step, 1),
-                lambda: self.plan.windows_of(key),
-                self.rows_of,
+                self.get_series(step, 0),
+                self.get_series(step, 1),
+                lambda: self.plan.get_windows(key),
+                self.find_rows,
             )
         return self._pairs[key]
 
-    def rows_of(self, values: Tensor) -> Rows:
-        """Where there are values; the same object for all series with values in the same cells."""
-        windows = self.block.windows(self.plan.all_windows)
+    def find_rows(self, values: Tensor) -> Rows:
+        """Return the valid cells of `values`; series with the same valid cells share the object."""
+        windows = self.block.clip_windows(self.plan.all_windows)
         return find_rows(self._rows, self.block, windows, values)
 
-    def window(self, step: Step) -> int:
-        """The step's window, cut to the calendar; 0 (all rows so far) is the whole calendar."""
-        return self.block.window(int(step.numbers[0]))
+    def get_window(self, step: Step) -> int:
+        """Return the window of the step, limited to the calendar; 0 means all past rows."""
+        return self.block.clip_window(int(step.constants[0]))

@@ -1,9 +1,9 @@
-"""Merging networks: sorted windows out of shorter sorted windows, by minima and maxima alone.
+"""Merging networks, which compute order statistics of rolling windows with minima and maxima.
 
-The sorted window of 10 rows is the sorted last 5 merged with the 5 before them, and so on along
-the chain of windows. Batcher's odd-even merge (1968) does it with a fixed list of comparisons, each
-of which is one element-wise minimum and maximum over all rows and instruments; what no wanted
-order statistic depends on is left out.
+The sorted window of 10 rows is the sorted window of the last 5 rows merged with that of the 5 rows
+before, and so on along the chain of windows. Batcher's odd-even merge (1968) needs a fixed list of
+comparisons, each of which is an element-wise minimum and maximum over all rows and instruments.
+Comparisons that no needed order statistic depends on are removed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from qtorch.data.expression.plan import window_chain
 
-Wanted: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
-"""For each window, ascending, the places wanted in its sorted values."""
+WindowPositions: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
+"""The needed positions in the sorted values of each window; windows are ascending."""
 
 
 @dataclass(frozen=True)
 class _Instruction:
-    """`result` is the minimum or maximum of two registers, or a register less some rows.
+    """An instruction: the minimum or maximum of two registers, or a part of a register.
 
-    "newer" drops the first `rows` rows of `left`, "older" the last.
+    "newer" drops the first `rows` rows of `left`, "older" drops the last.
     """
 
     kind: Literal["min", "max", "newer", "older"]
@@ -36,10 +36,10 @@ class _Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """Instructions in order with the register each writes; `outputs[window][place]` registers."""
+    """Instructions with their result registers, and the output registers by window and position."""
 
     instructions: tuple[tuple[int, _Instruction], ...]
-    dying: tuple[tuple[int, ...], ...]
+    freed_registers: tuple[tuple[int, ...], ...]
     outputs: dict[int, dict[int, int]]
 
 
@@ -55,69 +55,76 @@ class _Builder:
         return [self.add(_Instruction("min", a, b)), self.add(_Instruction("max", a, b))]
 
     def merge(self, a: list[int], b: list[int]) -> list[int]:
-        """Registers of the sorted union of two sorted lists of registers."""
+        """Merge two sorted lists of registers and return the sorted registers."""
         if not a or not b:
             return a or b
         if len(a) == len(b) == 1:
             return self.compare(a[0], b[0])
         even, odd = self.merge(a[0::2], b[0::2]), self.merge(a[1::2], b[1::2])
-        merged = [even[0]]
+        result = [even[0]]
         for low, high in zip(odd, even[1:], strict=False):
-            merged += self.compare(low, high)
-        return merged + even[len(odd) + 1 :] + odd[len(even) - 1 :]
+            result += self.compare(low, high)
+        return result + even[len(odd) + 1 :] + odd[len(even) - 1 :]
 
 
 @lru_cache(maxsize=64)
-def program(wanted: Wanted) -> Program:
-    """The instructions that give the wanted places of the sorted windows."""
+def build_program(window_positions: WindowPositions) -> Program:
+    """Build the program that computes the given positions of the sorted windows."""
     builder = _Builder()
-    ordered = {1: [0]}
-    for link in window_chain(w for w, _ in wanted):
+    sorted_windows = {1: [0]}
+    for link in window_chain(w for w, _ in window_positions):
         newer = [
-            builder.add(_Instruction("newer", r, rows=link.older)) for r in ordered[link.newer]
+            builder.add(_Instruction("newer", r, rows=link.older))
+            for r in sorted_windows[link.newer]
         ]
         older = [
-            builder.add(_Instruction("older", r, rows=link.newer)) for r in ordered[link.older]
+            builder.add(_Instruction("older", r, rows=link.newer))
+            for r in sorted_windows[link.older]
         ]
-        ordered[link.window] = builder.merge(newer, older)
-    outputs = {w: {place: ordered[w][place] for place in places} for w, places in wanted}
-    return _trimmed(builder.instructions, outputs)
+        sorted_windows[link.window] = builder.merge(newer, older)
+    outputs = {
+        w: {position: sorted_windows[w][position] for position in positions}
+        for w, positions in window_positions
+    }
+    return _trim_program(builder.instructions, outputs)
 
 
-def _trimmed(
+def _trim_program(
     instructions: list[_Instruction | None], outputs: dict[int, dict[int, int]]
 ) -> Program:
-    """The program without what no output needs, and where each register is last read."""
-    roots = {r for places in outputs.values() for r in places.values()}
-    live, waiting = set[int](), list(roots)
-    while waiting:
-        register = waiting.pop()
+    """Remove unneeded instructions, and find the last use of each register."""
+    roots = {r for positions in outputs.values() for r in positions.values()}
+    needed_registers, pending = set[int](), list(roots)
+    while pending:
+        register = pending.pop()
         instruction = instructions[register]
-        if register not in live:
-            live.add(register)
+        if register not in needed_registers:
+            needed_registers.add(register)
             if instruction is not None:
-                waiting += [instruction.left, instruction.right]
-    kept = [(r, i) for r, i in enumerate(instructions) if i is not None and r in live]
+                pending += [instruction.left, instruction.right]
+    kept_instructions = [
+        (r, i) for r, i in enumerate(instructions) if i is not None and r in needed_registers
+    ]
     last: dict[int, int] = {}
-    for at, (_, i) in enumerate(kept):
-        last[i.left] = at
+    for index, (_, i) in enumerate(kept_instructions):
+        last[i.left] = index
         if i.kind in ("min", "max"):
-            last[i.right] = at
-    dying: list[list[int]] = [[] for _ in kept]
-    for register, at in last.items():
+            last[i.right] = index
+    freed_registers: list[list[int]] = [[] for _ in kept_instructions]
+    for register, index in last.items():
         if register not in roots:
-            dying[at].append(register)
-    return Program(tuple(kept), tuple(map(tuple, dying)), outputs)
+            freed_registers[index].append(register)
+    return Program(tuple(kept_instructions), tuple(map(tuple, freed_registers)), outputs)
 
 
-def run(steps: Program, values: Tensor) -> dict[int, dict[int, Tensor]]:
-    """The wanted order statistics: `[window][place]` -> `[L - window + 1, n]` for values `[L, n]`.
+def run_program(program: Program, values: Tensor) -> dict[int, dict[int, Tensor]]:
+    """Run a program on values `[L, n]`; `result[window][position]` is `[L - window + 1, n]`.
 
-    Row `i` belongs to the window of rows `i..i + window - 1`. Values hold no NaN; let a missing
-    one be infinite, then it sorts last.
+    Row `i` of a result belongs to the window of rows `i..i + window - 1`. The values must not
+    have NaN; set missing values to infinity, so that they sort last.
     """
     registers = {0: values}
-    for (result, i), dying in zip(steps.instructions, steps.dying, strict=True):
+    for (result, i), last_uses in zip(program.instructions, program.freed_registers, strict=True):
         left = registers[i.left]
         if i.kind == "min":
             registers[result] = torch.minimum(left, registers[i.right])
@@ -127,6 +134,9 @@ def run(steps: Program, values: Tensor) -> dict[int, dict[int, Tensor]]:
             registers[result] = left[i.rows :]
         else:
             registers[result] = left[: len(left) - i.rows]
-        for register in dying:
+        for register in last_uses:
             del registers[register]
-    return {w: {p: registers[r] for p, r in places.items()} for w, places in steps.outputs.items()}
+    return {
+        w: {position: registers[r] for position, r in positions.items()}
+        for w, positions in program.outputs.items()
+    }

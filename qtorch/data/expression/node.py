@@ -1,4 +1,4 @@
-"""The tree of a parsed expression: hashable nodes that know their place in the text."""
+"""The syntax tree of an expression: hashable nodes with their position in the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYMBOLS = {
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of an expression's text, for error messages."""
+    """A part of an expression's text, for error messages."""
 
     text: str
     start: int
@@ -45,10 +45,10 @@ class Field:
 
 @dataclass(frozen=True)
 class Number:
-    """A constant. `2` and `2.0` differ, since a window must be a whole number."""
+    """A constant. `2` and `2.0` are different nodes because a window must be an integer."""
 
     value: int | float
-    whole: bool = field(repr=False)
+    is_integer: bool = field(repr=False)
     span: Span = field(compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Text:
-    """A quoted name: an instrument of Mask, a field of Feature."""
+    """A quoted name: the instrument of Mask or the field of Feature."""
 
     value: str
     span: Span = field(compare=False, repr=False)
@@ -82,7 +82,7 @@ Node: TypeAlias = Field | Number | Text | Call
 
 
 def walk(node: Node) -> Iterator[Node]:
-    """The node and everything below it, parents first, in the order of the text."""
+    """Yield the node and all its descendants, parents first, in the order of the text."""
     yield node
     if isinstance(node, Call):
         for argument in node.arguments:

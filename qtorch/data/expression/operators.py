@@ -1,4 +1,4 @@
-"""The operators of the language: what they take, what they give, how far they reach."""
+"""The operators of the expression language: their arguments, results, and lookback."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from qtorch.core.errors import ArgumentError, ConfigError
 
 Kind: TypeAlias = Literal["series", "operand", "condition", "window", "lag", "share", "text"]
-"""What an argument may be.
+"""The kind of an argument.
 
-- `series`: an expression with a field in it;
-- `operand`: the same or a constant;
-- `condition`: a comparison, or And, Or, Not of such;
-- `window`: a whole number of rows, 0 for all rows so far;
-- `lag`: a whole number of rows, negative for the future;
-- `share`: a number between 0 and 1, both inclusive;
+- `series`: an expression with at least one field;
+- `operand`: a series or a constant;
+- `condition`: a comparison, or And, Or, Not of conditions;
+- `window`: an integer number of rows, 0 for all past rows;
+- `lag`: an integer number of rows, negative for the future;
+- `share`: a number between 0 and 1, both inclusive, such as the level of a quantile;
 - `text`: a quoted name.
 """
 Reach: TypeAlias = Callable[..., tuple[int | None, int]]
@@ -27,19 +27,20 @@ Function: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator.
+    """The definition of an operator.
 
-    `smallest` is the least window but 0; `decay` says that a number in (0, 1) may stand for the
-    window (an exponential mean's alpha); `reach` maps the numeric arguments to the rows needed
-    (before, after), None meaning all history; `function` is a user's own.
+    `min_window` is the smallest window other than 0. With `allows_alpha`, the window may be a
+    number in (0, 1), the alpha of an exponential mean. `reach` maps the numeric arguments to the
+    needed rows (before, after); None before means all history. `function` is the implementation
+    of a user-defined operator.
     """
 
     name: str
     arguments: tuple[Kind, ...]
     summary: str
-    gives_condition: bool = False
-    smallest: int = 1
-    decay: bool = False
+    returns_condition: bool = False
+    min_window: int = 1
+    allows_alpha: bool = False
     reach: Reach | None = None
     function: Function | None = None
 
@@ -61,92 +62,96 @@ def _all_history(*_: Any) -> tuple[int | None, int]:
     return None, 0
 
 
-def _elementwise() -> list[Operator]:
+def _elementwise_operators() -> list[Operator]:
     pair: tuple[Kind, ...] = ("operand", "operand")
-    values = {
+    summaries = {
         "Add": "sum of two series",
         "Sub": "difference",
         "Mul": "product",
         "Div": "quotient (x/0 is inf, 0/0 is NaN)",
         "Power": "left to the power of right",
-        "Greater": "the greater of two; NaN where one is NaN",
-        "Less": "the lesser of two; NaN where one is NaN",
+        "Greater": "the larger of two values; NaN if either is NaN",
+        "Less": "the smaller of two values; NaN if either is NaN",
     }
-    tests = {"Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<=", "Eq": "==", "Ne": "!="}
+    symbols = {"Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<=", "Eq": "==", "Ne": "!="}
     return [
         Operator("Abs", ("series",), "absolute value"),
         Operator("Sign", ("series",), "-1, 0 or 1"),
-        Operator("Log", ("series",), "natural logarithm, rounded as numpy does"),
-        Operator("Not", ("condition",), "negation of a condition", gives_condition=True),
-        *(Operator(n, pair, s) for n, s in values.items()),
+        Operator("Log", ("series",), "natural logarithm, rounded as by numpy"),
+        Operator("Not", ("condition",), "negation of a condition", returns_condition=True),
+        *(Operator(n, pair, s) for n, s in summaries.items()),
         *(
-            Operator(n, pair, f"left {s} right; NaN is {n == 'Ne'}", gives_condition=True)
-            for n, s in tests.items()
+            Operator(n, pair, f"left {s} right; NaN is {n == 'Ne'}", returns_condition=True)
+            for n, s in symbols.items()
         ),
-        Operator("And", ("condition", "condition"), "both conditions", gives_condition=True),
-        Operator("Or", ("condition", "condition"), "either condition", gives_condition=True),
-        Operator("If", ("series", "operand", "operand"), "second where the first is true"),
+        Operator("And", ("condition", "condition"), "both conditions", returns_condition=True),
+        Operator("Or", ("condition", "condition"), "either condition", returns_condition=True),
+        Operator("If", ("series", "operand", "operand"), "second if first is true, else third"),
         Operator("Mask", ("series", "text"), "the series of another instrument"),
         Operator("ChangeInstrument", ("text", "series"), "the series of another instrument"),
         Operator("Feature", ("text",), "a field by its quoted name"),
     ]
 
 
-def _rolling() -> list[Operator]:
-    plain = {
+def _rolling_operators() -> list[Operator]:
+    summaries = {
         "Mean": "mean",
         "Sum": "sum",
         "Std": "standard deviation (n - 1)",
         "Var": "variance (n - 1)",
         "Max": "maximum",
         "Min": "minimum",
-        "IdxMax": "place of the maximum in the window, from 1; of the first NaN if there is one",
-        "IdxMin": "place of the minimum in the window, from 1; of the first NaN if there is one",
+        "IdxMax": "position of the maximum in the window, from 1; of the first NaN if there is one",
+        "IdxMin": "position of the minimum in the window, from 1; of the first NaN if there is one",
         "Med": "median",
         "Mad": "mean absolute deviation",
         "Rank": "rank of today's value as a fraction of the values in the window",
         "Count": "number of values",
-        "Slope": "slope of the regression on the row number",
-        "Rsquare": "R squared of that regression; NaN where the deviation is under 2e-5",
+        "Slope": "slope of the regression on row numbers",
+        "Rsquare": "R squared of that regression; NaN if the standard deviation is at most 2e-5",
         "Resi": "today's residual of that regression",
-        "WMA": "linearly weighted mean over the count of values, as Qlib defines it",
+        "WMA": "linearly weighted mean divided by the count of values, as in Qlib",
     }
     window: tuple[Kind, ...] = ("series", "window")
     pair: tuple[Kind, ...] = ("series", "series", "window")
     return [
-        *(Operator(n, window, f"rolling {s}", reach=_window_reach) for n, s in plain.items()),
-        Operator("Skew", window, "rolling skewness", smallest=3, reach=_window_reach),
-        Operator("Kurt", window, "rolling excess kurtosis", smallest=4, reach=_window_reach),
+        *(Operator(n, window, f"rolling {s}", reach=_window_reach) for n, s in summaries.items()),
+        Operator("Skew", window, "rolling skewness", min_window=3, reach=_window_reach),
+        Operator("Kurt", window, "rolling excess kurtosis", min_window=4, reach=_window_reach),
         Operator(
             "Quantile",
             ("series", "window", "share"),
             "rolling quantile, interpolated",
             reach=_window_reach,
         ),
-        Operator("EMA", window, "exponential mean", decay=True, reach=_all_history),
+        Operator("EMA", window, "exponential mean", allows_alpha=True, reach=_all_history),
         Operator(
             "Corr", pair, "rolling correlation; NaN at deviations < 2e-5", reach=_window_reach
         ),
         Operator("Cov", pair, "rolling covariance (n - 1)", reach=_window_reach),
-        Operator("Ref", ("series", "lag"), "value `lag` rows ago; 0: the first", reach=_lag_reach),
+        Operator(
+            "Ref", ("series", "lag"), "value `lag` rows ago; 0: first value", reach=_lag_reach
+        ),
         Operator("Delta", ("series", "lag"), "change over `lag` rows", reach=_delta_reach),
     ]
 
 
-BUILT_IN: dict[str, Operator] = {o.name: o for o in [*_elementwise(), *_rolling()]}
-_registered: dict[str, Operator] = {}
+BUILT_IN: dict[str, Operator] = {
+    o.name: o for o in [*_elementwise_operators(), *_rolling_operators()]
+}
+_user_operators: dict[str, Operator] = {}
 _KINDS = ("series", "operand", "condition", "window", "lag", "share", "text")
 NOT_SUPPORTED = {
     "P": "point-in-time data is not supported",
     "PRef": "point-in-time data is not supported",
     "TResample": "resampling inside an expression is not supported; resample the bars instead",
-    "Rolling": "name the operator itself (Mean, Sum, ...)",
+    "Rolling": "use the operator itself (Mean, Sum, ...)",
 }
 
 
-def known_operators() -> dict[str, Operator]:
-    """Every operator by name, registered ones included."""
-    return {**BUILT_IN, **_registered}
+def get_operators() -> dict[str, Operator]:
+    """Return all operators by name, including registered ones."""
+    return {**BUILT_IN, **_user_operators}
 
 
 def register_operator(
@@ -158,45 +163,44 @@ def register_operator(
     summary: str = "",
     replace: bool = False,
 ) -> Any:
-    """Add an operator of one's own to the language; usable as a decorator.
+    """Register a user-defined operator; can be used as a decorator.
 
-    `function(*arguments)` gets a `[D, N]` tensor for each series (float32 or float64; NaN is
-    "no value", also before an instrument's first and after its last stored row) and a number for
-    each constant, and returns a `[D, N]` tensor. Its columns are instruments, and a call may hold
-    any subset of them: work down the rows, never across the columns, and change no argument in
-    place. Conditions come as 0 and 1.
+    `function(*arguments)` receives a `[D, N]` tensor for each series (float32 or float64; NaN is
+    a missing value, also before the first and after the last stored row of an instrument) and a
+    number for each constant, and returns a `[D, N]` tensor. Conditions are passed as 0 and 1. A
+    call may contain any subset of the instruments, so the function must treat each column
+    independently, and it must not modify its arguments.
 
-    `arguments` lists what each argument is (see `Kind`); `reach(*numbers)` gives the rows needed
-    (before, after) from the numeric arguments, None before meaning all history. Without it a
-    window `w` reaches `w - 1` rows back, a lag reaches back or ahead, and nothing else reaches.
+    `arguments` lists the kind of each argument (see `Kind`). `reach(*numbers)` maps the numeric
+    arguments to the needed rows (before, after); None before means all history. By default, a
+    window `w` needs `w - 1` rows before, and a lag needs rows before or after.
 
         @register_operator("Range", arguments=("series", "window"))
         def rolling_range(x, window): ...
 
         evaluate(["Range($close, 5) / $close"], bars)
 
-    Raises ConfigError where the name is taken (unless `replace`; a built-in stays) or is no name.
+    Raises ConfigError if the name is not an identifier or exists already. `replace` allows
+    replacing a registered operator, but not a built-in one.
     """
     if not name.isidentifier():
-        raise ConfigError(
-            f"{name!r} cannot name an operator: give letters, digits and underscores."
-        )
-    if name in BUILT_IN or (name in _registered and not replace):
+        raise ConfigError(f"{name!r} cannot name an operator: use letters, digits and underscores.")
+    if name in BUILT_IN or (name in _user_operators and not replace):
         raise ConfigError(
             f"the operator {name!r} exists already; choose another name"
             + ("." if name in BUILT_IN else " or pass replace=True.")
         )
-    unknown = [kind for kind in arguments if kind not in _KINDS]
-    if unknown or not any(kind in ("series", "operand", "condition") for kind in arguments):
+    unknown_kinds = [kind for kind in arguments if kind not in _KINDS]
+    if unknown_kinds or not any(kind in ("series", "operand", "condition") for kind in arguments):
         raise ArgumentError(
-            f"the arguments of {name!r} are {tuple(arguments)}; expected kinds out of {_KINDS}, "
-            "at least one of them series, operand or condition."
+            f"the arguments of {name!r} are {tuple(arguments)}; expected kinds from {_KINDS}, "
+            "with at least one series, operand or condition."
         )
 
     def register(function: Function) -> Function:
-        reaching = reach or _default_reach(tuple(k for k in arguments if k in _KINDS[3:6]))
-        _registered[name] = Operator(
-            name, tuple(arguments), summary or name, reach=reaching, function=function
+        operator_reach = reach or _default_reach(tuple(k for k in arguments if k in _KINDS[3:6]))
+        _user_operators[name] = Operator(
+            name, tuple(arguments), summary or name, reach=operator_reach, function=function
         )
         return function
 
@@ -219,5 +223,5 @@ def _default_reach(numbers: tuple[str, ...]) -> Reach:
 
 
 def unregister_operator(name: str) -> None:
-    """Take a registered operator out of the language again; unknown names are ignored."""
-    _registered.pop(name, None)
+    """Remove a registered operator; unknown names are ignored."""
+    _user_operators.pop(name, None)

@@ -1,8 +1,8 @@
-"""From an expression's text to its tree, by precedence climbing; nothing is ever evaluated.
+"""A parser that turns the text of an expression into a syntax tree by precedence climbing.
 
-The grammar is the part of Python's that Qlib's expressions use, with Python's precedence:
-comparison binds weakest, then `|`, `&`, `+ -`, `* /`, unary `- + ~`, `**`. Qlib hands the text to
-`eval`; here an unknown name cannot run anything.
+The grammar is the subset of Python that Qlib's expressions use, with Python's precedence:
+comparisons bind weakest, then `|`, `&`, `+ -`, `* /`, unary `- + ~`, `**`. Qlib passes the text to
+`eval`; here no code is executed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from qtorch.core.errors import ExpressionError, unknown_name
 from qtorch.data.expression.node import SYMBOLS, Call, Field, Node, Number, Span, Text
-from qtorch.data.expression.operators import NOT_SUPPORTED, Kind, Operator, known_operators
-from qtorch.data.expression.tokens import Token, error_at, tokenize
+from qtorch.data.expression.operators import NOT_SUPPORTED, Kind, Operator, get_operators
+from qtorch.data.expression.tokens import Token, expression_error, tokenize
 
 _COMPARISON = 1
 _LEVELS = {"|": 2, "&": 3, "+": 4, "-": 4, "*": 5, "/": 5}
@@ -29,41 +29,41 @@ _CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
     "Div": operator.truediv,
     "Power": lambda a, b: a**b if abs(b) <= 64 else float(a) ** b,
 }
-_WORDS = {"and": "&", "or": "|", "not": "~"}
-_DEEPEST = 100
+_WORD_SYMBOLS = {"and": "&", "or": "|", "not": "~"}
+_MAX_DEPTH = 100
 
 
 def parse(text: str) -> Node:
-    """The tree of an expression.
+    """Parse an expression into its syntax tree.
 
-    Raises ExpressionError, with a caret under the place: syntax errors, unknown operators (with
-    the nearest name), wrong number or kind of arguments, point-in-time fields (`$$field`), and
-    expressions without any field.
+    Raises ExpressionError, with the position marked, for syntax errors, unknown operators (with
+    the nearest name), a wrong number or kind of arguments, point-in-time fields (`$$field`), and
+    expressions without a field.
     """
     if not isinstance(text, str):
         raise ExpressionError(f"an expression is a string, got {type(text).__name__}: {text!r}.")
-    # A registered operator changes what a text means, so the registry is part of the key.
-    return _parse(text, tuple(known_operators().values()))
+    # Registered operators change the meaning of a text, so they are part of the cache key.
+    return _parse(text, tuple(get_operators().values()))
 
 
 @lru_cache(maxsize=4096)
-def _parse(text: str, _known: tuple[Operator, ...]) -> Node:
+def _parse(text: str, _operators: tuple[Operator, ...]) -> Node:
     if not text.strip():
         raise ExpressionError("the expression is empty; expected something like $close.")
-    node = _Parser(text).whole()
+    node = _Parser(text).parse_all()
     _check_depth(node)
     if not isinstance(node, Field | Call):
-        raise error_at(node.span, "the expression names no field, so it has no value by date")
+        raise expression_error(node.span, "the expression has no field, so it has no daily values")
     return node
 
 
 def _check_depth(node: Node) -> None:
-    """Refuse trees (a sum of many terms, say) that recursion over the tree could not walk."""
+    """Raise for trees too deep for recursive functions, such as a sum of very many terms."""
     level, nodes = 0, [node]
     while nodes:
         level += 1
-        if level > _DEEPEST * 2:
-            raise error_at(nodes[0].span, f"more than {_DEEPEST * 2} operators inside each other")
+        if level > _MAX_DEPTH * 2:
+            raise expression_error(nodes[0].span, f"more than {_MAX_DEPTH * 2} nested operators")
         nodes = [a for n in nodes if isinstance(n, Call) for a in n.arguments]
 
 
@@ -71,175 +71,185 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.tokens = tokenize(text)
-        self.at = 0
+        self.index = 0
         self.depth = 0
 
     # -- grammar -------------------------------------------------------------------------------
 
-    def whole(self) -> Node:
-        node = self.binary(_COMPARISON)
+    def parse_all(self) -> Node:
+        node = self.parse_binary(_COMPARISON)
         token = self.peek()
         if token.kind != "end":
-            raise self.unexpected(token, "an operator or the end")
+            raise self.token_error(token, "an operator or the end")
         return node
 
-    def binary(self, level: int) -> Node:
+    def parse_binary(self, level: int) -> Node:
         self.depth += 1
-        if self.depth > _DEEPEST:
-            raise error_at(self.peek().span, f"nested deeper than {_DEEPEST} levels")
-        left = self.unary()
-        while (found := _LEVELS.get(self.symbol(), 0)) >= level:
-            token = self.take()
-            right = self.binary(found + 1)
-            if found == _COMPARISON and _LEVELS.get(self.symbol()) == _COMPARISON:
-                raise error_at(
+        if self.depth > _MAX_DEPTH:
+            raise expression_error(self.peek().span, f"nested deeper than {_MAX_DEPTH} levels")
+        left = self.parse_unary()
+        while (next_level := _LEVELS.get(self.peek_symbol(), 0)) >= level:
+            token = self.advance()
+            right = self.parse_binary(next_level + 1)
+            if next_level == _COMPARISON and _LEVELS.get(self.peek_symbol()) == _COMPARISON:
+                raise expression_error(
                     self.peek().span,
                     "comparisons cannot be chained; write (a < b) & (b < c)",
                 )
-            left = self.combine(_NAMES[token.text], left, right)
+            left = self.combine_operands(_NAMES[token.text], left, right)
         self.depth -= 1
         return left
 
-    def unary(self) -> Node:
+    def parse_unary(self) -> Node:
         token = self.peek()
         if token.text not in ("-", "+", "~") or token.kind != "symbol":
-            return self.power()
-        self.take()
+            return self.parse_power()
+        self.advance()
         self.depth += 1
-        if self.depth > _DEEPEST:
-            raise error_at(token.span, f"nested deeper than {_DEEPEST} levels")
-        operand = self.unary()
+        if self.depth > _MAX_DEPTH:
+            raise expression_error(token.span, f"nested deeper than {_MAX_DEPTH} levels")
+        operand = self.parse_unary()
         self.depth -= 1
         span = Span(self.text, token.span.start, operand.span.end)
         if token.text == "~":
-            return _checked("Not", (operand,), span)
+            return _build_call("Not", (operand,), span)
         if token.text == "+":
             return operand
         if isinstance(operand, Number):
-            return _number(-operand.value, span)
-        return _checked("Mul", (operand, _number(-1, span)), span)
+            return _make_number(-operand.value, span)
+        return _build_call("Mul", (operand, _make_number(-1, span)), span)
 
-    def power(self) -> Node:
-        base = self.atom()
-        if self.symbol() != "**":
+    def parse_power(self) -> Node:
+        base = self.parse_atom()
+        if self.peek_symbol() != "**":
             return base
-        self.take()
-        return self.combine("Power", base, self.unary())
+        self.advance()
+        return self.combine_operands("Power", base, self.parse_unary())
 
-    def atom(self) -> Node:
-        token = self.take()
+    def parse_atom(self) -> Node:
+        token = self.advance()
         if token.kind == "number":
-            whole = token.text.isdigit()
-            return Number(int(token.text) if whole else float(token.text), whole, token.span)
+            is_integer = token.text.isdigit()
+            return Number(
+                int(token.text) if is_integer else float(token.text), is_integer, token.span
+            )
         if token.kind == "field":
             return Field(token.text[1:], token.span)
         if token.kind == "text":
             return Text(token.text[1:-1], token.span)
         if token.kind == "name":
-            return self.call(token)
+            return self.parse_call(token)
         if token.text == "(":
-            node = self.binary(_COMPARISON)
-            self.expect(")", opened=token)
+            node = self.parse_binary(_COMPARISON)
+            self.expect(")", parenthesis=token)
             return node
         if token.kind == "period":
-            raise error_at(
+            raise expression_error(
                 token.span, "point-in-time fields ($$) are not supported; use a daily $field"
             )
-        raise self.unexpected(token, "a field, a number, an operator or '('")
+        raise self.token_error(token, "a field, a number, an operator or '('")
 
-    def call(self, name: Token) -> Node:
+    def parse_call(self, name: Token) -> Node:
         if self.peek().text != "(":
-            word = _WORDS.get(name.text)
-            hint = f"write {word}" if word else "an operator needs (...), a field needs $"
-            raise error_at(name.span, f"unexpected name {name.text!r}: {hint}")
+            symbol = _WORD_SYMBOLS.get(name.text)
+            hint = f"write {symbol}" if symbol else "an operator needs (...), a field needs $"
+            raise expression_error(name.span, f"unexpected name {name.text!r}: {hint}")
         if name.text in NOT_SUPPORTED:
-            raise error_at(name.span, f"{name.text}: {NOT_SUPPORTED[name.text]}")
-        if name.text not in known_operators():
-            raise error_at(
-                name.span, unknown_name("operator", name.text, known_operators(), limit=60)
+            raise expression_error(name.span, f"{name.text}: {NOT_SUPPORTED[name.text]}")
+        if name.text not in get_operators():
+            raise expression_error(
+                name.span, unknown_name("operator", name.text, get_operators(), limit=60)
             )
-        opened = self.take()
+        parenthesis = self.advance()
         arguments: list[Node] = []
         while self.peek().text != ")":
-            arguments.append(self.binary(_COMPARISON))
+            arguments.append(self.parse_binary(_COMPARISON))
             if self.peek().text != ",":
                 break
-            self.take()
-        self.expect(")", opened=opened)
-        span = Span(self.text, name.span.start, self.tokens[self.at - 1].span.end)
-        return _checked(name.text, tuple(arguments), span)
+            self.advance()
+        self.expect(")", parenthesis=parenthesis)
+        span = Span(self.text, name.span.start, self.tokens[self.index - 1].span.end)
+        return _build_call(name.text, tuple(arguments), span)
 
-    def combine(self, name: str, left: Node, right: Node) -> Node:
+    def combine_operands(self, name: str, left: Node, right: Node) -> Node:
         span = Span(self.text, left.span.start, right.span.end)
         if isinstance(left, Number) and isinstance(right, Number):
-            return _fold(name, left, right, span)
-        return _checked(name, (left, right), span)
+            return _fold_constants(name, left, right, span)
+        return _build_call(name, (left, right), span)
 
     # -- tokens --------------------------------------------------------------------------------
 
     def peek(self) -> Token:
-        return self.tokens[self.at]
+        return self.tokens[self.index]
 
-    def symbol(self) -> str:
-        token = self.tokens[self.at]
+    def peek_symbol(self) -> str:
+        token = self.tokens[self.index]
         return token.text if token.kind == "symbol" else ""
 
-    def take(self) -> Token:
-        token = self.tokens[self.at]
-        self.at = min(self.at + 1, len(self.tokens) - 1)
+    def advance(self) -> Token:
+        token = self.tokens[self.index]
+        self.index = min(self.index + 1, len(self.tokens) - 1)
         return token
 
-    def expect(self, symbol: str, opened: Token) -> None:
+    def expect(self, symbol: str, parenthesis: Token) -> None:
         token = self.peek()
         if token.text != symbol:
             if token.kind == "end":
-                raise error_at(opened.span, "this parenthesis is never closed")
-            raise self.unexpected(token, f"',' or {symbol!r}")
-        self.take()
+                raise expression_error(parenthesis.span, "this parenthesis is never closed")
+            raise self.token_error(token, f"',' or {symbol!r}")
+        self.advance()
 
-    def unexpected(self, token: Token, expected: str) -> ExpressionError:
-        what = "the expression ends" if token.kind == "end" else f"unexpected {token.text!r}"
-        return error_at(token.span, f"{what} where {expected} was expected")
+    def token_error(self, token: Token, expected: str) -> ExpressionError:
+        problem = "the expression ends" if token.kind == "end" else f"unexpected {token.text!r}"
+        return expression_error(token.span, f"{problem} where {expected} was expected")
 
 
-def _number(value: int | float, span: Span) -> Number:
+def _make_number(value: int | float, span: Span) -> Number:
     return Number(value, isinstance(value, int), span)
 
 
-def _fold(name: str, left: Number, right: Number, span: Span) -> Number:
+def _fold_constants(name: str, left: Number, right: Number, span: Span) -> Number:
     if name not in _CONSTANT:
-        raise error_at(span, "a comparison of two constants has no value by date")
+        raise expression_error(span, "a comparison of two constants has no daily values")
     try:
         value = _CONSTANT[name](left.value, right.value)
     except ArithmeticError as error:
-        raise error_at(span, f"this constant cannot be computed ({error})") from error
+        raise expression_error(span, f"this constant cannot be computed ({error})") from error
     if isinstance(value, complex):
-        raise error_at(span, "this constant is not a real number")
-    # Powers of powers of integers would grow for ever.
-    return _number(float(value) if abs(value) > 1e18 else value, span)
+        raise expression_error(span, "this constant is not a real number")
+    # Large integers become floats, because nested integer powers could grow without limit.
+    return _make_number(float(value) if abs(value) > 1e18 else value, span)
 
 
-# -- the check of a call against the table of operators ------------------------------------------
+# -- validation of calls -------------------------------------------------------------------------
 
 
-def _checked(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
-    known = known_operators()[name]
-    if len(arguments) != len(known.arguments):
-        raise error_at(
+def _build_call(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
+    definition = get_operators()[name]
+    if len(arguments) != len(definition.arguments):
+        raise expression_error(
             span,
-            f"{name} takes {len(known.arguments)} argument"
-            f"{'' if len(known.arguments) == 1 else 's'} ({', '.join(known.arguments)}), "
+            f"{name} takes {len(definition.arguments)} argument"
+            f"{'' if len(definition.arguments) == 1 else 's'} ({', '.join(definition.arguments)}), "
             f"got {len(arguments)}",
         )
-    for place, (kind, node) in enumerate(zip(known.arguments, arguments, strict=True), start=1):
-        problem = _problem(known, kind, node)
+    for position, (kind, node) in enumerate(
+        zip(definition.arguments, arguments, strict=True), start=1
+    ):
+        problem = _argument_problem(definition, kind, node)
         if problem:
-            raise error_at(node.span, f"argument {place} of {SYMBOLS.get(name, name)}: {problem}")
-    if "operand" in known.arguments and not any(isinstance(a, Field | Call) for a in arguments):
-        raise error_at(span, f"{name} needs at least one argument with a field in it")
+            raise expression_error(
+                node.span, f"argument {position} of {SYMBOLS.get(name, name)}: {problem}"
+            )
+    if "operand" in definition.arguments and not any(
+        isinstance(a, Field | Call) for a in arguments
+    ):
+        raise expression_error(span, f"{name} needs at least one argument with a field in it")
     if name in ("Add", "Sub") and all(is_condition(a) for a in arguments):
-        # numpy's "+" of two conditions is "or" and its "-" an error: neither is what is meant.
-        raise error_at(span, "two conditions cannot be added; write a | b, or a*1 + b*1 to count")
+        # In numpy "+" of two conditions is a logical "or" and "-" is an error, so reject both.
+        raise expression_error(
+            span, "two conditions cannot be added; write a | b, or a*1 + b*1 to count"
+        )
     if name == "Feature" and isinstance(arguments[0], Text):
         return Field(arguments[0].value, span)
     if name == "ChangeInstrument":
@@ -248,42 +258,44 @@ def _checked(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
 
 
 def is_condition(node: Node) -> bool:
-    """Whether the node gives true and false rather than numbers."""
+    """Whether the values of the node are booleans instead of numbers."""
     return isinstance(node, Call) and (
-        known_operators()[node.operator].gives_condition
+        get_operators()[node.operator].returns_condition
         or (node.operator == "Mask" and is_condition(node.arguments[0]))
     )
 
 
-def _problem(known: Operator, kind: Kind, node: Node) -> str | None:
-    """What is wrong with an argument, or None."""
+def _argument_problem(definition: Operator, kind: Kind, node: Node) -> str | None:
+    """Describe what is wrong with an argument; None if it is valid."""
     if kind == "text":
         return None if isinstance(node, Text) else "expected a quoted name, as in 'SH600000'"
     if isinstance(node, Text):
         return f"expected {'a number' if kind in ('window', 'lag', 'share') else 'an expression'}"
     if kind in ("window", "lag", "share"):
         if not isinstance(node, Number):
-            return f"expected a plain number for the {kind}"
-        return _number_problem(known, kind, node)
+            return f"expected a number for the {kind}"
+        return _number_problem(definition, kind, node)
     if kind == "condition" and not is_condition(node):
-        got = "a constant" if isinstance(node, Number) else "numbers"
+        actual = "a constant" if isinstance(node, Number) else "numbers"
         hint = "; & and | bind tighter than comparisons, as in ($a > 1) & ($b < 2)"
-        return f"expected a condition, got {got}" + (hint if known.name in ("And", "Or") else "")
+        return f"expected a condition, got {actual}" + (
+            hint if definition.name in ("And", "Or") else ""
+        )
     if kind != "operand" and isinstance(node, Number):
         return "expected an expression with a field in it, got a constant"
     return None
 
 
-def _number_problem(known: Operator, kind: Kind, node: Number) -> str | None:
+def _number_problem(definition: Operator, kind: Kind, node: Number) -> str | None:
     value = node.value
     if kind == "share":
         return None if 0 <= value <= 1 else f"expected a number from 0 to 1, got {value}"
     if kind == "lag":
-        return None if node.whole else f"expected a whole number of rows, got {value}"
-    if known.decay and not node.whole:
+        return None if node.is_integer else f"expected an integer number of rows, got {value}"
+    if definition.allows_alpha and not node.is_integer:
         return None if 0 < value < 1 else f"expected a span or an alpha in (0, 1), got {value}"
-    if not node.whole or value < 0:
-        return f"expected a whole number of rows (0: all rows so far), got {value}"
-    if 0 < value < known.smallest:
-        return f"expected a window of at least {known.smallest}, got {value}"
+    if not node.is_integer or value < 0:
+        return f"expected an integer number of rows (0: all past rows), got {value}"
+    if 0 < value < definition.min_window:
+        return f"expected a window of at least {definition.min_window}, got {value}"
     return None

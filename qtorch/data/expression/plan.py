@@ -1,9 +1,8 @@
-"""What to compute, once each: the steps behind a list of expressions, and their windows.
+"""The evaluation plan of a list of expressions: unique steps, and the windows that they need.
 
-Equal subexpressions become one step. Rolling operators over the same step share their rolling
-sums (Mean, Std, Slope and Corr of one series all use its sum), so the plan also collects, for
-each series and family of sums, the whole set of windows asked for: `window_chain` then builds each
-window from shorter ones.
+Equal subexpressions become one step. Rolling operators on the same step share their rolling sums
+(Mean, Std, Slope and Corr of a series all use its sum), so the plan also collects all windows for
+each series and family of sums. `window_chain` then computes each window from shorter ones.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from typing import TypeAlias
 import torch
 
 from qtorch.data.expression.node import Call, Field, Node, Number, Text
-from qtorch.data.expression.operators import known_operators
+from qtorch.data.expression.operators import get_operators
 from qtorch.data.expression.parser import is_condition
 
 Argument: TypeAlias = int | Number | Text
-"""An argument of a step: another step by its place, or a constant."""
+"""An argument of a step: the index of another step, or a constant."""
 Key: TypeAlias = tuple[int, ...]
-"""The step whose series is summed, or the two steps of a pair."""
+"""The index of the step whose series is summed, or the indices of the two steps of a pair."""
 
-_REGRESSION = ("sum", "position")
+_REGRESSION_SUMS = ("sum", "position")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Sum": ("sum",),
     "Mean": ("sum",),
@@ -34,10 +33,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Var": ("sum", "square"),
     "Skew": ("sum", "square"),
     "Kurt": ("sum", "square"),
-    "Slope": _REGRESSION,
-    "Resi": _REGRESSION,
-    "Rsquare": (*_REGRESSION, "square"),
-    "WMA": _REGRESSION,
+    "Slope": _REGRESSION_SUMS,
+    "Resi": _REGRESSION_SUMS,
+    "Rsquare": (*_REGRESSION_SUMS, "square"),
+    "WMA": _REGRESSION_SUMS,
     "Max": ("max",),
     "Min": ("min",),
     "IdxMax": ("argmax",),
@@ -46,198 +45,202 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Quantile": ("quantile",),
     "Med": ("quantile",),
 }
-# Results of these are float32 numbers if what they look at is.
-_EXACT = {"Max", "Min", "IdxMax", "IdxMin", "Count"}
-# These keep the type of what they look at.
-_LIKE_INPUT = {"Ref", "Delta", "Abs", "Log", "Mask"}
+# Operators whose results on float32 inputs are exact in float32.
+_EXACT_IN_FLOAT32 = {"Max", "Min", "IdxMax", "IdxMin", "Count"}
+# Operators whose results have the dtype of their input.
+_KEEP_INPUT_DTYPE = {"Ref", "Delta", "Abs", "Log", "Mask"}
 
 
 @dataclass
 class Step:
-    """One thing to compute for all instruments.
+    """An operation that is computed for all instruments.
 
-    `wide` says that numpy would hold the result in float64; `dtype` is what it is stored in here:
-    float64 only where a later difference could show the rounding.
+    `is_wide` is True if numpy would compute the result in float64. `dtype` is the dtype used here,
+    which is float64 only if a later difference could make the rounding error visible.
     """
 
     node: Field | Call
     operator: str
     arguments: tuple[Argument, ...]
-    wide: bool
-    condition: bool
+    is_wide: bool
+    is_condition: bool
     outputs: list[int] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
 
     @cached_property
     def inputs(self) -> tuple[int, ...]:
-        """The steps that this one reads."""
+        """The indices of the steps that this step reads."""
         return tuple(a for a in self.arguments if isinstance(a, int))
 
     @cached_property
-    def numbers(self) -> tuple[int | float, ...]:
-        """Its constants in order."""
+    def constants(self) -> tuple[int | float, ...]:
+        """The numeric arguments in order."""
         return tuple(a.value for a in self.arguments if isinstance(a, Number))
 
 
 @dataclass
 class Plan:
-    """Steps in an order in which they can be computed, and the windows of each series."""
+    """Steps in the order of computation, and the windows of each series."""
 
     steps: list[Step]
     windows: dict[tuple[Key, str], tuple[int, ...]]
-    shares: dict[tuple[Key, int], tuple[float, ...]]
+    quantile_levels: dict[tuple[Key, int], tuple[float, ...]]
 
     @cached_property
     def all_windows(self) -> tuple[int, ...]:
-        """All windows asked of anything, for what all series share."""
-        long = [w for (_, w) in self.shares]
-        return tuple(sorted({w for windows in self.windows.values() for w in windows} | {*long}))
+        """All windows of all series, for the row counts that series share."""
+        quantile_windows = [w for (_, w) in self.quantile_levels]
+        return tuple(
+            sorted({w for windows in self.windows.values() for w in windows} | {*quantile_windows})
+        )
 
-    def windows_of(self, key: Key, *families: str) -> tuple[int, ...]:
-        """All windows asked of the families of a series, ascending; all families if none named."""
-        found = {
+    def get_windows(self, key: Key, *families: str) -> tuple[int, ...]:
+        """Return the windows of a series for the given families (default: all), ascending."""
+        selection = {
             w
             for (k, family), windows in self.windows.items()
             if k == key and (not families or family in families)
             for w in windows
         }
-        return tuple(sorted(found))
+        return tuple(sorted(selection))
 
 
 def make_plan(roots: Sequence[Node]) -> Plan:
-    """The plan of parsed expressions; output `k` is expression `k`."""
+    """Build the plan of parsed expressions; output `k` is expression `k`."""
     return _Planner().plan(roots)
 
 
 class _Planner:
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.place: dict[Node, int] = {}
+        self.positions: dict[Node, int] = {}
         self.windows: dict[tuple[Key, str], set[int]] = {}
-        self.shares: dict[tuple[Key, int], set[float]] = {}
+        self.quantile_levels: dict[tuple[Key, int], set[float]] = {}
 
     def plan(self, roots: Iterable[Node]) -> Plan:
         for output, root in enumerate(roots):
-            self.steps[self.step(_hoisted(root))].outputs.append(output)
-        for at in range(len(self.steps) - 1, -1, -1):
-            self.choose_dtype(at)
+            self.steps[self.add_step(_hoist_masks(root))].outputs.append(output)
+        for index in range(len(self.steps) - 1, -1, -1):
+            self.choose_dtype(index)
         return Plan(
             self.steps,
             {key: tuple(sorted(w)) for key, w in self.windows.items()},
-            {key: tuple(sorted(s)) for key, s in self.shares.items()},
+            {key: tuple(sorted(s)) for key, s in self.quantile_levels.items()},
         )
 
-    def step(self, node: Node) -> int:
-        known = self.place.get(node)
-        if known is not None:
-            return known
+    def add_step(self, node: Node) -> int:
+        position = self.positions.get(node)
+        if position is not None:
+            return position
         assert isinstance(node, Field | Call), node
         operator = "Field" if isinstance(node, Field) else node.operator
         arguments: tuple[Argument, ...] = ()
-        # Mask changes the instruments under it, so its series is a plan of its own.
+        # The argument of Mask is evaluated for another instrument, with a separate plan.
         if isinstance(node, Call) and operator != "Mask":
             arguments = tuple(
-                a if isinstance(a, Number | Text) else self.step(a) for a in node.arguments
+                a if isinstance(a, Number | Text) else self.add_step(a) for a in node.arguments
             )
         step = Step(node, operator, arguments, False, is_condition(node))
-        step.wide = self.is_wide(step)
-        at = self.place[node] = len(self.steps)
+        step.is_wide = self.is_wide(step)
+        index = self.positions[node] = len(self.steps)
         self.steps.append(step)
         for i in set(step.inputs):
-            self.steps[i].consumers.append(at)
+            self.steps[i].consumers.append(index)
         self.collect_windows(step)
-        return at
+        return index
 
     def is_wide(self, step: Step) -> bool:
-        """Whether numpy and pandas would give float64."""
-        if step.operator in ("Field", "Sign") or step.condition:
+        """Whether numpy and pandas would return float64."""
+        if step.operator in ("Field", "Sign") or step.is_condition:
             return False
         if step.operator == "Mask":
             assert isinstance(step.node, Call)
             inner = _Planner()
-            return inner.steps[inner.step(step.node.arguments[0])].wide
+            return inner.steps[inner.add_step(step.node.arguments[0])].is_wide
         inputs = [self.steps[i] for i in step.inputs]
-        if step.operator in _LIKE_INPUT:
-            return any(s.wide for s in inputs)
-        kinds = known_operators()[step.operator].arguments
+        if step.operator in _KEEP_INPUT_DTYPE:
+            return any(s.is_wide for s in inputs)
+        kinds = get_operators()[step.operator].arguments
         if "operand" not in kinds:
             return True
         if step.operator == "If":
             inputs = [self.steps[a] for a in step.arguments[1:] if isinstance(a, int)]
-        # Beside a condition (or alone) a constant becomes int64 or float64.
-        return any(s.wide for s in inputs) or all(s.condition for s in inputs)
+        # With only conditions and constants as operands, numpy returns int64 or float64.
+        return any(s.is_wide for s in inputs) or all(s.is_condition for s in inputs)
 
-    def choose_dtype(self, at: int) -> None:
-        """Store in float64 what numpy holds in float64, unless rounding cannot show later."""
-        step = self.steps[at]
-        if step.condition:
+    def choose_dtype(self, index: int) -> None:
+        """Use float64 if numpy does, unless rounding errors cannot become visible later."""
+        step = self.steps[index]
+        if step.is_condition:
             step.dtype = torch.bool
-        elif step.wide and not self.is_exact(at) and not self.is_narrow(at):
+        elif step.is_wide and not self.is_exact(index) and not self.is_narrow(index):
             step.dtype = torch.float64
 
-    def is_exact(self, at: int) -> bool:
-        step = self.steps[at]
-        return step.operator in _EXACT and not any(self.steps[i].wide for i in step.inputs)
-
-    def is_narrow(self, at: int) -> bool:
-        """Only products and quotients that are outputs use it: a relative error stays small."""
-        return self.is_final(at) or all(
-            self.steps[c].operator in ("Mul", "Div") and self.is_final(c)
-            for c in self.steps[at].consumers
+    def is_exact(self, index: int) -> bool:
+        step = self.steps[index]
+        return step.operator in _EXACT_IN_FLOAT32 and not any(
+            self.steps[i].is_wide for i in step.inputs
         )
 
-    def is_final(self, at: int) -> bool:
-        return not self.steps[at].consumers
+    def is_narrow(self, index: int) -> bool:
+        """Whether only final products and quotients use it, so that relative errors stay small."""
+        return self.is_final(index) or all(
+            self.steps[c].operator in ("Mul", "Div") and self.is_final(c)
+            for c in self.steps[index].consumers
+        )
+
+    def is_final(self, index: int) -> bool:
+        return not self.steps[index].consumers
 
     # -- windows -------------------------------------------------------------------------------
 
     def collect_windows(self, step: Step) -> None:
-        if not step.numbers or known_operators()[step.operator].function is not None:
+        if not step.constants or get_operators()[step.operator].function is not None:
             return
-        window = step.numbers[0]
+        window = step.constants[0]
         if step.operator in FAMILIES:
-            self.ask(step.inputs, FAMILIES[step.operator], int(window))
+            self.request_windows(step.inputs, FAMILIES[step.operator], int(window))
         if step.operator in ("Quantile", "Med"):
-            share = step.numbers[1] if step.operator == "Quantile" else 0.5
-            self.shares.setdefault((step.inputs, int(window)), set()).add(float(share))
+            level = step.constants[1] if step.operator == "Quantile" else 0.5
+            self.quantile_levels.setdefault((step.inputs, int(window)), set()).add(float(level))
         if step.operator in ("Corr", "Cov"):
-            self.ask(step.inputs, ("product",), int(window))
+            self.request_windows(step.inputs, ("product",), int(window))
             for i in step.inputs:
-                self.ask((i,), ("sum", "square"), int(window))
+                self.request_windows((i,), ("sum", "square"), int(window))
 
-    def ask(self, key: Key, families: Iterable[str], window: int) -> None:
+    def request_windows(self, key: Key, families: Iterable[str], window: int) -> None:
         for family in families:
             self.windows.setdefault((key, family), set()).add(window)
 
 
-def _hoisted(node: Node) -> Node:
-    """The same expression with Mask as far out as it goes.
+def _hoist_masks(node: Node) -> Node:
+    """Move Mask outwards as far as possible without changing the meaning.
 
-    `Mean(Mask($close, 'x'), 5)` is `Mask(Mean($close, 5), 'x')`: x's own rows fill the window.
+    `Mean(Mask($close, 'x'), 5)` is `Mask(Mean($close, 5), 'x')`: the window uses the rows of x.
     """
     if not isinstance(node, Call):
         return node
-    arguments = tuple(_hoisted(a) for a in node.arguments)
+    arguments = tuple(_hoist_masks(a) for a in node.arguments)
     series = [a for a in arguments if isinstance(a, Field | Call)]
     masks = {a.arguments[1] for a in series if isinstance(a, Call) and a.operator == "Mask"}
-    whole = all(isinstance(a, Call) and a.operator == "Mask" for a in series)
-    if not (whole and len(masks) == 1):
+    is_masked_throughout = all(isinstance(a, Call) and a.operator == "Mask" for a in series)
+    if not (is_masked_throughout and len(masks) == 1):
         return Call(node.operator, arguments, node.span)
-    if node.operator == "Mask":  # the inner one decides, as in Qlib
+    if node.operator == "Mask":  # the inner Mask takes precedence, as in Qlib
         return series[0]
-    bare = tuple(
+    inner_arguments = tuple(
         a.arguments[0] if isinstance(a, Call) and a.operator == "Mask" else a for a in arguments
     )
-    return Call("Mask", (Call(node.operator, bare, node.span), masks.pop()), node.span)
+    return Call("Mask", (Call(node.operator, inner_arguments, node.span), masks.pop()), node.span)
 
 
-# -- windows from shorter windows ------------------------------------------------------------------
+# -- computing windows from shorter windows --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Link:
-    """Window `window` is window `older` shifted back by `shift` rows, and window `newer`."""
+    """Computes window `window` from window `newer` and window `older` shifted by `shift` rows."""
 
     window: int
     newer: int
@@ -246,44 +249,44 @@ class Link:
 
 
 def window_chain(windows: Iterable[int], *, overlap: bool = False) -> tuple[Link, ...]:
-    """Steps that build every window from window 1, few of them.
+    """Return a short chain of links that computes all windows, starting with window 1.
 
-    Sums need parts that meet exactly; where the parts may `overlap` (a maximum counts a row twice
-    without harm), any window is two copies of one at least half as long.
+    The two parts of a sum must be adjacent. If the parts may `overlap` (a maximum may include a
+    row twice), any window can be computed from two copies of a window at least half as long.
 
         window_chain([5, 10]) -> 2 = 1 + 1, 4 = 2 + 2, 5 = 1 + 4, 10 = 5 + 5
     """
-    built, links = {1}, []
+    available, links = {1}, []
 
-    def build(window: int) -> None:
-        if window in built:
+    def add_window(window: int) -> None:
+        if window in available:
             return
         if overlap:
-            part = min((b for b in built if 2 * b >= window), default=0)
+            part = min((b for b in available if 2 * b >= window), default=0)
             if not part:
-                build((window + 1) // 2)
-                part = min(b for b in built if 2 * b >= window)
+                add_window((window + 1) // 2)
+                part = min(b for b in available if 2 * b >= window)
             links.append(Link(window, part, part, window - part))
         else:
-            newer, older = _split(window, built)
-            build(newer)
-            build(older)
+            newer, older = _split_window(window, available)
+            add_window(newer)
+            add_window(older)
             links.append(Link(window, newer, older, newer))
-        built.add(window)
+        available.add(window)
 
     for window in sorted(set(windows)):
-        build(window)
+        add_window(window)
     return tuple(links)
 
 
-def _split(window: int, built: set[int]) -> tuple[int, int]:
-    """Two parts of a window, built ones where there are such."""
-    for part in sorted(built, reverse=True):
-        if window - part in built:
+def _split_window(window: int, available: set[int]) -> tuple[int, int]:
+    """Split a window into two adjacent parts, preferring available windows."""
+    for part in sorted(available, reverse=True):
+        if window - part in available:
             return part, window - part
     if window % 2 == 0:
         return window // 2, window // 2
-    largest = max((b for b in built if window < 2 * b < 2 * window), default=0)
+    largest = max((b for b in available if window < 2 * b < 2 * window), default=0)
     if largest:
         return window - largest, largest
     return 1, window - 1

@@ -1,4 +1,4 @@
-"""Rolling operators made of order: extremes, their places, ranks."""
+"""Rolling operators based on order: extremes, their positions, and ranks."""
 
 from __future__ import annotations
 
@@ -6,115 +6,120 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.chain import rolling_extremes
-from qtorch.data.expression.machine import Kernel, Machine
+from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.plan import Step, window_chain
 from qtorch.data.expression.series import Series
 
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 
 
-def _extreme(*, largest: bool) -> Kernel:
+def _extreme_kernel(*, largest: bool) -> Kernel:
     family = "max" if largest else "min"
-    nothing = float("-inf") if largest else float("inf")
+    fill_value = float("-inf") if largest else float("inf")
 
     def build(series: Series) -> dict[int, Tensor]:
         base = series.numbers
-        if not series.rows.solid or series.rows.lead:
-            base = torch.nan_to_num(base, nan=nothing)
+        if not series.rows.is_dense or series.rows.num_leading_nans:
+            base = torch.nan_to_num(base, nan=fill_value)
         return rolling_extremes(base, series.windows(family), largest=largest)
 
-    def kernel(machine: Machine, step: Step) -> Tensor:
-        series, window = machine.series(step), machine.window(step)
-        found = series.built(family, build)[window]
-        return machine.block.seal(series.rows.void(found.clone(), window))
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        series, window = executor.get_series(step), executor.get_window(step)
+        extremes = series.build_once(family, build)[window]
+        return executor.block.mask_outside_span(series.rows.mask_empty(extremes.clone(), window))
 
     return kernel
 
 
-def _place(*, largest: bool) -> Kernel:
+def _position_kernel(*, largest: bool) -> Kernel:
     family = "argmax" if largest else "argmin"
 
-    def kernel(machine: Machine, step: Step) -> Tensor:
-        series, window = machine.series(step), machine.window(step)
-        row = series.built(family, lambda s: _rows_of_extreme(s, family, largest))[window]
-        place = row - (machine.block.first_row(window) - 1).to(torch.float32)
-        return machine.block.seal(series.rows.void(place, window), head=True)
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        series, window = executor.get_series(step), executor.get_window(step)
+        row = series.build_once(family, lambda s: _extreme_rows(s, family, largest))[window]
+        position = row - (executor.block.first_rows(window) - 1).to(torch.float32)
+        return executor.block.mask_outside_span(series.rows.mask_empty(position, window), head=True)
 
     return kernel
 
 
-def _rows_of_extreme(series: Series, family: str, largest: bool) -> dict[int, Tensor]:
-    """The row `[D, n]` float32 of the extreme of each window: the first NaN, else the first tie.
+def _extreme_rows(series: Series, family: str, largest: bool) -> dict[int, Tensor]:
+    """Return the row `[D, n]` float32 of each window's extreme: the first NaN, else the first tie.
 
-    The value's bits, in an order that integers keep, stand above the row counted from the end:
-    one int64 maximum finds the extreme and, among equals, the earliest row.
+    An int64 key has the value's bits, ordered like integers, in its upper half and the row
+    number counted from the end in its lower half. The maximum of the keys is the extreme and,
+    among ties, the earliest row.
     """
     block, values = series.block, series.numbers
     values = values if largest else -values
     if values.dtype == torch.float64:
-        return _rows_by_pairs(series, values, series.windows(family))
-    bits = (values + 0.0).view(torch.int32)  # + 0.0: -0 equals 0
+        return _extreme_rows_float64(series, values, series.windows(family))
+    bits = (values + 0.0).view(torch.int32)  # adding 0.0 turns -0 into 0
     bits = bits ^ ((bits >> 31) & _HIGHEST)
-    if not series.rows.solid or series.rows.lead:
+    if not series.rows.is_dense or series.rows.num_leading_nans:
         bits = bits.masked_fill_(values.isnan(), _HIGHEST)
-        if not block.whole:
-            bits.masked_fill_(~block.inside, _LOWEST)
+        if not block.is_full:
+            bits.masked_fill_(~block.is_stored, _LOWEST)
     from_end = block.num_rows - block.rows.to(torch.int64)
     keys = (bits.to(torch.int64) << 32) | from_end
-    built = rolling_extremes(keys, series.windows(family), largest=True)
-    return {w: block.num_rows - (key & 0xFFFFFFFF).to(torch.float32) for w, key in built.items()}
+    largest_keys = rolling_extremes(keys, series.windows(family), largest=True)
+    return {
+        w: block.num_rows - (key & 0xFFFFFFFF).to(torch.float32) for w, key in largest_keys.items()
+    }
 
 
-def _rows_by_pairs(series: Series, values: Tensor, windows: tuple[int, ...]) -> dict[int, Tensor]:
-    """The same for float64 values, whose bits leave no room for the row."""
+def _extreme_rows_float64(
+    series: Series, values: Tensor, windows: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Do the same for float64 values, whose bits leave no room for the row number."""
     block = series.block
     lowest, highest = torch.finfo(torch.float64).min, float("inf")
     values = torch.nan_to_num(values, nan=highest, posinf=highest)
-    values = values.masked_fill(~block.inside, lowest)
+    values = values.masked_fill(~block.is_stored, lowest)
     rows = block.rows.expand_as(values).to(torch.float32).contiguous()
-    built = {1: (values, rows)}
+    results = {1: (values, rows)}
     for link in window_chain(windows, overlap=True):
-        cut = link.shift
-        (new, new_row), (old, old_row) = built[link.newer], built[link.older]
-        older = old[:-cut] >= new[cut:]
+        shift = link.shift
+        (new, new_row), (old, old_row) = results[link.newer], results[link.older]
+        older = old[:-shift] >= new[shift:]
         best, row = new.clone(), new_row.clone()
-        best[cut:] = torch.where(older, old[:-cut], new[cut:])
-        row[cut:] = torch.where(older, old_row[:-cut], new_row[cut:])
-        built[link.window] = (best, row)
-    return {w: built[w][1] for w in windows}
+        best[shift:] = torch.where(older, old[:-shift], new[shift:])
+        row[shift:] = torch.where(older, old_row[:-shift], new_row[shift:])
+        results[link.window] = (best, row)
+    return {w: results[w][1] for w in windows}
 
 
-def _rank(machine: Machine, step: Step) -> Tensor:
-    series, window = machine.series(step), machine.window(step)
-    ahead = series.built("rank", _leads)[window]
+def _rank(executor: Executor, step: Step) -> Tensor:
+    series, window = executor.get_series(step), executor.get_window(step)
+    margin = series.build_once("rank", _rank_margins)[window]
     n = series.rows.count(window)
-    rank = (ahead + (n + 1).to(ahead.dtype)).mul_((0.5 / n).to(ahead.dtype))
-    return machine.block.seal(series.rows.reopen(rank.to(step.dtype)))
+    rank = (margin + (n + 1).to(margin.dtype)).mul_((0.5 / n).to(margin.dtype))
+    return executor.block.mask_outside_span(series.rows.mask_missing(rank.to(step.dtype)))
 
 
-def _leads(series: Series) -> dict[int, Tensor]:
-    """For each window, how many of its values today's exceeds less how many exceed it.
+def _rank_margins(series: Series) -> dict[int, Tensor]:
+    """Count the values in each window that are smaller than today's, minus those that are larger.
 
-    With n values the average rank is (leads + n + 1) / 2. NaN compares as neither.
+    With n values, the average rank is (margin + n + 1) / 2. NaN is neither smaller nor larger.
     """
     values, windows = series.numbers, series.windows("rank")
-    leads, found = torch.zeros_like(values), {}
+    margins, results = torch.zeros_like(values), {}
     buffer = torch.empty_like(values)
-    clean = series.rows.solid and not series.rows.lead
+    has_no_nan = series.rows.is_dense and not series.rows.num_leading_nans
     for lag in range(1, max(windows) + 1):
         if lag in windows:
-            found[lag] = leads.clone()
+            results[lag] = margins.clone()
         if lag == max(windows):
             break
-        ahead = torch.sub(values[lag:], values[:-lag], out=buffer[lag:]).sign_()
-        leads[lag:] += ahead if clean else ahead.nan_to_num_(nan=0.0)
-    return found
+        signs = torch.sub(values[lag:], values[:-lag], out=buffer[lag:]).sign_()
+        margins[lag:] += signs if has_no_nan else signs.nan_to_num_(nan=0.0)
+    return results
 
 
 KERNELS: dict[str, Kernel] = {
-    "Max": _extreme(largest=True),
-    "Min": _extreme(largest=False),
-    "IdxMax": _place(largest=True),
-    "IdxMin": _place(largest=False),
+    "Max": _extreme_kernel(largest=True),
+    "Min": _extreme_kernel(largest=False),
+    "IdxMax": _position_kernel(largest=True),
+    "IdxMin": _position_kernel(largest=False),
     "Rank": _rank,
 }

@@ -1,4 +1,4 @@
-"""An expression's text cut into tokens, and errors that point into the text."""
+"""The tokenizer of expressions, and errors that mark a position in the text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qtorch.core.errors import ExpressionError
 from qtorch.data.expression.node import Span
 
-# Qlib allows these four punctuation marks in a field's name, beside letters, digits and "_".
+# Besides letters, digits and "_", Qlib allows these four punctuation marks in field names.
 _NAME = r"[\w\u3001\uff1a\uff08\uff09]+"
 _TOKEN = re.compile(
     rf"""
@@ -36,7 +36,7 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its kind (a group of the pattern, or "end"), text and place."""
+    """A token with its kind (a group of the pattern, or "end"), text and position."""
 
     kind: str
     text: str
@@ -44,37 +44,37 @@ class Token:
 
 
 def tokenize(text: str) -> list[Token]:
-    """The tokens of `text`, an "end" token last.
+    """Split `text` into tokens; the last one is an "end" token.
 
-    Raises ExpressionError for a character that begins no token.
+    Raises ExpressionError for an unexpected character.
     """
-    tokens, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
+    tokens, position = [], 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
         if match is None:
-            hint = _HINTS.get(text[at])
-            raise error_at(
-                Span(text, at, at + 1),
-                f"unexpected character {text[at]!r}" + (f": {hint}" if hint else ""),
+            hint = _HINTS.get(text[position])
+            raise expression_error(
+                Span(text, position, position + 1),
+                f"unexpected character {text[position]!r}" + (f": {hint}" if hint else ""),
             )
         kind = match.lastgroup or ""
         if kind != "space":
-            tokens.append(Token(kind, match.group(), Span(text, at, match.end())))
-        at = match.end()
+            tokens.append(Token(kind, match.group(), Span(text, position, match.end())))
+        position = match.end()
     return [*tokens, Token("end", "", Span(text, len(text), len(text) + 1))]
 
 
-def error_at(span: Span, message: str) -> ExpressionError:
-    """An ExpressionError that shows the expression and a caret under the place."""
+def expression_error(span: Span, message: str) -> ExpressionError:
+    """Build an ExpressionError that shows the expression with carets under `span`."""
     line_start = span.text.rfind("\n", 0, span.start) + 1
     line_end = span.text.find("\n", span.start)
     line = span.text[line_start : line_end if line_end >= 0 else len(span.text)]
-    begin = span.start - line_start
-    width = max(1, min(span.end - line_start, len(line)) - begin)
-    if len(line) > 160:  # keep the neighbourhood only
-        cut = max(0, begin - 60)
-        tail = " ..." if cut + 140 < len(line) else ""
-        line = ("... " if cut else "") + line[cut : cut + 140] + tail
-        begin = begin - cut + (4 if cut else 0)
-        width = max(1, min(width, len(line) - begin))
-    return ExpressionError(f"{message}\n    {line}\n    {' ' * begin}{'^' * width}")
+    caret = span.start - line_start
+    width = max(1, min(span.end - line_start, len(line)) - caret)
+    if len(line) > 160:  # show only the neighbourhood
+        offset = max(0, caret - 60)
+        tail = " ..." if offset + 140 < len(line) else ""
+        line = ("... " if offset else "") + line[offset : offset + 140] + tail
+        caret = caret - offset + (4 if offset else 0)
+        width = max(1, min(width, len(line) - caret))
+    return ExpressionError(f"{message}\n    {line}\n    {' ' * caret}{'^' * width}")

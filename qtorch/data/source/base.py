@@ -190,7 +190,7 @@ class Source(Configured, ABC):
         }
         bars = self.load_for_expressions(fields, instruments=instruments, **load_arguments)
         mask_bars = self.load_mask_bars(fields, **load_arguments)
-        panel = evaluate(list(fields), bars, others=mask_bars)
+        panel = evaluate(list(fields), bars, mask_bars=mask_bars)
         return panel.select(start=start_time, end=end_time)
 
     def load_for_expressions(self, expressions: Iterable[str], **load_arguments: Any) -> Panel:

@@ -1,4 +1,4 @@
-"""Random bars with every kind of hole, for the expression tests."""
+"""Random bars with all kinds of missing data, for the expression tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qtorch.data.panel import Panel
 
 
 def random_bars(seed: int, *, dates: int = 70, instruments: int = 5, missing: float = 0.2) -> Panel:
-    """Two positive fields with missing values, ties, flat stretches and cut spans."""
+    """Create two positive fields with missing values, ties, flat stretches and shortened spans."""
     rng = np.random.default_rng(seed)
     values = np.round(20 + np.cumsum(rng.normal(0, 0.3, (2, dates, instruments)), 1), 2)
     values[0, dates // 3 : dates // 3 + 12, 0] = values[0, dates // 3, 0]

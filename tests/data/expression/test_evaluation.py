@@ -1,3 +1,5 @@
+"""Evaluation of expressions on panels: results, threads, spans, conditions and operators."""
+
 from __future__ import annotations
 
 import threading
@@ -15,47 +17,53 @@ from qtorch.data.panel import Panel
 TEXTS = ["$x", "Mean($x, 5)/$x", "$x>$y", "Corr($x, $y, 7)", "Ref($x, -2)", "IdxMax($y, 6)"]
 
 
-def column(expression, bars):
+def evaluate_column(expression, bars):
     return evaluate([expression], bars).values[:, :, 0]
 
 
-def test_the_result_is_a_panel_of_the_same_rows(random_bars):
+def test_result_is_a_panel_with_the_same_rows(random_bars):
     bars = random_bars(0)
-    found = evaluate({"A": "$x", "B": "$x*2"}, bars)
-    assert found.fields == ("A", "B")
-    assert found.calendar.equals(bars.calendar)
-    assert found.instruments.equals(bars.instruments)
-    assert found.mask is bars.mask
-    assert found.spans is bars.spans
-    assert found.column("B").is_contiguous()
+    panel = evaluate({"A": "$x", "B": "$x*2"}, bars)
+    assert panel.fields == ("A", "B")
+    assert panel.calendar.equals(bars.calendar)
+    assert panel.instruments.equals(bars.instruments)
+    assert panel.mask is bars.mask
+    assert panel.spans is bars.spans
+    assert panel.column("B").is_contiguous()
     assert evaluate("$x+1", bars).fields == ("$x+1",)
-    torch.testing.assert_close(found.column("B"), bars.column("x") * 2, equal_nan=True)
+    torch.testing.assert_close(panel.column("B"), bars.column("x") * 2, equal_nan=True)
 
 
-def test_out_of_any_strides(random_bars):
+def test_out_may_have_any_strides(random_bars):
     bars = random_bars(1)
     expected = evaluate(TEXTS, bars).values
     d, n, f = expected.shape
     for order in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         shape = [(d, n, f)[k] for k in order]
         out = torch.full(shape, 7.0).permute(*np.argsort(order).tolist())
-        found = evaluate(TEXTS, bars, out=out)
-        assert found.values is out
+        panel = evaluate(TEXTS, bars, out=out)
+        assert panel.values is out
         torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=0)
     with pytest.raises(DataError, match="expected float32"):
         evaluate(TEXTS, bars, out=torch.zeros(2, 2, 2))
 
 
-def test_threads_and_blocks_change_nothing(random_bars):
+def test_results_do_not_depend_on_threads_and_blocks(random_bars):
     bars = random_bars(2, instruments=150, dates=60)
     before = torch.get_num_threads()
-    one = evaluate(TEXTS, bars, num_threads=1)
-    three = evaluate(TEXTS, bars, num_threads=3)
+    single_thread = evaluate(TEXTS, bars, num_threads=1)
+    three_threads = evaluate(TEXTS, bars, num_threads=3)
     assert torch.get_num_threads() == before
-    torch.testing.assert_close(one.values, three.values, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        single_thread.values, three_threads.values, equal_nan=True, rtol=0, atol=0
+    )
     part = bars.select(instruments=list(bars.instruments[100:103]))
     torch.testing.assert_close(
-        evaluate(TEXTS, part).values, one.values[:, 100:103], equal_nan=True, rtol=1e-5, atol=1e-6
+        evaluate(TEXTS, part).values,
+        single_thread.values[:, 100:103],
+        equal_nan=True,
+        rtol=1e-5,
+        atol=1e-6,
     )
     assert threading.active_count() == 1 or not [
         t for t in threading.enumerate() if t.name.startswith("expression-")
@@ -64,44 +72,46 @@ def test_threads_and_blocks_change_nothing(random_bars):
         evaluate(TEXTS, bars, num_threads=0)
 
 
-def test_nothing_lies_outside_the_spans(random_bars):
+def test_values_outside_the_spans_are_nan(random_bars):
     bars = random_bars(3, missing=0.1)
     texts = [*TEXTS, "If($x>20, 1, 0)", "$x>1", "($x>1)*1", "Count($x, 5)", "$x**0", "Ref($x, 0)"]
     texts += ["Ref(Mean($x, 5), -3)", "Ref($x>20, 2)", "Mean($x>20, 4)", "EMA($x, 5)", "EMA($x, 0)"]
     texts += ["Quantile($x, 4, 0.5)", "Not($x>20)", "$x!=$y", "Sum($x, 3)", "Delta($x, -2)"]
     values = evaluate(texts, bars).values
     rows = torch.arange(len(bars.calendar))[:, None]
-    outside = (rows < bars.spans[:, 0]) | (rows > bars.spans[:, 1])
-    assert values[outside].isnan().all()
+    is_outside = (rows < bars.spans[:, 0]) | (rows > bars.spans[:, 1])
+    assert values[is_outside].isnan().all()
 
 
-def test_conditions(random_bars):
+def test_conditions_equal_torch_comparisons(random_bars):
     bars = random_bars(4)
     x, y = bars.column("x"), bars.column("y")
-    inside = bars.mask
+    is_inside = bars.mask
     expected = {
         "$x>$y": x > y,
-        "$x!=$y": x != y,  # NaN differs from everything
+        "$x!=$y": x != y,  # NaN is not equal to anything
         "20<=$x": x >= 20,
         "($x>20)&~($y>20)": (x > 20) & ~(y > 20),
         "Or(Lt($x, 20), Eq($y, 20))": (x < 20) | (y == 20),
         "If($x>$y, $x, -1)": torch.where(x > y, x, -torch.ones_like(x)),
     }
-    for text, wanted in expected.items():
-        found = column(text, bars)
-        torch.testing.assert_close(found[inside], wanted[inside].float(), equal_nan=True, msg=text)
+    for text, values in expected.items():
+        result = evaluate_column(text, bars)
+        torch.testing.assert_close(
+            result[is_inside], values[is_inside].float(), equal_nan=True, msg=text
+        )
 
 
-def test_suspended_days_count_in_means_of_conditions(random_bars):
+def test_mean_of_a_condition_counts_suspended_days(random_bars):
     """A comparison with NaN is false, not missing: the mean divides by all rows of the window."""
     bars = random_bars(5, missing=0.4)
-    found = column("Mean($x>20, 4)", bars)[3:, 0]
-    above = (bars.column("x")[:, 0] > 20).float()
-    torch.testing.assert_close(found, above.unfold(0, 4, 1).mean(-1))
+    mean = evaluate_column("Mean($x>20, 4)", bars)[3:, 0]
+    is_above = (bars.column("x")[:, 0] > 20).float()
+    torch.testing.assert_close(mean, is_above.unfold(0, 4, 1).mean(-1))
 
 
-def test_ema_over_all_history_by_hand():
-    """EMA(x, 0): row L weighs lag k with (1 - 2/(1 + L)) ** k, counted from the first row."""
+def test_ema_over_all_history_equals_a_hand_computed_case():
+    """EMA(x, 0) gives lag k the weight (1 - 2/(1 + L)) ** k in the L-th row since the first."""
     values = torch.tensor([[float("nan")], [2.0], [4.0], [float("nan")], [1.0]])[:, :, None]
     bars = Panel(
         values, pd.bdate_range("2020-01-01", periods=5), ["a"], ["x"], spans=torch.tensor([[1, 4]])
@@ -110,35 +120,35 @@ def test_ema_over_all_history_by_hand():
     for length, rows in ((2, [2, 4]), (3, [2, 4, 0]), (4, [2, 4, 0, 1])):
         weights = (1 - 2 / (1 + length)) ** np.arange(length)[::-1]
         expected.append(float((weights / weights.sum() * rows).sum()))
-    np.testing.assert_allclose(column("EMA($x, 0)", bars)[:, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(evaluate_column("EMA($x, 0)", bars)[:, 0], expected, rtol=1e-6)
 
 
-def test_mask_reads_another_instrument(random_bars):
+def test_mask_uses_the_values_of_another_instrument(random_bars):
     bars = random_bars(6)
     for text in ("Mask($x, 'I0')", "ChangeInstrument('i0', $x)"):
-        found = column(text, bars)
-        expected = bars.column("x")[:, :1].expand_as(found)
+        result = evaluate_column(text, bars)
+        expected = bars.column("x")[:, :1].expand_as(result)
         torch.testing.assert_close(
-            found[bars.mask], expected[bars.mask], equal_nan=True, rtol=0, atol=0
+            result[bars.mask], expected[bars.mask], equal_nan=True, rtol=0, atol=0
         )
-    beta = column("Mean(Mask($x, 'I0'), 3)", bars)
-    own = column("Mean($x, 3)", bars)[:, :1].expand_as(beta)
-    torch.testing.assert_close(beta[bars.mask], own[bars.mask], equal_nan=True)
+    masked_mean = evaluate_column("Mean(Mask($x, 'I0'), 3)", bars)
+    own_mean = evaluate_column("Mean($x, 3)", bars)[:, :1].expand_as(masked_mean)
+    torch.testing.assert_close(masked_mean[bars.mask], own_mean[bars.mask], equal_nan=True)
     with pytest.raises(ExpressionError, match="unknown instrument 'J0'"):
-        column("Mask($x, 'J0')", bars)
+        evaluate_column("Mask($x, 'J0')", bars)
 
 
-def test_unknown_field_names_the_nearest(random_bars):
+def test_unknown_field_raises_with_the_nearest_name(random_bars):
     bars = random_bars(7)
-    named = Panel(bars.values, bars.calendar, bars.instruments, ["close", "open"])
-    with pytest.raises(ExpressionError) as caught:
-        evaluate(["Mean($clsoe, 5)"], named)
-    assert "Did you mean 'close'" in str(caught.value)
-    assert str(caught.value).splitlines()[2].strip() == "^" * len("$clsoe")
-    assert evaluate(["$CLOSE"], named).values.shape[2] == 1
+    price_bars = Panel(bars.values, bars.calendar, bars.instruments, ["close", "open"])
+    with pytest.raises(ExpressionError) as error_info:
+        evaluate(["Mean($clsoe, 5)"], price_bars)
+    assert "Did you mean 'close'" in str(error_info.value)
+    assert str(error_info.value).splitlines()[2].strip() == "^" * len("$clsoe")
+    assert evaluate(["$CLOSE"], price_bars).values.shape[2] == 1
 
 
-def test_a_users_own_operator(random_bars):
+def test_user_defined_operator(random_bars):
     bars = random_bars(8, instruments=70)
 
     @register_operator("Spread", arguments=("series", "series", "window"))
@@ -147,9 +157,9 @@ def test_a_users_own_operator(random_bars):
         return left - right / window
 
     try:
-        found = column("Spread($x, Mean($y, 3), 4)*2", bars)
-        expected = (column("$x", bars) - column("Mean($y, 3)", bars) / 4) * 2
-        torch.testing.assert_close(found, expected, equal_nan=True)
+        result = evaluate_column("Spread($x, Mean($y, 3), 4)*2", bars)
+        expected = (evaluate_column("$x", bars) - evaluate_column("Mean($y, 3)", bars) / 4) * 2
+        torch.testing.assert_close(result, expected, equal_nan=True)
         assert reach("Spread($x, $y, 4)") == (3, 0)
         register_operator(
             "Spread",
@@ -158,12 +168,12 @@ def test_a_users_own_operator(random_bars):
             arguments=("series", "series", "window"),
         )
         with pytest.raises(ExpressionError, match="'Spread' returned"):
-            column("Spread($x, $y, 4)", bars)
+            evaluate_column("Spread($x, $y, 4)", bars)
     finally:
         unregister_operator("Spread")
 
 
-def test_an_error_in_a_thread_reaches_the_caller(random_bars):
+def test_an_error_in_a_thread_is_raised_in_the_caller(random_bars):
     register_operator("Broken", lambda x: 1 / 0, arguments=("series",))
     try:
         with pytest.raises(ZeroDivisionError):
@@ -176,43 +186,47 @@ def test_an_error_in_a_thread_reaches_the_caller(random_bars):
     "text",
     ["Mean(Ref($x, 2), 5)", "Ref(Std($x, 4), -3)", "Corr($x, Ref($y, -1), 6)", "Delta($x, -2)"],
 )
-def test_nothing_but_the_reach_is_read(random_bars, text):
-    """Rows outside the reach may change without a change of the value; the last one inside not."""
+def test_values_depend_on_exactly_the_rows_within_the_reach(random_bars, text):
+    """Changing rows outside the reach has no effect; changing the first or last row inside has."""
     bars = random_bars(9, missing=0.0)
     values = torch.rand(bars.shape, generator=torch.Generator().manual_seed(0)) + 1
     bars = Panel(values, bars.calendar, bars.instruments, bars.fields)
     before, after = reach(text)
     row = 40
-    changed = bars.values.clone()
-    changed[: row - before] *= 3
-    changed[row + after + 1 :] *= 3
-    other = Panel(changed, bars.calendar, bars.instruments, bars.fields)
-    torch.testing.assert_close(column(text, bars)[row], column(text, other)[row])
+    outside_changed = bars.values.clone()
+    outside_changed[: row - before] *= 3
+    outside_changed[row + after + 1 :] *= 3
+    changed_bars = Panel(outside_changed, bars.calendar, bars.instruments, bars.fields)
+    torch.testing.assert_close(
+        evaluate_column(text, bars)[row], evaluate_column(text, changed_bars)[row]
+    )
     for edge in (row - before, row + after):
         if edge != row or before == after == 0:
-            touched = bars.values.clone()
-            touched[edge] *= 3
-            other = Panel(touched, bars.calendar, bars.instruments, bars.fields)
-            assert not torch.allclose(column(text, bars)[row], column(text, other)[row])
+            edge_changed = bars.values.clone()
+            edge_changed[edge] *= 3
+            changed_bars = Panel(edge_changed, bars.calendar, bars.instruments, bars.fields)
+            assert not torch.allclose(
+                evaluate_column(text, bars)[row], evaluate_column(text, changed_bars)[row]
+            )
 
 
 def test_empty_and_tiny_panels(random_bars):
     bars = random_bars(0)
     assert evaluate(TEXTS, bars.select(instruments=[])).shape == (70, 0, 6)
-    one = bars.select(start=bars.calendar[0], end=bars.calendar[0])
-    assert evaluate(TEXTS, one).shape == (1, 5, 6)
-    named = Panel(
+    single_day = bars.select(start=bars.calendar[0], end=bars.calendar[0])
+    assert evaluate(TEXTS, single_day).shape == (1, 5, 6)
+    empty_bars = Panel(
         torch.full((3, 1, 6), float("nan")),
         bars.calendar[:3],
         ["a"],
         ["open", "high", "low", "close", "vwap", "volume"],
     )
     expressions, names = alpha158()
-    assert evaluate(dict(zip(names, expressions, strict=True)), named).values.isnan().all()
+    assert evaluate(dict(zip(names, expressions, strict=True)), empty_bars).values.isnan().all()
 
 
 @pytest.mark.gpu
-def test_a_gpu_agrees_with_the_cpu():
+def test_gpu_results_equal_cpu_results():
     from scripts.parity.expressions import operator_expressions
     from scripts.parity.stress import stress_market
 
@@ -222,8 +236,8 @@ def test_a_gpu_agrees_with_the_cpu():
     cpu, gpu = evaluate(texts, bars), evaluate(texts, bars.to("cuda"))
     assert gpu.device.type == "cuda"
     for k, text in enumerate(texts):
-        ours, theirs = cpu.values[:, :, k], gpu.values[:, :, k].cpu()
-        scale = ours[ours.isfinite()].std() if ours.isfinite().any() else torch.tensor(0.0)
-        close = (ours - theirs).abs() <= 1e-4 * ours.abs() + 1e-6 * scale
-        same = (ours == theirs) | (ours.isnan() & theirs.isnan()) | close
-        assert same.float().mean() >= 0.999, text
+        x, y = cpu.values[:, :, k], gpu.values[:, :, k].cpu()
+        scale = x[x.isfinite()].std() if x.isfinite().any() else torch.tensor(0.0)
+        is_close = (x - y).abs() <= 1e-4 * x.abs() + 1e-6 * scale
+        is_equal = (x == y) | (x.isnan() & y.isnan()) | is_close
+        assert is_equal.float().mean() >= 0.999, text

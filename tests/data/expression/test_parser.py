@@ -1,3 +1,5 @@
+"""Parsing of expressions: canonical forms, precedence, error positions, reach and fields."""
+
 from __future__ import annotations
 
 import ast
@@ -6,7 +8,13 @@ import random
 import pytest
 
 from qtorch.core.errors import ConfigError, ExpressionError
-from qtorch.data.expression import fields_of, parse, reach, register_operator, unregister_operator
+from qtorch.data.expression import (
+    expression_fields,
+    parse,
+    reach,
+    register_operator,
+    unregister_operator,
+)
 from qtorch.data.expression.node import Call, Field
 
 
@@ -29,7 +37,7 @@ from qtorch.data.expression.node import Call, Field
         ("1e-12+$volume", "Add(1e-12,$volume)"),
     ],
 )
-def test_canonical_form(text, canonical):
+def test_text_is_parsed_into_its_canonical_form(text, canonical):
     if canonical is None:
         with pytest.raises(ExpressionError, match="bind tighter"):
             parse(text)
@@ -37,54 +45,56 @@ def test_canonical_form(text, canonical):
         assert str(parse(text)) == canonical
 
 
-def test_precedence_is_pythons():
+def test_operator_precedence_equals_python():
     """Random arithmetic parses into the tree that Python's own parser builds."""
     names = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div", ast.Pow: "Power"}
 
-    def of_python(node):
+    def python_tree(node):
         if isinstance(node, ast.BinOp):
-            return f"{names[type(node.op)]}({of_python(node.left)},{of_python(node.right)})"
+            return f"{names[type(node.op)]}({python_tree(node.left)},{python_tree(node.right)})"
         if isinstance(node, ast.UnaryOp):
-            return f"Mul({of_python(node.operand)},-1)"
+            return f"Mul({python_tree(node.operand)},-1)"
         return f"${node.id}"
 
     rng = random.Random(0)
 
-    def grow(depth):
+    def generate(depth):
         if depth == 0 or rng.random() < 0.2:
             return rng.choice("abc")
         kind = rng.random()
         if kind < 0.15:
-            return f"-{grow(depth - 1)}"
-        inner = f"{grow(depth - 1)}{rng.choice(['+', '-', '*', '/', '**'])}{grow(depth - 1)}"
+            return f"-{generate(depth - 1)}"
+        inner = (
+            f"{generate(depth - 1)}{rng.choice(['+', '-', '*', '/', '**'])}{generate(depth - 1)}"
+        )
         return f"({inner})" if kind < 0.5 else inner
 
     for _ in range(300):
-        text = grow(4)
-        ours = parse("".join(f"${c}" if c.isalpha() else c for c in text))
-        assert str(ours) == of_python(ast.parse(text, mode="eval").body), text
+        text = generate(4)
+        root = parse("".join(f"${c}" if c.isalpha() else c for c in text))
+        assert str(root) == python_tree(ast.parse(text, mode="eval").body), text
 
 
-def test_nodes_are_hashable_and_know_their_place():
-    left, right = parse("$close + Mean($close, 5)"), parse("$close+Mean($close,5)")
-    assert left == right
-    assert hash(left) == hash(right)
-    assert isinstance(left, Call)
-    assert isinstance(left.arguments[0], Field)
-    span = left.arguments[1].span
+def test_nodes_are_hashable_and_have_spans():
+    first, second = parse("$close + Mean($close, 5)"), parse("$close+Mean($close,5)")
+    assert first == second
+    assert hash(first) == hash(second)
+    assert isinstance(first, Call)
+    assert isinstance(first.arguments[0], Field)
+    span = first.arguments[1].span
     assert span.text[span.start : span.end] == "Mean($close, 5)"
 
 
 @pytest.mark.parametrize(
-    ("text", "message", "marked"),
+    ("text", "message", "underlined"),
     [
         ("Maen($close, 5)", "Did you mean 'Mean'", "Maen"),
         ("Mean($close)", "Mean takes 2 arguments (series, window), got 1", "Mean($close)"),
         ("Abs($a, 1)", "Abs takes 1 argument", "Abs($a, 1)"),
         ("Mean($close, 5", "never closed", "("),
-        ("Mean($close, $open)", "expected a plain number for the window", "$open"),
-        ("Mean($close, 2.5)", "whole number", "2.5"),
-        ("Mean($close, -1)", "whole number", "-1"),
+        ("Mean($close, $open)", "expected a number for the window", "$open"),
+        ("Mean($close, 2.5)", "integer number of rows", "2.5"),
+        ("Mean($close, -1)", "integer number of rows", "-1"),
         ("EMA($close, 1.5)", "alpha in (0, 1)", "1.5"),
         ("Skew($close, 2)", "at least 3", "2"),
         ("Quantile($close, 5, 1.2)", "from 0 to 1", "1.2"),
@@ -100,7 +110,7 @@ def test_nodes_are_hashable_and_know_their_place():
         ("$a and $b", "unexpected 'and'", "and"),
         ("$a $b", "unexpected '$b'", "$b"),
         ("$a +", "the expression ends", None),
-        ("1 + 2", "names no field", "1 + 2"),
+        ("1 + 2", "has no field", "1 + 2"),
         ("1/0*$a", "cannot be computed", "1/0"),
         ("Mask($a, SH600000)", "unexpected name 'SH600000'", "SH600000"),
         ("Mask($a, 3)", "expected a quoted name", "3"),
@@ -108,28 +118,28 @@ def test_nodes_are_hashable_and_know_their_place():
         ("$a.real", "unexpected character '.'", "."),
     ],
 )
-def test_errors_show_the_place(text, message, marked):
-    with pytest.raises(ExpressionError) as caught:
+def test_errors_underline_the_position(text, message, underlined):
+    with pytest.raises(ExpressionError) as error_info:
         parse(text)
-    shown = str(caught.value).splitlines()
-    assert message in shown[0]
-    assert shown[1].strip() == text
-    if marked is not None:
-        begin = shown[2].index("^")
-        assert shown[1][begin : begin + shown[2].count("^")] == marked
+    lines = str(error_info.value).splitlines()
+    assert message in lines[0]
+    assert lines[1].strip() == text
+    if underlined is not None:
+        start = lines[2].index("^")
+        assert lines[1][start : start + lines[2].count("^")] == underlined
 
 
-def test_errors_of_long_and_deep_texts():
+def test_errors_of_long_nested_and_empty_texts():
     with pytest.raises(ExpressionError, match="nested deeper"):
         parse("(" * 500 + "$a" + ")" * 500)
-    with pytest.raises(ExpressionError, match="inside each other"):
+    with pytest.raises(ExpressionError, match="nested operators"):
         parse("+".join(["$a"] * 1000))
-    with pytest.raises(ExpressionError) as caught:
+    with pytest.raises(ExpressionError) as error_info:
         parse("$a+" * 80 + "Maen($b, 3)" + "+$c" * 80)
-    shown = str(caught.value).splitlines()
-    assert len(shown[1]) < 180
-    begin = shown[2].index("^")
-    assert shown[1][begin : begin + 4] == "Maen"
+    lines = str(error_info.value).splitlines()
+    assert len(lines[1]) < 180
+    start = lines[2].index("^")
+    assert lines[1][start : start + 4] == "Maen"
     with pytest.raises(ExpressionError, match="empty"):
         parse("  ")
     with pytest.raises(ExpressionError, match="string"):
@@ -155,16 +165,16 @@ def test_errors_of_long_and_deep_texts():
         ("If($a > Ref($a, -4), $b, 1)", (0, 4)),
     ],
 )
-def test_reach(text, expected):
+def test_reach_in_rows_before_and_after(text, expected):
     assert reach(text) == expected
 
 
-def test_fields_of():
-    assert fields_of("$close/Ref($open, 1)+$close") == ("close", "open")
-    assert fields_of({"A": "$b", "B": "$a+Feature('c')"}) == ("b", "a", "c")
+def test_expression_fields():
+    assert expression_fields("$close/Ref($open, 1)+$close") == ("close", "open")
+    assert expression_fields({"A": "$b", "B": "$a+Feature('c')"}) == ("b", "a", "c")
 
 
-def test_registering():
+def test_registering_operators():
     register_operator("Halve", lambda x: x / 2, arguments=("series",))
     try:
         assert str(parse("Halve($close)")) == "Halve($close)"

@@ -1,4 +1,4 @@
-"""Every rolling operator against pandas, instrument by instrument, on random dirty bars."""
+"""All rolling operators compared with pandas, per instrument, on random bars with missing data."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from qtorch.data.expression import evaluate
 
-SMALLEST = {"Skew": 3, "Kurt": 4}
+MIN_WINDOWS = {"Skew": 3, "Kurt": 4}
 
 
-def regression(values, which):
-    """Slope, Rsquare and Resi of one window by numpy, on the rows that hold a value."""
-    at = np.flatnonzero(~np.isnan(values))
-    if len(at) < 2:
+def regression(values, statistic):
+    """Compute Slope, Rsquare or Resi of one window with numpy, ignoring missing values."""
+    positions = np.flatnonzero(~np.isnan(values))
+    if len(positions) < 2:
         return np.nan
-    x, y = at - at.mean(), values[at] - values[at].mean()
+    x, y = positions - positions.mean(), values[positions] - values[positions].mean()
     slope = (x * y).sum() / (x * x).sum()
-    if which == "Slope":
+    if statistic == "Slope":
         return slope
-    if which == "Resi":
-        return values[-1] - values[at].mean() - slope * (len(values) - 1 - at.mean())
+    if statistic == "Resi":
+        return values[-1] - values[positions].mean() - slope * (len(values) - 1 - positions.mean())
     if y.std(ddof=1) <= 2e-5:
         return np.nan
     return ((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())) ** 2
@@ -38,12 +38,12 @@ def mad(values):
     return np.abs(values - values.mean()).mean()
 
 
-PLAIN = {
+PANDAS_METHODS = {
     **{name: name.lower() for name in ("Mean", "Sum", "Std", "Var", "Max", "Min", "Skew", "Kurt")},
     "Med": "median",
     "Count": "count",
 }
-APPLIED = {
+WINDOW_FUNCTIONS = {
     "IdxMax": lambda v: v.argmax() + 1,
     "IdxMin": lambda v: v.argmin() + 1,
     "Mad": mad,
@@ -52,29 +52,29 @@ APPLIED = {
 }
 
 
-def by_pandas(series, name, window):
-    """The operator on one instrument's stored rows."""
+def pandas_result(series, name, window):
+    """Compute an operator with pandas on the rows within the span of one instrument."""
     if name == "EMA":
         alpha = {"alpha": window} if window < 1 else {"span": window}
         return series.ewm(**alpha, min_periods=1).mean()
     windows = (
         series.expanding(min_periods=1) if window == 0 else series.rolling(window, min_periods=1)
     )
-    if name in PLAIN:
-        return getattr(windows, PLAIN[name])()
-    if name in APPLIED:
-        return windows.apply(APPLIED[name], raw=True)
+    if name in PANDAS_METHODS:
+        return getattr(windows, PANDAS_METHODS[name])()
+    if name in WINDOW_FUNCTIONS:
+        return windows.apply(WINDOW_FUNCTIONS[name], raw=True)
     if name == "Rank":
         return windows.rank(pct=True)
     if name == "Ref":
         return series.shift(window) if window else pd.Series(series.iloc[0], series.index)
     if name == "Delta":
-        return series - by_pandas(series, "Ref", window)
+        return series - pandas_result(series, "Ref", window)
     raise AssertionError(name)
 
 
-def reference(bars, function):
-    """`function(x, y)` on each instrument's stored rows, as `[D, N]`; NaN elsewhere."""
+def apply_by_instrument(bars, function):
+    """Apply `function(x, y)` to the span of each instrument: `[D, N]`, NaN elsewhere."""
     out = np.full(bars.shape[:2], np.nan)
     for j, (first, last) in enumerate(bars.spans.tolist()):
         rows = slice(first, last + 1)
@@ -83,111 +83,115 @@ def reference(bars, function):
     return out
 
 
-def check(bars, expression, function, *, tolerance=1e-6):
-    ours = evaluate([expression], bars).values[:, :, 0].double().numpy()
-    expected = reference(bars, function)
-    np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=tolerance, err_msg=expression)
+def assert_equals_pandas(bars, expression, function, *, tolerance=1e-6):
+    result = evaluate([expression], bars).values[:, :, 0].double().numpy()
+    expected = apply_by_instrument(bars, function)
+    np.testing.assert_allclose(result, expected, rtol=2e-6, atol=tolerance, err_msg=expression)
 
 
-ROLLING = [*PLAIN, *APPLIED, "Rank", "Ref", "Delta", "EMA"]
+ROLLING = [*PANDAS_METHODS, *WINDOW_FUNCTIONS, "Rank", "Ref", "Delta", "EMA"]
 
 
 @pytest.mark.parametrize("name", ROLLING)
 @pytest.mark.parametrize("missing", [0.0, 0.03, 0.4])
-def test_rolling_operator(random_bars, name, missing):
+def test_rolling_operator_equals_pandas(random_bars, name, missing):
     bars = random_bars(ROLLING.index(name), missing=missing)
-    # Moments of nearly equal numbers lose digits in either program.
+    # Moments of nearly equal numbers lose digits in both implementations.
     tolerance = {"Skew": 2e-5, "Kurt": 2e-4, "Std": 2e-6, "Rsquare": 1e-5}.get(name, 3e-6)
     windows = [1, 2, 3, 5, 11, 37, 300] + ([] if name == "EMA" else [0])
     for window in windows:
-        if window == 0 or window >= SMALLEST.get(name, 1):
+        if window == 0 or window >= MIN_WINDOWS.get(name, 1):
             if name in ("Skew", "Kurt") and window == 0:
-                continue  # pandas gives NaN on flat windows only in its rolling form
-            check(
+                continue  # pandas returns NaN for flat windows in rolling(), not in expanding()
+            assert_equals_pandas(
                 bars,
                 f"{name}($x, {window})",
-                lambda x, _, w=window: by_pandas(x, name, w),
+                lambda x, _, w=window: pandas_result(x, name, w),
                 tolerance=tolerance,
             )
 
 
-def test_many_windows_at_once_are_each_window_alone(random_bars):
-    """Sharing sums among windows and operators changes nothing but rounding."""
+def test_joint_evaluation_equals_separate_evaluation(random_bars):
+    """Sharing sums between windows and operators changes results by rounding only."""
     rng = np.random.default_rng(5)
     bars = random_bars(3)
     names = ["Mean", "Std", "Max", "IdxMin", "Rank", "Slope", "Resi", "Med", "Var"]
     texts = [f"{n}($x, {w})" for n in names for w in rng.integers(1, 90, 4)]
-    together = evaluate(list(dict.fromkeys(texts)), bars)
-    for text in together.fields:
-        alone = evaluate([text], bars)
+    joint = evaluate(list(dict.fromkeys(texts)), bars)
+    for text in joint.fields:
+        separate = evaluate([text], bars)
         torch.testing.assert_close(
-            together.column(text), alone.column(text), equal_nan=True, rtol=1e-6, atol=1e-6
+            joint.column(text), separate.column(text), equal_nan=True, rtol=1e-6, atol=1e-6
         )
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.03, 0.4])
 @pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.83, 1])
-def test_quantile(random_bars, share, missing):
+def test_quantile_equals_pandas(random_bars, share, missing):
     bars = random_bars(11, missing=missing)
     for window in (1, 4, 10, 33, 300, 0):
 
-        def expected(x, _, w=window):
+        def pandas_quantile(x, _, w=window):
             windows = x.expanding(1) if w == 0 else x.rolling(w, min_periods=1)
             return windows.quantile(share)
 
-        check(bars, f"Quantile($x, {window}, {share})", expected)
+        assert_equals_pandas(bars, f"Quantile($x, {window}, {share})", pandas_quantile)
 
 
-def test_long_quantiles(random_bars):
-    """Windows past the networks' limit go by sorted insertion."""
+def test_quantiles_of_long_windows_equal_pandas(random_bars):
+    """Windows beyond the limit of the sorting networks use sorted insertion."""
     bars = random_bars(2, dates=400, instruments=3)
     for window in (250, 260, 0):
 
-        def expected(x, _, w=window):
+        def pandas_quantile(x, _, w=window):
             windows = x.expanding(1) if w == 0 else x.rolling(w, min_periods=1)
             return windows.quantile(0.3)
 
-        check(bars, f"Quantile($x, {window}, 0.3)", expected)
+        assert_equals_pandas(bars, f"Quantile($x, {window}, 0.3)", pandas_quantile)
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 @pytest.mark.parametrize("window", [2, 3, 8, 40])
-def test_corr_and_cov(random_bars, window, missing):
+def test_corr_and_cov_equal_pandas(random_bars, window, missing):
     bars = random_bars(7, missing=missing)
 
     def corr(x, y):
-        found = x.rolling(window, min_periods=1).corr(y)
+        correlation = x.rolling(window, min_periods=1).corr(y)
         for side in (x, y):
-            found[side.rolling(window, min_periods=1).std() <= 2e-5] = np.nan
-        return found
+            correlation[side.rolling(window, min_periods=1).std() <= 2e-5] = np.nan
+        return correlation
 
-    check(bars, f"Corr($x, $y, {window})", corr, tolerance=1e-5)
-    check(bars, f"Cov($x, $y, {window})", lambda x, y: x.rolling(window, min_periods=1).cov(y))
+    assert_equals_pandas(bars, f"Corr($x, $y, {window})", corr, tolerance=1e-5)
+    assert_equals_pandas(
+        bars, f"Cov($x, $y, {window})", lambda x, y: x.rolling(window, min_periods=1).cov(y)
+    )
 
 
-def test_ema_by_alpha_and_over_long_gaps(random_bars):
+def test_ema_with_alpha_and_long_gaps_equals_pandas(random_bars):
     bars = random_bars(4, missing=0.1)
     bars.values[20:60, 0, 0] = float("nan")
     for alpha in (0.03, 0.5, 0.999):
-        check(bars, f"EMA($x, {alpha})", lambda x, _, a=alpha: by_pandas(x, "EMA", a))
+        assert_equals_pandas(
+            bars, f"EMA($x, {alpha})", lambda x, _, a=alpha: pandas_result(x, "EMA", a)
+        )
 
 
-def test_infinite_values_are_missing(random_bars):
+def test_infinite_values_are_treated_as_missing(random_bars):
     bars = random_bars(6)
     bars.values[30, :, 0] = float("inf")
     clean = random_bars(6)
     clean.values[30, :, 0] = float("nan")
     for name in ("Mean", "Std", "Max", "IdxMax", "Rank", "Slope", "Med", "EMA"):
         text = f"{name}($x, 5)"
-        found, expected = (evaluate([text], b).values for b in (bars, clean))
-        torch.testing.assert_close(found, expected, equal_nan=True, msg=text)
+        result, expected = (evaluate([text], b).values for b in (bars, clean))
+        torch.testing.assert_close(result, expected, equal_nan=True, msg=text)
 
 
-def test_float64_results_keep_their_digits(random_bars):
-    """The difference of two means is not the difference of two rounded means."""
+def test_intermediate_results_are_float64(random_bars):
+    """The difference of two means is computed before rounding to float32."""
     bars = random_bars(9, missing=0.0)
     bars.values[:] += 10000
-    check(
+    assert_equals_pandas(
         bars,
         "Mean($x, 5)-Mean($x, 10)",
         lambda x, _: x.rolling(5, 1).mean() - x.rolling(10, 1).mean(),
@@ -203,5 +207,10 @@ def test_extremes_and_ranks_of_negative_and_equal_values():
     values[values == 0] = -0.0
     bars = Panel(values, pd.bdate_range("2020-01-01", periods=200), list("abcd"), ["x", "y"])
     for name in ("IdxMax", "IdxMin", "Max", "Min", "Rank"):
-        for text, of in ((f"{name}($x, 9)", lambda x: x), (f"{name}(Mean($x, 1), 9)", lambda x: x)):
-            check(bars, text, lambda x, _, n=name, f=of: by_pandas(f(x), n, 9))
+        for text, transform in (
+            (f"{name}($x, 9)", lambda x: x),
+            (f"{name}(Mean($x, 1), 9)", lambda x: x),
+        ):
+            assert_equals_pandas(
+                bars, text, lambda x, _, n=name, f=transform: pandas_result(f(x), n, 9)
+            )
