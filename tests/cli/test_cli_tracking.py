@@ -1,4 +1,4 @@
-"""`qtorch tracking send`."""
+"""Tests of the `qtorch tracking` command."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from qtorch.tracking import outbox
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A store and an outbox of this test's own."""
+def store(tmp_path, monkeypatch):
+    """Use a tracking store and an outbox in the test's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "outbox"))
     qtorch.init(tracking_uri=f"sqlite:///{tmp_path}/runs.db")
 
 
-def test_nothing_waits(capsys):
+def test_nothing_to_deliver(capsys):
     assert main(["tracking", "send"]) == 0
-    assert "nothing waits" in capsys.readouterr().out
+    assert "nothing to deliver" in capsys.readouterr().out
 
 
-def test_what_was_kept_is_delivered(capsys):
+def test_stored_data_is_delivered(capsys):
     with R.start(experiment_name="x"):
         recorder = R.get_recorder()
     journal = outbox.Journal(recorder.id, recorder.uri, 1)
@@ -34,7 +34,7 @@ def test_what_was_kept_is_delivered(capsys):
     assert recorder.list_metrics()["late"] == 0.5
 
 
-def test_what_cannot_be_delivered_is_an_error(capsys, monkeypatch):
+def test_undeliverable_data_and_wrong_options_are_errors(capsys, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
     journal = outbox.Journal("abc", "http://127.0.0.1:9", 1)
     journal.append([{"metric": "late", "value": 0.5, "time": 1, "step": 0}])

@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Tests of error messages and exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -6,71 +6,71 @@ import errno
 
 import pytest
 
-from qtorch.cli.guard import error_line, guarded
+from qtorch.cli.guard import error_line, run_command
 from qtorch.cli.main import main
 from qtorch.core.errors import DataError, ExpressionError
 from qtorch.data.expression import parse
 
 
-def raising(error):
+def failing_command(error):
     def command(argv):
         raise error
 
     return command
 
 
-def test_our_errors_are_one_line_without_a_traceback(capsys):
-    assert guarded(raising(DataError("no folder\n  here")), []) == 1
+def test_qtorch_errors_are_one_line_without_traceback(capsys):
+    assert run_command(failing_command(DataError("no folder\n  here")), []) == 1
     assert capsys.readouterr().err == "error: no folder here\n"
 
 
-def test_ours_is_told_where_another_library_wrapped_it():
+def test_wrapped_qtorch_error_is_shown():
     wrapping = RuntimeError("Error in call to target")
     wrapping.__cause__ = DataError("ours")
     assert error_line(wrapping) == "ours"
 
 
-def test_an_error_that_is_not_ours_names_its_type_and_how_to_see_more():
+def test_other_errors_show_their_type_and_a_debug_hint():
     line = error_line(ZeroDivisionError("division by zero"))
-    assert line == "ZeroDivisionError: division by zero (QTORCH_DEBUG=1 shows where)"
+    assert line == "ZeroDivisionError: division by zero (set QTORCH_DEBUG=1 for the traceback)"
 
 
-def test_a_full_disk_is_called_so():
-    told = error_line(OSError(errno.ENOSPC, "No space left on device", "/x/y.parquet"))
-    assert told.startswith("the disk is full while writing /x/y.parquet")
+def test_full_disk_message():
+    line = error_line(OSError(errno.ENOSPC, "No space left on device", "/x/y.parquet"))
+    assert line.startswith("the disk is full while writing /x/y.parquet")
 
 
 @pytest.mark.parametrize(
-    ("expression", "said"),
+    ("expression", "message"),
     [
         ("Ref($close,-2)/Reff($close,-1)", ": 'Reff', character 16 of 'Ref($close,-2)/Reff($c"),
         ("Mean($close, 5", ": '(', character 5 of 'Mean($close, 5'"),
         ("$close +", "was expected: the end of '$close +'"),
     ],
 )
-def test_the_place_in_an_expression_is_said_in_words(expression, said):
-    with pytest.raises(ExpressionError) as caught:
+def test_position_in_an_expression_is_described_in_words(expression, message):
+    with pytest.raises(ExpressionError) as error:
         parse(expression)
-    line = error_line(caught.value)
-    assert said in line
+    line = error_line(error.value)
+    assert message in line
     assert "^" not in line
 
 
-def test_debug_shows_the_traceback_for_this_command_alone(capsys, monkeypatch):
-    monkeypatch.delenv("QTORCH_DEBUG", raising=False)
-    assert guarded(raising(DataError("ours")), ["--debug", "a=1"]) == 1
+def test_debug_shows_the_traceback_of_one_command_only(capsys, monkeypatch):
+    monkeypatch.delenv("QTORCH_DEBUG", failing_command=False)
+    assert run_command(failing_command(DataError("ours")), ["--debug", "a=1"]) == 1
     assert "Traceback" in capsys.readouterr().err
-    assert guarded(raising(DataError("ours")), ["a=1"]) == 1
+    assert run_command(failing_command(DataError("ours")), ["a=1"]) == 1
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_an_interruption_has_its_own_exit_code(capsys):
-    assert guarded(raising(KeyboardInterrupt("Resume it with: x")), []) == 130
+def test_interruption_has_its_own_exit_code(capsys):
+    assert run_command(failing_command(KeyboardInterrupt("Resume it with: x")), []) == 130
     assert "Resume it with: x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "said"),
+    ("argv", "code", "message"),
     [
         ([], 2, "usage: qtorch"),
         (["--help"], 0, "usage: qtorch"),
@@ -83,16 +83,16 @@ def test_an_interruption_has_its_own_exit_code(capsys):
         (["predict", "out=x.parquet"], 1, "run must be given"),
         (["predict", "run=x", "out=x.xlsx"], 1, ".parquet or .csv"),
         (["predict", "rum=x"], 1, "Did you mean 'run'?"),
-        (["predict", "nonsense"], 1, "is no override"),
+        (["predict", "nonsense"], 1, "invalid override"),
         (["tracking"], 2, "qtorch tracking send"),
         (["tracking", "sent"], 1, "Did you mean 'send'?"),
         (["data", "import", "out=x", "data=synthetc"], 1, "Did you mean 'synthetic'?"),
-        (["data", "import", "--config-dir", "nowhere"], 1, "there is no folder 'nowhere'"),
+        (["data", "import", "--config-dir", "nowhere"], 1, "folder 'nowhere' does not exist"),
     ],
 )
-def test_what_the_commands_say(argv, code, said, capsys):
+def test_command_messages_and_exit_codes(argv, code, message, capsys):
     assert main(argv) == code
-    told = capsys.readouterr()
-    assert said in told.out + told.err
+    output = capsys.readouterr()
+    assert message in output.out + output.err
     if code == 1:
-        assert told.err.count("\n") == 1
+        assert output.err.count("\n") == 1

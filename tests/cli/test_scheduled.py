@@ -1,4 +1,4 @@
-"""Whether a job that its scheduler stops goes back into the queue: by what SLURM says of it."""
+"""Tests of requeueing stopped jobs, depending on what SLURM reports about them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from qtorch.cli import slurm, submitted
-from qtorch.cli.scheduled import queued_again
-from qtorch.core.stops import noted
+from qtorch.cli.scheduled import requeue_slurm_job
+from qtorch.core.stops import stop_state
 
-# As SLURM 22.05 answers `scontrol show job --oneliner`, but for what nobody reads.
+# Answer of SLURM 22.05 to `scontrol show job --oneliner`, without fields that are not used.
 RECORD = (
     "JobId=12 {array}JobName=wrap UserId=me(1000) Priority=4294901759 JobState={state} Reason=None "
     "Requeue=1 Restarts={restarts} ExitCode=0:0 PreemptEligibleTime=2026-11-26T06:38:05 "
@@ -20,8 +20,8 @@ RECORD = (
 )
 
 
-def record(state: str, preempted: str = "None", restarts: int = 0, array: str = "") -> str:
-    return RECORD.format(state=state, preempted=preempted, restarts=restarts, array=array)
+def record(state: str, preempt_time: str = "None", restarts: int = 0, array: str = "") -> str:
+    return RECORD.format(state=state, preempted=preempt_time, restarts=restarts, array=array)
 
 
 RUNNING = record("RUNNING")
@@ -33,28 +33,28 @@ QUEUED_BY_SLURM = record("COMPLETING", restarts=1)
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`scontrol(answer)`: a cluster that says this of its job; what it was asked to requeue."""
-    asked = tmp_path / "requeued"
+    """Return `scontrol(answer)`: install a fake scontrol, return the file of requeued jobs."""
+    requeue_log = tmp_path / "requeued"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
 
-    def answers(text: str) -> Path:
+    def install(text: str) -> Path:
         (tmp_path / "answer").write_text(text)
-        tool = tmp_path / "scontrol"
-        tool.write_text(
+        script = tmp_path / "scontrol"
+        script.write_text(
             "#!/bin/sh\n"
-            f"if [ $1 = requeue ]; then echo $2 >>{asked}; else cat {tmp_path}/answer; fi\n"
+            f"if [ $1 = requeue ]; then echo $2 >>{requeue_log}; else cat {tmp_path}/answer; fi\n"
         )
-        tool.chmod(0o755)
-        return asked
+        script.chmod(0o755)
+        return requeue_log
 
-    yield answers
-    noted.clear()
+    yield install
+    stop_state.clear()
 
 
 @pytest.mark.parametrize(
-    ("signals", "answer", "queued"),
+    ("signals", "answer", "requeued_id"),
     [
         ([signal.SIGUSR1], RUNNING, "12"),
         ([signal.SIGTERM, signal.SIGUSR1], RUNNING, "12"),
@@ -62,52 +62,52 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ([signal.SIGTERM], QUEUED_BY_SLURM, ""),
         ([signal.SIGTERM], CANCELLED, None),
         ([signal.SIGTERM], CANCELLED_IN_GRACE, None),
-        ([signal.SIGTERM], RUNNING, None),  # a user's own kill
+        ([signal.SIGTERM], RUNNING, None),  # a kill by the user
         ([signal.SIGINT], PREEMPTED, None),
     ],
 )
-def test_a_job_of_sbatch(scontrol, signals, answer, queued):
-    requeued = scontrol(answer)
-    noted.answered = signals[0]
-    noted.further.update(signals[1:])
-    told = queued_again()
-    assert (told is not None) == (queued is not None)
-    assert (requeued.read_text().strip() if requeued.exists() else "") == (queued or "")
-    if told is not None:
-        assert told == "SLURM job 12 is queued again, and goes on in this run."
+def test_sbatch_job_is_requeued(scontrol, signals, answer, requeued_id):
+    requeue_log = scontrol(answer)
+    stop_state.training_signal = signals[0]
+    stop_state.later_signals.update(signals[1:])
+    message = requeue_slurm_job()
+    assert (message is not None) == (requeued_id is not None)
+    assert (requeue_log.read_text().strip() if requeue_log.exists() else "") == (requeued_id or "")
+    if message is not None:
+        assert message == "requeued SLURM job 12; it will resume this run."
 
 
-def test_of_an_array_its_own_task_alone(scontrol):
-    other = record("RUNNING", array="ArrayJobId=12 ArrayTaskId=0 ").replace(
+def test_array_task_requeues_only_itself(scontrol):
+    other_task = record("RUNNING", array="ArrayJobId=12 ArrayTaskId=0 ").replace(
         "JobId=12 ", "JobId=13 ", 1
     )
-    own = record("RUNNING", array="ArrayJobId=12 ArrayTaskId=3 ")
-    requeued = scontrol(other + own)
-    noted.asked = signal.SIGUSR1
-    assert queued_again() is not None
-    assert requeued.read_text().strip() == "12_3"
+    own_task = record("RUNNING", array="ArrayJobId=12 ArrayTaskId=3 ")
+    requeue_log = scontrol(other_task + own_task)
+    stop_state.interrupt_signal = signal.SIGUSR1
+    assert requeue_slurm_job() is not None
+    assert requeue_log.read_text().strip() == "12_3"
 
 
-def test_slurm_that_does_not_answer(scontrol, tmp_path):
+def test_slurm_errors(scontrol, tmp_path):
     scontrol(RUNNING)
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho Unable to contact slurm >&2\nexit 1\n")
-    noted.asked = signal.SIGUSR1
-    assert "could not be queued again: Unable to contact slurm" in str(queued_again())
+    stop_state.interrupt_signal = signal.SIGUSR1
+    assert "cannot requeue SLURM job 12: Unable to contact slurm" in str(requeue_slurm_job())
     with pytest.raises(slurm.SlurmError):
-        slurm.asked_of("12")
-    for told in ("slurm_load_jobs error: Invalid job id specified", "Job 12_4 not found"):
-        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {told} >&2\nexit 1\n")
-        assert slurm.has_ended(slurm.asked_of("12"))
+        slurm.query_job("12")
+    for message in ("slurm_load_jobs error: Invalid job id specified", "Job 12_4 not found"):
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {message} >&2\nexit 1\n")
+        assert slurm.has_ended(slurm.query_job("12"))
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"])
-def test_what_may_still_run_has_not_ended(state):
-    assert not slurm.has_ended(slurm.told(record(state), "12"))
-    assert slurm.has_ended(slurm.told(record("CANCELLED"), "12_3"))
+def test_pending_and_running_jobs_have_not_ended(state):
+    assert not slurm.has_ended(slurm.parse_job(record(state), "12"))
+    assert slurm.has_ended(slurm.parse_job(record("CANCELLED"), "12_3"))
 
 
 @pytest.mark.parametrize(
-    ("signals", "answer", "again", "gone"),
+    ("signals", "answer", "is_requeued", "has_exited"),
     [
         ([signal.SIGUSR1], RUNNING, True, False),
         ([signal.SIGTERM, signal.SIGUSR1], RUNNING, True, False),
@@ -116,37 +116,39 @@ def test_what_may_still_run_has_not_ended(state):
         ([signal.SIGTERM], CANCELLED, False, False),
     ],
 )
-def test_a_job_of_submitit(scontrol, monkeypatch, signals, answer, again, gone):
-    requeued: list[int] = []
+def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_requeued, has_exited):
+    requeue_signals: list[int] = []
     scontrol(answer)
     monkeypatch.setenv(submitted.EXECUTOR_VARIABLE, submitted.SLURM)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    signal.signal(signal.SIGUSR1, lambda number, frame: requeued.append(number))
+    previous_handlers = {
+        n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+    signal.signal(signal.SIGUSR1, lambda number, frame: requeue_signals.append(number))
 
     def work() -> None:
         try:
             signal.raise_signal(signals[0])
-        finally:  # a training that keeps its checkpoint
+        finally:  # a training that writes its checkpoint
             for number in signals[1:]:
                 signal.raise_signal(number)
 
     try:
-        if gone:  # and no result, which would be the job's end
+        if has_exited:  # and leaves no result, which would complete the job
             with pytest.raises(SystemExit):
-                submitted.do_as_submitted(work)
+                submitted.run_submitit_job(work)
         else:
-            submitted.do_as_submitted(work)
+            submitted.run_submitit_job(work)
     finally:
         signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    assert requeued == [signal.SIGUSR1] * again
+    assert requeue_signals == [signal.SIGUSR1] * is_requeued
 
 
-def test_submitit_is_told_which_signal_a_training_takes_as_a_notice(monkeypatch):
+def test_submitit_signal_can_be_set_by_the_user(monkeypatch):
     monkeypatch.delenv(submitted.SIGNAL_VARIABLE, raising=False)
-    submitted.choose_signal()
+    submitted.set_submitit_signal()
     assert os.environ[submitted.SIGNAL_VARIABLE] == "USR1"
     monkeypatch.setenv(submitted.SIGNAL_VARIABLE, "USR2")
-    submitted.choose_signal()
-    assert os.environ[submitted.SIGNAL_VARIABLE] == "USR2"  # the user's own
+    submitted.set_submitit_signal()
+    assert os.environ[submitted.SIGNAL_VARIABLE] == "USR2"  # set by the user

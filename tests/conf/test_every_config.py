@@ -1,4 +1,4 @@
-"""Every YAML of conf/ composes, and what it describes can be built."""
+"""Tests that every YAML file of conf/ can be composed and that its objects can be built."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from qtorch import R
-from qtorch.cli.compose import composed
+from qtorch.cli.compose import compose_settings
 from qtorch.cli.config_path import config_path
 from qtorch.core.errors import TrackingError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.model.rank_environment import RankEnvironment, RankPlace
-from qtorch.model.trainer_options import check_monitor, early_stopping, trainer_options
+from qtorch.model.rank_environment import RankEnvironment, RankInfo
+from qtorch.model.trainer_options import build_early_stopping, check_monitor, trainer_options
 
 CONF = config_path()
 ROOTS = ("bars", "export", "finetune", "predict", "report", "rolling", "train")
 FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
 CHOICES = [f for f in FILES if "/" in f and not f.startswith("hydra/")]
-# What must be given before a choice can be built.
-GIVEN = {
+# Overrides that a config needs before it can be built.
+REQUIRED_OVERRIDES = {
     "data/qlib": ["data.provider_uri=bars"],
     "data/table": ["data.path=bars.parquet"],
     "model/lightning": ["+model.network._target_=qtorch.nn.GRU"],
@@ -29,10 +29,13 @@ GIVEN = {
 }
 
 
-def settings_of(choice: str, *more: str) -> dict:
+def compose_choice(choice: str, *overrides: str) -> dict:
     group, option = choice.rsplit("/", 1)
-    fixed = [] if group in ("data", "experiment", "debug") else ["data=synthetic_tiny"]
-    return composed("train", [f"{group}={option}", *fixed, *GIVEN.get(choice, []), *more])
+    data_overrides = [] if group in ("data", "experiment", "debug") else ["data=synthetic_tiny"]
+    return compose_settings(
+        "train",
+        [f"{group}={option}", *data_overrides, *REQUIRED_OVERRIDES.get(choice, []), *overrides],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +44,35 @@ def bars(tmp_path_factory) -> Path:
     from qtorch.data.source.qlib_writer import write_qlib
 
     folder = tmp_path_factory.mktemp("bars")
-    source = init_instance_by_config(composed("bars", ["data=synthetic_tiny"])["data"])
+    source = init_instance_by_config(compose_settings("bars", ["data=synthetic_tiny"])["data"])
     write_qlib(source, folder / "bars")
     source.load().to_frame().reset_index().to_parquet(folder / "bars.parquet", index=False)
     return folder
 
 
-def test_every_file_is_a_root_a_choice_or_hydras():
+def test_every_root_config_belongs_to_a_command():
     assert {f for f in FILES if "/" not in f} == set(ROOTS)
     assert CHOICES
 
 
-@pytest.mark.parametrize(("devices", "expected"), [("[0,2,3]", 6), ("-1", 2)])
-def test_weights_are_sharded_over_any_devices_of_any_nodes(monkeypatch, devices, expected):
+@pytest.mark.parametrize(("devices", "num_shards"), [("[0,2,3]", 6), ("-1", 2)])
+def test_fsdp_shards_over_all_devices_of_all_nodes(monkeypatch, devices, num_shards):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    asked = [f"trainer.devices={devices}", "trainer.num_nodes=2"]
-    trainer = settings_of("trainer/fsdp", *asked)["task"]["model"]["trainer"]
+    overrides = [f"trainer.devices={devices}", "trainer.num_nodes=2"]
+    trainer = compose_choice("trainer/fsdp", *overrides)["task"]["model"]["trainer"]
     size = trainer_options(trainer, ()).num_devices
-    assert size == expected
+    assert size == num_shards
     strategy = init_instance_by_config(trainer["strategy"])
-    strategy.cluster_environment = RankEnvironment(RankPlace(0, size, 0, 0, "127.0.0.1", 1))
+    strategy.cluster_environment = RankEnvironment(RankInfo(0, size, 0, 0, "127.0.0.1", 1))
     monkeypatch.setattr(ModelParallelStrategy, "setup_environment", lambda self: None)
-    strategy.setup_environment()  # all but that the ranks meet
+    strategy.setup_environment()  # everything except the rendezvous of the ranks
     assert strategy._data_parallel_size == size
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_it_composes_and_builds(choice, bars, monkeypatch):
+def test_config_composes_and_builds(choice, bars, monkeypatch):
     monkeypatch.chdir(bars)
-    settings = settings_of(choice)
+    settings = compose_choice(choice)
     assert set(settings["task"]) == {"model", "dataset", "record", "reweighter", "seed"}
     text = (CONF / f"{choice}.yaml").read_text()
     assert choice.startswith("model/optimizer/") or text.startswith("#")
@@ -81,21 +84,21 @@ def test_it_composes_and_builds(choice, bars, monkeypatch):
     shares = [s for s in settings["segments"].values() if not isinstance(s, list)]
     first, middle, last = "2018-07-02", "2019-06-28", "2020-06-30"
     dates = {"train": [first, middle], "test": ["2019-07-01", last]} if shares else {}
-    given = settings["dataset"]
-    given = {**given, "segments": dates or given["segments"]}
-    assert init_instance_by_config(given).handler is not None
+    dataset_config = settings["dataset"]
+    dataset_config = {**dataset_config, "segments": dates or dataset_config["segments"]}
+    assert init_instance_by_config(dataset_config).handler is not None
     model = init_instance_by_config(settings["model"])
     if hasattr(model, "monitor"):
-        check_monitor(early_stopping(model.early_stop, model.monitor)[1])
+        check_monitor(build_early_stopping(model.early_stop, model.monitor)[1])
     for record in settings["record"] or ():
         init_instance_by_config(record, try_kwargs={"recorder": None})
 
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("tracking/")])
-def test_tracking_is_where_it_says(choice, bars, tmp_path, monkeypatch):
+def test_tracking_config_selects_the_store(choice, bars, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")
-    uri = settings_of(choice)["tracking"]["uri"]
+    uri = compose_choice(choice)["tracking"]["uri"]
     if uri is None:
         assert R.get_uri().startswith(f"sqlite:///{tmp_path}")
     else:
@@ -103,9 +106,9 @@ def test_tracking_is_where_it_says(choice, bars, tmp_path, monkeypatch):
             R.list_experiments()
 
 
-def test_the_main_job_is_qlibs_lstm_benchmark():
-    """What Qlib's LSTM benchmark on Alpha158 says, by its YAML of version 0.9.7."""
-    settings = composed("train", [])
+def test_default_config_is_qlibs_lstm_benchmark():
+    """The values are those of Qlib's LSTM benchmark on Alpha158 (YAML file of version 0.9.7)."""
+    settings = compose_settings("train", [])
     handler, dataset, network = (
         settings["handler"],
         settings["dataset"],
@@ -122,17 +125,20 @@ def test_the_main_job_is_qlibs_lstm_benchmark():
     assert (network["hidden_size"], network["num_layers"], network["dropout"]) == (64, 2, 0.0)
 
 
-def test_rolling_takes_the_groups_of_train():
-    settings, train = composed("rolling", ["data=synthetic_tiny"]), composed("train", [])
+def test_rolling_has_the_config_groups_of_train():
+    settings, train = (
+        compose_settings("rolling", ["data=synthetic_tiny"]),
+        compose_settings("train", []),
+    )
     assert settings["task"].keys() == train["task"].keys()
     assert settings["handler"] == train["handler"] | {"source": settings["data"]}
 
 
-def test_an_option_that_takes_a_mapping_takes_one():
-    """An empty mapping as default would refuse every key of the user's."""
-    wrong = [f for f in FILES if ": {}" in (CONF / f"{f}.yaml").read_text()]
-    assert not wrong
-    table = composed("bars", ["data=table", "data.path=x", "data.columns={close:last}"])
+def test_mapping_options_accept_new_keys():
+    """With an empty mapping as default, OmegaConf would reject every key that a user adds."""
+    invalid_files = [f for f in FILES if ": {}" in (CONF / f"{f}.yaml").read_text()]
+    assert not invalid_files
+    table = compose_settings("bars", ["data=table", "data.path=x", "data.columns={close:last}"])
     assert table["data"]["columns"] == {"close": "last"}
-    tuned = composed("finetune", ["run=x", "trainer={gradient_clip_val:1.0}"])
-    assert tuned["trainer"] == {"gradient_clip_val": 1.0}
+    finetune_settings = compose_settings("finetune", ["run=x", "trainer={gradient_clip_val:1.0}"])
+    assert finetune_settings["trainer"] == {"gradient_clip_val": 1.0}
