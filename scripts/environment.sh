@@ -1,5 +1,5 @@
-# Sourced by the other scripts: make_environment FOLDER EXTRAS creates a virtual environment
-# there (once) and installs qtorch into it with the tested versions of constraints.txt.
+# Sourced by the other scripts. `make_environment FOLDER EXTRAS` creates a virtual environment in
+# FOLDER (once) and installs qtorch into it, with the tested versions of constraints.txt.
 
 find_python() {
     local candidate
@@ -10,7 +10,7 @@ find_python() {
             return
         fi
     done
-    echo "qtorch needs Python 3.11 or newer; none was found (PYTHON=... names one)." >&2
+    echo "qtorch needs Python 3.11 or newer; none was found (set PYTHON=... to its path)." >&2
     return 1
 }
 
@@ -19,14 +19,14 @@ make_environment() {
     python=$(find_python) || return 1
     stamp=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)
     if [ "$(cat "$folder/.qtorch-stamp" 2>/dev/null)" != "$stamp$extras" ]; then
-        echo "installing qtorch into $folder (the first time takes a few minutes)" >&2
+        echo "installing qtorch into $folder (this takes a few minutes the first time)" >&2
         "$python" -m venv "$folder" || {
             echo "python's venv module is missing; on Debian: apt-get install python3-venv" >&2
             return 1
         }
-        # What is used is compiled when it is first imported; all of it would take minutes.
+        # Modules are compiled when they are first imported; compiling all of them takes minutes.
         [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
-        # torch by itself first: with a version fixed, pip takes it from wherever it is configured to.
+        # Install torch alone first: with a pinned version, pip takes it from the configured index.
         "$folder/bin/python" -m pip install "${options[@]}" \
             "$(grep '^torch==' constraints.txt)" || return 1
         "$folder/bin/python" -m pip install "${options[@]}" -c constraints.txt -e ".$extras" || return 1

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# qtorch on a real SLURM: a private cluster of two nodes on this machine, started and stopped here.
-#   bash scripts/slurm_check.sh                       on a market made for it
-#   bash scripts/slurm_check.sh FOLDER                on bars in Qlib's layout (universe nyse500)
-# A sweep loses a job to scancel and a node to kill -9 and is resumed; two processes train one
-# network by srun; workers of a pool run as an array; a job gives its time back and goes on.
-# Prints a table; the exit code is 0 where all of it held. `--only page` runs every command of
-# from_laptop_to_cluster.md instead. SLURM comes from Debian's packages where it is missing, which
-# takes root. QTORCH_PYTHON names a Python with qtorch to use.
+# Check qtorch on a real SLURM: a private cluster of two nodes that runs on this machine.
+#   bash scripts/slurm_check.sh                       with a synthetic market
+#   bash scripts/slurm_check.sh FOLDER                with bars in Qlib's layout (universe nyse500)
+# A sweep loses a job to scancel and a node to kill -9, and is resumed; two processes train one
+# network with srun; pool workers run as a job array; a job is requeued and resumes its run.
+# Prints a table; the exit code is 0 if all checks passed. `--only page` runs every command of
+# from_laptop_to_cluster.md instead. If SLURM is missing, it is installed from Debian's packages,
+# which needs root. QTORCH_PYTHON is the path of a Python with qtorch (default: create .venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v slurmctld >/dev/null 2>&1; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
-        echo "SLURM is not installed (slurmctld is missing), and only root can install it." >&2
+        echo "SLURM is not installed (no slurmctld), and installing it needs root on Debian." >&2
         exit 77
     fi
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
@@ -19,7 +19,7 @@ if ! command -v slurmctld >/dev/null 2>&1; then
 fi
 if [ -z "${QTORCH_PYTHON:-}" ]; then
     source scripts/environment.sh
-    # The page has commands for Ray too.
+    # The page also has commands for Ray.
     case " $* " in *page*) make_environment .venv "[sweep,ray]" ;; *) make_environment .venv "[sweep]" ;; esac
     QTORCH_PYTHON=$PWD/.venv/bin/python
 fi

@@ -1,4 +1,4 @@
-"""`qtorch train` without an installed command: python scripts/train.py model=gru seed=1"""
+"""Run `qtorch train` without the installed command: python scripts/train.py model=gru seed=1"""
 
 from __future__ import annotations
 
