@@ -114,7 +114,5 @@ class InstrumentMixer(nn.Module):
         x = x * self.norm.weight[instrument][..., None] + self.norm.bias[instrument][..., None]
         market_weight = self.dense1.weight.t()[instrument]  # [G, N, K]
         states = (x * is_present).transpose(1, 2) @ market_weight + self.dense1.bias  # [G, L, K]
-        influence = self.dense2.weight[instrument] @ F.hardswish(states).transpose(
-            1, 2
-        )  # [G, N, L]
-        return influence + self.dense2.bias[instrument][..., None]
+        effect = self.dense2.weight[instrument] @ F.hardswish(states).transpose(1, 2)  # [G, N, L]
+        return effect + self.dense2.bias[instrument][..., None]
