@@ -259,25 +259,24 @@ class ForkServerClient:
         self.is_stopped = True
         self._send_command(f"{int(number)}")
 
-    def kill(self, fork: ForkedCall) -> None:
+    def kill(self, call: ForkedCall) -> None:
         """Kill a child and the processes that it has started; one not yet started never starts."""
         end = time.monotonic() + END_SECONDS
-        fork.receive(0.0 if fork.pid is not None else PID_SECONDS)
-        while fork.pid is not None and fork.exit_status is None:
+        call.receive(0.0 if call.pid is not None else PID_SECONDS)
+        while call.pid is not None and call.exit_status is None:
             is_sent = not self.has_exited and self._send_command(
-                f"{int(signal.SIGKILL)} {fork.pid}"
+                f"{int(signal.SIGKILL)} {call.pid}"
             )
             if not is_sent or time.monotonic() > end:
                 with contextlib.suppress(ProcessLookupError):  # the server cannot do it
-                    os.killpg(fork.pid, signal.SIGKILL)
+                    os.killpg(call.pid, signal.SIGKILL)
                 break
-            fork.receive(PID_SECONDS)
-        if fork.pid is not None and fork.exit_status == ExitStatus(
-            None
-        ):  # the server has not killed its group
+            call.receive(PID_SECONDS)
+        # If the server was lost, it has not killed the child's process group.
+        if call.pid is not None and call.exit_status == ExitStatus(None):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(fork.pid, signal.SIGKILL)
-        fork.close()
+                os.killpg(call.pid, signal.SIGKILL)
+        call.close()
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Stop the running children and the server; kill the server after `timeout` seconds."""
@@ -323,10 +322,10 @@ def call_fork_server(
             f"{error} To run without subprocesses, set sweep.isolate=false (sweeps) or "
             "call_in_subproc=False (trainers)."
         ) from error
-    with forked_call as fork:
-        while fork.exit_status is None:
+    with forked_call as call:
+        while call.exit_status is None:
             try:
-                messages = fork.receive()
+                messages = call.receive()
             except (KeyboardInterrupt, SystemExit) as error:
                 if on_interrupt is None:
                     raise
@@ -338,7 +337,7 @@ def call_fork_server(
                 on_message(message)
     if stop is not None:
         raise stop
-    return fork.exit_status
+    return call.exit_status
 
 
 def _parse_line(line: bytes) -> Message | None:
