@@ -69,9 +69,8 @@ class SFM(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         hidden, frequencies = self._part_sizes[0], self._part_sizes[-1]
-        inputs = self.gates(
-            x * _dropout_mask(x[:, :1], self.dropout_W, self.training)
-        )  # [B, T, 4H + K]
+        # Input part of all gates for all steps, [B, T, 4H + K].
+        inputs = self.gates(x * _dropout_mask(x[:, :1], self.dropout_W, self.training))
         count = x.shape[0]  # torch.export would treat len(x) as a constant
         state = inputs.new_zeros(count, hidden)  # [B, H]
         state_mask = _dropout_mask(state, self.dropout_U, self.training)

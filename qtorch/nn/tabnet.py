@@ -14,7 +14,7 @@ from qtorch.nn.tabnet_layers import (
     MOMENTUM,
     AttentiveTransformer,
     FeatureTransformer,
-    shared_layers,
+    make_shared_layers,
 )
 
 
@@ -61,7 +61,7 @@ class TabNet(Network):
         self.decoder_arguments = (out_dim, d_feat, n_shared, n_ind, n_steps, vbs)
         width = n_d + n_a
         self.bn = BatchNorm(d_feat, momentum=MOMENTUM)
-        self.shared = shared_layers(d_feat, width, n_shared)
+        self.shared = make_shared_layers(d_feat, width, n_shared)
         self.first_step = FeatureTransformer(d_feat, width, n_shared, n_ind, vbs)
         self.steps = nn.ModuleList(
             DecisionStep(d_feat, n_a, width, n_shared, n_ind, vbs) for _ in range(n_steps - 1)
@@ -107,7 +107,7 @@ class TabNetDecoder(nn.Module):
         self, in_size: int, d_feat: int, n_shared: int, n_ind: int, n_steps: int, vbs: int
     ) -> None:
         super().__init__()
-        self.shared = shared_layers(in_size, d_feat, n_shared)
+        self.shared = make_shared_layers(in_size, d_feat, n_shared)
         self.steps = nn.ModuleList(
             DecoderStep(in_size, d_feat, n_shared, n_ind, vbs) for _ in range(n_steps)
         )

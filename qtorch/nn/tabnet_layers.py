@@ -79,7 +79,7 @@ class GhostNorm(nn.Module):
         return torch.cat([self.bn(part) for part in x.tensor_split(num_parts)])
 
 
-def shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
+def make_shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
     """Return the linear layers that the gated layers of all steps share."""
     return nn.ModuleList(nn.Linear(in_size if k == 0 else width, 2 * width) for k in range(count))
 
