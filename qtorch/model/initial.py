@@ -79,7 +79,7 @@ class InitialWeights:
             )
         if run is not None:
             tag_lineage(run, recorder)
-        return cls(init_from, network, getattr(model, "learnt_", None))
+        return cls(init_from, network, getattr(model, "input_schema_", None))
 
     def match_features(self, samples: Samples) -> Samples:
         """Return the samples with the features that the weights were trained on, matched by name.
