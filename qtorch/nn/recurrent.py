@@ -25,10 +25,8 @@ class LSTMLayers(nn.LSTM):
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
         # Dropout acts between layers: torch warns if it is set for a single layer.
-        layer_dropout = dropout if num_layers > 1 else 0.0
-        super().__init__(
-            input_size, hidden_size, num_layers, batch_first=True, dropout=layer_dropout
-        )
+        dropout_p = dropout if num_layers > 1 else 0.0
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout_p)
 
     def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: LSTMState | None = None
@@ -70,10 +68,8 @@ class GRULayers(nn.GRU):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ) -> None:
-        layer_dropout = dropout if num_layers > 1 else 0.0
-        super().__init__(
-            input_size, hidden_size, num_layers, batch_first=True, dropout=layer_dropout
-        )
+        dropout_p = dropout if num_layers > 1 else 0.0
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout_p)
 
     def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: Tensor | None = None
