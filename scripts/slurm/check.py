@@ -170,7 +170,7 @@ def jobs_on_node(
 ) -> tuple[list[int], set[int]] | None:
     """Return the jobs on a node and the jobs in mid-training on any node.
 
-    None while fewer than `least` jobs are both.
+    None while fewer than `min_jobs` jobs are both.
     """
     in_training = training_jobs(check, experiment)
     jobs = [int(k) for k in check.cluster.list_jobs("%K", "-w", node)]
@@ -190,24 +190,22 @@ def disturb_sweep(check: Check, name: str, overrides: list[str]) -> tuple[set[in
     on_one, busy = wait_until(
         lambda: jobs_on_node(check, "one", name, 2), "jobs in training", command
     )
-    check_worker_array, waiting = (
+    array, waiting = (
         cluster.list_jobs("%F")[0],
         cluster.list_jobs("%K", "-r", "-t", "PENDING"),
     )
-    cluster.run("scancel", f"{check_worker_array}_{waiting[0]}")
+    cluster.run("scancel", f"{array}_{waiting[0]}")
     urgent = ["--partition=urgent", "--nodelist=one", "--exclusive", "--output=/dev/null"]
     urgent_job = cluster.run("sbatch", "--parsable", *urgent, "--wrap=true").strip()
     on_two, busy_on_two = wait_until(
         lambda: jobs_on_node(check, "two", name), "jobs on node two", command
     )
     cancelled_job = min(busy_on_two.intersection(on_two))
-    cluster.run("scancel", f"{check_worker_array}_{cancelled_job}")
+    cluster.run("scancel", f"{array}_{cancelled_job}")
     wait_until(
         lambda: "COMPLETED" in cluster.job_states(urgent_job), "the end of the urgent job", command
     )
-    requeued_jobs = {
-        k for k in on_one if cluster.job_record(f"{check_worker_array}_{k}")["Restarts"] == "1"
-    }
+    requeued_jobs = {k for k in on_one if cluster.job_record(f"{array}_{k}")["Restarts"] == "1"}
     with_checkpoint = {*busy.intersection(requeued_jobs), cancelled_job}
     check.add_row(
         "preempted jobs were requeued",
@@ -227,7 +225,7 @@ def disturb_sweep(check: Check, name: str, overrides: list[str]) -> tuple[set[in
         f"killed {num_processes} processes; exit code {code}",
         code != 0,
     )
-    message = f"job {check_worker_array}_{waiting[0]} of slurm: the job ended without a result"
+    message = f"job {array}_{waiting[0]} of slurm: the job ended without a result"
     is_reported = message in (check.folder / "commands.log").read_text()
     check.add_row(
         "a job cancelled before its start has failed", message if is_reported else "", is_reported
@@ -282,14 +280,14 @@ def check_sweep(check: Check, jobs: int) -> None:
 def check_devices(check: Check) -> None:
     """Check DDP with two processes: with srun on one node, and in a sweep's job on both nodes."""
     ddp = ["trainer=ddp", "trainer.accelerator=cpu"]
-    check_sweep = ["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.nodes=2"]
+    sweep_command = ["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.nodes=2"]
     ways = {
         "with srun, two processes on one node": [
             *["srun", "--ntasks=2", "--nodes=1", "qtorch", "train", *ddp],
             *["trainer.devices=2", "experiment_name=ddp-srun"],
         ],
         "in a sweep's job, one process on each node": [
-            *[*check_sweep, *ddp, "trainer.devices=1", "trainer.num_nodes=2"],
+            *[*sweep_command, *ddp, "trainer.devices=1", "trainer.num_nodes=2"],
             *["experiment_name=ddp-nodes"],
         ],
     }
@@ -341,7 +339,7 @@ def check_worker_array(check: Check) -> None:
     )
 
 
-def requeue(check: Check) -> None:
+def check_requeue(check: Check) -> None:
     """Check that a job with SIGUSR1 writes a checkpoint, is requeued, and resumes its run."""
     name = "requeued"
     overrides = [*check.job, *check.reference_job, f"experiment_name={name}"]
@@ -401,7 +399,7 @@ def check_page(check: Check) -> None:
 CHECKS: dict[str, Callable[[Check], None]] = {
     "devices": check_devices,
     "array": check_worker_array,
-    "requeued": requeue,
+    "requeued": check_requeue,
     "page": check_page,
 }
 
