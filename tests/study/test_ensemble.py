@@ -75,7 +75,7 @@ def test_single_keys_are_unwrapped_at_every_depth():
     ("values", "message"),
     [
         ({}, "nothing to merge"),
-        ({"a": 5}, "'a' is a int"),
+        ({"a": 5}, "is a int"),
         ({"a": pd.DataFrame({"x": [1]})}, "but no level 'datetime'"),
     ],
 )

@@ -89,7 +89,7 @@ def test_features_are_matched_by_name_with_longer_windows(store, make_window_tas
         torch.tensor(first.predict(dataset).to_numpy()),
         torch.tensor(second.predict(dataset).to_numpy()),
     )
-    with pytest.raises(DataError, match=r"(?s)missing: STD5.*not know: STD10"):
+    with pytest.raises(DataError, match=r"(?s)missing features: STD5.*additional features: STD10"):
         task_train(gats_task(make_window_task, init, columns=[*columns[:4], "STD10"]), "second")
 
 

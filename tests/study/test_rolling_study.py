@@ -166,7 +166,7 @@ def test_invalid_horizon_raises(store, tmp_path, make_task):
         run_study(make_task(), tmp_path, horizon=0)
     task_with_object = make_task()
     task_with_object["dataset"]["handler"] = object()
-    with pytest.raises(ConfigError, match="label of a handler's configuration"):
+    with pytest.raises(ConfigError, match="label in a handler's configuration"):
         run_study(task_with_object, tmp_path, horizon=2)
 
 
