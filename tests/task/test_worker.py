@@ -265,7 +265,7 @@ def test_killed_child_is_an_error_of_the_task(pool):
     assert (task["attempt"], task["errors"], task["res"]["run"]) == (2, 1, "run0")
 
 
-def test_server_id_that_is_killed_is_restarted(pool):
+def test_fork_server_that_is_killed_is_restarted(pool):
     """The child writes a checkpoint and the task is returned without counting an error; twice."""
     (id,) = pool.add("long")
     worker = pool.start("lease=30")
