@@ -300,7 +300,7 @@ def test_networks_models_and_records_are_given_their_recorder():
 # Where a process may keep a changing value of its own, and what for.
 GLOBALS = {
     "qtorch/core/session.py": {"_process"},  # what `qtorch.init` sets
-    "qtorch/core/heartbeat.py": {"_listeners", "_next"},
+    "qtorch/core/heartbeat.py": {"_listeners", "_next_report"},
     "qtorch/cli/sweep.py": {"_sweep_folder"},
     "qtorch/tracking/mlflow_store.py": {"_stores_lock"},
 }
