@@ -57,7 +57,7 @@ def test_position_in_an_expression_is_described_in_words(expression, message):
 
 
 def test_debug_shows_the_traceback_of_one_command_only(capsys, monkeypatch):
-    monkeypatch.delenv("QTORCH_DEBUG", failing_command=False)
+    monkeypatch.delenv("QTORCH_DEBUG", raising=False)
     assert run_command(failing_command(DataError("ours")), ["--debug", "a=1"]) == 1
     assert "Traceback" in capsys.readouterr().err
     assert run_command(failing_command(DataError("ours")), ["a=1"]) == 1
