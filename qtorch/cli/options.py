@@ -40,7 +40,7 @@ def parse_known_options(argv: Iterable[str], parsers: Parsers) -> tuple[dict[str
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{word}: expected {_expected_value_text(parsers[name])}; got {value!r}."
+                f"{word}: expected {_value_description(parsers[name])}; got {value!r}."
             ) from None
     return options, remaining_words
 
@@ -77,7 +77,7 @@ def parse_count(text: str) -> int:
     return value
 
 
-def _expected_value_text(parser: Callable[[str], Any]) -> str:
+def _value_description(parser: Callable[[str], Any]) -> str:
     kinds = {int: "a whole number", float: "a number", parse_bool: "true or false"}
     kinds |= {parse_seconds: "a number of seconds", parse_count: "a whole number from 1"}
     return kinds.get(parser, "another value")
