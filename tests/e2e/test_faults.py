@@ -47,7 +47,7 @@ CONFIG_FAULTS = {
     "text instead of a number": (["trainer.max_epochs=abc"], "trainer.max_epochs is 'abc'"),
     "label that is always NaN": (
         ["handler.label=['Ref($close,-9999)/$close']"],
-        "whether the label is NaN everywhere",
+        "Check the expression and the data of the label",
     ),
     "empty segment": (["segments.test=[2031-01-01,2031-12-31]"], "test"),
     "segment fractions above one": (["segments.test=0.9"], "their sum at most 1"),

@@ -99,7 +99,7 @@ def test_options_of_finetuning(parent, finetune, qtorch_cli):
     assert weight_changes(lora_run) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", *heads}
     arguments = ("finetune", f"run={parent.id}", "log_level=WARNING")
     result = qtorch_cli(*arguments, "train=[fc_uot.*]")
-    assert "fits no parameter" in result.error()
+    assert "matches no parameter" in result.error()
     result = qtorch_cli(*arguments, "lora={rang: 2}")
     assert "Did you mean 'rank'?" in result.error()
 
@@ -150,7 +150,9 @@ def test_incompatible_data_are_reported(parent, qtorch_cli):
     model = {"_target_": "qtorch.study.WarmStart", "recorder_id": parent.id}
     for statistics in (None, "keep", "adapt"):
         options = {"max_epochs": 1, "statistics": statistics}
-        with pytest.raises(DataError, match=f"(?s)missing: {removed_column}.*not know: KMID"):
+        with pytest.raises(
+            DataError, match=f"(?s)missing features: {removed_column}.*additional features: KMID"
+        ):
             task_train({**task, "model": {**model, "options": options}}, "debug")
     with pytest.raises(ArgumentError, match="Did you mean 'max_epochs'"):
         options = {"max_epoch": 1}

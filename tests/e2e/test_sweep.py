@@ -227,13 +227,13 @@ def test_interrupted_and_killed_sweep_gives_equal_results(
 
 
 def test_killed_job_fails_alone(session_fork_server, train, jobs, folder, monkeypatch):
-    (folder / "self_killing.py").write_text(
-        "import os, signal\nfrom qtorch.nn import LSTM\n\n\nclass SelfKilling(LSTM):\n"
+    (folder / "fatal.py").write_text(
+        "import os, signal\nfrom qtorch.nn import LSTM\n\n\nclass Fatal(LSTM):\n"
         "    def __init__(self, *args, **kwargs):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("QTORCH_TRUSTED", "self_killing")
-    result = train("-m", "model.network._target_=self_killing.SelfKilling,qtorch.nn.GRU")
+    monkeypatch.setenv("QTORCH_TRUSTED", "fatal")
+    result = train("-m", "model.network._target_=fatal.Fatal,qtorch.nn.GRU")
     assert result.code == 1
     assert "was killed by SIGKILL" in result.err
     errors = {r.status: r.list_tags().get("error", "") for r in jobs()}
@@ -278,13 +278,13 @@ def start_and_end_sweep(barrier):
     end_sweep(recorder)
 
 
-SELF_KILLING_NETWORK = """
+FATAL_NETWORK = """
 import json, os, signal
 from pathlib import Path
 from qtorch.nn import LSTM
 
 
-class SelfKilling(LSTM):
+class Fatal(LSTM):
     def __init__(self, d_feat=6, **kwargs):
         Path("visible_devices.json").write_text(json.dumps(os.environ.get("CUDA_VISIBLE_DEVICES")))
         if not Path("survive").exists():
@@ -298,18 +298,18 @@ def test_submitit_runs_each_unfinished_job_in_its_own_process(
     session_fork_server, train, jobs, folder, monkeypatch
 ):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    (folder / "self_killing.py").write_text(SELF_KILLING_NETWORK)
+    (folder / "fatal.py").write_text(FATAL_NETWORK)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("QTORCH_TRUSTED", "self_killing")
+    monkeypatch.setenv("QTORCH_TRUSTED", "fatal")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     command = ("-m", "model=gru", "hydra/launcher=submitit_local")
-    networks = "model.network._target_=self_killing.SelfKilling,qtorch.nn.GRU"
+    networks = "model.network._target_=fatal.Fatal,qtorch.nn.GRU"
     result = train(*command, networks)
     assert result.code == 1
     # The launcher has waited for all jobs. The lost one can be resumed, and none has failed.
     assert (
-        len(matching_rows(result, "SelfKilling", "KILLED"))
+        len(matching_rows(result, "Fatal", "KILLED"))
         == len(matching_rows(result, "GRU", "FINISHED"))
         == 1
     )
@@ -323,7 +323,7 @@ def test_submitit_runs_each_unfinished_job_in_its_own_process(
     num_submitted = len(list(folder.rglob("*_submitted.pkl")))
     result = train(*command, f"{networks},no.Net")
     assert result.code == 1
-    assert len(matching_rows(result, " 0 ", "SelfKilling", "FINISHED (resumed)")) == 1, result
+    assert len(matching_rows(result, " 0 ", "Fatal", "FINISHED (resumed)")) == 1, result
     assert len(matching_rows(result, " 1 ", "GRU", "FINISHED (skipped)")) == 1
     assert len(matching_rows(result, " 2 ", "no.Net", "FAILED")) == 1
     # Only the unfinished jobs were submitted.
