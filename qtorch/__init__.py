@@ -7,14 +7,14 @@ from qtorch.core.lazy import lazy_names
 if TYPE_CHECKING:
     from qtorch.core.instantiate import init_instance_by_config as init_instance_by_config
     from qtorch.core.session import init as init
-    from qtorch.tracking.r import R as R
+    from qtorch.tracking.manager import R as R
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "R": "qtorch.tracking.r",
+        "R": "qtorch.tracking.manager",
         "init": "qtorch.core.session",
         "init_instance_by_config": "qtorch.core.instantiate",
     },

@@ -41,7 +41,7 @@ import stress
 import windows as window_parity
 
 from qtorch.data.source.qlib import QlibSource
-from qtorch.data.source.qlib_writer import write_qlib
+from qtorch.data.source.writer import write_qlib
 from qtorch.metrics.signal import calc_ic, calc_long_short_return
 
 SIGNAL_TOLERANCE = 1e-9

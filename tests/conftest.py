@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start each test with qtorch's defaults, whatever another test has set."""
     from qtorch.core import session
-    from qtorch.core.stops import stop_state
-    from qtorch.tracking.current import remove_running, running_recorders
+    from qtorch.process.stops import stop_state
+    from qtorch.tracking.recorder import remove_running, running_recorders
 
     monkeypatch.setattr(session, "_process", session.Session())
     yield
@@ -81,9 +81,9 @@ def isolate_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[Any]:
     """A fork server for the test session, which imports everything once."""
-    from qtorch.task.forked import TRAINING_MODULES, ForkServerClient
+    from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
 
-    server = ForkServerClient(*TRAINING_MODULES, "qtorch.cli.work")
+    server = ForkServerClient(*TRAINING_MODULES, "qtorch.cli.jobs.work")
     yield server
     server.close()
 
@@ -102,8 +102,9 @@ def session_fork_server(fork_server: Any, monkeypatch: pytest.MonkeyPatch) -> No
         def close(self) -> None:
             type(self).is_open = False
 
-    from qtorch.cli import isolation, sweep_start
-    from qtorch.trainer import isolated
+    from qtorch.cli.jobs import sweep_command as sweep_start
+    from qtorch.cli.jobs import work as isolation
+    from qtorch.trainer import subprocess_tasks as isolated
 
     for module in (sweep_start, isolation, isolated):
         monkeypatch.setattr(module, "ForkServerClient", Shared)
@@ -194,7 +195,7 @@ def elements() -> Callable[[str], list[dict[str, str]]]:
 @pytest.fixture
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Create the figures of report pages without drawing them, which would take seconds."""
-    from qtorch.record import page
+    from qtorch.record.report import page
 
     monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
 
@@ -202,7 +203,7 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the figures of report pages, but write their files and page elements."""
-    from qtorch.record import page
+    from qtorch.record.report import page
 
     def picture(self, name, draw, *data, alt_text, **options):
         (self.folder / f"{name}.png").write_bytes(b"picture")

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.backtest.account import Orders as Orders
     from qtorch.backtest.enhanced_indexing import (
         EnhancedIndexingStrategy as EnhancedIndexingStrategy,
     )
     from qtorch.backtest.exchange import Exchange as Exchange
-    from qtorch.backtest.orders import Orders as Orders
     from qtorch.backtest.result import BacktestResult as BacktestResult
     from qtorch.backtest.run import backtest as backtest
+    from qtorch.backtest.strategy import LongShortStrategy as LongShortStrategy
     from qtorch.backtest.strategy import StepContext as StepContext
     from qtorch.backtest.strategy import Strategy as Strategy
-    from qtorch.backtest.topk import TopkDropoutStrategy as TopkDropoutStrategy
-    from qtorch.backtest.weights import LongShortStrategy as LongShortStrategy
-    from qtorch.backtest.weights import WeightStrategy as WeightStrategy
-    from qtorch.metrics.risk import risk_analysis as risk_analysis
+    from qtorch.backtest.strategy import TopkDropoutStrategy as TopkDropoutStrategy
+    from qtorch.backtest.strategy import WeightStrategy as WeightStrategy
+    from qtorch.metrics.portfolio import risk_analysis as risk_analysis
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -25,13 +25,13 @@ __getattr__, __dir__, __all__ = lazy_names(
         "BacktestResult": "qtorch.backtest.result",
         "EnhancedIndexingStrategy": "qtorch.backtest.enhanced_indexing",
         "Exchange": "qtorch.backtest.exchange",
-        "LongShortStrategy": "qtorch.backtest.weights",
+        "LongShortStrategy": "qtorch.backtest.strategy",
         "StepContext": "qtorch.backtest.strategy",
-        "Orders": "qtorch.backtest.orders",
+        "Orders": "qtorch.backtest.account",
         "Strategy": "qtorch.backtest.strategy",
-        "TopkDropoutStrategy": "qtorch.backtest.topk",
-        "WeightStrategy": "qtorch.backtest.weights",
+        "TopkDropoutStrategy": "qtorch.backtest.strategy",
+        "WeightStrategy": "qtorch.backtest.strategy",
         "backtest": "qtorch.backtest.run",
-        "risk_analysis": "qtorch.metrics.risk",
+        "risk_analysis": "qtorch.metrics.portfolio",
     },
 )

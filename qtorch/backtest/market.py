@@ -7,10 +7,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.account import Account, is_close
-from qtorch.backtest.exchange import Exchange
-from qtorch.backtest.orders import Fills, Orders
-from qtorch.backtest.quotes import Bools, Floats, Indices, Quotes
+from qtorch.backtest.account import Account, Fills, Orders, is_close
+from qtorch.backtest.exchange import Bools, Exchange, Floats, Indices, Quotes
 from qtorch.core.errors import ConfigError, unknown_name
 
 Side = Literal["buy", "sell"]

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.account import Account
-from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.account import Account, Fills, Orders
+from qtorch.backtest.exchange import Exchange, Floats, Indices, Quotes
 from qtorch.backtest.market import Market
-from qtorch.backtest.orders import Fills, Orders
-from qtorch.backtest.quotes import Floats, Indices, Quotes
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.strategy import StepContext, Strategy
 

@@ -2,18 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from qtorch.cli.config_path import config_path
-from qtorch.cli.hydra_errors import check_missing_values, translate_hydra_errors
-from qtorch.core.errors import ArgumentError, ConfigError
-from qtorch.core.instantiate import plain
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.identity import digest
+from qtorch.core.instantiate import init_instance_by_config, plain
+
+ROOT_CONFIG = "train"
+
+
+def config_path() -> Path:
+    """Return the folder of the shipped Hydra config groups.
+
+    A wheel contains it inside the package (`qtorch/conf`); in an editable install it is beside the
+    package, at the root of the working tree. Hydra adds a user's `--config-dir` itself.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = (package / "conf", package.parent / "conf")
+    for folder in candidates:
+        if (folder / f"{ROOT_CONFIG}.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"cannot find qtorch's configuration ({ROOT_CONFIG}.yaml) in "
+        f"{' or '.join(map(str, candidates))}: the installation is damaged, "
+        "reinstall qtorch."
+    )
+
+
+Calendars = dict[str, pd.DatetimeIndex]
+
+
+def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
+    """Replace fractional segments of the task's dataset by dates of its source's calendar.
+
+    Segments that are dates already stay as they are, and the source is not read. `calendars` caches
+    calendars for further tasks with the same source.
+    """
+    dataset = task.get("dataset")
+    if not isinstance(dataset, Mapping):
+        return dict(task)
+    segments = dataset.get("segments")
+    if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
+        return dict(task)
+    source = (dataset.get("handler") or {}).get("source")
+    if source is None:
+        raise ConfigError(
+            "segments given as fractions need the data's calendar, but the handler has no "
+            "source; use dates: segments.train=[2008-01-01,2014-12-31] and so on."
+        )
+    calendar_cache, key = ({} if calendars is None else calendars), digest(source)
+    if key not in calendar_cache:
+        calendar_cache[key] = init_instance_by_config(source).calendar()
+    dates = segment_dates(segments, calendar_cache[key])
+    return {**task, "dataset": {**dataset, "segments": dates}}
+
+
+def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> dict[str, list[str]]:
+    """Convert fractions of a calendar, in their order, into inclusive `[first, last]` dates.
+
+    Raises ConfigError if fractions and dates are mixed, if a fraction is not in (0, 1], if the sum
+    exceeds 1, or if a segment contains no day.
+    """
+    dates = [name for name, value in segments.items() if not _is_fraction(value)]
+    if dates:
+        raise ConfigError(
+            f"segments must be all fractions or all dates; {', '.join(dates)} is not a fraction, "
+            "the others are."
+        )
+    total = sum(float(v) for v in segments.values())
+    if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):
+        shares = ", ".join(f"{k}={v}" for k, v in segments.items())
+        raise ConfigError(f"segments {shares}: each must be in (0, 1] and their sum at most 1.")
+    segments_out, share = {}, 0.0
+    for name, value in segments.items():
+        first = round(share * len(calendar))
+        share += float(value)
+        last = round(share * len(calendar)) - 1
+        if last < first:
+            raise ConfigError(
+                f"segment {name}={value} contains no day: the calendar has {len(calendar)} days."
+            )
+        segments_out[name] = [f"{calendar[k]:%Y-%m-%d}" for k in (first, last)]
+    return segments_out
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+QUOTES = (
+    "Values that contain ( ) , = : or $ need quotes inside the shell's quotes: "
+    "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
+)
+
+PLUGINS = "Launchers and sweepers are plugins: pip install 'qtorch[sweep]' installs joblib."
+
+
+@contextmanager
+def translate_hydra_errors(argv: Sequence[str], root: str = ROOT_CONFIG) -> Iterator[None]:
+    """Turn Hydra and OmegaConf exceptions raised inside the block into ConfigErrors."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_error(error, argv, root)) from error
+
+
+def check_missing_values(config: DictConfig) -> None:
+    """Raise ConfigError if a mandatory value is missing."""
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda k: (k.count("."), k))
+    if missing:
+        raise ConfigError(_missing_value_text(missing[0]))
+
+
+def explain_error(error: BaseException, argv: Sequence[str] = (), root: str = ROOT_CONFIG) -> str:
+    """Describe a Hydra or OmegaConf error in one sentence."""
+    text = _chain_text(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot parse the override {error.override!r}. {QUOTES}"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        option_lines = text.partition("Available options in")[2].split("\n")[1:]
+        options = [line.strip() for line in option_lines if line.strip()]
+        if group and options:
+            message = unknown_name(
+                f"option of {group}", option, [o for o in options if " " not in o]
+            )
+            return f"{message} {PLUGINS}" if group.startswith("hydra/") else message
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key_text(match[1], argv, root)
+    if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
+        key = re.search(r"(?:full_key|Missing mandatory value): ([\w.\[\]]+)", text)
+        name = key[1] if key else "a value"
+        return _missing_value_text(name)
+    if isinstance(error, InterpolationResolutionError):
+        return f"cannot resolve the configuration: {' '.join(text.split())}"
+    return " ".join(text.split())
+
+
+def _missing_value_text(name: str) -> str:
+    return f"{name} must be given: add {name}=... to the command."
+
+
+def _chain_text(error: BaseException) -> str:
+    """Join the messages of an error and its causes, without repetitions."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        if str(current) not in "\n".join(parts):
+            parts.append(str(current))
+        current = current.__cause__
+    return "\n".join(parts)
+
+
+def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
+    """Suggest the nearest key for one that the configuration does not have."""
+    *parents, name = key.split(".")
+    node: Any = _compose_valid(
+        [a for a in argv if not _is_override_for(a, key)], root, parents[:1] == ["hydra"]
+    )
+    for part in parents:
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    parent = ".".join(parents)
+    if not isinstance(node, DictConfig):
+        return (
+            f"unknown option {key!r}: the configuration has no {parent!r} "
+            "(show it with qtorch train --cfg job)."
+        )
+    if name in node:
+        return f"{key} is a mapping that accepts new keys: add them with +{key}={{...}}."
+    message = unknown_name(
+        f"option of {parent}" if parent else "option", name, [str(k) for k in node]
+    )
+    return f"{message} (To add a new option: +{key}=...)"
+
+
+def _compose_valid(overrides: list[str], root: str, with_hydra: bool) -> Any:
+    """Compose the configuration with the overrides that are valid.
+
+    `with_hydra` includes Hydra's own settings.
+    """
+    plain = [o for o in overrides if "=" in o and not o.startswith("-")]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_path()), version_base="1.3"):
+        for attempt in ([o for o in plain if "," not in o], []):
+            try:
+                return compose(root, overrides=attempt, return_hydra_config=with_hydra)
+            except HydraException:
+                continue
+    return OmegaConf.create()
+
+
+def _is_override_for(override: str, key: str) -> bool:
+    return override.lstrip("+~").split("=")[0].split("@")[0] == key
 
 
 def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:

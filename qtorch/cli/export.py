@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.finished import load_finished_run, load_model_and_dataset, parse_segment
-from qtorch.cli.signals import handle_stop_signals
+from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
 from qtorch.core.errors import ConfigError, unknown_name
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init

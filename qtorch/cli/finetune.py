@@ -8,11 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.finished import load_finished_run
-from qtorch.cli.segments import resolve_segments
-from qtorch.cli.signals import handle_stop_signals
-from qtorch.cli.sweep import FINISHED, JobResult
+from qtorch.cli.compose import compose_settings, resolve_segments
+from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.jobs.results import FINISHED, JobResult
+from qtorch.cli.runs import load_finished_run
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import plain
 from qtorch.core.runtime import configure_logging
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     with handle_stop_signals():
         recorder = _train(settings, [a.lstrip("+") for a in dataset_overrides])
-    from qtorch.cli.table import print_summary
+    from qtorch.cli.tables import print_summary
 
     result = JobResult(0, list(argv), FINISHED, time.perf_counter() - start)
     result.run_id, result.metrics = recorder.id, recorder.list_metrics()

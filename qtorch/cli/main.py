@@ -12,7 +12,7 @@ from qtorch.core.errors import unknown_name
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
-    "sweep": ("qtorch.cli.sweeps", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
+    "sweep": ("qtorch.cli.sweep", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
     "finetune": (
         "qtorch.cli.finetune",
@@ -86,12 +86,12 @@ def _run_on_rank_zero(work: Callable[[], int]) -> int:
 
     The other ranks only serve rank 0's trainings.
     """
-    from qtorch.core.launch import external_world
+    from qtorch.process.launch import external_world
 
     world = external_world()
     if world is None:
         return work()
-    from qtorch.model.external import host_ranks, serve_ranks
+    from qtorch.model.devices.launcher import host_ranks, serve_ranks
 
     if world.rank > 0:
         return serve_ranks(world)

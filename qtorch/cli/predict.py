@@ -8,12 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.finished import load_finished_run, load_model_and_dataset, parse_segment
-from qtorch.cli.signals import handle_stop_signals
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
+from qtorch.core.errors import ConfigError, DataError, format_count
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
-from qtorch.core.wording import format_count
 from qtorch.record.signal import as_frame
 
 USAGE = """\

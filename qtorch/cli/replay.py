@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qtorch.cli.guard import handle_stop_signals
 from qtorch.cli.options import parse_options, require_option
-from qtorch.cli.signals import handle_stop_signals
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.signals import handle_stop_signals
+from qtorch.cli.guard import handle_stop_signals
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     out = _output_folder(settings["out"])
     if settings["tracking"].get("uri") is not None:
         init(tracking_uri=settings["tracking"]["uri"])
-    from qtorch.tracking.r import R
+    from qtorch.tracking.manager import R
 
     with handle_stop_signals():
         recorders = [R.get_recorder(recorder_id=run) for run in ids]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report_run(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
-    from qtorch.record.report import ReportRecord
+    from qtorch.record.report.report import ReportRecord
 
     tries = 1 if settings["tries"] is None else settings["tries"]
     record = ReportRecord(recorder, mode=settings["mode"], tries=tries)

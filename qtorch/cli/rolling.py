@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.signals import handle_stop_signals
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.cli.guard import handle_stop_signals
+from qtorch.core.errors import ConfigError, format_count, unknown_name
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
-from qtorch.core.wording import format_count
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult
-    from qtorch.trainer.base import Trainer
+    from qtorch.trainer.trainers import Trainer
 
 USAGE = """\
 qtorch rolling: rolling retraining, evaluated on the stitched signal
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run_study(settings: dict[str, Any]) -> RollingResult:
-    from qtorch.cli.segments import resolve_segments
+    from qtorch.cli.compose import resolve_segments
     from qtorch.study.rolling import rolling_study
 
     trainer = _create_trainer(settings)
@@ -110,8 +109,8 @@ def _print_result(result: RollingResult, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qtorch.cli.table import format_number, mlflow_command
-    from qtorch.task.parts import task_segments
+    from qtorch.cli.tables import format_number, mlflow_command
+    from qtorch.task.rolling import task_segments
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table(

@@ -1,98 +1,185 @@
-"""Store and collect the results of a command's jobs, wherever a launcher ran them."""
+"""`qtorch sweep`: list, show and resume the sweeps of a tracking store, or find their best job."""
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import asdict, dataclass, field
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from qtorch.cli.options import parse_bool, parse_known_options
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 
-RESULT_FILE = "job.json"
-FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # the statuses of MLflow's runs
-RUNNING = "RUNNING"  # another process runs the job
-SENT = "SENT"  # submitted to a task pool
+USAGE = """\
+qtorch sweep: manage the sweeps of `qtorch train -m`
 
-_results: list[JobResult] = []
-_sweep_folder: Path | None = None
+usage: qtorch sweep list
+       qtorch sweep show NAME
+       qtorch sweep best NAME [metric="valid.IC"] [mode=max]
+       qtorch sweep resume NAME [retry=true]
 
+  list     list the sweeps of the tracking store, newest first
+  show     show the jobs of a sweep, statistics over seeds, and the best job
+  best     show the best job and setting by a metric (default: Rank IC on the valid segment)
+  resume   repeat the sweep's command in its folder: finished jobs are skipped, interrupted
+           jobs resume from their checkpoints, failed jobs are retried with retry=true
+           (a search continues its study)
 
-class SweepStartError(BaseException):
-    """A sweep cannot start.
-
-    A BaseException, because Hydra turns the exceptions of callbacks into warnings.
-    """
-
-
-@dataclass
-class JobResult:
-    """The result of one job, written to its folder because a launcher may use another process.
-
-    `note` says how the job got its run unless it was simply trained.
-    """
-
-    number: int
-    overrides: list[str]
-    status: str
-    seconds: float
-    run_id: str | None = None
-    experiment: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-    sent: dict[str, Any] | None = None  # a task in a pool: id, pool, url, wait
-    note: str | None = None
-
-    def store(self, folder: Path) -> None:
-        """Write the result to the job's folder for the process that started the sweep."""
-        _results.append(self)
-        (folder / RESULT_FILE).write_text(json.dumps(asdict(self), indent=1))
+  NAME           name of the sweep, or its run ID
+  tracking.uri   MLflow tracking URI; default: the store of this folder (or MLFLOW_TRACKING_URI);
+                 if the sweep is not there, the store in which it was started
+"""
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "metric": str,
+    "mode": str,
+    "retry": parse_bool,
+    "tracking.uri": str,
+}
+ACTION_OPTIONS = {"list": (), "show": (), "best": ("metric", "mode"), "resume": ("retry",)}
 
 
-def collect_results(folder: Path) -> None:
-    """Collect the results of this command's jobs from that folder."""
-    global _sweep_folder
-    _sweep_folder = folder
+def main(argv: Sequence[str]) -> int:
+    """Run the action that the first word names."""
+    if not argv or any(a in ("-h", "--help") for a in argv):
+        print(USAGE)
+        return 0 if argv else 2
+    action, *words = argv
+    if action not in ACTION_OPTIONS:
+        raise ArgumentError(unknown_name("action of qtorch sweep", action, ACTION_OPTIONS))
+    options, names = parse_known_options(words, PARSERS)
+    allowed_options = (*ACTION_OPTIONS[action], "tracking.uri")
+    unknown_options = [w.partition("=")[0] for w in names if "=" in w] + [
+        o for o in options if o not in allowed_options
+    ]
+    if unknown_options:
+        raise ConfigError(
+            unknown_name(f"option of qtorch sweep {action}", unknown_options[0], allowed_options)
+        )
+    if len(names) != (action != "list"):
+        expectation = "takes no name" if action == "list" else "takes the name of one sweep"
+        raise ArgumentError(
+            f"qtorch sweep {action} {expectation}; got {' '.join(names) or 'none'}."
+        )
+    from qtorch.cli.jobs.work import silence_libraries
+    from qtorch.core.session import init
+
+    silence_libraries()
+    if options.get("tracking.uri"):
+        init(tracking_uri=options["tracking.uri"])
+    if action == "list":
+        return _list()
+    if not options.get("tracking.uri"):
+        _select_store(names[0])
+    run_action = {"show": _show, "best": _best, "resume": _resume}[action]
+    return run_action(names[0], options)
 
 
-def clear_results() -> None:
-    """Forget the results of an earlier command in this process."""
-    global _sweep_folder
-    _sweep_folder = None
-    _results.clear()
+def _select_store(name: str) -> None:
+    """Use the store in which the sweep was started if this folder's store does not have it."""
+    from qtorch.core.session import init
+    from qtorch.study.sweep import SWEEP_TAG, find_sweep_uri, list_sweeps
 
-
-def job_results() -> list[JobResult]:
-    """Return the results of all jobs that have ended, ordered by number."""
-    if _sweep_folder is None:
-        return sorted(_results, key=lambda j: j.number)
-    results = [load_result(path) for path in _sweep_folder.rglob(RESULT_FILE)]
-    return sorted((j for j in results if j is not None), key=lambda j: j.number)
-
-
-def discard_result(job: JobResult) -> None:
-    """Delete the result of a job that will be started again under another number."""
-    if _sweep_folder is None:
-        _results[:] = [j for j in _results if j.number != job.number]
+    has_store = _has_store()
+    if has_store and any(name in (s.id, s.tags[SWEEP_TAG]) for s in list_sweeps()):
         return
-    for path in _sweep_folder.rglob(RESULT_FILE):
-        result = load_result(path)
-        if result is not None and result.number == job.number:
-            path.unlink()
+    uri = find_sweep_uri(name)
+    if uri is not None:
+        init(tracking_uri=uri)
+    elif not has_store:
+        raise ConfigError(
+            f"sweep {name!r} not found: this folder has no tracking store. Change to the sweep's "
+            "folder, or add tracking.uri=..."
+        )
 
 
-def add_result(result: JobResult) -> None:
-    """Add a result that another process has stored to this process's results."""
-    _results.append(result)
+def _has_store() -> bool:
+    """Whether the tracking store exists; querying a missing one would create it."""
+    from qtorch.tracking.locations import sqlite_path
+    from qtorch.tracking.manager import R
+
+    path = sqlite_path(R.get_uri())
+    return path is None or path.exists()
 
 
-def load_result(path: Path) -> JobResult | None:
-    """Load a result; return None if there is no file, or with a warning if it is invalid."""
-    try:
-        return JobResult(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        log.warning("cannot read the result %s: %s", path, error)
-        return None
+def _list() -> int:
+    from rich import box
+    from rich.table import Table
+
+    from qtorch.cli.tables import STATUS_STYLE, counts_text, terminal
+    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
+    from qtorch.tracking.store_types import format_local_time
+
+    sweeps = list_sweeps() if _has_store() else []
+    if not sweeps:
+        terminal().print("no sweeps yet; start one with: qtorch train -m model=lstm,gru seed=0,1,2")
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("sweep", "status", "jobs", "started", "command", "run"):
+        table.add_column(name, overflow="fold")
+    for row in sweeps:
+        jobs = sweep_jobs(row.id)
+        style = STATUS_STYLE.get(row.status, "")
+        table.add_row(
+            row.tags[SWEEP_TAG],
+            f"[{style}]{row.status}[/{style}]" if style else row.status,
+            counts_text(jobs, get_job_count(row)) if jobs else "none",
+            (format_local_time(row.start_time) or "")[:16],
+            row.tags.get(COMMAND_TAG, ""),
+            row.id,
+        )
+    terminal().print(table)
+    return 0
+
+
+def _show(name: str, options: dict[str, Any]) -> int:
+    from qtorch.cli.tables import print_sweep
+    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, find_sweep, get_job_count, sweep_jobs
+
+    row = find_sweep(name)
+    jobs = sweep_jobs(row.id)
+    print_sweep(row.tags[SWEEP_TAG], jobs, get_job_count(row), row.tags.get(COMMAND_TAG, ""))
+    for job in (j for j in jobs if j.error):
+        print(f"job {job.number}: {job.error}", file=sys.stderr)
+    return 0
+
+
+def _best(name: str, options: dict[str, Any]) -> int:
+    from qtorch.cli.tables import print_best
+    from qtorch.study.sweep import find_sweep, seed_groups, sweep_jobs
+
+    jobs = sweep_jobs(find_sweep(name).id)
+    print_best(jobs, seed_groups(jobs), options.get("metric"), options.get("mode"))
+    return 0
+
+
+def _resume(name: str, options: dict[str, Any]) -> int:
+    """Repeat each command of the sweep in its original folder; return the worst exit code."""
+    from qtorch.cli import train
+    from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
+    from qtorch.tracking.locations import redact_password
+    from qtorch.tracking.manager import R
+
+    row, uri = find_sweep(name), R.get_uri()
+    plan = load_plan(row.id)
+    folder = Path(plan["folder"])
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the sweep was started in {folder}, which does not exist here: repeat its command "
+            f"next to its data, with sweep.name={row.tags[SWEEP_TAG]}."
+        )
+    os.chdir(folder)
+    extra_overrides = [
+        f"sweep.name={row.tags[SWEEP_TAG]}",
+        "sweep.retry=" + str(bool(options.get("retry"))),
+    ]
+    if redact_password(uri) == uri:
+        extra_overrides.append(f"tracking.uri='{uri}'")
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+    codes = []
+    for command in plan["commands"]:
+        print(f"in {folder}: qtorch train -m {shlex.join(command['words'])}", file=sys.stderr)
+        codes.append(train.main(["-m", *command["words"], *extra_overrides]))
+    return max(codes)

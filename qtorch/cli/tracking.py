@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(unknown_name("tracking command", argv[0], ACTIONS))
     options = dict(_parse_option(word) for word in argv[1:])
 
-    from qtorch.tracking.outbox import send
+    from qtorch.tracking.delivery import send
 
     reports = send(
         options.get("run"),

@@ -13,12 +13,10 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from qtorch.cli.config_path import ROOT_CONFIG, config_path
-from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.hydra_errors import translate_hydra_errors
-from qtorch.cli.plugins import register_plugins
-from qtorch.cli.signals import handle_stop_signals
-from qtorch.cli.sweep import KILLED, SweepStartError, clear_results, job_results
+from qtorch.cli.compose import ROOT_CONFIG, config_path, translate_hydra_errors
+from qtorch.cli.guard import INTERRUPTED, handle_stop_signals
+from qtorch.cli.jobs.results import KILLED, SweepStartError, clear_results, job_results
+from qtorch.cli.launchers.plugins import register_plugins
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 # Our launcher configs have the names of Hydra's plugins, and Hydra warns that it validates them
@@ -39,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
             return outcome
         return _report_results(is_multirun, outcome)
     finally:
-        if "qtorch.cli.sweep_start" in sys.modules:
-            from qtorch.cli.sweep_start import close_sweep
+        if "qtorch.cli.jobs.sweep_command" in sys.modules:
+            from qtorch.cli.jobs.sweep_command import close_sweep
 
             close_sweep()
 
@@ -81,9 +79,9 @@ def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
 
 
 def _has_sweep_started() -> bool:
-    if "qtorch.cli.sweep_start" not in sys.modules:
+    if "qtorch.cli.jobs.sweep_command" not in sys.modules:
         return False
-    from qtorch.cli.sweep_start import current_sweep
+    from qtorch.cli.jobs.sweep_command import current_sweep
 
     sweep = current_sweep()
     return sweep is not None and sweep.recorder is not None
@@ -95,21 +93,21 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
     `interruption` is the exception that kept jobs from running to their end.
     """
     jobs = job_results()
-    if any(j.sent for j in jobs) and interruption is None:
-        from qtorch.cli.sent import wait_for_pool_jobs
+    if any(j.pool_task for j in jobs) and interruption is None:
+        from qtorch.cli.jobs.job import wait_for_pool_jobs
 
         with handle_stop_signals():
             wait_for_pool_jobs(jobs)
     if is_multirun:
-        from qtorch.cli.sweep_end import finish_sweep
+        from qtorch.cli.jobs.sweep_command import finish_sweep
 
         return finish_sweep(jobs, interruption)
-    if any(j.sent for j in jobs):
-        from qtorch.cli.table import print_jobs
+    if any(j.pool_task for j in jobs):
+        from qtorch.cli.tables import print_jobs
 
         print_jobs(jobs)
     if interruption is not None:
-        from qtorch.cli.scheduled import requeue_slurm_job
+        from qtorch.cli.launchers.slurm import requeue_slurm_job
 
         requeue_text = requeue_slurm_job()
         if requeue_text is not None:
@@ -126,7 +124,7 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
 
 def _run_job(config: DictConfig) -> None:
     """Run one job; imported late because composing, --cfg and --help need no torch."""
-    from qtorch.cli.job import run_job
+    from qtorch.cli.jobs.job import run_job
 
     run_job(config)
 

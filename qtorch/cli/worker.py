@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds, require_option
-from qtorch.cli.task_text import counts_text, total_counts
+from qtorch.cli.task_tables import counts_text, total_counts
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import configure_logging
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
-from qtorch.task.slot import WorkerOptions
-from qtorch.task.supervisor import Show, Supervisor
+from qtorch.task.worker import Show, Supervisor, WorkerOptions
 from qtorch.tracking.locations import redact_password
 
 USAGE = """\
@@ -149,7 +148,7 @@ def _live_table(pool: str, show_table: bool) -> Iterator[Show | None]:
         return
     from rich.live import Live
 
-    from qtorch.cli.worker_table import worker_table
+    from qtorch.cli.task_tables import worker_table
 
     with Live(worker_table(pool, []), auto_refresh=False) as live:
         yield lambda slots: live.update(worker_table(pool, slots), refresh=True)

@@ -106,3 +106,8 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], *, limit: int = 12)
         f", ... ({len(names)} in all)" if len(names) > limit else ""
     )
     return f"unknown {kind} {name!r}.{hint} Valid names: {name_list or 'none'}."
+
+
+def format_count(number: int, singular: str, plural: str | None = None) -> str:
+    """Format a count: `1 task`, `2 tasks`, `1,200 tasks`; the default plural appends an s."""
+    return f"{number:,} {singular if number == 1 else (plural or f'{singular}s')}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Instruments, Source
 from qtorch.data.source.frame import as_source
 

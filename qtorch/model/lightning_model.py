@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,37 +12,213 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, NotFittedError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
+from qtorch.core.names import import_path
 from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
-from qtorch.data.foreign_segments import check_disjoint_days
-from qtorch.data.sample_set import Samples
-from qtorch.data.samples import get_samples
+from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
+from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import Loss
 from qtorch.model.base import ModelFT
-from qtorch.model.error_memory import with_error_memory
-from qtorch.model.factories import build_loss, with_learning_rate
-from qtorch.model.feeding import get_readout
-from qtorch.model.finetuning import FineTuning, StatisticsMode
-from qtorch.model.fitting import FitResult, Recipe, fit_network
-from qtorch.model.initial import InitialWeights, check_initial_run
-from qtorch.model.matching import InputSchema, check_cross_section, check_labels
-from qtorch.model.model_state import get_model_state, load_model_state, weights_digest
-from qtorch.model.network_config import build_network, complete_network_config, network_config
-from qtorch.model.scoring import evaluation_batch_size, score_series
-from qtorch.model.statistics import apply_statistics, get_statistics
-from qtorch.model.trainer_options import build_early_stopping, device_name, trainer_options
-from qtorch.nn.tra import TRA
-from qtorch.tracking.current import current_recorder
-from qtorch.tracking.lineage import tag_lineage
+from qtorch.model.finetune import (
+    FineTuning,
+    InitialWeights,
+    InputSchema,
+    StatisticsMode,
+    apply_statistics,
+    check_cross_section,
+    check_initial_run,
+    check_labels,
+    get_statistics,
+    weights_digest,
+)
+from qtorch.model.fit import FitResult, Recipe, fit_network
+from qtorch.model.loop.factories import build_loss, with_learning_rate
+from qtorch.model.loop.options import build_early_stopping, device_name, trainer_options
+from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
+from qtorch.model.methods.tra import with_error_memory
+from qtorch.nn.network import Network
+from qtorch.nn.temporal.tra import TRA
+from qtorch.tracking.mlflow_recorder import tag_lineage
+from qtorch.tracking.recorder import current_recorder
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
+
+
+NETWORK_MODULE = "qtorch.nn"
+
+
+def complete_network_config(
+    spec: Any, samples: Samples, num_outputs: int | None = None
+) -> dict[str, Any] | nn.Module:
+    """Fill in the arguments of a network that depend on the data and are not configured.
+
+    A live module is returned unchanged. `d_feat` is the number of features (for a flat network
+    times the number of steps). Also filled in: `step_len`, `num_outputs` (by default the number of
+    labels), `num_instruments` and `num_days` (of the panel), `label_horizon` (rows that the labels
+    look ahead, if known), and for an extra "concept" its width `num_concepts`. Raises ConfigError
+    if the configuration contradicts the data.
+    """
+    if isinstance(spec, nn.Module):
+        return spec
+    target, arguments = get_callable_kwargs(spec, NETWORK_MODULE)
+    flat = getattr(target, "inputs", "window") == "flat"
+    features, steps = samples.num_features, samples.num_steps
+    labels = len(samples.label_names)
+    data_arguments = {
+        "d_feat": features * steps if flat else features,
+        "step_len": steps,
+        "num_outputs": max(labels, 1) if num_outputs is None else num_outputs,
+        "num_instruments": len(samples.instruments),
+        "num_days": len(samples.calendar),
+        **{f"num_{name}s": each.width for name, each in samples.extras.items()},
+        **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
+    }
+    parameters = inspect.signature(target).parameters
+    for name, value in data_arguments.items():
+        if name not in parameters:
+            continue
+        if arguments.get(name) is None:
+            arguments[name] = value
+        elif int(arguments[name]) != value:
+            raise ConfigError(
+                f"{name} of {getattr(target, '__name__', target)} is {arguments[name]}, but the "
+                f"data have {value} ({features} features, {steps} steps, {labels} labels). Remove "
+                "it: it is filled in automatically."
+            )
+    options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec} if _is_map(spec) else {}
+    return {"_target_": import_path(target), **options, **arguments}
+
+
+def build_network(config: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
+    """Build the network of a completed configuration; return a copy of a live one.
+
+    `stored`: the configuration was loaded from a store, and names in it must pass the trust rule.
+    """
+    if isinstance(config, nn.Module):
+        return copy.deepcopy(config)
+    try:
+        network = init_instance_by_config(config, check_trust=stored)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{config['_target_']}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"the network is a {type(network).__name__}; expected a torch.nn.Module.")
+    return network
+
+
+def network_config(spec: Any) -> Any:
+    """Return `spec` as plain data; a live qtorch network is described by its arguments.
+
+    Raises ConfigError for any other live module.
+    """
+    if isinstance(spec, Network):
+        return plain_value(spec.config, "network")
+    return plain_value(spec, "network")
+
+
+def _is_map(spec: Any) -> bool:
+    return isinstance(spec, Mapping)
+
+
+# Prefixes of tensors that are not weights of the network. No module name can contain "@".
+STATISTICS, OPTIMIZER = "@statistics.", "@optimizer."
+
+
+def get_model_state(model: LightningModel) -> State:
+    """Return configuration, metrics, weights, and the state of optimizer and processors.
+
+    Raises ConfigError if an argument is a live object that no configuration describes.
+    """
+    state: dict[str, Any] = {"model": model.to_config(), "fitted": None}
+    if model.network_ is None:
+        return State(state)
+    input_schema, statistics = model.input_schema_, model.statistics_
+    state["fitted"] = {
+        "network": model.network_config_ or network_config(model.network),
+        "learnt": None if input_schema is None else input_schema.to_dict(),
+        "statistics": None if statistics is None else statistics.config,
+        "seed": model.seed_,
+        "evals_result": replace_nonfinite(model.evals_result_),
+        "fit_report": replace_nonfinite(model.fit_report_),
+    }
+    tensors = {k: v.detach().cpu().clone() for k, v in model.network_.state_dict().items()}
+    for name, tensor in ({} if statistics is None else statistics.tensors).items():
+        tensors[STATISTICS + name] = tensor
+    if model.optimizer_state_ is not None:
+        state["fitted"]["optimizer"] = _extract_tensors(model.optimizer_state_, OPTIMIZER, tensors)
+    return State(state, tensors)
+
+
+def load_model_state(model: LightningModel, state: State) -> None:
+    """Load a state from `get_model_state` into an unfitted model."""
+    fitted_state = state.config["fitted"]
+    if fitted_state is None:
+        return
+    model.network_ = build_network(fitted_state["network"], stored=True).eval()
+    model.network_.load_state_dict({k: v for k, v in state.tensors.items() if k[0] != "@"})
+    model.network_config_, model.seed_ = fitted_state["network"], fitted_state["seed"]
+    # States saved by older versions have neither.
+    input_schema, statistics = fitted_state.get("learnt"), fitted_state.get("statistics")
+    model.input_schema_ = None if input_schema is None else InputSchema.from_dict(input_schema)
+    if statistics is not None:
+        statistics_tensors = {
+            k.removeprefix(STATISTICS): v for k, v in state.tensors.items() if STATISTICS in k
+        }
+        model.statistics_ = State(statistics, statistics_tensors)
+    if fitted_state.get("optimizer") is not None:
+        model.optimizer_state_ = _insert_tensors(fitted_state["optimizer"], state.tensors)
+    model.evals_result_ = _restore_nan(fitted_state["evals_result"])
+    model.fit_report_ = fitted_state["fit_report"]
+
+
+def _extract_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace each tensor in a nested value by a name and store it in `tensors` under that name.
+
+    Mappings are saved as lists of pairs because their keys may be numbers.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone()
+        return {"@tensor": name}
+    if isinstance(value, Mapping):
+        pairs = [[k, _extract_tensors(v, f"{name}{k}.", tensors)] for k, v in value.items()]
+        return {"@map": pairs}
+    if isinstance(value, list | tuple):
+        return [_extract_tensors(v, f"{name}{k}.", tensors) for k, v in enumerate(value)]
+    return value
+
+
+def _insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        if "@tensor" in value:
+            return tensors[value["@tensor"]]
+        return {k: _insert_tensors(v, tensors) for k, v in value["@map"]}
+    return [_insert_tensors(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON cannot represent, by None."""
+    if isinstance(value, Mapping):
+        return {k: replace_nonfinite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nonfinite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restore_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _restore_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restore_nan(v) for v in value]
+    return math.nan if value is None else value
+
 
 BATCH_DEFAULTS: dict[str, Any] = {
     "size": 800,
@@ -61,14 +240,15 @@ class LightningModel(ModelFT):
     `Batch`, and its `predict_step` returns the scores of a batch; `loss`, `optimizer`, `scheduler`
     and `inner_steps` are ignored, and `monitor` is a metric that it logs (otherwise ConfigError).
 
-    `loss`, `optimizer`, `scheduler`: see `qtorch.model.factories`.
+    `loss`, `optimizer`, `scheduler`: see `qtorch.model.loop.factories`.
     `batch`: `size`, `order` ("random", or "day" for batches of `days_per_batch` whole days),
     `eval_size` (batch size for validation and prediction; the default is larger on a GPU).
     `trainer`: any argument of pl.Trainer. If `devices` (2, [0, 1], -1) times `num_nodes` is above
     one, `fit` starts a process for each device. A batch has the same total size as on one device
     and is shared among them, so that the number of devices changes the time and not the result
     (except for dropout masks and batch norms; for the loss and metrics of a LightningModule see
-    `qtorch.model.own_share`). `strategy` is Lightning's: "ddp", or `qtorch.model.sharding.Sharded`,
+    `qtorch.model.loop.user_module`). `strategy` is Lightning's:
+    "ddp", or `qtorch.model.loop.sharding.Sharded`,
     which shards the weights (trainer=fsdp).
     `monitor`: the metric that selects the best epoch, whose weights are kept: "loss", "ic" or
     "rank_ic" of the valid segment, or a full name.

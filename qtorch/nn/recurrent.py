@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtorch.nn.network import Network
 from qtorch.nn.stacked import is_stacked
 
 LSTMState = tuple[Tensor, Tensor]
@@ -139,3 +141,52 @@ def _run_layers(
         if k + 1 < len(states) and layers.dropout:
             x = F.dropout(x, layers.dropout, layers.training)
     return x, last_states
+
+
+class LastState(Network, ABC):
+    """Recurrent layers over the window, oldest step first, and a linear head on the last state."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> type[LSTMLayers] | type[GRULayers]:
+        """The class of the recurrent layers."""
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__(num_outputs)
+        self.rnn = self.layers(d_feat, hidden_size, num_layers, dropout)
+        self.fc_out = nn.Linear(hidden_size, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
+        states, _ = self.rnn(x)  # [B, T, H]
+        return self.scores(self.fc_out(states[:, -1]))
+
+
+class LSTM(LastState):
+    """Stacked LSTM with a linear head on its last state.
+
+    Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997. Corresponds to Qlib's
+    pytorch_lstm.py and pytorch_lstm_ts.py, which differ only in their data loading. The layers
+    have the same names, so that weights can be copied. Differences: `num_outputs`; a batch with
+    one sample keeps its shape; no warning about dropout with a single layer (torch applies none).
+    """
+
+    layers = LSTMLayers
+
+
+class GRU(LastState):
+    """Stacked GRU with a linear head on its last state.
+
+    Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014. Corresponds to
+    Qlib's pytorch_gru.py and pytorch_gru_ts.py, with the same layer names. The differences are
+    those of `LSTM`.
+    """
+
+    layers = GRULayers

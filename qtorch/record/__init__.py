@@ -6,24 +6,24 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.record.base import Record as Record
-    from qtorch.record.hf_signal import HFSignalRecord as HFSignalRecord
-    from qtorch.record.multi_pass import MultiPassPortAnaRecord as MultiPassPortAnaRecord
+    from qtorch.record.portfolio import MultiPassPortAnaRecord as MultiPassPortAnaRecord
     from qtorch.record.portfolio import PortAnaRecord as PortAnaRecord
-    from qtorch.record.report import ReportRecord as ReportRecord
-    from qtorch.record.segment_ic import SegmentICRecord as SegmentICRecord
+    from qtorch.record.report.report import ReportRecord as ReportRecord
+    from qtorch.record.signal import HFSignalRecord as HFSignalRecord
+    from qtorch.record.signal import SegmentICRecord as SegmentICRecord
+    from qtorch.record.signal import SigAnaRecord as SigAnaRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
-    from qtorch.record.signal_analysis import SigAnaRecord as SigAnaRecord
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "HFSignalRecord": "qtorch.record.hf_signal",
-        "MultiPassPortAnaRecord": "qtorch.record.multi_pass",
+        "HFSignalRecord": "qtorch.record.signal",
+        "MultiPassPortAnaRecord": "qtorch.record.portfolio",
         "PortAnaRecord": "qtorch.record.portfolio",
         "Record": "qtorch.record.base",
-        "ReportRecord": "qtorch.record.report",
-        "SegmentICRecord": "qtorch.record.segment_ic",
-        "SigAnaRecord": "qtorch.record.signal_analysis",
+        "ReportRecord": "qtorch.record.report.report",
+        "SegmentICRecord": "qtorch.record.signal",
+        "SigAnaRecord": "qtorch.record.signal",
         "SignalRecord": "qtorch.record.signal",
     },
 )

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 from qtorch.core.configured import Configured
 from qtorch.core.errors import LoadObjectError, RecordError
 from qtorch.core.trust import trust_subclasses
-from qtorch.tracking.current import current_recorder
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, current_recorder
 
 Names: TypeAlias = list[str]  # inside the class, `list` is the method named by Qlib
 

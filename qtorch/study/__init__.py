@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.study.collect import AverageEnsemble as AverageEnsemble
     from qtorch.study.collect import Collector as Collector
+    from qtorch.study.collect import Ensemble as Ensemble
+    from qtorch.study.collect import Group as Group
     from qtorch.study.collect import MergeCollector as MergeCollector
     from qtorch.study.collect import RecorderCollector as RecorderCollector
+    from qtorch.study.collect import RollingEnsemble as RollingEnsemble
+    from qtorch.study.collect import RollingGroup as RollingGroup
+    from qtorch.study.collect import SingleKeyEnsemble as SingleKeyEnsemble
     from qtorch.study.comparison import Comparison as Comparison
     from qtorch.study.comparison import compare_runs as compare_runs
     from qtorch.study.comparison_page import write_comparison as write_comparison
-    from qtorch.study.ensemble import AverageEnsemble as AverageEnsemble
-    from qtorch.study.ensemble import Ensemble as Ensemble
-    from qtorch.study.ensemble import RollingEnsemble as RollingEnsemble
-    from qtorch.study.ensemble import SingleKeyEnsemble as SingleKeyEnsemble
     from qtorch.study.export import ExportResult as ExportResult
     from qtorch.study.export import export_model as export_model
     from qtorch.study.export import load_network as load_network
-    from qtorch.study.group import Group as Group
-    from qtorch.study.group import RollingGroup as RollingGroup
     from qtorch.study.replay import Replay as Replay
     from qtorch.study.replay import replay_run as replay_run
     from qtorch.study.rolling import RollingResult as RollingResult
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "AverageEnsemble": "qtorch.study.ensemble",
+        "AverageEnsemble": "qtorch.study.collect",
         "Collector": "qtorch.study.collect",
         "Comparison": "qtorch.study.comparison",
-        "Ensemble": "qtorch.study.ensemble",
+        "Ensemble": "qtorch.study.collect",
         "ExportResult": "qtorch.study.export",
-        "Group": "qtorch.study.group",
+        "Group": "qtorch.study.collect",
         "MergeCollector": "qtorch.study.collect",
         "RecorderCollector": "qtorch.study.collect",
         "Replay": "qtorch.study.replay",
-        "RollingEnsemble": "qtorch.study.ensemble",
-        "RollingGroup": "qtorch.study.group",
+        "RollingEnsemble": "qtorch.study.collect",
+        "RollingGroup": "qtorch.study.collect",
         "RollingResult": "qtorch.study.rolling",
-        "SingleKeyEnsemble": "qtorch.study.ensemble",
+        "SingleKeyEnsemble": "qtorch.study.collect",
         "StudyError": "qtorch.study.rolling",
         "WarmStart": "qtorch.study.warm_start",
         "compare_runs": "qtorch.study.comparison",

@@ -6,11 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qtorch.core.errors import ConfigError, LoadObjectError, unknown_name
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name
 from qtorch.tracking.experiment import Experiment
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -203,3 +206,157 @@ def _as_list(processes: Process | Sequence[Process]) -> list[Process]:
 
 def _string_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
+
+
+DATETIME = "datetime"
+
+
+class Ensemble(ABC):
+    """Combines a mapping of objects into one object. Corresponds to qlib/model/ens/ensemble.py."""
+
+    @abstractmethod
+    def __call__(self, ensemble_dict: Any) -> Any:
+        """Return the combined object."""
+
+
+class SingleKeyEnsemble(Ensemble):
+    """Replaces each mapping with a single key by its value, at every depth."""
+
+    def __call__(self, ensemble_dict: Any, recursion: bool = True) -> Any:
+        """Unwrap single keys; `recursion=False` only looks at the outermost level."""
+        if not isinstance(ensemble_dict, Mapping):
+            return ensemble_dict
+        result = dict(ensemble_dict)
+        if recursion:
+            result = {key: self(value) for key, value in result.items()}
+        return next(iter(result.values())) if len(result) == 1 else result
+
+
+class RollingEnsemble(Ensemble):
+    """Concatenates the frames or Series of rolling windows in order of time.
+
+    If two windows have the same row, that of the window with the later start is used. The values
+    need an index with a level "datetime"; a plain DatetimeIndex of that name (as of daily IC)
+    works as well.
+    """
+
+    def __call__(self, ensemble_dict: Mapping[Any, Any]) -> Any:
+        """Return the rows of all windows without duplicates, sorted."""
+        parts = _check_frames(ensemble_dict, "RollingEnsemble")
+        parts.sort(key=lambda part: part.index.get_level_values(DATETIME).min())
+        rows: Any = pd.concat([p for p in parts if len(p)] or parts[:1])
+        return rows[~rows.index.duplicated(keep="last")].sort_index()
+
+
+class AverageEnsemble(Ensemble):
+    """Averages several scores, each standardised by day first, into one Series.
+
+    The mean and standard deviation (ddof 1) of a day are over its instruments. A score that is
+    missing in some of the frames is averaged over the others. Nested mappings are flattened.
+    """
+
+    def __call__(self, ensemble_dict: Mapping[Any, Any]) -> pd.Series:
+        """Return the averaged scores, sorted."""
+        scores = pd.concat(
+            _check_frames(_flatten(ensemble_dict), "AverageEnsemble"), axis=1
+        ).sort_index()
+        days = scores.groupby(level=DATETIME)
+        # By position, because the columns of all frames have the same name.
+        deviations = scores.to_numpy(dtype=float) - days.transform("mean").to_numpy(dtype=float)
+        z_scores = deviations / days.transform("std").to_numpy(dtype=float)
+        return pd.DataFrame(z_scores, index=scores.index).mean(axis=1)
+
+
+def _check_frames(frames: Mapping[Any, Any], caller: str) -> list[Any]:
+    """Return the values as a list; DataError unless each is a frame or Series with dates."""
+    if not frames:
+        raise DataError(f"{caller} has nothing to merge; check that the collector found any runs.")
+    for key, value in frames.items():
+        if not isinstance(value, pd.DataFrame | pd.Series):
+            raise DataError(
+                f"{caller} merges frames and Series, but {key!r} is a {type(value).__name__}."
+            )
+        if DATETIME not in value.index.names:
+            raise DataError(
+                f"{caller}: the index of {key!r} has the levels {list(value.index.names)}, but no "
+                f"level {DATETIME!r}."
+            )
+    return list(frames.values())
+
+
+def _flatten(mapping: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    leaves: dict[tuple[Any, ...], Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            leaves.update(_flatten(value, (*path, key)))
+        else:
+            leaves[(*path, key)] = value
+    return leaves
+
+
+class Group:
+    """Groups a mapping, then reduces each group. Corresponds to qlib/model/ens/group.py.
+
+    `group_func` turns `{(A, B, C1): x, (A, B, C2): y}` into `{(A, B): {C1: x, C2: y}}`. `ens` (an
+    Ensemble or any callable) reduces the mapping of a group to one object.
+    """
+
+    def __init__(
+        self,
+        group_func: Callable[..., Mapping[Any, Any]] | None = None,
+        ens: Callable[..., Any] | None = None,
+    ) -> None:
+        self._group_func = group_func
+        self._ens_func = ens
+
+    def group(self, *args: Any, **kwargs: Any) -> Mapping[Any, Any]:
+        """Return the mapping of groups."""
+        if self._group_func is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no group_func; pass one to the constructor."
+            )
+        return self._group_func(*args, **kwargs)
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """Reduce one group to one object."""
+        if self._ens_func is None:
+            raise ConfigError(f"{type(self).__name__} has no ens to reduce its groups with.")
+        return self._ens_func(*args, **kwargs)
+
+    def __call__(
+        self,
+        ungrouped_dict: Mapping[Any, Any],
+        n_jobs: int = 1,
+        verbose: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[Any, Any]:
+        """Return `{group: object}`; further arguments are passed to `group`.
+
+        `n_jobs` threads reduce the groups; less than 1 stands for ThreadPoolExecutor's default.
+        `verbose` is ignored; it exists for compatibility with Qlib.
+        """
+        groups = self.group(ungrouped_dict, *args, **kwargs)
+        if n_jobs == 1:
+            return {key: self.reduce(value) for key, value in groups.items()}
+        with ThreadPoolExecutor(None if n_jobs < 1 else n_jobs) as pool:
+            return dict(zip(groups, pool.map(self.reduce, groups.values()), strict=True))
+
+
+class RollingGroup(Group):
+    """Groups by all parts of a tuple key except the last, which identifies the window."""
+
+    def __init__(self, ens: Callable[..., Any] | None = None) -> None:
+        super().__init__(ens=RollingEnsemble() if ens is None else ens)
+
+    def group(self, rolling_dict: Mapping[Any, Any]) -> dict[Any, dict[Any, Any]]:
+        """Turn `{(A, B, window): x}` into `{(A, B): {window: x}}`; TypeError for other keys."""
+        groups: dict[Any, dict[Any, Any]] = {}
+        for key, value in rolling_dict.items():
+            if not isinstance(key, tuple):
+                raise TypeError(
+                    f"RollingGroup expects tuple keys whose last part is the window, got {key!r}; "
+                    "pass the collector a rec_key_func that returns a tuple."
+                )
+            groups.setdefault(key[:-1], {})[key[-1]] = value
+        return groups

@@ -11,10 +11,15 @@ from itertools import combinations
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, LoadObjectError
-from qtorch.metrics.paired import PairedTest, holm, paired_test
-from qtorch.metrics.sharpe import DeflatedSharpe, deflated_sharpe
 from qtorch.metrics.signal import mean_over_std
-from qtorch.record.run_results import (
+from qtorch.metrics.significance import (
+    DeflatedSharpe,
+    PairedTest,
+    deflated_sharpe,
+    holm,
+    paired_test,
+)
+from qtorch.record.report.results import (
     RunResults,
     has_benchmark,
     model_name,
@@ -28,7 +33,7 @@ from qtorch.tracking.recorder import Recorder
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
 LONG_SHORT = "half of (top quintile − bottom quintile by score), before costs"
 MAX_NAME_PARAMS = 3  # shown in a group's name
-SERIES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily return"}
+SERIES_TITLES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily return"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
     groups = group_runs(runs)
     return Comparison(
         groups=groups,
-        tests=tuple(t for series in SERIES for t in _test_pairs(groups, series)),
+        tests=tuple(t for series in SERIES_TITLES for t in _test_pairs(groups, series)),
         sharpe=_sharpe_by_run(runs, num_tries),
         tries=num_tries,
         returns_description=description,

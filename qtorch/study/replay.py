@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, LoadObjectError
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.tracking.trials.place import PRUNED_TAG
+from qtorch.tracking.trials.trial import PRUNED_TAG
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.provenance import ENVIRONMENT
 from qtorch.trainer.run import TASK, task_train
@@ -140,7 +140,7 @@ def _num_threads(num_threads: Any) -> Iterator[None]:
 
 
 def _compare_weights(original: Recorder, run: Recorder) -> ResultCheck:
-    from qtorch.model.model_state import weights_digest
+    from qtorch.model.finetune import weights_digest
 
     first, second = (getattr(_load_if_present(r, MODEL), "network_", None) for r in (original, run))
     if first is None or second is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qtorch.record.chart_style import (
+from qtorch.record.report.chart_style import (
     INK,
     RANK_COLOUR,
     SERIES,
@@ -17,7 +17,7 @@ from qtorch.record.chart_style import (
     new_figure,
     style_figure,
 )
-from qtorch.tracking.trials.row import TrialRow
+from qtorch.tracking.trials.trial import TrialRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

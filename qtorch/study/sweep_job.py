@@ -16,14 +16,12 @@ from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.core.session import session
 from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
-from qtorch.tracking.errors import NotInStoreError
-from qtorch.tracking.lineage import PARENT_TAG, with_run_tags
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
+from qtorch.tracking.mlflow_recorder import PARENT_TAG, with_run_tags
 from qtorch.tracking.recorder import Recorder
-from qtorch.tracking.rows import RunRow
+from qtorch.tracking.store_types import NotInStoreError, RunRow
 from qtorch.trainer.failure import announce_run, collect_started_runs, get_error
-from qtorch.trainer.prepare import complete_task
-from qtorch.trainer.run import reuse_trained_run, task_train
+from qtorch.trainer.run import complete_task, reuse_trained_run, task_train
 
 log = logging.getLogger(__name__)
 

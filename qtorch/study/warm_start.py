@@ -16,9 +16,9 @@ from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust
 from qtorch.model.base import Model, ModelFT
-from qtorch.tracking.current import current_recorder
-from qtorch.tracking.lineage import tag_lineage
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
+from qtorch.tracking.mlflow_recorder import tag_lineage
+from qtorch.tracking.recorder import current_recorder
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder

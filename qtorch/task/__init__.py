@@ -7,23 +7,23 @@ from qtorch.core.lazy import lazy_names
 if TYPE_CHECKING:
     from qtorch.task.adjust import TimeAdjuster as TimeAdjuster
     from qtorch.task.definition import Task as Task
-    from qtorch.task.generate import MultiHorizonGenBase as MultiHorizonGenBase
-    from qtorch.task.generate import TaskGen as TaskGen
-    from qtorch.task.generate import task_generator as task_generator
     from qtorch.task.manager import TaskManager as TaskManager
+    from qtorch.task.rolling import MultiHorizonGenBase as MultiHorizonGenBase
     from qtorch.task.rolling import RollingGen as RollingGen
+    from qtorch.task.rolling import TaskGen as TaskGen
+    from qtorch.task.rolling import task_generator as task_generator
     from qtorch.task.run import run_task as run_task
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "MultiHorizonGenBase": "qtorch.task.generate",
+        "MultiHorizonGenBase": "qtorch.task.rolling",
         "RollingGen": "qtorch.task.rolling",
         "Task": "qtorch.task.definition",
-        "TaskGen": "qtorch.task.generate",
+        "TaskGen": "qtorch.task.rolling",
         "TaskManager": "qtorch.task.manager",
         "TimeAdjuster": "qtorch.task.adjust",
         "run_task": "qtorch.task.run",
-        "task_generator": "qtorch.task.generate",
+        "task_generator": "qtorch.task.rolling",
     },
 )

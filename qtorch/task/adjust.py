@@ -160,7 +160,7 @@ class TimeAdjuster:
 
 
 def _load_calendar(source: Any, freq: str, future: bool) -> pd.DatetimeIndex:
-    from qtorch.data.provider import build_source, default_source
+    from qtorch.data.source.frame import build_source, default_source
 
     calendar_source: Source = default_source() if source is None else build_source(source)
     if future:

@@ -179,7 +179,7 @@ def _restore_recorders(value: Any) -> Any:
 
 
 def _load_recorder(reference: Mapping[str, Any]) -> Any:
-    from qtorch.tracking.r import R
+    from qtorch.tracking.manager import R
 
     ids = {"recorder_id": reference["recorder_id"], "experiment_id": reference["experiment_id"]}
     uri = reference.get("tracking_uri")

@@ -18,8 +18,16 @@ from typing import Any, TypeVar
 from qtorch.core.errors import LeaseLost, TaskDefinitionError, TaskStoreError
 from qtorch.core.session import session
 from qtorch.task.definition import Task, decode_definition, decode_result
-from qtorch.task.query import FAILED, RUNNING, WAITING, Condition
-from qtorch.task.store import Change, Row, Store, retry_while_unavailable
+from qtorch.task.stores.base import (
+    FAILED,
+    RUNNING,
+    WAITING,
+    Change,
+    Condition,
+    Row,
+    Store,
+    retry_while_unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +53,11 @@ def open_store(url: str) -> Store:
     """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
     scheme = url.partition(":")[0].partition("+")[0]
     if scheme in ("sqlite", "postgresql", "postgres"):
-        from qtorch.task.sql import SqlStore
+        from qtorch.task.stores.sql import SqlStore
 
         return SqlStore(url)
     if scheme == "mongodb":
-        from qtorch.task.mongo import MongoStore
+        from qtorch.task.stores.mongo import MongoStore
 
         return MongoStore(url)
     raise TaskStoreError(

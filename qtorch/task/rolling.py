@@ -4,33 +4,211 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.core.instantiate import plain
+from qtorch.core.instantiate import init_instance_by_config, plain
 from qtorch.task.adjust import CalendarEndError, TimeAdjuster
-from qtorch.task.generate import (
-    TaskDef,
-    TaskGen,
-    build_adjuster,
-    segments_to_text,
-    truncate_segments,
-)
-from qtorch.task.parts import (
-    FIT_END,
-    FIT_START,
-    config_arguments,
-    label_horizon,
-    task_dataset,
-    task_handler,
-    task_segments,
-    with_arguments,
-    with_handler,
-)
+
+FIT_START, FIT_END = "fit_start_time", "fit_end_time"
+
+
+def config_arguments(config: Any) -> Mapping[str, Any]:
+    """Return the arguments in a configuration; empty if it is not a configuration."""
+    if not isinstance(config, Mapping):
+        return {}
+    options = config if "_target_" in config else config.get("kwargs") or {}
+    return options if isinstance(options, Mapping) else {}
+
+
+def with_arguments(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Return a configuration with some arguments replaced or added."""
+    if "_target_" in config:
+        return {**config, **values}
+    return {**config, "kwargs": {**(config.get("kwargs") or {}), **values}}
+
+
+def task_dataset(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration of a task's dataset; raise ConfigError if it is a live object."""
+    dataset = task.get("dataset")
+    if not isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"generating tasks needs the configuration of a dataset, but this task's dataset is "
+            f"{'missing' if dataset is None else f'a live {type(dataset).__name__}'}. Write "
+            "{'_target_': 'qtorch.data.TSDatasetH', 'handler': ..., 'segments': ...}."
+        )
+    return dataset
+
+
+def task_segments(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's segments, `{name: (start, end)}`."""
+    segments = config_arguments(task_dataset(task)).get("segments")
+    if not isinstance(segments, Mapping):
+        raise ConfigError(
+            f"the task's dataset has no valid segments ({segments!r:.60}); expected "
+            "{name: (start, end)}."
+        )
+    return dict(segments)
+
+
+def with_segments(task: Mapping[str, Any], segments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the task with other segments."""
+    return {**task, "dataset": with_arguments(task_dataset(task), segments=dict(segments))}
+
+
+def task_handler(task: Mapping[str, Any]) -> Any:
+    """Return the handler of a task: a configuration, a path, a live object, or None."""
+    return config_arguments(task_dataset(task)).get("handler")
+
+
+def with_handler(task: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Return the task with some handler arguments replaced, if the handler is a configuration."""
+    handler = task_handler(task)
+    if not isinstance(handler, Mapping):
+        return dict(task)
+    dataset = with_arguments(task_dataset(task), handler=with_arguments(handler, **values))
+    return {**task, "dataset": dataset}
+
+
+def task_source(task: Mapping[str, Any]) -> Any:
+    """Return a task's data source, as configuration or live object; None if it names none."""
+    handler = task_handler(task)
+    if isinstance(handler, Mapping):
+        arguments = config_arguments(handler)
+        source = arguments.get("source")
+        return (
+            source
+            if source is not None
+            else config_arguments(arguments.get("data_loader")).get("source")
+        )
+    return getattr(handler, "source", None)
+
+
+def label_horizon(task: Mapping[str, Any]) -> int | None:
+    """Return how many calendar rows the task's label looks ahead; None if that is unknown.
+
+    It is the dataset's `horizon`, else the look-ahead of the label's expressions.
+    """
+    dataset_horizon = config_arguments(task_dataset(task)).get("horizon")
+    if dataset_horizon is not None:
+        return int(dataset_horizon)
+    handler = task_handler(task)
+    if isinstance(handler, Mapping):
+        # If the configuration sets `init_data`, build the handler without loading its data.
+        overrides = {"init_data": False} if "init_data" in config_arguments(handler) else {}
+        handler = init_instance_by_config(with_arguments(handler, **overrides))
+    horizon = getattr(handler, "horizon", None)
+    label_rows: int | None = horizon("label") if callable(horizon) else None
+    return label_rows
+
+
+TaskDef = Mapping[str, Any]
+
+
+class TaskGen(ABC):
+    """Generates several tasks from one, without modifying it. Calling it calls `generate`.
+
+    Corresponds to qlib/workflow/task/gen.py.
+    """
+
+    @abstractmethod
+    def generate(self, task: TaskDef) -> list[dict[str, Any]]:
+        """Generate tasks from `task`."""
+
+    def __call__(self, task: TaskDef) -> list[dict[str, Any]]:
+        return self.generate(task)
+
+
+def task_generator(
+    tasks: TaskDef | Sequence[TaskDef], generators: TaskGen | Sequence[TaskGen]
+) -> list[dict[str, Any]]:
+    """Apply generators one after another, each to all tasks of the previous one.
+
+    For example, 3 tasks and generators of 2 and 3 tasks each make 18 tasks. A single task or
+    generator counts as a list of one.
+    """
+    generated_tasks = [dict(t) for t in ([tasks] if isinstance(tasks, Mapping) else tasks)]
+    for generator in [generators] if isinstance(generators, TaskGen) else generators:
+        generated_tasks = [new for task in generated_tasks for new in generator.generate(task)]
+    return generated_tasks
+
+
+class MultiHorizonGenBase(TaskGen):
+    """Generates one task per label horizon; a subclass implements `set_horizon`.
+
+    `label_leak_n` is the number of days after the prediction until a label of horizon 0 would be
+    known: 2 if shares are bought on the next day and sold the day after. Each task's other
+    segments end `horizon + label_leak_n` trading days before its test segment. `calendar` is that
+    of TimeAdjuster; by default the calendar of the task's source.
+    """
+
+    def __init__(
+        self,
+        horizon: Iterable[int] = (5,),
+        label_leak_n: int = 2,
+        *,
+        calendar: Sequence[Any] | pd.DatetimeIndex | None = None,
+        test_key: str = "test",
+    ) -> None:
+        self.horizon = [int(h) for h in horizon]
+        self.label_leak_n = label_leak_n
+        self.calendar = calendar
+        self.test_key = test_key
+
+    @abstractmethod
+    def set_horizon(self, task: dict[str, Any], hr: int) -> None:
+        """Set the horizon of `task`, which is a copy that may be modified."""
+
+    def generate(self, task: TaskDef) -> list[dict[str, Any]]:
+        """Generate one task per horizon, in their order."""
+        generated_tasks = []
+        adjuster = build_adjuster(task, self.calendar)
+        for horizon in self.horizon:
+            new = copy_task(task)
+            self.set_horizon(new, horizon)
+            segments = adjuster.align_seg(task_segments(new))
+            days = horizon + self.label_leak_n
+            segments = truncate_segments(adjuster, segments, days, self.test_key)
+            generated_tasks.append(with_segments(new, segments_to_text(segments)))
+        return generated_tasks
+
+
+def truncate_segments(
+    adjuster: TimeAdjuster, segments: Mapping[str, Any], days: int, test_key: str = "test"
+) -> dict[str, Any]:
+    """Truncate all segments but the test's to end `days` trading days before the test begins."""
+    starts = [t for t in segments[test_key] if t is not None]
+    test_start = min(starts, key=pd.Timestamp)
+    return {
+        name: span if name == test_key else adjuster.truncate(span, test_start, days)
+        for name, span in segments.items()
+    }
+
+
+def build_adjuster(
+    task: TaskDef, calendar: Sequence[Any] | pd.DatetimeIndex | None = None
+) -> TimeAdjuster:
+    """Build a TimeAdjuster on a calendar, by default on that of the task's source."""
+    return TimeAdjuster(
+        calendar=calendar, source=None if calendar is not None else task_source(task)
+    )
+
+
+def segments_to_text(segments: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """Convert segments to plain data with dates as text, as in a task (Qlib has Timestamps)."""
+    return {name: [plain_value(date) for date in span] for name, span in segments.items()}
+
+
+def copy_task(task: TaskDef) -> dict[str, Any]:
+    """Return a deep copy of a task."""
+    new: dict[str, Any] = copy.deepcopy(dict(plain(task)))
+    return new
+
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from qtorch.tracking.current import current_recorder as current_recorder
     from qtorch.tracking.experiment import Experiment as Experiment
     from qtorch.tracking.experiment import MLflowExperiment as MLflowExperiment
     from qtorch.tracking.manager import ExpManager as ExpManager
     from qtorch.tracking.manager import MLflowExpManager as MLflowExpManager
+    from qtorch.tracking.manager import R as R
     from qtorch.tracking.mlflow_recorder import MLflowRecorder as MLflowRecorder
-    from qtorch.tracking.r import R as R
     from qtorch.tracking.recorder import Recorder as Recorder
+    from qtorch.tracking.recorder import current_recorder as current_recorder
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -22,8 +22,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "MLflowExpManager": "qtorch.tracking.manager",
         "MLflowExperiment": "qtorch.tracking.experiment",
         "MLflowRecorder": "qtorch.tracking.mlflow_recorder",
-        "R": "qtorch.tracking.r",
+        "R": "qtorch.tracking.manager",
         "Recorder": "qtorch.tracking.recorder",
-        "current_recorder": "qtorch.tracking.current",
+        "current_recorder": "qtorch.tracking.recorder",
     },
 )

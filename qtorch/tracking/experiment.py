@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, unknown_name
-from qtorch.tracking.current import visible_recorders
-from qtorch.tracking.errors import NotInStoreError
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
-from qtorch.tracking.recorder import Recorder
-from qtorch.tracking.rows import RunRow
+from qtorch.tracking.recorder import Recorder, visible_recorders
+from qtorch.tracking.store_types import NotInStoreError, RunRow
 
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore

@@ -7,39 +7,86 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qtorch.core.errors import ArgumentError, TrackingError
-from qtorch.tracking import outbox
-from qtorch.tracking.current import add_running, remove_running
-from qtorch.tracking.ledger import Ledger
-from qtorch.tracking.limits import (
+from qtorch.tracking import delivery as outbox
+from qtorch.tracking.artifacts import RunFiles
+from qtorch.tracking.delivery import Ledger, Sender
+from qtorch.tracking.locations import resolve_uri
+from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
+from qtorch.tracking.recorder import (
+    Recorder,
+    add_running,
+    check_status,
+    end_at_exit,
+    remove_running,
+)
+from qtorch.tracking.store_types import (
     MAX_KEY,
     MAX_PARAM,
     MAX_TAG,
+    RunRow,
     clean_key,
     format_local_time,
     now_ms,
     parse_metric_value,
     warn_once,
 )
-from qtorch.tracking.lineage import call_load_hook, initial_run_tags
-from qtorch.tracking.locations import resolve_uri
-from qtorch.tracking.provenance import (
-    command_line,
-    git_changes,
-    qtorch_environment,
-    source_tags,
-)
-from qtorch.tracking.recorder import Recorder, check_status, end_at_exit
-from qtorch.tracking.rows import RunRow
-from qtorch.tracking.run_files import RunFiles
-from qtorch.tracking.sender import Sender
 
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore
+
+
+FROM_TAG = "warm_start.from"
+DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
+PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
+
+_initial_tags: ContextVar[dict[str, str] | None] = ContextVar("qtorch_birth_tags", default=None)
+
+
+@contextmanager
+def with_run_tags(tags: dict[str, str]) -> Iterator[None]:
+    """Give every run that is created inside the block these tags from the start.
+
+    The tags are part of the request that creates the run, so that even a process that is killed
+    right afterwards leaves a run that can be identified.
+    """
+    token = _initial_tags.set({**initial_run_tags(), **tags})
+    try:
+        yield
+    finally:
+        _initial_tags.reset(token)
+
+
+def initial_run_tags() -> dict[str, str]:
+    """Return the tags that a new run of this context is created with."""
+    return dict(_initial_tags.get() or {})
+
+
+def tag_lineage(run: Recorder, earlier: Recorder) -> None:
+    """Tag `run` with the earlier run whose weights it starts from, and nest it under that run.
+
+    A run that already has a parent keeps it. The earlier run is only read.
+    """
+    depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
+    tags = {FROM_TAG: earlier.id, DEPTH_TAG: str(depth)}
+    if PARENT_TAG not in run.list_tags() and earlier.id != run.id:
+        tags[PARENT_TAG] = earlier.id
+    run.set_tags(**tags)
+
+
+def call_load_hook(recorder: Recorder, value: Any) -> Any:
+    """Tell a loaded object which run it comes from if it has an `on_load` hook, and return it."""
+    hook = getattr(value, "on_load", None)
+    if callable(hook):
+        hook(recorder)
+    return value
+
 
 log = logging.getLogger(__name__)
 

@@ -31,16 +31,22 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError, RefusedError
 from qtorch.tracking.locations import (
     cache_folder,
+    ensure_sqlite_store,
     file_lock,
     redact_password,
     resolve_uri,
     sqlite_path,
 )
-from qtorch.tracking.rows import ExperimentRow, MetricPoint, RunRow
-from qtorch.tracking.sqlite_file import ensure_sqlite_store
+from qtorch.tracking.store_types import (
+    AlreadyInStoreError,
+    ExperimentRow,
+    MetricPoint,
+    NotInStoreError,
+    RefusedError,
+    RunRow,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

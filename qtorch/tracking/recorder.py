@@ -6,12 +6,59 @@ import atexit
 import logging
 import os
 import sys
+import threading
 from abc import ABC, abstractmethod
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, QtorchError, unknown_name
-from qtorch.tracking.current import running_recorders
+
+_lock = threading.Lock()
+_running: list[Recorder] = []
+_context_recorders: ContextVar[tuple[Recorder, ...] | None] = ContextVar(
+    "qtorch_recorders", default=None
+)
+
+
+def current_recorder() -> Recorder | None:
+    """Return the innermost running recorder of this context, or None."""
+    recorders = visible_recorders()
+    return recorders[-1] if recorders else None
+
+
+def visible_recorders() -> list[Recorder]:
+    """Return the running recorders that this context sees, the innermost last."""
+    with _lock:
+        own = _context_recorders.get()
+        if own is None:
+            return list(_running)
+        return [r for r in own if any(r is running for running in _running)]
+
+
+def add_running(recorder: Recorder) -> None:
+    """Make a recorder that starts to run current."""
+    with _lock:
+        if not any(recorder is running for running in _running):
+            _running.append(recorder)
+    own = tuple(r for r in _context_recorders.get() or () if r is not recorder)
+    _context_recorders.set((*own, recorder))
+
+
+def remove_running(recorder: Recorder) -> None:
+    """Remove a recorder that has ended."""
+    with _lock:
+        _running[:] = [r for r in _running if r is not recorder]
+    own = _context_recorders.get()
+    if own is not None:
+        _context_recorders.set(tuple(r for r in own if r is not recorder))
+
+
+def running_recorders() -> list[Recorder]:
+    """Return every running recorder of the process, whichever context started it."""
+    with _lock:
+        return list(_running)
+
 
 log = logging.getLogger(__name__)
 

@@ -5,22 +5,22 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from qtorch.trainer.base import Trainer as Trainer
     from qtorch.trainer.pooled import DelayTrainerRM as DelayTrainerRM
     from qtorch.trainer.pooled import TrainerRM as TrainerRM
-    from qtorch.trainer.recorded import DelayTrainerR as DelayTrainerR
-    from qtorch.trainer.recorded import TrainerR as TrainerR
     from qtorch.trainer.run import begin_task_train as begin_task_train
     from qtorch.trainer.run import end_task_train as end_task_train
     from qtorch.trainer.run import task_train as task_train
+    from qtorch.trainer.trainers import DelayTrainerR as DelayTrainerR
+    from qtorch.trainer.trainers import Trainer as Trainer
+    from qtorch.trainer.trainers import TrainerR as TrainerR
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "DelayTrainerR": "qtorch.trainer.recorded",
+        "DelayTrainerR": "qtorch.trainer.trainers",
         "DelayTrainerRM": "qtorch.trainer.pooled",
-        "Trainer": "qtorch.trainer.base",
-        "TrainerR": "qtorch.trainer.recorded",
+        "Trainer": "qtorch.trainer.trainers",
+        "TrainerR": "qtorch.trainer.trainers",
         "TrainerRM": "qtorch.trainer.pooled",
         "begin_task_train": "qtorch.trainer.run",
         "end_task_train": "qtorch.trainer.run",

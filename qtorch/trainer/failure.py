@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from qtorch.core.heartbeat import RUN, beat
+from qtorch.process.heartbeat import RUN, beat
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,25 @@ from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
 from qtorch.task.run import HANG_SECONDS, run_task
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
-from qtorch.trainer.base import Task, as_list
 from qtorch.trainer.failure import record_failure
-from qtorch.trainer.prepare import TRACKING_KEY, complete_task, split_tracking
-from qtorch.trainer.recorded import TrainerR, TrainFunction, create_failed_run, log_failures
-from qtorch.trainer.run import begin_task_train, end_task_train, task_train
+from qtorch.trainer.run import (
+    TRACKING_KEY,
+    begin_task_train,
+    complete_task,
+    end_task_train,
+    split_tracking,
+    task_train,
+)
+from qtorch.trainer.trainers import (
+    Task,
+    TrainerR,
+    TrainFunction,
+    as_list,
+    create_failed_run,
+    log_failures,
+)
 
 log = logging.getLogger(__name__)
 

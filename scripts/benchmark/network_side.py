@@ -25,8 +25,9 @@ from zoo_cells import Settings, build_task, prepare_worker, write_qlib_job
 
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
-from qtorch.data.batches import Batch, BatchLoader
-from qtorch.model.feeding import ForwardAdapter
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.loop.scoring import ForwardAdapter
 
 YEAR, QUARTER = ("2014-01-01", "2014-12-31"), ("2014-10-01", "2014-12-31")
 SLOW_NETWORKS = ("transformer", "gats")

@@ -30,13 +30,13 @@ from qtorch.task import TaskManager
 DEFINITION = {
     "model": {
         "_target_": "qtorch.model.lightning_model.LightningModel",
-        "network": {"_target_": "qtorch.nn.lstm.LSTM", "hidden_size": 64, "num_layers": 2},
+        "network": {"_target_": "qtorch.nn.recurrent.LSTM", "hidden_size": 64, "num_layers": 2},
         "trainer": {"max_epochs": 100, "gradient_clip_val": 3.0},
     },
     "dataset": {
-        "_target_": "qtorch.data.window_dataset.TSDatasetH",
+        "_target_": "qtorch.data.dataset.dataset.TSDatasetH",
         "segments": {"train": ["2010-01-01", "2016-12-31"], "test": ["2018-01-01", "2019-12-31"]},
-        "handler": {"_target_": "qtorch.data.alpha.Alpha158", "instruments": "all"},
+        "handler": {"_target_": "qtorch.data.handler.alpha.Alpha158", "instruments": "all"},
     },
 }
 RESULT = {"$recorder": {"experiment_id": "1", "recorder_id": "0" * 32, "tracking_uri": "sqlite"}}

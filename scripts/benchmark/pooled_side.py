@@ -38,8 +38,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     import torch
 
     import qtorch
-    from qtorch.cli.compose import compose_settings
-    from qtorch.cli.segments import resolve_segments
+    from qtorch.cli.compose import compose_settings, resolve_segments
     from qtorch.core.runtime import configure_logging
     from qtorch.trainer import TrainerR, TrainerRM
 

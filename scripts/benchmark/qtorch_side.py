@@ -93,7 +93,7 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from qtorch.data.expression import evaluate
-    from qtorch.data.features import alpha158
+    from qtorch.data.handler.alpha import alpha158
 
     expressions, names = alpha158()
     expressions_by_name = dict(zip(names, expressions, strict=True))
@@ -123,7 +123,7 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
 def measure_handler(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Measure from the handler to the first training batch, and separately `prepare`."""
     from qtorch.data import Alpha158, Alpha360, DatasetH, QlibSource  # noqa: F401 - imports are not
-    from qtorch.data.batches import BatchLoader  # timed, as in qlib_side.py
+    from qtorch.data.dataset.batches import BatchLoader  # timed, as in qlib_side.py
 
     start = time.perf_counter()
     peak = PeakMemory()
@@ -150,7 +150,7 @@ def measure_windows(args: argparse.Namespace) -> dict[str, Any]:
     the same with `index_select`, the fastest that torch offers. `rows`: one index per row, the
     obvious way to write it. Only qtorch also gathers labels, weights, dates and instruments.
     """
-    from qtorch.data.batches import BatchLoader
+    from qtorch.data.dataset.batches import BatchLoader
 
     samples = lstm_dataset(args).samples("train", data_key="learn").to(get_device())
     loader = BatchLoader(samples, batch_size=BATCH, order="random", seed=0)

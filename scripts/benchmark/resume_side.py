@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from qtorch_side import BATCH, lstm_dataset
 
 from qtorch.model import LightningModel
-from qtorch.model.checkpoint import LAST
+from qtorch.model.loop.checkpoint import LAST
 
 EPOCHS = 4
 

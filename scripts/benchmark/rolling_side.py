@@ -72,7 +72,7 @@ def build_task(args: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def time_parts() -> Iterator[dict[str, float]]:
     """Sum up the seconds of features, training and prediction over the windows."""
-    from qtorch.data.loader import QlibDataLoader
+    from qtorch.data.handler.loader import QlibDataLoader
     from qtorch.model.lightning_model import LightningModel
 
     seconds_by_part: dict[str, float] = defaultdict(float)

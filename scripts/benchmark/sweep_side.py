@@ -54,8 +54,7 @@ def main() -> None:
 
 def measure_bare_runs(number: int) -> list[float]:
     """Seconds of each training in this process, without the first one, which does the imports."""
-    from qtorch.cli.compose import compose_settings
-    from qtorch.cli.segments import resolve_segments
+    from qtorch.cli.compose import compose_settings, resolve_segments
     from qtorch.core.runtime import configure_logging
     from qtorch.trainer.run import task_train
 

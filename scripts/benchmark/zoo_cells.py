@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.config_path import config_path
+from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import init, session_context
 from qtorch.metrics import calc_ic
-from qtorch.record.segment_ic import raw_label
-from qtorch.record.signal_analysis import ic_figures
+from qtorch.record.signal import ic_figures, raw_label
 from qtorch.trainer import TrainerR
 
 SPEED = "speed"

@@ -35,7 +35,7 @@ def operator_expressions(references: tuple[str, str] = ("STR000", "STR001")) -> 
         "Ref(Ref($close, 3), -2)",
     ]
     expressions += _elementwise_expressions()
-    expressions += _combined_expressions(references)
+    expressions += _operator_combinations(references)
     return expressions
 
 
@@ -69,7 +69,7 @@ def _elementwise_expressions() -> list[str]:
     ]
 
 
-def _combined_expressions(references: tuple[str, str]) -> list[str]:
+def _operator_combinations(references: tuple[str, str]) -> list[str]:
     return [
         "Mean($close, 5)-Mean($close, 10)",
         "EMA($close, 12)/$close-EMA($close, 26)/$close",

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from fault_cases import BATCH_SIZE, LABELS, SCORES, STEP_LEN, fault_frame, row_labels
 
-from qtorch.data.batches import BatchLoader
-from qtorch.data.foreign import view_from_frame
-from qtorch.data.samples import build_samples
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.data.dataset.qlib_dataset import build_samples, view_from_frame
 from qtorch.metrics.loss import MSE
 
 

@@ -19,7 +19,7 @@ from parity.expressions import operator_expressions
 from parity.features import ask_qlib
 from parity.stress import stress_market
 
-from qtorch.data.source.qlib_writer import write_qlib
+from qtorch.data.source.writer import write_qlib
 
 EVERY = 4
 

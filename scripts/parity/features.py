@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.data.expression.evaluation import evaluate
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 
 RELATIVE, OF_SCALE, SHARE = 1e-4, 1e-6, 0.9999
 """Pass if |qtorch - Qlib| <= RELATIVE |Qlib| + OF_SCALE x scale in the fraction SHARE of cells."""

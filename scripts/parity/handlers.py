@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 from stress import stress_market
 
-from qtorch.data import alpha
-from qtorch.data.dataset import DatasetH
-from qtorch.data.handler import DataHandlerLP
-from qtorch.data.source.qlib_writer import write_qlib
-from qtorch.data.window_dataset import TSDatasetH
+from qtorch.data.dataset.dataset import DatasetH, TSDatasetH
+from qtorch.data.handler import alpha
+from qtorch.data.handler.handler import DataHandlerLP
+from qtorch.data.source.writer import write_qlib
 
 FILLS = ("none", "ffill", "ffill+bfill")
 RELATIVE, OF_SCALE, SHARE = 1e-4, 1e-5, 0.9999

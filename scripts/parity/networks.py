@@ -215,7 +215,7 @@ def run_add(network: Any, case: Case, qlib_state: State) -> Parts:
 
 def run_adarnn(network: Any, case: Case, qlib_state: State) -> Parts:
     """The score of ADARNN, its gates and its distance between the halves of a batch."""
-    from qtorch.nn.adarnn import StepGates, step_distances
+    from qtorch.nn.temporal.adarnn import StepGates, step_distances
 
     x = torch.from_numpy(inputs(case)["x"])
     parts = score_only(network, case, qlib_state)

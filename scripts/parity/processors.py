@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from processor_cases import TEST, TRAIN, Case, cases, stress_frame
 
-from qtorch.data.dataset import DatasetH
-from qtorch.data.handler import DataHandlerLP
+from qtorch.data.dataset.dataset import DatasetH
+from qtorch.data.handler.handler import DataHandlerLP
 
 OF_SCALE = 1e-5
 """Pass if |qtorch - Qlib| <= OF_SCALE x the column's deviation (its magnitude if constant)."""

@@ -13,7 +13,7 @@ import torch
 from qlib.data.dataset import DatasetH, TSDatasetH
 from qlib.data.dataset.handler import DataHandlerLP
 
-from qtorch.data.samples import get_samples
+from qtorch.data.dataset.qlib_dataset import get_samples
 
 
 def build_handler(frame):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 
 FIELDS = ("open", "high", "low", "close", "vwap", "volume")
 

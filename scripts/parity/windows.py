@@ -21,9 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.data.foreign import view_from_frame
-from qtorch.data.panel import Panel
-from qtorch.data.samples import build_samples
+from qtorch.data.dataset.qlib_dataset import build_samples, view_from_frame
+from qtorch.data.panel.panel import Panel
 
 FILLS = ("none", "ffill", "ffill+bfill")
 Segments = Mapping[str, tuple[str, str]]

@@ -8,13 +8,8 @@ import pytest
 from scipy.optimize import minimize
 from small_market import bars, score_table
 
-from qtorch.backtest import (
-    EnhancedIndexingStrategy,
-    LongShortStrategy,
-    WeightStrategy,
-    backtest,
-)
-from qtorch.backtest.optimizer import EnhancedIndexingOptimizer
+from qtorch.backtest import EnhancedIndexingStrategy, LongShortStrategy, WeightStrategy, backtest
+from qtorch.backtest.enhanced_indexing import EnhancedIndexingOptimizer
 from qtorch.core.errors import ConfigError, DataError
 
 NO_COSTS = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}

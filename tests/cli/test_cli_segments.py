@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from qtorch.cli.segments import resolve_segments, segment_dates
+from qtorch.cli.compose import resolve_segments, segment_dates
 from qtorch.core.errors import ConfigError
 
 CALENDAR = pd.bdate_range("2020-01-01", periods=10)

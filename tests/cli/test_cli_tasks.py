@@ -11,14 +11,13 @@ import time
 import pytest
 from rich.console import Console
 
+from qtorch.cli.jobs.job import _pool_options
 from qtorch.cli.main import main
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds
-from qtorch.cli.sent import _pool_options
-from qtorch.cli.task_text import format_duration, model_name
-from qtorch.cli.worker_table import worker_table
+from qtorch.cli.task_tables import format_duration, model_name, worker_table
 from qtorch.core.errors import ConfigError
 from qtorch.task import TaskManager
-from qtorch.task.slot import SlotStatus
+from qtorch.task.worker import SlotStatus
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import qtorch
 from qtorch import R
 from qtorch.cli.main import main
-from qtorch.tracking import outbox
+from qtorch.tracking import delivery as outbox
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.cli import config_path as module
-from qtorch.cli.config_path import config_path
+from qtorch.cli import compose as module
+from qtorch.cli.compose import config_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_wheel_contains_all_configs_and_works_from_another_folder(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "step_len" in process.stdout
     path_code = (
-        f"{command.split(';')[1]}; import qtorch.cli.config_path as c; print(c.config_path()); "
+        f"{command.split(';')[1]}; import qtorch.cli.compose as c; print(c.config_path()); "
         "from qtorch.cli.main import main; main(['train', '-m', 'hydra/sweeper=optuna', 'seed=1'])"
     )
     path_process = subprocess.run(

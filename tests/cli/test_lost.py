@@ -9,8 +9,8 @@ from hydra.conf import HydraConf
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-from qtorch.cli.lost import record_lost_job
-from qtorch.cli.sweep import FAILED, FINISHED, KILLED, RESULT_FILE, JobResult, clear_results
+from qtorch.cli.jobs.job import record_lost_job
+from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RESULT_FILE, JobResult, clear_results
 
 WORDS = ["debug=tiny", "hydra.launcher.num_cpus=2", "seed=1"]
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from hydra.core.plugins import Plugins
 
-from qtorch.cli.config_path import config_path
-from qtorch.cli.plugins import PACKAGE, register_plugins
+from qtorch.cli.compose import config_path
+from qtorch.cli.launchers.plugins import PACKAGE, register_plugins
 
 FILES = [
     path

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.cli import slurm, submitted
-from qtorch.cli.scheduled import requeue_slurm_job
-from qtorch.core.stops import stop_state
+from qtorch.cli.launchers import slurm
+from qtorch.cli.launchers import slurm as submitted
+from qtorch.cli.launchers.slurm import requeue_slurm_job
+from qtorch.process.stops import stop_state
 
 # Answer of SLURM 22.05 to `scontrol show job --oneliner`, without fields that are not used.
 RECORD = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qtorch.cli.search_space import parse_search
+from qtorch.cli.launchers.optuna_sweeper import parse_search
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.trials.space import Choice, Span
+from qtorch.tracking.trials.trial import Choice, Span
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ import pytest
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from qtorch import R
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.config_path import config_path
+from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.errors import TrackingError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.model.rank_environment import RankEnvironment, RankInfo
-from qtorch.model.trainer_options import build_early_stopping, check_monitor, trainer_options
+from qtorch.model.loop.options import build_early_stopping, check_monitor, trainer_options
+from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
 CONF = config_path()
 ROOTS = ("bars", "export", "finetune", "predict", "report", "rolling", "train")
@@ -41,7 +40,7 @@ def compose_choice(choice: str, *overrides: str) -> dict:
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory) -> Path:
     """The tiny market as a Qlib folder and as a table."""
-    from qtorch.data.source.qlib_writer import write_qlib
+    from qtorch.data.source.writer import write_qlib
 
     folder = tmp_path_factory.mktemp("bars")
     source = init_instance_by_config(compose_settings("bars", ["data=synthetic_tiny"])["data"])

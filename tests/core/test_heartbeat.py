@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qtorch.core import heartbeat
-from qtorch.core.heartbeat import RUN, beat, has_listeners, listen
+from qtorch.process import heartbeat
+from qtorch.process.heartbeat import RUN, beat, has_listeners, listen
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qtorch.core.launch import external_world, first_node
+from qtorch.process.launch import external_world, first_node
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

@@ -1,6 +1,6 @@
 """Counts with a noun in singular or plural."""
 
-from qtorch.core.wording import format_count
+from qtorch.core.errors import format_count
 
 
 def test_noun_agrees_with_the_number():

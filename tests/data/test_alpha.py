@@ -7,20 +7,12 @@ import torch
 
 from qtorch.core.errors import ConfigError, ExpressionError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.data import (
-    Alpha158,
-    Alpha158vwap,
-    Alpha360,
-    Alpha360vwap,
-    FrameSource,
-    SyntheticSource,
-)
-from qtorch.data.alpha_loader import Alpha158DL, Alpha360DL
-from qtorch.data.columns import PanelColumns
-from qtorch.data.features import SELECTED_20, alpha360, market_features
-from qtorch.data.handler import DataHandlerLP
-from qtorch.data.loader import QlibDataLoader
-from qtorch.data.window_columns import WindowColumns
+from qtorch.data import Alpha158, Alpha158vwap, Alpha360, Alpha360vwap, FrameSource, SyntheticSource
+from qtorch.data.handler.alpha import SELECTED_20, Alpha158DL, Alpha360DL, alpha360, market_features
+from qtorch.data.handler.handler import DataHandlerLP
+from qtorch.data.handler.loader import QlibDataLoader
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.window_columns import WindowColumns
 
 SPAN = {"start_time": "2015-06-01", "end_time": "2015-12-31"}
 FIT = {"fit_start_time": "2015-06-01", "fit_end_time": "2015-09-30"}

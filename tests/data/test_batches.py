@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import ORDERS, Batch, BatchLoader
-from qtorch.data.columns import PanelColumns
-from qtorch.data.panel import Panel
-from qtorch.data.samples import Samples, build_samples
-from qtorch.data.view import View
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batches import ORDERS, BatchLoader
+from qtorch.data.dataset.qlib_dataset import Samples, build_samples
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 
 
 def make_samples(

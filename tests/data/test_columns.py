@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, DataError
-from qtorch.data.columns import PanelColumns, instrument_major
-from qtorch.data.elementwise import Affine, Clip, FillNaN, ReplaceInf, Tanh
-from qtorch.data.panel import Panel
-from qtorch.data.window_columns import FIELDS, WindowColumns
+from qtorch.data.panel.columns import PanelColumns, instrument_major
+from qtorch.data.panel.elementwise import Affine, Clip, FillNaN, ReplaceInf, Tanh
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.window_columns import FIELDS, WindowColumns
 
 D, N, F = 30, 5, 7
 NAMES = [f"F{k}" for k in range(F)]
@@ -151,7 +151,7 @@ def test_whole_instrument_major_storage_is_packed_without_a_copy(monkeypatch):
     assert small_pack.values.data_ptr() != data.values.data_ptr()
     assert not len(small_pack.fused_chain)
     del small_pack
-    monkeypatch.setattr("qtorch.data.columns.MAX_COPY_BYTES", 0)
+    monkeypatch.setattr("qtorch.data.panel.columns.MAX_COPY_BYTES", 0)
     assert columns.pack().values.data_ptr() == data.values.data_ptr()
 
 
@@ -159,7 +159,7 @@ def test_whole_instrument_major_storage_is_packed_without_a_copy(monkeypatch):
 @pytest.mark.parametrize("layout", ["instrument", "field"])
 @pytest.mark.parametrize("names", [NAMES, NAMES[2:5], ["F6", "F0", "F3"]])
 def test_every_layout_packs_the_same(layout, names, max_copy_bytes, monkeypatch):
-    monkeypatch.setattr("qtorch.data.columns.MAX_COPY_BYTES", max_copy_bytes)
+    monkeypatch.setattr("qtorch.data.panel.columns.MAX_COPY_BYTES", max_copy_bytes)
     data = panel(layout, num_dates=70)  # more than one block of dates
     columns = PanelColumns(data).keep(names).with_elementwise(names[:1], Clip(-1.0, 1.0))
     x = columns.pack().gather(torch.tensor([69, 5]), torch.tensor([4, 0]), 1, "none")[:, 0]

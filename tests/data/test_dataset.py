@@ -11,8 +11,8 @@ from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data import DataHandlerLP, DatasetH, FrameSource, TSDatasetH
-from qtorch.data.loader import QlibDataLoader
-from qtorch.data.samples import get_samples
+from qtorch.data.dataset.qlib_dataset import get_samples
+from qtorch.data.handler.loader import QlibDataLoader
 
 DATES = pd.bdate_range("2020-01-01", periods=60)
 NAMES = ["A", "B", "C", "D"]
@@ -213,7 +213,7 @@ def test_a_restored_dataset_extends_to_a_later_end_without_fitting(kind, tmp_pat
     source = QlibSource(write_qlib(FrameSource(early), tmp_path / "early"))
     handler = {
         "class": "DataHandlerLP",
-        "module_path": "qtorch.data.handler",
+        "module_path": "qtorch.data.handler.handler",
         "kwargs": {
             "instruments": "all",
             "end_time": DATES[49],

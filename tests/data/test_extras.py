@@ -8,7 +8,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Concepts
-from qtorch.data.extras import check_extras
+from qtorch.data.dataset.extras import check_extras
 
 CALENDAR = pd.date_range("2020-01-01", periods=5, name="datetime")
 NAMES = pd.Index(["A", "B", "C"], name="instrument")

@@ -19,14 +19,14 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Alpha158, Alpha360, DataHandlerLP, TSDatasetH
-from qtorch.data.columns import PanelColumns
-from qtorch.data.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
-from qtorch.data.loader import QlibDataLoader
-from qtorch.data.panel import Panel
+from qtorch.data.handler.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
+from qtorch.data.handler.loader import QlibDataLoader
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 from qtorch.data.source.qlib import QlibSource
-from qtorch.data.source.qlib_writer import write_qlib
 from qtorch.data.source.synthetic import SyntheticSource
-from qtorch.data.view import View
+from qtorch.data.source.writer import write_qlib
 
 COLUMNS = ["KMID", "MA5", "STD10"]
 
@@ -96,7 +96,7 @@ def test_features_are_computed_once_and_read_by_memory_map(market, folder, monke
 )
 def test_options_that_change_the_values_change_the_key(market, folder, change):
     if "filter_pipe" in change:
-        rule = {"_target_": "qtorch.data.filter.NameDFilter", "name_rule_re": "S[1-5]"}
+        rule = {"_target_": "qtorch.data.handler.filter.NameDFilter", "name_rule_re": "S[1-5]"}
         change = {"filter_pipe": [rule]}
     handler(market, folder).view("raw")
     changed_handler = handler(market, folder, **change)
@@ -236,7 +236,7 @@ def test_a_damaged_entry_is_recomputed(folder, damage, caplog):
 
 
 def test_a_full_disk_only_disables_caching(folder, monkeypatch, caplog):
-    from qtorch.data import feature_cache
+    from qtorch.data.handler import feature_cache
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -315,7 +315,7 @@ WORK = """
 import os, sys, time
 from pathlib import Path
 import test_feature_cache as tests
-from qtorch.data.feature_cache import FeatureCache
+from qtorch.data.handler.feature_cache import FeatureCache
 folder, log, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 def compute():
     with open(log, "a") as file:

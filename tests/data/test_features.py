@@ -13,7 +13,7 @@ import torch
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.expression import evaluate, parse, reach
-from qtorch.data.features import (
+from qtorch.data.handler.alpha import (
     LABEL,
     SELECTED_20,
     VWAP_LABEL,
@@ -21,7 +21,7 @@ from qtorch.data.features import (
     alpha158_from_config,
     alpha360,
 )
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "features.npz"
@@ -124,7 +124,7 @@ def test_real_qlib_on_a_larger_stress_market(tmp_path):
     from parity.features import ask_qlib, compare
     from parity.stress import stress_market
 
-    from qtorch.data.source.qlib_writer import write_qlib
+    from qtorch.data.source.writer import write_qlib
 
     market = stress_market(24, 260, seed=11)
     folder = write_qlib(market, tmp_path / "market")

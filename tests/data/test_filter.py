@@ -6,8 +6,8 @@ import pytest
 
 from qtorch.core.errors import ConfigError, DataError, ExpressionError
 from qtorch.data import ExpressionDFilter, FrameSource, NameDFilter
-from qtorch.data.filter import build_filters
-from qtorch.data.loader import QlibDataLoader
+from qtorch.data.handler.filter import build_filters
+from qtorch.data.handler.loader import QlibDataLoader
 
 DATES = pd.bdate_range("2020-01-01", periods=12)
 NAMES = ["AA", "AB", "BA"]

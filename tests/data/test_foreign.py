@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.foreign import as_samples
-from qtorch.data.samples import get_samples
+from qtorch.data.dataset.qlib_dataset import as_samples, get_samples
 from qtorch.model import LightningModel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError
-from qtorch.data import gather
-from qtorch.data.columns import PanelColumns
-from qtorch.data.foreign import view_from_frame
-from qtorch.data.gather import FILLS, DensePackedColumns
-from qtorch.data.samples import build_samples
+from qtorch.data.dataset.qlib_dataset import build_samples, view_from_frame
+from qtorch.data.panel import gather
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.gather import FILLS, DensePackedColumns
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))

@@ -10,8 +10,7 @@ import torch
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.data import DataHandler, DataHandlerLP, DatasetH, FrameSource
-from qtorch.data.data_loader import DataLoader
-from qtorch.data.loader import QlibDataLoader, StaticDataLoader
+from qtorch.data.handler.loader import DataLoader, QlibDataLoader, StaticDataLoader
 from qtorch.data.processor import Processor, ZScoreNorm
 
 DATES = pd.bdate_range("2020-01-01", periods=40)

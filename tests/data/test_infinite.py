@@ -8,7 +8,7 @@ import pytest
 
 from qtorch.core.errors import DataError
 from qtorch.data import DataHandler, DataHandlerLP, DatasetH, FrameSource
-from qtorch.data.loader import QlibDataLoader, StaticDataLoader
+from qtorch.data.handler.loader import QlibDataLoader, StaticDataLoader
 
 DAYS = pd.bdate_range("2020-01-01", periods=20)
 FEATURES = {"feature": (["$close/$open", "Mean($close, 3)"], ["RATIO", "MEAN"])}

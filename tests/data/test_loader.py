@@ -10,13 +10,13 @@ import torch
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.session import init
 from qtorch.data import FrameSource, write_qlib
-from qtorch.data.columns import PanelColumns
-from qtorch.data.loader import (
+from qtorch.data.handler.loader import (
     NestedDataLoader,
     QlibDataLoader,
     StaticDataLoader,
     build_loader,
 )
+from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.processor import TimeRangeFlt
 
 DATES = pd.bdate_range("2020-01-01", periods=30)
@@ -273,5 +273,5 @@ def test_any_object_with_load_is_a_loader() -> None:
     view = build_loader(OldLoader()).view(None, "2020-01-10", "2020-01-13")
     assert len(view.calendar) == 2
     assert torch.equal(view.rows, torch.tensor([[True] * 3] * 2))
-    with pytest.raises(ConfigError, match=r"unknown name in qtorch\.data\.loader 'QlibDataLoder'"):
+    with pytest.raises(ConfigError, match=r"unknown name in qtorch\.data 'QlibDataLoder'"):
         build_loader({"class": "QlibDataLoder"})

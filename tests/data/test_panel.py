@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError
-from qtorch.data.panel import Panel, clip_spans, normalise_calendar, within_spans
+from qtorch.data.panel.panel import Panel, clip_spans, normalise_calendar, within_spans
 
 NAN = float("nan")
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.purge import check_segments, purge_rows
+from qtorch.data.dataset.samples import check_segments, purge_rows
 
 
 def test_a_label_two_days_ahead_purges_two_days():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, DataError
-from qtorch.data.reweighter import Reweighter, validate_weights
+from qtorch.data.dataset.reweighter import Reweighter, validate_weights
 
 INDEX = pd.MultiIndex.from_product(
     [pd.bdate_range("2020-01-01", periods=2), ["A", "B"]], names=["datetime", "instrument"]

@@ -6,7 +6,7 @@ import pytest
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import DataHandlerLP, TSDatasetH
-from qtorch.data.sampler import TSDataSampler
+from qtorch.data.dataset.sampler import TSDataSampler
 
 DATES = pd.bdate_range("2020-01-01", periods=20)
 NAN = np.nan

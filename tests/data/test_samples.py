@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.columns import PanelColumns
-from qtorch.data.elementwise import Affine
-from qtorch.data.panel import Panel
-from qtorch.data.reweighter import Reweighter
-from qtorch.data.samples import Samples, build_samples, get_samples
-from qtorch.data.view import View
+from qtorch.data.dataset.qlib_dataset import Samples, build_samples, get_samples
+from qtorch.data.dataset.reweighter import Reweighter
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.elementwise import Affine
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 
 D, N = 20, 4
 DATES = pd.bdate_range("2020-01-01", periods=D)
@@ -257,7 +257,7 @@ def test_segments_that_share_a_pack_share_its_device_memory(monkeypatch):
     train, valid = (build_samples(view, raw_label=raw, end=end) for end in DATES[[9, 19]])
     size = 4 * D * N
     free = [2 * size]
-    monkeypatch.setattr("qtorch.data.placement.free_bytes", lambda device: free[0])
+    monkeypatch.setattr("qtorch.data.panel.gather.free_bytes", lambda device: free[0])
     train = train.to("cpu")
     free[0] -= size
     valid = valid.to("cpu")

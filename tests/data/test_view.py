@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qtorch.core.errors import DataError
-from qtorch.data.columns import PanelColumns
-from qtorch.data.elementwise import FillNaN
-from qtorch.data.panel import Panel
-from qtorch.data.view import View
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.elementwise import FillNaN
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 
 DATES = pd.bdate_range("2020-01-01", periods=4)
 

@@ -6,8 +6,7 @@ import pytest
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import LiquidityWeight, SyntheticSource, TimeDecay, VolatilityWeight
-from qtorch.data.reweighter import validate_weights
-from qtorch.data.weighting import ExpressionWeight
+from qtorch.data.dataset.reweighter import ExpressionWeight, validate_weights
 
 
 @pytest.fixture(scope="module")

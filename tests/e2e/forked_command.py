@@ -14,10 +14,12 @@ from typing import IO
 
 import torch
 
-from qtorch.cli import isolation, sweep_start
+from qtorch.cli.jobs import sweep_command as sweep_start
+from qtorch.cli.jobs import work as isolation
 from qtorch.cli.main import main
-from qtorch.task import forked, zygote
-from qtorch.trainer import isolated
+from qtorch.process import fork_server as forked
+from qtorch.process import fork_server as zygote
+from qtorch.trainer import subprocess_tasks as isolated
 
 
 class ForkedProcess:
@@ -64,7 +66,7 @@ class ForkedProcess:
 class ForkedCommand(ForkedProcess):
     """A process that runs `qtorch ARGV` in a folder, with `environment` added, and writes to files.
 
-    Its fork server (`qtorch.task.forked.ForkServerClient`) is forked from it too.
+    Its fork server (`qtorch.process.fork_server.ForkServerClient`) is forked from it too.
     """
 
     def __init__(

@@ -31,15 +31,15 @@ import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import torch
 from matplotlib.figure import Figure
 
+import qtorch.model.devices.rank_training
 import qtorch.model.lightning_model
-import qtorch.model.rank_training
-import qtorch.record.signal_analysis
+import qtorch.record.signal
 import qtorch.tracking.mlflow_store
-from qtorch.core import heartbeat
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import init
-from qtorch.model import ranks
-from qtorch.model.ranks import RankError
+from qtorch.model.devices import ranks
+from qtorch.model.devices.ranks import RankError
+from qtorch.process import heartbeat
 from qtorch.trainer.run import task_train
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))  # for forked_ranks
@@ -129,7 +129,7 @@ def prepare_process(devices: int) -> None:
     model = init_instance_by_config(quick_task["model"])
     model.trainer["max_epochs"] = 1
     model.fit(init_instance_by_config(quick_task["dataset"]))
-    qtorch.record.signal_analysis.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
+    qtorch.record.signal.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
     if devices > 1:
         from forked_ranks import ForkedRank
 

@@ -13,8 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.segments import resolve_segments
+from qtorch.cli.compose import compose_settings, resolve_segments
 from qtorch.task import TaskManager
 from qtorch.trainer import DelayTrainerR, DelayTrainerRM, TrainerR, TrainerRM
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.data.source.qlib_writer import write_qlib
 from qtorch.data.source.synthetic import SyntheticSource
+from qtorch.data.source.writer import write_qlib
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

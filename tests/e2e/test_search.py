@@ -12,7 +12,7 @@ import pytest
 
 from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import claim_path
-from qtorch.tracking.current import running_recorders
+from qtorch.tracking.recorder import running_recorders
 
 pytest.importorskip("optuna")
 
@@ -58,7 +58,7 @@ def fork_command(*argv: str) -> int:
 def test_two_processes_share_a_search_and_one_is_killed(
     session_fork_server, folder, qtorch_cli, runs
 ):
-    import qtorch.cli.job
+    import qtorch.cli.jobs.job
     import qtorch.tracking.trials.study  # noqa: F401 - imported for the forked processes
 
     victim, survivor = fork_command(*SEARCH), fork_command(*SEARCH)

@@ -12,8 +12,8 @@ import pytest
 
 from qtorch.core.identity import task_id
 from qtorch.study.sweep_job import FIT_FROM_TAG
-from qtorch.tracking.lineage import PARENT_TAG
-from qtorch.tracking.outbox import ATTEMPT_TAG
+from qtorch.tracking.delivery import ATTEMPT_TAG
+from qtorch.tracking.mlflow_recorder import PARENT_TAG
 
 pytestmark = pytest.mark.slow
 

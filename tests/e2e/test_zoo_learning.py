@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.config_path import config_path
+from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
 from qtorch.data import Concepts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.cli.config_path import config_path
+from qtorch.cli.compose import config_path
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -27,7 +27,7 @@ def zoo(monkeypatch):
 @pytest.fixture(scope="module")
 def provider(tmp_path_factory) -> Path:
     from qtorch.data import SyntheticSource
-    from qtorch.data.source.qlib_writer import write_qlib
+    from qtorch.data.source.writer import write_qlib
 
     folder = tmp_path_factory.mktemp("bars")
     source = SyntheticSource(20, "2018-07-01", "2020-06-30", signal=0.2)

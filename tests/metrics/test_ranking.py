@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtorch.metrics.loss import mean_from_sums
-from qtorch.metrics.ranking import IC, DayLoss, ListMLE, ListNet, Pairwise, RankIC
+from qtorch.metrics.loss import IC, DayLoss, ListMLE, ListNet, Pairwise, RankIC, mean_from_sums
 
 NAN = float("nan")
 LOSSES = [IC(), RankIC(), Pairwise(), ListNet(), ListMLE()]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.metrics.risk import indicator_analysis, periods_per_year, risk_analysis
+from qtorch.metrics.portfolio import indicator_analysis, periods_per_year, risk_analysis
 
 RETURNS = [0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from qtorch.core.errors import ArgumentError
 from qtorch.metrics import calc_ic, ic_decay, quantile_returns, score_autocorrelation
-from qtorch.metrics.decay import shift_days
+from qtorch.metrics.signal import shift_days
 
 DAYS = pd.bdate_range("2020-01-01", periods=12)
 NAMES = [f"I{k}" for k in range(9)]

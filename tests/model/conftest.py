@@ -40,7 +40,7 @@ def rank_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Make ranks forked processes; return the list of those that fits have started."""
     from forked_ranks import ForkedRank
 
-    import qtorch.model.ranks
+    import qtorch.model.devices.ranks
 
     processes: list[Any] = []
 
@@ -49,5 +49,5 @@ def rank_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(*args, **kwargs)
             processes.append(self)
 
-    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", RecordedRank)
+    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
     return processes

@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-from qtorch.data.shares import ShardedLoader, shard_slice
-from qtorch.model import ranks
-from qtorch.model.rank import run_rank
-from qtorch.model.rank_link import RankLink
-from qtorch.model.rank_process import RankProcess
-from qtorch.model.rank_training import train_rank
+from qtorch.data.dataset.batches import ShardedLoader, shard_slice
+from qtorch.model.devices import ranks
+from qtorch.model.devices.rank import run_rank
+from qtorch.model.devices.rank_link import RankLink
+from qtorch.model.devices.rank_process import RankProcess
+from qtorch.model.devices.rank_training import train_rank
 
 assert train_rank  # import it here, so that no forked rank has to
 

@@ -9,9 +9,9 @@ from test_own_steps import METHODS, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import Batch
-from qtorch.model.adarnn_module import ADARNNModule, _diverse_cuts
-from qtorch.nn.adarnn import ADARNN, step_distances
+from qtorch.data.dataset.batch import Batch
+from qtorch.model.methods.adarnn import ADARNNModule, _diverse_cuts
+from qtorch.nn.temporal.adarnn import ADARNN, step_distances
 
 
 def make_module(dataset: ToyDataset, **arguments) -> ADARNNModule:

@@ -36,7 +36,7 @@ def test_inner_steps_give_bit_identical_results_on_gpu(dataset: ToyDataset) -> N
 
 
 def test_training_steps_do_not_wait_for_the_device(dataset: ToyDataset, monkeypatch) -> None:
-    from qtorch.model.module import ScoreModule
+    from qtorch.model.loop.module import ScoreModule
 
     original_step = ScoreModule.training_step
 

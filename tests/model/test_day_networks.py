@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.extras import Concepts
+from qtorch.data.dataset.extras import Concepts
 from qtorch.metrics.signal import calc_ic
-from qtorch.model.day_label import DayLabel
+from qtorch.model.loop.module import DayLabel
 from qtorch.nn.network import Network
 
 DAYS = {"order": "day", "days_per_batch": 4}

@@ -18,15 +18,15 @@ from torch import Tensor
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 from user_networks import LastStep, UserModule
 
-import qtorch.model.ranks
+import qtorch.model.devices.ranks
 from qtorch.core.errors import ConfigError
-from qtorch.core.heartbeat import listen
-from qtorch.data.batches import Batch
-from qtorch.model.checkpoint import LAST
-from qtorch.model.interruption import TrainingInterrupted
+from qtorch.data.dataset.batch import Batch
+from qtorch.model.devices.rank_process import RankProcess, build_rank_variables
+from qtorch.model.devices.ranks import RankError
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.rank_process import RankProcess, build_rank_variables
-from qtorch.model.ranks import RankError
+from qtorch.model.loop.callbacks import TrainingInterrupted
+from qtorch.model.loop.checkpoint import LAST
+from qtorch.process.heartbeat import listen
 
 
 class PositionReweighter:
@@ -200,7 +200,7 @@ class UserModuleByDay(UserModule):
         error = self.net(batch.x[:, :, -1])[..., 0] - batch.y[..., 0].nan_to_num()
         return (error.square() * batch.mask).sum(1) / batch.mask.sum(1)
 
-    def weight_of(self, batch: Batch) -> int:
+    def batch_weight(self, batch: Batch) -> int:
         return len(batch.date)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -263,7 +263,7 @@ def test_user_module_skips_a_batch_smaller_than_the_number_of_devices(rank_proce
 def test_metrics_and_heartbeats_arrive_once(
     rank_processes, recorder: ToyRecorder, caplog, monkeypatch
 ) -> None:
-    monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("qtorch.process.heartbeat.PAUSE_SECONDS", 0.0)
     heartbeats = []
     with (
         listen(lambda stage, details: heartbeats.append((stage, details))),
@@ -331,7 +331,7 @@ def test_failing_rank_process_leaves_no_processes_or_files(
                 raise ZeroDivisionError("a rank divides by zero")
             return super().forward(x)
 
-    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", RecordedRank)
+    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
     with pytest.raises(ZeroDivisionError) as error_info:
         resumable_model(network=FailingNetwork(4), trainer=DDP).fit(ToyDataset(), recorder=recorder)
     assert error_info.value.__notes__ == ["in rank 1 of 2"]
@@ -403,7 +403,7 @@ def test_invalid_device_settings_raise(dataset, trainer, batch, message: str) ->
         LightningModel("MLP", batch=batch, trainer={**DDP, **trainer}).fit(dataset)
 
 
-FSDP_TRAINER = {**DDP, "strategy": {"_target_": "qtorch.model.sharding.Sharded"}}
+FSDP_TRAINER = {**DDP, "strategy": {"_target_": "qtorch.model.loop.sharding.Sharded"}}
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ from forked_ranks import (
 )
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-import qtorch.model.ranks
-from qtorch.model.checkpoint import newest_checkpoint
+import qtorch.model.devices.ranks
+from qtorch.model.loop.checkpoint import newest_checkpoint
 
 CHANGES = {"trainer": {"max_epochs": 4, "gradient_clip_val": 1.0, **DDP}}
 ONE = {"trainer": {**CHANGES["trainer"], "devices": 1, "strategy": "auto"}}
@@ -34,14 +34,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def use_forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qtorch.model.ranks, "RankProcess", ForkedRank)
+    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
 
 
 @pytest.fixture(scope="module")
 def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qtorch.model.ranks, "RankProcess", ForkedRank)
+        patch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
         recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
         model = resumable_model(**CHANGES)
         model.fit(ToyDataset(), recorder=recorder)
@@ -125,7 +125,7 @@ def _read_row_log(path: Path) -> dict[tuple[int, int], list[int]]:
 
 def test_resume_on_one_device_after_two(tmp_path: Path, caplog, monkeypatch) -> None:
     """The rest of the epoch uses the samples that were not used yet."""
-    from qtorch.data.batches import BatchLoader
+    from qtorch.data.dataset.batches import BatchLoader
 
     folder = tmp_path / "run"
     process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
@@ -155,7 +155,7 @@ def test_resume_on_one_device_after_two(tmp_path: Path, caplog, monkeypatch) -> 
 def test_resume_on_two_devices_after_one(
     tmp_path: Path, caplog, monkeypatch, reference_fit
 ) -> None:
-    from qtorch.data.batches import BatchLoader
+    from qtorch.data.dataset.batches import BatchLoader
 
     class Stop(Exception):
         pass

@@ -13,8 +13,8 @@ from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.serial import State
+from qtorch.model.finetune import interpolate_statistics
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.statistics import interpolate_statistics
 from qtorch.nn import LSTM, MLP, Transformer
 from qtorch.nn.layers import layer_groups
 from qtorch.nn.lora import LoRA
@@ -175,7 +175,7 @@ def test_batch_norm_statistics_are_reset_or_kept(dataset: ToyDataset) -> None:
     for mode in ("refit", "adapt"):
         copied_model = copy.deepcopy(model)
         copied_model.input_schema_ = model.input_schema_
-        from qtorch.model.finetuning import FineTuning
+        from qtorch.model.finetune import FineTuning
 
         FineTuning(statistics=mode).prepare_network(copied_model.network_)
         running_means[mode] = model_weights(copied_model)[name].clone()

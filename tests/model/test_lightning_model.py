@@ -12,17 +12,11 @@ import torch
 from test_training import make_model, model_weights, same_weights
 from toy_training import ToyDataset, ToyRecorder
 
-from qtorch.core.errors import (
-    ArgumentError,
-    ConfigError,
-    DataError,
-    NotFittedError,
-    TrustError,
-)
+from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State
 from qtorch.core.session import init
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
-from qtorch.model.progress_bar import BatchProgressBar
+from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.nn import LSTM, MLP
 
 

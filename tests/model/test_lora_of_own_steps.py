@@ -11,9 +11,9 @@ from test_own_steps import METHODS, NUM_LABELS, make_method_model
 from test_training import model_weights, same_weights
 from toy_training import ToyDataset
 
-from qtorch.model.error_memory import with_error_memory
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.scoring import score_series
+from qtorch.model.loop.scoring import score_series
+from qtorch.model.methods.tra import with_error_memory
 from qtorch.nn import TRA
 from qtorch.nn.lora import LoRA, use_effective_weights
 from qtorch.nn.recurrent import GRULayers

@@ -10,9 +10,9 @@ import pytest
 import torch
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-from qtorch.data.batches import BatchLoader
-from qtorch.model.interruption import TrainingInterrupted
-from qtorch.model.keeper import CheckpointCallback
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.loop.callbacks import TrainingInterrupted
+from qtorch.model.loop.checkpoint import CheckpointCallback
 
 USER_MODEL = {
     "network": {"_target_": "user_networks.LoggingModule"},

@@ -14,10 +14,10 @@ from toy_training import ToyDataset, ToyRecorder
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.metrics.loss import MSE
-from qtorch.model.add_module import UNKNOWN, ADDModule, market_states
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.module import ScoreModule
-from qtorch.model.tabnet_module import TabNetModule
+from qtorch.model.loop.module import ScoreModule
+from qtorch.model.methods.add import UNKNOWN, ADDModule, market_states
+from qtorch.model.methods.tabnet import TabNetModule
 from qtorch.nn import ADD, TabNet
 
 DAYS = {"order": "day", "days_per_batch": 4}

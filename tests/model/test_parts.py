@@ -15,23 +15,30 @@ from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch import R
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import BatchLoader
-from qtorch.model.checkpoint import (
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.loop.callbacks import RecorderLogger
+from qtorch.model.loop.checkpoint import (
     CALLBACK_STATE_KEY,
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
     CheckpointError,
+    get_generator_states,
     newest_checkpoint,
+    preserve_generators,
     read_checkpoint,
+    restore_generators,
     save_and_rotate,
 )
-from qtorch.model.factories import build_loss, explain_errors, optimizer_factory, scheduler_plan
-from qtorch.model.generators import get_generator_states, preserve_generators, restore_generators
-from qtorch.model.recorder_logger import RecorderLogger
-from qtorch.model.step_loader import StepLoader
-from qtorch.model.tally import LossAccumulator, mean_or_nan
-from qtorch.model.trainer_options import (
+from qtorch.model.loop.factories import (
+    build_loss,
+    explain_errors,
+    optimizer_factory,
+    scheduler_plan,
+)
+from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.module import LossAccumulator, mean_or_nan
+from qtorch.model.loop.options import (
     build_early_stopping,
     check_monitor,
     limit_batches,

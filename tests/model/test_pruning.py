@@ -10,9 +10,9 @@ from forked_ranks import DDP
 from toy_training import ToyRecorder
 
 from qtorch.core.errors import ConfigError
-from qtorch.model import pruning
 from qtorch.model.lightning_model import LightningModel
-from qtorch.tracking.trials.place import PRUNED_TAG, TRIAL_VARIABLE
+from qtorch.model.loop import callbacks as pruning
+from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE
 
 TRIAL = {"study": "s", "id": 1, "number": 0, "storage": None, "pruner": "median"}
 
@@ -42,7 +42,7 @@ def fit_with_trial(dataset, recorder: ToyRecorder, monkeypatch):
     ) -> tuple[LightningModel, dict[str, str]]:
         # `run` is the process's own recorder: in a rank it stands in for the parent's.
         monkeypatch.setattr(
-            "qtorch.model.training.pruning_callbacks",
+            "qtorch.model.loop.training.pruning_callbacks",
             lambda run: [pruning.PruningCallback(trial, report, run)],
         )
         model = LightningModel(

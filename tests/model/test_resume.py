@@ -15,9 +15,9 @@ from toy_training import main as run_training
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write
-from qtorch.core.stops import STOP_SIGNALS, stop_state
-from qtorch.data.batches import BatchLoader
-from qtorch.model.checkpoint import (
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.loop.callbacks import TrainingInterrupted
+from qtorch.model.loop.checkpoint import (
     BEST,
     CALLBACK_STATE_KEY,
     LAST,
@@ -27,7 +27,7 @@ from qtorch.model.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from qtorch.model.interruption import TrainingInterrupted
+from qtorch.process.stops import STOP_SIGNALS, stop_state
 
 
 def _model_weights(model) -> dict[str, torch.Tensor]:

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import BatchLoader
-from qtorch.data.shares import BlockLoader, ShardedLoader, balance_blocks, shard_slice
+from qtorch.data.dataset.batches import (
+    BatchLoader,
+    BlockLoader,
+    ShardedLoader,
+    balance_blocks,
+    shard_slice,
+)
 
 DATASET = ToyDataset(num_days=12, num_instruments=5)
 SAMPLES = DATASET.samples(slice(DATASET.segments["train"][0], DATASET.segments["test"][1]))

@@ -10,8 +10,8 @@ from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
 from qtorch.metrics.loss import MSE
-from qtorch.model.tcts_module import TCTSModule
-from qtorch.nn.tcts import TCTS, TaskWeights
+from qtorch.model.methods.tcts import TCTSModule
+from qtorch.nn.temporal.tcts import TCTS, TaskWeights
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from test_own_steps import METHODS, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import BatchLoader
-from qtorch.model.error_memory import ErrorMemory, with_error_memory
-from qtorch.nn.tra import TRA, minmax, sinkhorn
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.methods.tra import ErrorMemory, with_error_memory
+from qtorch.nn.temporal.tra import TRA, minmax, sinkhorn
 
 LOOKBACK, HORIZON = 4, 2
 

@@ -11,12 +11,12 @@ import torch
 from toy_training import ToyDataset, ToyRecorder
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.batches import BatchLoader
-from qtorch.data.reweighter import Reweighter
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.data.dataset.reweighter import Reweighter
 from qtorch.metrics.loss import MSE
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.module import ScoreModule
+from qtorch.model.loop.module import ScoreModule
 from qtorch.nn import LSTM, MLP
 
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01}

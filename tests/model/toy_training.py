@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.data.columns import PanelColumns
-from qtorch.data.panel import Panel
-from qtorch.data.sample_set import Samples
-from qtorch.data.segment_samples import build_samples
-from qtorch.data.view import View
+from qtorch.data.dataset.samples import Samples, build_samples
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 
 NUM_FEATURES = 4
 
@@ -146,7 +145,7 @@ def main(folder: str, kill_step: str = "never", signal_name: str = "SIGKILL") ->
 
     Writes the weights to `folder/weights.pt` if training finishes.
     """
-    from qtorch.data.batches import BatchLoader
+    from qtorch.data.dataset.batches import BatchLoader
 
     torch.set_num_threads(1)
     original_batches = BatchLoader.batches

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from qtorch.data.batches import Batch
+from qtorch.data.dataset.batch import Batch
 
 
 class LastStep(nn.Module):

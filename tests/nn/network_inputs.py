@@ -21,8 +21,8 @@ COUNTS = (N, 5, 3)
 
 def _find_networks() -> list[type[Network]]:
     networks = set()
-    for module in pkgutil.iter_modules(qtorch.nn.__path__):
-        for _, value in inspect.getmembers(importlib.import_module(f"qtorch.nn.{module.name}")):
+    for module in pkgutil.walk_packages(qtorch.nn.__path__, "qtorch.nn."):
+        for _, value in inspect.getmembers(importlib.import_module(module.name)):
             if inspect.isclass(value) and issubclass(value, Network) and value is not Network:
                 networks.add(value)
     networks = {cls for cls in networks if not inspect.isabstract(cls)}

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn import ADD, IGMTF, MASTER
-from qtorch.nn.add import reverse_gradient
-from qtorch.nn.cross_section import MaskedBatchNorm
-from qtorch.nn.stockmixer import CausalLinear, InstrumentMixer
+from qtorch.nn.cross_section.add import reverse_gradient
+from qtorch.nn.cross_section.layers import MaskedBatchNorm
+from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtorch.nn import TabNet
-from qtorch.nn.tabnet_layers import GhostNorm, sparsemax
+from qtorch.nn.tabnet import GhostNorm, sparsemax
 
 
 def test_sparsemax_is_the_projection_onto_the_simplex() -> None:

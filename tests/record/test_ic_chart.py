@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.record.ic_chart import ic_chart
+from qtorch.record.report.signal_charts import ic_chart
 
 
 @pytest.mark.slow

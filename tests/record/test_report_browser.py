@@ -57,10 +57,10 @@ def page(model, dataset, recorder, account_walk) -> Path:
 
 
 @pytest.mark.slow
-def test_browser_shows_the_numbers_of_the_run(page, in_browser, elements, recorder, tmp_path):
+def test_browser_shows_the_numbers_of_the_run(page, browser_dom, elements, recorder, tmp_path):
     page_metrics = {
         e["data-metric"]: float(e["data-value"])
-        for e in elements(in_browser(page))
+        for e in elements(browser_dom(page))
         if "data-metric" in e
     }
     assert page_metrics == recorder.list_metrics()
@@ -70,7 +70,7 @@ def test_browser_shows_the_numbers_of_the_run(page, in_browser, elements, record
     for width, narrow in ((1100, False), (380, True)):
         frame = tmp_path / f"{width}.html"
         frame.write_text(FRAME.format(page=escape(instrumented_page), width=width))
-        match = re.search(r'<body data-result="([^"]*)"', in_browser(frame))
+        match = re.search(r'<body data-result="([^"]*)"', browser_dom(frame))
         assert match, "the page did not load"
         measurements = json.loads(unescape(match[1]))
         assert measurements["overflow"] <= 0, "the page is wider than the screen"

@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 
 from qtorch.metrics import concentration, ic_decay, quantile_returns, score_autocorrelation
-from qtorch.record.chart_style import NARROW, SERIES, WIDE, new_figure
-from qtorch.record.learning_chart import learning_chart, learning_curves
-from qtorch.record.page import _png, format_number
-from qtorch.record.portfolio_chart import (
+from qtorch.record.report.chart_style import NARROW, SERIES, WIDE, new_figure
+from qtorch.record.report.page import _png, format_number
+from qtorch.record.report.portfolio_charts import (
     concentration_chart,
     drawdown_chart,
     excess_chart,
+    learning_chart,
+    learning_curves,
     return_chart,
     turnover_chart,
 )
-from qtorch.record.signal_chart import (
+from qtorch.record.report.signal_charts import (
     autocorrelation_chart,
     decay_chart,
     monthly_chart,
@@ -30,7 +31,7 @@ from qtorch.record.signal_chart import (
     rolling_ic_chart,
     spread_chart,
 )
-from qtorch.study.comparison_chart import curves_chart, dots_chart
+from qtorch.study.comparison_page import curves_chart, dots_chart
 
 DAYS = pd.bdate_range("2019-06-03", periods=320, name="datetime")
 NAMES = [f"I{k}" for k in range(12)]

@@ -7,13 +7,7 @@ import pytest
 
 from qtorch import R
 from qtorch.core.errors import ConfigError, LoadObjectError, TrackingError
-from qtorch.study import (
-    AverageEnsemble,
-    Collector,
-    MergeCollector,
-    RecorderCollector,
-    RollingGroup,
-)
+from qtorch.study import AverageEnsemble, Collector, MergeCollector, RecorderCollector, RollingGroup
 
 
 def scores(start: str, value: float) -> pd.DataFrame:

@@ -7,13 +7,7 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.study import (
-    AverageEnsemble,
-    Group,
-    RollingEnsemble,
-    RollingGroup,
-    SingleKeyEnsemble,
-)
+from qtorch.study import AverageEnsemble, Group, RollingEnsemble, RollingGroup, SingleKeyEnsemble
 
 
 def frame(start: str, values: list[list[float]], names: str = "AB") -> pd.DataFrame:

@@ -181,7 +181,7 @@ def test_networks_with_loops_or_memory_are_traced_for_any_batch_size(name, monke
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "nn")
     from network_inputs import NETWORKS, build_inputs, build_network
 
-    from qtorch.study.export_program import ScoringModule, trace_program
+    from qtorch.study.export import ScoringModule, trace_program
 
     cls = next(c for c in NETWORKS if c.__name__ == name)
     scoring = ScoringModule(build_network(cls).eval(), lambda score: score[..., 0])

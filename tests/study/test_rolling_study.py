@@ -10,14 +10,13 @@ import pytest
 
 from qtorch import R
 from qtorch.core.errors import ConfigError
-from qtorch.data.feature_cache import FeatureCache
-from qtorch.data.loader import QlibDataLoader
+from qtorch.data.handler.feature_cache import FeatureCache
+from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
 from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
-from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG
-from qtorch.study.windows import rolling_tasks
-from qtorch.tracking.lineage import PARENT_TAG
+from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG, rolling_tasks
+from qtorch.tracking.mlflow_recorder import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.study.sweep import SweepJob
-from qtorch.study.sweep_groups import (
+from qtorch.study.sweep import (
+    SweepJob,
     best_group,
     best_job,
     choose_metric,

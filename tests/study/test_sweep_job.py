@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.core.heartbeat import listen
+from qtorch.process.heartbeat import listen
 from qtorch.study import sweep_job
 from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import claim_path
@@ -26,7 +26,7 @@ from qtorch.study.sweep_job import (
     identify_task,
     run_sweep_job,
 )
-from qtorch.tracking.r import R
+from qtorch.tracking.manager import R
 
 MEMBER = SweepMember("the-sweep", 0, ("seed=1",))
 RETRY_MEMBER = SweepMember("the-sweep", 0, ("seed=1",), retry=True)
@@ -48,7 +48,7 @@ def test_interrupted_records_are_resumed_without_training(store, make_task, monk
     first_outcome = run_sweep_job(task, MEMBER, "exp")
     assert first_outcome.action == TRAINED
     other_task = {**task, "record": ["SignalRecord"]}
-    monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("qtorch.process.heartbeat.PAUSE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), interrupt_at_stage("record"):
         run_sweep_job(other_task, MEMBER, "exp")
     (killed_run,) = [

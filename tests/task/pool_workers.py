@@ -111,7 +111,7 @@ def run_worker_group(
     have exited successfully.
     """
     import_module(
-        f"qtorch.task.{'mongo' if url.startswith('mongo') else 'sql'}"
+        f"qtorch.task.stores.{'mongo' if url.startswith('mongo') else 'sql'}"
     )  # import once, before the forks
     running: set[int] = set()
 

@@ -86,7 +86,7 @@ def test_bare_end_date_includes_intraday_bars():
 
 def test_calendar_of_a_source_or_of_the_session(tmp_path, monkeypatch):
     import qtorch
-    from qtorch.data.source.qlib_writer import write_qlib
+    from qtorch.data.source.writer import write_qlib
 
     source = SyntheticSource(5, "2018-01-01", "2018-03-30", seed=0)
     assert TimeAdjuster(source=source).max() == source.calendar()[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.task.forked import ExitStatus, ForkError, ForkServerClient, call_fork_server
+from qtorch.process.fork_server import ExitStatus, ForkError, ForkServerClient, call_fork_server
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow  # the imports of the fork server take seconds

@@ -14,7 +14,7 @@ import pytest
 from pool_workers import start, wait_until
 
 from qtorch.core.errors import ArgumentError, ConfigError
-from qtorch.core.heartbeat import beat
+from qtorch.process.heartbeat import beat
 from qtorch.task import TaskManager, run_task
 from qtorch.task.definition import decode_result, encode_result
 
@@ -181,7 +181,7 @@ def test_lost_lease_interrupts_the_task(manager, url):
 @pytest.mark.slow
 def test_hanging_function_is_interrupted_and_a_beating_one_is_not(manager, url, monkeypatch):
     """Hanging counts as an error of the task; heartbeats prevent it."""
-    monkeypatch.setattr("qtorch.core.heartbeat.PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("qtorch.process.heartbeat.PAUSE_SECONDS", 0.02)
     manager.create_task(definitions(2))
     hangs = []
 

@@ -9,13 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pool_workers import wait_until
 
-from qtorch.core.errors import (
-    ConfigError,
-    LeaseLost,
-    TaskResultError,
-    TaskTimeout,
-)
-from qtorch.task.lease import LeaseRenewer
+from qtorch.core.errors import ConfigError, LeaseLost, TaskResultError, TaskTimeout
+from qtorch.task.manager import LeaseRenewer
 
 
 def lstm(seed: int, **fields):
@@ -92,7 +87,7 @@ class TestClaims:
 
     def test_claim_whose_answer_is_lost_is_not_repeated(self, manager, monkeypatch):
         """The claim succeeds, but the connection is lost before the answer: a retry finds it."""
-        from qtorch.task.store import StoreUnavailable
+        from qtorch.task.stores.base import StoreUnavailable
 
         manager.create_task([lstm(1), lstm(2)])
         store = manager._pool._store()

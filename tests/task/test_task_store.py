@@ -18,8 +18,9 @@ from qtorch.core.errors import (
     TaskStoreError,
     TaskStoreVersionError,
 )
-from qtorch.task import TaskManager, sql
-from qtorch.task.store import Change
+from qtorch.task import TaskManager
+from qtorch.task.stores import sql
+from qtorch.task.stores.base import Change
 
 
 def lstm(seed: int, **fields):
@@ -159,7 +160,7 @@ class TestStores:
         manager.create_task([lstm(1)])
         with monkeypatch.context() as patch:
             for module in ("sql", "mongo"):
-                patch.setattr(f"qtorch.task.{module}.SCHEMA_VERSION", 0)
+                patch.setattr(f"qtorch.task.stores.{module}.SCHEMA_VERSION", 0)
             with pytest.raises(TaskStoreVersionError, match=r"has version 1 .* knows up to 0"):
                 TaskManager(manager.task_pool, url).task_stat()
 
@@ -168,11 +169,11 @@ class TestStores:
         steps = []
         with monkeypatch.context() as patch:
             for module in ("sql", "mongo"):
-                patch.setattr(f"qtorch.task.{module}.SCHEMA_VERSION", 2)
+                patch.setattr(f"qtorch.task.stores.{module}.SCHEMA_VERSION", 2)
             text = "ALTER TABLE {tasks} ADD COLUMN extra TEXT"
             patch.setitem(sql.MIGRATIONS, 1, (text,))
             if url.startswith("mongo"):
-                mongo = pytest.importorskip("qtorch.task.mongo")
+                mongo = pytest.importorskip("qtorch.task.stores.mongo")
                 patch.setitem(mongo.MIGRATIONS, 1, steps.append)
             for _ in range(2):
                 new_manager = TaskManager(manager.task_pool, url)
@@ -233,7 +234,7 @@ def _undo_migration(manager):
 
 
 def _id_condition(id):
-    from qtorch.task.query import parse_query
+    from qtorch.task.stores.base import parse_query
 
     return parse_query({"_id": id})
 

@@ -15,8 +15,7 @@ import pytest
 from pool_workers import HERE, wait_until
 
 from qtorch.task import TaskManager
-from qtorch.task.query import parse_query
-from qtorch.task.store import Change
+from qtorch.task.stores.base import Change, parse_query
 
 pytestmark = pytest.mark.slow
 
@@ -371,7 +370,7 @@ def test_store_that_is_locked_longer_than_the_lease(pool):
 
 def test_supervisor_imports_no_heavy_library_and_starts_quickly():
     code = (
-        "import sys, time, qtorch.cli.worker, qtorch.task.sql, qtorch.task.supervisor;"
+        "import sys, time, qtorch.cli.worker, qtorch.task.stores.sql, qtorch.task.worker;"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy', 'pytorch_lightning', 'hydra')"
         " if m in sys.modules], time.process_time(), sep='|')"
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from pool_workers import append_line
 
-from qtorch.core.heartbeat import RUN, beat
+from qtorch.process.heartbeat import RUN, beat
 
 
 def act(definition: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qtorch.core.session import init
-from qtorch.tracking import current
+from qtorch.tracking import recorder as current
 
 TABLES_TO_KEEP = {"alembic_version", "experiments", "workspaces", "sqlite_sequence"}
 

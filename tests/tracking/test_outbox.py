@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking import R, outbox
+from qtorch.tracking import R
+from qtorch.tracking import delivery as outbox
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.mlflow_store import MLflowStore, open_store
 
@@ -34,7 +35,7 @@ def outage(monkeypatch):
             raise TrackingError("the tracking server x does not answer.")
 
     monkeypatch.setattr(MLflowStore, "check_answers", check)
-    monkeypatch.setattr("qtorch.tracking.sender.INTERVAL", 0.01)
+    monkeypatch.setattr("qtorch.tracking.delivery.INTERVAL", 0.01)
     return Outage
 
 
@@ -111,7 +112,7 @@ def test_late_status_does_not_end_a_later_attempt(uri, outage, outbox_folder):
 @pytest.mark.slow
 def test_resume_after_sigkill_stores_each_step_once(uri, tmp_path, fork, monkeypatch):
     R.get_exp(experiment_name="e")
-    monkeypatch.setattr("qtorch.tracking.sender.INTERVAL", 0.05)
+    monkeypatch.setattr("qtorch.tracking.delivery.INTERVAL", 0.05)
 
     def job():
         with R.start(experiment_name="e"):
@@ -163,7 +164,7 @@ def test_second_ctrl_c_while_the_run_ends_loses_nothing(uri, outage, monkeypatch
     outage.active = True
     R.log_metrics(step=0, loss=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr("qtorch.tracking.sender.time.sleep", raise_interrupt)
+        patch.setattr("qtorch.tracking.delivery.time.sleep", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             R.end_exp("KILLED")
     outage.active = False
@@ -252,8 +253,8 @@ def test_logging_takes_microseconds(uri):
 @pytest.fixture
 def remote_artifacts(uri, monkeypatch):
     """Send artifacts through MLflow's repositories, as for a remote store."""
-    monkeypatch.setattr("qtorch.tracking.run_files.local_folder", lambda _: None)
-    monkeypatch.setattr("qtorch.tracking.run_files.PAUSES", (0.01,))
+    monkeypatch.setattr("qtorch.tracking.artifacts.local_folder", lambda _: None)
+    monkeypatch.setattr("qtorch.tracking.artifacts.PAUSES", (0.01,))
 
 
 def test_artifacts_of_a_remote_store(remote_artifacts, tmp_path):

@@ -19,11 +19,11 @@ import pytest
 from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError
 from qtorch.core.session import init
 from qtorch.tracking import R, Recorder
-from qtorch.tracking.current import current_recorder
-from qtorch.tracking.errors import AlreadyInStoreError, NotInStoreError
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.mlflow_store import open_store
+from qtorch.tracking.recorder import current_recorder
+from qtorch.tracking.store_types import AlreadyInStoreError, NotInStoreError
 
 
 def history(recorder, key) -> list[tuple[int, float]]:

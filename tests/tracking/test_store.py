@@ -13,7 +13,8 @@ from contextlib import closing
 import pandas as pd
 import pytest
 
-from qtorch.tracking import R, outbox
+from qtorch.tracking import R
+from qtorch.tracking import delivery as outbox
 from qtorch.tracking.mlflow_store import open_store
 
 

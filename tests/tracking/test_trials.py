@@ -12,10 +12,8 @@ import pytest
 pytest.importorskip("optuna")
 
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.trials.place import storage_url
-from qtorch.tracking.trials.running import RunningTrial
-from qtorch.tracking.trials.space import Choice, Span
-from qtorch.tracking.trials.study import MAX_RETRIES, Trials
+from qtorch.tracking.trials.study import MAX_RETRIES, RunningTrial, Trials
+from qtorch.tracking.trials.trial import Choice, Span, storage_url
 
 SPACE = {"lr": Span(1e-4, 1e-2, log=True), "size": Choice(("8", "16"))}
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from qtorch.data import DatasetH
-from qtorch.trainer.sources import source_digests
+from qtorch.trainer.provenance import source_digests
 
 FILES = {
     "own_package/__init__.py": "",

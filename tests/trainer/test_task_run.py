@@ -13,7 +13,7 @@ from qtorch import R
 from qtorch.core.errors import ConfigError, RecordError
 from qtorch.tracking import Recorder
 from qtorch.trainer import begin_task_train, end_task_train, task_train
-from qtorch.trainer.prepare import complete_task
+from qtorch.trainer.run import complete_task
 
 
 @pytest.mark.slow

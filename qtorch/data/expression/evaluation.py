@@ -13,31 +13,26 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
-from qtorch.core.heartbeat import beat
-from qtorch.data.expression import (
-    elementwise,
-    history,
-    masking,
-    quantile,
-    rolling_order,
-    rolling_sum,
-)
-from qtorch.data.expression.block import Block, field_name
+from qtorch.data.expression import elementwise, history, quantile
+from qtorch.data.expression import history as masking
+from qtorch.data.expression import rolling as rolling_order
+from qtorch.data.expression import rolling as rolling_sum
 from qtorch.data.expression.machine import Executor, Kernel
-from qtorch.data.expression.node import Field, walk
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import parse
+from qtorch.data.expression.parser import Field, parse, walk
 from qtorch.data.expression.plan import Plan, Step, make_plan
-from qtorch.data.panel import Panel
+from qtorch.data.expression.series import Block, field_name
+from qtorch.data.panel.panel import Panel
+from qtorch.process.heartbeat import beat
 
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
-    **rolling_sum.KERNELS,
-    **rolling_order.KERNELS,
+    **rolling_sum.SUM_KERNELS,
+    **rolling_order.ORDER_KERNELS,
     **quantile.KERNELS,
     **history.KERNELS,
-    **masking.KERNELS,
+    **masking.MASK_KERNELS,
 }
 
 

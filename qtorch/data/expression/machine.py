@@ -8,11 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.block import Block
-from qtorch.data.expression.node import Number, Text
+from qtorch.data.expression.parser import Number, Text
 from qtorch.data.expression.plan import Key, Plan, Step
-from qtorch.data.expression.rows import Rows, find_rows
-from qtorch.data.expression.series import Pair, Series
+from qtorch.data.expression.series import Block, Pair, Rows, Series, find_rows
 
 Kernel: TypeAlias = "Callable[[Executor, Step], Tensor]"
 

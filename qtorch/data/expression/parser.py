@@ -8,14 +8,169 @@ comparisons bind weakest, then `|`, `&`, `+ -`, `* /`, unary `- + ~`, `**`. Qlib
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from qtorch.core.errors import ExpressionError, unknown_name
-from qtorch.data.expression.node import SYMBOLS, Call, Field, Node, Number, Span, Text
 from qtorch.data.expression.operators import NOT_SUPPORTED, Kind, Operator, get_operators
-from qtorch.data.expression.tokens import Token, expression_error, tokenize
+
+SYMBOLS = {
+    "Add": "+",
+    "Sub": "-",
+    "Mul": "*",
+    "Div": "/",
+    "Power": "**",
+    "Gt": ">",
+    "Ge": ">=",
+    "Lt": "<",
+    "Le": "<=",
+    "Eq": "==",
+    "Ne": "!=",
+    "And": "&",
+    "Or": "|",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of an expression's text, for error messages."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """`$close`: a stored field of the bars."""
+
+    name: str
+    span: Span = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"${self.name}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A constant. `2` and `2.0` are different nodes because a window must be an integer."""
+
+    value: int | float
+    is_integer: bool = field(repr=False)
+    span: Span = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A quoted name: the instrument of Mask or the field of Feature."""
+
+    value: str
+    span: Span = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator applied to its arguments; `$a + $b` is `Call("Add", ($a, $b))`."""
+
+    operator: str
+    arguments: tuple[Node, ...]
+    span: Span = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.operator}({','.join(map(str, self.arguments))})"
+
+
+Node: TypeAlias = Field | Number | Text | Call
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """Yield the node and all its descendants, parents first, in the order of the text."""
+    yield node
+    if isinstance(node, Call):
+        for argument in node.arguments:
+            yield from walk(argument)
+
+
+# Besides letters, digits and "_", Qlib allows these four punctuation marks in field names.
+_NAME = r"[\w\u3001\uff1a\uff08\uff09]+"
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>\s+)
+  | (?P<period>\$\${_NAME})
+  | (?P<field>\${_NAME})
+  | (?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)
+  | (?P<name>[^\W\d]\w*)
+  | (?P<text>'[^']*'|"[^"]*")
+  | (?P<symbol>\*\*|<=|>=|==|!=|[-+*/<>&|~(),])
+    """,
+    re.VERBOSE,
+)
+_HINTS = {
+    "=": "to compare, write ==",
+    "!": "to negate a condition, write ~ or Not(...)",
+    "%": "there is no remainder operator",
+    "^": "for a power write **, for a condition & or |",
+    "$": "a field's name follows the dollar sign, as in $close",
+    "[": "subscripts are not part of the language",
+    "'": "the closing quote is missing",
+    '"': "the closing quote is missing",
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its kind (a group of the pattern, or "end"), text and position."""
+
+    kind: str
+    text: str
+    span: Span
+
+
+def tokenize(text: str) -> list[Token]:
+    """Split `text` into tokens; the last one is an "end" token.
+
+    Raises ExpressionError for an unexpected character.
+    """
+    tokens, position = [], 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            hint = _HINTS.get(text[position])
+            raise expression_error(
+                Span(text, position, position + 1),
+                f"unexpected character {text[position]!r}" + (f": {hint}" if hint else ""),
+            )
+        kind = match.lastgroup or ""
+        if kind != "space":
+            tokens.append(Token(kind, match.group(), Span(text, position, match.end())))
+        position = match.end()
+    return [*tokens, Token("end", "", Span(text, len(text), len(text) + 1))]
+
+
+def expression_error(span: Span, message: str) -> ExpressionError:
+    """Build an ExpressionError that shows the expression with carets under `span`."""
+    line_start = span.text.rfind("\n", 0, span.start) + 1
+    line_end = span.text.find("\n", span.start)
+    line = span.text[line_start : line_end if line_end >= 0 else len(span.text)]
+    caret = span.start - line_start
+    width = max(1, min(span.end - line_start, len(line)) - caret)
+    if len(line) > 160:  # show only the neighbourhood
+        offset = max(0, caret - 60)
+        tail = " ..." if offset + 140 < len(line) else ""
+        line = ("... " if offset else "") + line[offset : offset + 140] + tail
+        caret = caret - offset + (4 if offset else 0)
+        width = max(1, min(width, len(line) - caret))
+    return ExpressionError(f"{message}\n    {line}\n    {' ' * caret}{'^' * width}")
+
 
 _COMPARISON = 1
 _LEVELS = {"|": 2, "&": 3, "+": 4, "-": 4, "*": 5, "/": 5}

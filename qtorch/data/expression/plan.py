@@ -14,9 +14,8 @@ from typing import TypeAlias
 
 import torch
 
-from qtorch.data.expression.node import Call, Field, Node, Number, Text
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import is_condition
+from qtorch.data.expression.parser import Call, Field, Node, Number, Text, is_condition
 
 Argument: TypeAlias = int | Number | Text
 """An argument of a step: the index of another step, or a constant."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from qtorch.data.expression.block import field_name
-from qtorch.data.expression.node import Call, Field, Node, Number, Text, walk
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import parse
+from qtorch.data.expression.parser import Call, Field, Node, Number, Text, parse, walk
+from qtorch.data.expression.series import field_name
 
 
 def expression_fields(expressions: str | Iterable[str] | Mapping[str, str]) -> tuple[str, ...]:

@@ -2,16 +2,319 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.block import NAN, Block
-from qtorch.data.expression.chain import rolling_sums
-from qtorch.data.expression.rows import Rows
+from qtorch.core.errors import ExpressionError, unknown_name
+from qtorch.data.expression.parser import Field, expression_error
+from qtorch.data.expression.plan import Link, window_chain
+from qtorch.data.panel.panel import Panel
+
+NAN = float("nan")
+
+
+class Block:
+    """All rows of the instruments in columns `start..stop` of the bars.
+
+    Values are `[D, n]` tensors. Numbers are NaN outside the span of their instrument; conditions
+    are undefined there until `as_numbers` converts them. `mask_bars` are the bars of further
+    instruments that `Mask` may name.
+    """
+
+    def __init__(self, bars: Panel, start: int, stop: int, mask_bars: Panel | None = None) -> None:
+        self.bars, self.start, self.stop, self.mask_bars = bars, start, stop, mask_bars
+        self.device = bars.device
+        self.num_rows = len(bars.calendar)
+        self.num_columns = stop - start
+        spans = bars.spans[start:stop].to(self.device)
+        self.first, self.last = spans[:, 0].contiguous(), spans[:, 1].contiguous()
+        self.is_full = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
+        self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row numbers, `[D, 1]` float64."""
+        return torch.arange(self.num_rows, dtype=torch.float64, device=self.device)[:, None]
+
+    @cached_property
+    def is_stored(self) -> Tensor:
+        """Whether a row is within the instrument's span, `[D, n]` bool."""
+        order = torch.arange(self.num_rows, device=self.device)[:, None]
+        return (order >= self.first) & (order <= self.last)
+
+    @cached_property
+    def span_mask(self) -> Tensor:
+        """0 within the spans and NaN outside, `[D, n]` float32; adding it is the fastest mask."""
+        return torch.zeros(self.is_stored.shape, device=self.device).masked_fill_(
+            ~self.is_stored, NAN
+        )
+
+    def clip_window(self, window: int) -> int:
+        """Limit a window to the length of the calendar; 0 means all past rows."""
+        rows = max(self.num_rows, 1)
+        return rows if window == 0 else min(window, rows)
+
+    def clip_windows(self, windows: Iterable[int]) -> tuple[int, ...]:
+        """Limit several windows and return them ascending and unique."""
+        return tuple(sorted({self.clip_window(w) for w in windows}))
+
+    def first_rows(self, window: int) -> Tensor:
+        """Return the first row of each window within the span, `[D, 1]` or `[D, n]` float64."""
+        start = (self.rows - (window - 1)).clamp_(min=0)
+        return start if self.is_full else torch.maximum(start, self.first.to(start.dtype))
+
+    def window_lengths(self, window: int) -> Tensor:
+        """Return the number of rows in each window, including NaN: `[D, 1]` or `[D, n]` float64."""
+        return (self.rows + 1 - self.first_rows(window)).clamp_(min=0)
+
+    def mask_outside_span(self, values: Tensor, *, head: bool = False) -> Tensor:
+        """Set values after the span (with `head` also those before it) to NaN in place."""
+        if self.is_full:
+            return values
+        start = 0 if head else self._tail
+        if start < self.num_rows:
+            values[start:] += self.span_mask[start:]
+        return values
+
+    def as_numbers(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Convert conditions to 0 and 1 (NaN outside the spans), and cast numbers to `dtype`."""
+        if values.dtype == torch.bool:
+            return self.mask_outside_span(values.to(dtype or torch.float32), head=True)
+        return values if dtype is None else values.to(dtype)
+
+    def empty(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Tensor:
+        """Return an uninitialized `[D, n]` tensor."""
+        shape = (self.num_rows if rows is None else rows, self.num_columns)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def load(self, field: Field) -> Tensor:
+        """Load a stored field as a contiguous `[D, n]` tensor.
+
+        Raises ExpressionError with the nearest name if the bars do not have the field.
+        """
+        name = field_name(field, self.bars.fields)
+        column = self.bars.column(name)[:, self.start : self.stop]
+        values = column.to(torch.float32).contiguous()
+        if self.is_full:
+            return values
+        return values + self.span_mask
+
+
+def field_name(field: Field, stored_names: Sequence[str]) -> str:
+    """Find the stored name of a field: as written or in lower case, as Qlib stores names."""
+    for name in (field.name, field.name.lower()):
+        if name in stored_names:
+            return name
+    raise _unknown_field_error(field, stored_names)
+
+
+def _unknown_field_error(field: Field, stored_names: Sequence[str]) -> ExpressionError:
+    return expression_error(field.span, unknown_name("field", field.name, stored_names))
+
+
+@lru_cache(maxsize=256)
+def _chain_links(
+    windows: tuple[int, ...], overlap: bool
+) -> tuple[tuple[Link, tuple[int, ...]], ...]:
+    """Return the links of the chain, each with the windows that are unused afterwards."""
+    chain = window_chain(windows, overlap=overlap)
+    links, live_windows = [], {1}
+    for index, link in enumerate(chain):
+        live_windows.add(link.window)
+        later = {
+            w for later_link in chain[index + 1 :] for w in (later_link.newer, later_link.older)
+        }
+        unused_windows = tuple(w for w in live_windows if w not in later and w not in windows)
+        live_windows -= set(unused_windows)
+        links.append((link, unused_windows))
+    return tuple(links)
+
+
+def _build_windows(
+    base: Tensor, windows: tuple[int, ...], join: Callable[..., Tensor], *, overlap: bool
+) -> dict[int, Tensor]:
+    results = {1: base}
+    for link, unused_windows in _chain_links(windows, overlap):
+        newer, older, shift = results[link.newer], results[link.older], link.shift
+        result = torch.empty_like(base)
+        join(newer[shift:], older[:-shift], out=result[shift:])
+        result[:shift] = newer[:shift]
+        results[link.window] = result
+        for window in unused_windows:
+            del results[window]
+    return {w: results[w] for w in windows}
+
+
+def rolling_sums(base: Tensor, windows: tuple[int, ...]) -> dict[int, Tensor]:
+    """Compute rolling sums `[D, n]` by window, such as `S10[i] = S5[i] + S5[i - 5]`.
+
+    Windows are clipped at the first row. `base` must not have NaN; `windows` are ascending, from
+    1 to D rows. Adding shifted sums keeps the accuracy of float64, which differences of
+    cumulative sums lose.
+    """
+    return _build_windows(base, windows, torch.add, overlap=False)
+
+
+def rolling_extremes(base: Tensor, windows: tuple[int, ...], *, largest: bool) -> dict[int, Tensor]:
+    """Compute rolling maxima or minima `[D, n]` by window, clipped at the first row.
+
+    The two parts that a window is computed from may overlap.
+    """
+    return _build_windows(base, windows, torch.maximum if largest else torch.minimum, overlap=True)
+
+
+class Rows:
+    """The cells with a finite value, and their counts by window.
+
+    Series with the same valid cells share the object. Nearly all series of a market are dense:
+    all cells are valid from some row on, and none before (`num_leading_nans` is 1 after a `Ref`
+    of one row). Their counts are a single column `[D, 1]`. For other series, `valid [D, n]`
+    float32 is 1 in valid cells, and counts are `[D, n]`.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        windows: tuple[int, ...],
+        *,
+        num_leading_nans: int = 0,
+        valid: Tensor | None = None,
+    ) -> None:
+        self.block, self.num_leading_nans, self.is_dense = block, num_leading_nans, valid is None
+        self._windows, self._valid = windows, valid
+        self._sums: dict[str, dict[int, Tensor]] = {}
+        self._cache: dict[tuple[str, int], Tensor] = {}
+
+    def matches(self, num_leading_nans: int, valid: Tensor | None) -> bool:
+        """Whether the valid cells equal the given ones."""
+        if valid is None or self._valid is None:
+            return (
+                valid is None and self._valid is None and num_leading_nans == self.num_leading_nans
+            )
+        return torch.equal(valid, self._valid)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """1 in cells with a value, else 0; `[D, n]` float32."""
+        if self._valid is not None:
+            return self._valid
+        valid = torch.ones((self.block.num_rows, self.block.num_columns), device=self.block.device)
+        valid[: self.num_leading_nans] = 0
+        return valid
+
+    @cached_property
+    def nan_mask(self) -> Tensor:
+        """NaN in cells without a value, else 0; `[D, n]` float32."""
+        return self.valid.reciprocal().mul_(0)
+
+    def mask_missing(self, result: Tensor) -> Tensor:
+        """Set `result` to NaN in place on days without a value."""
+        if not self.is_dense:
+            return result.add_(self.nan_mask)
+        result[: self.num_leading_nans] = NAN
+        return result
+
+    def mask_empty(self, result: Tensor, window: int) -> Tensor:
+        """Set `result` to NaN in place for windows without a value."""
+        if self.is_dense:
+            result[: self.num_leading_nans] = NAN
+            return result
+        count = self._sparse_count(window)
+        if bool(count.amin() > 0):
+            return result
+        return result.add_(self._compute_once("empty_mask", window, lambda: count.reciprocal() * 0))
+
+    # -- counts --------------------------------------------------------------------------------
+
+    def count(self, window: int) -> Tensor:
+        """Return the number of values in each window, float64 `[D, 1]` or `[D, n]`."""
+        if self.is_dense:
+            return self._compute_once("count", window, lambda: self._dense_count(window))
+        return self._compute_once(
+            "count", window, lambda: self._sparse_count(window).to(torch.float64)
+        )
+
+    def _dense_count(self, window: int) -> Tensor:
+        return (self.block.rows + (1 - self.num_leading_nans)).clamp_(min=0, max=window)
+
+    def _sparse_count(self, window: int) -> Tensor:
+        if "valid" not in self._sums:
+            self._sums["valid"] = rolling_sums(self.valid, self._windows)
+        return self._sums["valid"][window]
+
+    def inverse_count(self, window: int) -> Tensor:
+        """Return 1 / count; infinite for an empty window, so that 0 times it is NaN."""
+        return self._compute_once("inverse_count", window, lambda: self.count(window).reciprocal())
+
+    def inverse_dof(self, window: int) -> Tensor:
+        """Return 1 / (count - 1) for variances; infinite for a single value."""
+        return self._compute_once(
+            "inverse_dof", window, lambda: (self.count(window) - 1).reciprocal()
+        )
+
+    # -- row numbers -----------------------------------------------------------------------------
+
+    def mean_row(self, window: int) -> Tensor:
+        """Return the mean row number of the rows with a value."""
+        if self.is_dense:
+            return self.block.rows - (self.count(window) - 1) / 2
+        return self._compute_once(
+            "mean_row", window, lambda: self._row_power_sum(1, window) * self.inverse_count(window)
+        )
+
+    def inverse_row_deviation(self, window: int) -> Tensor:
+        """Return 1 / the sum of squared deviations of the row numbers; NaN for fewer than two."""
+        if self.is_dense:
+            n = self.count(window)
+            return torch.where(n > 1, 12 / (n * (n * n - 1)), NAN)
+        return self._compute_once(
+            "inverse_row_deviation", window, lambda: self._inverse_row_deviation(window)
+        )
+
+    def _inverse_row_deviation(self, window: int) -> Tensor:
+        squares, mean = self._row_power_sum(2, window), self.mean_row(window)
+        deviation = torch.addcmul(squares, mean, self._row_power_sum(1, window), value=-1)
+        # Two rows have a sum of at least 0.5; smaller numbers are rounding errors of 0.
+        return torch.threshold(deviation, 0.25, NAN).reciprocal_()
+
+    def _row_power_sum(self, power: int, window: int) -> Tensor:
+        family = f"row{power}"
+        if family not in self._sums:
+            base = self.valid.to(torch.float64) * self.block.rows**power
+            self._sums[family] = rolling_sums(base, self._windows)
+        return self._sums[family][window]
+
+    def _compute_once(self, name: str, window: int, compute: Callable[[], Tensor]) -> Tensor:
+        key = (name, window)
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+
+def find_rows(cache: list[Rows], block: Block, windows: tuple[int, ...], values: Tensor) -> Rows:
+    """Return the `Rows` of the values from the cache, adding an object if none matches."""
+    num_leading_nans, valid = _find_valid_cells(block, values)
+    for rows in cache:
+        if rows.matches(num_leading_nans, valid):
+            return rows
+    cache.append(Rows(block, windows, num_leading_nans=num_leading_nans, valid=valid))
+    return cache[-1]
+
+
+def _find_valid_cells(block: Block, values: Tensor) -> tuple[int, Tensor | None]:
+    if values.dtype == torch.bool:
+        return 0, None if block.is_full else block.is_stored.to(torch.float32)
+    # 0 if finite, else NaN: one vectorized pass instead of the four of isfinite.
+    zero_or_nan = values * 0
+    num_missing = int(zero_or_nan[:, :1].isnan().cummin(0).values.sum()) if len(zero_or_nan) else 0
+    if bool(zero_or_nan[num_missing:].sum() == 0) and bool(zero_or_nan[:num_missing].isnan().all()):
+        return num_missing, None
+    return 0, torch.nan_to_num_(zero_or_nan.to(torch.float32).add_(1), nan=0.0)
+
 
 GetWindows: TypeAlias = Callable[..., tuple[int, ...]]
 """Returns the windows that the plan needs for the given families of sums (default: all)."""

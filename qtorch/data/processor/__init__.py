@@ -6,19 +6,19 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.data.processor.base import Processor as Processor
-    from qtorch.data.processor.day import CSRankNorm as CSRankNorm
-    from qtorch.data.processor.day import CSZFillna as CSZFillna
-    from qtorch.data.processor.day import CSZScoreNorm as CSZScoreNorm
+    from qtorch.data.processor.cross_section import CSRankNorm as CSRankNorm
+    from qtorch.data.processor.cross_section import CSZFillna as CSZFillna
+    from qtorch.data.processor.cross_section import CSZScoreNorm as CSZScoreNorm
     from qtorch.data.processor.elementwise import Fillna as Fillna
     from qtorch.data.processor.elementwise import ProcessInf as ProcessInf
     from qtorch.data.processor.elementwise import TanhProcess as TanhProcess
     from qtorch.data.processor.pandas_processor import PandasProcessor as PandasProcessor
-    from qtorch.data.processor.rows import DropnaLabel as DropnaLabel
-    from qtorch.data.processor.rows import DropnaProcessor as DropnaProcessor
-    from qtorch.data.processor.rows import TimeRangeFlt as TimeRangeFlt
     from qtorch.data.processor.selection import DropCol as DropCol
+    from qtorch.data.processor.selection import DropnaLabel as DropnaLabel
+    from qtorch.data.processor.selection import DropnaProcessor as DropnaProcessor
     from qtorch.data.processor.selection import FilterCol as FilterCol
     from qtorch.data.processor.selection import HashStockFormat as HashStockFormat
+    from qtorch.data.processor.selection import TimeRangeFlt as TimeRangeFlt
     from qtorch.data.processor.statistics import MinMaxNorm as MinMaxNorm
     from qtorch.data.processor.statistics import RobustZScoreNorm as RobustZScoreNorm
     from qtorch.data.processor.statistics import ZScoreNorm as ZScoreNorm
@@ -27,16 +27,16 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "Processor": "qtorch.data.processor.base",
-        "CSRankNorm": "qtorch.data.processor.day",
-        "CSZFillna": "qtorch.data.processor.day",
-        "CSZScoreNorm": "qtorch.data.processor.day",
+        "CSRankNorm": "qtorch.data.processor.cross_section",
+        "CSZFillna": "qtorch.data.processor.cross_section",
+        "CSZScoreNorm": "qtorch.data.processor.cross_section",
         "Fillna": "qtorch.data.processor.elementwise",
         "ProcessInf": "qtorch.data.processor.elementwise",
         "TanhProcess": "qtorch.data.processor.elementwise",
         "PandasProcessor": "qtorch.data.processor.pandas_processor",
-        "DropnaLabel": "qtorch.data.processor.rows",
-        "DropnaProcessor": "qtorch.data.processor.rows",
-        "TimeRangeFlt": "qtorch.data.processor.rows",
+        "DropnaLabel": "qtorch.data.processor.selection",
+        "DropnaProcessor": "qtorch.data.processor.selection",
+        "TimeRangeFlt": "qtorch.data.processor.selection",
         "DropCol": "qtorch.data.processor.selection",
         "FilterCol": "qtorch.data.processor.selection",
         "HashStockFormat": "qtorch.data.processor.selection",

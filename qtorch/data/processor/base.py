@@ -13,7 +13,7 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trust_subclasses
-from qtorch.data.view import View
+from qtorch.data.panel.view import View
 
 FieldsGroup: TypeAlias = str | Sequence[str | tuple[str, str]] | None
 Names: TypeAlias = Mapping[str, tuple[str, ...]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtorch.data.columns import Columns
-from qtorch.data.elementwise import Affine, FillNaN, Tanh
+from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.elementwise import Affine, FillNaN, Tanh
+from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
 from qtorch.data.processor.cross_section import day_finite_mean
-from qtorch.data.view import View
 
 BLOCK = 16
 

@@ -15,10 +15,10 @@ from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
-from qtorch.data.columns import PanelColumns
-from qtorch.data.panel import NAMES, Panel, normalise_calendar
+from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
+from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FLAT, Processor
-from qtorch.data.view import View
 
 
 class PandasProcessor(Processor):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.data.processor.base import (
-    FieldsGroup,
-    Names,
-    Processor,
-    column_names,
-    select_columns,
-)
-from qtorch.data.view import View
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.data.panel.view import View
+from qtorch.data.processor.base import FieldsGroup, Names, Processor, column_names, select_columns
 
 log = logging.getLogger(__name__)
 
@@ -75,3 +74,90 @@ class HashStockFormat(Processor):
 
     def __call__(self, view: View) -> View:
         return view
+
+
+BLOCK = 16
+
+
+class DropnaProcessor(Processor):
+    """Drops the rows in which any of the group's columns is NaN.
+
+    The rows are also dropped from windows, because a row without features is not data.
+    (DropnaLabel keeps them in windows.)
+    """
+
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
+        self.fields_group = fields_group
+
+    def drops_by_label(self, names: Names) -> bool:
+        return "label" in select_columns(names, self.fields_group)
+
+    def __call__(self, view: View) -> View:
+        complete = _complete_rows(view, self.fields_group)
+        if not self.is_for_infer():
+            return view.with_rows(view.rows & complete)
+        return replace(view, rows=view.rows & complete, history=view.history & complete)
+
+
+class DropnaLabel(DropnaProcessor):
+    """Drops the samples without a label; used only for learning.
+
+    Windows may still contain such a row, because its features are known. This is a deliberate
+    difference from Qlib, whose training windows are NaN at these rows. Raises DataError if no
+    row is left.
+    """
+
+    def __init__(self, fields_group: FieldsGroup = "label") -> None:
+        super().__init__(fields_group=fields_group)
+
+    def is_for_infer(self) -> bool:
+        return False
+
+    def __call__(self, view: View) -> View:
+        result = super().__call__(view)
+        if bool(view.rows.any()) and not bool(result.rows.any()):
+            columns = select_columns(column_names(view), self.fields_group)
+            names = ", ".join(n for part in columns.values() for n in part)
+            raise DataError(
+                f"{type(self).__name__} drops all {int(view.rows.sum())} rows, as they have NaN. "
+                f"Check the expression and the data of the label. Columns: {names}."
+            )
+        return result
+
+
+class TimeRangeFlt(Processor):
+    """Keeps the instruments with rows from `start_time` or earlier to `end_time` or later.
+
+    Rows between the two dates may be missing. The filter uses future information (which
+    instruments survive), so results on such data are too optimistic, as Qlib also warns. As in
+    Qlib, dates are aligned to the trading days inside the span. Also works in the
+    `inst_processors` of a loader.
+    """
+
+    def __init__(self, start_time: Any = None, end_time: Any = None, freq: str = "day") -> None:
+        self.start_time = start_time
+        self.end_time = end_time
+        self.freq = freq
+
+    def __call__(self, view: View) -> View:
+        span = view.date_rows(self.start_time, self.end_time)
+        d = len(view.calendar)
+        order = torch.arange(d, device=view.rows.device)[:, None]
+        first = torch.where(view.rows, order, d).amin(0)
+        last = torch.where(view.rows, order, -1).amax(0)
+        is_kept = torch.ones_like(first, dtype=torch.bool)
+        if self.start_time is not None:
+            is_kept &= first <= span.start
+        if self.end_time is not None:
+            is_kept &= last >= span.stop - 1
+        return replace(view, rows=view.rows & is_kept, history=view.history & is_kept)
+
+
+def _complete_rows(view: View, fields_group: FieldsGroup) -> Tensor:
+    """Return `[D, N]` bool: the rows in which no selected column is NaN."""
+    out = torch.ones_like(view.rows)
+    for group, names in select_columns(column_names(view), fields_group).items():
+        columns = view.group(group)
+        for first in range(0, len(names), BLOCK):
+            out &= ~columns.block(names[first : first + BLOCK]).isnan().any(0)
+    return out

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError
-from qtorch.data.columns import Columns
-from qtorch.data.elementwise import Affine, Clip
+from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.elementwise import Affine, Clip
+from qtorch.data.panel.view import View
 from qtorch.data.processor.base import (
     FieldsGroup,
     Processor,
@@ -23,7 +24,6 @@ from qtorch.data.processor.base import (
     select_dates,
 )
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
-from qtorch.data.view import View
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from qtorch.data.source.frame import FrameSource as FrameSource
     from qtorch.data.source.frame import as_source as as_source
     from qtorch.data.source.qlib import QlibSource as QlibSource
-    from qtorch.data.source.qlib_writer import write_qlib as write_qlib
     from qtorch.data.source.synthetic import SyntheticSource as SyntheticSource
     from qtorch.data.source.table import TableSource as TableSource
+    from qtorch.data.source.writer import write_qlib as write_qlib
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "FrameSource": "qtorch.data.source.frame",
         "as_source": "qtorch.data.source.frame",
         "QlibSource": "qtorch.data.source.qlib",
-        "write_qlib": "qtorch.data.source.qlib_writer",
+        "write_qlib": "qtorch.data.source.writer",
         "SyntheticSource": "qtorch.data.source.synthetic",
         "TableSource": "qtorch.data.source.table",
     },

@@ -23,8 +23,8 @@ from qtorch.data.expression.requirement import (
     mask_instruments,
     reach,
 )
-from qtorch.data.infinite import check_bars
-from qtorch.data.panel import Panel, clip_spans, within_spans
+from qtorch.data.handler.infinite import check_bars
+from qtorch.data.panel.panel import Panel, clip_spans, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]

@@ -11,9 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.errors import DataError, unknown_name
-from qtorch.data.panel import Panel
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.session import session
+from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
+from qtorch.data.source.qlib import QlibSource
 
 
 class PanelSource(Source):
@@ -186,3 +189,24 @@ def build_membership(
         ]
         for name, spans in named_spans.items()
     }
+
+
+def build_source(config: Any) -> Source:
+    """Build a source from a Source, a configuration, a folder of Qlib files, a frame or a Panel."""
+    config = plain(config)
+    if isinstance(config, Mapping):
+        source = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
+        return as_source(source)
+    if isinstance(config, str) or hasattr(config, "__fspath__"):
+        return QlibSource(config)
+    return as_source(config)
+
+
+def default_source() -> Source:
+    """Return the source of `qtorch.init(provider_uri=...)`; raise ConfigError if none is set."""
+    if session().provider_uri is None:
+        raise ConfigError(
+            "no data source: pass source=... to the handler (QlibSource, TableSource, "
+            "SyntheticSource), or call qtorch.init(provider_uri='/path/to/qlib_data') first."
+        )
+    return build_source(session().provider_uri)

@@ -16,7 +16,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name
 from qtorch.core.session import session
-from qtorch.data.panel import normalise_calendar
+from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
 
 logger = logging.getLogger(__name__)

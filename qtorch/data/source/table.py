@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.data.panel import NAMES, Panel, normalise_calendar
+from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
 from qtorch.data.source.base import Membership, frequency
 from qtorch.data.source.frame import PanelSource, build_membership, span_membership
 

@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
 from qtorch.tracking.locations import redact_password, sqlite_path
-from qtorch.tracking.trials.parts import suppress_warnings
-from qtorch.tracking.trials.place import (
+from qtorch.tracking.trials.sampler import suppress_warnings
+from qtorch.tracking.trials.trial import (
     POSTGRES,
     SCHEMA,
     SCHEMA_OPTION,

@@ -8,6 +8,8 @@ parameters, and the next process that asks gets it.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +19,46 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.tracking.trials.life import has_ended, process_identity
-from qtorch.tracking.trials.parts import (
+from qtorch.tracking.trials.sampler import (
     build_distribution,
     build_pruner,
     build_sampler,
     placeholder_sampler,
     suppress_warnings,
 )
-from qtorch.tracking.trials.place import study_lock
-from qtorch.tracking.trials.row import TrialJob, TrialRow
-from qtorch.tracking.trials.space import Space
 from qtorch.tracking.trials.storage import open_storage
+from qtorch.tracking.trials.trial import Space, TrialJob, TrialRow, study_lock
+
+
+def process_identity() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
+
+
+def has_ended(process: Any) -> bool:
+    """Whether a process of this machine has ended; False for a process on another machine."""
+    if not process or process["host"] != socket.gethostname():
+        return False
+    return bool(_start_time(process["pid"]) != process["start"])
+
+
+def _start_time(pid: int) -> str | None:
+    """Return a process's start time in Linux clock ticks, None if it has ended.
+
+    The start time reveals that a process ID was reused. On other systems the result only says
+    whether the process exists."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return "there" if not os.path.isdir("/proc/self") else None
+
 
 log = logging.getLogger(__name__)
 
@@ -330,3 +360,33 @@ def _add_retry(study: optuna.Study, trial: FrozenTrial, attributes: dict[str, An
             system_attrs={k: v for k, v in trial.system_attrs.items() if k in grid_attributes},
         )
     )
+
+
+class RunningTrial:
+    """Reports a trial's intermediate values and asks the pruner whether to stop."""
+
+    def __init__(self, study: str, id: int, url: str, pruner: Any) -> None:
+        self.id, self._pruner = id, build_pruner(pruner)
+        self._storage = open_storage(url)
+        with suppress_warnings():
+            self._study = optuna.load_study(
+                study_name=study,
+                storage=self._storage,
+                sampler=placeholder_sampler(),
+                pruner=self._pruner,
+            )
+
+    def should_stop(self, step: int, value: float) -> bool:
+        """Report the value after `step`; record and return whether the pruner stops the trial."""
+        with suppress_warnings():
+            self._storage.set_trial_intermediate_value(self.id, step, value)
+            trial = self._storage.get_trial(self.id)
+            if not self._pruner.prune(self._study, trial):
+                return False
+            self._storage.set_trial_user_attr(self.id, PRUNED_AT, step)
+        return True
+
+    @property
+    def pruner(self) -> str:
+        """Return the name of the pruner's class."""
+        return type(self._pruner).__name__

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 
 
 def random_bars(seed: int, *, dates: int = 70, instruments: int = 5, missing: float = 0.2) -> Panel:

@@ -11,8 +11,8 @@ import torch
 
 from qtorch.core.errors import DataError, ExpressionError
 from qtorch.data.expression import evaluate, reach, register_operator, unregister_operator
-from qtorch.data.features import alpha158, alpha360
-from qtorch.data.panel import Panel
+from qtorch.data.handler.alpha import alpha158, alpha360
+from qtorch.data.panel.panel import Panel
 
 TEXTS = ["$x", "Mean($x, 5)/$x", "$x>$y", "Corr($x, $y, 7)", "Ref($x, -2)", "IdxMax($y, 6)"]
 

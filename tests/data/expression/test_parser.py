@@ -15,7 +15,7 @@ from qtorch.data.expression import (
     register_operator,
     unregister_operator,
 )
-from qtorch.data.expression.node import Call, Field
+from qtorch.data.expression.parser import Call, Field
 
 
 @pytest.mark.parametrize(

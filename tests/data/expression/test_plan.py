@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from qtorch.data.expression.network import build_program
 from qtorch.data.expression.parser import parse
 from qtorch.data.expression.plan import make_plan, window_chain
+from qtorch.data.expression.quantile import build_program
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -200,7 +200,7 @@ def test_intermediate_results_are_float64(random_bars):
 
 
 def test_extremes_and_ranks_of_negative_and_equal_values():
-    from qtorch.data.panel import Panel
+    from qtorch.data.panel.panel import Panel
 
     rng = np.random.default_rng(0)
     values = torch.from_numpy(rng.integers(-3, 4, (200, 4, 2)).astype(np.float32))

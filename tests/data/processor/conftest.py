@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.data.frames import view_from_frame
-from qtorch.data.view import View
+from qtorch.data.panel.frames import view_from_frame
+from qtorch.data.panel.view import View
 
 
 def small_frame(num_dates: int = 12, num_instruments: int = 7, seed: int = 0) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.frames import view_from_frame
+from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.processor import CSRankNorm, CSZFillna, CSZScoreNorm
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qtorch.data.frames import view_from_frame
+from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.processor import Fillna, ProcessInf, TanhProcess
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.handler import DataHandlerLP
+from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.processor import PandasProcessor
-from qtorch.data.processor.build import build_processors
+from qtorch.data.processor.pipeline import build_processors
 
 
 class Demean:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import DataError
-from qtorch.data.frames import view_from_frame
+from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.processor import DropnaLabel, DropnaProcessor, TimeRangeFlt
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError, NotFittedError
-from qtorch.data.columns import PanelColumns, instrument_major
-from qtorch.data.panel import Panel
+from qtorch.data.panel.columns import PanelColumns, instrument_major
+from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.view import View
 from qtorch.data.processor import MinMaxNorm, RobustZScoreNorm, ZScoreNorm
-from qtorch.data.view import View
 
 WINDOW = ("2020-01-03", "2020-01-10")
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from qtorch.data.source.qlib import QlibSource
-from qtorch.data.source.qlib_writer import write_qlib
 from qtorch.data.source.synthetic import SyntheticSource
+from qtorch.data.source.writer import write_qlib
 
 
 @pytest.fixture(scope="session")

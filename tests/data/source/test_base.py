@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, DataError
-from qtorch.data.panel import Panel
+from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Bars, Source, extend_to_day_end, frequency
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, ExpressionError
 from qtorch.core.session import session_context
-from qtorch.data.loader import QlibDataLoader
+from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.source.qlib import QlibSource
 
 DAYS = pd.bdate_range("2020-01-01", periods=6)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qtorch.core.errors import DataError
-from qtorch.data.source import qlib_writer
+from qtorch.data.source import writer as qlib_writer
 from qtorch.data.source.frame import FrameSource
 from qtorch.data.source.qlib import QlibSource
-from qtorch.data.source.qlib_writer import write_qlib
+from qtorch.data.source.writer import write_qlib
 
 
 @pytest.mark.parametrize("universe", ["all", "stocks", "liquid"])

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.source import market
+from qtorch.data.source import synthetic as market
 from qtorch.data.source.synthetic import FIELDS, SyntheticSource
 
 

@@ -1,0 +1,1 @@
+"""One job of `qtorch train`, and the sweep command around many of them."""

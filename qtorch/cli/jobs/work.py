@@ -1,0 +1,339 @@
+"""Execute one job, in whichever process it runs: train, store the result, print a summary."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtorch.cli import tables as table
+from qtorch.cli.compose import resolve_segments
+from qtorch.cli.guard import error_line, is_debug_enabled
+from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, JobResult
+from qtorch.cli.launchers.slurm import (
+    JOB_TAG,
+    find_earlier_attempt,
+    is_submitit,
+    scheduler_job_name,
+)
+from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.core.runtime import configure_logging
+from qtorch.core.session import init
+from qtorch.process.fork_server import (
+    TRAINING_MODULES,
+    ExitStatus,
+    ForkError,
+    ForkServerClient,
+    call_fork_server,
+)
+from qtorch.process.heartbeat import RUN
+from qtorch.study.sweep_job import (
+    ELSEWHERE,
+    FAILED_BEFORE,
+    SKIPPED,
+    TRAINED,
+    JobOutcome,
+    SweepMember,
+    add_work_seconds,
+    identify_task,
+    run_sweep_job,
+)
+from qtorch.tracking.manager import R
+from qtorch.tracking.mlflow_recorder import with_run_tags
+from qtorch.tracking.recorder import Recorder
+from qtorch.trainer.failure import collect_started_runs
+from qtorch.trainer.run import end_task_train, task_train
+
+log = logging.getLogger(__name__)
+
+LOCAL, POOL = "local", "rm"
+
+
+def execute_job(request: Mapping[str, Any]) -> None:
+    """Execute a job in the current process and store its result in the job's folder."""
+    start = time.perf_counter()
+    settings, folder = request["settings"], Path(request["folder"])
+    result = JobResult(request["number"], list(request["overrides"]), FAILED, 0.0)
+    with collect_started_runs() as runs:
+        try:
+            configure_process(settings)
+            if settings["runner"] == LOCAL:
+                recorder = _train_job(request, result)
+                if result.status == FINISHED:
+                    result.metrics = recorder.list_metrics()
+            else:
+                result.pool_task = _submit_to_pool(request)
+                result.status = SENT
+        except (KeyboardInterrupt, SystemExit) as stop:
+            result.status = KILLED
+            result.error = _resume_hint(runs, stop)
+            raise KeyboardInterrupt(result.error) from stop
+        except Exception as error:
+            record_failure(result, error)
+        finally:
+            result.seconds = time.perf_counter() - start
+            if runs:
+                run = runs[-1]
+                result.run_id = run.id
+                result.experiment = getattr(run, "experiment_name", None)
+                _log_seconds(request, result, run)
+            store_result(result, folder)
+    if result.status == FINISHED and result.note == SKIPPED:
+        print_skipped_job(result)
+    elif result.status == FINISHED:
+        table.print_summary(result, recorder, show_command=request["sweep"] is None)
+    elif result.status == FAILED and request["sweep"] is not None:
+        print_failure(result)
+
+
+def record_failure(result: JobResult, error: Exception) -> None:
+    """Set the job's result to failed with this error."""
+    if is_debug_enabled():
+        log.error("the job failed", exc_info=error)
+    result.status, result.error = FAILED, error_line(error)
+
+
+def _log_seconds(request: Mapping[str, Any], result: JobResult, run: Recorder) -> None:
+    """Add the time of this job to its run, unless the job did no work."""
+    if request["sweep"] is None or result.note in (SKIPPED, ELSEWHERE, FAILED_BEFORE):
+        return
+    try:
+        add_work_seconds(run, result.seconds)
+    except QtorchError as error:
+        log.warning("cannot log the duration of run %s: %s", run.id, error)
+
+
+def print_failure(result: JobResult) -> None:
+    """Report immediately that a job failed; the command repeats it at its end."""
+    print(f"job {result.number} failed: {result.error}", file=sys.stderr)
+
+
+def print_skipped_job(result: JobResult) -> None:
+    """Report that a job was already finished."""
+    print(f"job {result.number}: already finished in run {result.run_id}", file=sys.stderr)
+
+
+def configure_process(settings: Mapping[str, Any]) -> None:
+    """Configure logging and the tracking store according to the settings."""
+    configure_logging(settings["log_level"])
+    silence_libraries()
+    uri = (settings["tracking"] or {}).get("uri")
+    if uri is not None:
+        init(tracking_uri=uri)
+
+
+def _train_job(request: Mapping[str, Any], result: JobResult) -> Recorder:
+    """Train or resume the run; `result` gets the action and the status."""
+    settings, resume_id = request["settings"], request["resume"]
+    result.status = FINISHED
+    if resume_id is not None:
+        recorder = R.get_recorder(recorder_id=resume_id)
+        if recorder.status == FINISHED:
+            raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
+        return end_task_train(recorder)
+    task, experiment, name = (
+        resolve_segments(settings["task"]),
+        settings["experiment_name"],
+        _run_name(request),
+    )
+    if request["sweep"] is None:
+        tags = {} if task.get("seed") is None else identify_task(task)[1]
+        job = scheduler_job_name()
+        if job is not None and tags:
+            tags[JOB_TAG] = job
+        with with_run_tags(tags):
+            return task_train(task, experiment, name, run=find_earlier_attempt(experiment, tags))
+    member = sweep_member(settings, request["sweep"], request["number"], request["overrides"])
+    outcome = run_sweep_job(task, member, experiment, name)
+    apply_outcome(result, outcome)
+    return outcome.recorder
+
+
+def sweep_member(
+    settings: Mapping[str, Any], sweep_id: str, number: int, overrides: Sequence[str]
+) -> SweepMember:
+    """Describe a job's place in its sweep, and how the sweep treats earlier runs."""
+    sweep_settings = settings["sweep"]
+    return SweepMember(
+        sweep_id,
+        number,
+        tuple(overrides),
+        retry=bool(sweep_settings["retry"]),
+        reuse=bool(sweep_settings["reuse"]),
+    )
+
+
+def apply_outcome(result: JobResult, outcome: JobOutcome) -> None:
+    """Copy the outcome of a sweep's job to its result; the status is FINISHED by default."""
+    result.status = FINISHED
+    result.note = None if outcome.action == TRAINED else outcome.action
+    if outcome.action == FAILED_BEFORE:
+        result.status, result.error = FAILED, outcome.error
+    elif outcome.action == ELSEWHERE:
+        result.status, result.error = RUNNING, outcome.error
+
+
+def _submit_to_pool(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Submit the job's task to a pool; return the task's ID and its pool."""
+    from qtorch.task.manager import TaskManager
+    from qtorch.trainer.pooled import pool_definition
+
+    settings = request["settings"]
+    if request["resume"] is not None:
+        raise ConfigError("resume needs runner=local; a pool resumes its own tasks.")
+    task, experiment = resolve_segments(settings["task"]), settings["experiment_name"]
+    pool = settings["pool"] or experiment
+    manager = TaskManager(pool, settings["url"])
+    (id,) = manager.create_task([pool_definition(task, experiment, _run_name(request))])
+    return {"id": id, "pool": pool, "url": manager.url, "wait": bool(settings["wait"])}
+
+
+def _run_name(request: Mapping[str, Any]) -> str | None:
+    """Return the run's name: `run_name` if given, else the choice of the model group."""
+    name = request["settings"]["run_name"] or request["model"]
+    return None if name is None else str(name)
+
+
+def silence_libraries() -> None:
+    """Silence library messages that carry no news or repeat an exception."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # caused by Lightning's use of torch
+    if not is_debug_enabled():
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
+
+
+def store_result(result: JobResult, folder: Path) -> None:
+    """Write the result; a full disk must not hide the job's own outcome."""
+    try:
+        result.store(folder)
+    except OSError as error:
+        log.warning("cannot write the result of the job: %s", error)
+
+
+def _resume_hint(runs: list[Recorder], stop: BaseException) -> str:
+    """Name the interrupted run, its checkpoint and the command that resumes it."""
+    if not runs:
+        return "Nothing was started."
+    run = runs[-1]
+    checkpoint = getattr(stop, "checkpoint", None) or _find_checkpoint(run)
+    checkpoint_text = (
+        f"its checkpoint is {checkpoint}" if checkpoint else "it has no checkpoint yet"
+    )
+    hint = "Resume it with" if checkpoint else "Restart it in the same run with"
+    return f"Run {run.id} is {KILLED}; {checkpoint_text}. {hint}: qtorch train resume={run.id}"
+
+
+def _find_checkpoint(run: Recorder) -> str | None:
+    # This imports Lightning, which the job may not have needed yet.
+    from qtorch.model.loop.checkpoint import LAST
+
+    path = run.checkpoint_dir() / LAST
+    return str(path) if path.is_file() else None
+
+
+WORK_MODULE = "qtorch.cli.jobs.work"
+ADDRESS_FILE = ".zygote.json"
+MODES = ("auto", "true", "false")
+
+_fork_servers: list[ForkServerClient] = []
+
+
+def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
+    """Whether a job runs in its own process; `mode` is auto, true or false."""
+    mode_name = str(mode).lower()
+    if mode_name not in MODES:
+        raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
+    # A Ray worker runs only one job; a child of it could survive if the worker is killed.
+    has_own_process = is_submitit(launcher) or launcher.endswith("RayLauncher")
+    return mode_name == "true" or (mode_name == "auto" and sweep and not has_own_process)
+
+
+def share_fork_server(server: ForkServerClient, folder: Path) -> None:
+    """Publish the fork server's address for the launcher's other processes on this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    address = {"host": socket.gethostname(), "address": server.address}
+    (folder / ADDRESS_FILE).write_text(json.dumps(address))
+    _fork_servers.append(server)
+
+
+def run_in_child_process(
+    request: Mapping[str, Any], folder: Path
+) -> tuple[ExitStatus, dict[str, Any] | None]:
+    """Run a job in a child process; return its exit status and the run that it started."""
+    runs: list[dict[str, Any]] = []
+    function = f"{__name__}.run_child_job"
+    exit_status = _choose_fork_server(folder)(
+        function, request, lambda details: runs.append(details[RUN])
+    )
+    return exit_status, runs[-1] if runs else None
+
+
+def _choose_fork_server(folder: Path) -> Callable[..., ExitStatus]:
+    """Choose the fork server of this process, of the sweep, or a new one; return its `call`."""
+    _fork_servers[:] = [f for f in _fork_servers if f.is_open]
+    if _fork_servers:
+        return _fork_servers[-1].call
+    address = _read_address(folder)
+    if address is not None:
+
+        def call(*arguments: Any) -> ExitStatus:
+            # In a launcher's worker: the process that started the sweep handles Ctrl-C.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                return call_fork_server(address, *arguments)
+            except ForkError:
+                log.debug("the process of the sweep has ended", exc_info=True)
+                return ExitStatus(None, is_refused=True)
+
+        return call
+    server = ForkServerClient(*TRAINING_MODULES, WORK_MODULE)
+    atexit.register(server.close)
+    _fork_servers.append(server)
+    return server.call
+
+
+def _read_address(folder: Path) -> str | None:
+    try:
+        record = json.loads((folder / ADDRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return str(record["address"]) if record["host"] == socket.gethostname() else None
+
+
+def run_child_job(request: Mapping[str, Any], report: Callable[[dict[str, Any]], None]) -> int:
+    """Execute the job in the child and report its run as soon as it is created."""
+    from qtorch.trainer.subprocess_tasks import report_started_runs
+
+    try:
+        with report_started_runs(report):
+            execute_job(request)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def fail_lost_run(run: Mapping[str, Any], message: str) -> None:
+    """Mark the run of a dead process FAILED, because the process cannot do so itself."""
+    from qtorch.tracking.manager import R
+    from qtorch.trainer.subprocess_tasks import fail_run
+
+    try:
+        with R.uri_context(run["tracking_uri"]):
+            fail_run(R.get_recorder(recorder_id=run["recorder_id"]), message)
+    except QtorchError as error:
+        print(f"cannot mark run {run['recorder_id']} as failed: {error}", file=sys.stderr)
+
+
+def failure_hint(exit_status: ExitStatus) -> str:
+    """Return a likely reason for this exit status of a job's process."""
+    is_killed = exit_status.code == -signal.SIGKILL
+    return " (out of memory? the kernel kills the largest process)" if is_killed else ""

@@ -1,0 +1,1 @@
+"""Hydra launchers and sweepers: submitit (SLURM), Ray, Optuna."""

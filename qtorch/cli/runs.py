@@ -1,0 +1,43 @@
+"""Load the model and dataset of a finished run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.tracking.manager import R
+from qtorch.tracking.recorder import Recorder
+
+
+def load_finished_run(run_id: str) -> Recorder:
+    """Return the run with this ID; raise ConfigError unless it is finished."""
+    recorder: Recorder = R.get_recorder(recorder_id=run_id)
+    if recorder.status != Recorder.STATUS_FI:
+        raise ConfigError(
+            f"run {recorder.id} is {recorder.status}; only a finished run has a fitted model."
+        )
+    return recorder
+
+
+def load_model_and_dataset(recorder: Recorder, source: dict[str, Any] | None) -> tuple[Any, Any]:
+    """Load a run's model and dataset.
+
+    If `source` is given, the dataset reads that source with the run's fitted processors.
+    """
+    model, dataset = recorder.load_object("params.pkl"), recorder.load_object("dataset")
+    if source is not None:
+        dataset.setup_data(source=init_instance_by_config(source))
+    return model, dataset
+
+
+def parse_segment(segment: Any, dataset: Any) -> Any:
+    """Return a segment's name, or two dates as a slice; raise ConfigError for an unknown name."""
+    if isinstance(segment, list | tuple):
+        if len(segment) != 2:
+            raise ConfigError(f"segment={segment}: expected a name or two dates.")
+        return slice(*(str(date) for date in segment))
+    segments = getattr(dataset, "segments", {})
+    if segment not in segments:
+        raise ConfigError(unknown_name("segment", str(segment), segments))
+    return segment

@@ -1,0 +1,275 @@
+"""Print the tasks of a pool, and convert them to CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qtorch.task.definition import RECORDER, Task
+from qtorch.task.stores.base import STATUSES
+from qtorch.task.worker import SlotStatus
+
+if TYPE_CHECKING:
+    from qtorch.task.worker import SlotStatus
+
+
+NAME_KEYS = ("_target_", "class", "func")
+
+
+def model_name(definition: Any) -> str:
+    """Return the name of the network if the model has one, else of the model."""
+    model = definition.get("model") if isinstance(definition, Mapping) else None
+    if not isinstance(model, Mapping):
+        return _last_part(model)
+    options = model if "_target_" in model else model.get("kwargs") or {}
+    network = options.get("network")
+    return (_config_name(network) if network is not None else "") or _config_name(model)
+
+
+def counts_text(stat: Mapping[str, int]) -> str:
+    """Format counts by status: `3 waiting, 40 done`."""
+    return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
+
+
+def total_counts(slots: Iterable[SlotStatus]) -> dict[str, int]:
+    """Add up the counts of a worker's slots, by how the tasks ended."""
+    totals: dict[str, int] = {}
+    for slot in slots:
+        for name, number in slot.counts.items():
+            totals[name] = totals.get(name, 0) + number
+    return totals
+
+
+def format_duration(seconds: float | None) -> str:
+    """Format a duration: `4.2 s`, `3:05`, `1:02:07`."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, remaining_seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}:{minutes:02}:{remaining_seconds:02}"
+        if hours
+        else f"{minutes}:{remaining_seconds:02}"
+    )
+
+
+def _config_name(config: Any) -> str:
+    if isinstance(config, Mapping):
+        return _last_part(next((config[k] for k in NAME_KEYS if config.get(k)), None))
+    return _last_part(config)
+
+
+def _last_part(name: Any) -> str:
+    return name.rpartition(".")[2] if isinstance(name, str) else ""
+
+
+COLUMNS = ("slot", "device", "task", "model", "stage", "epoch", "samples/s", "metric", "since")
+
+
+def worker_table(pool: str, slots: Sequence[SlotStatus]) -> Table:
+    """Create a table with one row per slot, and the total counts in the title."""
+    counts = total_counts(slots)
+    counts_text = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name == "done")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"pool {pool}: {counts_text}",
+        title_justify="left",
+    )
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in ("samples/s", "since") else "left")
+    for slot in slots:
+        table.add_row(slot.name, slot.device, *_cells(slot))
+    return table
+
+
+def _cells(slot: SlotStatus) -> list[str]:
+    task, progress = slot.task, slot.progress
+    if task is None:
+        return ["-", "", "[dim]idle[/dim]", "", "", "", ""]
+    rate = progress.get("samples_per_second")
+    return [
+        str(task["_id"]),
+        model_name(task["def"]),
+        stage_text(progress),
+        epoch_text(progress),
+        f"{rate:,}" if rate else "",
+        metrics_text(progress),
+        format_duration(time.monotonic() - slot.since),
+    ]
+
+
+def stage_text(progress: Mapping[str, Any]) -> str:
+    """Format the stage, with the name of the processor or record if there is one."""
+    part = next((str(progress[k]) for k in ("processor", "record") if progress.get(k)), "")
+    stage = str(progress.get("stage", ""))
+    return f"{stage} {part}" if part and stage in ("processors", "record") else stage
+
+
+def epoch_text(progress: Mapping[str, Any]) -> str:
+    """Format the epoch and batch of a training."""
+    if progress.get("epoch") is None:
+        return ""
+    batches = f" {progress['batch']}/{progress['batches']}" if progress.get("batches") else ""
+    return f"{progress['epoch']}/{progress.get('epochs')}{batches}"
+
+
+def metrics_text(progress: Mapping[str, Any]) -> str:
+    """Format the last epoch's validation metrics, or the training metrics if there are none."""
+    metrics = progress.get("metrics") or {}
+    names = [n for n in metrics if n.startswith("valid/")] or list(metrics)
+    return "  ".join(f"{n} {metrics[n]:.4g}" for n in names[:2] if metrics[n] is not None)
+
+
+STYLE = {"done": "green", "failed": "red", "running": "cyan"}
+CSV_COLUMNS = (
+    "id", "status", "model", "seed", "priority", "attempt", "errors", "lost", "preemptions",
+    "worker", "run", "experiment_id", "error", "created", "updated",
+)  # fmt: skip
+
+
+def print_tasks(tasks: Sequence[Task], limit: int | None = None) -> None:
+    """Print one row per task."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("id", "status", "model", "seed", "run", "attempts", "activity", "since"):
+        table.add_column(name, overflow="fold", justify="right" if name == "since" else "left")
+    now = time.time()
+    for task in tasks if limit is None else tasks[-limit:]:
+        style = STYLE.get(task["status"], "")
+        status = f"[{style}]{task['status']}[/{style}]" if style else task["status"]
+        seed = task["def"].get("seed") if isinstance(task["def"], Mapping) else None
+        table.add_row(
+            str(task["_id"]),
+            status,
+            model_name(task["def"]) or "-",
+            "-" if seed is None else str(seed),
+            task_run_id(task) or "-",
+            attempts_text(task),
+            _activity_text(task),
+            format_duration(max(0.0, now - float(task["updated"]))) if task.get("updated") else "-",
+        )
+    _console().print(table)
+    if limit is not None and len(tasks) > limit:
+        print(f"showing the newest {limit} of {len(tasks)} tasks")
+
+
+def print_task(task: Task) -> None:
+    """Print all details of a task."""
+    console = _console()
+    lines = Table.grid(padding=(0, 2))
+    worker = task.get("worker") or {}
+    facts = {
+        "task": f"{task['_id']} ({task['status']})",
+        "model": model_name(task["def"]),
+        "run": task_run_id(task),
+        "attempts": attempts_text(task),
+        "worker": " ".join(str(worker[k]) for k in ("host", "pid") if k in worker),
+        "activity": _activity_text(task) if task["status"] != "failed" else "",
+        "error": task.get("error"),
+    }
+    for name, value in facts.items():
+        if value:
+            lines.add_row(f"[dim]{name}[/dim]", str(value).replace("[", r"\["))
+    console.print(lines)
+    for name in ("traceback", "progress", "def", "res"):
+        value = task.get(name)
+        if value:
+            console.print(f"[dim]{name}[/dim]")
+            text = value if isinstance(value, str) else json.dumps(value, indent=1)
+            console.print(text, markup=False, highlight=False)
+
+
+def attempts_text(task: Mapping[str, Any]) -> str:
+    """Format the number of attempts, and how many ended in errors or were lost or returned."""
+    counts = [(task["errors"], "errors"), (task["lost"], "lost"), (task["preemptions"], "returned")]
+    details = ", ".join(f"{n} {name}" for n, name in counts if n)
+    return f"{task['attempt']} ({details})" if details else str(task["attempt"])
+
+
+def task_run_id(task: Mapping[str, Any]) -> str:
+    """Return the ID of the task's run."""
+    result = task.get("res")
+    recorder = result.get(RECORDER) if isinstance(result, Mapping) else None
+    return str((recorder or task.get("run") or {}).get("recorder_id") or "")
+
+
+def _activity_text(task: Mapping[str, Any]) -> str:
+    if task["status"] in ("failed", "waiting", "part_done"):
+        return str(task.get("error") or "")[:200].replace("[", r"\[")
+    progress = task.get("progress") or {}
+    if task["status"] == "done":
+        return metrics_text(progress)
+    host = (task.get("worker") or {}).get("host", "")
+    parts = (
+        stage_text(progress),
+        epoch_text(progress),
+        metrics_text(progress),
+        f"on {host}" if host else "",
+    )
+    return "  ".join(p for p in parts if p)
+
+
+def csv_text(tasks: Sequence[Task]) -> str:
+    """Format the tasks as CSV, without their definitions."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for task in tasks:
+        definition = task["def"] if isinstance(task["def"], Mapping) else {}
+        values = {
+            "id": task["_id"],
+            "model": model_name(definition),
+            "seed": definition.get("seed"),
+            "worker": (task.get("worker") or {}).get("id"),
+            "run": task_run_id(task),
+            "experiment_id": (task.get("run") or {}).get("experiment_id"),
+        }
+        writer.writerow([values[c] if c in values else task.get(c) for c in CSV_COLUMNS])
+    return out.getvalue()
+
+
+@contextmanager
+def show_progress(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
+    """Yield a function that displays counts: a progress bar on a terminal, otherwise lines."""
+    if not sys.stderr.isatty():
+        yield lambda stat: print(counts_text(stat), file=sys.stderr, flush=True)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(pool, total=None)
+
+        def update(stat: Mapping[str, int]) -> None:
+            num_finished = stat.get("done", 0) + stat.get("failed", 0)
+            failed_text = f", [red]{stat['failed']} failed[/red]" if stat.get("failed") else ""
+            running_text = f", {stat['running']} running" if stat.get("running") else ""
+            bars.update(
+                bar,
+                completed=num_finished,
+                total=sum(stat.values()),
+                description=f"{pool}{running_text}{failed_text}",
+            )
+
+        yield update
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=160)

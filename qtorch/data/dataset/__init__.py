@@ -1,0 +1,1 @@
+"""Datasets: segments, samples, batches, sample weights and extra tensors."""

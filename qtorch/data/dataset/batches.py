@@ -1,0 +1,311 @@
+"""Batches of samples, in an order that depends only on (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.samples import Samples
+from qtorch.data.panel.gather import NAN
+
+if TYPE_CHECKING:
+    from qtorch.data.dataset.samples import Samples
+
+
+Order = Literal["random", "sequential", "day", "day_sequential"]
+ORDERS: tuple[str, ...] = ("random", "sequential", "day", "day_sequential")
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return a CPU generator that depends only on (seed, epoch)."""
+    digest = hashlib.sha256(f"qtorch order {seed} {epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class EpochSampler:
+    """A minimal sampler with `set_epoch`, which Lightning looks for on a data loader."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.epoch = 0
+        self._num_samples = num_samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+
+class BatchLoader:
+    """Iterate over Samples in batches; one iteration is one epoch with every sample exactly once.
+
+    `order`: "random" shuffles samples, "sequential" follows (datetime, instrument), "day" yields
+    `days_per_batch` whole days `[G, N, ...]` per batch in shuffled order, "day_sequential" the
+    same in chronological order. The order depends only on (seed, epoch), not on a global random
+    generator or on the device. The last batch may be smaller. With `pad_tail` it is padded and
+    every batch has a mask, so that all batches have the same shape (for torch.compile).
+
+    `state_dict` and `load_state_dict` hold (epoch, step): a loader that is resumed in mid-epoch
+    yields exactly the batches that were left.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int = 800,
+        order: Order = "random",
+        seed: int = 0,
+        days_per_batch: int = 1,
+        pad_tail: bool = False,
+    ) -> None:
+        if order not in ORDERS:
+            raise ConfigError(unknown_name("order", order, ORDERS))
+        for name, value in (("batch_size", batch_size), ("days_per_batch", days_per_batch)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self.samples = samples
+        self.order: str = order
+        self.seed = seed
+        self.pad_tail = pad_tail
+        self.by_day = order.startswith("day")
+        self.size = days_per_batch if self.by_day else batch_size
+        self.sampler = EpochSampler(len(samples))
+        self._step = 0
+        self._resume: tuple[int, int] | None = None
+
+    # -- order ---------------------------------------------------------------------------------
+
+    @property
+    def _count(self) -> int:
+        return self.samples.num_days if self.by_day else len(self.samples)
+
+    def __len__(self) -> int:
+        return -(-self._count // self.size)
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """Return the epoch's permutation of the samples (or days, for day batches), on the CPU."""
+        if self.order in ("sequential", "day_sequential"):
+            return torch.arange(self._count)
+        return torch.randperm(self._count, generator=epoch_generator(self.seed, epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order the next iteration follows."""
+        self.sampler.set_epoch(epoch)
+
+    # -- iteration -----------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, start = self.sampler.epoch, 0
+        if self._resume is not None:
+            if self._resume[0] == epoch and self._resume[1] < len(self):
+                start = self._resume[1]
+            self._resume = None
+        self._step = start
+        for step, batch in enumerate(self.batches(epoch, start), start):
+            # Set before the yield: Lightning does not run a sized iterable to exhaustion, and a
+            # state that is saved during this batch must resume with the next one.
+            self._step = step + 1
+            yield batch
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the epoch's batches from `start_step` on; the loader's state is unchanged."""
+        order = self.epoch_order(epoch)
+        device_order = order if self.by_day else order.to(self.samples.index_device)
+        steps = range(start_step, len(self))
+        if self.samples.store != "host":
+            for step in steps:
+                yield self._batch(order, device_order, step)
+            return
+        next_batch: Batch | None = None
+        for step in steps:
+            # Copy the next batch to the device while the caller works on this one.
+            batch, next_batch = (
+                next_batch,
+                self.samples.send_to_device(self._batch(order, device_order, step)),
+            )
+            if batch is not None:
+                yield batch
+        if next_batch is not None:
+            yield next_batch
+
+    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+        part = slice(step * self.size, (step + 1) * self.size)
+        if self.by_day:
+            pad = self.size if self.pad_tail else None
+            return self.samples.day_batch(order[part], num_days=pad)
+        pad = self.size if self.pad_tail else None
+        return self.samples.batch(device_order[part], size=pad)
+
+    # -- resuming ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the running epoch and its next step."""
+        return {"epoch": self.sampler.epoch, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume from a saved state: the next iteration of that epoch starts at its step."""
+        self._resume = (int(state["epoch"]), int(state["step"]))
+        self._step = int(state["step"])
+        self.sampler.set_epoch(int(state["epoch"]))
+
+
+DUMMY_ROWS = 2  # at least two, as a network may compute a variance
+
+
+def shard_slice(count: int, rank: int, world_size: int) -> slice:
+    """Return the slice of `count` items that a rank takes.
+
+    The sizes of the shares differ by at most one; the first ranks have the larger ones.
+    """
+    base, remainder = divmod(count, world_size)
+    begin = rank * base + min(rank, remainder)
+    return slice(begin, begin + base + (rank < remainder))
+
+
+def balance_blocks(counts: Tensor, world_size: int) -> list[int]:
+    """Split days with `counts [G]` samples into blocks of about equal size.
+
+    Returns `world_size + 1` bounds. A day belongs to one block; a block may be empty.
+    """
+    total = int(counts.sum())
+    before = counts.cumsum(0) - counts
+    middle = (before + counts / 2).double()
+    inner = torch.arange(1, world_size, dtype=torch.float64) * total / world_size
+    return [0, *torch.searchsorted(middle, inner).tolist(), len(counts)]
+
+
+def dummy_batch(samples: Samples, by_day: bool) -> Batch:
+    """Build the batch for a rank that has no share of a step.
+
+    It has real features, so that every network yields numbers, but no labels, so that it adds
+    nothing to the loss or the metrics.
+    """
+    if by_day:
+        batch = samples.day_batch(torch.zeros(1, dtype=torch.int64))
+    else:
+        rows = torch.arange(min(DUMMY_ROWS, len(samples)), device=samples.index_device)
+        batch = samples.batch(rows)
+    for value, filler in ((batch.y, NAN), (batch.extra.get("raw_label"), NAN), (batch.weight, 0.0)):
+        if value is not None:
+            value.fill_(filler)
+    batch.num_samples, batch.is_dummy = 0, True
+    return batch
+
+
+def check_size(order: str, size: int, days_per_batch: int, world_size: int) -> None:
+    """Raise ConfigError for batches too small to give each of `world_size` devices a share."""
+    by_day = order.startswith("day")
+    name, value = ("days_per_batch", days_per_batch) if by_day else ("size", size)
+    if value < world_size:
+        reason = ", and a day is never split" if by_day else ""
+        raise ConfigError(
+            f"batch.{name} is {value}, but {world_size} devices share each batch{reason}. Set "
+            f"batch.{name} to {world_size} or more, or use fewer devices."
+        )
+
+
+class ShardedLoader(BatchLoader):
+    """A rank's share of each batch: rows of random batches, days of day batches.
+
+    Number, order and content of the global batches are those of one device, a function of (seed,
+    epoch, step). If a batch is too small for every rank, the last ranks get a `dummy_batch`. With
+    `trim`, for modules that do not handle dummy batches, such a batch is left out (it can only be
+    the last).
+    """
+
+    def __init__(
+        self, samples: Samples, *, rank: int, world_size: int, trim: bool = False, **options: Any
+    ) -> None:
+        super().__init__(samples, **options)
+        check_size(self.order, self.size, self.size, world_size)
+        self.rank, self.world_size = rank, world_size
+        self.trim = trim
+
+    def __len__(self) -> int:
+        num_full, remainder = divmod(self._count, self.size)
+        return num_full + int(remainder >= self.world_size if self.trim else remainder > 0)
+
+    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+        begin, end = step * self.size, min((step + 1) * self.size, self._count)
+        part = shard_slice(end - begin, self.rank, self.world_size)
+        rows = slice(begin + part.start, begin + part.stop)
+        if part.start == part.stop:
+            batch = dummy_batch(self.samples, self.by_day)
+        elif self.by_day:
+            batch = self.samples.day_batch(order[rows])
+        else:
+            batch = self.samples.batch(device_order[rows])
+        batch.global_size = end - begin
+        return batch
+
+
+class BlockLoader(BatchLoader):
+    """A rank's block of whole days, in chronological order, for evaluation.
+
+    Every sample belongs to one block. `limit` keeps only the first batches, as counted on one
+    device. All ranks have the same number of batches; if a block has too few samples (days) for
+    that, some of its batches are a `dummy_batch` (ConfigError if `allow_dummies` is False, for
+    modules that do not handle them).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        rank: int,
+        world_size: int,
+        limit: int | None = None,
+        allow_dummies: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(samples, **options)
+        count = self._count if limit is None else min(self._count, limit * self.size)
+        per_day = torch.unique_consecutive(samples.date.cpu(), return_counts=True)[1]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), per_day.cumsum(0)])
+        if self.by_day:
+            # Cut at the batch bounds of one device, because some losses depend on them.
+            bounds = torch.arange(0, count, self.size if allow_dummies else 1)
+        else:
+            bounds = starts[starts < count]  # a limit may cut the last day
+        bounds = torch.cat([bounds, torch.tensor([count])])
+        counts = (starts[bounds] if self.by_day else bounds).diff()
+        blocks = bounds[balance_blocks(counts, world_size)].tolist()
+        sizes = [b - a for a, b in pairwise(blocks)]
+        self.num_batches: int = -(-max(sizes) // self.size)
+        if not allow_dummies and min(sizes) < self.num_batches:
+            raise ConfigError(
+                f"{samples.num_days} days are too few to evaluate on {world_size} devices; use "
+                "fewer devices."
+            )
+        self.begin, self.end = blocks[rank], blocks[rank + 1]
+        self.keeps_batch_bounds = self.by_day and allow_dummies
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        if not self.num_batches:
+            return iter(())
+        return super().batches(epoch, start_step)
+
+    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+        if self.keeps_batch_bounds:
+            first = min(self.begin + step * self.size, self.end)
+            rows = slice(first, min(first + self.size, self.end))
+        else:
+            part = shard_slice(self.end - self.begin, step, self.num_batches)
+            rows = slice(self.begin + part.start, self.begin + part.stop)
+        if rows.start == rows.stop:
+            return dummy_batch(self.samples, self.by_day)
+        if self.by_day:
+            return self.samples.day_batch(order[rows])
+        return self.samples.batch(device_order[rows])

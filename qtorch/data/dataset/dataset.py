@@ -1,0 +1,452 @@
+"""Datasets: a handler's data by named segments, as frames or as samples for training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeAlias
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.configured import Configured
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.serial import Serializable, State
+from qtorch.core.trust import trust_subclasses
+from qtorch.data.dataset.extras import Extra, check_extras
+from qtorch.data.dataset.sampler import TSDataSampler
+from qtorch.data.dataset.samples import Samples, build_samples, check_segments
+from qtorch.data.handler.fetch import CS_ALL, select_groups
+from qtorch.data.handler.handler import DK_I, DK_L, DK_R, DataHandler, DataHandlerLP
+from qtorch.data.panel.gather import check_fill
+from qtorch.data.panel.view import View
+
+log = logging.getLogger(__name__)
+
+Segment: TypeAlias = tuple[Any, Any]
+TRAIN = "train"
+
+
+@trust_subclasses
+class Dataset(Configured, Serializable):
+    """Base class of datasets. A user's dataset implements `prepare`, and `samples` if possible."""
+
+
+class DatasetH(Dataset):
+    """A handler's data, split into named segments.
+
+    `handler`: a DataHandler or its configuration. `segments`: `{name: (start, end)}`, both ends
+    inclusive, None is open. `prepare` returns what Qlib's `prepare` returns; `samples` returns
+    the samples that networks are trained on. If there is a segment "train", the handler's
+    processors are fitted on it unless they have a fit window of their own.
+
+    `horizon`: calendar rows that the label looks ahead, if the loader cannot read it from the
+    label's expression. Overlapping segments are an error unless `allow_overlap` is set.
+    `prepare` passes `fetch_kwargs` to `handler.fetch`. `extras`: named tensors that accompany each
+    sample, for networks that request them (`qtorch.data.Concepts` or a user's `Extra`).
+    """
+
+    def __init__(
+        self,
+        handler: Any,
+        segments: Mapping[str, Any],
+        fetch_kwargs: Mapping[str, Any] | None = None,
+        *,
+        horizon: int | None = None,
+        allow_overlap: bool = False,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.handler: DataHandler = _build_handler(handler)
+        self.allow_overlap = allow_overlap
+        self.segments = self._validate_segments(segments)
+        self.fetch_kwargs = dict(plain(fetch_kwargs) or {})
+        self.horizon = horizon
+        self.extras: dict[str, Extra] = {
+            name: init_instance_by_config(extra, accept_types=Extra)
+            for name, extra in check_extras(plain(extras)).items()
+        }
+        # Store the built parts, so that the configuration stays correct after `config(...)`.
+        self._arguments = {
+            **self._arguments,
+            "handler": self.handler,
+            "segments": self.segments,
+        }
+
+    def _validate_segments(self, segments: Mapping[str, Any]) -> dict[str, Segment]:
+        segments = plain(segments)
+        if not isinstance(segments, Mapping):
+            raise ConfigError(f"segments must be {{name: (start, end)}}, got {segments!r:.80}.")
+        spans = {str(name): parse_span(name, value) for name, value in segments.items()}
+        if not self.allow_overlap:
+            check_segments(spans)
+        return spans
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def view(self, data_key: str = DK_I, *, groups: Sequence[str] | None = None) -> View:
+        """Return the handler's view of a key, with its processors fitted on the train segment."""
+        return self._bind_handler().view(data_key, groups=groups)
+
+    def _bind_handler(self) -> DataHandler:
+        if TRAIN in self.segments and isinstance(self.handler, DataHandlerLP):
+            self.handler.bind_train_segment(*self.segments[TRAIN])
+        return self.handler
+
+    def prepare(
+        self,
+        segments: Any,
+        col_set: str | Sequence[str] = CS_ALL,
+        data_key: str = DK_I,
+        *,
+        level: str | int | None = "datetime",
+        squeeze: bool = False,
+        proc_func: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+    ) -> Any:
+        """Return the frames of segments: one for a name or for dates, a list for a list of names.
+
+        Dates are a slice, a pair (both inclusive), or whatever `handler.fetch` accepts. Nothing is
+        purged here. Raises DataError for a named segment without rows.
+        """
+        options = {"level": level, "squeeze": squeeze, "proc_func": proc_func}
+        return self._prepare_each(
+            segments,
+            lambda selector, name: self._fetch_segment(selector, name, col_set, data_key, options),
+        )
+
+    def _prepare_each(self, segments: Any, prepare: Callable[[Any, str | None], Any]) -> Any:
+        """Call `prepare` for one segment, for each of a list of names, or for dates."""
+        segments = plain(segments)
+        if isinstance(segments, str) and segments in self.segments:
+            return prepare(slice(*self.segments[segments]), segments)
+        if isinstance(segments, list | tuple) and all(
+            isinstance(s, str) and s in self.segments for s in segments
+        ):
+            return [prepare(slice(*self.segments[s]), s) for s in segments]
+        if isinstance(segments, str) and not _is_date(segments):
+            raise ConfigError(unknown_name("segment", segments, self.segments))
+        return prepare(segments, None)
+
+    def _fetch_segment(
+        self,
+        selector: Any,
+        name: str | None,
+        col_set: str | Sequence[str],
+        data_key: str,
+        options: Mapping[str, Any],
+    ) -> Any:
+        handler = self._bind_handler()
+        frame = handler.fetch(
+            selector,
+            col_set=col_set,
+            data_key=data_key,
+            **{**options, **self.fetch_kwargs},
+        )
+        if name is not None and not len(frame):
+            raise DataError(self._empty_segment_message(name, handler.view(data_key)))
+        return frame
+
+    def _empty_segment_message(self, name: str, view: View) -> str:
+        start, end = self.segments[name]
+        days = view.calendar[view.rows.any(1).cpu().numpy()]
+        covered_dates = f"{days[0]:%Y-%m-%d}..{days[-1]:%Y-%m-%d}" if len(days) else "no rows"
+        return f"segment {name!r} ({start}..{end}) has no rows; the data has {covered_dates}."
+
+    # -- samples -------------------------------------------------------------------------------
+
+    def samples(
+        self,
+        segment: Any = TRAIN,
+        *,
+        data_key: str = DK_L,
+        purge: bool | None = None,
+        horizon: int | None = None,
+        feature_group: str = "feature",
+        label_group: str = "label",
+    ) -> Samples:
+        """Return the samples of a segment (a name, a slice or a pair of dates) for a network.
+
+        `purge` leaves out samples whose label reaches into the next segment (None: only for the key
+        "learn"). The label's reach is `horizon`, else the dataset's horizon, else it is read from
+        the label's expression. Raises DataError for a segment without samples.
+        """
+        name, (start, end) = self._parse_segment(segment)
+        view = self.view(data_key)
+        should_purge = data_key == DK_L if purge is None else purge
+        return build_samples(
+            view,
+            start=start,
+            end=end,
+            name=name,
+            raw_label=self._load_raw_label(label_group),
+            step_len=self._step_len(),
+            fill=self._fill_method(),
+            feature_group=feature_group,
+            label_group=label_group,
+            rows=self._sample_mask(data_key),
+            horizon=self._resolve_horizon(horizon, label_group) if should_purge else 0,
+            later_starts=self._later_segment_starts(name, end) if should_purge else (),
+            learn=data_key == DK_L,
+            extras=self.extras,
+        )
+
+    def _parse_segment(self, segment: Any) -> tuple[str, Segment]:
+        segment = plain(segment)
+        if isinstance(segment, str):
+            if segment not in self.segments:
+                raise ConfigError(unknown_name("segment", segment, self.segments))
+            return segment, self.segments[segment]
+        return "the dates", parse_span("segment", segment)
+
+    def _later_segment_starts(self, name: str, end: Any) -> list[Any]:
+        """Return the start dates of the segments that begin after this segment's end."""
+        if end is None:
+            return []
+        last = pd.Timestamp(end)
+        starts = [s for n, (s, _) in self.segments.items() if n != name and s is not None]
+        return [s for s in starts if pd.Timestamp(s) > last]
+
+    def _resolve_horizon(self, horizon: int | None, label_group: str) -> int:
+        for value in (horizon, self.horizon, self.handler.horizon(label_group)):
+            if value is not None:
+                return value
+        log.warning(
+            "cannot tell how far the label looks ahead, so no samples are purged; pass "
+            "horizon=... (days) to the dataset."
+        )
+        return 0
+
+    def _load_raw_label(self, group: str) -> Any:
+        handler = self._bind_handler()
+        if isinstance(handler, DataHandlerLP) and handler.from_cast:
+            return None
+        try:
+            return handler.view(DK_R, groups=[group]).groups.get(group)
+        except ConfigError:
+            return None  # drop_raw=True: the raw label was dropped with the other raw data
+
+    def _sample_mask(self, data_key: str) -> Tensor | None:
+        """Return a mask `[D, N]` of the rows that may be samples; None for all."""
+        return None
+
+    def _step_len(self) -> int:
+        return 1
+
+    def _fill_method(self) -> str:
+        return "none"
+
+    # -- configuration and storage -------------------------------------------------------------
+
+    def config(
+        self,
+        dump_all: bool | None = None,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+        recursive: bool = False,
+        *,
+        handler_kwargs: Mapping[str, Any] | None = None,
+        segments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Change the segments, or pass arguments to the handler's `config` (dates, instruments)."""
+        if handler_kwargs is not None:
+            self.handler.config(**handler_kwargs)
+        if segments is not None:
+            self.segments = self._validate_segments(segments)
+            self._arguments = {**self._arguments, "segments": self.segments}
+        super().config(dump_all, exclude, include, recursive)
+
+    def setup_data(
+        self, handler_kwargs: Mapping[str, Any] | None = None, *, source: Any = None
+    ) -> None:
+        """Reload the data; `handler_kwargs` are passed to the handler's `setup_data`.
+
+        `init_type="load_state"` in `handler_kwargs` keeps the fitted processors. `source` replaces
+        the handler's data source; the processors then stay fitted as well.
+        """
+        if source is not None:
+            self.handler.set_source(source)
+        if handler_kwargs is not None:
+            self._bind_handler().setup_data(**handler_kwargs)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the content of the underlying data."""
+        return self.handler.fingerprint()
+
+    def to_state(self) -> State:
+        """Return the configuration and the fitted parameters of the processors, without data.
+
+        Raises ConfigError if a part has no configuration (e.g. a live DataFrame).
+        """
+        state = State({"dataset": self.to_config()})
+        if isinstance(self.handler, DataHandlerLP):
+            processor_state = self.handler.get_fitted_state()
+            state.config["handler"], state.tensors = processor_state.config, processor_state.tensors
+        return state
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        """Restore a dataset; data is loaded on first use and the processors are not refitted."""
+        dataset = init_instance_by_config(state.config["dataset"], check_trust=True)
+        if not isinstance(dataset, cls):
+            raise DataError(
+                f"the state describes a {type(dataset).__name__}, expected a {cls.__name__}."
+            )
+        if isinstance(dataset.handler, DataHandlerLP):
+            dataset.handler.load_fitted_state(State(state.config["handler"], state.tensors))
+        return dataset
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(handler={self.handler!r}, segments={self.segments})"
+
+    # -- Qlib's API ----------------------------------------------------------------------------
+
+    @staticmethod
+    def get_min_time(segments: Mapping[str, Segment]) -> Any:
+        """Return the earliest start; None if one is open."""
+        return _extreme_date([s for s, _ in segments.values()], min)
+
+    @staticmethod
+    def get_max_time(segments: Mapping[str, Segment]) -> Any:
+        """Return the latest end; None if one is open."""
+        return _extreme_date([e for _, e in segments.values()], max)
+
+
+def _build_handler(config: Any) -> DataHandler:
+    handler = init_instance_by_config(config, accept_types=DataHandler)
+    if not isinstance(handler, DataHandler):
+        raise ConfigError(
+            f"handler is a {type(handler).__name__}; expected a DataHandler or its configuration. "
+            "For a DataFrame use DataHandlerLP.from_df(frame)."
+        )
+    return handler
+
+
+def parse_span(name: Any, value: Any) -> Segment:
+    """Return `(start, end)` for a pair of dates or a slice."""
+    if isinstance(value, slice):
+        return value.start, value.stop
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value[0], value[1]
+    raise ConfigError(f"{name!r} must be two dates (start, end), got {value!r:.80}.")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        pd.Period(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _extreme_date(dates: Sequence[Any], select: Callable[..., Any]) -> Any:
+    return None if not dates or any(d is None for d in dates) else select(dates, key=pd.Timestamp)
+
+
+class TSDatasetH(DatasetH):
+    """Windows of the last `step_len` days of each sample, including its own day.
+
+    Windows reach back before the segment's start. `fillna_type` ("none", "ffill",
+    "ffill+bfill") selects what a network's window shows for days on which the instrument has no
+    row; Qlib's models set "ffill+bfill". `flt_col`: a group with one boolean column; rows where
+    it is false or missing are not samples, but windows include them. `prepare` returns a
+    `TSDataSampler`, which starts with "none", as Qlib's does.
+    """
+
+    def __init__(
+        self,
+        handler: Any,
+        segments: Mapping[str, Any],
+        step_len: int = 30,
+        flt_col: str | None = None,
+        fetch_kwargs: Mapping[str, Any] | None = None,
+        *,
+        fillna_type: str = "ffill+bfill",
+        horizon: int | None = None,
+        allow_overlap: bool = False,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_fill(fillna_type)
+        self.step_len = _check_step_len(step_len)
+        self.flt_col = flt_col
+        self.fillna_type = fillna_type
+        super().__init__(
+            handler,
+            segments,
+            fetch_kwargs,
+            horizon=horizon,
+            allow_overlap=allow_overlap,
+            extras=extras,
+        )
+
+    def prepare(  # type: ignore[override]  # returns samplers, as in Qlib
+        self,
+        segments: Any,
+        col_set: str | Sequence[str] = CS_ALL,
+        data_key: str = DK_I,
+        *,
+        flt_col: str | None = None,
+        dtype: Any = None,
+    ) -> Any:
+        """Return samplers of segments; names, lists and dates as in `DatasetH.prepare`."""
+
+        def sampler(selector: Any, name: str | None) -> TSDataSampler:
+            view = self.view(data_key)
+            start, end = parse_span(name or "segment", selector)
+            span = view.date_rows(start, end)
+            ts_sampler = TSDataSampler(
+                view,
+                span,
+                step_len=self.step_len,
+                groups=select_groups(view, col_set) or list(view.groups),
+                samples=self._sample_mask(data_key, flt_col),
+                dtype=dtype,
+            )
+            if name is not None and ts_sampler.empty:
+                raise DataError(self._empty_segment_message(name, view))
+            return ts_sampler
+
+        return self._prepare_each(segments, sampler)
+
+    def _sample_mask(self, data_key: str, flt_col: str | None = None) -> Tensor | None:
+        group = self.flt_col if flt_col is None else flt_col
+        if group is None:
+            return None
+        columns = self.view(data_key).group(group)
+        if len(columns.names) != 1:
+            raise ConfigError(
+                f"flt_col={group!r} must be a group of one column, it has {len(columns.names)}."
+            )
+        value = columns.column(columns.names[0])
+        return (value != 0) & ~torch.isnan(value)
+
+    def _step_len(self) -> int:
+        return self.step_len
+
+    def _fill_method(self) -> str:
+        return self.fillna_type
+
+    def config(
+        self,
+        dump_all: bool | None = None,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+        recursive: bool = False,
+        *,
+        handler_kwargs: Mapping[str, Any] | None = None,
+        segments: Mapping[str, Any] | None = None,
+        step_len: int | None = None,
+    ) -> None:
+        """Extend DatasetH's `config` by another `step_len`."""
+        if step_len is not None:
+            self.step_len = _check_step_len(step_len)
+            self._arguments = {**self._arguments, "step_len": step_len}
+        super().config(
+            dump_all, exclude, include, recursive, handler_kwargs=handler_kwargs, segments=segments
+        )
+
+
+def _check_step_len(step_len: int) -> int:
+    if step_len < 1:
+        raise ConfigError(f"step_len must be at least 1, got {step_len}.")
+    return int(step_len)

@@ -1,0 +1,143 @@
+"""Row and column selection of Qlib's `fetch`: by date, instrument or index, and by column group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.data.panel.frames import view_to_frame
+from qtorch.data.panel.panel import NAMES
+from qtorch.data.panel.view import View
+from qtorch.data.processor.base import FLAT
+
+CS_ALL = "__all"
+CS_RAW = "__raw"
+
+
+def fetch_frame(
+    view: View,
+    selector: Any = slice(None),
+    level: str | int | None = "datetime",
+    col_set: str | Sequence[str] = CS_ALL,
+) -> pd.DataFrame:
+    """Select rows and columns of a view as a frame, as Qlib's handlers return them.
+
+    `selector`: a date (a string may name a month or a year), a slice or pair of dates, both
+    inclusive, or an index of dates; with `level` "instrument" the same for instruments; with
+    `level` None whatever `frame.loc` accepts.
+    """
+    groups = select_groups(view, col_set)
+    span = _date_span(view, selector) if _is_date_level(level) else None
+    if span is None:
+        return _drop_group_level(
+            _select_rows(view_to_frame(view, groups=groups), selector, level), view, col_set
+        )
+    frame = view_to_frame(view, start=span[0], end=span[1], groups=groups)
+    return _drop_group_level(frame, view, col_set)
+
+
+def squeeze_frame(frame: pd.DataFrame, selector: Any, level: str | int | None) -> Any:
+    """Reduce one column or one row to a series, and drop a single date's level (as Qlib does)."""
+    rows, columns = frame.shape
+    if columns == 1:
+        out: Any = frame.iloc[0, 0] if rows == 1 else frame.iloc[:, 0]
+    else:
+        out = frame.iloc[0] if rows == 1 else frame
+    if rows > 1 and isinstance(selector, str | pd.Timestamp):
+        return out.reset_index(level=level, drop=True)
+    return out
+
+
+def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
+    """Return the groups that a column set names; None for all groups."""
+    if set(view.groups) == {FLAT} or (isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW)):
+        return None
+    groups = [col_set] if isinstance(col_set, str) else list(col_set)
+    for group in groups:
+        if group not in view.groups:
+            choices = [*view.groups, CS_ALL, CS_RAW]
+            raise ConfigError(unknown_name("column set (group)", str(group), choices))
+    return groups
+
+
+def column_set_names(view: View, col_set: str | Sequence[str]) -> list[Any]:
+    """Return the columns of a column set: names, or `(group, name)` for several groups."""
+    select_groups(view, col_set)
+    if set(view.groups) == {FLAT}:
+        return list(view.groups[FLAT].names)
+    if isinstance(col_set, str) and col_set not in (CS_ALL, CS_RAW):
+        return list(view.groups[col_set].names)
+    groups = list(view.groups) if isinstance(col_set, str) else list(col_set)
+    pairs = [(g, n) for g in groups for n in view.groups[g].names]
+    return [n for _, n in pairs] if isinstance(col_set, str) and col_set == CS_ALL else pairs
+
+
+def _is_date_level(level: str | int | None) -> bool:
+    if level not in (None, 0, 1, *NAMES):
+        raise ConfigError(unknown_name("level", str(level), NAMES))
+    return level in (NAMES[0], 0)
+
+
+def _date_span(view: View, selector: Any) -> tuple[Any, Any] | None:
+    """Return the first and last date of a selector, or None if it is not a span of dates."""
+    if isinstance(selector, tuple | list) and len(selector) == 2:
+        selector = slice(*selector)
+    if isinstance(selector, slice):
+        if selector.step is not None:
+            raise ConfigError("a slice of dates cannot have a step.")
+        return _span_start(view, selector.start), _span_end(view, selector.stop)
+    if isinstance(selector, str):
+        return _span_start(view, selector), _span_end(view, selector)
+    if isinstance(selector, pd.Timestamp) or hasattr(selector, "isoformat"):
+        return selector, selector
+    return None
+
+
+def _span_start(view: View, date: Any) -> Any:
+    return _period_edge(view, date, 0)
+
+
+def _span_end(view: View, date: Any) -> Any:
+    return _period_edge(view, date, 1)
+
+
+def _period_edge(view: View, date: Any, side: int) -> Any:
+    """Convert a partial date ("2016", "2016-03") to the first or last instant of its period."""
+    if not isinstance(date, str):
+        return date
+    try:
+        period = pd.Period(date)
+    except ValueError:
+        return date
+    if period.freqstr[:1] not in ("Y", "Q", "M"):
+        return date
+    return period.start_time if side == 0 else period.end_time.normalize()
+
+
+def _select_rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.DataFrame:
+    if isinstance(selector, slice) and selector == slice(None):
+        return frame
+    if level is None or isinstance(selector, pd.MultiIndex):
+        selection: pd.DataFrame = frame.loc(axis=0)[selector]
+        return selection
+    try:
+        if _is_date_level(level):
+            dates = pd.DatetimeIndex([selector] if pd.api.types.is_scalar(selector) else selector)
+            return frame[frame.index.get_level_values(0).isin(dates)]
+        if isinstance(selector, slice):
+            return frame.loc[(slice(None), selector), :]
+        names = [selector] if isinstance(selector, str) else list(selector)
+        return frame[frame.index.get_level_values(1).isin(names)]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot select rows by {selector!r:.80}: {error}") from error
+
+
+def _drop_group_level(
+    frame: pd.DataFrame, view: View, col_set: str | Sequence[str]
+) -> pd.DataFrame:
+    if frame.columns.nlevels == 1 or not isinstance(col_set, str) or col_set == CS_RAW:
+        return frame
+    return frame.droplevel(0, axis=1)

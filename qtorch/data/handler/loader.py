@@ -1,0 +1,551 @@
+"""Data loaders: build a view of raw columns from a source of bars, frames, or other loaders."""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import ABC
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from qtorch.core.configured import Configured
+from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.identity import digest
+from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.trust import trust_subclasses
+from qtorch.data.expression import evaluate, expression_fields, reach
+from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
+from qtorch.data.handler.filter import DynamicFilter, build_filters
+from qtorch.data.handler.infinite import check_view
+from qtorch.data.panel.columns import Columns, PanelColumns, instrument_major
+from qtorch.data.panel.frames import (
+    read_frame,
+    view_fingerprint,
+    view_from_frame,
+    view_from_frames,
+    view_to_frame,
+)
+from qtorch.data.panel.panel import Panel, clip_spans
+from qtorch.data.panel.view import HOW, View, join_views, restrict_view
+from qtorch.data.processor.base import FLAT, Names
+from qtorch.data.processor.instrument import build_inst_processors
+from qtorch.data.source.base import Source
+from qtorch.data.source.frame import build_source, default_source
+
+
+@trust_subclasses
+class DataLoader(Configured, ABC):
+    """The source of a handler's raw data.
+
+    `view` returns columns by group over a calendar and instruments; `load` returns the same as a
+    frame, as in Qlib. A user's loader overrides either of them: with only `load` (Qlib's protocol,
+    a `(datetime, instrument)` frame) the view is built from the frame. Loaded values may be
+    infinite, e.g. after a division in an expression; handling them is left to the processors.
+    Answers to qlib/data/dataset/loader.py.
+    """
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        """Load the raw data between two dates, both inclusive; None is open.
+
+        `source` is used by a loader that has no source of its own. `columns` names the requested
+        columns by group; others may be left out.
+        """
+        if type(self).load is DataLoader.load:
+            raise ConfigError(f"{type(self).__name__} must override view(...) or load(...).")
+        return view_from_frame(self.load(instruments, start_time, end_time))
+
+    def load(
+        self, instruments: Any = None, start_time: Any = None, end_time: Any = None
+    ) -> pd.DataFrame:
+        """Load the raw data as a `(datetime, instrument)` frame, float32."""
+        return view_to_frame(self.view(instruments, start_time, end_time))
+
+    def names(self) -> Names | None:
+        """Return the columns by group if they are known before loading, else None."""
+        return None
+
+    def horizon(self, group: str = "label") -> int | None:
+        """Return how many calendar rows a group's values look ahead; None if unknown."""
+        return None
+
+    def needs_source(self) -> bool:
+        """Whether the loader reads a source of bars and has none of its own."""
+        return False
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        """Return a hash of the content that is loaded."""
+        return view_fingerprint(self.view(source=source))
+
+
+class LoaderAdapter(DataLoader):
+    """Wrap any object with Qlib's `load(instruments, start_time, end_time) -> frame`."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def load(
+        self, instruments: Any = None, start_time: Any = None, end_time: Any = None
+    ) -> pd.DataFrame:
+        frame: pd.DataFrame = self.loader.load(instruments, start_time, end_time)
+        return frame
+
+
+POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
+
+
+def parse_fields(config: Any) -> dict[str, dict[str, str]]:
+    """Parse a config into `{group: {column: expression}}`; without groups, the group is ""."""
+    if isinstance(config, Mapping):
+        if not config:
+            raise ConfigError(
+                "the loader's config is empty; expected {group: fields} or a list of expressions."
+            )
+        return {str(g): _parse_group(part, f"group {g!r}") for g, part in config.items()}
+    return {FLAT: _parse_group(config, "the config")}
+
+
+def _parse_group(part: Any, location: str) -> dict[str, str]:
+    error_text = (
+        f"{location}: expected a list of expressions, or (expressions, names); got {part!r:.80}."
+    )
+    if isinstance(part, str):
+        part = [part]
+    if not isinstance(part, Sequence) or not len(part):
+        raise ConfigError(error_text)
+    if isinstance(part[0], str):
+        expressions, names = part, part
+    elif len(part) == 2:
+        expressions, names = part
+    else:
+        raise ConfigError(error_text)
+    if len(expressions) != len(names):
+        raise ConfigError(f"{location}: got {len(expressions)} expressions but {len(names)} names.")
+    for expression in expressions:
+        if POINT_IN_TIME.search(str(expression)):
+            raise DataError(
+                f"{expression!r} is a point-in-time field, which qtorch does not support. Pass "
+                "such data by date as a column of a DataFrame (StaticDataLoader)."
+            )
+    fields = dict(zip(map(str, names), map(str, expressions), strict=True))
+    if len(fields) < len(names):
+        duplicates = pd.Index(names)[pd.Index(names).duplicated()].tolist()[:5]
+        raise ConfigError(f"{location}: column names must be unique, got duplicates: {duplicates}.")
+    return fields
+
+
+def select_fields(
+    fields: Mapping[str, Mapping[str, str]], columns: Names | None
+) -> dict[str, dict[str, str]]:
+    """Keep the requested columns, and drop groups without any requested column."""
+    if columns is None:
+        return {g: dict(f) for g, f in fields.items()}
+    selection = {g: {n: f[n] for n in columns[g]} for g, f in fields.items() if g in columns}
+    return {g: f for g, f in selection.items() if f}
+
+
+def max_reach(expressions: Iterable[str]) -> tuple[int | None, int]:
+    """Return the largest reach of several expressions, in rows before and after a date.
+
+    None before means the whole history.
+    """
+    reaches = [reach(e) for e in expressions]
+    before = (
+        None if any(b is None for b, _ in reaches) else max((b or 0 for b, _ in reaches), default=0)
+    )
+    return before, max((a for _, a in reaches), default=0)
+
+
+log = logging.getLogger(__name__)
+
+MODULE = "qtorch.data"
+INSTRUMENTS_AT_ONCE = 128
+
+
+class QlibDataLoader(DataLoader):
+    """Evaluate expressions over the bars of a source.
+
+    `config`: `{group: fields}` or `fields` alone, where `fields` is a list of expressions (which
+    then also name the columns) or `(expressions, names)`. `filter_pipe`: dynamic filters of the
+    universe; they also act on lists of instruments (Qlib's do not). `inst_processors`:
+    TimeRangeFlt, or callables `(frame, instrument=...) -> frame` that process one instrument and
+    may drop dates and change values; one list for all groups. `source`: a Source, its
+    configuration, or a folder of Qlib's files; None uses the handler's source.
+
+    `swap_level` exists for compatibility with Qlib and must stay True. All groups have the same
+    frequency. Point-in-time fields (`$$...`, `P(...)`) are not supported.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | Sequence[Any],
+        filter_pipe: Sequence[Any] | None = None,
+        swap_level: bool = True,
+        freq: str | Mapping[str, str] = "day",
+        inst_processors: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        source: Any = None,
+    ) -> None:
+        if not swap_level:
+            raise ConfigError(
+                "swap_level=False (instrument before date) is not supported; reorder the result "
+                "of load(...) with frame.swaplevel().sort_index()."
+            )
+        self.config = config
+        self.filter_pipe = filter_pipe
+        self.freq = _single_frequency(freq)
+        self.inst_processors = inst_processors
+        self.source = source
+        self._fields = parse_fields(plain(config))
+        self._filters = build_filters(filter_pipe)
+        self._inst_processors = build_inst_processors(inst_processors)
+        self._own_source = None if source is None else build_source(source)
+
+    def names(self) -> Names:
+        return {group: tuple(fields) for group, fields in self._fields.items()}
+
+    def expressions(self) -> dict[str, dict[str, str]]:
+        """Return `{group: {column: expression}}`."""
+        return {group: dict(fields) for group, fields in self._fields.items()}
+
+    def horizon(self, group: str = "label") -> int | None:
+        if group not in self._fields:
+            return None
+        return max(reach(e)[1] for e in self._fields[group].values())
+
+    def needs_source(self) -> bool:
+        return self._own_source is None
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        return (self._own_source or source or default_source()).fingerprint()
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        fields = select_fields(self._fields, columns)
+        source = self._own_source or source or default_source()
+        universe, filter_config = _split_universe(instruments)
+        filters = [*self._filters, *build_filters(filter_config)]
+
+        def compute() -> View:
+            return self._compute_view(source, universe, start_time, end_time, fields, filters)
+
+        cache, cache_entry = current_feature_cache(), None
+        if cache is not None:
+            cache_entry = feature_key(
+                self,
+                source,
+                universe=universe,
+                start_time=start_time,
+                end_time=end_time,
+                freq=self.freq,
+                fields=fields,
+                filters=filters,
+            )
+        view = (
+            compute()
+            if cache is None or cache_entry is None
+            else cache.get(*cache_entry, compute=compute)
+        )
+        for process in self._inst_processors:
+            view = process(view)
+        return view
+
+    def _compute_view(
+        self,
+        source: Source,
+        universe: Any,
+        start_time: Any,
+        end_time: Any,
+        fields: Mapping[str, Mapping[str, str]],
+        filters: Sequence[DynamicFilter],
+    ) -> View:
+        rule_expressions = [e for f in filters for e in f.expressions()]
+        load_arguments = self._load_arguments(start_time, end_time, fields, rule_expressions)
+        field_expressions = [e for part in fields.values() for e in part.values()]
+        bars = source.load_for_expressions(
+            [*field_expressions, *rule_expressions], instruments=universe, **load_arguments
+        )
+        mask_bars = source.load_mask_bars(field_expressions, **load_arguments)
+        for dynamic_filter in filters:
+            mask = dynamic_filter.members(bars)
+            bars = Panel(
+                bars.values,
+                bars.calendar,
+                bars.instruments,
+                bars.fields,
+                mask=mask,
+                spans=bars.spans,
+            )
+        bars = _drop_nonmembers(bars, start_time, end_time) if filters else bars
+        span = bars.rows(start_time, end_time)
+        mask_arguments = {} if mask_bars is None else {"mask_bars": mask_bars}
+        groups = {
+            g: self.compute_columns(g, bars, span, names, **mask_arguments)
+            for g, names in fields.items()
+        }
+        rows = bars.mask[span].contiguous()
+        return View(groups, rows, rows)
+
+    def compute_columns(
+        self,
+        group: str,
+        bars: Panel,
+        span: slice,
+        expressions: Mapping[str, str],
+        mask_bars: Panel | None = None,
+    ) -> Columns:
+        """Compute the columns of one group for the rows `span` of the bars.
+
+        `mask_bars` are the bars of further instruments that the expressions refer to (by Mask).
+        """
+        return evaluate_columns(expressions, bars, span, mask_bars)
+
+    def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
+        """Return the number of rows that a group's expressions need before and after the dates.
+
+        None before means the whole history.
+        """
+        return max_reach(expressions.values())
+
+    def group_fields(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the stored fields that a group's expressions read."""
+        return expression_fields(expressions)
+
+    def _load_arguments(
+        self,
+        start_time: Any,
+        end_time: Any,
+        fields: Mapping[str, Mapping[str, str]],
+        rule_expressions: Sequence[str],
+    ) -> dict[str, Any]:
+        """Build the arguments of the source's load methods, except for the instruments."""
+        reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
+        reaches.append(max_reach(rule_expressions))
+        before = None if any(b is None for b, _ in reaches) else max(b or 0 for b, _ in reaches)
+        field_names = dict.fromkeys(f for g, e in fields.items() for f in self.group_fields(g, e))
+        field_names.update(dict.fromkeys(expression_fields(rule_expressions)))
+        return {
+            "fields": list(field_names),
+            "start_time": start_time,
+            "end_time": end_time,
+            "freq": self.freq,
+            "before": before,
+            "after": max(a for _, a in reaches),
+        }
+
+
+class StaticDataLoader(DataLoader):
+    """Load a user's own data: a DataFrame, `{group: DataFrame or path}`, or a path.
+
+    Frames are indexed by `(datetime, instrument)`; two-level columns are `(group, column)`. Files
+    are parquet or CSV, with `datetime` and `instrument` as index or columns. `join` selects the
+    rows of the result if there are several frames. Values become float32; infinite ones need a
+    ProcessInf.
+
+    Instruments are a list, the name of one instrument of the data, or a universe of the handler's
+    source; None and "all" mean every instrument.
+    """
+
+    def __init__(self, config: Any, join: str = "outer") -> None:
+        if join not in HOW:
+            raise ConfigError(unknown_name("join", join, HOW))
+        self.config = config
+        self.join = join
+        self._view: View | None = None
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        if self._view is None:
+            self._view = self._read()
+        members = resolve_members(instruments, self._view, source)
+        view = restrict_view(self._view, members, start_time, end_time)
+        return check_view(view if columns is None else _select_columns(view, columns))
+
+    def _read(self) -> View:
+        if isinstance(self.config, Mapping):
+            frames = {str(g): read_frame(part) for g, part in self.config.items()}
+            return view_from_frames(frames, self.join)
+        return view_from_frame(read_frame(self.config))
+
+
+class NestedDataLoader(DataLoader):
+    """Join the columns of several loaders; a later loader replaces columns of the same name.
+
+    `join`: the rows of the result; "left" uses those of the first loader. Columns are sorted by
+    name, as in Qlib.
+    """
+
+    def __init__(self, dataloader_l: Sequence[Any], join: str = "left") -> None:
+        if join not in HOW:
+            raise ConfigError(unknown_name("join", join, HOW))
+        if not dataloader_l:
+            raise ConfigError("NestedDataLoader needs at least one loader.")
+        self.dataloader_l = dataloader_l
+        self.join = join
+        self._loaders = [build_loader(loader) for loader in dataloader_l]
+
+    def horizon(self, group: str = "label") -> int | None:
+        horizons = [h for h in (loader.horizon(group) for loader in self._loaders) if h is not None]
+        return max(horizons) if horizons else None
+
+    def needs_source(self) -> bool:
+        return any(loader.needs_source() for loader in self._loaders)
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        return digest([loader.fingerprint(source) for loader in self._loaders])
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        views = []
+        for k, loader in enumerate(self._loaders):
+            # The first loader decides on the rows, so a frame without universes loads everything.
+            loads_all = k > 0 and isinstance(loader, StaticDataLoader) and self.join == "left"
+            loader_instruments = None if loads_all else instruments
+            views.append(loader.view(loader_instruments, start_time, end_time, source=source))
+        view = join_views(views, self.join)
+        groups = {g: view.groups[g].keep(sorted(view.groups[g].names)) for g in sorted(view.groups)}
+        return View(groups, view.rows, view.history)
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def build_loader(config: Any) -> DataLoader:
+    """Build a loader from a configuration, a class name, or an object with Qlib's `load(...)`."""
+    config = plain(config)
+    if config is None:
+        raise ConfigError("a handler needs data_loader=..., or DataHandlerLP.from_df(frame).")
+    if isinstance(config, pd.DataFrame):
+        return StaticDataLoader(config)
+    if not isinstance(config, str | Mapping) and callable(getattr(config, "load", None)):
+        return config if isinstance(config, DataLoader) else LoaderAdapter(config)
+    loader = init_instance_by_config(config, MODULE, accept_types=DataLoader)
+    return loader if isinstance(loader, DataLoader) else LoaderAdapter(loader)
+
+
+def evaluate_columns(
+    expressions: Mapping[str, str], bars: Panel, span: slice, mask_bars: Panel | None = None
+) -> Columns:
+    """Evaluate expressions on the rows `span` of the bars, stored so that packing needs no copy."""
+    lookahead = max_reach(expressions.values())[1]
+    # Rows after the dates are only needed by labels; leave them out for features.
+    stop = min(len(bars.calendar), span.stop + lookahead)
+    visible_bars = bars
+    if stop < len(bars.calendar):
+        end = bars.calendar[stop - 1]
+        visible_bars, mask_bars = (
+            bars.select(end=end),
+            None if mask_bars is None else mask_bars.select(end=end),
+        )
+    n = len(bars.instruments)
+    out = instrument_major(span.stop - span.start, n, len(expressions))
+    if span == slice(0, len(visible_bars.calendar)):
+        return PanelColumns(evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars))
+    # The rows before the dates are history that the result does not need: compute blocks of
+    # instruments on all rows and cut them.
+    for first in range(0, n, INSTRUMENTS_AT_ONCE):
+        part = slice(first, first + INSTRUMENTS_AT_ONCE)
+        block = _select_instruments(visible_bars, part)
+        out[:, part] = evaluate(expressions, block, mask_bars=mask_bars).values[span]
+    dates = bars.calendar[span]
+    mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
+    return PanelColumns(
+        Panel(out, dates, bars.instruments, list(expressions), mask=mask, spans=spans)
+    )
+
+
+def _select_instruments(bars: Panel, part: slice) -> Panel:
+    return Panel(
+        bars.values[:, part],
+        bars.calendar,
+        bars.instruments[part],
+        bars.fields,
+        mask=bars.mask[:, part],
+        spans=bars.spans[part],
+    )
+
+
+def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
+    """Resolve `instruments` for data without universes: None for all, else names or spans."""
+    if instruments is None or (isinstance(instruments, str) and instruments.lower() == "all"):
+        return None
+    if isinstance(instruments, str):
+        if instruments in view.instruments:
+            return [instruments]
+        if source is not None and instruments in source.universes():
+            return source.instruments(instruments)
+        raise DataError(
+            f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
+            "list of instruments, None for all, or a source=... that has this universe."
+        )
+    return instruments
+
+
+def _select_columns(view: View, columns: Names) -> View:
+    groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
+    return View(groups, view.rows, view.history)
+
+
+def _split_universe(instruments: Any) -> tuple[Any, Any]:
+    """Return the universe and the filter pipe that came with it (Qlib's `D.instruments` dict)."""
+    if instruments is None:
+        log.info("no instruments given, loading all instruments of the source")
+        return "all", None
+    instruments = plain(instruments)
+    if isinstance(instruments, Mapping) and "market" in instruments:
+        return instruments["market"], instruments.get("filter_pipe")
+    return instruments, None
+
+
+def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
+    """Drop instruments that are members on none of the dates."""
+    is_member = bars.mask[bars.rows(start, end)].any(0)
+    if bool(is_member.all()):
+        return bars
+    if not bool(is_member.any()):
+        raise DataError("the filter_pipe excludes every instrument on every day; relax its rules.")
+    columns = torch.nonzero(is_member)[:, 0].cpu().numpy()
+    return bars.select(instruments=list(bars.instruments[columns]))
+
+
+def _single_frequency(freq: str | Mapping[str, str]) -> str:
+    if isinstance(freq, str):
+        return freq
+    frequencies = set(freq.values())
+    if len(frequencies) == 1:
+        return frequencies.pop()
+    raise ConfigError(
+        f"groups with different frequencies ({dict(freq)}) are not supported; pass one freq, and "
+        "build the others as expressions or as columns of a frame."
+    )

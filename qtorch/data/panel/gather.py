@@ -1,0 +1,298 @@
+"""Gathering windows `[B, T, F]` by (date row, instrument column) pairs on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.data.panel.elementwise import FusedChain
+
+Fill = Literal["none", "ffill", "ffill+bfill"]
+FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
+NAN = float("nan")
+# Limits of the extra memory for filled windows: bytes, or a share of the values' size.
+EXTENSION_BYTES, EXTENSION_SHARE = 64 << 20, 0.25
+CHUNK = 4096
+
+
+class History:
+    """The rows that exist, and what a window shows for rows that do not.
+
+    Answers to Qlib's TSDataSampler (qlib/data/dataset/__init__.py): a window is the last
+    `step_len` days *on which any instrument has a row*; a day on which this instrument has none
+    is missing. "none" leaves it NaN, "ffill" takes the instrument's last earlier row inside the
+    window, "ffill+bfill" then fills the missing rows before that with the window's first row.
+    This concerns missing rows, not cells: a NaN in a row that exists stays.
+    """
+
+    def __init__(self, exists: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+        if exists is None:
+            exists = torch.ones(shape, dtype=torch.bool)
+        self.exists = exists.to(device)
+        self.num_dates = shape[0]
+        # Days without any row (e.g. holidays of this universe) are not part of a window.
+        self.days: Tensor | None = None
+        self.rank: Tensor | None = None
+        has_rows = self.exists.any(1)
+        if bool(has_rows.any()) and not bool(has_rows.all()):
+            self.days = torch.nonzero(has_rows)[:, 0]
+            self.rank = has_rows.cumsum(0) - 1
+
+    def incomplete_windows(self, step_len: int) -> Tensor:
+        """Return `[N, D]` bool: the window ending at a row is not `step_len` adjacent rows."""
+        count = self.exists.to(torch.int32).cumsum(0)
+        previous_count = torch.zeros_like(count)
+        previous_count[step_len:] = count[:-step_len]
+        return (count - previous_count != step_len).t()
+
+    def rows(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
+        """Return the calendar row `[B, T]` for each step of each window; -1 if it stays missing."""
+        steps = torch.arange(1 - step_len, 1, device=date.device)
+        if self.days is None or self.rank is None:
+            rows = date[:, None] + steps
+        else:
+            place = self.rank[date][:, None] + steps
+            rows = torch.where(place >= 0, self.days[place.clamp(min=0)], place)
+        is_present = (rows >= 0) & self.exists[rows.clamp(min=0), instrument[:, None]]
+        rows = rows.masked_fill(~is_present, -1)
+        if fill != "none":
+            rows = rows.cummax(
+                1
+            ).values  # rows ascend in a window, so the largest so far is the latest
+        if fill == "ffill+bfill":
+            first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
+            rows = torch.where(rows < 0, first, rows).masked_fill(first == self.num_dates, -1)
+        return rows
+
+
+class PackedColumns(ABC):
+    """Columns laid out for gathering windows on one device."""
+
+    source_history: Tensor | None = None
+    is_checked: bool = False
+    values: Tensor
+    history: History
+    fused_chain: FusedChain
+
+    @abstractmethod
+    def gather(
+        self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
+    ) -> Tensor:
+        """Gather windows `[B, T, F]` in ascending time; the sample's own day comes last.
+
+        `date` and `instrument` are int64 `[B]` on the values' device. `fill` selects what replaces
+        rows that do not exist (see `History`); what stays missing is NaN. The result is new memory.
+        """
+
+    def window_starts(
+        self, date: Tensor, instrument: Tensor, step_len: int, fill: str
+    ) -> Tensor | None:
+        """Return where each window begins in memory, for `windows`.
+
+        None if some windows are not contiguous; they must then be gathered by `gather`.
+        """
+        return None
+
+    def windows(self, begin: Tensor, step_len: int) -> Tensor:
+        """Return the windows `[B, T, F]` that begin at the positions from `window_starts`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no contiguous windows; use `gather` instead."
+        )
+
+    @abstractmethod
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        """Return `(T, F)` of the windows for a dataset's `step_len`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which windows are gathered."""
+        return self.values.device
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the values."""
+        return self.values.numel() * self.values.element_size()
+
+    @abstractmethod
+    def to(self, device: torch.device) -> PackedColumns:
+        """Return a copy on another device."""
+
+    @abstractmethod
+    def infinite_columns(self) -> Tensor:
+        """Return `[F]` bool: columns that hold an infinity in a row that exists."""
+
+
+class DensePackedColumns(PackedColumns):
+    """Values `[N, D, F]`, in which a window is one contiguous piece of memory.
+
+    If the pack owns its values (and there are no fused operations), incomplete windows are filled
+    once and appended to the values. Every window is then contiguous and a gather is one
+    `index_select`, without any check that would make the host wait for the GPU (a window that ends
+    at a row that does not exist, and is therefore no sample, is all NaN). Otherwise, or if that
+    would take too much memory, incomplete windows are filled in each batch.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        *,
+        history: Tensor | None = None,
+        fused_chain: FusedChain | None = None,
+        owns_values: bool = False,
+        is_finite: bool = False,
+    ) -> None:
+        self.values = values.contiguous()
+        self._is_finite = is_finite  # known in advance, so that the values need not be scanned
+        self.fused_chain = fused_chain or FusedChain()
+        n, d, f = self.values.shape
+        self.history = History(history, (d, n), values.device)
+        self._owns_values = owns_values and not len(self.fused_chain)
+        self._flat = self.values.view(n * d, f)
+        self._starts: dict[tuple[int, str], Tensor | None] = {}
+        self._incomplete_windows: dict[int, Tensor] = {}
+
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        return step_len, int(self.values.shape[2])
+
+    def gather(
+        self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
+    ) -> Tensor:
+        check_fill(fill)
+        last = instrument * self.values.shape[1] + date
+        starts = self._get_window_starts(step_len, fill)
+        if starts is not None:
+            return self._gather_contiguous(starts.index_select(0, last), step_len)
+        if step_len > self.values.shape[1] or self.values.is_cuda:
+            # On a GPU, looking for incomplete windows would make the host wait.
+            return self._gather_by_row(date, instrument, step_len, fill)
+        x = self.fused_chain(
+            self._gather_contiguous((last - (step_len - 1)).clamp_(min=0), step_len)
+        )
+        incomplete = torch.nonzero(self._get_incomplete(step_len)[last])[:, 0]
+        if incomplete.numel():
+            pairs = date[incomplete], instrument[incomplete]
+            x.index_copy_(0, incomplete, self._gather_by_row(*pairs, step_len, fill))
+        return x
+
+    def window_starts(
+        self, date: Tensor, instrument: Tensor, step_len: int, fill: str
+    ) -> Tensor | None:
+        check_fill(fill)
+        starts = self._get_window_starts(step_len, fill)
+        if starts is None:
+            return None
+        return starts.index_select(0, instrument * self.values.shape[1] + date)
+
+    def windows(self, begin: Tensor, step_len: int) -> Tensor:
+        return self._gather_contiguous(begin, step_len)
+
+    def _gather_contiguous(self, first: Tensor, step_len: int) -> Tensor:
+        """Gather `step_len` rows from each of `first`, as rows of an overlapping view."""
+        f = self.values.shape[2]
+        count = self._flat.shape[0] - step_len + 1
+        windows = self._flat.as_strided((count, step_len * f), (f, 1), self._flat.storage_offset())
+        return windows.index_select(0, first).view(-1, step_len, f)
+
+    def _gather_by_row(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
+        """Gather windows row by row, with missing rows filled or NaN."""
+        rows = self.history.rows(date, instrument, step_len, fill)
+        flat_rows = instrument[:, None] * self.values.shape[1] + rows.clamp(min=0)
+        x = self._flat.index_select(0, flat_rows.reshape(-1)).view(*rows.shape, -1)
+        return self.fused_chain(x).masked_fill_((rows < 0)[..., None], NAN)
+
+    def _get_incomplete(self, step_len: int) -> Tensor:
+        if step_len not in self._incomplete_windows:
+            self._incomplete_windows[step_len] = self.history.incomplete_windows(step_len).reshape(
+                -1
+            )
+        return self._incomplete_windows[step_len]
+
+    def _get_window_starts(self, step_len: int, fill: str) -> Tensor | None:
+        """Return where each window begins, `[N * D]`; None if some are not contiguous."""
+        if (step_len, fill) not in self._starts:
+            self._starts[step_len, fill] = (
+                self._append_filled_windows(step_len, fill) if self._owns_values else None
+            )
+        return self._starts[step_len, fill]
+
+    def _append_filled_windows(self, step_len: int, fill: str) -> Tensor | None:
+        """Append the filled incomplete windows to the values; None if they need too much memory."""
+        n, d, f = self.values.shape
+        incomplete_windows = self.history.incomplete_windows(step_len)
+        instrument, date = torch.nonzero(
+            incomplete_windows & self.history.exists.t(), as_tuple=True
+        )
+        size = (len(date) + 1) * step_len * f * self.values.element_size()
+        if size > max(EXTENSION_BYTES, EXTENSION_SHARE * self.num_bytes):
+            return None
+        num_rows = self._flat.shape[0]
+        # The last appended window is all NaN, for rows that do not exist.
+        flat = self.values.new_full((num_rows + (len(date) + 1) * step_len, f), NAN)
+        flat[:num_rows] = self._flat
+        for first in range(0, len(date), CHUNK):
+            part = slice(first, first + CHUNK)
+            filled_windows = self._gather_by_row(
+                date[part], instrument[part], step_len, fill
+            ).flatten(0, 1)
+            flat[num_rows + first * step_len :][: len(filled_windows)] = filled_windows
+        starts = torch.arange(n * d, device=flat.device).view(n, d) - (step_len - 1)
+        starts[incomplete_windows] = num_rows + len(date) * step_len
+        starts[instrument, date] = num_rows + torch.arange(len(date), device=flat.device) * step_len
+        self._flat, self.values = flat, flat[: n * d].view(n, d, f)
+        return starts.reshape(-1).to(torch.int32 if len(flat) < 2**31 else torch.int64)
+
+    def to(self, device: torch.device) -> PackedColumns:
+        values = self.values.to(device, copy=True)
+        fused_chain = self.fused_chain.to(device)
+        if len(fused_chain):
+            for first in range(0, len(values), CHUNK):
+                values[first : first + CHUNK] = fused_chain(values[first : first + CHUNK])
+        return DensePackedColumns(values, history=self.history.exists, owns_values=True)
+
+    def infinite_columns(self) -> Tensor:
+        n, _, f = self.values.shape
+        has_infinity = torch.zeros(f, dtype=torch.bool, device=self.device)
+        for first in range(0, 0 if self._is_finite else n, 16):
+            part = self.values[first : first + 16]
+            if not bool(part.isinf().any()):
+                continue
+            x = self.fused_chain(part.clone()).isinf()
+            x &= self.history.exists[:, first : first + 16].t()[..., None]
+            has_infinity |= x.flatten(0, 1).any(0)
+        return has_infinity
+
+
+def check_fill(fill: str) -> None:
+    """Raise ConfigError for a fill that is not one of Qlib's three."""
+    if fill not in FILLS:
+        raise ConfigError(unknown_name("fillna_type", fill, FILLS))
+
+
+def infinite_message(names: list[str], source: str) -> str:
+    """Build the error message for infinities that survived processing."""
+    examples = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return (
+        f"infinite values in the {source}: {examples}. Put ProcessInf before the other processors, "
+        "or fix the expression (is it a division by zero?)."
+    )
+
+
+Store = Literal["auto", "device", "host"]
+STORES: tuple[str, ...] = ("auto", "device", "host")
+# The share of the device's free memory that the features may take; larger ones stay on the host.
+DEVICE_SHARE = 0.6
+
+
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether `num_bytes` of features fit on a device besides everything else it must hold."""
+    free = free_bytes(device)
+    return free is None or num_bytes <= DEVICE_SHARE * free
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

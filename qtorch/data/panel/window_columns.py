@@ -1,0 +1,307 @@
+"""Alpha360 as normalised windows of six raw fields, without its 360 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import DataError, unknown_name
+from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.elementwise import Chain, FusedChain
+from qtorch.data.panel.gather import NAN, History, PackedColumns, check_fill
+from qtorch.data.panel.panel import Panel
+
+FIELDS = ("close", "open", "high", "low", "vwap", "volume")
+VOLUME = "volume"
+PRICE = "close"
+EPSILON = 1e-12
+LARGEST = 1e38  # the largest float32, with a margin
+
+
+class WindowColumns(Columns):
+    """The last `num_steps` days of each field over today's close (volume: over today's volume).
+
+    Answers to Qlib's Alpha360 (qlib/contrib/data/loader.py), with the same names, order and float32
+    arithmetic: `CLOSE59 .. CLOSE0` is `Ref($close, k) / $close`, then OPEN, HIGH, LOW, VWAP;
+    VOLUME is `Ref($volume, k) / ($volume + 1e-12)`. Steps are calendar rows, as `Ref` counts
+    them, whether or not the row belongs to the universe; rows before the stored ones are NaN.
+    A column is computed on request; batches gather `[B, num_steps, 6]` windows.
+
+    `bars` has `lead` more calendar rows at the front than these columns have dates, so that
+    the first date's window is complete.
+    """
+
+    def __init__(
+        self,
+        bars: Panel,
+        names: Sequence[str] | None = None,
+        *,
+        fields: Sequence[str] = FIELDS,
+        num_steps: int = 60,
+        lead: int = 0,
+        overrides: Mapping[str, Tensor] | None = None,
+        chain: Chain | None = None,
+    ) -> None:
+        self.num_steps = num_steps
+        self._bars = bars
+        self._lead = lead
+        self._fields = tuple(fields)
+        self._position = {
+            f"{field.upper()}{step}": (field, step)
+            for field in self._fields
+            for step in range(num_steps - 1, -1, -1)
+        }
+        super().__init__(
+            tuple(self._position) if names is None else names,
+            bars.calendar[lead:],
+            bars.instruments,
+            overrides=overrides,
+            chain=chain,
+        )
+        for field in (*self._fields, PRICE):
+            bars.position(field)
+        for name in self.names:
+            if name not in self._overrides and name not in self._position:
+                raise DataError(unknown_name("column", name, self._position))
+
+    @property
+    def device(self) -> torch.device:
+        return self._bars.device
+
+    def plain_panel(self) -> Panel | None:
+        """Return the bars (`lead` rows before the dates) if nothing was modified, else None."""
+        return None if self._overrides or len(self._chain) else self._bars
+
+    @property
+    def lead(self) -> int:
+        """The number of rows of the bars before the first date."""
+        return self._lead
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that have windows."""
+        return self._fields
+
+    @property
+    def window_fields(self) -> tuple[str, ...] | None:
+        """The fields if they are complete windows; None if single columns were removed or added."""
+        count, remainder = divmod(len(self.names), self.num_steps)
+        if remainder or not count:
+            return None
+        fields = []
+        for k in range(count):
+            part = self.names[k * self.num_steps : (k + 1) * self.num_steps]
+            field = self._position.get(part[0], ("", 0))[0]
+            steps = range(self.num_steps - 1, -1, -1)
+            if part != tuple(f"{field.upper()}{step}" for step in steps):
+                return None
+            fields.append(field)
+        return tuple(fields)
+
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        fields = self.window_fields
+        if step_len == 1 and fields is not None:
+            return self.num_steps, len(fields)
+        return super().window_shape(step_len)
+
+    @property
+    def num_bytes(self) -> int:
+        d, n, _ = self.shape
+        return 4 * n * (d + self.num_steps) * (len(self._fields) + len(self._overrides))
+
+    def is_known_finite(self, names: Sequence[str] | None = None) -> bool:
+        if self._overrides or len(self._chain):
+            return False
+        max_abs = {f: self._bars.column(f).abs().nan_to_num(0.0) for f in (*self._fields, PRICE)}
+        price = self._bars.column(PRICE)[self._lead :].abs().nan_to_num(1.0)
+        if not price.numel():
+            return True
+        min_divisor = {f: EPSILON if f == VOLUME else float(price.min()) for f in max_abs}
+        return all(float(x.max()) < LARGEST * min_divisor[f] for f, x in max_abs.items())
+
+    def _storage_column(self, name: str) -> Tensor:
+        field, step = self._position[name]
+        d, n = self.shape[:2]
+        values, first = self._bars.column(field), self._lead - step
+        today = self._bars.column(_normaliser(field))[self._lead :]
+        if first >= 0:
+            past = values[first : first + d]
+        else:
+            past = torch.full((d, n), NAN, device=self.device)
+            if first + d > 0:
+                past[-first:] = values[: first + d]
+        return past / (today + EPSILON if field == VOLUME else today)
+
+    def _derive(
+        self, names: Sequence[str], overrides: Mapping[str, Tensor], chain: Chain
+    ) -> WindowColumns:
+        return WindowColumns(
+            self._bars,
+            names,
+            fields=self._fields,
+            num_steps=self.num_steps,
+            lead=self._lead,
+            overrides=overrides,
+            chain=chain,
+        )
+
+    def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
+        whole_fields = self.window_fields
+        fields = list(whole_fields or self._fields)
+        if PRICE not in fields:
+            fields.append(PRICE)
+        d, n, _ = self.shape
+        pad = self.num_steps - 1
+        rows = min(pad, self._lead)
+        values = torch.full((n, pad + d, len(fields)), NAN, device=device)
+        for k, field in enumerate(fields):
+            field_values = self._bars.column(field)[self._lead - rows :]
+            values[:, pad - rows :, k] = field_values.t().to(device)
+        override_names = [name for name in self.names if name in self._overrides]
+        override_values = torch.empty(n, d, len(override_names), device=device)
+        for k, name in enumerate(override_names):
+            override_values[:, :, k] = self._overrides[name].t().to(device)
+        return WindowPackedColumns(
+            values,
+            fields,
+            self.names,
+            num_steps=self.num_steps,
+            num_fields=None if whole_fields is None else len(whole_fields),
+            overrides=(override_names, override_values),
+            fused_chain=self._chain.compile(self.names, device),
+            history=history,
+        )
+
+
+class WindowPackedColumns(PackedColumns):
+    """Raw fields `[N, num_steps - 1 + D, K]`; each window is normalised when it is gathered."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        fields: Sequence[str],
+        names: Sequence[str],
+        *,
+        num_steps: int,
+        num_fields: int | None,
+        overrides: tuple[Sequence[str], Tensor],
+        fused_chain: FusedChain,
+        history: Tensor | None,
+    ) -> None:
+        self.values, self.fields, self.names = values, tuple(fields), tuple(names)
+        self._num_steps, self._num_fields = num_steps, num_fields
+        self._override_names, self._overrides = tuple(overrides[0]), overrides[1]
+        self.fused_chain = fused_chain
+        n, rows, k = values.shape
+        device = values.device
+        self._dates = rows - num_steps + 1
+        self.history = History(history, (self._dates, n), device)
+        self._flat = values.reshape(n * rows, k)
+        self._today = torch.tensor([self.fields.index(_normaliser(f)) for f in fields]).to(device)
+        self._add = torch.tensor([EPSILON if f == VOLUME else 0.0 for f in fields]).to(device)
+        if num_fields is not None:
+            self._window_chain = FusedChain(
+                [s.reshape_for_windows(num_steps) for s in fused_chain.stages]
+            )
+        self._columns = self._find_columns().to(device)
+
+    def _find_columns(self) -> Tensor:
+        """Find the position of each name among all windows' columns, followed by the overrides."""
+        position = {
+            f"{field.upper()}{step}": k * self._num_steps + self._num_steps - 1 - step
+            for k, field in enumerate(self.fields)
+            for step in range(self._num_steps)
+        }
+        base = len(position)
+        position.update({name: base + k for k, name in enumerate(self._override_names)})
+        return torch.tensor([position[name] for name in self.names], dtype=torch.int64)
+
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        if step_len == 1 and self._num_fields is not None:
+            return self._num_steps, self._num_fields
+        return step_len, len(self.names)
+
+    def gather(
+        self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
+    ) -> Tensor:
+        """Gather `[B, num_steps, F]` windows of complete fields for `step_len` 1.
+
+        If single columns were removed or added, or `step_len` is longer, each step holds the flat
+        columns: `[B, step_len, len(names)]`.
+        """
+        check_fill(fill)
+        if step_len == 1 and self._num_fields is not None:
+            x = self._gather_windows(date, instrument)[..., : self._num_fields]
+            if self._override_names:
+                x = self._overwrite(x, date, instrument)
+            return self._window_chain(x)
+        rows = self.history.rows(date, instrument, step_len, fill)
+        dates = rows.clamp(min=0).reshape(-1)
+        instruments = instrument[:, None].expand(-1, step_len).reshape(-1)
+        x = self._gather_windows(dates, instruments).transpose(1, 2).flatten(1)
+        if self._override_names:
+            x = torch.cat([x, self._overrides[instruments, dates]], 1)
+        x = self.fused_chain(x.index_select(1, self._columns)).view(*rows.shape, -1)
+        return x.masked_fill_((rows < 0)[..., None], NAN)
+
+    def _gather_windows(self, date: Tensor, instrument: Tensor) -> Tensor:
+        """Gather windows `[B, num_steps, K]`, normalised by the last step."""
+        rows, k = self.values.shape[1:]
+        steps = self._num_steps
+        count = self._flat.shape[0] - steps + 1
+        overlapping = self._flat.as_strided((count, steps * k), (k, 1), self._flat.storage_offset())
+        x = overlapping.index_select(0, instrument * rows + date).view(-1, steps, k)
+        today = x[:, -1].index_select(1, self._today).add_(self._add)
+        return x.div_(today[:, None])
+
+    def _overwrite(self, x: Tensor, date: Tensor, instrument: Tensor) -> Tensor:
+        position = {name: k for k, name in enumerate(self.names)}
+        columns = torch.tensor([position[name] for name in self._override_names], device=x.device)
+        x = x.contiguous()
+        x[:, columns % self._num_steps, columns // self._num_steps] = self._overrides[
+            instrument, date
+        ]
+        return x
+
+    def to(self, device: torch.device) -> PackedColumns:
+        return WindowPackedColumns(
+            self.values.to(device),
+            self.fields,
+            self.names,
+            num_steps=self._num_steps,
+            num_fields=self._num_fields,
+            overrides=(self._override_names, self._overrides.to(device)),
+            fused_chain=self.fused_chain.to(device),
+            history=self.history.exists,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * (self.values.numel() + self._overrides.numel())
+
+    def infinite_columns(self) -> Tensor:
+        has_infinity = torch.zeros(len(self.names), dtype=torch.bool, device=self.device)
+        price = self.values[:, :, self.fields.index(PRICE)]
+        if not bool(self.values.isinf().any() | (price == 0).any() | self._overrides.isinf().any()):
+            return has_infinity
+        exists = self.history.exists
+        n = self.values.shape[0]
+        dates = torch.arange(self._dates, device=self.device)
+        for instrument in range(n):
+            existing = dates[exists[:, instrument]]
+            x = self.gather_flat(existing, torch.full_like(existing, instrument))
+            has_infinity |= x.isinf().any(0)
+        return has_infinity
+
+    def gather_flat(self, date: Tensor, instrument: Tensor) -> Tensor:
+        """Gather the columns of one row, `[B, len(names)]`, in the order of the names."""
+        x = self._gather_windows(date, instrument).transpose(1, 2).flatten(1)
+        if self._override_names:
+            x = torch.cat([x, self._overrides[instrument, date]], 1)
+        return self.fused_chain(x.index_select(1, self._columns))
+
+
+def _normaliser(field: str) -> str:
+    return VOLUME if field == VOLUME else PRICE

@@ -1,0 +1,140 @@
+"""Risk metrics of a series of returns: annualised return, information ratio, drawdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, unknown_name
+
+Mode: TypeAlias = Literal["sum", "product"]
+MODES = ("sum", "product")
+
+
+def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
+    """Cumulative return of returns per period (fractions): summed, or compounded ("product")."""
+    return r.cumsum() if _validate_mode(mode) == "sum" else (1 + r).cumprod() - 1
+
+
+def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
+    """Drawdown of the cumulative return from its running maximum: zero or negative.
+
+    A fraction of the initial capital ("sum") or of the running maximum ("product"). As in Qlib's
+    `risk_analysis` the curve starts at the first return, so a loss on the first day is not a
+    drawdown.
+    """
+    total = cumulative_return(r, mode)
+    if mode == "sum":
+        return total - total.cummax()
+    return (1 + total) / (1 + total).cummax() - 1
+
+
+def _validate_mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ConfigError(unknown_name("mode of returns", mode, MODES))
+    return mode
+
+
+# Periods per year. A trading day has 240 minutes.
+PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
+_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
+
+
+def periods_per_year(freq: str) -> float:
+    """The number of periods per year of a frequency such as "day", "month", "5min" or "2week"."""
+    match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", freq.strip())
+    unit = match[2].lower() if match else freq
+    unit = _ALIASES.get(unit, unit)
+    if match is None or unit not in PERIODS:
+        raise ConfigError(unknown_name("frequency", freq, PERIODS))
+    return PERIODS[unit] / int(match[1] or 1)
+
+
+def risk_analysis(
+    r: pd.Series,
+    N: float | None = None,
+    freq: str | None = None,
+    mode: Literal["sum", "product"] = "sum",
+) -> pd.DataFrame:
+    """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
+
+    `r` are returns per period (fractions). `N` is the number of periods per year, by default that
+    of `freq` ("day": 238). Mode "sum" adds returns: annual return mean x N, drawdown min(cumsum -
+    cummax(cumsum)). Mode "product" compounds them: geometric mean, standard deviation of log
+    returns, drawdown as a fraction of the peak. Standard deviations use ddof 1. Returns a frame
+    with one column "risk". Corresponds to `risk_analysis` of qlib/contrib/evaluate.py.
+    Differences: `freq` defaults to "day", so passing `N` alone does not warn; passing both is an
+    error.
+    """
+    if N is not None and freq is not None:
+        raise ConfigError("risk_analysis takes N or freq, not both.")
+    scale = float(N) if N is not None else periods_per_year(freq or "day")
+    if mode == "sum":
+        mean, std = float(r.mean()), float(r.std(ddof=1))
+        annual = mean * scale
+    elif mode == "product":
+        curve = (1 + r).cumprod()
+        growth = float(curve.iloc[-1]) if len(curve) else math.nan
+        mean = growth ** (1 / max(len(r), 1)) - 1
+        std = float(np.log(1 + r).std(ddof=1))
+        annual = growth ** (scale / max(len(r), 1)) - 1
+    else:
+        raise ConfigError(unknown_name("mode of risk_analysis", str(mode), ("sum", "product")))
+    values = {
+        "mean": mean,
+        "std": std,
+        "annualized_return": annual,
+        "information_ratio": float(np.divide(mean, std) * math.sqrt(scale)),
+        "max_drawdown": float(drawdown(r, mode).min()),
+    }
+    return pd.Series(values).to_frame("risk")
+
+
+def indicator_analysis(
+    df: pd.DataFrame, method: Literal["mean", "amount_weighted", "value_weighted"] = "mean"
+) -> pd.DataFrame:
+    """Average the trade indicators ffr, pa and pos over all bars.
+
+    `df` has one row per bar with `ffr` (fulfilled fraction of the ordered amounts), `pa` (price
+    advantage), `pos` (share of orders with a positive price advantage), `count`, `deal_amount` and
+    `value` of the orders. `method` weights ffr and pa by the number of orders ("mean") or by the
+    traded amount or value; pos is always weighted by the number of orders. Bars without orders are
+    ignored. Returns a frame with one column "value". Corresponds to qlib/contrib/evaluate.py.
+    """
+    weights = {"mean": "count", "amount_weighted": "deal_amount", "value_weighted": "value"}
+    if method not in weights:
+        raise ConfigError(unknown_name("method of indicator_analysis", str(method), weights))
+    averages = {}
+    for name, column in (("ffr", weights[method]), ("pa", weights[method]), ("pos", "count")):
+        weight = df[column].abs()
+        averages[name] = float(np.divide((df[name] * weight).sum(), weight.sum()))
+    return pd.Series(averages).to_frame("value")
+
+
+def concentration(weight: pd.Series) -> pd.DataFrame:
+    """Daily concentration of weights (fractions of the account) by (datetime, instrument).
+
+    Columns: num_positions (non-zero weights), gross and net exposure (sum of absolute weights, sum
+    of weights), largest_weight (absolute), herfindahl (sum of squared fractions of the gross
+    exposure) and effective_positions (its inverse: the number of equal positions with the same
+    concentration). The last two are NaN on days without positions; days without rows are omitted.
+    """
+    weight = weight.dropna()
+    days = weight.index.get_level_values("datetime")
+    size = weight.abs()
+    gross = size.groupby(days).sum()
+    herfindahl = (size**2).groupby(days).sum() / (gross**2).where(gross > 0)
+    return pd.DataFrame(
+        {
+            "num_positions": (size > 0).groupby(days).sum(),
+            "gross": gross,
+            "net": weight.groupby(days).sum(),
+            "largest_weight": size.groupby(days).max(),
+            "herfindahl": herfindahl,
+            "effective_positions": 1 / herfindahl,
+        }
+    ).rename_axis("datetime")

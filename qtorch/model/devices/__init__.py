@@ -1,0 +1,1 @@
+"""Training on several devices: rank processes, external launchers, sharding."""

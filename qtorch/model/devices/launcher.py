@@ -1,0 +1,274 @@
+"""Ranks that another launcher starts: torchrun and srun start one command for each rank.
+
+The process of rank 0 runs the command. The others do not: they wait until a fit of rank 0 needs its
+ranks, start theirs, and exit when rank 0 does, with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing in torch's stubs
+
+from qtorch.core.errors import ConfigError
+from qtorch.model.devices.rank_process import RankHandle, RankProcess, threads_per_rank
+from qtorch.process.launch import World
+from qtorch.process.stops import STOP_SIGNALS
+
+WORLD_VARIABLE = (
+    "QTORCH_EXTERNAL_RANKS"  # tells the child processes of rank 0's command about the world
+)
+POLL_SECONDS, CONNECT_SECONDS, EXIT_SECONDS = 0.2, 300.0, 10.0
+HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which rank 0 counts as dead
+EXIT_KEY, HEARTBEAT_KEY = "end", "alive"
+CONNECTION_ERRORS = (DistError, RuntimeError, ConnectionError)
+
+
+@dataclass
+class Launch:
+    """How the ranks of a fit are started.
+
+    This process starts the `local_ranks`; the other launched processes, reached through `store`,
+    start the rest.
+    """
+
+    address: str
+    local_ranks: range
+    num_local: int
+    local: bool
+    store: Any = None
+    size: int = 1
+
+    def start_remote_ranks(self, folder: str, digest: str) -> list[RankHandle]:
+        """Ask the waiting processes to start their ranks."""
+        if self.store is None:
+            return []
+        number = self.store.add("fits", 1) - 1
+        request = {"folder": folder, "digest": digest, "local": self.local}
+        self.store.set(f"fit/{number}", json.dumps(request))
+        return [RemoteRank(self.store, number, rank) for rank in range(1, self.size)]
+
+
+def plan_launch(num_local: int, num_nodes: int) -> Launch:
+    """Decide how the ranks of a fit on `num_nodes` nodes with `num_local` devices each are started.
+
+    Raises ConfigError if torchrun or srun has started another number of processes, and for several
+    nodes without either.
+    """
+    world_json = os.environ.get(WORLD_VARIABLE)
+    size = num_local * num_nodes
+    if world_json is None:
+        if num_nodes > 1:
+            raise ConfigError(
+                f"trainer.num_nodes is {num_nodes}, but this command was not started on the "
+                f"other nodes: use torchrun --nnodes {num_nodes} --nproc-per-node {num_local} -m "
+                f"qtorch.cli.main train ..., or srun --nodes {num_nodes} --ntasks {size} qtorch "
+                "train ..."
+            )
+        return Launch("127.0.0.1", range(num_local), num_local, local=True)
+    world = World(**json.loads(world_json))
+    if world.size != size:
+        raise ConfigError(
+            f"{world.kind} has started {world.size} processes, but the training uses {size} "
+            f"devices (trainer.devices={num_local} x trainer.num_nodes={num_nodes}): start one "
+            "process for each device."
+        )
+    store = _connect_store(world, host=False)
+    return Launch(world.address, range(1), 1, num_nodes == 1, store, size)
+
+
+def check_single_process() -> None:
+    """Raise ConfigError if several processes were started for a fit on one device."""
+    world_json = os.environ.get(WORLD_VARIABLE)
+    if world_json is not None:
+        world = World(**json.loads(world_json))
+        raise ConfigError(
+            f"{world.kind} has started {world.size} processes, but the training uses one device: "
+            f"set trainer=ddp trainer.devices={world.num_local}, or start one process."
+        )
+
+
+class RemoteRank:
+    """A rank that another process of the launcher has started."""
+
+    def __init__(self, store: Any, number: int, rank: int) -> None:
+        self.rank = rank
+        self._store, self._fit = store, f"fit/{number}"
+        self._num_messages, self._code = 0, None
+
+    def messages(self) -> list[dict[str, Any]]:
+        new_messages = []
+        while self._store.check([key := f"{self._fit}/{self.rank}/{self._num_messages}"]):
+            new_messages.append(json.loads(self._store.get(key)))
+            self._num_messages += 1
+        for message in [m for m in new_messages if "exit" in m]:
+            self._code = message["exit"]
+            new_messages.remove(message)
+        return new_messages
+
+    def exit_code(self) -> int | None:
+        return self._code
+
+    def stop(self) -> None:
+        self._store.set(f"{self._fit}/stop", "")
+
+    def kill(self) -> None:
+        with contextlib.suppress(*CONNECTION_ERRORS):
+            self._store.set(f"{self._fit}/kill", "")
+
+
+@contextmanager
+def host_ranks(world: World) -> Iterator[dict[str, int]]:
+    """Context manager for the command of rank 0, inside which the other processes wait for fits.
+
+    It yields a dict; the block stores its exit code there as "code", and the other processes exit
+    with it.
+    """
+    world = _resolve_address(world)
+    store, previous_value = _connect_store(world, host=True), os.environ.get(WORLD_VARIABLE)
+    os.environ[WORLD_VARIABLE] = json.dumps(asdict(world))
+    outcome, is_finished = {"code": 1}, threading.Event()
+    threading.Thread(
+        target=_send_heartbeats, args=(world, is_finished), daemon=True, name="first-rank"
+    ).start()
+    try:
+        yield outcome
+    finally:
+        is_finished.set()
+        if previous_value is None:
+            os.environ.pop(WORLD_VARIABLE, None)
+        with contextlib.suppress(*CONNECTION_ERRORS):
+            store.set(EXIT_KEY, str(outcome["code"]))
+            exit_keys = [f"left/{rank}" for rank in range(1, world.size)]
+            store.wait(exit_keys, timedelta(seconds=EXIT_SECONDS))
+
+
+def serve_ranks(world: World) -> int:
+    """Run the command of a rank other than 0: start ranks on request; return rank 0's exit code."""
+    for signal_number in STOP_SIGNALS:  # schedulers send them to every process; rank 0 handles them
+        signal.signal(signal_number, signal.SIG_IGN)
+    fit_number = 0
+    try:
+        world = _resolve_address(world)
+        store = _connect_store(world, host=False)
+        rank_zero = _RankZeroMonitor(store)
+        while not store.check([EXIT_KEY]):
+            if rank_zero.is_gone():
+                return 1
+            if store.check([f"fit/{fit_number}"]):
+                _run_rank(store, world, fit_number, rank_zero)
+                fit_number += 1
+            time.sleep(POLL_SECONDS)
+        code = int(store.get(EXIT_KEY))
+        store.set(f"left/{world.rank}", "")
+    except CONNECTION_ERRORS:
+        return 1  # rank 0 has died, and its store with it
+    return code
+
+
+def _run_rank(store: Any, world: World, fit_number: int, rank_zero: _RankZeroMonitor) -> None:
+    fit_key = f"fit/{fit_number}"
+    request = json.loads(store.get(fit_key))
+    threads = threads_per_rank(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
+    rank = RankProcess(
+        world.rank,
+        world.local_rank,
+        world.size,
+        threads=threads,
+        folder=Path(request["folder"]),
+        digest=request["digest"],
+        local=request["local"],
+    )
+    num_sent, is_stop_sent = 0, False
+    try:
+        while True:
+            code = rank.exit_code()
+            messages = rank.messages() + ([] if code is None else [{"exit": code}])
+            for message in messages:
+                store.set(f"{fit_key}/{world.rank}/{num_sent}", json.dumps(message))
+                num_sent += 1
+            should_end = (
+                store.check([f"{fit_key}/kill"]) or store.check([EXIT_KEY]) or rank_zero.is_gone()
+            )
+            if code is not None or should_end:
+                return
+            if not is_stop_sent and store.check([f"{fit_key}/stop"]):
+                is_stop_sent = True
+                rank.stop()
+            time.sleep(POLL_SECONDS)
+    finally:
+        rank.kill()
+
+
+class _RankZeroMonitor:
+    """Watch the heartbeats of rank 0."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._count, self._last_heartbeat = -1, time.monotonic()
+
+    def is_gone(self) -> bool:
+        """Whether rank 0 has sent no heartbeat for HEARTBEAT_TIMEOUT seconds."""
+        count = self._store.add(HEARTBEAT_KEY, 0)
+        if count != self._count:
+            self._count, self._last_heartbeat = count, time.monotonic()
+        return time.monotonic() - self._last_heartbeat > HEARTBEAT_TIMEOUT
+
+
+def _send_heartbeats(world: World, is_finished: threading.Event) -> None:
+    """Send heartbeats of rank 0 until `is_finished` is set."""
+    with contextlib.suppress(*CONNECTION_ERRORS):
+        store = _connect_store(world, host=False)
+        while not is_finished.wait(1.0):
+            store.add(HEARTBEAT_KEY, 1)
+
+
+def _resolve_address(world: World) -> World:
+    """Return the world with a reachable address: SLURM node names may be known to SLURM only."""
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(world.address, world.port)
+        return world
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(
+            ["scontrol", "show", "node", world.address],
+            capture_output=True,
+            text=True,
+            timeout=CONNECT_SECONDS,
+            check=True,
+        )
+        if match := re.search(r"NodeAddr=(\S+)", output.stdout):
+            return replace(world, address=match[1])
+    return world
+
+
+def _connect_store(world: World, *, host: bool) -> Any:
+    """Connect to the store where the processes meet: torchrun's, or one that rank 0 hosts."""
+    is_master = host and not world.has_store
+    try:
+        store = TCPStore(
+            world.address,
+            world.port,
+            is_master=is_master,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
+        )
+        return PrefixStore(f"qtorch {world.attempt}", store)
+    except CONNECTION_ERRORS as error:
+        raise ConfigError(
+            f"processes of {world.kind} cannot connect to {world.address}:{world.port} ({error}). "
+            "Set MASTER_ADDR and MASTER_PORT to an address of the first node and a free port."
+        ) from error

@@ -1,0 +1,199 @@
+"""The training of one rank, from its request to its result."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from qtorch.core.errors import ConfigError
+from qtorch.core.files import atomic_write
+from qtorch.core.runtime import seed_everything
+from qtorch.core.session import Session, init
+from qtorch.data.dataset.samples import Samples
+from qtorch.data.dataset.shared_samples import read_samples, write_samples
+from qtorch.model.devices.rank_link import LinkLogHandler, LinkRecorder, RankLink, serialize_error
+from qtorch.model.finetune import FineTuning
+from qtorch.model.loop.callbacks import StopTraining
+from qtorch.model.loop.checkpoint import get_network, read_checkpoint, restore_generators
+from qtorch.model.loop.options import device_name, parse_devices
+from qtorch.model.loop.rank_group import RankInfo
+from qtorch.model.loop.training import Recipe, Training, quiet_lightning
+from qtorch.process.heartbeat import listen
+
+REQUEST, RESULT = "request.pkl", "result.pkl"
+
+
+@dataclass
+class RankRequest:
+    """A training for its ranks: network with initial weights, recipe, checkpoint to resume from.
+
+    `generators` are the random generator states of the first rank. The samples are written to files
+    beside the request.
+    """
+
+    network: nn.Module
+    recipe: Recipe
+    tuning: FineTuning | None
+    optimizer_state: dict[str, Any] | None
+    generators: dict[str, Any]
+    identity: str
+    folder: str | None
+    checkpoint: str | None
+    run_id: str | None
+    uri: str | None
+    size: int
+    num_local: int
+    address: str
+    port: int
+    log_level: int
+    session: Session
+
+    def write(self, folder: Path, samples: list[Samples | None], *, local: bool) -> str:
+        """Write request and samples to `folder`; return the request's hash.
+
+        Raises ConfigError for live objects that cannot be pickled.
+        """
+        try:
+            content = cloudpickle.dumps(self)
+        except (TypeError, pickle.PicklingError, AttributeError) as error:
+            raise ConfigError(
+                f"cannot send the training to its ranks: {error}. Define network, callbacks, "
+                "loss and factories by configuration, or as objects that can be pickled."
+            ) from error
+        payload = pickle.dumps((list(sys.path), content))
+        (folder / REQUEST).touch(mode=0o600)
+        (folder / REQUEST).write_bytes(payload)
+        write_samples(samples, folder, local=local)
+        return hashlib.sha256(payload).hexdigest()
+
+
+def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples | None]]:
+    """Read the request with this hash, and its samples as memory maps.
+
+    Modules are imported from the parent's `sys.path`.
+    """
+    payload = (folder / REQUEST).read_bytes()
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise ConfigError(f"{folder / REQUEST} is not the request that this rank was started with.")
+    path, content = pickle.loads(payload)
+    sys.path[:] = path
+    request: RankRequest = pickle.loads(content)
+    init(**{k: v for k, v in asdict(request.session).items() if v})
+    return request, read_samples(folder)
+
+
+def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: int) -> None:
+    """Train this rank's share, and tell the parent when it is done or was stopped.
+
+    Errors are raised.
+    """
+    request, (train, valid) = read_request(Path(folder), digest)
+    assert train is not None, "the train segment has samples"
+    _forward_log(link, request.log_level if rank == 0 else logging.ERROR)
+    rank_info = RankInfo(
+        rank=rank,
+        size=request.size,
+        local_rank=local_rank,
+        node_rank=rank // request.num_local,
+        address=request.address,
+        port=request.port,
+    )
+    device = _select_device(request, local_rank)
+    recipe = request.recipe
+    training = Training(
+        request.network,
+        train.to(device),
+        None if valid is None else valid.to(device),
+        recipe,
+        request.tuning,
+        request.optimizer_state,
+        rank_info,
+    )
+    recorder = None
+    if rank == 0 and request.run_id is not None:
+        recorder = LinkRecorder(link, request.run_id, request.uri)
+    seed_everything(recipe.seed)
+    if rank == 0:
+        restore_generators({**request.generators, "cuda": []})
+    else:
+        training.ranks.seed(recipe.seed, "begin")
+        warnings.simplefilter("ignore")  # the first rank shows them too
+    with quiet_lightning():
+        checkpoint_folder = None if request.folder is None else Path(request.folder)
+        checkpoint_callback = training.prepare(checkpoint_folder, request.identity, link, recorder)
+        training.trainer.callbacks.append(ErrorReporter(link))  # type: ignore[attr-defined]  # a list, in spite of its annotation
+        checkpoint_path = None if request.checkpoint is None else Path(request.checkpoint)
+        checkpoint = (
+            None if checkpoint_path is None else (checkpoint_path, read_checkpoint(checkpoint_path))
+        )
+        if rank == 0:
+            with listen(link.send_heartbeat):
+                is_finished = _run_until_stop(training, checkpoint)
+        else:
+            is_finished = _run_until_stop(training, checkpoint)
+        if not is_finished:
+            link.send(
+                stopped=checkpoint_callback.stop_position,
+                batches=checkpoint_callback.loader.num_batches,
+            )
+            return
+        fit_result = training.result(checkpoint)
+    if rank == 0:
+        network = get_network(training.module)
+        if isinstance(
+            network, pl.LightningModule
+        ):  # it refers to its trainer, which cannot be pickled
+            fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
+        with atomic_write(Path(folder) / RESULT) as path:
+            path.write_bytes(cloudpickle.dumps(fit_result))
+    link.send(done=True)
+
+
+def _run_until_stop(training: Training, checkpoint: tuple[Path, dict[str, Any]] | None) -> bool:
+    """Train; return False if training was stopped on request."""
+    try:
+        training.run(checkpoint)
+    except StopTraining:
+        return False
+    return True
+
+
+class ErrorReporter(pl.Callback):
+    """Send an error to the parent before Lightning's teardown makes the other ranks fail too."""
+
+    def __init__(self, link: RankLink) -> None:
+        self._link = link
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, StopTraining):
+            self._link.send(error=serialize_error(exception))
+
+
+def _select_device(request: RankRequest, local_rank: int) -> torch.device:
+    options = request.recipe.trainer
+    if device_name(options) == "cpu":
+        return torch.device("cpu")
+    devices = parse_devices(options.arguments)
+    device = torch.device("cuda", devices[local_rank] if isinstance(devices, list) else local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _forward_log(link: RankLink, level: int) -> None:
+    logger = logging.getLogger("qtorch")
+    logger.handlers[:] = [LinkLogHandler(link, level)]
+    logger.setLevel(level)
+    logger.propagate = False

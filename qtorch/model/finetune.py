@@ -1,0 +1,611 @@
+"""The options of `finetune`: which parts of a fitted network are trained, and how fast."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name
+from qtorch.core.serial import State
+from qtorch.core.trust import trust_subclasses
+from qtorch.data.dataset.samples import Samples
+from qtorch.model.loop.factories import OptimizerFactory
+from qtorch.nn.layers import layer_groups
+from qtorch.nn.lora import LoRA
+from qtorch.tracking.manager import MANAGER
+from qtorch.tracking.mlflow_recorder import tag_lineage
+from qtorch.tracking.store_types import NotInStoreError
+
+if TYPE_CHECKING:
+    from qtorch.tracking.recorder import Recorder
+
+
+StatisticsMode = Literal["keep", "refit", "adapt"]
+STATISTICS: tuple[str, ...] = ("keep", "refit", "adapt")
+LORA_OPTIONS = ("rank", "alpha", "targets", "trained")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Which parameters are trained in a fine-tuning, and how.
+
+    `train`: "all", "head" (the last layer), or patterns of parameter names (`["fc_out.*"]`).
+    `frozen`: patterns of parameters that are not trained.
+    `layer_decay`: each layer's learning rate is this fraction of the one above it; the head has the
+    full rate.
+    `unfreeze_every`: train only the head at first, and unfreeze one more layer every so many
+    epochs.
+    `lora`: `rank`, `alpha`, `targets`, `trained` (see `qtorch.nn.LoRA`); the low-rank products are
+    merged into the weights at the end.
+    `keep_optimizer`: start from the optimizer state of the previous training; it must belong to the
+    whole network and nothing else.
+    `statistics`: batch norm statistics: "keep" normalizes with the running statistics and leaves
+    them unchanged, "refit" resets them, "adapt" continues updating them; None means "adapt".
+    """
+
+    train: str | Sequence[str] = "all"
+    frozen: Sequence[str] = ()
+    layer_decay: float = 1.0
+    unfreeze_every: int | None = None
+    lora: Mapping[str, Any] | None = None
+    keep_optimizer: bool = False
+    statistics: str | None = None
+    description: dict[str, Any] = field(init=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is {self.layer_decay}; expected above 0, at most 1.")
+        if self.unfreeze_every is not None and self.unfreeze_every < 1:
+            raise ConfigError(
+                f"unfreeze_every is {self.unfreeze_every}; expected at least 1 epoch."
+            )
+        if self.statistics is not None and self.statistics not in STATISTICS:
+            raise ConfigError(unknown_name("statistics", str(self.statistics), STATISTICS))
+        for name in self.lora or {}:
+            if name not in LORA_OPTIONS:
+                raise ConfigError(unknown_name("option of lora", str(name), LORA_OPTIONS))
+        is_partial = self.lora is not None or self.train != "all" or bool(self.frozen)
+        if self.lora is not None and (self.train != "all" or self.unfreeze_every or self.frozen):
+            raise ConfigError(
+                "lora defines which weights are trained: remove train, frozen and unfreeze_every."
+            )
+        if self.keep_optimizer and (is_partial or self.layer_decay != 1):
+            raise ConfigError(
+                "keep_optimizer only works when all weights are trained at one rate: "
+                "remove keep_optimizer, or lora, train, frozen and layer_decay."
+            )
+        options = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.init}
+        defaults = {k for k, (value, default) in options.items() if value in (default, [])}
+        description = {
+            k: value for k, (value, _) in options.items() if k not in defaults or k == "train"
+        }
+        self.description.update(description)
+
+    # -- before and after ----------------------------------------------------------------------
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ConfigError if fine-tuning options are set for a user's LightningModule."""
+        if isinstance(network, pl.LightningModule) and self != FineTuning():
+            raise ConfigError(
+                "a LightningModule with its own training loop decides what is trained: remove "
+                f"{', '.join(self.description)}."
+            )
+
+    def optimizer_state(
+        self, network: nn.Module, state: dict[str, Any] | None, report: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return the optimizer state to start from, or None for a new optimizer.
+
+        `state` is what the training of `report` has left. Raises ConfigError if it contains more
+        than the network's parameters.
+        """
+        if not self.keep_optimizer:
+            return None
+        if state is None:
+            raise ConfigError("keep_optimizer: this model was saved without optimizer state.")
+        num_tensors = sum(len(group["params"]) for group in state["param_groups"])
+        kind = type(network).__name__
+        if options := _partial_options(report.get("tuning") or {}):
+            raise ConfigError(
+                f"keep_optimizer: this {kind} was last trained with {', '.join(options)}, so its "
+                "optimizer state does not match this training: remove keep_optimizer."
+            )
+        if num_tensors > (num_parameters := len(list(network.parameters()))):
+            raise ConfigError(
+                f"keep_optimizer: the optimizer of this {kind} has updated {num_tensors} tensors, "
+                f"but only {num_parameters} belong to the network. The others (a decoder, an "
+                "adversary, gates) are created again by each training: remove keep_optimizer."
+            )
+        return state
+
+    def prepare_network(self, network: nn.Module) -> nn.Module:
+        """Mark the trainable parameters of the network; with `lora`, wrap it."""
+        if self.statistics == "refit":
+            for norm in _batch_norms(network):
+                norm.reset_running_stats()
+        if self.lora is not None:
+            options = {"trained": [f"{n}" for n in layer_groups(network)[-1]], **self.lora}
+            try:
+                return LoRA(network, **options)
+            except ValueError as error:
+                raise ConfigError(f"lora: {error}") from error
+        trainable_names = self._trainable_names(network)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in trainable_names)
+        return network
+
+    def finalize_network(self, network: nn.Module) -> nn.Module:
+        """Return the network for prediction: LoRA merged, nothing frozen."""
+        return network.merge() if isinstance(network, LoRA) else network.requires_grad_(True)
+
+    def _trainable_names(self, network: nn.Module) -> set[str]:
+        names = [name for name, _ in network.named_parameters()]
+        if self.train == "all":
+            trainable = set(names)
+        elif self.train == "head":
+            trainable = set(layer_groups(network)[-1])
+        else:
+            patterns = [self.train] if isinstance(self.train, str) else list(self.train)
+            trainable = _match_patterns(names, patterns, "train")
+        trainable -= _match_patterns(names, self.frozen, "frozen")
+        if not trainable:
+            raise ConfigError("nothing to train: every parameter is frozen.")
+        return trainable
+
+    # -- rates and callbacks -------------------------------------------------------------------
+
+    def scale_layer_rates(self, factory: OptimizerFactory, network: nn.Module) -> OptimizerFactory:
+        """Return an optimizer factory with a rate for each layer, if `layer_decay` is set."""
+        if self.layer_decay == 1:
+            return factory
+        layers = layer_groups(network)
+        network_parameters = dict(network.named_parameters())
+
+        def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
+            parameter_list = list(parameters)
+            trainable_ids, network_ids = (
+                {id(p) for p in parameter_list},
+                {id(p) for p in network_parameters.values()},
+            )
+            groups, rate_factors = [], []
+            for depth, names in enumerate(reversed(layers)):
+                layer_parameters = [
+                    network_parameters[n]
+                    for n in names
+                    if id(network_parameters[n]) in trainable_ids
+                ]
+                if layer_parameters:
+                    groups.append({"params": layer_parameters})
+                    rate_factors.append(self.layer_decay**depth)
+            # Auxiliary parameters of the training module are not part of any layer.
+            if other_parameters := [p for p in parameter_list if id(p) not in network_ids]:
+                groups.append({"params": other_parameters})
+                rate_factors.append(1.0)
+            optimizer = factory(groups)  # type: ignore[arg-type]  # parameter groups
+            for group, rate_factor in zip(optimizer.param_groups, rate_factors, strict=True):
+                group["lr"] = group["lr"] * rate_factor
+            return optimizer
+
+        return build
+
+    def callbacks(self, network: nn.Module) -> list[pl.Callback]:
+        """Return the callbacks that act during training."""
+        active: list[pl.Callback] = []
+        if self.unfreeze_every is not None:
+            active.append(
+                GradualUnfreezing(network, self._trainable_names(network), self.unfreeze_every)
+            )
+        if self.statistics == "keep":
+            active.append(FrozenBatchNorms())
+        return active
+
+
+class GradualUnfreezing(pl.Callback):
+    """Unfreeze layers from the head down, one more every so many epochs.
+
+    Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018.
+    """
+
+    def __init__(self, network: nn.Module, trainable_names: set[str], every: int) -> None:
+        parameters = dict(network.named_parameters())
+        layers = [
+            [parameters[n] for n in names if n in trainable_names]
+            for names in layer_groups(network)
+        ]
+        self.layers = [layer for layer in reversed(layers) if layer]
+        self.every = every
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze and unfreeze by the epoch number alone, so that a resumed training agrees."""
+        num_trainable = 1 + trainer.current_epoch // self.every
+        for depth, layer in enumerate(self.layers):
+            for parameter in layer:
+                parameter.requires_grad_(depth < num_trainable)
+
+
+class FrozenBatchNorms(pl.Callback):
+    """Keep batch norms in evaluation mode: they use their running statistics unchanged."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for norm in _batch_norms(pl_module):
+            norm.eval()
+
+
+def _partial_options(tuning: Mapping[str, Any]) -> list[str]:
+    """Return the options that gave an earlier optimizer a subset or groups of the parameters."""
+    defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
+    return [name for name in defaults if tuning.get(name, defaults[name]) != defaults[name]]
+
+
+def _batch_norms(network: nn.Module) -> list[Any]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return [m for m in network.modules() if isinstance(m, kinds)]
+
+
+def _match_patterns(names: Sequence[str], patterns: Sequence[str], option: str) -> set[str]:
+    """Return the names that match a pattern; raise ConfigError for a pattern without a match."""
+    matches: set[str] = set()
+    for pattern in patterns:
+        new_matches = {name for name in names if fnmatch(name, pattern)}
+        if not new_matches:
+            raise ConfigError(
+                f"{option}: {pattern!r} matches no parameter; the names are {list(names)}."
+            )
+        matches |= new_matches
+    return matches
+
+
+log = logging.getLogger(__name__)
+
+
+@trust_subclasses
+@dataclass(frozen=True)
+class InputSchema:
+    """The features and window length of the samples that a model was trained on."""
+
+    feature_names: tuple[str, ...]
+    num_features: int
+    num_steps: int
+
+    @classmethod
+    def from_samples(cls, samples: Samples) -> Self:
+        """Return the schema of these samples."""
+        return cls(samples.feature_names, samples.num_features, samples.num_steps)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a schema from the result of `to_dict`."""
+        return cls(tuple(values["feature_names"]), values["num_features"], values["num_steps"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the schema as JSON values."""
+        return {**asdict(self), "feature_names": list(self.feature_names)}
+
+    def match_features(self, samples: Samples, *, any_steps: bool = False) -> Samples:
+        """Return the samples with the training features, in training order, matched by name.
+
+        With `any_steps` the windows may have another length. Raises DataError, which lists the
+        differences: missing or additional features, another number of steps, or another order that
+        the data cannot be rearranged from.
+        """
+        differences = self._differences(samples, any_steps)
+        if differences:
+            lines = "".join(f"\n  {line}" for line in differences)
+            raise DataError(f"the dataset does not match the fitted model:{lines}")
+        if samples.feature_names == self.feature_names:
+            return samples
+        log.info("the features are in another order than in training; matched by name")
+        return samples.with_features(self.feature_names)
+
+    def _differences(self, samples: Samples, any_steps: bool) -> list[str]:
+        differences = []
+        if samples.num_features != self.num_features:
+            differences.append(
+                f"{samples.num_features} features, but the model was trained on {self.num_features}"
+            )
+        missing = [n for n in self.feature_names if n not in set(samples.feature_names)]
+        extra = [n for n in samples.feature_names if n not in set(self.feature_names)]
+        if missing:
+            differences.append(f"missing features: {_join_names(missing)}")
+        if extra:
+            differences.append(f"additional features: {_join_names(extra)}")
+        if samples.num_steps != self.num_steps and not any_steps:
+            differences.append(
+                f"windows of {samples.num_steps} steps, but the model was trained on "
+                f"{self.num_steps} (dataset.step_len)"
+            )
+        if (
+            not differences
+            and samples.feature_names != self.feature_names
+            and not samples.can_reorder_features
+        ):
+            order_changes = [
+                f"{actual_name} instead of {expected_name}"
+                for expected_name, actual_name in zip(
+                    self.feature_names, samples.feature_names, strict=True
+                )
+                if expected_name != actual_name
+            ]
+            differences.append(f"another order of features: {_join_names(order_changes)}")
+        return differences
+
+
+def check_labels(train: Samples, valid: Samples | None) -> None:
+    """Raise DataError if there is nothing to learn from."""
+    for name, samples in (("train", train), ("valid", valid)):
+        if samples is None:
+            continue
+        if not len(samples):
+            raise DataError(f"the segment {name!r} has no samples.")
+        if samples.target is None:
+            raise DataError(f"the samples of {name!r} have no labels.")
+        if bool(samples.target.isnan().all()):
+            raise DataError(f"the label is NaN in all {len(samples)} samples of {name!r}.")
+    if train.max_samples_per_day == 1:
+        log.warning(
+            "every day of 'train' has only one instrument: the model learns a time series, without "
+            "comparing instruments, and ICs are undefined"
+        )
+
+
+def check_cross_section(
+    train: Samples, valid: Samples | None, *, monitor: str, day_label: Any
+) -> None:
+    """Raise DataError if instruments should be compared but each day has only one.
+
+    `monitor` is the full name of the monitored metric.
+    """
+    requirements = {"train": day_label and "day_label", "valid": None}
+    if monitor.rpartition("/")[2] in ("ic", "rank_ic"):
+        requirements["valid"] = f"monitor {monitor!r}"
+    for name, samples in (("train", train), ("valid", valid)):
+        if requirements[name] and samples is not None and samples.max_samples_per_day == 1:
+            raise DataError(
+                f"{requirements[name]} compares the instruments of a day, but every day of the "
+                f"segment {name!r} has only one instrument: use a universe of several instruments, "
+                "or set monitor=loss and day_label=null."
+            )
+
+
+def _join_names(names: Sequence[str]) -> str:
+    text = ", ".join(names[:8])
+    return text + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+
+
+RUN_PREFIX, DEFAULT_ARTIFACT = "run:", "params.pkl"
+EXPECTED_FORMAT = "expected 'run:RUN_ID', or 'run:RUN_ID/NAME' for a model saved under another name"
+
+
+def check_initial_run(init_from: Any) -> None:
+    """Raise ConfigError unless `init_from` is None or names a run."""
+    if init_from is None:
+        return
+    if not isinstance(init_from, str):
+        raise ConfigError(
+            f"init_from is a {type(init_from).__name__}; {EXPECTED_FORMAT} "
+            "(f'run:{recorder.id}'), because a task must be plain data."
+        )
+    if (
+        not init_from.startswith(RUN_PREFIX)
+        or not init_from.removeprefix(RUN_PREFIX).partition("/")[0]
+    ):
+        raise ConfigError(f"init_from is {init_from!r}; {EXPECTED_FORMAT}.")
+
+
+@dataclass
+class InitialWeights:
+    """The fitted network of an earlier run, whose weights initialize another network."""
+
+    source: str
+    network: nn.Module
+    input_schema: InputSchema | None
+    copied_names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, init_from: str, run: Recorder | None) -> Self:
+        """Load the fitted network that `init_from` names, and tag `run` with its source.
+
+        Raises ConfigError if the run or the object does not exist, or if the object has no network.
+        """
+        run_id, _, name = init_from.removeprefix(RUN_PREFIX).partition("/")
+        name = name or DEFAULT_ARTIFACT
+        try:
+            recorder = MANAGER.recorder(run_id)
+        except NotInStoreError as error:
+            raise ConfigError(f"init_from={init_from!r}: {error}") from error
+        try:
+            model = recorder.load_object(name)
+        except LoadObjectError as error:
+            raise ConfigError(
+                f"init_from={init_from!r}: cannot load a model from the run (status "
+                f"{recorder.status}): {error}"
+            ) from error
+        network = getattr(model, "network_", None)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"init_from={init_from!r}: {name!r} is a {type(model).__name__}, which has no "
+                "fitted network."
+            )
+        if run is not None:
+            tag_lineage(run, recorder)
+        return cls(init_from, network, getattr(model, "input_schema_", None))
+
+    def match_features(self, samples: Samples) -> Samples:
+        """Return the samples with the features that the weights were trained on, matched by name.
+
+        Windows may have another length, as far as the weights allow it. Raises DataError, which
+        lists the differences.
+        """
+        return (
+            samples
+            if self.input_schema is None
+            else self.input_schema.match_features(samples, any_steps=True)
+        )
+
+    def apply(self, network: nn.Module) -> nn.Module:
+        """Copy the weights whose name and shape match into `network`, and return it."""
+        try:
+            self.copied_names = copy_shared_weights(network, self.network)
+        except ConfigError as error:
+            raise ConfigError(f"init_from={self.source!r}: {error}") from error
+        other_modules = sorted(
+            {n.partition(".")[0] for n in network.state_dict()}
+            - _top_level_names(self.copied_names)
+        )
+        log.info(
+            "copied %d weights from %s; newly initialized: %s",
+            len(self.copied_names),
+            self.source,
+            other_modules or "none",
+        )
+        return network
+
+    @property
+    def digest(self) -> str:
+        """A hash of the source weights."""
+        return weights_digest(self.network)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The source run and the copied weights, for the fit report."""
+        return {"from": self.source, "weights": self.copied_names}
+
+
+def copy_shared_weights(network: nn.Module, earlier: nn.Module) -> list[str]:
+    """Copy the weights that a network shares by name and shape with another architecture.
+
+    Returns their names. Weights that only one of the two networks has are not changed, nor is an
+    output head of another width (other labels). Raises ConfigError, which lists the shapes, if any
+    other weight of the same name differs in shape, or if no weight is shared: a half-initialized
+    network is not what the user wants.
+    """
+    own, weights = network.state_dict(), earlier.state_dict()
+    heads = {name for model in (network, earlier) for name in layer_groups(model)[-1]}
+    shared_names = [n for n, w in weights.items() if n in own and own[n].shape == w.shape]
+    mismatches = [n for n, w in weights.items() if n in own and own[n].shape != w.shape]
+    errors = [n for n in mismatches if n not in heads]
+    names = f"a {type(network).__name__} and the run's {type(earlier).__name__}"
+    if errors:
+        shapes = ", ".join(
+            f"{n} {list(own[n].shape)} and {list(weights[n].shape)}" for n in errors[:6]
+        )
+        suffix = f", ... ({len(errors)} in all)" if len(errors) > 6 else ""
+        raise ConfigError(
+            f"{names} differ in the shapes of {shapes}{suffix}. Give both the same hidden_size, "
+            "base_model and features."
+        )
+    if not set(shared_names) - heads:
+        raise ConfigError(
+            f"{names} share no weight except the head's: the first has {_format_shapes(own)}, the "
+            f"second {_format_shapes(weights)}."
+        )
+    network.load_state_dict({**own, **{n: weights[n] for n in shared_names}})
+    return shared_names
+
+
+def _format_shapes(weights: Mapping[str, Tensor]) -> str:
+    text = ", ".join(f"{n} {list(w.shape)}" for n, w in list(weights.items())[:6])
+    return text + (f", ... ({len(weights)} in all)" if len(weights) > 6 else "")
+
+
+def _top_level_names(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Return a hash of a network's weights."""
+    sha256 = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        sha256.update(name.encode())
+        sha256.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return sha256.hexdigest()[:32]
+
+
+ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt"
+
+
+def get_statistics(dataset: Any) -> State | None:
+    """Return the fitted state of the processors of a dataset's handler, or None if it has none."""
+    handler: Any = getattr(dataset, "handler", None)
+    if not callable(getattr(handler, "get_fitted_state", None)):
+        return None
+    state: State = handler.get_fitted_state()
+    return State(state.config, {k: v.detach().cpu().clone() for k, v in state.tensors.items()})
+
+
+def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | None) -> None:
+    """Normalize a dataset with the statistics of a fitted model.
+
+    "keep" uses the model's statistics, "refit" and None the dataset's own (of its train segment),
+    "adapt" the mean of both. This changes the state of the dataset's handler. Raises ConfigError if
+    the two handlers' processors differ.
+    """
+    if mode is None or mode == "refit":
+        return
+    if mode not in STATISTICS:
+        raise ConfigError(unknown_name("statistics", mode, STATISTICS))
+    handler: Any = getattr(dataset, "handler", None)
+    if model_statistics is None or not callable(getattr(handler, "load_fitted_state", None)):
+        owner = "the model" if model_statistics is None else "the dataset"
+        raise ConfigError(
+            f"statistics={mode!r}: {owner} has no processors with fitted statistics; omit "
+            "statistics, or use a DatasetH with a DataHandlerLP."
+        )
+    if mode == "adapt":
+        dataset.view()  # fits the processors on this dataset's train segment
+        model_statistics = interpolate_statistics(model_statistics, handler.get_fitted_state())
+    handler.load_fitted_state(model_statistics)
+
+
+def interpolate_statistics(old: State, new: State) -> State:
+    """Return the mean of two states, column by column.
+
+    Columns are matched by name, because their order may differ.
+    """
+    has_no_state = [[p is None for p in state.config["processors"]] for state in (old, new)]
+    if has_no_state[0] != has_no_state[1] or set(old.tensors) != set(new.tensors):
+        raise ConfigError("statistics='adapt': the dataset's processors differ from the model's.")
+    tensors = {}
+    for name, old_value in old.tensors.items():
+        processor_index = int(name.split(".")[1])  # processors.K.NAME
+        column_order = _column_order(
+            old.config["processors"][processor_index], new.config["processors"][processor_index]
+        )
+        new_value = new.tensors[name].to(old_value)
+        new_value = new_value if column_order is None else new_value[column_order]
+        if new_value.shape != old_value.shape:
+            raise ConfigError("statistics='adapt': the dataset's columns differ from the model's.")
+        tensors[name] = torch.lerp(old_value, new_value, ADAPT_WEIGHT)
+    return State(old.config, tensors)
+
+
+def _column_order(old: dict[str, Any], new: dict[str, Any]) -> list[int] | None:
+    """Return the position of each old column in the new processor, or None without column names."""
+    if "columns" not in old or "columns" not in new:
+        return None
+    positions = {(str(g), str(n)): k for k, (g, n) in enumerate(new["columns"])}
+    old_columns = [(str(g), str(n)) for g, n in old["columns"]]
+    missing = [n for g, n in old_columns if (g, n) not in positions]
+    extra = [n for g, n in positions if (g, n) not in set(old_columns)]
+    if missing or extra:
+        differences = [
+            f"{label} {', '.join(names[:8])}"
+            for label, names in (("missing:", missing), ("additional:", extra))
+            if names
+        ]
+        raise DataError(
+            "statistics='adapt': the dataset's columns differ from the model's: "
+            f"{'; '.join(differences)}."
+        )
+    return [positions[column] for column in old_columns]

@@ -1,0 +1,148 @@
+"""Fit a network on one device or several: resume or start, and manage the checkpoint folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtorch.core.identity import digest
+from qtorch.core.runtime import seed_everything
+from qtorch.data.dataset.samples import Samples
+from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
+from qtorch.model.finetune import FineTuning
+from qtorch.model.loop.callbacks import Interruption, StopTraining, TrainingInterrupted
+from qtorch.model.loop.checkpoint import (
+    LAST,
+    CheckpointCallback,
+    find_resume_checkpoint,
+    preserve_generators,
+    remove_leftovers,
+)
+from qtorch.model.loop.training import FitResult as FitResult
+from qtorch.model.loop.training import Recipe as Recipe
+from qtorch.model.loop.training import Training, quiet_lightning, training_identity
+
+
+def fit_network(
+    make_network: Callable[[], nn.Module],
+    train: Samples,
+    valid: Samples | None,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    recorder: Any,
+    resume: str | Path | None,
+    start: str = "fresh",
+    tuning: FineTuning | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+) -> FitResult:
+    """Train a network and return it with its best weights.
+
+    The global random generators are restored afterwards. `make_network` is called with the
+    generators seeded. `start` describes where the initial weights come from, so that checkpoints of
+    trainings with other initial weights are not resumed. `tuning` says which parts of a fitted
+    network are trained, `optimizer_state` is the state that its optimizer starts from.
+    """
+    with preserve_generators(), quiet_lightning(), Interruption() as interruption:
+        check_devices(recipe, train)
+        seed_everything(recipe.seed)
+        network = make_network().train()  # a fitted network is in evaluation mode
+        if tuning is not None:
+            network = tuning.prepare_network(network)
+            start = digest({"start": start, "tuning": tuning.description})
+        identity = training_identity(network, train, valid, recipe, start)
+        with _checkpoint_folder(recipe, recorder) as folder:
+            checkpoint = find_resume_checkpoint(resume, folder, identity)
+            if recipe.trainer.num_devices > 1:
+                with _convert_interruption(folder, recorder):
+                    return fit_on_ranks(
+                        network,
+                        (train, valid),
+                        recipe,
+                        folder=folder,
+                        identity=identity,
+                        checkpoint=checkpoint,
+                        recorder=recorder,
+                        interruption=interruption,
+                        tuning=tuning,
+                        optimizer_state=optimizer_state,
+                    )
+            device_samples = train.to(device), None if valid is None else valid.to(device)
+            training = Training(network, *device_samples, recipe, tuning, optimizer_state)
+            checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
+            with _convert_interruption(folder, recorder, checkpoint_callback):
+                training.run(checkpoint)
+        return training.result(checkpoint)
+
+
+@contextmanager
+def _convert_interruption(
+    folder: Path | None, recorder: Any, checkpoint_callback: CheckpointCallback | None = None
+) -> Iterator[None]:
+    """Context manager that raises TrainingInterrupted for every orderly stop of a training."""
+    try:
+        yield
+    except RanksStopped as stop:
+        raise _build_interruption(stop.position, stop.num_batches, folder, recorder) from None
+    except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        position = None if checkpoint_callback is None else checkpoint_callback.stop_position
+        num_batches = 0 if checkpoint_callback is None else checkpoint_callback.loader.num_batches
+        raise _build_interruption(position, num_batches, folder, recorder) from None
+
+
+@contextmanager
+def _checkpoint_folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
+    """Context manager for the folder of the checkpoints.
+
+    It is the configured folder, or the run's, or a temporary one, which is removed unless training
+    fails.
+    """
+    if recipe.checkpoint.get("enabled", True) is False:
+        yield None
+        return
+    configured_folder = recipe.checkpoint.get("dir")
+    if configured_folder is not None or recorder is not None:
+        folder = (
+            Path(configured_folder)
+            if configured_folder is not None
+            else Path(recorder.checkpoint_dir())
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, is_finished=False)
+        is_finished = False
+        try:
+            yield folder
+            is_finished = True
+        finally:
+            remove_leftovers(folder, is_finished=is_finished)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build_interruption(
+    position: tuple[int, int] | None, num_batches: int, folder: Path | None, recorder: Any
+) -> TrainingInterrupted:
+    path = None if folder is None or not (folder / LAST).exists() else folder / LAST
+    location = ""
+    if position is not None:
+        location = f" in epoch {position[0]} after batch {position[1]} of {num_batches}"
+    if path is None:
+        return TrainingInterrupted(f"training interrupted{location}; no checkpoint was saved.")
+    instruction = f"fit(..., resume={str(path)!r})"
+    if recorder is not None:
+        instruction = f"the same fit in run {recorder.id} (R.start(recorder_id=..., resume=True))"
+    return TrainingInterrupted(
+        f"training interrupted{location}; saved checkpoint to {path}. Resume with {instruction}.",
+        str(path),
+    )

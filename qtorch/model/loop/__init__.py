@@ -1,0 +1,1 @@
+"""The one training loop on Lightning: module, loader, fit, checkpoints, callbacks."""

@@ -1,0 +1,610 @@
+"""Checkpoint files.
+
+They are written atomically, the previous file is kept, and a damaged file is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, DataError, QtorchError
+from qtorch.core.files import atomic_write, remove_partial_files
+from qtorch.model.loop import user_module as own_metrics
+from qtorch.model.loop.callbacks import StopRequest, StopTraining
+from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
+from qtorch.model.loop.rank_group import RankGroup
+from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
+from qtorch.model.loop.user_module import unsent_metrics
+from qtorch.process.heartbeat import beat, has_listeners
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+CALLBACK_STATE_KEY = "qtorch_keeper"
+FORMAT_VERSION = 2  # of the entry under CALLBACK_STATE_KEY
+
+
+class CheckpointError(QtorchError, OSError):
+    """A checkpoint could not be written or read."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically: to a temporary file, flushed to disk, then renamed.
+
+    A crash leaves either the old file or the new one. Files hold tensors and plain values only, and
+    are read with `weights_only=True`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        try:
+            with atomic_write(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"could not write checkpoint {path}: {error}. Is the disk full? The existing "
+                "checkpoint is unchanged."
+            ) from error
+
+
+def save_and_rotate(save: Any, folder: Path, *, rotate: bool = True) -> Path:
+    """Save the folder's last checkpoint by calling `save(path)`; keep the old one as the previous.
+
+    `rotate` is False in a process that only takes part in a collective save, whose file another one
+    writes.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    new_path = _temporary_path(folder, LAST)
+    save(str(new_path))
+    if not rotate:
+        return last
+    if last.exists():
+        os.replace(last, previous)
+    os.replace(new_path, last)
+    return last
+
+
+def link_best_checkpoint(folder: Path) -> None:
+    """Make the last checkpoint the best one, as a hard link to the same file."""
+    link = _temporary_path(folder, BEST)
+    link.unlink(missing_ok=True)
+    try:
+        os.link(folder / LAST, link)
+    except OSError:  # the file system has no hard links
+        link.write_bytes((folder / LAST).read_bytes())
+    os.replace(link, folder / BEST)
+
+
+def remove_leftovers(folder: Path, *, is_finished: bool) -> None:
+    """Remove what a process left in the folder that was killed while writing a checkpoint.
+
+    A complete checkpoint that has not been renamed yet is removed only if the training is finished:
+    otherwise another process may be about to rename it, and the next checkpoint replaces it anyway.
+    """
+    remove_partial_files(folder)
+    for name in (LAST, BEST) if is_finished else ():
+        _temporary_path(folder, name).unlink(missing_ok=True)
+
+
+def _temporary_path(folder: Path, name: str) -> Path:
+    return folder / f".new-{name}"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint; raise CheckpointError if it is damaged or not written by qtorch."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first}") from error
+    if not isinstance(content, dict) or CALLBACK_STATE_KEY not in content:
+        raise CheckpointError(f"{path} is not a checkpoint written by qtorch.")
+    return content
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest readable checkpoint of a folder; skip a damaged one with a warning."""
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("%s; trying the previous checkpoint.", error)
+    return None
+
+
+def find_resume_checkpoint(
+    resume: str | Path | None, folder: Path | None, identity: str
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to resume from, or None to start from scratch.
+
+    `resume` is None (start from scratch), "auto" (the folder's newest checkpoint if it belongs to
+    the same training), or the path of a checkpoint or of a folder of checkpoints (ConfigError if it
+    belongs to another training).
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        checkpoint = None if folder is None else newest_checkpoint(folder)
+        _check_format(checkpoint)
+        if checkpoint is None or checkpoint[1][CALLBACK_STATE_KEY]["identity"] == identity:
+            return checkpoint
+        log.warning(
+            "%s belongs to another training (model, data or seed differ): starting from scratch.",
+            checkpoint[0],
+        )
+        return None
+    path = Path(resume)
+    checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+    if checkpoint is None:
+        raise ConfigError(f"{resume} contains no checkpoint to resume from.")
+    _check_format(checkpoint)
+    if checkpoint[1][CALLBACK_STATE_KEY]["identity"] != identity:
+        raise ConfigError(
+            f"{checkpoint[0]} belongs to another training: model, data, batches or seed differ. "
+            "Start from scratch (resume=None), or use finetune to train on other data."
+        )
+    return checkpoint
+
+
+def _check_format(checkpoint: tuple[Path, dict[str, Any]] | None) -> None:
+    """Refuse a checkpoint that another version of qtorch has written; the file stays unchanged."""
+    if checkpoint is None:
+        return
+    path, version = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY].get("format", 1)
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has checkpoint format {version}, but this version reads {FORMAT_VERSION}: "
+            "finish the training with the version that started it, or start from scratch."
+        )
+
+
+def get_generator_states(*, every_device: bool = True) -> dict[str, Any]:
+    """Return the states of torch (CPU and CUDA), numpy and Python as tensors and plain values.
+
+    Plain values let a checkpoint load without running any code. With `every_device=False` only the
+    current CUDA device is included: asking the others would initialize them.
+    """
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - other libraries use the global generator
+    name, keys, position, has_gauss, gauss = numpy_state
+    version, numbers, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": _cuda_states(every_device),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, torch.tensor(numbers), next_gauss],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Restore the states that `get_generator_states` returned."""
+    torch.set_rng_state(states["torch"].cpu())
+    cuda = [s.cpu() for s in states["cuda"]] if torch.cuda.is_available() else []
+    if len(cuda) == 1:
+        torch.cuda.set_rng_state(cuda[0])
+    elif len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    state = (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
+    np.random.set_state(state)  # noqa: NPY002 - as above
+    version, numbers, next_gauss = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), next_gauss))
+
+
+def _cuda_states(every_device: bool) -> list[torch.Tensor]:
+    if not torch.cuda.is_available():
+        return []
+    return torch.cuda.get_rng_state_all() if every_device else [torch.cuda.get_rng_state()]
+
+
+@contextmanager
+def preserve_generators() -> Iterator[None]:
+    """Context manager that restores the random generators at the end of the block."""
+    states = get_generator_states()
+    try:
+        yield
+    finally:
+        restore_generators(states)
+
+
+GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"
+
+
+@dataclass
+class RankStates:
+    """Random generators and loss sums of every rank, with their position in the training.
+
+    For a user's module `accumulators` holds, instead of loss sums, what it has logged in the
+    running epoch. `seed_parts` is (seed, epoch, position).
+    """
+
+    generators: list[dict[str, Any]]
+    accumulators: list[Any]
+    seed_parts: tuple[int, ...] = ()
+    threads: int = 0
+
+    @classmethod
+    def collect(cls, ranks: RankGroup, module: pl.LightningModule) -> RankStates:
+        """Collect the current states. Must be called by every rank."""
+        if isinstance(module, ScoreModule):
+            accumulator: Any = module.accumulator.sums().cpu()
+        else:
+            accumulator = own_metrics.epoch_state(module)
+        states = get_generator_states(every_device=ranks.size == 1)
+        rank_states = ranks.gather((states, accumulator))
+        parts = [g for g, _ in rank_states], [t for _, t in rank_states]
+        return cls(*parts, threads=torch.get_num_threads())
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint."""
+        is_single_rank = len(self.generators) == 1
+        generators = self.generators[0] if is_single_rank else self.generators
+        return {GENERATORS: generators, ACCUMULATORS: self.accumulators, THREADS: self.threads}
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any], seed: int) -> RankStates:
+        """Read a checkpoint of any number of ranks; `seed` is the training's seed."""
+        state = checkpoint[CALLBACK_STATE_KEY]
+        seed_parts = (seed, int(checkpoint["epoch"]), int(state.get("position", 0)))
+        generators, threads = state[GENERATORS], state[THREADS]
+        is_single_rank = not isinstance(generators, list)
+        return cls(
+            [generators] if is_single_rank else generators, state[ACCUMULATORS], seed_parts, threads
+        )
+
+    def restore(self, ranks: RankGroup, module: pl.LightningModule) -> None:
+        """Restore the state of this rank.
+
+        If the number of ranks has changed, the epoch goes on with the samples that were not used
+        yet, but with other random draws: generators are seeded by (seed, epoch, position, size,
+        rank). The loss sums so far are counted once. What a user's module has logged in the epoch
+        so far cannot be split and is dropped.
+        """
+        num_saved_ranks = len(self.generators)
+        if num_saved_ranks == ranks.size:
+            self._warn_thread_change(module.device)
+            restore_generators(self.generators[ranks.rank])
+            state = self.accumulators[ranks.rank]
+        else:
+            log.warning(
+                "the checkpoint was written with %d devices, this training resumes with %d: the "
+                "epoch continues with its unused samples, but random draws (dropout) differ.",
+                num_saved_ranks,
+                ranks.size,
+            )
+            ranks.seed(*self.seed_parts)
+            state = (
+                torch.stack(self.accumulators).sum(0) if isinstance(module, ScoreModule) else None
+            )
+            if state is not None and not ranks.is_first:
+                state = torch.zeros_like(state)
+        if isinstance(module, ScoreModule):
+            module.accumulator.loss, module.accumulator.weight = state.to(module.device).unbind()
+            module.accumulator.count = 0
+        elif state is not None:
+            own_metrics.restore_epoch_state(module, state)
+
+    def _warn_thread_change(self, device: torch.device) -> None:
+        """Warn if the number of CPU threads differs, which changes the order of float sums."""
+        num_threads = torch.get_num_threads()
+        if device.type == "cpu" and self.threads != num_threads:
+            log.warning(
+                "the checkpoint was written with %d threads, this training resumes with %d: "
+                "results may differ in the last bits (set OMP_NUM_THREADS to use the same number).",
+                self.threads,
+                num_threads,
+            )
+
+
+class CheckpointCallback(Checkpoint):
+    """Record history and best weights, and write checkpoints that training resumes from exactly.
+
+    To Lightning's checkpoint it adds what an exact resume needs: the states of the random
+    generators (torch, CUDA, numpy, Python), the best weights with their metric value, and the
+    metrics so far. It writes a checkpoint after each epoch and within an epoch at each multiple of
+    `every_n_steps` batches (one batch later if a validation comes in between). A requested stop is
+    answered at the next such place: a checkpoint, then StopTraining. With several ranks, the first
+    rank writes the checkpoint, which holds the state of every rank, and all ranks stop after the
+    same step.
+
+    `monitor` is the metric that decides the best epoch, `mode` is "min" or "max". This callback
+    must be the last one to see the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        loader: StepLoader,
+        *,
+        folder: Path | None,
+        identity: str,
+        monitor: str,
+        mode: str,
+        interruption: StopRequest,
+        ranks: RankGroup,
+        every_n_steps: int | None = None,
+        log_epochs: bool = True,
+    ) -> None:
+        self.loader, self.folder, self.identity = loader, folder, identity
+        self.ranks = ranks
+        self.monitor, self.mode = monitor, mode
+        self.every_n_steps, self.interruption, self.log_epochs = (
+            every_n_steps,
+            interruption,
+            log_epochs,
+        )
+        self.history: list[dict[str, float]] = []
+        self.best_epoch: int | None = None
+        self.best_value = math.nan
+        self.best_weights: dict[str, Tensor] | None = None
+        self.best_optimizer: dict[str, Any] | None = None
+        self.seconds = self.train_seconds = 0.0
+        self.num_train_samples = 0  # samples that were trained on in train_seconds
+        self.stop_position: tuple[int, int] | None = None
+        self._resume_states: RankStates | None = None
+        self._start_time = self._epoch_start_time = time.perf_counter()
+        self._valid_seconds = 0.0
+        self._has_validated = False
+        self._is_checkpoint_due = False  # within the epoch, not yet written
+        self._unsent_metrics: list[tuple[dict[str, float], int]] = []
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.ranks.connect()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_time = self._epoch_start_time = time.perf_counter()
+        self._valid_seconds = 0.0
+        self.resend_metrics(trainer)
+        if self._resume_states is not None:
+            self._resume_states.restore(self.ranks, pl_module)
+            self._resume_states = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_start_time = time.perf_counter()
+        self._valid_seconds = 0.0
+        self._has_validated = False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._valid_start_time = time.perf_counter()
+        # Each rank has batch norm statistics of its own. Validate what is saved: the first rank's.
+        self.ranks.broadcast(pl_module.buffers())
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        beat("validation")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_validated = True
+        self._valid_seconds += time.perf_counter() - self._valid_start_time
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        position = self.loader.position
+        if has_listeners():
+            self._send_heartbeat(trainer, position)
+        if isinstance(pl_module, ScoreModule):
+            num_pending = pl_module.accumulator.num_pending
+        else:
+            num_pending = position % trainer.accumulate_grad_batches
+        if position >= self.loader.num_batches or num_pending:
+            return  # a checkpoint cannot hold accumulated gradients
+        if self.every_n_steps is not None and position % self.every_n_steps == 0:
+            self._is_checkpoint_due = True
+        if _validates_next(trainer):
+            return  # a training resumed from here would skip this validation
+        stop = self.ranks.any_rank(self.interruption.stop_requested)
+        if stop or self._is_checkpoint_due:
+            self._save_checkpoint(trainer)
+        if stop:
+            self._stop(trainer.current_epoch, position)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, ScoreModule):
+            metrics = pl_module.accumulator.epoch_metrics
+            values = {k: metrics[k] for k in METRICS if k in metrics}
+        else:
+            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
+            self._require_monitor(values)
+        self.history.append(values)
+        end_time = time.perf_counter()
+        self.train_seconds += end_time - self._epoch_start_time - self._valid_seconds
+        source, num_batches = (
+            self.loader.source,
+            self.loader.num_batches - self.loader.start_position,
+        )
+        self.num_train_samples += round(len(source.samples) * num_batches / len(source))
+        self._log_epoch(trainer, values, end_time - self._epoch_start_time)
+        if has_listeners():
+            self._send_heartbeat(trainer, self.loader.position, values)
+        is_best = self._update_best(trainer, pl_module, values)
+        if isinstance(pl_module, ScoreModule):
+            # Send before the checkpoint: after a crash between the two, a resume sends them again.
+            self._send_metrics(trainer, values, trainer.current_epoch)
+            self._check_loss(trainer, values)
+        if self.folder is not None:
+            self._save_checkpoint(trainer)
+            if is_best and self.ranks.is_first:
+                link_best_checkpoint(self.folder)
+        if self.ranks.any_rank(self.interruption.stop_requested):
+            self._stop(trainer.current_epoch + 1, 0)
+
+    def resend_metrics(self, trainer: pl.Trainer) -> None:
+        """Send once the metrics that a killed process may not have delivered.
+
+        For a ScoreModule these are all metrics of the history. For a user's own module they are the
+        ones that Lightning would have sent after the checkpoint.
+        """
+        unsent, self._unsent_metrics = self._unsent_metrics, []
+        for values, step in unsent:
+            self._send_metrics(trainer, values, step)
+
+    # -- best weights, metrics, saving ---------------------------------------------------------
+
+    def _update_best(
+        self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float]
+    ) -> bool:
+        value = values.get(self.monitor, math.nan)
+        is_better = value < self.best_value if self.mode == "min" else value > self.best_value
+        if math.isnan(value) or not (is_better or math.isnan(self.best_value)):
+            return False
+        network = get_network(module)
+        self.best_weights = gather_weights(network)
+        self.best_optimizer = None
+        if trainer.optimizers:
+            state = gather_optimizer_state(trainer.strategy, trainer.optimizers[0], network)
+            self.best_optimizer = _clone_tensors(state)
+        self.best_epoch, self.best_value = trainer.current_epoch, value
+        return True
+
+    def _check_loss(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        loss = values.get(TRAIN_LOSS, values.get(PRETRAIN_LOSS, math.nan))
+        if math.isfinite(loss):
+            return
+        problem = f"training loss of epoch {trainer.current_epoch} is {loss}"
+        if self.best_weights is None:
+            raise DataError(
+                f"{problem}. Check for NaN features (add a Fillna processor) and for very large "
+                "ones (normalize them), or lower the learning rate or set gradient_clip_val."
+            )
+        log.warning(
+            "%s: stopping early; using the best weights, of epoch %d.", problem, self.best_epoch
+        )
+        trainer.should_stop = True
+
+    def _require_monitor(self, values: dict[str, float]) -> None:
+        """Raise ConfigError if a user's module has not logged the monitored metric.
+
+        Such a module chooses its metric names itself, so this can only be checked after an epoch
+        with its validation.
+        """
+        if self.monitor in values or not self._has_validated:
+            return
+        raise ConfigError(
+            f"the LightningModule did not log the metric to monitor, {self.monitor!r}, in an "
+            f"epoch; it logged {', '.join(sorted(values)) or 'nothing'}. "
+            "Set monitor to one of its metrics, or log the monitored one with self.log."
+        )
+
+    def _send_metrics(self, trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+
+    def _save_checkpoint(self, trainer: pl.Trainer) -> None:
+        self._is_checkpoint_due = False
+        if self.folder is not None:
+            self.update_seconds()
+            beat("checkpoint")
+            # Every rank takes part in gathering the state; only the first one writes the file.
+            save_and_rotate(trainer.save_checkpoint, self.folder, rotate=self.ranks.is_first)
+
+    def _send_heartbeat(
+        self, trainer: pl.Trainer, position: int, values: dict[str, float] | None = None
+    ) -> None:
+        num_batches = position - self.loader.start_position
+        seconds = time.perf_counter() - self._epoch_start_time - self._valid_seconds
+        batch_size = len(self.loader.source.samples) / max(len(self.loader.source), 1)
+        details: dict[str, Any] = {"metrics": values} if values else {}
+        beat(
+            "training",
+            epoch=trainer.current_epoch,
+            epochs=trainer.max_epochs,
+            batch=position,
+            batches=self.loader.num_batches,
+            samples_per_second=round(num_batches * batch_size / seconds) if seconds > 0 else None,
+            **details,
+        )
+
+    def update_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._start_time
+        self._start_time = now
+
+    def _stop(self, epoch: int, position: int) -> None:
+        self.stop_position = (epoch, position)
+        raise StopTraining
+
+    def _log_epoch(self, trainer: pl.Trainer, values: dict[str, float], seconds: float) -> None:
+        metrics = "  ".join(f"{k} {v:.6g}" for k, v in values.items())
+        level = logging.INFO if self.log_epochs else logging.DEBUG
+        log.log(level, "epoch %d: %s  (%.2f s)", trainer.current_epoch, metrics, seconds)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CALLBACK_STATE_KEY] = {
+            "format": FORMAT_VERSION,
+            "identity": self.identity,
+            **RankStates.collect(self.ranks, pl_module).to_checkpoint(),
+            "history": [dict(v) for v in self.history],
+            "due": [] if isinstance(pl_module, ScoreModule) else unsent_metrics(trainer),
+            "best_epoch": self.best_epoch,
+            "best_value": self.best_value,
+            "best_weights": self.best_weights,
+            "best_optimizer": self.best_optimizer,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "num_trained": self.num_train_samples,
+            "inner_steps": self.loader.inner_steps,
+            "cut_every": self.loader.cut_every,
+            "position": self.loader.position,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint[CALLBACK_STATE_KEY]
+        self._resume_states = RankStates.from_checkpoint(checkpoint, self.loader.source.seed)
+        self.history = [dict(v) for v in state["history"]]
+        is_score_module = isinstance(pl_module, ScoreModule)
+        epoch_metrics = zip(self.history, range(len(self.history)), strict=True)
+        self._unsent_metrics = list(epoch_metrics if is_score_module else state["due"])
+        self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
+        self.best_weights = state["best_weights"]
+        self.best_optimizer = state["best_optimizer"]
+        self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
+        self.num_train_samples = state["num_trained"]
+
+
+def get_network(module: pl.LightningModule) -> torch.nn.Module:
+    """Return what holds the weights: a ScoreModule's network, or the user's module itself."""
+    return module.network if isinstance(module, ScoreModule) else module
+
+
+def _validates_next(trainer: pl.Trainer) -> bool:
+    """Whether Lightning runs a validation between the finished batch and the next one."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def _clone_tensors(state: Any) -> Any:
+    """Copy a nested state, with its tensors."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {k: _clone_tensors(v) for k, v in state.items()}
+    return [_clone_tensors(v) for v in state] if isinstance(state, list) else state

@@ -1,0 +1,190 @@
+"""Build losses, optimizers and schedulers from their configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.metrics.loss import (
+    IC,
+    MAE,
+    MSE,
+    Combined,
+    CrossEntropy,
+    Huber,
+    ListMLE,
+    ListNet,
+    Loss,
+    Pairwise,
+    Quantile,
+    RankIC,
+)
+
+LOSSES: dict[str, type[Loss]] = {
+    "mse": MSE,
+    "mae": MAE,
+    "huber": Huber,
+    "quantile": Quantile,
+    "cross_entropy": CrossEntropy,
+    "ic": IC,
+    "rank_ic": RankIC,
+    "pairwise": Pairwise,
+    "listnet": ListNet,
+    "listmle": ListMLE,
+}
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class SchedulerPlan:
+    """A scheduler factory and when the scheduler steps.
+
+    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency` the
+    number of intervals between two steps, `monitor` the metric that is passed to a scheduler such
+    as ReduceLROnPlateau.
+    """
+
+    factory: Callable[[Optimizer], Any]
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+
+
+def build_loss(spec: Any) -> Callable[..., Any]:
+    """Build a loss from `spec`.
+
+    `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, or a
+    mapping {name: weight} for the weighted sum of several losses.
+    """
+    if isinstance(spec, str) and "." not in spec:
+        if spec not in LOSSES:
+            raise ConfigError(unknown_name("loss", spec, LOSSES))
+        return LOSSES[spec]()
+    if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
+        return _build_combined_loss(spec)
+    loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
+    if not callable(loss):
+        raise ConfigError(f"the loss is a {type(loss).__name__}, which is not callable.")
+    return loss  # type: ignore[no-any-return]  # callable() does not tell mypy the return type
+
+
+def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
+    """Build a weighted sum of losses.
+
+    `spec` is `{"mse": 1.0, "ic": 0.5}`, or `{any name: {"loss": ..., "weight": ...}}`.
+    """
+    parts = []
+    for name, part in spec.items():
+        part_spec = part if isinstance(part, Mapping) else {"loss": str(name), "weight": part}
+        if set(part_spec) - {"loss", "weight"} or "loss" not in part_spec:
+            raise ConfigError(
+                f"the loss {name!r} is {dict(part_spec)}; expected a weight, or "
+                "{'loss': ..., 'weight': ...}."
+            )
+        loss, weight = build_loss(part_spec["loss"]), part_spec.get("weight", 1.0)
+        if not isinstance(loss, Loss):
+            raise ConfigError(
+                f"the loss {name!r} cannot be summed: it is not a qtorch.metrics.loss.Loss."
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ConfigError(f"the weight of the loss {name!r} is {weight!r}, not a number.")
+        parts.append((loss, float(weight)))
+    return Combined(parts)
+
+
+def optimizer_factory(spec: Any) -> OptimizerFactory:
+    """Return a factory parameters -> optimizer.
+
+    `spec` is None (Adam with lr 1e-3), the name of an optimizer in torch.optim, a configuration
+    without `params`, or a callable.
+    """
+    if spec is None:
+        return partial(torch.optim.Adam, lr=1e-3)
+    if isinstance(spec, str) and "." not in spec:
+        optimizers = {n: c for n, c in vars(torch.optim).items() if _is_optimizer(c)}
+        for name, optimizer_class in optimizers.items():
+            if name.lower() == spec.lower():
+                return cast(OptimizerFactory, optimizer_class)
+        raise ConfigError(unknown_name("optimizer", spec, optimizers))
+    return build_factory(spec, "optimizer")
+
+
+def explain_errors(factory: OptimizerFactory) -> OptimizerFactory:
+    """Wrap an optimizer factory to raise ConfigError for a bad argument (a string for lr)."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        try:
+            return factory(parameters)
+        except (TypeError, ValueError) as error:
+            optimizer_class = getattr(factory, "func", factory)
+            arguments = getattr(factory, "keywords", {})
+            name = getattr(optimizer_class, "__name__", type(optimizer_class).__name__)
+            raise ConfigError(
+                f"the optimizer {name} does not accept {arguments}: {error}"
+            ) from error
+
+    return make
+
+
+def with_learning_rate(spec: Any, lr: float | None) -> Any:
+    """Return an optimizer's specification with another learning rate (None: unchanged)."""
+    return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
+
+
+def scheduler_plan(spec: Any) -> SchedulerPlan | None:
+    """Build a SchedulerPlan from `spec`.
+
+    `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`
+    and any of `interval`, `frequency`, `monitor`.
+    """
+    if spec is None or isinstance(spec, SchedulerPlan):
+        return spec
+    options: dict[str, Any] = {}
+    if isinstance(spec, Mapping) and "scheduler" in spec:
+        options = {k: v for k, v in spec.items() if k != "scheduler"}
+        spec = spec["scheduler"]
+        for name in options:
+            if name not in ("interval", "frequency", "monitor"):
+                valid = ("scheduler", "interval", "frequency", "monitor")
+                raise ConfigError(unknown_name("option of scheduler", name, valid))
+    plan = SchedulerPlan(build_factory(spec, "scheduler"), **options)
+    if plan.interval not in ("epoch", "step"):
+        raise ConfigError(
+            unknown_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+        )
+    return plan
+
+
+def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
+    """Return a factory from a name or a partial configuration.
+
+    The remaining arguments are passed to the factory later. `kind` ("optimizer", "scheduler", ...)
+    is used in error messages.
+    """
+    if isinstance(spec, str):
+        spec = {"_target_": spec}
+    if isinstance(spec, Mapping):
+        if "_target_" not in spec:
+            raise ConfigError(
+                f"the {kind} is configured with {sorted(spec)}; expected "
+                f"{{'_target_': 'torch.optim....', 'lr': ...}}."
+            )
+        spec = init_instance_by_config({**spec, "_partial_": True})
+    if not callable(spec):
+        raise ConfigError(
+            f"the {kind} is a {type(spec).__name__}; expected a configuration or a callable that "
+            "builds one."
+        )
+    return spec  # type: ignore[no-any-return]  # as above
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer

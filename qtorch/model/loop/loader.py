@@ -1,0 +1,110 @@
+"""The loader of an epoch's batches for Lightning, with several batches per training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batches import BatchLoader
+
+
+class StepBatches:
+    """The batches of one `training_step`, each gathered when the step asks for it."""
+
+    def __init__(self, loader: StepLoader, batches: Iterator[Batch], end: int) -> None:
+        self._loader, self._batches, self._end = loader, batches, end
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._loader.position < self._end:
+            batch = next(self._batches)
+            # Count the batch before the yield: a state saved after the step includes it.
+            self._loader.position += 1
+            yield batch
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last training step of the epoch."""
+        return self._end == self._loader.num_batches
+
+    @property
+    def is_epoch_end(self) -> bool:
+        """Whether the current batch is the last one of the epoch."""
+        return self._loader.position == self._loader.num_batches
+
+
+class StepLoader:
+    """The iterable that Lightning trains on.
+
+    It yields a `StepBatches` of up to `inner_steps` batches per training step, or single `Batch`es
+    if `yield_batches` is set, so that Lightning's overhead is paid once per step. With `cut_every`,
+    a step ends at each multiple of it in the epoch, so that a checkpoint can be written there.
+    `limit` keeps only the first batches of an epoch. `epoch` returns the number of the running
+    epoch: the order of its batches depends on that and on the loader's seed only.
+
+    A saved state holds the position in the epoch. A resumed epoch starts there and yields the
+    number of remaining steps that Lightning expects.
+    """
+
+    def __init__(
+        self,
+        source: BatchLoader,
+        epoch: Callable[[], int],
+        *,
+        inner_steps: int = 1,
+        limit: int | None = None,
+        cut_every: int | None = None,
+        yield_batches: bool = False,
+    ) -> None:
+        self.source = source
+        self.num_batches = len(source) if limit is None else min(limit, len(source))
+        self.position = 0
+        self.start_position = 0  # the epoch's position at which this process started
+        self._epoch, self._yield_batches = epoch, yield_batches
+        self._chunk = 0
+        self._resume: dict[str, int] | None = None
+        self.set_boundaries(inner_steps, cut_every)
+
+    def set_boundaries(self, inner_steps: int, cut_every: int | None) -> None:
+        """Set the boundaries between training steps.
+
+        A resumed epoch needs the boundaries of the training that started it, because Lightning's
+        counters refer to them. The numbers do not depend on them.
+        """
+        self.inner_steps = 1 if self._yield_batches else inner_steps
+        self.cut_every = cut_every
+        ends = {self.num_batches, *range(self.inner_steps, self.num_batches, self.inner_steps)}
+        if cut_every is not None:
+            ends |= set(range(cut_every, self.num_batches, cut_every))
+        self._ends = sorted(ends) if self.num_batches else []
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[StepBatches | Batch]:
+        epoch = self._epoch()
+        self.position, self._chunk = self._start(epoch)
+        self.start_position = self.position
+        batches = self.source.batches(epoch, self.position)
+        for end in self._ends[self._chunk :]:
+            self._chunk += 1
+            if self._yield_batches:
+                batch = next(batches)
+                self.position += 1
+                yield batch
+            else:
+                yield StepBatches(self, batches, end)
+
+    def _start(self, epoch: int) -> tuple[int, int]:
+        state, self._resume = self._resume, None
+        if state is None or state["epoch"] != epoch or state["position"] >= self.num_batches:
+            return 0, 0
+        return state["position"], state["chunk"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the running epoch."""
+        return {"epoch": self._epoch(), "position": self.position, "chunk": self._chunk}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved position: the next iteration continues from there."""
+        self._resume = {k: int(state[k]) for k in ("epoch", "position", "chunk")}

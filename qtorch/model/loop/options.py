@@ -1,0 +1,369 @@
+"""The `trainer` mapping: arguments of pl.Trainer, and those that the module implements itself."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.runtime import resolve_device
+from qtorch.model.loop.callbacks import BatchProgressBar, RecorderLogger, build_loggers
+from qtorch.model.loop.checkpoint import AtomicCheckpointIO
+from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.module import METRICS, MONITOR_NAMES, ScoreModule
+from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
+
+DEFAULT_MAX_EPOCHS = 100
+DEFAULT_INNER_STEPS = 16
+FORKING_STRATEGIES = ("spawn", "fork", "notebook")
+# A callback with these hooks sees each batch only if a training step has a single batch.
+BATCH_HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+)
+
+NUMBER_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
+    **dict.fromkeys(("limit_train_batches", "limit_val_batches"), (int, float)),
+    "gradient_clip_val": (int, float),
+}
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Validated trainer options.
+
+    `user_arguments` are the user's arguments; `arguments` are passed to pl.Trainer; the other
+    fields go to the module and the loaders.
+    """
+
+    user_arguments: dict[str, Any]
+    arguments: dict[str, Any]
+    accumulate: int = 1
+    clip_value: float | None = None
+    clip_algorithm: str | None = None
+    limit_train: int | float | None = None
+    limit_valid: int | float | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+
+    @property
+    def num_local(self) -> int:
+        """The number of devices on one node."""
+        devices = parse_devices(self.arguments)
+        return devices if isinstance(devices, int) else len(devices)
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices on all nodes."""
+        return self.num_local * int(self.arguments.get("num_nodes", 1))
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether one of the arguments counts single training batches."""
+        arguments = self.arguments
+        has_default_interval = arguments.get("val_check_interval") in (None, 1.0)
+        return bool(
+            not has_default_interval
+            or arguments.get("fast_dev_run")
+            or arguments.get("overfit_batches")
+        )
+
+
+def trainer_options(
+    user_arguments: Mapping[str, Any] | None, callbacks: Sequence[Any]
+) -> TrainerOptions:
+    """Validate trainer arguments; an unknown one raises ArgumentError with the nearest name."""
+    user_arguments = dict(user_arguments or {})
+    valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
+    for name in user_arguments:
+        if name not in valid:
+            raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
+    arguments = dict(user_arguments)
+    _check_devices(user_arguments)
+    _check_numbers(user_arguments)
+    clip = arguments.pop("gradient_clip_val", None)
+    extra = arguments.pop("callbacks", None) or []
+    callback_specs = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
+    all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
+    reject_averaging(all_callbacks)
+    return TrainerOptions(
+        user_arguments=user_arguments,
+        arguments=arguments,
+        accumulate=int(arguments.pop("accumulate_grad_batches", None) or 1),
+        clip_value=None if clip is None else float(clip),
+        clip_algorithm=arguments.pop("gradient_clip_algorithm", None),
+        limit_train=arguments.pop("limit_train_batches", None),
+        limit_valid=arguments.pop("limit_val_batches", None),
+        callbacks=all_callbacks,
+    )
+
+
+def _check_devices(arguments: Mapping[str, Any]) -> None:
+    strategy, num_nodes = arguments.get("strategy"), arguments.get("num_nodes", 1)
+    if isinstance(strategy, str) and any(word in strategy for word in FORKING_STRATEGIES):
+        raise ConfigError(
+            f"trainer.strategy is {strategy!r}, which forks or spawns the running program; a fit "
+            "starts its processes itself: use strategy=ddp."
+        )
+    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and "fsdp" in strategy):
+        raise ConfigError(
+            "Lightning's FSDPStrategy gathers weights around one forward of the whole module, but "
+            "a training step here runs several batches. To shard weights use trainer=fsdp: "
+            "strategy={'_target_': 'qtorch.model.loop.sharding.Sharded'}."
+        )
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")
+    parse_devices(arguments)
+
+
+def parse_devices(arguments: Mapping[str, Any]) -> int | list[int]:
+    """Return the devices to use on each node: how many, or a list of indices.
+
+    "auto" means one device, -1 all GPUs. Raises ConfigError for an invalid value.
+    """
+    devices = arguments.get("devices", 1)
+    if devices in (None, "auto"):
+        return 1
+    if isinstance(devices, str):
+        devices = [d for d in devices.split(",") if d.strip()] if "," in devices else [devices]
+        devices = devices if len(devices) > 1 else devices[0]
+    try:
+        if isinstance(devices, list | tuple):
+            indices = [int(d) for d in devices]
+            if indices and len(set(indices)) == len(indices) and min(indices) >= 0:
+                return indices
+        elif not isinstance(devices, bool):
+            number = int(devices)
+            if number == -1:
+                return max(1, torch.cuda.device_count())
+            if number >= 1:
+                return number
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"trainer.devices is {arguments['devices']!r}; expected a number of devices (2), a list of "
+        "them ([0, 1]), -1 for all GPUs, or 'auto' for one."
+    )
+
+
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Check number arguments here because Lightning fails on a string with an empty assertion."""
+    for name, types in NUMBER_TYPES.items():
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            type_name = "a number" if float in types else "an integer"
+            raise ConfigError(f"trainer.{name} is {value!r}; expected {type_name}.")
+
+
+def reject_averaging(callbacks: Sequence[Callback]) -> None:
+    """Raise ConfigError for callbacks that replace the validated weights by averaged ones."""
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ConfigError(
+                f"{type(callback).__name__} replaces the weights by averaged ones at the end, but "
+                "a fit keeps the weights of the best epoch: remove the callback."
+            )
+
+
+def device_name(options: TrainerOptions) -> str:
+    """Return the torch device name that the trainer's `accelerator` and `devices` stand for."""
+    accelerator = options.arguments.get("accelerator") or "auto"
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return str(accelerator)
+    devices = parse_devices(options.arguments)
+    number = devices[0] if isinstance(devices, list) else 0
+    if accelerator == "auto" and resolve_device("auto").type == "cpu":
+        return "cpu"
+    return f"cuda:{number}"
+
+
+def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
+    """Return the number of batches per training_step.
+
+    "auto" is 1 if an argument or a callback counts single batches.
+    """
+    needs_single_batches = options.counts_batches or any(
+        _has_batch_hooks(c) for c in options.callbacks
+    )
+    if inner_steps == "auto":
+        return 1 if needs_single_batches else max(1, min(DEFAULT_INNER_STEPS, num_batches))
+    if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
+        raise ConfigError(
+            f"inner_steps is {inner_steps!r}; expected 'auto' or an integer of at least 1."
+        )
+    if inner_steps > 1 and options.counts_batches:
+        raise ConfigError(
+            "val_check_interval, overfit_batches and fast_dev_run count single batches: set "
+            "inner_steps=1 (or 'auto')."
+        )
+    return inner_steps
+
+
+def _has_batch_hooks(callback: Callback) -> bool:
+    return any(getattr(type(callback), h) is not getattr(Callback, h) for h in BATCH_HOOKS)
+
+
+def limit_batches(num_batches: int, limit: int | float | None) -> int:
+    """Return the number of batches under Lightning's limit_*_batches, a count or a fraction."""
+    if limit is None:
+        return num_batches
+    return min(num_batches, limit if isinstance(limit, int) else int(num_batches * limit))
+
+
+def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
+    """Return a metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
+    name = MONITOR_NAMES.get(monitor, monitor)
+    if mode not in (None, "min", "max"):
+        raise ConfigError(unknown_name("mode of the monitor", str(mode), ("min", "max")))
+    is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
+    return name, mode or ("min" if is_lower_better else "max")
+
+
+def check_monitor(*names: str) -> None:
+    """Raise ConfigError, with the nearest name, for a metric that a ScoreModule does not log."""
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(unknown_name("metric to monitor", name, (*MONITOR_NAMES, *METRICS)))
+
+
+class ScoreEarlyStopping(EarlyStopping):
+    """Early stopping that ignores pretraining epochs, which have no score to monitor."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _is_pretraining(pl_module):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _is_pretraining(pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def _is_pretraining(module: pl.LightningModule) -> bool:
+    return isinstance(module, ScoreModule) and module.is_pretraining
+
+
+def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
+    """Return `(callback or None, metric, mode)`.
+
+    `spec` is None, a patience, or a mapping with `patience` and any of `monitor`, `mode`,
+    `min_delta`.
+    """
+    if spec is None or spec is False:
+        return (None, *resolve_monitor(monitor))
+    options: dict[str, Any] = {"patience": spec} if isinstance(spec, int) else dict(spec)
+    valid = ("monitor", "patience", "mode", "min_delta")
+    for name in options:
+        if name not in valid:
+            raise ConfigError(unknown_name("option of early_stop", name, valid))
+    name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
+    patience = int(options.pop("patience", 10))
+    callback = ScoreEarlyStopping(
+        monitor=name, mode=mode, patience=patience, check_finite=False, **options
+    )
+    return callback, name, mode
+
+
+def build_trainer(
+    options: TrainerOptions,
+    *,
+    internal_callbacks: Sequence[Callback],
+    logger: RecorderLogger | None,
+    folder: Path | None,
+    loader: StepLoader,
+    automatic_optimization: bool,
+    rank_info: RankInfo | None = None,
+) -> pl.Trainer:
+    """Build the pl.Trainer of one fit.
+
+    `automatic_optimization`: the module uses Lightning's own optimization. `rank_info`: which rank
+    this process is if several devices share the training. Raises ConfigError for arguments that
+    Lightning rejects.
+    """
+    arguments: dict[str, Any] = {
+        "max_epochs": DEFAULT_MAX_EPOCHS if options.arguments.get("max_steps", -1) == -1 else -1,
+        "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "log_every_n_steps": 1,
+        "default_root_dir": str(folder) if folder is not None else None,
+        **options.arguments,
+    }
+    arguments |= _device_arguments(options, rank_info)
+    if automatic_optimization:
+        arguments["accumulate_grad_batches"] = options.accumulate
+        arguments["gradient_clip_val"] = options.clip_value
+        arguments["gradient_clip_algorithm"] = options.clip_algorithm
+    arguments["enable_checkpointing"] = True  # CheckpointCallback is a Lightning Checkpoint
+    loggers = arguments.get("logger") if rank_info is None or rank_info.rank == 0 else None
+    user_loggers = [] if loggers in (None, True, False) else loggers
+    user_loggers = list(user_loggers) if isinstance(user_loggers, list | tuple) else [user_loggers]
+    arguments["logger"] = build_loggers(user_loggers, logger) or False
+    plugins = arguments.get("plugins") or []
+    user_plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
+    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
+    arguments["plugins"] = [*user_plugins, AtomicCheckpointIO(), environment]
+    callbacks = [*options.callbacks, *internal_callbacks]
+    if arguments["enable_progress_bar"] and not _has_progress_bar(callbacks):
+        callbacks.append(BatchProgressBar(loader))
+    try:
+        return pl.Trainer(**{**arguments, "callbacks": callbacks})
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
+
+
+def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:
+    """Return Lightning's device arguments, for one device or for all that share the training."""
+    user_arguments, is_cpu = options.arguments, device_name(options) == "cpu"
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu" if is_cpu else user_arguments.get("accelerator", "auto"),
+        "devices": parse_devices(user_arguments),
+    }
+    strategy = user_arguments.get("strategy") or "auto"
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    if rank_info is None:
+        # Ignore a strategy for several devices when there is only one.
+        return {**arguments, "strategy": "auto" if _is_distributed(strategy) else strategy}
+    arguments |= {"strategy": "ddp" if strategy == "auto" else strategy}
+    arguments |= {"use_distributed_sampler": False}
+    if rank_info.rank > 0:
+        arguments["enable_progress_bar"] = False
+    return arguments
+
+
+def _is_distributed(strategy: Any) -> bool:
+    return isinstance(strategy, str | ParallelStrategy)
+
+
+def is_sharding(options: TrainerOptions) -> bool:
+    """Whether the strategy shards the weights over the devices."""
+    strategy = options.arguments.get("strategy")
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    return isinstance(strategy, ModelParallelStrategy)
+
+
+def _has_progress_bar(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)

@@ -1,0 +1,195 @@
+"""Score all samples of a segment, in order and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qtorch.core.errors import ConfigError
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batches import BatchLoader
+from qtorch.data.dataset.samples import Samples
+from qtorch.metrics.loss import Loss
+from qtorch.process.heartbeat import beat
+
+
+def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function from outputs `[..., Q]` to a score `[...]`.
+
+    This is the loss's `readout`; for any other callable, the first output.
+    """
+    return loss.readout if isinstance(loss, Loss) else lambda score: score[..., 0]
+
+
+class ForwardAdapter:
+    """Call a network's `forward` on a Batch.
+
+    A network of single samples receives a day batch flattened. A cross-section network needs day
+    batches and raises ConfigError for others. Scores have the shape of the batch: `[B]` or `[B,
+    Q]`, for a day batch `[G, N]` or `[G, N, Q]`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.flat = getattr(network, "inputs", "window") == "flat"
+        self.cross_section = bool(getattr(network, "cross_section", False))
+        self.extras: tuple[str, ...] = tuple(getattr(network, "extras", ()))
+
+    def __call__(self, batch: Batch, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the network's scores of a batch.
+
+        With `state` (parameters and buffers by name), this is a pure function of (state, batch).
+        """
+        arguments, keywords = self.arguments(batch)
+        if state is None:
+            scores = self.network(*arguments, **keywords)
+        else:
+            scores = functional_call(self.network, dict(state), arguments, keywords)
+        if not isinstance(scores, Tensor):
+            raise ConfigError(
+                f"{type(self.network).__name__} returned {type(scores).__name__}, not a Tensor."
+            )
+        if batch.is_day and not self.cross_section:
+            return scores.reshape(*batch.date.shape, *scores.shape[1:])
+        return scores
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Return the positional and keyword arguments of `forward` for a batch."""
+        if self.cross_section and not batch.is_day:
+            raise ConfigError(
+                f"{type(self.network).__name__} scores whole days and needs day batches: set "
+                "model.batch.order=day (in Python, batch={'order': 'day'})."
+            )
+        network_batch = batch if self.cross_section else batch.flatten()
+        x = network_batch.x
+        if self.flat:
+            x = x.transpose(-1, -2).flatten(-2)
+        first_parameter = next(self.network.parameters(), None)
+        if first_parameter is not None and x.dtype != first_parameter.dtype:
+            x = x.to(first_parameter.dtype)
+        keywords = {name: self._extra_tensor(network_batch, name) for name in self.extras}
+        if not self.cross_section:
+            return (x,), keywords
+        mask = network_batch.mask
+        assert mask is not None, "a day batch has a mask"
+        return (x, mask), keywords
+
+    def _extra_tensor(self, batch: Batch, name: str) -> Tensor:
+        if name in ("instrument", "date"):
+            index: Tensor = getattr(batch, name)
+            return index
+        if name not in batch.extra:
+            available = ", ".join(sorted({*batch.extra, "instrument", "date"} - {"raw_label"}))
+            raise ConfigError(
+                f"{type(self.network).__name__} needs the extra tensor {name!r}, which the dataset "
+                f"does not have (it has {available}). Add it: "
+                f"dataset.extras.{name}={{_target_: ...}}, see qtorch.data.dataset.extras."
+            )
+        return batch.extra[name]
+
+
+SCORE = "score"
+MIN_GPU_BATCH_SIZE = 8192
+
+
+def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int:
+    """Return the batch size for validation and prediction.
+
+    This is `eval_size` if it is set. Otherwise a CPU uses the training batch size, which suits its
+    caches, and a GPU a larger one, which keeps it busy.
+    """
+    if batch["eval_size"] is not None:
+        return int(batch["eval_size"])
+    return (
+        int(batch["size"]) if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, int(batch["size"]))
+    )
+
+
+def score_series(
+    network: nn.Module,
+    samples: Samples,
+    *,
+    device: torch.device,
+    batch_size: int,
+    readout: Callable[[Tensor], Tensor] | None = None,
+) -> pd.Series:
+    """Return a float32 Series "score", indexed by (datetime, instrument).
+
+    If the network has several outputs, `readout` turns them into a score; the default is the first
+    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
+    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
+    """
+    device_samples = samples.to(device)
+    by_day = bool(getattr(network, "cross_section", False))
+    loader = BatchLoader(
+        device_samples,
+        batch_size=batch_size,
+        order="day_sequential" if by_day else "sequential",
+        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
+    )
+    with torch.inference_mode(), evaluation_mode(network, device):
+        score_batch = batch_scorer(network)
+        parts, masks = [], []
+        for batch_idx, batch in enumerate(loader):
+            beat("scoring")
+            score = score_batch(batch, batch_idx)
+            if score.dim() > batch.date.dim():
+                score = score[..., 0] if readout is None else readout(score)
+            parts.append(score.flatten())
+            masks.append(
+                torch.ones_like(parts[-1], dtype=torch.bool)
+                if batch.mask is None
+                else batch.mask.flatten()
+            )
+        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
+    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
+
+
+def batch_scorer(network: nn.Module) -> Callable[[Batch, int], Tensor]:
+    """Return a function `(batch, batch_idx) -> scores` for a network or a LightningModule."""
+    call: Callable[[Batch, int], Any]
+    if isinstance(network, pl.LightningModule):
+        call = network.predict_step
+    else:
+        forward = ForwardAdapter(network)
+
+        def call(batch: Batch, batch_idx: int) -> Any:
+            return forward(batch)
+
+    return lambda batch, batch_idx: _check_scores(call(batch, batch_idx), batch, network)
+
+
+def _check_scores(score: Any, batch: Batch, network: nn.Module) -> Tensor:
+    batch_shape = batch.date.shape
+    if (
+        not isinstance(score, Tensor)
+        or score.shape[: len(batch_shape)] != batch_shape
+        or score.dim() > 1 + len(batch_shape)
+    ):
+        shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        expected_shape = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
+        raise ConfigError(
+            f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
+            f"expected scores {expected_shape}."
+        )
+    return score
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: the network on the device and in evaluation mode, restored afterwards."""
+    first_parameter = next(network.parameters(), None)
+    original_device = torch.device("cpu") if first_parameter is None else first_parameter.device
+    was_training = network.training
+    network.to(device).eval()
+    try:
+        yield
+    finally:
+        network.to(original_device).train(was_training)

@@ -1,0 +1,465 @@
+"""One training in this process, alone or as one rank: samples, module, trainer, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from qtorch.core.configured import plain_value
+from qtorch.core.errors import ConfigError
+from qtorch.core.identity import digest
+from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
+from qtorch.data.dataset.samples import Samples
+from qtorch.metrics.loss import Combined, Loss
+from qtorch.model.finetune import FineTuning
+from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_callbacks
+from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
+from qtorch.model.loop.factories import (
+    OptimizerFactory,
+    build_factory,
+    build_loss,
+    explain_errors,
+    optimizer_factory,
+    scheduler_plan,
+)
+from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.module import ScoreModule, day_label, never_stop
+from qtorch.model.loop.options import (
+    TrainerOptions,
+    build_early_stopping,
+    build_trainer,
+    check_monitor,
+    is_sharding,
+    limit_batches,
+    resolve_inner_steps,
+)
+from qtorch.model.loop.rank_group import RankGroup, RankInfo
+from qtorch.model.loop.scoring import evaluation_batch_size
+from qtorch.model.loop.sharding import gather_weights, is_sharded
+from qtorch.model.loop.user_module import UserModuleRescaler
+
+log = logging.getLogger(__name__)
+
+LIGHTNING_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+DDP_STRATEGIES = (None, "auto", "ddp")
+IGNORED_WARNINGS = (
+    r".*LeafSpec.*is deprecated",
+    r".*`validation_step` but have no `val_dataloader`",
+    r".*`srun` command is available",  # qtorch starts its rank processes itself
+    r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # already summed over ranks
+    r".*FSDP2-wrapped module.* returned a view",  # scores are never modified in place
+)
+
+
+@dataclass
+class Recipe:
+    """How to train: the validated arguments of a model."""
+
+    loss: Any
+    module: Any
+    day_label: Any
+    optimizer: Any
+    scheduler: Any
+    batch: dict[str, Any]
+    trainer: TrainerOptions
+    monitor: str
+    early_stop: Any
+    checkpoint: dict[str, Any]
+    inner_steps: int | str
+    compile: bool | dict[str, Any]
+    seed: int
+
+
+@dataclass
+class FitResult:
+    """The result of a training: network with the best weights, metric history, report."""
+
+    network: nn.Module
+    history: list[dict[str, float]]
+    report: dict[str, Any] = field(default_factory=dict)
+    optimizer_state: dict[str, Any] | None = None
+
+
+class Training:
+    """Build the parts of one training and run Lightning over them.
+
+    `rank_info`: which of several ranks this process is; its loaders then return its share of each
+    batch. None: the only process.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train: Samples,
+        valid: Samples | None,
+        recipe: Recipe,
+        tuning: FineTuning | None,
+        optimizer_state: dict[str, Any] | None,
+        rank_info: RankInfo | None = None,
+    ) -> None:
+        self.rank_info = rank_info
+        self.ranks = RankGroup() if rank_info is None else RankGroup(rank_info.rank, rank_info.size)
+        self.recipe, self.train, self.valid = recipe, train, valid
+        self.tuning, self.optimizer_state = tuning, optimizer_state
+        self.is_user_module = isinstance(network, pl.LightningModule)
+        self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.network = network
+        # An unsharded copy that receives the gathered weights at the end.
+        shards_network = rank_info is not None and is_sharding(recipe.trainer)
+        self.unsharded_network = (
+            copy.deepcopy(network) if shards_network and self.ranks.is_first else None
+        )
+
+    def prepare(
+        self, folder: Path | None, identity: str, interruption: StopRequest, recorder: Any
+    ) -> CheckpointCallback:
+        """Build module, loader, checkpoint callback and trainer."""
+        recipe, options = self.recipe, self._trainer_options()
+        early_stopping, monitor, mode = build_early_stopping(recipe.early_stop, recipe.monitor)
+        if not self.is_user_module:
+            check_monitor(monitor)
+        if early_stopping is not None and self.valid is None and monitor.startswith("valid/"):
+            raise ConfigError(
+                f"early_stop monitors {monitor!r}, but the dataset has no segment 'valid'."
+            )
+        every_n_steps = recipe.checkpoint.get("every_n_steps")
+        if every_n_steps is not None:
+            every_n_steps = -(-int(every_n_steps) // options.accumulate) * options.accumulate
+        self.module = self._build_module(interruption)
+        self.loader = self._build_loader(self.train, True, options.limit_train, every_n_steps)
+        checkpoint_callback = CheckpointCallback(
+            self.loader,
+            folder=folder,
+            identity=identity,
+            monitor=monitor,
+            mode=mode,
+            interruption=interruption,
+            every_n_steps=every_n_steps,
+            ranks=self.ranks,
+        )
+        self.checkpoint_callback = checkpoint_callback
+        internal_callbacks: list[pl.Callback] = (
+            [checkpoint_callback]
+            if early_stopping is None
+            else [early_stopping, checkpoint_callback]
+        )
+        if self.tuning is not None:
+            internal_callbacks = [*self.tuning.callbacks(self.network), *internal_callbacks]
+        internal_callbacks = [*pruning_callbacks(recorder), *internal_callbacks]
+        if self.rank_info is not None and self.is_user_module:
+            internal_callbacks = [UserModuleRescaler(self.ranks), *internal_callbacks]
+        self.trainer = build_trainer(
+            options,
+            internal_callbacks=internal_callbacks,
+            logger=None if recorder is None else RecorderLogger(recorder),
+            folder=folder,
+            loader=self.loader,
+            automatic_optimization=self.module.automatic_optimization,
+            rank_info=self.rank_info,
+        )
+        if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
+            self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
+        checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
+        if self.rank_info is not None:
+            # Before each step Lightning broadcasts whether a signal arrived, which waits for the
+            # device. Here the parent sends stop requests, and CheckpointCallback agrees on them.
+            loop: Any = self.trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = _skip_broadcast
+        return checkpoint_callback
+
+    def _trainer_options(self) -> TrainerOptions:
+        """Return the trainer options.
+
+        If layers are unfrozen later, DDP has to look for parameters without gradients.
+        """
+        options = self.recipe.trainer
+        unfreezes_layers = self.tuning is not None and self.tuning.unfreeze_every is not None
+        if (
+            self.rank_info is None
+            or not unfreezes_layers
+            or options.arguments.get("strategy") not in DDP_STRATEGIES
+        ):
+            return options
+        arguments = {**options.arguments, "strategy": "ddp_find_unused_parameters_true"}
+        return replace(options, arguments=arguments)
+
+    def _build_module(self, interruption: StopRequest) -> pl.LightningModule:
+        if isinstance(self.network, pl.LightningModule):
+            return self.network
+        recipe, options = self.recipe, self.recipe.trainer
+        loss = build_loss(recipe.loss)
+        has_sample_weights = self.train.weight is not None
+        if has_sample_weights and not isinstance(loss, Loss):
+            raise ConfigError(
+                f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
+                "derive it from qtorch.metrics.loss.Loss."
+            )
+        if recipe.compile:
+            self.network.compile(**(recipe.compile if isinstance(recipe.compile, dict) else {}))
+        module_factory = ScoreModule
+        if recipe.module is not None:
+            module_factory = build_factory(recipe.module, "module")  # type: ignore[assignment]  # checked below
+        module = module_factory(
+            self.network,
+            loss,
+            self._build_optimizer_factory(),
+            scheduler_plan(recipe.scheduler),
+            num_days=len(self.train.calendar if self.valid is None else self.valid.calendar),
+            accumulate=options.accumulate,
+            clip_value=options.clip_value,
+            clip_algorithm=options.clip_algorithm,
+            complete=self._has_all_labels(loss),
+            day_label=day_label(recipe.day_label),
+            # Several ranks must stop together, which the checkpoint callback ensures.
+            is_stop_requested=interruption.is_requested if self.rank_info is None else never_stop,
+            ranks=self.ranks,
+        )
+        if not isinstance(module, ScoreModule):
+            raise ConfigError(
+                f"the module is a {type(module).__name__}; expected a qtorch.model.ScoreModule. "
+                "(Pass a LightningModule with its own training_step as the network.)"
+            )
+        if self.tuning is not None:
+            module.pretraining_epochs = 0  # fitted weights need no pretraining
+        module.bind(self.train, self.valid)
+        self.train.raw_label = None  # a copy of the caller's samples; the training step only uses y
+        return module
+
+    def _has_all_labels(self, loss: Any) -> bool:
+        """Whether no training label is missing, so that losses can skip masking.
+
+        A Combined loss on several ranks cannot use this; it gets a function to sum over the ranks.
+        """
+        if self.rank_info is not None and isinstance(loss, Combined):
+            loss.sum_over_ranks = self.ranks.sum
+            return False
+        return self.train.target is not None and not bool(self.train.target.isnan().any())
+
+    def _build_optimizer_factory(self) -> OptimizerFactory:
+        factory, state = (
+            explain_errors(optimizer_factory(self.recipe.optimizer)),
+            self.optimizer_state,
+        )
+        if self.tuning is not None:
+            factory = self.tuning.scale_layer_rates(factory, self.network)
+        return factory if state is None else partial(_restore_optimizer, factory, state)
+
+    def _build_loader(
+        self, samples: Samples, training: bool, limit: int | float | None, cut_every: int | None
+    ) -> StepLoader:
+        batch, options = self.recipe.batch, self.recipe.trainer
+        order = batch["order"]
+        if not training:
+            order = "day_sequential" if order.startswith("day") else "sequential"
+        loader_arguments: dict[str, Any] = {
+            "batch_size": batch["size"]
+            if training
+            else evaluation_batch_size(batch, samples.device),
+            "order": order,
+            "seed": self.recipe.seed,
+            "days_per_batch": batch["days_per_batch"],
+        }
+        if self.rank_info is None:
+            source = BatchLoader(samples, **loader_arguments)
+        else:
+            source, limit = self._build_sharded_source(samples, training, limit, loader_arguments)
+        num_batches = limit_batches(len(source), limit)
+        if num_batches == 0 and training:
+            raise ConfigError(
+                f"limit_train_batches={limit} leaves none of the {len(source)} batches."
+            )
+        return StepLoader(
+            source,
+            lambda: self.trainer.current_epoch,
+            inner_steps=resolve_inner_steps(self.recipe.inner_steps, options, num_batches),
+            limit=num_batches,
+            cut_every=cut_every,
+            yield_batches=self.is_user_module,
+        )
+
+    def _build_sharded_source(
+        self,
+        samples: Samples,
+        training: bool,
+        limit: int | float | None,
+        loader_arguments: dict[str, Any],
+    ) -> tuple[BatchLoader, int | float | None]:
+        """Return this rank's share of the batches, and the limit that still has to be applied."""
+        rank_arguments = {
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.size,
+            **loader_arguments,
+        }
+        if training:
+            return ShardedLoader(samples, trim=self.is_user_module, **rank_arguments), limit
+        num_batches = limit_batches(len(BatchLoader(samples, **loader_arguments)), limit)
+        return BlockLoader(
+            samples, limit=num_batches, allow_dummies=not self.is_user_module, **rank_arguments
+        ), None
+
+    def run(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> None:
+        """Train from the given checkpoint, or from the first step if it is None."""
+        path = None if checkpoint is None else checkpoint[0]
+        if checkpoint is not None:
+            log.info("resuming from %s", path)
+            self.loader.set_boundaries(
+                checkpoint[1][CALLBACK_STATE_KEY]["inner_steps"],
+                checkpoint[1][CALLBACK_STATE_KEY]["cut_every"],
+            )
+        valid_loader = None
+        if self.valid is not None and self.recipe.trainer.limit_valid != 0:
+            valid_loader = self._build_loader(
+                self.valid, False, self.recipe.trainer.limit_valid, None
+            )
+        self.trainer.fit(
+            self.module,
+            self.loader,
+            valid_loader,
+            ckpt_path=None if path is None else str(path),
+            weights_only=None if path is None else True,
+        )
+        # If no epoch was left to train, nothing has sent the metrics of the checkpoint yet.
+        self.checkpoint_callback.resend_metrics(self.trainer)
+
+    def result(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> FitResult:
+        """Return the result after training, with the best weights loaded into the network."""
+        checkpoint_callback, network = self.checkpoint_callback, get_network(self.module)
+        checkpoint_callback.update_seconds()
+        weights = checkpoint_callback.best_weights
+        if is_sharded(network):
+            weights = gather_weights(network) if weights is None else weights
+            network = self.network if self.unsharded_network is None else self.unsharded_network
+        if weights:
+            network.load_state_dict(weights)
+        network.cpu()
+        if self.tuning is not None:
+            network = self.tuning.finalize_network(network)
+        if self.recipe.compile:
+            network._compiled_call_impl = None  # a compiled call cannot be saved
+        samples_per_second = (
+            checkpoint_callback.num_train_samples / checkpoint_callback.train_seconds
+            if checkpoint_callback.train_seconds
+            else 0.0
+        )
+        report: dict[str, Any] = {
+            "epochs": len(checkpoint_callback.history),
+            "best_epoch": checkpoint_callback.best_epoch,
+            "monitor": checkpoint_callback.monitor,
+            "best_value": checkpoint_callback.best_value,
+            "seconds": checkpoint_callback.seconds,
+            "train_seconds": checkpoint_callback.train_seconds,
+            "samples": len(self.train),
+            "valid_samples": 0 if self.valid is None else len(self.valid),
+            "samples_per_second": samples_per_second,
+            "parameters": self.num_parameters,
+            "device": str(self.train.device),
+            "devices": self.ranks.size,
+            "inner_steps": self.loader.inner_steps,
+            "seed": self.recipe.seed,
+            "resumed_from": None if checkpoint is None else str(checkpoint[0]),
+        }
+        if self.tuning is not None:
+            report["tuning"] = self.tuning.description
+        return FitResult(
+            network, checkpoint_callback.history, report, checkpoint_callback.best_optimizer
+        )
+
+
+def _skip_broadcast() -> None:
+    """Replace Lightning's broadcast of whether a signal has arrived."""
+
+
+def _restore_optimizer(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:
+    """Build an optimizer with the moments of another one and its own learning rates."""
+    optimizer = factory(parameters)
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if count != sum(len(group["params"]) for group in state["param_groups"]):
+        raise ConfigError("keep_optimizer: the optimizer's state belongs to other parameters.")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    return optimizer
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Context manager that silences Lightning's log lines and warnings that do not concern users.
+
+    These are its greetings (devices, why it stopped) and warnings about what is intended here, such
+    as a dataset without a valid segment.
+    """
+    loggers = [logging.getLogger(n) for n in LIGHTNING_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logging.WARNING, logger.level))
+    try:
+        with warnings.catch_warnings():
+            for pattern in IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", message=pattern)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def training_identity(
+    network: nn.Module, train: Samples, valid: Samples | None, recipe: Recipe, start: str
+) -> str:
+    """Return a hash of what defines a training: network, data, batches, optimizer, seed, start.
+
+    It does not depend on how long the training runs or how progress is displayed.
+    """
+    options = recipe.trainer
+    parts = {
+        "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
+        "class": type(network).__qualname__,
+        "data": [None if s is None else data_identity(s) for s in (train, valid)],
+        "batch": {k: v for k, v in recipe.batch.items() if k != "eval_size"},
+        "rules": [_describe_spec(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
+        "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
+        "limit": options.limit_train,
+        "precision": str(options.arguments.get("precision")),
+        "seed": recipe.seed,
+        "start": start,
+        **{
+            name: _describe_spec(value)
+            for name, value in (("module", recipe.module), ("day_label", recipe.day_label))
+            if value is not None
+        },
+    }
+    return digest(parts)
+
+
+def data_identity(samples: Samples) -> list[Any]:
+    """Return a short description of samples that is unlikely to be shared by other samples."""
+    description = samples.describe()
+    sums = [
+        None if t is None else float(torch.nan_to_num(t).double().sum())
+        for t in (samples.date, samples.instrument, samples.target, samples.weight)
+    ]
+    names = hashlib.sha256(repr(samples.feature_names).encode()).hexdigest()
+    return [
+        description["samples"],
+        description["start"],
+        description["end"],
+        samples.step_len,
+        names,
+        *sums,
+    ]
+
+
+def _describe_spec(spec: Any) -> Any:
+    try:
+        return plain_value(spec)
+    except ConfigError:
+        return type(spec).__qualname__

@@ -1,0 +1,1 @@
+"""Training methods whose step differs: TRA, ADARNN, ADD, IGMTF, TCTS, TabNet."""

@@ -1,0 +1,1 @@
+"""Models of plain rows: linear regression and gradient-boosted trees."""

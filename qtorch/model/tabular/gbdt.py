@@ -1,0 +1,258 @@
+"""Gradient-boosted trees of LightGBM, the usual baseline for networks on tabular features."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ArgumentError, ConfigError, nearest_name, unknown_name
+from qtorch.core.session import session
+from qtorch.model.base import ModelFT
+from qtorch.model.tabular.base import Rows, TabularModel
+from qtorch.process.heartbeat import beat
+from qtorch.tracking.recorder import current_recorder
+
+if TYPE_CHECKING:
+    import lightgbm
+
+    from qtorch.tracking.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("mse", "mae", "huber", "fair", "quantile", "binary")
+# LightGBM's names of parameters that are arguments of LGBModel.
+RENAMED_PARAMETERS = {
+    "objective": "loss",
+    "num_iterations": "num_boost_round",
+    "early_stopping_round": "early_stopping_rounds",
+}
+FINETUNE_ROUNDS = 10
+
+
+class LGBModel(TabularModel, ModelFT):
+    """LightGBM on rows of features; needs the extra `lightgbm`.
+
+    `loss`: "mse", "binary" (labels 0 and 1), or another LightGBM loss with one score (mae, huber,
+    fair, quantile). Boosting stops when no metric of the valid segment has improved for
+    `early_stopping_rounds` (0: never), at the latest after `num_boost_round` rounds; the trees of
+    the best round are kept. `parameters` are LightGBM's, by name or alias; an unknown one raises an
+    error with the nearest name.
+
+    Corresponds to qlib/contrib/model/gbdt.py. Differences: the seed is the session's unless one is
+    set, equal runs give equal trees (`deterministic`, `force_col_wise`), and `finetune` works.
+
+    After `fit`: `booster`, `evals_result_` ({"train": {"l2": [...]}, "valid": {...}}),
+    `fit_report_`.
+    """
+
+    def __init__(
+        self,
+        loss: str = "mse",
+        early_stopping_rounds: int = 50,
+        num_boost_round: int = 1000,
+        **parameters: Any,
+    ) -> None:
+        if loss not in LOSSES:
+            raise ConfigError(unknown_name("loss of LGBModel", loss, LOSSES))
+        self.loss = loss
+        self.early_stopping_rounds = early_stopping_rounds
+        self.num_boost_round = num_boost_round
+        self.params = _resolve_parameters(parameters)
+        self.model_text_: str | None = None
+        self.evals_result_: dict[str, dict[str, list[float]]] = {}
+        self.fit_report_: dict[str, Any] = {}
+        self._booster: Any = None
+
+    @property
+    def booster(self) -> lightgbm.Booster:
+        """The LightGBM booster; `booster.save_model(path)` writes it as text."""
+        self._require_feature_names()
+        if getattr(self, "_booster", None) is None:  # it is not pickled
+            self._booster = _lightgbm().Booster(model_str=self.model_text_)
+        booster: lightgbm.Booster = self._booster
+        return booster
+
+    # -- training ------------------------------------------------------------------------------
+
+    def fit(
+        self, dataset: Any, reweighter: Any = None, *, recorder: Recorder | None = None
+    ) -> None:
+        """Train on the segment "train", with early stopping on "valid" if the dataset has it.
+
+        The metrics of each round are logged to the recorder as `train/l2`, `valid/l2`. Raises
+        DataError if there is nothing to learn from.
+        """
+        train = self._rows(dataset, "train", reweighter)
+        valid = None
+        if "valid" in getattr(dataset, "segments", ("valid",)):
+            valid = self._rows(dataset, "valid", reweighter, train.names)
+        self._boost(train, valid, self.num_boost_round, recorder)
+
+    def finetune(
+        self,
+        dataset: Any,
+        reweighter: Any = None,
+        *,
+        recorder: Recorder | None = None,
+        num_boost_round: int = FINETUNE_ROUNDS,
+    ) -> None:
+        """Train more rounds on the segment "train", on top of the fitted trees.
+
+        Raises NotFittedError before `fit`, and DataError if a feature of the training is missing.
+        """
+        names = self._require_feature_names()
+        train = self._rows(dataset, "train", reweighter, names)
+        self._boost(train, None, num_boost_round, recorder, self.booster)
+
+    def _boost(
+        self,
+        train: Rows,
+        valid: Rows | None,
+        rounds: int,
+        recorder: Recorder | None,
+        init_model: Any = None,
+    ) -> None:
+        library, start_time = _lightgbm(), time.perf_counter()
+        data = library.Dataset(
+            train.x, train.y, weight=train.weight, feature_name=_lightgbm_names(train.names)
+        )
+        sets = {"train": data}
+        evaluations: dict[str, dict[str, list[float]]] = {}
+        callbacks = [library.record_evaluation(evaluations), _report_iteration]
+        if valid is not None:
+            sets["valid"] = data.create_valid(valid.x, valid.y, weight=valid.weight)
+            if self.early_stopping_rounds > 0:
+                early_stopping = library.early_stopping(self.early_stopping_rounds, verbose=False)
+                callbacks.append(early_stopping)
+        booster = library.train(
+            self._parameters(),
+            data,
+            num_boost_round=rounds,
+            valid_sets=list(sets.values()),
+            valid_names=list(sets),
+            init_model=init_model,
+            callbacks=callbacks,
+        )
+        self.model_text_ = booster.model_to_string()
+        self._booster, self.feature_names_ = None, train.names
+        self.evals_result_ = {name: dict(values) for name, values in evaluations.items()}
+        self._report(train, valid, booster.best_iteration, time.perf_counter() - start_time)
+        run = current_recorder() if recorder is None else recorder
+        if run is not None:
+            _log_metrics(self.evals_result_, run)
+
+    def _parameters(self) -> dict[str, Any]:
+        defaults: dict[str, Any] = {"verbosity": -1, "deterministic": True}
+        if session().seed is not None:
+            defaults["seed"] = session().seed
+        if not self.params.keys() & {"force_col_wise", "force_row_wise"}:
+            defaults["force_col_wise"] = (
+                True  # otherwise LightGBM chooses by timing, which is not reproducible
+            )
+        return {**defaults, **self.params, "objective": self.loss}
+
+    def _report(self, train: Rows, valid: Rows | None, best: int, seconds: float) -> None:
+        segment = "train" if valid is None else "valid"
+        metric, values = next(iter(self.evals_result_[segment].items()))
+        self.fit_report_ = {
+            "epochs": len(values),  # rounds
+            "best_epoch": best - 1 if best > 0 else None,
+            "monitor": f"{segment}/{metric}",
+            "best_value": values[best - 1],
+            "seconds": seconds,
+            "samples": len(train),
+            "valid_samples": 0 if valid is None else len(valid),
+            "samples_per_second": len(train) * len(values) / seconds,
+            "device": "cpu",
+        }
+        log.info("trained %d rounds in %.1f s", len(values), seconds)
+
+    # -- fitted model -----------------------------------------------------------------------
+
+    def _score(self, x: np.ndarray) -> np.ndarray:
+        scores: np.ndarray = np.asarray(self.booster.predict(x))
+        return scores
+
+    def get_feature_importance(self, importance_type: str = "split") -> pd.Series:
+        """Return how often each feature splits ("split") or the total gain ("gain"), sorted."""
+        values = self.booster.feature_importance(importance_type=importance_type)
+        return pd.Series(values, index=list(self._require_feature_names())).sort_values(
+            ascending=False
+        )
+
+    def _get_fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fitted_state = {"evals_result": self.evals_result_, "fit_report": self.fit_report_}
+        text = np.frombuffer((self.model_text_ or "").encode(), dtype=np.uint8)
+        return fitted_state, {"model_text": torch.tensor(text)}
+
+    def _load_fitted_state(self, fitted_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.model_text_ = tensors["model_text"].numpy().tobytes().decode()
+        self.evals_result_, self.fit_report_ = (
+            fitted_state["evals_result"],
+            fitted_state["fit_report"],
+        )
+
+
+def _report_iteration(env: Any) -> None:
+    beat("training", epoch=env.iteration)
+
+
+def _log_metrics(evaluations: dict[str, dict[str, list[float]]], recorder: Recorder) -> None:
+    flat = {
+        f"{seg}/{name}": v for seg, metrics in evaluations.items() for name, v in metrics.items()
+    }
+    for step in range(max(map(len, flat.values()), default=0)):
+        recorder.log_batch({name: values[step] for name, values in flat.items()}, step=step)
+
+
+def _lightgbm_names(names: tuple[str, ...]) -> list[str]:
+    """Return feature names that LightGBM accepts: without JSON's special characters."""
+    clean_names = [re.sub(r"[\s\",:\[\]{}]", "_", name) for name in names]
+    return (
+        clean_names
+        if len(set(clean_names)) == len(names)
+        else [f"feature{k}" for k in range(len(names))]
+    )
+
+
+def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return LightGBM's parameters by canonical name; unknown ones raise ArgumentError."""
+    names = _parameter_aliases()
+    out: dict[str, Any] = {}
+    for alias, value in parameters.items():
+        if alias not in names:
+            valid = {*names.values(), *RENAMED_PARAMETERS.values()} - set(RENAMED_PARAMETERS)
+            if nearest_name(alias, valid) is None:
+                valid |= set(names)
+            raise ArgumentError(unknown_name("parameter of LightGBM", alias, valid))
+        name = names[alias]
+        if name in RENAMED_PARAMETERS:
+            raise ArgumentError(f"use {RENAMED_PARAMETERS[name]} instead of {alias}.")
+        if name in out:
+            raise ArgumentError(f"{alias} and another alias of {name} are both set.")
+        out[name] = value
+    return out
+
+
+def _parameter_aliases() -> dict[str, str]:
+    """Return each of LightGBM's parameter names and aliases with its canonical name."""
+    # There is no public API for this.
+    aliases_by_name = _lightgbm().basic._ConfigAliases._get_all_param_aliases()
+    return {alias: name for name, aliases in aliases_by_name.items() for alias in (name, *aliases)}
+
+
+def _lightgbm() -> Any:
+    try:
+        import lightgbm
+    except ModuleNotFoundError as error:
+        if error.name != "lightgbm":
+            raise
+        raise ConfigError("LGBModel needs LightGBM: pip install 'qtorch[lightgbm]'.") from error
+    return lightgbm

@@ -1,0 +1,111 @@
+"""HIST: information shared through predefined and hidden concepts, and individual information."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtorch.nn.cross_section.layers import cosine_similarities, masked_softmax, newest_states
+from qtorch.nn.network import Network
+from qtorch.nn.recurrent import recurrent_layers
+
+
+class HIST(Network):
+    """Score from three doubly residual modules: concepts, hidden concepts, individual information.
+
+    Xu et al., "HIST: A Graph-based Framework for Stock Trend Forecasting via Mining
+    Concept-Oriented Shared Information", 2021. Corresponds to Qlib's pytorch_hist.py, with the
+    same layer names. The concept memberships are the extra `concept [G, N, K]` (0 or 1, as of the
+    sample's date; see `qtorch.data.dataset.extras.Concepts`). `num_concepts` is filled in from the
+    dataset; no weight depends on it.
+
+    Differences: memberships are those of each day (Qlib downloads one current matrix for all
+    years, and gives row 733 to unknown instruments); empty concepts are masked instead of
+    removed, and "empty" means without members, not with states that happen to sum to zero; six
+    unused layers of Qlib's are left out; it also runs on the CPU (Qlib's requires a GPU).
+    """
+
+    cross_section = True
+    extras: ClassVar[tuple[str, ...]] = ("concept",)
+
+    def __init__(
+        self,
+        d_feat: int = 6,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        base_model: str = "GRU",
+        num_concepts: int | None = None,
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__(num_outputs)
+        self.num_concepts = num_concepts
+        self.rnn = recurrent_layers(base_model, d_feat, hidden_size, num_layers, dropout)
+        self.fc_es, self.fc_is = _square(hidden_size), _square(hidden_size)
+        self.fc_es_fore, self.fc_is_fore = _square(hidden_size), _square(hidden_size)
+        self.fc_es_back, self.fc_is_back = _square(hidden_size), _square(hidden_size)
+        self.fc_indi = _square(hidden_size)
+        self.fc_out = nn.Linear(hidden_size, num_outputs)
+
+    def forward(self, x: Tensor, mask: Tensor, concept: Tensor) -> Tensor:
+        """Map `x [G, N, T, F]`, `mask [G, N]`, `concept [G, N, K]` to scores `[G, N(, Q)]`."""
+        if self.num_concepts is not None and concept.shape[-1] != self.num_concepts:
+            raise ValueError(
+                f"got {concept.shape[-1]} concepts, but num_concepts is {self.num_concepts}."
+            )
+        state = newest_states(self.rnn, x)  # [G, N, H]
+        explicit = self.fc_es(_concept_states(state, concept * mask[..., None]))
+        residual = state - self.fc_es_back(explicit)
+        hidden = self.fc_is(_hidden_concept_states(residual, mask))
+        own = residual - self.fc_is_back(hidden)
+        parts = torch.stack((self.fc_es_fore(explicit), self.fc_is_fore(hidden), self.fc_indi(own)))
+        return self.scores(self.fc_out(F.leaky_relu(parts).sum(0)))
+
+
+def _square(hidden_size: int) -> nn.Linear:
+    layer = nn.Linear(hidden_size, hidden_size)
+    nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+
+def _concept_states(state: Tensor, concept: Tensor) -> Tensor:
+    """Return each instrument's attention over the states of predefined concepts, `[G, N, H]`.
+
+    `state [G, N, H]`, `concept [G, N, K]` 0 or 1.
+    """
+    num_members = concept.sum(1, keepdim=True)  # [G, 1, K]
+    share = concept / (num_members * concept + 1)
+    return _attend_to_concepts(state, share.transpose(-1, -2) @ state, num_members > 0)
+
+
+def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
+    """Return each instrument's attention over hidden concepts, `[G, N, H]`.
+
+    Each instrument defines one hidden concept. Its members are the instruments whose most similar
+    other instrument it is, and the instrument itself if there are any.
+    """
+    count = state.shape[1]
+    index = torch.arange(count, device=state.device)
+    is_self = index[:, None] == index
+    # In half precision, rounding would decide which instrument is the most similar one.
+    with torch.autocast(state.device.type, enabled=False):
+        similarity = cosine_similarities(state.float(), state.float())
+    # An instrument without positive similarity to another joins no concept: the zero on the
+    # diagonal is its maximum then, and gives a membership of zero.
+    masked_similarity = similarity.masked_fill(is_self | ~mask[:, None], 0.0)
+    best, concept = masked_similarity.max(-1)  # [G, N]
+    member = (concept[..., None] == index) * (best * mask)[..., None]  # [G, N, N], concepts last
+    has_members = member.sum(1) != 0  # [G, N]
+    member = member + is_self * (similarity * has_members[:, None])
+    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, has_members[:, None])
+
+
+def _attend_to_concepts(state: Tensor, concept: Tensor, is_valid: Tensor) -> Tensor:
+    """Attend from instruments `state [G, N, H]` to concepts `[G, K, H]` by cosine similarity.
+
+    `is_valid [G, 1, K]` masks concepts out.
+    """
+    return masked_softmax(cosine_similarities(state, concept), is_valid).to(concept.dtype) @ concept

@@ -1,0 +1,1 @@
+"""Networks that look at each instrument's own window."""

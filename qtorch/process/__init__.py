@@ -1,0 +1,1 @@
+"""Child processes: fork server, stop signals, heartbeats, and what launchers say in variables."""

@@ -1,0 +1,1 @@
+"""The report page: results, charts, sections, HTML."""

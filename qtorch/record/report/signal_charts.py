@@ -1,0 +1,308 @@
+"""Charts of a signal's quality: IC by time and horizon, quantiles, autocorrelation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from qtorch.record.report.chart_style import (
+    GRID,
+    IC_COLOUR,
+    INK,
+    RANK_COLOUR,
+    SOFT,
+    add_legend,
+    diverging_map,
+    draw_day_bars,
+    draw_zero_line,
+    format_date_axis,
+    format_percent_axis,
+    label_axis,
+    new_figure,
+    rolling_mean,
+    style_axis,
+    style_figure,
+    text_colour,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Figure:
+    """Draw daily IC with its rolling mean, cumulative IC and Rank IC, and the histogram of both.
+
+    Both arguments are Series by day; NaN days are left out.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which has global state and needs a display
+
+    ic, rank_ic = ic.dropna(), rank_ic.dropna()
+    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
+    axes = figure.subplot_mosaic([["day", "day"], ["sum", "spread"]], height_ratios=[1.0, 1.0])
+    figure.suptitle(
+        title or f"Information coefficient by day{_span(ic)}",
+        color=INK,
+        fontsize=13,
+        x=0.01,
+        ha="left",
+    )
+    draw_days(axes["day"], ic, rank_ic)
+    draw_sum(axes["sum"], ic, rank_ic)
+    _draw_histogram(axes["spread"], ic, rank_ic)
+    for name, axis in axes.items():
+        style_axis(axis)
+        if name != "spread":
+            format_date_axis(axis)
+    return figure
+
+
+def draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+    """Draw the daily IC as bars, and the rolling means of IC and Rank IC."""
+    draw_day_bars(axis, ic, IC_COLOUR)
+    for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
+        mean, window = rolling_mean(series)
+        axis.plot(
+            mean.index, mean, color=colour, linewidth=1.8, label=f"{name}, mean of {window} days"
+        )
+    draw_zero_line(axis)
+    label_axis(axis, "Daily IC (bars) and rolling means", "correlation")
+    add_legend(axis, narrow=narrow)
+
+
+def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+    """Draw cumulative IC and Rank IC."""
+    for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
+        total = series.cumsum()
+        axis.plot(total.index, total, color=colour, linewidth=1.8, label=name)
+    draw_zero_line(axis)
+    title = "Cumulative" if narrow else "Cumulative: a steady slope is a steady signal"
+    label_axis(axis, title, "sum of daily correlations")
+    add_legend(axis, narrow=narrow)
+
+
+def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()])
+    edges = (
+        np.histogram_bin_edges(values, bins=min(40, max(5, len(ic) // 8))) if len(values) else 10
+    )
+    for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
+        text = f"{name}: mean {series.mean():.4f}, std {series.std():.4f}"
+        axis.hist(series, bins=edges, histtype="stepfilled", color=colour, alpha=0.28, label=text)
+        axis.hist(series, bins=edges, histtype="step", color=colour, linewidth=1.2)
+        if len(series):
+            axis.axvline(series.mean(), color=colour, linewidth=1.6, linestyle="--")
+    axis.axvline(0, color=INK, linewidth=0.8)
+    label_axis(axis, f"Distribution over {len(ic)} days", "days", "correlation of a day")
+    axis.margins(y=0.3)
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    frame_style = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
+    axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **frame_style)
+
+
+def _span(ic: pd.Series) -> str:
+    return f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
+
+
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MIDDLE_COLOUR = "#9aa3ad"
+MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
+
+
+def rolling_ic_chart(ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> Figure:
+    """Daily IC with rolling means, and cumulative sums; days without an IC are left out."""
+    ic, rank_ic = ic.dropna(), rank_ic.dropna()
+    figure, axes = new_figure(2.9, narrow=narrow, rows=2)
+    draw_days(axes[0], ic, rank_ic, narrow=narrow)
+    draw_sum(axes[1], ic, rank_ic, narrow=narrow)
+    for axis in axes:
+        format_date_axis(axis, narrow=narrow)
+    return style_figure(figure)
+
+
+def monthly_means(daily: pd.Series) -> pd.DataFrame:
+    """Return monthly means as a table of years by months 1 to 12; NaN for missing months."""
+    daily = daily.dropna()
+    dates = pd.DatetimeIndex(daily.index)
+    table = daily.groupby([dates.year, dates.month]).mean().unstack()
+    return table.reindex(columns=range(1, 13)).rename_axis(index="year", columns="month")
+
+
+def monthly_chart(daily: pd.Series, name: str = "IC", *, narrow: bool = False) -> Figure:
+    """Heat map of monthly means: one row per year, in the narrow format one per month."""
+    table = monthly_means(daily)
+    years, months = [str(y) for y in table.index], list(MONTHS)
+    values = table.to_numpy(dtype=float)
+    rows, columns = (months, years) if narrow else (years, months)
+    values = values.T if narrow else values
+    figure, axes = new_figure(1.0 + 0.3 * max(len(rows), 2), narrow=narrow)
+    axis = axes[0]
+    limit = np.nanmax(np.abs(values)) or 1.0
+    image = axis.pcolormesh(
+        np.ma.masked_invalid(values),
+        cmap=diverging_map(),
+        vmin=-limit,
+        vmax=limit,
+        edgecolors="white",
+        linewidth=1.5,
+    )
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axis.invert_yaxis()
+    if len(years) <= MAX_YEARS_WITH_NUMBERS:
+        _write_cells(axis, values, image, size=7.5 if len(years) > 5 and narrow else 8.5)
+    if narrow and len(years) > 5:  # the labels would overlap
+        step = -(-len(years) // 5)
+        axis.set_xticks(axis.get_xticks()[::step], columns[::step])
+    label_axis(axis, f"Mean {name} by month", "month" if narrow else "year")
+    axis.set_xlabel("year" if narrow else "month", color=SOFT, fontsize=9)
+    bar = figure.colorbar(image, ax=axis, pad=0.02, aspect=12 if not narrow else 25)
+    bar.set_label("correlation", color=SOFT, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
+    bar.locator = _few_ticks()
+    bar.update_ticks()
+    style_figure(figure)
+    axis.grid(False)
+    axis.spines["bottom"].set_visible(False)
+    return figure
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4, symmetric=True)
+
+
+def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = text_colour(image.cmap(image.norm(value)))
+            text = f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+            axis.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=colour
+            )
+
+
+def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
+    """IC and Rank IC by horizon with two standard errors."""
+    figure, axes = new_figure(2.9, narrow=narrow)
+    axis, positions = axes[0], np.arange(len(decay))
+    for shift, name, colour, text in (
+        (-0.12, "ic", IC_COLOUR, "IC"),
+        (0.12, "rank_ic", RANK_COLOUR, "Rank IC"),
+    ):
+        axis.errorbar(
+            positions + shift,
+            decay[name],
+            yerr=2 * decay[f"{name}_error"],
+            color=colour,
+            fmt="o",
+            markersize=4.5,
+            linewidth=1.4,
+            capsize=2.5,
+            label=f"{text} ± 2 standard errors",
+        )
+    draw_zero_line(axis)
+    axis.set_xticks(positions, [str(h) for h in decay.index])
+    label_axis(axis, "IC by horizon", "mean correlation", "horizon, trading days")
+    add_legend(axis, narrow=narrow)
+    return style_figure(figure)
+
+
+def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
+    """Mean return of each score quantile, and cumulative returns relative to the mean of all."""
+    figure, axes = new_figure(3.0, narrow=narrow, columns=2)
+    count = len(returns.columns)
+    colours = [_quantile_colour(k, count) for k in range(count)]
+    error = 2 * returns.std(ddof=1) / np.sqrt(returns.notna().sum())
+    axes[0].bar(
+        range(count),
+        returns.mean(),
+        yerr=error,
+        color=colours,
+        edgecolor=SOFT,
+        linewidth=0.5,
+        error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2.5},
+    )
+    names = [str(q) for q in returns.columns]
+    names[0], names[-1] = f"{names[0]}\nlowest", f"{names[-1]}\nhighest"
+    axes[0].set_xticks(range(count), names)
+    draw_zero_line(axes[0])
+    format_percent_axis(axes[0])
+    label_axis(
+        axes[0], "Mean return by score quantile", "% per label horizon (± 2 s.e.)", "score quantile"
+    )
+    relative = returns.sub(returns.mean(axis=1), axis=0).fillna(0.0).cumsum()
+    for k, column in enumerate(relative):
+        end = {0: " (lowest)", count - 1: " (highest)"}.get(k, "")
+        axes[1].plot(
+            relative.index,
+            relative[column],
+            color=colours[k],
+            linewidth=1.8,
+            label=f"{column}{end}",
+        )
+    draw_zero_line(axes[1])
+    format_percent_axis(axes[1])
+    label_axis(axes[1], "Cumulative, minus the mean of all", "% (sum of daily returns)")
+    format_date_axis(axes[1], narrow=True)
+    if narrow:
+        add_legend(axes[1], narrow=True)
+    else:  # next to the axes, in the order of the lines
+        handles, labels = axes[1].get_legend_handles_labels()
+        position = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes[1].legend(handles[::-1], labels[::-1], frameon=False, fontsize=8.5, **position)
+    return style_figure(figure)
+
+
+def _quantile_colour(k: int, count: int) -> Any:
+    """Return the colour of a quantile, from orange over grey to blue, avoiding white."""
+    fraction = k / max(count - 1, 1)
+    if fraction == 0.5:
+        return MIDDLE_COLOUR
+    return diverging_map()(fraction * 0.8 if fraction < 0.5 else 0.2 + fraction * 0.8)
+
+
+def spread_chart(spread: pd.Series, *, narrow: bool = False) -> Figure:
+    """Return of the highest minus the lowest quantile, daily and cumulative."""
+    figure, axes = new_figure(2.7, narrow=narrow, columns=2)
+    spread = spread.dropna()
+    draw_day_bars(axes[0], spread, IC_COLOUR)
+    mean, window = rolling_mean(spread)
+    axes[0].plot(mean.index, mean, color=RANK_COLOUR, linewidth=1.8, label=f"mean of {window} days")
+    label_axis(axes[0], "Highest minus lowest quantile", "% per label horizon")
+    add_legend(axes[0], narrow=narrow)
+    total = spread.cumsum()
+    axes[1].plot(total.index, total, color=IC_COLOUR, linewidth=1.8)
+    label_axis(axes[1], "Cumulative spread", "% (sum of daily returns)")
+    for axis in axes:
+        draw_zero_line(axis)
+        format_percent_axis(axis)
+        format_date_axis(axis, narrow=True)
+    return style_figure(figure)
+
+
+def autocorrelation_chart(by_lag: Mapping[int, pd.Series], *, narrow: bool = False) -> Figure:
+    """Mean rank correlation of the scores by lag, and that of the shortest lag over time."""
+    figure, axes = new_figure(2.7, narrow=narrow, columns=2)
+    means = {lag: daily.mean() for lag, daily in by_lag.items()}
+    positions = range(len(means))
+    axes[0].bar(positions, list(means.values()), color=IC_COLOUR, width=0.6)
+    axes[0].set_xticks(positions, [str(lag) for lag in means])
+    axes[0].set_ylim(min(0.0, *means.values()) * 1.1, 1.0)
+    draw_zero_line(axes[0])
+    label_axis(axes[0], "Mean by lag", "rank correlation", "lag, trading days")
+    lag, daily = next(iter(by_lag.items()))
+    axes[1].plot(daily.index, daily, color=GRID, linewidth=0.9)
+    mean, window = rolling_mean(daily)
+    axes[1].plot(mean.index, mean, color=IC_COLOUR, linewidth=1.8, label=f"mean of {window} days")
+    label_axis(axes[1], f"By day, lag {lag}", "rank correlation")
+    format_date_axis(axes[1], narrow=True)
+    add_legend(axes[1], narrow=narrow)
+    return style_figure(figure)

@@ -1,0 +1,1 @@
+"""Where a task pool lies: SQLite, PostgreSQL or MongoDB, chosen by the URL's scheme."""

@@ -1,0 +1,252 @@
+"""Task pools on MongoDB, Qlib's backend: each operation is one atomic change of one document.
+
+Updates are pipelines, so that deadlines are set by the server's clock (`$$NOW`); they are compared
+with the server's clock too. This needs MongoDB 4.2 or newer. The database is the one in the URL,
+else `qtorch`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from qtorch.core.errors import TaskStoreError, TaskStoreVersionError
+from qtorch.task.definition import Definition
+from qtorch.task.stores.base import (
+    RUNNING,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TASKS,
+    WAITING,
+    Change,
+    Condition,
+    Row,
+    Store,
+    StoreUnavailable,
+)
+
+try:
+    import pymongo
+    from bson import ObjectId
+    from pymongo import errors
+    from pymongo.collection import Collection
+    from pymongo.database import Database
+except ModuleNotFoundError as missing:
+    raise TaskStoreError(
+        f"a task pool on MongoDB needs {missing.name}; install it with pip install 'qtorch[mongo]'."
+    ) from missing
+
+Document = dict[str, Any]
+
+DATABASE = "qtorch"
+SELECTION_MS = 5000  # for pymongo to find the server; after that the caller retries
+# Shutting down, stepped down, not primary, write conflict: a retry may succeed.
+TRANSIENT_CODES = frozenset({91, 112, 189, 10058, 10107, 11600, 11602, 13435, 13436})
+NUM_CANDIDATES = 16
+CLAIM_ORDER = [("priority", -1), ("created", 1), ("_id", 1)]
+TIMES = ("deadline", "created", "updated")
+EMPTY: Document = dict.fromkeys(
+    ("origin", "committed", "deadline", "claim", "worker", "run", "progress", "error", "traceback",
+     "res")
+)  # fmt: skip
+ZERO: Document = dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), 0)
+
+# The functions that migrate from each version to the next.
+MIGRATIONS: dict[int, Callable[[Database[Document]], None]] = {}
+
+
+class MongoStore(Store):
+    """Stores tasks as documents of the collection `qtorch_tasks`."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._client: pymongo.MongoClient[Document] = pymongo.MongoClient(
+                url, tz_aware=True, appname="qtorch", serverSelectionTimeoutMS=SELECTION_MS
+            )
+            database = self._client.get_default_database(DATABASE)
+        except (errors.InvalidURI, errors.ConfigurationError, ValueError) as error:
+            raise TaskStoreError(f"the URL of the task store cannot be used: {error}") from error
+        # Read from the primary, which has all claims and commits.
+        self._database = database.with_options(read_preference=pymongo.ReadPreference.PRIMARY)
+        self._tasks: Collection[Document] = self._database[TASKS]
+        with self._translate_errors():
+            self._prepare()
+
+    def insert(self, pool: str, definitions: Sequence[Definition]) -> int:
+        with self._translate_errors():
+            now = self._now()
+            documents = [
+                {"pool": pool, "hash": d.hash, "status": WAITING, **ZERO, **EMPTY,
+                 "created": now, "updated": now, "definition": d.text, "tokens": list(d.tokens)}
+                for d in definitions
+            ]  # fmt: skip
+            try:
+                return len(self._tasks.insert_many(documents, ordered=False).inserted_ids)
+            except errors.BulkWriteError as error:
+                details = error.details
+                if any(e["code"] != 11000 for e in details["writeErrors"]):
+                    raise
+                return int(details["nInserted"])  # the others exist already (duplicate keys)
+
+    def find_ids(self, pool: str, hashes: Sequence[str]) -> dict[str, str]:
+        with self._translate_errors():
+            documents = self._tasks.find(
+                _filter(pool, Condition(hashes=tuple(hashes))), {"hash": 1}
+            )
+            return {d["hash"]: str(d["_id"]) for d in documents}
+
+    def claim(self, pool: str, status: str, condition: Condition, change: Change) -> Row | None:
+        query = {**_filter(pool, condition), "status": status}
+        with self._translate_errors():
+            while candidates := list(
+                self._tasks.find(query, {"_id": 1}, sort=CLAIM_ORDER, limit=NUM_CANDIDATES)
+            ):
+                # If another worker was faster, try the next candidates in random order, so that
+                # concurrent workers do not compete for the same task again.
+                first, *further = candidates
+                for candidate in (first, *random.sample(further, len(further))):
+                    document = self._tasks.find_one_and_update(
+                        {"_id": candidate["_id"], "status": status},
+                        _pipeline(change),
+                        return_document=pymongo.ReturnDocument.AFTER,
+                    )
+                    if document is not None:
+                        return _to_row(document)
+        return None
+
+    def find_claim(self, pool: str, claim: str) -> Row | None:
+        with self._translate_errors():
+            document = self._tasks.find_one({"pool": pool, "status": RUNNING, "claim": claim})
+            return None if document is None else _to_row(document)
+
+    def find_expired_rows(self, pool: str) -> list[Row]:
+        with self._translate_errors():
+            query = {"pool": pool, "status": RUNNING, "deadline": {"$lt": self._now()}}
+            return [_to_row(d) for d in self._tasks.find(query, sort=CLAIM_ORDER[1:])]
+
+    def change(
+        self, id: str, attempt: int, change: Change, *, only_if_expired: bool = False
+    ) -> bool:
+        query: Document = {"_id": _object_id(id), "attempt": attempt, "status": RUNNING}
+        with self._translate_errors():
+            if only_if_expired:
+                query["deadline"] = {"$lt": self._now()}
+            return self._tasks.update_one(query, _pipeline(change)).matched_count == 1
+
+    def change_all(self, pool: str, condition: Condition, change: Change) -> int:
+        with self._translate_errors():
+            result = self._tasks.update_many(_filter(pool, condition), _pipeline(change))
+            return result.matched_count
+
+    def redefine(self, id: str, definition: Definition, change: Change) -> bool:
+        values = {
+            "hash": definition.hash,
+            "definition": definition.text,
+            "tokens": list(definition.tokens),
+        }
+        change = Change({**change.values, **values})
+        with self._translate_errors():
+            try:
+                result = self._tasks.update_one({"_id": _object_id(id)}, _pipeline(change))
+            except errors.DuplicateKeyError as error:
+                raise ValueError("the pool already contains this definition") from error
+            return result.matched_count == 1
+
+    def find(self, pool: str, condition: Condition) -> list[Row]:
+        with self._translate_errors():
+            documents = self._tasks.find(_filter(pool, condition), sort=CLAIM_ORDER[1:])
+            return [_to_row(d) for d in documents]
+
+    def count(self, pool: str, condition: Condition) -> dict[str, int]:
+        group = {"$group": {"_id": "$status", "n": {"$sum": 1}}}
+        with self._translate_errors():
+            groups = self._tasks.aggregate([{"$match": _filter(pool, condition)}, group])
+            return {d["_id"]: int(d["n"]) for d in groups}
+
+    def delete(self, pool: str, condition: Condition) -> int:
+        with self._translate_errors():
+            return self._tasks.delete_many(_filter(pool, condition)).deleted_count
+
+    def pools(self) -> list[str]:
+        with self._translate_errors():
+            return sorted(self._tasks.distinct("pool"))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _now(self) -> datetime.datetime:
+        """Return the time of the server's clock."""
+        now: datetime.datetime = self._client.admin.command("hello")["localTime"]
+        return now
+
+    def _prepare(self) -> None:
+        """Create the indexes, or migrate documents of an older version."""
+        schema: Collection[Document] = self._database[SCHEMA]
+        document = schema.find_one({"_id": "version"})
+        version = None if document is None else int(document["version"])
+        if version is not None and version > SCHEMA_VERSION:
+            raise TaskStoreVersionError(
+                f"the task store {self._database.name!r} has version {version} of its documents, "
+                f"but this qtorch knows up to {SCHEMA_VERSION}. Update qtorch, or use another "
+                "database."
+            )
+        if version == SCHEMA_VERSION:
+            return
+        self._tasks.create_index([("pool", 1), ("hash", 1)], unique=True)
+        self._tasks.create_index([("status", 1), ("pool", 1), *CLAIM_ORDER])
+        for step in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+            MIGRATIONS[step](self._database)
+        schema.update_one({"_id": "version"}, {"$set": {"version": SCHEMA_VERSION}}, upsert=True)
+
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        """Raise StoreUnavailable for transient errors, TaskStoreError for permanent ones."""
+        try:
+            yield
+        except (errors.ConnectionFailure, errors.WTimeoutError) as error:
+            raise StoreUnavailable(" ".join(str(error).split())[:200]) from error
+        except errors.OperationFailure as error:
+            if error.code in TRANSIENT_CODES or error.has_error_label("RetryableWriteError"):
+                raise StoreUnavailable(str(error)[:200]) from error
+            raise TaskStoreError(f"the task store rejected an operation: {error}") from error
+
+
+def _filter(pool: str, condition: Condition) -> Document:
+    query: Document = {"pool": pool}
+    if condition.ids is not None:
+        query["_id"] = {"$in": [_object_id(i) for i in condition.ids]}
+    if condition.statuses is not None:
+        query["status"] = {"$in": list(condition.statuses)}
+    if condition.hashes is not None:
+        query["hash"] = {"$in": list(condition.hashes)}
+    if condition.tokens:
+        query["$and"] = [{"tokens": {"$in": list(group)}} for group in condition.tokens]
+    return query
+
+
+def _pipeline(change: Change) -> list[Document]:
+    sets: Document = {"updated": "$$NOW"}
+    sets.update({k: {"$literal": v} for k, v in change.values.items()})
+    sets.update({k: {"$add": [f"${k}", step]} for k, step in change.steps.items()})
+    if change.lease is not None:
+        sets["deadline"] = {"$add": ["$$NOW", round(change.lease * 1000)]}
+    elif "status" in change.values:
+        sets["deadline"] = None
+    return [{"$set": sets}]
+
+
+def _to_row(document: Mapping[str, Any]) -> Row:
+    row = {k: v for k, v in document.items() if k not in ("_id", "tokens")}
+    row["id"] = str(document["_id"])
+    for name in TIMES:
+        if isinstance(row[name], datetime.datetime):
+            row[name] = row[name].timestamp()
+    return row
+
+
+def _object_id(id: str) -> ObjectId | str:
+    """Convert a task id to the database's type; an invalid id matches no document."""
+    return ObjectId(id) if ObjectId.is_valid(id) else id

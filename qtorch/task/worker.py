@@ -1,0 +1,508 @@
+"""The worker process: runs tasks in child processes and renews their leases.
+
+The worker itself imports no torch and stays small. Each slot (`Slot`) is a thread with
+a child process. The main thread handles signals and displays the slots; another thread tells the
+children regularly that this process is alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qtorch.core.errors import LeaseLost, TaskError
+from qtorch.process.fork_server import ForkError
+from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS
+from qtorch.task.definition import RECORDER, Task
+from qtorch.task.devices import CPU, device_environment
+from qtorch.task.manager import LeaseRenewer, TaskManager
+from qtorch.task.worker_process import FENCE_FRACTION, SIGNAL_SECONDS, ChildLauncher, ChildProcess
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # between two polls of the child
+IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """The options of a worker.
+
+    functions: for each task status to claim, in order of preference, the import path of the
+        function that runs such tasks.
+    experiment, tracking_uri: override the experiment and tracking store that a task names in its
+        `tracking` (see `qtorch.trainer.run`). The default experiment is named like the pool.
+    lease: duration of a lease in seconds.
+    max_tasks: maximum number of tasks of all slots together.
+    idle_timeout: seconds without work after which the worker ends (None: never).
+    force_release: run each task in its own process.
+    hang_after: seconds without a sign of life after which a task counts as hung.
+    grace: seconds that an interrupted training gets to write a checkpoint.
+    """
+
+    pool: str
+    url: str | None = None
+    functions: Mapping[str, str] = field(
+        default_factory=lambda: {
+            TaskManager.STATUS_PART_DONE: "qtorch.trainer.run.end_task_train",
+            TaskManager.STATUS_WAITING: "qtorch.trainer.run.task_train",
+        }
+    )
+    experiment: str | None = None
+    tracking_uri: str | None = None
+    query: Mapping[str, Any] | None = None
+    lease: float = 60.0
+    max_tasks: int | None = None
+    idle_timeout: float | None = None
+    force_release: bool = False
+    hang_after: float = 600.0
+    grace: float = 30.0
+
+
+class WorkerControl:
+    """State that the slots of a worker share: how many tasks may be claimed, whether to stop."""
+
+    def __init__(self, max_tasks: int | None) -> None:
+        self.is_draining = False  # claim no further task
+        self.stop = threading.Event()  # write checkpoints and return the tasks to the pool
+        self.hurry = threading.Event()  # ... without waiting for checkpoints
+        self._remaining = max_tasks
+        self._lock = threading.Lock()
+        self.last_work = time.monotonic()
+
+    def reserve_task(self) -> bool:
+        """Count one more task against `max_tasks`; return False if none is left."""
+        with self._lock:
+            if self._remaining is None:
+                return True
+            self._remaining -= 1
+            return self._remaining >= 0
+
+    def release_reservation(self) -> None:
+        """Undo `reserve_task`, because the pool had no task to claim."""
+        with self._lock:
+            if self._remaining is not None:
+                self._remaining += 1
+
+
+@dataclass
+class SlotStatus:
+    """What a slot is doing, for display."""
+
+    name: str
+    device: str
+    task: Task | None = None
+    since: float = 0.0
+    progress: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] | None = None
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("done", "failed", "returned", "lost"), 0)
+    )
+
+
+class Slot(threading.Thread):
+    """Claims tasks, runs them in a child process, and renews their leases meanwhile.
+
+    `launcher` starts the child; `environment` selects its device; `output` is a file for its
+    output.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        control: WorkerControl,
+        status: SlotStatus,
+        *,
+        worker: str,
+        launcher: ChildLauncher,
+        environment: Mapping[str, str],
+        output: Path | None = None,
+    ) -> None:
+        super().__init__(name=status.name, daemon=True)
+        self.options, self.control, self.status = options, control, status
+        self.launcher = launcher
+        self.worker, self.environment, self.output = worker, environment, output
+        self.child: ChildProcess | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run until there is no more work or the worker stops."""
+        try:
+            self._work()
+        except TaskError as error:
+            self.error = error
+            log.error("%s failed: %s", self.name, error)
+        except BaseException as error:
+            self.error = error
+            log.exception("%s failed", self.name)
+        finally:
+            self._drop_child()
+
+    def ping(self) -> None:
+        """Tell the child that its supervisor is alive; called by the supervisor's ping thread."""
+        child = self.child
+        if child is not None:
+            child.ping()
+
+    def _work(self) -> None:
+        manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
+        pause = IDLE_SECONDS[0]
+        while not self.control.is_draining:
+            if not self.control.reserve_task():
+                return
+            claim = self._fetch(manager)
+            if claim is None:
+                self.control.release_reservation()
+                if self._is_idle_too_long():
+                    return
+                self.control.stop.wait(pause)
+                pause = min(pause * 1.5, IDLE_SECONDS[1])
+                continue
+            pause = IDLE_SECONDS[0]
+            outcome = self._execute(manager, *claim)
+            self.control.last_work = time.monotonic()
+            if outcome.get("interrupted"):  # this process may be about to get the same stop signal
+                self.control.stop.wait(SIGNAL_SECONDS)
+
+    def _is_idle_too_long(self) -> bool:
+        limit = self.options.idle_timeout
+        return limit is not None and time.monotonic() - self.control.last_work >= limit
+
+    def _fetch(self, manager: TaskManager) -> tuple[Task, str] | None:
+        """Claim a task; return it with the status that it had before."""
+        for status in self.options.functions:
+            try:
+                task = manager.fetch_task(
+                    self.options.query, status, worker=self.worker, decode=False
+                )
+            except TaskError as error:
+                log.error("%s: %s", self.name, error)
+                return None
+            if task is not None:
+                return task, status
+        return None
+
+    # -- one task ------------------------------------------------------------------------------
+
+    def _execute(self, manager: TaskManager, task: Task, status: str) -> dict[str, Any]:
+        self.status.task, self.status.since = task, time.monotonic()
+        self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
+        log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
+        try:
+            with LeaseRenewer(manager, task, hang_after=self.options.hang_after) as lease:
+                outcome = self._run_on_child(task, status, lease)
+                self._report_outcome(manager, task, status, outcome, lease)
+                return outcome
+        finally:
+            self.status.task = None
+
+    def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+        """Run the task on a child, and once more if the first child could not be started."""
+        outcome = self._wait_for_outcome(task, status, lease)
+        if "not_started" in outcome:
+            log.warning("%s: %s; trying again", self.name, outcome["not_started"])
+            outcome = self._wait_for_outcome(task, status, lease)
+        return {"unusable": outcome["not_started"]} if "not_started" in outcome else outcome
+
+    def _wait_for_outcome(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+        """Return the child's final message, or `died`, `hung`, `interrupted` or `lost`.
+
+        If the child ends before the task has begun, the outcome is `unusable`, which is not the
+        task's fault. If the child was never started, or was lost together with the fork server,
+        it is `not_started`.
+        """
+        try:
+            child = self._get_child()
+        except ForkError as error:
+            return {"not_started": str(error)}
+
+        def is_cancelled() -> bool:
+            return self.control.stop.is_set() or lease.lease_lost.is_set()
+
+        child.send(self._build_request(task, status), self.options.hang_after, is_cancelled)
+        last_sign, stop_time, is_ready = time.monotonic(), None, False
+        while True:
+            messages = child.receive(POLL_SECONDS)
+            now = time.monotonic()
+            if messages is None:
+                reason = f"the task's process {child.describe_exit()}"
+                self._drop_child()
+                # A child that ended before its task began may have got a stop signal that this
+                # process has not received yet.
+                if stop_time is not None or (
+                    not is_ready and self.control.stop.wait(SIGNAL_SECONDS)
+                ):
+                    return {"interrupted": True}
+                if is_ready:
+                    return {"died": reason}
+                return {"not_started" if child.is_server_failure else "unusable": reason}
+            for message in messages:
+                last_sign, is_ready = now, is_ready or "ready" in message
+                if not {"beat", "run", "ready"} & message.keys():
+                    return message
+                self._report_progress(message, lease)
+            if lease.lease_lost.is_set():
+                self._drop_child(kill=True)
+                return {"lost": True}
+            if now - last_sign > self.options.hang_after:
+                if not child.is_started:
+                    child.stop_server()
+                    self._drop_child(kill=True)
+                    return {"not_started": "the fork server does not respond"}
+                self._drop_child(kill=True)
+                return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
+            if stop_time is None and self.control.stop.is_set():
+                stop_time = now
+                child.send({"stop": True})
+            is_late = stop_time is not None and now - stop_time > self.options.grace
+            if is_late or self.control.hurry.is_set():
+                self._drop_child(kill=True)
+                return {"interrupted": True}
+
+    def _build_request(self, task: Task, status: str) -> dict[str, Any]:
+        options, definition, run = self.options, task["def"], task.get("run")
+        tracking = definition.get("tracking")
+        tracking = dict(tracking) if isinstance(tracking, Mapping) else {}
+        experiment_name = options.experiment or tracking.get("experiment_name") or options.pool
+        result = task["res"] if status == TaskManager.STATUS_PART_DONE else None
+        if options.tracking_uri:
+            if tracking:
+                definition = {**definition, "tracking": {**tracking, "uri": options.tracking_uri}}
+            run = run and {**run, "tracking_uri": options.tracking_uri}
+            if isinstance(result, Mapping) and RECORDER in result:
+                result = {RECORDER: {**result[RECORDER], "tracking_uri": options.tracking_uri}}
+        return {
+            "func": options.functions[status],
+            "definition": definition,
+            "res": result,
+            "options": {"experiment_name": experiment_name, "run": run},
+            "last": options.force_release,
+        }
+
+    def _report_progress(self, message: Mapping[str, Any], lease: LeaseRenewer) -> None:
+        if "run" in message:
+            self.status.run = dict(message["run"])
+            lease.report_run(self.status.run)
+        elif "beat" in message:
+            # A new stage keeps what earlier beats have reported, such as epoch and metrics.
+            self.status.progress = {**self.status.progress, **message["beat"]}
+            lease.report_progress(self.status.progress)
+
+    def _report_outcome(
+        self,
+        manager: TaskManager,
+        task: Task,
+        status: str,
+        outcome: Mapping[str, Any],
+        lease: LeaseRenewer,
+    ) -> None:
+        """Report the outcome to the pool: commit, return or fail the task."""
+        slot_status, name = self.status, f"task {task['_id']}"
+        try:
+            if outcome.get("lost"):
+                raise LeaseLost("the lease expired")
+            if "result" in outcome:
+                self._retry_while_unavailable(
+                    lambda: manager.commit_task_res(task, outcome["result"]), lease
+                )
+                slot_status.counts["done"] += 1
+                log.info("%s: %s is done", self.name, name)
+            elif outcome.get("interrupted"):
+                _require_lease(manager.return_task(task, status, is_preempted=True))
+                slot_status.counts["returned"] += 1
+                log.info("%s: returned %s to the pool", self.name, name)
+            elif "unusable" in outcome:
+                manager.return_task(task, status)
+                raise TaskError(f"this worker cannot run tasks: {outcome['unusable']}")
+            else:
+                self._retry_while_unavailable(
+                    lambda: self._report_failure(manager, task, status, outcome), lease
+                )
+                slot_status.counts["failed"] += 1
+        except LeaseLost as error:
+            slot_status.counts["lost"] += 1
+            log.warning(
+                "%s: lost the lease of %s, nothing is committed: %s", self.name, name, error
+            )
+        if self.options.force_release or not {"result", "refused"} & outcome.keys():
+            self._drop_child()
+
+    def _report_failure(
+        self, manager: TaskManager, task: Task, status: str, outcome: Mapping[str, Any]
+    ) -> None:
+        if "refused" in outcome:  # further attempts would fail too
+            text = outcome["refused"]
+            _require_lease(manager.fail_task(task, text))
+        else:
+            text = outcome.get("error") or outcome.get("died") or outcome.get("hung")
+            traceback_text = outcome.get("traceback")
+            _require_lease(manager.return_task(task, status, error=text, traceback=traceback_text))
+        log.error("%s: task %s failed: %s", self.name, task["_id"], text)
+
+    def _retry_while_unavailable(self, call: Callable[[], Any], lease: LeaseRenewer) -> None:
+        """Repeat the call while the store is unavailable, so that a finished result is not lost."""
+        while True:
+            try:
+                call()
+                return
+            except LeaseLost:
+                raise
+            except TaskError as error:
+                if self.control.stop.is_set() or lease.lease_lost.is_set():
+                    raise
+                log.error("%s: %s", self.name, error)
+
+    # -- the child -----------------------------------------------------------------------------
+
+    def _get_child(self) -> ChildProcess:
+        if self.child is None or self.child.receive(0.0) is None:
+            self._drop_child()
+            silence_timeout = FENCE_FRACTION * self.options.lease
+            self.child = self.launcher.start(self.environment, silence_timeout, self.output)
+        return self.child
+
+    def _drop_child(self, *, kill: bool = False) -> None:
+        child, self.child = self.child, None
+        if child is not None:
+            child.kill() if kill else child.finish()
+
+
+def _require_lease(is_accepted: bool) -> None:
+    """Raise LeaseLost if the pool did not accept a change, because the lease is lost."""
+    if not is_accepted:
+        raise LeaseLost("the lease expired")
+
+
+TICK_SECONDS = 0.25
+FORWARD_SECONDS = 0.3  # a scheduler signals the children too; let its signal arrive first
+HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
+CLOSE_SECONDS = 15.0  # for the fork server to exit; it may be in the middle of an import
+THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
+
+Show = Callable[[Sequence[SlotStatus]], None]
+
+
+class Supervisor:
+    """Runs the tasks of a pool with one child process for each of `devices`.
+
+    `show` is called four times per second with the status of each slot. `logs` is a folder for the
+    output of the children and the fork server, which else goes to the output of this process.
+    """
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        devices: Sequence[str] = (CPU,),
+        *,
+        show: Show | None = None,
+        logs: Path | None = None,
+    ) -> None:
+        self.options, self.show = options, show
+        self.control = WorkerControl(options.max_tasks)
+        self._signals: list[tuple[int, float]] = []
+        host = socket.gethostname()
+        output = None if logs is None else logs / "imports.log"
+        self.launcher = ChildLauncher(options.functions.values(), output)
+        self.slots = []
+        for k, device in enumerate(devices):
+            slot = Slot(
+                options,
+                self.control,
+                SlotStatus(f"slot {k}", device),
+                worker=f"{host}:{os.getpid()}:{k}",
+                launcher=self.launcher,
+                environment={
+                    **device_environment(device),
+                    **_thread_environment(devices),
+                    **({TRACKING: options.tracking_uri} if options.tracking_uri else {}),
+                },
+                output=None if logs is None else logs / f"slot{k}.log",
+            )
+            self.slots.append(slot)
+
+    def run(self) -> int:
+        """Run until there is no more work; return the exit code.
+
+        The code is 0 at the end of the work, 128 + the signal that stopped it, or 1 if a slot
+        failed. After a stop signal the trainings write a checkpoint and their tasks are returned
+        to the pool; a second Ctrl-C ends the process immediately. A task that finishes meanwhile
+        is committed.
+        """
+        with self._handle_signals():
+            for slot in self.slots:
+                slot.start()
+            threading.Thread(target=self._ping, daemon=True, name="ping").start()
+            while any(slot.is_alive() for slot in self.slots):
+                self._process_signals()
+                if self.show is not None:
+                    self.show([slot.status for slot in self.slots])
+                time.sleep(TICK_SECONDS)
+            self.launcher.close(HURRY_SECONDS if self.control.hurry.is_set() else CLOSE_SECONDS)
+        if self._signals:
+            return 128 + self._signals[0][0]
+        return int(any(slot.error is not None for slot in self.slots))
+
+    def _ping(self) -> None:
+        """Tell the children that this process is alive, also while a terminal blocks its output."""
+        while True:
+            for slot in self.slots:
+                slot.ping()
+            time.sleep(TICK_SECONDS)
+
+    def _process_signals(self) -> None:
+        if not self._signals:
+            return
+        number, signal_time = self._signals[0]
+        seconds = time.monotonic() - signal_time
+        if seconds > FORWARD_SECONDS and not self.control.stop.is_set():
+            name = signal.Signals(number).name
+            log.warning(
+                "%s: returning tasks to the pool; press Ctrl-C again to exit immediately", name
+            )
+            self.control.stop.set()
+        interrupts = [at for each, at in self._signals[1:] if each not in SCHEDULER_SIGNALS]
+        if interrupts:
+            self.control.stop.set()
+            self.control.hurry.set()
+            if time.monotonic() - interrupts[0] > HURRY_SECONDS:
+                self._exit_now(number)
+
+    def _exit_now(self, number: int) -> None:
+        """Exit although a slot still waits for the pool's store; its lease will expire."""
+        try:
+            for slot in self.slots:
+                child = slot.child
+                if child is not None:
+                    child.kill()
+        finally:
+            os._exit(128 + number)
+
+    @contextmanager
+    def _handle_signals(self) -> Iterator[None]:
+        def record_signal(number: int, frame: FrameType | None) -> None:
+            self._signals.append((number, time.monotonic()))
+            self.control.is_draining = True
+
+        previous_handlers = {n: signal.signal(n, record_signal) for n in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+
+
+def _thread_environment(devices: Sequence[str]) -> dict[str, str]:
+    """Divide the CPU cores among several children, unless OMP_NUM_THREADS is set."""
+    if THREADS in os.environ or len(devices) == 1:
+        return {}
+    return {THREADS: str(max(1, len(os.sched_getaffinity(0)) // len(devices)))}

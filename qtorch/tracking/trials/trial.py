@@ -1,0 +1,136 @@
+"""A trial as plain values: one that a process is to run, and one row of a study."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from qtorch.core.errors import ConfigError
+from qtorch.tracking.locations import SQLITE, file_lock, redact_password, sqlite_path
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """A trial that this process is to run, with its parameters."""
+
+    number: int
+    id: int
+    params: dict[str, Any]
+    retry: bool = False  # the trial failed before and its job is retried
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """The state of a trial. The field names are stored in search.json, so they must not change."""
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    error: str | None = None
+    steps: int = 0
+    retry_of: int | None = None
+    replaced: bool = False  # by a later trial with the same parameters
+
+
+Value = str | int | float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice between values, each written as in an override."""
+
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A number from `low` to `high`, both inclusive; whole numbers only if `integer`."""
+
+    low: float
+    high: float
+    integer: bool = False
+    log: bool = False
+    step: float | None = None
+
+    def grid(self) -> list[Value] | None:
+        """Return all values of the range; None if it is continuous or logarithmic."""
+        step = self.step if self.step is not None or not self.integer else 1
+        if step is None or self.log:
+            return None
+        number = int((self.high - self.low) / step + 1e-9) + 1
+        values = [self.low + k * step for k in range(number)]
+        return [int(v) for v in values] if self.integer else list(values)
+
+
+Space = dict[str, Choice | Span]
+
+POSTGRES = "postgresql"
+SCHEMA = "optuna"
+SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
+LOCK_SECONDS = 120.0
+PRUNED_TAG = "pruned"  # tag of a run that the search's pruner has stopped
+TRIAL_VARIABLE = "QTORCH_TRIAL"  # environment variable: the trial of a job's process, as JSON
+
+
+def storage_url(storage: str | None, tracking_uri: str) -> str:
+    """Return the URL of the trials' database: `storage`, or one derived from the tracking URI.
+
+    For `sqlite:///mlruns/mlflow.db` it is `mlruns/mlflow-optuna.db`, for PostgreSQL the schema
+    `optuna` of the same database. An MLflow server's database is not accessible to clients, so
+    then it is the file `mlruns/optuna.db` in the working folder. Raises ConfigError for any other
+    kind of store.
+    """
+    if storage is not None:
+        path = sqlite_path(str(storage))
+        return str(storage) if path is None else f"{SQLITE}{path}"
+    path = sqlite_path(tracking_uri)
+    if path is not None:
+        return f"{SQLITE}{path.with_name(f'{path.stem}-optuna.db')}"
+    if tracking_uri.startswith(POSTGRES):
+        separator = "&" if "?" in tracking_uri else "?"
+        return f"{tracking_uri}{separator}{SCHEMA_OPTION}"
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"{SQLITE}{Path('mlruns', 'optuna.db').absolute()}"
+    raise ConfigError(
+        f"the tracking store {redact_password(tracking_uri)} cannot store a study's trials: set "
+        "hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."
+    )
+
+
+def make_sqlite_folder(url: str) -> None:
+    """Create the folder of a sqlite file if it is missing."""
+    path = sqlite_path(url)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def study_lock(url: str, engine: Any = None) -> Iterator[bool]:
+    """Let one process at a time use the study, so that it sees the trials of the others.
+
+    Uses a lock file next to a sqlite file, or an advisory lock of PostgreSQL (`engine` is an
+    SQLAlchemy engine); both are released when the process dies. Other databases are not locked and
+    the block gets False: two processes that ask at the same moment may run one trial too many.
+    """
+    path = sqlite_path(url)
+    if path is not None:
+        with file_lock(path.with_name(path.name + ".lock"), timeout=LOCK_SECONDS):
+            yield True
+    elif url.startswith(POSTGRES) and engine is not None:
+        key = int.from_bytes(hashlib.sha256(SCHEMA.encode()).digest()[:7], "big")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
+            try:
+                yield True
+            finally:
+                connection.exec_driver_sql(f"SELECT pg_advisory_unlock({key})")
+                connection.commit()
+    else:
+        yield False

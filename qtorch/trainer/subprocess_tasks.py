@@ -1,0 +1,156 @@
+"""Run each task in a separate process, so that its memory is released when it ends.
+
+The processes are forked from a fork server: they do not repeat the imports, and they do not import
+the caller's main script, so scripts need no `if __name__ == "__main__"` guard.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.core.session import init, session
+from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
+from qtorch.process.heartbeat import RUN, listen
+from qtorch.tracking.manager import R
+from qtorch.tracking.recorder import Recorder
+from qtorch.trainer.failure import announce_run, error_summary, record_failure
+
+SendReply = Callable[[dict[str, Any]], None]
+
+
+class IsolatedError(QtorchError, RuntimeError):
+    """A task failed in its process; the message is the task's error or how the process ended."""
+
+
+class ProcessLostError(QtorchError, RuntimeError):
+    """A task's process ended without reporting a result or an error."""
+
+
+class Isolation:
+    """Calls `function(first, experiment_name, **options)` in a child process.
+
+    Children inherit the session's defaults, the tracking store and the working folder. The fork
+    server is started by the first call and stopped at the end of the `with` block.
+    """
+
+    def __init__(self) -> None:
+        self._fork_server: ForkServerClient | None = None
+
+    def __enter__(self) -> Isolation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fork_server is not None:
+            self._fork_server.close()
+            self._fork_server = None
+
+    def __call__(
+        self,
+        function: Callable[..., Recorder],
+        first: Any,
+        experiment_name: str | None,
+        **options: Any,
+    ) -> Recorder:
+        """Return the run that the function returns.
+
+        Raises IsolatedError with the child's error; a run that the child had started is reported
+        to `collect_started_runs`.
+        """
+        call = _pickle_call(function, first, experiment_name, options)
+        if self._fork_server is None:
+            self._fork_server = ForkServerClient(*TRAINING_MODULES)
+        replies: dict[str, Any] = {}
+        exit_status = self._fork_server.call(f"{__name__}.run_call", {"call": call}, replies.update)
+        recorder = None
+        if RUN in replies:
+            recorder = R.get_recorder(
+                recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
+            )
+            announce_run(recorder)
+        if exit_status.code == 0 and recorder is not None:
+            return recorder
+        if "error" in replies:
+            raise IsolatedError(replies["error"])
+        message = f"the task's process {exit_status.description} without returning a result."
+        if recorder is not None:
+            fail_run(recorder, message)
+        raise IsolatedError(message)
+
+
+def _pickle_call(
+    function: Callable[..., Recorder],
+    first: Any,
+    experiment_name: str | None,
+    options: Mapping[str, Any],
+) -> str:
+    if getattr(function, "__module__", None) == "__main__":
+        raise ConfigError(
+            f"{getattr(function, '__qualname__', function)} is defined in the main script, which "
+            "the child process does not import; move it into a module."
+        )
+    recorder_ids = (first.id, first.experiment_id) if isinstance(first, Recorder) else None
+    plain_first = first if recorder_ids is None else None
+    session_defaults = {k: v for k, v in vars(session()).items() if v is not None}
+    call = (
+        session_defaults,
+        R.get_uri(),
+        function,
+        plain_first,
+        recorder_ids,
+        experiment_name,
+        dict(options),
+    )
+    try:
+        return base64.b64encode(pickle.dumps(call)).decode()
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the task cannot be pickled for a child process: {error}. Describe its parts by "
+            "configurations ('_target_') instead of live objects."
+        ) from error
+
+
+def run_call(request: Mapping[str, Any], send_reply: SendReply) -> int:
+    """Run a pickled call in the child process and report its run and its error."""
+    try:
+        call = pickle.loads(
+            base64.b64decode(request["call"])
+        )  # trusted: the parent process pickled it
+        session_defaults, uri, function, first, recorder_ids, experiment_name, options = call
+        init(**session_defaults)
+        R.set_uri(uri)
+        if recorder_ids is not None:
+            first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
+        with report_started_runs(send_reply):
+            recorder = function(first, experiment_name, **options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        send_reply({"error": error_summary(error)})
+        return 1
+    send_reply({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
+    return 0
+
+
+@contextmanager
+def report_started_runs(send_reply: SendReply) -> Iterator[None]:
+    """Report each run as `{"run": its IDs}` when it starts; a killed process could not later."""
+
+    def on_beat(stage: str, details: dict[str, Any]) -> None:
+        if stage == RUN:
+            send_reply({RUN: details})
+
+    with listen(on_beat):
+        yield
+
+
+def fail_run(recorder: Recorder, message: str) -> None:
+    """Mark the run of a dead process as FAILED if its status is still running."""
+    if recorder.status == Recorder.STATUS_R:
+        record_failure(recorder, ProcessLostError(message))
+        recorder.end_run(Recorder.STATUS_FA)
