@@ -13,20 +13,19 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from qtorch.core.errors import LeaseLost, TaskError
-from qtorch.process.fork_server import ForkError
-from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS
+from qtorch.process.child import Child
+from qtorch.process.fork_server import ForkError, ForkServer
+from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.worker_process import FENCE_FRACTION, SIGNAL_SECONDS, ChildLauncher, ChildProcess
+from qtorch.task.worker_process import SIGNAL_SECONDS, start_child, task_fork_server
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +112,7 @@ class SlotStatus:
 class Slot(threading.Thread):
     """Claims tasks, runs them in a child process, and renews their leases meanwhile.
 
-    `launcher` starts the child; `environment` selects its device; `output` is a file for its
-    output.
+    `server` starts the child; `environment` selects its device; `output` is a file for its output.
     """
 
     def __init__(
@@ -124,15 +122,15 @@ class Slot(threading.Thread):
         status: SlotStatus,
         *,
         worker: str,
-        launcher: ChildLauncher,
+        server: ForkServer,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
         super().__init__(name=status.name, daemon=True)
         self.options, self.control, self.status = options, control, status
-        self.launcher = launcher
+        self.server = server
         self.worker, self.environment, self.output = worker, environment, output
-        self.child: ChildProcess | None = None
+        self.child: Child | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -226,16 +224,13 @@ class Slot(threading.Thread):
         except ForkError as error:
             return {"not_started": str(error)}
 
-        def is_cancelled() -> bool:
-            return self.control.stop.is_set() or lease.lease_lost.is_set()
-
-        child.send(self._build_request(task, status), self.options.hang_after, is_cancelled)
+        child.send(self._build_request(task, status))
         last_sign, stop_time, is_ready = time.monotonic(), None, False
         while True:
             messages = child.receive(POLL_SECONDS)
             now = time.monotonic()
-            if messages is None:
-                reason = f"the task's process {child.describe_exit()}"
+            if child.exit_status is not None and not messages:
+                reason = f"the task's process {child.exit_status.description}"
                 self._drop_child()
                 # A child that ended before its task began may have got a stop signal that this
                 # process has not received yet.
@@ -245,7 +240,8 @@ class Slot(threading.Thread):
                     return {"interrupted": True}
                 if is_ready:
                     return {"died": reason}
-                return {"not_started" if child.is_server_failure else "unusable": reason}
+                is_lost = child.exit_status.code is None
+                return {"not_started" if is_lost else "unusable": reason}
             for message in messages:
                 last_sign, is_ready = now, is_ready or "ready" in message
                 if not {"beat", "run", "ready"} & message.keys():
@@ -255,15 +251,15 @@ class Slot(threading.Thread):
                 self._drop_child(kill=True)
                 return {"lost": True}
             if now - last_sign > self.options.hang_after:
-                if not child.is_started:
-                    child.stop_server()
+                if child.pid is None:
+                    self.server.close()
                     self._drop_child(kill=True)
                     return {"not_started": "the fork server does not respond"}
                 self._drop_child(kill=True)
                 return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
             if stop_time is None and self.control.stop.is_set():
                 stop_time = now
-                child.send({"stop": True})
+                child.stop()
             is_late = stop_time is not None and now - stop_time > self.options.grace
             if is_late or self.control.hurry.is_set():
                 self._drop_child(kill=True)
@@ -364,11 +360,12 @@ class Slot(threading.Thread):
 
     # -- the child -----------------------------------------------------------------------------
 
-    def _get_child(self) -> ChildProcess:
-        if self.child is None or self.child.receive(0.0) is None:
+    def _get_child(self) -> Child:
+        if self.child is not None:
+            self.child.receive(0.0)
+        if self.child is None or self.child.exit_status is not None:
             self._drop_child()
-            silence_timeout = FENCE_FRACTION * self.options.lease
-            self.child = self.launcher.start(self.environment, silence_timeout, self.output)
+            self.child = start_child(self.server, self.environment, self.options.lease, self.output)
         return self.child
 
     def _drop_child(self, *, kill: bool = False) -> None:
@@ -384,9 +381,7 @@ def _require_lease(is_accepted: bool) -> None:
 
 
 TICK_SECONDS = 0.25
-FORWARD_SECONDS = 0.3  # a scheduler signals the children too; let its signal arrive first
 HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
-CLOSE_SECONDS = 15.0  # for the fork server to exit; it may be in the middle of an import
 THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
 Show = Callable[[Sequence[SlotStatus]], None]
@@ -396,7 +391,7 @@ class Supervisor:
     """Runs the tasks of a pool with one child process for each of `devices`.
 
     `show` is called four times per second with the status of each slot. `logs` is a folder for the
-    output of the children and the fork server, which else goes to the output of this process.
+    output of the children, which else goes to the output of this process.
     """
 
     def __init__(
@@ -409,10 +404,11 @@ class Supervisor:
     ) -> None:
         self.options, self.show = options, show
         self.control = WorkerControl(options.max_tasks)
-        self._signals: list[tuple[int, float]] = []
+        self._signals = StopSignals(self._stop, self._hurry)
+        self._stop_signal: int | None = None
+        self._hurry_time: float | None = None
         host = socket.gethostname()
-        output = None if logs is None else logs / "imports.log"
-        self.launcher = ChildLauncher(options.functions.values(), output)
+        server = task_fork_server(options.functions.values())
         self.slots = []
         for k, device in enumerate(devices):
             slot = Slot(
@@ -420,7 +416,7 @@ class Supervisor:
                 self.control,
                 SlotStatus(f"slot {k}", device),
                 worker=f"{host}:{os.getpid()}:{k}",
-                launcher=self.launcher,
+                server=server,
                 environment={
                     **device_environment(device),
                     **_thread_environment(devices),
@@ -438,18 +434,25 @@ class Supervisor:
         to the pool; a second Ctrl-C ends the process immediately. A task that finishes meanwhile
         is committed.
         """
-        with self._handle_signals():
+        with self._signals:
             for slot in self.slots:
                 slot.start()
             threading.Thread(target=self._ping, daemon=True, name="ping").start()
             while any(slot.is_alive() for slot in self.slots):
-                self._process_signals()
+                if self._stop_signal is not None and not self.control.stop.is_set():
+                    name = signal.Signals(self._stop_signal).name
+                    log.warning(
+                        "%s: returning tasks to the pool; press Ctrl-C again to exit immediately",
+                        name,
+                    )
+                    self.control.stop.set()
+                if self._hurry_time is not None and time.monotonic() > self._hurry_time:
+                    self._exit_now()
                 if self.show is not None:
                     self.show([slot.status for slot in self.slots])
                 time.sleep(TICK_SECONDS)
-            self.launcher.close(HURRY_SECONDS if self.control.hurry.is_set() else CLOSE_SECONDS)
-        if self._signals:
-            return 128 + self._signals[0][0]
+        if self._stop_signal is not None:
+            return 128 + self._stop_signal
         return int(any(slot.error is not None for slot in self.slots))
 
     def _ping(self) -> None:
@@ -459,25 +462,15 @@ class Supervisor:
                 slot.ping()
             time.sleep(TICK_SECONDS)
 
-    def _process_signals(self) -> None:
-        if not self._signals:
-            return
-        number, signal_time = self._signals[0]
-        seconds = time.monotonic() - signal_time
-        if seconds > FORWARD_SECONDS and not self.control.stop.is_set():
-            name = signal.Signals(number).name
-            log.warning(
-                "%s: returning tasks to the pool; press Ctrl-C again to exit immediately", name
-            )
-            self.control.stop.set()
-        interrupts = [at for each, at in self._signals[1:] if each not in SCHEDULER_SIGNALS]
-        if interrupts:
-            self.control.stop.set()
-            self.control.hurry.set()
-            if time.monotonic() - interrupts[0] > HURRY_SECONDS:
-                self._exit_now(number)
+    def _stop(self, number: int) -> None:
+        self._stop_signal = number
+        self.control.is_draining = True
 
-    def _exit_now(self, number: int) -> None:
+    def _hurry(self) -> None:
+        self.control.hurry.set()
+        self._hurry_time = self._hurry_time or time.monotonic() + HURRY_SECONDS
+
+    def _exit_now(self) -> None:
         """Exit although a slot still waits for the pool's store; its lease will expire."""
         try:
             for slot in self.slots:
@@ -485,20 +478,7 @@ class Supervisor:
                 if child is not None:
                     child.kill()
         finally:
-            os._exit(128 + number)
-
-    @contextmanager
-    def _handle_signals(self) -> Iterator[None]:
-        def record_signal(number: int, frame: FrameType | None) -> None:
-            self._signals.append((number, time.monotonic()))
-            self.control.is_draining = True
-
-        previous_handlers = {n: signal.signal(n, record_signal) for n in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+            os._exit(128 + (self._stop_signal or signal.SIGINT))
 
 
 def _thread_environment(devices: Sequence[str]) -> dict[str, str]:

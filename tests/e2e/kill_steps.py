@@ -42,7 +42,8 @@ from qtorch.model.devices.ranks import RankError
 from qtorch.process import heartbeat
 from qtorch.trainer.run import task_train
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))  # for forked_ranks
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS), str(TESTS / "model")]  # for forks and forked_ranks
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,16 @@ def prepare_process(devices: int) -> None:
     model.fit(init_instance_by_config(quick_task["dataset"]))
     qtorch.record.signal.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
     if devices > 1:
-        from forked_ranks import ForkedRank
+        from forked_ranks import StartedRank
+        from forks import fork_servers_from_here
 
-        class RecordedRank(ForkedRank):
+        class RecordedRank(StartedRank):
             def __init__(self, *arguments: Any, **options: Any) -> None:
                 super().__init__(*arguments, **options)
                 rank_pids.append(self.pid)
 
         ranks.RankProcess = RecordedRank  # type: ignore[misc]
+        fork_servers_from_here()
 
 
 rank_pids: list[int] = []  # process IDs of this process's ranks

@@ -36,18 +36,21 @@ def recorder(tmp_path: Path) -> ToyRecorder:
 
 
 @pytest.fixture
-def rank_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Make ranks forked processes; return the list of those that fits have started."""
-    from forked_ranks import ForkedRank
+def rank_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Fork ranks from this process; return the list of those that fits have started."""
+    from forked_ranks import StartedRank, fork_ranks_from_here
+    from forks import start_servers_as_usual
 
     import qtorch.model.devices.ranks
 
     processes: list[Any] = []
 
-    class RecordedRank(ForkedRank):
+    class RecordedRank(StartedRank):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             processes.append(self)
 
     monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
-    return processes
+    fork_ranks_from_here()
+    yield processes
+    start_servers_as_usual()

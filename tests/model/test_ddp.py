@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked_ranks import DDP, FAULT_VARIABLE, is_running
+from forked_ranks import DDP, FAULT_VARIABLE, StartedRank, is_running
 from torch import Tensor
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 from user_networks import LastStep, UserModule
@@ -21,7 +21,7 @@ from user_networks import LastStep, UserModule
 import qtorch.model.devices.ranks
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
-from qtorch.model.devices.rank_process import RankProcess, build_rank_variables
+from qtorch.model.devices.rank_process import build_rank_variables
 from qtorch.model.devices.ranks import RankError
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.callbacks import TrainingInterrupted
@@ -319,7 +319,7 @@ def test_failing_rank_process_leaves_no_processes_or_files(
 ) -> None:
     pid_file, rank_pids = tmp_path / "pid", []
 
-    class RecordedRank(RankProcess):
+    class RecordedRank(StartedRank):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             rank_pids.append(self.pid)

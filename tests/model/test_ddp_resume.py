@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from forked_ranks import (
     FAULT_VARIABLE,
     PIDS_FILE,
     ROW_LOG_VARIABLE,
-    ForkedProcess,
-    ForkedRank,
+    fork_ranks_from_here,
     is_running,
     start_training,
 )
+from forks import ForkedProcess, start_servers_as_usual
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-import qtorch.model.devices.ranks
 from qtorch.model.loop.checkpoint import newest_checkpoint
 
 CHANGES = {"trainer": {"max_epochs": 4, "gradient_clip_val": 1.0, **DDP}}
@@ -33,18 +33,20 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def use_forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
+def use_forked_ranks() -> Iterator[None]:
+    fork_ranks_from_here()
+    yield
+    start_servers_as_usual()
 
 
 @pytest.fixture(scope="module")
 def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
-        recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
-        model = resumable_model(**CHANGES)
-        model.fit(ToyDataset(), recorder=recorder)
+    fork_ranks_from_here()
+    recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
+    model = resumable_model(**CHANGES)
+    model.fit(ToyDataset(), recorder=recorder)
+    start_servers_as_usual()
     return model, recorder.history()
 
 
@@ -84,7 +86,7 @@ def test_killed_with_all_ranks_in_the_middle_of_an_epoch_resumes_exactly(
 ) -> None:
     folder = tmp_path / "run"
     process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert _wait_for_ranks_to_exit(folder)
     model, history = _resume_fit(folder)
     assert model.fit_report_["resumed_from"] is not None
@@ -103,7 +105,7 @@ def test_user_module_killed_with_all_ranks_resumes_exactly(tmp_path: Path) -> No
         "trainer": {"max_epochs": 3, **DDP},
     }
     process = start_training(tmp_path / "run", arguments, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert _wait_for_ranks_to_exit(tmp_path / "run")
     (tmp_path / "whole").mkdir()
     resumed_fit, uninterrupted_fit = (
@@ -129,7 +131,7 @@ def test_resume_on_one_device_after_two(tmp_path: Path, caplog, monkeypatch) -> 
 
     folder = tmp_path / "run"
     process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     used: list[tuple[int, int]] = []
     original_batches = BatchLoader.batches
 

@@ -43,7 +43,7 @@ from qtorch.cli.jobs.work import (
 from qtorch.cli.launchers.slurm import is_submitit, run_submitit_job
 from qtorch.core.errors import ConfigError, QtorchError, TrackingError, unknown_name
 from qtorch.core.instantiate import plain
-from qtorch.process.fork_server import ExitStatus
+from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import SweepJob, sweep_jobs
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
@@ -82,9 +82,7 @@ def run_job(config: DictConfig) -> None:
         else:
             execute_job(request)
         return
-    exit_status, run = run_in_child_process(
-        request, Path(str(HydraConfig.get().sweep.dir)).resolve()
-    )
+    exit_status, run = run_in_child_process(request, in_launcher=sweep and current_sweep() is None)
     stored_result = load_result(folder / RESULT_FILE)
     if stored_result is None:
         _record_lost_process(result, exit_status, run)

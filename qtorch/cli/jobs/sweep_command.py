@@ -7,11 +7,9 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,12 +28,11 @@ from qtorch.cli.jobs.results import (
     SweepStartError,
     collect_results,
 )
-from qtorch.cli.jobs.work import WORK_MODULE, is_isolated, share_fork_server
+from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.slurm import is_submitit, set_submitit_signal
 from qtorch.cli.tables import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
-from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
-from qtorch.process.stops import STOP_SIGNALS
+from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import COMMAND_TAG, COUNT_TAG, SweepJob, adopt_run, end_sweep, sweep_jobs
 
 SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
@@ -54,47 +51,42 @@ class SweepCommand:
         self.name: str | None = None
         self.launcher = ""
         self.recorder: Any = None
-        self.fork_server: ForkServerClient | None = None
         self.waits_in_main_thread = False  # whether the main thread itself waits for the jobs
-        self._handlers: dict[int, Any] = {}
+        self.lock: CommandLock | None = None  # for jobs that run in child processes
+        self._signals = StopSignals(self._stop, self._exit)
 
     @property
     def is_stopped(self) -> bool:
         """Whether Ctrl-C or a signal has stopped the sweep."""
-        return self.fork_server is not None and self.fork_server.is_stopped
+        return self.lock is not None and self.lock.is_released
 
-    def start_processes(self, folder: Path) -> None:
-        """Start the fork server of the jobs, and forward stop signals to it."""
-        self.fork_server = ForkServerClient(*TRAINING_MODULES, WORK_MODULE)
-        share_fork_server(self.fork_server, folder)
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
+    def start_processes(self) -> None:
+        """Start the fork server, for jobs in this process, and handle stop signals."""
+        self.lock = CommandLock()
+        if self.waits_in_main_thread:
+            job_fork_server().ensure_running()
+        self._signals.install()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop the jobs in an orderly way at the first signal; exit immediately at a second Ctrl-C.
-
-        Further signals of a scheduler are ignored: it may send several, to every process.
-        """
-        assert self.fork_server is not None
-        if self.fork_server.is_stopped:
-            if number == signal.SIGINT:
-                print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)  # the fork server notices and ends the running jobs
-            return
+    def _stop(self, number: int) -> None:
+        """Stop the jobs in an orderly way."""
+        assert self.lock is not None
         signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
-        self.fork_server.stop(signal.SIGTERM if number == signal.SIGINT else number)
-        if self.waits_in_main_thread and not self.fork_server.is_busy:
+        self.lock.release()
+        if self.waits_in_main_thread and not job_fork_server().is_busy:
             raise KeyboardInterrupt
+
+    def _exit(self) -> None:
+        print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # the jobs notice it and end
 
     def close(self) -> None:
         """Restore the signal handlers and end the processes."""
-        for number, handler in self._handlers.items():
-            # Another handler means that the handlers have been restored already.
-            if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, handler)
-        if self.fork_server is not None:
-            self.fork_server.close()
+        # Another handler means that the handlers have been restored already.
+        if signal.getsignal(signal.SIGINT) == self._signals.handle:
+            self._signals.restore()
+        if self.lock is not None:
+            self.lock.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
             self.recorder.end_run(FAILED)  # the command ended before its results table
 
@@ -138,16 +130,20 @@ def begin_sweep(config: DictConfig) -> None:
         sweep.name = sweep_name(config.sweep.name, overrides)
         launcher = sweep.launcher = str(config.hydra.launcher._target_)
         _check_launcher(launcher)
+        sweep.waits_in_main_thread = launcher.endswith("BasicLauncher")
         if config.runner == LOCAL and is_isolated(config.sweep.isolate, launcher, sweep=True):
-            sweep.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
+            sweep.start_processes()
         if is_submitit(launcher):
             set_submitit_signal()
-        sweep.waits_in_main_thread = launcher.endswith("BasicLauncher")
         sweep.recorder = _start_run(config, sweep.name, overrides)
     except Exception as error:
         raise SweepStartError from error
     id = sweep.recorder.id
-    config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
+    job_variables = {SWEEP_VARIABLE: id}
+    if sweep.lock is not None:
+        job_variables[LOCK_VARIABLE] = f"'{sweep.lock.path}'"
+    for name, value in job_variables.items():
+        config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{name}={value}")
     print(f"started sweep {sweep.name} (run {id})", file=sys.stderr)
 
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qtorch.cli.guard import handle_stop_signals
 from qtorch.core.errors import ConfigError
-from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
+from qtorch.process.stops import SCHEDULER_SIGNALS, received_signals
 
 log = logging.getLogger(__name__)
 
@@ -234,9 +234,7 @@ def _exit_for_retry() -> Iterator[None]:
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            if not {stop_state.interrupt_signal, stop_state.training_signal} & set(
-                SCHEDULER_SIGNALS
-            ):
+            if not set(SCHEDULER_SIGNALS).intersection(received_signals):
                 raise
             log.warning("received a stop signal: exiting, so that Ray retries this job.")
             sys.stdout.flush()

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import threading
@@ -27,7 +26,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 from qtorch.core.errors import ConfigError
 from qtorch.model.devices.rank_process import RankHandle, RankProcess, threads_per_rank
 from qtorch.process.launch import World
-from qtorch.process.stops import STOP_SIGNALS
+from qtorch.process.stops import ignore_stop_signals
 
 WORLD_VARIABLE = (
     "QTORCH_EXTERNAL_RANKS"  # tells the child processes of rank 0's command about the world
@@ -159,8 +158,7 @@ def host_ranks(world: World) -> Iterator[dict[str, int]]:
 
 def serve_ranks(world: World) -> int:
     """Run the command of a rank other than 0: start ranks on request; return rank 0's exit code."""
-    for signal_number in STOP_SIGNALS:  # schedulers send them to every process; rank 0 handles them
-        signal.signal(signal_number, signal.SIG_IGN)
+    ignore_stop_signals()  # schedulers send them to every process; rank 0 handles them
     fit_number = 0
     try:
         world = _resolve_address(world)

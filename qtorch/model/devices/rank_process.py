@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-import qtorch
-from qtorch.model.devices.rank_link import STOP
+from qtorch.process.fork_server import fork_server
+
+RANK_MODULE = "qtorch.model.devices.rank_training"
+UNKNOWN_EXIT_CODE = 255  # the fork server was killed
 
 # Variables that another launcher sets for its own processes; ranks must not inherit them.
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
@@ -39,7 +37,7 @@ class RankHandle(Protocol):
 
 
 class RankProcess:
-    """A rank in a child process with its own process group; it exits when this process does."""
+    """A rank in a child process; it ends when this process does."""
 
     def __init__(
         self,
@@ -53,63 +51,38 @@ class RankProcess:
         local: bool,
     ) -> None:
         self.rank = rank
-        self._buffer = b""
-        self._replies, write = os.pipe()
-        os.set_blocking(self._replies, False)
-        try:
-            command = [
-                "-m",
-                "qtorch.model.devices.rank",
-                str(folder),
-                digest,
-                str(rank),
-                str(local_rank),
-            ]
-            self._process = subprocess.Popen(
-                [sys.executable, *command, str(write)],
-                stdin=subprocess.PIPE,
-                pass_fds=(write,),
-                start_new_session=True,
-                env=build_rank_variables(rank, local_rank, size, threads, local),
-            )
-        finally:
-            os.close(write)
+        request = {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank}
+        self._child = fork_server(RANK_MODULE).start(
+            f"{RANK_MODULE}.run_rank",
+            request,
+            environment=build_rank_variables(rank, local_rank, size, threads, local),
+            is_interruptible=False,
+            orphan_seconds=0.0,
+        )
 
     @property
-    def pid(self) -> int:
-        """The process ID."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """The process ID, None until the rank is started."""
+        return self._child.pid
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the messages received since the last call."""
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._replies, 65536):
-                self._buffer += chunk
-        *lines, self._buffer = self._buffer.split(b"\n")
-        return [json.loads(line) for line in lines]
+        return self._child.receive(0.0)
 
     def exit_code(self) -> int | None:
         """Return the exit code (negative for a signal), or None while the rank runs."""
-        return self._process.poll()
+        status = self._child.exit_status
+        if status is None:
+            return None
+        return UNKNOWN_EXIT_CODE if status.code is None else status.code
 
     def stop(self) -> None:
         """Ask the rank to stop after its current step."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(STOP + b"\n")
-            self._process.stdin.flush()
+        self._child.stop()
 
     def kill(self) -> None:
         """Kill the rank and its children immediately."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        if self._replies >= 0:
-            os.close(self._replies)
-            self._replies = -1
+        self._child.kill()
 
 
 def build_rank_variables(
@@ -124,11 +97,6 @@ def build_rank_variables(
         "OMP_NUM_THREADS": threads,
     }
     variables = {**parent_variables, **{k: str(v) for k, v in rank_variables.items()}}
-    # The rank must import this very qtorch; its request restores the rest of sys.path.
-    package_parent = str(Path(qtorch.__file__).parents[1])
-    variables["PYTHONPATH"] = os.pathsep.join(
-        p for p in (package_parent, parent_variables.get("PYTHONPATH")) if p
-    )
     variables["MPLBACKEND"] = "Agg"  # a notebook's backend cannot be imported here
     if local and sys.platform == "linux":
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve

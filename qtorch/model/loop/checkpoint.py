@@ -27,13 +27,14 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.files import atomic_write, remove_partial_files
 from qtorch.model.loop import user_module as own_metrics
-from qtorch.model.loop.callbacks import StopRequest, StopTraining
+from qtorch.model.loop.callbacks import StopTraining
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
 from qtorch.model.loop.user_module import unsent_metrics
 from qtorch.process.heartbeat import beat, has_listeners
+from qtorch.process.stops import StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import Combined, Loss
 from qtorch.model.finetune import FineTuning
-from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_callbacks
+from qtorch.model.loop.callbacks import RecorderLogger, pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
 from qtorch.model.loop.factories import (
     OptimizerFactory,
@@ -49,6 +49,7 @@ from qtorch.model.loop.rank_group import RankGroup, RankInfo
 from qtorch.model.loop.scoring import evaluation_batch_size
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
+from qtorch.process.stops import StopRequest
 
 log = logging.getLogger(__name__)
 

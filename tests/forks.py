@@ -1,0 +1,95 @@
+"""Processes without import time: forked from the test process instead of started as programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import util
+
+import qtorch.trainer.preload  # noqa: F401  # so that no forked fork server has to import it
+from qtorch.process import fork_server
+
+start_program = util.spawnv_passfds
+
+
+class ForkedProcess:
+    """A forked process that calls `work` and exits with its return value; used like Popen."""
+
+    def __init__(self, work: Callable[[], int | None], *, new_session: bool = False) -> None:
+        self.returncode: int | None = None
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                if new_session:
+                    os.setsid()
+                code = work() or 0
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def fork_servers_from_here(prepare: Callable[[], None] = lambda: None) -> None:
+    """Fork this process's fork servers from it; `prepare` is called in each of them.
+
+    Replaces the function with which `multiprocessing` starts them, until `start_servers_as_usual`.
+    """
+
+    def start(path: bytes, arguments: Sequence[str | bytes], descriptors: Sequence[int]) -> int:
+        code = os.fsdecode(arguments[-1])
+        if "multiprocessing.forkserver" not in code:
+            return start_program(path, arguments, descriptors)
+
+        def serve() -> None:
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2 and int(name) not in descriptors:
+                    with suppress(OSError):
+                        os.close(int(name))
+            fork_server._start_lock = threading.Lock()  # it is held by the thread that forks
+            prepare()
+            with suppress(SystemExit):
+                exec(code, {})
+
+        return ForkedProcess(serve).pid
+
+    fork_server._servers = {}
+    util.spawnv_passfds = start
+
+
+def start_servers_as_usual() -> None:
+    """Undo `fork_servers_from_here` and end the servers that it has started."""
+    fork_server.close_fork_servers()
+    fork_server._servers = {}
+    util.spawnv_passfds = start_program
