@@ -47,7 +47,6 @@ Message = dict[str, Any]
 
 END_SECONDS = 5.0  # for a child to end after it was killed, or has no more work
 STALL_SECONDS = 60.0  # without progress in the middle of a message, the other side counts as gone
-LOST = sys.maxsize  # in place of an exit code that nobody knows
 STATUS = struct.Struct("q")  # as multiprocessing's fork server sends process IDs and exit codes
 
 
@@ -86,6 +85,7 @@ class Child:
         self.exit_status: ExitStatus | None = None
         self._connection = connection
         self._status = status  # pipe with the process ID and the exit code; -1: closed
+        self._code: int | None = None
         self._exit_message: Message = {}
         self._lock = threading.Lock()
 
@@ -123,13 +123,12 @@ class Child:
             return []
         sources: list[Any] = [] if self._connection.closed else [self._connection]
         sources += [] if self._status < 0 else [self._status]
-        code = self._read_status() if self._status in wait(sources, timeout) else None
+        if self._status in wait(sources, timeout):
+            self._read_status()
         messages = self._read_messages()  # all of them, if the child has ended
-        if code is None and self._status < 0 and self._connection.closed:
-            code = self._exit_message.get("exit", LOST)
-        if code is not None:
-            is_refused = self._exit_message.get("is_refused", False)
-            self.exit_status = ExitStatus(None if code == LOST else code, is_refused)
+        if self._code is not None or (self._status < 0 and self._connection.closed):
+            code = self._exit_message.get("exit") if self._code is None else self._code
+            self.exit_status = ExitStatus(code, self._exit_message.get("is_refused", False))
             if self.pid is not None:
                 _kill_group(self.pid)  # processes that the child left running
         return messages
@@ -162,17 +161,18 @@ class Child:
         while self.exit_status is None and (left := end - time.monotonic()) > 0:
             self.receive(left)
 
-    def _read_status(self) -> int | None:
-        """Read the process ID, or read and return the exit code."""
+    def _read_status(self) -> None:
+        """Read the process ID or the exit code, or notice that the fork server was killed."""
         data = os.read(self._status, STATUS.size)
         if data and self.pid is None:
-            self.pid = STATUS.unpack(data)[0]
-            return None
+            (self.pid,) = STATUS.unpack(data)
+            return
         os.close(self._status)
         self._status = -1
-        if not data and self.pid is None:  # the fork server was killed before it started the child
+        if data:
+            (self._code,) = STATUS.unpack(data)
+        elif self.pid is None:  # the child was never started
             self._close_connection()
-        return STATUS.unpack(data)[0] if data else None
 
     def _read_messages(self) -> list[Message]:
         messages = []
@@ -208,6 +208,8 @@ class Parent(StopRequest):
     - orphan_seconds: time to end, for example to write a checkpoint, after the parent is gone.
     - silence_timeout: seconds without a message after which the parent counts as gone (or None).
       Its pings carry the time of the machine's monotonic clock, because they may have waited.
+
+    `is_idle` means that nothing needs to be interrupted when the parent is gone.
     """
 
     def __init__(self, connection: Connection, call: Message) -> None:
@@ -216,7 +218,7 @@ class Parent(StopRequest):
         self._requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._last_alive: float = call["alive"]
-        self._is_idle = False
+        self.is_idle = False
         self._is_gone = False
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -226,9 +228,9 @@ class Parent(StopRequest):
 
     def next_request(self) -> Message | None:
         """Wait for the parent's next request; return None when there are no more."""
-        self._is_idle = True
+        self.is_idle = True
         request = self._requests.get()
-        self._is_idle = False
+        self.is_idle = False
         return None if self._is_gone else request
 
     def listen(self) -> None:
@@ -244,6 +246,9 @@ class Parent(StopRequest):
 
     def finish(self, code: int, *, is_refused: bool = False) -> int:
         """Report the end of this process and return its exit code."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         self.send({"exit": code, "is_refused": is_refused})
         if self._is_gone:
             os.killpg(0, signal.SIGKILL)  # nobody else would end what this process has started
@@ -275,7 +280,7 @@ class Parent(StopRequest):
         """End this process, because the parent is gone."""
         self._is_gone = True
         self._requests.put(None)
-        if self._is_idle:
+        if self.is_idle:
             time.sleep(END_SECONDS)
         elif self._call["orphan_seconds"]:
             self._stop()
@@ -316,10 +321,6 @@ def run_child(connection: Connection, outputs: Sequence[int]) -> int:
     except BaseException:
         traceback.print_exc()
         return parent.finish(1)
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
 
 
 def _set_threads() -> None:
@@ -346,5 +347,7 @@ def _encode(message: Mapping[str, Any]) -> bytes:
 def _send_if_writable(connection: Connection, message: Mapping[str, Any]) -> None:
     """Send a short message only if that does not block."""
     with contextlib.suppress(OSError):
-        if select.select([], [connection], [], 0)[1]:
+        poll = select.poll()
+        poll.register(connection, select.POLLOUT)
+        if poll.poll(0):
             connection.send_bytes(_encode(message))

@@ -188,7 +188,9 @@ class ForkServer(forkserver.ForkServer):
         with _start_lock:
             if self._forkserver_pid is not None:  # type: ignore[attr-defined]
                 os.kill(self._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
-                self._stop()  # type: ignore[attr-defined]
+                # At the end of this process, its temporary folder with the socket is gone already.
+                with contextlib.suppress(FileNotFoundError):
+                    self._stop()  # type: ignore[attr-defined]
 
 
 class _ChildMain:

@@ -77,6 +77,7 @@ def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
                     break  # exit to free all memory; after an error, also to drop corrupt state
     except KeyboardInterrupt:
         log.debug("stopped while idle")
+    parent.is_idle = True
     atexit._run_exitfuncs()  # ends runs that a user's function left open; os._exit would not
     return 0
 

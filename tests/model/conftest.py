@@ -36,21 +36,11 @@ def recorder(tmp_path: Path) -> ToyRecorder:
 
 
 @pytest.fixture
-def rank_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def rank_processes() -> Iterator[list[Any]]:
     """Fork ranks from this process; return the list of those that fits have started."""
-    from forked_ranks import StartedRank, fork_ranks_from_here
-    from forks import start_servers_as_usual
-
-    import qtorch.model.devices.ranks
+    from forked_ranks import fork_ranks_from_here, start_ranks_as_usual
 
     processes: list[Any] = []
-
-    class RecordedRank(StartedRank):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            processes.append(self)
-
-    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
-    fork_ranks_from_here()
+    fork_ranks_from_here(processes)
     yield processes
-    start_servers_as_usual()
+    start_ranks_as_usual()

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from forks import ForkedProcess, fork_servers_from_here
+from forks import ForkedProcess, fork_servers_from_here, start_servers_as_usual
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.dataset.batches import ShardedLoader, shard_slice
 from qtorch.model.devices import ranks
-from qtorch.model.devices.rank_process import RankProcess
+from qtorch.model.devices.rank_process import start_rank
+from qtorch.process.child import Child
 
 DDP = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "enable_progress_bar": False}
 # "RANK:EPOCH:STEP:ACTION", with the action kill, raise, kill-all or stop.
@@ -26,27 +27,32 @@ FAULT_VARIABLE, ROW_LOG_VARIABLE = "TOY_FAULT", "TOY_ROW_LOG"
 PIDS_FILE = "pids"  # a file with the process ID of every rank that was started
 
 
-class StartedRank(RankProcess):
-    """A rank whose process ID is known from the beginning."""
+def fork_ranks_from_here(started: list[Child] | None = None) -> None:
+    """Fork the ranks of this process from it, and let the environment make them fail.
 
-    def __init__(self, *arguments: Any, folder: Path, **options: Any) -> None:
-        super().__init__(*arguments, folder=folder, **options)
-        self._first_messages: list[dict[str, Any]] = []
-        while self.pid is None and self.exit_code() is None:
-            self._first_messages += super().messages()
-        if Path(folder).parent.name == "checkpoints":
-            with (Path(folder).parents[1] / PIDS_FILE).open("a") as pids:
-                pids.write(f"{self.pid}\n")
-
-    def messages(self) -> list[dict[str, Any]]:
-        messages, self._first_messages = self._first_messages, []
-        return messages + super().messages()
-
-
-def fork_ranks_from_here() -> None:
-    """Fork the ranks of this process from it, and let the environment make them fail."""
+    Appends them to `started`, and their process IDs to the file PIDS_FILE of their training.
+    """
     parent = os.getpid()
     fork_servers_from_here(lambda: _inject_faults(parent))
+
+    def start(*arguments: Any, folder: Path, **options: Any) -> Child:
+        child = start_rank(*arguments, folder=folder, **options)
+        while child.pid is None:
+            child._read_status()
+        if started is not None:
+            started.append(child)
+        if Path(folder).parent.name == "checkpoints":
+            with (Path(folder).parents[1] / PIDS_FILE).open("a") as pids:
+                pids.write(f"{child.pid}\n")
+        return child
+
+    ranks.start_rank = start
+
+
+def start_ranks_as_usual() -> None:
+    """Undo `fork_ranks_from_here`."""
+    start_servers_as_usual()
+    ranks.start_rank = start_rank
 
 
 def _inject_faults(parent: int) -> None:
@@ -92,7 +98,6 @@ def start_training(folder: Path, changes: dict[str, Any], **variables: str) -> F
     def work() -> None:
         os.environ.update(variables)
         fork_ranks_from_here()
-        ranks.RankProcess = StartedRank  # type: ignore[misc]
         resumable_model(**changes).fit(ToyDataset(), recorder=ToyRecorder(folder))
 
     folder.mkdir(exist_ok=True)

@@ -19,9 +19,10 @@ from forked_ranks import (
     ROW_LOG_VARIABLE,
     fork_ranks_from_here,
     is_running,
+    start_ranks_as_usual,
     start_training,
 )
-from forks import ForkedProcess, start_servers_as_usual
+from forks import ForkedProcess
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.model.loop.checkpoint import newest_checkpoint
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.slow
 def use_forked_ranks() -> Iterator[None]:
     fork_ranks_from_here()
     yield
-    start_servers_as_usual()
+    start_ranks_as_usual()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
     model = resumable_model(**CHANGES)
     model.fit(ToyDataset(), recorder=recorder)
-    start_servers_as_usual()
+    start_ranks_as_usual()
     return model, recorder.history()
 
 

@@ -271,6 +271,8 @@ def run_in_child_process(
         lambda message: runs.append(message[RUN]),
         is_stopped=lambda: is_command_stopped(lock),
     )
+    if is_command_stopped(lock):
+        job_fork_server().close()  # a launcher may keep its processes for minutes
     return exit_status, runs[-1] if runs else None
 
 

@@ -9,25 +9,22 @@ from typing import Any, Protocol
 
 import torch
 
+from qtorch.process.child import Child, ExitStatus
 from qtorch.process.fork_server import fork_server
 
 RANK_MODULE = "qtorch.model.devices.rank_training"
-UNKNOWN_EXIT_CODE = 255  # the fork server was killed
 
 # Variables that another launcher sets for its own processes; ranks must not inherit them.
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
 
 
 class RankHandle(Protocol):
-    """A rank process, local or remote."""
+    """A rank, as a child process of this process (`Child`) or of another one."""
 
-    rank: int
+    exit_status: ExitStatus | None  # how the rank ended, None while it runs
 
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages received since the last call."""
-
-    def exit_code(self) -> int | None:
-        """Return the exit code (negative for a signal), or None while the rank runs."""
+    def receive(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Return the new messages of the rank."""
 
     def stop(self) -> None:
         """Ask the rank to stop after its current step."""
@@ -36,53 +33,24 @@ class RankHandle(Protocol):
         """Kill the rank and its children immediately."""
 
 
-class RankProcess:
-    """A rank in a child process; it ends when this process does."""
-
-    def __init__(
-        self,
-        rank: int,
-        local_rank: int,
-        size: int,
-        *,
-        threads: int,
-        folder: Path,
-        digest: str,
-        local: bool,
-    ) -> None:
-        self.rank = rank
-        request = {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank}
-        self._child = fork_server(RANK_MODULE).start(
-            f"{RANK_MODULE}.run_rank",
-            request,
-            environment=build_rank_variables(rank, local_rank, size, threads, local),
-            is_interruptible=False,
-            orphan_seconds=0.0,
-        )
-
-    @property
-    def pid(self) -> int | None:
-        """The process ID, None until the rank is started."""
-        return self._child.pid
-
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages received since the last call."""
-        return self._child.receive(0.0)
-
-    def exit_code(self) -> int | None:
-        """Return the exit code (negative for a signal), or None while the rank runs."""
-        status = self._child.exit_status
-        if status is None:
-            return None
-        return UNKNOWN_EXIT_CODE if status.code is None else status.code
-
-    def stop(self) -> None:
-        """Ask the rank to stop after its current step."""
-        self._child.stop()
-
-    def kill(self) -> None:
-        """Kill the rank and its children immediately."""
-        self._child.kill()
+def start_rank(
+    rank: int,
+    local_rank: int,
+    size: int,
+    *,
+    threads: int,
+    folder: Path,
+    digest: str,
+    local: bool,
+) -> Child:
+    """Start a rank in a child process, which ends when this process does."""
+    return fork_server(RANK_MODULE).start(
+        f"{RANK_MODULE}.run_rank",
+        {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank},
+        environment=build_rank_variables(rank, local_rank, size, threads, local),
+        is_interruptible=False,
+        orphan_seconds=0.0,
+    )
 
 
 def build_rank_variables(
