@@ -61,7 +61,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
-def fork_servers_from_here(prepare: Callable[[], None] = lambda: None) -> None:
+def fork_servers_in_place(prepare: Callable[[], None] = lambda: None) -> None:
     """Fork this process's fork servers from it; `prepare` is called in each of them.
 
     Replaces the function with which `multiprocessing` starts them, until `start_servers_as_usual`.
@@ -89,7 +89,7 @@ def fork_servers_from_here(prepare: Callable[[], None] = lambda: None) -> None:
 
 
 def start_servers_as_usual() -> None:
-    """Undo `fork_servers_from_here` and end the servers that it has started."""
+    """Undo `fork_servers_in_place` and end the servers that it has started."""
     fork_server.close_fork_servers()
     fork_server._servers = {}
     util.spawnv_passfds = start_program

@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -29,17 +28,14 @@ from qtorch.core.errors import (
 from qtorch.core.names import import_path, locate
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.trust import check_config_trust
-from qtorch.process.child import Child
-from qtorch.process.fork_server import ForkError, ForkServer
+from qtorch.process.child import Message
+from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, listen
 from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals
 from qtorch.task.definition import Task
 from qtorch.task.manager import LEASE_SECONDS, LeaseRenewer, TaskManager
 from qtorch.task.stores.base import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
-from qtorch.task.worker_process import SIGNAL_SECONDS, start_child, task_fork_server
-
-POLL_SECONDS = 0.2
-GRACE_SECONDS = 30.0  # for an interrupted training to write a checkpoint
+from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
 
 
 class SubprocessError(TaskError):
@@ -48,10 +44,6 @@ class SubprocessError(TaskError):
     def __init__(self, message: str, traceback_text: str | None = None) -> None:
         super().__init__(message)
         self.traceback_text = traceback_text
-
-
-class SubprocessStartError(ForkError):
-    """The task's process could not be started, or was lost before the task began."""
 
 
 def call_in_subprocess(
@@ -70,67 +62,51 @@ def call_in_subprocess(
     """
     request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
     request["res"] = task["res"] if before == PART_DONE else None
-    server = task_fork_server([name])
-    try:
-        return _run_in_child(server, request, lease)
-    except SubprocessStartError:
+    outcome = _run_in_child(name, request, lease)
+    if "not_started" in outcome:
         time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-        return _run_in_child(server, request, lease)
+        outcome = _run_in_child(name, request, lease)
+    if "result" in outcome:
+        return outcome["result"]
+    if "lost" in outcome or "hung" in outcome:
+        raise KeyboardInterrupt  # needed if run_task is in a thread, which gets no signal
+    if "interrupted" in outcome:
+        time.sleep(SIGNAL_SECONDS)
+        raise ForkError("the task's process was stopped.")
+    if "not_started" in outcome:
+        raise ForkError(f"{outcome['not_started']}.")
+    if "refused" in outcome:
+        raise TrustError(outcome["refused"])
+    if "died" in outcome:
+        raise SubprocessError(f"{outcome['died']} without a result.")
+    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
 
 
-def _run_in_child(server: ForkServer, request: Mapping[str, Any], lease: LeaseRenewer) -> Any:
+def _run_in_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+    """Return the outcome of a request, see `OutcomeWaiter`."""
+
+    def report(message: Message) -> None:
+        if "run" in message:
+            lease.beat(RUN, message["run"])
+        elif "beat" in message:
+            lease.report_progress(message["beat"])
+
+    server = task_fork_server([name])
     try:
         child = start_child(server, _child_environment(), lease.manager.lease)
     except ForkError as error:
-        raise SubprocessStartError(str(error)) from error
+        return {"not_started": str(error)}
     try:
         child.send(request)
-        return _wait_for_result(child, lease, None)
+        return OutcomeWaiter(lease, report).wait(child)
     except KeyboardInterrupt:
-        if lease.work_hung.is_set() and child.pid is None:
-            server.close()
-        if lease.lease_lost.is_set() or lease.work_hung.is_set():
-            raise
-        child.stop()
-        with suppress(SubprocessError, ForkError):  # how the stopped child ended does not matter
-            _wait_for_result(child, lease, time.monotonic() + GRACE_SECONDS)
+        if not (lease.lease_lost.is_set() or lease.work_hung.is_set()):
+            OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
         raise
     finally:
+        if child.pid is None:  # the server may hang
+            server.close()
         child.kill()
-
-
-def _wait_for_result(child: Child, lease: LeaseRenewer, deadline: float | None) -> Any:
-    is_ready = False
-    while deadline is None or time.monotonic() < deadline:
-        child.ping()
-        if lease.lease_lost.is_set() or lease.work_hung.is_set():
-            raise KeyboardInterrupt  # needed if run_task is in a thread, which gets no signal
-        messages = child.receive(POLL_SECONDS)
-        for message in messages:
-            is_ready = is_ready or "ready" in message
-            if "run" in message:
-                lease.beat(RUN, message["run"])
-            elif "beat" in message:
-                lease.report_progress(message["beat"])
-            elif "result" in message:
-                return message["result"]
-            elif "refused" in message:
-                raise TrustError(message["refused"])
-            elif "error" in message:
-                raise SubprocessError(message["error"], message.get("traceback"))
-            elif "unusable" in message:
-                raise SubprocessError(message["unusable"])
-            elif "interrupted" in message and deadline is None:
-                time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-                raise ForkError("the task's process was stopped.")
-            elif "interrupted" in message:
-                raise KeyboardInterrupt
-        if child.exit_status is not None and not messages:
-            text = f"the task's process {child.exit_status.description}"
-            if child.exit_status.code is None:
-                raise (ForkError if is_ready else SubprocessStartError)(f"{text}.")
-            raise SubprocessError(f"{text} without a result.")
-    return None
 
 
 def _child_environment() -> dict[str, str]:

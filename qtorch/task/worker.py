@@ -1,8 +1,7 @@
 """The worker process: runs tasks in child processes and renews their leases.
 
 The worker itself imports no torch and stays small. Each slot (`Slot`) is a thread with
-a child process. The main thread handles signals and displays the slots; another thread tells the
-children regularly that this process is alive.
+a child process. The main thread handles signals and displays the slots.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.worker_process import SIGNAL_SECONDS, start_child, task_fork_server
+from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2  # between two polls of the child
 IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
 
 
@@ -146,12 +144,6 @@ class Slot(threading.Thread):
         finally:
             self._drop_child()
 
-    def ping(self) -> None:
-        """Tell the child that its supervisor is alive; called by the supervisor's ping thread."""
-        child = self.child
-        if child is not None:
-            child.ping()
-
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
@@ -163,6 +155,8 @@ class Slot(threading.Thread):
                 self.control.release_reservation()
                 if self._is_idle_too_long():
                     return
+                if self.child is not None:
+                    self.child.ping()
                 self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
@@ -197,7 +191,7 @@ class Slot(threading.Thread):
         self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
         log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
-            with LeaseRenewer(manager, task, hang_after=self.options.hang_after) as lease:
+            with LeaseRenewer(manager, task) as lease:
                 outcome = self._run_on_child(task, status, lease)
                 self._report_outcome(manager, task, status, outcome, lease)
                 return outcome
@@ -206,64 +200,34 @@ class Slot(threading.Thread):
 
     def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
         """Run the task on a child, and once more if the first child could not be started."""
-        outcome = self._wait_for_outcome(task, status, lease)
+        request = self._build_request(task, status)
+        outcome = self._wait_for_outcome(request, lease)
+        # A child that ended before its task began may have got a stop signal that this process has
+        # not received yet.
+        if {"not_started", "unusable"} & outcome.keys() and self.control.stop.wait(SIGNAL_SECONDS):
+            return {"interrupted": True}
         if "not_started" in outcome:
             log.warning("%s: %s; trying again", self.name, outcome["not_started"])
-            outcome = self._wait_for_outcome(task, status, lease)
+            self.server.close()
+            outcome = self._wait_for_outcome(request, lease)
         return {"unusable": outcome["not_started"]} if "not_started" in outcome else outcome
 
-    def _wait_for_outcome(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
-        """Return the child's final message, or `died`, `hung`, `interrupted` or `lost`.
-
-        If the child ends before the task has begun, the outcome is `unusable`, which is not the
-        task's fault. If the child was never started, or was lost together with the fork server,
-        it is `not_started`.
-        """
+    def _wait_for_outcome(self, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+        """Send the request to the child and return the outcome, see `OutcomeWaiter`."""
+        waiter = OutcomeWaiter(
+            lease,
+            lambda message: self._report_progress(message, lease),
+            self.control.stop.is_set,
+            self.control.hurry.is_set,
+            self.options.grace,
+            self.options.hang_after,
+        )
         try:
             child = self._get_child()
         except ForkError as error:
             return {"not_started": str(error)}
-
-        child.send(self._build_request(task, status))
-        last_sign, stop_time, is_ready = time.monotonic(), None, False
-        while True:
-            messages = child.receive(POLL_SECONDS)
-            now = time.monotonic()
-            if child.exit_status is not None and not messages:
-                reason = f"the task's process {child.exit_status.description}"
-                self._drop_child()
-                # A child that ended before its task began may have got a stop signal that this
-                # process has not received yet.
-                if stop_time is not None or (
-                    not is_ready and self.control.stop.wait(SIGNAL_SECONDS)
-                ):
-                    return {"interrupted": True}
-                if is_ready:
-                    return {"died": reason}
-                is_lost = child.exit_status.code is None
-                return {"not_started" if is_lost else "unusable": reason}
-            for message in messages:
-                last_sign, is_ready = now, is_ready or "ready" in message
-                if not {"beat", "run", "ready"} & message.keys():
-                    return message
-                self._report_progress(message, lease)
-            if lease.lease_lost.is_set():
-                self._drop_child(kill=True)
-                return {"lost": True}
-            if now - last_sign > self.options.hang_after:
-                if child.pid is None:
-                    self.server.close()
-                    self._drop_child(kill=True)
-                    return {"not_started": "the fork server does not respond"}
-                self._drop_child(kill=True)
-                return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
-            if stop_time is None and self.control.stop.is_set():
-                stop_time = now
-                child.stop()
-            is_late = stop_time is not None and now - stop_time > self.options.grace
-            if is_late or self.control.hurry.is_set():
-                self._drop_child(kill=True)
-                return {"interrupted": True}
+        child.send(request)
+        return waiter.wait(child)
 
     def _build_request(self, task: Task, status: str) -> dict[str, Any]:
         options, definition, run = self.options, task["def"], task.get("run")
@@ -368,10 +332,10 @@ class Slot(threading.Thread):
             self.child = start_child(self.server, self.environment, self.options.lease, self.output)
         return self.child
 
-    def _drop_child(self, *, kill: bool = False) -> None:
+    def _drop_child(self) -> None:
         child, self.child = self.child, None
         if child is not None:
-            child.kill() if kill else child.finish()
+            child.finish()
 
 
 def _require_lease(is_accepted: bool) -> None:
@@ -437,7 +401,6 @@ class Supervisor:
         with self._signals:
             for slot in self.slots:
                 slot.start()
-            threading.Thread(target=self._ping, daemon=True, name="ping").start()
             while any(slot.is_alive() for slot in self.slots):
                 if self._stop_signal is not None and not self.control.stop.is_set():
                     name = signal.Signals(self._stop_signal).name
@@ -454,13 +417,6 @@ class Supervisor:
         if self._stop_signal is not None:
             return 128 + self._stop_signal
         return int(any(slot.error is not None for slot in self.slots))
-
-    def _ping(self) -> None:
-        """Tell the children that this process is alive, also while a terminal blocks its output."""
-        while True:
-            for slot in self.slots:
-                slot.ping()
-            time.sleep(TICK_SECONDS)
 
     def _stop(self, number: int) -> None:
         self._stop_signal = number

@@ -6,10 +6,13 @@ import atexit
 import inspect
 import json
 import logging
+import math
 import os
 import sys
+import time
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
 from qtorch.core.trust import check_config_trust
-from qtorch.process.child import Child, Parent
+from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN, beat, listen
 from qtorch.process.stops import received_signals
 from qtorch.task.definition import decode_result, encode_result
+from qtorch.task.manager import LeaseRenewer
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.2
 SIGNAL_SECONDS = 1.0  # a scheduler signals every process; the child may get its signal first
 FENCE_FRACTION = 0.8  # of the lease: a child kills itself after that time of silence
 
@@ -80,6 +85,73 @@ def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
     parent.is_idle = True
     atexit._run_exitfuncs()  # ends runs that a user's function left open; os._exit would not
     return 0
+
+
+@dataclass
+class OutcomeWaiter:
+    """Waits for the outcome of a request that was sent to a child.
+
+    `on_progress` gets the child's heartbeats. When `is_stopped` returns True the child is stopped,
+    with `grace` seconds to write a checkpoint, or none if `is_hurried`. `hang_after`: seconds
+    without a message after which the child counts as hung.
+    """
+
+    lease: LeaseRenewer
+    on_progress: Callable[[Message], None]
+    is_stopped: Callable[[], bool] = lambda: False
+    is_hurried: Callable[[], bool] = lambda: False
+    grace: float = 30.0
+    hang_after: float = math.inf
+
+    def wait(self, child: Child) -> dict[str, Any]:
+        """Return the child's final message (see `run_request`), or one of these.
+
+        - `{"died": text}`: the child ended after its task had begun;
+        - `{"unusable": text}`: the child ended before that;
+        - `{"not_started": text}`: the same, and the fork server is to blame;
+        - `{"interrupted": true}`: the child was stopped;
+        - `{"lost": true}` and `{"hung": text}`: the child was killed.
+        """
+        last_sign, stop_time, is_ready = time.monotonic(), math.inf, False
+        while True:
+            child.ping()
+            for message in child.receive(POLL_SECONDS):
+                last_sign, is_ready = time.monotonic(), is_ready or "ready" in message
+                if not {"beat", "run", "ready"} & message.keys():
+                    return message
+                self.on_progress(message)
+            if child.exit_status is not None:
+                is_stopped = stop_time < math.inf
+                return {"interrupted": True} if is_stopped else _lost_child(child, is_ready)
+            if stop_time == math.inf and self.is_stopped():
+                stop_time = time.monotonic()
+                child.stop()
+            outcome = self._reason_to_kill(child, last_sign, stop_time)
+            if outcome is not None:
+                child.kill()
+                return outcome
+
+    def _reason_to_kill(
+        self, child: Child, last_sign: float, stop_time: float
+    ) -> dict[str, Any] | None:
+        now = time.monotonic()
+        if self.lease.lease_lost.is_set():
+            return {"lost": True}
+        if now - stop_time > self.grace or self.is_hurried():
+            return {"interrupted": True}
+        if now - last_sign <= self.hang_after and not self.lease.work_hung.is_set():
+            return None
+        if child.pid is None:
+            return {"not_started": "the fork server does not respond"}
+        return {"hung": f"no sign of life for {self.hang_after:g} s (hang_after)"}
+
+
+def _lost_child(child: Child, is_ready: bool) -> dict[str, Any]:
+    assert child.exit_status is not None
+    text = f"the task's process {child.exit_status.description}"
+    if is_ready:
+        return {"died": text}
+    return {"not_started" if child.exit_status.code is None else "unusable": text}
 
 
 def run_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:

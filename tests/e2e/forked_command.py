@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from forks import ForkedProcess, fork_servers_from_here
+from forks import ForkedProcess, fork_servers_in_place
 
 from qtorch.cli.main import main
 
@@ -46,7 +46,7 @@ class ForkedCommand(ForkedProcess):
         path = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [str(folder), *filter(None, path)]
         torch.set_num_threads(1)
-        fork_servers_from_here()
+        fork_servers_in_place()
         try:
             return int(main(self.args) or 0)
         finally:

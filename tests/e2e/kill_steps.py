@@ -132,9 +132,9 @@ def prepare_process(devices: int) -> None:
     model.fit(init_instance_by_config(quick_task["dataset"]))
     qtorch.record.signal.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
     if devices > 1:
-        from forked_ranks import fork_ranks_from_here
+        from forked_ranks import fork_ranks_in_place
 
-        fork_ranks_from_here(rank_children)
+        fork_ranks_in_place(rank_children)
 
 
 rank_children: list[Child] = []  # this process's ranks

@@ -38,9 +38,9 @@ def recorder(tmp_path: Path) -> ToyRecorder:
 @pytest.fixture
 def rank_processes() -> Iterator[list[Any]]:
     """Fork ranks from this process; return the list of those that fits have started."""
-    from forked_ranks import fork_ranks_from_here, start_ranks_as_usual
+    from forked_ranks import fork_ranks_in_place, start_ranks_as_usual
 
     processes: list[Any] = []
-    fork_ranks_from_here(processes)
+    fork_ranks_in_place(processes)
     yield processes
     start_ranks_as_usual()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from forks import ForkedProcess, fork_servers_from_here, start_servers_as_usual
+from forks import ForkedProcess, fork_servers_in_place, start_servers_as_usual
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.dataset.batches import ShardedLoader, shard_slice
@@ -27,13 +27,13 @@ FAULT_VARIABLE, ROW_LOG_VARIABLE = "TOY_FAULT", "TOY_ROW_LOG"
 PIDS_FILE = "pids"  # a file with the process ID of every rank that was started
 
 
-def fork_ranks_from_here(started: list[Child] | None = None) -> None:
+def fork_ranks_in_place(started: list[Child] | None = None) -> None:
     """Fork the ranks of this process from it, and let the environment make them fail.
 
     Appends them to `started`, and their process IDs to the file PIDS_FILE of their training.
     """
     parent = os.getpid()
-    fork_servers_from_here(lambda: _inject_faults(parent))
+    fork_servers_in_place(lambda: _inject_faults(parent))
 
     def start(*arguments: Any, folder: Path, **options: Any) -> Child:
         child = start_rank(*arguments, folder=folder, **options)
@@ -50,7 +50,7 @@ def fork_ranks_from_here(started: list[Child] | None = None) -> None:
 
 
 def start_ranks_as_usual() -> None:
-    """Undo `fork_ranks_from_here`."""
+    """Undo `fork_ranks_in_place`."""
     start_servers_as_usual()
     ranks.start_rank = start_rank
 
@@ -97,7 +97,7 @@ def start_training(folder: Path, changes: dict[str, Any], **variables: str) -> F
 
     def work() -> None:
         os.environ.update(variables)
-        fork_ranks_from_here()
+        fork_ranks_in_place()
         resumable_model(**changes).fit(ToyDataset(), recorder=ToyRecorder(folder))
 
     folder.mkdir(exist_ok=True)

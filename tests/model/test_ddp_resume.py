@@ -17,7 +17,7 @@ from forked_ranks import (
     FAULT_VARIABLE,
     PIDS_FILE,
     ROW_LOG_VARIABLE,
-    fork_ranks_from_here,
+    fork_ranks_in_place,
     is_running,
     start_ranks_as_usual,
     start_training,
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def use_forked_ranks() -> Iterator[None]:
-    fork_ranks_from_here()
+    fork_ranks_in_place()
     yield
     start_ranks_as_usual()
 
@@ -43,7 +43,7 @@ def use_forked_ranks() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
-    fork_ranks_from_here()
+    fork_ranks_in_place()
     recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
     model = resumable_model(**CHANGES)
     model.fit(ToyDataset(), recorder=recorder)
