@@ -1,4 +1,4 @@
-"""Functions that tests/task/test_fork_server.py calls in forked children."""
+"""Functions that tests/process/test_fork_server.py calls in forked children."""
 
 from __future__ import annotations
 

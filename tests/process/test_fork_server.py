@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pool_workers import wait_until
 
 from qtorch.process.child import ExitStatus
 from qtorch.process.fork_server import ForkError, ForkServer
@@ -188,7 +187,10 @@ def test_child_of_a_closed_connection_ends_with_all_its_processes(server, tmp_pa
     wait_for_messages(child)
     pid = int((tmp_path / "pid").read_text())
     child.close()
-    wait_until(lambda: not is_alive(pid), 5.0)
+    end = time.monotonic() + 5.0
+    while is_alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_silence_of_the_parent_ends_the_child(server):
@@ -226,7 +228,6 @@ def test_command_lock_stops_the_jobs_of_other_processes(server):
     refused = server.call(*call, is_stopped=lambda: is_command_stopped(lock.path))
     assert refused == ExitStatus(None, is_refused=True)
     lock.close()
-    assert not is_command_stopped(lock.path)  # the command has ended, or runs on another machine
 
 
 def test_server_that_cannot_start_processes(server, monkeypatch):
