@@ -15,7 +15,7 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.dataset.qlib_dataset import as_samples, get_samples
 from qtorch.model import LightningModel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
 
 import windows as parity  # noqa: E402

@@ -16,7 +16,7 @@ from qtorch.data.panel import gather
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.gather import FILLS, DensePackedColumns
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
 
 import windows as parity  # noqa: E402

@@ -23,7 +23,7 @@ from qtorch.data.handler.alpha import (
 )
 from qtorch.data.panel.panel import Panel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "features.npz"
 
 
