@@ -6,13 +6,13 @@ import datetime
 import enum
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
 from qtorch.core.names import import_path
+from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
 
 
 class Configured:
@@ -83,8 +83,14 @@ def plain_value(value: Any, location: str = "value") -> Any:
     Classes and functions become their import paths, dates ISO text. Raises ConfigError for a live
     object; the message names its `location`.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    return convert_tree(value, _plain_part, location)
+
+
+def _plain_part(value: Any, location: str) -> Any:
+    if is_plain_scalar(value):
         return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, Mapping | list | tuple):
+        return value
     if isinstance(value, Configured):
         return value.to_config()
     if is_numpy_scalar(value):
@@ -94,27 +100,17 @@ def plain_value(value: Any, location: str = "value") -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, slice):
-        return [plain_value(v, location) for v in (value.start, value.stop)]
-    if isinstance(value, Mapping):
-        return {str(k): plain_value(v, f"{location}.{k}") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(v, f"{location}[{k}]") for k, v in enumerate(value)]
+        return [value.start, value.stop]
     if isinstance(value, functools.partial):
-        keywords = {k: plain_value(v, f"{location}.{k}") for k, v in value.keywords.items()}
-        positional = {"_args_": plain_value(list(value.args), location)} if value.args else {}
-        return {"_target_": import_path(value.func), "_partial_": True, **positional, **keywords}
+        positional = {"_args_": value.args} if value.args else {}
+        target = import_path(value.func)
+        return {"_target_": target, "_partial_": True, **positional, **value.keywords}
     if isinstance(value, type) or inspect.isfunction(value):
         return import_path(value)
     raise ConfigError(
         f"{location} is a live {type(value).__name__}, which cannot be stored as configuration. "
         "Write it as {'_target_': 'package.module.Class', ...} or as a plain value."
     )
-
-
-def is_numpy_scalar(value: Any) -> bool:
-    """Whether the value is a numpy scalar (checked without importing numpy)."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.generic)
 
 
 def _date_text(value: datetime.date) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
+from qtorch.core.plain import convert_tree
 
 # Trainer arguments that change what is printed or stored, but not the results.
 SILENT_TRAINER_ARGUMENTS = frozenset(
@@ -33,9 +34,8 @@ def canonical_json(value: Any) -> str:
     Dates become ISO text, tuples become lists, and `class` / `module_path` / `kwargs` becomes the
     `_target_` form. Raises ConfigError for live objects, NaN and infinity.
     """
-    return json.dumps(
-        _canonicalize(plain_value(value)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
+    canonical = convert_tree(plain_value(value), _canonical_part)
+    return json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest(value: Any) -> str:
@@ -72,23 +72,21 @@ def fit_id(task: Mapping[str, Any], data_fingerprint: str) -> str:
 
 
 def _remove_keys(value: Any, keys: frozenset[str]) -> Any:
-    if isinstance(value, dict):
-        return {k: _remove_keys(v, keys) for k, v in value.items() if k not in keys}
-    if isinstance(value, list):
-        return [_remove_keys(v, keys) for v in value]
-    return value
+    def remove(part: Any, _: str) -> Any:
+        is_mapping = isinstance(part, dict)
+        return {k: v for k, v in part.items() if k not in keys} if is_mapping else part
+
+    return convert_tree(value, remove)
 
 
-def _canonicalize(value: Any) -> Any:
+def _canonical_part(value: Any, location: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"a task cannot contain the number {value}: JSON cannot represent it.")
-    if isinstance(value, list):
-        return [_canonicalize(v) for v in value]
     if not isinstance(value, dict):
         return value
     key = next((k for k in ("class", "func") if isinstance(value.get(k), str)), None)
-    if key is not None and set(value) <= {key, "module_path", "kwargs"}:
-        module = value.get("module_path")
-        name = f"{module}.{value[key]}" if module else value[key]
-        value = {"_target_": name, **(value.get("kwargs") or {})}
-    return {k: _canonicalize(v) for k, v in value.items()}
+    if key is None or not set(value) <= {key, "module_path", "kwargs"}:
+        return value
+    module = value.get("module_path")
+    name = f"{module}.{value[key]}" if module else value[key]
+    return {"_target_": name, **(value.get("kwargs") or {})}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from qtorch.core.configured import is_numpy_scalar, plain_value
+from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskResultError
 from qtorch.core.identity import canonical_json
+from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
+from qtorch.tracking.recorder import Recorder
 
 RECORDER = "$recorder"  # key of a run's ids in a stored result
 
@@ -84,7 +85,7 @@ def decode_definition(text: str) -> dict[str, Any]:
 
 def query_token(path: str, value: Any) -> str:
     """Return the token of definitions whose dotted `path` has `value`; 1 and 1.0 are equal."""
-    text = json.dumps(_unify_numbers(value), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(convert_tree(value, _unify_number), sort_keys=True, separators=(",", ":"))
     return _short_hash(f"{path}={text}", 16)
 
 
@@ -98,7 +99,7 @@ def encode_result(result: Any) -> str:
 
     Raises TaskResultError for other objects that are not plain data.
     """
-    return json.dumps(_encode_value(result, "the result"))
+    return json.dumps(convert_tree(result, _result_part, "result"))
 
 
 def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
@@ -106,7 +107,7 @@ def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
     if text is None:
         return None
     value = json.loads(text)
-    return _restore_recorders(value) if load_recorders else value
+    return convert_tree(value, _restore_recorder) if load_recorders else value
 
 
 def recorder_reference(recorder: Any) -> dict[str, Any]:
@@ -126,29 +127,19 @@ def _query_tokens(form: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _query_tokens(value, f"{path}.")
 
 
-def _unify_numbers(value: Any) -> Any:
+def _unify_number(value: Any, location: str) -> Any:
     """Give equal numbers the same form: integral floats become ints."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, Mapping):
-        return {str(k): _unify_numbers(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_unify_numbers(v) for v in value]
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _short_hash(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
-def _encode_value(value: Any, location: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+def _result_part(value: Any, location: str) -> Any:
+    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
         return value
-    if isinstance(value, Mapping):
-        return {str(k): _encode_value(v, f"{location}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode_value(v, f"{location}[{k}]") for k, v in enumerate(value)]
-    if _is_recorder(value):
+    if isinstance(value, Recorder):
         return {RECORDER: recorder_reference(value)}
     if is_numpy_scalar(value):
         return value.item()
@@ -163,19 +154,9 @@ def _encode_value(value: Any, location: str) -> Any:
     )
 
 
-def _is_recorder(value: Any) -> bool:
-    module = sys.modules.get("qtorch.tracking.recorder")
-    return module is not None and isinstance(value, module.Recorder)
-
-
-def _restore_recorders(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restore_recorders(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {RECORDER}:
-        return _load_recorder(value[RECORDER])
-    return {k: _restore_recorders(v) for k, v in value.items()}
+def _restore_recorder(value: Any, location: str) -> Any:
+    is_reference = isinstance(value, dict) and set(value) == {RECORDER}
+    return _load_recorder(value[RECORDER]) if is_reference else value
 
 
 def _load_recorder(reference: Mapping[str, Any]) -> Any:

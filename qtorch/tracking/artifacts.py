@@ -41,13 +41,13 @@ from qtorch.core.errors import (
     TrustError,
     unknown_name,
 )
-from qtorch.core.files import atomic_write
+from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path, locate
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust, check_object_trust, load_pickle
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
-from qtorch.tracking.locations import cache_folder, local_folder
-from qtorch.tracking.plain import NotPlainError, decode, encode
+from qtorch.tracking.locations import local_folder
+from qtorch.tracking.lossless_json import NotPlainError, decode, encode
 from qtorch.tracking.store_types import RefusedError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qtorch.tracking.plain import NotPlainError, decode, encode
+from qtorch.tracking.lossless_json import NotPlainError, decode, encode
 
 METADATA = b"qtorch"
 

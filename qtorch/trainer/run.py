@@ -20,6 +20,7 @@ from qtorch.core.instantiate import (
     init_instance_by_config,
     plain,
 )
+from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session, session_context
 from qtorch.core.trust import check_config_trust
@@ -93,20 +94,17 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def loggable_task(task: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a task to plain data for the run's params; live objects become configurations."""
-    return {str(k): _to_plain(v) for k, v in task.items()}
+    params: dict[str, Any] = convert_tree(task, _loggable_part)
+    return params
 
 
-def _to_plain(value: Any) -> Any:
+def _loggable_part(value: Any, location: str) -> Any:
     if isinstance(value, Configured):
         try:
             return value.to_config()
         except ConfigError:
             return type(value).__qualname__
-    if isinstance(value, Mapping):
-        return {str(k): _to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
         return value
     return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
 

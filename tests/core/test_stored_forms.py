@@ -18,7 +18,7 @@ import torch
 from qtorch.core.configured import plain_value
 from qtorch.core.identity import canonical_json, digest, fit_id, task_id
 from qtorch.task.definition import encode_definition, encode_result, query_token
-from qtorch.tracking.plain import NotPlainError, decode, encode
+from qtorch.tracking.lossless_json import NotPlainError, decode, encode
 from qtorch.trainer.run import loggable_task
 
 Span = namedtuple("Span", "start end")

@@ -60,7 +60,7 @@ class TestClaims:
     def test_results_are_stored_as_json(self, manager):
         manager.create_task([lstm(1)])
         task = manager.fetch_task()
-        with pytest.raises(TaskResultError, match=r"the result\['model'\] is a object"):
+        with pytest.raises(TaskResultError, match=r"result\.model is a object"):
             manager.commit_task_res(task, {"model": object()})
         manager.commit_task_res(task, {"ic": (0.1, None, float("inf")), "name": "ä"})
         done_task = manager.re_query(task["_id"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from qtorch.core.plain import convert_tree
 
 # A value that JSON cannot express becomes an object with exactly one of these keys.
 _TAGS = ("$tuple", "$set", "$dict", "$float", "$timestamp", "$timedelta", "$date", "$datetime")
@@ -18,44 +19,31 @@ class NotPlainError(ValueError):
     """The value contains something that is not plain data."""
 
 
-def to_json(value: Any) -> str:
-    """Serialize a value to JSON text; raise NotPlainError if it is not plain data.
+def encode(value: Any) -> Any:
+    """Encode a value as a tree of JSON values; raise NotPlainError if it is not plain data.
 
     NumPy scalars become Python numbers; pandas Timestamp and Timedelta keep their type.
     """
-    return json.dumps(encode(value), ensure_ascii=False, indent=1, allow_nan=False)
+    return convert_tree(value, _encode_part)
 
 
-def from_json(text: str | bytes) -> Any:
-    """Return the value that `to_json` serialized."""
-    return decode(json.loads(text))
-
-
-def encode(value: Any) -> Any:
-    """Encode a value as a tree of JSON values."""
-    if value is None or type(value) in (bool, int, str):
+def _encode_part(value: Any, location: str) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str, list):
         return value
+    if kind is dict:
+        has_plain_keys = all(type(k) is str for k in value) and not any(k in value for k in _TAGS)
+        return value if has_plain_keys else {"$dict": [[k, v] for k, v in value.items()]}
+    if kind is tuple:
+        return {"$tuple": list(value)}
+    if kind in (set, frozenset):
+        return {"$set": [kind.__name__, *sorted(value, key=lambda v: repr(encode(v)))]}
     if isinstance(value, np.bool_ | np.integer):
         return value.item()
     if isinstance(value, float | np.floating):
         number = float(value)
         return number if math.isfinite(number) else {"$float": repr(number)}
-    if type(value) is dict:
-        return _encode_dict(value)
-    if type(value) is list:
-        return [encode(v) for v in value]
-    if type(value) is tuple:
-        return {"$tuple": [encode(v) for v in value]}
-    if type(value) in (set, frozenset):
-        kind = type(value).__name__
-        return {"$set": [kind, *sorted((encode(v) for v in value), key=repr)]}
     return _encode_time(value)
-
-
-def _encode_dict(value: dict[Any, Any]) -> Any:
-    if all(type(k) is str for k in value) and not any(k in value for k in _TAGS):
-        return {k: encode(v) for k, v in value.items()}
-    return {"$dict": [[encode(k), encode(v)] for k, v in value.items()]}
 
 
 def _encode_time(value: Any) -> Any:

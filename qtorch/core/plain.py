@@ -1,0 +1,37 @@
+"""The traversal that turns nested values into plain data: dicts, lists, text, numbers, None.
+
+Configurations, identities, artifacts, results of tasks and params of runs differ only in how they
+convert a single part of a value.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def convert_tree(value: Any, convert: Callable[[Any, str], Any], location: str = "value") -> Any:
+    """Return a nested value as dicts and lists, with each part converted, the outermost first.
+
+    `convert(part, location)` returns the part or a replacement. If that is a mapping, a list or a
+    tuple, its own parts are converted next, otherwise it is final. Keys become text. `location`
+    is the path of the part for error messages, e.g. `task.record[0]`.
+    """
+    part = convert(value, location)
+    if isinstance(part, Mapping):
+        return {str(k): convert_tree(v, convert, f"{location}.{k}") for k, v in part.items()}
+    if isinstance(part, list | tuple):
+        return [convert_tree(v, convert, f"{location}[{k}]") for k, v in enumerate(part)]
+    return part
+
+
+def is_plain_scalar(value: Any) -> bool:
+    """Whether the value is None, a bool, a number or text."""
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def is_numpy_scalar(value: Any) -> bool:
+    """Whether the value is a numpy scalar (checked without importing numpy)."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)
