@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Instruments, Source, frequency
@@ -363,7 +363,7 @@ def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
     for side, limit in limits.items():
         if side not in ("all", "buy", "sell"):
             raise ConfigError(
-                unknown_name("side of volume_threshold", side, ("all", "buy", "sell"))
+                unknown_name_message("side of volume_threshold", side, ("all", "buy", "sell"))
             )
         if isinstance(limit, str) or len(limit) != 2 or limit[0] not in (CUMULATIVE, CURRENT):
             raise ConfigError(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.backtest.simulate import Ledger
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 REPORT = (
     *("account", "return", "total_turnover", "turnover", "total_cost", "cost"),
@@ -195,7 +195,7 @@ class BacktestResult:
 
     def _member_index(self, member: str) -> int:
         if member not in self.members:
-            raise ConfigError(unknown_name("member", str(member), self.members))
+            raise ConfigError(unknown_name_message("member", str(member), self.members))
         return self.members.index(member)
 
     def _member_result(self, k: int) -> BacktestResult:
@@ -213,7 +213,7 @@ def period_name(freq: str) -> str:
     unit = match[2].lower() if match else str(freq)
     unit = _ALIASES.get(unit, unit)
     if match is None or unit not in _UNITS:
-        raise ConfigError(unknown_name("frequency", str(freq), _UNITS))
+        raise ConfigError(unknown_name_message("frequency", str(freq), _UNITS))
     return f"{int(match[1] or 1)}{unit}"
 
 

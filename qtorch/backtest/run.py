@@ -16,8 +16,8 @@ from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import simulate
 from qtorch.backtest.strategy import Strategy
 from qtorch.core.dates import as_stamp, date_rows
-from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.source.base import Source
 
 Benchmark: TypeAlias = str | Sequence[str] | pd.Series | None
@@ -63,11 +63,15 @@ def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str 
             return benchmark
         names = [*source.universes(), *sorted(instruments)]
         raise DataError(
-            unknown_name("benchmark (an instrument or a universe)", benchmark, names, limit=8)
+            unknown_name_message(
+                "benchmark (an instrument or a universe)", benchmark, names, limit=8
+            )
         )
     for name in benchmark:
         if name not in instruments:
-            raise DataError(unknown_name("instrument of the benchmark", name, sorted(instruments)))
+            raise DataError(
+                unknown_name_message("instrument of the benchmark", name, sorted(instruments))
+            )
     return list(benchmark)
 
 
@@ -106,9 +110,9 @@ def backtest(
     return reports that value as a profit); there is no benchmark by default.
     """
     built_strategy = strategy
-    if isinstance(plain(strategy), Mapping | str):
+    if isinstance(resolve_config(strategy), Mapping | str):
         built_strategy = init_instance_by_config(
-            plain(strategy), "qtorch.backtest", accept_types=Strategy
+            resolve_config(strategy), "qtorch.backtest", accept_types=Strategy
         )
     if not isinstance(built_strategy, Strategy):
         raise ConfigError(
@@ -148,7 +152,7 @@ def _parse_executor(executor: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"time_per_step": None, "trade_type": "serial", "settle_type": None}
     if executor is None:
         return settings
-    config = plain(executor)
+    config = resolve_config(executor)
     if not isinstance(config, Mapping):
         raise ConfigError(f"executor is {type(config).__name__}; expected a mapping or None.")
     name = str(config.get("class", config.get("_target_", "SimulatorExecutor"))).rpartition(".")[2]
@@ -166,15 +170,15 @@ def _parse_executor(executor: Any) -> dict[str, Any]:
             settings[key] = value
         elif key not in ignored_keys:
             raise ConfigError(
-                unknown_name("argument of the executor", key, [*settings, *ignored_keys])
+                unknown_name_message("argument of the executor", key, [*settings, *ignored_keys])
             )
     if settings["trade_type"] not in ("serial", "parallel"):
         raise ConfigError(
-            unknown_name("trade_type", settings["trade_type"], ("serial", "parallel"))
+            unknown_name_message("trade_type", settings["trade_type"], ("serial", "parallel"))
         )
     if settings["settle_type"] not in (None, "None", "cash"):
         raise ConfigError(
-            unknown_name("settle_type", str(settings["settle_type"]), ("None", "cash"))
+            unknown_name_message("settle_type", str(settings["settle_type"]), ("None", "cash"))
         )
     return settings
 
@@ -182,7 +186,7 @@ def _parse_executor(executor: Any) -> dict[str, Any]:
 def _build_exchange(
     exchange_kwargs: Mapping[str, Any] | None, source: Any, settings: Mapping[str, Any]
 ) -> Exchange:
-    kwargs = dict(plain(exchange_kwargs) or {})
+    kwargs = dict(resolve_config(exchange_kwargs) or {})
     exchange_config = kwargs.pop("exchange", None)
     if exchange_config is not None:
         if kwargs:
@@ -283,7 +287,9 @@ def _initial_positions(
         return amount, price
     for name, position in holdings.items():
         if name not in quotes.instruments:
-            raise ConfigError(unknown_name("instrument of the account", name, quotes.instruments))
+            raise ConfigError(
+                unknown_name_message("instrument of the account", name, quotes.instruments)
+            )
         column = quotes.instruments.get_loc(name)
         position = position if isinstance(position, Mapping) else {"amount": position}
         amount[column], price[column] = position["amount"], position.get("price", np.nan)

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def score_frame(signal: Any) -> Frame:
     so such instruments are not traded. Raises DataError for infinite scores, duplicate rows, or an
     index that is not (datetime, instrument).
     """
-    signal = plain(signal)
+    signal = resolve_config(signal)
     if isinstance(signal, Mapping | str):
         signal = init_instance_by_config(signal)
     if isinstance(signal, Sequence) and not isinstance(signal, str) and len(signal) == 2:

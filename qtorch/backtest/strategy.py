@@ -14,7 +14,7 @@ from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.market import Market
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.trust import trust_subclasses
 
 
@@ -143,9 +143,11 @@ class TopkDropoutStrategy(Strategy):
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected a whole number, at least {minimum}.")
         if method_sell not in ("bottom", "random"):
-            raise ConfigError(unknown_name("method_sell", method_sell, ("bottom", "random")))
+            raise ConfigError(
+                unknown_name_message("method_sell", method_sell, ("bottom", "random"))
+            )
         if method_buy not in ("top", "random"):
-            raise ConfigError(unknown_name("method_buy", method_buy, ("top", "random")))
+            raise ConfigError(unknown_name_message("method_buy", method_buy, ("top", "random")))
         self.topk, self.n_drop = topk, n_drop
         self.method_sell, self.method_buy = method_sell, method_buy
         self.hold_thresh = hold_thresh

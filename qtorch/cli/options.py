@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 Parsers = Mapping[str, Callable[[str], Any]]
 NULL_WORDS = ("", "null", "none", "None")
@@ -21,7 +21,7 @@ def parse_options(argv: Sequence[str], parsers: Parsers, command: str) -> dict[s
     options, remaining_words = parse_known_options(argv, parsers)
     if remaining_words:
         name = remaining_words[0].partition("=")[0]
-        raise ConfigError(unknown_name(f"option of {command}", name, parsers, limit=30))
+        raise ConfigError(unknown_name_message(f"option of {command}", name, parsers, limit=30))
     return options
 
 

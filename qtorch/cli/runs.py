@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
@@ -39,5 +39,5 @@ def parse_segment(segment: Any, dataset: Any) -> Any:
         return slice(*(str(date) for date in segment))
     segments = getattr(dataset, "segments", {})
     if segment not in segments:
-        raise ConfigError(unknown_name("segment", str(segment), segments))
+        raise ConfigError(unknown_name_message("segment", str(segment), segments))
     return segment

@@ -1,7 +1,7 @@
 """The exceptions that qtorch raises, with a common base class.
 
 A message says what was given, what was expected and how to fix it. For a wrong name it suggests
-the nearest valid one (`unknown_name`).
+the nearest valid one (`unknown_name_message`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class NotFittedError(QtorchError, RuntimeError):
 
 class TrustError(QtorchError, PermissionError):
     """Stored data names code that is not trusted (see `qtorch.core.trust`)."""
+
+
+class FileLockError(QtorchError, OSError):
+    """A lock file cannot be written, or another process does not release it."""
 
 
 class TrackingError(QtorchError, RuntimeError):
@@ -97,7 +101,7 @@ def nearest_name(name: str, valid: Iterable[str]) -> str | None:
     return by_lowercase[close[0]] if close else None
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:
+def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:
     """Return the error message for an unknown name, with a suggestion and the valid names."""
     names = sorted(valid)
     guess = nearest_name(name, names)

@@ -58,7 +58,7 @@ def init_instance_by_config(
     if accept_types != () and isinstance(config, accept_types):
         return config
     if OmegaConf.is_config(config):
-        config = plain(config)
+        config = resolve_config(config)
     if isinstance(config, Path):
         return load_pickle(_require_file(config))
     if isinstance(config, str) and config.startswith("file:"):
@@ -293,7 +293,7 @@ def _lookup_path(config: Any, path: str, placeholder: str) -> Any:
     return config
 
 
-def plain(config: Any) -> Any:
+def resolve_config(config: Any) -> Any:
     """Convert an OmegaConf config to plain containers, interpolations resolved; else unchanged."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
@@ -320,5 +320,5 @@ __all__ = [
     "init_instance_by_config",
     "load_module",
     "locate",
-    "plain",
+    "resolve_config",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 
 def import_path(obj: Any) -> str:
@@ -100,4 +100,4 @@ def get_attribute(owner: Any, name: str) -> Any:
     except AttributeError:
         title = getattr(owner, "__name__", repr(owner))
         public = [n for n in dir(owner) if not n.startswith("_")]
-        raise ConfigError(unknown_name(f"name in {title}", name, public)) from None
+        raise ConfigError(unknown_name_message(f"name in {title}", name, public)) from None

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 REGIONS = ("us", "cn")
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
@@ -92,9 +92,9 @@ def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
     valid = [f.name for f in fields(Session)]
     for name in changes:
         if name not in valid:
-            raise ConfigError(unknown_name("option of init", name, valid))
+            raise ConfigError(unknown_name_message("option of init", name, valid))
     if changes.get("region", "us") not in REGIONS:
-        raise ConfigError(unknown_name("region", str(changes["region"]), REGIONS))
+        raise ConfigError(unknown_name_message("region", str(changes["region"]), REGIONS))
     if "provider_uri" in changes and changes["provider_uri"] is not None:
         changes["provider_uri"] = os.path.expanduser(str(changes["provider_uri"]))
     return replace(base, **changes)

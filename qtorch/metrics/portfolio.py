@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 Mode: TypeAlias = Literal["sum", "product"]
 MODES = ("sum", "product")
@@ -35,7 +35,7 @@ def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
 
 def _validate_mode(mode: str) -> str:
     if mode not in MODES:
-        raise ConfigError(unknown_name("mode of returns", mode, MODES))
+        raise ConfigError(unknown_name_message("mode of returns", mode, MODES))
     return mode
 
 
@@ -50,7 +50,7 @@ def periods_per_year(freq: str) -> float:
     unit = match[2].lower() if match else freq
     unit = _ALIASES.get(unit, unit)
     if match is None or unit not in PERIODS:
-        raise ConfigError(unknown_name("frequency", freq, PERIODS))
+        raise ConfigError(unknown_name_message("frequency", freq, PERIODS))
     return PERIODS[unit] / int(match[1] or 1)
 
 
@@ -83,7 +83,9 @@ def risk_analysis(
         std = float(np.log(1 + r).std(ddof=1))
         annual = growth ** (scale / max(len(r), 1)) - 1
     else:
-        raise ConfigError(unknown_name("mode of risk_analysis", str(mode), ("sum", "product")))
+        raise ConfigError(
+            unknown_name_message("mode of risk_analysis", str(mode), ("sum", "product"))
+        )
     values = {
         "mean": mean,
         "std": std,
@@ -107,7 +109,9 @@ def indicator_analysis(
     """
     weights = {"mean": "count", "amount_weighted": "deal_amount", "value_weighted": "value"}
     if method not in weights:
-        raise ConfigError(unknown_name("method of indicator_analysis", str(method), weights))
+        raise ConfigError(
+            unknown_name_message("method of indicator_analysis", str(method), weights)
+        )
     averages = {}
     for name, column in (("ffr", weights[method]), ("pa", weights[method]), ("pos", "count")):
         weight = df[column].abs()

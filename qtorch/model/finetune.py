@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name_message
 from qtorch.core.serial import State
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.dataset.samples import Samples
@@ -69,10 +69,10 @@ class FineTuning:
                 f"unfreeze_every is {self.unfreeze_every}; expected at least 1 epoch."
             )
         if self.statistics is not None and self.statistics not in STATISTICS:
-            raise ConfigError(unknown_name("statistics", str(self.statistics), STATISTICS))
+            raise ConfigError(unknown_name_message("statistics", str(self.statistics), STATISTICS))
         for name in self.lora or {}:
             if name not in LORA_OPTIONS:
-                raise ConfigError(unknown_name("option of lora", str(name), LORA_OPTIONS))
+                raise ConfigError(unknown_name_message("option of lora", str(name), LORA_OPTIONS))
         is_partial = self.lora is not None or self.train != "all" or bool(self.frozen)
         if self.lora is not None and (self.train != "all" or self.unfreeze_every or self.frozen):
             raise ConfigError(
@@ -554,7 +554,7 @@ def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | N
     if mode is None or mode == "refit":
         return
     if mode not in STATISTICS:
-        raise ConfigError(unknown_name("statistics", mode, STATISTICS))
+        raise ConfigError(unknown_name_message("statistics", mode, STATISTICS))
     handler: Any = getattr(dataset, "handler", None)
     if model_statistics is None or not callable(getattr(handler, "load_fitted_state", None)):
         owner = "the model" if model_statistics is None else "the dataset"

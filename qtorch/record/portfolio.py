@@ -13,8 +13,13 @@ import pandas as pd
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, unknown_name
-from qtorch.core.instantiate import fill_placeholder, flatten_dict, init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, unknown_name_message
+from qtorch.core.instantiate import (
+    fill_placeholder,
+    flatten_dict,
+    init_instance_by_config,
+    resolve_config,
+)
 from qtorch.metrics.portfolio import indicator_analysis, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord, finite_metrics
@@ -81,10 +86,10 @@ class PortAnaRecord(Record):
         dataset: Any = None,
     ) -> None:
         super().__init__(recorder)
-        settings = dict(plain(config or DEFAULT_CONFIG))
+        settings = dict(resolve_config(config or DEFAULT_CONFIG))
         for part in settings:
             if part not in _PARTS:
-                raise ConfigError(unknown_name("part of the config", str(part), _PARTS))
+                raise ConfigError(unknown_name_message("part of the config", str(part), _PARTS))
         self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
         self.executor = settings.get("executor")
         self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))

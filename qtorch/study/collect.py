@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name_message
 from qtorch.tracking.experiment import Experiment
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
@@ -165,7 +165,7 @@ class RecorderCollector(Collector):
         names = _string_list(keys)
         for key in names:
             if key != self.ART_KEY_RAW and key not in self.artifacts_path:
-                raise ConfigError(unknown_name("artifact", key, self.artifacts_path))
+                raise ConfigError(unknown_name_message("artifact", key, self.artifacts_path))
         return names
 
     def _list_recorders(self, is_included: Callable[[Recorder], bool] | None) -> list[Recorder]:

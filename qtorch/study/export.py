@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import qtorch
-from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name_message
 from qtorch.core.files import atomic_write
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.qlib_dataset import get_samples
@@ -185,7 +185,7 @@ def export_model(
     path = Path(path).expanduser()
     file_format = format or _guess_format(path)
     if file_format not in SUFFIXES:
-        raise ConfigError(unknown_name("format", file_format, SUFFIXES))
+        raise ConfigError(unknown_name_message("format", file_format, SUFFIXES))
     cpu_model = _copy_to_cpu(model)
     network = copy.deepcopy(cpu_model._require_network()).eval()
     scoring = ScoringModule(network, get_readout(build_loss(cpu_model.loss)))

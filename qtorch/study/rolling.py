@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, QtorchError, unknown_name
+from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.instantiate import flatten_dict, init_instance_by_config
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
@@ -194,7 +194,7 @@ def make_stitched_records(
 def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
     """The rows of a segment, or of a slice of dates (inclusive)."""
     if isinstance(segment, str) and segment not in segments:
-        raise ConfigError(unknown_name("segment of the stitched signal", segment, segments))
+        raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
     span = slice(*segments[segment]) if isinstance(segment, str) else segment
     days = frame.index.get_level_values("datetime")
     mask = np.ones(len(frame), dtype=bool)

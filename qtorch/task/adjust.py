@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qtorch.core.dates import end_row, first_row
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 
 if TYPE_CHECKING:
     from qtorch.data.source.base import Source
@@ -85,7 +85,7 @@ class TimeAdjuster:
         "start" may return the length of the calendar, "end" may return -1.
         """
         if tp_type not in ("start", "end"):
-            raise ConfigError(unknown_name("tp_type", str(tp_type), ("start", "end")))
+            raise ConfigError(unknown_name_message("tp_type", str(tp_type), ("start", "end")))
         if time_point is None:
             return None
         if tp_type == "start":
@@ -145,7 +145,9 @@ class TimeAdjuster:
         is after the calendar.
         """
         if rtype not in (self.SHIFT_SD, self.SHIFT_EX):
-            raise ConfigError(unknown_name("rtype", str(rtype), (self.SHIFT_SD, self.SHIFT_EX)))
+            raise ConfigError(
+                unknown_name_message("rtype", str(rtype), (self.SHIFT_SD, self.SHIFT_EX))
+            )
         start, end = _split_segment(seg)
         first, last = self.align_idx(start, "start"), self.align_idx(end, "end")
         last = None if last is None else last + step

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.task.adjust import CalendarEndError, TimeAdjuster
 
 FIT_START, FIT_END = "fit_start_time", "fit_end_time"
@@ -206,7 +206,7 @@ def segments_to_text(segments: Mapping[str, Any]) -> dict[str, list[str | None]]
 
 def copy_task(task: TaskDef) -> dict[str, Any]:
     """Return a deep copy of a task."""
-    new: dict[str, Any] = copy.deepcopy(dict(plain(task)))
+    new: dict[str, Any] = copy.deepcopy(dict(resolve_config(task)))
     return new
 
 
@@ -267,7 +267,9 @@ class RollingGen(TaskGen):
         calendar: Sequence[Any] | pd.DatetimeIndex | None = None,
     ) -> None:
         if rtype not in (self.ROLL_EX, self.ROLL_SD):
-            raise ConfigError(unknown_name("rtype", str(rtype), (self.ROLL_EX, self.ROLL_SD)))
+            raise ConfigError(
+                unknown_name_message("rtype", str(rtype), (self.ROLL_EX, self.ROLL_SD))
+            )
         if int(step) < 1:
             raise ConfigError(f"step={step}: step must be at least one trading day.")
         self.step, self.rtype = int(step), rtype
@@ -288,12 +290,12 @@ class RollingGen(TaskGen):
 
     def generate(self, task: TaskDef) -> list[dict[str, Any]]:
         """Generate the tasks of all windows; the first has the task's own train segment."""
-        task = plain(task)
+        task = resolve_config(task)
         self._adjuster = build_adjuster(task, self.calendar)
         own_segments = task_segments(task)
         for key in (self.test_key, self.train_key):
             if key not in own_segments:
-                raise ConfigError(unknown_name("segment", key, own_segments))
+                raise ConfigError(unknown_name_message("segment", key, own_segments))
         segments = self.ta.align_seg(own_segments)
         start, end = segments[self.test_key]
         if start is None:

@@ -39,7 +39,7 @@ from qtorch.core.errors import (
     LoadObjectError,
     TrackingError,
     TrustError,
-    unknown_name,
+    unknown_name_message,
 )
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path, locate
@@ -434,7 +434,7 @@ class RunFiles:
             if file is None:
                 names = self.names(str(path.parent) if path.parent.name else None)
                 raise LoadObjectError(
-                    f"run {self._run_id}: {unknown_name('object', name, names, limit=30)}"
+                    f"run {self._run_id}: {unknown_name_message('object', name, names, limit=30)}"
                 )
             if file.is_dir():
                 raise LoadObjectError(f"{name!r} is a folder; use download_artifact.")
@@ -492,7 +492,9 @@ class RunFiles:
             source = source or self._find(path, Path(scratch))
         if source is None:
             names = self.names(_parent_folder(path))
-            raise LoadObjectError(f"run {self._run_id}: {unknown_name('artifact', name, names)}")
+            raise LoadObjectError(
+                f"run {self._run_id}: {unknown_name_message('artifact', name, names)}"
+            )
         if target is None:
             return str(source)
         copy = Path(target, path.parent, source.name)

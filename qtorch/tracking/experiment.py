@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pandas as pd
 
-from qtorch.core.errors import ArgumentError, unknown_name
+from qtorch.core.errors import ArgumentError, unknown_name_message
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.recorder import Recorder, visible_recorders
@@ -197,7 +197,7 @@ class MLflowExperiment(Experiment):
             names = {str(r.name) for r in self.list_recorders("list")}
             requested_name = recorder_name or self.default_recorder_name
             raise NotInStoreError(
-                f"experiment {self.name!r}: {unknown_name('recorder', requested_name, names)}"
+                f"experiment {self.name!r}: {unknown_name_message('recorder', requested_name, names)}"
             )
         new_recorder = self.create_recorder(recorder_name)
         return new_recorder.start_run() if start else new_recorder
@@ -263,7 +263,7 @@ class MLflowExperiment(Experiment):
     ) -> Any:
         """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
         if rtype not in (self.RT_D, self.RT_L):
-            raise ArgumentError(unknown_name("rtype", str(rtype), (self.RT_D, self.RT_L)))
+            raise ArgumentError(unknown_name_message("rtype", str(rtype), (self.RT_D, self.RT_L)))
         rows = self._store.runs([self.id], filter_string=filter_string, max_results=max_results)
         recorders = [self._build_recorder(row) for row in rows if status in (None, row.status)]
         return {str(r.id): r for r in recorders} if rtype == self.RT_D else recorders

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qtorch.core.errors import ArgumentError, TrackingError, unknown_name
+from qtorch.core.errors import ArgumentError, TrackingError, unknown_name_message
 from qtorch.tracking.experiment import Experiment, MLflowExperiment, Names, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
@@ -248,7 +248,7 @@ class MLflowExpManager(ExpManager):
         if row is None:
             existing = store.experiments()
             valid = [e.name for e in existing] if id is None else [e.id for e in existing]
-            raise NotInStoreError(unknown_name("experiment", str(id or name), valid))
+            raise NotInStoreError(unknown_name_message("experiment", str(id or name), valid))
         return MLflowExperiment(row.id, row.name, store.uri)
 
     def _get_or_create(

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
-from qtorch.core.errors import ArgumentError, QtorchError, unknown_name
+from qtorch.core.errors import ArgumentError, QtorchError, unknown_name_message
 
 _lock = threading.Lock()
 _running: list[Recorder] = []
@@ -221,7 +221,7 @@ def final_status(kind: type[BaseException] | None) -> str:
 def check_status(status: str) -> str:
     """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
     if status not in Recorder.STATUSES:
-        raise ArgumentError(unknown_name("status", str(status), Recorder.STATUSES))
+        raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
     return status
 
 

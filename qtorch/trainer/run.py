@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
     flatten_dict,
     get_callable_kwargs,
     init_instance_by_config,
-    plain,
+    resolve_config,
 )
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
@@ -55,7 +55,9 @@ def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     )
     if unknown_keys:
         raise ConfigError(
-            unknown_name(f"key of a task's {TRACKING_KEY!r}", str(unknown_keys[0]), TRACKING_FIELDS)
+            unknown_name_message(
+                f"key of a task's {TRACKING_KEY!r}", str(unknown_keys[0]), TRACKING_FIELDS
+            )
         )
     return {k: v for k, v in task.items() if k != TRACKING_KEY}, tracking
 
@@ -67,7 +69,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
     Data source: a handler configured without one gets the session's `provider_uri`. Raises
     ConfigError for a task without model or dataset.
     """
-    task = plain(task)
+    task = resolve_config(task)
     if not isinstance(task, Mapping):
         raise ConfigError(
             f"a task must be a dict with {', '.join(REQUIRED_KEYS)} and record, got "
@@ -79,7 +81,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
                 k for k in task if k not in (*REQUIRED_KEYS, "record", "reweighter", "seed")
             ]
             hint = (
-                f" {unknown_name('task key', unknown_keys[0], REQUIRED_KEYS)}"
+                f" {unknown_name_message('task key', unknown_keys[0], REQUIRED_KEYS)}"
                 if unknown_keys
                 else ""
             )

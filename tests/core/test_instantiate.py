@@ -59,7 +59,7 @@ def make(**kwargs: object) -> dict[str, object]:
 def test_every_form_of_configuration_builds_the_object(config):
     if OmegaConf.is_config(config):
         config = OmegaConf.masked_copy(config, ["_target_", "size", "other"])
-        container = inst.plain(config)
+        container = inst.resolve_config(config)
         container.pop("other")
         config = container
     part = init_instance_by_config(config)

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError, nearest_name, unknown_name
+from qtorch.core.errors import ConfigError, nearest_name, unknown_name_message
 from qtorch.core.files import atomic_write, remove_partial_files
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
@@ -44,8 +44,8 @@ def test_error_messages_suggest_the_nearest_name():
     assert nearest_name("LSMT", ["LSTM", "GRU"]) == "LSTM"
     assert nearest_name("lstm", ["LSTM", "GRU"]) == "LSTM"
     assert nearest_name("zebra", ["LSTM"]) is None
-    assert "Valid names: none" in unknown_name("field", "x", [])
-    assert "(20 in all)" in unknown_name("field", "x", [f"f{k}" for k in range(20)])
+    assert "Valid names: none" in unknown_name_message("field", "x", [])
+    assert "(20 in all)" in unknown_name_message("field", "x", [f"f{k}" for k in range(20)])
 
 
 def test_seed_everything_and_resolve_device():

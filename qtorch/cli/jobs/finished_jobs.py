@@ -21,7 +21,7 @@ from qtorch.cli.jobs.results import FINISHED, JobResult
 from qtorch.cli.jobs.sweep_command import LOCAL, current_sweep, task_overrides
 from qtorch.cli.jobs.work import apply_outcome, print_failure, print_skipped_job, sweep_member
 from qtorch.core.errors import QtorchError
-from qtorch.core.instantiate import plain
+from qtorch.core.instantiate import resolve_config
 from qtorch.core.runtime import progress
 from qtorch.study.sweep_job import find_finished_job, has_finished_jobs
 
@@ -59,7 +59,9 @@ def _skip_job(
     job: DictConfig, number: int, sweep_id: str, calendars: Calendars
 ) -> JobReturn | None:
     hydra = HydraConfig.get()
-    settings = plain(OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"]))
+    settings = resolve_config(
+        OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+    )
     task_words = task_overrides(hydra.overrides.task)
     member = sweep_member(settings, sweep_id, number, task_words)
     task = resolve_segments(settings["task"], calendars)

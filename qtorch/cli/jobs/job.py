@@ -41,8 +41,8 @@ from qtorch.cli.jobs.work import (
     store_result,
 )
 from qtorch.cli.launchers.slurm import is_submitit, run_submitit_job
-from qtorch.core.errors import ConfigError, QtorchError, TrackingError, unknown_name
-from qtorch.core.instantiate import plain
+from qtorch.core.errors import ConfigError, QtorchError, TrackingError, unknown_name_message
+from qtorch.core.instantiate import resolve_config
 from qtorch.process.fork_server import ExitStatus
 from qtorch.study.sweep import SweepJob, sweep_jobs
 from qtorch.task.definition import Task
@@ -131,11 +131,11 @@ def _validate_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings as plain data after checking that they are complete."""
     try:
         check_missing_values(config)
-        settings: dict[str, Any] = plain(config)
+        settings: dict[str, Any] = resolve_config(config)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error)) from error
     if settings["runner"] not in RUNNERS:
-        raise ConfigError(unknown_name("runner", str(settings["runner"]), RUNNERS))
+        raise ConfigError(unknown_name_message("runner", str(settings["runner"]), RUNNERS))
     return settings
 
 

@@ -36,7 +36,7 @@ from qtorch.cli.jobs.results import (
 )
 from qtorch.cli.jobs.sweep_command import current_sweep
 from qtorch.cli.launchers.ray import RayLauncher
-from qtorch.core.errors import ConfigError, format_count, unknown_name
+from qtorch.core.errors import ConfigError, format_count, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE, Choice, Space, Span
 
@@ -136,7 +136,7 @@ def _parse_range(name: str, value: RangeSweep, log: bool) -> Span:
 def _check_tags(name: str, tags: Iterable[str]) -> None:
     for tag in tags:
         if tag not in TAGS:
-            raise ConfigError(f"{name}: {unknown_name('tag', tag, TAGS)}")
+            raise ConfigError(f"{name}: {unknown_name_message('tag', tag, TAGS)}")
 
 
 def _check_log(name: str, low: float, log: bool) -> None:
@@ -379,7 +379,9 @@ class OptunaSweeper(Sweeper):
         elif self.metric in job.metrics:
             study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
         else:
-            raise ConfigError(unknown_name("metric of the run", self.metric, job.metrics, limit=40))
+            raise ConfigError(
+                unknown_name_message("metric of the run", self.metric, job.metrics, limit=40)
+            )
 
     def _postpone(self, trial: TrialJob, job: JobResult) -> None:
         """Postpone a trial whose job another process is running, each time for longer.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.panel.gather import NAN
@@ -68,7 +68,7 @@ class BatchLoader:
         pad_tail: bool = False,
     ) -> None:
         if order not in ORDERS:
-            raise ConfigError(unknown_name("order", order, ORDERS))
+            raise ConfigError(unknown_name_message("order", order, ORDERS))
         for name, value in (("batch_size", batch_size), ("days_per_batch", days_per_batch)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.dataset.extras import Extra, check_extras
@@ -61,11 +61,11 @@ class DatasetH(Dataset):
         self.handler: DataHandler = _build_handler(handler)
         self.allow_overlap = allow_overlap
         self.segments = self._validate_segments(segments)
-        self.fetch_kwargs = dict(plain(fetch_kwargs) or {})
+        self.fetch_kwargs = dict(resolve_config(fetch_kwargs) or {})
         self.horizon = horizon
         self.extras: dict[str, Extra] = {
             name: init_instance_by_config(extra, accept_types=Extra)
-            for name, extra in check_extras(plain(extras)).items()
+            for name, extra in check_extras(resolve_config(extras)).items()
         }
         # Store the built parts, so that the configuration stays correct after `config(...)`.
         self._arguments = {
@@ -75,7 +75,7 @@ class DatasetH(Dataset):
         }
 
     def _validate_segments(self, segments: Mapping[str, Any]) -> dict[str, Segment]:
-        segments = plain(segments)
+        segments = resolve_config(segments)
         if not isinstance(segments, Mapping):
             raise ConfigError(f"segments must be {{name: (start, end)}}, got {segments!r:.80}.")
         spans = {str(name): parse_span(name, value) for name, value in segments.items()}
@@ -117,7 +117,7 @@ class DatasetH(Dataset):
 
     def _prepare_each(self, segments: Any, prepare: Callable[[Any, str | None], Any]) -> Any:
         """Call `prepare` for one segment, for each of a list of names, or for dates."""
-        segments = plain(segments)
+        segments = resolve_config(segments)
         if isinstance(segments, str) and segments in self.segments:
             return prepare(slice(*self.segments[segments]), segments)
         if isinstance(segments, list | tuple) and all(
@@ -125,7 +125,7 @@ class DatasetH(Dataset):
         ):
             return [prepare(slice(*self.segments[s]), s) for s in segments]
         if isinstance(segments, str) and not _is_date(segments):
-            raise ConfigError(unknown_name("segment", segments, self.segments))
+            raise ConfigError(unknown_name_message("segment", segments, self.segments))
         return prepare(segments, None)
 
     def _fetch_segment(
@@ -192,10 +192,10 @@ class DatasetH(Dataset):
         )
 
     def _parse_segment(self, segment: Any) -> tuple[str, Segment]:
-        segment = plain(segment)
+        segment = resolve_config(segment)
         if isinstance(segment, str):
             if segment not in self.segments:
-                raise ConfigError(unknown_name("segment", segment, self.segments))
+                raise ConfigError(unknown_name_message("segment", segment, self.segments))
             return segment, self.segments[segment]
         return "the dates", parse_span("segment", segment)
 

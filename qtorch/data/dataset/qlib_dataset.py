@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, ExpressionError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, ExpressionError, unknown_name_message
 from qtorch.data.dataset.samples import (
     Samples,
     build_samples,
@@ -185,7 +185,9 @@ def view_from_frame(frame: pd.DataFrame) -> View:
         )
     groups = list(dict.fromkeys(frame.columns.get_level_values(0)))
     if GROUPS[0] not in groups:
-        raise DataError(unknown_name("group of columns", GROUPS[0], [str(g) for g in groups]))
+        raise DataError(
+            unknown_name_message("group of columns", GROUPS[0], [str(g) for g in groups])
+        )
     flat_frame = frame.copy(deep=False)
     flat_frame.columns = pd.Index(["/".join(map(str, pair)) for pair in frame.columns.tolist()])
     panel = Panel.from_frame(flat_frame.sort_index())

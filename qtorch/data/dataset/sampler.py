@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.gather import DensePackedColumns, check_fill
 from qtorch.data.panel.panel import NAMES
 from qtorch.data.panel.view import View
@@ -126,7 +126,7 @@ class TSDataSampler:
         names = self._instruments
         column = int(names.get_indexer(pd.Index([str(instrument)], dtype="str"))[0])
         if column < 0:
-            raise DataError(unknown_name("instrument", str(instrument), names))
+            raise DataError(unknown_name_message("instrument", str(instrument), names))
         return row, column
 
 

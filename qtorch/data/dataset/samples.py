@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name
+from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
@@ -236,7 +236,7 @@ class Samples:
         if group == "feature":
             return self.feature_names, self.rows()
         if group not in targets:
-            raise DataError(unknown_name("group of columns", group, ("feature", *targets)))
+            raise DataError(unknown_name_message("group of columns", group, ("feature", *targets)))
         values = targets[group]
         if values is None:
             raise DataError(f"these samples have no {group}.")
@@ -336,7 +336,7 @@ class Samples:
         device's free memory.
         """
         if store not in STORES:
-            raise ConfigError(unknown_name("store", store, STORES))
+            raise ConfigError(unknown_name_message("store", store, STORES))
         target = torch.device(device)
         if str(target) == "cuda":
             target = torch.device("cuda", torch.cuda.current_device())

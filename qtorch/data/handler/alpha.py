@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.columns import Columns
@@ -126,7 +126,7 @@ def alpha158(
     """
     for key in [*(include or ()), *exclude]:
         if key not in ROLLING:
-            raise ConfigError(unknown_name("rolling column", key, ROLLING, limit=40))
+            raise ConfigError(unknown_name_message("rolling column", key, ROLLING, limit=40))
     columns = dict(KBAR) if kbar else {}
     lags = list(price_windows)
     for field in price_fields:
@@ -156,10 +156,12 @@ def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
     }
     for part, options in config.items():
         if part not in known_options:
-            raise ConfigError(unknown_name("part of Alpha158", part, known_options))
+            raise ConfigError(unknown_name_message("part of Alpha158", part, known_options))
         for option in options or {}:
             if option not in known_options[part]:
-                raise ConfigError(unknown_name(f"option of {part}", option, known_options[part]))
+                raise ConfigError(
+                    unknown_name_message(f"option of {part}", option, known_options[part])
+                )
     price, volume, rolling = (config.get(k) or {} for k in ("price", "volume", "rolling"))
     fields = price.get("feature", ("OPEN", "HIGH", "LOW", "CLOSE", "VWAP"))
     return alpha158(
@@ -344,7 +346,7 @@ def select_features(
         return list(expressions), list(names)
     for name in columns:
         if name not in names:
-            raise ConfigError(unknown_name("feature", str(name), names))
+            raise ConfigError(unknown_name_message("feature", str(name), names))
     column_set = set(columns)
     pairs = [(e, n) for e, n in zip(expressions, names, strict=True) if n in column_set]
     return [e for e, _ in pairs], [n for _, n in pairs]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.frames import view_to_frame
 from qtorch.data.panel.panel import NAMES
 from qtorch.data.panel.view import View
@@ -59,7 +59,7 @@ def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
     for group in groups:
         if group not in view.groups:
             choices = [*view.groups, CS_ALL, CS_RAW]
-            raise ConfigError(unknown_name("column set (group)", str(group), choices))
+            raise ConfigError(unknown_name_message("column set (group)", str(group), choices))
     return groups
 
 
@@ -77,7 +77,7 @@ def column_set_names(view: View, col_set: str | Sequence[str]) -> list[Any]:
 
 def _is_date_level(level: str | int | None) -> bool:
     if level not in (None, 0, 1, *NAMES):
-        raise ConfigError(unknown_name("level", str(level), NAMES))
+        raise ConfigError(unknown_name_message("level", str(level), NAMES))
     return level in (NAMES[0], 0)
 
 

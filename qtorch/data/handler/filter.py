@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate
 from qtorch.data.panel.panel import Panel
@@ -98,7 +98,7 @@ _QLIB_NAMES = {"filter_start_time": "fstart_time", "filter_end_time": "fend_time
 
 def build_filters(pipe: Sequence[Any] | None) -> list[DynamicFilter]:
     """Build a `filter_pipe` from objects, configurations, or Qlib's `to_config` dicts."""
-    pipe = plain(pipe)
+    pipe = resolve_config(pipe)
     if pipe is None:
         return []
     if isinstance(pipe, str | Mapping) or not isinstance(pipe, Sequence):
@@ -111,7 +111,9 @@ def _build(item: Any) -> DynamicFilter:
         kwargs = {_QLIB_NAMES.get(k, k): v for k, v in item.items() if k != "filter_type"}
         filter_types = {"NameDFilter": NameDFilter, "ExpressionDFilter": ExpressionDFilter}
         if item["filter_type"] not in filter_types:
-            raise ConfigError(unknown_name("filter_type", str(item["filter_type"]), filter_types))
+            raise ConfigError(
+                unknown_name_message("filter_type", str(item["filter_type"]), filter_types)
+            )
         item = {"class": item["filter_type"], "kwargs": kwargs}
     dynamic_filter = init_instance_by_config(item, MODULE, accept_types=DynamicFilter)
     if not isinstance(dynamic_filter, DynamicFilter):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
@@ -224,7 +224,7 @@ class DataHandler(Configured, Serializable):
 def check_key(data_key: str) -> None:
     """Raise ConfigError for a data key other than raw, infer and learn."""
     if data_key not in DATA_KEYS:
-        raise ConfigError(unknown_name("data_key", str(data_key), DATA_KEYS))
+        raise ConfigError(unknown_name_message("data_key", str(data_key), DATA_KEYS))
 
 
 def _select_columns(frame: pd.DataFrame, col_set: str | Sequence[str]) -> pd.DataFrame:
@@ -299,7 +299,7 @@ class DataHandlerLP(DataHandler):
     ) -> None:
         if process_type not in (self.PTYPE_A, self.PTYPE_I):
             valid_names = (self.PTYPE_A, self.PTYPE_I)
-            raise ConfigError(unknown_name("process_type", str(process_type), valid_names))
+            raise ConfigError(unknown_name_message("process_type", str(process_type), valid_names))
         self.infer_processors = build_processors(infer_processors, "infer_processors")
         self.learn_processors = build_processors(learn_processors, "learn_processors")
         self.shared_processors = build_processors(shared_processors, "shared_processors")
@@ -496,7 +496,7 @@ class DataHandlerLP(DataHandler):
         """
         valid_names = (self.IT_FIT_SEQ, self.IT_FIT_IND, self.IT_LS)
         if init_type not in valid_names:
-            raise ConfigError(unknown_name("init_type", str(init_type), valid_names))
+            raise ConfigError(unknown_name_message("init_type", str(init_type), valid_names))
         self._discard_data()
         self.is_frozen = init_type == self.IT_LS
         if init_type == self.IT_FIT_IND:
@@ -614,7 +614,7 @@ class DataHandlerLP(DataHandler):
             raise ConfigError("label=... requires a frame whose columns have one level.")
         for name in names:
             if name not in df.columns:
-                raise ConfigError(unknown_name("column", name, map(str, df.columns)))
+                raise ConfigError(unknown_name_message("column", name, map(str, df.columns)))
         parts = {"feature": df.drop(columns=names), "label": df[names]}
         return cls(data_loader=StaticDataLoader(parts), **options)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import trust_subclasses
-from qtorch.data.expression import evaluate, expression_fields, reach
+from qtorch.data.expression import evaluate, expression_fields
+from qtorch.data.expression.requirement import join_reaches, max_reach
 from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
 from qtorch.data.handler.filter import DynamicFilter, build_filters
 from qtorch.data.handler.infinite import check_view
@@ -154,18 +155,6 @@ def select_fields(
     return {g: f for g, f in selection.items() if f}
 
 
-def max_reach(expressions: Iterable[str]) -> tuple[int | None, int]:
-    """Return the largest reach of several expressions, in rows before and after a date.
-
-    None before means the whole history.
-    """
-    reaches = [reach(e) for e in expressions]
-    before = (
-        None if any(b is None for b, _ in reaches) else max((b or 0 for b, _ in reaches), default=0)
-    )
-    return before, max((a for _, a in reaches), default=0)
-
-
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
@@ -206,7 +195,7 @@ class QlibDataLoader(DataLoader):
         self.freq = _single_frequency(freq)
         self.inst_processors = inst_processors
         self.source = source
-        self._fields = parse_fields(plain(config))
+        self._fields = parse_fields(resolve_config(config))
         self._filters = build_filters(filter_pipe)
         self._inst_processors = build_inst_processors(inst_processors)
         self._own_source = None if source is None else build_source(source)
@@ -221,7 +210,7 @@ class QlibDataLoader(DataLoader):
     def horizon(self, group: str = "label") -> int | None:
         if group not in self._fields:
             return None
-        return max(reach(e)[1] for e in self._fields[group].values())
+        return max_reach(self._fields[group].values())[1]
 
     def needs_source(self) -> bool:
         return self._own_source is None
@@ -337,8 +326,7 @@ class QlibDataLoader(DataLoader):
     ) -> dict[str, Any]:
         """Build the arguments of the source's load methods, except for the instruments."""
         reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
-        reaches.append(max_reach(rule_expressions))
-        before = None if any(b is None for b, _ in reaches) else max(b or 0 for b, _ in reaches)
+        before, after = join_reaches([*reaches, max_reach(rule_expressions)])
         field_names = dict.fromkeys(f for g, e in fields.items() for f in self.group_fields(g, e))
         field_names.update(dict.fromkeys(expression_fields(rule_expressions)))
         return {
@@ -347,7 +335,7 @@ class QlibDataLoader(DataLoader):
             "end_time": end_time,
             "freq": self.freq,
             "before": before,
-            "after": max(a for _, a in reaches),
+            "after": after,
         }
 
 
@@ -365,7 +353,7 @@ class StaticDataLoader(DataLoader):
 
     def __init__(self, config: Any, join: str = "outer") -> None:
         if join not in HOW:
-            raise ConfigError(unknown_name("join", join, HOW))
+            raise ConfigError(unknown_name_message("join", join, HOW))
         self.config = config
         self.join = join
         self._view: View | None = None
@@ -401,7 +389,7 @@ class NestedDataLoader(DataLoader):
 
     def __init__(self, dataloader_l: Sequence[Any], join: str = "left") -> None:
         if join not in HOW:
-            raise ConfigError(unknown_name("join", join, HOW))
+            raise ConfigError(unknown_name_message("join", join, HOW))
         if not dataloader_l:
             raise ConfigError("NestedDataLoader needs at least one loader.")
         self.dataloader_l = dataloader_l
@@ -443,7 +431,7 @@ class NestedDataLoader(DataLoader):
 
 def build_loader(config: Any) -> DataLoader:
     """Build a loader from a configuration, a class name, or an object with Qlib's `load(...)`."""
-    config = plain(config)
+    config = resolve_config(config)
     if config is None:
         raise ConfigError("a handler needs data_loader=..., or DataHandlerLP.from_df(frame).")
     if isinstance(config, pd.DataFrame):
@@ -522,7 +510,7 @@ def _split_universe(instruments: Any) -> tuple[Any, Any]:
     if instruments is None:
         log.info("no instruments given, loading all instruments of the source")
         return "all", None
-    instruments = plain(instruments)
+    instruments = resolve_config(instruments)
     if isinstance(instruments, Mapping) and "market" in instruments:
         return instruments["market"], instruments.get("filter_pipe")
     return instruments, None

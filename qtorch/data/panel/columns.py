@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.elementwise import Chain, Elementwise
 from qtorch.data.panel.gather import DensePackedColumns, PackedColumns
 from qtorch.data.panel.panel import Panel
@@ -130,7 +130,7 @@ class Columns(ABC):
         existing = set(self.names)
         for name in names:
             if name not in existing:
-                raise DataError(unknown_name("column", name, self.names))
+                raise DataError(unknown_name_message("column", name, self.names))
 
     # -- derived columns -----------------------------------------------------------------------
 

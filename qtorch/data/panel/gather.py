@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.panel.elementwise import FusedChain
 
 Fill = Literal["none", "ffill", "ffill+bfill"]
@@ -269,7 +269,7 @@ class DensePackedColumns(PackedColumns):
 def check_fill(fill: str) -> None:
     """Raise ConfigError for a fill that is not one of Qlib's three."""
     if fill not in FILLS:
-        raise ConfigError(unknown_name("fillna_type", fill, FILLS))
+        raise ConfigError(unknown_name_message("fillna_type", fill, FILLS))
 
 
 def infinite_message(names: list[str], source: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.dates import date_rows
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import DataError, unknown_name_message
 
 NAMES = ("datetime", "instrument")
 
@@ -113,7 +113,7 @@ class Panel:
         try:
             return self._position[field]
         except KeyError:
-            raise DataError(unknown_name("field", field, self.fields)) from None
+            raise DataError(unknown_name_message("field", field, self.fields)) from None
 
     def column(self, field: str) -> Tensor:
         """Return one field as `[D, N]`; this is a view and must not be written to."""
@@ -136,7 +136,7 @@ class Panel:
             columns = names.get_indexer(pd.Index(list(instruments), dtype="str"))
             if (columns < 0).any():
                 missing = str(list(instruments)[int(np.flatnonzero(columns < 0)[0])])
-                raise DataError(unknown_name("instrument", missing, names))
+                raise DataError(unknown_name_message("instrument", missing, names))
             index = torch.as_tensor(columns, device=values.device)
             values = values.permute(2, 0, 1)[:, :, index].permute(1, 2, 0)
             mask = mask[:, index]

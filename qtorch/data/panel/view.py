@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.dates import date_rows
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.columns import Columns, PanelColumns
 from qtorch.data.panel.panel import NAMES, Panel
 
@@ -64,7 +64,7 @@ class View:
         try:
             return self.groups[name]
         except KeyError:
-            raise DataError(unknown_name("group of columns", name, self.groups)) from None
+            raise DataError(unknown_name_message("group of columns", name, self.groups)) from None
 
     def with_group(self, name: str, columns: Columns) -> View:
         """Return a view with one group replaced or added."""
@@ -224,7 +224,7 @@ def _select_members(members: Any, instruments: pd.Index) -> pd.Index:
         ]  # a universe may have more instruments than the frame
     missing = requested_names[~requested_names.isin(instruments)]
     if len(missing):
-        raise DataError(unknown_name("instrument", str(missing[0]), instruments))
+        raise DataError(unknown_name_message("instrument", str(missing[0]), instruments))
     return instruments[instruments.isin(requested_names)]
 
 

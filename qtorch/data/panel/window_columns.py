@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.elementwise import Chain, FusedChain
 from qtorch.data.panel.gather import NAN, History, PackedColumns, check_fill
@@ -64,7 +64,7 @@ class WindowColumns(Columns):
             bars.position(field)
         for name in self.names:
             if name not in self._overrides and name not in self._position:
-                raise DataError(unknown_name("column", name, self._position))
+                raise DataError(unknown_name_message("column", name, self._position))
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.panel.view import View
@@ -162,9 +162,9 @@ def _resolve_item(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
     if isinstance(item, tuple | list) and len(item) == 2:
         group, name = str(item[0]), str(item[1])
         if group not in groups:
-            raise ConfigError(unknown_name("group of columns", group, groups))
+            raise ConfigError(unknown_name_message("group of columns", group, groups))
         if name not in groups[group]:
-            raise ConfigError(unknown_name(f"column of {group!r}", name, groups[group]))
+            raise ConfigError(unknown_name_message(f"column of {group!r}", name, groups[group]))
         return group, (name,)
     if not isinstance(item, str):
         raise ConfigError(
@@ -175,8 +175,8 @@ def _resolve_item(groups: Names, item: Any) -> tuple[str, tuple[str, ...]]:
     if set(groups) == {FLAT}:
         if item in groups[FLAT]:
             return FLAT, (item,)
-        raise ConfigError(unknown_name("column", item, groups[FLAT]))
-    raise ConfigError(unknown_name("group of columns", item, groups))
+        raise ConfigError(unknown_name_message("column", item, groups[FLAT]))
+    raise ConfigError(unknown_name_message("group of columns", item, groups))
 
 
 def column_names(view: View) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
 
@@ -177,7 +177,7 @@ class CSZScoreNorm(_ComparisonProcessor):
 
     def __init__(self, fields_group: FieldsGroup = None, method: str = "zscore") -> None:
         if method not in METHODS:
-            raise ConfigError(unknown_name("method of CSZScoreNorm", method, METHODS))
+            raise ConfigError(unknown_name_message("method of CSZScoreNorm", method, METHODS))
         self.fields_group = fields_group
         self.method = method
 

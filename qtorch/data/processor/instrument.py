@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.panel.view import View
@@ -77,7 +77,7 @@ class InstrumentProcessor:
 
 def build_inst_processors(config: Any) -> list[Callable[[View], View]]:
     """Build view processors from `inst_processors`; raise ConfigError for unsupported forms."""
-    config = plain(config)
+    config = resolve_config(config)
     if not config:
         return []
     if isinstance(config, Mapping):

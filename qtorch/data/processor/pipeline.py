@@ -13,7 +13,7 @@ import torch
 
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.handler.infinite import describe_infinities
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FLAT, Names, Processor, select_dates
@@ -215,7 +215,7 @@ def build_processor(config: Any) -> Processor:
     classes in `qtorch.data.processor`. A callable that is not a Processor is treated as a pandas
     processor with Qlib's protocol.
     """
-    config = plain(config)
+    config = resolve_config(config)
     if isinstance(config, Processor):
         return config
     if not isinstance(config, str | Mapping | Path):
@@ -230,7 +230,7 @@ def build_processors(configs: Sequence[Any] | None, argument: str) -> list[Proce
     """Build a list of processors; `argument` is its name in error messages."""
     if configs is None:
         return []
-    configs = plain(configs)
+    configs = resolve_config(configs)
     if isinstance(configs, str | Mapping) or not isinstance(configs, Sequence):
         raise ConfigError(
             f"{argument} must be a list of processors, got {configs!r:.80}; write [{{...}}]."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Names, Processor, column_names, select_columns
 
@@ -41,7 +41,7 @@ class DropCol(_SelectionProcessor):
     def check_names(self, names: Names) -> None:
         existing_names = {n for columns in names.values() for n in columns}
         for name in sorted(set(self.col_list) - existing_names):
-            log.warning("DropCol: %s", unknown_name("column", name, existing_names))
+            log.warning("DropCol: %s", unknown_name_message("column", name, existing_names))
 
 
 class FilterCol(_SelectionProcessor):
@@ -60,7 +60,9 @@ class FilterCol(_SelectionProcessor):
         existing_names = {n for columns in group_columns.values() for n in columns}
         for name in self.col_list:
             if name not in existing_names:
-                raise ConfigError(f"FilterCol: {unknown_name('column', name, existing_names)}")
+                raise ConfigError(
+                    f"FilterCol: {unknown_name_message('column', name, existing_names)}"
+                )
         return {
             g: tuple(n for n in columns if n in kept_names or n not in group_columns.get(g, ()))
             for g, columns in names.items()

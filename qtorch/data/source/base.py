@@ -14,14 +14,14 @@ from torch import Tensor
 
 from qtorch.core.configured import Configured
 from qtorch.core.dates import date_rows
-from qtorch.core.errors import DataError, unknown_name
+from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import (
     check_fields,
     expression_fields,
     mask_instruments,
-    reach,
+    max_reach,
 )
 from qtorch.data.handler.infinite import check_bars
 from qtorch.data.panel.panel import Panel, clip_spans, within_spans
@@ -178,15 +178,14 @@ class Source(Configured, ABC):
             raise DataError(
                 f"fields must be a list of expressions with at least one; got {fields!r}."
             )
-        reaches = [reach(expression) for expression in fields]
-        histories = [before for before, _ in reaches if before is not None]
+        before, after = max_reach(fields)
         load_arguments: dict[str, Any] = {
             "fields": expression_fields(fields),
             "start_time": start_time,
             "end_time": end_time,
             "freq": freq,
-            "before": max(histories) if len(histories) == len(reaches) else None,
-            "after": max(after for _, after in reaches),
+            "before": before,
+            "after": after,
         }
         bars = self.load_for_expressions(fields, instruments=instruments, **load_arguments)
         mask_bars = self.load_mask_bars(fields, **load_arguments)
@@ -228,7 +227,7 @@ class Source(Configured, ABC):
             return name
         if name.lower() in stored_names:
             return name.lower()
-        raise DataError(unknown_name("universe", name, stored_names))
+        raise DataError(unknown_name_message("universe", name, stored_names))
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
         """Return the names that have bars; a source may drop others with a warning."""
@@ -265,7 +264,7 @@ class Source(Configured, ABC):
         stored_names = self.instrument_names()
         for name in instruments:
             if name not in stored_names:
-                raise DataError(unknown_name("instrument", name, stored_names))
+                raise DataError(unknown_name_message("instrument", name, stored_names))
         return {
             str(name): [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in spans]
             for name, spans in instruments.items()

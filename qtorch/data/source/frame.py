@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
@@ -78,7 +78,7 @@ class PanelSource(Source):
 
     def _check_frequency(self, freq: str) -> None:
         if frequency(freq) != frequency(self.freq):
-            raise DataError(unknown_name("frequency", freq, [self.freq]))
+            raise DataError(unknown_name_message("frequency", freq, [self.freq]))
 
 
 class FrameSource(PanelSource):
@@ -180,7 +180,7 @@ def build_membership(
     for name in named_spans:
         if name not in stored_names:
             raise DataError(
-                f"universe {universe!r}: {unknown_name('instrument', name, stored_names)}"
+                f"universe {universe!r}: {unknown_name_message('instrument', name, stored_names)}"
             )
     start, end = all_days[0]
     return {
@@ -193,7 +193,7 @@ def build_membership(
 
 def build_source(config: Any) -> Source:
     """Build a source from a Source, a configuration, a folder of Qlib files, a frame or a Panel."""
-    config = plain(config)
+    config = resolve_config(config)
     if isinstance(config, Mapping):
         source = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
         return as_source(source)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.session import session
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -89,7 +89,9 @@ class QlibSource(Source):
                 frequencies = [
                     p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
                 ]
-                raise DataError(f"{path.parent}: {unknown_name('frequency', freq, frequencies)}")
+                raise DataError(
+                    f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
+                )
             lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
             calendar = normalise_calendar(lines)
             if not (calendar.is_monotonic_increasing and calendar.is_unique):
@@ -161,7 +163,7 @@ class QlibSource(Source):
                     block[i, lo - rows.start : hi - rows.start] = data[lo - first : hi - first]
             if (file_spans[k, :, 1] < 0).all():
                 raise DataError(
-                    f"{self._folder}: {unknown_name('field', fields[k], self.fields(freq))}"
+                    f"{self._folder}: {unknown_name_message('field', fields[k], self.fields(freq))}"
                 )
             values[k] = block.T
         self._check_ends(file_spans[..., 1], instruments, files, freq)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
 from qtorch.data.source.base import Membership, frequency
 from qtorch.data.source.frame import PanelSource, build_membership, span_membership
@@ -59,7 +59,7 @@ class TableSource(PanelSource):
         freq: str = "day",
     ) -> None:
         if layout not in LAYOUTS:
-            raise ConfigError(unknown_name("layout", layout, LAYOUTS))
+            raise ConfigError(unknown_name_message("layout", layout, LAYOUTS))
         self.path = str(path)
         self.layout = layout
         self.columns = dict(columns or {})
@@ -137,7 +137,7 @@ class TableSource(PanelSource):
         fields = {field: name for field, name in self.columns.items() if field not in NAMES}
         for name in fields.values():
             if name not in files:
-                raise DataError(unknown_name("file of a field", name, files))
+                raise DataError(unknown_name_message("file of a field", name, files))
         columns = [
             self._wide_field(files[name]).rename(field.lstrip("$"))
             for field, name in (fields or {name: name for name in files}).items()
@@ -292,7 +292,7 @@ def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> None:
     if column not in table.columns:
-        raise DataError(f"{file}: {unknown_name('column', column, table.columns)}")
+        raise DataError(f"{file}: {unknown_name_message('column', column, table.columns)}")
 
 
 def _require_numeric(table: pd.DataFrame, file: Path) -> None:

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger, MLFlowLogger
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.model.loop.loader import StepLoader
 from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS, stop_state
@@ -148,7 +148,7 @@ class PruningCallback(pl.Callback):
         if self.report not in metrics:
             if "valid/loss" in metrics:
                 raise ConfigError(
-                    unknown_name("metric to report to the search", self.report, metrics)
+                    unknown_name_message("metric to report to the search", self.report, metrics)
                 )
             return False  # a pretraining epoch has no score yet
         value = float(metrics[self.report])

@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.loop.callbacks import BatchProgressBar, RecorderLogger, build_loggers
@@ -98,7 +98,9 @@ def trainer_options(
     valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
     for name in user_arguments:
         if name not in valid:
-            raise ArgumentError(unknown_name("argument of the trainer", name, valid, limit=60))
+            raise ArgumentError(
+                unknown_name_message("argument of the trainer", name, valid, limit=60)
+            )
     arguments = dict(user_arguments)
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
@@ -235,7 +237,7 @@ def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
     """Return a metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
     name = MONITOR_NAMES.get(monitor, monitor)
     if mode not in (None, "min", "max"):
-        raise ConfigError(unknown_name("mode of the monitor", str(mode), ("min", "max")))
+        raise ConfigError(unknown_name_message("mode of the monitor", str(mode), ("min", "max")))
     is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
     return name, mode or ("min" if is_lower_better else "max")
 
@@ -244,7 +246,9 @@ def check_monitor(*names: str) -> None:
     """Raise ConfigError, with the nearest name, for a metric that a ScoreModule does not log."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(unknown_name("metric to monitor", name, (*MONITOR_NAMES, *METRICS)))
+            raise ConfigError(
+                unknown_name_message("metric to monitor", name, (*MONITOR_NAMES, *METRICS))
+            )
 
 
 class ScoreEarlyStopping(EarlyStopping):
@@ -275,7 +279,7 @@ def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None,
     valid = ("monitor", "patience", "mode", "min_delta")
     for name in options:
         if name not in valid:
-            raise ConfigError(unknown_name("option of early_stop", name, valid))
+            raise ConfigError(unknown_name_message("option of early_stop", name, valid))
     name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
     callback = ScoreEarlyStopping(

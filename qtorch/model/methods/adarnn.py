@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.loop.module import ScoreModule
@@ -63,9 +63,9 @@ class ADARNNModule(ScoreModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         if loss_type not in DISTANCES:
-            raise ConfigError(unknown_name("loss_type", loss_type, DISTANCES))
+            raise ConfigError(unknown_name_message("loss_type", loss_type, DISTANCES))
         if domains not in SPLITS:
-            raise ConfigError(unknown_name("domains", domains, SPLITS))
+            raise ConfigError(unknown_name_message("domains", domains, SPLITS))
         if not 2 <= num_domains <= NUM_SLOTS:
             raise ConfigError(f"num_domains is {num_domains}; expected 2 to {NUM_SLOTS}.")
         self.dw, self.loss_type, self.pre_epoch = dw, loss_type, pre_epoch

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ArgumentError, ConfigError, nearest_name, unknown_name
+from qtorch.core.errors import ArgumentError, ConfigError, nearest_name, unknown_name_message
 from qtorch.core.session import session
 from qtorch.model.base import ModelFT
 from qtorch.model.tabular.base import Rows, TabularModel
@@ -60,7 +60,7 @@ class LGBModel(TabularModel, ModelFT):
         **parameters: Any,
     ) -> None:
         if loss not in LOSSES:
-            raise ConfigError(unknown_name("loss of LGBModel", loss, LOSSES))
+            raise ConfigError(unknown_name_message("loss of LGBModel", loss, LOSSES))
         self.loss = loss
         self.early_stopping_rounds = early_stopping_rounds
         self.num_boost_round = num_boost_round
@@ -231,7 +231,7 @@ def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
             valid = {*names.values(), *RENAMED_PARAMETERS.values()} - set(RENAMED_PARAMETERS)
             if nearest_name(alias, valid) is None:
                 valid |= set(names)
-            raise ArgumentError(unknown_name("parameter of LightGBM", alias, valid))
+            raise ArgumentError(unknown_name_message("parameter of LightGBM", alias, valid))
         name = names[alias]
         if name in RENAMED_PARAMETERS:
             raise ArgumentError(f"use {RENAMED_PARAMETERS[name]} instead of {alias}.")

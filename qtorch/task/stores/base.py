@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from qtorch.core.errors import ConfigError, TaskStoreError, unknown_name
+from qtorch.core.errors import ConfigError, TaskStoreError, unknown_name_message
 from qtorch.task.definition import Definition, definition_hash, query_token
 
 WAITING, RUNNING, PART_DONE, DONE, FAILED = "waiting", "running", "part_done", "done", "failed"
@@ -58,7 +58,7 @@ def parse_query(query: Mapping[str, Any] | None, status: str | None = None) -> C
 def check_status(status: Any) -> str:
     """Return a status; raise ConfigError, with the nearest name, if it does not exist."""
     if status not in STATUSES:
-        raise ConfigError(unknown_name("task status", str(status), STATUSES))
+        raise ConfigError(unknown_name_message("task status", str(status), STATUSES))
     return str(status)
 
 

@@ -15,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.tracking.trials.trial import Choice, Space, Span
 
@@ -85,7 +85,7 @@ def _options(spec: Any, class_names: Mapping[str, str], label: str, module: str)
             raise ConfigError(f"the configuration of a {label} needs _target_; got {dict(spec)}.")
         return dict(spec)
     if spec not in class_names:
-        raise ConfigError(unknown_name(label, str(spec), class_names))
+        raise ConfigError(unknown_name_message(label, str(spec), class_names))
     return {"_target_": f"{module}.{class_names[str(spec)]}"}
 
 
