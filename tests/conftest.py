@@ -62,7 +62,7 @@ def template_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The first store that is created adds a missing template.
     """
-    from qtorch.tracking.locations import cache_folder
+    from qtorch.core.files import cache_folder
 
     folder = tmp_path_factory.mktemp("cache")
     for template in cache_folder().glob("mlflow-*.db"):
@@ -197,7 +197,7 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Create the figures of report pages without drawing them, which would take seconds."""
     from qtorch.record.report import page
 
-    monkeypatch.setattr(page, "_png", lambda figure: page._Png(b"picture", 'width="1"'))
+    monkeypatch.setattr(page, "_png", lambda figure: page.Png(b"picture", 1, 1))
 
 
 @pytest.fixture
@@ -205,11 +205,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the figures of report pages, but write their files and page elements."""
     from qtorch.record.report import page
 
-    def picture(self, name, draw, *data, alt_text, **options):
-        (self.folder / f"{name}.png").write_bytes(b"picture")
-        return f'<figure id="{name}"><img src="data:," alt="{alt_text}"></figure>'
+    def draw(self, name, chart, *args, **options):
+        picture = page.Png(b"picture", 1, 1)
+        (self.folder / f"{name}.png").write_bytes(picture.data)
+        self.pictures[name] = page.Picture(name, picture, picture)
 
-    monkeypatch.setattr(page.Page, "picture", picture)
+    monkeypatch.setattr(page.Page, "draw", draw)
 
 
 @pytest.fixture(scope="session")

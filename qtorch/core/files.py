@@ -1,4 +1,4 @@
-"""Atomic file writes, and the folder for cached files."""
+"""Atomic file writes, file locks, and the folder for cached files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from qtorch.core.errors import FileLockError
 
 PARTIAL_SUFFIX = ".part"
 
@@ -63,3 +66,31 @@ def remove_partial_files(folder: str | Path) -> None:
         with contextlib.suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+@contextmanager
+def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (flock, so that it is freed if the process dies).
+
+    Raises FileLockError after `timeout` seconds, and if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise FileLockError(f"cannot lock {path}: {error}") from error
+    try:
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise FileLockError(
+                        f"could not lock {path} within {timeout:.0f} s: another process holds it."
+                    ) from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)

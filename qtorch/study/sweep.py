@@ -7,16 +7,16 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from statistics import fmean, stdev
 from typing import Any
 
-from qtorch.core.errors import ConfigError, QtorchError, unknown_name
-from qtorch.core.files import atomic_write, cache_folder
-from qtorch.study.claim import claims_folder, is_held
+from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
+from qtorch.core.files import atomic_write, cache_folder, file_lock
+from qtorch.process.lease import is_held
 from qtorch.tracking.experiment import MLflowExperiment
-from qtorch.tracking.locations import file_lock, redact_password
+from qtorch.tracking.locations import claims_folder, redact_password
 from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG, MLflowRecorder, with_run_tags
 from qtorch.tracking.recorder import Recorder
@@ -34,19 +34,26 @@ PLAN, PLAN_FORMAT = "sweep", 1
 REGISTRY_FOLDER = "sweeps"
 
 
-@dataclass(frozen=True)
-class SweepJob:
-    """One job of a sweep, as stored in its run. `seconds` is working time."""
+@dataclass
+class JobResult:
+    """The result of one job: of a sweep, as stored in its run, or of a single training.
+
+    `seconds` is working time. `setting` identifies the task without its seed. `note` says how the
+    job got its run unless it was simply trained. `pool_task` is its task in a pool: id, pool, url,
+    wait. The field names are stored in job.json.
+    """
 
     number: int
     overrides: list[str]
     status: str
-    run_id: str | None
-    metrics: Mapping[str, float]
-    seconds: float
-    setting: str = ""
+    seconds: float = 0.0
+    run_id: str | None = None
+    experiment: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    pool_task: dict[str, Any] | None = None
     note: str | None = None
+    setting: str = ""
 
 
 def start_sweep(
@@ -143,24 +150,24 @@ def end_sweep(
 # -- reading sweeps --------------------------------------------------------------------------------
 
 
-def sweep_jobs(sweep_id: str) -> list[SweepJob]:
+def sweep_jobs(sweep_id: str) -> list[JobResult]:
     """The jobs of a sweep that have a run, by number; for each job its newest run."""
     key = JOB_TAG + sweep_id
-    jobs: dict[str, SweepJob] = {}
+    jobs: dict[str, JobResult] = {}
     for row in _find_runs(f"tags.`{key}` != ''"):
         details = json.loads(row.tags[key])
         jobs[row.tags.get(TASK_TAG, row.id)] = _parse_job(row, details)
     return sorted(jobs.values(), key=lambda j: (j.number, j.run_id))
 
 
-def _parse_job(row: RunRow, details: Mapping[str, Any]) -> SweepJob:
+def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     status, note = row.status, None
     if status == Recorder.STATUS_R and not is_held(claim_path(row.experiment_id, row.tags)):
         status, note = Recorder.STATUS_K, "its process is gone"
     seconds = float(row.tags.get(SECONDS_TAG, "nan"))
     if seconds != seconds and row.start_time and row.end_time:
         seconds = (row.end_time - row.start_time) / 1000
-    return SweepJob(
+    return JobResult(
         number=int(details["number"]),
         overrides=list(details["overrides"]),
         status=status,
@@ -206,7 +213,7 @@ def find_sweep(name_or_id: str) -> RunRow:
     matches = [s for s in sweeps if name_or_id in (s.id, s.tags[SWEEP_TAG])]
     if not matches:
         raise ConfigError(
-            f"{unknown_name('sweep', name_or_id, {s.tags[SWEEP_TAG] for s in sweeps})} "
+            f"{unknown_name_message('sweep', name_or_id, {s.tags[SWEEP_TAG] for s in sweeps})} "
             f"Searched in {redact_password(R.get_uri())}; for another store set tracking.uri=..."
         )
     if len(matches) > 1:
@@ -291,7 +298,7 @@ class SeedGroup:
     """Finished jobs whose tasks are equal except for the seed."""
 
     name: str
-    jobs: tuple[SweepJob, ...]
+    jobs: tuple[JobResult, ...]
 
     def metric_statistics(self, metric: str) -> tuple[float, float, int]:
         """Mean, standard deviation (ddof 1; NaN for one value) and count of a metric's values."""
@@ -302,28 +309,28 @@ class SeedGroup:
         return fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values)
 
 
-def common_overrides(jobs: Sequence[SweepJob], command: str = "") -> set[str]:
+def common_overrides(jobs: Sequence[JobResult], command: str = "") -> set[str]:
     """The overrides that all jobs share; for a single job, those that the command has verbatim."""
     common = set.intersection(*(set(j.overrides) for j in jobs)) if jobs else set()
     return common if len(jobs) > 1 else common & set(command.split())
 
 
-def seed_groups(jobs: Sequence[SweepJob]) -> list[SeedGroup]:
+def seed_groups(jobs: Sequence[JobResult]) -> list[SeedGroup]:
     """Group the finished jobs, in the order of their first ones; named by what they vary."""
     common = common_overrides(jobs)
-    members: dict[str, list[SweepJob]] = {}
+    members: dict[str, list[JobResult]] = {}
     for job in jobs:
         if job.status == Recorder.STATUS_FI:
             members.setdefault(job.setting, []).append(job)
     return [SeedGroup(_group_name(group, common), tuple(group)) for group in members.values()]
 
 
-def choose_metric(jobs: Sequence[SweepJob], metric: str | None = None) -> str:
+def choose_metric(jobs: Sequence[JobResult], metric: str | None = None) -> str:
     """The metric to rank jobs by: the given one (ConfigError if no job has it), else a Rank IC."""
     logged_metrics = sorted({key for job in jobs for key in job.metrics})
     if metric is not None:
         if metric not in logged_metrics:
-            raise ConfigError(unknown_name("metric", metric, logged_metrics, limit=30))
+            raise ConfigError(unknown_name_message("metric", metric, logged_metrics, limit=30))
         return metric
     default = next((name for name in DEFAULT_METRICS if name in logged_metrics), None)
     if default is None:
@@ -337,13 +344,13 @@ def resolve_mode(metric: str, mode: str | None = None) -> str:
     """The mode "max" or "min": the given one, else "min" for losses and errors."""
     if mode is not None:
         if mode not in MODES:
-            raise ConfigError(unknown_name("mode", mode, MODES))
+            raise ConfigError(unknown_name_message("mode", mode, MODES))
         return mode
     last = metric.lower().replace("/", ".").rpartition(".")[2]
     return "min" if any(word in last.split("_") for word in MINIMIZED_METRICS) else "max"
 
 
-def best_job(jobs: Sequence[SweepJob], metric: str, mode: str = "max") -> SweepJob | None:
+def best_job(jobs: Sequence[JobResult], metric: str, mode: str = "max") -> JobResult | None:
     """The finished job with the best value; None if no job has the metric."""
     candidates = [j for j in jobs if j.status == Recorder.STATUS_FI]
     candidates = [j for j in candidates if math.isfinite(j.metrics.get(metric, math.nan))]
@@ -358,7 +365,7 @@ def best_group(groups: Sequence[SeedGroup], metric: str, mode: str = "max") -> S
     return pick(candidates, key=lambda g: g.metric_statistics(metric)[0]) if candidates else None
 
 
-def _group_name(jobs: Sequence[SweepJob], common: set[str]) -> str:
+def _group_name(jobs: Sequence[JobResult], common: set[str]) -> str:
     varying = [o for o in jobs[0].overrides if o not in common and not _is_seed(o)]
     return " ".join(varying) or "one setting"
 

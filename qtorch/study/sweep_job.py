@@ -12,9 +12,9 @@ from typing import Any
 
 from qtorch.core.errors import LoadObjectError, TrustError
 from qtorch.core.identity import digest, fit_id, task_id
-from qtorch.core.instantiate import init_instance_by_config, plain
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
-from qtorch.study.claim import hold_claim
+from qtorch.process.lease import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
 from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG, with_run_tags
@@ -80,7 +80,7 @@ def identify_task(task: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     The tags identify the whole task, the task without its seed, and its training. A task without a
     seed gets one that is derived from its definition, so that it has an identity.
     """
-    config = plain(task)
+    config = resolve_config(task)
     if config.get("seed") is None and session().seed is None:
         config = {**config, "seed": int(digest(config)[:8], 16) % 2**31}
     complete = complete_task(config)

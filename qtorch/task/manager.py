@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from qtorch.core.errors import (
     ConfigError,
@@ -20,6 +19,8 @@ from qtorch.core.errors import (
     TaskTimeout,
     format_count,
 )
+from qtorch.process.heartbeat import RUN
+from qtorch.process.lease import RenewalThread
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
 from qtorch.task.pool import Pool, default_url, error_columns, open_store, row_to_task
 from qtorch.task.stores.base import (
@@ -35,13 +36,16 @@ from qtorch.task.stores.base import (
     retry_while_unavailable,
 )
 
-if TYPE_CHECKING:
-    from qtorch.task.definition import Task
-
-
 log = logging.getLogger(__name__)
 
-MAX_LISTED = 10
+Ids = list[str]  # inside TaskManager, `list` is a method
+Query = Mapping[str, Any]
+
+LEASE_SECONDS = 60.0
+PATIENCE_SECONDS = 600.0
+RESET_VALUES = {"errors": 0, "lost": 0, "error": None, "traceback": None}
+SWEEP_SECONDS = 0.5  # between two searches for expired leases while other tasks are waiting
+MAX_LISTED = 10  # tasks named in a timeout error
 
 
 class WaitResult(dict[str, int]):
@@ -50,184 +54,6 @@ class WaitResult(dict[str, int]):
     def __init__(self, stat: Mapping[str, int], failed_tasks: Sequence[Task] = ()) -> None:
         super().__init__(stat)
         self.failed_tasks = list(failed_tasks)
-
-
-def wait_for_tasks(
-    manager: TaskManager,
-    query: Mapping[str, Any] | None,
-    *,
-    timeout: float | None,
-    poll: float,
-    on_progress: Callable[[dict[str, int]], None] | None,
-    final_statuses: Sequence[str],
-) -> WaitResult:
-    """See `TaskManager.wait`."""
-    end = None if timeout is None else time.monotonic() + timeout
-    previous_stat: dict[str, int] | None = None
-    while True:
-        manager.reclaim_expired_leases()
-        stat = manager.task_stat(query)
-        num_unfinished = sum(n for status, n in stat.items() if status not in final_statuses)
-        if previous_stat is None and num_unfinished:
-            log.info("waiting for tasks of pool %r: %s", manager.task_pool, stat)
-        if stat != previous_stat and on_progress is not None:
-            on_progress(dict(stat))
-        previous_stat = stat
-        if not num_unfinished:
-            return _build_result(manager, stat, query)
-        if end is not None and time.monotonic() >= end:
-            raise _build_timeout_error(manager, float(timeout or 0), query, final_statuses)
-        time.sleep(poll if end is None else max(0.0, min(poll, end - time.monotonic())))
-
-
-def _build_result(
-    manager: TaskManager, stat: Mapping[str, int], query: Mapping[str, Any] | None
-) -> WaitResult:
-    if not stat.get(FAILED):
-        return WaitResult(stat)
-    failed_tasks = [t for t in manager.query(query, decode=False) if t["status"] == FAILED]
-    lines = "".join(f"\n  task {t['_id']}: {t['error']}" for t in failed_tasks)
-    log.warning("%d of %d tasks failed:%s", len(failed_tasks), sum(stat.values()), lines)
-    return WaitResult(stat, failed_tasks)
-
-
-def _build_timeout_error(
-    manager: TaskManager,
-    timeout: float,
-    query: Mapping[str, Any] | None,
-    final_statuses: Sequence[str],
-) -> TaskTimeout:
-    tasks = [t for t in manager.query(query, decode=False) if t["status"] not in final_statuses]
-    descriptions = [
-        f"{t['_id']} ({t['status']}{' on ' + t['worker']['host'] if t['worker'] else ''})"
-        for t in tasks[:MAX_LISTED]
-    ]
-    suffix = (
-        f", and {len(tasks) - len(descriptions)} more" if len(tasks) > len(descriptions) else ""
-    )
-    return TaskTimeout(
-        f"timeout after {timeout:g} s: {format_count(len(tasks), 'unfinished task')} of pool "
-        f"{manager.task_pool!r}: {', '.join(descriptions)}{suffix}. Start workers, or wait longer.",
-        [t["_id"] for t in tasks],
-    )
-
-
-class LeaseRenewer:
-    """Context manager in which a thread renews the task's lease; sets `lease_lost` if that fails.
-
-    `report_progress` is sent with the next renewal, `report_run` immediately; both are signs of
-    life. With `hang_after`, work without a sign of life for that many seconds counts as hung:
-    `work_hung` is set and the lease is no longer renewed, so that it expires even if nothing can
-    interrupt the work. `on_end` is called (in the thread) if the lease is lost or the work hangs.
-    """
-
-    def __init__(
-        self,
-        manager: TaskManager,
-        task: Task,
-        on_end: Callable[[], None] | None = None,
-        *,
-        hang_after: float | None = None,
-    ) -> None:
-        self.manager, self.task, self.on_end, self.hang_after = manager, task, on_end, hang_after
-        self.lease_lost, self.work_hung = threading.Event(), threading.Event()
-        self._last_sign = time.monotonic()
-        self._wake, self._stop = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
-        self._progress: dict[str, Any] | None = None
-        self._run: dict[str, Any] | None = None
-        self._thread = threading.Thread(
-            target=self._renewal_loop, name=f"lease of task {task['_id']}", daemon=True
-        )
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop renewing; a lease lost after this is not reported."""
-        self._stop.set()
-        self._wake.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=1.0)  # do not wait for a thread that waits for the store
-
-    def report_progress(self, progress: Mapping[str, Any]) -> None:
-        """Store progress with the next renewal."""
-        with self._lock:
-            self._progress, self._last_sign = dict(progress), time.monotonic()
-
-    def report_run(self, run: Mapping[str, Any]) -> None:
-        """Store the task's run immediately; a later attempt resumes it."""
-        with self._lock:
-            self._run, self._last_sign = dict(run), time.monotonic()
-        self._wake.set()
-
-    def beat(self, stage: str, details: Mapping[str, Any]) -> None:
-        """Report a heartbeat (a listener of `qtorch.process.heartbeat`)."""
-        if stage == "run":
-            self.report_run({"tracking_uri": None, **details})
-        else:
-            self.report_progress({"stage": stage, **details})
-
-    def _renewal_loop(self) -> None:
-        while not self._stop.is_set():
-            seconds_left = self._seconds_until_hung()
-            self._wake.wait(max(0.0, min(self.manager.renew_every, seconds_left)))
-            self._wake.clear()
-            if self._stop.is_set():
-                return
-            if self._seconds_until_hung() <= 0:
-                self._end_work(self.work_hung)
-                return
-            with self._lock:
-                progress, run = self._progress, self._run
-                self._progress = self._run = None
-            try:
-                self._renew(progress, run)
-            except LeaseLost as error:
-                # After a commit or return of the task the lease is gone, but not lost.
-                if not self._stop.is_set() and not self.task.is_settling:
-                    log.warning("%s", error)
-                    self._end_work(self.lease_lost)
-                return
-            except Exception:  # for example a store that was unavailable for too long
-                log.exception("task %s: could not renew the lease", self.task["_id"])
-
-    def _seconds_until_hung(self) -> float:
-        """Return the seconds until work without a further sign of life counts as hung."""
-        if self.hang_after is None:
-            return math.inf
-        with self._lock:
-            return self._last_sign + self.hang_after - time.monotonic()
-
-    def _end_work(self, reason: threading.Event) -> None:
-        reason.set()
-        if self.on_end is not None:
-            self.on_end()
-
-    def _renew(self, progress: dict[str, Any] | None, run: dict[str, Any] | None) -> None:
-        try:
-            self.manager.renew(self.task, progress=progress, run=run)
-        except TaskResultError as error:
-            log.warning("task %s: cannot store its progress: %s", self.task["_id"], error)
-            self.manager.renew(self.task, run=run)
-
-
-Ids = list[str]  # inside the class, `list` is a method
-Query = Mapping[str, Any]
-
-LEASE_SECONDS = 60.0
-PATIENCE_SECONDS = 600.0
-RESET_VALUES = {"errors": 0, "lost": 0, "error": None, "traceback": None}
-SWEEP_SECONDS = 0.5  # between two searches for expired leases while other tasks are waiting
 
 
 class TaskManager:
@@ -547,13 +373,45 @@ class TaskManager:
         logged and returned in `.failed_tasks` of the result. Raises TaskTimeout after `timeout`
         seconds.
         """
-        return wait_for_tasks(
-            self,
-            query,
-            timeout=timeout,
-            poll=poll,
-            on_progress=on_progress,
-            final_statuses=final_statuses,
+        end = None if timeout is None else time.monotonic() + timeout
+        previous_stat: dict[str, int] | None = None
+        while True:
+            self.reclaim_expired_leases()
+            stat = self.task_stat(query)
+            num_unfinished = sum(n for status, n in stat.items() if status not in final_statuses)
+            if previous_stat is None and num_unfinished:
+                log.info("waiting for tasks of pool %r: %s", self.task_pool, stat)
+            if stat != previous_stat and on_progress is not None:
+                on_progress(dict(stat))
+            previous_stat = stat
+            if not num_unfinished:
+                return self._build_wait_result(stat, query)
+            if end is not None and time.monotonic() >= end:
+                raise self._build_timeout_error(float(timeout or 0), query, final_statuses)
+            time.sleep(poll if end is None else max(0.0, min(poll, end - time.monotonic())))
+
+    def _build_wait_result(self, stat: Mapping[str, int], query: Query | None) -> WaitResult:
+        if not stat.get(FAILED):
+            return WaitResult(stat)
+        failed_tasks = [t for t in self.query(query, decode=False) if t["status"] == FAILED]
+        lines = "".join(f"\n  task {t['_id']}: {t['error']}" for t in failed_tasks)
+        log.warning("%d of %d tasks failed:%s", len(failed_tasks), sum(stat.values()), lines)
+        return WaitResult(stat, failed_tasks)
+
+    def _build_timeout_error(
+        self, timeout: float, query: Query | None, final_statuses: Sequence[str]
+    ) -> TaskTimeout:
+        tasks = [t for t in self.query(query, decode=False) if t["status"] not in final_statuses]
+        descriptions = [
+            f"{t['_id']} ({t['status']}{' on ' + t['worker']['host'] if t['worker'] else ''})"
+            for t in tasks[:MAX_LISTED]
+        ]
+        if len(tasks) > MAX_LISTED:
+            descriptions.append(f"and {len(tasks) - MAX_LISTED} more")
+        return TaskTimeout(
+            f"timeout after {timeout:g} s: {format_count(len(tasks), 'unfinished task')} of pool "
+            f"{self.task_pool!r}: {', '.join(descriptions)}. Start workers, or wait longer.",
+            [t["_id"] for t in tasks],
         )
 
     def reclaim_expired_leases(self) -> int:
@@ -596,3 +454,86 @@ def _check_new_status(status: str) -> str:
             "the status cannot be set to running: a task is running only after a worker fetches it."
         )
     return status
+
+
+class LeaseRenewer(RenewalThread):
+    """Context manager in which a thread renews the task's lease; sets `lease_lost` if that fails.
+
+    `report_progress` is sent with the next renewal, `report_run` immediately; both are signs of
+    life. With `hang_after`, work without a sign of life for that many seconds counts as hung:
+    `work_hung` is set and the lease is no longer renewed, so that it expires even if nothing can
+    interrupt the work. `on_end` is called (in the thread) if the lease is lost or the work hangs.
+    """
+
+    join_seconds = 1.0  # do not wait for a thread that waits for the store
+
+    def __init__(
+        self,
+        manager: TaskManager,
+        task: Task,
+        on_end: Callable[[], None] | None = None,
+        *,
+        hang_after: float | None = None,
+    ) -> None:
+        super().__init__(self._renew_task, manager.renew_every, f"lease of task {task['_id']}")
+        self.manager, self.task, self.on_end, self.hang_after = manager, task, on_end, hang_after
+        self.lease_lost, self.work_hung = threading.Event(), threading.Event()
+        self._last_sign = time.monotonic()
+        self._lock = threading.Lock()
+        self._progress: dict[str, Any] | None = None
+        self._run: dict[str, Any] | None = None
+
+    def report_progress(self, progress: Mapping[str, Any]) -> None:
+        """Store progress with the next renewal."""
+        with self._lock:
+            self._progress, self._last_sign = dict(progress), time.monotonic()
+
+    def report_run(self, run: Mapping[str, Any]) -> None:
+        """Store the task's run immediately; a later attempt resumes it."""
+        with self._lock:
+            self._run, self._last_sign = dict(run), time.monotonic()
+        self.wake()
+
+    def beat(self, stage: str, details: Mapping[str, Any]) -> None:
+        """Report a heartbeat (a listener of `qtorch.process.heartbeat`)."""
+        if stage == RUN:
+            self.report_run({"tracking_uri": None, **details})
+        else:
+            self.report_progress({"stage": stage, **details})
+
+    def _pause_seconds(self) -> float:
+        return max(0.0, min(super()._pause_seconds(), self._seconds_until_hung()))
+
+    def _seconds_until_hung(self) -> float:
+        """Return the seconds until work without a further sign of life counts as hung."""
+        if self.hang_after is None:
+            return math.inf
+        with self._lock:
+            return self._last_sign + self.hang_after - time.monotonic()
+
+    def _renew_task(self) -> bool:
+        """Renew the lease with what was reported; return False if it must not be renewed again."""
+        if self._seconds_until_hung() <= 0:
+            self._end_work(self.work_hung)
+            return False
+        with self._lock:
+            progress, run = self._progress, self._run
+            self._progress = self._run = None
+        try:
+            try:
+                self.manager.renew(self.task, progress=progress, run=run)
+            except TaskResultError as error:
+                log.warning("task %s: cannot store its progress: %s", self.task["_id"], error)
+                self.manager.renew(self.task, run=run)
+        except LeaseLost as error:
+            # After a commit or return of the task the lease is gone, but not lost.
+            if not self.is_stopping and not self.task.is_settling:
+                log.warning("%s", error)
+                self._end_work(self.lease_lost)
+            return False
+        return True
+
+    def _end_work(self, reason: threading.Event) -> None:
+        reason.set()
+        if self.on_end is not None:
+            self.on_end()

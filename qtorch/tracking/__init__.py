@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder as Recorder
     from qtorch.tracking.recorder import current_recorder as current_recorder
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "ExpManager": "qtorch.tracking.manager",
-        "Experiment": "qtorch.tracking.experiment",
-        "MLflowExpManager": "qtorch.tracking.manager",
-        "MLflowExperiment": "qtorch.tracking.experiment",
-        "MLflowRecorder": "qtorch.tracking.mlflow_recorder",
-        "R": "qtorch.tracking.manager",
-        "Recorder": "qtorch.tracking.recorder",
-        "current_recorder": "qtorch.tracking.recorder",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -11,12 +11,15 @@ import logging
 import math
 import os
 import random
+import shutil
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,14 +34,8 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking.locations import (
-    cache_folder,
-    ensure_sqlite_store,
-    file_lock,
-    redact_password,
-    resolve_uri,
-    sqlite_path,
-)
+from qtorch.core.files import cache_folder, file_lock
+from qtorch.tracking.locations import redact_password, resolve_uri, sqlite_path
 from qtorch.tracking.store_types import (
     AlreadyInStoreError,
     ExperimentRow,
@@ -51,7 +48,8 @@ from qtorch.tracking.store_types import (
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_METRICS, MAX_PARAMS, PAGE = 1000, 100, 1000
+PAGE = 1000  # entries per request
+SQLITE_BUSY_SECONDS = 20.0
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 LOCKED_ATTEMPTS, _LOCKED = 5, "database is locked"
@@ -84,18 +82,20 @@ class MLflowStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = resolve_uri(uri)
-        self.check_answers()
+        self.client = self._call("open", self._open_client)
+        _open_stores.add(self)
+
+    def _open_client(self) -> MlflowClient:
         path = sqlite_path(self.uri)
         if path is not None:
-            self._call("make", lambda: ensure_sqlite_store(path, _schema_name(), _migrate))
-            self.client = self._call("open", lambda: MlflowClient(tracking_uri=self.uri))
-        else:
-            # The first client that opens a server's new database migrates it, so take turns.
-            name = sha256(self.uri.encode()).hexdigest()[:16]
-            with file_lock(cache_folder() / f"open-{name}.lock"):
-                self.client = self._call("open", lambda: MlflowClient(tracking_uri=self.uri))
-                self._call("open", lambda: self.client.search_experiments(max_results=1))
-        _open_stores.add(self)
+            _ensure_sqlite_store(path)
+            return MlflowClient(tracking_uri=self.uri)
+        # The first client that opens a server's new database migrates it, so take turns.
+        name = sha256(self.uri.encode()).hexdigest()[:16]
+        with file_lock(cache_folder() / f"open-{name}.lock"):
+            client = MlflowClient(tracking_uri=self.uri)
+            client.search_experiments(max_results=1)
+            return client
 
     def check_answers(self) -> None:
         """Raise TrackingError if the server does not answer.
@@ -389,6 +389,94 @@ def _reason(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return _first_line(error)
+
+
+def _ensure_sqlite_store(path: Path) -> None:
+    """Create a store at `path` unless there is one; many processes may call this at once.
+
+    MLflow takes seconds to create its tables, so they are created once in a template in the cache
+    folder, and copied.
+    """
+    try:
+        if _has_tables(path):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(path.with_name(path.name + ".lock")):
+            if _has_tables(path):
+                return
+            if path.exists() and path.stat().st_size:
+                _migrate(path)  # another program's tables, or a store left incomplete
+            else:
+                _build_store(path)
+    except (OSError, sqlite3.Error) as error:
+        raise TrackingError(
+            f"the tracking store {path} cannot be opened or created: {error}. Use a file that can "
+            "be written, or another tracking URI."
+        ) from error
+
+
+def _has_tables(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with closing(sqlite3.connect(path, timeout=SQLITE_BUSY_SECONDS)) as connection:
+        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        if not {"alembic_version", "experiments", "runs"} <= {name for (name,) in rows}:
+            return False
+        default_experiment = connection.execute("SELECT 1 FROM experiments WHERE experiment_id = 0")
+        return default_experiment.fetchone() is not None
+
+
+def _build_store(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.init-*"):
+        leftover.unlink(missing_ok=True)  # left by a process that was killed during the creation
+    fresh = path.with_name(f".{path.name}.init-{os.getpid()}")
+    template = cache_folder() / f"mlflow-{_schema_name()}.db"
+    try:
+        if not _copy_template(template, fresh):
+            log.info("creating the tracking store %s (once; takes some seconds)", path)
+            _migrate(fresh)
+            _save_template(fresh, template)
+        _move_default_experiment(fresh, path.parent / "artifacts" / "Default")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _copy_template(template: Path, fresh: Path) -> bool:
+    """Copy the template; return False, and remove the template, if it is missing or damaged."""
+    if not template.exists():
+        return False
+    try:
+        shutil.copyfile(template, fresh)
+        with closing(sqlite3.connect(fresh)) as connection:
+            is_intact = connection.execute("PRAGMA quick_check").fetchone() == ("ok",)
+        if is_intact and _has_tables(fresh):
+            return True
+    except (OSError, sqlite3.Error) as error:
+        log.debug("the template %s cannot be used: %s", template, error)
+    fresh.unlink(missing_ok=True)
+    template.unlink(missing_ok=True)
+    return False
+
+
+def _save_template(fresh: Path, template: Path) -> None:
+    partial = template.with_name(f".{template.name}.{os.getpid()}")
+    try:
+        template.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(fresh, partial)
+        os.replace(partial, template)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        log.debug("the template of the store could not be saved to %s: %s", template.parent, error)
+
+
+def _move_default_experiment(fresh: Path, artifacts: Path) -> None:
+    with closing(sqlite3.connect(fresh)) as connection, connection:
+        connection.execute(
+            "UPDATE experiments SET artifact_location = ?, creation_time = CAST(strftime('%s') AS "
+            "INTEGER) * 1000, last_update_time = CAST(strftime('%s') AS INTEGER) * 1000",
+            (str(artifacts),),
+        )
 
 
 def _schema_name() -> str:

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from qtorch.study.claim import hold_claim
+from qtorch.process.lease import hold_claim
 from qtorch.study.sweep import claim_path
 from qtorch.tracking.recorder import running_recorders
 

@@ -10,8 +10,8 @@ import pytest
 
 from qtorch.core.errors import ConfigError
 from qtorch.process.heartbeat import listen
+from qtorch.process.lease import hold_claim
 from qtorch.study import sweep_job
-from qtorch.study.claim import hold_claim
 from qtorch.study.sweep import claim_path
 from qtorch.study.sweep_job import (
     FAILED_BEFORE,

@@ -15,6 +15,7 @@ import pytest
 
 from qtorch.tracking import R
 from qtorch.tracking import delivery as outbox
+from qtorch.tracking.locations import claims_folder
 from qtorch.tracking.mlflow_store import open_store
 
 
@@ -217,3 +218,11 @@ def test_dead_server_leaves_entries_in_the_outbox(server, outbox_folder, caplog)
         assert loaded_run.list_metrics() == {"loss": 0.5}
         assert loaded_run.load_object("task") == {"a": 1}
     assert list(outbox_folder.glob("*")) == []
+
+
+def test_claims_folder_lies_beside_local_store(tmp_path, monkeypatch):
+    assert claims_folder(f"sqlite:///{tmp_path}/mlruns/m.db") == tmp_path / "mlruns" / "claims"
+    monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
+    server_folder = claims_folder("http://localhost:5000")
+    assert server_folder.parent == tmp_path / "cache" / "claims"
+    assert server_folder != claims_folder("http://localhost:5001")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from qtorch.core.errors import ConfigError
+from qtorch.tracking.trials import study as study_module
 from qtorch.tracking.trials.study import MAX_RETRIES, RunningTrial, Trials
 from qtorch.tracking.trials.trial import Choice, Span, storage_url
 
@@ -96,11 +98,21 @@ def test_trial_of_a_killed_process_is_retried(url):
     assert study.ask(SPACE, 1) is None
 
 
+def test_owner_of_a_trial_in_the_format_of_earlier_versions(url):
+    study = Trials("a", url, seed=0)
+    trial = study.ask(SPACE, 1)
+    owner = {**study_module._current_owner(), "host": socket.gethostname()}
+    study._storage.set_trial_user_attr(trial.id, study_module.PROCESS, owner)
+    assert not study.has_work(1)
+    study._storage.set_trial_user_attr(trial.id, study_module.PROCESS, {**owner, "start": "1"})
+    assert study.has_work(1)
+
+
 def test_process_killed_while_asking_loses_no_trial(url, monkeypatch):
     pid = os.fork()
     if pid == 0:
         monkeypatch.setattr(
-            "qtorch.tracking.trials.study.process_identity",
+            "qtorch.tracking.trials.study._current_owner",
             lambda: os.kill(os.getpid(), signal.SIGKILL),
         )
         Trials("a", url, sampler="grid").ask({"size": SPACE["size"]}, 2)

@@ -8,17 +8,15 @@ parameters, and the next process that asks gets it.
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.process.lease import ProcessIdentity, RenewalThread, machine_id
 from qtorch.tracking.trials.sampler import (
     build_distribution,
     build_pruner,
@@ -28,37 +26,6 @@ from qtorch.tracking.trials.sampler import (
 )
 from qtorch.tracking.trials.storage import open_storage
 from qtorch.tracking.trials.trial import Space, TrialJob, TrialRow, study_lock
-
-
-def process_identity() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
-
-
-def has_ended(process: Any) -> bool:
-    """Whether a process of this machine has ended; False for a process on another machine."""
-    if not process or process["host"] != socket.gethostname():
-        return False
-    return bool(_start_time(process["pid"]) != process["start"])
-
-
-def _start_time(pid: int) -> str | None:
-    """Return a process's start time in Linux clock ticks, None if it has ended.
-
-    The start time reveals that a process ID was reused. On other systems the result only says
-    whether the process exists."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return None if fields[0] == "Z" else fields[19]
-    except FileNotFoundError:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "there" if not os.path.isdir("/proc/self") else None
-
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +60,7 @@ class Trials:
         grace: float = 60.0,
     ) -> None:
         if direction not in DIRECTIONS:
-            raise ConfigError(unknown_name("direction", str(direction), DIRECTIONS))
+            raise ConfigError(unknown_name_message("direction", str(direction), DIRECTIONS))
         self.name, self.url, self.seed = name, url, seed
         self.direction, self.sampler = direction, sampler
         self.interval = max(grace / 4, 0.2)
@@ -139,7 +106,7 @@ class Trials:
                 ) from error
             finally:
                 self._study.sampler = placeholder_sampler()
-            trial.set_user_attr(PROCESS, process_identity())
+            trial.set_user_attr(PROCESS, _current_owner())
             self._storage.record_heartbeat(trial._trial_id)
         is_retry = bool(trial.user_attrs.get(RETRY))
         return TrialJob(trial.number, trial._trial_id, dict(trial.params), retry=is_retry)
@@ -164,34 +131,21 @@ class Trials:
         optuna.storages.fail_stale_trials(self._study)
         for trial in self._study.get_trials(deepcopy=False, states=(RUNNING,)):
             owner = trial.user_attrs.get(PROCESS)
-            if has_ended(owner) or (owner is None and is_exclusive):  # it died while asking
+            if _has_died(owner) or (owner is None and is_exclusive):  # it died while asking
                 self._storage.set_trial_state_values(trial._trial_id, state=FAILED)
                 _requeue_trial(self._study, trial)
 
-    @contextmanager
-    def keep_heartbeats(self, trials: Sequence[TrialJob]) -> Iterator[None]:
-        """Send heartbeats for these trials from a thread while the block runs."""
-        stop_event = threading.Event()
+    def keep_heartbeats(self, trials: Sequence[TrialJob]) -> RenewalThread:
+        """Return a context manager that sends heartbeats for these trials from a thread."""
 
-        def send_heartbeats() -> None:
-            while True:
-                for trial in trials:
-                    try:
-                        self._storage.record_heartbeat(trial.id)
-                    except Exception as error:
-                        log.warning(
-                            "could not send the heartbeat of trial %d: %s", trial.number, error
-                        )
-                if stop_event.wait(self.interval):
-                    return
+        def send_heartbeats() -> bool:
+            for trial in trials:
+                self._storage.record_heartbeat(trial.id)
+            return True
 
-        thread = threading.Thread(target=send_heartbeats, name="qtorch-trials", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop_event.set()
-            thread.join()
+        heartbeats = RenewalThread(send_heartbeats, self.interval, "heartbeats of the trials")
+        heartbeats.wake()  # send the first ones immediately
+        return heartbeats
 
     # -- reporting results ---------------------------------------------------------------------
 
@@ -306,6 +260,22 @@ class Trials:
         except (ValueError, RuntimeError) as error:
             log.debug("no parameter importances: %s", error)
             return {}
+
+
+def _current_owner() -> dict[str, Any]:
+    """Return the attribute that identifies this process as the owner of a trial."""
+    identity = ProcessIdentity.current()
+    return {"host": identity.machine, "pid": identity.pid, "start": identity.start}
+
+
+def _has_died(owner: Any) -> bool:
+    """Whether a trial's owner is known to be dead; False for a process on another machine."""
+    if not owner:
+        return False
+    machine = owner["host"]
+    if machine == socket.gethostname():  # earlier versions of qtorch stored the host name alone
+        machine = machine_id()
+    return ProcessIdentity(machine, owner["pid"], owner["start"]).is_alive() is False
 
 
 def _num_used_slots(trials: Sequence[FrozenTrial]) -> int:

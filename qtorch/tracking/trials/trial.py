@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.locations import SQLITE, file_lock, redact_password, sqlite_path
+from qtorch.core.files import file_lock
+from qtorch.tracking.locations import SQLITE, redact_password, sqlite_path
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tests of claims: only one holder at a time, and dead holders are detected."""
+"""Tests of leases: only one holder of a claim at a time, dead holders are detected."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from qtorch.study import claim
-from qtorch.study.claim import claims_folder, hold_claim, is_held
-from qtorch.tracking.locations import file_lock
+from qtorch.core.files import file_lock
+from qtorch.process import lease
+from qtorch.process.lease import ProcessIdentity, RenewalThread, hold_claim, is_held
 
 context = multiprocessing.get_context("fork")
 
@@ -66,7 +66,7 @@ def test_dead_holder_on_same_machine_is_detected_at_once(holder):
 
 def test_reused_process_id_does_not_hold_claim(tmp_path):
     path = tmp_path / "job.json"
-    token = {"token": "x", "machine": claim._machine_id(), "process": [os.getpid(), "1"]}
+    token = {"token": "x", "machine": lease.machine_id(), "process": [os.getpid(), "1"]}
     path.write_text(json.dumps(token))
     assert not is_held(path)
 
@@ -75,7 +75,7 @@ def test_remote_holder_is_judged_by_its_last_touch(tmp_path):
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"token": "x", "machine": "another", "process": [1, "1"]}))
     assert is_held(path)
-    old = time.time() - claim.STALE_SECONDS - 5
+    old = time.time() - lease.STALE_SECONDS - 5
     os.utime(path, (old, old))
     assert not is_held(path)
 
@@ -83,8 +83,8 @@ def test_remote_holder_is_judged_by_its_last_touch(tmp_path):
 @pytest.fixture
 def remote_claim(tmp_path, monkeypatch):
     """A claim of another machine that was touched just now and becomes stale after a second."""
-    monkeypatch.setattr(claim, "STALE_SECONDS", 1.0)
-    monkeypatch.setattr(claim, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.02)
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"token": "x", "machine": "another 1", "process": [1, "1"]}))
     return path
@@ -113,7 +113,7 @@ def test_claim_of_dead_remote_holder_is_taken_over(remote_claim, caplog):
     start_time = time.monotonic()
     with hold_claim(remote_claim) as has_claim:
         assert has_claim is True
-        assert json.loads(remote_claim.read_text())["machine"] == claim._machine_id()
+        assert json.loads(remote_claim.read_text())["machine"] == lease.machine_id()
     assert 0.8 < time.monotonic() - start_time < 3
     timer.join()
     assert lock_attempts
@@ -132,7 +132,7 @@ def test_remote_holder_that_touches_its_claim_keeps_it(remote_claim):
 
 
 def test_claim_released_by_remote_holder_is_taken_at_once(remote_claim, monkeypatch):
-    monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 30.0)
     run_later(0.1, remote_claim.unlink)
     with hold_claim(remote_claim) as has_claim:
         assert has_claim is True
@@ -147,7 +147,7 @@ def test_only_one_process_takes_over_a_stale_claim(remote_claim):
 
 
 def test_interrupt_stops_waiting_for_claim(remote_claim, monkeypatch):
-    monkeypatch.setattr(claim, "STALE_SECONDS", 30.0)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 30.0)
     # A process that was started with a shell's `&` ignores SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -160,7 +160,7 @@ def test_interrupt_stops_waiting_for_claim(remote_claim, monkeypatch):
 
 
 def test_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.02)
     path = tmp_path / "job.json"
     with hold_claim(path):
         os.utime(path, (1, 1))
@@ -171,7 +171,7 @@ def test_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
 
 
 def hold_and_lose_claim(path):
-    claim.HEARTBEAT_SECONDS = 0.1
+    lease.HEARTBEAT_SECONDS = 0.1
     with hold_claim(path):
         path.write_text(json.dumps({"token": "of another", "machine": "m", "process": [1, "1"]}))
         time.sleep(5)
@@ -181,7 +181,7 @@ def test_holder_exits_after_losing_its_claim(tmp_path):
     path = tmp_path / "job.json"
     child = start_process(hold_and_lose_claim, path)
     child.join(5)
-    assert child.exitcode == claim.LOST_CLAIM_EXIT_CODE
+    assert child.exitcode == lease.LOST_CLAIM_EXIT_CODE
     assert json.loads(path.read_text())["token"] == "of another"
 
 
@@ -202,9 +202,45 @@ def test_only_one_of_many_processes_gets_the_claim(tmp_path):
     assert sorted(results.get() for _ in children) == [False] * 7 + [True]
 
 
-def test_claims_folder_lies_beside_local_store(tmp_path, monkeypatch):
-    assert claims_folder(f"sqlite:///{tmp_path}/mlruns/m.db") == tmp_path / "mlruns" / "claims"
-    monkeypatch.setenv("QTORCH_CACHE", str(tmp_path / "cache"))
-    server_folder = claims_folder("http://localhost:5000")
-    assert server_folder.parent == tmp_path / "cache" / "claims"
-    assert server_folder != claims_folder("http://localhost:5001")
+def test_process_identity_survives_a_change_of_the_clock(monkeypatch):
+    """psutil computes the time at which a process started from that of the boot."""
+    import psutil
+
+    identity = ProcessIdentity.current()
+    boot_time = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot_time + 3600)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time + 3600)
+    assert identity.is_alive() is True
+
+
+def test_process_identity_of_dead_reused_and_remote_processes():
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    start = lease._start_ticks(child.pid)
+    identity = ProcessIdentity(lease.machine_id(), child.pid, start)
+    assert identity.is_alive() is True
+    assert ProcessIdentity(identity.machine, child.pid, "1").is_alive() is False
+    assert ProcessIdentity("another", child.pid, start).is_alive() is None
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
+    assert identity.is_alive() is False
+    child.join()
+    assert identity.is_alive() is False
+
+
+def test_renewals_continue_after_an_error_and_end_when_the_lease_is_lost(caplog):
+    calls, ended = [], threading.Event()
+
+    def renew():
+        calls.append(True)
+        if len(calls) == 1:
+            raise OSError("disk full")
+        if len(calls) == 3:
+            ended.set()
+        return len(calls) < 3
+
+    with RenewalThread(renew, 0.01, "lease of x"):
+        assert ended.wait(5)
+        time.sleep(0.1)
+    assert len(calls) == 3
+    assert "could not renew the lease of x: disk full" in caplog.text

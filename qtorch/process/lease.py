@@ -1,0 +1,266 @@
+"""Leases: a process shows that it is alive, and others take over its work once it is dead.
+
+A `RenewalThread` renews a lease while its holder works: a claim file (below), a task of a pool
+(`qtorch.task.manager`) or a trial of a study (`qtorch.tracking.trials`). A `ProcessIdentity` tells
+at once whether a process of this machine still runs, even if its process ID was reused.
+
+`hold_claim` makes sure that only one process at a time works on a job. The holder touches the
+claim file while it works. Whether the holder is still alive is known from its identity on its own
+machine; on other machines it is judged by the time of the last touch, so a process that wants the
+job watches the file for up to `STALE_SECONDS`. The machines must share the file's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from qtorch.core.errors import QtorchError
+from qtorch.core.files import atomic_write, file_lock
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+POLL_SECONDS = 0.5  # between two checks of a claim that is held on another machine
+LOST_CLAIM_EXIT_CODE = 96  # of a process whose job was taken over by another process
+
+Touch = tuple[dict[str, Any], int]  # the holder's token, and the modification time of the file
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process of some machine.
+
+    machine: host, boot and container; processes with the same text share one space of process IDs.
+    start: clock ticks between the machine's boot and the start of the process.
+    """
+
+    machine: str
+    pid: int
+    start: str | None
+
+    @classmethod
+    def current(cls) -> Self:
+        """Return the identity of this process."""
+        return cls(machine_id(), os.getpid(), _start_ticks(os.getpid()))
+
+    def is_alive(self) -> bool | None:
+        """Whether the process is running; None if it is on another machine."""
+        if self.machine != machine_id():
+            return None
+        return self.start is not None and _start_ticks(self.pid) == self.start
+
+
+def machine_id() -> str:
+    """Return host, boot ID and process ID namespace (of a container) as one text."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _start_ticks(pid: int) -> str | None:
+    """Return when a process started; None if there is no such process, or only a zombie.
+
+    In ticks since boot, because psutil's `create_time` changes whenever the clock is set, and a
+    live process must not be taken for a dead one.
+    """
+    import psutil  # not at the top: the supervisor of a pool's workers stays small
+
+    try:
+        boot_time = psutil.boot_time()  # first: psutil below 7 caches it for `create_time`
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return str(round((process.create_time() - boot_time) * os.sysconf("SC_CLK_TCK")))
+    except psutil.NoSuchProcess:
+        return None
+
+
+class RenewalThread:
+    """Context manager in which a thread calls `renew` every `interval` seconds.
+
+    The thread ends when `renew` returns False. If it raises an exception, the error is logged and
+    the next call tries again.
+    """
+
+    join_seconds: float | None = None  # how long `stop` waits for a call of `renew` to return
+
+    def __init__(self, renew: Callable[[], bool], interval: float, name: str) -> None:
+        self._renew, self._interval, self._name = renew, interval, name
+        self._wake_event, self._stop_event = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop_event.is_set()
+
+    def wake(self) -> None:
+        """Renew now, without waiting for the end of the interval."""
+        self._wake_event.set()
+
+    def stop(self) -> None:
+        """Stop renewing."""
+        self._stop_event.set()
+        self._wake_event.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(self.join_seconds)
+
+    def _loop(self) -> None:
+        while True:
+            self._wake_event.wait(self._pause_seconds())
+            self._wake_event.clear()
+            if self.is_stopping:
+                return
+            try:
+                if not self._renew():
+                    return
+            except Exception as error:
+                is_expected = isinstance(error, QtorchError | OSError)
+                log.warning("could not renew the %s: %s", self._name, error,
+                            exc_info=not is_expected)  # fmt: skip
+
+    def _pause_seconds(self) -> float:
+        return self._interval
+
+
+@contextmanager
+def hold_claim(path: Path) -> Iterator[bool]:
+    """Hold a claim inside the block; yield False if another live process holds it.
+
+    If the holder is on another machine, the claim file is watched: for seconds if the holder is
+    alive, for `STALE_SECONDS` if it is not. A holder that was suspended for so long that another
+    process took over its job exits as soon as it notices, because two processes must not write
+    into one run.
+    """
+    identity = ProcessIdentity.current()
+    token = {
+        "token": uuid.uuid4().hex,
+        "machine": identity.machine,
+        "process": [identity.pid, identity.start],
+    }
+    if not (_take_claim(path, token) or _take_stale_claim(path, token)):
+        yield False
+        return
+    try:
+        with RenewalThread(partial(_renew_claim, path, token), HEARTBEAT_SECONDS, f"claim {path}"):
+            yield True
+    finally:
+        if _read_token(path) == token:
+            path.unlink(missing_ok=True)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the claim."""
+    touch = _read_touch(path)
+    if touch is None:
+        return False
+    token = touch[0]
+    is_alive = ProcessIdentity(token["machine"], *token["process"]).is_alive()
+    return _touch_age(path, touch) < STALE_SECONDS if is_alive is None else is_alive
+
+
+def _take_claim(path: Path, token: dict[str, Any], stale_touch: Touch | None = None) -> bool:
+    """Take a claim that nobody holds, or whose last touch is still `stale_touch`."""
+    with file_lock(path.with_name(f".{path.name}.lock")):
+        if is_held(path) and (stale_touch is None or _read_touch(path) != stale_touch):
+            return False
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(token))
+        return True
+
+
+def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
+    """Take the claim of a holder on another machine if it is not touched while we watch it.
+
+    When a node dies, its job is retried within seconds, while the claim still looks alive. Only
+    our own clock measures the wait, and the lock is not held meanwhile.
+    """
+    last_touch = _read_touch(path)
+    if last_touch is None:
+        return _take_claim(path, token)
+    holder = str(last_touch[0]["machine"])
+    if holder == token["machine"]:
+        return False
+    max_wait = min(STALE_SECONDS, STALE_SECONDS - _touch_age(path, last_touch))
+    log.info(
+        "this job is claimed by %s: waiting up to %.0f s to see whether it is still alive",
+        holder.partition(" ")[0],
+        max_wait,
+    )
+    deadline = time.monotonic() + max_wait
+    while (remaining := deadline - time.monotonic()) > 0:
+        time.sleep(min(POLL_SECONDS, remaining))
+        touch = _read_touch(path)
+        if touch is None:
+            break
+        if touch != last_touch:
+            return False
+    return _take_claim(path, token, last_touch)
+
+
+def _renew_claim(path: Path, token: dict[str, Any]) -> bool:
+    """Touch the claim; exit the process if another one has taken it."""
+    current = _read_token(path)
+    if current is None:
+        _take_claim(path, token)
+    elif current == token:
+        os.utime(path)
+    else:
+        log.critical("another process has taken over this job; exiting.")
+        os._exit(LOST_CLAIM_EXIT_CODE)
+    return True
+
+
+def _read_token(path: Path) -> dict[str, Any] | None:
+    touch = _read_touch(path)
+    return None if touch is None else touch[0]
+
+
+def _read_touch(path: Path) -> Touch | None:
+    """Return the claim's token and the time of its last touch; None without a readable claim.
+
+    The file is opened before `fstat`, because a network file system refreshes a file's attributes
+    when it is opened, while `stat` may return cached ones.
+    """
+    try:
+        with path.open() as file:
+            return json.load(file), os.fstat(file.fileno()).st_mtime_ns
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _touch_age(path: Path, touch: Touch) -> float:
+    """Return the seconds since a touch by the clock of the file system, which set its time too."""
+    touch_time = touch[1] / 1e9
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - touch_time
+    except OSError:
+        return time.time() - touch_time
+    finally:
+        probe.unlink(missing_ok=True)
