@@ -13,15 +13,4 @@ if TYPE_CHECKING:
     from qtorch.data.expression.requirement import expression_fields as expression_fields
     from qtorch.data.expression.requirement import reach as reach
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "evaluate": "qtorch.data.expression.evaluation",
-        "expression_fields": "qtorch.data.expression.requirement",
-        "get_operators": "qtorch.data.expression.operators",
-        "parse": "qtorch.data.expression.parser",
-        "reach": "qtorch.data.expression.requirement",
-        "register_operator": "qtorch.data.expression.operators",
-        "unregister_operator": "qtorch.data.expression.operators",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

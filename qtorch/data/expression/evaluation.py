@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,26 +11,22 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
-from qtorch.data.expression import elementwise, history, quantile
-from qtorch.data.expression import history as masking
-from qtorch.data.expression import rolling as rolling_order
-from qtorch.data.expression import rolling as rolling_sum
+from qtorch.data.expression import elementwise, history, quantile, rolling
 from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import Field, parse, walk
+from qtorch.data.expression.parser import Field, field_name, parse, walk
 from qtorch.data.expression.plan import Plan, Step, make_plan
-from qtorch.data.expression.series import Block, field_name
+from qtorch.data.expression.series import Block
 from qtorch.data.panel.panel import Panel
+from qtorch.data.threads import map_threads
 from qtorch.process.heartbeat import beat
 
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
-    **rolling_sum.SUM_KERNELS,
-    **rolling_order.ORDER_KERNELS,
+    **rolling.KERNELS,
     **quantile.KERNELS,
     **history.KERNELS,
-    **masking.MASK_KERNELS,
 }
 
 
@@ -84,15 +78,15 @@ def evaluate(
     def run(span: tuple[int, int]) -> None:
         start, stop = span
         beat("features", columns=f"{stop}/{n}")
-        executor = Executor(Block(bars, start, stop, mask_bars), plan, kernels)
-        executor.run(lambda k: target[:, start:stop, k])
+        with torch.no_grad():  # by thread
+            executor = Executor(Block(bars, start, stop, mask_bars), plan, kernels)
+            executor.run(lambda k: target[:, start:stop, k])
 
     kernels = _select_kernels(plan)
     threads = _resolve_num_threads(num_threads, bars.device)
     if d and n:
-        with torch.no_grad():
-            spans = _column_spans(n, bars.device)
-            _run_spans(run, spans, min(len(spans), threads))
+        spans = _column_spans(n, bars.device)
+        map_threads(run, spans, min(len(spans), threads))
     return Panel(target, bars.calendar, bars.instruments, names, mask=bars.mask, spans=bars.spans)
 
 
@@ -162,38 +156,3 @@ def _resolve_num_threads(num_threads: int | None, device: torch.device) -> int:
     if num_threads < 1:
         raise DataError(f"num_threads is {num_threads}; expected at least 1.")
     return num_threads
-
-
-def _run_spans(
-    run: Callable[[tuple[int, int]], None], spans: Iterable[tuple[int, int]], threads: int
-) -> None:
-    """Run all blocks in Python threads with one torch thread each."""
-    pending_spans: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-    for span in spans:
-        pending_spans.put(span)
-    num_torch_threads = torch.get_num_threads()
-    errors: list[BaseException] = []
-
-    def run_pending() -> None:
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            while not errors:
-                try:
-                    run(pending_spans.get_nowait())
-                except queue.Empty:
-                    return
-                except BaseException as error:
-                    errors.append(error)
-
-    # A single worker also runs in a new thread: torch's number of threads is set per thread, and
-    # the caller's must not change.
-    workers = [threading.Thread(target=run_pending, name=f"expression-{k}") for k in range(threads)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        torch.set_num_threads(num_torch_threads)
-    if errors:
-        raise errors[0]

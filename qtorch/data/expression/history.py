@@ -1,11 +1,11 @@
-"""Operators that use single other rows or the whole history: Ref, Delta, EMA, Mad."""
+"""Operators on other rows or other instruments: Ref, Delta, EMA, Mad, Mask."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import unknown_name
+from qtorch.core.errors import unknown_name_message
 from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.parser import Call, Text, expression_error
 from qtorch.data.expression.plan import Step, make_plan
@@ -112,12 +112,7 @@ def _mean_absolute_deviation(executor: Executor, step: Step) -> Tensor:
     return executor.block.mask_outside_span(total.mul_(rows.inverse_count(window)).to(step.dtype))
 
 
-KERNELS: dict[str, Kernel] = {
-    "Ref": _ref,
-    "Delta": _delta,
-    "EMA": _exponential_mean,
-    "Mad": _mean_absolute_deviation,
-}
+# -- another instrument ----------------------------------------------------------------------------
 
 
 def _mask(executor: Executor, step: Step) -> Tensor:
@@ -137,7 +132,7 @@ def _mask(executor: Executor, step: Step) -> Tensor:
             break
     else:
         raise expression_error(
-            name.span, unknown_name("instrument", name.value, block.bars.instruments)
+            name.span, unknown_name_message("instrument", name.value, block.bars.instruments)
         )
     inner_block = Block(bars, 0, 1, block.mask_bars)
     inner_executor = Executor(inner_block, make_plan([node.arguments[0]]), executor.kernels)
@@ -147,4 +142,10 @@ def _mask(executor: Executor, step: Step) -> Tensor:
     return block.mask_outside_span(values.to(step.dtype), head=True)
 
 
-MASK_KERNELS: dict[str, Kernel] = {"Mask": _mask}
+KERNELS: dict[str, Kernel] = {
+    "Ref": _ref,
+    "Delta": _delta,
+    "EMA": _exponential_mean,
+    "Mad": _mean_absolute_deviation,
+    "Mask": _mask,
+}

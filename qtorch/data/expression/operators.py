@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -140,7 +140,8 @@ BUILT_IN: dict[str, Operator] = {
     o.name: o for o in [*_elementwise_operators(), *_rolling_operators()]
 }
 _user_operators: dict[str, Operator] = {}
-_KINDS = ("series", "operand", "condition", "window", "lag", "share", "text")
+_KINDS = get_args(Kind)
+NUMBER_KINDS = ("window", "lag", "share")
 NOT_SUPPORTED = {
     "P": "point-in-time data is not supported",
     "PRef": "point-in-time data is not supported",
@@ -198,7 +199,7 @@ def register_operator(
         )
 
     def register(function: Function) -> Function:
-        operator_reach = reach or _default_reach(tuple(k for k in arguments if k in _KINDS[3:6]))
+        operator_reach = reach or _default_reach(tuple(k for k in arguments if k in NUMBER_KINDS))
         _user_operators[name] = Operator(
             name, tuple(arguments), summary or name, reach=operator_reach, function=function
         )

@@ -1,4 +1,4 @@
-"""A parser that turns the text of an expression into a syntax tree by precedence climbing.
+"""The syntax tree of an expression, and the parser that builds it by precedence climbing.
 
 The grammar is the subset of Python that Qlib's expressions use, with Python's precedence:
 comparisons bind weakest, then `|`, `&`, `+ -`, `* /`, unary `- + ~`, `**`. Qlib passes the text to
@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from qtorch.core.errors import ExpressionError, unknown_name
-from qtorch.data.expression.operators import NOT_SUPPORTED, Kind, Operator, get_operators
+from qtorch.core.errors import ExpressionError, unknown_name_message
+from qtorch.data.expression.operators import (
+    NOT_SUPPORTED,
+    NUMBER_KINDS,
+    Kind,
+    Operator,
+    get_operators,
+)
 
 SYMBOLS = {
     "Add": "+",
@@ -100,6 +106,19 @@ def walk(node: Node) -> Iterator[Node]:
             yield from walk(argument)
 
 
+def field_name(field: Field, stored_names: Sequence[str]) -> str:
+    """Return the stored name of a field: as written or in lower case, as Qlib stores names.
+
+    Raises ExpressionError with the nearest name if the field is not stored.
+    """
+    for name in (field.name, field.name.lower()):
+        if name in stored_names:
+            return name
+    raise expression_error(field.span, unknown_name_message("field", field.name, stored_names))
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
 # Besides letters, digits and "_", Qlib allows these four punctuation marks in field names.
 _NAME = r"[\w\u3001\uff1a\uff08\uff09]+"
 _TOKEN = re.compile(
@@ -172,6 +191,8 @@ def expression_error(span: Span, message: str) -> ExpressionError:
     return ExpressionError(f"{message}\n    {line}\n    {' ' * caret}{'^' * width}")
 
 
+# -- grammar ---------------------------------------------------------------------------------------
+
 _COMPARISON = 1
 _LEVELS = {"|": 2, "&": 3, "+": 4, "-": 4, "*": 5, "/": 5}
 _LEVELS |= dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), _COMPARISON)
@@ -239,9 +260,7 @@ class _Parser:
         return node
 
     def parse_binary(self, level: int) -> Node:
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise expression_error(self.peek().span, f"nested deeper than {_MAX_DEPTH} levels")
+        self.enter_level(self.peek())
         left = self.parse_unary()
         while (next_level := _LEVELS.get(self.peek_symbol(), 0)) >= level:
             token = self.advance()
@@ -259,10 +278,7 @@ class _Parser:
         token = self.peek()
         if token.text not in ("-", "+", "~") or token.kind != "symbol":
             return self.parse_power()
-        self.advance()
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise expression_error(token.span, f"nested deeper than {_MAX_DEPTH} levels")
+        self.enter_level(self.advance())
         operand = self.parse_unary()
         self.depth -= 1
         span = Span(self.text, token.span.start, operand.span.end)
@@ -284,10 +300,8 @@ class _Parser:
     def parse_atom(self) -> Node:
         token = self.advance()
         if token.kind == "number":
-            is_integer = token.text.isdigit()
-            return Number(
-                int(token.text) if is_integer else float(token.text), is_integer, token.span
-            )
+            text = token.text
+            return _make_number(int(text) if text.isdigit() else float(text), token.span)
         if token.kind == "field":
             return Field(token.text[1:], token.span)
         if token.kind == "text":
@@ -313,7 +327,7 @@ class _Parser:
             raise expression_error(name.span, f"{name.text}: {NOT_SUPPORTED[name.text]}")
         if name.text not in get_operators():
             raise expression_error(
-                name.span, unknown_name("operator", name.text, get_operators(), limit=60)
+                name.span, unknown_name_message("operator", name.text, get_operators(), limit=60)
             )
         parenthesis = self.advance()
         arguments: list[Node] = []
@@ -331,6 +345,11 @@ class _Parser:
         if isinstance(left, Number) and isinstance(right, Number):
             return _fold_constants(name, left, right, span)
         return _build_call(name, (left, right), span)
+
+    def enter_level(self, token: Token) -> None:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise expression_error(token.span, f"nested deeper than {_MAX_DEPTH} levels")
 
     # -- tokens --------------------------------------------------------------------------------
 
@@ -425,8 +444,8 @@ def _argument_problem(definition: Operator, kind: Kind, node: Node) -> str | Non
     if kind == "text":
         return None if isinstance(node, Text) else "expected a quoted name, as in 'SH600000'"
     if isinstance(node, Text):
-        return f"expected {'a number' if kind in ('window', 'lag', 'share') else 'an expression'}"
-    if kind in ("window", "lag", "share"):
+        return f"expected {'a number' if kind in NUMBER_KINDS else 'an expression'}"
+    if kind in NUMBER_KINDS:
         if not isinstance(node, Number):
             return f"expected a number for the {kind}"
         return _number_problem(definition, kind, node)

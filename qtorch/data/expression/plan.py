@@ -2,7 +2,7 @@
 
 Equal subexpressions become one step. Rolling operators on the same step share their rolling sums
 (Mean, Std, Slope and Corr of a series all use its sum), so the plan also collects all windows for
-each series and family of sums. `window_chain` then computes each window from shorter ones.
+each series and family of sums.
 """
 
 from __future__ import annotations
@@ -232,60 +232,3 @@ def _hoist_masks(node: Node) -> Node:
         a.arguments[0] if isinstance(a, Call) and a.operator == "Mask" else a for a in arguments
     )
     return Call("Mask", (Call(node.operator, inner_arguments, node.span), masks.pop()), node.span)
-
-
-# -- computing windows from shorter windows --------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Link:
-    """Computes window `window` from window `newer` and window `older` shifted by `shift` rows."""
-
-    window: int
-    newer: int
-    older: int
-    shift: int
-
-
-def window_chain(windows: Iterable[int], *, overlap: bool = False) -> tuple[Link, ...]:
-    """Return a short chain of links that computes all windows, starting with window 1.
-
-    The two parts of a sum must be adjacent. If the parts may `overlap` (a maximum may include a
-    row twice), any window can be computed from two copies of a window at least half as long.
-
-        window_chain([5, 10]) -> 2 = 1 + 1, 4 = 2 + 2, 5 = 1 + 4, 10 = 5 + 5
-    """
-    available, links = {1}, []
-
-    def add_window(window: int) -> None:
-        if window in available:
-            return
-        if overlap:
-            part = min((b for b in available if 2 * b >= window), default=0)
-            if not part:
-                add_window((window + 1) // 2)
-                part = min(b for b in available if 2 * b >= window)
-            links.append(Link(window, part, part, window - part))
-        else:
-            newer, older = _split_window(window, available)
-            add_window(newer)
-            add_window(older)
-            links.append(Link(window, newer, older, newer))
-        available.add(window)
-
-    for window in sorted(set(windows)):
-        add_window(window)
-    return tuple(links)
-
-
-def _split_window(window: int, available: set[int]) -> tuple[int, int]:
-    """Split a window into two adjacent parts, preferring available windows."""
-    for part in sorted(available, reverse=True):
-        if window - part in available:
-            return part, window - part
-    if window % 2 == 0:
-        return window // 2, window // 2
-    largest = max((b for b in available if window < 2 * b < 2 * window), default=0)
-    if largest:
-        return window - largest, largest
-    return 1, window - 1

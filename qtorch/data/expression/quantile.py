@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.machine import Executor, Kernel
-from qtorch.data.expression.plan import Step, window_chain
-from qtorch.data.expression.series import Series
+from qtorch.data.expression.plan import Step
+from qtorch.data.expression.series import Series, window_chain
 
 WindowPositions: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 """The needed positions in the sorted values of each window; windows are ascending."""
@@ -193,7 +193,7 @@ def _partial_windows(series: Series, window: int) -> Tensor:
 def _pad_values(series: Series, window: int) -> Tensor:
     """Add `window - 1` rows before the values; these rows and missing values are infinite."""
     values = series.numbers
-    if not series.rows.is_dense or series.rows.num_leading_nans:
+    if series.rows.has_missing:
         values = torch.nan_to_num(values, nan=_INFINITE)
     return torch.cat([values.new_full((window - 1, values.shape[1]), _INFINITE), values])
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import Call, Field, Node, Number, Text, parse, walk
-from qtorch.data.expression.series import field_name
+from qtorch.data.expression.parser import Call, Field, Node, Number, Text, field_name, parse, walk
 
 
 def expression_fields(expressions: str | Iterable[str] | Mapping[str, str]) -> tuple[str, ...]:
@@ -52,6 +51,21 @@ def reach(expression: str) -> tuple[int | None, int]:
     """
     before, after = _reach(parse(expression))
     return (None if before is None else max(before, 0)), max(after, 0)
+
+
+def max_reach(expressions: Iterable[str]) -> tuple[int | None, int]:
+    """Return the largest reach of several expressions; (0, 0) without any."""
+    return join_reaches(reach(expression) for expression in expressions)
+
+
+def join_reaches(reaches: Iterable[tuple[int | None, int]]) -> tuple[int | None, int]:
+    """Return the largest `(before, after)` of several reaches; None before is the largest."""
+    before: int | None = 0
+    after = 0
+    for back, ahead in reaches:
+        before = None if before is None or back is None else max(before, back)
+        after = max(after, ahead)
+    return before, after
 
 
 def _reach(node: Node) -> tuple[int | None, int]:

@@ -1,4 +1,4 @@
-"""Rolling operators based on sums: mean, variance, skewness, regression, correlation."""
+"""Rolling operators: sums, moments, regression, correlation, extremes, their rows, and ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.machine import Executor, Kernel
-from qtorch.data.expression.plan import Step, window_chain
-from qtorch.data.expression.series import Series, rolling_extremes
+from qtorch.data.expression.plan import Step
+from qtorch.data.expression.series import NAN, Series, rolling_extremes, window_chain
 
-_NAN = float("nan")
+# The range of int32.
+_LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 
 
 def _cast(values: Tensor, step: Step) -> Tensor:
@@ -87,8 +88,8 @@ def _kurtosis(executor: Executor, step: Step) -> Tensor:
 
 def _mask_flat(values: Tensor, series: Series, window: int, min_count: int) -> Tensor:
     """Set windows with too few or only equal values, which have no higher moments, to NaN."""
-    values.masked_fill_(series.variance(window) == 0, _NAN)
-    return values.masked_fill_(series.rows.count(window) < min_count, _NAN)
+    values.masked_fill_(series.variance(window) == 0, NAN)
+    return values.masked_fill_(series.rows.count(window) < min_count, NAN)
 
 
 # -- regression on the row number ------------------------------------------------------------------
@@ -125,7 +126,7 @@ def _rsquare(executor: Executor, step: Step) -> Tensor:
     if step.constants[0]:
         variance = series.variance_or_nan(window)
     else:  # Qlib has no threshold for all past rows, but a flat series still has no R squared
-        variance = torch.threshold(series.variance(window), 0.0, _NAN)
+        variance = torch.threshold(series.variance(window), 0.0, NAN)
     result = _row_codeviation(series, window).square_().div_(variance)
     result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window))
     return executor.block.mask_outside_span(_cast(result, step))
@@ -173,23 +174,7 @@ def _correlation(executor: Executor, step: Step) -> Tensor:
     return executor.block.mask_outside_span(_cast(covariance, step).div_(deviation).clamp_(-1, 1))
 
 
-SUM_KERNELS: dict[str, Kernel] = {
-    "Sum": _sum,
-    "Mean": _mean,
-    "Var": _variance,
-    "Std": _standard_deviation,
-    "Count": _count,
-    "Skew": _skewness,
-    "Kurt": _kurtosis,
-    "Slope": _slope,
-    "Resi": _residual,
-    "Rsquare": _rsquare,
-    "WMA": _wma,
-    "Cov": _covariance,
-    "Corr": _correlation,
-}
-
-_LOWEST, _HIGHEST = -(2**31), 2**31 - 1
+# -- extremes, their rows, and ranks ---------------------------------------------------------------
 
 
 def _extreme_kernel(*, largest: bool) -> Kernel:
@@ -198,13 +183,13 @@ def _extreme_kernel(*, largest: bool) -> Kernel:
 
     def build(series: Series) -> dict[int, Tensor]:
         base = series.numbers
-        if not series.rows.is_dense or series.rows.num_leading_nans:
+        if series.rows.has_missing:
             base = torch.nan_to_num(base, nan=fill_value)
         return rolling_extremes(base, series.windows(family), largest=largest)
 
     def kernel(executor: Executor, step: Step) -> Tensor:
         series, window = executor.get_series(step), executor.get_window(step)
-        extremes = series.build_once(family, build)[window]
+        extremes = series.compute_windows(family, lambda: build(series))[window]
         return executor.block.mask_outside_span(series.rows.mask_empty(extremes.clone(), window))
 
     return kernel
@@ -215,8 +200,8 @@ def _position_kernel(*, largest: bool) -> Kernel:
 
     def kernel(executor: Executor, step: Step) -> Tensor:
         series, window = executor.get_series(step), executor.get_window(step)
-        row = series.build_once(family, lambda s: _extreme_rows(s, family, largest))[window]
-        position = row - (executor.block.first_rows(window) - 1).to(torch.float32)
+        rows = series.compute_windows(family, lambda: _extreme_rows(series, family, largest))
+        position = rows[window] - (executor.block.first_rows(window) - 1).to(torch.float32)
         return executor.block.mask_outside_span(series.rows.mask_empty(position, window), head=True)
 
     return kernel
@@ -235,7 +220,7 @@ def _extreme_rows(series: Series, family: str, largest: bool) -> dict[int, Tenso
         return _extreme_rows_float64(series, values, series.windows(family))
     bits = (values + 0.0).view(torch.int32)  # adding 0.0 turns -0 into 0
     bits = bits ^ ((bits >> 31) & _HIGHEST)
-    if not series.rows.is_dense or series.rows.num_leading_nans:
+    if series.rows.has_missing:
         bits = bits.masked_fill_(values.isnan(), _HIGHEST)
         if not block.is_full:
             bits.masked_fill_(~block.is_stored, _LOWEST)
@@ -270,7 +255,7 @@ def _extreme_rows_float64(
 
 def _rank(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
-    margin = series.build_once("rank", _rank_margins)[window]
+    margin = series.compute_windows("rank", lambda: _rank_margins(series))[window]
     n = series.rows.count(window)
     rank = (margin + (n + 1).to(margin.dtype)).mul_((0.5 / n).to(margin.dtype))
     return executor.block.mask_outside_span(series.rows.mask_missing(rank.to(step.dtype)))
@@ -284,18 +269,30 @@ def _rank_margins(series: Series) -> dict[int, Tensor]:
     values, windows = series.numbers, series.windows("rank")
     margins, results = torch.zeros_like(values), {}
     buffer = torch.empty_like(values)
-    has_no_nan = series.rows.is_dense and not series.rows.num_leading_nans
     for lag in range(1, max(windows) + 1):
         if lag in windows:
             results[lag] = margins.clone()
         if lag == max(windows):
             break
         signs = torch.sub(values[lag:], values[:-lag], out=buffer[lag:]).sign_()
-        margins[lag:] += signs if has_no_nan else signs.nan_to_num_(nan=0.0)
+        margins[lag:] += signs.nan_to_num_(nan=0.0) if series.rows.has_missing else signs
     return results
 
 
-ORDER_KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {
+    "Sum": _sum,
+    "Mean": _mean,
+    "Var": _variance,
+    "Std": _standard_deviation,
+    "Count": _count,
+    "Skew": _skewness,
+    "Kurt": _kurtosis,
+    "Slope": _slope,
+    "Resi": _residual,
+    "Rsquare": _rsquare,
+    "WMA": _wma,
+    "Cov": _covariance,
+    "Corr": _correlation,
     "Max": _extreme_kernel(largest=True),
     "Min": _extreme_kernel(largest=False),
     "IdxMax": _position_kernel(largest=True),

@@ -1,17 +1,20 @@
-"""The values of a step with cached rolling sums, as used by the rolling operators."""
+"""The data of rolling operators: blocks of instruments, and series with cached rolling sums.
+
+Operators on one series share its sums, and series with the same missing values share their counts
+(`Rows`). The sums of all windows of a series are computed along one chain of windows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ExpressionError, unknown_name
-from qtorch.data.expression.parser import Field, expression_error
-from qtorch.data.expression.plan import Link, window_chain
+from qtorch.data.expression.parser import Field, field_name
 from qtorch.data.panel.panel import Panel
 
 NAN = float("nan")
@@ -104,49 +107,7 @@ class Block:
         return values + self.span_mask
 
 
-def field_name(field: Field, stored_names: Sequence[str]) -> str:
-    """Find the stored name of a field: as written or in lower case, as Qlib stores names."""
-    for name in (field.name, field.name.lower()):
-        if name in stored_names:
-            return name
-    raise _unknown_field_error(field, stored_names)
-
-
-def _unknown_field_error(field: Field, stored_names: Sequence[str]) -> ExpressionError:
-    return expression_error(field.span, unknown_name("field", field.name, stored_names))
-
-
-@lru_cache(maxsize=256)
-def _chain_links(
-    windows: tuple[int, ...], overlap: bool
-) -> tuple[tuple[Link, tuple[int, ...]], ...]:
-    """Return the links of the chain, each with the windows that are unused afterwards."""
-    chain = window_chain(windows, overlap=overlap)
-    links, live_windows = [], {1}
-    for index, link in enumerate(chain):
-        live_windows.add(link.window)
-        later = {
-            w for later_link in chain[index + 1 :] for w in (later_link.newer, later_link.older)
-        }
-        unused_windows = tuple(w for w in live_windows if w not in later and w not in windows)
-        live_windows -= set(unused_windows)
-        links.append((link, unused_windows))
-    return tuple(links)
-
-
-def _build_windows(
-    base: Tensor, windows: tuple[int, ...], join: Callable[..., Tensor], *, overlap: bool
-) -> dict[int, Tensor]:
-    results = {1: base}
-    for link, unused_windows in _chain_links(windows, overlap):
-        newer, older, shift = results[link.newer], results[link.older], link.shift
-        result = torch.empty_like(base)
-        join(newer[shift:], older[:-shift], out=result[shift:])
-        result[:shift] = newer[:shift]
-        results[link.window] = result
-        for window in unused_windows:
-            del results[window]
-    return {w: results[w] for w in windows}
+# -- rolling sums and extremes: each window is computed from shorter ones --------------------------
 
 
 def rolling_sums(base: Tensor, windows: tuple[int, ...]) -> dict[int, Tensor]:
@@ -167,7 +128,119 @@ def rolling_extremes(base: Tensor, windows: tuple[int, ...], *, largest: bool) -
     return _build_windows(base, windows, torch.maximum if largest else torch.minimum, overlap=True)
 
 
-class Rows:
+def _build_windows(
+    base: Tensor, windows: tuple[int, ...], join: Callable[..., Tensor], *, overlap: bool
+) -> dict[int, Tensor]:
+    results = {1: base}
+    for link, unused_windows in _chain_links(windows, overlap):
+        newer, older, shift = results[link.newer], results[link.older], link.shift
+        result = torch.empty_like(base)
+        join(newer[shift:], older[:-shift], out=result[shift:])
+        result[:shift] = newer[:shift]
+        results[link.window] = result
+        for window in unused_windows:
+            del results[window]
+    return {w: results[w] for w in windows}
+
+
+@lru_cache(maxsize=256)
+def _chain_links(
+    windows: tuple[int, ...], overlap: bool
+) -> tuple[tuple[Link, tuple[int, ...]], ...]:
+    """Return the links of the chain, each with the windows that are unused afterwards."""
+    chain = window_chain(windows, overlap=overlap)
+    links, live_windows = [], {1}
+    for index, link in enumerate(chain):
+        live_windows.add(link.window)
+        later = {
+            w for later_link in chain[index + 1 :] for w in (later_link.newer, later_link.older)
+        }
+        unused_windows = tuple(w for w in live_windows if w not in later and w not in windows)
+        live_windows -= set(unused_windows)
+        links.append((link, unused_windows))
+    return tuple(links)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Computes window `window` from window `newer` and window `older` shifted by `shift` rows."""
+
+    window: int
+    newer: int
+    older: int
+    shift: int
+
+
+def window_chain(windows: Iterable[int], *, overlap: bool = False) -> tuple[Link, ...]:
+    """Return a short chain of links that computes all windows, starting with window 1.
+
+    The two parts of a sum must be adjacent. If the parts may `overlap` (a maximum may include a
+    row twice), any window can be computed from two copies of a window at least half as long.
+
+        window_chain([5, 10]) -> 2 = 1 + 1, 4 = 2 + 2, 5 = 1 + 4, 10 = 5 + 5
+    """
+    available, links = {1}, []
+
+    def add_window(window: int) -> None:
+        if window in available:
+            return
+        if overlap:
+            part = min((b for b in available if 2 * b >= window), default=0)
+            if not part:
+                add_window((window + 1) // 2)
+                part = min(b for b in available if 2 * b >= window)
+            links.append(Link(window, part, part, window - part))
+        else:
+            newer, older = _split_window(window, available)
+            add_window(newer)
+            add_window(older)
+            links.append(Link(window, newer, older, newer))
+        available.add(window)
+
+    for window in sorted(set(windows)):
+        add_window(window)
+    return tuple(links)
+
+
+def _split_window(window: int, available: set[int]) -> tuple[int, int]:
+    """Split a window into two adjacent parts, preferring available windows."""
+    for part in sorted(available, reverse=True):
+        if window - part in available:
+            return part, window - part
+    if window % 2 == 0:
+        return window // 2, window // 2
+    largest = max((b for b in available if window < 2 * b < 2 * window), default=0)
+    if largest:
+        return window - largest, largest
+    return 1, window - 1
+
+
+# -- series ----------------------------------------------------------------------------------------
+
+
+class _WindowCache:
+    """Base class of objects with results by window that are computed when first used."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, dict[int, Tensor]] = {}
+
+    def compute_windows(
+        self, family: str, compute: Callable[[], dict[int, Tensor]]
+    ) -> dict[int, Tensor]:
+        """Return the results of all windows of a family, computing them together."""
+        if family not in self._results:
+            self._results[family] = compute()
+        return self._results[family]
+
+    def compute_window(self, name: str, window: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the result of one window."""
+        results = self._results.setdefault(name, {})
+        if window not in results:
+            results[window] = compute()
+        return results[window]
+
+
+class Rows(_WindowCache):
     """The cells with a finite value, and their counts by window.
 
     Series with the same valid cells share the object. Nearly all series of a market are dense:
@@ -184,10 +257,9 @@ class Rows:
         num_leading_nans: int = 0,
         valid: Tensor | None = None,
     ) -> None:
+        super().__init__()
         self.block, self.num_leading_nans, self.is_dense = block, num_leading_nans, valid is None
         self._windows, self._valid = windows, valid
-        self._sums: dict[str, dict[int, Tensor]] = {}
-        self._cache: dict[tuple[str, int], Tensor] = {}
 
     def matches(self, num_leading_nans: int, valid: Tensor | None) -> bool:
         """Whether the valid cells equal the given ones."""
@@ -196,6 +268,11 @@ class Rows:
                 valid is None and self._valid is None and num_leading_nans == self.num_leading_nans
             )
         return torch.equal(valid, self._valid)
+
+    @property
+    def has_missing(self) -> bool:
+        """Whether any cell has no value."""
+        return not self.is_dense or self.num_leading_nans > 0
 
     @cached_property
     def valid(self) -> Tensor:
@@ -226,33 +303,32 @@ class Rows:
         count = self._sparse_count(window)
         if bool(count.amin() > 0):
             return result
-        return result.add_(self._compute_once("empty_mask", window, lambda: count.reciprocal() * 0))
+        mask = self.compute_window("empty_mask", window, lambda: count.reciprocal() * 0)
+        return result.add_(mask)
 
     # -- counts --------------------------------------------------------------------------------
 
     def count(self, window: int) -> Tensor:
         """Return the number of values in each window, float64 `[D, 1]` or `[D, n]`."""
-        if self.is_dense:
-            return self._compute_once("count", window, lambda: self._dense_count(window))
-        return self._compute_once(
-            "count", window, lambda: self._sparse_count(window).to(torch.float64)
-        )
+        return self.compute_window("count", window, lambda: self._count(window))
 
-    def _dense_count(self, window: int) -> Tensor:
-        return (self.block.rows + (1 - self.num_leading_nans)).clamp_(min=0, max=window)
+    def _count(self, window: int) -> Tensor:
+        if self.is_dense:
+            return (self.block.rows + (1 - self.num_leading_nans)).clamp_(min=0, max=window)
+        return self._sparse_count(window).to(torch.float64)
 
     def _sparse_count(self, window: int) -> Tensor:
-        if "valid" not in self._sums:
-            self._sums["valid"] = rolling_sums(self.valid, self._windows)
-        return self._sums["valid"][window]
+        return self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))[
+            window
+        ]
 
     def inverse_count(self, window: int) -> Tensor:
         """Return 1 / count; infinite for an empty window, so that 0 times it is NaN."""
-        return self._compute_once("inverse_count", window, lambda: self.count(window).reciprocal())
+        return self.compute_window("inverse_count", window, lambda: self.count(window).reciprocal())
 
     def inverse_dof(self, window: int) -> Tensor:
         """Return 1 / (count - 1) for variances; infinite for a single value."""
-        return self._compute_once(
+        return self.compute_window(
             "inverse_dof", window, lambda: (self.count(window) - 1).reciprocal()
         )
 
@@ -262,7 +338,7 @@ class Rows:
         """Return the mean row number of the rows with a value."""
         if self.is_dense:
             return self.block.rows - (self.count(window) - 1) / 2
-        return self._compute_once(
+        return self.compute_window(
             "mean_row", window, lambda: self._row_power_sum(1, window) * self.inverse_count(window)
         )
 
@@ -271,7 +347,7 @@ class Rows:
         if self.is_dense:
             n = self.count(window)
             return torch.where(n > 1, 12 / (n * (n * n - 1)), NAN)
-        return self._compute_once(
+        return self.compute_window(
             "inverse_row_deviation", window, lambda: self._inverse_row_deviation(window)
         )
 
@@ -282,17 +358,11 @@ class Rows:
         return torch.threshold(deviation, 0.25, NAN).reciprocal_()
 
     def _row_power_sum(self, power: int, window: int) -> Tensor:
-        family = f"row{power}"
-        if family not in self._sums:
+        def compute() -> dict[int, Tensor]:
             base = self.valid.to(torch.float64) * self.block.rows**power
-            self._sums[family] = rolling_sums(base, self._windows)
-        return self._sums[family][window]
+            return rolling_sums(base, self._windows)
 
-    def _compute_once(self, name: str, window: int, compute: Callable[[], Tensor]) -> Tensor:
-        key = (name, window)
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+        return self.compute_windows(f"row{power}", compute)[window]
 
 
 def find_rows(cache: list[Rows], block: Block, windows: tuple[int, ...], values: Tensor) -> Rows:
@@ -324,7 +394,7 @@ GetRows: TypeAlias = Callable[[Tensor], Rows]
 _ROUNDING = 1e-15
 
 
-class Series:
+class Series(_WindowCache):
     """The values of a step and their rolling sums, which are computed when first used.
 
     Sums are float64; sums of conditions are float32, which counts exactly.
@@ -333,10 +403,9 @@ class Series:
     def __init__(
         self, block: Block, values: Tensor, get_windows: GetWindows, get_rows: GetRows
     ) -> None:
+        super().__init__()
         self.block, self.values = block, values
         self._get_windows, self._get_rows = get_windows, get_rows
-        self._sums: dict[str, dict[int, Tensor]] = {}
-        self._cache: dict[tuple[str, int], Tensor] = {}
         self.quantiles: dict[tuple[int, float], Tensor] | None = None
 
     def windows(self, *families: str) -> tuple[int, ...]:
@@ -367,20 +436,15 @@ class Series:
         """Values with infinity replaced by NaN, in their own dtype; conditions as 0 and 1."""
         if self.values.dtype == torch.bool:
             return self.block.as_numbers(self.values)
-        return (
-            self.values if self.rows.is_dense and not self.rows.num_leading_nans else self._finite()
-        )
-
-    def _finite(self) -> Tensor:
-        return self.values + self.values * 0
+        return self.values + self.values * 0 if self.rows.has_missing else self.values
 
     # -- sums ----------------------------------------------------------------------------------
 
     def sum(self, family: str, window: int) -> Tensor:
         """Return the rolling sum of a family: sum, square, or position (row number x value)."""
-        return self.build_once(family, lambda s: rolling_sums(s.base(family), s.windows(family)))[
-            window
-        ]
+        return self.compute_windows(
+            family, lambda: rolling_sums(self.base(family), self.windows(family))
+        )[window]
 
     def base(self, family: str) -> Tensor:
         """Return the terms that the sums of a family add up."""
@@ -393,17 +457,9 @@ class Series:
         assert family == "position", family
         return self.values_or_zero * self.block.rows
 
-    def build_once(
-        self, family: str, build: Callable[[Series], dict[int, Tensor]]
-    ) -> dict[int, Tensor]:
-        """Return `build(self)`, a result by window that is cached for all users of the family."""
-        if family not in self._sums:
-            self._sums[family] = build(self)
-        return self._sums[family]
-
     def variance(self, window: int) -> Tensor:
         """Return the variance (n - 1) in float64: NaN for under two values, 0 on flat windows."""
-        return self._compute_once("variance", window, lambda: self._variance(window))
+        return self.compute_window("variance", window, lambda: self._variance(window))
 
     def _variance(self, window: int) -> Tensor:
         total = self.sum("sum", window).to(torch.float64)
@@ -413,15 +469,9 @@ class Series:
 
     def variance_or_nan(self, window: int) -> Tensor:
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
-        return self._compute_once(
+        return self.compute_window(
             "variance_or_nan", window, lambda: torch.threshold(self.variance(window), 4e-10, NAN)
         )
-
-    def _compute_once(self, name: str, window: int, compute: Callable[[], Tensor]) -> Tensor:
-        key = (name, window)
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
 
 
 class Pair:

@@ -23,25 +23,4 @@ if TYPE_CHECKING:
     from qtorch.data.processor.statistics import RobustZScoreNorm as RobustZScoreNorm
     from qtorch.data.processor.statistics import ZScoreNorm as ZScoreNorm
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "Processor": "qtorch.data.processor.base",
-        "CSRankNorm": "qtorch.data.processor.cross_section",
-        "CSZFillna": "qtorch.data.processor.cross_section",
-        "CSZScoreNorm": "qtorch.data.processor.cross_section",
-        "Fillna": "qtorch.data.processor.elementwise",
-        "ProcessInf": "qtorch.data.processor.elementwise",
-        "TanhProcess": "qtorch.data.processor.elementwise",
-        "PandasProcessor": "qtorch.data.processor.pandas_processor",
-        "DropnaLabel": "qtorch.data.processor.selection",
-        "DropnaProcessor": "qtorch.data.processor.selection",
-        "TimeRangeFlt": "qtorch.data.processor.selection",
-        "DropCol": "qtorch.data.processor.selection",
-        "FilterCol": "qtorch.data.processor.selection",
-        "HashStockFormat": "qtorch.data.processor.selection",
-        "MinMaxNorm": "qtorch.data.processor.statistics",
-        "RobustZScoreNorm": "qtorch.data.processor.statistics",
-        "ZScoreNorm": "qtorch.data.processor.statistics",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,9 +23,8 @@ from qtorch.data.processor.base import (
     select_dates,
 )
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
+from qtorch.data.threads import map_threads
 
-T = TypeVar("T")
-R = TypeVar("R")
 BLOCK = 16  # columns read at once: one cache line if the columns of an instrument are adjacent
 TINY = 1e-12  # Qlib's EPS
 
@@ -188,18 +186,11 @@ def _column_statistics(
             out.append(norm.column_statistics(selection[~missing] if missing.any() else selection))
         return out
 
-    return [pair for part_statistics in _map_threads(statistics, parts) for pair in part_statistics]
-
-
-def _map_threads(function: Callable[[T], R], parts: Sequence[T]) -> list[R]:
-    """Map `function` over the parts with as many threads as torch uses, one torch thread each."""
-    num_threads = torch.get_num_threads()
-    if min(len(parts), num_threads) <= 1:
-        return [function(part) for part in parts]
-    try:
-        with ThreadPoolExecutor(
-            min(len(parts), num_threads), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            return list(pool.map(function, parts))
-    finally:
-        torch.set_num_threads(num_threads)
+    num_threads = min(len(parts), torch.get_num_threads())
+    # A single part is read faster with all of torch's threads.
+    results = (
+        map_threads(statistics, parts, num_threads)
+        if num_threads > 1
+        else [statistics(part) for part in parts]
+    )
+    return [pair for part_statistics in results for pair in part_statistics]

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from qtorch.data.source.table import TableSource as TableSource
     from qtorch.data.source.writer import write_qlib as write_qlib
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "Bars": "qtorch.data.source.base",
-        "Source": "qtorch.data.source.base",
-        "FrameSource": "qtorch.data.source.frame",
-        "as_source": "qtorch.data.source.frame",
-        "QlibSource": "qtorch.data.source.qlib",
-        "write_qlib": "qtorch.data.source.writer",
-        "SyntheticSource": "qtorch.data.source.synthetic",
-        "TableSource": "qtorch.data.source.table",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

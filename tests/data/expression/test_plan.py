@@ -7,8 +7,9 @@ import random
 import pytest
 
 from qtorch.data.expression.parser import parse
-from qtorch.data.expression.plan import make_plan, window_chain
+from qtorch.data.expression.plan import make_plan
 from qtorch.data.expression.quantile import build_program
+from qtorch.data.expression.series import window_chain
 
 
 @pytest.mark.parametrize("overlap", [False, True])
