@@ -1,8 +1,8 @@
-"""Element-wise losses: weighted means over the samples that have a label."""
+"""Losses: weighted means over the samples that have a label, by element or by day."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,54 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Loss(nn.Module):
-    """Weighted mean of an element-wise loss over the elements that have a label.
+class BaseLoss(nn.Module, ABC):
+    """A loss that is the ratio of two sums, which add up over batches and over ranks.
 
-    `score` and `target` must have the same shape, `[B]` or `[B, Q]` (`[G, N, Q]` for day batches).
-    Other shapes raise ValueError, because broadcasting `[B, 1]` against `[B]` would silently
-    compare every score with every label (`[B, B]`). `weight` and `mask` have the same shape, with
-    or without the last axis. Elements with a NaN target or False in `mask` are ignored; a batch
-    without labels has loss zero and a zero gradient. The mean is sum(weight x loss) / sum(weight),
-    in float32 or better.
+    Implement `sums` for a loss of whole batches. For a loss of single elements derive from `Loss`
+    and implement `elementwise`, for one of whole days from `DayLoss` and implement `day_losses`.
 
-    Subclasses implement `elementwise`.
+    In each of them, elements with a NaN target or False in `mask` are ignored, and a batch without
+    labels has loss zero and a zero gradient. `weight` and `mask` have the shape of the target, with
+    or without its last axis.
     """
 
-    def num_outputs(self, num_labels: int) -> int:
-        """The number of network outputs needed for `num_labels` label columns."""
-        return num_labels
-
-    def readout(self, score: Tensor) -> Tensor:
-        """Reduce outputs `[..., Q]` to the score `[...]` for metrics and predictions: the first."""
-        return score[..., 0]
-
     @abstractmethod
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        """The loss of each element, in the shape of `score` and `target`."""
-
-    def total(self, score: Tensor, target: Tensor) -> Tensor:
-        """The sum of `elementwise`. Subclasses override it if one operation computes the sum."""
-        return self.elementwise(score, target).sum()
-
     def sums(
         self,
         score: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`(sum of weight x loss, sum of weight)`; sums over batches give the exact mean."""
-        score = validate_score(score, target)
-        valid, weights = valid_and_weight(target, weight, mask)
-        # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
-        score = torch.where(valid, score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * weights).sum(), weights.sum()
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
+        """Return `(sum of weight x loss, sum of weight)`, in float32 or better.
 
-    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
-        """Sum of the loss if every label is present and unweighted; faster than `sums`."""
-        score = validate_score(score, target)
-        return self.total(score, target.to(score.dtype))
+        `complete` is the caller's promise that no label is missing and that weight and mask are
+        None: the sums may then be computed faster, and the weight sum may be a number.
+        """
 
     def forward(
         self,
@@ -66,8 +44,50 @@ class Loss(nn.Module):
         weight: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The weighted mean, a scalar."""
-        return mean_from_sums(*self.sums(score, target, weight, mask))
+        """Return the weighted mean, a scalar."""
+        total, weight_sum = self.sums(score, target, weight, mask)
+        return mean_from_sums(total, torch.as_tensor(weight_sum))
+
+    def num_outputs(self, num_labels: int) -> int:
+        """Return the number of network outputs needed for `num_labels` label columns."""
+        return num_labels
+
+    def readout(self, score: Tensor) -> Tensor:
+        """Reduce outputs `[..., Q]` to the score `[...]` for metrics and predictions: the first."""
+        return score[..., 0]
+
+
+class Loss(BaseLoss):
+    """Weighted mean of an element-wise loss over the elements that have a label.
+
+    `score` and `target` must have the same shape, `[B]` or `[B, Q]` (`[G, N, Q]` for day batches).
+    Other shapes raise ValueError, because broadcasting `[B, 1]` against `[B]` would silently
+    compare every score with every label (`[B, B]`).
+
+    Subclasses implement `elementwise`.
+    """
+
+    @abstractmethod
+    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each element, in the shape of `score` and `target`."""
+
+    def sums(
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
+        score = validate_score(score, target)
+        if complete:
+            return self.elementwise(score, target.to(score.dtype)).sum(), target.numel()
+        valid, weights = valid_and_weight(target, weight, mask)
+        # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
+        score = torch.where(valid, score, 0.0)
+        target = torch.where(valid, target, 0.0).to(score.dtype)
+        return (self.elementwise(score, target) * weights).sum(), weights.sum()
 
 
 def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
@@ -110,27 +130,46 @@ def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
     )
 
 
-class MSE(Loss):
+class FunctionalLoss(Loss):
+    """A loss of `torch.nn.functional`, which can sum over a batch in one operation."""
+
+    @abstractmethod
+    def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """Return the loss with torch's `reduction`, "none" or "sum"."""
+
+    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
+        return self.compute(score, target, "none")
+
+    def sums(
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
+        if not complete:
+            return super().sums(score, target, weight, mask)
+        score = validate_score(score, target)
+        return self.compute(score, target.to(score.dtype), "sum"), target.numel()
+
+
+class MSE(FunctionalLoss):
     """Mean squared error."""
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(score, target, reduction="none")
-
-    def total(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(score, target, reduction="sum")
+    def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.mse_loss(score, target, reduction=reduction)
 
 
-class MAE(Loss):
+class MAE(FunctionalLoss):
     """Mean absolute error."""
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.l1_loss(score, target, reduction="none")
-
-    def total(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.l1_loss(score, target, reduction="sum")
+    def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.l1_loss(score, target, reduction=reduction)
 
 
-class Huber(Loss):
+class Huber(FunctionalLoss):
     """Huber loss: half the squared error up to `delta`, then delta x (|error| - delta / 2).
 
     Huber, "Robust Estimation of a Location Parameter", 1964.
@@ -142,11 +181,8 @@ class Huber(Loss):
             raise ValueError(f"delta={delta}: expected a positive number.")
         self.delta = delta
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.huber_loss(score, target, reduction="none", delta=self.delta)
-
-    def total(self, score: Tensor, target: Tensor) -> Tensor:
-        return F.huber_loss(score, target, reduction="sum", delta=self.delta)
+    def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return F.huber_loss(score, target, reduction=reduction, delta=self.delta)
 
 
 class Quantile(Loss):
@@ -166,7 +202,7 @@ class Quantile(Loss):
         return torch.maximum(self.tau * error, (self.tau - 1) * error)
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(BaseLoss):
     """Cross-entropy over bins of the label; the score is the expected bin.
 
     There are `num_bins` bins of equal probability for a standard normal label (as produced by
@@ -203,18 +239,15 @@ class CrossEntropy(Loss):
         bin_values = torch.linspace(-1, 1, self.num_bins, device=score.device)
         return score.float().softmax(-1) @ bin_values
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        """Loss `[...]` of `score [..., K]` and `target [...]`."""
-        bins = torch.bucketize(target, self.edges)
-        return -score.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
-
     def sums(
         self,
         score: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
         if score.shape != (*target.shape, self.num_bins):
             raise ValueError(
                 f"score {list(score.shape)} and target {list(target.shape)}: cross-entropy on "
@@ -224,14 +257,12 @@ class CrossEntropy(Loss):
         score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
         valid, weights = valid_and_weight(target, weight, mask)
         score = torch.where(valid[..., None], score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * weights).sum(), weights.sum()
-
-    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
-        return self.sums(score, target)[0]
+        bins = torch.bucketize(torch.where(valid, target, 0.0).to(score.dtype), self.edges)
+        losses = -score.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
+        return (losses * weights).sum(), target.numel() if complete else weights.sum()
 
 
-class Combined(Loss):
+class Combined(BaseLoss):
     """A weighted sum of losses: the sum of weight x mean loss over the parts.
 
     `parts`: pairs (loss, weight). All parts get the same scores and batches, so these must meet
@@ -240,7 +271,7 @@ class Combined(Loss):
     ranks' results add up to the loss of the whole batch.
     """
 
-    def __init__(self, parts: Sequence[tuple[Loss, float]]) -> None:
+    def __init__(self, parts: Sequence[tuple[BaseLoss, float]]) -> None:
         super().__init__()
         if not parts:
             raise ValueError("a sum of losses needs at least one loss.")
@@ -248,46 +279,38 @@ class Combined(Loss):
         self.shares = tuple(float(share) for _, share in parts)
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError("a sum of losses has no element-wise loss")
-
     def sums(
         self,
         score: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
         part_sums = [self._part(loss).sums(score, target, weight, mask) for loss in self.parts]
-        count, weight_sums = (
-            valid_and_weight(target, None, mask)[0].sum(),
-            [weight for _, weight in part_sums],
-        )
+        weight_sums = [torch.as_tensor(weight) for _, weight in part_sums]
+        count: Tensor | int
+        count = target.numel() if complete else valid_and_weight(target, None, mask)[0].sum()
         total_count = count
         if self.sum_over_ranks is not None and self.training:
-            sums = self.sum_over_ranks(torch.stack([count.to(weight_sums[0].dtype), *weight_sums]))
-            total_count, *weight_sums = sums.unbind()
+            counts = [torch.as_tensor(count).to(weight_sums[0]), *weight_sums]
+            total_count, *weight_sums = self.sum_over_ranks(torch.stack(counts)).unbind()
         mean = score.new_zeros(())
-        for loss_weight, (total, _), weight_sum in zip(
-            self.shares, part_sums, weight_sums, strict=True
-        ):
-            mean = mean + loss_weight * mean_from_sums(total, weight_sum)
+        for share, (total, _), weight_sum in zip(self.shares, part_sums, weight_sums, strict=True):
+            mean = mean + share * mean_from_sums(total, weight_sum)
         return mean * total_count, count
 
     @staticmethod
-    def _part(loss: nn.Module) -> Loss:
-        assert isinstance(loss, Loss), "nn.ModuleList hides the type of its elements"
+    def _part(loss: nn.Module) -> BaseLoss:
+        assert isinstance(loss, BaseLoss), "nn.ModuleList hides the type of its elements"
         return loss
-
-    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
-        total, count = self.sums(score, target)
-        return total * (target.numel() / count)
 
 
 _FAR = 1e9  # excludes an element from a softmax but stays finite
 
 
-class DayLoss(Loss):
+class DayLoss(BaseLoss):
     """Mean over days of a loss that is defined on a whole day.
 
     `score` and `target` are `[G, N]` or `[G, N, Q]`: G cross-sections of N instruments (for each
@@ -303,16 +326,15 @@ class DayLoss(Loss):
     def day_losses(self, score: Tensor, target: Tensor, valid: Tensor, weight: Tensor) -> Tensor:
         """The loss `[R]` of R days `[R, N]`; score, target and weight are 0 if not `valid`."""
 
-    def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} is defined on days, not on elements")
-
     def sums(
         self,
         score: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
         score = validate_score(score, target)
         if score.dim() < 2:
             raise ValueError(
@@ -327,10 +349,6 @@ class DayLoss(Loss):
         has_loss = rows[2].sum(1) >= 2
         loss = self.day_losses(rows[0], rows[1], rows[2], rows[3])
         return torch.where(has_loss, loss, 0.0).sum(), has_loss.sum().to(loss.dtype)
-
-    def dense_sum(self, score: Tensor, target: Tensor) -> Tensor:
-        total, days = self.sums(score, target)
-        return total * (target.numel() / days)
 
 
 def _flatten_labels(values: Tensor) -> Tensor:

@@ -20,22 +20,4 @@ if TYPE_CHECKING:
     from qtorch.model.tabular.gbdt import LGBModel as LGBModel
     from qtorch.model.tabular.linear import LinearModel as LinearModel
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "BaseModel": "qtorch.model.base",
-        "LGBModel": "qtorch.model.tabular.gbdt",
-        "LightningModel": "qtorch.model.lightning_model",
-        "LinearModel": "qtorch.model.tabular.linear",
-        "Model": "qtorch.model.base",
-        "ModelFT": "qtorch.model.base",
-        "ScoreModule": "qtorch.model.loop.module",
-        "TrainingInterrupted": "qtorch.model.loop.callbacks",
-        "TCTSModule": "qtorch.model.methods.tcts",
-        "TRAModule": "qtorch.model.methods.tra",
-        "ADARNNModule": "qtorch.model.methods.adarnn",
-        "IGMTFModule": "qtorch.model.methods.igmtf",
-        "TabNetModule": "qtorch.model.methods.tabnet",
-        "ADDModule": "qtorch.model.methods.add",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

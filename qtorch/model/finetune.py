@@ -21,7 +21,7 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.model.loop.factories import OptimizerFactory
 from qtorch.nn.layers import layer_groups
 from qtorch.nn.lora import LoRA
-from qtorch.tracking.manager import MANAGER
+from qtorch.tracking.manager import find_run
 from qtorch.tracking.mlflow_recorder import tag_lineage
 from qtorch.tracking.store_types import NotInStoreError
 
@@ -419,7 +419,7 @@ class InitialWeights:
         run_id, _, name = init_from.removeprefix(RUN_PREFIX).partition("/")
         name = name or DEFAULT_ARTIFACT
         try:
-            recorder = MANAGER.recorder(run_id)
+            recorder = find_run(run_id)
         except NotInStoreError as error:
             raise ConfigError(f"init_from={init_from!r}: {error}") from error
         try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, NotFittedError, unknown_name
+from qtorch.core.errors import ConfigError, NotFittedError, unknown_name_message
 from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
 from qtorch.core.names import import_path
 from qtorch.core.runtime import resolve_device
@@ -23,7 +23,7 @@ from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import Loss
+from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import ModelFT
 from qtorch.model.finetune import (
     FineTuning,
@@ -442,7 +442,9 @@ class LightningModel(ModelFT):
             )
         if fitted_network is None:
             loss = build_loss(self.loss)
-            outputs = loss.num_outputs(len(train.label_names)) if isinstance(loss, Loss) else None
+            outputs = (
+                loss.num_outputs(len(train.label_names)) if isinstance(loss, BaseLoss) else None
+            )
             self.network_config_ = None
             spec = complete_network_config(self.network, train, outputs)
             start = "fresh" if initial is None else initial.digest
@@ -590,5 +592,5 @@ def _merge_options(
 ) -> dict[str, Any]:
     for name in options or {}:
         if name not in defaults:
-            raise ConfigError(unknown_name(f"option of {argument}", name, defaults))
+            raise ConfigError(unknown_name_message(f"option of {argument}", name, defaults))
     return {**defaults, **(options or {})}

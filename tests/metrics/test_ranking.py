@@ -159,3 +159,15 @@ def test_non_positive_temperature_is_rejected() -> None:
     for cls in (RankIC, ListNet):
         with pytest.raises(ValueError, match="temperature"):
             cls(0.0)
+
+
+@for_each_loss
+def test_complete_labels_give_the_same_sums(loss: DayLoss) -> None:
+    score, target, _ = random_days()
+    target = torch.nan_to_num(target)
+    sums, complete_sums = (loss.sums(score, target, complete=c) for c in (False, True))
+    assert [float(v) for v in complete_sums] == [float(v) for v in sums]
+    constant = torch.zeros(2, 3)
+    total, count = loss.sums(constant[:, :1], constant[:, :1], complete=True)
+    assert (float(total), float(count)) == (0.0, 0.0)  # days of one sample do not count
+    assert torch.isfinite(loss.sums(constant, constant, complete=True)[0])

@@ -11,24 +11,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.metrics.loss import (
     IC,
     MAE,
     MSE,
+    BaseLoss,
     Combined,
     CrossEntropy,
     Huber,
     ListMLE,
     ListNet,
-    Loss,
     Pairwise,
     Quantile,
     RankIC,
 )
 
-LOSSES: dict[str, type[Loss]] = {
+LOSSES: dict[str, type[BaseLoss]] = {
     "mse": MSE,
     "mae": MAE,
     "huber": Huber,
@@ -66,7 +66,7 @@ def build_loss(spec: Any) -> Callable[..., Any]:
     """
     if isinstance(spec, str) and "." not in spec:
         if spec not in LOSSES:
-            raise ConfigError(unknown_name("loss", spec, LOSSES))
+            raise ConfigError(unknown_name_message("loss", spec, LOSSES))
         return LOSSES[spec]()
     if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
         return _build_combined_loss(spec)
@@ -90,7 +90,7 @@ def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
                 "{'loss': ..., 'weight': ...}."
             )
         loss, weight = build_loss(part_spec["loss"]), part_spec.get("weight", 1.0)
-        if not isinstance(loss, Loss):
+        if not isinstance(loss, BaseLoss):
             raise ConfigError(
                 f"the loss {name!r} cannot be summed: it is not a qtorch.metrics.loss.Loss."
             )
@@ -113,7 +113,7 @@ def optimizer_factory(spec: Any) -> OptimizerFactory:
         for name, optimizer_class in optimizers.items():
             if name.lower() == spec.lower():
                 return cast(OptimizerFactory, optimizer_class)
-        raise ConfigError(unknown_name("optimizer", spec, optimizers))
+        raise ConfigError(unknown_name_message("optimizer", spec, optimizers))
     return build_factory(spec, "optimizer")
 
 
@@ -154,11 +154,11 @@ def scheduler_plan(spec: Any) -> SchedulerPlan | None:
         for name in options:
             if name not in ("interval", "frequency", "monitor"):
                 valid = ("scheduler", "interval", "frequency", "monitor")
-                raise ConfigError(unknown_name("option of scheduler", name, valid))
+                raise ConfigError(unknown_name_message("option of scheduler", name, valid))
     plan = SchedulerPlan(build_factory(spec, "scheduler"), **options)
     if plan.interval not in ("epoch", "step"):
         raise ConfigError(
-            unknown_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+            unknown_name_message("interval of the scheduler", plan.interval, ("epoch", "step"))
         )
     return plan
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
-from qtorch.metrics.loss import Loss, mean_from_sums
+from qtorch.metrics.loss import BaseLoss, mean_from_sums
 from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan
 from qtorch.model.loop.loader import StepBatches
 from qtorch.model.loop.rank_group import RankGroup
@@ -126,7 +126,7 @@ def day_label(spec: Any) -> DayLabel | None:
         raise ConfigError(f"day_label is {spec!r:.80}; expected a mapping of {', '.join(OPTIONS)}.")
     for name in spec:
         if name not in OPTIONS:
-            raise ConfigError(unknown_name("option of day_label", str(name), OPTIONS))
+            raise ConfigError(unknown_name_message("option of day_label", str(name), OPTIONS))
     return DayLabel(**spec)
 
 
@@ -272,14 +272,12 @@ class ScoreModule(pl.LightningModule):
         if target.shape[-1] == 1 and not has_label_axis:
             target = target[..., 0]
         is_unweighted = batch.weight is None and batch.mask is None
-        is_complete = is_unweighted and (complete or not isinstance(self.loss, Loss))
+        is_complete = is_unweighted and (complete or not isinstance(self.loss, BaseLoss))
         if batch.is_dummy and is_complete:
             # A dummy batch: no weight, but it keeps the graph so that every rank runs backward.
             return score.sum() * 0.0, 0
-        if isinstance(self.loss, Loss):
-            if is_complete:
-                return self.loss.dense_sum(score, target), target.numel()
-            return self.loss.sums(score, target, batch.weight, batch.mask)
+        if isinstance(self.loss, BaseLoss):
+            return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
         if not is_unweighted:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} takes neither sample weights nor masks; "
@@ -487,7 +485,7 @@ class ScoreModule(pl.LightningModule):
         name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
         metrics = self.trainer.callback_metrics
         if name not in metrics:
-            raise ConfigError(unknown_name("metric for the scheduler", name, metrics))
+            raise ConfigError(unknown_name_message("metric for the scheduler", name, metrics))
         scheduler.step(float(metrics[name]))
 
     # -- for Lightning -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import Loss
+from qtorch.metrics.loss import BaseLoss
 from qtorch.process.heartbeat import beat
 
 
@@ -25,7 +25,7 @@ def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
 
     This is the loss's `readout`; for any other callable, the first output.
     """
-    return loss.readout if isinstance(loss, Loss) else lambda score: score[..., 0]
+    return loss.readout if isinstance(loss, BaseLoss) else lambda score: score[..., 0]
 
 
 class ForwardAdapter:

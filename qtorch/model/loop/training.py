@@ -22,7 +22,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import Combined, Loss
+from qtorch.metrics.loss import BaseLoss, Combined
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
@@ -201,7 +201,7 @@ class Training:
         recipe, options = self.recipe, self.recipe.trainer
         loss = build_loss(recipe.loss)
         has_sample_weights = self.train.weight is not None
-        if has_sample_weights and not isinstance(loss, Loss):
+        if has_sample_weights and not isinstance(loss, BaseLoss):
             raise ConfigError(
                 f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
                 "derive it from qtorch.metrics.loss.Loss."

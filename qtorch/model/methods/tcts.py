@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import Loss, mean_from_sums
@@ -66,7 +66,7 @@ class TCTSModule(ScoreModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         if mode not in MODES:
-            raise ConfigError(unknown_name("mode", mode, MODES))
+            raise ConfigError(unknown_name_message("mode", mode, MODES))
         if steps < 1:
             raise ConfigError(f"steps is {steps}; expected at least 1 optimizer step.")
         self.weight_factory = optimizer_factory(with_learning_rate(weight_optimizer, weight_lr))
@@ -87,12 +87,9 @@ class TCTSModule(ScoreModule):
             )
         if not isinstance(self.loss, Loss):
             raise ConfigError(
-                f"TCTS weights single labels, which the loss {type(self.loss).__name__} cannot do."
+                f"TCTS weights single labels, but the loss {type(self.loss).__name__} is not "
+                "element-wise: it has to derive from qtorch.metrics.loss.Loss."
             )
-        try:
-            self.loss.elementwise(torch.zeros(1), torch.zeros(1))
-        except NotImplementedError as error:
-            raise ConfigError(f"TCTS weights single labels, but {error}.") from error
         self._valid = valid
         num_inputs = train.num_features * train.num_steps
         self.task_weights = TaskWeights(num_inputs, num_tasks, *self.weight_network_arguments).to(
