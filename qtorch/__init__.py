@@ -11,12 +11,4 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "R": "qtorch.tracking.manager",
-        "init": "qtorch.core.session",
-        "init_instance_by_config": "qtorch.core.instantiate",
-    },
-)
-__all__ += ["__version__"]
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -19,19 +19,4 @@ if TYPE_CHECKING:
     from qtorch.backtest.strategy import WeightStrategy as WeightStrategy
     from qtorch.metrics.portfolio import risk_analysis as risk_analysis
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "BacktestResult": "qtorch.backtest.result",
-        "EnhancedIndexingStrategy": "qtorch.backtest.enhanced_indexing",
-        "Exchange": "qtorch.backtest.exchange",
-        "LongShortStrategy": "qtorch.backtest.strategy",
-        "StepContext": "qtorch.backtest.strategy",
-        "Orders": "qtorch.backtest.account",
-        "Strategy": "qtorch.backtest.strategy",
-        "TopkDropoutStrategy": "qtorch.backtest.strategy",
-        "WeightStrategy": "qtorch.backtest.strategy",
-        "backtest": "qtorch.backtest.run",
-        "risk_analysis": "qtorch.metrics.portfolio",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

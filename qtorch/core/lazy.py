@@ -1,7 +1,8 @@
-"""Lazy imports of a package's public names on first use (PEP 562)."""
+"""Import a package's public names on first use (PEP 562)."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,19 +10,40 @@ from typing import Any
 from qtorch.core.errors import nearest_name
 
 
-def lazy_names(
-    package: str, names: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `(__getattr__, __dir__, __all__)` for a package with lazily imported names.
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `(__getattr__, __dir__)` for a package whose `__init__.py` is `file`.
 
-    `names` maps each public name to the module that defines it.
+    The public names, of which `__all__` consists too, are those that the file imports under
+    `if TYPE_CHECKING:`. Type checkers, editors and the running program thus read one list.
     """
 
+    @functools.cache
+    def modules() -> Mapping[str, str]:
+        return _type_checking_imports(file)
+
     def load(name: str) -> Any:
-        if name in names:
-            return getattr(importlib.import_module(names[name]), name)
-        guess = nearest_name(name, names)
+        if name == "__all__":
+            return sorted(modules())
+        if name in modules():
+            return getattr(importlib.import_module(modules()[name]), name)
+        guess = nearest_name(name, modules())
         hint = f"; did you mean {guess!r}?" if guess else ""
         raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
 
-    return load, lambda: sorted(names), sorted(names)
+    return load, lambda: sorted(modules())
+
+
+def _type_checking_imports(file: str) -> dict[str, str]:
+    """Return the names that a file imports for type checkers, and the modules that define them."""
+    import ast  # only needed when a name is used, never by `import qtorch`
+
+    with open(file, "rb") as source:
+        statements = ast.parse(source.read()).body
+    return {
+        alias.name: str(node.module)
+        for block in statements
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

@@ -31,33 +31,4 @@ if TYPE_CHECKING:
     from qtorch.metrics.significance import paired_test as paired_test
     from qtorch.metrics.significance import probabilistic_sharpe as probabilistic_sharpe
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "DailyIC": "qtorch.metrics.ic",
-        "DeflatedSharpe": "qtorch.metrics.significance",
-        "Huber": "qtorch.metrics.loss",
-        "ICMeter": "qtorch.metrics.ic",
-        "Loss": "qtorch.metrics.loss",
-        "MAE": "qtorch.metrics.loss",
-        "MSE": "qtorch.metrics.loss",
-        "PairedTest": "qtorch.metrics.significance",
-        "calc_ic": "qtorch.metrics.signal",
-        "calc_long_short_prec": "qtorch.metrics.signal",
-        "calc_long_short_return": "qtorch.metrics.signal",
-        "concentration": "qtorch.metrics.portfolio",
-        "cumulative_return": "qtorch.metrics.portfolio",
-        "daily_ic": "qtorch.metrics.ic",
-        "indicator_analysis": "qtorch.metrics.portfolio",
-        "deflated_sharpe": "qtorch.metrics.significance",
-        "drawdown": "qtorch.metrics.portfolio",
-        "expected_best_sharpe": "qtorch.metrics.significance",
-        "holm": "qtorch.metrics.significance",
-        "ic_decay": "qtorch.metrics.signal",
-        "paired_test": "qtorch.metrics.significance",
-        "probabilistic_sharpe": "qtorch.metrics.significance",
-        "quantile_returns": "qtorch.metrics.signal",
-        "risk_analysis": "qtorch.metrics.portfolio",
-        "score_autocorrelation": "qtorch.metrics.signal",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

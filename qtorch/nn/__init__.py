@@ -35,37 +35,4 @@ if TYPE_CHECKING:
     from qtorch.nn.temporal.tsmixer import TSMixer as TSMixer
     from qtorch.nn.transformer import Transformer as Transformer
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "Sandwich": "qtorch.nn.temporal.sandwich",
-        "KRNN": "qtorch.nn.temporal.krnn",
-        "SFM": "qtorch.nn.temporal.sfm",
-        "Localformer": "qtorch.nn.temporal.localformer",
-        "TCN": "qtorch.nn.temporal.tcn",
-        "ADARNN": "qtorch.nn.temporal.adarnn",
-        "TabNet": "qtorch.nn.tabnet",
-        "ALSTM": "qtorch.nn.temporal.alstm",
-        "DLinear": "qtorch.nn.temporal.dlinear",
-        "ITransformer": "qtorch.nn.temporal.itransformer",
-        "Mamba": "qtorch.nn.temporal.mamba",
-        "PatchTST": "qtorch.nn.temporal.patchtst",
-        "TSMixer": "qtorch.nn.temporal.tsmixer",
-        "GRU": "qtorch.nn.recurrent",
-        "LSTM": "qtorch.nn.recurrent",
-        "MLP": "qtorch.nn.mlp",
-        "Network": "qtorch.nn.network",
-        "recurrent_layers": "qtorch.nn.recurrent",
-        "stack_members": "qtorch.nn.stacked",
-        "call_stacked_members": "qtorch.nn.stacked",
-        "TCTS": "qtorch.nn.temporal.tcts",
-        "TRA": "qtorch.nn.temporal.tra",
-        "Transformer": "qtorch.nn.transformer",
-        "ADD": "qtorch.nn.cross_section.add",
-        "GATs": "qtorch.nn.cross_section.gats",
-        "HIST": "qtorch.nn.cross_section.hist",
-        "MASTER": "qtorch.nn.cross_section.master",
-        "StockMixer": "qtorch.nn.cross_section.stockmixer",
-        "IGMTF": "qtorch.nn.cross_section.igmtf",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

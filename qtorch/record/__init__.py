@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from qtorch.record.signal import SigAnaRecord as SigAnaRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "HFSignalRecord": "qtorch.record.signal",
-        "MultiPassPortAnaRecord": "qtorch.record.portfolio",
-        "PortAnaRecord": "qtorch.record.portfolio",
-        "Record": "qtorch.record.base",
-        "ReportRecord": "qtorch.record.report.report",
-        "SegmentICRecord": "qtorch.record.signal",
-        "SigAnaRecord": "qtorch.record.signal",
-        "SignalRecord": "qtorch.record.signal",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -27,29 +27,4 @@ if TYPE_CHECKING:
     from qtorch.study.rolling import rolling_study as rolling_study
     from qtorch.study.warm_start import WarmStart as WarmStart
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "AverageEnsemble": "qtorch.study.collect",
-        "Collector": "qtorch.study.collect",
-        "Comparison": "qtorch.study.comparison",
-        "Ensemble": "qtorch.study.collect",
-        "ExportResult": "qtorch.study.export",
-        "Group": "qtorch.study.collect",
-        "MergeCollector": "qtorch.study.collect",
-        "RecorderCollector": "qtorch.study.collect",
-        "Replay": "qtorch.study.replay",
-        "RollingEnsemble": "qtorch.study.collect",
-        "RollingGroup": "qtorch.study.collect",
-        "RollingResult": "qtorch.study.rolling",
-        "SingleKeyEnsemble": "qtorch.study.collect",
-        "StudyError": "qtorch.study.rolling",
-        "WarmStart": "qtorch.study.warm_start",
-        "compare_runs": "qtorch.study.comparison",
-        "export_model": "qtorch.study.export",
-        "load_network": "qtorch.study.export",
-        "replay_run": "qtorch.study.replay",
-        "rolling_study": "qtorch.study.rolling",
-        "write_comparison": "qtorch.study.comparison_page",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from qtorch.task.rolling import task_generator as task_generator
     from qtorch.task.run import run_task as run_task
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "MultiHorizonGenBase": "qtorch.task.rolling",
-        "RollingGen": "qtorch.task.rolling",
-        "Task": "qtorch.task.definition",
-        "TaskGen": "qtorch.task.rolling",
-        "TaskManager": "qtorch.task.manager",
-        "TimeAdjuster": "qtorch.task.adjust",
-        "run_task": "qtorch.task.run",
-        "task_generator": "qtorch.task.rolling",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -14,16 +14,4 @@ if TYPE_CHECKING:
     from qtorch.trainer.trainers import Trainer as Trainer
     from qtorch.trainer.trainers import TrainerR as TrainerR
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "DelayTrainerR": "qtorch.trainer.trainers",
-        "DelayTrainerRM": "qtorch.trainer.pooled",
-        "Trainer": "qtorch.trainer.trainers",
-        "TrainerR": "qtorch.trainer.trainers",
-        "TrainerRM": "qtorch.trainer.pooled",
-        "begin_task_train": "qtorch.trainer.run",
-        "end_task_train": "qtorch.trainer.run",
-        "task_train": "qtorch.trainer.run",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)
