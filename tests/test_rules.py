@@ -352,7 +352,6 @@ def test_networks_models_and_records_are_given_their_recorder():
 GLOBALS = {
     "qtorch/core/session.py": {"_process"},  # what `qtorch.init` sets
     "qtorch/process/heartbeat.py": {"_listeners", "_next_report"},
-    "qtorch/cli/jobs/results.py": {"_sweep_folder"},
     "qtorch/tracking/mlflow_store.py": {"_stores_lock"},
 }
 

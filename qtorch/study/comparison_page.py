@@ -22,21 +22,11 @@ from qtorch.record.report.chart_style import (
     new_figure,
     style_figure,
 )
-from qtorch.record.report.page import (
-    Cell,
-    Markup,
-    Number,
-    Page,
-    collapsible,
-    facts,
-    paragraph,
-    table,
-)
+from qtorch.record.report.page import Page
 from qtorch.record.report.results import run_description
 from qtorch.study.comparison import (
     SERIES_TITLES,
     Comparison,
-    RunGroup,
     compare_runs,
     differing_params,
 )
@@ -128,7 +118,6 @@ def dots_chart(
 
 
 PAGE = "comparison.html"
-SHORT_ID = 8
 
 
 def write_comparison(
@@ -136,18 +125,30 @@ def write_comparison(
 ) -> Path:
     """Compare runs (`compare_runs`) and write `comparison.html` and its PNGs to a folder."""
     comparison = compare_runs(recorders, tries=tries)
-    groups = len(comparison.groups)
-    title = f"Comparison of {len(comparison.runs)} runs in {groups} group{'s' * (groups > 1)}"
-    page = Page(Path(folder), title)
+    num_groups = len(comparison.groups)
     description = run_description(recorders[0])
-    common = {k: description[k] for k in ("Data", "Tested on") if k in description}
-    page.add(f"<header>\n<h1>{title}</h1>", facts(common.items()), "</header>")
-    _add_groups(page, comparison)
-    _add_curves(page, comparison)
-    _add_tests(page, comparison)
-    _add_sharpe(page, comparison)
-    _add_runs(page, comparison)
-    return page.write(PAGE)
+    column_sets = _metric_columns(comparison)
+    page = Page(Path(folder))
+    drawn_metrics = _draw_runs(page, comparison, column_sets[0] | column_sets[1])
+    _draw_curves(page, comparison)
+    members = [(run, group) for group in comparison.groups for run in group.runs]
+    runs_by_sharpe = [
+        (run, group, comparison.sharpe[run.id])
+        for run, group in members
+        if run.id in comparison.sharpe
+    ]
+    return page.write(
+        PAGE,
+        "comparison.html.j2",
+        title=f"Comparison of {len(members)} runs in {num_groups} group{'s' * (num_groups > 1)}",
+        facts={k: description[k] for k in ("Data", "Tested on") if k in description},
+        comparison=comparison,
+        column_sets=[columns for columns in column_sets if columns],
+        drawn_metrics=drawn_metrics,
+        differing_params=differing_params(comparison.groups),
+        series_titles=SERIES_TITLES,
+        runs_by_sharpe=sorted(runs_by_sharpe, key=lambda item: -item[2].sharpe),
+    )
 
 
 def _metric_columns(comparison: Comparison) -> tuple[dict[str, str], dict[str, str]]:
@@ -174,58 +175,22 @@ def _metric_columns(comparison: Comparison) -> tuple[dict[str, str], dict[str, s
     return signal_columns, portfolio_columns
 
 
-def _add_groups(page: Page, comparison: Comparison) -> None:
-    parts = _metric_columns(comparison)
-    tables = [
-        table(
-            ["Group", "Runs", *columns.values()],
-            [[g.name, str(len(g.runs)), *(_mean_and_std_cell(g, m) for m in columns)]
-             for g in comparison.groups],
-        )
-        for columns in parts
-        if columns
-    ]  # fmt: skip
-    differing = differing_params(comparison.groups)
-    names = [group.name for group in comparison.groups]
-    page.section(
-        "Groups",
-        paragraph("Runs whose parameters are equal except for the seed form a group. Cells show "
-                  "mean ± standard deviation over its runs (no deviation for one run).", "note"),
-        *tables,
-        _runs_picture(page, comparison, parts[0] | parts[1]),
-        collapsible("Parameters that differ", table(
-            ["Parameter", *names], [[k, *v] for k, v in differing.items()], kind="wrap"))
-        if differing else "",
-    )  # fmt: skip
-
-
-def _runs_picture(page: Page, comparison: Comparison, columns: dict[str, str]) -> str:
+def _draw_runs(page: Page, comparison: Comparison, columns: dict[str, str]) -> list[str]:
+    """Draw the dots of each run; return the headings of the drawn metrics."""
     returns = [m for m in columns if m.endswith(("annualized_return", "Ann Return"))]
     drawn_metrics = [m for m in ("IC", "Rank IC") if m in columns] + sorted(returns)[:1]
     values = {
-        columns[m]: {g.name: [r.metrics[m] for r in g.runs if m in r.metrics]
-                     for g in comparison.groups}
+        columns[m]: {
+            g.name: [r.metrics[m] for r in g.runs if m in r.metrics] for g in comparison.groups
+        }
         for m in drawn_metrics
-    }  # fmt: skip
-    if not values:
-        return ""
-    percent = [columns[m] for m in returns]
-    alt_text = f"{', '.join(values)} of each run, by group."
-    return page.picture("by_run", dots_chart, values, percent=percent, alt_text=alt_text)
+    }
+    if values:
+        page.draw("by_run", dots_chart, values, percent=[columns[m] for m in returns])
+    return list(values)
 
 
-def _mean_and_std_cell(group: RunGroup, metric: str) -> Cell:
-    mean, std = group.mean_and_std(metric)
-    if mean != mean:
-        return "–"
-    first = Number(metric, mean, group.name).html()
-    if std != std:
-        return Markup(first)
-    return Markup(f"{first} ± {Number(f'{metric}.std', std, group.name).html()}")
-
-
-def _add_curves(page: Page, comparison: Comparison) -> None:
-    pictures = []
+def _draw_curves(page: Page, comparison: Comparison) -> None:
     for series, title, unit in (
         ("rank_ic", "Cumulative Rank IC", "sum of daily correlations"),
         ("returns", "Cumulative return", "% (sum of daily returns)"),
@@ -233,94 +198,5 @@ def _add_curves(page: Page, comparison: Comparison) -> None:
         tables = {g.name: g.by_run(series) for g in comparison.groups}
         tables = {name: t for name, t in tables.items() if t.shape[1]}
         if tables:
-            pictures.append(
-                page.picture(f"cumulative_{series}", curves_chart, tables, title, unit,
-                             percent=series == "returns", alt_text=f"{title} by group.")
-            )  # fmt: skip
-    note = (
-        f"Return: {comparison.returns_description}. "
-        "Line: mean of the runs; band: minimum to maximum."
-    )
-    page.section("Over time", paragraph(note, "note"), *pictures)
-
-
-def _add_tests(page: Page, comparison: Comparison) -> None:
-    if len(comparison.groups) < 2:
-        note = "All runs belong to one group, so there is nothing to test them against."
-        page.section("Paired tests", paragraph(note, "missing"))
-        return
-    rows: list[Sequence[Cell]] = [
-        [
-            SERIES_TITLES[t.series],
-            f"{t.first} − {t.second}",
-            Number(f"{t.series}.difference" if t.series != "returns" else "return",
-                   t.test.mean, f"{t.first} − {t.second}"),
-            Number("t", t.test.statistic, f"{t.first} − {t.second}"),
-            Number(f"{t.series}.p_value", t.test.p_value, f"{t.first} − {t.second}"),
-            Number(f"{t.series}.adjusted_p_value", t.adjusted_p_value, f"{t.first} − {t.second}"),
-            f"{t.test.count:,}",
-        ]
-        for t in comparison.tests
-    ]  # fmt: skip
-    lags = sorted({t.test.lags for t in comparison.tests})
-    page.section(
-        "Paired tests",
-        paragraph("Each group is represented by the daily mean of its runs. The standard error is "
-                  "that of Newey and West, which allows for autocorrelation "
-                  f"({', '.join(map(str, lags))} lags); p-values are two-sided and adjusted by "
-                  "Holm's method for the number of pairs. They measure the uncertainty over days, "
-                  "not over seeds.", "note"),
-        table(["Series", "Groups", "Mean difference", "t", "p", "Adjusted p", "Days"], rows),
-    )  # fmt: skip
-
-
-def _add_sharpe(page: Page, comparison: Comparison) -> None:
-    if not comparison.sharpe:
-        page.section("Deflated Sharpe ratio", paragraph(
-            "No run has daily returns. Add PortAnaRecord, or SigAnaRecord with "
-            "ana_long_short=true, to the record section of the tasks.", "missing"))  # fmt: skip
-        return
-    group_and_seed = {r.id: (g.name, r.seed) for g in comparison.groups for r in g.runs}
-    sorted_runs = sorted(comparison.sharpe.items(), key=lambda item: -item[1].sharpe)
-    rows: list[Sequence[Cell]] = [
-        [
-            run[:SHORT_ID],
-            group_and_seed[run][0],
-            group_and_seed[run][1],
-            Number("sharpe", result.sharpe, run),
-            Number("expected_best", result.expected_best, run),
-            Number("deflated_sharpe", result.probability, run),
-            f"{result.count:,}",
-        ]
-        for run, result in sorted_runs
-    ]
-    tries = Number("tries", comparison.tries).html()
-    source = "the compared runs" if comparison.tries == len(comparison.runs) else "as given"
-    page.section(
-        "Deflated Sharpe ratio",
-        Markup(f'<p>Number of tries: <strong>{tries}</strong> ({source}). If more strategies '
-               "were tried than are shown here, set <code>tries=N</code>.</p>"),
-        paragraph("“Best by luck” is the Sharpe ratio that the best of so many strategies without "
-                  "skill would be expected to reach. The deflated Sharpe ratio is the probability "
-                  "that the true ratio is higher than that, given the number of days, the skew and "
-                  "the kurtosis (Bailey and Lopez de Prado, 2014). Ratios are daily, not annual. "
-                  "The variance over tries is estimated from these runs as if they were "
-                  "independent, so it is too small if they are similar. Return: "
-                  f"{comparison.returns_description}.", "note"),
-        table(["Run", "Group", "Seed", "Daily Sharpe", "Best by luck", "Deflated", "Days"], rows),
-    )  # fmt: skip
-
-
-def _add_runs(page: Page, comparison: Comparison) -> None:
-    tables = [
-        table(
-            ["Run", "Group", "Seed", *columns.values()],
-            [[run.id[:SHORT_ID], group.name, run.seed]
-             + [Number(m, run.metrics[m], run.id) if m in run.metrics else "–" for m in columns]
-             for group in comparison.groups for run in group.runs],
-        )
-        for columns in _metric_columns(comparison)
-        if columns
-    ]  # fmt: skip
-    ids = table(["Run", "Name", "ID"], [[r.id[:SHORT_ID], r.name, r.id] for r in comparison.runs])
-    page.section("All runs", *tables, collapsible("Full run IDs", ids))
+            percent = series == "returns"
+            page.draw(f"cumulative_{series}", curves_chart, tables, title, unit, percent=percent)

@@ -36,7 +36,7 @@ def test_missing_configs_raise_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wheel_contains_all_configs_and_works_from_another_folder(tmp_path):
+def test_wheel_contains_all_configs_and_templates_and_works_from_another_folder(tmp_path):
     pytest.importorskip("hatchling")
     code = (
         "import sys; from hatchling.build import build_wheel; sys.stdout.write("
@@ -48,11 +48,14 @@ def test_wheel_contains_all_configs_and_works_from_another_folder(tmp_path):
     wheel = tmp_path / build.stdout.splitlines()[-1]
     with zipfile.ZipFile(wheel) as archive:
         wheel_configs = {n for n in archive.namelist() if n.startswith("qtorch/conf/")}
+        wheel_templates = {n for n in archive.namelist() if "/templates/" in n}
         archive.extractall(tmp_path / "site")
     configs = {
         f"qtorch/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")
     }
     assert wheel_configs == configs
+    templates = (ROOT / "qtorch" / "record" / "report" / "templates").iterdir()
+    assert wheel_templates == {p.relative_to(ROOT).as_posix() for p in templates}
     command = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from qtorch.cli.main import "
         "main; sys.exit(main(['train', '--cfg', 'job']))"

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from qtorch.core.errors import ConfigError, unknown_name
+import pandas as pd
+
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.metrics.portfolio import MODES, Mode
 from qtorch.metrics.signal import HORIZONS
 from qtorch.record.base import Names, Record
-from qtorch.record.report.page import Page, facts
+from qtorch.record.report.page import Page
+from qtorch.record.report.portfolio_charts import (
+    concentration_chart,
+    drawdown_chart,
+    excess_chart,
+    learning_chart,
+    learning_curves,
+    return_chart,
+    turnover_chart,
+)
 from qtorch.record.report.results import (
+    PREFIX,
     RunResults,
     SignalTables,
+    concentration_table,
+    has_benchmark,
     log_numbers,
     model_name,
     portfolio_numbers,
@@ -26,14 +39,13 @@ from qtorch.record.report.results import (
     signal_tables,
     training_histories,
 )
-from qtorch.record.report.sections import (
-    add_ic,
-    add_metrics,
-    add_portfolio,
-    add_signal,
-    add_training,
-    key_numbers,
-    missing_note,
+from qtorch.record.report.signal_charts import (
+    autocorrelation_chart,
+    decay_chart,
+    monthly_chart,
+    quantile_chart,
+    rolling_ic_chart,
+    spread_chart,
 )
 from qtorch.tracking.recorder import Recorder
 
@@ -69,7 +81,7 @@ class ReportRecord(Record):
     ) -> None:
         super().__init__(recorder)
         if mode not in MODES:
-            raise ConfigError(unknown_name("mode of the report", str(mode), MODES))
+            raise ConfigError(unknown_name_message("mode of the report", str(mode), MODES))
         if tries < 1:
             raise ConfigError(
                 f"tries={tries}: expected the number of strategies tried, at least 1."
@@ -88,8 +100,7 @@ class ReportRecord(Record):
         tables, numbers = self._numbers(results)
         log_numbers(recorder, numbers)
         with tempfile.TemporaryDirectory() as folder:
-            page = self._page(Path(folder), results, tables)
-            size = page.write(PAGE).stat().st_size
+            size = self._write_page(Path(folder), results, tables).stat().st_size
             recorder.save_objects(folder, artifact_path=self.artifact_path)
         log.info("saved report to %s (%d kB)", self.get_path(PAGE), size // 1000)
         return numbers
@@ -111,33 +122,83 @@ class ReportRecord(Record):
             )
         return tables, numbers
 
-    def _page(self, folder: Path, results: RunResults, tables: SignalTables | None) -> Page:
+    def _write_page(self, folder: Path, results: RunResults, tables: SignalTables | None) -> Path:
         recorder = results.recorder
         metrics, params = recorder.list_metrics(), recorder.list_params()
-        title = f"{model_name(params)}: report of run {recorder.id}"
-        page = Page(folder, title)
-        page.add(
-            f"<header>\n<h1>{escape(model_name(params))}: signal and portfolio</h1>",
-            facts(run_description(recorder).items()),
-            key_numbers(metrics, results.freq),
-            "</header>",
-        )
+        panels = learning_curves(training_histories(recorder))
+        page = Page(folder)
         if results.report is not None:
-            add_portfolio(page, results.report, results.weight, metrics, self.mode)
-        else:
-            page.section("Return", missing_note("Return, drawdown, turnover, concentration",
-                         "portfolio_analysis/report_normal_1day.pkl", "PortAnaRecord"))  # fmt: skip
-        ic, rank_ic = results.ic, results.rank_ic
-        if ic is not None and rank_ic is not None and ic.notna().any():
-            add_ic(page, ic, rank_ic, metrics)
-        else:
-            page.section("Information coefficient", missing_note("IC through time",
-                         "sig_analysis/ic.pkl and ric.pkl", "SigAnaRecord"))  # fmt: skip
+            self._draw_portfolio(page, results.report, results.weight)
+        if results.has_ic:
+            page.draw("rolling_ic", rolling_ic_chart, results.ic, results.rank_ic)
+            page.draw("monthly_ic", monthly_chart, results.ic)
         if tables is not None:
-            add_signal(page, tables, metrics)
-        else:
-            page.section("Signal", missing_note("IC decay, quantiles, autocorrelation",
-                         "pred.pkl and label.pkl", "SignalRecord"))  # fmt: skip
-        add_training(page, training_histories(recorder))
-        add_metrics(page, metrics, params)
-        return page
+            self._draw_signal(page, tables)
+        if panels:
+            page.draw("learning_curves", learning_chart, panels)
+        return page.write(
+            PAGE,
+            "run.html.j2",
+            title=f"{model_name(params)}: report of run {recorder.id}",
+            facts=run_description(recorder),
+            model=model_name(params),
+            results=results,
+            has_benchmark=results.report is not None and has_benchmark(results.report),
+            mode=self.mode,
+            tables=tables,
+            curves=[name for panel in panels.values() for name in panel],
+            metrics=metrics,
+            metric_groups=group_metrics(metrics),
+            params=params,
+        )
+
+    def _draw_portfolio(self, page: Page, report: pd.DataFrame, weight: pd.Series | None) -> None:
+        page.draw("cumulative_return", return_chart, report, self.mode)
+        if has_benchmark(report):
+            page.draw("excess_return", excess_chart, report, self.mode)
+        page.draw("drawdown", drawdown_chart, report, self.mode)
+        page.draw("turnover", turnover_chart, report)
+        if weight is not None:
+            page.draw("concentration", concentration_chart, concentration_table(weight, report))
+
+    def _draw_signal(self, page: Page, tables: SignalTables) -> None:
+        page.draw("ic_decay", decay_chart, tables.decay)
+        if tables.has_quantiles:
+            page.draw("quantile_returns", quantile_chart, tables.quantiles)
+            page.draw("quantile_spread", spread_chart, tables.spread)
+        if tables.autocorrelation:
+            page.draw("score_autocorrelation", autocorrelation_chart, tables.autocorrelation)
+
+
+GROUPS = ("Signal", "Signal by segment", "Portfolio", "Report", "Training", "Others", "System")
+
+
+def group_metrics(names: Iterable[str]) -> dict[str, list[str]]:
+    """Sort metric names into the tables of the page; numbers at their ends sort by value."""
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in sorted(names, key=_sort_key):
+        groups[_metric_group(name)].append(name)
+    return {group: members for group, members in groups.items() if members}
+
+
+def _metric_group(name: str) -> str:
+    """Return the table that a metric belongs to, by the beginning of its name."""
+    if "/" in name:
+        prefixes = {
+            "train": "Training",
+            "valid": "Training",
+            "report": "Report",
+            "system": "System",
+        }
+        return prefixes.get(name.partition("/")[0], "Others")
+    if name.startswith(PREFIX):
+        return "Report"
+    if "." not in name:
+        return "Signal" if "IC" in name or "Long" in name else "Others"
+    return "Signal by segment" if "IC" in name else "Portfolio"
+
+
+def _sort_key(name: str) -> tuple[str, list[int], str]:
+    stem, _, last = name.rpartition(".")
+    number = [int(last)] if last.isdigit() else []
+    return stem if number else name, number, name

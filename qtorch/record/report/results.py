@@ -51,6 +51,11 @@ class RunResults:
         """The weights of the positions, as fractions of the account."""
         return None if self.positions is None else self.positions["weight"]
 
+    @property
+    def has_ic(self) -> bool:
+        """Whether IC and Rank IC exist and are defined on some day."""
+        return self.ic is not None and self.rank_ic is not None and bool(self.ic.notna().any())
+
 
 def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
     """Load the results that exist; the daily backtest if there is one, else the first."""
@@ -186,6 +191,11 @@ class SignalTables:
     def spread(self) -> pd.Series:
         """Daily return of the highest quantile minus that of the lowest."""
         return self.quantiles.iloc[:, -1] - self.quantiles.iloc[:, 0]
+
+    @property
+    def has_quantiles(self) -> bool:
+        """Whether some day has enough instruments for the quantiles."""
+        return bool(self.quantiles.notna().any(axis=None))
 
 
 def signal_tables(
