@@ -15,7 +15,7 @@ from typing import Any
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.files import atomic_write, cache_folder, file_lock
 from qtorch.process.lease import is_held
-from qtorch.tracking.experiment import MLflowExperiment
+from qtorch.tracking.experiment import Experiment
 from qtorch.tracking.locations import claims_folder, redact_password
 from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG, MLflowRecorder, with_run_tags
@@ -73,7 +73,7 @@ def start_sweep(
     of them. Processes that start the same sweep at the same time get the same run.
     """
     uri = R.get_uri()
-    experiment: MLflowExperiment = R.get_exp(experiment_name=experiment_name)
+    experiment = R.get_exp(experiment_name=experiment_name)
     lock = sha256(f"{experiment.id} {name}".encode()).hexdigest()[:16]
     with file_lock(claims_folder(uri) / f".sweep-{lock}.lock"):
         runs = _find_runs(f"tags.`{SWEEP_TAG}` = '{name}'", [experiment.id])
@@ -92,9 +92,7 @@ def start_sweep(
     return recorder
 
 
-def _keep_oldest_run(
-    experiment: MLflowExperiment, name: str, new_run: MLflowRecorder
-) -> MLflowRecorder:
+def _keep_oldest_run(experiment: Experiment, name: str, new_run: MLflowRecorder) -> MLflowRecorder:
     """Use the oldest run of the sweep, and delete `new_run` if that is another one.
 
     File locks do not work between machines without a shared folder, so each of them may have

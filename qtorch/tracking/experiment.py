@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -20,74 +19,57 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Names = Sequence[str] | None
 
+class Experiment:
+    """An experiment of a tracking store. Corresponds to qlib/workflow/exp.py.
 
-class Experiment(ABC):
-    """An experiment of a tracking store. Corresponds to qlib/workflow/exp.py."""
+    Difference from Qlib: MLflow is the only backend, so that there is no separate interface.
+    """
 
     RT_D = "dict"
     RT_L = "list"
     UNLIMITED = 50_000
+    default_recorder_name = "mlflow_recorder"  # Qlib's
 
-    def __init__(self, id: str, name: str) -> None:
+    def __init__(self, id: str, name: str, uri: str) -> None:
         self.id = id
         self.name = name
+        self._uri = resolve_uri(uri)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(id={self.id!r}, name={self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Experiment):
+            return NotImplemented
+        return (self.id, self._uri) == (other.id, other._uri)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self._uri))
 
     @property
-    @abstractmethod
-    def active_recorder(self) -> Recorder | None:
-        """Return the innermost running recorder of this experiment in this context."""
+    def _store(self) -> MLflowStore:
+        from qtorch.tracking.mlflow_store import open_store
 
-    @abstractmethod
-    def start(
-        self,
-        *,
-        recorder_id: str | None = None,
-        recorder_name: str | None = None,
-        resume: bool = False,
-    ) -> Recorder:
-        """Start a new run, or with `resume` resume the run with the given ID or name."""
+        return open_store(self._uri)
 
-    def end(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the active recorder if there is one."""
-        if self.active_recorder is not None:
-            self.active_recorder.end_run(recorder_status)
+    def _running_recorders(self) -> list[MLflowRecorder]:
+        """Return the running recorders of this experiment in this context, the innermost first."""
+        return [
+            recorder
+            for recorder in reversed(visible_recorders())
+            if isinstance(recorder, MLflowRecorder)
+            and (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
+        ]
 
-    @abstractmethod
-    def create_recorder(self, recorder_name: str | None = None) -> Recorder:
-        """Create a recorder that is not started yet."""
-
-    @abstractmethod
-    def get_recorder(
-        self,
-        recorder_id: str | None = None,
-        recorder_name: str | None = None,
-        create: bool = True,
-        start: bool = False,
-    ) -> Recorder:
-        """Return the recorder with an ID or name (the newest of it), by default the active one."""
-
-    @abstractmethod
-    def delete_recorder(
-        self, recorder_id: str | None = None, recorder_name: str | None = None
-    ) -> None:
-        """Mark a run as deleted."""
-
-    @abstractmethod
-    def search_records(
-        self,
-        *,
-        filter_string: str | None = None,
-        run_view_type: int | None = None,
-        max_results: int | None = None,
-        order_by: Names = None,
-    ) -> pd.DataFrame:
-        """Return the runs of this experiment as a table, like `ExpManager.search_records`."""
+    @property
+    def active_recorder(self) -> MLflowRecorder | None:
+        """The innermost running recorder of this experiment in this context."""
+        return next(iter(self._running_recorders()), None)
 
     @property
     def info(self) -> dict[str, object]:
-        """Return class, id, name, active_recorder and recorders (both as IDs)."""
+        """Class, id, name, active_recorder and recorders (both as IDs)."""
         active = self.active_recorder
         return {
             "class": "Experiment",
@@ -96,54 +78,6 @@ class Experiment(ABC):
             "active_recorder": active.id if active else None,
             "recorders": list(self.list_recorders()),
         }
-
-    @abstractmethod
-    def list_recorders(
-        self,
-        rtype: Literal["dict", "list"] = "dict",
-        max_results: int = UNLIMITED,
-        status: str | None = None,
-        filter_string: str = "",
-    ) -> Any:
-        """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
-
-
-class MLflowExperiment(Experiment):
-    """An experiment of an MLflow store."""
-
-    default_recorder_name = "mlflow_recorder"  # Qlib's
-
-    def __init__(self, id: str, name: str, uri: str) -> None:
-        super().__init__(id, name)
-        self._uri = resolve_uri(uri)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(id={self.id!r}, name={self.name!r})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, MLflowExperiment):
-            return NotImplemented
-        return (self.id, self._uri) == (other.id, other._uri)
-
-    def __hash__(self) -> int:
-        return hash((self.id, self._uri))
-
-    def _contains(self, recorder: MLflowRecorder) -> bool:
-        return (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
-
-    @property
-    def _store(self) -> MLflowStore:
-        from qtorch.tracking.mlflow_store import open_store
-
-        return open_store(self._uri)
-
-    @property
-    def active_recorder(self) -> MLflowRecorder | None:
-        """Return the innermost running recorder of this experiment in this context."""
-        for recorder in reversed(visible_recorders()):
-            if isinstance(recorder, MLflowRecorder) and self._contains(recorder):
-                return recorder
-        return None
 
     def start(
         self,
@@ -169,6 +103,11 @@ class MLflowExperiment(Experiment):
             return self._find_by_id(recorder_id).start_run()
         return (self._find_by_name(name) or self.create_recorder(name)).start_run()
 
+    def end(self, recorder_status: str = Recorder.STATUS_FI) -> None:
+        """End the active recorder if there is one."""
+        if self.active_recorder is not None:
+            self.active_recorder.end_run(recorder_status)
+
     def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
         """Create a recorder that is not started yet."""
         name = recorder_name or self.default_recorder_name
@@ -186,20 +125,19 @@ class MLflowExperiment(Experiment):
         If there is none with the name, `create` creates it, and `start` starts the created one.
         NotInStoreError without `create`.
         """
-        if recorder_id is None and recorder_name is None and self.active_recorder is not None:
-            return self.active_recorder
         if recorder_id is not None:
             return self._find_by_id(recorder_id)
-        recorder = self._find_by_name(recorder_name or self.default_recorder_name)
+        if recorder_name is None and self.active_recorder is not None:
+            return self.active_recorder
+        name = recorder_name or self.default_recorder_name
+        recorder = self._find_by_name(name)
         if recorder is not None:
             return recorder
         if not create:
             names = {str(r.name) for r in self.list_recorders("list")}
-            requested_name = recorder_name or self.default_recorder_name
-            raise NotInStoreError(
-                f"experiment {self.name!r}: {unknown_name_message('recorder', requested_name, names)}"
-            )
-        new_recorder = self.create_recorder(recorder_name)
+            reason = unknown_name_message("recorder", name, names)
+            raise NotInStoreError(f"experiment {self.name!r}: {reason}")
+        new_recorder = self.create_recorder(name)
         return new_recorder.start_run() if start else new_recorder
 
     def _find_by_id(self, recorder_id: str) -> MLflowRecorder:
@@ -215,10 +153,9 @@ class MLflowExperiment(Experiment):
         return self._build_recorder(row)
 
     def _find_by_name(self, name: str) -> MLflowRecorder | None:
-        for recorder in reversed(visible_recorders()):
-            is_own = isinstance(recorder, MLflowRecorder) and self._contains(recorder)
-            if is_own and recorder.name == name:
-                return cast(MLflowRecorder, recorder)
+        for recorder in self._running_recorders():
+            if recorder.name == name:
+                return recorder
         matching_rows = [r for r in self._store.runs([self.id]) if r.name == name]
         if len(matching_rows) > 1:
             log.info("%d runs have the name %r; using the newest", len(matching_rows), name)
@@ -236,28 +173,14 @@ class MLflowExperiment(Experiment):
         recorder = self.get_recorder(recorder_id, recorder_name, create=False)
         self._store.delete_run(str(recorder.id))
 
-    def search_records(
-        self,
-        *,
-        filter_string: str | None = None,
-        run_view_type: int | None = None,
-        max_results: int | None = None,
-        order_by: Names = None,
-    ) -> pd.DataFrame:
-        """Return the runs of this experiment as a table, like `ExpManager.search_records`."""
-        rows = self._store.runs(
-            [self.id],
-            filter_string=filter_string or "",
-            run_view_type=run_view_type or 1,
-            max_results=100_000 if max_results is None else max_results,
-            order_by=order_by,
-        )
-        return runs_table(rows)
+    def search_records(self, **options: Any) -> pd.DataFrame:
+        """Return the runs of this experiment as a table; the options are those of R's method."""
+        return runs_table(self._store.runs([self.id], **options))
 
     def list_recorders(
         self,
         rtype: Literal["dict", "list"] = "dict",
-        max_results: int = Experiment.UNLIMITED,
+        max_results: int = UNLIMITED,
         status: str | None = None,
         filter_string: str = "",
     ) -> Any:
@@ -269,31 +192,32 @@ class MLflowExperiment(Experiment):
         return {str(r.id): r for r in recorders} if rtype == self.RT_D else recorders
 
 
+MLflowExperiment = Experiment  # Qlib's name of the class that uses MLflow
+
+
 def runs_table(rows: Sequence[RunRow]) -> pd.DataFrame:
     """Build a table with one row per run.
 
     Columns: run_id, experiment_id, status, artifact_uri, start_time and end_time (UTC), and one
     for each metric, param and tag: `metrics.*` (NaN if a run has none), `params.*` and `tags.*`
     (None)."""
-    table = pd.DataFrame(
-        {
-            "run_id": pd.Series([r.id for r in rows], dtype=object),
-            "experiment_id": pd.Series([r.experiment_id for r in rows], dtype=object),
-            "status": pd.Series([r.status for r in rows], dtype=object),
-            "artifact_uri": pd.Series([r.artifact_uri for r in rows], dtype=object),
-            "start_time": _to_datetimes([r.start_time for r in rows]),
-            "end_time": _to_datetimes([r.end_time for r in rows]),
-        }
-    )
-    columns = {}
+    columns = {
+        "run_id": pd.Series([r.id for r in rows], dtype=object),
+        "experiment_id": pd.Series([r.experiment_id for r in rows], dtype=object),
+        "status": pd.Series([r.status for r in rows], dtype=object),
+        "artifact_uri": pd.Series([r.artifact_uri for r in rows], dtype=object),
+        "start_time": _to_datetimes([r.start_time for r in rows]),
+        "end_time": _to_datetimes([r.end_time for r in rows]),
+    }
     for key in sorted({k for r in rows for k in r.metrics}):
         values = [r.metrics.get(key, float("nan")) for r in rows]
         columns[f"metrics.{key}"] = pd.Series(values, dtype=float)
-    for key in sorted({k for r in rows for k in r.params}):
-        columns[f"params.{key}"] = pd.Series([r.params.get(key) for r in rows], dtype=object)
-    for key in sorted({k for r in rows for k in r.tags}):
-        columns[f"tags.{key}"] = pd.Series([r.tags.get(key) for r in rows], dtype=object)
-    return pd.concat([table, pd.DataFrame(columns)], axis=1) if columns else table
+    for kind in ("params", "tags"):
+        mappings: list[dict[str, str]] = [getattr(r, kind) for r in rows]
+        for key in sorted({k for mapping in mappings for k in mapping}):
+            texts = [mapping.get(key) for mapping in mappings]
+            columns[f"{kind}.{key}"] = pd.Series(texts, dtype=object)
+    return pd.DataFrame(columns)
 
 
 def _to_datetimes(milliseconds: list[int | None]) -> pd.Series:

@@ -1,19 +1,18 @@
-"""Experiment managers: find, create, start and end the experiments of a tracking store."""
+"""R and the experiment manager: find, create, start and end the experiments of a tracking store."""
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
-from qtorch.core.errors import ArgumentError, TrackingError, unknown_name_message
-from qtorch.tracking.experiment import Experiment, MLflowExperiment, Names, runs_table
+from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.tracking.experiment import Experiment, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
 from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.recorder import Recorder, final_status, visible_recorders
@@ -21,18 +20,17 @@ from qtorch.tracking.store_types import AlreadyInStoreError, NotInStoreError
 
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore
-    from qtorch.tracking.store_types import ExperimentRow
-
 
 log = logging.getLogger(__name__)
 
 DEFAULT_EXPERIMENT = "Experiment"  # Qlib's
 
 
-class ExpManager(ABC):
+class ExpManager:
     """Finds, creates, starts and ends experiments. Corresponds to qlib/workflow/expm.py.
 
-    Difference from Qlib: runs can be nested, and threads do not see each other's runs.
+    Differences from Qlib: MLflow is the only backend, so that there is no separate interface; runs
+    can be nested, and threads do not see each other's runs.
     """
 
     def __init__(
@@ -44,6 +42,12 @@ class ExpManager(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(uri={self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """The current tracking URI: the active run's, else `default_uri`."""
+        active = self._active_recorder
+        return active.uri if active else self.default_uri
 
     @property
     def default_uri(self) -> str:
@@ -65,80 +69,6 @@ class ExpManager(ABC):
             self._local_uri.reset(token)
 
     @property
-    @abstractmethod
-    def uri(self) -> str:
-        """The current tracking URI: the active run's, else `default_uri`."""
-
-    @property
-    @abstractmethod
-    def active_experiment(self) -> Experiment | None:
-        """Return the experiment of the innermost running recorder of this context."""
-
-    @abstractmethod
-    def start_exp(
-        self,
-        *,
-        experiment_id: str | None = None,
-        experiment_name: str | None = None,
-        recorder_id: str | None = None,
-        recorder_name: str | None = None,
-        uri: str | None = None,
-        resume: bool = False,
-    ) -> Experiment:
-        """Start a run in an experiment, which is created if it does not exist."""
-
-    @abstractmethod
-    def end_exp(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the innermost running recorder of this context if there is one."""
-
-    @abstractmethod
-    def create_exp(self, experiment_name: str | None = None) -> Experiment:
-        """Create an experiment; AlreadyInStoreError if the name exists."""
-
-    @abstractmethod
-    def get_exp(
-        self,
-        *,
-        experiment_id: str | None = None,
-        experiment_name: str | None = None,
-        create: bool = True,
-        start: bool = False,
-    ) -> Experiment:
-        """Return the experiment with an ID or name, by default the active or the default one."""
-
-    @abstractmethod
-    def delete_exp(
-        self, experiment_id: str | None = None, experiment_name: str | None = None
-    ) -> None:
-        """Mark an experiment as deleted."""
-
-    @abstractmethod
-    def list_experiments(self) -> dict[str, Experiment]:
-        """Return `{name: experiment}` of all experiments that are not deleted."""
-
-    @abstractmethod
-    def search_records(
-        self,
-        experiment_ids: Names = None,
-        *,
-        filter_string: str | None = None,
-        run_view_type: int | None = None,
-        max_results: int | None = None,
-        order_by: Names = None,
-    ) -> pd.DataFrame:
-        """Return runs as a table with one row per run."""
-
-
-class MLflowExpManager(ExpManager):
-    """The MLflow implementation of ExpManager."""
-
-    @property
-    def uri(self) -> str:
-        """The current tracking URI: the active run's, else `default_uri`."""
-        active = self._active_recorder
-        return active.uri if active else self.default_uri
-
-    @property
     def _active_recorder(self) -> MLflowRecorder | None:
         for recorder in reversed(visible_recorders()):
             if isinstance(recorder, MLflowRecorder):
@@ -146,8 +76,8 @@ class MLflowExpManager(ExpManager):
         return None
 
     @property
-    def active_experiment(self) -> MLflowExperiment | None:
-        """Return the experiment of the innermost running recorder of this context."""
+    def active_experiment(self) -> Experiment | None:
+        """The experiment of the innermost running recorder of this context."""
         active = self._active_recorder
         if active is None:
             return None
@@ -155,7 +85,7 @@ class MLflowExpManager(ExpManager):
         if name is None:
             row = self._store().experiment(id=active.experiment_id)
             name = row.name if row else ""
-        return MLflowExperiment(active.experiment_id, name, active.uri)
+        return Experiment(active.experiment_id, name, active.uri)
 
     def _store(self, uri: str | None = None) -> MLflowStore:
         from qtorch.tracking.mlflow_store import open_store
@@ -171,17 +101,17 @@ class MLflowExpManager(ExpManager):
         recorder_name: str | None = None,
         uri: str | None = None,
         resume: bool = False,
-    ) -> MLflowExperiment:
+    ) -> Experiment:
         """Start a run in an experiment, which is created if it does not exist.
 
-        If `recorder_id` is given without an experiment, the run's own experiment is used.
+        `resume` with a `recorder_id` or `recorder_name` resumes that run; if `recorder_id` is given
+        without an experiment, the run's own experiment is used. The run ends with `end_exp`;
+        prefer `R.start`, which sets the final status itself.
         """
         store = self._store(uri or self.default_uri)
         if resume and recorder_id and experiment_id is None and experiment_name is None:
             experiment_id = store.run(recorder_id).experiment_id
-        if experiment_id is None and experiment_name is None:
-            experiment_name = self._default_exp_name
-        experiment = self._get_or_create(store, experiment_id, experiment_name)
+        experiment = self._find_exp(store, experiment_id, experiment_name, create=True)
         experiment.start(recorder_id=recorder_id, recorder_name=recorder_name, resume=resume)
         return experiment
 
@@ -191,11 +121,11 @@ class MLflowExpManager(ExpManager):
         if active is not None:
             active.end_run(recorder_status)
 
-    def create_exp(self, experiment_name: str | None = None) -> MLflowExperiment:
+    def create_exp(self, experiment_name: str | None = None) -> Experiment:
         """Create an experiment; AlreadyInStoreError if the name exists."""
         store = self._store()
         row = store.create_experiment(experiment_name or self._default_exp_name)
-        return MLflowExperiment(row.id, row.name, store.uri)
+        return Experiment(row.id, row.name, store.uri)
 
     def get_exp(
         self,
@@ -204,68 +134,43 @@ class MLflowExpManager(ExpManager):
         experiment_name: str | None = None,
         create: bool = True,
         start: bool = False,
-    ) -> MLflowExperiment:
+    ) -> Experiment:
         """Return the experiment with an ID or name, by default the active or the default one.
 
         If there is none with the name, `create` creates it; NotInStoreError without `create`.
         `start` starts a run in the experiment if none is active.
         """
         active = self.active_experiment
-        if experiment_id is None and experiment_name is None:
-            if active is not None:
-                return active
-            experiment_name = self._default_exp_name
-        store = self._store()
-        if create:
-            experiment = self._get_or_create(store, experiment_id, experiment_name)
-        else:
-            experiment = self._get_existing(store, experiment_id, experiment_name)
+        if experiment_id is None and experiment_name is None and active is not None:
+            return active
+        experiment = self._find_exp(self._store(), experiment_id, experiment_name, create=create)
         if start and active is None:
             experiment.start()
         return experiment
 
-    def recorder(self, recorder_id: str) -> MLflowRecorder:
-        """Return the run with an ID from any experiment; NotInStoreError if there is none."""
-        row = self._store().run(recorder_id)
-        experiment = self.get_exp(experiment_id=row.experiment_id, create=False)
-        return experiment.get_recorder(recorder_id, create=False)
-
-    def _find_experiment(
-        self, store: MLflowStore, id: str | None, name: str | None
-    ) -> ExperimentRow | None:
+    def _find_exp(
+        self, store: MLflowStore, id: str | None, name: str | None, *, create: bool
+    ) -> Experiment:
+        """Return an experiment that is not deleted; `create` creates one with a new name."""
+        if id is None:
+            name = name or self._default_exp_name
         row = store.experiment(id=id, name=name)
-        if row is not None and row.is_deleted:
-            raise NotInStoreError(
-                f"the experiment {row.name!r} (ID {row.id}) is deleted; restore it with `mlflow "
-                f"experiments restore -x {row.id}` or use another name."
-            )
-        return row
-
-    def _get_existing(
-        self, store: MLflowStore, id: str | None, name: str | None
-    ) -> MLflowExperiment:
-        row = self._find_experiment(store, id, name)
+        if row is None and name is not None and id is None and create:
+            try:
+                row = store.create_experiment(name)
+                log.info("created experiment %r", name)
+            except AlreadyInStoreError:  # another process created it first
+                row = store.experiment(name=name)
         if row is None:
             existing = store.experiments()
             valid = [e.name for e in existing] if id is None else [e.id for e in existing]
             raise NotInStoreError(unknown_name_message("experiment", str(id or name), valid))
-        return MLflowExperiment(row.id, row.name, store.uri)
-
-    def _get_or_create(
-        self, store: MLflowStore, id: str | None, name: str | None
-    ) -> MLflowExperiment:
-        if id is not None:
-            return self._get_existing(store, id, None)
-        row = self._find_experiment(store, None, name)
-        if row is None:
-            try:
-                row = store.create_experiment(name or self._default_exp_name)
-                log.info("created experiment %r", row.name)
-            except AlreadyInStoreError:  # another process created it first
-                row = self._find_experiment(store, None, name)
-        if row is None:
-            raise TrackingError(f"the experiment {name!r} could be neither read nor created.")
-        return MLflowExperiment(row.id, row.name, store.uri)
+        if row.is_deleted:
+            raise NotInStoreError(
+                f"the experiment {row.name!r} (ID {row.id}) is deleted; restore it with `mlflow "
+                f"experiments restore -x {row.id}` or use another name."
+            )
+        return Experiment(row.id, row.name, store.uri)
 
     def delete_exp(
         self, experiment_id: str | None = None, experiment_name: str | None = None
@@ -274,21 +179,22 @@ class MLflowExpManager(ExpManager):
         if experiment_id is None and experiment_name is None:
             raise ArgumentError("delete_exp needs an experiment_id or an experiment_name.")
         store = self._store()
-        store.delete_experiment(self._get_existing(store, experiment_id, experiment_name).id)
+        experiment = self._find_exp(store, experiment_id, experiment_name, create=False)
+        store.delete_experiment(experiment.id)
 
     def list_experiments(self) -> dict[str, Experiment]:
         """Return `{name: experiment}` of all experiments that are not deleted."""
         store = self._store()
-        return {e.name: MLflowExperiment(e.id, e.name, store.uri) for e in store.experiments()}
+        return {e.name: Experiment(e.id, e.name, store.uri) for e in store.experiments()}
 
     def search_records(
         self,
-        experiment_ids: Names = None,
+        experiment_ids: Sequence[str] | None = None,
         *,
         filter_string: str | None = None,
         run_view_type: int | None = None,
         max_results: int | None = None,
-        order_by: Names = None,
+        order_by: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """Return runs as a table with one row per run; of all experiments by default.
 
@@ -300,36 +206,32 @@ class MLflowExpManager(ExpManager):
         store = self._store()
         if isinstance(experiment_ids, str):
             experiment_ids = [experiment_ids]
-        ids: Sequence[str] = (
-            [e.id for e in store.experiments()] if experiment_ids is None else experiment_ids
-        )
+        elif experiment_ids is None:
+            experiment_ids = [e.id for e in store.experiments()]
         rows = store.runs(
-            ids,
-            filter_string=filter_string or "",
-            run_view_type=run_view_type or 1,
-            max_results=100_000 if max_results is None else max_results,
+            experiment_ids,
+            filter_string=filter_string,
+            run_view_type=run_view_type,
+            max_results=max_results,
             order_by=order_by,
         )
         return runs_table(rows)
 
 
-#: The manager of this process, shared with `R`, so that `R.set_uri` and `R.uri_context` apply to
-#: all code that looks up a run.
-MANAGER = MLflowExpManager()
+MLflowExpManager = ExpManager  # Qlib's name of the class that uses MLflow
 
 
-class Workflow:
-    """The class of `R`, on top of an experiment manager. Corresponds to Qlib's QlibRecorder.
+class Workflow(ExpManager):
+    """The class of `R`: the manager of this process, with shortcuts to its active run.
 
-    Logging without an active run starts one in the default experiment, as in Qlib. That run ends
-    with the program.
+    Corresponds to Qlib's QlibRecorder. Logging without an active run starts one in the default
+    experiment, as in Qlib. That run ends with the program.
     """
 
-    def __init__(self, exp_manager: MLflowExpManager) -> None:
-        self.exp_manager = exp_manager
-
-    def __repr__(self) -> str:
-        return f"R(manager={self.exp_manager!r})"
+    @property
+    def exp_manager(self) -> Self:
+        """R itself; in Qlib the manager is an object of its own."""
+        return self
 
     @contextmanager
     def start(
@@ -341,7 +243,7 @@ class Workflow:
         recorder_name: str | None = None,
         uri: str | None = None,
         resume: bool = False,
-    ) -> Iterator[MLflowExperiment]:
+    ) -> Iterator[Experiment]:
         """Run a `with` block inside a run; yields the experiment.
 
         The run ends as FINISHED, as FAILED on an exception, or as KILLED on Ctrl-C and SystemExit.
@@ -367,52 +269,6 @@ class Workflow:
         if recorder.status == Recorder.STATUS_R:  # not yet ended inside the block
             recorder.end_run(Recorder.STATUS_FI)
 
-    def start_exp(
-        self,
-        *,
-        experiment_id: str | None = None,
-        experiment_name: str | None = None,
-        recorder_id: str | None = None,
-        recorder_name: str | None = None,
-        uri: str | None = None,
-        resume: bool = False,
-    ) -> MLflowExperiment:
-        """Start a run that `end_exp` ends; prefer `start`, which sets the final status itself."""
-        return self.exp_manager.start_exp(
-            experiment_id=experiment_id,
-            experiment_name=experiment_name,
-            recorder_id=recorder_id,
-            recorder_name=recorder_name,
-            uri=uri,
-            resume=resume,
-        )
-
-    def end_exp(self, recorder_status: str = Recorder.STATUS_FI) -> None:
-        """End the active run if there is one."""
-        self.exp_manager.end_exp(recorder_status)
-
-    def search_records(
-        self,
-        experiment_ids: Names = None,
-        *,
-        filter_string: str | None = None,
-        run_view_type: int | None = None,
-        max_results: int | None = None,
-        order_by: Names = None,
-    ) -> pd.DataFrame:
-        """Return runs as a table, like `MLflowExpManager.search_records`."""
-        return self.exp_manager.search_records(
-            experiment_ids,
-            filter_string=filter_string,
-            run_view_type=run_view_type,
-            max_results=max_results,
-            order_by=order_by,
-        )
-
-    def list_experiments(self) -> dict[str, Any]:
-        """Return `{name: experiment}` of all experiments that are not deleted."""
-        return self.exp_manager.list_experiments()
-
     def list_recorders(
         self, experiment_id: str | None = None, experiment_name: str | None = None
     ) -> dict[str, MLflowRecorder]:
@@ -426,41 +282,13 @@ class Workflow:
         recorders: dict[str, MLflowRecorder] = experiment.list_recorders()
         return recorders
 
-    def get_exp(
-        self,
-        *,
-        experiment_id: str | None = None,
-        experiment_name: str | None = None,
-        create: bool = True,
-        start: bool = False,
-    ) -> MLflowExperiment:
-        """Return the experiment with an ID or name, by default the active or the default one."""
-        return self.exp_manager.get_exp(
-            experiment_id=experiment_id,
-            experiment_name=experiment_name,
-            create=create,
-            start=start,
-        )
-
-    def delete_exp(
-        self, experiment_id: str | None = None, experiment_name: str | None = None
-    ) -> None:
-        """Mark an experiment as deleted."""
-        self.exp_manager.delete_exp(experiment_id, experiment_name)
-
     def get_uri(self) -> str:
         """Return the current tracking URI."""
-        return self.exp_manager.uri
+        return self.uri
 
     def set_uri(self, uri: str | None) -> None:
         """Set this process's default tracking URI; None restores the one from `qtorch.init`."""
-        self.exp_manager.default_uri = uri
-
-    @contextmanager
-    def uri_context(self, uri: str) -> Iterator[None]:
-        """Use another default tracking URI inside a `with` block, in this thread only."""
-        with self.exp_manager.uri_context(uri):
-            yield
+        self.default_uri = uri
 
     def get_recorder(
         self,
@@ -475,13 +303,12 @@ class Workflow:
         An ID needs no experiment; if one is given, the run must be in it. Otherwise raises
         NotInStoreError.
         """
-        manager = self.exp_manager
-        if recorder_id is not None and experiment_id is None and experiment_name is None:
-            return manager.recorder(recorder_id)
-        if recorder_id is None and recorder_name is None and manager.active_experiment is None:
+        if recorder_id is None and recorder_name is None and self._active_recorder is None:
             raise NotInStoreError(
                 "no run is active: pass get_recorder a recorder_id or call it inside R.start(...)."
             )
+        if recorder_id is not None and experiment_id is None and experiment_name is None:
+            experiment_id = self._store().run(recorder_id).experiment_id
         return self.get_exp(
             experiment_id=experiment_id, experiment_name=experiment_name, create=False
         ).get_recorder(recorder_id, recorder_name, create=False)
@@ -497,7 +324,7 @@ class Workflow:
 
     def _active_or_new_recorder(self) -> MLflowRecorder:
         """Return the active run; start one if there is none."""
-        if self.exp_manager.active_experiment is None:
+        if self._active_recorder is None:
             log.warning("no run is active: starting one in the default experiment")
         return self.get_exp(start=True).get_recorder(start=True)
 
@@ -532,4 +359,10 @@ class Workflow:
         self._active_or_new_recorder().set_tags(**kwargs)
 
 
-R = Workflow(MANAGER)
+#: The manager of this process: its URI applies to all code that looks up runs.
+R = Workflow()
+
+
+def find_run(run_id: str) -> MLflowRecorder:
+    """Return the run with an ID from any experiment; NotInStoreError if there is none."""
+    return R.get_recorder(recorder_id=run_id)

@@ -48,7 +48,7 @@ from qtorch.tracking.store_types import (
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAGE = 1000  # entries per request
+PAGE, MAX_RUNS = 1000, 100_000  # results per request, and of a search by default
 SQLITE_BUSY_SECONDS = 20.0
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -215,24 +215,28 @@ class MLflowStore:
         self,
         experiment_ids: Sequence[str],
         *,
-        filter_string: str = "",
-        run_view_type: int = 1,
-        max_results: int = 100_000,
+        filter_string: str | None = None,
+        run_view_type: int | None = None,
+        max_results: int | None = None,
         order_by: Sequence[str] | None = None,
     ) -> list[RunRow]:
-        """Search runs with MLflow's filter syntax; the newest first unless `order_by` is given."""
+        """Search runs with MLflow's filter syntax; the newest first unless `order_by` is given.
+
+        By default runs that are not deleted, at most 100,000.
+        """
 
         def page(page_token: str | None, max_results: int) -> Any:
             return self.client.search_runs(
                 list(experiment_ids),
-                filter_string,
-                run_view_type,
+                filter_string or "",
+                run_view_type or 1,
                 max_results,
                 list(order_by) if order_by else None,
                 page_token,
             )
 
-        entities = self._call("search the runs", lambda: list(_pages(page, max_results)))
+        limit = MAX_RUNS if max_results is None else max_results
+        entities = self._call("search the runs", lambda: list(_pages(page, limit)))
         return [_run_row(run) for run in entities]
 
     # Logging
