@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +13,11 @@ from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, NotFittedError, unknown_name_message
-from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
-from qtorch.core.names import import_path
+from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
+from qtorch.core.trust import check_name_trust
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
@@ -28,22 +25,20 @@ from qtorch.model.base import ModelFT
 from qtorch.model.finetune import (
     FineTuning,
     InitialWeights,
-    InputSchema,
     StatisticsMode,
     apply_statistics,
-    check_cross_section,
     check_initial_run,
-    check_labels,
     get_statistics,
     weights_digest,
 )
 from qtorch.model.fit import FitResult, Recipe, fit_network
+from qtorch.model.input_schema import InputSchema, check_cross_section, check_labels
 from qtorch.model.loop.factories import build_loss, with_learning_rate
+from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import build_early_stopping, device_name, trainer_options
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
-from qtorch.model.methods.tra import with_error_memory
-from qtorch.nn.network import Network
-from qtorch.nn.temporal.tra import TRA
+from qtorch.model.network_config import build_network, complete_network_config, network_config
+from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.mlflow_recorder import tag_lineage
 from qtorch.tracking.recorder import current_recorder
 
@@ -51,175 +46,8 @@ if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
 
-NETWORK_MODULE = "qtorch.nn"
-
-
-def complete_network_config(
-    spec: Any, samples: Samples, num_outputs: int | None = None
-) -> dict[str, Any] | nn.Module:
-    """Fill in the arguments of a network that depend on the data and are not configured.
-
-    A live module is returned unchanged. `d_feat` is the number of features (for a flat network
-    times the number of steps). Also filled in: `step_len`, `num_outputs` (by default the number of
-    labels), `num_instruments` and `num_days` (of the panel), `label_horizon` (rows that the labels
-    look ahead, if known), and for an extra "concept" its width `num_concepts`. Raises ConfigError
-    if the configuration contradicts the data.
-    """
-    if isinstance(spec, nn.Module):
-        return spec
-    target, arguments = get_callable_kwargs(spec, NETWORK_MODULE)
-    flat = getattr(target, "inputs", "window") == "flat"
-    features, steps = samples.num_features, samples.num_steps
-    labels = len(samples.label_names)
-    data_arguments = {
-        "d_feat": features * steps if flat else features,
-        "step_len": steps,
-        "num_outputs": max(labels, 1) if num_outputs is None else num_outputs,
-        "num_instruments": len(samples.instruments),
-        "num_days": len(samples.calendar),
-        **{f"num_{name}s": each.width for name, each in samples.extras.items()},
-        **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
-    }
-    parameters = inspect.signature(target).parameters
-    for name, value in data_arguments.items():
-        if name not in parameters:
-            continue
-        if arguments.get(name) is None:
-            arguments[name] = value
-        elif int(arguments[name]) != value:
-            raise ConfigError(
-                f"{name} of {getattr(target, '__name__', target)} is {arguments[name]}, but the "
-                f"data have {value} ({features} features, {steps} steps, {labels} labels). Remove "
-                "it: it is filled in automatically."
-            )
-    options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec} if _is_map(spec) else {}
-    return {"_target_": import_path(target), **options, **arguments}
-
-
-def build_network(config: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
-    """Build the network of a completed configuration; return a copy of a live one.
-
-    `stored`: the configuration was loaded from a store, and names in it must pass the trust rule.
-    """
-    if isinstance(config, nn.Module):
-        return copy.deepcopy(config)
-    try:
-        network = init_instance_by_config(config, check_trust=stored)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{config['_target_']}: {error}") from error
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"the network is a {type(network).__name__}; expected a torch.nn.Module.")
-    return network
-
-
-def network_config(spec: Any) -> Any:
-    """Return `spec` as plain data; a live qtorch network is described by its arguments.
-
-    Raises ConfigError for any other live module.
-    """
-    if isinstance(spec, Network):
-        return plain_value(spec.config, "network")
-    return plain_value(spec, "network")
-
-
-def _is_map(spec: Any) -> bool:
-    return isinstance(spec, Mapping)
-
-
 # Prefixes of tensors that are not weights of the network. No module name can contain "@".
-STATISTICS, OPTIMIZER = "@statistics.", "@optimizer."
-
-
-def get_model_state(model: LightningModel) -> State:
-    """Return configuration, metrics, weights, and the state of optimizer and processors.
-
-    Raises ConfigError if an argument is a live object that no configuration describes.
-    """
-    state: dict[str, Any] = {"model": model.to_config(), "fitted": None}
-    if model.network_ is None:
-        return State(state)
-    input_schema, statistics = model.input_schema_, model.statistics_
-    state["fitted"] = {
-        "network": model.network_config_ or network_config(model.network),
-        "learnt": None if input_schema is None else input_schema.to_dict(),
-        "statistics": None if statistics is None else statistics.config,
-        "seed": model.seed_,
-        "evals_result": replace_nonfinite(model.evals_result_),
-        "fit_report": replace_nonfinite(model.fit_report_),
-    }
-    tensors = {k: v.detach().cpu().clone() for k, v in model.network_.state_dict().items()}
-    for name, tensor in ({} if statistics is None else statistics.tensors).items():
-        tensors[STATISTICS + name] = tensor
-    if model.optimizer_state_ is not None:
-        state["fitted"]["optimizer"] = _extract_tensors(model.optimizer_state_, OPTIMIZER, tensors)
-    return State(state, tensors)
-
-
-def load_model_state(model: LightningModel, state: State) -> None:
-    """Load a state from `get_model_state` into an unfitted model."""
-    fitted_state = state.config["fitted"]
-    if fitted_state is None:
-        return
-    model.network_ = build_network(fitted_state["network"], stored=True).eval()
-    model.network_.load_state_dict({k: v for k, v in state.tensors.items() if k[0] != "@"})
-    model.network_config_, model.seed_ = fitted_state["network"], fitted_state["seed"]
-    # States saved by older versions have neither.
-    input_schema, statistics = fitted_state.get("learnt"), fitted_state.get("statistics")
-    model.input_schema_ = None if input_schema is None else InputSchema.from_dict(input_schema)
-    if statistics is not None:
-        statistics_tensors = {
-            k.removeprefix(STATISTICS): v for k, v in state.tensors.items() if STATISTICS in k
-        }
-        model.statistics_ = State(statistics, statistics_tensors)
-    if fitted_state.get("optimizer") is not None:
-        model.optimizer_state_ = _insert_tensors(fitted_state["optimizer"], state.tensors)
-    model.evals_result_ = _restore_nan(fitted_state["evals_result"])
-    model.fit_report_ = fitted_state["fit_report"]
-
-
-def _extract_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace each tensor in a nested value by a name and store it in `tensors` under that name.
-
-    Mappings are saved as lists of pairs because their keys may be numbers.
-    """
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().clone()
-        return {"@tensor": name}
-    if isinstance(value, Mapping):
-        pairs = [[k, _extract_tensors(v, f"{name}{k}.", tensors)] for k, v in value.items()]
-        return {"@map": pairs}
-    if isinstance(value, list | tuple):
-        return [_extract_tensors(v, f"{name}{k}.", tensors) for k, v in enumerate(value)]
-    return value
-
-
-def _insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, Mapping):
-        if "@tensor" in value:
-            return tensors[value["@tensor"]]
-        return {k: _insert_tensors(v, tensors) for k, v in value["@map"]}
-    return [_insert_tensors(v, tensors) for v in value] if isinstance(value, list) else value
-
-
-def replace_nonfinite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON cannot represent, by None."""
-    if isinstance(value, Mapping):
-        return {k: replace_nonfinite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_nonfinite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _restore_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _restore_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_restore_nan(v) for v in value]
-    return math.nan if value is None else value
-
-
+STATISTICS_PREFIX, OPTIMIZER_PREFIX = "@statistics.", "@optimizer."
 BATCH_DEFAULTS: dict[str, Any] = {
     "size": 800,
     "order": "random",
@@ -530,20 +358,18 @@ class LightningModel(ModelFT):
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
         device = resolve_device(device_name(trainer_options(self.trainer, ())))
-        size = evaluation_batch_size(self.batch, device)
-        if isinstance(network, TRA):
-            samples = with_error_memory(
-                network, samples.to(device), partial(self._load_past_samples, dataset)
-            )
+        samples = get_module_class(self.module).prepare_prediction(
+            network, samples.to(device), partial(self._load_labeled_samples, dataset)
+        )
         return score_series(
             network,
             samples,
             device=device,
-            batch_size=size,
+            batch_size=evaluation_batch_size(self.batch, device),
             readout=get_readout(build_loss(self.loss)),
         )
 
-    def _load_past_samples(self, dataset: Any, dates: slice) -> Samples:
+    def _load_labeled_samples(self, dataset: Any, dates: slice) -> Samples:
         """Return all samples of the dates that have a label, with labels as in training."""
         samples = get_samples(dataset, dates, data_key="learn", purge=False)
         return samples if self.input_schema_ is None else self.input_schema_.match_features(samples)
@@ -569,18 +395,62 @@ class LightningModel(ModelFT):
 
         Raises ConfigError if an argument is a live object that no configuration describes.
         """
-        return get_model_state(self)
+        state: dict[str, Any] = {"model": self.to_config(), "fitted": None}
+        if self.network_ is None:
+            return State(state)
+        input_schema, statistics = self.input_schema_, self.statistics_
+        state["fitted"] = {
+            "network": self.network_config_ or network_config(self.network),
+            "learnt": None if input_schema is None else input_schema.to_dict(),
+            "statistics": None if statistics is None else statistics.config,
+            "seed": self.seed_,
+            "evals_result": replace_nonfinite(self.evals_result_),
+            "fit_report": replace_nonfinite(self.fit_report_),
+        }
+        tensors = {k: v.detach().cpu().clone() for k, v in self.network_.state_dict().items()}
+        for name, tensor in ({} if statistics is None else statistics.tensors).items():
+            tensors[STATISTICS_PREFIX + name] = tensor
+        if self.optimizer_state_ is not None:
+            state["fitted"]["optimizer"] = extract_tensors(
+                self.optimizer_state_, OPTIMIZER_PREFIX, tensors
+            )
+        return State(state, tensors)
 
     @classmethod
     def from_state(cls, state: State) -> Self:
         """Build a model from its saved state. Names in it must pass the trust rule."""
-        model = init_instance_by_config(state.config["model"], check_trust=True)
+        config = state.config["model"]
+        # Names that `predict` imports, if they are not configurations, which are checked anyway.
+        for name in (config.get("loss"), config.get("module")):
+            if isinstance(name, str):
+                check_name_trust(name)
+        model = init_instance_by_config(config, check_trust=True)
         if not isinstance(model, cls):
             raise TypeError(
                 f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."
             )
-        load_model_state(model, state)
+        if state.config["fitted"] is not None:
+            model._load_fitted_state(state.config["fitted"], state.tensors)
         return model
+
+    def _load_fitted_state(self, fitted: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.network_ = build_network(fitted["network"], stored=True).eval()
+        self.network_.load_state_dict({k: v for k, v in tensors.items() if k[0] != "@"})
+        self.network_config_, self.seed_ = fitted["network"], fitted["seed"]
+        # States saved by older versions have neither.
+        input_schema, statistics = fitted.get("learnt"), fitted.get("statistics")
+        self.input_schema_ = None if input_schema is None else InputSchema.from_dict(input_schema)
+        if statistics is not None:
+            statistics_tensors = {
+                k.removeprefix(STATISTICS_PREFIX): v
+                for k, v in tensors.items()
+                if k.startswith(STATISTICS_PREFIX)
+            }
+            self.statistics_ = State(statistics, statistics_tensors)
+        if fitted.get("optimizer") is not None:
+            self.optimizer_state_ = insert_tensors(fitted["optimizer"], tensors)
+        self.evals_result_ = restore_nan(fitted["evals_result"])
+        self.fit_report_ = fitted["fit_report"]
 
     def on_load(self, recorder: Recorder) -> None:
         """Remember the run that this model was loaded from; fine-tuning names it in its tags."""

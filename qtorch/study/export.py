@@ -21,9 +21,10 @@ from qtorch.core.files import atomic_write
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
-from qtorch.model.lightning_model import LightningModel, build_network, network_config
+from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.factories import build_loss
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
+from qtorch.model.network_config import build_network, network_config
 from qtorch.study.warm_start import WarmStart
 
 BATCH_AXES = {1: ("batch",), 2: ("days", "instruments")}

@@ -303,6 +303,22 @@ def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
     pd.testing.assert_series_equal(loaded_model.predict(dataset), model.predict(dataset))
 
 
+def test_stored_names_that_predict_imports_must_be_trusted(dataset: ToyDataset) -> None:
+    state = make_model(trainer={"max_epochs": 1}).to_state()
+    for name in ("loss", "module"):
+        config = {**state.config["model"], name: "user_networks.Unknown"}
+        with pytest.raises(TrustError, match="user_networks"):
+            LightningModel.from_state(State({**state.config, "model": config}, state.tensors))
+
+
+def test_module_prepares_the_samples_of_a_prediction(dataset: ToyDataset) -> None:
+    model = make_model(module="user_networks.ReversedInputs", trainer={"max_epochs": 1})
+    model.fit(dataset)
+    prepared = model.predict(dataset)
+    model.module = None
+    assert not prepared.equals(model.predict(dataset))
+
+
 def test_live_user_module_has_no_configuration() -> None:
     with pytest.raises(ConfigError, match="live"):
         make_model(torch.nn.Linear(4, 1)).to_config()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from qtorch.data.dataset.batch import Batch
+from qtorch.model import ScoreModule
 
 
 class LastStep(nn.Module):
@@ -86,3 +87,13 @@ class OneScoreNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x[:, -1]).mean()
+
+
+class ReversedInputs(ScoreModule):
+    """A module whose predictions see the features in another order."""
+
+    @classmethod
+    def prepare_prediction(cls, network, samples, load_labeled):
+        labeled = load_labeled(slice(None))
+        assert labeled.target is not None
+        return samples.with_features(samples.feature_names[::-1])

@@ -23,7 +23,7 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import BaseLoss, mean_from_sums
-from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan
+from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan, build_factory
 from qtorch.model.loop.loader import StepBatches
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
@@ -287,6 +287,17 @@ class ScoreModule(pl.LightningModule):
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
         return self.loss(score, target) * len(score), len(score)
 
+    @classmethod
+    def prepare_prediction(
+        cls, network: nn.Module, samples: Samples, load_labeled: Callable[[slice], Samples]
+    ) -> Samples:
+        """Hook: return the samples of a prediction with all inputs that the network needs.
+
+        `network` is a fitted network that this class has trained; `samples` are on the device.
+        `load_labeled` returns the samples of a slice of dates, with labels as in training.
+        """
+        return samples
+
     # -- training ------------------------------------------------------------------------------
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
@@ -503,6 +514,17 @@ class ScoreModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.accumulator.load(checkpoint[MODULE_STATE_KEY], self.device)
+
+
+def get_module_class(spec: Any) -> type[ScoreModule]:
+    """Return the class that a model's `module` argument names; ScoreModule if it names none."""
+    if spec is None:
+        return ScoreModule
+    factory = build_factory(spec, "module")
+    module_class = getattr(factory, "func", factory)
+    if isinstance(module_class, type) and issubclass(module_class, ScoreModule):
+        return module_class
+    return ScoreModule
 
 
 def _can_bypass_hooks(trainer: Any) -> bool:

@@ -24,6 +24,7 @@ from qtorch.nn.temporal.tra import TRA, minmax, sinkhorn
 log = logging.getLogger(__name__)
 
 CHUNK_SIZE = 8192  # samples per forward pass without gradients
+DECAY_STEPS = 100  # `lamb` is multiplied by `rho` once in so many steps
 
 
 class ErrorMemory(Gatherable):
@@ -108,7 +109,7 @@ def with_error_memory(
 ) -> Samples:
     """Add an extra "errors" to the samples: the past errors of the network.
 
-    `find` returns the labelled samples of a slice of dates, with labels as in training.
+    `load_samples` returns the samples of a slice of dates, with labels as in training.
     """
     memory = ErrorMemory(network, samples)
     first, last = samples.calendar[max(memory.start, 0)], samples.calendar[memory.end - 1]
@@ -121,9 +122,6 @@ def with_error_memory(
         memory.record_errors(network, past.to(samples.device))
     samples.extras = {**samples.extras, "errors": memory}
     return samples
-
-
-DECAY_STEPS = 100  # `lamb` is multiplied by `rho` once in so many steps
 
 
 class TRAModule(ScoreModule):
@@ -170,6 +168,14 @@ class TRAModule(ScoreModule):
                 "a label processor (CSZScoreNorm, CSRankNorm) instead."
             )
         self.lamb, self.rho, self.alpha, self.pretrain = lamb, rho, alpha, pretrain
+
+    @classmethod
+    def prepare_prediction(
+        cls, network: nn.Module, samples: Samples, load_labeled: Callable[[slice], Samples]
+    ) -> Samples:
+        """Add the past errors that the samples may use."""
+        assert isinstance(network, TRA), "fit has checked the network"
+        return with_error_memory(network, samples, load_labeled)
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
         network = self.require_network(TRA)

@@ -16,9 +16,9 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
-from qtorch.data.panel.gather import infinite_message
+from qtorch.data.panel.infinite import infinite_message
 from qtorch.model.base import Model
-from qtorch.model.finetune import InputSchema, check_labels
+from qtorch.model.input_schema import InputSchema, check_labels
 
 SCORE = "score"
 

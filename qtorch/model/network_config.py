@@ -1,0 +1,91 @@
+"""Configurations of networks: arguments that follow from the data, building, and plain form."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qtorch.core.configured import plain_value
+from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
+from qtorch.core.names import import_path
+from qtorch.data.dataset.samples import Samples
+from qtorch.nn.network import Network
+
+NETWORK_MODULE = "qtorch.nn"
+
+
+def complete_network_config(
+    spec: Any, samples: Samples, num_outputs: int | None = None
+) -> dict[str, Any] | nn.Module:
+    """Fill in the arguments of a network that depend on the data and are not configured.
+
+    A live module is returned unchanged. `d_feat` is the number of features (for a flat network
+    times the number of steps). Also filled in: `step_len`, `num_outputs` (by default the number of
+    labels), `num_instruments` and `num_days` (of the panel), `label_horizon` (rows that the labels
+    look ahead, if known), and for an extra "concept" its width `num_concepts`. Raises ConfigError
+    if the configuration contradicts the data.
+    """
+    if isinstance(spec, nn.Module):
+        return spec
+    target, arguments = get_callable_kwargs(spec, NETWORK_MODULE)
+    flat = getattr(target, "inputs", "window") == "flat"
+    features, steps = samples.num_features, samples.num_steps
+    labels = len(samples.label_names)
+    data_arguments = {
+        "d_feat": features * steps if flat else features,
+        "step_len": steps,
+        "num_outputs": max(labels, 1) if num_outputs is None else num_outputs,
+        "num_instruments": len(samples.instruments),
+        "num_days": len(samples.calendar),
+        **{f"num_{name}s": each.width for name, each in samples.extras.items()},
+        **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
+    }
+    parameters = inspect.signature(target).parameters
+    for name, value in data_arguments.items():
+        if name not in parameters:
+            continue
+        if arguments.get(name) is None:
+            arguments[name] = value
+        elif int(arguments[name]) != value:
+            raise ConfigError(
+                f"{name} of {getattr(target, '__name__', target)} is {arguments[name]}, but the "
+                f"data have {value} ({features} features, {steps} steps, {labels} labels). Remove "
+                "it: it is filled in automatically."
+            )
+    options = {}
+    if isinstance(spec, Mapping):
+        options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec}
+    return {"_target_": import_path(target), **options, **arguments}
+
+
+def build_network(config: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
+    """Build the network of a completed configuration; return a copy of a live one.
+
+    `stored`: the configuration was loaded from a store, and names in it must pass the trust rule.
+    """
+    if isinstance(config, nn.Module):
+        return copy.deepcopy(config)
+    try:
+        network = init_instance_by_config(config, check_trust=stored)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{config['_target_']}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"the network is a {type(network).__name__}; expected a torch.nn.Module.")
+    return network
+
+
+def network_config(spec: Any) -> Any:
+    """Return `spec` as plain data; a live qtorch network is described by its arguments.
+
+    Raises ConfigError for any other live module.
+    """
+    if isinstance(spec, Network):
+        return plain_value(spec.config, "network")
+    return plain_value(spec, "network")
