@@ -7,6 +7,7 @@ from qtorch.core.lazy import lazy_names
 if TYPE_CHECKING:
     from qtorch.data.dataset.batch import Batch as Batch
     from qtorch.data.dataset.batches import BatchLoader as BatchLoader
+    from qtorch.data.dataset.dataset import Dataset as Dataset
     from qtorch.data.dataset.dataset import DatasetH as DatasetH
     from qtorch.data.dataset.dataset import TSDatasetH as TSDatasetH
     from qtorch.data.dataset.extras import Concepts as Concepts
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from qtorch.data.expression.evaluation import evaluate as evaluate
     from qtorch.data.expression.operators import register_operator as register_operator
     from qtorch.data.handler.alpha import Alpha158 as Alpha158
+    from qtorch.data.handler.alpha import Alpha158DL as Alpha158DL
     from qtorch.data.handler.alpha import Alpha158vwap as Alpha158vwap
     from qtorch.data.handler.alpha import Alpha360 as Alpha360
+    from qtorch.data.handler.alpha import Alpha360DL as Alpha360DL
     from qtorch.data.handler.alpha import Alpha360vwap as Alpha360vwap
     from qtorch.data.handler.filter import ExpressionDFilter as ExpressionDFilter
     from qtorch.data.handler.filter import NameDFilter as NameDFilter

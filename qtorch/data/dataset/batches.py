@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,6 @@ from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.panel.gather import NAN
-
-if TYPE_CHECKING:
-    from qtorch.data.dataset.samples import Samples
-
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
 ORDERS: tuple[str, ...] = ("random", "sequential", "day", "day_sequential")
@@ -139,10 +135,9 @@ class BatchLoader:
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
         part = slice(step * self.size, (step + 1) * self.size)
-        if self.by_day:
-            pad = self.size if self.pad_tail else None
-            return self.samples.day_batch(order[part], num_days=pad)
         pad = self.size if self.pad_tail else None
+        if self.by_day:
+            return self.samples.day_batch(order[part], num_days=pad)
         return self.samples.batch(device_order[part], size=pad)
 
     # -- resuming ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from qtorch.data.dataset.samples import Samples, build_samples, check_segments
 from qtorch.data.handler.fetch import CS_ALL, select_groups
 from qtorch.data.handler.handler import DK_I, DK_L, DK_R, DataHandler, DataHandlerLP
 from qtorch.data.panel.gather import check_fill
+from qtorch.data.panel.panel import covered_dates
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
@@ -149,9 +150,8 @@ class DatasetH(Dataset):
 
     def _empty_segment_message(self, name: str, view: View) -> str:
         start, end = self.segments[name]
-        days = view.calendar[view.rows.any(1).cpu().numpy()]
-        covered_dates = f"{days[0]:%Y-%m-%d}..{days[-1]:%Y-%m-%d}" if len(days) else "no rows"
-        return f"segment {name!r} ({start}..{end}) has no rows; the data has {covered_dates}."
+        dates = covered_dates(view.calendar[view.rows.any(1).cpu().numpy()], empty="no rows")
+        return f"segment {name!r} ({start}..{end}) has no rows; the data has {dates}."
 
     # -- samples -------------------------------------------------------------------------------
 

@@ -21,89 +21,38 @@ from qtorch.data.dataset.samples import (
     log_samples,
 )
 from qtorch.data.expression import reach
-from qtorch.data.panel.columns import PanelColumns
-from qtorch.data.panel.gather import DensePackedColumns, infinite_message
-from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
+from qtorch.data.panel.frames import view_from_frame
+from qtorch.data.panel.gather import DensePackedColumns
+from qtorch.data.panel.infinite import infinite_message
+from qtorch.data.panel.panel import NAMES, normalise_calendar
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
-
-def check_segment_dates(dataset: Any) -> None:
-    """Raise ConfigError if segments overlap, as far as the dataset shows their dates."""
-    if not getattr(dataset, "allow_overlap", False):
-        check_segments(_segment_spans(dataset))
-
-
-def check_disjoint_days(dataset: Any, train: Samples, valid: Samples) -> None:
-    """Raise ConfigError if train and valid share a day, judged by the samples themselves.
-
-    qtorch datasets are skipped, because they check the dates of their segments themselves.
-    """
-    if callable(getattr(dataset, "samples", None)) or getattr(dataset, "allow_overlap", False):
-        return
-    days = [s.calendar[torch.unique(s.date).cpu().numpy()] for s in (train, valid)]
-    common_days = days[0].intersection(days[1])
-    if len(common_days):
-        raise ConfigError(
-            f"segments 'train' and 'valid' overlap: {type(dataset).__name__}.prepare returned "
-            f"{len(common_days)} days in both, the first {common_days[0]:%Y-%m-%d}. The model "
-            "would be validated on samples that it was trained on."
-        )
-
-
-def count_purged_days(dataset: Any, segment: Any, horizon: int | None, *, strict: bool) -> int:
-    """Return how many days at the end of a segment have labels that reach into another segment.
-
-    If the label's horizon is unknown, log a warning, or raise ConfigError if `strict`.
-    """
-    if not _has_later_segment(segment, _segment_spans(dataset)):
-        return 0
-    for num_days in (horizon, getattr(dataset, "horizon", None), _label_reach(dataset)):
-        if num_days is not None:
-            return max(0, int(num_days))
-    hint = (
-        f"cannot tell how far the label of {type(dataset).__name__} looks ahead; set an attribute "
-        "`horizon` (days) on the dataset"
-    )
-    if strict:
-        raise ConfigError(f"purge=True: {hint}, or get_samples(..., horizon=...).")
-    log.warning("%s: no samples are purged, %s", segment, hint)
-    return 0
-
-
-def _segment_spans(dataset: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the dataset's segments that are pairs of dates, by name."""
-    segments = getattr(dataset, "segments", None)
-    pairs = segments.items() if isinstance(segments, Mapping) else ()
-    return {str(n): (s[0], s[1]) for n, s in pairs if isinstance(s, list | tuple) and len(s) == 2}
-
-
-def _has_later_segment(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether another segment may begin after this one; True if no dates are known."""
-    if isinstance(segment, slice):
-        end = segment.stop
-    elif str(segment) in spans:
-        end = spans[str(segment)][1]
-    else:
-        return True
-    starts = [pd.Timestamp(start) for start, _ in spans.values() if start is not None]
-    return end is not None and (not spans or any(s > pd.Timestamp(end) for s in starts))
-
-
-def _label_reach(dataset: Any) -> int | None:
-    """Return how far the label's expressions look ahead, if a loader like Qlib's shows them."""
-    loader = getattr(getattr(dataset, "handler", None), "data_loader", None)
-    fields = getattr(loader, "fields", None)
-    label = fields.get("label") if isinstance(fields, Mapping) else None
-    try:
-        return max(reach(str(expression))[1] for expression in label[0]) if label else None
-    except (ExpressionError, TypeError):
-        return None  # the expression is in another language
-
-
 GROUPS = ("feature", "label")
 ITEMS_AT_ONCE = 4096
+
+
+def get_samples(
+    dataset: Any,
+    segment: str | slice,
+    *,
+    data_key: str = "infer",
+    purge: bool | None = None,
+    **options: Any,
+) -> Samples:
+    """Return the samples of a dataset's segment, for any kind of dataset.
+
+    A qtorch dataset has a method `samples`; any other object with Qlib's `prepare`, and a plain
+    frame, is converted by `as_samples`. `purge` None means that samples for
+    learning are purged by the label's horizon (if it is known) and those for inference are not.
+    """
+    samples_method = getattr(dataset, "samples", None)
+    if callable(samples_method):
+        should_purge = (data_key == "learn") if purge is None else purge
+        samples: Samples = samples_method(segment, data_key=data_key, purge=should_purge, **options)
+        return samples
+    return as_samples(dataset, segment, data_key=data_key, purge=purge, **options)
 
 
 def as_samples(
@@ -176,34 +125,17 @@ def as_samples(
 # -- frames ------------------------------------------------------------------------------------
 
 
-def view_from_frame(frame: pd.DataFrame) -> View:
-    """Build a view from a `(datetime, instrument)` frame with columns `(group, name)`."""
+def _view_from_frame(frame: pd.DataFrame) -> View:
+    """Build a view from a frame with columns `(group, name)` and rows in any order."""
     if frame.columns.nlevels != 2:
         raise DataError(
             f"expected columns (group, name) with the groups {GROUPS}, got {frame.columns.nlevels} "
             "level(s). Build them with pd.concat({'feature': x, 'label': y}, axis=1)."
         )
-    groups = list(dict.fromkeys(frame.columns.get_level_values(0)))
+    groups = {str(group) for group in frame.columns.get_level_values(0)}
     if GROUPS[0] not in groups:
-        raise DataError(
-            unknown_name_message("group of columns", GROUPS[0], [str(g) for g in groups])
-        )
-    flat_frame = frame.copy(deep=False)
-    flat_frame.columns = pd.Index(["/".join(map(str, pair)) for pair in frame.columns.tolist()])
-    panel = Panel.from_frame(flat_frame.sort_index())
-    columns: dict[str, PanelColumns] = {}
-    for group in groups:
-        part = panel.select(fields=[f"{group}/{name}" for name in frame[group].columns])
-        group_panel = Panel(
-            part.values,
-            panel.calendar,
-            panel.instruments,
-            [str(name) for name in frame[group].columns],
-            mask=panel.mask,
-            spans=panel.spans,
-        )
-        columns[str(group)] = PanelColumns(group_panel)
-    return View(columns, rows=panel.mask, history=panel.mask)
+        raise DataError(unknown_name_message("group of columns", GROUPS[0], groups))
+    return view_from_frame(frame.sort_index())
 
 
 def _samples_from_frame(
@@ -219,7 +151,7 @@ def _samples_from_frame(
     if not len(frame):
         raise DataError(f"{name} has no samples: the frame is empty.")
     return build_samples(
-        view_from_frame(frame),
+        _view_from_frame(frame),
         start=dates.start,
         end=dates.stop,
         name=name,
@@ -401,23 +333,77 @@ def _raw_label(dataset: Any, segment: Any, index: pd.MultiIndex) -> Tensor | Non
     return torch.as_tensor(values)
 
 
-def get_samples(
-    dataset: Any,
-    segment: str | slice,
-    *,
-    data_key: str = "infer",
-    purge: bool | None = None,
-    **options: Any,
-) -> Samples:
-    """Return the samples of a dataset's segment, for any kind of dataset.
+# -- segments ----------------------------------------------------------------------------------
 
-    A qtorch dataset has a method `samples`; any other object with Qlib's `prepare`, and a plain
-    frame, is converted by `as_samples`. `purge` None means that samples for
-    learning are purged by the label's horizon (if it is known) and those for inference are not.
+
+def check_segment_dates(dataset: Any) -> None:
+    """Raise ConfigError if segments overlap, as far as the dataset shows their dates."""
+    if not getattr(dataset, "allow_overlap", False):
+        check_segments(_segment_spans(dataset))
+
+
+def check_disjoint_days(dataset: Any, train: Samples, valid: Samples) -> None:
+    """Raise ConfigError if train and valid share a day, judged by the samples themselves.
+
+    qtorch datasets are skipped, because they check the dates of their segments themselves.
     """
-    samples_method = getattr(dataset, "samples", None)
-    if callable(samples_method):
-        should_purge = (data_key == "learn") if purge is None else purge
-        samples: Samples = samples_method(segment, data_key=data_key, purge=should_purge, **options)
-        return samples
-    return as_samples(dataset, segment, data_key=data_key, purge=purge, **options)
+    if callable(getattr(dataset, "samples", None)) or getattr(dataset, "allow_overlap", False):
+        return
+    days = [s.calendar[torch.unique(s.date).cpu().numpy()] for s in (train, valid)]
+    common_days = days[0].intersection(days[1])
+    if len(common_days):
+        raise ConfigError(
+            f"segments 'train' and 'valid' overlap: {type(dataset).__name__}.prepare returned "
+            f"{len(common_days)} days in both, the first {common_days[0]:%Y-%m-%d}. The model "
+            "would be validated on samples that it was trained on."
+        )
+
+
+def count_purged_days(dataset: Any, segment: Any, horizon: int | None, *, strict: bool) -> int:
+    """Return how many days at the end of a segment have labels that reach into another segment.
+
+    If the label's horizon is unknown, log a warning, or raise ConfigError if `strict`.
+    """
+    if not _has_later_segment(segment, _segment_spans(dataset)):
+        return 0
+    for num_days in (horizon, getattr(dataset, "horizon", None), _label_reach(dataset)):
+        if num_days is not None:
+            return max(0, int(num_days))
+    hint = (
+        f"cannot tell how far the label of {type(dataset).__name__} looks ahead; set an attribute "
+        "`horizon` (days) on the dataset"
+    )
+    if strict:
+        raise ConfigError(f"purge=True: {hint}, or get_samples(..., horizon=...).")
+    log.warning("%s: no samples are purged, %s", segment, hint)
+    return 0
+
+
+def _segment_spans(dataset: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the dataset's segments that are pairs of dates, by name."""
+    segments = getattr(dataset, "segments", None)
+    pairs = segments.items() if isinstance(segments, Mapping) else ()
+    return {str(n): (s[0], s[1]) for n, s in pairs if isinstance(s, list | tuple) and len(s) == 2}
+
+
+def _has_later_segment(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether another segment may begin after this one; True if no dates are known."""
+    if isinstance(segment, slice):
+        end = segment.stop
+    elif str(segment) in spans:
+        end = spans[str(segment)][1]
+    else:
+        return True
+    starts = [pd.Timestamp(start) for start, _ in spans.values() if start is not None]
+    return end is not None and (not spans or any(s > pd.Timestamp(end) for s in starts))
+
+
+def _label_reach(dataset: Any) -> int | None:
+    """Return how far the label's expressions look ahead, if a loader like Qlib's shows them."""
+    loader = getattr(getattr(dataset, "handler", None), "data_loader", None)
+    fields = getattr(loader, "fields", None)
+    label = fields.get("label") if isinstance(fields, Mapping) else None
+    try:
+        return max(reach(str(expression))[1] for expression in label[0]) if label else None
+    except (ExpressionError, TypeError):
+        return None  # the expression is in another language

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.data.panel.columns import column_parts
 from qtorch.data.panel.gather import DensePackedColumns, check_fill
 from qtorch.data.panel.panel import NAMES
 from qtorch.data.panel.view import View
-
-BLOCK = 16
 
 
 class TSDataSampler:
@@ -137,8 +136,7 @@ def _pack_groups(view: View, window_rows: slice, groups: Sequence[str]) -> Dense
     offset = 0
     for group in groups:
         columns = view.group(group)
-        for first in range(0, len(columns.names), BLOCK):
-            part = columns.names[first : first + BLOCK]
+        for part in column_parts(columns.names):
             block = columns.block(part)[:, window_rows]
             values[:, :, offset : offset + len(part)] = block.permute(2, 1, 0).cpu()
             offset += len(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,61 +16,25 @@ from qtorch.core.errors import ConfigError, DataError, format_count, unknown_nam
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
-from qtorch.data.panel.columns import Columns, PanelColumns
+from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
 from qtorch.data.panel.gather import (
     NAN,
-    STORES,
     PackedColumns,
-    Store,
     check_fill,
-    fits,
-    infinite_message,
 )
-from qtorch.data.panel.panel import normalise_calendar
-from qtorch.data.panel.view import View, multi_index
-
-
-class SampleTable:
-    """Columns of samples, gathered by row number.
-
-    `indices` are integers `[S]` (a sample's date, its instrument, where its window begins),
-    `values` float `[S]` or `[S, Q]`, or None. A matrix of one column is gathered as a vector, which
-    is four times as fast in torch.
-    """
-
-    def __init__(self, indices: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
-        self._indices, self._values = tuple(indices), tuple(values)
-        self._vectors = [v if v is None or not _single(v) else v.reshape(-1) for v in values]
-
-    def has_values(self, values: Sequence[Tensor | None]) -> bool:
-        """Whether the table was built from exactly these value tensors."""
-        return all(a is b for a, b in zip(self._values, values, strict=True))
-
-    def indices(self, rows: Tensor) -> list[Tensor]:
-        """Gather each index tensor at `rows`, int64 `[B]`; the results are new memory."""
-        return [index.index_select(0, rows) for index in self._indices]
-
-    def values(self, rows: Tensor) -> list[Tensor | None]:
-        """Gather each value tensor at `rows`, as `[B]` or `[B, Q]`; None stays None.
-
-        The results are new memory.
-        """
-        vectors = [None if v is None else v.index_select(0, rows) for v in self._vectors]
-        return [
-            f.unsqueeze(1) if f is not None and v is not None and _single(v) else f
-            for f, v in zip(vectors, self._values, strict=True)
-        ]
-
-
-def _single(values: Tensor) -> bool:
-    return values.dim() == 2 and values.shape[1] == 1
-
+from qtorch.data.panel.infinite import infinite_message
+from qtorch.data.panel.panel import covered_dates, multi_index, normalise_calendar
+from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
 DAY_BUCKETS = 8
-# How much is copied at once when the features are converted to a matrix.
-ROWS_AT_ONCE, COLUMNS_AT_ONCE = 4096, 16
+# How many samples are gathered at once when packed features are converted to a matrix.
+ROWS_AT_ONCE = 4096
+Store = Literal["auto", "device", "host"]
+STORES: tuple[str, ...] = ("auto", "device", "host")
+# The share of the device's free memory that the features may take; larger ones stay on the host.
+DEVICE_SHARE = 0.6
 
 
 class Samples:
@@ -225,10 +189,10 @@ class Samples:
         cells = (self.date - first).to(storage_device) * len(self.instruments) + self.instrument.to(
             storage_device
         )
-        for k in range(0, len(out), COLUMNS_AT_ONCE):
-            names = self.feature_names[k : k + COLUMNS_AT_ONCE]
+        parts = column_parts(self.feature_names)
+        for names, target in zip(parts, torch.split(out, COLUMNS_AT_ONCE), strict=False):
             block = self._columns.block(names, rows=slice(first, last + 1)).flatten(1)
-            out[k : k + len(names)] = block.index_select(1, cells)
+            torch.index_select(block, 1, cells, out=target)
         return out.t()
 
     def _group_values(self, group: str) -> tuple[tuple[str, ...], Tensor]:
@@ -290,7 +254,6 @@ class Samples:
 
     def _gather(self, rows: Tensor, padding: Tensor | None = None) -> Batch:
         """Gather the samples `rows`; `padding` are positions in the batch to blank and mask."""
-
         table = self._get_table()
         date, instrument, *storage = table.indices(rows)
         if len(storage) == 1:
@@ -419,7 +382,8 @@ class Samples:
 
     def _too_large(self, device: torch.device) -> bool:
         """Whether the features do not fit; features already on the device need no more room."""
-        if fits(self._num_bytes(), device):
+        free = free_bytes(device)
+        if free is None or self._num_bytes() <= DEVICE_SHARE * free:
             return False
         if self._columns is not None:
             return self._columns.find_shared_pack(device, self.history) is None
@@ -457,43 +421,6 @@ class Samples:
         copy.store, copy.device = self.store, self.device
         copy._feature_pack = self._feature_pack
         return copy
-
-
-def purge_rows(rows: slice, later_starts: Iterable[int], horizon: int) -> slice:
-    """Remove from `rows` those whose label reaches the first later segment start.
-
-    `rows` has a start and a stop; `later_starts` are the first rows of other segments, of which
-    those before `rows.stop` are ignored. `horizon` is in calendar rows.
-    """
-    next_starts = [s for s in later_starts if s >= rows.stop]
-    if not next_starts or horizon <= 0:
-        return rows
-    return slice(rows.start, max(rows.start, min(rows.stop, min(next_starts) - horizon)))
-
-
-def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise ConfigError for segments whose inclusive date spans overlap or end before they start.
-
-    None as a bound is open. The message names the two segments and their dates.
-    """
-    spans = []
-    for name, (start, end) in segments.items():
-        try:
-            first = pd.Timestamp.min if start is None else normalise_calendar([start])[0]
-            last = pd.Timestamp.max if end is None else normalise_calendar([end])[0]
-        except DataError as error:
-            raise ConfigError(f"segment {name!r} ({start}..{end}): {error}") from error
-        if last < first:
-            raise ConfigError(f"segment {name!r} ends ({end}) before it starts ({start}).")
-        spans.append((first, last, name))
-    spans.sort()
-    for (_, end, name), (start, _, next_name) in pairwise(spans):
-        if start <= end:
-            raise ConfigError(
-                f"segments {name!r} (to {end:%Y-%m-%d}) and {next_name!r} (from {start:%Y-%m-%d}) "
-                "overlap, so the model would be evaluated on samples that it was trained on. Both "
-                "ends of a segment are inclusive: end one on the day before the other starts."
-            )
 
 
 def build_samples(
@@ -593,9 +520,6 @@ def label_mask(segment: str, names: Sequence[str], target: Tensor) -> Tensor:
 
 
 def _empty_message(view: View, name: str, start: Any, end: Any, num_purged: int) -> str:
-    span = (
-        f"{view.calendar[0]:%Y-%m-%d}..{view.calendar[-1]:%Y-%m-%d}" if len(view.calendar) else ""
-    )
     purged_text = format_count(num_purged, "sample was", "samples were")
     reason = f"; {purged_text} purged by the label's horizon" if num_purged else ""
     has_row = view.history[view.date_rows(start, end)]
@@ -605,9 +529,9 @@ def _empty_message(view: View, name: str, start: Any, end: Any, num_purged: int)
             f"{int(has_row.sum())} rows. Check whether the label is NaN everywhere."
         )
     return (
-        f"{name} ({start}..{end}) has no samples: the data covers {span or 'no dates'} with "
-        f"{int(view.rows.sum())} sample rows of {len(view.instruments)} instruments{reason}. Check "
-        "the segment's dates, the universe and the processors that drop rows."
+        f"{name} ({start}..{end}) has no samples: the data covers {covered_dates(view.calendar)} "
+        f"with {int(view.rows.sum())} sample rows of {len(view.instruments)} instruments{reason}. "
+        "Check the segment's dates, the universe and the processors that drop rows."
     )
 
 
@@ -623,3 +547,87 @@ def log_samples(name: str, count: int, notes: Mapping[str, int], horizon: int) -
         )
     if notes.get("unlabelled"):
         log.info("%s: left out %s rows without a label", name, f"{notes['unlabelled']:,}")
+
+
+# -- segments ----------------------------------------------------------------------------------
+
+
+def purge_rows(rows: slice, later_starts: Iterable[int], horizon: int) -> slice:
+    """Remove from `rows` those whose label reaches the first later segment start.
+
+    `rows` has a start and a stop; `later_starts` are the first rows of other segments, of which
+    those before `rows.stop` are ignored. `horizon` is in calendar rows.
+    """
+    next_starts = [s for s in later_starts if s >= rows.stop]
+    if not next_starts or horizon <= 0:
+        return rows
+    return slice(rows.start, max(rows.start, min(rows.stop, min(next_starts) - horizon)))
+
+
+def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise ConfigError for segments whose inclusive date spans overlap or end before they start.
+
+    None as a bound is open. The message names the two segments and their dates.
+    """
+    spans = []
+    for name, (start, end) in segments.items():
+        try:
+            first = pd.Timestamp.min if start is None else normalise_calendar([start])[0]
+            last = pd.Timestamp.max if end is None else normalise_calendar([end])[0]
+        except DataError as error:
+            raise ConfigError(f"segment {name!r} ({start}..{end}): {error}") from error
+        if last < first:
+            raise ConfigError(f"segment {name!r} ends ({end}) before it starts ({start}).")
+        spans.append((first, last, name))
+    spans.sort()
+    for (_, end, name), (start, _, next_name) in pairwise(spans):
+        if start <= end:
+            raise ConfigError(
+                f"segments {name!r} (to {end:%Y-%m-%d}) and {next_name!r} (from {start:%Y-%m-%d}) "
+                "overlap, so the model would be evaluated on samples that it was trained on. Both "
+                "ends of a segment are inclusive: end one on the day before the other starts."
+            )
+
+
+# -- storage -----------------------------------------------------------------------------------
+
+
+class SampleTable:
+    """Columns of samples, gathered by row number.
+
+    `indices` are integers `[S]` (a sample's date, its instrument, where its window begins),
+    `values` float `[S]` or `[S, Q]`, or None. A matrix of one column is gathered as a vector, which
+    is four times as fast in torch.
+    """
+
+    def __init__(self, indices: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+        self._indices, self._values = tuple(indices), tuple(values)
+        self._vectors = [v if v is None or not _single(v) else v.reshape(-1) for v in values]
+
+    def has_values(self, values: Sequence[Tensor | None]) -> bool:
+        """Whether the table was built from exactly these value tensors."""
+        return all(a is b for a, b in zip(self._values, values, strict=True))
+
+    def indices(self, rows: Tensor) -> list[Tensor]:
+        """Gather each index tensor at `rows`, int64 `[B]`; the results are new memory."""
+        return [index.index_select(0, rows) for index in self._indices]
+
+    def values(self, rows: Tensor) -> list[Tensor | None]:
+        """Gather each value tensor at `rows`, as `[B]` or `[B, Q]`; None stays None.
+
+        The results are new memory.
+        """
+        vectors = [None if v is None else v.index_select(0, rows) for v in self._vectors]
+        return [
+            f.unsqueeze(1) if f is not None and v is not None and _single(v) else f
+            for f, v in zip(vectors, self._values, strict=True)
+        ]
+
+
+def _single(values: Tensor) -> bool:
+    return values.dim() == 2 and values.shape[1] == 1
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -87,7 +87,7 @@ def evaluate(
     if d and n:
         spans = _column_spans(n, bars.device)
         map_threads(run, spans, min(len(spans), threads))
-    return Panel(target, bars.calendar, bars.instruments, names, mask=bars.mask, spans=bars.spans)
+    return bars.replace(values=target, fields=names)
 
 
 def _split_names(

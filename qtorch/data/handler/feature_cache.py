@@ -35,7 +35,7 @@ from qtorch.core.files import cache_folder
 from qtorch.core.identity import digest
 from qtorch.core.names import import_path
 from qtorch.data.handler.filter import DynamicFilter
-from qtorch.data.handler.infinite import is_infinity_allowed
+from qtorch.data.panel.infinite import is_infinity_allowed
 from qtorch.data.panel.stored_view import META, read_view, view_num_bytes, write_view
 from qtorch.data.panel.view import View
 from qtorch.data.source.base import Source

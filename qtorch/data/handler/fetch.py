@@ -10,8 +10,7 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.frames import view_to_frame
 from qtorch.data.panel.panel import NAMES
-from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FLAT
+from qtorch.data.panel.view import FLAT, View
 
 CS_ALL = "__all"
 CS_RAW = "__raw"
@@ -53,7 +52,7 @@ def squeeze_frame(frame: pd.DataFrame, selector: Any, level: str | int | None) -
 
 def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
     """Return the groups that a column set names; None for all groups."""
-    if set(view.groups) == {FLAT} or (isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW)):
+    if view.is_flat or (isinstance(col_set, str) and col_set in (CS_ALL, CS_RAW)):
         return None
     groups = [col_set] if isinstance(col_set, str) else list(col_set)
     for group in groups:
@@ -66,7 +65,7 @@ def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
 def column_set_names(view: View, col_set: str | Sequence[str]) -> list[Any]:
     """Return the columns of a column set: names, or `(group, name)` for several groups."""
     select_groups(view, col_set)
-    if set(view.groups) == {FLAT}:
+    if view.is_flat:
         return list(view.groups[FLAT].names)
     if isinstance(col_set, str) and col_set not in (CS_ALL, CS_RAW):
         return list(view.groups[col_set].names)

@@ -17,8 +17,8 @@ from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.handler.feature_cache import use_feature_cache
 from qtorch.data.handler.fetch import CS_ALL, CS_RAW, column_set_names, fetch_frame, squeeze_frame
-from qtorch.data.handler.infinite import infinity_policy
 from qtorch.data.handler.loader import DataLoader, StaticDataLoader, build_loader
+from qtorch.data.panel.infinite import infinity_policy
 from qtorch.data.panel.view import View
 from qtorch.data.processor import pipeline
 from qtorch.data.processor.base import Names, Processor, column_names

@@ -20,7 +20,6 @@ from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import join_reaches, max_reach
 from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
 from qtorch.data.handler.filter import DynamicFilter, build_filters
-from qtorch.data.handler.infinite import check_view
 from qtorch.data.panel.columns import Columns, PanelColumns, instrument_major
 from qtorch.data.panel.frames import (
     read_frame,
@@ -29,9 +28,10 @@ from qtorch.data.panel.frames import (
     view_from_frames,
     view_to_frame,
 )
-from qtorch.data.panel.panel import Panel, clip_spans
-from qtorch.data.panel.view import HOW, View, join_views, restrict_view
-from qtorch.data.processor.base import FLAT, Names
+from qtorch.data.panel.infinite import check_view
+from qtorch.data.panel.panel import Panel, clip_spans, duplicate_names
+from qtorch.data.panel.view import FLAT, HOW, View, join_views, restrict_view
+from qtorch.data.processor.base import Names
 from qtorch.data.processor.instrument import build_inst_processors
 from qtorch.data.source.base import Source
 from qtorch.data.source.frame import build_source, default_source
@@ -140,8 +140,9 @@ def _parse_group(part: Any, location: str) -> dict[str, str]:
             )
     fields = dict(zip(map(str, names), map(str, expressions), strict=True))
     if len(fields) < len(names):
-        duplicates = pd.Index(names)[pd.Index(names).duplicated()].tolist()[:5]
-        raise ConfigError(f"{location}: column names must be unique, got duplicates: {duplicates}.")
+        raise ConfigError(
+            f"{location}: column names must be unique, got duplicates: {duplicate_names(names)}."
+        )
     return fields
 
 
@@ -273,15 +274,7 @@ class QlibDataLoader(DataLoader):
         )
         mask_bars = source.load_mask_bars(field_expressions, **load_arguments)
         for dynamic_filter in filters:
-            mask = dynamic_filter.members(bars)
-            bars = Panel(
-                bars.values,
-                bars.calendar,
-                bars.instruments,
-                bars.fields,
-                mask=mask,
-                spans=bars.spans,
-            )
+            bars = bars.replace(mask=dynamic_filter.members(bars))
         bars = _drop_nonmembers(bars, start_time, end_time) if filters else bars
         span = bars.rows(start_time, end_time)
         mask_arguments = {} if mask_bars is None else {"mask_bars": mask_bars}

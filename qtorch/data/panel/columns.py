@@ -15,7 +15,7 @@ from torch import Tensor
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.elementwise import Chain, Elementwise
 from qtorch.data.panel.gather import DensePackedColumns, PackedColumns
-from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.panel import Panel, duplicate_names
 
 # Block sizes for copies between field-major and instrument-major storage, chosen so that the
 # touched cache lines stay in the CPU cache.
@@ -23,6 +23,14 @@ DATE_BLOCK, INSTRUMENT_BLOCK = 32, 4
 # Columns of up to this size are copied when packed, so that their chain of element-wise
 # operations is applied once instead of to every batch.
 MAX_COPY_BYTES = 256 << 20
+# If an instrument's columns are adjacent, sixteen of them share a cache line: reading them together
+# costs hardly more than reading one.
+COLUMNS_AT_ONCE = 16
+
+
+def column_parts(names: Sequence[str]) -> list[Sequence[str]]:
+    """Split names into parts that are read together by `Columns.block`."""
+    return [names[k : k + COLUMNS_AT_ONCE] for k in range(0, len(names), COLUMNS_AT_ONCE)]
 
 
 class Columns(ABC):
@@ -48,7 +56,7 @@ class Columns(ABC):
         self._chain = chain or Chain()
         self._packs: dict[tuple[torch.device, int], weakref.ref[PackedColumns]] = {}
         if len(set(self.names)) != len(self.names):
-            duplicates = pd.Index(self.names)[pd.Index(self.names).duplicated()].tolist()[:5]
+            duplicates = duplicate_names(self.names)
             raise DataError(f"column names must be unique, got duplicates: {duplicates}.")
 
     # -- to implement in subclasses ------------------------------------------------------------
@@ -100,8 +108,7 @@ class Columns(ABC):
     ) -> Tensor:
         """Return several columns `[K, D, N]`, each contiguous; the caller may write to this copy.
 
-        If the storage keeps an instrument's columns side by side, reading sixteen at a time costs
-        hardly more than reading one. `rows` selects dates. `out` is a buffer to reuse: allocating
+        `rows` selects dates. `out` is a buffer to reuse: allocating
         new memory costs more than the work that is done with it.
         """
         self._check_names(names)

@@ -14,8 +14,7 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.trust import load_pickle
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import NAMES, Panel
-from qtorch.data.panel.view import View, join_views
-from qtorch.data.processor.base import FLAT
+from qtorch.data.panel.view import FLAT, View, join_views
 
 
 def view_from_frame(frame: pd.DataFrame) -> View:
@@ -29,9 +28,7 @@ def view_from_frame(frame: pd.DataFrame) -> View:
         raise DataError(
             f"the frame's columns have {levels} levels; expected (group, column) or one level."
         )
-    if not isinstance(frame.index, pd.MultiIndex) or set(frame.index.names) != set(NAMES):
-        frame = _set_index(frame)
-    panel = Panel.from_frame(frame)
+    panel = Panel.from_frame(_set_index(frame))
     if levels == 1:
         return View({FLAT: PanelColumns(panel)}, panel.mask, panel.mask)
     groups: dict[str, list[int]] = {}
@@ -43,14 +40,7 @@ def view_from_frame(frame: pd.DataFrame) -> View:
     for group, positions in groups.items():
         adjacent = positions == list(range(positions[0], positions[-1] + 1))
         values = by_field[positions[0] : positions[-1] + 1] if adjacent else by_field[positions]
-        part = Panel(
-            values.permute(1, 2, 0),
-            panel.calendar,
-            panel.instruments,
-            [names[k] for k in positions],
-            mask=panel.mask,
-            spans=panel.spans,
-        )
+        part = panel.replace(values=values.permute(1, 2, 0), fields=[names[k] for k in positions])
         columns_by_group[group] = PanelColumns(part)
     return View(columns_by_group, panel.mask, panel.mask)
 
@@ -71,7 +61,7 @@ def view_from_frames(frames: Mapping[str, pd.DataFrame], join: str) -> View:
 def view_to_frame(view: View, **selection: Any) -> pd.DataFrame:
     """Convert a view to a frame; data without groups has one level of columns."""
     frame = view.frame(**selection)
-    return frame.droplevel(0, axis=1) if set(view.groups) == {FLAT} else frame
+    return frame.droplevel(0, axis=1) if view.is_flat else frame
 
 
 def view_fingerprint(view: View) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.panel.elementwise import FusedChain
 
-Fill = Literal["none", "ffill", "ffill+bfill"]
 FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
 NAN = float("nan")
 # Limits of the extra memory for filled windows: bytes, or a share of the values' size.
@@ -270,29 +268,3 @@ def check_fill(fill: str) -> None:
     """Raise ConfigError for a fill that is not one of Qlib's three."""
     if fill not in FILLS:
         raise ConfigError(unknown_name_message("fillna_type", fill, FILLS))
-
-
-def infinite_message(names: list[str], source: str) -> str:
-    """Build the error message for infinities that survived processing."""
-    examples = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return (
-        f"infinite values in the {source}: {examples}. Put ProcessInf before the other processors, "
-        "or fix the expression (is it a division by zero?)."
-    )
-
-
-Store = Literal["auto", "device", "host"]
-STORES: tuple[str, ...] = ("auto", "device", "host")
-# The share of the device's free memory that the features may take; larger ones stay on the host.
-DEVICE_SHARE = 0.6
-
-
-def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether `num_bytes` of features fit on a device besides everything else it must hold."""
-    free = free_bytes(device)
-    return free is None or num_bytes <= DEVICE_SHARE * free
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

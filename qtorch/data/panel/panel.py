@@ -42,6 +42,30 @@ def _time_zone_message(zone: str) -> str:
     )
 
 
+def covered_dates(calendar: pd.DatetimeIndex, empty: str = "no dates") -> str:
+    """Return the first and last date of a calendar for messages, or `empty`."""
+    return f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else empty
+
+
+def duplicate_names(names: Any) -> list[Any]:
+    """Return up to five names that occur more than once, for messages."""
+    index = pd.Index(names)
+    return list(index[index.duplicated()].unique()[:5])
+
+
+def multi_index(
+    calendar: pd.DatetimeIndex, instruments: pd.Index, date: Tensor, instrument: Tensor
+) -> pd.MultiIndex:
+    """Build the `(datetime, instrument)` index of calendar rows and instrument columns.
+
+    It is built from levels and codes, so that pandas does not sort or look up anything.
+    """
+    levels: list[Any] = [calendar, instruments]
+    codes: list[Any] = [date.cpu().numpy(), instrument.cpu().numpy()]
+    index = pd.MultiIndex(levels=levels, codes=codes, names=list(NAMES), verify_integrity=False)
+    return index.remove_unused_levels()
+
+
 class Panel:
     """`[D, N, F]` float32 values with a calendar, instruments and field names.
 
@@ -83,9 +107,8 @@ class Panel:
             )
         if not (self.calendar.is_monotonic_increasing and self.calendar.is_unique):
             raise DataError("the calendar must be unique and in ascending order.")
-        for kind, names in (("instrument", self.instruments), ("field", pd.Index(self.fields))):
-            if not names.is_unique:
-                duplicates = names[names.duplicated()].unique().tolist()[:5]
+        for kind, names in (("instrument", self.instruments), ("field", self.fields)):
+            if duplicates := duplicate_names(names):
                 raise DataError(f"{kind} names must be unique, got duplicates: {duplicates}.")
 
     # -- shape ---------------------------------------------------------------------------------
@@ -103,8 +126,8 @@ class Panel:
 
     def __repr__(self) -> str:
         d, n, f = self.shape
-        span = f"{self.calendar[0]:%Y-%m-%d}..{self.calendar[-1]:%Y-%m-%d}" if d else "no dates"
-        return f"Panel({d} dates {span}, {n} instruments, {f} fields, {self.device})"
+        dates = covered_dates(self.calendar)
+        return f"Panel({d} dates {dates}, {n} instruments, {f} fields, {self.device})"
 
     # -- access --------------------------------------------------------------------------------
 
@@ -147,6 +170,23 @@ class Panel:
             values = values.permute(2, 0, 1)[index].permute(1, 2, 0)
         field_names = self.fields if fields is None else fields
         return Panel(values, self.calendar[rows], names, field_names, mask=mask, spans=spans)
+
+    def replace(
+        self,
+        *,
+        values: Tensor | None = None,
+        fields: Sequence[str] | None = None,
+        mask: Tensor | None = None,
+    ) -> Panel:
+        """Return a panel of the same dates, instruments and spans with some parts replaced."""
+        return Panel(
+            self.values if values is None else values,
+            self.calendar,
+            self.instruments,
+            self.fields if fields is None else fields,
+            mask=self.mask if mask is None else mask,
+            spans=self.spans,
+        )
 
     def rows(self, start: Any = None, end: Any = None) -> slice:
         """Return the calendar rows of the inclusive date span `start..end` (None is open)."""
@@ -220,13 +260,7 @@ class Panel:
         rows = self.rows(start, end)
         names = list(self.fields if fields is None else fields)
         cells = torch.nonzero(self.mask[rows], as_tuple=True)
-        # Built from levels and codes, so that pandas does not sort or look up anything.
-        index = pd.MultiIndex(
-            levels=[self.calendar[rows], self.instruments],  # type: ignore[list-item]  # indexes will do
-            codes=[a.cpu().numpy() for a in cells],  # type: ignore[misc]  # as will arrays
-            names=list(NAMES),
-            verify_integrity=False,
-        )
+        index = multi_index(self.calendar[rows], self.instruments, cells[0], cells[1])
         data = np.empty((len(index), len(names)), dtype=np.float32)
         for k, name in enumerate(names):
             data[:, k] = self.column(name)[rows][cells].cpu().numpy()
@@ -284,11 +318,17 @@ def _parse_index(
     return pd.DatetimeIndex(calendar), level_rows[row], list(texts), level_columns[column]
 
 
+def non_numeric_columns(frame: pd.DataFrame) -> str:
+    """Return up to five columns that are not numeric with their types, for messages."""
+    kinds = [
+        f"{c!r} ({t})" for c, t in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(t)
+    ]
+    return ", ".join(kinds[:5])
+
+
 def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
-    bad = [c for c, t in frame.dtypes.items() if not (pd.api.types.is_numeric_dtype(t))]
-    if bad:
-        kinds = ", ".join(f"{c!r} ({frame[c].dtype})" for c in bad[:5])
-        raise DataError(f"every column must be numeric; not numeric: {kinds}. Drop or encode them.")
+    if bad := non_numeric_columns(frame):
+        raise DataError(f"every column must be numeric; not numeric: {bad}. Drop or encode them.")
     return frame.to_numpy(dtype=np.float32, na_value=np.nan)
 
 

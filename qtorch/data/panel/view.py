@@ -13,8 +13,11 @@ from torch import Tensor
 
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name_message
-from qtorch.data.panel.columns import Columns, PanelColumns
-from qtorch.data.panel.panel import NAMES, Panel
+from qtorch.data.panel.columns import Columns, PanelColumns, column_parts
+from qtorch.data.panel.panel import Panel, covered_dates, multi_index
+
+FLAT = ""  # the name of the only group if the columns have no groups
+HOW = ("outer", "inner", "left", "right")  # the ways to join the rows of views
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class View:
     def instruments(self) -> pd.Index:
         """The instruments of the columns."""
         return next(iter(self.groups.values())).instruments
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the columns have no groups."""
+        return set(self.groups) == {FLAT}
 
     def group(self, name: str) -> Columns:
         """Return one group's columns; raise DataError with the nearest name if it is unknown."""
@@ -122,8 +130,7 @@ class View:
         offset = 0
         for g in group_names:
             columns = self.group(g)
-            for first in range(0, len(columns.names), 16):
-                part = columns.names[first : first + 16]
+            for part in column_parts(columns.names):
                 values = columns.block(part, rows=span)[:, date - span.start, instrument]
                 data[offset : offset + len(part)] = values.cpu().numpy()
                 offset += len(part)
@@ -135,19 +142,6 @@ class View:
             else pd.MultiIndex.from_arrays([[], []]),
             copy=False,
         )
-
-
-def multi_index(
-    calendar: pd.DatetimeIndex, instruments: pd.Index, date: Tensor, instrument: Tensor
-) -> pd.MultiIndex:
-    """Build the `(datetime, instrument)` index of calendar rows and instrument columns."""
-    levels: list[Any] = [calendar, instruments]
-    codes: list[Any] = [date.cpu().numpy(), instrument.cpu().numpy()]
-    index = pd.MultiIndex(levels=levels, codes=codes, names=list(NAMES), verify_integrity=False)
-    return index.remove_unused_levels()
-
-
-HOW = ("outer", "inner", "left", "right")
 
 
 def join_views(views: Sequence[View], join: str) -> View:
@@ -203,8 +197,8 @@ def restrict_view(view: View, members: Any, start: Any, end: Any) -> View:
     if members is None and covers_all_dates:
         return view
     if span.start == span.stop:
-        covered_dates = f"{view.calendar[0]:%Y-%m-%d}..{view.calendar[-1]:%Y-%m-%d}"
-        raise DataError(f"no date between {start} and {end}; the data covers {covered_dates}.")
+        dates = covered_dates(view.calendar)
+        raise DataError(f"no date between {start} and {end}; the data covers {dates}.")
     keep = view.instruments if members is None else _select_members(members, view.instruments)
     out = reindex_view(view, view.calendar[span], keep)
     if not isinstance(members, Mapping):
@@ -218,12 +212,9 @@ def restrict_view(view: View, members: Any, start: Any, end: Any) -> View:
 
 def _select_members(members: Any, instruments: pd.Index) -> pd.Index:
     requested_names = pd.Index([str(m) for m in members], dtype="str")
-    if isinstance(members, Mapping):
-        return instruments[
-            instruments.isin(requested_names)
-        ]  # a universe may have more instruments than the frame
     missing = requested_names[~requested_names.isin(instruments)]
-    if len(missing):
+    # A universe may have more instruments than the frame.
+    if len(missing) and not isinstance(members, Mapping):
         raise DataError(unknown_name_message("instrument", str(missing[0]), instruments))
     return instruments[instruments.isin(requested_names)]
 

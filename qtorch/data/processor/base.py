@@ -13,12 +13,11 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trust_subclasses
-from qtorch.data.panel.view import View
+from qtorch.data.panel.view import FLAT, View
 
 FieldsGroup: TypeAlias = str | Sequence[str | tuple[str, str]] | None
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 
-FLAT = ""  # the name of the only group if the columns have no groups
 _UNCHANGED: Any = object()
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.columns import Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, FillNaN, Tanh
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
 from qtorch.data.processor.cross_section import day_finite_mean
-
-BLOCK = 16
 
 
 class Fillna(Processor):
@@ -70,8 +68,7 @@ def _replace_infinities(columns: Columns, rows: Tensor, used_rows: Tensor) -> di
     out: dict[str, Tensor] = {}
     if columns.is_known_finite():
         return out
-    for first in range(0, len(columns.names), BLOCK):
-        part = columns.names[first : first + BLOCK]
+    for part in column_parts(columns.names):
         if columns.is_known_finite(part):
             continue
         block = columns.block(part)

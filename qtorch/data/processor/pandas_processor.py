@@ -16,9 +16,10 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.frames import view_to_frame
 from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
-from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FLAT, Processor
+from qtorch.data.panel.view import FLAT, View
+from qtorch.data.processor.base import Processor
 
 
 class PandasProcessor(Processor):
@@ -56,10 +57,10 @@ class PandasProcessor(Processor):
 
     def fit(self, view: View) -> None:
         if hasattr(self.inner, "fit"):
-            self.inner.fit(build_frame(view))
+            self.inner.fit(view_to_frame(view))
 
     def __call__(self, view: View) -> View:
-        result = self.inner(build_frame(view))
+        result = self.inner(view_to_frame(view))
         if not isinstance(result, pd.DataFrame):
             raise DataError(
                 f"{type(self.inner).__name__} returned a {type(result).__name__}; expected a "
@@ -122,12 +123,6 @@ class PandasProcessor(Processor):
                 else stored_value["value"]
             )
             setattr(self.inner, name, value)
-
-
-def build_frame(view: View) -> pd.DataFrame:
-    """Convert the view's rows to Qlib's format; columns without groups have one level."""
-    frame = view.frame()
-    return frame.droplevel(0, axis=1) if set(view.groups) == {FLAT} else frame
 
 
 def _restore_index(items: Sequence[Any]) -> pd.Index[Any]:

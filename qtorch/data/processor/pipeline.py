@@ -14,9 +14,10 @@ import torch
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.data.handler.infinite import describe_infinities
-from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FLAT, Names, Processor, select_dates
+from qtorch.data.panel.infinite import describe_infinities
+from qtorch.data.panel.panel import covered_dates
+from qtorch.data.panel.view import FLAT, View
+from qtorch.data.processor.base import Names, Processor, select_dates
 from qtorch.data.processor.pandas_processor import PandasProcessor
 from qtorch.process.heartbeat import beat
 
@@ -154,11 +155,9 @@ def fit_processor(processor: Processor, view: View, window: DateSpan | None) -> 
         )
     fit_view = select_dates(view, *window)
     if not bool(fit_view.rows.any()):
-        dates = view.calendar
-        covered_dates = f"{_date(dates[0])}..{_date(dates[-1])}" if len(dates) else "no dates"
         raise DataError(
             f"{type(processor).__name__}: the fit window {window} (the train segment, unless one "
-            f"is set) has no rows; the data covers {covered_dates}."
+            f"is set) has no rows; the data covers {covered_dates(view.calendar)}."
         )
     processor.fit(fit_view)
 

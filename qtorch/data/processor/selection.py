@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.data.panel.columns import column_parts
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Names, Processor, column_names, select_columns
 
@@ -76,9 +77,6 @@ class HashStockFormat(Processor):
 
     def __call__(self, view: View) -> View:
         return view
-
-
-BLOCK = 16
 
 
 class DropnaProcessor(Processor):
@@ -160,6 +158,6 @@ def _complete_rows(view: View, fields_group: FieldsGroup) -> Tensor:
     out = torch.ones_like(view.rows)
     for group, names in select_columns(column_names(view), fields_group).items():
         columns = view.group(group)
-        for first in range(0, len(names), BLOCK):
-            out &= ~columns.block(names[first : first + BLOCK]).isnan().any(0)
+        for part in column_parts(names):
+            out &= ~columns.block(part).isnan().any(0)
     return out

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError
-from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, Clip
+from qtorch.data.panel.panel import covered_dates
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import (
     FieldsGroup,
@@ -25,7 +26,6 @@ from qtorch.data.processor.base import (
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
 from qtorch.data.threads import map_threads
 
-BLOCK = 16  # columns read at once: one cache line if the columns of an instrument are adjacent
 TINY = 1e-12  # Qlib's EPS
 
 
@@ -61,11 +61,9 @@ class FittedNorm(Processor):
         fit_view = select_dates(view, self.fit_start_time, self.fit_end_time)
         used = fit_view.rows.cpu().numpy()
         if not used.any():
-            dates = view.calendar
-            date_range = f"{dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}" if len(dates) else "no dates"
             raise DataError(
                 f"{type(self).__name__}: the fit window {self.fit_start_time}.."
-                f"{self.fit_end_time} has no rows; the data has {date_range}."
+                f"{self.fit_end_time} has no rows; the data has {covered_dates(view.calendar)}."
             )
         selection = select_columns(column_names(view), self.fields_group)
         columns: list[tuple[str, str]] = []
@@ -170,12 +168,12 @@ def _column_statistics(
     rows = slice(int(days[0]), int(days[-1]) + 1)
     cells = np.flatnonzero(used[rows])
     is_full = len(cells) == used[rows].size
-    parts = [names[k : k + BLOCK] for k in range(0, len(names), BLOCK)]
+    parts = column_parts(names)
     buffers = threading.local()
 
     def statistics(part: Sequence[str]) -> list[tuple[float, float]]:
         if getattr(buffers, "block", None) is None:
-            shape = (min(BLOCK, len(names)), rows.stop - rows.start, used.shape[1])
+            shape = (min(COLUMNS_AT_ONCE, len(names)), rows.stop - rows.start, used.shape[1])
             buffers.block = torch.empty(shape, device=columns.device)
         block = columns.block(part, rows=rows, out=buffers.block[: len(part)])
         out = []

@@ -23,8 +23,8 @@ from qtorch.data.expression.requirement import (
     mask_instruments,
     max_reach,
 )
-from qtorch.data.handler.infinite import check_bars
-from qtorch.data.panel.panel import Panel, clip_spans, within_spans
+from qtorch.data.panel.infinite import check_bars
+from qtorch.data.panel.panel import Panel, clip_spans, covered_dates, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
@@ -294,8 +294,8 @@ def _select_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
     rows = date_rows(calendar, start, end)
     if rows.start < rows.stop:
         return rows
-    date_range = f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else "no dates"
-    raise DataError(f"no trading day between {start} and {end}; the calendar has {date_range}.")
+    dates = covered_dates(calendar)
+    raise DataError(f"no trading day between {start} and {end}; the calendar has {dates}.")
 
 
 def _member_rows(spans: Sequence[Spans], calendar: pd.DatetimeIndex) -> Tensor:

@@ -336,14 +336,7 @@ class SyntheticSource(PanelSource):
         market_data = self._market()
         stocks = list(market_data.memberships["stocks"])
         bars = market_data.panel.select(fields=["close"], instruments=stocks)
-        return Panel(
-            market_data.score[..., None],
-            bars.calendar,
-            stocks,
-            ["score"],
-            mask=bars.mask,
-            spans=bars.spans,
-        )
+        return bars.replace(values=market_data.score[..., None], fields=["score"])
 
     def signal_rank_ic(
         self,

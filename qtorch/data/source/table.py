@@ -11,7 +11,13 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
-from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
+from qtorch.data.panel.panel import (
+    NAMES,
+    Panel,
+    duplicate_names,
+    non_numeric_columns,
+    normalise_calendar,
+)
 from qtorch.data.source.base import Membership, frequency
 from qtorch.data.source.frame import PanelSource, build_membership, span_membership
 
@@ -153,8 +159,7 @@ class TableSource(PanelSource):
         if not (dates.is_monotonic_increasing and dates.is_unique):
             raise DataError(f"{file}: the dates must be ascending and unique.")
         names = pd.Index([str(c) for c in wide.columns])
-        if not names.is_unique:
-            twice = names[names.duplicated()].unique().tolist()[:5]
+        if twice := duplicate_names(names):
             raise DataError(f"{file}: some instruments have more than one column: {twice}.")
         values = wide.to_numpy(dtype=np.float32, na_value=np.nan).reshape(-1)
         present_cells = np.flatnonzero(~np.isnan(values))
@@ -296,11 +301,8 @@ def _require_column(column: str, table: pd.DataFrame, file: Path) -> None:
 
 
 def _require_numeric(table: pd.DataFrame, file: Path) -> None:
-    problems = [
-        f"{c!r} ({t})" for c, t in table.dtypes.items() if not pd.api.types.is_numeric_dtype(t)
-    ]
-    if problems:
+    if problems := non_numeric_columns(table):
         raise DataError(
-            f"{file}: columns that are not numeric: {', '.join(problems[:5])}. Name the fields "
+            f"{file}: columns that are not numeric: {problems}. Name the fields "
             "to read to leave them out: columns={'close': 'close', ...}."
         )

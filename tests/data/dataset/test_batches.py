@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import ORDERS, BatchLoader
-from qtorch.data.dataset.qlib_dataset import Samples, build_samples
+from qtorch.data.dataset.samples import Samples, build_samples
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.data.dataset.qlib_dataset import Samples, build_samples, get_samples
+from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.reweighter import Reweighter
-from qtorch.data.dataset.samples import check_segments, purge_rows
+from qtorch.data.dataset.samples import Samples, build_samples, check_segments, purge_rows
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.elementwise import Affine
 from qtorch.data.panel.panel import Panel
@@ -260,7 +260,7 @@ def test_segments_that_share_a_pack_share_its_device_memory(monkeypatch):
     train, valid = (build_samples(view, raw_label=raw, end=end) for end in DATES[[9, 19]])
     size = 4 * D * N
     free = [2 * size]
-    monkeypatch.setattr("qtorch.data.panel.gather.free_bytes", lambda device: free[0])
+    monkeypatch.setattr("qtorch.data.dataset.samples.free_bytes", lambda device: free[0])
     train = train.to("cpu")
     free[0] -= size
     valid = valid.to("cpu")

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.dataset.qlib_dataset import build_samples, view_from_frame
+from qtorch.data.dataset.samples import build_samples
 from qtorch.data.panel import gather
 from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import FILLS, DensePackedColumns
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError
+from qtorch.data.panel.columns import column_parts
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
-COLUMNS_AT_ONCE = 16
 REPAIR_HINT = (
     "Fix the data, or put ProcessInf first in the handler's infer_processors: it replaces them by "
     "the mean of the day"
@@ -61,8 +61,7 @@ def check_view(view: View) -> View:
     """Check the view of a user's own columns in the same way, and return it."""
     reports = []
     for group, columns in view.groups.items():
-        for first in range(0, len(columns.names), COLUMNS_AT_ONCE):
-            names = columns.names[first : first + COLUMNS_AT_ONCE]
+        for names in column_parts(columns.names):
             if columns.is_known_finite(names):
                 continue
             infinite = columns.block(names).isinf()
@@ -89,6 +88,15 @@ def describe_infinities(
     )
     date, instrument = torch.nonzero(infinite.any(0))[0].tolist()
     return f"{counts_text}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
+
+
+def infinite_message(names: list[str], source: str) -> str:
+    """Build the error message for infinities that survived processing."""
+    examples = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return (
+        f"infinite values in the {source}: {examples}. Put ProcessInf before the other processors, "
+        "or fix the expression (is it a division by zero?)."
+    )
 
 
 def _report_infinities(source: str, location: str) -> None:
