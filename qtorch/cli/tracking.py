@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(unknown_name("tracking command", argv[0], ACTIONS))
     options = dict(_parse_option(word) for word in argv[1:])
 
-    from qtorch.tracking.delivery import send
+    from qtorch.tracking.delivery import send_outbox
 
-    reports = send(
+    reports = send_outbox(
         options.get("run"),
         tracking_uri=options.get("tracking.uri"),
         folder=options.get("folder"),

@@ -1,4 +1,6 @@
-"""Saves Python objects as artifact files under logical names, and loads them again.
+"""Artifacts: Python objects as files under logical names, and the files of a run.
+
+`write_object` and `read_object` choose the format of an object:
 
 | object | file | loading needs trust in |
 |---|---|---|
@@ -12,6 +14,8 @@
 The logical name `pred.pkl` becomes the file `pred.pkl.parquet`, `task` becomes
 `task.object.json`. The logical name can be derived from the file name, and a file that a user
 logged by hand is never mistaken for an object. Each file records its format version.
+
+`RunFiles` puts these files where the run's store wants them.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from qtorch.core.errors import (
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path, locate
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import check_name_trust, check_object_trust, load_pickle
+from qtorch.core.trust import check_name_trust, load_pickle
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.locations import local_folder
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
@@ -62,6 +66,7 @@ SUFFIXES = (".parquet", ".json", ".safetensors", ".zip", ".pickle")
 _OBJECT_FILE = re.compile(r"^(?:(.*\.pkl)|(.*)\.object)\.(?:parquet|json|safetensors|zip|pickle)$")
 _PICKLE_HEAD = b"qtorch pickle "
 _KEY = "qtorch"
+PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to reach an unreachable store
 
 
 def logical_name(path: str) -> str | None:
@@ -194,7 +199,6 @@ def _write_state(cls: type, state: State) -> Callable[[Any, Path], None]:
 def _rebuild(target: str, state: State) -> Any:
     check_name_trust(target)
     cls = locate(target)
-    check_object_trust(target, cls)
     if not isinstance(cls, type) or not hasattr(cls, "from_state"):
         raise LoadObjectError(
             f"{target} is not a class with from_state; was it stored by another version?"
@@ -203,14 +207,16 @@ def _rebuild(target: str, state: State) -> Any:
 
 
 def _is_tensors(value: Any) -> bool:
-    values = list(value.values()) if type(value) is dict and value else [value]
-    if type(value) is dict and not all(isinstance(k, str) for k in value):
-        return False
-    return all(_is_tensor(v) or isinstance(v, np.ndarray) for v in values)
+    """Whether the value is an array or tensor, or a dict of them by name."""
+    if type(value) is dict and value:
+        return all(isinstance(k, str) and _is_tensor(v) for k, v in value.items())
+    return _is_tensor(value)
 
 
 def _is_tensor(value: Any) -> bool:
-    return type(value).__module__ == "torch" and type(value).__name__ == "Tensor"
+    # By name: an object that is no tensor is stored without importing torch.
+    is_torch = type(value).__module__ == "torch" and type(value).__name__ == "Tensor"
+    return is_torch or isinstance(value, np.ndarray)
 
 
 def _write_tensors(value: Any, path: Path) -> None:
@@ -314,9 +320,6 @@ def _read_pickle(path: Path, name: str) -> Any:
     return load_pickle(pickle_body(path.read_bytes(), name))
 
 
-PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to reach an unreachable store
-
-
 class RunFiles:
     """Save, load and list a run's artifacts.
 
@@ -351,7 +354,6 @@ class RunFiles:
     def save(self, value: Any, name: str, folder: str | None) -> None:
         """Save an object under its logical name, replacing an earlier one of that name."""
         path = _validate_path(f"{folder}/{name}" if folder else name)
-        parent = str(path.parent) if path.parent.name else None
         if self.root is not None:
             new_path = write_object(value, self.root / path.parent, path.name)
             for file in object_files(path.name):
@@ -360,20 +362,23 @@ class RunFiles:
             return
         with TemporaryDirectory() as scratch:
             new_path = write_object(value, Path(scratch), path.name)
-            self._remove_other_files(path, new_path.name, parent)
-            self._upload(new_path, parent)
+            self._remove_other_formats(path, new_path.name)
+            self._upload(new_path, _parent_folder(path))
 
-    def _remove_other_files(self, path: PurePosixPath, new_file: str, parent: str | None) -> None:
-        """Remove the files of an object that was saved before in another format."""
-        prefix = f"{parent}/" if parent else ""
-        other_files = {prefix + f for f in object_files(path.name)} - {prefix + new_file}
+    def _remove_other_formats(self, path: PurePosixPath, new_file: str) -> None:
+        """Remove the file of an object that was saved before in another format."""
         try:
-            stored_files = [p for p, _ in self._store().artifacts(self._run_id, parent)]
+            stored_files = self._stored_files(path)
         except TrackingError as error:
             log.debug("cannot list the artifacts before saving %s: %s", path, error)
             return
-        for file in other_files & set(stored_files):
-            self._store().remove(self._run_id, file)
+        for file in object_files(path.name):
+            if file != new_file and str(path.parent / file) in stored_files:
+                self._store().remove(self._run_id, str(path.parent / file))
+
+    def _stored_files(self, path: PurePosixPath) -> set[str]:
+        """Return the paths of the stored artifacts in the folder of `path`."""
+        return {p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))}
 
     def save_path(self, local: Path, folder: str | None, *, content: bool = False) -> None:
         """Save a file or folder under its own name; with `content` the content of the folder."""
@@ -401,18 +406,16 @@ class RunFiles:
             ) from error
 
     def _upload(self, local: Path, folder: str | None) -> None:
-        for pause in (*PAUSES, None):
+        for pause in (0.0, *PAUSES):
+            time.sleep(pause)
             try:
                 self._store().upload(self._run_id, local, folder)
                 return
             except RefusedError:
                 raise
             except TrackingError as error:
-                if pause is None:
-                    break
                 log.debug("the upload of %s failed: %s", local.name, error)
                 last_error = error
-            time.sleep(pause)
         try:
             copy = self._journal().save_file(local, folder)
         except OSError as error:
@@ -432,15 +435,13 @@ class RunFiles:
         with TemporaryDirectory() as scratch:
             file = self._find(path, Path(scratch))
             if file is None:
-                names = self.names(str(path.parent) if path.parent.name else None)
+                names = self.names(_parent_folder(path))
                 raise LoadObjectError(
                     f"run {self._run_id}: {unknown_name_message('object', name, names, limit=30)}"
                 )
             if file.is_dir():
                 raise LoadObjectError(f"{name!r} is a folder; use download_artifact.")
             if unpickler is not None and file.suffix in (".pickle", ".pkl"):
-                import io
-
                 return unpickler(io.BytesIO(pickle_body(file.read_bytes(), name))).load()
             return read_object(file, name)
 
@@ -454,7 +455,7 @@ class RunFiles:
                 return self.root / file
         if self.root is not None:
             return None
-        stored_files = {p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))}
+        stored_files = self._stored_files(path)
         for file in files:
             if file in stored_files:
                 return Path(self._store().download(self._run_id, file, str(scratch)))
@@ -481,9 +482,7 @@ class RunFiles:
         """Return the local path of a file, folder or object, or of a copy of it in `target`."""
         path = _validate_path(name)
         if self.root is None:
-            stored_files = {
-                p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))
-            }
+            stored_files = self._stored_files(path)
             files = [str(path), *(str(path.parent / f) for f in object_files(path.name))]
             stored_name = next((f for f in files if f in stored_files), name)
             return self._store().download(self._run_id, stored_name, target)
@@ -511,6 +510,7 @@ def _parent_folder(path: PurePosixPath) -> str | None:
 
 
 def _validate_path(name: str) -> PurePosixPath:
+    """Return the path of an artifact inside its run; ArgumentError if it would lie outside."""
     path = PurePosixPath(name)
     if not path.name or path.is_absolute() or ".." in path.parts:
         raise ArgumentError(

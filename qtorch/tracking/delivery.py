@@ -1,9 +1,11 @@
-"""The outbox: files with logged entries that the tracking store has not confirmed yet.
+"""Delivery of logged entries to the tracking store: each one arrives, and arrives once.
 
-Everything that a run logs is first appended to a JSON Lines file in the outbox (`QTORCH_OUTBOX`,
-else `~/.cache/qtorch/outbox`). The file is deleted once the store has all of its entries. So
-nothing is lost if the server is unreachable or the process is killed with SIGKILL: a resumed run
-sends what its earlier attempt left, and `send()` (`qtorch tracking send`) sends everything.
+A `Ledger` knows the metrics and params that a run already has and drops repetitions. A `Sender`
+sends new entries from a background thread. Before that it appends them to a `Journal`, a JSON
+Lines file in the outbox (`QTORCH_OUTBOX`, else `~/.cache/qtorch/outbox`), which is deleted once
+the store has all of its entries. So nothing is lost if the server is unreachable or the process is
+killed with SIGKILL: a resumed run sends what its earlier attempt left, and `send_outbox`
+(`qtorch tracking send`) sends everything.
 
 Each line is one entry: `{"metric", "value", "time", "step"}`, `{"param", "value"}`,
 `{"tag", "value"}`, `{"artifact", "folder"}` (a copied file next to it) or `{"status", "time"}`.
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TrackingError
 from qtorch.tracking.locations import default_uri, outbox_folder, redact_password
-from qtorch.tracking.store_types import MetricPoint, RefusedError
+from qtorch.tracking.store_types import MetricPoint, RefusedError, RunRow
 
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore
@@ -39,11 +41,228 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-ATTEMPT_TAG = (
-    "qtorch.attempt"  # number of times the run was started; a status belongs to one attempt
-)
-MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100
+# Number of times the run was started; a status belongs to one attempt.
+ATTEMPT_TAG = "qtorch.attempt"
+MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100  # in one request
+INTERVAL = 1.0  # seconds to collect entries before they are sent as one request
+MAX_PAUSE = 30.0  # seconds between attempts to reach a failing store
+BUSY_SECONDS = 120.0  # how long the end of a run waits for a slow store that has not failed
+PATIENCE_VARIABLE = "QTORCH_TRACKING_PATIENCE"
+DEFAULT_PATIENCE = 30.0
 Entry = dict[str, Any]
+
+
+class Ledger:
+    """Metrics and params of one run: those of earlier attempts and of this process.
+
+    The first value of a (metric, step) counts. The same value again is dropped; a different one is
+    dropped with a warning, because a store would keep both and show either of them. Without a
+    step, the n-th value that this process logs for a key gets step n - 1, so that a program that
+    is run again repeats its steps. If that step already has another value, the new value goes
+    after the last step.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Mapping[int, float]] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> None:
+        self.metrics = {key: dict(steps) for key, steps in (metrics or {}).items()}
+        self.params = dict(params or {})
+        self._next_steps: dict[str, int] = {}
+        self._warned_keys: set[str] = set()
+        self._lock = threading.Lock()
+
+    def record_metric(self, key: str, value: float, step: int | None) -> int | None:
+        """Record a metric value; return the step to send it with, None if the step has a value."""
+        with self._lock:
+            steps = self.metrics.setdefault(key, {})
+            if step is None:
+                step = self._next_steps.get(key, 0)
+                self._next_steps[key] = step + 1
+                if step in steps and not _is_same_value(steps[step], value):
+                    step = max(steps) + 1
+                    self._next_steps[key] = step + 1
+            if step not in steps:
+                steps[step] = value
+                return step
+            if not _is_same_value(steps[step], value) and key not in self._warned_keys:
+                self._warned_keys.add(key)
+                log.warning(
+                    "metric %r at step %d already has the value %r; the new value %r is not sent "
+                    "(further differences of this metric are not reported)",
+                    key,
+                    step,
+                    steps[step],
+                    value,
+                )
+            return None
+
+    def record_param(self, key: str, value: str) -> str | None:
+        """Record a param; return None if it is new, else the value that it already has."""
+        with self._lock:
+            if key in self.params:
+                return self.params[key]
+            self.params[key] = value
+            return None
+
+
+def _is_same_value(a: float, b: float) -> bool:
+    """Whether two values are equal up to a database's rounding; NaN equals NaN."""
+    return a == b or (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-12)
+
+
+class Sender:
+    """Writes entries to the journal at once, and sends them to the store from a thread.
+
+    Entries are sent in batches and in order. A failing store is retried after growing pauses.
+    Entries that are unsent at `close` stay in the journal's file.
+    """
+
+    def __init__(self, store: MLflowStore, run_id: str, attempt: int) -> None:
+        self._store, self._run_id, self._attempt = store, run_id, attempt
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.journal = Journal(self._run_id, self._store.uri, self._attempt)
+        self._queue: deque[Entry] = deque()
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._flushes_requested = 0  # calls of `flush` so far
+        self._flushes_attempted = 0  # calls of `flush` followed by an attempt to send
+        self._closing = False
+        self._error: TrackingError | None = None
+
+    def enqueue(self, entries: Sequence[Entry]) -> None:
+        """Add entries to the queue; returns immediately."""
+        if not entries:
+            return
+        if self._pid != os.getpid():
+            # A forked child sends only its own entries; the parent sends those that it enqueued.
+            self._start_empty()
+            # A child of multiprocessing does not run atexit functions.
+            Finalize(None, self.close, exitpriority=10)
+        self.journal.append(entries)
+        with self._condition:
+            self._queue.extend(entries)
+            self._start_thread()
+            self._condition.notify_all()
+
+    def _start_thread(self) -> None:
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._run, name=f"qtorch-{self._run_id}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down: `flush` and `close` send
+            log.debug("could not start the thread that sends the entries of run %s", self._run_id)
+            return
+        self._thread = thread
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Send the queue; return True once the store has it, False if sending failed."""
+        if self._pid != os.getpid():
+            return True
+        deadline = time.monotonic() + (_patience_seconds() if timeout is None else timeout)
+        with self._condition:
+            self._flushes_requested += 1
+            own_flush = self._flushes_requested
+            self._condition.notify_all()
+            while self._queue and self._thread is not None:
+                has_failed = self._error is not None and self._flushes_attempted >= own_flush
+                time_left = deadline - time.monotonic()
+                if has_failed or time_left <= 0:
+                    return False
+                self._condition.wait(time_left)
+        if self._thread is None and self._queue:
+            self._send_all()
+        return not self._queue
+
+    def close(self, timeout: float | None = None) -> TrackingError | None:
+        """Send the rest of the queue; return None, or the error if entries remain on disk.
+
+        A failing store is retried for `timeout` seconds (by default `_patience_seconds()`); one
+        that is only slow gets BUSY_SECONDS more.
+        """
+        if self._pid != os.getpid():
+            return None
+        start, pause = time.monotonic(), 0.2
+        allowed_seconds = _patience_seconds() if timeout is None else timeout
+        while not self.flush(BUSY_SECONDS):
+            time_left = start + allowed_seconds - time.monotonic()
+            if time_left <= 0:
+                break
+            time.sleep(min(pause, time_left))
+            pause *= 2
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+            num_unsent, error = len(self._queue), self._error
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
+        if num_unsent:
+            store_uri = redact_password(self._store.uri)
+            return error or TrackingError(f"the tracking store {store_uri} was too slow.")
+        return None
+
+    def _run(self) -> None:
+        pause = 1.0
+        while True:
+            with self._condition:
+                while not self._queue and not self._closing:
+                    self._flushes_attempted = self._flushes_requested
+                    self._condition.notify_all()
+                    self._condition.wait()
+                if self._closing:
+                    return
+                if self._flushes_requested == self._flushes_attempted:
+                    self._condition.wait_for(self._must_send_now, INTERVAL)
+                num_flushes = self._flushes_requested
+            is_sent = self._send_all()
+            with self._condition:
+                self._flushes_attempted = max(self._flushes_attempted, num_flushes)
+                self._condition.notify_all()
+                if not is_sent and not self._closing:
+                    self._condition.wait_for(self._must_send_now, pause)
+            pause = 1.0 if is_sent else min(2 * pause, MAX_PAUSE)
+
+    def _must_send_now(self) -> bool:
+        return self._closing or self._flushes_requested > self._flushes_attempted
+
+    def _send_all(self) -> bool:
+        """Send batch after batch; return False if the store is unavailable."""
+        while self._queue:
+            with self._condition:
+                batch = list(islice(self._queue, MAX_METRICS))
+            batch = batch[: _count_batch(batch)]
+            try:
+                rejected_entries = _send_entries(self._store, self._run_id, batch)
+            except TrackingError as error:
+                if self._error is None:
+                    log.warning(
+                        "run %s: %s Entries are saved to %s and sent as soon as the store answers.",
+                        self._run_id,
+                        error,
+                        self.journal.path,
+                    )
+                self._error = error
+                return False
+            if self._error is not None:
+                log.warning("run %s: the tracking store is available again", self._run_id)
+            self._error = None
+            _save_rejected_entries(self.journal.path, self._run_id, rejected_entries)
+            with self._condition:
+                for _ in batch:
+                    self._queue.popleft()
+                self.journal.remove_pending(len(batch))
+                self._condition.notify_all()
+        return True
+
+
+def _patience_seconds() -> float:
+    """Return how long the end of a run waits for an unreachable store, in seconds."""
+    return float(os.environ.get(PATIENCE_VARIABLE, DEFAULT_PATIENCE))
 
 
 class Journal:
@@ -115,7 +334,7 @@ class Journal:
             return self._pending
 
 
-def send_entries(
+def _send_entries(
     store: MLflowStore, run_id: str, entries: Sequence[Entry]
 ) -> list[tuple[Entry, str]]:
     """Send metrics, params and tags; return the entries rejected for good, with the reasons.
@@ -136,13 +355,13 @@ def send_entries(
             return [(entries[0], str(error))]
         middle = len(entries) // 2
         return [
-            *send_entries(store, run_id, entries[:middle]),
-            *send_entries(store, run_id, entries[middle:]),
+            *_send_entries(store, run_id, entries[:middle]),
+            *_send_entries(store, run_id, entries[middle:]),
         ]
     return []
 
 
-def count_batch(entries: Sequence[Entry]) -> int:
+def _count_batch(entries: Sequence[Entry]) -> int:
     """Return how many entries from the front fit into one request."""
     num_metrics = num_others = 0
     for k, entry in enumerate(entries):
@@ -177,23 +396,19 @@ def outbox_files(run_id: str | None = None, folder: str | Path | None = None) ->
     return sorted(files, key=lambda p: p.stat().st_mtime if p.exists() else 0.0)
 
 
-def send(
+def send_outbox(
     run_id: str | None = None,
     *,
     tracking_uri: str | None = None,
     folder: str | Path | None = None,
 ) -> list[Delivery]:
-    """Send the files in the outbox (or in `folder`), of one run or of all runs.
-
-    Returns the outcome for each file.
+    """Send the files in the outbox (or in `folder`) of one run or of all runs; return the outcomes.
 
     Files of running processes are skipped. A file is removed once the store has all of its
     entries, so that this function can be called repeatedly. `tracking_uri` replaces the URI in
     the files, which is stored without its password. An unreachable store raises no error; it is
     in `Delivery.error`.
     """
-    from qtorch.tracking.mlflow_store import open_store
-
     deliveries = []
     for path in outbox_files(run_id, folder):
         with path.open("rb") as file:
@@ -203,19 +418,12 @@ def send(
                 log.info("skipped %s: it belongs to a running process", path)
                 continue
             try:
-                header, entries = _read_entries(path)
-                if header is None:
-                    path.unlink(missing_ok=True)  # the process ended before it wrote anything
-                    continue
-                delivery = Delivery(path, header["run"])
-                deliveries.append(delivery)
-                _send_file(
-                    open_store(tracking_uri or _target_uri(header)), header, entries, delivery
-                )
+                delivery = _send_file(path, tracking_uri)
             except (TrackingError, OSError, ValueError, KeyError) as error:
-                deliveries = [d for d in deliveries if d.path != path]
-                deliveries.append(Delivery(path, path.name.split(".")[0], error=str(error)))
                 log.warning("could not send %s: %s", path, error)
+                delivery = Delivery(path, path.name.split(".")[0], error=str(error))
+        if delivery is not None:
+            deliveries.append(delivery)
     return deliveries
 
 
@@ -244,40 +452,56 @@ def _read_entries(path: Path) -> tuple[Entry | None, list[Entry]]:
     return headers[0], [e for e in entries if "outbox" not in e]
 
 
-def _send_file(store: MLflowStore, header: Entry, entries: list[Entry], delivery: Delivery) -> None:
+def _send_file(path: Path, tracking_uri: str | None) -> Delivery | None:
+    """Send one file's entries that the store lacks, and remove the file; None if it is empty."""
+    from qtorch.tracking.mlflow_store import open_store
+
+    header, entries = _read_entries(path)
+    if header is None:
+        path.unlink(missing_ok=True)  # the process ended before it wrote anything
+        return None
+    store = open_store(tracking_uri or _target_uri(header))
     run = store.run(header["run"])
+    new_entries = _select_new_entries(store, run, entries)
+    batchable = [e for e in new_entries if {"metric", "param", "tag"} & set(e)]
+    rejected_entries: list[tuple[Entry, str]] = []
+    while batchable:
+        count = _count_batch(batchable)
+        rejected_entries += _send_entries(store, run.id, batchable[:count])
+        batchable = batchable[count:]
+    files = path.with_suffix(".files")
+    for entry in (e for e in new_entries if "artifact" in e):
+        local = files / entry["artifact"]
+        store.upload(run.id, local, entry["artifact"] if local.is_dir() else entry["folder"])
+    if run.tags.get(ATTEMPT_TAG, "1") == str(header["attempt"]):
+        for entry in (e for e in new_entries if "status" in e):
+            store.set_status(run.id, entry["status"], entry["time"])
+    _save_rejected_entries(path, run.id, rejected_entries)
+    shutil.rmtree(files, ignore_errors=True)
+    path.unlink()
+    return Delivery(
+        path,
+        run.id,
+        num_sent=len(new_entries) - len(rejected_entries),
+        num_skipped=len(entries) - len(new_entries),
+        rejections=[reason for _, reason in rejected_entries],
+    )
+
+
+def _select_new_entries(store: MLflowStore, run: RunRow, entries: list[Entry]) -> list[Entry]:
+    """Return the entries without the metrics and params that the run already has."""
     keys = {e["metric"] for e in entries if "metric" in e}
     history = store.history(run.id, sorted(keys & set(run.metrics)))
-    new_entries = [
+    return [
         e
         for e in entries
         if ("metric" in e and e["step"] not in history.get(e["metric"], ()))
         or ("param" in e and run.params.get(e["param"]) != e["value"])
         or not {"metric", "param"} & set(e)
     ]
-    delivery.num_skipped = len(entries) - len(new_entries)
-    batchable = [e for e in new_entries if {"metric", "param", "tag"} & set(e)]
-    rejected_entries: list[tuple[Entry, str]] = []
-    while batchable:
-        count = count_batch(batchable)
-        rejected_entries += send_entries(store, run.id, batchable[:count])
-        batchable = batchable[count:]
-    files = delivery.path.with_suffix(".files")
-    for entry in (e for e in new_entries if "artifact" in e):
-        local = files / entry["artifact"]
-        folder = entry["artifact"] if local.is_dir() else entry["folder"]
-        store.upload(run.id, local, folder)
-    if run.tags.get(ATTEMPT_TAG, "1") == str(header["attempt"]):
-        for entry in (e for e in new_entries if "status" in e):
-            store.set_status(run.id, entry["status"], entry["time"])
-    delivery.num_sent = len(new_entries) - len(rejected_entries)
-    delivery.rejections = [reason for _, reason in rejected_entries]
-    save_rejected_entries(delivery.path, run.id, rejected_entries)
-    shutil.rmtree(files, ignore_errors=True)
-    delivery.path.unlink()
 
 
-def save_rejected_entries(
+def _save_rejected_entries(
     path: Path, run_id: str, rejected_entries: Iterable[tuple[Entry, str]]
 ) -> None:
     """Report entries that the store rejected for good, and save them to a `.refused` file."""
@@ -290,223 +514,3 @@ def save_rejected_entries(
                 file.write(json.dumps({**entry, "reason": reason}, ensure_ascii=False) + "\n")
         except OSError as error:
             log.warning("could not write entries to %s: %s", target, error)
-
-
-INTERVAL = 1.0  # seconds to collect entries before they are sent as one request
-MAX_PAUSE = 30.0
-BUSY_SECONDS = 120.0  # how long the end of a run waits for a slow store that has not failed
-PATIENCE_VARIABLE = "QTORCH_TRACKING_PATIENCE"
-DEFAULT_PATIENCE = 30.0
-
-
-def patience_seconds() -> float:
-    """Return how long the end of a run waits for an unreachable store, in seconds."""
-    return float(os.environ.get(PATIENCE_VARIABLE, DEFAULT_PATIENCE))
-
-
-class Sender:
-    """Writes entries to the journal at once, and sends them to the store from a thread.
-
-    Entries are sent in batches and in order. A failing store is retried after growing pauses.
-    Entries that are unsent at `close` stay in the journal's file.
-    """
-
-    def __init__(self, store: MLflowStore, run_id: str, attempt: int) -> None:
-        self._store, self._run_id, self._attempt = store, run_id, attempt
-        self._start_empty()
-
-    def _start_empty(self) -> None:
-        self.journal = Journal(self._run_id, self._store.uri, self._attempt)
-        self._queue: deque[Entry] = deque()
-        self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
-        self._flushes_requested = 0  # calls of `flush` so far
-        self._flushes_attempted = 0  # calls of `flush` followed by an attempt to send
-        self._closing = False
-        self._error: TrackingError | None = None
-
-    def enqueue(self, entries: Sequence[Entry]) -> None:
-        """Add entries to the queue; returns immediately."""
-        if not entries:
-            return
-        if self._pid != os.getpid():
-            # A forked child sends only its own entries; the parent sends those that it enqueued.
-            self._start_empty()
-            # A child of multiprocessing does not run atexit functions.
-            Finalize(None, self.close, exitpriority=10)
-        self.journal.append(entries)
-        with self._condition:
-            self._queue.extend(entries)
-            self._start_thread()
-            self._condition.notify_all()
-
-    def _start_thread(self) -> None:
-        if self._thread is not None:
-            return
-        thread = threading.Thread(target=self._run, name=f"qtorch-{self._run_id}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the interpreter is shutting down: `flush` and `close` send
-            log.debug("could not start the thread that sends the entries of run %s", self._run_id)
-            return
-        self._thread = thread
-
-    def flush(self, timeout: float | None = None) -> bool:
-        """Send the queue; return True once the store has it, False if sending failed."""
-        if self._pid != os.getpid():
-            return True
-        deadline = time.monotonic() + (patience_seconds() if timeout is None else timeout)
-        with self._condition:
-            self._flushes_requested += 1
-            own_flush = self._flushes_requested
-            self._condition.notify_all()
-            while self._queue and self._thread is not None:
-                has_failed = self._error is not None and self._flushes_attempted >= own_flush
-                time_left = deadline - time.monotonic()
-                if has_failed or time_left <= 0:
-                    return False
-                self._condition.wait(time_left)
-        if self._thread is None and self._queue:
-            self._send_all()
-        return not self._queue
-
-    def close(self, timeout: float | None = None) -> TrackingError | None:
-        """Send the rest of the queue; return None, or the error if entries remain on disk.
-
-        A failing store is retried for `timeout` seconds (by default `patience_seconds()`); one
-        that is only slow gets BUSY_SECONDS more.
-        """
-        if self._pid != os.getpid():
-            return None
-        start, pause = time.monotonic(), 0.2
-        allowed_seconds = patience_seconds() if timeout is None else timeout
-        while not self.flush(BUSY_SECONDS):
-            time_left = start + allowed_seconds - time.monotonic()
-            if time_left <= 0:
-                break
-            time.sleep(min(pause, time_left))
-            pause *= 2
-        with self._condition:
-            self._closing = True
-            self._condition.notify_all()
-            num_unsent, error = len(self._queue), self._error
-        if self._thread is not None:
-            self._thread.join(timeout=1.0)
-        if num_unsent:
-            store_uri = redact_password(self._store.uri)
-            return error or TrackingError(f"the tracking store {store_uri} was too slow.")
-        return None
-
-    def _run(self) -> None:
-        pause = 1.0
-        while True:
-            with self._condition:
-                while not self._queue and not self._closing:
-                    self._flushes_attempted = self._flushes_requested
-                    self._condition.notify_all()
-                    self._condition.wait()
-                if self._closing:
-                    return
-                if self._flushes_requested == self._flushes_attempted:
-                    self._condition.wait_for(self._must_send_now, INTERVAL)
-                num_flushes = self._flushes_requested
-            is_sent = self._send_all()
-            with self._condition:
-                self._flushes_attempted = max(self._flushes_attempted, num_flushes)
-                self._condition.notify_all()
-                if not is_sent and not self._closing:
-                    self._condition.wait_for(self._must_send_now, pause)
-            pause = 1.0 if is_sent else min(2 * pause, MAX_PAUSE)
-
-    def _must_send_now(self) -> bool:
-        return self._closing or self._flushes_requested > self._flushes_attempted
-
-    def _send_all(self) -> bool:
-        """Send batch after batch; return False if the store is unavailable."""
-        while self._queue:
-            with self._condition:
-                batch = list(islice(self._queue, MAX_METRICS))
-            batch = batch[: count_batch(batch)]
-            try:
-                rejected_entries = send_entries(self._store, self._run_id, batch)
-            except TrackingError as error:
-                if self._error is None:
-                    log.warning(
-                        "run %s: %s Entries are saved to %s and sent as soon as the store answers.",
-                        self._run_id,
-                        error,
-                        self.journal.path,
-                    )
-                self._error = error
-                return False
-            if self._error is not None:
-                log.warning("run %s: the tracking store is available again", self._run_id)
-            self._error = None
-            save_rejected_entries(self.journal.path, self._run_id, rejected_entries)
-            with self._condition:
-                for _ in batch:
-                    self._queue.popleft()
-                self.journal.remove_pending(len(batch))
-                self._condition.notify_all()
-        return True
-
-
-class Ledger:
-    """Metrics and params of one run: those of earlier attempts and of this process.
-
-    The first value of a (metric, step) counts. The same value again is dropped; a different one is
-    dropped with a warning, because a store would keep both and show either of them. Without a
-    step, the n-th value that this process logs for a key gets step n - 1, so that a program that
-    is run again repeats its steps. If that step already has another value, the new value goes
-    after the last step.
-    """
-
-    def __init__(
-        self,
-        metrics: Mapping[str, Mapping[int, float]] | None = None,
-        params: Mapping[str, str] | None = None,
-    ) -> None:
-        self.metrics = {key: dict(steps) for key, steps in (metrics or {}).items()}
-        self.params = dict(params or {})
-        self._next_steps: dict[str, int] = {}
-        self._warned_keys: set[str] = set()
-        self._lock = threading.Lock()
-
-    def record_metric(self, key: str, value: float, step: int | None) -> int | None:
-        """Record a metric value; return the step to send it with, None if the step has a value."""
-        with self._lock:
-            steps = self.metrics.setdefault(key, {})
-            if step is None:
-                step = self._next_steps.get(key, 0)
-                self._next_steps[key] = step + 1
-                if step in steps and not is_same_value(steps[step], value):
-                    step = max(steps) + 1
-                    self._next_steps[key] = step + 1
-            if step not in steps:
-                steps[step] = value
-                return step
-            if not is_same_value(steps[step], value) and key not in self._warned_keys:
-                self._warned_keys.add(key)
-                log.warning(
-                    "metric %r at step %d already has the value %r; the new value %r is not sent "
-                    "(further differences of this metric are not reported)",
-                    key,
-                    step,
-                    steps[step],
-                    value,
-                )
-            return None
-
-    def record_param(self, key: str, value: str) -> str | None:
-        """Record a param; return None if it is new, else the value that it already has."""
-        with self._lock:
-            if key in self.params:
-                return self.params[key]
-            self.params[key] = value
-            return None
-
-
-def is_same_value(a: float, b: float) -> bool:
-    """Whether two values are equal up to a database's rounding; NaN equals NaN."""
-    return a == b or (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-12)

@@ -1,4 +1,4 @@
-"""The MLflow implementation of Recorder."""
+"""Recorder on MLflow, and the tags that relate its runs to other runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from qtorch.core.errors import ArgumentError, TrackingError
-from qtorch.tracking import delivery as outbox
 from qtorch.tracking.artifacts import RunFiles
-from qtorch.tracking.delivery import Ledger, Sender
+from qtorch.tracking.delivery import ATTEMPT_TAG, Entry, Journal, Ledger, Sender, send_outbox
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
 from qtorch.tracking.recorder import (
     Recorder,
     add_running,
     check_status,
-    end_at_exit,
     remove_running,
 )
 from qtorch.tracking.store_types import (
@@ -41,64 +40,26 @@ from qtorch.tracking.store_types import (
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore
 
-
-FROM_TAG = "warm_start.from"
-DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
-PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
-
-_initial_tags: ContextVar[dict[str, str] | None] = ContextVar("qtorch_birth_tags", default=None)
-
-
-@contextmanager
-def with_run_tags(tags: dict[str, str]) -> Iterator[None]:
-    """Give every run that is created inside the block these tags from the start.
-
-    The tags are part of the request that creates the run, so that even a process that is killed
-    right afterwards leaves a run that can be identified.
-    """
-    token = _initial_tags.set({**initial_run_tags(), **tags})
-    try:
-        yield
-    finally:
-        _initial_tags.reset(token)
-
-
-def initial_run_tags() -> dict[str, str]:
-    """Return the tags that a new run of this context is created with."""
-    return dict(_initial_tags.get() or {})
-
-
-def tag_lineage(run: Recorder, earlier: Recorder) -> None:
-    """Tag `run` with the earlier run whose weights it starts from, and nest it under that run.
-
-    A run that already has a parent keeps it. The earlier run is only read.
-    """
-    depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
-    tags = {FROM_TAG: earlier.id, DEPTH_TAG: str(depth)}
-    if PARENT_TAG not in run.list_tags() and earlier.id != run.id:
-        tags[PARENT_TAG] = earlier.id
-    run.set_tags(**tags)
-
-
-def call_load_hook(recorder: Recorder, value: Any) -> Any:
-    """Tell a loaded object which run it comes from if it has an `on_load` hook, and return it."""
-    hook = getattr(value, "on_load", None)
-    if callable(hook):
-        hook(recorder)
-    return value
-
-
 log = logging.getLogger(__name__)
 
 COMMAND_PARAM = "cmd-sys.argv"  # Qlib's name
 TEXT_FOLDER = "long_values"
 CHANGED_PREFIX = "qtorch.changed_param."
+FROM_TAG = "warm_start.from"
+DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
+PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
+
+# A read-only mapping, because the default is shared by all contexts.
+_initial_tags: ContextVar[Mapping[str, str]] = ContextVar(
+    "qtorch_run_tags", default=MappingProxyType({})
+)
 
 
 class MLflowRecorder(Recorder):
     """A run of an MLflow store. It uses a client only; MLflow's active run is not touched.
 
-    Logged values are buffered, written to disk (`outbox`) and sent by a background thread.
+    Logged values are buffered, written to disk and sent by a background thread (see
+    `qtorch.tracking.delivery`).
     `client` is the MlflowClient, for everything that this class does not offer.
     """
 
@@ -127,12 +88,10 @@ class MLflowRecorder(Recorder):
     def _load_row(self, run: RunRow) -> None:
         self.id, self.name, self.status = run.id, run.name, run.status
         self.experiment_id = run.experiment_id
-        self.start_time, self.end_time = (
-            format_local_time(run.start_time),
-            format_local_time(run.end_time),
-        )
+        self.start_time = format_local_time(run.start_time)
+        self.end_time = format_local_time(run.end_time)
         self.artifact_uri, self.is_deleted = run.artifact_uri, run.is_deleted
-        self._attempt = int(run.tags.get(outbox.ATTEMPT_TAG, "1"))
+        self._attempt = int(run.tags.get(ATTEMPT_TAG, "1"))
 
     def __getstate__(self) -> dict[str, Any]:
         process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor")
@@ -171,10 +130,10 @@ class MLflowRecorder(Recorder):
             )
         return self._run_files
 
-    def _open_journal(self) -> outbox.Journal:
+    def _open_journal(self) -> Journal:
         if self._sender is not None:
             return self._sender.journal
-        return outbox.Journal(self._run_id, self._uri, self._attempt)
+        return Journal(self._run_id, self._uri, self._attempt)
 
     # Start and end
 
@@ -191,14 +150,13 @@ class MLflowRecorder(Recorder):
         if is_resumed:
             self._reopen()
         else:
-            tags = {**source_tags(), **initial_run_tags(), outbox.ATTEMPT_TAG: "1"}
+            tags = {**source_tags(), **_initial_tags.get(), ATTEMPT_TAG: "1"}
             self._load_row(self._store.create_run(self.experiment_id, self.name, tags, now_ms()))
             self._ledger = Ledger()
         self.status, self.end_time = self.STATUS_R, None
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
-        end_at_exit()
         try:
             self._log_provenance(is_resumed)
             self._start_system_monitor(is_resumed)
@@ -210,14 +168,14 @@ class MLflowRecorder(Recorder):
 
     def _reopen(self) -> None:
         run_id = self._run_id
-        outbox.send(run_id, tracking_uri=self._uri)
+        send_outbox(run_id, tracking_uri=self._uri)
         row = self._store.run(run_id)
         if row.is_deleted:
             raise TrackingError(f"run {run_id} is deleted; restore it before you resume it.")
         self._store.set_status(run_id, self.STATUS_R)
         self._load_row(row)
         self._attempt += 1
-        self._store.log_batch(run_id, tags={outbox.ATTEMPT_TAG: str(self._attempt)})
+        self._store.log_batch(run_id, tags={ATTEMPT_TAG: str(self._attempt)})
         self._ledger = Ledger(self._store.history(run_id, row.metrics), row.params)
 
     def _log_provenance(self, is_resumed: bool) -> None:
@@ -250,11 +208,11 @@ class MLflowRecorder(Recorder):
         check_status(status)
         run_id, end = self._run_id, now_ms()
         remove_running(self)
-        stop, self._stop_monitor = self._stop_monitor, None
-        if stop is not None:
-            stop()
+        stop_monitor, self._stop_monitor = self._stop_monitor, None
+        if stop_monitor is not None:
+            stop_monitor()
+        journal = self._open_journal()
         sender, self._sender = self._sender, None
-        journal = sender.journal if sender else outbox.Journal(run_id, self._uri, self._attempt)
         failure: BaseException | None = None
         try:
             failure = sender.close() if sender else None
@@ -284,7 +242,7 @@ class MLflowRecorder(Recorder):
             self._ledger = Ledger(self._store.history(row.id, row.metrics), row.params)
         return self._ledger
 
-    def _send(self, entries: list[outbox.Entry]) -> None:
+    def _send(self, entries: list[Entry]) -> None:
         if self._sender is not None:
             self._sender.enqueue(entries)
         elif entries:
@@ -322,7 +280,6 @@ class MLflowRecorder(Recorder):
         self._send(entries)
 
     def metric_history(self, key: str) -> dict[int, float]:
-        """Return `{step: value}` of a metric, from this process and earlier attempts at the run."""
         return dict(self._run_ledger.metrics.get(clean_key(key), {}))
 
     def log_params(self, **kwargs: Any) -> None:
@@ -332,7 +289,7 @@ class MLflowRecorder(Recorder):
         A text of more than 6000 characters is truncated with a warning, and its full text becomes
         an artifact in `long_values`.
         """
-        entries: list[outbox.Entry] = []
+        entries: list[Entry] = []
         for name, raw_value in kwargs.items():
             key, text = clean_key(name), str(raw_value)
             value = text[:MAX_PARAM]
@@ -376,13 +333,11 @@ class MLflowRecorder(Recorder):
         self._send(entries)
 
     def delete_tags(self, *keys: str) -> None:
-        """Delete tags; a missing tag is not an error."""
         self.flush()
         for key in keys:
             self._store.delete_tag(self._run_id, clean_key(key))
 
     def flush(self) -> bool:
-        """Send all buffered entries; return True once the store has them, False on failure."""
         return self._sender is None or self._sender.flush()
 
     # Artifacts
@@ -406,7 +361,10 @@ class MLflowRecorder(Recorder):
 
         Code in it must be trusted, unless the caller passes an `unpickler`.
         """
-        return call_load_hook(self, self._files.load(name, unpickler))
+        value = self._files.load(name, unpickler)
+        if callable(hook := getattr(value, "on_load", None)):
+            hook(self)  # for objects that need to know the run that they come from
+        return value
 
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
         """Log a local file or folder unchanged, under its own name."""
@@ -456,13 +414,36 @@ class MLflowRecorder(Recorder):
         return self._store.run(self._run_id)
 
     def list_metrics(self) -> dict[str, float]:
-        """Return the latest value of each metric."""
         return self._read_row().metrics
 
     def list_params(self) -> dict[str, str]:
-        """Return all params as text."""
         return self._read_row().params
 
     def list_tags(self) -> dict[str, str]:
-        """Return all tags, including MLflow's own."""
         return self._read_row().tags
+
+
+@contextmanager
+def with_run_tags(tags: dict[str, str]) -> Iterator[None]:
+    """Give every run that is created inside the block these tags from the start.
+
+    The tags are part of the request that creates the run, so that even a process that is killed
+    right afterwards leaves a run that can be identified.
+    """
+    token = _initial_tags.set({**_initial_tags.get(), **tags})
+    try:
+        yield
+    finally:
+        _initial_tags.reset(token)
+
+
+def tag_lineage(run: Recorder, earlier: Recorder) -> None:
+    """Tag `run` with the earlier run whose weights it starts from, and nest it under that run.
+
+    A run that already has a parent keeps it. The earlier run is only read.
+    """
+    depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
+    tags = {FROM_TAG: earlier.id, DEPTH_TAG: str(depth)}
+    if PARENT_TAG not in run.list_tags() and earlier.id != run.id:
+        tags[PARENT_TAG] = earlier.id
+    run.set_tags(**tags)

@@ -1,4 +1,4 @@
-"""The Recorder interface: one run with its params, metrics, tags and artifacts."""
+"""The Recorder interface, and the recorders that are running in this process."""
 
 from __future__ import annotations
 
@@ -13,52 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, QtorchError, unknown_name_message
-
-_lock = threading.Lock()
-_running: list[Recorder] = []
-_context_recorders: ContextVar[tuple[Recorder, ...] | None] = ContextVar(
-    "qtorch_recorders", default=None
-)
-
-
-def current_recorder() -> Recorder | None:
-    """Return the innermost running recorder of this context, or None."""
-    recorders = visible_recorders()
-    return recorders[-1] if recorders else None
-
-
-def visible_recorders() -> list[Recorder]:
-    """Return the running recorders that this context sees, the innermost last."""
-    with _lock:
-        own = _context_recorders.get()
-        if own is None:
-            return list(_running)
-        return [r for r in own if any(r is running for running in _running)]
-
-
-def add_running(recorder: Recorder) -> None:
-    """Make a recorder that starts to run current."""
-    with _lock:
-        if not any(recorder is running for running in _running):
-            _running.append(recorder)
-    own = tuple(r for r in _context_recorders.get() or () if r is not recorder)
-    _context_recorders.set((*own, recorder))
-
-
-def remove_running(recorder: Recorder) -> None:
-    """Remove a recorder that has ended."""
-    with _lock:
-        _running[:] = [r for r in _running if r is not recorder]
-    own = _context_recorders.get()
-    if own is not None:
-        _context_recorders.set(tuple(r for r in own if r is not recorder))
-
-
-def running_recorders() -> list[Recorder]:
-    """Return every running recorder of the process, whichever context started it."""
-    with _lock:
-        return list(_running)
-
 
 log = logging.getLogger(__name__)
 
@@ -225,10 +179,52 @@ def check_status(status: str) -> str:
     return status
 
 
-def end_at_exit() -> None:
-    """End this process's runs at exit if nothing else ends them; may be called repeatedly."""
+_lock = threading.Lock()
+_running: list[Recorder] = []
+_context_recorders: ContextVar[tuple[Recorder, ...] | None] = ContextVar(
+    "qtorch_recorders", default=None
+)
+
+
+def current_recorder() -> Recorder | None:
+    """Return the innermost running recorder of this context, or None."""
+    recorders = visible_recorders()
+    return recorders[-1] if recorders else None
+
+
+def visible_recorders() -> list[Recorder]:
+    """Return the running recorders that this context sees, the innermost last."""
+    with _lock:
+        own = _context_recorders.get()
+        if own is None:
+            return list(_running)
+        return [r for r in own if any(r is running for running in _running)]
+
+
+def add_running(recorder: Recorder) -> None:
+    """Make a recorder that starts to run the current one, and end it at the latest at exit."""
+    with _lock:
+        if not any(recorder is running for running in _running):
+            _running.append(recorder)
+    own = tuple(r for r in _context_recorders.get() or () if r is not recorder)
+    _context_recorders.set((*own, recorder))
     atexit.unregister(_end_running_recorders)
     atexit.register(_end_running_recorders)
+
+
+def remove_running(recorder: Recorder) -> None:
+    """Remove a recorder that has ended."""
+    with _lock:
+        _running[:] = [r for r in _running if r is not recorder]
+    own = _context_recorders.get()
+    if own is not None:
+        _context_recorders.set(tuple(r for r in own if r is not recorder))
+
+
+def running_recorders() -> list[Recorder]:
+    """Return every running recorder of the process, whichever context started it."""
+    with _lock:
+        return list(_running)
 
 
 def _end_running_recorders() -> None:

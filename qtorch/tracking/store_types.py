@@ -1,4 +1,4 @@
-"""Errors of the tracking store that callers handle in different ways."""
+"""What the tracking store exchanges with its callers: errors, rows, valid values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from datetime import datetime
 from typing import Any
 
 from qtorch.core.errors import ArgumentError, TrackingError
+
+log = logging.getLogger(__name__)
+
+MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
+_BAD_IN_KEY = re.compile(r"[^\w\-. :/]")
+_logged_warnings: set[str] = set()
 
 
 class NotInStoreError(TrackingError, ValueError):
@@ -60,12 +66,6 @@ class MetricPoint:
     step: int
 
 
-log = logging.getLogger(__name__)
-
-MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
-_BAD_IN_KEY = re.compile(r"[^\w\-. :/]")
-
-
 def now_ms() -> int:
     """Return the current time in milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000
@@ -76,9 +76,6 @@ def format_local_time(milliseconds: int | None) -> str | None:
     if milliseconds is None:
         return None
     return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
-
-
-_logged_warnings: set[str] = set()
 
 
 def warn_once(message: str) -> None:

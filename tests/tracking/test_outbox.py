@@ -69,17 +69,17 @@ def test_send_delivers_the_file_of_an_unreachable_store(uri, outage, outbox_fold
     (error,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert str(file) in error.message
     assert "qtorch tracking send" in error.message
-    (failed_report,) = outbox.send()
+    (failed_report,) = outbox.send_outbox()
     assert "does not answer" in failed_report.error
     outage.active = False
     assert open_store(uri).run(recorder.id).status == "RUNNING"
-    (report,) = outbox.send()
+    (report,) = outbox.send_outbox()
     assert (report.run_id, report.num_sent, report.error) == (
         recorder.id,
         4,
         None,
     )
-    assert outbox.send() == []
+    assert outbox.send_outbox() == []
     assert history(recorder, "loss") == [(0, 0.5)]
     assert recorder.list_params()["lr"] == "0.1"
     assert recorder.list_tags()["kind"] == "x"
@@ -103,7 +103,7 @@ def test_late_status_does_not_end_a_later_attempt(uri, outage, outbox_folder):
         assert history(recorder, "loss") == [(0, 0.5)]  # the resumed run sent it
         assert not file.exists()
         file.write_text(late)  # as if the file had been on another machine
-        (report,) = outbox.send()
+        (report,) = outbox.send_outbox()
         assert report.num_skipped == 1
         assert open_store(uri).run(recorder.id).status == "RUNNING"
     assert history(recorder, "loss") == [(0, 0.5)]
@@ -150,7 +150,7 @@ def test_send_skips_files_of_running_processes(uri, outage):
         R.log_metrics(step=0, loss=0.5)
         R.get_recorder().flush()
         assert len(outbox.outbox_files()) == 1
-        assert outbox.send() == []
+        assert outbox.send_outbox() == []
         outage.active = False
     assert outbox.outbox_files() == []
 
@@ -168,7 +168,7 @@ def test_second_ctrl_c_while_the_run_ends_loses_nothing(uri, outage, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             R.end_exp("KILLED")
     outage.active = False
-    assert outbox.send()[0].error is None
+    assert outbox.send_outbox()[0].error is None
     assert open_store(uri).run(recorder.id).status == "KILLED"
     assert history(recorder, "loss") == [(0, 0.5)]
 
@@ -186,7 +186,7 @@ def test_incomplete_and_corrupted_lines_are_skipped(uri, outage, outbox_folder, 
     lines[2] = "{ corrupted"
     file.write_text("\n".join(lines) + '\n{"metric": "lo')
     outage.active = False
-    assert outbox.send()[0].error is None
+    assert outbox.send_outbox()[0].error is None
     assert history(recorder, "loss") == [(0, 0.0), (2, 2.0)]
     assert "is corrupted" in caplog.text
     assert "is incomplete" in caplog.text
@@ -291,7 +291,7 @@ def test_artifact_is_saved_and_sent_after_an_outage(
         assert R.load_object("params.pkl") == {"w": 1}  # records load it in the same run
     assert "The artifact was saved to" in caplog.text
     outage.active = False
-    (report,) = outbox.send()
+    (report,) = outbox.send_outbox()
     assert report.error is None
     loaded_run = R.get_recorder(recorder_id=recorder.id)
     assert isinstance(loaded_run, MLflowRecorder)

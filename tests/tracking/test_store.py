@@ -210,7 +210,7 @@ def test_dead_server_leaves_entries_in_the_outbox(server, outbox_folder, caplog)
         R.save_objects(task={"a": 1})
     assert "qtorch tracking send" in caplog.text
     server.start()
-    (report,) = outbox.send()
+    (report,) = outbox.send_outbox()
     assert report.error is None
     with R.uri_context(server.uri):
         loaded_run = R.get_recorder(recorder_id=recorder.id)

@@ -1,8 +1,10 @@
-"""Opens the database of a study; one process at a time creates Optuna's tables."""
+"""The database of a study: open it, and lock it against other processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -11,15 +13,12 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.files import file_lock
 from qtorch.tracking.locations import redact_password, sqlite_path
 from qtorch.tracking.trials.sampler import suppress_warnings
-from qtorch.tracking.trials.trial import (
-    POSTGRES,
-    SCHEMA,
-    SCHEMA_OPTION,
-    make_sqlite_folder,
-    study_lock,
-)
+from qtorch.tracking.trials.trial import POSTGRES, SCHEMA, SCHEMA_OPTION
+
+LOCK_SECONDS = 120.0
 
 StaleTrialCallback = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -29,11 +28,11 @@ def open_storage(
 ) -> RDBStorage:
     """Open a study's database and create Optuna's tables; one process at a time does so."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    make_sqlite_folder(url)
-    is_sqlite = sqlite_path(url) is not None
-    options: dict[str, Any] = (
-        {"connect_args": {"timeout": 60}} if is_sqlite else {"pool_pre_ping": True}
-    )
+    path = sqlite_path(url)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if path is not None:
+        options = {"connect_args": {"timeout": 60}}
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with suppress_warnings():
             if url.startswith(POSTGRES) and SCHEMA_OPTION in url:
@@ -58,3 +57,28 @@ def _make_schema(url: str) -> None:
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7)")
         connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
     engine.dispose()
+
+
+@contextmanager
+def study_lock(url: str, engine: Any = None) -> Iterator[bool]:
+    """Let one process at a time use the study, so that it sees the trials of the others.
+
+    Uses a lock file next to a sqlite file, or an advisory lock of PostgreSQL (`engine` is an
+    SQLAlchemy engine); both are released when the process dies. Other databases are not locked and
+    the block gets False: two processes that ask at the same moment may run one trial too many.
+    """
+    path = sqlite_path(url)
+    if path is not None:
+        with file_lock(path.with_name(path.name + ".lock"), timeout=LOCK_SECONDS):
+            yield True
+    elif url.startswith(POSTGRES) and engine is not None:
+        key = int.from_bytes(hashlib.sha256(SCHEMA.encode()).digest()[:7], "big")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
+            try:
+                yield True
+            finally:
+                connection.exec_driver_sql(f"SELECT pg_advisory_unlock({key})")
+                connection.commit()
+    else:
+        yield False

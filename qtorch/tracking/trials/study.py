@@ -24,8 +24,8 @@ from qtorch.tracking.trials.sampler import (
     placeholder_sampler,
     suppress_warnings,
 )
-from qtorch.tracking.trials.storage import open_storage
-from qtorch.tracking.trials.trial import Space, TrialJob, TrialRow, study_lock
+from qtorch.tracking.trials.storage import open_storage, study_lock
+from qtorch.tracking.trials.trial import Space, TrialJob, TrialRow
 
 log = logging.getLogger(__name__)
 

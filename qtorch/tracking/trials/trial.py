@@ -1,17 +1,13 @@
-"""A trial as plain values: one that a process is to run, and one row of a study."""
+"""Trials as plain values, their search space, and where they are stored; imports no Optuna."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from qtorch.core.errors import ConfigError
-from qtorch.core.files import file_lock
 from qtorch.tracking.locations import SQLITE, redact_password, sqlite_path
 
 
@@ -75,7 +71,6 @@ Space = dict[str, Choice | Span]
 POSTGRES = "postgresql"
 SCHEMA = "optuna"
 SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
-LOCK_SECONDS = 120.0
 PRUNED_TAG = "pruned"  # tag of a run that the search's pruner has stopped
 TRIAL_VARIABLE = "QTORCH_TRIAL"  # environment variable: the trial of a job's process, as JSON
 
@@ -103,35 +98,3 @@ def storage_url(storage: str | None, tracking_uri: str) -> str:
         f"the tracking store {redact_password(tracking_uri)} cannot store a study's trials: set "
         "hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."
     )
-
-
-def make_sqlite_folder(url: str) -> None:
-    """Create the folder of a sqlite file if it is missing."""
-    path = sqlite_path(url)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def study_lock(url: str, engine: Any = None) -> Iterator[bool]:
-    """Let one process at a time use the study, so that it sees the trials of the others.
-
-    Uses a lock file next to a sqlite file, or an advisory lock of PostgreSQL (`engine` is an
-    SQLAlchemy engine); both are released when the process dies. Other databases are not locked and
-    the block gets False: two processes that ask at the same moment may run one trial too many.
-    """
-    path = sqlite_path(url)
-    if path is not None:
-        with file_lock(path.with_name(path.name + ".lock"), timeout=LOCK_SECONDS):
-            yield True
-    elif url.startswith(POSTGRES) and engine is not None:
-        key = int.from_bytes(hashlib.sha256(SCHEMA.encode()).digest()[:7], "big")
-        with engine.connect() as connection:
-            connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
-            try:
-                yield True
-            finally:
-                connection.exec_driver_sql(f"SELECT pg_advisory_unlock({key})")
-                connection.commit()
-    else:
-        yield False
