@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.guard import handle_stop_signals
-from qtorch.core.errors import ArgumentError, ConfigError, format_count, unknown_name
+from qtorch.cli.guard import configure_process, handle_stop_signals
+from qtorch.core.errors import ArgumentError, ConfigError, format_count, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.runtime import configure_logging
 from qtorch.data.handler.feature_cache import Entry, FeatureCache
 
 USAGE = """\
@@ -32,13 +30,10 @@ usage: qtorch data import   data=table data.path=bars.parquet out=FOLDER
 
 def main(argv: Sequence[str]) -> int:
     """Run `import`, `describe` or `cache`."""
-    if not argv or any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0 if argv else 2
     actions = {"import": _import, "describe": _describe}
     if argv[0] not in (*actions, "cache"):
-        raise ConfigError(unknown_name("data command", argv[0], (*actions, "cache")))
-    configure_logging()
+        raise ConfigError(unknown_name_message("data command", argv[0], (*actions, "cache")))
+    configure_process()
     if argv[0] == "cache":
         return run_cache(argv[1:])
     settings = compose_settings("bars", argv[1:])
@@ -98,7 +93,7 @@ def run_cache(argv: Sequence[str]) -> int:
     elif words[0] == "remove":
         raise ArgumentError("remove needs a key: qtorch data cache remove KEY (or a prefix of it).")
     else:
-        raise ConfigError(unknown_name("cache command", words[0], ("clear", "remove")))
+        raise ConfigError(unknown_name_message("cache command", words[0], ("clear", "remove")))
     return 0
 
 
@@ -119,19 +114,13 @@ def _select_keys(prefixes: Sequence[str], entries: Sequence[Entry]) -> list[str]
 
 
 def _print_entries(cache: FeatureCache) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from qtorch.cli.tables.console import new_table, print_table, terminal
 
     entries = cache.entries()
     total = sum(e.num_bytes for e in entries)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
     if entries:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("key", "source", "universe", "dates"):
-            table.add_column(name, overflow="fold")
-        for name in ("columns", "size", "last used"):
-            table.add_column(name, justify="right")
+        numbers = ("columns", "size", "last used")
+        table = new_table("key", "source", "universe", "dates", *numbers, numbers=numbers)
         for entry in entries:
             summary = entry.summary
             table.add_row(
@@ -143,8 +132,8 @@ def _print_entries(cache: FeatureCache) -> None:
                 _format_size(entry.num_bytes),
                 _format_age(entry.last_used),
             )
-        console.print(table)
-    console.print(
+        print_table(table)
+    terminal().print(
         f"{format_count(len(entries), 'entry', 'entries')}, {_format_size(total)} of at most "
         f"{_format_size(cache.max_bytes)} in {cache.folder}",
         soft_wrap=True,

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
-from qtorch.core.errors import ConfigError, unknown_name
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 USAGE = """\
 qtorch export: export the network of a finished run for use in other programs
@@ -41,14 +39,9 @@ the dataset's output after its infer processors.
 
 def main(argv: Sequence[str]) -> int:
     """Load the run's model and dataset, export the network and verify the file."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     settings = compose_settings("export", argv)
-    configure_logging()
+    configure_process(tracking_uri=settings["tracking"].get("uri"))
     path = _output_path(settings)
-    if settings["tracking"].get("uri") is not None:
-        init(tracking_uri=settings["tracking"]["uri"])
     from qtorch.study.export import export_model
 
     with handle_stop_signals():
@@ -82,7 +75,7 @@ def _output_path(settings: dict[str, Any]) -> Path:
 
     out, form = settings["out"], settings["format"]
     if form not in SUFFIXES:
-        raise ConfigError(unknown_name("format", str(form), SUFFIXES))
+        raise ConfigError(unknown_name_message("format", str(form), SUFFIXES))
     path = Path(out or settings["run"] + SUFFIXES[form]).expanduser()
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")

@@ -9,13 +9,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qtorch.cli.compose import compose_settings, resolve_segments
-from qtorch.cli.guard import handle_stop_signals
-from qtorch.cli.jobs.results import FINISHED, JobResult
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.runs import load_finished_run
 from qtorch.core.errors import ConfigError
-from qtorch.core.instantiate import plain
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
+from qtorch.core.instantiate import resolve_config
 
 USAGE = """\
 qtorch finetune: fine-tune the model of a finished run in a new run
@@ -54,22 +51,24 @@ DEFAULTS = {"train": "all", "layer_decay": 1.0, "keep_optimizer": False}
 
 def main(argv: Sequence[str]) -> int:
     """Load the run's task, fine-tune its model and print the summary."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     dataset_overrides = [a for a in argv if a.lstrip("+").startswith("dataset.")]
     settings = compose_settings("finetune", [a for a in argv if a not in dataset_overrides])
-    configure_logging(settings["log_level"])
-    if settings["tracking"].get("uri") is not None:
-        init(tracking_uri=settings["tracking"]["uri"])
+    configure_process(settings["log_level"], settings["tracking"].get("uri"))
     start = time.perf_counter()
     with handle_stop_signals():
         recorder = _train(settings, [a.lstrip("+") for a in dataset_overrides])
-    from qtorch.cli.tables import print_summary
+    from qtorch.cli.tables.jobs import print_summary
+    from qtorch.study.sweep import JobResult
 
-    result = JobResult(0, list(argv), FINISHED, time.perf_counter() - start)
-    result.run_id, result.metrics = recorder.id, recorder.list_metrics()
-    result.experiment = getattr(recorder, "experiment_name", None)
+    result = JobResult(
+        0,
+        list(argv),
+        recorder.status,
+        time.perf_counter() - start,
+        recorder.id,
+        getattr(recorder, "experiment_name", None),
+        recorder.list_metrics(),
+    )
     print_summary(result, recorder)
     return 0
 
@@ -102,7 +101,7 @@ def override_dataset(dataset: dict[str, Any], changes: Sequence[str]) -> dict[st
     """
     try:
         config = OmegaConf.merge({"dataset": dataset}, OmegaConf.from_dotlist(list(changes)))
-        result: dict[str, Any] = plain(config)["dataset"]
+        result: dict[str, Any] = resolve_config(config)["dataset"]
     except Exception as error:
         raise ConfigError(f"{' '.join(changes)}: {str(error).splitlines()[0]}") from error
     return result

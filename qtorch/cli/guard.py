@@ -1,20 +1,24 @@
-"""Error handling of the commands: one-line messages, exit codes, Ctrl-C."""
+"""The process of a command: its log and store, one-line errors, exit codes, stop signals."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from qtorch.core.errors import QtorchError
+from qtorch.core.runtime import configure_logging
+from qtorch.core.session import init
 from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
@@ -26,6 +30,19 @@ _POINTER = re.compile(r"[.:]?\n {4}(?P<line>[^\n]+)\n {4}(?P<before> *)(?P<caret
 def is_debug_enabled() -> bool:
     """Whether errors show their traceback (`--debug` or QTORCH_DEBUG=1)."""
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def configure_process(log_level: int | str = logging.INFO, tracking_uri: str | None = None) -> None:
+    """Set the log's level and the tracking store (None: the default one) of this process.
+
+    Messages of libraries that carry no news, or that repeat an exception, are silenced.
+    """
+    configure_logging(log_level)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # caused by Lightning's use of torch
+    if not is_debug_enabled():
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
+    if tracking_uri is not None:
+        init(tracking_uri=tracking_uri)
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qtorch
-from qtorch.core.errors import unknown_name
+from qtorch.core.errors import unknown_name_message
 
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
@@ -31,10 +31,13 @@ COMMANDS = {
     "tracking": ("qtorch.cli.tracking", "send: deliver data that a server has not received"),
 }
 
+# Without arguments these commands show their help.
+ACTION_COMMANDS = ("sweep", "worker", "tasks", "data", "tracking")
 # torchrun and srun start these commands on every rank: rank 0 runs the command, the other ranks
 # only take part in its trainings.
 RANK_COMMANDS = ("train", "finetune")
 
+HELP_OPTIONS = ("-h", "--help")
 HELP = """\
 qtorch: deep learning for stock research on PyTorch Lightning, Hydra and MLflow
 
@@ -57,7 +60,7 @@ examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in (*HELP_OPTIONS, "help"):
         listing = "\n".join(
             f"  {name:<10} {description}" for name, (_, description) in COMMANDS.items()
         )
@@ -68,17 +71,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *command_arguments = arguments
     if name not in COMMANDS:
-        print(f"error: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
+        print(f"error: {unknown_name_message('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     from qtorch.cli.guard import run_command
 
     def command(argv: Sequence[str]) -> int:
-        code: int = importlib.import_module(COMMANDS[name][0]).main(argv)
-        return code
+        return _dispatch(name, argv)
 
     if name in RANK_COMMANDS:
         return _run_on_rank_zero(lambda: run_command(command, command_arguments))
     return run_command(command, command_arguments)
+
+
+def _dispatch(name: str, argv: Sequence[str]) -> int:
+    """Import the command's module and run it, or show its help."""
+    module = importlib.import_module(COMMANDS[name][0])
+    usage = getattr(module, "USAGE", None)  # None for `train`, whose help comes from Hydra
+    asks_for_help = any(a in HELP_OPTIONS for a in argv)
+    if usage is not None and (asks_for_help or (not argv and name in ACTION_COMMANDS)):
+        print(usage)
+        return 0 if argv else 2
+    code: int = module.main(argv)
+    return code
 
 
 def _run_on_rank_zero(work: Callable[[], int]) -> int:

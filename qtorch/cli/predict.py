@@ -8,11 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
 from qtorch.core.errors import ConfigError, DataError, format_count
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
 from qtorch.record.signal import as_frame
 
 USAGE = """\
@@ -29,15 +27,10 @@ usage: qtorch predict run=RUN_ID [segment=test] out=scores.parquet [tracking.uri
 
 def main(argv: Sequence[str]) -> int:
     """Load the run's model and dataset, predict and write the scores."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     settings = compose_settings("predict", argv)
-    configure_logging()
+    configure_process(tracking_uri=settings["tracking"].get("uri"))
     path = Path(settings["out"]).expanduser()
     write = _writer(path)
-    if settings["tracking"].get("uri") is not None:
-        init(tracking_uri=settings["tracking"]["uri"])
     with handle_stop_signals():
         recorder = load_finished_run(settings["run"])
         model, dataset = load_model_and_dataset(recorder, settings.get("data"))

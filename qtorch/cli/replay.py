@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import parse_options, require_option
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
 
 if TYPE_CHECKING:
     from qtorch.study.replay import Replay
@@ -35,14 +32,9 @@ SIGN = {True: "[green]equal[/green]", False: "[red]different[/red]", None: "[dim
 
 def main(argv: Sequence[str]) -> int:
     """Repeat the run and print the comparison; return 0 if every number is equal."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     options = parse_options(argv, PARSERS, "replay")
     run_id = require_option(options, "run", "replay")
-    configure_logging(options.get("log_level") or "INFO")
-    if options.get("tracking.uri") is not None:
-        init(tracking_uri=options["tracking.uri"])
+    configure_process(options.get("log_level") or "INFO", options.get("tracking.uri"))
     from qtorch.study.replay import replay_run
 
     with handle_stop_signals():
@@ -52,33 +44,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_result(result: Replay) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from qtorch.cli.tables.console import new_table, print_table, terminal
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("result", "", "details"):
-        table.add_column(name)
+    console = terminal()
+    table = new_table("result", "", "details")
     for check in result.checks:
         table.add_row(check.name, SIGN[check.equal], check.detail)
-    console.print(table)
+    print_table(table)
     if result.differences:
-        difference_table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("difference", "original run", "this run"):
-            difference_table.add_column(name, overflow="fold")
+        table = new_table("difference", "original run", "this run")
         for difference in result.differences:
-            difference_table.add_row(
+            table.add_row(
                 difference.name, difference.original or "missing", difference.current or "missing"
             )
-        console.print(difference_table)
+        print_table(table)
+    elif not result.equal and result.unknown:
+        console.print("everything that was recorded about the original run is the same.")
     elif not result.equal:
-        same = "data, code, versions, threads and device are the same as in the original run."
-        console.print(
-            "everything that was recorded about the original run is the same."
-            if result.unknown
-            else same
-        )
+        same = "data, code, versions, threads and device"
+        console.print(f"{same} are the same as in the original run.")
     for note in result.unknown:
         console.print(f"note: {note}")
     verdict = "results are equal" if result.equal else "results differ"

@@ -9,10 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
-from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.core.errors import ConfigError
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
 
 USAGE = """\
 qtorch report: HTML page of one run or several, readable without network or server
@@ -34,15 +32,10 @@ COMPARISON = "comparison"
 
 def main(argv: Sequence[str]) -> int:
     """Load the runs and write the page."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     settings = compose_settings("report", argv)
-    configure_logging()
+    configure_process(tracking_uri=settings["tracking"].get("uri"))
     ids = _run_ids(settings["runs"])
     out = _output_folder(settings["out"])
-    if settings["tracking"].get("uri") is not None:
-        init(tracking_uri=settings["tracking"]["uri"])
     from qtorch.tracking.manager import R
 
     with handle_stop_signals():

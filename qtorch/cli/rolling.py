@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtorch.cli.compose import compose_settings
-from qtorch.cli.guard import handle_stop_signals
-from qtorch.core.errors import ConfigError, format_count, unknown_name
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
+from qtorch.cli.compose import LOCAL, check_runner, compose_settings, resolve_segments
+from qtorch.cli.guard import configure_process, handle_stop_signals
+from qtorch.cli.tables.tasks import model_name
+from qtorch.core.errors import format_count
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult
@@ -36,20 +34,13 @@ usage: qtorch rolling [GROUP=OPTION ...] [KEY=VALUE ...] [--config-dir DIR]
 The groups (data, handler, dataset, model, trainer, record, ...) are those of `qtorch train`. The
 windows move through the test segment of `segments`.
 """
-LOCAL, POOL = "local", "rm"
-FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 
 
 def main(argv: Sequence[str]) -> int:
     """Compose the task, run the rolling study and print the results."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
     settings = compose_settings("rolling", argv)
-    configure_logging(settings["log_level"])
-    uri = (settings["tracking"] or {}).get("uri")
-    if uri is not None:
-        init(tracking_uri=uri)
+    check_runner(settings["runner"])
+    configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
     start = time.perf_counter()
     with handle_stop_signals():
         result = _run_study(settings)
@@ -58,7 +49,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run_study(settings: dict[str, Any]) -> RollingResult:
-    from qtorch.cli.compose import resolve_segments
     from qtorch.study.rolling import rolling_study
 
     trainer = _create_trainer(settings)
@@ -72,57 +62,35 @@ def _run_study(settings: dict[str, Any]) -> RollingResult:
         warm_start=settings["warm_start"],
         cache=settings["cache"],
         experiment_name=settings["experiment_name"],
-        recorder_name=settings["run_name"] or f"rolling {_network_name(settings)}",
+        recorder_name=settings["run_name"] or f"rolling {model_name(settings['task'])}",
     )
 
 
 def _create_trainer(settings: dict[str, Any]) -> Trainer:
     """Create the trainer of the windows: in this process, or through a task pool."""
-    name, window = settings["experiment_name"], f"{_network_name(settings)} window"
+    name, window = settings["experiment_name"], f"{model_name(settings['task'])} window"
     if settings["runner"] == LOCAL:
         from qtorch.trainer import TrainerR
 
         return TrainerR(name, default_rec_name=window)
-    if settings["runner"] == POOL:
-        from qtorch.trainer import TrainerRM
+    from qtorch.trainer import TrainerRM
 
-        return TrainerRM(
-            name,
-            settings["pool"],
-            skip_run_task=bool(settings["wait_only"]),
-            default_rec_name=window,
-            url=settings["url"],
-        )
-    raise ConfigError(unknown_name("runner", str(settings["runner"]), (LOCAL, POOL)))
-
-
-def _network_name(settings: dict[str, Any]) -> str:
-    """Return the name of the network, which is used to name the runs."""
-    model = settings["task"]["model"]
-    network = model.get("network", model) if isinstance(model, dict) else model
-    name = network.get("_target_", "model") if isinstance(network, dict) else network
-    return str(name).rpartition(".")[2]
+    return TrainerRM(
+        name,
+        settings["pool"],
+        skip_run_task=bool(settings["wait_only"]),
+        default_rec_name=window,
+        url=settings["url"],
+    )
 
 
 def _print_result(result: RollingResult, seconds: float) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from qtorch.cli.tables import format_number, mlflow_command
+    from qtorch.cli.tables.console import format_number, new_table, print_table, terminal
+    from qtorch.cli.tables.jobs import FIGURES, mlflow_command
     from qtorch.task.rolling import task_segments
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{format_count(len(result.windows), 'window')}, {seconds:.1f} s",
-        title_justify="left",
-    )
-    for name in ("window", "train", "test", "run"):
-        table.add_column(name, overflow="fold")
-    for name in FIGURES:
-        table.add_column(name, justify="right")
+    title = f"{format_count(len(result.windows), 'window')}, {seconds:.1f} s"
+    table = new_table("window", "train", "test", "run", *FIGURES, title=title, numbers=FIGURES)
     rows = zip(result.tasks, result.windows, result.window_metrics, strict=True)
     for k, (task, recorder, metrics) in enumerate(rows):
         segments = task_segments(task)
@@ -133,5 +101,5 @@ def _print_result(result: RollingResult, seconds: float) -> None:
     table.add_section()
     overall_figures = [format_number(metrics.get(f)) for f in FIGURES]
     table.add_row("all", "", "stitched signal", str(result.recorder.id), *overall_figures)
-    console.print(table)
-    console.print(f"[dim]view the runs:[/dim] {mlflow_command()}", soft_wrap=True)
+    print_table(table)
+    terminal().print(f"[dim]view the runs:[/dim] {mlflow_command()}", soft_wrap=True)

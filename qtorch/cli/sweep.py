@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_known_options
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name
+from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
+from qtorch.core.session import init
 
 USAGE = """\
 qtorch sweep: manage the sweeps of `qtorch train -m`
@@ -42,12 +44,9 @@ ACTION_OPTIONS = {"list": (), "show": (), "best": ("metric", "mode"), "resume": 
 
 def main(argv: Sequence[str]) -> int:
     """Run the action that the first word names."""
-    if not argv or any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0 if argv else 2
     action, *words = argv
     if action not in ACTION_OPTIONS:
-        raise ArgumentError(unknown_name("action of qtorch sweep", action, ACTION_OPTIONS))
+        raise ArgumentError(unknown_name_message("action of qtorch sweep", action, ACTION_OPTIONS))
     options, names = parse_known_options(words, PARSERS)
     allowed_options = (*ACTION_OPTIONS[action], "tracking.uri")
     unknown_options = [w.partition("=")[0] for w in names if "=" in w] + [
@@ -55,19 +54,16 @@ def main(argv: Sequence[str]) -> int:
     ]
     if unknown_options:
         raise ConfigError(
-            unknown_name(f"option of qtorch sweep {action}", unknown_options[0], allowed_options)
+            unknown_name_message(
+                f"option of qtorch sweep {action}", unknown_options[0], allowed_options
+            )
         )
     if len(names) != (action != "list"):
         expectation = "takes no name" if action == "list" else "takes the name of one sweep"
         raise ArgumentError(
             f"qtorch sweep {action} {expectation}; got {' '.join(names) or 'none'}."
         )
-    from qtorch.cli.jobs.work import silence_libraries
-    from qtorch.core.session import init
-
-    silence_libraries()
-    if options.get("tracking.uri"):
-        init(tracking_uri=options["tracking.uri"])
+    configure_process(tracking_uri=options.get("tracking.uri"))
     if action == "list":
         return _list()
     if not options.get("tracking.uri"):
@@ -78,7 +74,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _select_store(name: str) -> None:
     """Use the store in which the sweep was started if this folder's store does not have it."""
-    from qtorch.core.session import init
     from qtorch.study.sweep import SWEEP_TAG, find_sweep_uri, list_sweeps
 
     has_store = _has_store()
@@ -104,10 +99,8 @@ def _has_store() -> bool:
 
 
 def _list() -> int:
-    from rich import box
-    from rich.table import Table
-
-    from qtorch.cli.tables import STATUS_STYLE, counts_text, terminal
+    from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
+    from qtorch.cli.tables.jobs import job_counts_text
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
     from qtorch.tracking.store_types import format_local_time
 
@@ -115,26 +108,23 @@ def _list() -> int:
     if not sweeps:
         terminal().print("no sweeps yet; start one with: qtorch train -m model=lstm,gru seed=0,1,2")
         return 0
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("sweep", "status", "jobs", "started", "command", "run"):
-        table.add_column(name, overflow="fold")
+    table = new_table("sweep", "status", "jobs", "started", "command", "run")
     for row in sweeps:
         jobs = sweep_jobs(row.id)
-        style = STATUS_STYLE.get(row.status, "")
         table.add_row(
             row.tags[SWEEP_TAG],
-            f"[{style}]{row.status}[/{style}]" if style else row.status,
-            counts_text(jobs, get_job_count(row)) if jobs else "none",
+            format_status(row.status),
+            job_counts_text(jobs, get_job_count(row)) if jobs else "none",
             (format_local_time(row.start_time) or "")[:16],
             row.tags.get(COMMAND_TAG, ""),
             row.id,
         )
-    terminal().print(table)
+    print_table(table)
     return 0
 
 
 def _show(name: str, options: dict[str, Any]) -> int:
-    from qtorch.cli.tables import print_sweep
+    from qtorch.cli.tables.jobs import print_sweep
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, find_sweep, get_job_count, sweep_jobs
 
     row = find_sweep(name)
@@ -146,7 +136,7 @@ def _show(name: str, options: dict[str, Any]) -> int:
 
 
 def _best(name: str, options: dict[str, Any]) -> int:
-    from qtorch.cli.tables import print_best
+    from qtorch.cli.tables.jobs import print_best
     from qtorch.study.sweep import find_sweep, seed_groups, sweep_jobs
 
     jobs = sweep_jobs(find_sweep(name).id)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli import task_tables as task_table
-from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import (
     parse_bool,
     parse_count,
@@ -18,66 +17,12 @@ from qtorch.cli.options import (
     parse_seconds,
     require_option,
 )
-from qtorch.cli.task_tables import counts_text, model_name
-from qtorch.core.errors import ConfigError, format_count, unknown_name
-from qtorch.core.runtime import configure_logging
+from qtorch.cli.tables import tasks as task_tables
+from qtorch.cli.tables.tasks import model_name, task_counts_text
+from qtorch.core.errors import ConfigError, format_count, unknown_name_message
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
 from qtorch.task.stores.base import STATUSES
-
-TASK_COLUMNS = ("id", "_id", "status", "model")
-
-
-def select_tasks(manager: TaskManager, words: Sequence[str]) -> list[Task]:
-    """Return the tasks that match a query, oldest first, with results as they are stored."""
-    query, models = _parse_query(words)
-    tasks = manager.query(query, decode=False)
-    return [t for t in tasks if not models or model_name(t["def"]).lower() in models]
-
-
-def store_query(words: Sequence[str]) -> dict[str, Any] | None:
-    """Translate the words to a store query; None if the store cannot evaluate it (model=...)."""
-    query, models = _parse_query(words)
-    return None if models else query
-
-
-def _parse_query(words: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """Return the store's query, and the requested models in lower case."""
-    query: dict[str, Any] = {}
-    models: set[str] = set()
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"invalid query {word!r}; expected KEY=VALUE such as status=failed, "
-                "id=3,5, model=lstm or seed=3."
-            )
-        if key == "model":
-            models |= {m.strip().lower() for m in text.split(",")}
-        elif key in TASK_COLUMNS:
-            values = [v.strip() for v in text.split(",")]
-            query["_id" if key in ("id", "_id") else key] = {"$in": values}
-        else:
-            query[key] = {"$in": _possible_values(text)}
-    return query, models
-
-
-def _possible_values(text: str) -> list[Any]:
-    """Return the possible values of a text: itself, its JSON value, and those of a list `a,b`."""
-    possible_values: list[Any] = []
-    for part in [text, *(text.split(",") if text[:1] not in ("[", "{", '"') else [])]:
-        for value in (part, _parse_json(part)):
-            if not any(type(value) is type(m) and value == m for m in possible_values):
-                possible_values.append(value)
-    return possible_values
-
-
-def _parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
 
 USAGE = """\
 qtorch tasks: inspect and repair a task pool
@@ -106,18 +51,16 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "all": parse_bool,
     "limit": parse_count,
 }
+TASK_COLUMNS = ("id", "_id", "status", "model")  # keys of a query; others are of the definition
 CHUNK_SIZE = 500  # IDs per query: stores limit the length of a statement
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one action; `wait` returns 1 if a task failed."""
-    if not argv or any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0 if argv else 2
-    configure_logging("WARNING")
+    configure_process("WARNING")
     name, *words = argv
     if name not in ACTIONS:
-        raise ConfigError(unknown_name("action of qtorch tasks", name, ACTIONS))
+        raise ConfigError(unknown_name_message("action of qtorch tasks", name, ACTIONS))
     options, query_words = parse_known_options(words, PARSERS)
     if name == "show" and query_words and "=" not in query_words[0]:
         query_words[0] = f"id={query_words[0]}"
@@ -131,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _list(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -> int:
     tasks = select_tasks(manager, words)
-    task_table.print_tasks(tasks, options.get("limit"))
+    task_tables.print_tasks(tasks, options.get("limit"))
     return 0
 
 
@@ -142,7 +85,7 @@ def _stat(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     else:
         tasks = select_tasks(manager, words)
         stat = {s: n for s in STATUSES if (n := sum(t["status"] == s for t in tasks))}
-    print(counts_text(stat) or "no tasks")
+    print(task_counts_text(stat) or "no tasks")
     return 0
 
 
@@ -151,7 +94,7 @@ def _show(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     if not words or not tasks:
         raise ConfigError("qtorch tasks show needs a task ID: qtorch tasks show 12 pool=...")
     for task in tasks:
-        task_table.print_task(task)
+        task_tables.print_task(task)
     return 0
 
 
@@ -159,10 +102,10 @@ def _wait(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     query = store_query(words)
     if query is None:
         query = _ids_query(select_tasks(manager, words))
-    with handle_stop_signals(), task_table.show_progress(manager.task_pool) as on_progress:
+    with handle_stop_signals(), task_tables.show_progress(manager.task_pool) as on_progress:
         start = time.monotonic()
         stat = manager.wait(query, timeout=options.get("timeout"), on_progress=on_progress)
-    print(f"{counts_text(stat) or 'no tasks'} after {time.monotonic() - start:.1f} s")
+    print(f"{task_counts_text(stat) or 'no tasks'} after {time.monotonic() - start:.1f} s")
     for task in stat.failed_tasks:
         print(f"error: task {task['_id']}: {task['error']}", file=sys.stderr)
     return int(bool(stat.failed_tasks))
@@ -229,7 +172,7 @@ def _export(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
         return 0
     path = Path(out).expanduser()
     if path.suffix == ".csv":
-        path.write_text(task_table.csv_text(tasks))
+        path.write_text(task_tables.csv_text(tasks))
     else:
         path.write_text(json.dumps(tasks, indent=1))
     print(format_count(len(tasks), "task"), f"saved to {path}")
@@ -242,6 +185,60 @@ def _chunks(tasks: Sequence[Task]) -> list[dict[str, Any]]:
 
 def _ids_query(tasks: Sequence[Task]) -> dict[str, Any]:
     return {"_id": {"$in": [t["_id"] for t in tasks]}}
+
+
+# -- queries ---------------------------------------------------------------------------------------
+
+
+def select_tasks(manager: TaskManager, words: Sequence[str]) -> list[Task]:
+    """Return the tasks that match a query, oldest first, with results as they are stored."""
+    query, models = _parse_query(words)
+    tasks = manager.query(query, decode=False)
+    return [t for t in tasks if not models or model_name(t["def"]).lower() in models]
+
+
+def store_query(words: Sequence[str]) -> dict[str, Any] | None:
+    """Translate the words to a store query; None if the store cannot evaluate it (model=...)."""
+    query, models = _parse_query(words)
+    return None if models else query
+
+
+def _parse_query(words: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Return the store's query, and the requested models in lower case."""
+    query: dict[str, Any] = {}
+    models: set[str] = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"invalid query {word!r}; expected KEY=VALUE such as status=failed, "
+                "id=3,5, model=lstm or seed=3."
+            )
+        if key == "model":
+            models |= {m.strip().lower() for m in text.split(",")}
+        elif key in TASK_COLUMNS:
+            values = [v.strip() for v in text.split(",")]
+            query["_id" if key in ("id", "_id") else key] = {"$in": values}
+        else:
+            query[key] = {"$in": _possible_values(text)}
+    return query, models
+
+
+def _possible_values(text: str) -> list[Any]:
+    """Return the possible values of a text: itself, its JSON value, and those of a list `a,b`."""
+    possible_values: list[Any] = []
+    for part in [text, *(text.split(",") if text[:1] not in ("[", "{", '"') else [])]:
+        for value in (part, _parse_json(part)):
+            if not any(type(value) is type(m) and value == m for m in possible_values):
+                possible_values.append(value)
+    return possible_values
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 ACTIONS: dict[str, Callable[[TaskManager, Sequence[str], dict[str, Any]], int]] = {

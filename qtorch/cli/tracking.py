@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qtorch.core.errors import ConfigError, unknown_name
+from qtorch.cli.options import parse_options
+from qtorch.core.errors import ConfigError, unknown_name_message
 
 USAGE = """\
 qtorch tracking: deliver data that was stored on disk while the tracking store was unreachable
@@ -17,17 +18,14 @@ usage: qtorch tracking send [run=RUN_ID] [folder=FOLDER] [tracking.uri=URI]
   tracking.uri  destination; default: the original store (required if its URI has a password)
 """
 ACTIONS = ("send",)
-OPTIONS = ("run", "folder", "tracking.uri")
+PARSERS = {"run": str, "folder": str, "tracking.uri": str}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `send`; return 0 if everything was delivered or nothing was pending, otherwise 1."""
-    if not argv or any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0 if argv else 2
     if argv[0] not in ACTIONS:
-        raise ConfigError(unknown_name("tracking command", argv[0], ACTIONS))
-    options = dict(_parse_option(word) for word in argv[1:])
+        raise ConfigError(unknown_name_message("tracking command", argv[0], ACTIONS))
+    options = parse_options(argv[1:], PARSERS, "tracking send")
 
     from qtorch.tracking.delivery import send_outbox
 
@@ -48,10 +46,3 @@ def main(argv: Sequence[str]) -> int:
             has_failed = True
             print(f"error: run {report.run_id}: {' '.join(problem.split())}", file=sys.stderr)
     return int(has_failed)
-
-
-def _parse_option(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals or name not in OPTIONS:
-        raise ConfigError(unknown_name("option of tracking send", name, OPTIONS))
-    return name, value

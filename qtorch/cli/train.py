@@ -15,8 +15,19 @@ from omegaconf import DictConfig
 
 from qtorch.cli.compose import ROOT_CONFIG, config_path, translate_hydra_errors
 from qtorch.cli.guard import INTERRUPTED, handle_stop_signals
-from qtorch.cli.jobs.results import KILLED, SweepStartError, clear_results, job_results
+from qtorch.cli.jobs.job import run_job
+from qtorch.cli.jobs.results import KILLED, command_results
+from qtorch.cli.jobs.sweep_command import (
+    SweepCommand,
+    SweepStartError,
+    close_sweep,
+    current_sweep,
+)
 from qtorch.cli.launchers.plugins import register_plugins
+from qtorch.cli.launchers.slurm import requeue_slurm_job
+from qtorch.cli.tables.console import print_table
+from qtorch.cli.tables.jobs import jobs_table
+from qtorch.core.errors import format_count
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 # Our launcher configs have the names of Hydra's plugins, and Hydra warns that it validates them
@@ -28,7 +39,7 @@ HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
 def main(argv: Sequence[str]) -> int:
     """Run the jobs; return 0 if every job finished, 130 after Ctrl-C, otherwise 1."""
-    clear_results()
+    command_results.clear()
     is_multirun = any(a in ("-m", "--multirun") for a in argv)
     register_plugins()
     try:
@@ -37,10 +48,7 @@ def main(argv: Sequence[str]) -> int:
             return outcome
         return _report_results(is_multirun, outcome)
     finally:
-        if "qtorch.cli.jobs.sweep_command" in sys.modules:
-            from qtorch.cli.jobs.sweep_command import close_sweep
-
-            close_sweep()
+        close_sweep()
 
 
 def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
@@ -52,7 +60,7 @@ def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
     try:
         return _run_hydra(argv)
     except Exception as error:
-        if not _has_sweep_started():
+        if _get_started_sweep() is None:
             raise
         return error  # the launcher failed: the results of its jobs are printed nevertheless
 
@@ -66,7 +74,7 @@ def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
         except KeyboardInterrupt as stop:
             return stop
         except SystemExit as end:
-            if _has_sweep_started():
+            if _get_started_sweep() is not None:
                 return end  # a stop signal from a scheduler
             return end.code if isinstance(end.code, int) else 0  # --help or an invalid option
         except SweepStartError as refusal:
@@ -78,13 +86,9 @@ def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
     return None
 
 
-def _has_sweep_started() -> bool:
-    if "qtorch.cli.jobs.sweep_command" not in sys.modules:
-        return False
-    from qtorch.cli.jobs.sweep_command import current_sweep
-
+def _get_started_sweep() -> SweepCommand | None:
     sweep = current_sweep()
-    return sweep is not None and sweep.recorder is not None
+    return None if sweep is None or sweep.recorder is None else sweep
 
 
 def _report_results(is_multirun: bool, interruption: BaseException | None) -> int:
@@ -92,23 +96,22 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
 
     `interruption` is the exception that kept jobs from running to their end.
     """
-    jobs = job_results()
+    jobs = command_results.all()
     if any(j.pool_task for j in jobs) and interruption is None:
-        from qtorch.cli.jobs.job import wait_for_pool_jobs
+        from qtorch.cli.jobs.pool_jobs import wait_for_pool_jobs
 
         with handle_stop_signals():
             wait_for_pool_jobs(jobs)
     if is_multirun:
-        from qtorch.cli.jobs.sweep_command import finish_sweep
-
-        return finish_sweep(jobs, interruption)
+        sweep = _get_started_sweep()
+        if sweep is not None:
+            return sweep.finish(jobs, interruption)
+        if interruption is not None:
+            raise interruption
+        return 1
     if any(j.pool_task for j in jobs):
-        from qtorch.cli.tables import print_jobs
-
-        print_jobs(jobs)
+        print_table(jobs_table(format_count(len(jobs), "job"), jobs))
     if interruption is not None:
-        from qtorch.cli.launchers.slurm import requeue_slurm_job
-
         requeue_text = requeue_slurm_job()
         if requeue_text is not None:
             # Drop the hint on resuming by hand.
@@ -123,9 +126,7 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
 
 
 def _run_job(config: DictConfig) -> None:
-    """Run one job; imported late because composing, --cfg and --help need no torch."""
-    from qtorch.cli.jobs.job import run_job
-
+    """Run one job. Stands here because launcher workers import this module, with its filter."""
     run_job(config)
 
 

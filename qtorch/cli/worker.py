@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds, require_option
-from qtorch.cli.task_tables import counts_text, total_counts
+from qtorch.cli.tables.tasks import task_counts_text, total_counts
 from qtorch.core.errors import ConfigError
-from qtorch.core.runtime import configure_logging
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.worker import Show, Supervisor, WorkerOptions
@@ -69,21 +69,18 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the worker; return 0 when it is done, 128 + the signal that stopped it, otherwise 1."""
-    if not argv or any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0 if argv else 2
     arguments = parse_options(argv, PARSERS, "qtorch worker")
     options = worker_options(arguments)
     devices = device_names(arguments.get("devices"))
     devices = [d for d in devices for _ in range(arguments.get("per_device") or 1)]
     manager = TaskManager(options.pool, options.url, patience=10.0)
-    pool_counts = counts_text(manager.task_stat()) or "no tasks yet"  # a wrong URL fails here
+    pool_counts = task_counts_text(manager.task_stat()) or "no tasks yet"  # a wrong URL fails here
     manager.close()
     level = arguments.get("log_level") or "INFO"
     show_table = arguments.get("table")
     show_table = sys.stdout.isatty() if show_table is None else show_table
     logs = _log_folder(arguments.get("logs"), options.pool if show_table else None)
-    configure_logging(logging.WARNING if show_table else level)
+    configure_process(logging.WARNING if show_table else level)
     os.environ["QTORCH_WORKER_LOG"] = level
     logs_text = f", training output in {logs}" if logs else ""
     print(f"worker {os.getpid()} on {', '.join(devices)}{logs_text}")
@@ -148,7 +145,7 @@ def _live_table(pool: str, show_table: bool) -> Iterator[Show | None]:
         return
     from rich.live import Live
 
-    from qtorch.cli.task_tables import worker_table
+    from qtorch.cli.tables.tasks import worker_table
 
     with Live(worker_table(pool, []), auto_refresh=False) as live:
         yield lambda slots: live.update(worker_table(pool, slots), refresh=True)

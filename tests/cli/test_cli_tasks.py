@@ -11,10 +11,10 @@ import time
 import pytest
 from rich.console import Console
 
-from qtorch.cli.jobs.job import _pool_options
+from qtorch.cli.jobs.pool_jobs import pool_options
 from qtorch.cli.main import main
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds
-from qtorch.cli.task_tables import format_duration, model_name, worker_table
+from qtorch.cli.tables.tasks import format_duration, model_name, worker_table
 from qtorch.core.errors import ConfigError
 from qtorch.task import TaskManager
 from qtorch.task.worker import SlotStatus
@@ -199,9 +199,9 @@ def test_options():
 def test_pool_options_hide_passwords(monkeypatch):
     """Text for other terminals contains no password, and no URL that all of them have in common."""
     url = "postgresql+psycopg://me:secret@db/pool"
-    assert _pool_options("zoo", url) == "pool=zoo url=postgresql+psycopg://me:***@db/pool"
+    assert pool_options("zoo", url) == "pool=zoo url=postgresql+psycopg://me:***@db/pool"
     monkeypatch.setenv("QTORCH_TASK_URL", url)
-    assert _pool_options("zoo", url) == "pool=zoo"
+    assert pool_options("zoo", url) == "pool=zoo"
 
 
 def test_durations_and_model_names():

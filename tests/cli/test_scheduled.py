@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from qtorch.cli.launchers import slurm
-from qtorch.cli.launchers import slurm as submitted
 from qtorch.cli.launchers.slurm import requeue_slurm_job
 from qtorch.process.stops import stop_state
 
@@ -120,7 +119,7 @@ def test_pending_and_running_jobs_have_not_ended(state):
 def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_requeued, has_exited):
     requeue_signals: list[int] = []
     scontrol(answer)
-    monkeypatch.setenv(submitted.EXECUTOR_VARIABLE, submitted.SLURM)
+    monkeypatch.setenv(slurm.EXECUTOR_VARIABLE, slurm.SLURM)
     previous_handlers = {
         n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     }
@@ -136,9 +135,9 @@ def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_req
     try:
         if has_exited:  # and leaves no result, which would complete the job
             with pytest.raises(SystemExit):
-                submitted.run_submitit_job(work)
+                slurm.run_submitit_job(work)
         else:
-            submitted.run_submitit_job(work)
+            slurm.run_submitit_job(work)
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in previous_handlers.items():
@@ -147,9 +146,9 @@ def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_req
 
 
 def test_submitit_signal_can_be_set_by_the_user(monkeypatch):
-    monkeypatch.delenv(submitted.SIGNAL_VARIABLE, raising=False)
-    submitted.set_submitit_signal()
-    assert os.environ[submitted.SIGNAL_VARIABLE] == "USR1"
-    monkeypatch.setenv(submitted.SIGNAL_VARIABLE, "USR2")
-    submitted.set_submitit_signal()
-    assert os.environ[submitted.SIGNAL_VARIABLE] == "USR2"  # set by the user
+    monkeypatch.delenv(slurm.SIGNAL_VARIABLE, raising=False)
+    slurm.set_submitit_signal()
+    assert os.environ[slurm.SIGNAL_VARIABLE] == "USR1"
+    monkeypatch.setenv(slurm.SIGNAL_VARIABLE, "USR2")
+    slurm.set_submitit_signal()
+    assert os.environ[slurm.SIGNAL_VARIABLE] == "USR2"  # set by the user

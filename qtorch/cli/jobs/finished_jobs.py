@@ -16,13 +16,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.compose import Calendars, resolve_segments
-from qtorch.cli.jobs.results import FINISHED, JobResult
-from qtorch.cli.jobs.sweep_command import LOCAL, current_sweep, task_overrides
+from qtorch.cli.compose import LOCAL, Calendars, resolve_segments
+from qtorch.cli.jobs.results import FINISHED, command_results
+from qtorch.cli.jobs.sweep_command import current_sweep, task_overrides
 from qtorch.cli.jobs.work import apply_outcome, print_failure, print_skipped_job, sweep_member
 from qtorch.core.errors import QtorchError
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.runtime import progress
+from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import find_finished_job, has_finished_jobs
 
 Jobs = Mapping[int, Sequence[str]]
@@ -69,12 +70,16 @@ def _skip_job(
     if outcome is None:
         return None
     run = outcome.recorder
-    result = JobResult(number, task_words, FINISHED, 0.0, str(run.id), metrics=run.list_metrics())
-    result.experiment = getattr(run, "experiment_name", None)
+    result = JobResult(
+        number,
+        task_words,
+        FINISHED,
+        run_id=str(run.id),
+        experiment=getattr(run, "experiment_name", None),
+        metrics=run.list_metrics(),
+    )
     apply_outcome(result, outcome)
-    folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir))
-    folder.mkdir(parents=True, exist_ok=True)
-    result.store(folder)
+    command_results.store(result, Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)))
     if result.error is None:
         print_skipped_job(result)
     else:

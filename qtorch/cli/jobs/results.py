@@ -1,12 +1,17 @@
-"""Store and collect the results of a command's jobs, wherever a launcher ran them."""
+"""Store and collect the results of a command's jobs, wherever a launcher ran them.
+
+Hydra discards the return values of a sweep's jobs, and a launcher's workers share no memory with
+the command. So each job writes its result to its folder, and the command reads them there.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from qtorch.study.sweep import JobResult
 
 log = logging.getLogger(__name__)
 
@@ -15,84 +20,76 @@ FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # the statuses of MLf
 RUNNING = "RUNNING"  # another process runs the job
 SENT = "SENT"  # submitted to a task pool
 
-_results: list[JobResult] = []
-_sweep_folder: Path | None = None
+
+class CommandResults:
+    """The results of this command's jobs: those of this process, or those in a sweep's folder."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the results of an earlier command in this process."""
+        self._own_results: list[JobResult] = []
+        self._folder: Path | None = None
+        self._stale_files: dict[Path, int] = {}
+
+    def watch_folder(self, folder: Path) -> None:
+        """Collect the results from a sweep's folder, which jobs in other processes write to.
+
+        Files of an earlier command with the same `hydra.sweep.dir` do not count until a job of
+        this command has written them again.
+        """
+        self._folder = folder.resolve()
+        self._stale_files = {p: _modification_time(p) for p in self._folder.rglob(RESULT_FILE)}
+
+    def add(self, result: JobResult) -> None:
+        """Add a result that is stored already."""
+        self._own_results.append(result)
+
+    def store(self, result: JobResult, folder: Path) -> None:
+        """Add a result, and write it to the job's folder for the process of the command.
+
+        A full disk must not hide the job's own outcome: it is only logged.
+        """
+        self.add(result)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1))
+        except OSError as error:
+            log.warning("cannot write the result of the job: %s", error)
+
+    def load(self, folder: Path) -> JobResult | None:
+        """Load the result that a job of this command has written to its folder, if there is one."""
+        path = (folder / RESULT_FILE).resolve()
+        try:
+            if _modification_time(path) == self._stale_files.get(path):
+                return None
+            return JobResult(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            log.warning("cannot read the result %s: %s", path, error)
+            return None
+
+    def all(self) -> list[JobResult]:
+        """Return the results of all jobs that have ended, ordered by number."""
+        results = self._own_results
+        if self._folder is not None:
+            files = self._folder.rglob(RESULT_FILE)
+            results = [r for path in files if (r := self.load(path.parent)) is not None]
+        return sorted(results, key=lambda r: r.number)
+
+    def discard(self, number: int) -> None:
+        """Delete the result of a job that will be started again under another number."""
+        self._own_results = [r for r in self._own_results if r.number != number]
+        for path in [] if self._folder is None else list(self._folder.rglob(RESULT_FILE)):
+            result = self.load(path.parent)
+            if result is not None and result.number == number:
+                path.unlink()
 
 
-class SweepStartError(BaseException):
-    """A sweep cannot start.
-
-    A BaseException, because Hydra turns the exceptions of callbacks into warnings.
-    """
+def _modification_time(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
-@dataclass
-class JobResult:
-    """The result of one job, written to its folder because a launcher may use another process.
-
-    `note` says how the job got its run unless it was simply trained.
-    """
-
-    number: int
-    overrides: list[str]
-    status: str
-    seconds: float
-    run_id: str | None = None
-    experiment: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-    pool_task: dict[str, Any] | None = None  # a task in a pool: id, pool, url, wait
-    note: str | None = None
-
-    def store(self, folder: Path) -> None:
-        """Write the result to the job's folder for the process that started the sweep."""
-        _results.append(self)
-        (folder / RESULT_FILE).write_text(json.dumps(asdict(self), indent=1))
-
-
-def collect_results(folder: Path) -> None:
-    """Collect the results of this command's jobs from that folder."""
-    global _sweep_folder
-    _sweep_folder = folder
-
-
-def clear_results() -> None:
-    """Forget the results of an earlier command in this process."""
-    global _sweep_folder
-    _sweep_folder = None
-    _results.clear()
-
-
-def job_results() -> list[JobResult]:
-    """Return the results of all jobs that have ended, ordered by number."""
-    if _sweep_folder is None:
-        return sorted(_results, key=lambda j: j.number)
-    results = [load_result(path) for path in _sweep_folder.rglob(RESULT_FILE)]
-    return sorted((j for j in results if j is not None), key=lambda j: j.number)
-
-
-def discard_result(job: JobResult) -> None:
-    """Delete the result of a job that will be started again under another number."""
-    if _sweep_folder is None:
-        _results[:] = [j for j in _results if j.number != job.number]
-        return
-    for path in _sweep_folder.rglob(RESULT_FILE):
-        result = load_result(path)
-        if result is not None and result.number == job.number:
-            path.unlink()
-
-
-def add_result(result: JobResult) -> None:
-    """Add a result that another process has stored to this process's results."""
-    _results.append(result)
-
-
-def load_result(path: Path) -> JobResult | None:
-    """Load a result; return None if there is no file, or with a warning if it is invalid."""
-    try:
-        return JobResult(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        log.warning("cannot read the result %s: %s", path, error)
-        return None
+command_results = CommandResults()

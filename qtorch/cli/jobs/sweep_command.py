@@ -1,4 +1,4 @@
-"""Start a sweep: its MLflow run, its fork server and its signal handlers."""
+"""The command that started a sweep: its MLflow run, its fork server, its signals, its results."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from qtorch.cli.guard import INTERRUPTED
-from qtorch.cli.jobs.results import (
-    FAILED,
-    KILLED,
-    RUNNING,
-    SENT,
-    JobResult,
-    SweepStartError,
-    collect_results,
-)
+from qtorch.cli.compose import LOCAL
+from qtorch.cli.guard import INTERRUPTED, configure_process
+from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.work import WORK_MODULE, is_isolated, share_fork_server
-from qtorch.cli.launchers.slurm import is_submitit, set_submitit_signal
-from qtorch.cli.tables import print_sweep
+from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
+from qtorch.cli.launchers.slurm import set_submitit_signal
+from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
 from qtorch.process.stops import STOP_SIGNALS
-from qtorch.study.sweep import COMMAND_TAG, COUNT_TAG, SweepJob, adopt_run, end_sweep, sweep_jobs
+from qtorch.study.sweep import (
+    COMMAND_TAG,
+    COUNT_TAG,
+    JobResult,
+    adopt_run,
+    end_sweep,
+    start_sweep,
+    sweep_jobs,
+)
 
 SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
 NAME_PATTERN = re.compile(r"[\w.\-]+")
@@ -44,7 +48,27 @@ NAME_PATTERN = re.compile(r"[\w.\-]+")
 EXECUTION_OVERRIDES = re.compile(
     r"[+~]*(hydra[./]|hydra$|sweep\.|tracking[.=@]|log_level=|runner=|pool=|url=|wait=)"
 )
-LOCAL = "local"
+
+
+class SweepStartError(BaseException):
+    """A sweep cannot start.
+
+    A BaseException, because Hydra turns the exceptions of callbacks into warnings.
+    """
+
+
+class SweepCallback(Callback):
+    """Starts the sweep before Hydra's first job; conf/train.yaml names this class."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Collect results from the sweep's folder; start its run and its processes."""
+        command_results.watch_folder(Path(str(config.hydra.sweep.dir)))
+        sweep = SweepCommand()
+        _sweeps.append(sweep)
+        try:
+            sweep.start(config)
+        except Exception as error:
+            raise SweepStartError from error
 
 
 class SweepCommand:
@@ -52,16 +76,44 @@ class SweepCommand:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.launcher = ""
+        self.launcher: type[Any] = BasicLauncher
         self.recorder: Any = None
         self.fork_server: ForkServerClient | None = None
-        self.waits_in_main_thread = False  # whether the main thread itself waits for the jobs
         self._handlers: dict[int, Any] = {}
 
     @property
     def is_stopped(self) -> bool:
         """Whether Ctrl-C or a signal has stopped the sweep."""
         return self.fork_server is not None and self.fork_server.is_stopped
+
+    def start(self, config: DictConfig) -> None:
+        """Start the processes and the sweep's run, and pass the run's ID to the jobs."""
+        overrides = list(config.hydra.overrides.task)
+        self.name = sweep_name(config.sweep.name, overrides)
+        launcher = str(config.hydra.launcher._target_)
+        if launcher not in Plugins.instance().class_name_to_class:
+            raise ConfigError(
+                f"the launcher {launcher} is not installed: pip install 'qtorch[sweep]' installs "
+                "joblib and submitit."
+            )
+        self.launcher = launcher_class(launcher)
+        if config.runner == LOCAL and is_isolated(config.sweep.isolate, launcher, sweep=True):
+            self.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
+        if issubclass(self.launcher, DetachedLauncher):
+            set_submitit_signal()
+        configure_process(config.log_level, OmegaConf.select(config, "tracking.uri"))
+        words = command_words()
+        self.recorder = start_sweep(
+            self.name,
+            config.experiment_name,
+            words,
+            overrides=task_overrides(words),
+            count=count_jobs(config, overrides),
+            folder=os.getcwd(),
+        )
+        id = self.recorder.id
+        config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
+        print(f"started sweep {self.name} (run {id})", file=sys.stderr)
 
     def start_processes(self, folder: Path) -> None:
         """Start the fork server of the jobs, and forward stop signals to it."""
@@ -84,8 +136,62 @@ class SweepCommand:
         signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
         self.fork_server.stop(signal.SIGTERM if number == signal.SIGINT else number)
-        if self.waits_in_main_thread and not self.fork_server.is_busy:
+        # The other launchers wait for their jobs in other threads or processes.
+        waits_in_main_thread = issubclass(self.launcher, BasicLauncher)
+        if waits_in_main_thread and not self.fork_server.is_busy:
             raise KeyboardInterrupt
+
+    def finish(self, results: Sequence[JobResult], interruption: BaseException | None) -> int:
+        """Print the results, end the sweep's run and return the exit code.
+
+        The code is 0 if all jobs finished, 1 if some failed, 130 if interrupted. `interruption` may
+        also be an error of the launcher, which is raised again after the table.
+        """
+        error = interruption if isinstance(interruption, Exception) else None
+        is_interrupted = (
+            (interruption is not None and error is None)
+            or self.is_stopped
+            or any(r.status == KILLED for r in results)
+        )
+        try:
+            self._end_run(results, has_error=error is not None, is_interrupted=is_interrupted)
+        except TrackingError as tracking_error:
+            print(f"error: {tracking_error}", file=sys.stderr)
+        for result in results:
+            if result.error and result.status != KILLED:
+                print(f"error: job {result.number}: {result.error}", file=sys.stderr)
+        if error is not None:
+            raise error
+        if is_interrupted:
+            self._print_resume_hint()
+            return INTERRUPTED
+        return int(any(r.error for r in results))
+
+    def _end_run(
+        self, results: Sequence[JobResult], *, has_error: bool, is_interrupted: bool
+    ) -> None:
+        """Print the sweep's table and end its run.
+
+        After an error of the launcher, `close` ends the run unless some jobs are still running.
+        """
+        id = str(self.recorder.id)
+        for result in (r for r in results if r.pool_task and r.run_id):
+            adopt_run(str(result.run_id), id, result.number, result.overrides)
+        rows = _merge_results(results, sweep_jobs(id))
+        tags = self.recorder.list_tags()
+        num_expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
+        if rows or not has_error:
+            print_sweep(str(self.name), rows, num_expected, tags.get(COMMAND_TAG, ""))
+        if not has_error or any(row.status == RUNNING for row in rows):
+            is_queued = any(r.status == SENT for r in results)
+            end_sweep(self.recorder, is_interrupted=is_interrupted, is_queued=is_queued)
+
+    def _print_resume_hint(self) -> None:
+        if issubclass(self.launcher, DetachedLauncher):
+            text = f"submitted jobs continue; follow them with qtorch sweep show {self.name}"
+        else:
+            text = "finished jobs are kept, started jobs resume from their checkpoints"
+        print(f"interrupted: {text}. Resume with: qtorch sweep resume {self.name}", file=sys.stderr)
 
     def close(self) -> None:
         """Restore the signal handlers and end the processes."""
@@ -97,19 +203,6 @@ class SweepCommand:
             self.fork_server.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
             self.recorder.end_run(FAILED)  # the command ended before its results table
-
-
-class SweepCallback(Callback):
-    """Starts the sweep's run, and makes the command collect results from the sweep's folder.
-
-    Hydra discards the return values of a sweep's jobs, and a launcher's workers share no memory
-    with the command.
-    """
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Register the sweep's folder; start its run and its processes."""
-        collect_results(Path(str(config.hydra.sweep.dir)).resolve())
-        begin_sweep(config)
 
 
 _sweeps: list[SweepCommand] = []
@@ -126,58 +219,20 @@ def close_sweep() -> None:
         _sweeps.pop().close()
 
 
-def begin_sweep(config: DictConfig) -> None:
-    """Start the processes and the sweep's run, and pass the run's ID to the jobs.
-
-    Hydra calls this before the first job, through SweepCallback.
-    """
-    sweep = SweepCommand()
-    _sweeps.append(sweep)
-    try:
-        overrides = list(config.hydra.overrides.task)
-        sweep.name = sweep_name(config.sweep.name, overrides)
-        launcher = sweep.launcher = str(config.hydra.launcher._target_)
-        _check_launcher(launcher)
-        if config.runner == LOCAL and is_isolated(config.sweep.isolate, launcher, sweep=True):
-            sweep.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
-        if is_submitit(launcher):
-            set_submitit_signal()
-        sweep.waits_in_main_thread = launcher.endswith("BasicLauncher")
-        sweep.recorder = _start_run(config, sweep.name, overrides)
-    except Exception as error:
-        raise SweepStartError from error
-    id = sweep.recorder.id
-    config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
-    print(f"started sweep {sweep.name} (run {id})", file=sys.stderr)
+def _merge_results(results: Sequence[JobResult], jobs: Sequence[JobResult]) -> list[JobResult]:
+    """Merge the jobs in the tracking store with what only this process knows."""
+    notes: dict[str | None, str | None] = {r.run_id: r.note for r in results if r.run_id}
+    rows = [replace(j, note=notes.get(j.run_id, j.note)) for j in jobs]
+    run_ids = {j.run_id for j in rows}
+    rows += [
+        replace(r, setting=f"job {r.number}")
+        for r in results
+        if r.run_id not in run_ids and (r.run_id or r.status != KILLED)
+    ]
+    return sorted(rows, key=lambda j: j.number)
 
 
-def _check_launcher(launcher: str) -> None:
-    if launcher not in Plugins.instance().class_name_to_class:
-        raise ConfigError(
-            f"the launcher {launcher} is not installed: pip install 'qtorch[sweep]' installs "
-            "joblib and submitit."
-        )
-
-
-def _start_run(config: DictConfig, name: str, overrides: list[str]) -> Any:
-    from qtorch.cli.jobs.work import silence_libraries
-    from qtorch.core.runtime import configure_logging
-    from qtorch.core.session import init
-    from qtorch.study.sweep import start_sweep
-
-    configure_logging(config.log_level)
-    silence_libraries()
-    uri = OmegaConf.select(config, "tracking.uri")
-    if uri is not None:
-        init(tracking_uri=str(uri))
-    return start_sweep(
-        name,
-        config.experiment_name,
-        command_words(),
-        overrides=task_overrides(command_words()),
-        count=count_jobs(config, overrides),
-        folder=os.getcwd(),
-    )
+# -- the command's words ---------------------------------------------------------------------------
 
 
 def command_words() -> list[str]:
@@ -203,9 +258,8 @@ def sweep_name(name: str | None, overrides: Sequence[str]) -> str:
         str(p.key_or_group).rpartition(".")[2] for p in parsed_overrides if p.is_sweep_override()
     ]
     varied_keys = "-".join(k for k in dict.fromkeys(keys) if NAME_PATTERN.fullmatch(k))
-    return (
-        f"{varied_keys[:40] or 'sweep'}-{sha256(chr(10).join(identity).encode()).hexdigest()[:6]}"
-    )
+    digest = sha256("\n".join(identity).encode()).hexdigest()[:6]
+    return f"{varied_keys[:40] or 'sweep'}-{digest}"
 
 
 def count_jobs(config: DictConfig, overrides: Sequence[str]) -> int | None:
@@ -221,85 +275,3 @@ def count_jobs(config: DictConfig, overrides: Sequence[str]) -> int | None:
         return math.prod(len(list(p.sweep_string_iterator())) for p in sweep_overrides)
     except HydraException:
         return None
-
-
-def finish_sweep(results: Sequence[JobResult], interruption: BaseException | None) -> int:
-    """Print the results, close the sweep's run and return the exit code.
-
-    The code is 0 if all jobs finished, 1 if some failed, 130 if interrupted. `interruption` may
-    also be an error of the launcher, which is raised again after the table.
-    """
-    sweep = current_sweep()
-    if sweep is None or sweep.recorder is None:
-        if interruption is not None:
-            raise interruption
-        return 1
-    error = interruption if isinstance(interruption, Exception) else None
-    is_interrupted = (interruption is not None and error is None) or sweep.is_stopped
-    is_interrupted = is_interrupted or any(r.status == KILLED for r in results)
-    jobs = list(results)
-    try:
-        for result in (r for r in results if r.pool_task and r.run_id):
-            adopt_run(str(result.run_id), str(sweep.recorder.id), result.number, result.overrides)
-        rows = _merge_results(results, sweep_jobs(str(sweep.recorder.id)))
-        tags = sweep.recorder.list_tags()
-        num_expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
-        if rows or error is None:
-            print_sweep(str(sweep.name), rows, num_expected, tags.get(COMMAND_TAG, ""))
-        is_queued = any(r.status == SENT for r in results)
-        if error is None or any(row.status == RUNNING for row in rows):
-            end_sweep(sweep.recorder, is_interrupted=is_interrupted, is_queued=is_queued)
-    except TrackingError as tracking_error:
-        print(f"error: {tracking_error}", file=sys.stderr)
-    for job in jobs:
-        if job.error and job.status != KILLED:
-            print(f"error: job {job.number}: {job.error}", file=sys.stderr)
-    if error is not None:
-        raise error
-    if is_interrupted:
-        _print_resume_hint(sweep)
-        return INTERRUPTED
-    return int(any(j.error for j in jobs))
-
-
-def _merge_results(results: Sequence[JobResult], jobs: Sequence[SweepJob]) -> list[SweepJob]:
-    """Merge the jobs in the tracking store with what only this process knows."""
-    results_by_run = {r.run_id: r for r in results if r.run_id}
-    rows = []
-    for job in jobs:
-        result = results_by_run.get(str(job.run_id))
-        note = job.note if result is None else result.note
-        rows.append(SweepJob(**{**vars(job), "note": note}))
-    run_ids = {j.run_id for j in rows}
-    rows += [
-        _result_row(r)
-        for r in results
-        if r.run_id not in run_ids and (r.run_id or r.status != KILLED)
-    ]
-    return sorted(rows, key=lambda j: j.number)
-
-
-def _result_row(result: JobResult) -> SweepJob:
-    """Convert a result without a run in the sweep's store to a row of the table."""
-    return SweepJob(
-        number=result.number,
-        overrides=result.overrides,
-        status=result.status,
-        run_id=result.run_id,
-        metrics=result.metrics,
-        seconds=result.seconds,
-        setting=f"job {result.number}",
-        error=result.error,
-        note=f"task {result.pool_task['id']}" if result.pool_task else result.note,
-    )
-
-
-def _print_resume_hint(sweep: SweepCommand) -> None:
-    if is_submitit(sweep.launcher):
-        text = f"submitted jobs continue; follow them with qtorch sweep show {sweep.name}"
-    else:
-        text = "finished jobs are kept, started jobs resume from their checkpoints"
-    print(
-        f"interrupted: {text}. Resume with: qtorch sweep resume {sweep.name}",
-        file=sys.stderr,
-    )

@@ -10,24 +10,17 @@ import socket
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli import tables as table
-from qtorch.cli.compose import resolve_segments
-from qtorch.cli.guard import error_line, is_debug_enabled
-from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, JobResult
-from qtorch.cli.launchers.slurm import (
-    JOB_TAG,
-    find_earlier_attempt,
-    is_submitit,
-    scheduler_job_name,
-)
+from qtorch.cli.compose import LOCAL, resolve_segments
+from qtorch.cli.guard import configure_process, error_line, is_debug_enabled
+from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, command_results
+from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
+from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
+from qtorch.cli.tables.jobs import print_summary
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
 from qtorch.process.fork_server import (
     TRAINING_MODULES,
     ExitStatus,
@@ -36,6 +29,7 @@ from qtorch.process.fork_server import (
     call_fork_server,
 )
 from qtorch.process.heartbeat import RUN
+from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import (
     ELSEWHERE,
     FAILED_BEFORE,
@@ -55,23 +49,23 @@ from qtorch.trainer.run import end_task_train, task_train
 
 log = logging.getLogger(__name__)
 
-LOCAL, POOL = "local", "rm"
-
 
 def execute_job(request: Mapping[str, Any]) -> None:
     """Execute a job in the current process and store its result in the job's folder."""
     start = time.perf_counter()
     settings, folder = request["settings"], Path(request["folder"])
-    result = JobResult(request["number"], list(request["overrides"]), FAILED, 0.0)
+    result = JobResult(request["number"], list(request["overrides"]), FAILED)
     with collect_started_runs() as runs:
         try:
-            configure_process(settings)
+            configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
             if settings["runner"] == LOCAL:
                 recorder = _train_job(request, result)
                 if result.status == FINISHED:
                     result.metrics = recorder.list_metrics()
             else:
-                result.pool_task = _submit_to_pool(request)
+                from qtorch.cli.jobs.pool_jobs import submit_to_pool
+
+                result.pool_task = submit_to_pool(request)
                 result.status = SENT
         except (KeyboardInterrupt, SystemExit) as stop:
             result.status = KILLED
@@ -86,11 +80,11 @@ def execute_job(request: Mapping[str, Any]) -> None:
                 result.run_id = run.id
                 result.experiment = getattr(run, "experiment_name", None)
                 _log_seconds(request, result, run)
-            store_result(result, folder)
+            command_results.store(result, folder)
     if result.status == FINISHED and result.note == SKIPPED:
         print_skipped_job(result)
     elif result.status == FINISHED:
-        table.print_summary(result, recorder, show_command=request["sweep"] is None)
+        print_summary(result, recorder, show_command=request["sweep"] is None)
     elif result.status == FAILED and request["sweep"] is not None:
         print_failure(result)
 
@@ -122,15 +116,6 @@ def print_skipped_job(result: JobResult) -> None:
     print(f"job {result.number}: already finished in run {result.run_id}", file=sys.stderr)
 
 
-def configure_process(settings: Mapping[str, Any]) -> None:
-    """Configure logging and the tracking store according to the settings."""
-    configure_logging(settings["log_level"])
-    silence_libraries()
-    uri = (settings["tracking"] or {}).get("uri")
-    if uri is not None:
-        init(tracking_uri=uri)
-
-
 def _train_job(request: Mapping[str, Any], result: JobResult) -> Recorder:
     """Train or resume the run; `result` gets the action and the status."""
     settings, resume_id = request["settings"], request["resume"]
@@ -140,11 +125,8 @@ def _train_job(request: Mapping[str, Any], result: JobResult) -> Recorder:
         if recorder.status == FINISHED:
             raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
         return end_task_train(recorder)
-    task, experiment, name = (
-        resolve_segments(settings["task"]),
-        settings["experiment_name"],
-        _run_name(request),
-    )
+    task, experiment = resolve_segments(settings["task"]), settings["experiment_name"]
+    name = request["run_name"]
     if request["sweep"] is None:
         tags = {} if task.get("seed") is None else identify_task(task)[1]
         job = scheduler_job_name()
@@ -182,42 +164,6 @@ def apply_outcome(result: JobResult, outcome: JobOutcome) -> None:
         result.status, result.error = RUNNING, outcome.error
 
 
-def _submit_to_pool(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Submit the job's task to a pool; return the task's ID and its pool."""
-    from qtorch.task.manager import TaskManager
-    from qtorch.trainer.pooled import pool_definition
-
-    settings = request["settings"]
-    if request["resume"] is not None:
-        raise ConfigError("resume needs runner=local; a pool resumes its own tasks.")
-    task, experiment = resolve_segments(settings["task"]), settings["experiment_name"]
-    pool = settings["pool"] or experiment
-    manager = TaskManager(pool, settings["url"])
-    (id,) = manager.create_task([pool_definition(task, experiment, _run_name(request))])
-    return {"id": id, "pool": pool, "url": manager.url, "wait": bool(settings["wait"])}
-
-
-def _run_name(request: Mapping[str, Any]) -> str | None:
-    """Return the run's name: `run_name` if given, else the choice of the model group."""
-    name = request["settings"]["run_name"] or request["model"]
-    return None if name is None else str(name)
-
-
-def silence_libraries() -> None:
-    """Silence library messages that carry no news or repeat an exception."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # caused by Lightning's use of torch
-    if not is_debug_enabled():
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
-
-
-def store_result(result: JobResult, folder: Path) -> None:
-    """Write the result; a full disk must not hide the job's own outcome."""
-    try:
-        result.store(folder)
-    except OSError as error:
-        log.warning("cannot write the result of the job: %s", error)
-
-
 def _resume_hint(runs: list[Recorder], stop: BaseException) -> str:
     """Name the interrupted run, its checkpoint and the command that resumes it."""
     if not runs:
@@ -252,7 +198,7 @@ def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     if mode_name not in MODES:
         raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
     # A Ray worker runs only one job; a child of it could survive if the worker is killed.
-    has_own_process = is_submitit(launcher) or launcher.endswith("RayLauncher")
+    has_own_process = issubclass(launcher_class(launcher), OwnProcessLauncher)
     return mode_name == "true" or (mode_name == "auto" and sweep and not has_own_process)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,30 +25,347 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from qtorch.cli.jobs.results import (
-    FINISHED,
-    KILLED,
-    RUNNING,
-    JobResult,
-    discard_result,
-    job_results,
-)
+from qtorch.cli.jobs.results import FINISHED, KILLED, RUNNING, command_results
 from qtorch.cli.jobs.sweep_command import current_sweep
 from qtorch.cli.launchers.ray import RayLauncher
+from qtorch.cli.tables.trials import report_study
 from qtorch.core.errors import ConfigError, format_count, unknown_name_message
 from qtorch.core.identity import digest
-from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE, Choice, Space, Span
+from qtorch.core.instantiate import resolve_config
+from qtorch.study.sweep import JobResult
+from qtorch.tracking.locations import default_uri
+from qtorch.tracking.manager import R
+from qtorch.tracking.trials.trial import (
+    PRUNED_TAG,
+    TRIAL_VARIABLE,
+    Choice,
+    Space,
+    Span,
+    storage_url,
+)
 
 if TYPE_CHECKING:
     from qtorch.tracking.trials.study import Trials
     from qtorch.tracking.trials.trial import TrialJob
 
 
-TAGS = ("log",)
+log = logging.getLogger(__name__)
+
+# Tag with the study's name: on the run of a trial, and, with "." and the digest of the search
+# appended, on the run of the sweep.
+STUDY_TAG = "qtorch.study"
+# Overrides that may differ between commands that continue the same study.
+IGNORED_PREFIXES = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
+PAUSE_SECONDS = 1.0
+
+TAGS = ("log",)  # of a parameter: search it on a logarithmic scale
 HINT = (
     "add at least one parameter to search: 'model.optimizer.lr=tag(log, interval(1e-4, 1e-2))', "
     "'model.network.num_layers=range(1, 4)' or model.network.hidden_size=32,64,128."
 )
+
+
+class OptunaSweeper(Sweeper):
+    """Asks a study for trials, runs them with the launcher, and tells the study their results.
+
+    The arguments are those of conf/hydra/sweeper/optuna.yaml.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        direction: str,
+        n_trials: int,
+        n_jobs: int,
+        sampler: Any,
+        seed: int | None,
+        pruner: Any,
+        report: str,
+        study_name: str | None,
+        storage: str | None,
+        grace: float,
+        params: Mapping[str, Any] | None,
+    ) -> None:
+        self.metric, self.direction, self.report = metric, direction, report
+        self.n_trials, self.n_jobs = int(n_trials), int(n_jobs)
+        self.sampler, self.pruner = resolve_config(sampler), resolve_config(pruner)
+        self.seed, self.study_name, self.storage = seed, study_name, storage
+        self.grace, self.params = float(grace), resolve_config(params)
+        self._number = 0  # number of the next job
+        self._has_started = False
+        # Trials whose jobs run in other processes, each with the time of the next attempt.
+        self._postponed_trials: list[tuple[float, TrialJob]] = []
+        self._pauses: dict[int, float] = {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Store the context and configuration, as Hydra requires; create the command's launcher."""
+        # Hydra's base class expects the public names.
+        self.config, self.hydra_context = config, hydra_context
+        self._config, self._context = config, hydra_context
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run trials until the study has as many as requested, counting other processes' trials."""
+        search = parse_search(arguments, self.params, self._context.config_loader)
+        folder = Path(str(self._config.hydra.sweep.dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._config, folder / "multirun.yaml")
+        study = self._create_study(search)
+        self._resume_study(study)
+        _keep_connection(self.launcher, True)
+        try:
+            while not _is_stopped():
+                trials = self._due_trials() or self._ask_trials(study, search)
+                if trials:
+                    self._run_trials(study, trials, search)
+                elif not self._wait_for_work(study):
+                    return
+            # Launchers with several processes return after Ctrl-C instead of raising.
+            raise KeyboardInterrupt
+        finally:
+            _keep_connection(self.launcher, False)
+            for _, trial in self._postponed_trials:
+                study.requeue(trial, count_retry=False)
+            report_study(study, self.metric, folder, self._sweep_run_id())
+
+    def _resume_study(self, study: Trials) -> None:
+        """Report the trials that the study already has; retry failed ones if sweep.retry is set."""
+        num_failed = 0
+        if OmegaConf.select(self._config, "sweep.retry"):
+            num_failed = study.retry_failed_trials()
+        num_trials = study.num_final_trials()
+        if num_trials:
+            print(
+                f"study {study.name} already has {format_count(num_trials, 'trial')}",
+                file=sys.stderr,
+            )
+        if num_failed:
+            print(f"retrying {format_count(num_failed, 'failed trial')}", file=sys.stderr)
+
+    def _create_study(self, search: SearchOverrides) -> Trials:
+        try:
+            from qtorch.tracking.trials.sampler import grid_values, is_grid
+            from qtorch.tracking.trials.study import Trials
+        except ImportError as error:
+            raise ConfigError(
+                "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
+            ) from error
+        if is_grid(self.sampler):
+            num_points = math.prod(len(values) for values in grid_values(search.space).values())
+            self.n_trials = min(self.n_trials, num_points)
+        self.url = storage_url(self.storage, default_uri())
+        if self.storage is None and default_uri().startswith("http"):
+            print(
+                f"storing the trials in {self.url}, because the MLflow server's database is not "
+                "accessible; use hydra.sweeper.storage=postgresql+psycopg://... to share them "
+                "between machines.",
+                file=sys.stderr,
+            )
+        return Trials(
+            self._study_name(search),
+            self.url,
+            direction=self.direction,
+            sampler=self.sampler,
+            pruner=self.pruner,
+            seed=self.seed,
+            grace=self.grace,
+        )
+
+    def _study_name(self, search: SearchOverrides) -> str:
+        """Return the study's name: the given one, the sweep's, or one derived from the command.
+
+        A derived name depends on the fixed overrides, the search space and the objective. The
+        sweep's run stores it in a tag, because the sweep may be given a name later.
+        """
+        if self.study_name:
+            return str(self.study_name)
+        parts = {
+            "fixed": sorted(
+                o for o in search.fixed if not o.lstrip("+~").startswith(IGNORED_PREFIXES)
+            ),
+            "space": {name: repr(part) for name, part in search.space.items()},
+            "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
+        }
+        search_digest = digest(parts)[:8]
+        sweep_name = OmegaConf.select(self._config, "sweep.name")
+        name = str(sweep_name or f"{self._config.experiment_name}-{search_digest}")
+        sweep_run_id = self._sweep_run_id()
+        if sweep_run_id is None:
+            return name
+        sweep, tag = R.get_recorder(recorder_id=sweep_run_id), f"{STUDY_TAG}.{search_digest}"
+        stored_name: str = sweep.list_tags().get(tag, name)
+        sweep.set_tags(**{tag: stored_name})
+        return stored_name
+
+    def _ask_trials(self, study: Trials, search: SearchOverrides) -> list[TrialJob]:
+        trials: list[TrialJob] = []
+        while len(trials) < max(self.n_jobs, 1):
+            trial = study.ask(search.space, self.n_trials)
+            if trial is None:
+                break
+            trials.append(trial)
+        return trials
+
+    def _run_trials(
+        self, study: Trials, trials: Sequence[TrialJob], search: SearchOverrides
+    ) -> None:
+        """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
+        first, self._number = self._number, self._number + len(trials)
+        batch = [
+            [*self._trial_overrides(search, t), self._trial_override(study, t)] for t in trials
+        ]
+        pending_trials = dict(enumerate(trials, first))
+        try:
+            self.validate_batch_is_legal(batch)
+            with study.keep_heartbeats([*trials, *(t for _, t in self._postponed_trials)]):
+                results = self._launch(batch, first)
+            for number, trial in list(pending_trials.items()):
+                self._tell_result(study, trial, results.get(number))
+                del pending_trials[number]
+        except (ConfigError, HydraException) as error:
+            for trial in pending_trials.values():
+                study.fail(trial, str(error))
+            raise
+        except BaseException:
+            for trial in pending_trials.values():
+                study.requeue(trial, count_retry=False)
+            raise
+
+    def _trial_overrides(self, search: SearchOverrides, trial: TrialJob) -> list[str]:
+        """Return the overrides of the trial's job; the job of a retried trial retries too."""
+        return search.overrides(trial.params) + (["sweep.retry=true"] if trial.retry else [])
+
+    def _launch(self, batch: Sequence[Sequence[str]], first: int) -> dict[int, JobResult]:
+        """Launch the jobs and return their results by number.
+
+        Jobs may be missing if the launcher fails.
+        """
+        error: Exception | None = None
+        try:
+            self.launcher.launch(batch, initial_job_idx=first)
+        except Exception as launch_error:
+            error = launch_error
+        results = {r.number: r for r in command_results.all()}
+        missing = [n for n in range(first, first + len(batch)) if n not in results]
+        if missing and error is not None:
+            if not self._has_started and len(missing) == len(batch):
+                raise error  # no job has ever started: the launcher is at fault, not the jobs
+            log.warning("jobs %s left no result: %s", missing, error)
+        self._has_started = self._has_started or len(missing) < len(batch)
+        return results
+
+    def _tell_result(self, study: Trials, trial: TrialJob, job: JobResult | None) -> None:
+        if job is not None and job.status == RUNNING:
+            self._postpone(trial, job)
+            return
+        if job is None or job.status == KILLED:
+            is_requeued = study.requeue(trial, count_retry=not _is_stopped())
+            if is_requeued and job is not None:
+                command_results.discard(job.number)
+            return
+        if job.status != FINISHED:
+            study.fail(trial, job.error or job.status, run_id=job.run_id)
+            return
+        value, is_pruned = job.metrics.get(self.metric, math.nan), self._tag_run(study, trial, job)
+        if math.isfinite(value) or is_pruned:
+            study.tell(trial, value, run_id=job.run_id, is_pruned=is_pruned)
+        elif self.metric in job.metrics:
+            study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
+        else:
+            raise ConfigError(
+                unknown_name_message("metric of the run", self.metric, job.metrics, limit=40)
+            )
+
+    def _postpone(self, trial: TrialJob, job: JobResult) -> None:
+        """Postpone a trial whose job another process is running, each time for longer.
+
+        After a kill, a job's process may live on until it has written its checkpoint; and two
+        trials may be the same job.
+        """
+        pause = min(2 * self._pauses.get(trial.number, PAUSE_SECONDS / 2), self.grace)
+        self._pauses[trial.number] = pause
+        self._postponed_trials.append((time.monotonic() + pause, trial))
+        command_results.discard(job.number)
+
+    def _due_trials(self) -> list[TrialJob]:
+        """Return the postponed trials whose time has come."""
+        now = time.monotonic()
+        due_entries = [entry for entry in self._postponed_trials if entry[0] <= now][
+            : max(self.n_jobs, 1)
+        ]
+        self._postponed_trials = [
+            entry for entry in self._postponed_trials if entry not in due_entries
+        ]
+        return [trial for _, trial in due_entries]
+
+    def _tag_run(self, study: Trials, trial: TrialJob, job: JobResult) -> bool:
+        """Tag the run with its trial; return whether it was pruned (for this or an equal trial)."""
+        is_pruned = study.is_pruned(trial)
+        if job.run_id is None:
+            return is_pruned
+        run = R.get_recorder(recorder_id=job.run_id)
+        run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
+        return is_pruned or PRUNED_TAG in run.list_tags()
+
+    def _trial_override(self, study: Trials, trial: TrialJob) -> str:
+        """Return the override that passes the trial to the job in an environment variable.
+
+        The trial is no part of the task.
+        """
+        trial_settings = {
+            "study": study.name,
+            "id": trial.id,
+            "number": trial.number,
+            "storage": self.storage,
+            "report": self.report,
+            "pruner": self.pruner,
+        }
+        text = json.dumps(trial_settings).replace("\\", "\\\\").replace("'", "\\'")
+        return f"++hydra.job.env_set.{TRIAL_VARIABLE}='{text}'"
+
+    def _wait_for_work(self, study: Trials) -> bool:
+        """Wait until it is clear whether more trials have to be run, and return that.
+
+        All trials have been asked for, but some may run in other processes, which may die. A
+        process that is alive after the grace time will finish its trials, so this one need not
+        wait for it.
+        """
+        if self._postponed_trials:
+            with study.keep_heartbeats([trial for _, trial in self._postponed_trials]):
+                time.sleep(PAUSE_SECONDS)
+            return True
+        end = time.monotonic() + self.grace + 2 * study.interval
+        while study.num_running() and time.monotonic() < end and not _is_stopped():
+            time.sleep(PAUSE_SECONDS)
+            if study.has_work(self.n_trials):
+                return True
+        return study.has_work(self.n_trials)
+
+    def _sweep_run_id(self) -> str | None:
+        """Return the ID of the sweep's run, if there is one."""
+        sweep = current_sweep()
+        return None if sweep is None or sweep.recorder is None else str(sweep.recorder.id)
+
+
+def _is_stopped() -> bool:
+    """Whether Ctrl-C or a signal has stopped the command, so that no more jobs may start."""
+    sweep = current_sweep()
+    return sweep is not None and sweep.is_stopped
+
+
+def _keep_connection(launcher: Launcher, is_kept: bool) -> None:
+    """Let a launcher keep its cluster connection between batches, or close it."""
+    if isinstance(launcher, RayLauncher):
+        launcher.keep_connection = is_kept
+        if not is_kept:
+            launcher.close()
+
+
+# -- the search space ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -146,339 +462,3 @@ def _check_log(name: str, low: float, log: bool) -> None:
 
 def _format_value(value: Any) -> str:
     return repr(float(value)) if isinstance(value, float) else str(value)
-
-
-log = logging.getLogger(__name__)
-
-SWEEP_VARIABLE = "QTORCH_SWEEP"
-# Tag with the study's name: on the run of a trial, and, with "." and the digest of the search
-# appended, on the run of the sweep.
-STUDY_TAG = "qtorch.study"
-# Overrides that may differ between commands that continue the same study.
-IGNORED_PREFIXES = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
-PAUSE_SECONDS = 1.0
-
-
-class OptunaSweeper(Sweeper):
-    """Asks a study for trials, runs them with the launcher, and tells the study their results.
-
-    The arguments are those of conf/hydra/sweeper/optuna.yaml.
-    """
-
-    def __init__(
-        self,
-        metric: str,
-        direction: str,
-        n_trials: int,
-        n_jobs: int,
-        sampler: Any,
-        seed: int | None,
-        pruner: Any,
-        report: str,
-        study_name: str | None,
-        storage: str | None,
-        grace: float,
-        params: Mapping[str, Any] | None,
-    ) -> None:
-        self.metric, self.direction, self.report = metric, direction, report
-        self.n_trials, self.n_jobs = int(n_trials), int(n_jobs)
-        self.sampler, self.pruner = _to_container(sampler), _to_container(pruner)
-        self.seed, self.study_name, self.storage = seed, study_name, storage
-        self.grace, self.params = float(grace), _to_container(params)
-        self._number = 0  # number of the next job
-        self._has_started = False
-        # Trials whose jobs run in other processes, each with the time of the next attempt.
-        self._postponed_trials: list[tuple[float, TrialJob]] = []
-        self._pauses: dict[int, float] = {}
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Store the context and configuration, as Hydra requires; create the command's launcher."""
-        # Hydra's base class expects the public names.
-        self.config, self.hydra_context = config, hydra_context
-        self._config, self._context = config, hydra_context
-        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments: list[str]) -> None:
-        """Run trials until the study has as many as requested, counting other processes' trials."""
-        search = parse_search(arguments, self.params, self._context.config_loader)
-        folder = Path(str(self._config.hydra.sweep.dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self._config, folder / "multirun.yaml")
-        study = self._create_study(search)
-        self._resume_study(study)
-        set_keep_connection(self.launcher, True)
-        try:
-            while not _is_stopped():
-                trials = self._due_trials() or self._ask_trials(study, search)
-                if trials:
-                    self._run_trials(study, trials, search)
-                elif not self._wait_for_work(study):
-                    return
-            # Launchers with several processes return after Ctrl-C instead of raising.
-            raise KeyboardInterrupt
-        finally:
-            set_keep_connection(self.launcher, False)
-            for _, trial in self._postponed_trials:
-                study.requeue(trial, count_retry=False)
-            self._report(study, folder)
-
-    def _resume_study(self, study: Trials) -> None:
-        """Report the trials that the study already has; retry failed ones if sweep.retry is set."""
-        num_failed = 0
-        if OmegaConf.select(self._config, "sweep.retry"):
-            num_failed = study.retry_failed_trials()
-        num_trials = study.num_final_trials()
-        if num_trials:
-            print(
-                f"study {study.name} already has {format_count(num_trials, 'trial')}",
-                file=sys.stderr,
-            )
-        if num_failed:
-            print(f"retrying {format_count(num_failed, 'failed trial')}", file=sys.stderr)
-
-    def _create_study(self, search: SearchOverrides) -> Trials:
-        try:
-            from qtorch.tracking.trials.sampler import grid_values, is_grid
-            from qtorch.tracking.trials.study import Trials
-        except ImportError as error:
-            raise ConfigError(
-                "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
-            ) from error
-        from qtorch.core.session import init
-        from qtorch.tracking.locations import default_uri
-        from qtorch.tracking.trials.trial import storage_url
-
-        if is_grid(self.sampler):
-            num_points = math.prod(len(values) for values in grid_values(search.space).values())
-            self.n_trials = min(self.n_trials, num_points)
-        uri = OmegaConf.select(self._config, "tracking.uri")
-        if uri is not None:
-            init(tracking_uri=str(uri))
-        self.url = storage_url(self.storage, default_uri())
-        if self.storage is None and default_uri().startswith("http"):
-            print(
-                f"storing the trials in {self.url}, because the MLflow server's database is not "
-                "accessible; use hydra.sweeper.storage=postgresql+psycopg://... to share them "
-                "between machines.",
-                file=sys.stderr,
-            )
-        return Trials(
-            self._study_name(search),
-            self.url,
-            direction=self.direction,
-            sampler=self.sampler,
-            pruner=self.pruner,
-            seed=self.seed,
-            grace=self.grace,
-        )
-
-    def _study_name(self, search: SearchOverrides) -> str:
-        """Return the study's name: the given one, the sweep's, or one derived from the command.
-
-        A derived name depends on the fixed overrides, the search space and the objective. The
-        sweep's run stores it in a tag, because the sweep may be given a name later.
-        """
-        if self.study_name:
-            return str(self.study_name)
-        parts = {
-            "fixed": sorted(
-                o for o in search.fixed if not o.lstrip("+~").startswith(IGNORED_PREFIXES)
-            ),
-            "space": {name: repr(part) for name, part in search.space.items()},
-            "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
-        }
-        search_digest = digest(parts)[:8]
-        sweep_name = OmegaConf.select(self._config, "sweep.name")
-        name = str(sweep_name or f"{self._config.experiment_name}-{search_digest}")
-        sweep_run_id = self._sweep_run_id()
-        if sweep_run_id is None:
-            return name
-        from qtorch.tracking.manager import R
-
-        sweep, tag = R.get_recorder(recorder_id=sweep_run_id), f"{STUDY_TAG}.{search_digest}"
-        stored_name: str = sweep.list_tags().get(tag, name)
-        sweep.set_tags(**{tag: stored_name})
-        return stored_name
-
-    def _ask_trials(self, study: Trials, search: SearchOverrides) -> list[TrialJob]:
-        trials: list[TrialJob] = []
-        while len(trials) < max(self.n_jobs, 1):
-            trial = study.ask(search.space, self.n_trials)
-            if trial is None:
-                break
-            trials.append(trial)
-        return trials
-
-    def _run_trials(
-        self, study: Trials, trials: Sequence[TrialJob], search: SearchOverrides
-    ) -> None:
-        """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
-        first, self._number = self._number, self._number + len(trials)
-        batch = [
-            [*self._trial_overrides(search, t), self._trial_override(study, t)] for t in trials
-        ]
-        pending_trials = dict(enumerate(trials, first))
-        try:
-            self.validate_batch_is_legal(batch)
-            with study.keep_heartbeats([*trials, *(t for _, t in self._postponed_trials)]):
-                results = self._launch(batch, first)
-            for number, trial in list(pending_trials.items()):
-                self._tell_result(study, trial, results.get(number))
-                del pending_trials[number]
-        except (ConfigError, HydraException) as error:
-            for trial in pending_trials.values():
-                study.fail(trial, str(error))
-            raise
-        except BaseException:
-            for trial in pending_trials.values():
-                study.requeue(trial, count_retry=False)
-            raise
-
-    def _trial_overrides(self, search: SearchOverrides, trial: TrialJob) -> list[str]:
-        """Return the overrides of the trial's job; the job of a retried trial retries too."""
-        return search.overrides(trial.params) + (["sweep.retry=true"] if trial.retry else [])
-
-    def _launch(self, batch: Sequence[Sequence[str]], first: int) -> dict[int, JobResult]:
-        """Launch the jobs and return their results by number.
-
-        Jobs may be missing if the launcher fails.
-        """
-        error: Exception | None = None
-        try:
-            self.launcher.launch(batch, initial_job_idx=first)
-        except Exception as launch_error:
-            error = launch_error
-        results = {j.number: j for j in job_results()}
-        missing = [n for n in range(first, first + len(batch)) if n not in results]
-        if missing and error is not None:
-            if not self._has_started and len(missing) == len(batch):
-                raise error  # no job has ever started: the launcher is at fault, not the jobs
-            log.warning("jobs %s left no result: %s", missing, error)
-        self._has_started = self._has_started or len(missing) < len(batch)
-        return results
-
-    def _tell_result(self, study: Trials, trial: TrialJob, job: JobResult | None) -> None:
-        if job is not None and job.status == RUNNING:
-            self._postpone(trial, job)
-            return
-        if job is None or job.status == KILLED:
-            is_requeued = study.requeue(trial, count_retry=not _is_stopped())
-            if is_requeued and job is not None:
-                discard_result(job)
-            return
-        if job.status != FINISHED:
-            study.fail(trial, job.error or job.status, run_id=job.run_id)
-            return
-        value, is_pruned = job.metrics.get(self.metric, math.nan), self._tag_run(study, trial, job)
-        if math.isfinite(value) or is_pruned:
-            study.tell(trial, value, run_id=job.run_id, is_pruned=is_pruned)
-        elif self.metric in job.metrics:
-            study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
-        else:
-            raise ConfigError(
-                unknown_name_message("metric of the run", self.metric, job.metrics, limit=40)
-            )
-
-    def _postpone(self, trial: TrialJob, job: JobResult) -> None:
-        """Postpone a trial whose job another process is running, each time for longer.
-
-        After a kill, a job's process may live on until it has written its checkpoint; and two
-        trials may be the same job.
-        """
-        pause = min(2 * self._pauses.get(trial.number, PAUSE_SECONDS / 2), self.grace)
-        self._pauses[trial.number] = pause
-        self._postponed_trials.append((time.monotonic() + pause, trial))
-        discard_result(job)
-
-    def _due_trials(self) -> list[TrialJob]:
-        """Return the postponed trials whose time has come."""
-        now = time.monotonic()
-        due_entries = [entry for entry in self._postponed_trials if entry[0] <= now][
-            : max(self.n_jobs, 1)
-        ]
-        self._postponed_trials = [
-            entry for entry in self._postponed_trials if entry not in due_entries
-        ]
-        return [trial for _, trial in due_entries]
-
-    def _tag_run(self, study: Trials, trial: TrialJob, job: JobResult) -> bool:
-        """Tag the run with its trial; return whether it was pruned (for this or an equal trial)."""
-        from qtorch.tracking.manager import R
-
-        is_pruned = study.is_pruned(trial)
-        if job.run_id is None:
-            return is_pruned
-        run = R.get_recorder(recorder_id=job.run_id)
-        run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
-        return is_pruned or PRUNED_TAG in run.list_tags()
-
-    def _trial_override(self, study: Trials, trial: TrialJob) -> str:
-        """Return the override that passes the trial to the job in an environment variable.
-
-        The trial is no part of the task.
-        """
-        trial_settings = {
-            "study": study.name,
-            "id": trial.id,
-            "number": trial.number,
-            "storage": self.storage,
-            "report": self.report,
-            "pruner": self.pruner,
-        }
-        text = json.dumps(trial_settings).replace("\\", "\\\\").replace("'", "\\'")
-        return f"++hydra.job.env_set.{TRIAL_VARIABLE}='{text}'"
-
-    def _wait_for_work(self, study: Trials) -> bool:
-        """Wait until it is clear whether more trials have to be run, and return that.
-
-        All trials have been asked for, but some may run in other processes, which may die. A
-        process that is alive after the grace time will finish its trials, so this one need not
-        wait for it.
-        """
-        if self._postponed_trials:
-            with study.keep_heartbeats([trial for _, trial in self._postponed_trials]):
-                time.sleep(PAUSE_SECONDS)
-            return True
-        end = time.monotonic() + self.grace + 2 * study.interval
-        while study.num_running() and time.monotonic() < end and not _is_stopped():
-            time.sleep(PAUSE_SECONDS)
-            if study.has_work(self.n_trials):
-                return True
-        return study.has_work(self.n_trials)
-
-    def _report(self, study: Trials, folder: Path) -> None:
-        from qtorch.cli.tables import report_study
-
-        report_study(study, self.metric, folder, self._sweep_run_id())
-
-    def _sweep_run_id(self) -> str | None:
-        """Return the ID of the sweep's run, if there is one."""
-        if os.environ.get(SWEEP_VARIABLE):
-            return os.environ[SWEEP_VARIABLE]
-        for override in self._config.hydra.overrides.hydra:
-            name, _, value = str(override).partition("=")
-            if name.endswith(f".{SWEEP_VARIABLE}"):
-                return value.strip("'\"") or None
-        return None
-
-
-def _to_container(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _is_stopped() -> bool:
-    """Whether Ctrl-C or a signal has stopped the command, so that no more jobs may start."""
-    sweep = current_sweep()
-    return sweep is not None and sweep.is_stopped
-
-
-def set_keep_connection(launcher: Launcher, is_kept: bool) -> None:
-    """Let a launcher keep its cluster connection between batches, or close it."""
-    if isinstance(launcher, RayLauncher):
-        launcher.keep_connection = is_kept
-        if not is_kept:
-            launcher.close()

@@ -20,18 +20,16 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import (
-    JobReturn,
-    configure_log,
-    run_job,
-    setup_globals,
-)
+from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from qtorch.cli.guard import handle_stop_signals
+from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
+from qtorch.cli.launchers.kinds import OwnProcessLauncher
 from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import resolve_config
 from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
 
 log = logging.getLogger(__name__)
@@ -44,7 +42,7 @@ CONNECT_SECONDS = 5.0
 STOP_SECONDS = 60.0
 
 
-class RayLauncher(Launcher):
+class RayLauncher(UnfinishedJobsMixin, OwnProcessLauncher, Launcher):
     """Runs each job in its own Ray worker, on a running cluster or on one started for the sweep.
 
     The arguments are those of conf/hydra/launcher/ray.yaml. The sweep's folder must be on a path
@@ -67,7 +65,9 @@ class RayLauncher(Launcher):
         self._is_connection_owner = False  # whether this process opened the connection
         # A sweeper that launches several batches sets this, and closes the launcher at the end.
         self.keep_connection = False
-        self.env_vars, self.init, self.remote = _to_dict(env_vars), _to_dict(init), _to_dict(remote)
+        self.env_vars, self.init, self.remote = (
+            dict(resolve_config(options) or {}) for options in (env_vars, init, remote)
+        )
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -75,26 +75,16 @@ class RayLauncher(Launcher):
         """Store the context, function and configuration, as Hydra requires."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Run the jobs; a job that could not run becomes a failed JobReturn, not an error."""
+    def _run_jobs(self, jobs: Jobs) -> dict[int, JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        from qtorch.cli.jobs.finished_jobs import skip_finished_jobs  # imports torch
-
-        jobs = dict(enumerate(job_overrides, initial_job_idx))
-        returns = skip_finished_jobs(self.hydra_context, self.config, jobs)
-        remaining_jobs = {n: overrides for n, overrides in jobs.items() if n not in returns}
-        if remaining_jobs:
-            ray = self._connect()
-            try:
-                returns.update(self._run(ray, remaining_jobs))
-            finally:
-                if not self.keep_connection:
-                    self.close()
-        return [returns[n] for n in jobs]
+        ray = self._connect()
+        try:
+            return self._run_tasks(ray, jobs)
+        finally:
+            if not self.keep_connection:
+                self.close()
 
     def close(self) -> None:
         """Disconnect from the cluster, and stop it if it was started for this command."""
@@ -134,7 +124,7 @@ class RayLauncher(Launcher):
         self._is_connection_owner = True
         return ray
 
-    def _run(self, ray: Any, jobs: Mapping[int, Sequence[str]]) -> dict[int, JobReturn]:
+    def _run_tasks(self, ray: Any, jobs: Jobs) -> dict[int, JobReturn]:
         options = {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
@@ -151,7 +141,7 @@ class RayLauncher(Launcher):
             log.info("\t#%d : %s", number, " ".join(o for o in overrides if "hydra." not in o))
             results[number] = task.remote(
                 number,
-                list(overrides),
+                overrides,
                 self.hydra_context,
                 self.config,
                 self.task_function,
@@ -174,12 +164,8 @@ class RayLauncher(Launcher):
             job_return: JobReturn = ray.get(result_ref)
             return job_return
         except ray.exceptions.RayError as error:
-            from qtorch.cli.jobs.finished_jobs import compose_job
-            from qtorch.cli.jobs.job import record_lost_job
-
-            job = compose_job(self.hydra_context, self.config, number, overrides)
             reason = f"Ray lost the job (max_retries={self.max_retries}): {_failure_text(error)}"
-            return record_lost_job(job, number, overrides, reason)
+            return self._record_lost_job(number, overrides, reason)
 
     def _environment(self) -> dict[str, str]:
         """Return the variables with which a worker finds this code and the same stores."""
@@ -265,10 +251,3 @@ def _failure_text(error: BaseException) -> str:
     cause = getattr(error, "cause", None)  # a RayTaskError has the exception of the worker
     text = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
     return next(iter(text.splitlines()), type(error).__name__)
-
-
-def _to_dict(value: Any) -> dict[str, Any]:
-    container: Any = value
-    if OmegaConf.is_config(value):
-        container = OmegaConf.to_container(value, resolve=True)
-    return dict(container or {})

@@ -1,4 +1,8 @@
-"""Query SLURM jobs (`scontrol show job`) and requeue them."""
+"""Jobs of SLURM and other schedulers: query and requeue them, and find an earlier start of a job.
+
+A job that a scheduler stops and starts again must continue the same run. Its name, which the
+restarts have in common, is a tag of the run.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,18 @@ from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 
+log = logging.getLogger(__name__)
+
 QUERY_TIMEOUT_SECONDS = 60.0
 # SLURM has forgotten the job, or the job was cancelled before it started.
 UNKNOWN_JOB = re.compile(r"Invalid job id|Job \S+ not found")
+JOB_TAG = "qtorch.job"  # tag of a run: the name of the scheduler's job
+JOB_VARIABLE = "QTORCH_JOB"
+JOB_NAME_PATTERN = re.compile(r"[\w.:/\-]+")
+# Variables of submitit: the signal on which it requeues a job, and the kind of executor in a job.
+SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
+STOP_SIGNAL = signal.SIGUSR1
+EXECUTOR_VARIABLE, SLURM = "SUBMITIT_EXECUTOR", "slurm"
 END_STATES = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "TIMEOUT",
@@ -101,11 +114,7 @@ def run_scontrol(*words: str) -> str:
     return process.stdout
 
 
-log = logging.getLogger(__name__)
-
-JOB_TAG = "qtorch.job"
-JOB_VARIABLE = "QTORCH_JOB"
-NAME = re.compile(r"[\w.:/\-]+")
+# -- restarts of a job -----------------------------------------------------------------------------
 
 
 def scheduler_job_name() -> str | None:
@@ -116,7 +125,7 @@ def scheduler_job_name() -> str | None:
     """
     job_name = os.environ.get(JOB_VARIABLE)
     if job_name:
-        if not NAME.fullmatch(job_name):
+        if not JOB_NAME_PATTERN.fullmatch(job_name):
             raise ConfigError(
                 f"{JOB_VARIABLE}={job_name!r}: use only letters, digits and - _ . : / in "
                 "a job name."
@@ -174,15 +183,7 @@ def requeue_slurm_job() -> str | None:
     return f"requeued SLURM job {id}; it will resume this run."
 
 
-SUBMITIT = "Submitit"  # part of the names of the launcher classes
-SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
-STOP_SIGNAL = signal.SIGUSR1
-EXECUTOR_VARIABLE, SLURM = "SUBMITIT_EXECUTOR", "slurm"
-
-
-def is_submitit(launcher: str) -> bool:
-    """Whether the launcher's jobs continue after the process that launched them has ended."""
-    return SUBMITIT in launcher
+# -- jobs of submitit ------------------------------------------------------------------------------
 
 
 def set_submitit_signal() -> None:

@@ -1,9 +1,7 @@
 """`hydra/launcher=submitit_slurm` and `submitit_local`: Hydra's launchers, for unfinished jobs.
 
-Finished jobs are reported immediately (`qtorch.cli.jobs.finished_jobs`); the others form one job
-array
-and keep their numbers in the sweep. The launcher waits for all of them: a job that is lost for good
-is a failed job of the sweep.
+The unfinished jobs form one job array. The launcher waits for all of them: a job that is lost for
+good is a failed job of the sweep.
 """
 
 from __future__ import annotations
@@ -20,6 +18,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from qtorch.cli.guard import error_line
+from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
+from qtorch.cli.launchers.kinds import DetachedLauncher
 from qtorch.cli.launchers.slurm import SlurmError, has_ended, query_job
 from qtorch.core.errors import ConfigError
 from qtorch.process.launch import external_world
@@ -78,26 +78,16 @@ except ImportError:  # optional dependency
     SUBMITIT_LAUNCHERS: tuple[type[Launcher], ...] = ()
 else:
 
-    class _UnfinishedJobs:
+    class _ArrayLauncher(UnfinishedJobsMixin, DetachedLauncher):
         """A mixin for Hydra's launchers, which have no types: mypy cannot see or subclass them."""
 
-        def launch(
-            self: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-        ) -> Sequence[JobReturn]:
-            """Run the unfinished jobs and wait for all of them."""
-            from qtorch.cli.jobs.finished_jobs import skip_finished_jobs  # imports torch
-
-            jobs = dict(enumerate(job_overrides, initial_job_idx))
-            returns = skip_finished_jobs(self.hydra_context, self.config, jobs)
-            remaining_jobs = {
-                n: list(overrides) for n, overrides in jobs.items() if n not in returns
+        def _run_jobs(self, jobs: Jobs) -> dict[int, JobReturn]:
+            return {
+                number: self._job_return(number, jobs[number], job.task(0))
+                for number, job in zip(jobs, self._submit(jobs), strict=True)
             }
-            if remaining_jobs:
-                for number, job in zip(remaining_jobs, self._submit(remaining_jobs), strict=True):
-                    returns[number] = self._job_return(number, remaining_jobs[number], job.task(0))
-            return [returns[n] for n in jobs]
 
-        def _submit(self: Any, jobs: Mapping[int, list[str]]) -> Sequence[Any]:
+        def _submit(self: Any, jobs: Jobs) -> Sequence[Any]:
             """Submit the jobs as one array and return submitit's job objects."""
             import submitit
 
@@ -128,16 +118,13 @@ else:
                 reason = error_line(job_return._return_value)
             except Exception as error:
                 reason = last_error_line(error)
-            from qtorch.cli.jobs.finished_jobs import compose_job
-            from qtorch.cli.jobs.job import record_lost_job
-
-            config = compose_job(self.hydra_context, self.config, number, overrides)
             reason = f"job {job.job_id} of {self._EXECUTOR}: {reason}"
             if job.paths.stderr.exists():
                 reason += f"; see {job.paths.stderr}"
-            return record_lost_job(config, number, overrides, reason, close_run=False)
+            job_return = self._record_lost_job(number, overrides, reason, close_run=False)
+            return job_return
 
-    class SubmititSlurmLauncher(_UnfinishedJobs, hydra_submitit.SlurmLauncher):  # type: ignore[misc]  # the base class has no types
+    class SubmititSlurmLauncher(_ArrayLauncher, hydra_submitit.SlurmLauncher):  # type: ignore[misc]  # the base class has no types
         """Run the jobs on SLURM."""
 
         def _load_result(self, job: Any) -> JobReturn:
@@ -166,12 +153,12 @@ else:
                 outcome["code"] = 0
             return job_return
 
-    class SubmititLocalLauncher(_UnfinishedJobs, hydra_submitit.LocalLauncher):  # type: ignore[misc]  # the base class has no types
+    class SubmititLocalLauncher(_ArrayLauncher, hydra_submitit.LocalLauncher):  # type: ignore[misc]  # the base class has no types
         """Run the jobs in processes on this machine."""
 
         devices: Mapping[int, str | None]  # for CUDA_VISIBLE_DEVICES of each job
 
-        def _submit(self, jobs: Mapping[int, list[str]]) -> Sequence[Any]:
+        def _submit(self, jobs: Jobs) -> Sequence[Any]:
             tasks = self.params["tasks_per_node"]
             if tasks != 1:
                 raise ConfigError(

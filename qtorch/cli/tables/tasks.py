@@ -1,4 +1,4 @@
-"""Print the tasks of a pool, and convert them to CSV."""
+"""Texts and tables of a pool's tasks, for `qtorch tasks` and `qtorch worker`; tasks as CSV."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
+from qtorch.core.errors import format_count
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.stores.base import STATUSES
 from qtorch.task.worker import SlotStatus
 
-if TYPE_CHECKING:
-    from qtorch.task.worker import SlotStatus
-
-
 NAME_KEYS = ("_target_", "class", "func")
+WORKER_COLUMNS = (
+    "slot", "device", "task", "model", "stage", "epoch", "samples/s", "metric", "since",
+)  # fmt: skip
+CSV_COLUMNS = (
+    "id", "status", "model", "seed", "priority", "attempt", "errors", "lost", "preemptions",
+    "worker", "run", "experiment_id", "error", "created", "updated",
+)  # fmt: skip
+
+
+# -- texts -----------------------------------------------------------------------------------------
 
 
 def model_name(definition: Any) -> str:
@@ -37,8 +44,8 @@ def model_name(definition: Any) -> str:
     return (_config_name(network) if network is not None else "") or _config_name(model)
 
 
-def counts_text(stat: Mapping[str, int]) -> str:
-    """Format counts by status: `3 waiting, 40 done`."""
+def task_counts_text(stat: Mapping[str, int]) -> str:
+    """Format the numbers of tasks by status: `3 waiting, 40 done`."""
     return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
 
 
@@ -76,21 +83,15 @@ def _last_part(name: Any) -> str:
     return name.rpartition(".")[2] if isinstance(name, str) else ""
 
 
-COLUMNS = ("slot", "device", "task", "model", "stage", "epoch", "samples/s", "metric", "since")
+# -- the table of a worker -------------------------------------------------------------------------
 
 
 def worker_table(pool: str, slots: Sequence[SlotStatus]) -> Table:
     """Create a table with one row per slot, and the total counts in the title."""
-    counts = total_counts(slots)
-    counts_text = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name == "done")
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"pool {pool}: {counts_text}",
-        title_justify="left",
-    )
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name in ("samples/s", "since") else "left")
+    counts = total_counts(slots).items()
+    totals = ", ".join(f"{n} {name}" for name, n in counts if n or name == "done")
+    title = f"pool {pool}: {totals}"
+    table = new_table(*WORKER_COLUMNS, title=title, numbers=("samples/s", "since"))
     for slot in slots:
         table.add_row(slot.name, slot.device, *_cells(slot))
     return table
@@ -134,26 +135,19 @@ def metrics_text(progress: Mapping[str, Any]) -> str:
     return "  ".join(f"{n} {metrics[n]:.4g}" for n in names[:2] if metrics[n] is not None)
 
 
-STYLE = {"done": "green", "failed": "red", "running": "cyan"}
-CSV_COLUMNS = (
-    "id", "status", "model", "seed", "priority", "attempt", "errors", "lost", "preemptions",
-    "worker", "run", "experiment_id", "error", "created", "updated",
-)  # fmt: skip
+# -- the tasks of a pool ---------------------------------------------------------------------------
 
 
 def print_tasks(tasks: Sequence[Task], limit: int | None = None) -> None:
     """Print one row per task."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("id", "status", "model", "seed", "run", "attempts", "activity", "since"):
-        table.add_column(name, overflow="fold", justify="right" if name == "since" else "left")
+    columns = ("id", "status", "model", "seed", "run", "attempts", "activity", "since")
+    table = new_table(*columns, numbers=("since",))
     now = time.time()
     for task in tasks if limit is None else tasks[-limit:]:
-        style = STYLE.get(task["status"], "")
-        status = f"[{style}]{task['status']}[/{style}]" if style else task["status"]
         seed = task["def"].get("seed") if isinstance(task["def"], Mapping) else None
         table.add_row(
             str(task["_id"]),
-            status,
+            format_status(task["status"]),
             model_name(task["def"]) or "-",
             "-" if seed is None else str(seed),
             task_run_id(task) or "-",
@@ -161,14 +155,14 @@ def print_tasks(tasks: Sequence[Task], limit: int | None = None) -> None:
             _activity_text(task),
             format_duration(max(0.0, now - float(task["updated"]))) if task.get("updated") else "-",
         )
-    _console().print(table)
+    print_table(table)
     if limit is not None and len(tasks) > limit:
         print(f"showing the newest {limit} of {len(tasks)} tasks")
 
 
 def print_task(task: Task) -> None:
     """Print all details of a task."""
-    console = _console()
+    console = terminal()
     lines = Table.grid(padding=(0, 2))
     worker = task.get("worker") or {}
     facts = {
@@ -194,8 +188,12 @@ def print_task(task: Task) -> None:
 
 def attempts_text(task: Mapping[str, Any]) -> str:
     """Format the number of attempts, and how many ended in errors or were lost or returned."""
-    counts = [(task["errors"], "errors"), (task["lost"], "lost"), (task["preemptions"], "returned")]
-    details = ", ".join(f"{n} {name}" for n, name in counts if n)
+    texts = {
+        "errors": format_count(task["errors"], "error"),
+        "lost": f"{task['lost']} lost",
+        "preemptions": f"{task['preemptions']} returned",
+    }
+    details = ", ".join(text for count, text in texts.items() if task[count])
     return f"{task['attempt']} ({details})" if details else str(task["attempt"])
 
 
@@ -245,7 +243,7 @@ def csv_text(tasks: Sequence[Task]) -> str:
 def show_progress(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
     """Yield a function that displays counts: a progress bar on a terminal, otherwise lines."""
     if not sys.stderr.isatty():
-        yield lambda stat: print(counts_text(stat), file=sys.stderr, flush=True)
+        yield lambda stat: print(task_counts_text(stat), file=sys.stderr, flush=True)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -269,7 +267,3 @@ def show_progress(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
             )
 
         yield update
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=160)

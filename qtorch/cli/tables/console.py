@@ -1,0 +1,66 @@
+"""Print tables and numbers on the terminal, in the same style for all commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+# The statuses of runs, of a search's trials and of a pool's tasks.
+STATUS_STYLES = {
+    "FINISHED": "green", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan",
+    "COMPLETE": "green", "FAIL": "red", "PRUNED": "yellow",
+    "done": "green", "failed": "red", "running": "cyan",
+}  # fmt: skip
+PIPE_WIDTH = 160
+
+
+def terminal() -> Console:
+    """Create a console; pipes and files get wide lines, because they are searched, not viewed."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def new_table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
+    """Create a table; the columns in `numbers` are aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for name in columns:
+        if name in numbers:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table; in a pipe or a file it is so wide that no word has to be cut."""
+    console = terminal()
+    if not sys.stdout.isatty():
+        console.width = max(console.width, _width_of_words(table, console))
+    console.print(table)
+
+
+def _width_of_words(table: Table, console: Console) -> int:
+    """Return the width at which the longest words of the table fit."""
+    options = console.options.update(width=10_000)
+    width = console.measure(table, options=options).minimum
+    for column in (c for c in table.columns if c.no_wrap):  # these need the width of their texts
+        texts = (column.header, *column.cells)
+        measurements = [Measurement.get(console, options, text) for text in texts]
+        width += max(m.maximum for m in measurements) - max(m.minimum for m in measurements)
+    return width
+
+
+def format_number(value: Any, digits: int = 4) -> str:
+    """Format a number with fixed digits; a dash for None."""
+    return "-" if value is None else f"{float(value):.{digits}f}"
+
+
+def format_status(status: str) -> str:
+    """Colour a status by how well the work goes."""
+    style = STATUS_STYLES.get(status)
+    return f"[{style}]{status}[/{style}]" if style else status

@@ -1,0 +1,227 @@
+"""Print the summary of a run, and the tables of a sweep's jobs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from qtorch.cli.tables.console import (
+    format_number,
+    format_status,
+    new_table,
+    print_table,
+    terminal,
+)
+from qtorch.core.errors import ConfigError, LoadObjectError, format_count
+from qtorch.study.sweep import (
+    JobResult,
+    SeedGroup,
+    best_group,
+    best_job,
+    choose_metric,
+    common_overrides,
+    resolve_mode,
+    seed_groups,
+)
+from qtorch.tracking.manager import R
+from qtorch.tracking.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+SEGMENTS = ("train", "valid", "test")
+
+
+def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool = True) -> None:
+    """Print data, training, quality by segment, and how to view the run."""
+    metrics = result.metrics
+    console = terminal()
+    facts_table = Table.grid(padding=(0, 2))
+    for name, text in _facts(result, recorder):
+        facts_table.add_row(f"[dim]{name}[/dim]", text)
+    console.print()
+    console.print(facts_table)
+    quality_table = new_table("segment", *FIGURES, numbers=FIGURES)
+    for segment in SEGMENTS:
+        values = [metrics.get(f"{segment}.{f}") for f in FIGURES]
+        if any(v is not None for v in values):
+            quality_table.add_row(segment, *(format_number(v) for v in values))
+    if quality_table.row_count:
+        print_table(quality_table)
+    if show_command:
+        console.print(f"[dim]view the run:[/dim] {mlflow_command()}", soft_wrap=True)
+
+
+def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
+    metrics, task = result.metrics, recorder.load_object("task")
+    fit = _load_optional(recorder, "fit_report")
+    facts = _data_facts(task)
+    if fit:
+        counts = [f"{fit['samples']:,} train", f"{fit['valid_samples']:,} valid"]
+        scores = _load_optional(recorder, "pred.pkl")
+        counts += [] if scores is None else [f"{len(scores):,} test"]
+        facts.append(("samples", ", ".join(counts)))
+        best = "" if fit.get("best_epoch") is None else f", best epoch: {fit['best_epoch']}"
+        if fit["monitor"] is not None:
+            facts.append(
+                ("epochs", f"{fit['epochs']}{best} (counting from 0, monitor: {fit['monitor']})")
+            )
+        facts.append(
+            (
+                "speed",
+                f"{fit['samples_per_second']:,.0f} samples/s during training on {fit['device']}",
+            )
+        )
+    facts.append(("time", f"{result.seconds:.1f} s"))
+    long_short = metrics.get("Long-Short Ann Return")
+    if long_short is not None:
+        sharpe = format_number(metrics.get("Long-Short Ann Sharpe"), 2)
+        facts.append(("long-short", f"{long_short:.1%} per year before costs, Sharpe {sharpe}"))
+    excess_return = metrics.get("1day.excess_return_with_cost.annualized_return")
+    if excess_return is not None:
+        ratio = format_number(metrics.get("1day.excess_return_with_cost.information_ratio"), 2)
+        facts.append(
+            (
+                "portfolio",
+                f"{excess_return:.1%} per year over the benchmark after costs, "
+                f"information ratio {ratio}",
+            )
+        )
+    return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
+
+
+def _data_facts(task: Any) -> list[tuple[str, str]]:
+    """Describe the data source and the segments of a task."""
+    dataset = task.get("dataset", {})
+    handler = dataset.get("handler") or {}
+    source = str((handler.get("source") or {}).get("_target_", "")).rpartition(".")[2]
+    spans = [
+        f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
+        for name, span in (dataset.get("segments") or {}).items()
+    ]
+    return [("data", f"{source}, {handler.get('instruments')}"), ("segments", ", ".join(spans))]
+
+
+def _load_optional(recorder: Recorder, name: str) -> Any:
+    try:
+        return recorder.load_object(name)
+    except LoadObjectError:
+        return None
+
+
+def mlflow_command() -> str:
+    """Return the command that opens MLflow's UI on the current store, or the server's address."""
+    uri = R.get_uri()
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000"
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+
+def print_sweep(
+    name: str, jobs: Sequence[JobResult], num_expected: int | None = None, command: str = ""
+) -> None:
+    """Print one row per job, then statistics over seeds if there are several, then the best job."""
+    console = terminal()
+    if not jobs:
+        console.print(f"sweep {name}: no job has a run yet.")
+        return
+    common = common_overrides(jobs, command)
+    print_table(jobs_table(f"sweep {name}: {job_counts_text(jobs, num_expected)}", jobs, common))
+    if common:
+        override_text = " ".join(o for o in jobs[0].overrides if o in common)
+        console.print(f"[dim]common overrides:[/dim] {escape(override_text)}", soft_wrap=True)
+    groups = seed_groups(jobs)
+    if any(len(g.jobs) > 1 for g in groups):
+        print_table(_groups_table(groups))
+    if groups:
+        try:
+            print_best(jobs, groups, None, None)
+        except ConfigError as error:
+            # The runs have no Rank IC; users can run qtorch sweep best NAME metric=...
+            log.debug("%s", error)
+    console.print(f"[dim]view the runs:[/dim] {mlflow_command()}", soft_wrap=True)
+
+
+def job_counts_text(jobs: Sequence[JobResult], num_expected: int | None = None) -> str:
+    """Format the number of jobs by status."""
+    statuses = dict.fromkeys(j.status for j in jobs)
+    if list(statuses) == ["FINISHED"] and len(jobs) >= (num_expected or 0):
+        return f"{format_count(len(jobs), 'job')}, all finished"
+    parts = [f"{sum(j.status == s for j in jobs)} {s.lower()}" for s in statuses]
+    num_missing = (num_expected or 0) - len(jobs)
+    if num_missing > 0:
+        parts.append(f"{num_missing} not started")
+    return f"{format_count(max(len(jobs), num_expected or 0), 'job')}, {', '.join(parts)}"
+
+
+def print_best(
+    jobs: Sequence[JobResult], groups: Sequence[SeedGroup], metric: str | None, mode: str | None
+) -> None:
+    """Print the best job by a metric, and the best setting if there are several seeds."""
+    console = terminal()
+    metric = choose_metric(jobs, metric)
+    mode = resolve_mode(metric, mode)
+    job = best_job(jobs, metric, mode)
+    if job is None:
+        console.print(f"no finished job has {metric}.")
+        return
+    override_text = _override_text(job, common_overrides(jobs))
+    text = f"[dim]best by {metric}:[/dim] {format_number(job.metrics[metric])}  "
+    text += f"job {job.number} ({escape(override_text)}), run {job.run_id}"
+    console.print(text, soft_wrap=True)
+    group = best_group(groups, metric, mode)
+    if group is not None and len(group.jobs) > 1:
+        text = f"[dim]best over seeds:[/dim] {_mean_text(group, metric)}  {escape(group.name)}"
+        console.print(text, soft_wrap=True)
+
+
+def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:
+    """Create a table of jobs with their overrides, without those in `common`, and test metrics."""
+    numbers = (*FIGURES, "seconds")
+    columns = ("job", "overrides", "status", "run")
+    table = new_table(*columns, *numbers, title=title, numbers=("job", *numbers))
+    table.columns[columns.index("status")].no_wrap = True
+    for job in jobs:
+        status = format_status(job.status)
+        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in FIGURES]
+        table.add_row(
+            str(job.number),
+            escape(_override_text(job, common)),
+            f"{status} ({job.note})" if job.note else status,
+            job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-"),
+            *(format_number(v) for v in values),
+            "-" if math.isnan(job.seconds) else f"{job.seconds:.1f}",
+        )
+    return table
+
+
+def _groups_table(groups: Sequence[SeedGroup]) -> Table:
+    numbers = ("seeds", *FIGURES)
+    title = "over seeds: mean ± standard deviation on the test segment"
+    table = new_table("setting", *numbers, title=title, numbers=numbers)
+    for group in groups:
+        has_test_metrics = any(f"test.{f}" in j.metrics for j in group.jobs for f in FIGURES)
+        cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in FIGURES]
+        table.add_row(escape(group.name), str(len(group.jobs)), *cells)
+    return table
+
+
+def _mean_text(group: SeedGroup, metric: str) -> str:
+    mean, deviation, count = group.metric_statistics(metric)
+    if not count:
+        return "-"
+    spread_text = "" if math.isnan(deviation) else f" ± {deviation:.4f}"
+    return f"{mean:.4f}{spread_text}"
+
+
+def _override_text(job: JobResult, common: Collection[str]) -> str:
+    return " ".join(o for o in job.overrides if o not in common) or "-"
