@@ -16,9 +16,10 @@ import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
-from qtorch.core.configured import Configured, check_arguments
+from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError, QtorchError
-from qtorch.core.names import import_path, load_module, locate
+from qtorch.core.names import current_name, import_path, load_module, locate
+from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.trust import check_config_trust, load_pickle
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def _build_parts(value: Any) -> Any:
 def _instantiate_with_hydra(config: Mapping[str, Any]) -> Any:
     locate(str(config["_target_"]))  # raises an error that suggests the nearest name, unlike Hydra
     try:
-        return hydra.utils.instantiate(dict(config), _convert_="all")
+        return hydra.utils.instantiate(convert_tree(config, _update_target), _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, QtorchError):
@@ -169,12 +170,18 @@ def _instantiate_with_hydra(config: Mapping[str, Any]) -> Any:
         raise ConfigError(str(error).splitlines()[-1] or str(error)) from error
 
 
+def _update_target(value: Any, location: str) -> Any:
+    """Replace a name that an older qtorch stored; Hydra imports names as they are."""
+    target = value.get("_target_") if isinstance(value, Mapping) else None
+    return {**value, "_target_": current_name(target)} if isinstance(target, str) else value
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     if isinstance(value, list):
         return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    return is_plain_scalar(value)
 
 
 def _call(
@@ -209,8 +216,6 @@ def _check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> N
 def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
     try:
         if isinstance(target, type) and issubclass(target, Configured):
-            from qtorch.core.configured import constructor_signature
-
             return constructor_signature(target)
         return inspect.signature(target)
     except (ValueError, TypeError):

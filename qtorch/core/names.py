@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,56 @@ from qtorch.core.errors import ConfigError, unknown_name_message
 
 
 def import_path(obj: Any) -> str:
-    """Return the import path of a class or function; raise ConfigError if it has none."""
+    """Return the import path of a class or function; raise ConfigError if it has none.
+
+    For qtorch's own objects it is the public name, such as `qtorch.data.TSDatasetH`, if there is
+    one: stored names then survive a reorganization of the modules.
+    """
     module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
     if not module or not name or "<" in name:
         raise ConfigError(
             f"{obj!r} cannot be imported by name; define it at the top level of a module so that "
             "a configuration can name it."
         )
+    for package in _parent_packages(module):
+        if name in getattr(package, "__all__", ()) and getattr(package, name) is obj:
+            return f"{package.__name__}.{name}"
     return f"{module}.{name}"
+
+
+def current_name(name: str) -> str:
+    """Return the public name of an object that an older qtorch stored under a module's name.
+
+    `qtorch.<package>.<any module>.<Name>` becomes `qtorch.<package>.<Name>` if the module is gone,
+    or no longer defines the object, and the package exports that name. All other names are
+    returned unchanged, also those that do not exist.
+    """
+    module, _, attribute = name.rpartition(".")
+    packages = list(_parent_packages(module))
+    if not packages:
+        return name
+    try:
+        _import_object(name)
+    except ConfigError:
+        for package in packages:
+            if attribute in getattr(package, "__all__", ()):
+                return f"{package.__name__}.{attribute}"
+    return name
+
+
+def _parent_packages(module: str) -> Iterator[ModuleType]:
+    """Yield the existing packages of qtorch that contain a module, the outermost first."""
+    top, *parts = module.split(".")
+    if top != "qtorch":
+        return
+    for k in range(1, len(parts) + 1):
+        name = ".".join((top, *parts[:k]))
+        try:
+            package = importlib.import_module(name)
+        except ModuleNotFoundError:
+            return
+        if hasattr(package, "__path__"):
+            yield package
 
 
 def load_module(path: str | ModuleType) -> ModuleType:
@@ -72,13 +115,17 @@ def locate(name: str, default_module: str | ModuleType | None = None) -> Any:
 
     Raises ConfigError with the nearest valid name if the module has no such attribute.
     """
+    if "." in name:
+        return _import_object(current_name(name))
+    if default_module is None:
+        raise ConfigError(f"{name!r} does not name a module; write it as 'package.module.{name}'.")
+    if isinstance(default_module, str) and not default_module.endswith(".py"):
+        return _import_object(current_name(f"{default_module}.{name}"))
+    return get_attribute(load_module(default_module), name)
+
+
+def _import_object(name: str) -> Any:
     parts = name.split(".")
-    if len(parts) == 1:
-        if default_module is None:
-            raise ConfigError(
-                f"{name!r} does not name a module; write it as 'package.module.{name}'."
-            )
-        return get_attribute(load_module(default_module), name)
     for k in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:k])
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qtorch.core.errors import DataError, TrustError
-from qtorch.core.names import file_module_name, get_attribute, load_module, locate
+from qtorch.core.names import current_name, file_module_name, load_module, locate
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages
 
 ALLOWED_PACKAGES = ("qtorch", "torch", "pytorch_lightning", "lightning")
@@ -106,10 +106,8 @@ def check_name_trust(name: str, module: str | None = None) -> None:
                 f"trust it, call qtorch.init(trusted=[{module!r}])."
             )
         return
-    if _in_packages(full, (*ALLOWED_PACKAGES, *_load_trusted_packages())):
-        check_object_trust(full, locate(full) if "." in full else None)
-    elif "." in full:
-        check_object_trust(full, None)
+    if "." in full:
+        _check_import(full)
 
 
 def load_pickle(source: str | Path | bytes) -> Any:
@@ -131,11 +129,21 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return super().find_class(module, name)
         if (module, name) not in SAFE_GLOBALS:
-            full = f"{module}.{name}"
-            is_listed = _in_packages(full, (*ALLOWED_PACKAGES, *_load_trusted_packages()))
-            # An untrusted module is not even imported, because importing runs it.
-            check_object_trust(full, _resolve_name(module, name) if is_listed else None)
+            return _check_import(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _check_import(name: str) -> Any:
+    """Import the object of a trusted name; raise TrustError for any other name.
+
+    An untrusted package is not even imported, because importing runs it. For a name that is
+    stored in an older form the rule holds for the object that it stands for today.
+    """
+    if not _in_packages(name, (*ALLOWED_PACKAGES, *_load_trusted_packages())):
+        check_object_trust(name, None)
+    obj = locate(name)
+    check_object_trust(current_name(name), obj)
+    return obj
 
 
 def _load_trusted_packages() -> tuple[str, ...]:
@@ -148,13 +156,6 @@ def _load_trusted_packages() -> tuple[str, ...]:
         else:
             names.append(name)
     return tuple(names)
-
-
-def _resolve_name(module: str, name: str) -> Any:
-    obj: Any = load_module(module)
-    for part in name.split("."):
-        obj = get_attribute(obj, part)
-    return obj
 
 
 def _storage_from_bytes(data: bytes) -> Any:

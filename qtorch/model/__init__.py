@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.loop.callbacks import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.loop.module import ScoreModule as ScoreModule
+    from qtorch.model.loop.sharding import Sharded as Sharded
     from qtorch.model.methods.adarnn import ADARNNModule as ADARNNModule
     from qtorch.model.methods.add import ADDModule as ADDModule
     from qtorch.model.methods.igmtf import IGMTFModule as IGMTFModule

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, NotFittedError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.names import import_path
 from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
@@ -75,8 +76,7 @@ class LightningModel(ModelFT):
     one, `fit` starts a process for each device. A batch has the same total size as on one device
     and is shared among them, so that the number of devices changes the time and not the result
     (except for dropout masks and batch norms; for the loss and metrics of a LightningModule see
-    `qtorch.model.loop.user_module`). `strategy` is Lightning's:
-    "ddp", or `qtorch.model.loop.sharding.Sharded`,
+    `qtorch.model.loop.user_module`). `strategy` is Lightning's: "ddp", or `qtorch.model.Sharded`,
     which shards the weights (trainer=fsdp).
     `monitor`: the metric that selects the best epoch, whose weights are kept: "loss", "ic" or
     "rank_ic" of the valid segment, or a full name.
@@ -388,7 +388,7 @@ class LightningModel(ModelFT):
         """Return the configuration that builds this model, unfitted."""
         arguments = {**self._arguments, "network": network_config(self.network)}
         config = {k: plain_value(v, f"LightningModel.{k}") for k, v in arguments.items()}
-        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **config}
+        return {"_target_": import_path(type(self)), **config}
 
     def to_state(self) -> State:
         """Return configuration, metrics and weights as JSON and tensors, without pickle.

@@ -87,5 +87,5 @@ def network_config(spec: Any) -> Any:
     Raises ConfigError for any other live module.
     """
     if isinstance(spec, Network):
-        return plain_value(spec.config, "network")
+        spec = {**spec.config, "_target_": import_path(type(spec))}
     return plain_value(spec, "network")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qtorch.study.replay import Replay as Replay
     from qtorch.study.replay import replay_run as replay_run
     from qtorch.study.rolling import RollingResult as RollingResult
+    from qtorch.study.rolling import StitchedSignal as StitchedSignal
     from qtorch.study.rolling import StudyError as StudyError
     from qtorch.study.rolling import rolling_study as rolling_study
     from qtorch.study.warm_start import WarmStart as WarmStart

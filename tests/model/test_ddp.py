@@ -403,7 +403,7 @@ def test_invalid_device_settings_raise(dataset, trainer, batch, message: str) ->
         LightningModel("MLP", batch=batch, trainer={**DDP, **trainer}).fit(dataset)
 
 
-FSDP_TRAINER = {**DDP, "strategy": {"_target_": "qtorch.model.loop.sharding.Sharded"}}
+FSDP_TRAINER = {**DDP, "strategy": {"_target_": "qtorch.model.Sharded"}}
 
 
 @pytest.mark.slow
@@ -434,7 +434,7 @@ def test_sharded_weights_match_one_device(rank_processes, recorder: ToyRecorder)
 @pytest.mark.slow
 def test_tensor_parallel_strategy_is_refused(rank_processes) -> None:
     strategy = {"_target_": "pytorch_lightning.strategies.ModelParallelStrategy"}
-    with pytest.raises(ConfigError, match=r"over 1 of 2 devices: use .*sharding\.Sharded"):
+    with pytest.raises(ConfigError, match=r"over 1 of 2 devices: use .*model\.Sharded"):
         resumable_model(trainer={**DDP, "strategy": strategy}).fit(ToyDataset())
 
 

@@ -329,7 +329,7 @@ def test_config_builds_the_same_model() -> None:
 
     model = make_model(early_stop=3)
     config = model.to_config()
-    assert config["_target_"] == "qtorch.model.lightning_model.LightningModel"
+    assert config["_target_"] == "qtorch.model.LightningModel"
     assert init_instance_by_config(config).to_config() == config
 
 

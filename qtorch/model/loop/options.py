@@ -132,7 +132,7 @@ def _check_devices(arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             "Lightning's FSDPStrategy gathers weights around one forward of the whole module, but "
             "a training step here runs several batches. To shard weights use trainer=fsdp: "
-            "strategy={'_target_': 'qtorch.model.loop.sharding.Sharded'}."
+            "strategy={'_target_': 'qtorch.model.Sharded'}."
         )
     if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
         raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError
+from qtorch.model.loop.lightning_internals import shard_over_all_ranks
 
 
 class Sharded(ModelParallelStrategy):
@@ -20,7 +21,7 @@ class Sharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.world_size  # Lightning's "auto" means the number of nodes
+        shard_over_all_ranks(self)
         super().setup_environment()
 
 
@@ -38,7 +39,7 @@ def shard(network: nn.Module, strategy: Any, mesh: Any) -> None:
         raise ConfigError(
             f"the strategy shards weights over {mesh['data_parallel'].size()} of "
             f"{strategy.world_size} devices: use strategy={{'_target_': "
-            "'qtorch.model.loop.sharding.Sharded'}, which takes all of them (trainer=fsdp)."
+            "'qtorch.model.Sharded'}, which takes all of them (trainer=fsdp)."
         )
     for part in network.modules():
         if isinstance(part, nn.ModuleList):
