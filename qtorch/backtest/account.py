@@ -72,9 +72,7 @@ class Account:
         self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
     ) -> None:
         """Book executed purchases; each (member, instrument) pair occurs at most once."""
-        shares, position = value / price, self.amount[member, instrument]
-        new_position = np.where(is_close(shares, -position), 0.0, position + shares)
-        self._update_positions(member, instrument, position, new_position, price)
+        self._change_positions(member, instrument, value / price, price)
         np.subtract.at(self.cash, member, value + cost)  # one by one, in the order of the trades
         # A purchase that spends all of the cash can leave a rounding error below zero.
         self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
@@ -84,20 +82,16 @@ class Account:
         self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
     ) -> None:
         """Book executed sales; each (member, instrument) pair occurs at most once."""
-        shares, position = value / price, self.amount[member, instrument]
-        new_position = np.where(is_close(shares, position), 0.0, position - shares)
-        self._update_positions(member, instrument, position, new_position, price)
+        self._change_positions(member, instrument, -value / price, price)
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
         self._add_totals(member, value, cost)
 
-    def _update_positions(
-        self,
-        member: Indices,
-        instrument: Indices,
-        position: Floats,
-        new_position: Floats,
-        price: Floats,
+    def _change_positions(
+        self, member: Indices, instrument: Indices, shares: Floats, price: Floats
     ) -> None:
+        """Add shares to positions; a position that is nearly zero afterwards is closed."""
+        position = self.amount[member, instrument]
+        new_position = np.where(is_close(-shares, position), 0.0, position + shares)
         self.amount[member, instrument] = new_position
         is_closed, is_opened = new_position == 0, position == 0
         self.price[member[is_opened], instrument[is_opened]] = price[is_opened]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.backtest.exchange import Bools, Exchange, Floats
-from qtorch.backtest.strategy import StepContext, WeightStrategy
+from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.trust import trust_subclasses
@@ -151,7 +151,7 @@ class RiskModel:
     blacklist: pd.Index
 
 
-class EnhancedIndexingStrategy(WeightStrategy):
+class EnhancedIndexingStrategy(WeightStrategyBase):
     """Maximise the portfolio's score while penalising its risk relative to a benchmark.
 
     `riskmodel_root` contains one folder per day (`20210101`) with the tables `factor_exp`,
@@ -196,10 +196,11 @@ class EnhancedIndexingStrategy(WeightStrategy):
     ) -> None:
         if not self.root.is_dir():
             raise DataError(f"riskmodel_root {self.root} is not a folder.")
-        if self.benchmark_weights is None:
-            self.benchmark_weights = self._load_benchmark_weights(
-                exchange.source, exchange.freq, dates
-            )
+        self._benchmark_table = (
+            self._load_benchmark_weights(exchange.source, exchange.freq, dates)
+            if self.benchmark_weights is None
+            else self.benchmark_weights
+        )
 
     def target_weights(self, context: StepContext) -> Floats:
         assert context.score is not None
@@ -232,9 +233,6 @@ class EnhancedIndexingStrategy(WeightStrategy):
             weights[member] = 0.0
             weights[member, column[column >= 0]] = target[column >= 0]
         return weights
-
-    def _validate_weights(self, weights: pd.DataFrame) -> pd.DataFrame:
-        return weights  # the signal holds scores, not weights, so there is nothing to validate
 
     def _risk_model(self, day: pd.Timestamp) -> RiskModel | None:
         folder = self.root / f"{day:%Y%m%d}"
@@ -270,8 +268,7 @@ class EnhancedIndexingStrategy(WeightStrategy):
         return None
 
     def _benchmark(self, day: pd.Timestamp, universe: pd.Index) -> Floats:
-        table = self.benchmark_weights
-        assert table is not None
+        table = self._benchmark_table
         if day not in table.index:
             raise DataError(f"benchmark_weights has no row for {day:%Y-%m-%d}.")
         return np.asarray(table.loc[day].reindex(universe).fillna(0.0), dtype=np.float64)

@@ -14,7 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.dates import as_stamp, last_instant
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Instruments, Source, frequency
@@ -23,8 +24,17 @@ from qtorch.data.source.frame import build_source, default_source
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 Indices: TypeAlias = NDArray[np.intp]
+Region: TypeAlias = Literal["region"]
+Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | None
+
+log = logging.getLogger(__name__)
 
 CUMULATIVE, CURRENT = "cum", "current"
+# Trade unit and price limit by region, as in Qlib (qlib/config.py).
+TRADE_UNITS = {"us": 1, "cn": 100}
+LIMITS = {"us": None, "cn": 0.095}
+ZERO_PRICE = 1e-8
+_CHANGE = "$close/Ref($close, 1)-1"
 
 
 @dataclass(frozen=True)
@@ -74,44 +84,27 @@ class Quotes:
         column = self.instruments.get_indexer(names)
         exists = column >= 0
 
-        def widen(array: Floats, fill: float) -> Floats:
+        def widen(array: Any, fill: float = np.nan) -> Any:
             return np.where(exists, array[:, column], fill)
 
         def widen_limits(limits: tuple[VolumeLimit, ...]) -> tuple[VolumeLimit, ...]:
-            return tuple(
-                VolumeLimit(widen(limit.amount, np.nan), limit.cumulative) for limit in limits
-            )
-
-        def widen_mask(array: Bools) -> Bools:
-            return np.where(exists, array[:, column], True)
+            return tuple(VolumeLimit(widen(limit.amount), limit.cumulative) for limit in limits)
 
         return Quotes(
             self.dates,
             self.first,
             names,
-            close=widen(self.close, np.nan),
-            buy_price=widen(self.buy_price, np.nan),
-            sell_price=widen(self.sell_price, np.nan),
-            volume=widen(self.volume, np.nan),
-            factor=None if self.factor is None else widen(self.factor, np.nan),
-            limit_buy=widen_mask(self.limit_buy),
-            limit_sell=widen_mask(self.limit_sell),
+            close=widen(self.close),
+            buy_price=widen(self.buy_price),
+            sell_price=widen(self.sell_price),
+            volume=widen(self.volume),
+            factor=None if self.factor is None else widen(self.factor),
+            limit_buy=widen(self.limit_buy, True),
+            limit_sell=widen(self.limit_sell, True),
             buy_volume=widen_limits(self.buy_volume),
             sell_volume=widen_limits(self.sell_volume),
-            fields={name: widen(values, np.nan) for name, values in self.fields.items()},
+            fields={name: widen(values) for name, values in self.fields.items()},
         )
-
-
-log = logging.getLogger(__name__)
-
-Region: TypeAlias = Literal["region"]
-Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | None
-
-# Trade unit and price limit by region, as in Qlib (qlib/config.py).
-TRADE_UNITS = {"us": 1, "cn": 100}
-LIMITS = {"us": None, "cn": 0.095}
-ZERO_PRICE = 1e-8
-_CHANGE = "$close/Ref($close, 1)-1"
 
 
 @trust_subclasses
@@ -132,7 +125,8 @@ class Exchange(Configured):
     (instrument, datetime) with quotes of additional instruments: the column $close and optionally
     other prices, $volume, $factor, limit_buy, limit_sell. `subscribe_fields`: fields or expressions
     that a strategy reads with `Market.field`. `codes`: the universe or list of instruments that
-    trade; all others count as suspended.
+    trade; all others count as suspended. `start_time`, `end_time`: inclusive bounds of the bars
+    that may be traded; a backtest beyond them raises ConfigError (in Qlib it finds no quotes).
 
     An instrument without a close is suspended. Differences from Qlib: `change` is computed if the
     source has no such field (Qlib then applies no limit at all); the deal price may be any
@@ -158,7 +152,8 @@ class Exchange(Configured):
         source: Any = None,
     ) -> None:
         self.freq = frequency(freq)
-        self.start_time, self.end_time = start_time, end_time
+        self.start_time = None if start_time is None else as_stamp(start_time)
+        self.end_time = None if end_time is None else last_instant(end_time)
         self.codes = codes
         self.buy_field, self.sell_field = _parse_deal_prices(deal_price)
         self.subscribe_fields = tuple(subscribe_fields)
@@ -188,7 +183,12 @@ class Exchange(Configured):
         return self.source.read_calendar(self.freq)
 
     def quotes(self, start: pd.Timestamp, end: pd.Timestamp) -> Quotes:
-        """Quotes between two dates (inclusive) and of the bar before them; cached."""
+        """Quotes between two bars (inclusive) and of the bar before them; cached."""
+        if (self.start_time or start) > start or (self.end_time or end) < end:
+            raise ConfigError(
+                f"the backtest goes from {start} to {end}, but the exchange's start_time and "
+                f"end_time allow {self.start_time} to {self.end_time}."
+            )
         if (start, end) not in self._quotes:
             self._quotes[start, end] = self._read(start, end)
         return self._quotes[start, end]
@@ -308,23 +308,16 @@ class Exchange(Configured):
         all_quotes.volume[:, columns] = column("$volume", np.nan)
         if all_quotes.factor is not None:
             all_quotes.factor[:, columns] = column("$factor", 1.0)
-        for name, array in (
-            ("limit_buy", all_quotes.limit_buy),
-            ("limit_sell", all_quotes.limit_sell),
-        ):
+        for name in ("limit_buy", "limit_sell"):
             limits = column(name, False)
-            array[:, columns] = np.isnan(close) | (pd.isna(limits) | np.equal(limits, True))
+            is_limited = np.isnan(close) | pd.isna(limits) | np.equal(limits, True)
+            getattr(all_quotes, name)[:, columns] = is_limited
         return all_quotes
 
 
 def _parse_deal_prices(deal_price: str | Sequence[str] | None) -> tuple[str, str]:
-    pair = (
-        ("close",) * 2
-        if deal_price is None
-        else (deal_price,) * 2
-        if isinstance(deal_price, str)
-        else deal_price
-    )
+    price = "close" if deal_price is None else deal_price
+    pair = (price, price) if isinstance(price, str) else price
     if len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
         raise ConfigError(
             f"deal_price={deal_price!r}: expected a field or an expression, or a pair of them "
@@ -381,12 +374,15 @@ def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
 
 
 def _validate_cost(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ConfigError(
-            f"{name}={value!r}: expected zero or more "
-            f"({'an amount of money' if name == 'min_cost' else 'a fraction of the value'})."
-        )
-    if name in ("open_cost", "close_cost") and value >= 1:
-        raise DataError(
-            f"{name}={value!r}: expected a fraction of the trade's value (5 bp: 0.0005)."
-        )
+    is_fraction = name in ("open_cost", "close_cost")
+    upper_limit = 1 if is_fraction else math.inf
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value < upper_limit
+    ):
+        expected = {
+            "min_cost": "zero or more, an amount of money",
+            "impact_cost": "zero or more, a factor of the squared share of the bar's traded value",
+        }.get(name, "zero or more and below 1, a fraction of the trade's value (5 bp: 0.0005)")
+        raise ConfigError(f"{name}={value!r}: expected {expected}.")

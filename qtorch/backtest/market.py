@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -102,67 +103,45 @@ class Market:
         price = self.price("buy" if buying else "sell")[instrument]
         amount = self._cap_to_volume(orders.amount[rows], member, instrument, buying, traded_today)
         ratio = self._cost_ratio(amount * price, price, instrument, buying)
-        price_trades = self._price_purchases if buying else self._price_sales
-        unlimited_cash = np.full(len(rows), np.inf)
         if not buying:
             position = account.amount[member, instrument]
             amount = self._cap_to_position(amount, position, instrument, allow_short)
-        value, cost = price_trades(amount, unlimited_cash, price, ratio, instrument)
-        cash_limited = self._find_cash_limited_orders(
-            account, member, value, cost, amount, price, ratio, buying
-        )
+        trades = _Trades(member, instrument, amount, price, ratio)
+        price_trades = self._price_purchases if buying else self._price_sales
         book = account.buy if buying else account.sell
-        if len(cash_limited):
-            round_number = np.zeros(len(rows), dtype=np.intp)
-            round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
-            batches = [
-                np.flatnonzero(round_number == number)
-                for number in range(int(round_number.max()) + 1)
-            ]
-        else:
-            batches = [np.arange(len(rows))]
-        for batch in batches:
+        value, cost = price_trades(trades, np.full(len(rows), np.inf))
+        cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash, buying)
+        round_number = np.zeros(len(rows), dtype=np.intp)
+        round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
+        for number in range(int(round_number.max()) + 1):
+            batch = np.flatnonzero(round_number == number)
             if len(cash_limited):
                 cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
-                value[batch], cost[batch] = price_trades(
-                    amount[batch], cash, price[batch], ratio[batch], instrument[batch]
-                )
-            filled_rows = batch[value[batch] > 0]
-            book(
-                member[filled_rows],
-                instrument[filled_rows],
-                value[filled_rows],
-                cost[filled_rows],
-                price[filled_rows],
-            )
+                value[batch], cost[batch] = price_trades(trades.select(batch), cash)
+            filled = batch[value[batch] > 0]
+            book(member[filled], instrument[filled], value[filled], cost[filled], price[filled])
         traded_today[member, instrument] += value / price
         fills.amount[rows], fills.price[rows] = value / price, price
         fills.value[rows], fills.cost[rows] = value, cost
 
     def _find_cash_limited_orders(
-        self,
-        account: Account,
-        member: Indices,
-        value: Floats,
-        cost: Floats,
-        amount: Floats,
-        price: Floats,
-        ratio: Floats,
-        buying: bool,
+        self, trades: _Trades, value: Floats, cost: Floats, cash: Floats, buying: bool
     ) -> Indices:
-        """Find the orders of members whose cash may not cover all of their orders.
+        """Find the orders of members whose `cash [M]` may not cover all of their orders.
 
-        Their orders must be executed one after another, in rounds of one order per member.
+        `value` and `cost` are those with unlimited cash. These orders must be executed one after
+        another, in rounds of one order per member.
         """
         if buying:
-            order_value = amount * price
-            order_need = np.maximum(order_value + self._cost(order_value, ratio), value + cost)
-            member_need = np.bincount(member, order_need, minlength=len(account.cash))
+            order_value = trades.amount * trades.price
+            order_cost = self._cost(order_value, trades.ratio)
+            need = np.maximum(order_value + order_cost, value + cost)
+            member_need = np.bincount(trades.member, need, minlength=len(cash))
         else:
-            shortfall = np.maximum(self._cost(value, ratio) - value, 0.0)
-            member_need = np.bincount(member, shortfall, minlength=len(account.cash))
+            shortfall = np.maximum(self._cost(value, trades.ratio) - value, 0.0)
+            member_need = np.bincount(trades.member, shortfall, minlength=len(cash))
             member_need[member_need == 0] = -np.inf
-        return np.flatnonzero((member_need > account.cash)[member])
+        return np.flatnonzero((member_need > cash)[trades.member])
 
     def _cap_to_volume(
         self,
@@ -204,19 +183,16 @@ class Market:
     def _cost(self, value: Floats, ratio: Floats) -> Floats:
         return np.maximum(value * ratio, self.exchange.min_cost)
 
-    def _price_sales(
-        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Indices
-    ) -> tuple[Floats, Floats]:
-        """Value and cost of selling `amount` with `cash` available; zeros if not executed."""
-        value = amount * price
-        cost = self._cost(value, ratio)
+    def _price_sales(self, trades: _Trades, cash: Floats) -> tuple[Floats, Floats]:
+        """Value and cost of sales with `cash [K]` available; zeros if not executed."""
+        value = trades.amount * trades.price
+        cost = self._cost(value, trades.ratio)
         is_executed = (cash + value >= cost) & (value > _MIN_TRADE_VALUE)
         return np.where(is_executed, value, 0.0), np.where(is_executed, cost, 0.0)
 
-    def _price_purchases(
-        self, amount: Floats, cash: Floats, price: Floats, ratio: Floats, instrument: Indices
-    ) -> tuple[Floats, Floats]:
-        """Value and cost of buying up to `amount` with `cash` available; zeros if not executed."""
+    def _price_purchases(self, trades: _Trades, cash: Floats) -> tuple[Floats, Floats]:
+        """Value and cost of purchases with `cash [K]` available; zeros if not executed."""
+        amount, price, ratio = trades.amount, trades.price, trades.ratio
         order_value = amount * price
         cost = self._cost(order_value, ratio)
         is_short = cash < order_value + cost
@@ -224,13 +200,13 @@ class Market:
             amount = np.where(
                 is_short, np.minimum(self._affordable_amount(cash, price, ratio), amount), amount
             )
-        amount = self.round_lots(amount, instrument)
+        amount = self.round_lots(amount, trades.instrument)
         value = amount * price
         final_cost = self._cost(value, ratio)
         too_much = value + final_cost > cash * (1 + 1e-12)
         if self.quotes.factor is not None and too_much.any():
             # Rounding added up to 0.1 share that the cash does not cover: buy one lot less.
-            unit = self.exchange.trade_unit / self.quotes.factor[self.row, instrument]
+            unit = self.exchange.trade_unit / self.quotes.factor[self.row, trades.instrument]
             value = np.where(too_much, np.maximum(amount - unit, 0.0) * price, value)
             final_cost = self._cost(value, ratio)
         is_executed = (cash >= cost) & (value > _MIN_TRADE_VALUE)
@@ -244,6 +220,20 @@ class Market:
             break_even = min_cost / ratio + min_cost if min_cost else np.zeros_like(ratio)
         max_value = np.where(cash >= break_even, cash / (1 + ratio), cash - min_cost)
         return np.where(cash >= min_cost, max_value, 0.0) / price
+
+
+@dataclass(frozen=True)
+class _Trades:
+    """Orders of one side at one bar, `[K]` each: indices, amount, price and cost rate."""
+
+    member: Indices
+    instrument: Indices
+    amount: Floats
+    price: Floats
+    ratio: Floats
+
+    def select(self, rows: Indices) -> _Trades:
+        return _Trades(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
 def _count_earlier_orders(member: Indices) -> Indices:

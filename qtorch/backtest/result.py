@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from qtorch.backtest.simulate import Ledger
 from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.metrics.portfolio import parse_frequency
 
-REPORT = (
-    *("account", "return", "total_turnover", "turnover", "total_cost", "cost"),
-    *("value", "cash", "bench"),
-)
 POSITION = ("amount", "price", "count", "weight")
-ORDER = (*("direction", "amount", "deal_amount", "price", "value", "cost"),)
+ORDER = ("direction", "amount", "deal_amount", "price", "value", "cost")
 
 
 class BacktestResult:
@@ -40,15 +36,15 @@ class BacktestResult:
         ledger_columns: list[int] | None = None,
     ) -> None:
         self.members, self.freq = list(members), freq
-        self._ledger_columns = (
-            list(range(len(members))) if ledger_columns is None else ledger_columns
-        )  # ledger columns
+        self._ledger_columns = ledger_columns or list(range(len(members)))
         self._ledger, self._instruments, self._bench = ledger, instruments, bench
         self._opening = np.asarray(opening, dtype=np.float64)
         self.dates = pd.DatetimeIndex(ledger.dates, name="datetime")
 
     def __getitem__(self, member: str) -> BacktestResult:
-        return self._member_result(self._member_index(member))
+        if member not in self.members:
+            raise ConfigError(unknown_name_message("member", str(member), self.members))
+        return self._member_result(self.members.index(member))
 
     def __iter__(self) -> Iterator[BacktestResult]:
         return (self._member_result(k) for k in range(len(self.members)))
@@ -64,10 +60,7 @@ class BacktestResult:
         previous day's account; `total_cost` and `total_turnover` are sums of money since the start;
         `account` = `value` of the positions + `cash`, in money; `bench` is the benchmark's return.
         """
-        parts = {
-            m: self._report(k) for k, m in zip(self._ledger_columns, self.members, strict=True)
-        }
-        return self._join_members(parts, axis=1)
+        return self._join_members(self._report, axis="columns")
 
     @cached_property
     def positions(self) -> pd.DataFrame:
@@ -76,13 +69,7 @@ class BacktestResult:
         `amount` in adjusted shares, `price` (the last close), `count` (bars held) and `weight`
         (fraction of the account).
         """
-        return self._join_members(
-            {
-                m: self._positions(k)
-                for k, m in zip(self._ledger_columns, self.members, strict=True)
-            },
-            axis=0,
-        )
+        return self._join_members(self._positions, axis="index")
 
     @cached_property
     def orders(self) -> pd.DataFrame:
@@ -91,10 +78,7 @@ class BacktestResult:
         `direction` (buy or sell), `amount` (ordered), `deal_amount` (executed), `price` (NaN if
         rejected), `value` and `cost` in money.
         """
-        return self._join_members(
-            {m: self._orders(k) for k, m in zip(self._ledger_columns, self.members, strict=True)},
-            axis=0,
-        )
+        return self._join_members(self._orders, axis="index")
 
     @cached_property
     def indicators(self) -> pd.DataFrame:
@@ -105,10 +89,7 @@ class BacktestResult:
         with a positive price advantage; then `deal_amount`, `value` and `count` of the orders. The
         ratios are NaN on days without orders.
         """
-        parts = {
-            m: self._indicators(k) for k, m in zip(self._ledger_columns, self.members, strict=True)
-        }
-        return self._join_members(parts, axis=1)
+        return self._join_members(self._indicators, axis="columns")
 
     # -- frames of one member --------------------------------------------------------------------
 
@@ -131,7 +112,7 @@ class BacktestResult:
             "cash": cash,
             "bench": self._bench.to_numpy(),
         }
-        return pd.DataFrame(columns, index=self.dates)[list(REPORT)]
+        return pd.DataFrame(columns, index=self.dates)
 
     def _positions(self, k: int) -> pd.DataFrame:
         rows, columns, values = [], [], []
@@ -186,35 +167,28 @@ class BacktestResult:
 
     # -- combining and selecting members ---------------------------------------------------------
 
-    def _join_members(self, parts: dict[str, pd.DataFrame], axis: int) -> pd.DataFrame:
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        frame: pd.DataFrame
-        frame = pd.concat(parts, axis="columns" if axis else "index", names=["member"])
+    def _join_members(
+        self, build: Callable[[int], pd.DataFrame], axis: Literal["index", "columns"]
+    ) -> pd.DataFrame:
+        """Build the frame of each member from its ledger column, and join them."""
+        if len(self.members) == 1:
+            return build(self._ledger_columns[0])
+        parts = dict(zip(self.members, map(build, self._ledger_columns), strict=True))
+        frame: pd.DataFrame = pd.concat(parts, axis=axis, names=["member"])
         return frame
-
-    def _member_index(self, member: str) -> int:
-        if member not in self.members:
-            raise ConfigError(unknown_name_message("member", str(member), self.members))
-        return self.members.index(member)
 
     def _member_result(self, k: int) -> BacktestResult:
         common = (self._ledger, [self.members[k]], self._instruments, self._bench, self._opening)
         return BacktestResult(*common, self.freq, [self._ledger_columns[k]])
 
 
-_UNITS = {"min": "min", "day": "D", "week": "W", "month": "M"}
-_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
+_PANDAS_UNITS = {"min": "min", "day": "D", "week": "W", "month": "M"}
 
 
 def period_name(freq: str) -> str:
     """Normalise a frequency to the form used in artifact and metric names: "1day", "5min"."""
-    match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", str(freq).strip())
-    unit = match[2].lower() if match else str(freq)
-    unit = _ALIASES.get(unit, unit)
-    if match is None or unit not in _UNITS:
-        raise ConfigError(unknown_name_message("frequency", str(freq), _UNITS))
-    return f"{int(match[1] or 1)}{unit}"
+    count, unit = parse_frequency(str(freq))
+    return f"{count}{unit}"
 
 
 def resample_report(report: pd.DataFrame, freq: str) -> pd.DataFrame:
@@ -253,11 +227,10 @@ def resample_indicators(indicators: pd.DataFrame, freq: str) -> pd.DataFrame:
 
 def _period_edges(dates: pd.Index, freq: str) -> tuple[np.ndarray, np.ndarray]:
     """The row numbers of the first and the last bar of each period."""
-    match = re.fullmatch(r"(\d+)(\w+)", period_name(freq))
-    assert match is not None
+    count, unit = parse_frequency(freq)
     index = pd.DatetimeIndex(dates)
-    period = np.asarray(index.to_period(_UNITS[match[2]]).astype("int64"))
-    period = (period - period[0]) // int(match[1])
+    period = np.asarray(index.to_period(_PANDAS_UNITS[unit]).astype("int64"))
+    period = (period - period[0]) // count
     change = np.flatnonzero(np.diff(period)) + 1
     return np.r_[0, change], np.r_[change - 1, len(index) - 1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +22,69 @@ from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.source.base import Source
 
 Benchmark: TypeAlias = str | Sequence[str] | pd.Series | None
+
+log = logging.getLogger(__name__)
+
+CASH = 1e9
 _RETURN = "$close/Ref($close, 1)-1"
+_PRICE_DAYS = 30  # the price of an initial position may be this many days old, as in Qlib
+
+
+def backtest(
+    start_time: Any = None,
+    end_time: Any = None,
+    strategy: Any = None,
+    executor: Any = None,
+    benchmark: Benchmark = None,
+    account: float | Mapping[str, Any] = CASH,
+    exchange_kwargs: Mapping[str, Any] | None = None,
+    *,
+    source: Any = None,
+) -> BacktestResult:
+    """Simulate a strategy from `start_time` to `end_time` (inclusive dates).
+
+    `strategy`: a Strategy or its configuration. `account`: cash, or `{"cash": ..., instrument:
+    amount or {"amount": ..., "price": ...}}`. `benchmark`: an instrument, a universe, a list of
+    instruments, a series of returns, or None. `exchange_kwargs`: arguments of `Exchange`, or
+    `{"exchange": an Exchange or its configuration}` (reusing an Exchange keeps its bars in
+    memory). `source`: the data source of the bars, by default the exchange's or the one of
+    `qtorch.init`. `executor`: as in Qlib, `{"class": "SimulatorExecutor", "kwargs":
+    {"time_per_step": "day", "trade_type": "serial" | "parallel", "settle_type": None | "cash"}}`;
+    optional.
+
+    The scores of a bar are traded at the next bar. By default the dates are those of the scores,
+    shifted by one bar: from the bar after the first score to the bar after the last. Corresponds
+    to Qlib's `backtest` (backtest/__init__.py), which instead returns two dictionaries by
+    frequency. Differences: the initial portfolio counts at its value from the start (Qlib's first
+    return reports that value as a profit); there is no benchmark by default.
+    """
+    built_strategy = _build_strategy(strategy)
+    execution = _Execution.parse(executor)
+    exchange = _build_exchange(exchange_kwargs, source, execution.time_per_step)
+    frame = built_strategy.scores()
+    calendar = exchange.calendar()
+    start, end = _trading_span(start_time, end_time, frame, calendar)
+    quotes = exchange.quotes(start, end)
+    scores = None if frame is None else Scores(frame, quotes.dates, exchange.freq)
+    members = ["account"] if scores is None else scores.members
+    quotes = quotes if scores is None else _add_unknown_instruments(quotes, scores)
+    universe = np.asarray((~quotes.is_suspended).any(axis=0))
+    if scores is not None:
+        universe &= quotes.instruments.isin(scores.instruments)
+    accounts = _open_accounts(account, quotes, exchange, len(members), execution)
+    opening = accounts.value()
+    dates = quotes.dates[quotes.first :]
+    bench = benchmark_returns(benchmark, exchange.source, dates, exchange.freq)
+    built_strategy.start(exchange, quotes.instruments, dates, universe)
+    ledger = simulate(
+        exchange,
+        quotes,
+        built_strategy,
+        scores,
+        accounts,
+        buy_first=execution.trade_type == "parallel",
+    )
+    return BacktestResult(ledger, members, quotes.instruments, bench, opening, exchange.freq)
 
 
 def benchmark_returns(
@@ -75,116 +138,64 @@ def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str 
     return list(benchmark)
 
 
-log = logging.getLogger(__name__)
-
-CASH = 1e9
-_PRICE_DAYS = 30  # the price of an initial position may be this many days old, as in Qlib
-
-
-def backtest(
-    start_time: Any = None,
-    end_time: Any = None,
-    strategy: Any = None,
-    executor: Any = None,
-    benchmark: Benchmark = None,
-    account: float | Mapping[str, Any] = CASH,
-    exchange_kwargs: Mapping[str, Any] | None = None,
-    *,
-    source: Any = None,
-) -> BacktestResult:
-    """Simulate a strategy from `start_time` to `end_time` (inclusive dates).
-
-    `strategy`: a Strategy or its configuration. `account`: cash, or `{"cash": ..., instrument:
-    amount or {"amount": ..., "price": ...}}`. `benchmark`: an instrument, a universe, a list of
-    instruments, a series of returns, or None. `exchange_kwargs`: arguments of `Exchange`, or
-    `{"exchange": an Exchange or its configuration}` (reusing an Exchange keeps its bars in
-    memory). `source`: the data source of the bars, by default the exchange's or the one of
-    `qtorch.init`. `executor`: as in Qlib, `{"class": "SimulatorExecutor", "kwargs":
-    {"time_per_step": "day", "trade_type": "serial" | "parallel", "settle_type": None | "cash"}}`;
-    optional.
-
-    The scores of a bar are traded at the next bar. By default the dates are those of the scores,
-    shifted by one bar: from the bar after the first score to the bar after the last. Corresponds
-    to Qlib's `backtest` (backtest/__init__.py), which instead returns two dictionaries by
-    frequency. Differences: the initial portfolio counts at its value from the start (Qlib's first
-    return reports that value as a profit); there is no benchmark by default.
-    """
-    built_strategy = strategy
+def _build_strategy(strategy: Any) -> Strategy:
     if isinstance(resolve_config(strategy), Mapping | str):
-        built_strategy = init_instance_by_config(
+        strategy = init_instance_by_config(
             resolve_config(strategy), "qtorch.backtest", accept_types=Strategy
         )
-    if not isinstance(built_strategy, Strategy):
+    if not isinstance(strategy, Strategy):
         raise ConfigError(
-            f"strategy is {type(built_strategy).__name__}; expected a Strategy or its "
-            "configuration."
+            f"strategy is {type(strategy).__name__}; expected a Strategy or its configuration."
         )
-    settings = _parse_executor(executor)
-    exchange = _build_exchange(exchange_kwargs, source, settings)
-    frame = built_strategy.scores()
-    calendar = exchange.calendar()
-    start, end = _trading_span(start_time, end_time, frame, calendar)
-    quotes = exchange.quotes(start, end)
-    scores = None if frame is None else Scores(frame, quotes.dates, exchange.freq)
-    members = ["account"] if scores is None else scores.members
-    quotes = quotes if scores is None else _add_unknown_instruments(quotes, scores)
-    universe = np.asarray((~quotes.is_suspended).any(axis=0))
-    if scores is not None:
-        universe &= quotes.instruments.isin(scores.instruments)
-    accounts = _open_accounts(account, quotes, exchange, len(members), settings)
-    opening = accounts.value()
-    dates = quotes.dates[quotes.first :]
-    bench = benchmark_returns(benchmark, exchange.source, dates, exchange.freq)
-    built_strategy.start(exchange, quotes.instruments, dates, universe)
-    ledger = simulate(
-        exchange,
-        quotes,
-        built_strategy,
-        scores,
-        accounts,
-        buy_first=settings["trade_type"] == "parallel",
-    )
-    return BacktestResult(ledger, members, quotes.instruments, bench, opening, exchange.freq)
+    return strategy
 
 
-def _parse_executor(executor: Any) -> dict[str, Any]:
-    """Read those settings of Qlib's SimulatorExecutor that this simulation supports."""
-    settings: dict[str, Any] = {"time_per_step": None, "trade_type": "serial", "settle_type": None}
-    if executor is None:
-        return settings
-    config = resolve_config(executor)
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"executor is {type(config).__name__}; expected a mapping or None.")
-    name = str(config.get("class", config.get("_target_", "SimulatorExecutor"))).rpartition(".")[2]
-    if name != "SimulatorExecutor":
-        raise ConfigError(
-            f"executor {name!r} is not supported, only SimulatorExecutor: a strategy's orders are "
-            "executed within their bar (qtorch has no nested execution)."
-        )
-    ignored_keys = ("generate_portfolio_metrics", "verbose", "indicator_config", "track_data")
-    kwargs = config.get("kwargs") or {
-        k: v for k, v in config.items() if k not in ("class", "_target_", "module_path")
-    }
-    for key, value in kwargs.items():
-        if key in settings:
-            settings[key] = value
-        elif key not in ignored_keys:
+@dataclass(frozen=True)
+class _Execution:
+    """Those settings of Qlib's SimulatorExecutor that this simulation supports."""
+
+    time_per_step: str | None = None
+    trade_type: str = "serial"
+    settle_type: str | None = None
+
+    @classmethod
+    def parse(cls, executor: Any) -> _Execution:
+        """Read an executor's configuration; ConfigError for what is not supported."""
+        if executor is None:
+            return cls()
+        config = resolve_config(executor)
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"executor is {type(config).__name__}; expected a mapping or None.")
+        name = str(config.get("class", config.get("_target_", "SimulatorExecutor")))
+        name = name.rpartition(".")[2]
+        if name != "SimulatorExecutor":
             raise ConfigError(
-                unknown_name_message("argument of the executor", key, [*settings, *ignored_keys])
+                f"executor {name!r} is not supported, only SimulatorExecutor: a strategy's orders "
+                "are executed within their bar (qtorch has no nested execution)."
             )
-    if settings["trade_type"] not in ("serial", "parallel"):
-        raise ConfigError(
-            unknown_name_message("trade_type", settings["trade_type"], ("serial", "parallel"))
-        )
-    if settings["settle_type"] not in (None, "None", "cash"):
-        raise ConfigError(
-            unknown_name_message("settle_type", str(settings["settle_type"]), ("None", "cash"))
-        )
-    return settings
+        kwargs = config.get("kwargs") or {
+            k: v for k, v in config.items() if k not in ("class", "_target_", "module_path")
+        }
+        used_keys = tuple(cls.__dataclass_fields__)
+        ignored_keys = ("generate_portfolio_metrics", "verbose", "indicator_config", "track_data")
+        for key in kwargs:
+            if key not in (*used_keys, *ignored_keys):
+                keys = [*used_keys, *ignored_keys]
+                raise ConfigError(unknown_name_message("argument of the executor", key, keys))
+        return cls(**{key: kwargs[key] for key in used_keys if key in kwargs})
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("trade_type", ("serial", "parallel")),
+            ("settle_type", ("None", "cash")),
+        ):
+            value = str(getattr(self, name))
+            if value not in choices:
+                raise ConfigError(unknown_name_message(name, value, choices))
 
 
 def _build_exchange(
-    exchange_kwargs: Mapping[str, Any] | None, source: Any, settings: Mapping[str, Any]
+    exchange_kwargs: Mapping[str, Any] | None, source: Any, time_per_step: str | None
 ) -> Exchange:
     kwargs = dict(resolve_config(exchange_kwargs) or {})
     exchange_config = kwargs.pop("exchange", None)
@@ -205,10 +216,8 @@ def _build_exchange(
         return exchange
     if source is not None:
         kwargs["source"] = source
-    if settings["time_per_step"] is not None:
-        kwargs.setdefault("freq", settings["time_per_step"])
-    kwargs.pop("start_time", None)
-    kwargs.pop("end_time", None)
+    if time_per_step is not None:
+        kwargs.setdefault("freq", time_per_step)
     return Exchange(**kwargs)
 
 
@@ -264,7 +273,7 @@ def _open_accounts(
     quotes: Quotes,
     exchange: Exchange,
     num_members: int,
-    settings: Mapping[str, Any],
+    execution: _Execution,
 ) -> Account:
     """Open the accounts; initial positions are valued at the last close before the start."""
     holdings = dict(account) if isinstance(account, Mapping) else {"cash": account}
@@ -274,7 +283,7 @@ def _open_accounts(
     amount, price = _initial_positions(holdings, quotes, exchange)
     if not cash and not amount.any():
         raise ConfigError("the account has neither cash nor positions.")
-    settle_cash = settings["settle_type"] == "cash"
+    settle_cash = execution.settle_type == "cash"
     return Account.create(cash, amount, price, num_members, settle_cash=settle_cash)
 
 

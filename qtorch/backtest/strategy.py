@@ -267,19 +267,14 @@ class _Ranking:
         return out
 
 
-class WeightStrategy(Strategy):
-    """Trades towards target weights; also the base class of strategies that compute weights.
+class WeightStrategyBase(Strategy):
+    """Base class of strategies that trade towards target weights; subclasses compute the weights.
 
-    `signal`: the target weights as fractions of the account times `risk_degree`, as a series or
-    frame by (datetime, instrument), or as a table with one row per date and one column per
-    instrument. Like scores, the weights of a bar are traded at the next bar. On a date with
-    weights, instruments without a weight are sold; on a date without any weights nothing is
-    traded. A subclass computes weights from scores in `target_weights`.
-
-    Amounts are computed from the account's value and the closes of the previous bar, so all that
-    the orders know of their own bar is which instruments can be traded. Corresponds to Qlib's
-    WeightStrategyBase with OrderGenWOInteract. Difference: if the cash does not cover all
-    purchases they are executed in the order of instrument names, while Qlib shuffles them.
+    The scores may also be a table with one row per date and one column per instrument. Amounts are
+    computed from the account's value and the closes of the previous bar, so all that the orders
+    know of their own bar is which instruments can be traded. Corresponds to Qlib's
+    WeightStrategyBase with OrderGenWOInteract. Difference: if the cash does not cover all purchases
+    they are executed in the order of instrument names, while Qlib shuffles them.
     """
 
     def scores(self) -> pd.DataFrame | None:
@@ -287,13 +282,14 @@ class WeightStrategy(Strategy):
         if isinstance(signal, pd.DataFrame) and not isinstance(signal.index, pd.MultiIndex):
             table: Any = signal  # the type stubs do not know that stack() returns a series
             signal = table.stack().rename("weight")
-        return None if signal is None else self._validate_weights(score_frame(signal))
+        return None if signal is None else score_frame(signal)
 
+    @abstractmethod
     def target_weights(self, context: StepContext) -> Floats:
-        """The target weights `[M, N]`; a member whose row is all NaN does not trade."""
-        assert context.score is not None
-        has_weights = (~np.isnan(context.score)).any(axis=1, keepdims=True)
-        return np.where(has_weights, np.nan_to_num(context.score), np.nan)
+        """Return the target weights `[M, N]` as fractions of the account times `risk_degree`.
+
+        A member whose row is all NaN does not trade.
+        """
 
     def decide(self, context: StepContext) -> Orders:
         """Return the orders that move the positions to the target weights, sales first."""
@@ -323,7 +319,21 @@ class WeightStrategy(Strategy):
             Orders.from_mask(can_trade & (delta > 0) & (size > 0), size, buying=True)
         )
 
-    def _validate_weights(self, weights: pd.DataFrame) -> pd.DataFrame:
+
+class WeightStrategy(WeightStrategyBase):
+    """Trades towards the weights in its signal.
+
+    `signal`: the target weights as fractions of the account times `risk_degree`, as a series or
+    frame by (datetime, instrument), or as a table with one row per date and one column per
+    instrument. Like scores, the weights of a bar are traded at the next bar. On a date with
+    weights, instruments without a weight are sold; on a date without any weights nothing is
+    traded.
+    """
+
+    def scores(self) -> pd.DataFrame | None:
+        weights = super().scores()
+        if weights is None:
+            return None
         lowest = float(weights.min().min())
         if lowest < 0 and not self.allow_short:
             raise DataError(
@@ -338,8 +348,13 @@ class WeightStrategy(Strategy):
             )
         return weights
 
+    def target_weights(self, context: StepContext) -> Floats:
+        assert context.score is not None
+        has_weights = (~np.isnan(context.score)).any(axis=1, keepdims=True)
+        return np.where(has_weights, np.nan_to_num(context.score), np.nan)
 
-class LongShortStrategy(WeightStrategy):
+
+class LongShortStrategy(WeightStrategyBase):
     """Long the best scores and short the worst, equally weighted, both sides of equal value.
 
     Each side holds `topk` instruments, or the fraction `quantile` of those with a score (rounded
@@ -387,6 +402,3 @@ class LongShortStrategy(WeightStrategy):
             weights[member, order[:side_count]] = 0.5 / side_count
             weights[member, order[-side_count:]] = -0.5 / side_count
         return weights
-
-    def _validate_weights(self, weights: pd.DataFrame) -> pd.DataFrame:
-        return weights  # the signal holds scores, not weights, so there is nothing to validate

@@ -46,12 +46,18 @@ _ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "mont
 
 def periods_per_year(freq: str) -> float:
     """The number of periods per year of a frequency such as "day", "month", "5min" or "2week"."""
+    count, unit = parse_frequency(freq)
+    return PERIODS[unit] / count
+
+
+def parse_frequency(freq: str) -> tuple[int, str]:
+    """Split a frequency such as "5min", "day" or "2week" into its count and a unit of `PERIODS`."""
     match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", freq.strip())
     unit = match[2].lower() if match else freq
     unit = _ALIASES.get(unit, unit)
     if match is None or unit not in PERIODS:
         raise ConfigError(unknown_name_message("frequency", freq, PERIODS))
-    return PERIODS[unit] / int(match[1] or 1)
+    return int(match[1] or 1), unit
 
 
 def risk_analysis(

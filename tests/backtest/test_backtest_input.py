@@ -107,7 +107,9 @@ def test_unknown_benchmark_is_rejected(scores, source):
     [
         ({"open_cost": -0.1}, "open_cost=-0.1: expected zero or more"),
         ({"min_cost": -5}, "an amount of money"),
-        ({"close_cost": 5}, "fraction of the trade's value"),
+        ({"close_cost": 1}, "fraction of the trade's value"),
+        ({"start_time": "2020-01-03"}, "start_time and end_time allow 2020-01-03"),
+        ({"end_time": "2020-01-03"}, "the backtest goes from 2020-01-02"),
         ({"trade_unit": -100}, "trade_unit=-100"),
         ({"limit_threshold": -0.1}, "limit_threshold=-0.1"),
         ({"deal_price": ("open",)}, "deal_price="),
@@ -118,8 +120,15 @@ def test_unknown_benchmark_is_rejected(scores, source):
     ],
 )
 def test_invalid_exchange_arguments_are_rejected(scores, source, exchange, message):
-    with pytest.raises((ConfigError, DataError), match=message):
+    error = DataError if exchange == {"deal_price": "clos"} else ConfigError
+    with pytest.raises(error, match=message):
         run(scores, source, exchange_kwargs=exchange)
+
+
+def test_exchange_bounds_that_contain_the_backtest_change_nothing(scores, source):
+    bounds = {"start_time": "2020-01-02", "end_time": "2020-01-07"}
+    result = run(scores, source, exchange_kwargs={"trade_unit": None, **bounds})
+    assert result.report.equals(run(scores, source).report)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ import pytest
 from scipy.optimize import minimize
 from small_market import bars, score_table
 
-from qtorch.backtest import EnhancedIndexingStrategy, LongShortStrategy, WeightStrategy, backtest
+from qtorch.backtest import (
+    EnhancedIndexingStrategy,
+    Exchange,
+    LongShortStrategy,
+    WeightStrategy,
+    backtest,
+)
 from qtorch.backtest.enhanced_indexing import EnhancedIndexingOptimizer
 from qtorch.core.errors import ConfigError, DataError
 
@@ -177,3 +183,17 @@ def test_enhanced_indexing_tilts_the_benchmark_to_the_scores(days, tmp_path):
         run(EnhancedIndexingStrategy(riskmodel_root=tmp_path, signal=scores), source)
     with pytest.raises(DataError, match="is not a folder"):
         run(EnhancedIndexingStrategy(riskmodel_root=tmp_path / "x", signal=scores), source)
+
+
+def test_reused_strategy_reads_the_benchmark_weights_of_each_backtest(days):
+    names = list("ABC")
+    weights = {n: [1 / 3] * 8 for n in names}
+    source = bars({n: [10.0] * 8 for n in names}, index_weight=weights)
+    strategy = EnhancedIndexingStrategy(
+        riskmodel_root=".", signal=score_table({n: [1.0] * 8 for n in names}, days), market="index"
+    )
+    for dates in (days[:3], days[3:6]):
+        exchange = Exchange(source=source)
+        strategy.start(exchange, pd.Index(names), dates, np.ones(3, dtype=bool))
+        bench = strategy._benchmark(dates[-1], pd.Index(names))
+        np.testing.assert_allclose(bench, 1 / 3, rtol=1e-6)
