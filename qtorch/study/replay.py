@@ -199,13 +199,17 @@ def _compare_scores(original: Recorder, run: Recorder) -> ResultCheck:
     if not left.index.equals(right.index):
         detail = f"different samples: {len(left):,} originally, {len(right):,} now"
         return ResultCheck("predictions", False, detail)
-    first, second = left.to_numpy(), right.to_numpy()
-    if first.shape == second.shape and np.array_equal(first, second, equal_nan=True):
+    if left.shape != right.shape:
+        detail = f"different columns: {left.shape[1]} originally, {right.shape[1]} now"
+        return ResultCheck("predictions", False, detail)
+    first, second = (scores.to_numpy(dtype=float) for scores in (left, right))
+    if np.array_equal(first, second, equal_nan=True):
         return ResultCheck("predictions", True, f"{len(left):,} scores, bit for bit")
-    largest = float(np.nanmax(np.abs(first.astype(float) - second.astype(float))))
-    return ResultCheck(
-        "predictions", False, f"{len(left):,} scores, largest difference {largest:.3g}"
-    )
+    largest = float(np.nanmax(np.abs(first - second), initial=0.0))
+    detail = f"{len(left):,} scores, largest difference {largest:.3g}"
+    if num_missing := int((np.isnan(first) != np.isnan(second)).sum()):
+        detail += f", {num_missing:,} missing (NaN) in one of the runs"
+    return ResultCheck("predictions", False, detail)
 
 
 # -- environments ------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def start_sweep(
     experiment = R.get_exp(experiment_name=experiment_name)
     lock = sha256(f"{experiment.id} {name}".encode()).hexdigest()[:16]
     with file_lock(claims_folder(uri) / f".sweep-{lock}.lock"):
-        runs = _find_runs(f"tags.`{SWEEP_TAG}` = '{name}'", [experiment.id])
+        runs = _find_sweep_runs(experiment, name)
         if runs:
             recorder = experiment.start(recorder_id=runs[0].id, resume=True)
         else:
@@ -98,12 +98,19 @@ def _keep_oldest_run(experiment: Experiment, name: str, new_run: MLflowRecorder)
     File locks do not work between machines without a shared folder, so each of them may have
     created a run.
     """
-    oldest = _find_runs(f"tags.`{SWEEP_TAG}` = '{name}'", [experiment.id])[0]
+    oldest = _find_sweep_runs(experiment, name)[0]
     if oldest.id == new_run.id:
         return new_run
     new_run.end_run(Recorder.STATUS_K)
     experiment.delete_recorder(recorder_id=new_run.id)
     return experiment.start(recorder_id=oldest.id, resume=True)
+
+
+def _find_sweep_runs(experiment: Experiment, name: str) -> list[RunRow]:
+    """The runs of the sweeps of that name, the oldest first."""
+    # The name is compared here, because a filter string of MLflow cannot escape a quotation mark.
+    sweeps = _find_runs(f"tags.`{SWEEP_TAG}` != ''", [experiment.id])
+    return [run for run in sweeps if run.tags[SWEEP_TAG] == name]
 
 
 def _save_plan(recorder: MLflowRecorder, command: Any, settings: dict[str, Any]) -> None:

@@ -10,7 +10,13 @@ import pytest
 
 from qtorch import R, init
 from qtorch.core.errors import ConfigError
-from qtorch.study.replay import REPLAY_OF_TAG, Difference, compare_environments, replay_run
+from qtorch.study.replay import (
+    REPLAY_OF_TAG,
+    Difference,
+    _compare_scores,
+    compare_environments,
+    replay_run,
+)
 from qtorch.trainer.run import task_train
 
 
@@ -37,6 +43,26 @@ def use_table_source(path):
         task["dataset"]["handler"]["instruments"] = "all"
 
     return change
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal", "detail"),
+    [
+        ({"a": [1.0, None]}, {"a": [1.0, None]}, True, "2 scores, bit for bit"),
+        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.5]}, False, "2 scores, largest difference 0.5"),
+        ({"a": [1.0]}, {"a": [1.0], "b": [1.0]}, False, "columns: 1 originally, 2 now"),
+        ({"a": [None]}, {"a": [1.0]}, False, "difference 0, 1 missing"),
+    ],
+)
+def test_scores_are_compared_with_their_missing_values(store, left, right, equal, detail):
+    runs = []
+    for scores in (left, right):
+        with R.start(experiment_name="scores"):
+            runs.append(R.get_recorder())
+            runs[-1].save_objects(**{"pred.pkl": pd.DataFrame(scores, dtype=float)})
+    check = _compare_scores(*runs)
+    assert check.equal is equal
+    assert detail in check.detail
 
 
 @pytest.mark.slow

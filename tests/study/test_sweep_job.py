@@ -12,7 +12,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.process.heartbeat import listen
 from qtorch.process.lease import hold_claim
 from qtorch.study import sweep_job
-from qtorch.study.sweep import claim_path
+from qtorch.study.sweep import claim_path, end_sweep, find_sweep, start_sweep
 from qtorch.study.sweep_job import (
     FAILED_BEFORE,
     FIT_FROM_TAG,
@@ -155,3 +155,13 @@ def test_job_waits_for_claim_whose_holder_has_no_run_yet(store, make_task, monke
     assert is_waiting.is_set()
     assert (outcome.action, outcome.recorder.status) == (TRAINED, "FINISHED")
     assert len([r for r in caplog.records if "has claimed this job" in r.getMessage()]) == 1
+
+
+def test_sweep_with_a_quotation_mark_in_its_name_is_continued(store):
+    ids = []
+    for _ in range(2):
+        recorder = start_sweep("alice's", "quoted", ["seed=0,1"], overrides=["seed=0,1"])
+        end_sweep(recorder)
+        ids.append(recorder.id)
+    assert ids[0] == ids[1]
+    assert find_sweep("alice's").id == ids[0]
