@@ -5,7 +5,7 @@
 # A sweep loses a job to scancel and a node to kill -9, and is resumed; two processes train one
 # network with srun; pool workers run as a job array; a job is requeued and resumes its run.
 # Prints a table; the exit code is 0 if all checks passed. `--only page` runs every command of
-# from_laptop_to_cluster.md instead. If SLURM is missing, it is installed from Debian's packages,
+# docs/sweeps-and-clusters.md instead. If SLURM is missing, it is installed from Debian's packages,
 # which needs root. QTORCH_PYTHON is the path of a Python with qtorch (default: create .venv).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -24,7 +24,7 @@ from qtorch.study.sweep import JOB_TAG
 
 ACTIVE_STATES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
 TIMEOUT = 600.0
-PAGE = Path(__file__).resolve().parents[1] / "from_laptop_to_cluster.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeps-and-clusters.md"
 DEFAULT_CHECKS = "sweep,devices,array,requeued"
 SYNTHETIC_DATA = ["debug=tiny", "model.network.hidden_size=16", "model.network.num_layers=1"]
 QLIB_DATA = [
@@ -364,10 +364,14 @@ def check_requeue(check: Check) -> None:
     )
 
 
+def page_blocks() -> list[str]:
+    """Return the blocks of commands on the page, in order."""
+    return re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
 def check_page(check: Check) -> None:
     """Run every command of the page unchanged, one after another."""
-    text = PAGE.read_text()
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+    for block in page_blocks():
         sbatch_jobs: dict[str, str] = {}
         for command in block.replace("\\\n", " ").splitlines():
             needs_ray = "address=auto" in command
