@@ -22,7 +22,7 @@ from qtorch.core.errors import (
 from qtorch.process.heartbeat import RUN
 from qtorch.process.lease import RenewalThread
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
-from qtorch.task.pool import Pool, default_url, error_columns, open_store, row_to_task
+from qtorch.task.pool import Pool, default_url, error_columns, row_to_task
 from qtorch.task.stores.base import (
     DONE,
     FAILED,
@@ -32,6 +32,7 @@ from qtorch.task.stores.base import (
     Change,
     Condition,
     check_status,
+    open_store,
     parse_query,
     retry_while_unavailable,
 )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qtorch.core.errors import LeaseLost, TaskDefinitionError, TaskStoreError
+from qtorch.core.errors import LeaseLost, TaskDefinitionError
 from qtorch.core.session import session
 from qtorch.task.definition import Task, decode_definition, decode_result
 from qtorch.task.stores.base import (
@@ -26,6 +26,7 @@ from qtorch.task.stores.base import (
     Condition,
     Row,
     Store,
+    open_store,
     retry_while_unavailable,
 )
 
@@ -49,23 +50,6 @@ def default_url() -> str:
     return url or f"sqlite:///{Path('mlruns', 'tasks.db').absolute()}"
 
 
-def open_store(url: str) -> Store:
-    """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
-    scheme = url.partition(":")[0].partition("+")[0]
-    if scheme in ("sqlite", "postgresql", "postgres"):
-        from qtorch.task.stores.sql import SqlStore
-
-        return SqlStore(url)
-    if scheme == "mongodb":
-        from qtorch.task.stores.mongo import MongoStore
-
-        return MongoStore(url)
-    raise TaskStoreError(
-        f"the task URL {url!r} names no store that qtorch supports. Use sqlite:///FILE, "
-        "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
-    )
-
-
 class Pool:
     """One pool of a store; TaskManager is built on it.
 
@@ -86,11 +70,8 @@ class Pool:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            k: v
-            for k, v in vars(self).items()
-            if k not in ("_process_store", "_parent_stores", "_lock")
-        }
+        process_attributes = ("_process_store", "_parent_stores", "_lock")
+        return {k: v for k, v in vars(self).items() if k not in process_attributes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _process_store=None, _parent_stores=[], _lock=threading.Lock())
@@ -193,9 +174,8 @@ class Pool:
     def _store(self) -> Store:
         with self._lock:
             if self._process_store is not None and self._process_store[0] != os.getpid():
-                self._parent_stores.append(
-                    self._process_store[1]
-                )  # closing it would break the parent's connections
+                # Closing it, also by garbage collection, would break the parent's connections.
+                self._parent_stores.append(self._process_store[1])
                 self._process_store = None
             if self._process_store is None:
                 self._process_store = (os.getpid(), open_store(self.url))

@@ -17,7 +17,6 @@ import sqlite3
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from hashlib import sha256
@@ -77,13 +76,25 @@ def open_store(uri: str) -> MLflowStore:
         return _stores[key]
 
 
+def _forget_connections() -> None:
+    """Drop inherited database connections: a forked child must not use its parent's."""
+    global _stores_lock  # another thread may have held the lock at the fork
+    _stores_lock = threading.Lock()
+    for store in _stores.values():
+        engine = getattr(store.client._tracking_client.store, "engine", None)
+        if engine is not None:
+            engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_forget_connections)
+
+
 class MLflowStore:
     """Experiments, runs and artifacts of one tracking URI; raises qtorch's own errors."""
 
     def __init__(self, uri: str) -> None:
         self.uri = resolve_uri(uri)
         self.client = self._call("open", self._open_client)
-        _open_stores.add(self)
 
     def _open_client(self) -> MlflowClient:
         path = sqlite_path(self.uri)
@@ -502,19 +513,3 @@ def _migrate(path: Path) -> None:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-_open_stores: weakref.WeakSet[MLflowStore] = weakref.WeakSet()
-
-
-def _forget_connections() -> None:
-    """Drop inherited database connections: a forked child must not use its parent's."""
-    global _stores_lock  # another thread may have held the lock at the fork
-    _stores_lock = threading.Lock()
-    for store in list(_open_stores):
-        engine = getattr(store.client._tracking_client.store, "engine", None)
-        if engine is not None:
-            engine.dispose(close=False)
-
-
-os.register_at_fork(after_in_child=_forget_connections)

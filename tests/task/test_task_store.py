@@ -159,7 +159,7 @@ class TestStores:
     def test_newer_schema_version_is_rejected(self, manager, url, monkeypatch):
         manager.create_task([lstm(1)])
         with monkeypatch.context() as patch:
-            for module in ("sql", "mongo"):
+            for module in ("base", "sql", "mongo"):
                 patch.setattr(f"qtorch.task.stores.{module}.SCHEMA_VERSION", 0)
             with pytest.raises(TaskStoreVersionError, match=r"has version 1 .* knows up to 0"):
                 TaskManager(manager.task_pool, url).task_stat()
@@ -168,7 +168,7 @@ class TestStores:
         manager.create_task([lstm(1)])
         steps = []
         with monkeypatch.context() as patch:
-            for module in ("sql", "mongo"):
+            for module in ("base", "sql", "mongo"):
                 patch.setattr(f"qtorch.task.stores.{module}.SCHEMA_VERSION", 2)
             text = "ALTER TABLE {tasks} ADD COLUMN extra TEXT"
             patch.setitem(sql.MIGRATIONS, 1, (text,))

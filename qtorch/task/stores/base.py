@@ -1,4 +1,7 @@
-"""The interface of the stores of task pools, and retries while a store is unavailable."""
+"""The interface of the stores of task pools, queries, and retries while a store is unavailable.
+
+A further store is a subclass of `Store` in its own module and an entry of `STORES`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from qtorch.core.errors import ConfigError, TaskStoreError, unknown_name_message
+from qtorch.core.errors import (
+    ConfigError,
+    TaskStoreError,
+    TaskStoreVersionError,
+    unknown_name_message,
+)
+from qtorch.core.names import locate
 from qtorch.task.definition import Definition, definition_hash, query_token
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+# The store of each URL scheme. A module is imported when its store is opened.
+STORES = {
+    "sqlite": "qtorch.task.stores.sql.SqlStore",
+    "postgresql": "qtorch.task.stores.sql.SqlStore",
+    "postgres": "qtorch.task.stores.sql.SqlStore",
+    "mongodb": "qtorch.task.stores.mongo.MongoStore",
+}
+SCHEMA_VERSION = 1
+TASKS, SCHEMA = "qtorch_tasks", "qtorch_task_schema"  # names of the tables or collections
+MAX_PAUSE_SECONDS = 5.0
+LOG_SECONDS = 30.0  # between two warnings about an unavailable store
 
 WAITING, RUNNING, PART_DONE, DONE, FAILED = "waiting", "running", "part_done", "done", "failed"
 STATUSES = (WAITING, RUNNING, PART_DONE, DONE, FAILED)
@@ -30,64 +56,6 @@ class Condition:
     statuses: tuple[str, ...] | None = None
     hashes: tuple[str, ...] | None = None
     tokens: tuple[tuple[str, ...], ...] = ()
-
-
-def parse_query(query: Mapping[str, Any] | None, status: str | None = None) -> Condition:
-    """Parse a query; `status` overrides the query's own status.
-
-    Raises ConfigError for an unsupported operator.
-    """
-    ids = statuses = hashes = None
-    groups = []
-    for key, value in (query or {}).items():
-        values = _values(key, value)
-        if key == "_id":
-            ids = tuple(str(v) for v in values)
-        elif key == "status":
-            statuses = tuple(check_status(v) for v in values)
-        elif key in WHOLE_DEFINITION:
-            hashes = tuple(definition_hash(v) for v in values)
-        else:
-            path = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
-            groups.append(tuple(query_token(path, v) for v in values))
-    if status is not None:
-        statuses = (check_status(status),)
-    return Condition(ids, statuses, hashes, tuple(groups))
-
-
-def check_status(status: Any) -> str:
-    """Return a status; raise ConfigError, with the nearest name, if it does not exist."""
-    if status not in STATUSES:
-        raise ConfigError(unknown_name_message("task status", str(status), STATUSES))
-    return str(status)
-
-
-def _values(key: str, value: Any) -> list[Any]:
-    if not isinstance(value, Mapping):
-        return [value]
-    operators = [k for k in value if str(k).startswith("$")]
-    if not operators:
-        return [value]
-    if operators != ["$in"] or len(value) > 1:
-        raise ConfigError(
-            f"the query of {key!r} uses {', '.join(sorted(map(str, value)))}; pools support only "
-            'equality and {"$in": [...]}.'
-        )
-    values = value["$in"]
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ConfigError(f"$in of {key!r} needs a list; got {values!r}.")
-    return list(values)
-
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-Row = dict[str, Any]
-
-SCHEMA_VERSION = 1
-TASKS, SCHEMA = "qtorch_tasks", "qtorch_task_schema"
-MAX_PAUSE_SECONDS = 5.0
-LOG_SECONDS = 30.0
 
 
 class StoreUnavailable(Exception):
@@ -174,6 +142,31 @@ class Store(ABC):
         """Close the connections."""
 
 
+def open_store(url: str) -> Store:
+    """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
+    path = STORES.get(url.partition(":")[0].partition("+")[0])
+    if path is None:
+        raise TaskStoreError(
+            f"the task URL {url!r} names no store that qtorch supports. Use sqlite:///FILE, "
+            "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
+        )
+    store: Store = locate(path)(url)
+    return store
+
+
+def is_current_version(version: int | None, store_name: str) -> bool:
+    """Whether a store's tables need no migration; `version` is None for a new store.
+
+    Raises TaskStoreVersionError if a newer qtorch wrote them.
+    """
+    if version is not None and version > SCHEMA_VERSION:
+        raise TaskStoreVersionError(
+            f"the task store {store_name} has version {version} of the tables, but this qtorch "
+            f"knows up to {SCHEMA_VERSION}. Update qtorch, or use another store."
+        )
+    return version == SCHEMA_VERSION
+
+
 def retry_while_unavailable(call: Callable[[], T], *, patience: float, action: str) -> T:
     """Return the result of a call; retry for `patience` seconds while the store is unavailable.
 
@@ -201,3 +194,50 @@ def retry_while_unavailable(call: Callable[[], T], *, patience: float, action: s
                 )  # fmt: skip
         time.sleep(min(pause * random.uniform(0.5, 1.0), max(patience - elapsed_seconds, 0.01)))
         pause = min(pause * 1.6, MAX_PAUSE_SECONDS)
+
+
+def parse_query(query: Mapping[str, Any] | None, status: str | None = None) -> Condition:
+    """Parse a query; `status` overrides the query's own status.
+
+    Raises ConfigError for an unsupported operator.
+    """
+    ids = statuses = hashes = None
+    groups = []
+    for key, value in (query or {}).items():
+        values = _values(key, value)
+        if key == "_id":
+            ids = tuple(str(v) for v in values)
+        elif key == "status":
+            statuses = tuple(check_status(v) for v in values)
+        elif key in WHOLE_DEFINITION:
+            hashes = tuple(definition_hash(v) for v in values)
+        else:
+            path = next((key[len(p) :] for p in PREFIXES if key.startswith(p)), key)
+            groups.append(tuple(query_token(path, v) for v in values))
+    if status is not None:
+        statuses = (check_status(status),)
+    return Condition(ids, statuses, hashes, tuple(groups))
+
+
+def check_status(status: Any) -> str:
+    """Return a status; raise ConfigError, with the nearest name, if it does not exist."""
+    if status not in STATUSES:
+        raise ConfigError(unknown_name_message("task status", str(status), STATUSES))
+    return str(status)
+
+
+def _values(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, Mapping):
+        return [value]
+    operators = [k for k in value if str(k).startswith("$")]
+    if not operators:
+        return [value]
+    if operators != ["$in"] or len(value) > 1:
+        raise ConfigError(
+            f"the query of {key!r} uses {', '.join(sorted(map(str, value)))}; pools support only "
+            'equality and {"$in": [...]}.'
+        )
+    values = value["$in"]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"$in of {key!r} needs a list; got {values!r}.")
+    return list(values)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qtorch.core.errors import TaskStoreError, TaskStoreVersionError
+from qtorch.core.errors import TaskStoreError
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
     RUNNING,
@@ -26,6 +26,7 @@ from qtorch.task.stores.base import (
     Row,
     Store,
     StoreUnavailable,
+    is_current_version,
 )
 
 try:
@@ -187,13 +188,7 @@ class MongoStore(Store):
         schema: Collection[Document] = self._database[SCHEMA]
         document = schema.find_one({"_id": "version"})
         version = None if document is None else int(document["version"])
-        if version is not None and version > SCHEMA_VERSION:
-            raise TaskStoreVersionError(
-                f"the task store {self._database.name!r} has version {version} of its documents, "
-                f"but this qtorch knows up to {SCHEMA_VERSION}. Update qtorch, or use another "
-                "database."
-            )
-        if version == SCHEMA_VERSION:
+        if is_current_version(version, self._database.name):
             return
         self._tasks.create_index([("pool", 1), ("hash", 1)], unique=True)
         self._tasks.create_index([("status", 1), ("pool", 1), *CLAIM_ORDER])

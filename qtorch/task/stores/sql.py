@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from qtorch.core.errors import TaskStoreError, TaskStoreVersionError
+from qtorch.core.errors import TaskStoreError
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
     RUNNING,
@@ -35,6 +35,7 @@ from qtorch.task.stores.base import (
     Row,
     Store,
     StoreUnavailable,
+    is_current_version,
 )
 
 COLUMNS = (
@@ -355,17 +356,11 @@ class SqlStore(Store):
         """Create the tables, or migrate those of an older version."""
         with self._translate_errors():
             version = self._version()
-        if version is None or version < SCHEMA_VERSION:
+        if not is_current_version(version, self.url.render_as_string()):
             with self._transaction() as connection:
                 if not self.is_sqlite:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY}, 0)")
                 self._migrate(connection)
-        elif version > SCHEMA_VERSION:
-            raise TaskStoreVersionError(
-                f"the task store {self.url.render_as_string()} has version {version} of the "
-                f"tables, but this qtorch knows up to {SCHEMA_VERSION}. Update qtorch, or use "
-                "another store."
-            )
 
     def _version(self, connection: Connection | None = None) -> int | None:
         if connection is None:
