@@ -150,7 +150,7 @@ class DatasetH(Dataset):
 
     def _empty_segment_message(self, name: str, view: View) -> str:
         start, end = self.segments[name]
-        dates = covered_dates(view.calendar[view.rows.any(1).cpu().numpy()], empty="no rows")
+        dates = covered_dates(view.dates, empty="no rows")
         return f"segment {name!r} ({start}..{end}) has no rows; the data has {dates}."
 
     # -- samples -------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ from qtorch.data.panel.window_columns import FIELDS, WindowColumns
 Features: TypeAlias = tuple[list[str], list[str]]
 """Expressions and their names, in the same order."""
 
+FEATURE = "feature"
+STEPS = 60  # the days of Alpha360's windows
+
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
 """The return from tomorrow's close to the next: what a signal at today's close can earn."""
 VWAP_LABEL = "Ref($vwap, -2)/Ref($vwap, -1) - 1"
@@ -62,48 +65,39 @@ def _up_down_shares(field: str) -> dict[str, Callable[[int], str]]:
 _CLOSE_MOVES, _VOLUME_MOVES = _up_down_shares("$close"), _up_down_shares("$volume")
 _WEIGHTED_MOVE = "Abs($close/Ref($close, 1)-1)*$volume"
 
-ROLLING: dict[str, tuple[str, Callable[[int], str]]] = {
-    "ROC": ("ROC", lambda d: f"Ref($close, {d})/$close"),
-    "MA": ("MA", lambda d: f"Mean($close, {d})/$close"),
-    "STD": ("STD", lambda d: f"Std($close, {d})/$close"),
-    "BETA": ("BETA", lambda d: f"Slope($close, {d})/$close"),
-    "RSQR": ("RSQR", lambda d: f"Rsquare($close, {d})"),
-    "RESI": ("RESI", lambda d: f"Resi($close, {d})/$close"),
-    "MAX": ("MAX", lambda d: f"Max($high, {d})/$close"),
-    "LOW": ("MIN", lambda d: f"Min($low, {d})/$close"),
-    "QTLU": ("QTLU", lambda d: f"Quantile($close, {d}, 0.8)/$close"),
-    "QTLD": ("QTLD", lambda d: f"Quantile($close, {d}, 0.2)/$close"),
-    "RANK": ("RANK", lambda d: f"Rank($close, {d})"),
-    "RSV": (
-        "RSV",
-        lambda d: f"($close-Min($low, {d}))/(Max($high, {d})-Min($low, {d})+1e-12)",
-    ),
-    "IMAX": ("IMAX", lambda d: f"IdxMax($high, {d})/{d}"),
-    "IMIN": ("IMIN", lambda d: f"IdxMin($low, {d})/{d}"),
-    "IMXD": ("IMXD", lambda d: f"(IdxMax($high, {d})-IdxMin($low, {d}))/{d}"),
-    "CORR": ("CORR", lambda d: f"Corr($close, Log($volume+1), {d})"),
-    "CORD": (
-        "CORD",
-        lambda d: f"Corr($close/Ref($close,1), Log($volume/Ref($volume, 1)+1), {d})",
-    ),
-    "CNTP": ("CNTP", lambda d: f"Mean($close>Ref($close, 1), {d})"),
-    "CNTN": ("CNTN", lambda d: f"Mean($close<Ref($close, 1), {d})"),
-    "CNTD": (
-        "CNTD",
-        lambda d: f"Mean($close>Ref($close, 1), {d})-Mean($close<Ref($close, 1), {d})",
-    ),
-    "SUMP": ("SUMP", _CLOSE_MOVES["P"]),
-    "SUMN": ("SUMN", _CLOSE_MOVES["N"]),
-    "SUMD": ("SUMD", _CLOSE_MOVES["D"]),
-    "VMA": ("VMA", lambda d: f"Mean($volume, {d})/($volume+1e-12)"),
-    "VSTD": ("VSTD", lambda d: f"Std($volume, {d})/($volume+1e-12)"),
-    "WVMA": ("WVMA", lambda d: f"Std({_WEIGHTED_MOVE}, {d})/(Mean({_WEIGHTED_MOVE}, {d})+1e-12)"),
-    "VSUMP": ("VSUMP", _VOLUME_MOVES["P"]),
-    "VSUMN": ("VSUMN", _VOLUME_MOVES["N"]),
-    "VSUMD": ("VSUMD", _VOLUME_MOVES["D"]),
+ROLLING: dict[str, Callable[[int], str]] = {
+    "ROC": lambda d: f"Ref($close, {d})/$close",
+    "MA": lambda d: f"Mean($close, {d})/$close",
+    "STD": lambda d: f"Std($close, {d})/$close",
+    "BETA": lambda d: f"Slope($close, {d})/$close",
+    "RSQR": lambda d: f"Rsquare($close, {d})",
+    "RESI": lambda d: f"Resi($close, {d})/$close",
+    "MAX": lambda d: f"Max($high, {d})/$close",
+    "LOW": lambda d: f"Min($low, {d})/$close",
+    "QTLU": lambda d: f"Quantile($close, {d}, 0.8)/$close",
+    "QTLD": lambda d: f"Quantile($close, {d}, 0.2)/$close",
+    "RANK": lambda d: f"Rank($close, {d})",
+    "RSV": lambda d: f"($close-Min($low, {d}))/(Max($high, {d})-Min($low, {d})+1e-12)",
+    "IMAX": lambda d: f"IdxMax($high, {d})/{d}",
+    "IMIN": lambda d: f"IdxMin($low, {d})/{d}",
+    "IMXD": lambda d: f"(IdxMax($high, {d})-IdxMin($low, {d}))/{d}",
+    "CORR": lambda d: f"Corr($close, Log($volume+1), {d})",
+    "CORD": lambda d: f"Corr($close/Ref($close,1), Log($volume/Ref($volume, 1)+1), {d})",
+    "CNTP": lambda d: f"Mean($close>Ref($close, 1), {d})",
+    "CNTN": lambda d: f"Mean($close<Ref($close, 1), {d})",
+    "CNTD": lambda d: f"Mean($close>Ref($close, 1), {d})-Mean($close<Ref($close, 1), {d})",
+    "SUMP": _CLOSE_MOVES["P"],
+    "SUMN": _CLOSE_MOVES["N"],
+    "SUMD": _CLOSE_MOVES["D"],
+    "VMA": lambda d: f"Mean($volume, {d})/($volume+1e-12)",
+    "VSTD": lambda d: f"Std($volume, {d})/($volume+1e-12)",
+    "WVMA": lambda d: f"Std({_WEIGHTED_MOVE}, {d})/(Mean({_WEIGHTED_MOVE}, {d})+1e-12)",
+    "VSUMP": _VOLUME_MOVES["P"],
+    "VSUMN": _VOLUME_MOVES["N"],
+    "VSUMD": _VOLUME_MOVES["D"],
 }
-"""Rolling columns: the key used in `include` and `exclude` (Qlib's LOW creates MIN5, ...), the
-column's prefix, and the expression for a window."""
+"""Rolling columns: the expression for a window by the key of `include` and `exclude`, which is also
+the column's prefix, but Qlib's LOW creates MIN5, MIN10, ..."""
 
 
 def alpha158(
@@ -136,8 +130,9 @@ def alpha158(
     columns |= {
         f"VOLUME{d}": _lag_expression("volume", d, "($volume+1e-12)") for d in volume_windows
     }
-    for key, (prefix, expression) in ROLLING.items():
+    for key, expression in ROLLING.items():
         if key not in exclude and (include is None or key in include):
+            prefix = "MIN" if key == "LOW" else key
             columns |= {f"{prefix}{d}": expression(d) for d in windows}
     return list(columns.values()), list(columns)
 
@@ -209,12 +204,27 @@ def alpha360() -> Features:
     Feature-major: CLOSE59..CLOSE0, then OPEN, HIGH, LOW, VWAP, VOLUME.
     """
     columns: dict[str, str] = {}
-    for field in ("close", "open", "high", "low", "vwap", "volume"):
+    for field in FIELDS:
         scale = "($volume+1e-12)" if field == "volume" else "$close"
         columns |= {
-            f"{field.upper()}{d}": _lag_expression(field, d, scale) for d in range(59, -1, -1)
+            f"{field.upper()}{d}": _lag_expression(field, d, scale) for d in reversed(range(STEPS))
         }
     return list(columns.values()), list(columns)
+
+
+def select_features(
+    features: tuple[Sequence[str], Sequence[str]], columns: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Select features by name in the feature set's order; all of them if `columns` is None."""
+    expressions, names = features
+    if columns is None:
+        return list(expressions), list(names)
+    for name in columns:
+        if name not in names:
+            raise ConfigError(unknown_name_message("feature", str(name), names))
+    column_set = set(columns)
+    pairs = [(e, n) for e, n in zip(expressions, names, strict=True) if n in column_set]
+    return [e for e, _ in pairs], [n for _, n in pairs]
 
 
 def _lag_expression(field: str, lag: int, scale: str) -> str:
@@ -233,8 +243,7 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(int(v) for v in value)
 
 
-FEATURE = "feature"
-STEPS = 60
+# -- loaders ---------------------------------------------------------------------------------------
 
 
 class Alpha158DL(QlibDataLoader):
@@ -337,20 +346,7 @@ class Alpha360DL(QlibDataLoader):
         return columns if names == columns.names else columns.keep(names)
 
 
-def select_features(
-    features: tuple[Sequence[str], Sequence[str]], columns: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """Select features by name in the feature set's order; all of them if `columns` is None."""
-    expressions, names = features
-    if columns is None:
-        return list(expressions), list(names)
-    for name in columns:
-        if name not in names:
-            raise ConfigError(unknown_name_message("feature", str(name), names))
-    column_set = set(columns)
-    pairs = [(e, n) for e, n in zip(expressions, names, strict=True) if n in column_set]
-    return [e for e, _ in pairs], [n for _, n in pairs]
-
+# -- handlers --------------------------------------------------------------------------------------
 
 # Qlib's own defaults (qlib/contrib/data/handler.py). The infer processors have no fields_group
 # and therefore also process the label: Fillna fills it, so DropnaLabel has nothing to drop.

@@ -271,10 +271,17 @@ def current_feature_cache() -> FeatureCache | None:
     return _current_cache.get()
 
 
+# -- keys -----------------------------------------------------------------------------------------
+
 PACKAGE_PREFIX = "qtorch."
-# The files whose code determines the numbers: a change in any of them changes the key.
-ENGINE_PATTERNS = ("expression/*.py", "source/*.py", "*loader.py", "panel.py", "filter.py")
-ENGINE_FILES = ("window_columns.py", "stored_view.py")
+# The files of `qtorch/data` whose code determines the numbers: a change in any of them changes the
+# key.
+ENGINE_PATTERNS = (
+    "expression/*.py",
+    "source/*.py",
+    *("panel/panel.py", "panel/window_columns.py", "panel/stored_view.py"),
+    *("handler/loader.py", "handler/alpha.py", "handler/filter.py"),
+)
 
 
 def feature_key(
@@ -339,10 +346,14 @@ def feature_key(
 @cache
 def engine_digest() -> str:
     """Return a hash of the code that computes features and of torch's version."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     hasher = hashlib.sha256(torch.__version__.encode())
-    paths = [p for pattern in (*ENGINE_PATTERNS, *ENGINE_FILES) for p in folder.glob(pattern)]
-    for path in sorted(set(paths)):
+    for path in engine_files(folder):
         hasher.update(path.relative_to(folder).as_posix().encode())
         hasher.update(path.read_bytes())
     return hasher.hexdigest()[:32]
+
+
+def engine_files(folder: Path) -> list[Path]:
+    """Return the files in the folder of `qtorch.data` that match ENGINE_PATTERNS, sorted."""
+    return sorted({path for pattern in ENGINE_PATTERNS for path in folder.glob(pattern)})

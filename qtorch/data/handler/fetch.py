@@ -29,13 +29,24 @@ def fetch_frame(
     `level` None whatever `frame.loc` accepts.
     """
     groups = select_groups(view, col_set)
-    span = _date_span(view, selector) if _is_date_level(level) else None
+    span = _date_span(selector) if _is_date_level(level) else None
     if span is None:
-        return _drop_group_level(
-            _select_rows(view_to_frame(view, groups=groups), selector, level), view, col_set
-        )
-    frame = view_to_frame(view, start=span[0], end=span[1], groups=groups)
-    return _drop_group_level(frame, view, col_set)
+        frame = _select_rows(view_to_frame(view, groups=groups), selector, level)
+    else:
+        frame = view_to_frame(view, start=span[0], end=span[1], groups=groups)
+    if frame.columns.nlevels == 1 or not isinstance(col_set, str) or col_set == CS_RAW:
+        return frame
+    return frame.droplevel(0, axis=1)
+
+
+def select_column_set(frame: pd.DataFrame, col_set: str | Sequence[str]) -> pd.DataFrame:
+    """Select a column set from a frame whose columns may be `(group, name)`."""
+    if frame.columns.nlevels == 1 or col_set == CS_RAW:
+        return frame
+    if col_set == CS_ALL:
+        return frame.droplevel(0, axis=1)
+    selection: pd.DataFrame = frame[col_set if isinstance(col_set, str) else list(col_set)]
+    return selection
 
 
 def squeeze_frame(frame: pd.DataFrame, selector: Any, level: str | int | None) -> Any:
@@ -80,30 +91,22 @@ def _is_date_level(level: str | int | None) -> bool:
     return level in (NAMES[0], 0)
 
 
-def _date_span(view: View, selector: Any) -> tuple[Any, Any] | None:
+def _date_span(selector: Any) -> tuple[Any, Any] | None:
     """Return the first and last date of a selector, or None if it is not a span of dates."""
     if isinstance(selector, tuple | list) and len(selector) == 2:
         selector = slice(*selector)
     if isinstance(selector, slice):
         if selector.step is not None:
             raise ConfigError("a slice of dates cannot have a step.")
-        return _span_start(view, selector.start), _span_end(view, selector.stop)
+        return _period_edge(selector.start), _period_edge(selector.stop, end=True)
     if isinstance(selector, str):
-        return _span_start(view, selector), _span_end(view, selector)
+        return _period_edge(selector), _period_edge(selector, end=True)
     if isinstance(selector, pd.Timestamp) or hasattr(selector, "isoformat"):
         return selector, selector
     return None
 
 
-def _span_start(view: View, date: Any) -> Any:
-    return _period_edge(view, date, 0)
-
-
-def _span_end(view: View, date: Any) -> Any:
-    return _period_edge(view, date, 1)
-
-
-def _period_edge(view: View, date: Any, side: int) -> Any:
+def _period_edge(date: Any, *, end: bool = False) -> Any:
     """Convert a partial date ("2016", "2016-03") to the first or last instant of its period."""
     if not isinstance(date, str):
         return date
@@ -113,7 +116,7 @@ def _period_edge(view: View, date: Any, side: int) -> Any:
         return date
     if period.freqstr[:1] not in ("Y", "Q", "M"):
         return date
-    return period.start_time if side == 0 else period.end_time.normalize()
+    return period.end_time.normalize() if end else period.start_time
 
 
 def _select_rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.DataFrame:
@@ -132,11 +135,3 @@ def _select_rows(frame: pd.DataFrame, selector: Any, level: str | int | None) ->
         return frame[frame.index.get_level_values(1).isin(names)]
     except (TypeError, ValueError) as error:
         raise DataError(f"cannot select rows by {selector!r:.80}: {error}") from error
-
-
-def _drop_group_level(
-    frame: pd.DataFrame, view: View, col_set: str | Sequence[str]
-) -> pd.DataFrame:
-    if frame.columns.nlevels == 1 or not isinstance(col_set, str) or col_set == CS_RAW:
-        return frame
-    return frame.droplevel(0, axis=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,14 @@ from qtorch.core.serial import Serializable, State
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.handler.feature_cache import use_feature_cache
-from qtorch.data.handler.fetch import CS_ALL, CS_RAW, column_set_names, fetch_frame, squeeze_frame
+from qtorch.data.handler.fetch import (
+    CS_ALL,
+    CS_RAW,
+    column_set_names,
+    fetch_frame,
+    select_column_set,
+    squeeze_frame,
+)
 from qtorch.data.handler.loader import DataLoader, StaticDataLoader, build_loader
 from qtorch.data.panel.infinite import infinity_policy
 from qtorch.data.panel.view import View
@@ -189,7 +195,7 @@ class DataHandler(Configured, Serializable):
             frame = fetch_frame(view, selector, level, col_set)
         else:
             processed_frame = proc_func(fetch_frame(view, selector, level, CS_RAW))
-            frame = _select_columns(processed_frame, col_set)
+            frame = select_column_set(processed_frame, col_set)
         return squeeze_frame(frame, selector, level) if squeeze else frame
 
     def get_cols(self, col_set: str | Sequence[str] = CS_ALL, data_key: str = DK_I) -> list[Any]:
@@ -198,8 +204,7 @@ class DataHandler(Configured, Serializable):
 
     def get_range_selector(self, cur_date: Any, periods: int) -> slice:
         """Return the slice of the `periods` trading days that end with `cur_date`."""
-        view = self.view(DK_I)
-        dates = view.calendar[view.rows.any(1).cpu().numpy()]
+        dates = self.view(DK_I).dates
         last = int(dates.get_indexer(pd.DatetimeIndex([cur_date]))[0])
         if last < 0:
             raise DataError(f"{cur_date} is not a date of the data.")
@@ -211,8 +216,7 @@ class DataHandler(Configured, Serializable):
         self, periods: int, min_periods: int | None = None, **fetch: Any
     ) -> Iterator[tuple[pd.Timestamp, pd.DataFrame]]:
         """Yield each date and the frame of its last `periods` days; `fetch` is passed to fetch."""
-        view = self.view(DK_I)
-        dates = view.calendar[view.rows.any(1).cpu().numpy()]
+        dates = self.view(DK_I).dates
         for date in dates[periods if min_periods is None else min_periods :]:
             yield date, self.fetch(self.get_range_selector(date, periods), **fetch)
 
@@ -225,19 +229,6 @@ def check_key(data_key: str) -> None:
     """Raise ConfigError for a data key other than raw, infer and learn."""
     if data_key not in DATA_KEYS:
         raise ConfigError(unknown_name_message("data_key", str(data_key), DATA_KEYS))
-
-
-def _select_columns(frame: pd.DataFrame, col_set: str | Sequence[str]) -> pd.DataFrame:
-    """Select a column set from a frame that a user's function returned."""
-    if frame.columns.nlevels == 1 or col_set == CS_RAW:
-        return frame
-    if col_set == CS_ALL:
-        return frame.droplevel(0, axis=1)
-    selection: pd.DataFrame = frame[col_set if isinstance(col_set, str) else list(col_set)]
-    return selection
-
-
-log = logging.getLogger(__name__)
 
 
 class DataHandlerLP(DataHandler):

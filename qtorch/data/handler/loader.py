@@ -36,6 +36,12 @@ from qtorch.data.processor.instrument import build_inst_processors
 from qtorch.data.source.base import Source
 from qtorch.data.source.frame import build_source, default_source
 
+log = logging.getLogger(__name__)
+
+MODULE = "qtorch.data"
+INSTRUMENTS_AT_ONCE = 128
+POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
+
 
 @trust_subclasses
 class DataLoader(Configured, ABC):
@@ -87,79 +93,6 @@ class DataLoader(Configured, ABC):
     def fingerprint(self, source: Source | None = None) -> str:
         """Return a hash of the content that is loaded."""
         return view_fingerprint(self.view(source=source))
-
-
-class LoaderAdapter(DataLoader):
-    """Wrap any object with Qlib's `load(instruments, start_time, end_time) -> frame`."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def load(
-        self, instruments: Any = None, start_time: Any = None, end_time: Any = None
-    ) -> pd.DataFrame:
-        frame: pd.DataFrame = self.loader.load(instruments, start_time, end_time)
-        return frame
-
-
-POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
-
-
-def parse_fields(config: Any) -> dict[str, dict[str, str]]:
-    """Parse a config into `{group: {column: expression}}`; without groups, the group is ""."""
-    if isinstance(config, Mapping):
-        if not config:
-            raise ConfigError(
-                "the loader's config is empty; expected {group: fields} or a list of expressions."
-            )
-        return {str(g): _parse_group(part, f"group {g!r}") for g, part in config.items()}
-    return {FLAT: _parse_group(config, "the config")}
-
-
-def _parse_group(part: Any, location: str) -> dict[str, str]:
-    error_text = (
-        f"{location}: expected a list of expressions, or (expressions, names); got {part!r:.80}."
-    )
-    if isinstance(part, str):
-        part = [part]
-    if not isinstance(part, Sequence) or not len(part):
-        raise ConfigError(error_text)
-    if isinstance(part[0], str):
-        expressions, names = part, part
-    elif len(part) == 2:
-        expressions, names = part
-    else:
-        raise ConfigError(error_text)
-    if len(expressions) != len(names):
-        raise ConfigError(f"{location}: got {len(expressions)} expressions but {len(names)} names.")
-    for expression in expressions:
-        if POINT_IN_TIME.search(str(expression)):
-            raise DataError(
-                f"{expression!r} is a point-in-time field, which qtorch does not support. Pass "
-                "such data by date as a column of a DataFrame (StaticDataLoader)."
-            )
-    fields = dict(zip(map(str, names), map(str, expressions), strict=True))
-    if len(fields) < len(names):
-        raise ConfigError(
-            f"{location}: column names must be unique, got duplicates: {duplicate_names(names)}."
-        )
-    return fields
-
-
-def select_fields(
-    fields: Mapping[str, Mapping[str, str]], columns: Names | None
-) -> dict[str, dict[str, str]]:
-    """Keep the requested columns, and drop groups without any requested column."""
-    if columns is None:
-        return {g: dict(f) for g, f in fields.items()}
-    selection = {g: {n: f[n] for n in columns[g]} for g, f in fields.items() if g in columns}
-    return {g: f for g, f in selection.items() if f}
-
-
-log = logging.getLogger(__name__)
-
-MODULE = "qtorch.data"
-INSTRUMENTS_AT_ONCE = 128
 
 
 class QlibDataLoader(DataLoader):
@@ -419,7 +352,17 @@ class NestedDataLoader(DataLoader):
         return View(groups, view.rows, view.history)
 
 
-# -- parts -----------------------------------------------------------------------------------------
+class LoaderAdapter(DataLoader):
+    """Wrap any object with Qlib's `load(instruments, start_time, end_time) -> frame`."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def load(
+        self, instruments: Any = None, start_time: Any = None, end_time: Any = None
+    ) -> pd.DataFrame:
+        frame: pd.DataFrame = self.loader.load(instruments, start_time, end_time)
+        return frame
 
 
 def build_loader(config: Any) -> DataLoader:
@@ -433,6 +376,102 @@ def build_loader(config: Any) -> DataLoader:
         return config if isinstance(config, DataLoader) else LoaderAdapter(config)
     loader = init_instance_by_config(config, MODULE, accept_types=DataLoader)
     return loader if isinstance(loader, DataLoader) else LoaderAdapter(loader)
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def parse_fields(config: Any) -> dict[str, dict[str, str]]:
+    """Parse a config into `{group: {column: expression}}`; without groups, the group is ""."""
+    if isinstance(config, Mapping):
+        if not config:
+            raise ConfigError(
+                "the loader's config is empty; expected {group: fields} or a list of expressions."
+            )
+        return {str(g): _parse_group(part, f"group {g!r}") for g, part in config.items()}
+    return {FLAT: _parse_group(config, "the config")}
+
+
+def _parse_group(part: Any, location: str) -> dict[str, str]:
+    error_text = (
+        f"{location}: expected a list of expressions, or (expressions, names); got {part!r:.80}."
+    )
+    if isinstance(part, str):
+        part = [part]
+    if not isinstance(part, Sequence) or not len(part):
+        raise ConfigError(error_text)
+    if isinstance(part[0], str):
+        expressions, names = part, part
+    elif len(part) == 2:
+        expressions, names = part
+    else:
+        raise ConfigError(error_text)
+    if len(expressions) != len(names):
+        raise ConfigError(f"{location}: got {len(expressions)} expressions but {len(names)} names.")
+    for expression in expressions:
+        if POINT_IN_TIME.search(str(expression)):
+            raise DataError(
+                f"{expression!r} is a point-in-time field, which qtorch does not support. Pass "
+                "such data by date as a column of a DataFrame (StaticDataLoader)."
+            )
+    fields = dict(zip(map(str, names), map(str, expressions), strict=True))
+    if len(fields) < len(names):
+        raise ConfigError(
+            f"{location}: column names must be unique, got duplicates: {duplicate_names(names)}."
+        )
+    return fields
+
+
+def select_fields(
+    fields: Mapping[str, Mapping[str, str]], columns: Names | None
+) -> dict[str, dict[str, str]]:
+    """Keep the requested columns, and drop groups without any requested column."""
+    if columns is None:
+        return {g: dict(f) for g, f in fields.items()}
+    selection = {g: {n: f[n] for n in columns[g]} for g, f in fields.items() if g in columns}
+    return {g: f for g, f in selection.items() if f}
+
+
+def _single_frequency(freq: str | Mapping[str, str]) -> str:
+    if isinstance(freq, str):
+        return freq
+    frequencies = set(freq.values())
+    if len(frequencies) == 1:
+        return frequencies.pop()
+    raise ConfigError(
+        f"groups with different frequencies ({dict(freq)}) are not supported; pass one freq, and "
+        "build the others as expressions or as columns of a frame."
+    )
+
+
+def _split_universe(instruments: Any) -> tuple[Any, Any]:
+    """Return the universe and the filter pipe that came with it (Qlib's `D.instruments` dict)."""
+    if instruments is None:
+        log.info("no instruments given, loading all instruments of the source")
+        return "all", None
+    instruments = resolve_config(instruments)
+    if isinstance(instruments, Mapping) and "market" in instruments:
+        return instruments["market"], instruments.get("filter_pipe")
+    return instruments, None
+
+
+def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
+    """Resolve `instruments` for data without universes: None for all, else names or spans."""
+    if instruments is None or (isinstance(instruments, str) and instruments.lower() == "all"):
+        return None
+    if isinstance(instruments, str):
+        if instruments in view.instruments:
+            return [instruments]
+        if source is not None and instruments in source.universes():
+            return source.instruments(instruments)
+        raise DataError(
+            f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
+            "list of instruments, None for all, or a source=... that has this universe."
+        )
+    return instruments
+
+
+# -- columns ---------------------------------------------------------------------------------------
 
 
 def evaluate_columns(
@@ -477,38 +516,6 @@ def _select_instruments(bars: Panel, part: slice) -> Panel:
     )
 
 
-def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
-    """Resolve `instruments` for data without universes: None for all, else names or spans."""
-    if instruments is None or (isinstance(instruments, str) and instruments.lower() == "all"):
-        return None
-    if isinstance(instruments, str):
-        if instruments in view.instruments:
-            return [instruments]
-        if source is not None and instruments in source.universes():
-            return source.instruments(instruments)
-        raise DataError(
-            f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
-            "list of instruments, None for all, or a source=... that has this universe."
-        )
-    return instruments
-
-
-def _select_columns(view: View, columns: Names) -> View:
-    groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
-    return View(groups, view.rows, view.history)
-
-
-def _split_universe(instruments: Any) -> tuple[Any, Any]:
-    """Return the universe and the filter pipe that came with it (Qlib's `D.instruments` dict)."""
-    if instruments is None:
-        log.info("no instruments given, loading all instruments of the source")
-        return "all", None
-    instruments = resolve_config(instruments)
-    if isinstance(instruments, Mapping) and "market" in instruments:
-        return instruments["market"], instruments.get("filter_pipe")
-    return instruments, None
-
-
 def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
     """Drop instruments that are members on none of the dates."""
     is_member = bars.mask[bars.rows(start, end)].any(0)
@@ -520,13 +527,6 @@ def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
     return bars.select(instruments=list(bars.instruments[columns]))
 
 
-def _single_frequency(freq: str | Mapping[str, str]) -> str:
-    if isinstance(freq, str):
-        return freq
-    frequencies = set(freq.values())
-    if len(frequencies) == 1:
-        return frequencies.pop()
-    raise ConfigError(
-        f"groups with different frequencies ({dict(freq)}) are not supported; pass one freq, and "
-        "build the others as expressions or as columns of a frame."
-    )
+def _select_columns(view: View, columns: Names) -> View:
+    groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
+    return View(groups, view.rows, view.history)

@@ -58,6 +58,11 @@ class View:
         return next(iter(self.groups.values())).calendar
 
     @property
+    def dates(self) -> pd.DatetimeIndex:
+        """The dates on which any instrument has a row."""
+        return self.calendar[self.rows.any(1).cpu().numpy()]
+
+    @property
     def instruments(self) -> pd.Index:
         """The instruments of the columns."""
         return next(iter(self.groups.values())).instruments

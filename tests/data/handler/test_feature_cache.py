@@ -19,6 +19,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Alpha158, Alpha360, DataHandlerLP, TSDatasetH
+from qtorch.data.handler import feature_cache
 from qtorch.data.handler.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.columns import PanelColumns
@@ -309,6 +310,13 @@ def test_threads_share_one_computation(folder):
         thread.join()
     assert values == [5.0] * 6
     assert len(computations) == 1
+
+
+def test_the_key_depends_on_the_code_that_computes_features():
+    folder = Path(feature_cache.__file__).parents[1]
+    names = {p.relative_to(folder).as_posix() for p in feature_cache.engine_files(folder)}
+    assert all(list(folder.glob(pattern)) for pattern in feature_cache.ENGINE_PATTERNS)
+    assert {"expression/rolling.py", "panel/panel.py", "source/qlib.py"} <= names
 
 
 WORK = """
