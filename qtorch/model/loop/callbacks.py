@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.model.loop.lightning_internals import mlflow_target
 from qtorch.model.loop.loader import StepLoader
 from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS, stop_state
 from qtorch.tracking.locations import default_uri, resolve_uri
@@ -117,9 +118,11 @@ def build_loggers(specs: Sequence[Any], recorder_logger: RecorderLogger | None) 
 
 def _is_duplicate(logger: Logger, run_id: str, uri: str | None) -> bool:
     """Whether a logger would write the recorder's metrics to the same place."""
-    if not isinstance(logger, MLFlowLogger) or logger._run_id not in (None, run_id):
+    if not isinstance(logger, MLFlowLogger):
         return False
-    logger_uri = str(logger._tracking_uri)
+    logger_run_id, logger_uri = mlflow_target(logger)
+    if logger_run_id not in (None, run_id):
+        return False
     return logger_uri == DEFAULT_MLFLOW_URI or (
         uri is not None and resolve_uri(logger_uri) == resolve_uri(uri)
     )

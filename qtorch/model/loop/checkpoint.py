@@ -26,13 +26,17 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.files import atomic_write, remove_partial_files
-from qtorch.model.loop import user_module as own_metrics
 from qtorch.model.loop.callbacks import StopRequest, StopTraining
+from qtorch.model.loop.lightning_internals import (
+    epoch_state,
+    restore_epoch_state,
+    unsent_metrics,
+    validates_next,
+)
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
-from qtorch.model.loop.user_module import unsent_metrics
 from qtorch.process.heartbeat import beat, has_listeners
 
 log = logging.getLogger(__name__)
@@ -250,7 +254,7 @@ class RankStates:
         if isinstance(module, ScoreModule):
             accumulator: Any = module.accumulator.sums().cpu()
         else:
-            accumulator = own_metrics.epoch_state(module)
+            accumulator = epoch_state(module)
         states = get_generator_states(every_device=ranks.size == 1)
         rank_states = ranks.gather((states, accumulator))
         parts = [g for g, _ in rank_states], [t for _, t in rank_states]
@@ -303,7 +307,7 @@ class RankStates:
             module.accumulator.loss, module.accumulator.weight = state.to(module.device).unbind()
             module.accumulator.count = 0
         elif state is not None:
-            own_metrics.restore_epoch_state(module, state)
+            restore_epoch_state(module, state)
 
     def _warn_thread_change(self, device: torch.device) -> None:
         """Warn if the number of CPU threads differs, which changes the order of float sums."""
@@ -412,7 +416,7 @@ class CheckpointCallback(Checkpoint):
             return  # a checkpoint cannot hold accumulated gradients
         if self.every_n_steps is not None and position % self.every_n_steps == 0:
             self._is_checkpoint_due = True
-        if _validates_next(trainer):
+        if validates_next(trainer):
             return  # a training resumed from here would skip this validation
         stop = self.ranks.any_rank(self.interruption.stop_requested)
         if stop or self._is_checkpoint_due:
@@ -593,12 +597,6 @@ class CheckpointCallback(Checkpoint):
 def get_network(module: pl.LightningModule) -> torch.nn.Module:
     """Return what holds the weights: a ScoreModule's network, or the user's module itself."""
     return module.network if isinstance(module, ScoreModule) else module
-
-
-def _validates_next(trainer: pl.Trainer) -> bool:
-    """Whether Lightning runs a validation between the finished batch and the next one."""
-    loop: Any = trainer.fit_loop
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _clone_tensors(state: Any) -> Any:

@@ -24,6 +24,7 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import BaseLoss, mean_from_sums
 from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan, build_factory
+from qtorch.model.loop.lightning_internals import count_optimizer_step
 from qtorch.model.loop.loader import StepBatches
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
@@ -410,10 +411,7 @@ class ScoreModule(pl.LightningModule):
         self.on_before_optimizer_step(torch_optimizer)
         torch_optimizer.step()
         torch_optimizer.zero_grad()
-        # LightningOptimizer.step would count this; trainer.global_step reads it.
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.increment_ready()
-        progress.increment_completed()
+        count_optimizer_step(self.trainer)
 
     def _finish_optimizer_step(self) -> bool:
         """Step a per-step scheduler; return whether `max_steps` has been reached."""
@@ -502,7 +500,7 @@ class ScoreModule(pl.LightningModule):
     # -- for Lightning -------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        shard(self.network, self.trainer.strategy, self._device_mesh)
+        shard(self.network, self.trainer.strategy, self.device_mesh)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

@@ -34,6 +34,7 @@ from qtorch.model.loop.factories import (
     optimizer_factory,
     scheduler_plan,
 )
+from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.module import ScoreModule, day_label, never_stop
 from qtorch.model.loop.options import (
@@ -173,10 +174,7 @@ class Training:
             self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
         checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
         if self.rank_info is not None:
-            # Before each step Lightning broadcasts whether a signal arrived, which waits for the
-            # device. Here the parent sends stop requests, and CheckpointCallback agrees on them.
-            loop: Any = self.trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor = _skip_broadcast
+            skip_sigterm_broadcast(self.trainer)
         return checkpoint_callback
 
     def _trainer_options(self) -> TrainerOptions:
@@ -375,10 +373,6 @@ class Training:
         return FitResult(
             network, checkpoint_callback.history, report, checkpoint_callback.best_optimizer
         )
-
-
-def _skip_broadcast() -> None:
-    """Replace Lightning's broadcast of whether a signal has arrived."""
 
 
 def _restore_optimizer(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:
