@@ -28,6 +28,7 @@ from qtorch.model.loop.checkpoint import (
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity
+from qtorch.tracking.recorder import TrainingRecorder
 
 
 def fit_network(
@@ -37,7 +38,7 @@ def fit_network(
     recipe: Recipe,
     *,
     device: torch.device,
-    recorder: Any,
+    recorder: TrainingRecorder | None,
     resume: str | Path | None,
     start: str = "fresh",
     tuning: FineTuning | None = None,
@@ -84,7 +85,9 @@ def fit_network(
 
 @contextmanager
 def _convert_interruption(
-    folder: Path | None, recorder: Any, checkpoint_callback: CheckpointCallback | None = None
+    folder: Path | None,
+    recorder: TrainingRecorder | None,
+    checkpoint_callback: CheckpointCallback | None = None,
 ) -> Iterator[None]:
     """Context manager that raises TrainingInterrupted for every orderly stop of a training."""
     try:
@@ -100,7 +103,7 @@ def _convert_interruption(
 
 
 @contextmanager
-def _checkpoint_folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
+def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Iterator[Path | None]:
     """Context manager for the folder of the checkpoints.
 
     It is the configured folder, or the run's, or a temporary one, which is removed unless training
@@ -110,28 +113,30 @@ def _checkpoint_folder(recipe: Recipe, recorder: Any) -> Iterator[Path | None]:
         yield None
         return
     configured_folder = recipe.checkpoint.get("dir")
-    if configured_folder is not None or recorder is not None:
-        folder = (
-            Path(configured_folder)
-            if configured_folder is not None
-            else Path(recorder.checkpoint_dir())
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder, is_finished=False)
-        is_finished = False
-        try:
-            yield folder
-            is_finished = True
-        finally:
-            remove_leftovers(folder, is_finished=is_finished)
+    if configured_folder is not None:
+        folder = Path(configured_folder)
+    elif recorder is not None:
+        folder = Path(recorder.checkpoint_dir())
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
         return
-    folder = Path(tempfile.mkdtemp(prefix="qtorch-fit-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, is_finished=False)
+    is_finished = False
+    try:
+        yield folder
+        is_finished = True
+    finally:
+        remove_leftovers(folder, is_finished=is_finished)
 
 
 def _build_interruption(
-    position: tuple[int, int] | None, num_batches: int, folder: Path | None, recorder: Any
+    position: tuple[int, int] | None,
+    num_batches: int,
+    folder: Path | None,
+    recorder: TrainingRecorder | None,
 ) -> TrainingInterrupted:
     path = None if folder is None or not (folder / LAST).exists() else folder / LAST
     location = ""

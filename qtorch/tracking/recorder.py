@@ -10,11 +10,36 @@ import threading
 from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qtorch.core.errors import ArgumentError, QtorchError, unknown_name_message
 
 log = logging.getLogger(__name__)
+
+
+class MetricRecorder(Protocol):
+    """What a running training uses of a recorder: a Recorder, or a stand-in in a rank's process."""
+
+    @property
+    def id(self) -> str | None:
+        """The run ID."""
+
+    @property
+    def uri(self) -> str | None:
+        """The URI of the tracking store, or None if the recorder has none."""
+
+    def log_batch(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log metrics of one step; return immediately."""
+
+    def set_tags(self, **kwargs: Any) -> None:
+        """Set tags of the run."""
+
+
+class TrainingRecorder(MetricRecorder, Protocol):
+    """What a fit uses of a recorder: metrics, tags, and a folder for checkpoints."""
+
+    def checkpoint_dir(self) -> Path:
+        """Return the run's checkpoint folder on this machine."""
 
 
 class Recorder(ABC):
@@ -39,6 +64,11 @@ class Recorder(ABC):
         self.end_time: str | None = None
         self.status = self.STATUS_S
         self.owner = 0  # ID of the process in which the run is active, 0 if in none
+
+    @property
+    def uri(self) -> str | None:
+        """The URI of the tracking store, or None if the recorder has none."""
+        return None
 
     @property
     def info(self) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,11 +14,8 @@ from toy_training import ToyDataset, ToyRecorder
 
 
 @pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def use_single_thread(single_thread: None) -> None:
+    """Make results bit-identical."""
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+from forked_process import ForkedProcess
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.dataset.batches import ShardedLoader, shard_slice
@@ -31,38 +31,6 @@ DDP = {"devices": 2, "strategy": "ddp", "accelerator": "cpu", "enable_progress_b
 FAULT_VARIABLE, ROW_LOG_VARIABLE = "TOY_FAULT", "TOY_ROW_LOG"
 PIDS_FILE = "pids"  # a file with the process ID of every rank that was started
 _parent_fds: set[int] = set()  # the parent's ends of the pipes, which a forked rank must close
-
-
-class ForkedProcess:
-    """A forked process that calls `work` and exits."""
-
-    def __init__(self, work: Callable[[], int | None]) -> None:
-        self._code: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                code = work() or 0
-            finally:
-                os._exit(code)
-
-    def exit_code(self) -> int | None:
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
-
-    def join(self, seconds: float = 120.0) -> int | None:
-        deadline = time.monotonic() + seconds
-        while self.exit_code() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return self._code
-
-    def kill(self) -> None:
-        if self.exit_code() is None:
-            os.kill(self.pid, signal.SIGKILL)
-        self.join()
 
 
 class ForkedRank(RankProcess):
@@ -95,7 +63,7 @@ class ForkedRank(RankProcess):
             _inject_faults(rank, parent)
             return run_rank(link, argv)
 
-        self._process = ForkedProcess(work)
+        self._process = ForkedProcess(work, new_session=True)
         os.close(commands)
         os.close(replies)
         if Path(folder).parent.name == "checkpoints":
@@ -107,7 +75,7 @@ class ForkedRank(RankProcess):
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        return self._process.exit_code()
+        return self._process.poll()
 
     def stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -115,6 +83,7 @@ class ForkedRank(RankProcess):
 
     def kill(self) -> None:
         self._process.kill()
+        self._process.wait()
         for fd in {self._commands, self._replies} & _parent_fds:
             os.close(fd)
             _parent_fds.discard(fd)
@@ -165,4 +134,4 @@ def start_training(folder: Path, changes: dict[str, Any], **variables: str) -> F
         resumable_model(**changes).fit(ToyDataset(), recorder=ToyRecorder(folder))
 
     folder.mkdir(exist_ok=True)
-    return ForkedProcess(work)
+    return ForkedProcess(work, new_session=True)

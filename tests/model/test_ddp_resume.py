@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from forked_process import ForkedProcess
 from forked_ranks import (
     DDP,
     FAULT_VARIABLE,
     PIDS_FILE,
     ROW_LOG_VARIABLE,
-    ForkedProcess,
     ForkedRank,
     is_running,
     start_training,
@@ -84,7 +84,7 @@ def test_killed_with_all_ranks_in_the_middle_of_an_epoch_resumes_exactly(
 ) -> None:
     folder = tmp_path / "run"
     process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert _wait_for_ranks_to_exit(folder)
     model, history = _resume_fit(folder)
     assert model.fit_report_["resumed_from"] is not None
@@ -103,7 +103,7 @@ def test_user_module_killed_with_all_ranks_resumes_exactly(tmp_path: Path) -> No
         "trainer": {"max_epochs": 3, **DDP},
     }
     process = start_training(tmp_path / "run", arguments, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     assert _wait_for_ranks_to_exit(tmp_path / "run")
     (tmp_path / "whole").mkdir()
     resumed_fit, uninterrupted_fit = (
@@ -129,7 +129,7 @@ def test_resume_on_one_device_after_two(tmp_path: Path, caplog, monkeypatch) -> 
 
     folder = tmp_path / "run"
     process = _start_fit(folder, **{FAULT_VARIABLE: "0:1:10:kill-all"})
-    assert process.join() == -signal.SIGKILL
+    assert process.wait(120) == -signal.SIGKILL
     used: list[tuple[int, int]] = []
     original_batches = BatchLoader.batches
 

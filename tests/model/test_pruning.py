@@ -34,9 +34,6 @@ class FakeTrial:
 
 @pytest.fixture
 def fit_with_trial(dataset, recorder: ToyRecorder, monkeypatch):
-    tags: dict[str, str] = {}
-    recorder.set_tags = lambda **new_tags: tags.update(new_tags)  # type: ignore[attr-defined]
-
     def fit(
         trial: FakeTrial, report: str = "valid/rank_ic", **trainer: Any
     ) -> tuple[LightningModel, dict[str, str]]:
@@ -57,7 +54,7 @@ def fit_with_trial(dataset, recorder: ToyRecorder, monkeypatch):
             seed=0,
         )
         model.fit(dataset, recorder=recorder)
-        return model, tags
+        return model, recorder.tags
 
     return fit
 

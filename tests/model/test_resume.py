@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ForkedProcess
+from forked_process import ForkedProcess
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 from toy_training import main as run_training
 
@@ -50,7 +50,7 @@ def reference_fit(tmp_path_factory: pytest.TempPathFactory):
 def _train_until_signal(folder: Path, kill_step: str, signal_name: str = "SIGKILL") -> int | None:
     """Train in a forked process that gets a signal at a batch; return its exit code."""
     folder.mkdir(exist_ok=True)
-    return ForkedProcess(lambda: run_training(str(folder), kill_step, signal_name)).join()
+    return ForkedProcess(lambda: run_training(str(folder), kill_step, signal_name)).wait(120)
 
 
 def _resume_fit(folder: Path, **changes):
@@ -198,7 +198,7 @@ def test_checkpoint_of_an_older_format_is_refused(recorder: ToyRecorder) -> None
 
 def test_only_last_previous_and_best_checkpoints_are_kept(recorder: ToyRecorder) -> None:
     model, folder = resumable_model(), recorder.checkpoint_dir()
-    assert ForkedProcess(lambda: _kill_while_writing(folder)).join() == -signal.SIGKILL
+    assert ForkedProcess(lambda: _kill_while_writing(folder)).wait(120) == -signal.SIGKILL
     assert len(list(folder.iterdir())) == 2
     model.fit(ToyDataset(), recorder=recorder)
     assert sorted(p.name for p in folder.iterdir()) == sorted([LAST, PREVIOUS, BEST])

@@ -84,10 +84,12 @@ class ToyRecorder:
     """A recorder that keeps logged metrics in memory and as lines of a file."""
 
     id = "toy"
+    uri = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.points: list[tuple[str, int, float]] = []
+        self.tags: dict[str, Any] = {}
 
     def checkpoint_dir(self) -> Path:
         return self.folder / "checkpoints"
@@ -97,6 +99,9 @@ class ToyRecorder:
             for key, value in metrics.items():
                 self.points.append((key, step, value))
                 file.write(json.dumps([key, step, value]) + "\n")
+
+    def set_tags(self, **tags: Any) -> None:
+        self.tags.update(tags)
 
     def history(self) -> dict[tuple[str, int], float]:
         """Return each logged (key, step) once; raise if it was logged with two different values."""

@@ -82,7 +82,7 @@ class LinkRecorder:
     def __init__(self, link: RankLink, run_id: str, uri: str | None = None) -> None:
         self._link, self.id, self.uri = link, run_id, uri
 
-    def log_batch(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log_batch(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send metrics to the parent, which logs them."""
         self._link.send(metrics=[dict(metrics), step])
 

@@ -23,10 +23,11 @@ from qtorch.model.loop.lightning_internals import mlflow_target
 from qtorch.model.loop.loader import StepLoader
 from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS, stop_state
 from qtorch.tracking.locations import default_uri, resolve_uri
+from qtorch.tracking.recorder import MetricRecorder
 from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE, storage_url
 
 if TYPE_CHECKING:
-    from qtorch.tracking.recorder import Recorder
+    from qtorch.tracking.trials.study import RunningTrial
 
 
 class BatchProgressBar(RichProgressBar):
@@ -65,7 +66,7 @@ class RecorderLogger(Logger):
     decides what and when it logs; its step is Lightning's count of optimizer steps.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: MetricRecorder) -> None:
         super().__init__()
         self.recorder = recorder
 
@@ -95,7 +96,7 @@ def build_loggers(specs: Sequence[Any], recorder_logger: RecorderLogger | None) 
     another tracking store: it would open a second run, or log each point twice into the recorder's
     run and end it with the fit.
     """
-    uri = None if recorder_logger is None else getattr(recorder_logger.recorder, "uri", None)
+    uri = None if recorder_logger is None else recorder_logger.recorder.uri
     tracking_arguments = {} if uri is None else {"tracking_uri": uri}
     loggers: list[Logger] = [
         init_instance_by_config(each, try_kwargs=tracking_arguments)
@@ -136,7 +137,7 @@ class PruningCallback(pl.Callback):
     `pruned`. A database that does not respond never stops a training.
     """
 
-    def __init__(self, trial: Any, report: str, recorder: Any) -> None:
+    def __init__(self, trial: RunningTrial, report: str, recorder: MetricRecorder | None) -> None:
         self.trial, self.report, self.recorder = trial, report, recorder
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,7 +159,7 @@ class PruningCallback(pl.Callback):
         if math.isnan(value):
             return False
         try:
-            stop: bool = self.trial.should_stop(epoch, value)
+            stop = self.trial.should_stop(epoch, value)
         except Exception as error:
             log.warning("could not report to the trial: %s", error)
             return False
@@ -172,7 +173,7 @@ class PruningCallback(pl.Callback):
         return stop
 
 
-def pruning_callbacks(recorder: Any) -> list[pl.Callback]:
+def pruning_callbacks(recorder: MetricRecorder | None) -> list[pl.Callback]:
     """Return the callback for the trial named in the environment, or none if nothing is pruned."""
     trial_json = os.environ.get(TRIAL_VARIABLE)
     if not trial_json:
@@ -182,7 +183,8 @@ def pruning_callbacks(recorder: Any) -> list[pl.Callback]:
         return []
     from qtorch.tracking.trials.study import RunningTrial
 
-    url = storage_url(trial["storage"], getattr(recorder, "uri", None) or default_uri())
+    run_uri = None if recorder is None else recorder.uri
+    url = storage_url(trial["storage"], run_uri or default_uri())
     return [
         PruningCallback(
             RunningTrial(trial["study"], trial["id"], url, trial["pruner"]),

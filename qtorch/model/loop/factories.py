@@ -40,6 +40,7 @@ LOSSES: dict[str, type[BaseLoss]] = {
     "listnet": ListNet,
     "listmle": ListMLE,
 }
+Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -58,7 +59,7 @@ class SchedulerPlan:
     monitor: str | None = None
 
 
-def build_loss(spec: Any) -> Callable[..., Any]:
+def build_loss(spec: Spec) -> Callable[..., Any]:
     """Build a loss from `spec`.
 
     `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, or a
@@ -73,7 +74,7 @@ def build_loss(spec: Any) -> Callable[..., Any]:
     loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
     if not callable(loss):
         raise ConfigError(f"the loss is a {type(loss).__name__}, which is not callable.")
-    return loss  # type: ignore[no-any-return]  # callable() does not tell mypy the return type
+    return loss
 
 
 def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
@@ -100,7 +101,7 @@ def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
     return Combined(parts)
 
 
-def optimizer_factory(spec: Any) -> OptimizerFactory:
+def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     """Return a factory parameters -> optimizer.
 
     `spec` is None (Adam with lr 1e-3), the name of an optimizer in torch.optim, a configuration
@@ -134,12 +135,12 @@ def explain_errors(factory: OptimizerFactory) -> OptimizerFactory:
     return make
 
 
-def with_learning_rate(spec: Any, lr: float | None) -> Any:
+def with_learning_rate(spec: Spec | None, lr: float | None) -> Spec | None:
     """Return an optimizer's specification with another learning rate (None: unchanged)."""
     return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
 
 
-def scheduler_plan(spec: Any) -> SchedulerPlan | None:
+def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
     """Build a SchedulerPlan from `spec`.
 
     `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,8 @@ from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_cal
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
 from qtorch.model.loop.factories import (
     OptimizerFactory,
+    SchedulerPlan,
+    Spec,
     build_factory,
     build_loss,
     explain_errors,
@@ -36,7 +38,7 @@ from qtorch.model.loop.factories import (
 )
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
-from qtorch.model.loop.module import ScoreModule, day_label, never_stop
+from qtorch.model.loop.module import DayLabel, ScoreModule, day_label, never_stop
 from qtorch.model.loop.options import (
     TrainerOptions,
     build_early_stopping,
@@ -50,6 +52,7 @@ from qtorch.model.loop.rank_group import RankGroup, RankInfo
 from qtorch.model.loop.scoring import evaluation_batch_size
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
+from qtorch.tracking.recorder import MetricRecorder
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +71,15 @@ IGNORED_WARNINGS = (
 class Recipe:
     """How to train: the validated arguments of a model."""
 
-    loss: Any
-    module: Any
-    day_label: Any
-    optimizer: Any
-    scheduler: Any
+    loss: Spec
+    module: Spec | None
+    day_label: Mapping[str, Any] | DayLabel | None
+    optimizer: Spec | None
+    scheduler: Spec | SchedulerPlan | None
     batch: dict[str, Any]
     trainer: TrainerOptions
     monitor: str
-    early_stop: Any
+    early_stop: int | Mapping[str, Any] | None
     checkpoint: dict[str, Any]
     inner_steps: int | str
     compile: bool | dict[str, Any]
@@ -124,7 +127,11 @@ class Training:
         )
 
     def prepare(
-        self, folder: Path | None, identity: str, interruption: StopRequest, recorder: Any
+        self,
+        folder: Path | None,
+        identity: str,
+        interruption: StopRequest,
+        recorder: MetricRecorder | None,
     ) -> CheckpointCallback:
         """Build module, loader, checkpoint callback and trainer."""
         recipe, options = self.recipe, self._trainer_options()
