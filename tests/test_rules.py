@@ -327,8 +327,8 @@ def test_keywords_of_any_name_are_passed_on():
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.args.kwarg:
                 continue
-            decorators = {getattr(d, "id", "") for d in node.decorator_list}
-            if "abstractmethod" in decorators or node.name in FRAMEWORK_HOOKS:
+            is_interface = len(node.body) == 1 and ast.get_docstring(node) is not None
+            if is_interface or node.name in FRAMEWORK_HOOKS:
                 continue
             read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
             if node.args.kwarg.arg not in read:
@@ -477,7 +477,7 @@ def test_the_files_a_newcomer_needs_are_there(name):
 
 
 def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    assert len((ROOT / "README.md").read_text().splitlines()) < 130
 
 
 def test_test_files_have_names_of_their_own():
