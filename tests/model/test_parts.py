@@ -37,7 +37,6 @@ from qtorch.model.loop.factories import (
     scheduler_plan,
 )
 from qtorch.model.loop.loader import StepLoader
-from qtorch.model.loop.module import LossAccumulator, mean_or_nan
 from qtorch.model.loop.options import (
     build_early_stopping,
     check_monitor,
@@ -45,6 +44,7 @@ from qtorch.model.loop.options import (
     resolve_monitor,
     trainer_options,
 )
+from qtorch.model.loop.progress import FitProgress, LossAccumulator, mean_losses
 from qtorch.tracking.mlflow_store import open_store
 
 
@@ -123,10 +123,35 @@ def test_loss_accumulator_is_a_weighted_mean_in_float64() -> None:
     for _ in range(1000):
         accumulator.add(torch.tensor(0.1) * 3, 3)
         accumulator.add(torch.tensor(0.0), torch.tensor(1.0))
-    assert mean_or_nan(*accumulator.sums().tolist()) == pytest.approx(0.1 * 3 / 4, rel=1e-7)
+    assert mean_losses(accumulator.sums()) == [pytest.approx(0.1 * 3 / 4, rel=1e-7)]
     second_accumulator = LossAccumulator()
     second_accumulator.load(accumulator.state(), torch.device("cpu"))
     assert torch.equal(second_accumulator.sums(), accumulator.sums())
+
+
+def test_loss_accumulator_keeps_members_apart() -> None:
+    members = LossAccumulator((3,))
+    for _ in range(2):
+        members.add(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([1.0, 2.0, 1.0]))
+        members.add(torch.tensor([3.0, 0.0, 1.0]), 1)
+    assert mean_losses(members.sums())[:2] == [2.0, pytest.approx(2 / 3)]
+    assert len(members.epoch_metrics) == 3
+    second = LossAccumulator((3,))
+    second.load(members.state(), torch.device("cpu"))
+    assert torch.equal(second.sums()[:, :2], members.sums()[:, :2])
+
+
+def test_progress_keeps_the_best_epoch_of_each_member() -> None:
+    first, second = FitProgress(), FitProgress(history=[{"valid/loss": 1.0}], best_value=0.5)
+    assert first.is_improvement(3.0, "min")
+    assert not first.is_improvement(float("nan"), "min")
+    assert second.is_improvement(0.4, "min")
+    assert not second.is_improvement(0.4, "max")
+    states = [m.state_dict() for m in (first, second)]
+    assert [m.state_dict()["history"] for m in FitProgress.from_states(states)] == [
+        [],
+        [{"valid/loss": 1.0}],
+    ]
 
 
 def test_checkpoints_rotate_and_damaged_ones_are_skipped(tmp_path: Path) -> None:

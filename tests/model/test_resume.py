@@ -27,6 +27,7 @@ from qtorch.model.loop.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
+from qtorch.model.loop.module import MODULE_STATE_KEY
 from qtorch.process.stops import STOP_SIGNALS, stop_state
 
 
@@ -191,9 +192,29 @@ def test_checkpoint_of_an_older_format_is_refused(recorder: ToyRecorder) -> None
     torch.save(content, path)
     original_bytes = path.read_bytes()
     for resume in (path, path.parent, "auto"):
-        with pytest.raises(ConfigError, match="has checkpoint format 1, but this version reads 2"):
+        with pytest.raises(ConfigError, match=r"has checkpoint format 1, but .* reads 2 and 3"):
             resumable_model().fit(ToyDataset(), resume=resume, recorder=recorder)
     assert path.read_bytes() == original_bytes
+
+
+def test_checkpoint_of_format_2_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit
+) -> None:
+    folder = tmp_path / "run"
+    _fail_before_batch(monkeypatch, folder, 2, 7)
+    path = folder / "checkpoints" / LAST
+    content = torch.load(path, weights_only=True)
+    state = content[CALLBACK_STATE_KEY]
+    (member,) = state.pop("members")
+    del member["is_stopped"]
+    content[CALLBACK_STATE_KEY] = {**state, **member, "format": 2}
+    module_state = content[MODULE_STATE_KEY]
+    (module_state["told"],) = module_state["told"]
+    torch.save(content, path)
+    model, history = _resume_fit(folder)
+    assert model.fit_report_["resumed_from"] is not None
+    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert history == reference_fit[1]
 
 
 def test_only_last_previous_and_best_checkpoints_are_kept(recorder: ToyRecorder) -> None:

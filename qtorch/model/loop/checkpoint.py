@@ -34,7 +34,8 @@ from qtorch.model.loop.lightning_internals import (
     validates_next,
 )
 from qtorch.model.loop.loader import StepLoader
-from qtorch.model.loop.module import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, ScoreModule
+from qtorch.model.loop.module import ScoreModule
+from qtorch.model.loop.progress import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, FitProgress
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
 from qtorch.process.heartbeat import beat, has_listeners
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 CALLBACK_STATE_KEY = "qtorch_keeper"
-FORMAT_VERSION = 2  # of the entry under CALLBACK_STATE_KEY
+FORMAT_VERSION = 3  # of the entry under CALLBACK_STATE_KEY
+READABLE_FORMATS = (2, 3)  # format 2 holds one member, without a list of members
 
 
 class CheckpointError(QtorchError, OSError):
@@ -177,9 +179,10 @@ def _check_format(checkpoint: tuple[Path, dict[str, Any]] | None) -> None:
     if checkpoint is None:
         return
     path, version = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY].get("format", 1)
-    if version != FORMAT_VERSION:
+    if version not in READABLE_FORMATS:
+        readable = " and ".join(map(str, READABLE_FORMATS))
         raise ConfigError(
-            f"{path} has checkpoint format {version}, but this version reads {FORMAT_VERSION}: "
+            f"{path} has checkpoint format {version}, but this version reads {readable}: "
             "finish the training with the version that started it, or start from scratch."
         )
 
@@ -304,8 +307,7 @@ class RankStates:
             if state is not None and not ranks.is_first:
                 state = torch.zeros_like(state)
         if isinstance(module, ScoreModule):
-            module.accumulator.loss, module.accumulator.weight = state.to(module.device).unbind()
-            module.accumulator.count = 0
+            module.accumulator.load_sums(state, module.device)
         elif state is not None:
             restore_epoch_state(module, state)
 
@@ -332,6 +334,8 @@ class CheckpointCallback(Checkpoint):
     rank writes the checkpoint, which holds the state of every rank, and all ranks stop after the
     same step.
 
+    `members` holds the progress of each member that the fit trains; a usual fit has one.
+
     `monitor` is the metric that decides the best epoch, `mode` is "min" or "max". This callback
     must be the last one to see the end of an epoch.
     """
@@ -357,11 +361,7 @@ class CheckpointCallback(Checkpoint):
             interruption,
             log_epochs,
         )
-        self.history: list[dict[str, float]] = []
-        self.best_epoch: int | None = None
-        self.best_value = math.nan
-        self.best_weights: dict[str, Tensor] | None = None
-        self.best_optimizer: dict[str, Any] | None = None
+        self.members = [FitProgress()]
         self.seconds = self.train_seconds = 0.0
         self.num_train_samples = 0  # samples that were trained on in train_seconds
         self.stop_position: tuple[int, int] | None = None
@@ -409,7 +409,7 @@ class CheckpointCallback(Checkpoint):
         if has_listeners():
             self._send_heartbeat(trainer, position)
         if isinstance(pl_module, ScoreModule):
-            num_pending = pl_module.accumulator.num_pending
+            num_pending = pl_module.weight_update.num_pending
         else:
             num_pending = position % trainer.accumulate_grad_batches
         if position >= self.loader.num_batches or num_pending:
@@ -425,35 +425,45 @@ class CheckpointCallback(Checkpoint):
             self._stop(trainer.current_epoch, position)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(pl_module, ScoreModule):
-            metrics = pl_module.accumulator.epoch_metrics
-            values = {k: metrics[k] for k in METRICS if k in metrics}
-        else:
-            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
-            self._require_monitor(values)
-        self.history.append(values)
+        member_values = self._epoch_values(trainer, pl_module)
         end_time = time.perf_counter()
         self.train_seconds += end_time - self._epoch_start_time - self._valid_seconds
-        source, num_batches = (
-            self.loader.source,
-            self.loader.num_batches - self.loader.start_position,
-        )
+        source = self.loader.source
+        num_batches = self.loader.num_batches - self.loader.start_position
         self.num_train_samples += round(len(source.samples) * num_batches / len(source))
-        self._log_epoch(trainer, values, end_time - self._epoch_start_time)
-        if has_listeners():
-            self._send_heartbeat(trainer, self.loader.position, values)
-        is_best = self._update_best(trainer, pl_module, values)
-        if isinstance(pl_module, ScoreModule):
-            # Send before the checkpoint: after a crash between the two, a resume sends them again.
-            self._send_metrics(trainer, values, trainer.current_epoch)
-            self._check_loss(trainer, values)
+        is_best = False
+        for member, values in zip(self.members, member_values, strict=True):
+            member.history.append(values)
+            self._log_epoch(trainer, values, end_time - self._epoch_start_time)
+            if has_listeners():
+                self._send_heartbeat(trainer, self.loader.position, values)
+            is_best |= self._update_best(trainer, pl_module, member, values)
+            if isinstance(pl_module, ScoreModule):
+                # Send before the checkpoint: after a crash between the two, a resume sends again.
+                self._send_metrics(trainer, values, trainer.current_epoch)
+                self._check_loss(trainer, member, values)
+        if all(member.is_stopped for member in self.members):
+            trainer.should_stop = True
         if self.folder is not None:
             self._save_checkpoint(trainer)
             if is_best and self.ranks.is_first:
                 link_best_checkpoint(self.folder)
         if self.ranks.any_rank(self.interruption.stop_requested):
             self._stop(trainer.current_epoch + 1, 0)
+
+    def _epoch_values(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> list[dict[str, float]]:
+        """Return the metrics of the finished epoch, of each member."""
+        if isinstance(module, ScoreModule):
+            return [
+                {k: metrics[k] for k in METRICS if k in metrics}
+                for metrics in module.accumulator.epoch_metrics
+            ]
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
+        self._require_monitor(values)
+        return [values]
 
     def resend_metrics(self, trainer: pl.Trainer) -> None:
         """Send once the metrics that a killed process may not have delivered.
@@ -468,35 +478,40 @@ class CheckpointCallback(Checkpoint):
     # -- best weights, metrics, saving ---------------------------------------------------------
 
     def _update_best(
-        self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float]
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        member: FitProgress,
+        values: dict[str, float],
     ) -> bool:
         value = values.get(self.monitor, math.nan)
-        is_better = value < self.best_value if self.mode == "min" else value > self.best_value
-        if math.isnan(value) or not (is_better or math.isnan(self.best_value)):
+        if not member.is_improvement(value, self.mode):
             return False
         network = get_network(module)
-        self.best_weights = gather_weights(network)
-        self.best_optimizer = None
+        member.best_weights = gather_weights(network)
+        member.best_optimizer = None
         if trainer.optimizers:
             state = gather_optimizer_state(trainer.strategy, trainer.optimizers[0], network)
-            self.best_optimizer = _clone_tensors(state)
-        self.best_epoch, self.best_value = trainer.current_epoch, value
+            member.best_optimizer = _clone_tensors(state)
+        member.best_epoch, member.best_value = trainer.current_epoch, value
         return True
 
-    def _check_loss(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+    def _check_loss(
+        self, trainer: pl.Trainer, member: FitProgress, values: dict[str, float]
+    ) -> None:
         loss = values.get(TRAIN_LOSS, values.get(PRETRAIN_LOSS, math.nan))
         if math.isfinite(loss):
             return
         problem = f"training loss of epoch {trainer.current_epoch} is {loss}"
-        if self.best_weights is None:
+        if member.best_weights is None:
             raise DataError(
                 f"{problem}. Check for NaN features (add a Fillna processor) and for very large "
                 "ones (normalize them), or lower the learning rate or set gradient_clip_val."
             )
         log.warning(
-            "%s: stopping early; using the best weights, of epoch %d.", problem, self.best_epoch
+            "%s: stopping early; using the best weights, of epoch %d.", problem, member.best_epoch
         )
-        trainer.should_stop = True
+        member.is_stopped = True
 
     def _require_monitor(self, values: dict[str, float]) -> None:
         """Raise ConfigError if a user's module has not logged the monitored metric.
@@ -564,12 +579,8 @@ class CheckpointCallback(Checkpoint):
             "format": FORMAT_VERSION,
             "identity": self.identity,
             **RankStates.collect(self.ranks, pl_module).to_checkpoint(),
-            "history": [dict(v) for v in self.history],
+            "members": [member.state_dict() for member in self.members],
             "due": [] if isinstance(pl_module, ScoreModule) else unsent_metrics(trainer),
-            "best_epoch": self.best_epoch,
-            "best_value": self.best_value,
-            "best_weights": self.best_weights,
-            "best_optimizer": self.best_optimizer,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "num_trained": self.num_train_samples,
@@ -583,13 +594,13 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         state = checkpoint[CALLBACK_STATE_KEY]
         self._resume_states = RankStates.from_checkpoint(checkpoint, self.loader.source.seed)
-        self.history = [dict(v) for v in state["history"]]
-        is_score_module = isinstance(pl_module, ScoreModule)
-        epoch_metrics = zip(self.history, range(len(self.history)), strict=True)
-        self._unsent_metrics = list(epoch_metrics if is_score_module else state["due"])
-        self.best_epoch, self.best_value = state["best_epoch"], state["best_value"]
-        self.best_weights = state["best_weights"]
-        self.best_optimizer = state["best_optimizer"]
+        self.members = FitProgress.from_states(state.get("members", [state]))
+        if isinstance(pl_module, ScoreModule):
+            self._unsent_metrics = [
+                (values, epoch) for m in self.members for epoch, values in enumerate(m.history)
+            ]
+        else:
+            self._unsent_metrics = list(state["due"])
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.num_train_samples = state["num_trained"]
 

@@ -2,168 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.core.optimizer import LightningOptimizer
-from pytorch_lightning.profilers import PassThroughProfiler
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import BaseLoss, mean_from_sums
+from qtorch.model.loop.day_label import DayLabel
 from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan, build_factory
-from qtorch.model.loop.lightning_internals import count_optimizer_step
 from qtorch.model.loop.loader import StepBatches
+from qtorch.model.loop.progress import (
+    LEARNING_RATE,
+    PRETRAIN_LOSS,
+    TRAIN_LOSS,
+    VALID_IC,
+    VALID_LOSS,
+    VALID_RANK_IC,
+    LossAccumulator,
+    mean_losses,
+    mean_or_nan,
+)
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
 from qtorch.model.loop.sharding import shard
+from qtorch.model.loop.weight_update import WeightUpdate
 from qtorch.nn.lora import LoRA, use_effective_weights
 
-
-class LossAccumulator:
-    """Weighted loss sum of an epoch in float64, and the metrics of that epoch.
-
-    These are not attributes of the LightningModule itself because `nn.Module.__setattr__` costs a
-    noticeable part of a small network's step. `num_pending` counts the batches whose gradients have
-    not been used by an optimizer step yet (gradient accumulation). `epoch_metrics` holds the
-    metrics of the running epoch.
-    """
-
-    def __init__(self) -> None:
-        self.epoch_metrics: dict[str, float] = {}
-        self.reset(torch.device("cpu"))
-
-    def reset(self, device: torch.device) -> None:
-        """Start a new epoch."""
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.count = 0  # the part of the weight that is known on the host
-        self.num_pending = 0
-
-    def add(self, total: Tensor, weight: Tensor | int) -> None:
-        """Add a batch: its sum of weight x loss, and its sum of weights."""
-        self.loss += total
-        if isinstance(weight, int):
-            self.count += weight
-        else:
-            self.weight += weight
-
-    def sums(self) -> Tensor:
-        """Return the loss sum and the weight sum, `[2]` float64 on the device."""
-        return torch.stack((self.loss, self.weight + self.count))
-
-    def state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint in the middle of an epoch holds."""
-        return {"sums": self.sums().cpu(), "told": dict(self.epoch_metrics)}
-
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore the state of a checkpoint."""
-        self.reset(device)
-        self.loss, self.weight = (part.to(device) for part in state["sums"].unbind())
-        self.epoch_metrics = dict(state["told"])
-
-
-def mean_or_nan(total: float, weight: float) -> float:
-    """Return total / weight, or NaN if the weight is zero."""
-    return total / weight if weight else math.nan
-
-
-OPTIONS = ("drop_extreme", "zscore")
-
-
-class DayLabel:
-    """Drop the extreme labels of each day, then standardize the others.
-
-    `drop_extreme`: the fraction of a day's labels, half at each end, that become NaN (0.05: the
-    2.5% highest and lowest). `zscore`: rescale the others to mean 0 and standard deviation 1.
-    MASTER (Li et al., AAAI 2024) is trained this way. Validation and prediction see every label
-    unchanged.
-    """
-
-    def __init__(self, drop_extreme: float = 0.0, zscore: bool = False) -> None:
-        if not 0 <= drop_extreme < 1:
-            raise ConfigError(
-                f"drop_extreme is {drop_extreme}; expected a fraction of at least 0 and below 1."
-            )
-        self.drop_extreme, self.zscore = float(drop_extreme), zscore
-
-    def __call__(self, label: Tensor, mask: Tensor | None) -> Tensor:
-        """Transform `label [G, N, Q]` with `mask [G, N]`; missing or dropped labels are NaN."""
-        if mask is not None:
-            label = label.masked_fill(~mask[..., None], torch.nan)
-        if self.drop_extreme:
-            # Ranks instead of quantiles: they drop an exact number, even with ties. NaN sorts last.
-            rank = label.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-            count = (~label.isnan()).sum(1, keepdim=True)
-            cut = (count * (self.drop_extreme / 2)).floor()
-            label = label.masked_fill((rank < cut) | (rank >= count - cut), torch.nan)
-        if self.zscore:
-            has_label = ~label.isnan()
-            count = has_label.sum(1, keepdim=True).clamp_min(1)
-            mean = label.nansum(1, keepdim=True) / count
-            deviation = label - mean
-            spread = (deviation.square().nansum(1, keepdim=True) / count).sqrt()
-            label = deviation / torch.where(spread > 0, spread, 1.0)
-        return label
-
-
-def day_label(spec: Any) -> DayLabel | None:
-    """Build a DayLabel from None, a mapping of its arguments, or a DayLabel."""
-    if spec is None or isinstance(spec, DayLabel):
-        return spec
-    if not isinstance(spec, Mapping):
-        raise ConfigError(f"day_label is {spec!r:.80}; expected a mapping of {', '.join(OPTIONS)}.")
-    for name in spec:
-        if name not in OPTIONS:
-            raise ConfigError(unknown_name_message("option of day_label", str(name), OPTIONS))
-    return DayLabel(**spec)
-
-
-TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, LEARNING_RATE = (
-    "train/loss",
-    "valid/loss",
-    "valid/ic",
-    "valid/rank_ic",
-    "lr",
-)
-PRETRAIN_LOSS, PRETRAIN_VALID_LOSS = "train/pretrain_loss", "valid/pretrain_loss"
-METRICS = (
-    TRAIN_LOSS,
-    VALID_LOSS,
-    VALID_IC,
-    VALID_RANK_IC,
-    PRETRAIN_LOSS,
-    PRETRAIN_VALID_LOSS,
-    LEARNING_RATE,
-)
-# Short names of the metrics that early stopping and schedulers can monitor.
-MONITOR_NAMES = {
-    "loss": VALID_LOSS,
-    "ic": VALID_IC,
-    "rank_ic": VALID_RANK_IC,
-    "train_loss": TRAIN_LOSS,
-}
 MODULE_STATE_KEY = "qtorch_module"
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
-# Callback hooks that Lightning calls between a batch's backward pass and its optimizer step.
-STEP_HOOKS = (
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_before_zero_grad",
-)
 
 
 def never_stop() -> bool:
@@ -200,9 +76,9 @@ class ScoreModule(pl.LightningModule):
     property; None declares that it has. A subclass with a training step of its own must set it,
     otherwise a fit on several devices raises ConfigError.
 
-    If no callback hooks in between backward and optimizer step (and neither a GradScaler nor a
-    multi-device strategy is involved), both are called directly, without Lightning's hooks: the
-    numbers are the same and the step is faster.
+    The sums of an epoch are kept in `accumulator`, the weights are updated by `weight_update`;
+    both are objects of their own that a fit of several members can replace, and neither is a tensor
+    attribute of the module (`nn.Module.__setattr__` costs a noticeable part of a small step).
     """
 
     single_device_reason: ClassVar[str | None] = None
@@ -237,7 +113,6 @@ class ScoreModule(pl.LightningModule):
         self.meter = ICMeter(num_days)
         self.complete = complete
         self.day_label = day_label
-        self.bypass_hooks = False
         self.pretraining_epochs = 0
         self.accumulator, self.valid_accumulator = LossAccumulator(), LossAccumulator()
 
@@ -351,31 +226,26 @@ class ScoreModule(pl.LightningModule):
             raise ConfigError("day_label needs batches of whole days: set batch.order=day.")
         return replace(batch, y=self.day_label(batch.y, batch.mask))
 
-    def on_train_start(self) -> None:
-        self.bypass_hooks = _can_bypass_hooks(self.trainer)
+    @cached_property
+    def weight_update(self) -> WeightUpdate:
+        """The object that updates the weights from the losses of batches."""
+        return WeightUpdate(self, self.plan, self.accumulate)
 
     def on_train_epoch_start(self) -> None:
         self.accumulator.reset(self.device)
-        self.accumulator.epoch_metrics = {}
+        self.accumulator.clear_metrics()
 
     def training_step(self, steps: StepBatches) -> None:
-        accumulator, accumulate = self.accumulator, self.accumulate
-        optimizers = self.optimizers()
-        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
-        assert isinstance(optimizer, LightningOptimizer)
-        is_autocast = torch.is_autocast_enabled(self.device.type)
-        checks_each_step = self.plan is not None or self.trainer.max_steps != -1
+        accumulator, weight_update = self.accumulator, self.weight_update
+        weight_update.begin()
         for batch in steps:
             total, weight = self.training_sums(batch)
             loss = self._rank_loss(total, weight, batch)
-            self._backward(loss if accumulate == 1 else loss / accumulate, is_autocast)
+            is_updated = weight_update.add(loss, is_epoch_end=steps.is_epoch_end)
             accumulator.add(total.detach(), weight)
-            accumulator.num_pending += 1
-            if accumulator.num_pending < accumulate and not steps.is_epoch_end:
+            if not is_updated:
                 continue
-            self._step_optimizer(optimizer)
-            accumulator.num_pending = 0
-            if checks_each_step and self._finish_optimizer_step():
+            if weight_update.is_last(is_pretraining=self.is_pretraining):
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break
@@ -393,43 +263,18 @@ class ScoreModule(pl.LightningModule):
             return total * size / max(1, batch.global_size * weight // max(1, batch.num_samples))
         return mean_from_sums(total * size, self.ranks.sum(weight))
 
-    def _backward(self, loss: Tensor, is_autocast: bool) -> None:
-        backward = loss.backward if self.bypass_hooks else partial(self.manual_backward, loss)
-        if not is_autocast:
-            backward()
-            return
-        # Lightning's autocast context spans the whole training_step, backward should not run in it.
-        with torch.autocast(self.device.type, enabled=False):
-            backward()
-
-    def _step_optimizer(self, optimizer: LightningOptimizer) -> None:
-        if not self.bypass_hooks:
-            optimizer.step()
-            optimizer.zero_grad()
-            return
-        torch_optimizer = optimizer.optimizer
-        self.on_before_optimizer_step(torch_optimizer)
-        torch_optimizer.step()
-        torch_optimizer.zero_grad()
-        count_optimizer_step(self.trainer)
-
-    def _finish_optimizer_step(self) -> bool:
-        """Step a per-step scheduler; return whether `max_steps` has been reached."""
-        step, max_steps = self.trainer.global_step, self.trainer.max_steps
-        self._step_scheduler("step", step)
-        return max_steps != -1 and step >= max_steps
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # Clip here because the GradScaler has unscaled the gradients by now, at any precision.
         if self.clip_value is not None:
             self.clip_gradients(optimizer, self.clip_value, self.clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
-        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         name = PRETRAIN_LOSS if self.is_pretraining else TRAIN_LOSS
-        sums = self.ranks.sum(self.accumulator.sums()).tolist()
-        self._log_metrics({name: mean_or_nan(*sums), LEARNING_RATE: float(learning_rate)})
-        self._step_scheduler("epoch", self.current_epoch + 1)
+        losses = mean_losses(self.ranks.sum(self.accumulator.sums()))
+        rates = self.weight_update.learning_rates()
+        self._log_metrics([{name: a, LEARNING_RATE: b} for a, b in zip(losses, rates, strict=True)])
+        if not self.is_pretraining:
+            self.weight_update.step_scheduler("epoch", self.current_epoch + 1)
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -451,14 +296,23 @@ class ScoreModule(pl.LightningModule):
         if self.ranks.size > 1:
             daily = daily.merge(self.ranks.sum)
         correlations = torch.stack((daily.mean_ic(), daily.mean_rank_ic())).to(self.device)
-        total, weight, ic, rank_ic = torch.cat((sums, correlations)).tolist()
+        rows = torch.cat((sums, correlations)).reshape(4, -1).tolist()
         self.meter.reset()
-        loss = mean_or_nan(total, weight)
-        self._log_metrics({VALID_LOSS: loss, VALID_IC: ic, VALID_RANK_IC: rank_ic})
+        self._log_metrics(
+            [
+                {VALID_LOSS: mean_or_nan(total, weight), VALID_IC: ic, VALID_RANK_IC: rank_ic}
+                for total, weight, ic, rank_ic in zip(*rows, strict=True)
+            ]
+        )
 
-    def _log_metrics(self, values: dict[str, float]) -> None:
-        """Log metrics for callbacks and progress bar; CheckpointCallback sends them to the run."""
-        self.accumulator.epoch_metrics.update(values)
+    def _log_metrics(self, member_metrics: list[dict[str, float]]) -> None:
+        """Log metrics of each member; CheckpointCallback sends them to the run.
+
+        Lightning's callbacks and its progress bar see those of the first member.
+        """
+        for metrics, values in zip(self.accumulator.epoch_metrics, member_metrics, strict=True):
+            metrics.update(values)
+        values = member_metrics[0]
         self.log_dict(values, logger=False, prog_bar=True, on_step=False, on_epoch=True)
 
     # -- optimizer and scheduler ---------------------------------------------------------------
@@ -477,25 +331,6 @@ class ScoreModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizers = [self.optimizer_factory(self.trainable_parameters()), *self.extra_optimizers()]
         return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
-
-    def _step_scheduler(self, interval: str, count: int) -> None:
-        plan = self.plan
-        if (
-            plan is None
-            or plan.interval != interval
-            or count % plan.frequency
-            or self.is_pretraining
-        ):
-            return
-        scheduler = self.lr_schedulers()
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
-            return
-        name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
-        metrics = self.trainer.callback_metrics
-        if name not in metrics:
-            raise ConfigError(unknown_name_message("metric for the scheduler", name, metrics))
-        scheduler.step(float(metrics[name]))
 
     # -- for Lightning -------------------------------------------------------------------------
 
@@ -523,18 +358,3 @@ def get_module_class(spec: Any) -> type[ScoreModule]:
     if isinstance(module_class, type) and issubclass(module_class, ScoreModule):
         return module_class
     return ScoreModule
-
-
-def _can_bypass_hooks(trainer: Any) -> bool:
-    """Whether backward and optimizer step can be called without Lightning's hooks around them."""
-    has_no_step_hooks = all(
-        getattr(type(callback), hook) is getattr(pl.Callback, hook)
-        for callback in trainer.callbacks
-        for hook in STEP_HOOKS
-    )
-    return (
-        has_no_step_hooks
-        and isinstance(trainer.strategy, SingleDeviceStrategy)
-        and isinstance(trainer.profiler, PassThroughProfiler)
-        and getattr(trainer.precision_plugin, "scaler", None) is None
-    )

@@ -27,7 +27,8 @@ from qtorch.core.runtime import resolve_device
 from qtorch.model.loop.callbacks import BatchProgressBar, RecorderLogger, build_loggers
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
 from qtorch.model.loop.loader import StepLoader
-from qtorch.model.loop.module import METRICS, MONITOR_NAMES, ScoreModule
+from qtorch.model.loop.module import ScoreModule
+from qtorch.model.loop.progress import METRICS, MONITOR_NAMES
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
 DEFAULT_MAX_EPOCHS = 100

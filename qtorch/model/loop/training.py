@@ -26,6 +26,7 @@ from qtorch.metrics.loss import BaseLoss, Combined
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
+from qtorch.model.loop.day_label import DayLabel, build_day_label
 from qtorch.model.loop.factories import (
     OptimizerFactory,
     SchedulerPlan,
@@ -38,7 +39,7 @@ from qtorch.model.loop.factories import (
 )
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
-from qtorch.model.loop.module import DayLabel, ScoreModule, day_label, never_stop
+from qtorch.model.loop.module import ScoreModule, never_stop
 from qtorch.model.loop.options import (
     TrainerOptions,
     build_early_stopping,
@@ -48,6 +49,7 @@ from qtorch.model.loop.options import (
     limit_batches,
     resolve_inner_steps,
 )
+from qtorch.model.loop.progress import FitProgress
 from qtorch.model.loop.rank_group import RankGroup, RankInfo
 from qtorch.model.loop.scoring import evaluation_batch_size
 from qtorch.model.loop.sharding import gather_weights, is_sharded
@@ -226,7 +228,7 @@ class Training:
             clip_value=options.clip_value,
             clip_algorithm=options.clip_algorithm,
             complete=self._has_all_labels(loss),
-            day_label=day_label(recipe.day_label),
+            day_label=build_day_label(recipe.day_label),
             # Several ranks must stop together, which the checkpoint callback ensures.
             is_stop_requested=interruption.is_requested if self.rank_info is None else never_stop,
             ranks=self.ranks,
@@ -340,9 +342,9 @@ class Training:
 
     def result(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> FitResult:
         """Return the result after training, with the best weights loaded into the network."""
-        checkpoint_callback, network = self.checkpoint_callback, get_network(self.module)
-        checkpoint_callback.update_seconds()
-        weights = checkpoint_callback.best_weights
+        self.checkpoint_callback.update_seconds()
+        (member,) = self.checkpoint_callback.members
+        network, weights = get_network(self.module), member.best_weights
         if is_sharded(network):
             weights = gather_weights(network) if weights is None else weights
             network = self.network if self.unsharded_network is None else self.unsharded_network
@@ -353,33 +355,32 @@ class Training:
             network = self.tuning.finalize_network(network)
         if self.recipe.compile:
             network._compiled_call_impl = None  # a compiled call cannot be saved
-        samples_per_second = (
-            checkpoint_callback.num_train_samples / checkpoint_callback.train_seconds
-            if checkpoint_callback.train_seconds
-            else 0.0
-        )
+        report = self._build_report(member, None if checkpoint is None else checkpoint[0])
+        return FitResult(network, member.history, report, member.best_optimizer)
+
+    def _build_report(self, member: FitProgress, resumed_from: Path | None) -> dict[str, Any]:
+        callback = self.checkpoint_callback
+        seconds = callback.train_seconds
         report: dict[str, Any] = {
-            "epochs": len(checkpoint_callback.history),
-            "best_epoch": checkpoint_callback.best_epoch,
-            "monitor": checkpoint_callback.monitor,
-            "best_value": checkpoint_callback.best_value,
-            "seconds": checkpoint_callback.seconds,
-            "train_seconds": checkpoint_callback.train_seconds,
+            "epochs": len(member.history),
+            "best_epoch": member.best_epoch,
+            "monitor": callback.monitor,
+            "best_value": member.best_value,
+            "seconds": callback.seconds,
+            "train_seconds": seconds,
             "samples": len(self.train),
             "valid_samples": 0 if self.valid is None else len(self.valid),
-            "samples_per_second": samples_per_second,
+            "samples_per_second": callback.num_train_samples / seconds if seconds else 0.0,
             "parameters": self.num_parameters,
             "device": str(self.train.device),
             "devices": self.ranks.size,
             "inner_steps": self.loader.inner_steps,
             "seed": self.recipe.seed,
-            "resumed_from": None if checkpoint is None else str(checkpoint[0]),
+            "resumed_from": None if resumed_from is None else str(resumed_from),
         }
         if self.tuning is not None:
             report["tuning"] = self.tuning.description
-        return FitResult(
-            network, checkpoint_callback.history, report, checkpoint_callback.best_optimizer
-        )
+        return report
 
 
 def _restore_optimizer(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:

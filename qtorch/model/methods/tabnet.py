@@ -13,7 +13,8 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import mean_from_sums
 from qtorch.model.loop.loader import StepBatches
-from qtorch.model.loop.module import PRETRAIN_VALID_LOSS, ScoreModule, mean_or_nan
+from qtorch.model.loop.module import ScoreModule
+from qtorch.model.loop.progress import PRETRAIN_VALID_LOSS, mean_losses
 from qtorch.nn.tabnet import TabNet
 
 PRETRAINING_KEY = "qtorch_pretrained"
@@ -137,8 +138,8 @@ class TabNetModule(ScoreModule):
         if not self.is_pretraining:
             super().on_validation_epoch_end()
             return
-        loss = mean_or_nan(*self.valid_accumulator.sums().tolist())
-        self._log_metrics({PRETRAIN_VALID_LOSS: loss})
+        (loss,) = mean_losses(self.valid_accumulator.sums())
+        self._log_metrics([{PRETRAIN_VALID_LOSS: loss}])
         if loss < self.best_pretraining["loss"]:
             weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
             self.best_pretraining = {"loss": loss, "weights": weights}

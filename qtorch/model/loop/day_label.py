@@ -1,0 +1,61 @@
+"""Labels transformed within each training day."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, unknown_name_message
+
+OPTIONS = ("drop_extreme", "zscore")
+
+
+class DayLabel:
+    """Drop the extreme labels of each day, then standardize the others.
+
+    `drop_extreme`: the fraction of a day's labels, half at each end, that become NaN (0.05: the
+    2.5% highest and lowest). `zscore`: rescale the others to mean 0 and standard deviation 1.
+    MASTER (Li et al., AAAI 2024) is trained this way. Validation and prediction see every label
+    unchanged.
+    """
+
+    def __init__(self, drop_extreme: float = 0.0, zscore: bool = False) -> None:
+        if not 0 <= drop_extreme < 1:
+            raise ConfigError(
+                f"drop_extreme is {drop_extreme}; expected a fraction of at least 0 and below 1."
+            )
+        self.drop_extreme, self.zscore = float(drop_extreme), zscore
+
+    def __call__(self, label: Tensor, mask: Tensor | None) -> Tensor:
+        """Transform `label [G, N, Q]` with `mask [G, N]`; missing or dropped labels are NaN."""
+        if mask is not None:
+            label = label.masked_fill(~mask[..., None], torch.nan)
+        if self.drop_extreme:
+            # Ranks instead of quantiles: they drop an exact number, even with ties. NaN sorts last.
+            rank = label.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+            count = (~label.isnan()).sum(1, keepdim=True)
+            cut = (count * (self.drop_extreme / 2)).floor()
+            label = label.masked_fill((rank < cut) | (rank >= count - cut), torch.nan)
+        if self.zscore:
+            has_label = ~label.isnan()
+            count = has_label.sum(1, keepdim=True).clamp_min(1)
+            mean = label.nansum(1, keepdim=True) / count
+            deviation = label - mean
+            spread = (deviation.square().nansum(1, keepdim=True) / count).sqrt()
+            label = deviation / torch.where(spread > 0, spread, 1.0)
+        return label
+
+
+def build_day_label(spec: Any) -> DayLabel | None:
+    """Build a DayLabel from None, a mapping of its arguments, or a DayLabel."""
+    if spec is None or isinstance(spec, DayLabel):
+        return spec
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"day_label is {spec!r:.80}; expected a mapping of {', '.join(OPTIONS)}.")
+    for name in spec:
+        if name not in OPTIONS:
+            raise ConfigError(unknown_name_message("option of day_label", str(name), OPTIONS))
+    return DayLabel(**spec)

@@ -1,0 +1,133 @@
+"""From the loss of a batch to new weights: backward, clipping, optimizer, scheduler."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.model.loop.factories import SchedulerPlan
+from qtorch.model.loop.lightning_internals import count_optimizer_step
+from qtorch.model.loop.progress import MONITOR_NAMES
+
+# Callback hooks that Lightning calls between a batch's backward pass and its optimizer step.
+STEP_HOOKS = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+)
+
+
+class WeightUpdate:
+    """Update the weights of a module from the losses of its batches.
+
+    It is separate from ScoreModule so that a fit of several members can replace it, by one backward
+    pass of all their losses and one update of their stacked parameters.
+
+    `plan`: the learning rate scheduler. `accumulate`: batches per optimizer step. `num_pending`
+    counts the batches whose gradients have not been used by an optimizer step yet.
+
+    If no callback hooks in between backward and optimizer step (and neither a GradScaler nor a
+    multi-device strategy is involved), both are called directly, without Lightning's hooks: the
+    numbers are the same and the step is faster.
+    """
+
+    def __init__(self, module: pl.LightningModule, plan: SchedulerPlan | None, accumulate: int):
+        self.module, self.plan, self.accumulate = module, plan, accumulate
+        self.num_pending = 0
+        self.bypass_hooks = _can_bypass_hooks(module.trainer)
+        self.is_autocast = False
+
+    def begin(self) -> None:
+        """Prepare for the batches of one training step; called inside it."""
+        module = self.module
+        optimizers: Any = module.optimizers()
+        self.optimizer: LightningOptimizer
+        self.optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        self.is_autocast = torch.is_autocast_enabled(module.device.type)
+        self.counts_steps = self.plan is not None or module.trainer.max_steps != -1
+
+    def add(self, loss: Tensor, *, is_epoch_end: bool) -> bool:
+        """Run backward on a batch's mean loss; return whether the weights were updated."""
+        self._backward(loss if self.accumulate == 1 else loss / self.accumulate)
+        self.num_pending += 1
+        if self.num_pending < self.accumulate and not is_epoch_end:
+            return False
+        self._update_weights()
+        self.num_pending = 0
+        return True
+
+    def is_last(self, *, is_pretraining: bool) -> bool:
+        """Step a per-step scheduler after an update; return whether it was the last of the fit."""
+        if not self.counts_steps:
+            return False
+        trainer = self.module.trainer
+        step, max_steps = trainer.global_step, trainer.max_steps
+        if not is_pretraining:
+            self.step_scheduler("step", step)
+        return max_steps != -1 and step >= max_steps
+
+    def step_scheduler(self, interval: str, count: int) -> None:
+        """Step the scheduler if the `count`-th interval ("step" or "epoch") is due."""
+        plan = self.plan
+        if plan is None or plan.interval != interval or count % plan.frequency:
+            return
+        scheduler = self.module.lr_schedulers()
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
+            return
+        name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
+        metrics = self.module.trainer.callback_metrics
+        if name not in metrics:
+            raise ConfigError(unknown_name_message("metric for the scheduler", name, metrics))
+        scheduler.step(float(metrics[name]))
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each member, of the first parameter group."""
+        return [float(self.module.trainer.optimizers[0].param_groups[0]["lr"])]
+
+    def _backward(self, loss: Tensor) -> None:
+        backward = (
+            loss.backward if self.bypass_hooks else partial(self.module.manual_backward, loss)
+        )
+        if not self.is_autocast:
+            backward()
+            return
+        # Lightning's autocast context spans the whole training_step, backward should not run in it.
+        with torch.autocast(self.module.device.type, enabled=False):
+            backward()
+
+    def _update_weights(self) -> None:
+        if not self.bypass_hooks:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return
+        optimizer = self.optimizer.optimizer
+        self.module.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        count_optimizer_step(self.module.trainer)
+
+
+def _can_bypass_hooks(trainer: Any) -> bool:
+    """Whether backward and optimizer step can be called without Lightning's hooks around them."""
+    has_no_step_hooks = all(
+        getattr(type(callback), hook) is getattr(pl.Callback, hook)
+        for callback in trainer.callbacks
+        for hook in STEP_HOOKS
+    )
+    return (
+        has_no_step_hooks
+        and isinstance(trainer.strategy, SingleDeviceStrategy)
+        and isinstance(trainer.profiler, PassThroughProfiler)
+        and getattr(trainer.precision_plugin, "scaler", None) is None
+    )
