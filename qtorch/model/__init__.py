@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
     from qtorch.model.lightning_model import LightningModel as LightningModel
-    from qtorch.model.loop.callbacks import TrainingInterrupted as TrainingInterrupted
+    from qtorch.model.loop.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.loop.module import ScoreModule as ScoreModule
     from qtorch.model.loop.sharding import Sharded as Sharded
     from qtorch.model.methods.adarnn import ADARNNModule as ADARNNModule

@@ -14,6 +14,8 @@ from qtorch.core.trust import trust_subclasses
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
+SCORE = "score"  # the name of the Series that predict returns
+
 
 @trust_subclasses
 class BaseModel(Serializable, Configured, ABC):

@@ -17,7 +17,6 @@ from qtorch.core.runtime import seed_everything
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
-from qtorch.model.loop.callbacks import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.loop.checkpoint import (
     LAST,
     CheckpointCallback,
@@ -25,6 +24,7 @@ from qtorch.model.loop.checkpoint import (
     preserve_generators,
     remove_leftovers,
 )
+from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity

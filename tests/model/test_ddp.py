@@ -24,8 +24,8 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.model.devices.rank_process import RankProcess, build_rank_variables
 from qtorch.model.devices.ranks import RankError
 from qtorch.model.lightning_model import LightningModel
-from qtorch.model.loop.callbacks import TrainingInterrupted
 from qtorch.model.loop.checkpoint import LAST
+from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.process.heartbeat import listen
 
 

@@ -11,8 +11,8 @@ import torch
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
 from qtorch.data.dataset.batches import BatchLoader
-from qtorch.model.loop.callbacks import TrainingInterrupted
 from qtorch.model.loop.checkpoint import CheckpointCallback
+from qtorch.model.loop.interruption import TrainingInterrupted
 
 USER_MODEL = {
     "network": {"_target_": "user_networks.LoggingModule"},

@@ -16,7 +16,6 @@ from toy_training import ToyDataset, ToyRecorder, resumable_model
 from qtorch import R
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batches import BatchLoader
-from qtorch.model.loop.callbacks import RecorderLogger
 from qtorch.model.loop.checkpoint import (
     CALLBACK_STATE_KEY,
     LAST,
@@ -37,6 +36,7 @@ from qtorch.model.loop.factories import (
     scheduler_plan,
 )
 from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.options import (
     build_early_stopping,
     check_monitor,

@@ -16,7 +16,6 @@ from toy_training import main as run_training
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write
 from qtorch.data.dataset.batches import BatchLoader
-from qtorch.model.loop.callbacks import TrainingInterrupted
 from qtorch.model.loop.checkpoint import (
     BEST,
     CALLBACK_STATE_KEY,
@@ -27,6 +26,7 @@ from qtorch.model.loop.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
+from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import MODULE_STATE_KEY
 from qtorch.process.stops import STOP_SIGNALS, stop_state
 

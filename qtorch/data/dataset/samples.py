@@ -18,11 +18,10 @@ from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
 from qtorch.data.panel.gather import (
-    NAN,
     PackedColumns,
     check_fill,
 )
-from qtorch.data.panel.infinite import infinite_message
+from qtorch.data.panel.infinite import check_processed
 from qtorch.data.panel.panel import covered_dates, multi_index, normalise_calendar
 from qtorch.data.panel.view import View
 
@@ -265,10 +264,11 @@ class Samples:
         y, raw_label, weight = table.values(rows)
         mask = None
         if padding is not None:
-            zero_filled = [x, weight, *(e for e in extra.values() if e.is_floating_point())]
-            for value, filler in (*((v, 0.0) for v in zero_filled), (y, NAN), (raw_label, NAN)):
-                if value is not None:
-                    value.index_fill_(0, padding, filler)
+            floats = [e for e in extra.values() if e.is_floating_point()]
+            for filler, values in ((0.0, [x, weight, *floats]), (torch.nan, [y, raw_label])):
+                for value in values:
+                    if value is not None:
+                        value.index_fill_(0, padding, filler)
             mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             mask.index_fill_(0, padding, False)
         if raw_label is not None:
@@ -320,7 +320,9 @@ class Samples:
         return copy
 
     def send_to_device(self, batch: Batch) -> Batch:
-        """Copy a batch that was gathered in host memory to the device, without blocking."""
+        """Return a batch on the device; one gathered in host memory is copied without blocking."""
+        if self.store != "host":
+            return batch
         if self.device.type != "cuda":
             return batch.to(self.device)
         return batch.pin_memory().to(self.device, non_blocking=True)
@@ -362,14 +364,8 @@ class Samples:
         assert self._columns is not None
         feature_pack = self._columns.pack(device, history=self.history)
         if not feature_pack.is_checked:
-            has_infinity = feature_pack.infinite_columns().cpu().numpy()
-            if has_infinity.any():
-                names = [
-                    n
-                    for n, is_infinite in zip(self._columns.names, has_infinity, strict=True)
-                    if is_infinite
-                ]
-                raise DataError(infinite_message(names, "features"))
+            infinite = feature_pack.infinite_columns().tolist()
+            check_processed(self._columns.names, infinite, "features")
             feature_pack.is_checked = True
         self._feature_pack = feature_pack
         return feature_pack
@@ -497,15 +493,11 @@ def _gather_labels(
 
 def finite_labels(names: Sequence[str], target: Tensor, learn: bool) -> Tensor:
     """Return the labels; infinities raise DataError for learning and become NaN otherwise."""
-    is_infinite = target.isinf().any(0)
-    if not bool(is_infinite.any()):
-        return target
+    infinite = target.isinf()
     if learn:
-        infinite_names = [
-            n for n, has_infinity in zip(names, is_infinite.tolist(), strict=True) if has_infinity
-        ]
-        raise DataError(infinite_message(infinite_names, "labels"))
-    return target.masked_fill(target.isinf(), float("nan"))
+        check_processed(names, infinite.any(0).tolist(), "labels")
+        return target
+    return target.masked_fill(infinite, torch.nan)
 
 
 def label_mask(segment: str, names: Sequence[str], target: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import cloudpickle
 
-from qtorch.model.loop.callbacks import StopRequest
+from qtorch.model.loop.interruption import StopRequest
 from qtorch.process.stops import STOP_SIGNALS
 
 ORPHAN_EXIT_CODE = 97  # exit code of a rank whose parent process has died

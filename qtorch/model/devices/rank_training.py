@@ -24,8 +24,8 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.data.dataset.shared_samples import read_samples, write_samples
 from qtorch.model.devices.rank_link import LinkLogHandler, LinkRecorder, RankLink, serialize_error
 from qtorch.model.finetune import FineTuning
-from qtorch.model.loop.callbacks import StopTraining
 from qtorch.model.loop.checkpoint import get_network, read_checkpoint, restore_generators
+from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.options import device_name, parse_devices
 from qtorch.model.loop.rank_group import RankInfo
 from qtorch.model.loop.training import Recipe, Training, quiet_lightning

@@ -27,9 +27,9 @@ from qtorch.model.devices.launcher import Launch, check_single_process, plan_lau
 from qtorch.model.devices.rank_process import RankHandle, RankProcess, threads_per_rank
 from qtorch.model.devices.rank_training import RESULT, RankRequest
 from qtorch.model.finetune import FineTuning
-from qtorch.model.loop.callbacks import StopRequest
 from qtorch.model.loop.checkpoint import get_generator_states
 from qtorch.model.loop.factories import build_factory
+from qtorch.model.loop.interruption import StopRequest
 from qtorch.model.loop.training import FitResult, Recipe
 from qtorch.process.heartbeat import beat
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.files import atomic_write, remove_partial_files
-from qtorch.model.loop.callbacks import StopRequest, StopTraining
+from qtorch.model.loop.interruption import StopRequest, StopTraining
 from qtorch.model.loop.lightning_internals import (
     epoch_state,
     restore_epoch_state,

@@ -237,7 +237,7 @@ class ScoreModule(pl.LightningModule):
 
     def training_step(self, steps: StepBatches) -> None:
         accumulator, weight_update = self.accumulator, self.weight_update
-        weight_update.begin()
+        weight_update.begin(is_pretraining=self.is_pretraining)
         for batch in steps:
             total, weight = self.training_sums(batch)
             loss = self._rank_loss(total, weight, batch)
@@ -245,7 +245,7 @@ class ScoreModule(pl.LightningModule):
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
-            if weight_update.is_last(is_pretraining=self.is_pretraining):
+            if weight_update.is_last():
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break

@@ -24,9 +24,10 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Pa
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
-from qtorch.model.loop.callbacks import BatchProgressBar, RecorderLogger, build_loggers
+from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
 from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.loggers import RecorderLogger, build_loggers
 from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.progress import METRICS, MONITOR_NAMES
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo

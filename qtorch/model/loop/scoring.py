@@ -17,6 +17,7 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
+from qtorch.model.base import SCORE
 from qtorch.process.heartbeat import beat
 
 
@@ -95,7 +96,6 @@ class ForwardAdapter:
         return batch.extra[name]
 
 
-SCORE = "score"
 MIN_GPU_BATCH_SIZE = 8192
 
 

@@ -24,7 +24,7 @@ from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss, Combined
 from qtorch.model.finetune import FineTuning
-from qtorch.model.loop.callbacks import RecorderLogger, StopRequest, pruning_callbacks
+from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
 from qtorch.model.loop.day_label import DayLabel, build_day_label
 from qtorch.model.loop.factories import (
@@ -37,8 +37,10 @@ from qtorch.model.loop.factories import (
     optimizer_factory,
     scheduler_plan,
 )
+from qtorch.model.loop.interruption import StopRequest
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.module import ScoreModule, never_stop
 from qtorch.model.loop.options import (
     TrainerOptions,

@@ -47,13 +47,17 @@ class WeightUpdate:
         self.bypass_hooks = _can_bypass_hooks(module.trainer)
         self.is_autocast = False
 
-    def begin(self) -> None:
-        """Prepare for the batches of one training step; called inside it."""
+    def begin(self, *, is_pretraining: bool) -> None:
+        """Prepare for the batches of one training step; called inside it.
+
+        In pretraining the scheduler does not step.
+        """
         module = self.module
         optimizers: Any = module.optimizers()
         self.optimizer: LightningOptimizer
         self.optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         self.is_autocast = torch.is_autocast_enabled(module.device.type)
+        self.is_pretraining = is_pretraining
         self.counts_steps = self.plan is not None or module.trainer.max_steps != -1
 
     def add(self, loss: Tensor, *, is_epoch_end: bool) -> bool:
@@ -66,13 +70,13 @@ class WeightUpdate:
         self.num_pending = 0
         return True
 
-    def is_last(self, *, is_pretraining: bool) -> bool:
+    def is_last(self) -> bool:
         """Step a per-step scheduler after an update; return whether it was the last of the fit."""
         if not self.counts_steps:
             return False
         trainer = self.module.trainer
         step, max_steps = trainer.global_step, trainer.max_steps
-        if not is_pretraining:
+        if not self.is_pretraining:
             self.step_scheduler("step", step)
         return max_steps != -1 and step >= max_steps
 

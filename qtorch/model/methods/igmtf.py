@@ -46,9 +46,7 @@ class IGMTFModule(ScoreModule):
             for days in torch.split(
                 self._days, max(1, CHUNK_SIZE // self._train.max_samples_per_day)
             ):
-                batch = self._train.day_batch(days)
-                if self._train.store == "host":
-                    batch = self._train.send_to_device(batch)
+                batch = self._train.send_to_device(self._train.day_batch(days))
                 (x, mask), _ = self.forward_adapter.arguments(batch)
                 network.write_bank(position, x, mask)
                 position += len(days)

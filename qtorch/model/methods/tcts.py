@@ -149,9 +149,7 @@ class TCTSModule(ScoreModule):
         """Do one optimizer step of the upper level."""
         valid, parameters = self._valid, self.trainable_parameters()
         rows = torch.randint(len(valid), (len(batch.date),), device=valid.index_device)
-        valid_batch = valid.batch(rows)
-        if valid.store == "host":
-            valid_batch = valid.send_to_device(valid_batch)
+        valid_batch = valid.send_to_device(valid.batch(rows))
         total, total_weight, _ = self.loss_sums(valid_batch)
         valid_gradient = torch.autograd.grad(
             mean_from_sums(total, torch.as_tensor(total_weight)), parameters

@@ -78,9 +78,7 @@ class ErrorMemory(Gatherable):
         with evaluation_mode(network, device), use_effective_weights(network) as effective_tra:
             assert isinstance(effective_tra, TRA), "fit and predict have checked the network"
             for chunk in torch.split(rows, CHUNK_SIZE):
-                batch = samples.batch(chunk)
-                if samples.store == "host":
-                    batch = samples.send_to_device(batch)
+                batch = samples.send_to_device(samples.batch(chunk))
                 x = batch.x.to(effective_tra.predictors.weight.dtype)
                 errors, has_label = prediction_errors(
                     effective_tra.predictions(effective_tra.model(x)), batch

@@ -11,16 +11,14 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, NotFittedError
+from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
-from qtorch.data.panel.infinite import infinite_message
-from qtorch.model.base import Model
+from qtorch.data.panel.infinite import check_processed
+from qtorch.model.base import SCORE, Model
 from qtorch.model.input_schema import InputSchema, check_labels
-
-SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,5 @@ def _matrix(samples: Samples, names: Sequence[str]) -> np.ndarray:
     """Return `[S, F]` of the features `names`, each column contiguous."""
     input_schema = InputSchema(tuple(names), samples.num_features, samples.num_steps)
     x: np.ndarray = input_schema.match_features(samples).rows().cpu().numpy()
-    infinite_names = [name for k, name in enumerate(names) if np.isinf(x[:, k]).any()]
-    if infinite_names:
-        raise DataError(infinite_message(infinite_names, "features"))
+    check_processed(names, (bool(np.isinf(column).any()) for column in x.T), "features")
     return x
