@@ -1,4 +1,4 @@
-"""Risk metrics of a series of returns: annualised return, information ratio, drawdown."""
+"""Figures of a portfolio: risk of its returns, trade indicators, concentration of its weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from qtorch.core.errors import ConfigError, unknown_name_message
 
 Mode: TypeAlias = Literal["sum", "product"]
 MODES = ("sum", "product")
+# Periods per year. A trading day has 240 minutes.
+PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
+_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
 
 
 def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
@@ -39,11 +42,6 @@ def _validate_mode(mode: str) -> str:
     return mode
 
 
-# Periods per year. A trading day has 240 minutes.
-PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
-_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
-
-
 def periods_per_year(freq: str) -> float:
     """The number of periods per year of a frequency such as "day", "month", "5min" or "2week"."""
     count, unit = parse_frequency(freq)
@@ -64,7 +62,7 @@ def risk_analysis(
     r: pd.Series,
     N: float | None = None,
     freq: str | None = None,
-    mode: Literal["sum", "product"] = "sum",
+    mode: Mode = "sum",
 ) -> pd.DataFrame:
     """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
 

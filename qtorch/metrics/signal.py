@@ -17,6 +17,7 @@ from qtorch.core.errors import ArgumentError, DataError
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
+HORIZONS = (1, 2, 3, 4, 5, 10, 15, 20)  # trading days of the default IC decay
 # A standard deviation below this fraction of the mean is rounding error: the values are constant.
 _RELATIVE_SPREAD = 1e-14
 
@@ -189,9 +190,6 @@ def quantile_returns(score: pd.Series, label: pd.Series, num_quantiles: int = 5)
     means = means.reindex(columns=range(1, num_quantiles + 1))
     has_enough = by_day.size().reindex(means.index) >= num_quantiles
     return means.where(has_enough, axis=0).rename_axis(index="datetime", columns="quantile")
-
-
-HORIZONS = (1, 2, 3, 4, 5, 10, 15, 20)
 
 
 def shift_days(values: pd.Series, days: int) -> pd.Series:

@@ -1,4 +1,4 @@
-"""Paired significance tests of two daily series, and correction for multiple tests."""
+"""Tests of significance: of a paired difference, of many tests, of the best Sharpe ratio."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pandas as pd
 
 from qtorch.core.errors import ArgumentError
 from qtorch.metrics.signal import mean_over_std
+
+_EULER = 0.5772156649015329
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         floor = max(floor, min(1.0, (len(order) - place) * p))
         adjusted_p_values[k] = floor
     return adjusted_p_values
-
-
-_EULER = 0.5772156649015329
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)

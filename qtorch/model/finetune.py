@@ -1,4 +1,4 @@
-"""The options of `finetune`: which parts of a fitted network are trained, and how fast."""
+"""Fine-tuning: what is trained and how fast, initial weights of a run, and statistics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 StatisticsMode = Literal["keep", "refit", "adapt"]
 STATISTICS: tuple[str, ...] = ("keep", "refit", "adapt")
+ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt"
 LORA_OPTIONS = ("rank", "alpha", "targets", "trained")
+RUN_PREFIX, DEFAULT_ARTIFACT = "run:", "params.pkl"
+EXPECTED_FORMAT = "expected 'run:RUN_ID', or 'run:RUN_ID/NAME' for a model saved under another name"
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,8 @@ class FineTuning:
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
             parameter_list = list(parameters)
-            trainable_ids, network_ids = (
-                {id(p) for p in parameter_list},
-                {id(p) for p in network_parameters.values()},
-            )
+            trainable_ids = {id(p) for p in parameter_list}
+            network_ids = {id(p) for p in network_parameters.values()}
             groups, rate_factors = [], []
             for depth, names in enumerate(reversed(layers)):
                 layer_parameters = [
@@ -263,10 +264,6 @@ def _match_patterns(names: Sequence[str], patterns: Sequence[str], option: str) 
             )
         matches |= new_matches
     return matches
-
-
-RUN_PREFIX, DEFAULT_ARTIFACT = "run:", "params.pkl"
-EXPECTED_FORMAT = "expected 'run:RUN_ID', or 'run:RUN_ID/NAME' for a model saved under another name"
 
 
 def check_initial_run(init_from: Any) -> None:
@@ -414,9 +411,6 @@ def weights_digest(network: nn.Module) -> str:
             value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
     return sha256.hexdigest()[:32]
-
-
-ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt"
 
 
 def get_statistics(dataset: Any) -> State | None:

@@ -254,27 +254,13 @@ class LightningModel(ModelFT):
         initial = None
         if fitted_network is None and self.init_from is not None:
             initial = InitialWeights.load(self.init_from, run)
-        train = self._load_samples(dataset, "train", reweighter)
-        valid = None
-        if "valid" in getattr(dataset, "segments", ("train", "valid")):
-            valid = self._load_samples(dataset, "valid", reweighter)
-            check_disjoint_days(dataset, train, valid)
-        check_labels(train, valid)
-        monitored_metric = build_early_stopping(recipe.early_stop, recipe.monitor)[1]
-        check_cross_section(train, valid, monitor=monitored_metric, day_label=recipe.day_label)
+        train, valid = self._load_training_samples(dataset, reweighter, recipe)
         source = initial if fitted_network is None else self.input_schema_
         if source is not None:
-            train, valid = (
-                source.match_features(train),
-                None if valid is None else source.match_features(valid),
-            )
+            train = source.match_features(train)
+            valid = None if valid is None else source.match_features(valid)
         if fitted_network is None:
-            loss = build_loss(self.loss)
-            outputs = (
-                loss.num_outputs(len(train.label_names)) if isinstance(loss, BaseLoss) else None
-            )
-            self.network_config_ = None
-            spec = complete_network_config(self.network, train, outputs)
+            spec = self._complete_network_config(train)
             start = "fresh" if initial is None else initial.digest
         else:
             spec, start = fitted_network, weights_digest(fitted_network)
@@ -282,6 +268,8 @@ class LightningModel(ModelFT):
         def make_network() -> nn.Module:
             return build_network(spec) if initial is None else initial.apply(build_network(spec))
 
+        if fitted_network is None:
+            self.network_config_ = None
         result = fit_network(
             make_network,
             train,
@@ -302,6 +290,25 @@ class LightningModel(ModelFT):
         self.statistics_ = get_statistics(dataset)
         self.seed_ = recipe.seed
         self._store_result(result)
+
+    def _complete_network_config(self, train: Samples) -> dict[str, Any] | nn.Module:
+        loss, num_outputs = build_loss(self.loss), None
+        if isinstance(loss, BaseLoss):
+            num_outputs = loss.num_outputs(len(train.label_names))
+        return complete_network_config(self.network, train, num_outputs)
+
+    def _load_training_samples(
+        self, dataset: Any, reweighter: Any, recipe: Recipe
+    ) -> tuple[Samples, Samples | None]:
+        """Return the samples of "train" and "valid"; raise DataError for unusable ones."""
+        train, valid = self._load_samples(dataset, "train", reweighter), None
+        if "valid" in getattr(dataset, "segments", ("train", "valid")):
+            valid = self._load_samples(dataset, "valid", reweighter)
+            check_disjoint_days(dataset, train, valid)
+        check_labels(train, valid)
+        monitored_metric = build_early_stopping(recipe.early_stop, recipe.monitor)[1]
+        check_cross_section(train, valid, monitor=monitored_metric, day_label=recipe.day_label)
+        return train, valid
 
     def _load_samples(self, dataset: Any, segment: str, reweighter: Any) -> Samples:
         if callable(getattr(reweighter, "bind", None)):

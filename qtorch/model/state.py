@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from qtorch.core.plain import convert_tree
+
 
 def extract_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Replace each tensor in a nested value by a name and store it in `tensors` under that name.
@@ -36,17 +38,13 @@ def insert_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def replace_nonfinite(value: Any) -> Any:
     """Replace NaN and infinity, which JSON cannot represent, by None."""
-    if isinstance(value, Mapping):
-        return {k: replace_nonfinite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_nonfinite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return convert_tree(value, lambda v, _: v if _is_finite(v) else None)
 
 
 def restore_nan(value: Any) -> Any:
     """Replace each None by NaN."""
-    if isinstance(value, Mapping):
-        return {k: restore_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [restore_nan(v) for v in value]
-    return math.nan if value is None else value
+    return convert_tree(value, lambda v, _: math.nan if v is None else v)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

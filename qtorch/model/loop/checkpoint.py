@@ -1,6 +1,6 @@
-"""Checkpoint files.
+"""Checkpoints: their files, what an exact resume needs, and the callback that writes them.
 
-They are written atomically, the previous file is kept, and a damaged file is skipped.
+Files are written atomically, the previous one is kept, and a damaged one is skipped.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 CALLBACK_STATE_KEY = "qtorch_keeper"
+GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"  # keys of RankStates
 FORMAT_VERSION = 3  # of the entry under CALLBACK_STATE_KEY
 READABLE_FORMATS = (2, 3)  # format 2 holds one member, without a list of members
 
@@ -235,9 +236,6 @@ def preserve_generators() -> Iterator[None]:
         restore_generators(states)
 
 
-GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"
-
-
 @dataclass
 class RankStates:
     """Random generators and loss sums of every rank, with their position in the training.
@@ -356,11 +354,8 @@ class CheckpointCallback(Checkpoint):
         self.loader, self.folder, self.identity = loader, folder, identity
         self.ranks = ranks
         self.monitor, self.mode = monitor, mode
-        self.every_n_steps, self.interruption, self.log_epochs = (
-            every_n_steps,
-            interruption,
-            log_epochs,
-        )
+        self.every_n_steps, self.interruption = every_n_steps, interruption
+        self.log_epochs = log_epochs
         self.members = [FitProgress()]
         self.seconds = self.train_seconds = 0.0
         self.num_train_samples = 0  # samples that were trained on in train_seconds

@@ -215,6 +215,8 @@ class Training:
                 f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
                 "derive it from qtorch.metrics.loss.Loss."
             )
+        if self.rank_info is not None and isinstance(loss, Combined):
+            loss.sum_over_ranks = self.ranks.sum
         if recipe.compile:
             self.network.compile(**(recipe.compile if isinstance(recipe.compile, dict) else {}))
         module_factory = ScoreModule
@@ -249,18 +251,16 @@ class Training:
     def _has_all_labels(self, loss: Any) -> bool:
         """Whether no training label is missing, so that losses can skip masking.
 
-        A Combined loss on several ranks cannot use this; it gets a function to sum over the ranks.
+        A Combined loss that sums over the ranks cannot: every rank has to take part in its sums,
+        a rank with a dummy batch too.
         """
-        if self.rank_info is not None and isinstance(loss, Combined):
-            loss.sum_over_ranks = self.ranks.sum
+        if isinstance(loss, Combined) and loss.sum_over_ranks is not None:
             return False
         return self.train.target is not None and not bool(self.train.target.isnan().any())
 
     def _build_optimizer_factory(self) -> OptimizerFactory:
-        factory, state = (
-            explain_errors(optimizer_factory(self.recipe.optimizer)),
-            self.optimizer_state,
-        )
+        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        factory = explain_errors(factory)
         if self.tuning is not None:
             factory = self.tuning.scale_layer_rates(factory, self.network)
         return factory if state is None else partial(_restore_optimizer, factory, state)

@@ -150,10 +150,8 @@ class ADARNNModule(ScoreModule):
         Samples are paired one by one; a smaller domain is repeated cyclically.
         """
         domain = self.domain[batch.date]
-        order, sample_index = (
-            domain.argsort(stable=True),
-            torch.arange(len(domain), device=domain.device),
-        )
+        order = domain.argsort(stable=True)
+        sample_index = torch.arange(len(domain), device=domain.device)
         domain_ids = torch.arange(self.num_domains, device=domain.device)
         counts = (domain[:, None] == domain_ids).sum(0)
         starts = counts.cumsum(0) - counts

@@ -194,10 +194,8 @@ class LGBModel(TabularModel, ModelFT):
 
     def _load_fitted_state(self, fitted_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.model_text_ = tensors["model_text"].numpy().tobytes().decode()
-        self.evals_result_, self.fit_report_ = (
-            fitted_state["evals_result"],
-            fitted_state["fit_report"],
-        )
+        self.evals_result_ = fitted_state["evals_result"]
+        self.fit_report_ = fitted_state["fit_report"]
 
 
 def _report_iteration(env: Any) -> None:
