@@ -42,11 +42,8 @@ class Configured:
 
         Raises ConfigError if an argument is a live object that no configuration can describe.
         """
-        name = import_path(type(self))
-        config: dict[str, Any] = {"_target_": name}
-        for key, value in self._arguments.items():
-            config[key] = plain_value(value, f"{type(self).__name__}.{key}")
-        return config
+        config: dict[str, Any] = plain_value(self._arguments, type(self).__name__)
+        return {"_target_": import_path(type(self)), **config}
 
 
 def constructor_signature(cls: type) -> inspect.Signature:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError, QtorchError
-from qtorch.core.names import current_name, import_path, load_module, locate
+from qtorch.core.names import current_name, locate
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.trust import check_config_trust, load_pickle
 
@@ -77,7 +77,7 @@ def get_callable_kwargs(
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the callable that a configuration names, and its keyword arguments."""
     if isinstance(config, str):
-        return _require_callable(locate(config, default_module), config), {}
+        return _import_callable(config, default_module), {}
     if not isinstance(config, Mapping):
         raise ConfigError(
             f"cannot build an object from a {type(config).__name__} ({config!r:.80}); expected a "
@@ -85,12 +85,7 @@ def get_callable_kwargs(
         )
     if "_target_" in config:
         arguments = {k: v for k, v in config.items() if k not in _HYDRA_KEYS}
-        return (
-            _require_callable(
-                _resolve_target(config["_target_"], default_module), config["_target_"]
-            ),
-            arguments,
-        )
+        return _import_callable(config["_target_"], default_module), arguments
     key = "class" if "class" in config else "func"
     if key not in config:
         raise ConfigError(
@@ -105,19 +100,12 @@ def get_callable_kwargs(
             "'kwargs'; move them into 'kwargs', or use '_target_'."
         )
     module = config.get("module_path") or default_module
-    return (
-        _require_callable(_resolve_target(config[key], module), config[key]),
-        dict(config.get("kwargs") or {}),
-    )
+    return _import_callable(config[key], module), dict(config.get("kwargs") or {})
 
 
-def _resolve_target(name: Any, module: str | ModuleType | None) -> Any:
-    if not isinstance(name, str):
-        return name
-    return locate(name, module)
-
-
-def _require_callable(target: Any, name: Any) -> Callable[..., Any]:
+def _import_callable(name: Any, module: str | ModuleType | None) -> Callable[..., Any]:
+    """Import a class or function by name; a live one is returned unchanged."""
+    target = locate(name, module) if isinstance(name, str) else name
     if not callable(target):
         raise ConfigError(f"{name!r} is a {type(target).__name__}, not a class or function.")
     return target  # type: ignore[no-any-return]  # callable() does not narrow the return type
@@ -314,16 +302,3 @@ def _require_file(path: Path) -> Path:
     if not full.is_file():
         raise ConfigError(f"cannot load an object from {str(path)!r}: no such file.")
     return full
-
-
-__all__ = [
-    "auto_filter_kwargs",
-    "fill_placeholder",
-    "flatten_dict",
-    "get_callable_kwargs",
-    "import_path",
-    "init_instance_by_config",
-    "load_module",
-    "locate",
-    "resolve_config",
-]

@@ -98,16 +98,15 @@ def check_config_trust(config: Any) -> None:
 
 def check_name_trust(name: str, module: str | None = None) -> None:
     """Raise TrustError for a name that is not trusted; never import an untrusted package."""
-    full = f"{module}.{name}" if module and "." not in name else name
-    if module is not None and module.endswith(".py"):
-        if not any(module == p for p in get_trusted_packages()):
-            raise TrustError(
-                f"stored data takes {name!r} from the file {module!r}, which is code. If you "
-                f"trust it, call qtorch.init(trusted=[{module!r}])."
-            )
-        return
-    if "." in full:
-        _check_import(full)
+    if "." in name:  # `locate` then ignores the module
+        _import_trusted(name)
+    elif module is not None and not module.endswith(".py"):
+        _import_trusted(f"{module}.{name}")
+    elif module is not None and module not in get_trusted_packages():
+        raise TrustError(
+            f"stored data takes {name!r} from the file {module!r}, which is code. If you trust it, "
+            f"call qtorch.init(trusted=[{module!r}])."
+        )
 
 
 def load_pickle(source: str | Path | bytes) -> Any:
@@ -129,11 +128,11 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return super().find_class(module, name)
         if (module, name) not in SAFE_GLOBALS:
-            return _check_import(f"{module}.{name}")
+            return _import_trusted(f"{module}.{name}")
         return super().find_class(module, name)
 
 
-def _check_import(name: str) -> Any:
+def _import_trusted(name: str) -> Any:
     """Import the object of a trusted name; raise TrustError for any other name.
 
     An untrusted package is not even imported, because importing runs it. For a name that is

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtorch.task.rolling import RollingGen as RollingGen
     from qtorch.task.rolling import TaskGen as TaskGen
     from qtorch.task.rolling import task_generator as task_generator
+    from qtorch.task.run import current_task as current_task
     from qtorch.task.run import run_task as run_task
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

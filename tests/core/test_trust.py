@@ -74,6 +74,10 @@ def test_nested_names_of_a_configuration_are_checked():
         check_config_trust({"a": [{"func": "torch.hub.load"}]})
     with pytest.raises(TrustError, match="which is code"):
         check_config_trust({"class": "A", "module_path": "x.py"})
+    with session_context(trusted=("x.py",)):
+        check_config_trust({"class": "A", "module_path": "x.py"})
+        with pytest.raises(TrustError, match="'os' is not trusted"):  # a dotted name ignores it
+            check_config_trust({"func": "os.system", "module_path": "x.py"})
 
 
 def test_damaged_pickle_raises_data_error(tmp_path: Path):

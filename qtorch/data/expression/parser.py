@@ -196,7 +196,6 @@ def expression_error(span: Span, message: str) -> ExpressionError:
 _COMPARISON = 1
 _LEVELS = {"|": 2, "&": 3, "+": 4, "-": 4, "*": 5, "/": 5}
 _LEVELS |= dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), _COMPARISON)
-_UNARY = 6
 _NAMES = {symbol: name for name, symbol in SYMBOLS.items()}
 _CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
