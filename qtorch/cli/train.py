@@ -127,6 +127,7 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
 
 def _run_job(config: DictConfig) -> None:
     """Run one job. Stands here because launcher workers import this module, with its filter."""
+    register_plugins()  # Hydra starts a worker with the installed plugins only
     run_job(config)
 
 
