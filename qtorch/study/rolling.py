@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
-from qtorch.core.instantiate import flatten_dict, init_instance_by_config
+from qtorch.core.instantiate import flatten_dict, get_callable_kwargs, init_instance_by_config
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
-from qtorch.record.signal import finite_metrics, ic_figures
+from qtorch.record.signal import SignalRecord, finite_metrics, ic_figures
 from qtorch.study.collect import RollingEnsemble
 from qtorch.task.rolling import (
     RollingGen,
@@ -30,7 +30,7 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import get_error, record_failure
-from qtorch.trainer.run import complete_task, loggable_task, make_records
+from qtorch.trainer.run import RECORD_MODULE, complete_task, loggable_task, make_records
 from qtorch.trainer.trainers import Trainer, TrainerR
 
 log = logging.getLogger(__name__)
@@ -206,8 +206,8 @@ def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any
 
 
 def _has_signal_record(records: Sequence[Any]) -> bool:
-    names = (r if isinstance(r, str) else r.get("_target_") or r.get("class") for r in records)
-    return any(str(name).rpartition(".")[2] == SIGNAL_RECORD for name in names)
+    classes = (get_callable_kwargs(record, RECORD_MODULE)[0] for record in records)
+    return any(isinstance(cls, type) and issubclass(cls, SignalRecord) for cls in classes)
 
 
 def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:

@@ -17,6 +17,7 @@ from optuna.distributions import (
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.names import locate
 from qtorch.tracking.trials.trial import Choice, Space, Span
 
 SAMPLERS = {
@@ -55,8 +56,8 @@ def build_sampler(spec: Any, seed: int | None, space: Space) -> optuna.samplers.
 
 def is_grid(spec: Any) -> bool:
     """Whether a sampler visits every point of the space exactly once."""
-    name = spec.get("_target_") if isinstance(spec, Mapping) else SAMPLERS.get(str(spec))
-    return str(name).rpartition(".")[2] == SAMPLERS["grid"]
+    sampler = locate(_options(spec, SAMPLERS, "sampler", "optuna.samplers")["_target_"])
+    return isinstance(sampler, type) and issubclass(sampler, optuna.samplers.GridSampler)
 
 
 def build_pruner(spec: Any) -> optuna.pruners.BasePruner:
