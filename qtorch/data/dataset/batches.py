@@ -13,7 +13,6 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
-from qtorch.data.panel.gather import NAN
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
 ORDERS: tuple[str, ...] = ("random", "sequential", "day", "day_sequential")
@@ -189,7 +188,11 @@ def dummy_batch(samples: Samples, by_day: bool) -> Batch:
     else:
         rows = torch.arange(min(DUMMY_ROWS, len(samples)), device=samples.index_device)
         batch = samples.batch(rows)
-    for value, filler in ((batch.y, NAN), (batch.extra.get("raw_label"), NAN), (batch.weight, 0.0)):
+    for value, filler in (
+        (batch.y, torch.nan),
+        (batch.extra.get("raw_label"), torch.nan),
+        (batch.weight, 0.0),
+    ):
         if value is not None:
             value.fill_(filler)
     batch.num_samples, batch.is_dummy = 0, True

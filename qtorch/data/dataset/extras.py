@@ -102,9 +102,8 @@ class BoundConcepts(Gatherable):
         slot = torch.arange(len(instrument)) - (counts.cumsum(0) - counts)[instrument]
         max_spans = max(1, int(counts.max()) if len(counts) else 0)
         self.concept = torch.zeros(num_instruments, max_spans, dtype=torch.int64)
-        self.spans = torch.zeros(
-            num_instruments, max_spans, 2, dtype=torch.int64
-        )  # unused: start = end
+        # Unused spans are empty: their start is their end.
+        self.spans = torch.zeros(num_instruments, max_spans, 2, dtype=torch.int64)
         self.concept[instrument, slot] = concept
         self.spans[instrument, slot] = spans
 

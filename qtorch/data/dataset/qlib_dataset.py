@@ -23,7 +23,7 @@ from qtorch.data.dataset.samples import (
 from qtorch.data.expression import reach
 from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import DensePackedColumns
-from qtorch.data.panel.infinite import infinite_message
+from qtorch.data.panel.infinite import check_processed
 from qtorch.data.panel.panel import NAMES, normalise_calendar
 from qtorch.data.panel.view import View
 
@@ -217,9 +217,11 @@ def _samples_from_windows(
             f"the windows have {values.shape[2]} columns, of which {num_labels} are labels; "
             "no feature column is left."
         )
-    packed_features = _check_finite(
-        DensePackedColumns(values[:, :, :count].clone(), history=exists, owns_values=True)
+    packed_features = DensePackedColumns(
+        values[:, :, :count].clone(), history=exists, owns_values=True
     )
+    column_names = [f"column {k}" for k in range(count)]
+    check_processed(column_names, packed_features.infinite_columns().tolist(), "features")
     sample_order = torch.as_tensor(order[date[order] < len(calendar) - num_purged_days])
     notes = {"purged": len(order) - len(sample_order)}
     if not len(sample_order):
@@ -247,17 +249,6 @@ def _samples_from_windows(
         notes=notes,
         horizon=num_purged_days or None,
     )
-
-
-def _check_finite(packed_features: DensePackedColumns) -> DensePackedColumns:
-    bad_names = [
-        f"column {k}"
-        for k, is_infinite in enumerate(packed_features.infinite_columns().tolist())
-        if is_infinite
-    ]
-    if bad_names:
-        raise DataError(infinite_message(bad_names, "features"))
-    return packed_features
 
 
 def _dense_values(

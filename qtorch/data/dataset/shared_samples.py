@@ -46,9 +46,8 @@ def read_samples(folder: Path) -> list[Samples | None]:
 def _pack_samples(samples: Samples) -> Samples:
     """Return a copy of the samples with packed features, filled windows and no source columns."""
     if len(samples):
-        samples.batch(
-            torch.zeros(1, dtype=torch.int64)
-        )  # pack now, once, instead of in every reader
+        # Pack now, once, instead of in every reader.
+        samples.batch(torch.zeros(1, dtype=torch.int64))
     result = copy.copy(samples)
     result._feature_pack, result._columns, result._cached_table = samples.feature_pack, None, None
     return result

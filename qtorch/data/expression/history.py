@@ -9,7 +9,7 @@ from qtorch.core.errors import unknown_name_message
 from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.parser import Call, Text, expression_error
 from qtorch.data.expression.plan import Step, make_plan
-from qtorch.data.expression.series import NAN, Block
+from qtorch.data.expression.series import Block
 
 
 def _shift(block: Block, values: Tensor, lag: int) -> Tensor:
@@ -21,11 +21,11 @@ def _shift(block: Block, values: Tensor, lag: int) -> Tensor:
     result = torch.empty_like(values)
     if lag > 0:
         num_missing = min(lag, rows)
-        result[:num_missing] = NAN
+        result[:num_missing] = torch.nan
         result[num_missing:] = values[: rows - num_missing]
         return block.mask_outside_span(result)
     num_missing = min(-lag, rows)
-    result[rows - num_missing :] = NAN
+    result[rows - num_missing :] = torch.nan
     result[: rows - num_missing] = values[num_missing:]
     return block.mask_outside_span(result, head=True)
 
@@ -70,7 +70,7 @@ def _fill_forward(values: Tensor, valid: Tensor) -> Tensor:
     """Replace values of invalid rows by the last valid value (NaN before the first)."""
     rows = torch.arange(len(values), device=values.device)[:, None]
     latest = torch.where(valid > 0, rows, -1).cummax(0).values
-    return values.gather(0, latest.clamp(min=0)).masked_fill_(latest < 0, NAN)
+    return values.gather(0, latest.clamp(min=0)).masked_fill_(latest < 0, torch.nan)
 
 
 def _expanding_exponential_mean(executor: Executor, step: Step) -> Tensor:
@@ -94,7 +94,7 @@ def _expanding_exponential_mean(executor: Executor, step: Step) -> Tensor:
     row_in_span = (rows[:, None] - block.first).clamp(min=0)
     # As in pandas, one value in the window is enough, no matter how old it is.
     has_value = series.rows.valid.cumsum(0) > 0
-    return mean.gather(0, row_in_span).masked_fill_(~has_value, NAN)
+    return mean.gather(0, row_in_span).masked_fill_(~has_value, torch.nan)
 
 
 # -- mean absolute deviation -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qtorch.data.expression.machine import Executor, Kernel
 from qtorch.data.expression.plan import Step
-from qtorch.data.expression.series import NAN, Series, rolling_extremes, window_chain
+from qtorch.data.expression.series import Series, rolling_extremes, window_chain
 
 # The range of int32.
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
@@ -88,8 +88,8 @@ def _kurtosis(executor: Executor, step: Step) -> Tensor:
 
 def _mask_flat(values: Tensor, series: Series, window: int, min_count: int) -> Tensor:
     """Set windows with too few or only equal values, which have no higher moments, to NaN."""
-    values.masked_fill_(series.variance(window) == 0, NAN)
-    return values.masked_fill_(series.rows.count(window) < min_count, NAN)
+    values.masked_fill_(series.variance(window) == 0, torch.nan)
+    return values.masked_fill_(series.rows.count(window) < min_count, torch.nan)
 
 
 # -- regression on the row number ------------------------------------------------------------------
@@ -126,7 +126,7 @@ def _rsquare(executor: Executor, step: Step) -> Tensor:
     if step.constants[0]:
         variance = series.variance_or_nan(window)
     else:  # Qlib has no threshold for all past rows, but a flat series still has no R squared
-        variance = torch.threshold(series.variance(window), 0.0, NAN)
+        variance = torch.threshold(series.variance(window), 0.0, torch.nan)
     result = _row_codeviation(series, window).square_().div_(variance)
     result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window))
     return executor.block.mask_outside_span(_cast(result, step))

@@ -17,8 +17,6 @@ from torch import Tensor
 from qtorch.data.expression.parser import Field, field_name
 from qtorch.data.panel.panel import Panel
 
-NAN = float("nan")
-
 
 class Block:
     """All rows of the instruments in columns `start..stop` of the bars.
@@ -53,7 +51,7 @@ class Block:
     def span_mask(self) -> Tensor:
         """0 within the spans and NaN outside, `[D, n]` float32; adding it is the fastest mask."""
         return torch.zeros(self.is_stored.shape, device=self.device).masked_fill_(
-            ~self.is_stored, NAN
+            ~self.is_stored, torch.nan
         )
 
     def clip_window(self, window: int) -> int:
@@ -292,13 +290,13 @@ class Rows(_WindowCache):
         """Set `result` to NaN in place on days without a value."""
         if not self.is_dense:
             return result.add_(self.nan_mask)
-        result[: self.num_leading_nans] = NAN
+        result[: self.num_leading_nans] = torch.nan
         return result
 
     def mask_empty(self, result: Tensor, window: int) -> Tensor:
         """Set `result` to NaN in place for windows without a value."""
         if self.is_dense:
-            result[: self.num_leading_nans] = NAN
+            result[: self.num_leading_nans] = torch.nan
             return result
         count = self._sparse_count(window)
         if bool(count.amin() > 0):
@@ -346,7 +344,7 @@ class Rows(_WindowCache):
         """Return 1 / the sum of squared deviations of the row numbers; NaN for fewer than two."""
         if self.is_dense:
             n = self.count(window)
-            return torch.where(n > 1, 12 / (n * (n * n - 1)), NAN)
+            return torch.where(n > 1, 12 / (n * (n * n - 1)), torch.nan)
         return self.compute_window(
             "inverse_row_deviation", window, lambda: self._inverse_row_deviation(window)
         )
@@ -355,7 +353,7 @@ class Rows(_WindowCache):
         squares, mean = self._row_power_sum(2, window), self.mean_row(window)
         deviation = torch.addcmul(squares, mean, self._row_power_sum(1, window), value=-1)
         # Two rows have a sum of at least 0.5; smaller numbers are rounding errors of 0.
-        return torch.threshold(deviation, 0.25, NAN).reciprocal_()
+        return torch.threshold(deviation, 0.25, torch.nan).reciprocal_()
 
     def _row_power_sum(self, power: int, window: int) -> Tensor:
         def compute() -> dict[int, Tensor]:
@@ -470,7 +468,9 @@ class Series(_WindowCache):
     def variance_or_nan(self, window: int) -> Tensor:
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
         return self.compute_window(
-            "variance_or_nan", window, lambda: torch.threshold(self.variance(window), 4e-10, NAN)
+            "variance_or_nan",
+            window,
+            lambda: torch.threshold(self.variance(window), 4e-10, torch.nan),
         )
 
 

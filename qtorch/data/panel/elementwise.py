@@ -126,22 +126,6 @@ class FillNaN(Elementwise):
         return torch.where(x.isnan(), self.parameters[0], x)
 
 
-class ReplaceInf(Elementwise):
-    """Replace both infinities by `value` (NaN by default); `negative` is used for -inf if given."""
-
-    neutral = (float("inf"), -float("inf"))
-
-    def __init__(self, value: Number = float("nan"), negative: Number | None = None) -> None:
-        super().__init__(value, value if negative is None else negative)
-
-    def apply_(self, x: Tensor) -> Tensor:
-        positive, negative = self._common_values
-        if positive is not None and negative is not None:
-            return x.nan_to_num_(nan=float("nan"), posinf=positive, neginf=negative)
-        x = torch.where(x == float("inf"), self.parameters[0], x)
-        return torch.where(x == -float("inf"), self.parameters[1], x)
-
-
 class Tanh(Elementwise):
     """Compute `tanh(x)`."""
 

@@ -11,7 +11,6 @@ from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.panel.elementwise import FusedChain
 
 FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
-NAN = float("nan")
 # Limits of the extra memory for filled windows: bytes, or a share of the values' size.
 EXTENSION_BYTES, EXTENSION_SHARE = 64 << 20, 0.25
 CHUNK = 4096
@@ -58,9 +57,8 @@ class History:
         is_present = (rows >= 0) & self.exists[rows.clamp(min=0), instrument[:, None]]
         rows = rows.masked_fill(~is_present, -1)
         if fill != "none":
-            rows = rows.cummax(
-                1
-            ).values  # rows ascend in a window, so the largest so far is the latest
+            # Rows ascend in a window, so the largest so far is the latest.
+            rows = rows.cummax(1).values
         if fill == "ffill+bfill":
             first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
             rows = torch.where(rows < 0, first, rows).masked_fill(first == self.num_dates, -1)
@@ -200,13 +198,12 @@ class DensePackedColumns(PackedColumns):
         rows = self.history.rows(date, instrument, step_len, fill)
         flat_rows = instrument[:, None] * self.values.shape[1] + rows.clamp(min=0)
         x = self._flat.index_select(0, flat_rows.reshape(-1)).view(*rows.shape, -1)
-        return self.fused_chain(x).masked_fill_((rows < 0)[..., None], NAN)
+        return self.fused_chain(x).masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _get_incomplete(self, step_len: int) -> Tensor:
         if step_len not in self._incomplete_windows:
-            self._incomplete_windows[step_len] = self.history.incomplete_windows(step_len).reshape(
-                -1
-            )
+            incomplete = self.history.incomplete_windows(step_len)
+            self._incomplete_windows[step_len] = incomplete.reshape(-1)
         return self._incomplete_windows[step_len]
 
     def _get_window_starts(self, step_len: int, fill: str) -> Tensor | None:
@@ -229,7 +226,7 @@ class DensePackedColumns(PackedColumns):
             return None
         num_rows = self._flat.shape[0]
         # The last appended window is all NaN, for rows that do not exist.
-        flat = self.values.new_full((num_rows + (len(date) + 1) * step_len, f), NAN)
+        flat = self.values.new_full((num_rows + (len(date) + 1) * step_len, f), torch.nan)
         flat[:num_rows] = self._flat
         for first in range(0, len(date), CHUNK):
             part = slice(first, first + CHUNK)

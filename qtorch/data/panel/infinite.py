@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 
 import pandas as pd
 import torch
@@ -90,13 +91,15 @@ def describe_infinities(
     return f"{counts_text}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
 
 
-def infinite_message(names: list[str], source: str) -> str:
-    """Build the error message for infinities that survived processing."""
-    examples = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return (
-        f"infinite values in the {source}: {examples}. Put ProcessInf before the other processors, "
-        "or fix the expression (is it a division by zero?)."
-    )
+def check_processed(names: Iterable[str], infinite: Iterable[bool], source: str) -> None:
+    """Raise DataError if processed columns are `infinite`, i.e. hold an infinity."""
+    bad = list(compress(names, infinite))
+    if bad:
+        examples = ", ".join(bad[:8]) + (f", ... ({len(bad)} in all)" if len(bad) > 8 else "")
+        raise DataError(
+            f"infinite values in the {source}: {examples}. Put ProcessInf before the other "
+            "processors, or fix the expression (is it a division by zero?)."
+        )
 
 
 def _report_infinities(source: str, location: str) -> None:

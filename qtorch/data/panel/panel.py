@@ -192,17 +192,6 @@ class Panel:
         """Return the calendar rows of the inclusive date span `start..end` (None is open)."""
         return date_rows(self.calendar, start, end)
 
-    def gather(self, dates: Tensor, instruments: Tensor, step_len: int = 1) -> Tensor:
-        """Gather windows `[B, T, F]` that end at each (date row, instrument column) pair.
-
-        Rows before the calendar's start are NaN. Index tensors are int64 `[B]` on the values'
-        device.
-        """
-        steps = torch.arange(step_len - 1, -1, -1, device=self.device)
-        rows = dates[:, None] - steps
-        out = self.values[rows.clamp(min=0), instruments[:, None]]
-        return out.masked_fill((rows < 0)[..., None], float("nan"))
-
     def to(self, device: torch.device | str) -> Panel:
         """Return the panel on another device."""
         return Panel(

@@ -10,7 +10,7 @@ from torch import Tensor
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.elementwise import Chain, FusedChain
-from qtorch.data.panel.gather import NAN, History, PackedColumns, check_fill
+from qtorch.data.panel.gather import History, PackedColumns, check_fill
 from qtorch.data.panel.panel import Panel
 
 FIELDS = ("close", "open", "high", "low", "vwap", "volume")
@@ -46,11 +46,11 @@ class WindowColumns(Columns):
     ) -> None:
         self.num_steps = num_steps
         self._bars = bars
-        self._lead = lead
-        self._fields = tuple(fields)
+        self.lead = lead
+        self.fields = tuple(fields)
         self._position = {
             f"{field.upper()}{step}": (field, step)
-            for field in self._fields
+            for field in self.fields
             for step in range(num_steps - 1, -1, -1)
         }
         super().__init__(
@@ -60,7 +60,7 @@ class WindowColumns(Columns):
             overrides=overrides,
             chain=chain,
         )
-        for field in (*self._fields, PRICE):
+        for field in (*self.fields, PRICE):
             bars.position(field)
         for name in self.names:
             if name not in self._overrides and name not in self._position:
@@ -73,16 +73,6 @@ class WindowColumns(Columns):
     def plain_panel(self) -> Panel | None:
         """Return the bars (`lead` rows before the dates) if nothing was modified, else None."""
         return None if self._overrides or len(self._chain) else self._bars
-
-    @property
-    def lead(self) -> int:
-        """The number of rows of the bars before the first date."""
-        return self._lead
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields that have windows."""
-        return self._fields
 
     @property
     def window_fields(self) -> tuple[str, ...] | None:
@@ -109,13 +99,13 @@ class WindowColumns(Columns):
     @property
     def num_bytes(self) -> int:
         d, n, _ = self.shape
-        return 4 * n * (d + self.num_steps) * (len(self._fields) + len(self._overrides))
+        return 4 * n * (d + self.num_steps) * (len(self.fields) + len(self._overrides))
 
     def is_known_finite(self, names: Sequence[str] | None = None) -> bool:
         if self._overrides or len(self._chain):
             return False
-        max_abs = {f: self._bars.column(f).abs().nan_to_num(0.0) for f in (*self._fields, PRICE)}
-        price = self._bars.column(PRICE)[self._lead :].abs().nan_to_num(1.0)
+        max_abs = {f: self._bars.column(f).abs().nan_to_num(0.0) for f in (*self.fields, PRICE)}
+        price = self._bars.column(PRICE)[self.lead :].abs().nan_to_num(1.0)
         if not price.numel():
             return True
         min_divisor = {f: EPSILON if f == VOLUME else float(price.min()) for f in max_abs}
@@ -124,12 +114,12 @@ class WindowColumns(Columns):
     def _storage_column(self, name: str) -> Tensor:
         field, step = self._position[name]
         d, n = self.shape[:2]
-        values, first = self._bars.column(field), self._lead - step
-        today = self._bars.column(_normaliser(field))[self._lead :]
+        values, first = self._bars.column(field), self.lead - step
+        today = self._bars.column(_normaliser(field))[self.lead :]
         if first >= 0:
             past = values[first : first + d]
         else:
-            past = torch.full((d, n), NAN, device=self.device)
+            past = torch.full((d, n), torch.nan, device=self.device)
             if first + d > 0:
                 past[-first:] = values[: first + d]
         return past / (today + EPSILON if field == VOLUME else today)
@@ -140,24 +130,24 @@ class WindowColumns(Columns):
         return WindowColumns(
             self._bars,
             names,
-            fields=self._fields,
+            fields=self.fields,
             num_steps=self.num_steps,
-            lead=self._lead,
+            lead=self.lead,
             overrides=overrides,
             chain=chain,
         )
 
     def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
         whole_fields = self.window_fields
-        fields = list(whole_fields or self._fields)
+        fields = list(whole_fields or self.fields)
         if PRICE not in fields:
             fields.append(PRICE)
         d, n, _ = self.shape
         pad = self.num_steps - 1
-        rows = min(pad, self._lead)
-        values = torch.full((n, pad + d, len(fields)), NAN, device=device)
+        rows = min(pad, self.lead)
+        values = torch.full((n, pad + d, len(fields)), torch.nan, device=device)
         for k, field in enumerate(fields):
-            field_values = self._bars.column(field)[self._lead - rows :]
+            field_values = self._bars.column(field)[self.lead - rows :]
             values[:, pad - rows :, k] = field_values.t().to(device)
         override_names = [name for name in self.names if name in self._overrides]
         override_values = torch.empty(n, d, len(override_names), device=device)
@@ -244,7 +234,7 @@ class WindowPackedColumns(PackedColumns):
         if self._override_names:
             x = torch.cat([x, self._overrides[instruments, dates]], 1)
         x = self.fused_chain(x.index_select(1, self._columns)).view(*rows.shape, -1)
-        return x.masked_fill_((rows < 0)[..., None], NAN)
+        return x.masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _gather_windows(self, date: Tensor, instrument: Tensor) -> Tensor:
         """Gather windows `[B, num_steps, K]`, normalised by the last step."""

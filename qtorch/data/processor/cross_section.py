@@ -1,9 +1,9 @@
-"""Daily cross-sectional statistics as pure functions of `[D, N]` tensors: z-scores, ranks, means.
+"""Processors of each day's cross-section: z-scores, ranks, and means for missing values.
 
-Every function takes `values [D, N]` float32 (NaN is missing) and `rows [D, N]` bool, which selects
-the values that enter the statistics of each day. Values outside `rows` are transformed with the
-same statistics, because windows may look back at them; missing values stay missing. A result at
-date t depends on date t only.
+Their statistics are pure functions of `values [D, N]` float32 (NaN is missing) and `rows [D, N]`
+bool, which selects the values that enter the statistics of each day. Values outside `rows` are
+transformed with the same statistics, because windows may look back at them; missing values stay
+missing. A result at date t depends on date t only.
 """
 
 from __future__ import annotations

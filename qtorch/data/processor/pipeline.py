@@ -1,4 +1,4 @@
-"""Running processors: which columns they need, which dates they are fitted on, in what order."""
+"""Building and running lists of processors: the columns they need, the dates they are fitted on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
+MODULE = "qtorch.data.processor"
 LABEL = "label"
 
 
@@ -204,7 +205,7 @@ def _date(date: Any) -> str:
     return "" if date is None else f"{pd.Timestamp(date):%Y-%m-%d}"
 
 
-MODULE = "qtorch.data.processor"
+# -- building --------------------------------------------------------------------------------------
 
 
 def build_processor(config: Any) -> Processor:

@@ -1,4 +1,4 @@
-"""Processors that select columns, and HashStockFormat, which does nothing here."""
+"""Processors that select columns, rows or instruments; the others keep their values."""
 
 from __future__ import annotations
 

@@ -274,9 +274,8 @@ def _find_longest_file(
     if end < 0:
         return name, end  # the instrument stores none of these fields
     sizes = {e.name: e.stat().st_size for e in _entries(folder) if e.name.endswith(f".{freq}.bin")}
-    checked_sizes = {
-        sizes[n] for n in file_ends if n in sizes
-    }  # a file of a size seen before has the same span: no need to open it
+    # A file of a size that was seen has the same span, so it need not be opened.
+    checked_sizes = {sizes[n] for n in file_ends if n in sizes}
     for file_name, size in sizes.items():
         if size not in checked_sizes and size > 4:
             with open(f"{folder}/{file_name}", "rb") as file:

@@ -19,6 +19,9 @@ from qtorch.data.source.frame import PanelSource, mask_membership, span_membersh
 
 Array: TypeAlias = np.ndarray
 
+BENCHMARK = "MARKET"
+FIELDS = ("open", "high", "low", "close", "volume", "vwap", "factor", "change")
+
 # Default weights of the two parts of the signal (the recent return and the return of the last 60
 # days), the weight of yesterday in the recent return, and the lengths of the two windows.
 WEIGHTS = (-0.8, 0.6)
@@ -246,10 +249,6 @@ def liquid_members(turnover: Array, is_listed: Array, size: int, period: int = 6
     return member
 
 
-BENCHMARK = "MARKET"
-FIELDS = ("open", "high", "low", "close", "volume", "vwap", "factor", "change")
-
-
 class _Market(NamedTuple):
     panel: Panel
     score: Tensor
@@ -406,7 +405,7 @@ class SyntheticSource(PanelSource):
         return _Market(panel, true_score, memberships)
 
 
-def _signal_weights(dates: pd.DatetimeIndex, regimes: Mapping[str, Sequence[float]]) -> np.ndarray:
+def _signal_weights(dates: pd.DatetimeIndex, regimes: Mapping[str, Sequence[float]]) -> Array:
     """Return the daily weights `[D, 2]` of the signal's parts; ConfigError for invalid regimes."""
     out = np.tile(WEIGHTS, (len(dates), 1))
     try:
@@ -424,9 +423,7 @@ def _signal_weights(dates: pd.DatetimeIndex, regimes: Mapping[str, Sequence[floa
     return out
 
 
-def _stock_fields(
-    prices: dict[str, np.ndarray], volume: np.ndarray, life: Life
-) -> dict[str, np.ndarray]:
+def _stock_fields(prices: dict[str, Array], volume: Array, life: Life) -> dict[str, Array]:
     """Return all fields of the stocks, NaN on days without trading."""
     factor = split_factor(prices["close"], life.is_listed)
     out = {**prices, "volume": np.rint(volume * factor) / factor, "factor": factor}
@@ -436,7 +433,7 @@ def _stock_fields(
     return out
 
 
-def _benchmark(stocks: dict[str, np.ndarray], life: Life) -> dict[str, np.ndarray]:
+def _benchmark(stocks: dict[str, Array], life: Life) -> dict[str, Array]:
     """Return the fields of the equal-weighted index: compounded mean moves from the last close.
 
     The members do not reach their highs and lows at the same time, so the index keeps only half
@@ -464,8 +461,8 @@ def _benchmark(stocks: dict[str, np.ndarray], life: Life) -> dict[str, np.ndarra
 
 
 def _panel(
-    stocks: dict[str, np.ndarray],
-    index: dict[str, np.ndarray],
+    stocks: dict[str, Array],
+    index: dict[str, Array],
     life: Life,
     dates: pd.DatetimeIndex,
     names: list[str],

@@ -140,7 +140,7 @@ class TableSource(PanelSource):
 
     def _read_wide(self) -> Panel:
         files = {file_stem(file): file for file in list_tables(self._root)}
-        fields = {field: name for field, name in self.columns.items() if field not in NAMES}
+        fields = self._field_columns()
         for name in fields.values():
             if name not in files:
                 raise DataError(unknown_name_message("file of a field", name, files))
@@ -166,6 +166,10 @@ class TableSource(PanelSource):
         index = pd.MultiIndex.from_product([dates, names], names=[DATETIME, INSTRUMENT])
         return pd.Series(values[present_cells], index=index[present_cells])
 
+    def _field_columns(self) -> dict[str, str]:
+        """Return the part of the mapping that names fields."""
+        return {field: name for field, name in self.columns.items() if field not in NAMES}
+
     # -- one file --------------------------------------------------------------------------------
 
     def _parse_bars(self, table: pd.DataFrame, file: Path, instrument: str | None) -> pd.DataFrame:
@@ -180,9 +184,7 @@ class TableSource(PanelSource):
             index_columns.append(column)
         else:
             names = pd.Index([instrument] * len(table))
-        fields = {
-            field: file_column for field, file_column in self.columns.items() if field not in NAMES
-        }
+        fields = self._field_columns()
         if not fields:
             fields = {c.lstrip("$"): c for c in table.columns if c not in index_columns}
         for file_column in fields.values():

@@ -204,15 +204,6 @@ def test_clip_spans_keeps_empty_spans_empty():
     assert within_spans(clip_spans(spans, 5), 5).sum(0).tolist() == [0, 2, 3, 0, 0]
 
 
-def test_gather_pads_windows_with_nan_before_the_start():
-    values = torch.arange(8.0).reshape(4, 2, 1)
-    panel = Panel(values, pd.date_range("2020-01-01", periods=4), ["A", "B"], ["close"])
-    window = panel.gather(torch.tensor([3, 1]), torch.tensor([1, 0]), 3)[..., 0]
-    assert window[0].tolist() == [3, 5, 7]
-    assert window[1].isnan().tolist() == [True, False, False]
-    assert window[1, 1:].tolist() == [0, 2]
-
-
 # -- fingerprint ---------------------------------------------------------------------------------
 
 
