@@ -229,18 +229,18 @@ def test_process_identity_of_dead_reused_and_remote_processes():
 
 
 def test_renewals_continue_after_an_error_and_end_when_the_lease_is_lost(caplog):
-    calls, ended = [], threading.Event()
+    calls, end_event = [], threading.Event()
 
     def renew():
         calls.append(True)
         if len(calls) == 1:
             raise OSError("disk full")
         if len(calls) == 3:
-            ended.set()
+            end_event.set()
         return len(calls) < 3
 
     with RenewalThread(renew, 0.01, "lease of x"):
-        assert ended.wait(5)
+        assert end_event.wait(5)
         time.sleep(0.1)
     assert len(calls) == 3
     assert "could not renew the lease of x: disk full" in caplog.text
