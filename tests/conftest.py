@@ -112,6 +112,17 @@ def session_fork_server(fork_server: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """Use one thread, as started processes do: equal results need equal numbers of threads."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def market_data() -> Path:
     """Return the folder with real market data beside the repository; skip the test without it."""

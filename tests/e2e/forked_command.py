@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import torch
+from forked_process import ForkedProcess
 
 from qtorch.cli.jobs import sweep_command as sweep_start
 from qtorch.cli.jobs import work as isolation
@@ -20,47 +19,6 @@ from qtorch.cli.main import main
 from qtorch.process import fork_server as forked
 from qtorch.process import fork_server as zygote
 from qtorch.trainer import subprocess_tasks as isolated
-
-
-class ForkedProcess:
-    """A forked process that calls `work` and exits with its return value; used like Popen."""
-
-    def __init__(self, work: Callable[[], int | None]) -> None:
-        self.returncode: int | None = None
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                code = work() or 0
-            finally:
-                os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
-            time.sleep(0.02)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
 
 
 class ForkedCommand(ForkedProcess):
@@ -74,7 +32,7 @@ class ForkedCommand(ForkedProcess):
     ) -> None:
         self.args = list(argv)
         self._outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        super().__init__(lambda: self._work(folder, environment, new_session))
+        super().__init__(lambda: self._work(folder, environment), new_session=new_session)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end of the command and return its output and errors."""
@@ -82,9 +40,7 @@ class ForkedCommand(ForkedProcess):
         out, err = (_read_all(file) for file in self._outputs)
         return out, err
 
-    def _work(self, folder: Path, environment: dict[str, str], new_session: bool) -> int:
-        if new_session:
-            os.setsid()
+    def _work(self, folder: Path, environment: dict[str, str]) -> int:
         for standard, file in enumerate(self._outputs, 1):
             os.dup2(file.fileno(), standard)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -119,7 +75,6 @@ def _start_forked_server(
     """Replace `ForkServerClient._start_process`: fork the server instead of starting a program."""
 
     def work() -> int:
-        os.setsid()
         os.close(client._commands)  # the owner's end: open, it would hide the owner's death
         if output is not None:
             for standard in (1, 2):
@@ -127,4 +82,4 @@ def _start_forked_server(
         os.environ.update(forked.FORK_SAFE)
         return zygote.main(list(arguments))
 
-    return ForkedProcess(work)
+    return ForkedProcess(work, new_session=True)

@@ -42,7 +42,8 @@ from qtorch.model.devices.ranks import RankError
 from qtorch.process import heartbeat
 from qtorch.trainer.run import task_train
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "model"))  # for forked_ranks
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS), str(TESTS / "model")]  # for forked_process and forked_ranks
 
 
 @dataclass(frozen=True)

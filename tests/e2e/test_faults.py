@@ -77,7 +77,6 @@ FAST = (
 FAULTS = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in CONFIG_FAULTS]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_configuration_gives_a_one_line_error(fault, train, qtorch_cli, runs, monkeypatch):
     monkeypatch.setenv("QTORCH_TRACKING_TIMEOUT", "1")

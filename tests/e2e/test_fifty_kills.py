@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from training_runs import metric_points
 
 from qtorch import R
 
 STEPS = Path(__file__).parent / "kill_steps.py"
-
-
-def metric_points(database: Path, run_id: str) -> list[tuple[str, int, float]]:
-    """Return every point of a run's metrics from MLflow's table; fail if one is duplicated."""
-    with closing(sqlite3.connect(database)) as connection:
-        query = "SELECT key, step, value FROM metrics WHERE run_uuid = ? ORDER BY key, step"
-        rows = connection.execute(query, (run_id,)).fetchall()
-    assert len({(key, step) for key, step, _ in rows}) == len(rows)
-    return rows
 
 
 @pytest.mark.slow
@@ -69,6 +59,6 @@ def test_killed_training_equals_an_uninterrupted_one(
                 metric_points(tmp_path / "runs.db", round_ids[w]) for w in ("whole", "killed")
             ]
             assert histories[0] == histories[1]
-            assert [step for key, step, _ in histories[0] if key == "valid/loss"] == [0, 1, 2, 3]
+            assert [step for key, step in histories[0] if key == "valid/loss"] == [0, 1, 2, 3]
             scores = [r.load_object("pred.pkl") for r in (reference_run, killed_run)]
             pd.testing.assert_frame_equal(*scores, check_exact=True)

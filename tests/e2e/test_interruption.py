@@ -3,52 +3,17 @@
 from __future__ import annotations
 
 import signal
-import sqlite3
 import subprocess
 import time
-from contextlib import closing
 
 import pytest
+from training_runs import metric_points, wait_for_epoch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 EPOCHS = 12  # enough that the training is far from its end after the first epoch
 LONG = ("train", "debug=tiny", f"trainer.max_epochs={EPOCHS}", "callbacks=no_stop")
 JOB = (*LONG, "model.network.dropout=0.2", "model.network.hidden_size=16")
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Use one thread, as the started processes do: equal results need equal numbers of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def wait_for_epoch(runs, child, epoch: int = 0, timeout: float = 240.0):
-    """Wait until the metrics of an epoch are stored and return the run."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        assert child.poll() is None, child.communicate()
-        for run in runs():
-            if epoch in run.metric_history("valid/loss"):
-                return run
-        time.sleep(0.1)
-    raise AssertionError("the training did not reach the epoch in time")
-
-
-def history(run, folder) -> dict:
-    """Return `{(key, step): value}` from MLflow's table, and check that no point is duplicated."""
-    (database,) = folder.glob("**/mlflow.db")
-    with closing(sqlite3.connect(database)) as connection:
-        query = "SELECT key, step, value FROM metrics WHERE run_uuid = ?"
-        points = connection.execute(query, (run.id,)).fetchall()
-    values = {(key, step): value for key, step, value in points}
-    assert len(values) == len(points)
-    return values
 
 
 def test_run_can_be_resumed_after_ctrl_c(start, runs, qtorch_cli, folder):
@@ -73,7 +38,8 @@ def test_run_can_be_resumed_after_ctrl_c(start, runs, qtorch_cli, folder):
 
     assert qtorch_cli(*JOB).code == 0
     uninterrupted_run = next(r for r in runs() if r.id != run.id)
-    assert history(resumed_run, folder) == history(uninterrupted_run, folder)
+    database = folder / "mlruns" / "mlflow.db"
+    assert metric_points(database, run.id) == metric_points(database, uninterrupted_run.id)
     result = qtorch_cli("train", f"resume={run.id}")
     assert "FINISHED" in result.error()
 

@@ -17,7 +17,7 @@ from qtorch.cli.compose import compose_settings, resolve_segments
 from qtorch.task import TaskManager
 from qtorch.trainer import DelayTrainerR, DelayTrainerRM, TrainerR, TrainerRM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 E2E_FOLDER = Path(__file__).parent
 LEASE = 6.0
@@ -28,17 +28,6 @@ def task(*overrides: str) -> dict[str, Any]:
     base = ["debug=tiny", "callbacks=no_stop", "model.checkpoint.every_n_steps=2"]
     small = ["model.network.hidden_size=16", "model.network.dropout=0.2", "trainer.max_epochs=3"]
     return resolve_segments(compose_settings("train", [*base, *small, *overrides])["task"])
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Use one thread, as the started workers do: equal results need equal numbers of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

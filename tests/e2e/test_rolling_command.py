@@ -21,16 +21,7 @@ from qtorch.trainer import DelayTrainerRM, TrainerR
 TINY = ("debug=tiny", "log_level=WARNING", "model.network.hidden_size=8", "step=35")
 LEASE = 6.0
 
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    """Use one thread, as the started workers do: equal results need equal numbers of threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def parent_and_windows(experiment: str = "debug"):

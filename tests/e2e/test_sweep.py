@@ -8,7 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from training_runs import metric_points, wait_for_epoch
 
 from qtorch.core.identity import task_id
 from qtorch.study.sweep_job import FIT_FROM_TAG
@@ -149,41 +151,12 @@ LONG = ("trainer.max_epochs=48", "callbacks=no_stop", "model.network.dropout=0.2
 STEPS = ("model.checkpoint.every_n_steps=2", "model.network.hidden_size=8")
 
 
-def wait_for_epoch(jobs, child, epoch, timeout=240.0):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        assert child.poll() is None, child.communicate()
-        for run in jobs():
-            if epoch in run.metric_history("valid/loss"):
-                return run
-        time.sleep(0.1)
-    raise AssertionError("the training did not reach the epoch in time")
-
-
-def descendant_pids(pid: int) -> list[int]:
-    """Return the process IDs of all descendants of a process."""
-    result = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    descendants, generation = [], [pid]
-    while generation:
-        generation = [p for p, parent in pairs if parent in generation]
-        descendants += generation
-    return descendants
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def history(run) -> dict:
-    return {k: run.metric_history(k) for k in sorted(run.list_metrics())}
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_interrupted_and_killed_sweep_gives_equal_results(
-    session_fork_server, start, train, runs, jobs, qtorch_cli
+    session_fork_server, start, train, runs, jobs, qtorch_cli, folder
 ):
     job = ("train", "debug=tiny", "log_level=WARNING", "-m", *LONG, *STEPS, "seed=0,1")
     child = start(*job, new_session=True)
@@ -202,12 +175,13 @@ def test_interrupted_and_killed_sweep_gives_equal_results(
 
     child = start(*job, new_session=True)
     wait_for_epoch(jobs, child, last_epoch + 2)
-    descendants = descendant_pids(child.pid)
+    descendants = psutil.Process(child.pid).children(recursive=True)
     child.kill()  # SIGKILL: the jobs' processes notice it
     child.communicate()
     end = time.monotonic() + 60
     while any(map(is_alive, descendants)) and time.monotonic() < end:
         time.sleep(0.05)
+    assert descendants
     assert not any(map(is_alive, descendants))
     assert [r.status for r in jobs()] == ["KILLED"]
 
@@ -223,7 +197,9 @@ def test_interrupted_and_killed_sweep_gives_equal_results(
 
     assert train("debug=tiny", *LONG, *STEPS, "seed=0").code == 0
     single_run = next(r for r in jobs() if PARENT_TAG not in r.list_tags())
-    assert history(single_run) == history(runs_by_seed["0"])
+    database = folder / "mlruns" / "mlflow.db"
+    sweep_points = metric_points(database, runs_by_seed["0"].id)
+    assert metric_points(database, single_run.id) == sweep_points
 
 
 def test_killed_job_fails_alone(session_fork_server, train, jobs, folder, monkeypatch):
