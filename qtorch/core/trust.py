@@ -99,9 +99,9 @@ def check_config_trust(config: Any) -> None:
 def check_name_trust(name: str, module: str | None = None) -> None:
     """Raise TrustError for a name that is not trusted; never import an untrusted package."""
     if "." in name:  # `locate` then ignores the module
-        _import_trusted(name)
+        _import_with_trust(name)
     elif module is not None and not module.endswith(".py"):
-        _import_trusted(f"{module}.{name}")
+        _import_with_trust(f"{module}.{name}")
     elif module is not None and module not in get_trusted_packages():
         raise TrustError(
             f"stored data takes {name!r} from the file {module!r}, which is code. If you trust it, "
@@ -128,11 +128,11 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return super().find_class(module, name)
         if (module, name) not in SAFE_GLOBALS:
-            return _import_trusted(f"{module}.{name}")
+            return _import_with_trust(f"{module}.{name}")
         return super().find_class(module, name)
 
 
-def _import_trusted(name: str) -> Any:
+def _import_with_trust(name: str) -> Any:
     """Import the object of a trusted name; raise TrustError for any other name.
 
     An untrusted package is not even imported, because importing runs it. For a name that is

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Process = Callable[..., Any]
 PREDICTION: Mapping[str, str] = {"pred": "pred.pkl"}
+DATETIME = "datetime"
 
 
 class Collector(ABC):
@@ -116,7 +118,7 @@ class RecorderCollector(Collector):
         self.experiment = experiment
         self.artifacts_path = dict(artifacts_path)
         self.artifacts_key = self._validate_keys(artifacts_key)
-        self.rec_key_func = rec_key_func or _recorder_id
+        self.rec_key_func = rec_key_func or attrgetter("id")
         self.rec_filter_func = rec_filter_func
         self.list_kwargs = dict(list_kwargs or {})
         self.status = None if status is None else frozenset(_string_list(status))
@@ -169,16 +171,15 @@ class RecorderCollector(Collector):
         return names
 
     def _list_recorders(self, is_included: Callable[[Recorder], bool] | None) -> list[Recorder]:
-        if isinstance(self.experiment, Experiment):
-            recorders = self.experiment.list_recorders(**self.list_kwargs)
-            runs = list(recorders.values() if isinstance(recorders, Mapping) else recorders)[::-1]
-        else:
-            custom_recorders = self.experiment()
-            runs = list(
-                custom_recorders.values()
-                if isinstance(custom_recorders, Mapping)
-                else custom_recorders
-            )
+        experiment = self.experiment
+        recorders: Any = (
+            experiment.list_recorders(**self.list_kwargs)
+            if isinstance(experiment, Experiment)
+            else experiment()
+        )
+        runs = list(recorders.values() if isinstance(recorders, Mapping) else recorders)
+        if isinstance(experiment, Experiment):
+            runs.reverse()  # it lists the newest first
         with_status = (r for r in runs if self.status is None or r.status in self.status)
         return [r for r in with_status if is_included is None or is_included(r)]
 
@@ -186,10 +187,6 @@ class RecorderCollector(Collector):
         if key == self.ART_KEY_RAW:
             return recorder
         return recorder.load_object(self.artifacts_path[key])
-
-
-def _recorder_id(recorder: Recorder) -> Any:
-    return recorder.id
 
 
 def _pair(outer: Any, inner: Any) -> tuple[Any, Any]:
@@ -208,7 +205,7 @@ def _string_list(value: str | Iterable[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-DATETIME = "datetime"
+# -- combining the values --------------------------------------------------------------------------
 
 
 class Ensemble(ABC):
@@ -258,7 +255,7 @@ class AverageEnsemble(Ensemble):
     def __call__(self, ensemble_dict: Mapping[Any, Any]) -> pd.Series:
         """Return the averaged scores, sorted."""
         scores = pd.concat(
-            _check_frames(_flatten(ensemble_dict), "AverageEnsemble"), axis=1
+            _check_frames(_leaf_values(ensemble_dict), "AverageEnsemble"), axis=1
         ).sort_index()
         days = scores.groupby(level=DATETIME)
         # By position, because the columns of all frames have the same name.
@@ -284,14 +281,17 @@ def _check_frames(frames: Mapping[Any, Any], caller: str) -> list[Any]:
     return list(frames.values())
 
 
-def _flatten(mapping: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
-    leaves: dict[tuple[Any, ...], Any] = {}
+def _leaf_values(
+    mapping: Mapping[Any, Any], path: tuple[Any, ...] = ()
+) -> dict[tuple[Any, ...], Any]:
+    """Return the values at every depth by the tuple of their keys, which may be of any type."""
+    values: dict[tuple[Any, ...], Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            leaves.update(_flatten(value, (*path, key)))
+            values.update(_leaf_values(value, (*path, key)))
         else:
-            leaves[(*path, key)] = value
-    return leaves
+            values[(*path, key)] = value
+    return values
 
 
 class Group:

@@ -368,7 +368,7 @@ class RunFiles:
     def _remove_other_formats(self, path: PurePosixPath, new_file: str) -> None:
         """Remove the file of an object that was saved before in another format."""
         try:
-            stored_files = self._files_beside(path)
+            stored_files = self._sibling_files(path)
         except TrackingError as error:
             log.debug("cannot list the artifacts before saving %s: %s", path, error)
             return
@@ -376,7 +376,7 @@ class RunFiles:
             if file != new_file and str(path.parent / file) in stored_files:
                 self._store().remove(self._run_id, str(path.parent / file))
 
-    def _files_beside(self, path: PurePosixPath) -> set[str]:
+    def _sibling_files(self, path: PurePosixPath) -> set[str]:
         """Return the paths of the stored artifacts in the folder of `path`."""
         return {p for p, _ in self._store().artifacts(self._run_id, _parent_folder(path))}
 
@@ -455,7 +455,7 @@ class RunFiles:
                 return self.root / file
         if self.root is not None:
             return None
-        stored_files = self._files_beside(path)
+        stored_files = self._sibling_files(path)
         for file in files:
             if file in stored_files:
                 return Path(self._store().download(self._run_id, file, str(scratch)))
@@ -482,7 +482,7 @@ class RunFiles:
         """Return the local path of a file, folder or object, or of a copy of it in `target`."""
         path = _validate_path(name)
         if self.root is None:
-            stored_files = self._files_beside(path)
+            stored_files = self._sibling_files(path)
             files = [str(path), *(str(path.parent / f) for f in object_files(path.name))]
             stored_name = next((f for f in files if f in stored_files), name)
             return self._store().download(self._run_id, stored_name, target)

@@ -21,7 +21,7 @@ from qtorch.data.dataset.samples import Samples, build_samples, check_segments
 from qtorch.data.handler.fetch import CS_ALL, select_groups
 from qtorch.data.handler.handler import DK_I, DK_L, DK_R, DataHandler, DataHandlerLP
 from qtorch.data.panel.gather import check_fill
-from qtorch.data.panel.panel import covered_dates
+from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class DatasetH(Dataset):
 
     def _empty_segment_message(self, name: str, view: View) -> str:
         start, end = self.segments[name]
-        dates = covered_dates(view.dates, empty="no rows")
+        dates = coverage_dates(view.dates, empty="no rows")
         return f"segment {name!r} ({start}..{end}) has no rows; the data has {dates}."
 
     # -- samples -------------------------------------------------------------------------------

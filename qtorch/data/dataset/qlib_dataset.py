@@ -23,7 +23,7 @@ from qtorch.data.dataset.samples import (
 from qtorch.data.expression import reach
 from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import DensePackedColumns
-from qtorch.data.panel.infinite import check_processed
+from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.data.panel.panel import NAMES, normalise_calendar
 from qtorch.data.panel.view import View
 
@@ -221,7 +221,7 @@ def _samples_from_windows(
         values[:, :, :count].clone(), history=exists, owns_values=True
     )
     column_names = [f"column {k}" for k in range(count)]
-    check_processed(column_names, packed_features.infinite_columns().tolist(), "features")
+    check_processed_columns(column_names, packed_features.infinite_columns().tolist(), "features")
     sample_order = torch.as_tensor(order[date[order] < len(calendar) - num_purged_days])
     notes = {"purged": len(order) - len(sample_order)}
     if not len(sample_order):

@@ -21,8 +21,8 @@ from qtorch.data.panel.gather import (
     PackedColumns,
     check_fill,
 )
-from qtorch.data.panel.infinite import check_processed
-from qtorch.data.panel.panel import covered_dates, multi_index, normalise_calendar
+from qtorch.data.panel.infinite import check_processed_columns
+from qtorch.data.panel.panel import coverage_dates, multi_index, normalise_calendar
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
@@ -365,7 +365,7 @@ class Samples:
         feature_pack = self._columns.pack(device, history=self.history)
         if not feature_pack.is_checked:
             infinite = feature_pack.infinite_columns().tolist()
-            check_processed(self._columns.names, infinite, "features")
+            check_processed_columns(self._columns.names, infinite, "features")
             feature_pack.is_checked = True
         self._feature_pack = feature_pack
         return feature_pack
@@ -495,7 +495,7 @@ def finite_labels(names: Sequence[str], target: Tensor, learn: bool) -> Tensor:
     """Return the labels; infinities raise DataError for learning and become NaN otherwise."""
     infinite = target.isinf()
     if learn:
-        check_processed(names, infinite.any(0).tolist(), "labels")
+        check_processed_columns(names, infinite.any(0).tolist(), "labels")
         return target
     return target.masked_fill(infinite, torch.nan)
 
@@ -521,7 +521,7 @@ def _empty_message(view: View, name: str, start: Any, end: Any, num_purged: int)
             f"{int(has_row.sum())} rows. Check whether the label is NaN everywhere."
         )
     return (
-        f"{name} ({start}..{end}) has no samples: the data covers {covered_dates(view.calendar)} "
+        f"{name} ({start}..{end}) has no samples: the data covers {coverage_dates(view.calendar)} "
         f"with {int(view.rows.sum())} sample rows of {len(view.instruments)} instruments{reason}. "
         "Check the segment's dates, the universe and the processors that drop rows."
     )

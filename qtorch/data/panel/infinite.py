@@ -91,7 +91,7 @@ def describe_infinities(
     return f"{counts_text}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
 
 
-def check_processed(names: Iterable[str], infinite: Iterable[bool], source: str) -> None:
+def check_processed_columns(names: Iterable[str], infinite: Iterable[bool], source: str) -> None:
     """Raise DataError if processed columns are `infinite`, i.e. hold an infinity."""
     bad = list(compress(names, infinite))
     if bad:

@@ -42,7 +42,7 @@ def _time_zone_message(zone: str) -> str:
     )
 
 
-def covered_dates(calendar: pd.DatetimeIndex, empty: str = "no dates") -> str:
+def coverage_dates(calendar: pd.DatetimeIndex, empty: str = "no dates") -> str:
     """Return the first and last date of a calendar for messages, or `empty`."""
     return f"{calendar[0]:%Y-%m-%d}..{calendar[-1]:%Y-%m-%d}" if len(calendar) else empty
 
@@ -126,7 +126,7 @@ class Panel:
 
     def __repr__(self) -> str:
         d, n, f = self.shape
-        dates = covered_dates(self.calendar)
+        dates = coverage_dates(self.calendar)
         return f"Panel({d} dates {dates}, {n} instruments, {f} fields, {self.device})"
 
     # -- access --------------------------------------------------------------------------------

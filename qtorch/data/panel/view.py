@@ -14,7 +14,7 @@ from torch import Tensor
 from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.columns import Columns, PanelColumns, column_parts
-from qtorch.data.panel.panel import Panel, covered_dates, multi_index
+from qtorch.data.panel.panel import Panel, coverage_dates, multi_index
 
 FLAT = ""  # the name of the only group if the columns have no groups
 HOW = ("outer", "inner", "left", "right")  # the ways to join the rows of views
@@ -202,7 +202,7 @@ def restrict_view(view: View, members: Any, start: Any, end: Any) -> View:
     if members is None and covers_all_dates:
         return view
     if span.start == span.stop:
-        dates = covered_dates(view.calendar)
+        dates = coverage_dates(view.calendar)
         raise DataError(f"no date between {start} and {end}; the data covers {dates}.")
     keep = view.instruments if members is None else _select_members(members, view.instruments)
     out = reindex_view(view, view.calendar[span], keep)

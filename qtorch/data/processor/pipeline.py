@@ -15,7 +15,7 @@ from qtorch.core.dates import date_rows
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.panel.infinite import describe_infinities
-from qtorch.data.panel.panel import covered_dates
+from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import FLAT, View
 from qtorch.data.processor.base import Names, Processor, select_dates
 from qtorch.data.processor.pandas_processor import PandasProcessor
@@ -158,7 +158,7 @@ def fit_processor(processor: Processor, view: View, window: DateSpan | None) -> 
     if not bool(fit_view.rows.any()):
         raise DataError(
             f"{type(processor).__name__}: the fit window {window} (the train segment, unless one "
-            f"is set) has no rows; the data covers {covered_dates(view.calendar)}."
+            f"is set) has no rows; the data covers {coverage_dates(view.calendar)}."
         )
     processor.fit(fit_view)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtorch.core.errors import DataError
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, Clip
-from qtorch.data.panel.panel import covered_dates
+from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import (
     FieldsGroup,
@@ -63,7 +63,7 @@ class FittedNorm(Processor):
         if not used.any():
             raise DataError(
                 f"{type(self).__name__}: the fit window {self.fit_start_time}.."
-                f"{self.fit_end_time} has no rows; the data has {covered_dates(view.calendar)}."
+                f"{self.fit_end_time} has no rows; the data has {coverage_dates(view.calendar)}."
             )
         selection = select_columns(column_names(view), self.fields_group)
         columns: list[tuple[str, str]] = []

@@ -24,7 +24,7 @@ from qtorch.data.expression.requirement import (
     max_reach,
 )
 from qtorch.data.panel.infinite import check_bars
-from qtorch.data.panel.panel import Panel, clip_spans, covered_dates, within_spans
+from qtorch.data.panel.panel import Panel, clip_spans, coverage_dates, within_spans
 
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
@@ -294,7 +294,7 @@ def _select_rows(calendar: pd.DatetimeIndex, start: Any, end: Any) -> slice:
     rows = date_rows(calendar, start, end)
     if rows.start < rows.stop:
         return rows
-    dates = covered_dates(calendar)
+    dates = coverage_dates(calendar)
     raise DataError(f"no trading day between {start} and {end}; the calendar has {dates}.")
 
 
