@@ -294,7 +294,7 @@ def test_config_contains_the_default_folder(writable_folder):
     with session_context(provider_uri=str(writable_folder)):
         source = QlibSource()
     assert source.to_config() == {
-        "_target_": "qtorch.data.source.qlib.QlibSource",
+        "_target_": "qtorch.data.QlibSource",
         "provider_uri": str(writable_folder),
     }
 
