@@ -34,7 +34,8 @@ class BaseLoss(nn.Module, ABC):
         """Return `(sum of weight x loss, sum of weight)`, in float32 or better.
 
         `complete` is the caller's promise that no label is missing and that weight and mask are
-        None: the sums may then be computed faster, and the weight sum may be a number.
+        None: the sums may then be computed faster, and the weight sum may be a number instead of a
+        tensor.
         """
 
     def forward(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_training import make_model, model_weights, same_weights
-from toy_training import ToyDataset
+from toy_training import ToyDataset, make_model, model_weights, same_weights
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_training import make_model, model_weights, same_weights
 from torch import Tensor, nn
-from toy_training import ToyDataset
+from toy_training import ToyDataset, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.extras import Concepts

@@ -7,9 +7,8 @@ import copy
 import pandas as pd
 import pytest
 import torch
-from test_training import make_model, model_weights, same_weights
 from torch import nn
-from toy_training import ToyDataset
+from toy_training import ToyDataset, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.serial import State

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_training import make_model, model_weights, same_weights
-from toy_training import ToyDataset, ToyRecorder
+from toy_training import ToyDataset, ToyRecorder, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State

@@ -8,8 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from test_own_steps import METHODS, NUM_LABELS, make_method_model
-from test_training import model_weights, same_weights
-from toy_training import ToyDataset
+from toy_training import ToyDataset, model_weights, same_weights
 
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.scoring import score_series

@@ -9,8 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from test_training import make_model, model_weights, same_weights
-from toy_training import ToyDataset, ToyRecorder
+from toy_training import ToyDataset, ToyRecorder, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.metrics.loss import MSE

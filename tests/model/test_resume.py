@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_process import ForkedProcess
-from toy_training import ToyDataset, ToyRecorder, resumable_model
+from toy_training import ToyDataset, ToyRecorder, model_weights, resumable_model, same_weights
 from toy_training import main as run_training
 
 from qtorch.core.errors import ConfigError
@@ -29,14 +29,6 @@ from qtorch.model.loop.checkpoint import (
 from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import MODULE_STATE_KEY
 from qtorch.process.stops import STOP_SIGNALS, stop_state
-
-
-def _model_weights(model) -> dict[str, torch.Tensor]:
-    return model.network_.state_dict()
-
-
-def _same_weights(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +58,7 @@ def test_killed_in_the_middle_of_an_epoch_resumes_exactly(tmp_path: Path, refere
     assert _train_until_signal(tmp_path / "run", "1:10") == -signal.SIGKILL
     model, history = _resume_fit(tmp_path / "run")
     assert model.fit_report_["resumed_from"] is not None
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
     assert model.evals_result_ == reference_fit[0].evals_result_
 
@@ -76,7 +68,7 @@ def test_killed_in_the_middle_of_an_epoch_resumes_exactly(tmp_path: Path, refere
 def test_killed_at_any_step_resumes_exactly(tmp_path: Path, reference_fit, at: str) -> None:
     assert _train_until_signal(tmp_path / "run", at) == -signal.SIGKILL
     model, history = _resume_fit(tmp_path / "run")
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -85,7 +77,7 @@ def test_killed_twice_resumes_exactly_with_other_inner_steps(tmp_path: Path, ref
     for at in ("1:9", "2:14"):
         assert _train_until_signal(tmp_path / "run", at) == -signal.SIGKILL
     model, history = _resume_fit(tmp_path / "run", inner_steps=7)
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -121,7 +113,7 @@ def test_resumes_exactly_after_an_error(
 ) -> None:
     _fail_before_batch(monkeypatch, tmp_path / "run", *at)
     model, history = _resume_fit(tmp_path / "run")
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -136,7 +128,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(
         model, history = _resume_fit(tmp_path / "run")
     assert "cannot be read" in caplog.text
     assert model.fit_report_["resumed_from"].endswith(PREVIOUS)
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -147,7 +139,7 @@ def test_finished_training_is_not_repeated(recorder: ToyRecorder, reference_fit,
     resumed_model = resumable_model()
     resumed_model.fit(ToyDataset(), recorder=recorder)
     assert resumed_model.fit_report_["resumed_from"] is not None
-    assert _same_weights(_model_weights(resumed_model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(resumed_model), model_weights(reference_fit[0]))
     # Sent again because a killed process may not have sent them; the values are equal.
     assert recorder.history() == history
     longer_model = resumable_model(trainer={**resumed_model.trainer, "max_epochs": 5})
@@ -213,7 +205,7 @@ def test_checkpoint_of_format_2_resumes_exactly(
     torch.save(content, path)
     model, history = _resume_fit(folder)
     assert model.fit_report_["resumed_from"] is not None
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -224,7 +216,7 @@ def test_only_last_previous_and_best_checkpoints_are_kept(recorder: ToyRecorder)
     model.fit(ToyDataset(), recorder=recorder)
     assert sorted(p.name for p in folder.iterdir()) == sorted([LAST, PREVIOUS, BEST])
     best = read_checkpoint(folder / BEST)["state_dict"]
-    assert all(torch.equal(best[f"network.{k}"], v) for k, v in _model_weights(model).items())
+    assert all(torch.equal(best[f"network.{k}"], v) for k, v in model_weights(model).items())
 
 
 def _kill_while_writing(folder: Path) -> None:
@@ -300,7 +292,7 @@ def test_stop_in_the_middle_of_an_epoch_saves_a_checkpoint(
     assert "Resume with the same fit in run toy" in str(error)
     assert error.checkpoint == str(tmp_path / "run" / "checkpoints" / LAST)
     model, history = _resume_fit(tmp_path / "run")
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -310,7 +302,7 @@ def test_ctrl_c_in_the_last_step_waits_for_the_validation(
     error = _send_signals(monkeypatch, tmp_path / "run", (1, 19), signal.SIGINT)
     assert "in epoch 2 after batch 0 of 20" in str(error)
     model, history = _resume_fit(tmp_path / "run")
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -324,7 +316,7 @@ def test_earlier_stop_signal_stops_the_next_training(
         resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
     monkeypatch.undo()
     model, history = _resume_fit(folder)
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -339,7 +331,7 @@ def test_second_ctrl_c_stops_at_once(
     # The last multiple of four, not step 8 of the epoch.
     assert checkpoint[1]["global_step"] == 2 * 20 + 4
     model, history = _resume_fit(tmp_path / "run")
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
 
@@ -361,6 +353,6 @@ def test_interrupted_fit_without_recorder_keeps_its_checkpoint(
             resumable_model().fit(ToyDataset())
     model = resumable_model()
     model.fit(ToyDataset(), resume=error_info.value.checkpoint)
-    assert _same_weights(_model_weights(model), _model_weights(reference_fit[0]))
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     folders = {p.name for p in tmp_path.glob("qtorch-fit-*")}
     assert folders == {Path(error_info.value.checkpoint or "").parent.name}

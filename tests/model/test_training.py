@@ -8,39 +8,15 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy_training import ToyDataset, ToyRecorder
+from toy_training import ToyDataset, ToyRecorder, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.reweighter import Reweighter
 from qtorch.metrics.loss import MSE
 from qtorch.metrics.signal import calc_ic
-from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.module import ScoreModule
 from qtorch.nn import LSTM, MLP
-
-ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01}
-
-
-def make_model(network=None, **changes) -> LightningModel:
-    trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
-    trainer |= changes.pop("trainer", {})
-    arguments = {
-        "network": network or {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
-        "optimizer": ADAM,
-        "batch": {"size": 64},
-        "checkpoint": {"enabled": False},
-        "seed": 3,
-    }
-    return LightningModel(**{**arguments, **changes}, trainer=trainer)
-
-
-def model_weights(model: LightningModel) -> dict[str, torch.Tensor]:
-    return model.network_.state_dict()
-
-
-def same_weights(first: dict, second: dict) -> bool:
-    return all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.1)])

@@ -22,6 +22,7 @@ from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
 
 NUM_FEATURES = 4
+ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01}
 
 
 class ToyDataset:
@@ -114,13 +115,39 @@ class ToyRecorder:
         return out
 
 
+def make_model(network: Any = None, **changes: Any) -> Any:
+    """Return a small model that is trained without checkpoints."""
+    from qtorch.model.lightning_model import LightningModel
+
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    trainer |= changes.pop("trainer", {})
+    arguments = {
+        "network": network or {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
+        "optimizer": ADAM,
+        "batch": {"size": 64},
+        "checkpoint": {"enabled": False},
+        "seed": 3,
+    }
+    return LightningModel(**{**arguments, **changes}, trainer=trainer)
+
+
+def model_weights(model: Any) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = model.network_.state_dict()
+    return weights
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts have the same names and are bit-identical."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
 def resumable_model(**changes: Any) -> Any:
     """Return a model whose training depends on everything that a checkpoint must save."""
     from qtorch.model.lightning_model import LightningModel
 
     arguments: dict[str, Any] = {
         "network": {"_target_": "qtorch.nn.LSTM", "hidden_size": 8, "dropout": 0.3},
-        "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
+        "optimizer": ADAM,
         "scheduler": {
             "scheduler": {
                 "_target_": "torch.optim.lr_scheduler.StepLR",

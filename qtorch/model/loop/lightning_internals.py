@@ -110,12 +110,13 @@ def unsent_metrics(trainer: pl.Trainer) -> list[tuple[dict[str, float], int]]:
     These are the metrics of the batch or epoch that has just finished.
     """
     connector, epoch_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    is_automatic = trainer.lightning_module.automatic_optimization
+    is_accumulating = is_automatic and epoch_loop._should_accumulate()
+    is_logged = connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
     step = epoch_loop._batches_that_stepped
     if _is_between_epochs(trainer):
         step -= 1
-    elif (trainer.lightning_module.automatic_optimization and epoch_loop._should_accumulate()) or (
-        not connector.should_update_logs and not getattr(trainer, "fast_dev_run", False)
-    ):
+    elif is_accumulating or not is_logged:
         return []
     values = {k: float(v) for k, v in connector.metrics["log"].items()}
     if not values:

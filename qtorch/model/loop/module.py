@@ -150,8 +150,12 @@ class ScoreModule(pl.LightningModule):
         is_unweighted = batch.weight is None and batch.mask is None
         is_complete = is_unweighted and (complete or not isinstance(self.loss, BaseLoss))
         if batch.is_dummy and is_complete:
-            # A dummy batch: no weight, but it keeps the graph so that every rank runs backward.
-            return score.sum() * 0.0, 0
+            # A dummy batch: no weight, but it keeps the graph so that every rank runs backward. Its
+            # weight is a number or a tensor like that of the other ranks, which sum a tensor.
+            weight: Tensor | int = 0
+            if isinstance(self.loss, BaseLoss):
+                weight = self.loss.sums(score, torch.zeros_like(target), complete=True)[1] * 0
+            return score.sum() * 0.0, weight
         if isinstance(self.loss, BaseLoss):
             return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
         if not is_unweighted:
