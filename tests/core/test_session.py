@@ -1,4 +1,4 @@
-"""Session defaults, atomic files, error messages, devices and seeds."""
+"""Session defaults, atomic files, devices and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError, nearest_name, unknown_name_message
+from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write, remove_partial_files
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
@@ -38,14 +38,6 @@ def test_session_context_does_not_affect_other_threads():
     assert session().seed == 1
     with pytest.raises(ConfigError, match="Did you mean 'seed'"), session_context(sead=1):
         pass
-
-
-def test_error_messages_suggest_the_nearest_name():
-    assert nearest_name("LSMT", ["LSTM", "GRU"]) == "LSTM"
-    assert nearest_name("lstm", ["LSTM", "GRU"]) == "LSTM"
-    assert nearest_name("zebra", ["LSTM"]) is None
-    assert "Valid names: none" in unknown_name_message("field", "x", [])
-    assert "(20 in all)" in unknown_name_message("field", "x", [f"f{k}" for k in range(20)])
 
 
 def test_seed_everything_and_resolve_device():
