@@ -379,9 +379,6 @@ def check_page(check: Check) -> None:
                 check.run_command(
                     *["ray", "start", "--head", "--num-cpus", "2", "--include-dashboard=false"]
                 )
-            if "RUN_ID" in command:
-                finished_runs = [r for r in check.runs("debug") if r.status == "FINISHED"]
-                command = command.replace("RUN_ID", str(finished_runs[0].id))
             title = f"`{' '.join(command.split())[:60]}`"
             code = check.run_command("bash", "-c", command)
             if needs_ray:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from forked_command import ForkedCommand, ForkedProcess
+from forked_command import ForkedCommand
+from forked_process import ForkedProcess
 
 BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
