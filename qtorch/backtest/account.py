@@ -140,17 +140,6 @@ class Orders:
         member, instrument = np.nonzero(mask)
         return cls(member, instrument, amount[member, instrument], np.full(len(member), buying))
 
-    @classmethod
-    def between(cls, target: Floats, current: Floats, mask: Bools) -> Self:
-        """Orders that move the amounts `[M, N]` from `current` to `target` within the mask.
-
-        Sales come first.
-        """
-        delta = target - current
-        return cls.from_mask(mask & (delta < 0), -delta, buying=False).append(
-            cls.from_mask(mask & (delta > 0), delta, buying=True)
-        )
-
     def append(self, orders: Orders) -> Self:
         """These orders followed by the other orders."""
         pairs = ((getattr(self, n), getattr(orders, n)) for n in self.__dataclass_fields__)

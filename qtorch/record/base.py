@@ -18,14 +18,16 @@ class Record(Configured, ABC):
     """Computes something from a run's results and stores it in the same run.
 
     Corresponds to Qlib's `RecordTemp` (workflow/record_temp.py). A subclass defines the folder of
-    its artifacts (`artifact_path`), the record it depends on (`depend_cls`), the artifacts it
-    writes (`list`), and whether it compares the scores within a day (`needs_cross_section`: a
-    dataset with one instrument per day is then rejected before the training). Difference from
-    Qlib: a missing dependency raises RecordError; Qlib logs a warning and continues.
+    its artifacts (`artifact_path`), the record it depends on (`depend_cls`) and what it reads of
+    that (`input_artifacts`), the artifacts it writes (`list`), and whether it compares the scores
+    within a day (`needs_cross_section`: a dataset with one instrument per day is then rejected
+    before the training). Difference from Qlib: a missing dependency raises RecordError; Qlib logs
+    a warning and continues.
     """
 
     artifact_path: ClassVar[str | None] = None
     depend_cls: ClassVar[type[Record] | None] = None
+    input_artifacts: ClassVar[tuple[str, ...]] = ()
     needs_cross_section: ClassVar[bool] = False
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -80,16 +82,16 @@ class Record(Configured, ABC):
 
         `include_self` checks what this record writes, `parents` what it depends on.
         """
-        missing = [self.get_path(n) for n in self.list()] if include_self else []
+        paths = [self.get_path(n) for n in self.list()] if include_self else []
         if parents and self.depend_cls is not None:
-            missing += [self.depend_cls.get_path(n) for n in self._input_artifacts()]
-        missing = [path for path in missing if not self._has_artifact(path)]
+            paths += [self.depend_cls.get_path(n) for n in self.input_artifacts]
+        missing = [path for path in paths if not self._has_artifact(path)]
         if missing:
             raise RecordError(self._missing_text(missing))
 
-    def _input_artifacts(self) -> Names:
-        """Return the artifacts of `depend_cls` that this record reads."""
-        return []
+    def _is_complete(self) -> bool:
+        """Whether all artifacts that this record writes exist."""
+        return all(self._has_artifact(self.get_path(name)) for name in self.list())
 
     def _has_artifact(self, path: str) -> bool:
         folder, _, _ = path.rpartition("/")

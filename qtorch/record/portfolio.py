@@ -46,6 +46,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     },
 }
 _PARTS = ("strategy", "executor", "backtest")
+_PASS_FIGURES = ("annualized_return", "information_ratio")
 
 
 class PortAnaRecord(Record):
@@ -73,6 +74,7 @@ class PortAnaRecord(Record):
 
     artifact_path: ClassVar[str | None] = "portfolio_analysis"
     depend_cls: ClassVar[type[Record] | None] = SignalRecord
+    input_artifacts: ClassVar[tuple[str, ...]] = ("pred.pkl",)
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class PortAnaRecord(Record):
 
     def generate(self) -> dict[str, Any] | None:
         """Backtest, store and log; return the stored objects, or None if skipped."""
-        if self.skip_existing and all(self._has_artifact(self.get_path(n)) for n in self.list()):
+        if self.skip_existing and self._is_complete():
             log.info("skipped %s: its artifacts exist", self.artifact_path)
             return None
         self.check()
@@ -117,9 +119,6 @@ class PortAnaRecord(Record):
         names = [f"{kind}_normal_{self.freq}.pkl" for kind in ("report", "positions", "indicators")]
         names += [f"port_analysis_{freq}.pkl" for freq in self.risk_freqs]
         return names + [f"indicator_analysis_{freq}.pkl" for freq in self.indicator_freqs]
-
-    def _input_artifacts(self) -> Names:
-        return ["pred.pkl"]
 
     # -- the backtest ----------------------------------------------------------------------------
 
@@ -214,10 +213,12 @@ class PortAnaRecord(Record):
 def analyze_risk(report: pd.DataFrame, freq: str) -> pd.DataFrame:
     """Analyse the risk of a report's excess returns over the benchmark, without and with cost.
 
-    Without a benchmark the returns themselves are analysed. Both tables are concatenated."""
-    is_without_benchmark = report["bench"].isna().all()
-    returns = report["return"] if is_without_benchmark else report["return"] - report["bench"]
-    name = "return" if is_without_benchmark else "excess_return"
+    Without a benchmark the returns themselves are analysed. Both tables are concatenated.
+    """
+    if report["bench"].isna().all():
+        name, returns = "return", report["return"]
+    else:
+        name, returns = "excess_return", report["return"] - report["bench"]
     return pd.concat(
         {
             f"{name}_without_cost": risk_analysis(returns, freq=freq),
@@ -242,9 +243,6 @@ def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str:
     return str((settings.get("exchange_kwargs") or {}).get("freq", "day"))
 
 
-_FIGURES = ("annualized_return", "information_ratio")
-
-
 class MultiPassPortAnaRecord(PortAnaRecord):
     """Runs `pass_num` backtests with random initial portfolios; records mean and std of the risk.
 
@@ -255,8 +253,6 @@ class MultiPassPortAnaRecord(PortAnaRecord):
     `mean.excess_return_with_cost.annualized_return`. The strategy's signal must be `<PRED>`.
     Corresponds to Qlib's MultiPassPortAnaRecord.
     """
-
-    artifact_path: ClassVar[str | None] = "portfolio_analysis"
 
     def __init__(
         self,
@@ -280,7 +276,7 @@ class MultiPassPortAnaRecord(PortAnaRecord):
         self.pass_num, self.shuffle_init_score, self.seed = pass_num, shuffle_init_score, seed
 
     def generate(self) -> dict[str, Any] | None:
-        if self.skip_existing and all(self._has_artifact(self.get_path(n)) for n in self.list()):
+        if self.skip_existing and self._is_complete():
             log.info("skipped the passes: their artifacts exist")
             return None
         self.check()
@@ -290,7 +286,7 @@ class MultiPassPortAnaRecord(PortAnaRecord):
         for freq in self.risk_freqs:
             risks = [self._analyze(member)[0][f"port_analysis_{freq}.pkl"] for member in result]
             figures = pd.concat([risk["risk"] for risk in risks], axis=1)
-            figures = figures[figures.index.get_level_values(1).isin(_FIGURES)]
+            figures = figures[figures.index.get_level_values(1).isin(_PASS_FIGURES)]
             statistics = pd.DataFrame({"mean": figures.mean(axis=1), "std": figures.std(axis=1)})
             statistics["mean_std"] = statistics["mean"] / statistics["std"].where(
                 statistics["std"] > 0

@@ -1,4 +1,4 @@
-"""SignalRecord: the scores of the test segment and their raw label."""
+"""Records of a signal: its scores and label, their correlation (IC) and long-short returns."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from qtorch.tracking.recorder import Recorder
 log = logging.getLogger(__name__)
 
 SCORE = "score"
+CHART = "ic.png"
+_HF_SERIES = ("ic", "ric", "long_pre", "short_pre", "long_short_r", "long_avg_r")
 
 
 class SignalRecord(Record):
@@ -87,7 +89,15 @@ def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
     return as_frame(label)
 
 
-CHART = "ic.png"
+def select_label(label: pd.DataFrame, position: int) -> pd.Series:
+    """Return one of several label columns; RecordError if there is no such column."""
+    if not -label.shape[1] <= position < label.shape[1]:
+        raise RecordError(
+            f"label_col={position}, but the label has {label.shape[1]} columns: "
+            f"{list(map(str, label.columns))}."
+        )
+    column: pd.Series = label.iloc[:, position]
+    return column
 
 
 class SigAnaRecord(Record):
@@ -102,6 +112,7 @@ class SigAnaRecord(Record):
 
     artifact_path: ClassVar[str | None] = "sig_analysis"
     depend_cls: ClassVar[type[Record] | None] = SignalRecord
+    input_artifacts: ClassVar[tuple[str, ...]] = ("pred.pkl", "label.pkl")
     needs_cross_section: ClassVar[bool] = True
 
     def __init__(
@@ -120,11 +131,12 @@ class SigAnaRecord(Record):
 
     def generate(self) -> dict[str, pd.Series] | None:
         """Compute, store and log; return the series, or None if skipped."""
-        if self.skip_existing and all(self._has_artifact(self.get_path(n)) for n in self.list()):
-            log.info("skipped sig_analysis: its artifacts exist")
+        if self.skip_existing and self._is_complete():
+            log.info("skipped %s: its artifacts exist", self.artifact_path)
             return None
         self.check()
-        score, label = self.load("pred.pkl").iloc[:, 0], self._label()
+        score = self.load("pred.pkl").iloc[:, 0]
+        label = select_label(self.load("label.pkl"), self.label_col)
         ic, rank_ic = calc_ic(score, label)
         if ic.isna().all():
             raise RecordError(
@@ -147,19 +159,6 @@ class SigAnaRecord(Record):
     def list(self) -> Names:
         long_short = ["long_short_r.pkl", "long_avg_r.pkl"] if self.ana_long_short else []
         return ["ic.pkl", "ric.pkl", *long_short]
-
-    def _input_artifacts(self) -> Names:
-        return ["pred.pkl", "label.pkl"]
-
-    def _label(self) -> pd.Series:
-        label = self.load("label.pkl")
-        if not -label.shape[1] <= self.label_col < label.shape[1]:
-            raise RecordError(
-                f"SigAnaRecord: label_col={self.label_col}, but label.pkl has {label.shape[1]} "
-                f"columns: {list(map(str, label.columns))}."
-            )
-        column: pd.Series = label.iloc[:, self.label_col]
-        return column
 
     def _save_chart(self, ic: pd.Series, rank_ic: pd.Series) -> None:
         figure = ic_chart(ic, rank_ic)
@@ -197,8 +196,6 @@ class SegmentICRecord(Record):
     is the largest. The scores of the test segment are read from `pred.pkl` if the run has it.
     """
 
-    artifact_path: ClassVar[str | None] = None
-
     def __init__(
         self,
         model: Any = None,
@@ -218,7 +215,7 @@ class SegmentICRecord(Record):
         dataset_segments = getattr(self.dataset, "segments", {})
         metrics: dict[str, float] = {}
         for segment in (s for s in self.segments if s in dataset_segments):
-            label = raw_label(self.dataset, segment).iloc[:, self.label_col]
+            label = select_label(raw_label(self.dataset, segment), self.label_col)
             ic, rank_ic = calc_ic(self._scores(segment).iloc[:, 0], label)
             metrics |= {f"{segment}.{k}": v for k, v in ic_figures(ic, rank_ic).items()}
         metrics = finite_metrics(metrics)
@@ -234,9 +231,6 @@ class SegmentICRecord(Record):
         return as_frame(self.model.predict(self.dataset, segment))
 
 
-_NAMES = ("ic", "ric", "long_pre", "short_pre", "long_short_r", "long_avg_r")
-
-
 class HFSignalRecord(Record):
     """Evaluates `pred.pkl` against `label.pkl` bar by bar; writes to `hg_sig_analysis/`.
 
@@ -248,11 +242,12 @@ class HFSignalRecord(Record):
 
     artifact_path: ClassVar[str | None] = "hg_sig_analysis"
     depend_cls: ClassVar[type[Record] | None] = SignalRecord
+    input_artifacts: ClassVar[tuple[str, ...]] = ("pred.pkl", "label.pkl")
 
     def generate(self) -> dict[str, Any]:
         """Compute, store and log; return the series."""
         self.check()
-        score, label = (self.load(name).iloc[:, 0] for name in self._input_artifacts())
+        score, label = (self.load(name).iloc[:, 0] for name in self.input_artifacts)
         ic, rank_ic = calc_ic(score, label)
         precision = calc_long_short_prec(score, label, is_alpha=True)
         long_short, average = calc_long_short_return(score, label)
@@ -263,13 +258,10 @@ class HFSignalRecord(Record):
             "Long-Short Average Sharpe": mean_over_std(long_short),
         }
         series = (ic, rank_ic, *precision, long_short, average)
-        objects = {f"{n}.pkl": s for n, s in zip(_NAMES, series, strict=True)}
+        objects = {f"{n}.pkl": s for n, s in zip(_HF_SERIES, series, strict=True)}
         self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**objects)
         return objects
 
     def list(self) -> Names:
-        return [f"{name}.pkl" for name in _NAMES]
-
-    def _input_artifacts(self) -> Names:
-        return ["pred.pkl", "label.pkl"]
+        return [f"{name}.pkl" for name in _HF_SERIES]

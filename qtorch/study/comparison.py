@@ -32,7 +32,7 @@ from qtorch.tracking.recorder import Recorder
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
 LONG_SHORT = "half of (top quintile − bottom quintile by score), before costs"
-MAX_NAME_PARAMS = 3  # shown in a group's name
+MAX_NAME_PARAMS, MAX_VALUE_LENGTH = 3, 24  # shown in a group's name
 SERIES_TITLES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily return"}
 
 
@@ -184,12 +184,10 @@ def differing_params(groups: Sequence[RunGroup]) -> dict[str, list[str]]:
 def _setting_params(params: Mapping[str, str]) -> dict[str, str]:
     """The params that define a run's setting: no seed, command line or environment variables."""
     return {
-        k: v for k, v in params.items() if k not in SEED_PARAMS and not _is_environment_param(k)
+        k: v
+        for k, v in params.items()
+        if k not in (*SEED_PARAMS, COMMAND_PARAM) and not k.startswith("QTORCH_")
     }
-
-
-def _is_environment_param(key: str) -> bool:
-    return key == COMMAND_PARAM or key.startswith("QTORCH_")
 
 
 def _group_names(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -202,7 +200,7 @@ def _group_names(settings: Sequence[Mapping[str, str]]) -> list[str]:
     for model, setting in zip(models, settings, strict=True):
         parts = [model] if len(set(models)) > 1 or not varying_params else []
         parts += [
-            f"{k.rpartition('.')[2]}={_shorten(setting[k])}"
+            f"{k.rpartition('.')[2]}={shorten(setting[k], MAX_VALUE_LENGTH)}"
             for k in varying_params[:MAX_NAME_PARAMS]
         ]
         names.append(", ".join(parts))
@@ -218,8 +216,9 @@ def _is_class_param(key: str) -> bool:
     return key.endswith(("._target_", ".class", ".module_path"))
 
 
-def _shorten(value: str) -> str:
-    return value if len(value) <= 24 else value[:23] + "…"
+def shorten(text: str, length: int) -> str:
+    """Return a text with at most that many characters, the last of them "…" if it was longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _daily_returns(

@@ -17,8 +17,6 @@ from qtorch.record.report.portfolio_charts import (
     concentration_chart,
     drawdown_chart,
     excess_chart,
-    learning_chart,
-    learning_curves,
     return_chart,
     turnover_chart,
 )
@@ -31,6 +29,7 @@ from qtorch.record.report.signal_charts import (
     rolling_ic_chart,
     spread_chart,
 )
+from qtorch.record.report.training_charts import learning_chart, learning_curves
 from qtorch.study.comparison_page import curves_chart, dots_chart
 
 DAYS = pd.bdate_range("2019-06-03", periods=320, name="datetime")

@@ -1,1 +1,1 @@
-"""The report page: results, charts, sections, HTML."""
+"""The report page of a run: its results, charts and HTML templates."""

@@ -19,8 +19,6 @@ from qtorch.record.report.portfolio_charts import (
     concentration_chart,
     drawdown_chart,
     excess_chart,
-    learning_chart,
-    learning_curves,
     return_chart,
     turnover_chart,
 )
@@ -47,6 +45,7 @@ from qtorch.record.report.signal_charts import (
     rolling_ic_chart,
     spread_chart,
 )
+from qtorch.record.report.training_charts import learning_chart, learning_curves
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,14 @@ from qtorch.metrics.portfolio import (
 )
 from qtorch.metrics.signal import ic_decay, quantile_returns, score_autocorrelation
 from qtorch.metrics.significance import deflated_sharpe
+from qtorch.record.signal import select_label
 from qtorch.tracking.recorder import Recorder
 
 Histories: TypeAlias = Mapping[str, Mapping[int, float]]
 TRAINING_PREFIXES = ("train/", "valid/")  # prefixes of the metrics that the training logs by epoch
 
 PORTFOLIO = "portfolio_analysis"
+PREFIX = "report."  # of the metrics that the report logs
 _REPORT = re.compile(rf"{PORTFOLIO}/report_normal_(.+)\.pkl")
 
 
@@ -64,7 +66,7 @@ def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
     return RunResults(
         recorder=recorder,
         score=None if score is None else score.iloc[:, 0],
-        label=None if label is None else _column(label, label_col),
+        label=None if label is None else select_label(label, label_col),
         ic=_load_if_present(recorder, "sig_analysis/ic.pkl"),
         rank_ic=_load_if_present(recorder, "sig_analysis/ric.pkl"),
         report=_load_if_present(recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"),
@@ -166,19 +168,6 @@ def _load_if_present(recorder: Recorder, name: str) -> Any:
         raise RecordError(f"the report cannot read {name} of run {recorder.id}: {error}") from error
 
 
-def _column(label: pd.DataFrame, position: int) -> pd.Series:
-    if not -label.shape[1] <= position < label.shape[1]:
-        raise RecordError(
-            f"label_col={position}, but label.pkl has {label.shape[1]} columns: "
-            f"{list(map(str, label.columns))}."
-        )
-    column: pd.Series = label.iloc[:, position]
-    return column
-
-
-PREFIX = "report."
-
-
 @dataclass(frozen=True)
 class SignalTables:
     """IC by horizon, return by day and score quantile, score autocorrelation by lag and day."""
@@ -266,13 +255,8 @@ def portfolio_numbers(
         numbers["probabilistic_sharpe"] = sharpe.probability
     if weight is not None:
         means = concentration_table(weight, report).mean()
-        numbers |= {
-            "num_positions": means["num_positions"],
-            "largest_weight": means["largest_weight"],
-            "herfindahl": means["herfindahl"],
-            "effective_positions": means["effective_positions"],
-            "cash_share": means["cash"],
-        }
+        names = ("num_positions", "largest_weight", "herfindahl", "effective_positions")
+        numbers |= {name: means[name] for name in names} | {"cash_share": means["cash"]}
     return _add_prefix(numbers)
 
 

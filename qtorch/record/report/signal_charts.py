@@ -31,6 +31,10 @@ from qtorch.record.report.chart_style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MIDDLE_COLOUR = "#9aa3ad"
+MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
+
 
 def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Figure:
     """Draw daily IC with its rolling mean, cumulative IC and Rank IC, and the histogram of both.
@@ -107,11 +111,6 @@ def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
 
 def _span(ic: pd.Series) -> str:
     return f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
-
-
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-MIDDLE_COLOUR = "#9aa3ad"
-MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
 
 
 def rolling_ic_chart(ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> Figure:
