@@ -11,9 +11,8 @@ from test_own_steps import METHODS, NUM_LABELS, make_method_model
 from toy_training import ToyDataset, model_weights, same_weights
 
 from qtorch.model.lightning_model import LightningModel
+from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.scoring import score_series
-from qtorch.model.methods.tra import with_error_memory
-from qtorch.nn import TRA
 from qtorch.nn.lora import LoRA, use_effective_weights
 from qtorch.nn.recurrent import GRULayers
 
@@ -46,10 +45,9 @@ def test_merged_weights_give_the_scores_of_the_lora_network(name: str) -> None:
     assert isinstance(recorder.lora, LoRA)
     assert type(network) is type(recorder.lora.network)
     samples = model.input_schema_.match_features(data.samples("test"))
-    if isinstance(network, TRA):
-        samples = with_error_memory(
-            network, samples, lambda dates: model._load_past_samples(data, dates)
-        )
+    samples = get_module_class(model.module).prepare_prediction(
+        network, samples, lambda dates: model._load_labeled_samples(data, dates)
+    )
     scores = [
         score_series(n.eval(), samples, device=torch.device("cpu"), batch_size=64)
         for n in (recorder.lora, network)

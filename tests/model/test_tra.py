@@ -9,7 +9,7 @@ from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batches import BatchLoader
-from qtorch.model.methods.tra import ErrorMemory, with_error_memory
+from qtorch.model.methods.tra import ErrorMemory, TRAModule
 from qtorch.nn.temporal.tra import TRA, minmax, sinkhorn
 
 LOOKBACK, HORIZON = 4, 2
@@ -26,7 +26,9 @@ def past_samples_loader(dataset: ToyDataset):
 
 
 def test_memory_has_the_errors_of_days_with_known_labels(dataset: ToyDataset, network: TRA) -> None:
-    samples = with_error_memory(network, dataset.samples("test"), past_samples_loader(dataset))
+    samples = TRAModule.prepare_prediction(
+        network, dataset.samples("test"), past_samples_loader(dataset)
+    )
     all_samples = dataset.samples(slice(None), data_key="learn")
     rows = {
         (d, i): k
@@ -62,11 +64,12 @@ def test_unknown_labels_do_not_change_scores(network: TRA) -> None:
     before, after = (model.predict(d, slice(days[48], days[-1])) for d in (first, second))
     dates = before.index.get_level_values("datetime")
     assert before[dates <= prediction_date].equals(after[dates <= prediction_date])
-    memories = [
-        with_error_memory(network, d.samples("test"), past_samples_loader(d)).extras["errors"]
+    prepared_samples = [
+        TRAModule.prepare_prediction(network, d.samples("test"), past_samples_loader(d))
         for d in (first, second)
     ]
-    assert not torch.equal(memories[0].values, memories[1].values)
+    first_memory, second_memory = (samples.extras["errors"] for samples in prepared_samples)
+    assert not torch.equal(first_memory.values, second_memory.values)
 
 
 def test_predictions_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:

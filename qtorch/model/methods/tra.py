@@ -102,26 +102,6 @@ def prediction_errors(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor
     return error.sum(-1) / has_label.sum(-1).clamp(min=1)[:, None], has_label.any(-1)
 
 
-def with_error_memory(
-    network: TRA, samples: Samples, load_samples: Callable[[slice], Samples]
-) -> Samples:
-    """Add an extra "errors" to the samples: the past errors of the network.
-
-    `load_samples` returns the samples of a slice of dates, with labels as in training.
-    """
-    memory = ErrorMemory(network, samples)
-    first, last = samples.calendar[max(memory.start, 0)], samples.calendar[memory.end - 1]
-    try:
-        past = load_samples(slice(first, last))
-    except DataError as error:
-        past = None
-        log.warning("TRA predicts without past errors: %s", error)
-    if past is not None and past.target is not None:
-        memory.record_errors(network, past.to(samples.device))
-    samples.extras = {**samples.extras, "errors": memory}
-    return samples
-
-
 class TRAModule(ScoreModule):
     """A ScoreModule that adds to the routed predictions' loss `lamb` times a router loss.
 
@@ -171,9 +151,19 @@ class TRAModule(ScoreModule):
     def prepare_prediction(
         cls, network: nn.Module, samples: Samples, load_labeled: Callable[[slice], Samples]
     ) -> Samples:
-        """Add the past errors that the samples may use."""
+        """Add an extra "errors" to the samples: the past errors of the network."""
         assert isinstance(network, TRA), "fit has checked the network"
-        return with_error_memory(network, samples, load_labeled)
+        memory = ErrorMemory(network, samples)
+        first, last = samples.calendar[max(memory.start, 0)], samples.calendar[memory.end - 1]
+        try:
+            past = load_labeled(slice(first, last))
+        except DataError as error:
+            past = None
+            log.warning("TRA predicts without past errors: %s", error)
+        if past is not None and past.target is not None:
+            memory.record_errors(network, past.to(samples.device))
+        samples.extras = {**samples.extras, "errors": memory}
+        return samples
 
     def bind(self, train: Samples, valid: Samples | None) -> None:
         network = self.require_network(TRA)
