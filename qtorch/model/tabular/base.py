@@ -16,7 +16,7 @@ from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
-from qtorch.data.panel.infinite import check_processed
+from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.model.base import SCORE, Model
 from qtorch.model.input_schema import InputSchema, check_labels
 
@@ -131,5 +131,5 @@ def _matrix(samples: Samples, names: Sequence[str]) -> np.ndarray:
     """Return `[S, F]` of the features `names`, each column contiguous."""
     input_schema = InputSchema(tuple(names), samples.num_features, samples.num_steps)
     x: np.ndarray = input_schema.match_features(samples).rows().cpu().numpy()
-    check_processed(names, (bool(np.isinf(column).any()) for column in x.T), "features")
+    check_processed_columns(names, (bool(np.isinf(column).any()) for column in x.T), "features")
     return x
