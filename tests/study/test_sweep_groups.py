@@ -9,7 +9,7 @@ import pytest
 
 from qtorch.core.errors import ConfigError
 from qtorch.study.sweep import (
-    SweepJob,
+    JobResult,
     best_group,
     best_job,
     choose_metric,
@@ -30,7 +30,9 @@ TASK = {
 def make_job(number, setting, seed, ic, status="FINISHED"):
     overrides = ["debug=tiny", f"model={setting}", f"seed={seed}"]
     metrics = {} if ic is None else {"test.Rank IC": ic, "valid/loss": 1 - ic}
-    return SweepJob(number, overrides, status, f"run{number}", metrics, 1.0, setting)
+    return JobResult(
+        number, overrides, status, 1.0, f"run{number}", metrics=metrics, setting=setting
+    )
 
 
 JOBS = [
