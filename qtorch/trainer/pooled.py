@@ -75,17 +75,6 @@ class TrainerRM(TrainerR):
         """Whether other processes can share the work by calling `worker`."""
         return True
 
-    def train(
-        self,
-        tasks: Task | Sequence[Task],
-        train_func: TrainFunction | None = None,
-        experiment_name: str | None = None,
-    ) -> list[Recorder]:
-        """Submit all tasks, wait until they are done, and return the recorders in task order."""
-        name = experiment_name or self.experiment_name
-        function = train_func or self.train_func
-        return self._train(tasks, function, name, TaskManager.STATUS_DONE)
-
     def worker(
         self, train_func: TrainFunction | None = None, experiment_name: str | None = None
     ) -> bool:
@@ -106,30 +95,24 @@ class TrainerRM(TrainerR):
         return TaskManager(pool, self.url, lease=self.lease)
 
     def _train(
-        self,
-        tasks: Task | Sequence[Task],
-        function: TrainFunction,
-        name: str | None,
-        after: str,
-        *,
-        skip_run_task: bool | None = None,
+        self, tasks: Sequence[Task], function: TrainFunction, name: str | None
     ) -> list[Recorder]:
-        task_list = as_list(tasks, Mapping)
-        if not task_list:
+        """Submit all tasks and wait until they are done, or prepared if the trainer is delayed."""
+        if not tasks:
             return []
         manager = self.manager(name)
-        ids_or_runs = self._submit_tasks(manager, task_list, name)
+        ids_or_runs = self._submit_tasks(manager, tasks, name)
         ids = [s for s in ids_or_runs if isinstance(s, str)]
         before = manager.STATUS_WAITING
-        self._complete_tasks(
-            manager, ids, function, name, before, after, skip_run_task=skip_run_task
-        )
+        after = manager.STATUS_PART_DONE if self.delay else manager.STATUS_DONE
+        # A delayed trainer prepares the runs in this process.
+        skip_run_task = self.skip_run_task and not self.delay
+        self._complete_tasks(manager, ids, function, name, before, after, skip_run_task)
         recorders_by_id = self._load_recorders(manager, ids, name)
         recorders = [recorders_by_id[s] if isinstance(s, str) else s for s in ids_or_runs]
         for item, recorder in zip(ids_or_runs, recorders, strict=True):
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: item})
-        log_failures(recorders)
         return recorders
 
     def _submit_tasks(
@@ -142,12 +125,10 @@ class TrainerRM(TrainerR):
                 definitions.append(pool_definition(task, name, self.default_rec_name))
             except ConfigError as error:
                 definitions.append(error)
-        for definition in definitions:
-            if not isinstance(definition, ConfigError):
-                encode_definition(
-                    definition
-                )  # raises for live objects before any task is submitted
-        ids = iter(manager.create_task([d for d in definitions if not isinstance(d, ConfigError)]))
+        valid_definitions = [d for d in definitions if not isinstance(d, ConfigError)]
+        for definition in valid_definitions:
+            encode_definition(definition)  # raises for live objects before any task is submitted
+        ids = iter(manager.create_task(valid_definitions))
         return [
             create_failed_run(name, d, self.default_rec_name)
             if isinstance(d, ConfigError)
@@ -163,8 +144,7 @@ class TrainerRM(TrainerR):
         name: str | None,
         before: str,
         after: str,
-        *,
-        skip_run_task: bool | None = None,
+        skip_run_task: bool,
     ) -> None:
         """Work on the tasks, or wait for other workers, until each has the status `after`.
 
@@ -174,14 +154,13 @@ class TrainerRM(TrainerR):
             return
         query = {"_id": {"$in": list(ids)}}
         final_statuses = {after, manager.STATUS_DONE, manager.STATUS_FAILED}
-        skip_run = self.skip_run_task if skip_run_task is None else skip_run_task
         while True:
-            if not skip_run:
+            if not skip_run_task:
                 self._run_tasks(function, name, before, after, query)
             try:
                 manager.wait(
                     query,
-                    timeout=None if skip_run else POLL_SECONDS,
+                    timeout=None if skip_run_task else POLL_SECONDS,
                     final_statuses=list(final_statuses),
                 )
                 return
@@ -241,6 +220,7 @@ class DelayTrainerRM(TrainerRM):
     """Prepares the runs in this process in `train`; the pool's workers fit them in `end_train`.
 
     In between the tasks have the status `part_done`, and workers may already start on them.
+    `options` are the keyword arguments of TrainerRM: `url`, `lease`, `hang_after`, `force_release`.
     """
 
     delay = True
@@ -253,35 +233,12 @@ class DelayTrainerRM(TrainerRM):
         end_train_func: TrainFunction = end_task_train,
         skip_run_task: bool = False,
         default_rec_name: str | None = None,
-        *,
-        url: str | None = None,
-        lease: float = LEASE_SECONDS,
-        hang_after: float | None = HANG_SECONDS,
-        force_release: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(
-            experiment_name,
-            task_pool,
-            train_func,
-            skip_run_task,
-            default_rec_name,
-            url=url,
-            lease=lease,
-            hang_after=hang_after,
-            force_release=force_release,
+            experiment_name, task_pool, train_func, skip_run_task, default_rec_name, **options
         )
         self.end_train_func = end_train_func
-
-    def train(
-        self,
-        tasks: Task | Sequence[Task],
-        train_func: TrainFunction | None = None,
-        experiment_name: str | None = None,
-    ) -> list[Recorder]:
-        """Submit all tasks and prepare their runs in this process."""
-        name = experiment_name or self.experiment_name
-        function, after = train_func or self.train_func, TaskManager.STATUS_PART_DONE
-        return self._train(tasks, function, name, after, skip_run_task=False)
 
     def end_train(
         self,
@@ -300,8 +257,10 @@ class DelayTrainerRM(TrainerRM):
         manager = self.manager(name)
         ids = [r.list_tags().get(self.TM_ID) for r in recorders]
         task_ids = [i for i in ids if i is not None]
-        function, status_before = end_train_func or self.end_train_func, manager.STATUS_PART_DONE
-        self._complete_tasks(manager, task_ids, function, name, status_before, manager.STATUS_DONE)
+        function, before = end_train_func or self.end_train_func, manager.STATUS_PART_DONE
+        self._complete_tasks(
+            manager, task_ids, function, name, before, manager.STATUS_DONE, self.skip_run_task
+        )
         recorders_by_id = self._load_recorders(manager, task_ids, name)
         results = [
             r if i is None else recorders_by_id[i] for r, i in zip(recorders, ids, strict=True)

@@ -17,7 +17,10 @@ from qtorch.trainer.failure import collect_started_runs, error_summary, get_erro
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 from qtorch.trainer.subprocess_tasks import Isolation
 
+log = logging.getLogger(__name__)
+
 Task = Mapping[str, Any]
+TrainFunction = Callable[..., Recorder]
 
 
 class Trainer(ABC):
@@ -56,16 +59,6 @@ class Trainer(ABC):
         )
 
 
-def as_list(items: Any, single: type) -> list[Any]:
-    """Return the items as a list; a single item becomes a list of one."""
-    return [items] if isinstance(items, single) else list(items)
-
-
-log = logging.getLogger(__name__)
-
-TrainFunction = Callable[..., Recorder]
-
-
 class TrainerR(Trainer):
     """Trains tasks one after another, each in its own run.
 
@@ -102,17 +95,8 @@ class TrainerR(Trainer):
         experiment_name: str | None = None,
     ) -> list[Recorder]:
         """Train all tasks; return the recorders in task order, failed ones with status FAILED."""
-        name = experiment_name or self.experiment_name
-        function = train_func or self.train_func
-        recorders = []
-        with self._open_caller() as call:
-            for task in progress(as_list(tasks, Mapping), "train tasks"):
-                recorder = self._run(
-                    call, function, task, name, recorder_name=self.default_rec_name
-                )
-                if recorder.status != Recorder.STATUS_FA:
-                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
-                recorders.append(recorder)
+        function, name = train_func or self.train_func, experiment_name or self.experiment_name
+        recorders = self._train(as_list(tasks, Mapping), function, name)
         log_failures(recorders)
         return recorders
 
@@ -122,6 +106,20 @@ class TrainerR(Trainer):
         for recorder in recorders:
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
+        return recorders
+
+    def _train(
+        self, tasks: Sequence[Task], function: TrainFunction, name: str | None
+    ) -> list[Recorder]:
+        recorders = []
+        with self._open_caller() as call:
+            for task in progress(tasks, "train tasks"):
+                recorder = self._run(
+                    call, function, task, name, recorder_name=self.default_rec_name
+                )
+                if recorder.status != Recorder.STATUS_FA:
+                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
+                recorders.append(recorder)
         return recorders
 
     def _open_caller(self) -> AbstractContextManager[Callable[..., Recorder]]:
@@ -217,3 +215,8 @@ def log_failures(recorders: Sequence[Recorder]) -> None:
     if failed_runs:
         lines = "".join(f"\n  run {r.id}: {get_error(r)}" for r in failed_runs)
         log.warning("%d of %d tasks failed:%s", len(failed_runs), len(recorders), lines)
+
+
+def as_list(items: Any, single: type) -> list[Any]:
+    """Return the items as a list; a single item becomes a list of one."""
+    return [items] if isinstance(items, single) else list(items)
