@@ -40,12 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start each test with qtorch's defaults, whatever another test has set."""
     from qtorch.core import session
-    from qtorch.process.stops import stop_state
+    from qtorch.process.stops import received_signals
     from qtorch.tracking.recorder import remove_running, running_recorders
 
     monkeypatch.setattr(session, "_process", session.Session())
     yield
-    stop_state.clear()
+    received_signals.clear()
     # A run left open by this test must not leak into the next one.
     for recorder in running_recorders():
         remove_running(recorder)
@@ -81,9 +81,9 @@ def isolate_tracking(template_cache: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[Any]:
     """A fork server for the test session, which imports everything once."""
-    from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
+    from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer
 
-    server = ForkServerClient(*TRAINING_MODULES, "qtorch.cli.jobs.work")
+    server = ForkServer("qtorch.cli.jobs.work", TRAINING_PRELOAD)
     yield server
     server.close()
 
@@ -92,23 +92,11 @@ def fork_server() -> Iterator[Any]:
 def session_fork_server(fork_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the child processes of jobs and tasks from the session's fork server."""
 
-    class Shared:
-        address, is_stopped, is_busy, is_open = fork_server.address, False, False, True
-        call = fork_server.call
+    class SharedServer(dict[Any, Any]):
+        def setdefault(self, modules: Any, default: Any = None) -> Any:
+            return fork_server
 
-        def __init__(self, *modules: str) -> None:
-            type(self).is_open = True
-
-        def close(self) -> None:
-            type(self).is_open = False
-
-    from qtorch.cli.jobs import sweep_command as sweep_start
-    from qtorch.cli.jobs import work as isolation
-    from qtorch.trainer import subprocess_tasks as isolated
-
-    for module in (sweep_start, isolation, isolated):
-        monkeypatch.setattr(module, "ForkServerClient", Shared)
-    monkeypatch.setattr(isolation, "_fork_servers", [])
+    monkeypatch.setattr("qtorch.process.fork_server._servers", SharedServer())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

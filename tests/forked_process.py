@@ -1,4 +1,4 @@
-"""Real processes without import time: forks of the test process, which are used like Popen."""
+"""Real processes without import time: forked from the test process, and used like Popen."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import util
+
+import qtorch.trainer.preload  # noqa: F401  # so that no forked fork server has to import it
+from qtorch.process import fork_server
+
+start_program = util.spawnv_passfds
 
 
 class ForkedProcess:
@@ -54,3 +62,37 @@ class ForkedProcess:
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
+
+
+def fork_servers_in_place(prepare: Callable[[], None] = lambda: None) -> None:
+    """Fork this process's fork servers from it; `prepare` is called in each of them.
+
+    Replaces the function with which `multiprocessing` starts them, until `start_servers_as_usual`.
+    """
+
+    def start(path: bytes, arguments: Sequence[str | bytes], descriptors: Sequence[int]) -> int:
+        code = os.fsdecode(arguments[-1])
+        if "multiprocessing.forkserver" not in code:
+            return start_program(path, arguments, descriptors)
+
+        def serve() -> None:
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2 and int(name) not in descriptors:
+                    with suppress(OSError):
+                        os.close(int(name))
+            fork_server._start_lock = threading.Lock()  # it is held by the thread that forks
+            prepare()
+            with suppress(SystemExit):
+                exec(code, {})
+
+        return ForkedProcess(serve).pid
+
+    fork_server._servers = {}
+    util.spawnv_passfds = start
+
+
+def start_servers_as_usual() -> None:
+    """Undo `fork_servers_in_place` and end the servers that it has started."""
+    fork_server.close_fork_servers()
+    fork_server._servers = {}
+    util.spawnv_passfds = start_program

@@ -8,18 +8,15 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from qtorch.core.errors import QtorchError
 from qtorch.core.runtime import configure_logging
 from qtorch.core.session import init
-from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
+from qtorch.process.stops import StopSignals
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
 INTERRUPTED = 130
@@ -107,37 +104,17 @@ def _find_qtorch_error(error: BaseException) -> BaseException:
 
 @contextmanager
 def handle_stop_signals() -> Iterator[None]:
-    """Stop the work in an orderly way on the first Ctrl-C, and immediately on the second.
+    """Stop the work in an orderly way on the first stop signal, at once on a second Ctrl-C.
 
-    A scheduler's signals (SIGTERM, SIGUSR1) stop it in an orderly way too. Outside the main thread
-    this does nothing.
+    Outside the main thread this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def exit_immediately() -> None:
+        print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    with StopSignals(stop, exit_immediately):
         yield
-        return
-    stop_state.clear()
-    num_interrupts = 0
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal num_interrupts
-        num_interrupts += 1
-        if num_interrupts > 1:
-            print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
-        stop_state.interrupt_signal = number
-        raise KeyboardInterrupt
-
-    def on_scheduler_signal(number: int, frame: FrameType | None) -> None:
-        stop_state.interrupt_signal = number
-        raise SystemExit(128 + number)
-
-    handlers: dict[int, Any] = dict.fromkeys(SCHEDULER_SIGNALS, on_scheduler_signal)
-    handlers[signal.SIGINT] = on_interrupt
-    previous_handlers = {
-        number: signal.signal(number, handler) for number, handler in handlers.items()
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)

@@ -1,85 +1,152 @@
-"""Stop signals: shut a process down in an orderly way, so that trainings keep a checkpoint."""
+"""The model of stop signals, for every process: commands, workers, trainings, child processes.
+
+The first signal asks for an orderly end, in which trainings write a checkpoint. A scheduler may
+send several signals, to every process of a job, so further signals of a scheduler mean the same as
+the first. A further Ctrl-C asks to end immediately.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import signal
+import tempfile
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 # A scheduler (SLURM's `--signal` and `scancel`, Kubernetes, Ray) sends these before it ends the
-# process. They may arrive several times; repeated signals mean the same as the first.
+# process.
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Ctrl-C in a terminal requests the same; a second Ctrl-C ends the process immediately.
 STOP_SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
 
+# The stop signals that were received since the outermost `StopSignals` was installed. An exception
+# that a handler raises is lost if it arrives in a destructor: work that continues nevertheless can
+# look here.
+received_signals: list[int] = []
 
-@dataclass
-class StopState:
-    """The stop signals that this process has received; commands and workers clear it at start.
 
-    interrupt_signal: the signal for which the process's own handler interrupted the work. The
-        exception that a handler raises is lost if it arrives in a destructor; work that continues
-        nevertheless can check this attribute.
-    training_signal: the signal that a running training handles. A training replaces the process's
-        handlers; it writes a checkpoint and raises its own error, so nothing else must interrupt
-        it.
-    later_signals: scheduler signals that arrived while the training did so.
+class StopSignals:
+    """Handles the stop signals of this process until `restore`, or inside a `with` block.
+
+    `on_stop(number)` is called for the first stop signal, `on_second_interrupt()` for a later
+    Ctrl-C. Both may raise. `ignores_interrupts`: Ctrl-C is ignored, because the parent process gets
+    and handles it. Only the main thread can handle signals; in other threads nothing is changed.
     """
 
-    interrupt_signal: int | None = None
-    training_signal: int | None = None
-    later_signals: set[int] = field(default_factory=set)
+    def __init__(
+        self,
+        on_stop: Callable[[int], None],
+        on_second_interrupt: Callable[[], None] = lambda: None,
+        *,
+        ignores_interrupts: bool = False,
+    ) -> None:
+        self.on_stop, self.on_second_interrupt = on_stop, on_second_interrupt
+        self._ignores_interrupts = ignores_interrupts
+        self._previous_handlers: dict[int, Any] = {}
 
-    def clear(self) -> None:
-        """Forget all signals."""
-        self.interrupt_signal = self.training_signal = None
-        self.later_signals.clear()
+    @property
+    def is_installed(self) -> bool:
+        """Whether this object handles the signals."""
+        return bool(self._previous_handlers)
+
+    def install(self) -> None:
+        """Handle the stop signals from now on."""
+        if threading.current_thread() is threading.main_thread():
+            if not any(map(_is_handled, STOP_SIGNALS)):
+                received_signals.clear()
+            for number in STOP_SIGNALS:
+                is_ignored = self._ignores_interrupts and number == signal.SIGINT
+                handler = signal.SIG_IGN if is_ignored else self.handle
+                self._previous_handlers[number] = signal.signal(number, handler)
+
+    def restore(self) -> None:
+        """Restore the previous handlers."""
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle one signal."""
+        is_first = not received_signals
+        received_signals.append(number)
+        if is_first:
+            self.on_stop(number)
+        elif number == signal.SIGINT:
+            self.on_second_interrupt()
 
 
-stop_state = StopState()
+def _is_handled(number: int) -> bool:
+    return isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals)
 
 
-class StopHandler:
-    """Interrupts the work of a child process once, however many scheduler signals arrive.
+class StopRequest:
+    """A flag that asks a training to stop after its current step."""
 
-    A scheduler signals every process of a job, and the supervisor forwards the signal to its child
-    as well. A training would treat the duplicate as a second signal and end without a checkpoint.
-    Python writes each signal to the wakeup pipe, whichever handler is installed.
+    def __init__(self) -> None:
+        self.stop_requested = False
+
+    def is_requested(self) -> bool:
+        """Whether the training should stop."""
+        return self.stop_requested
+
+
+def ignore_stop_signals() -> None:
+    """Ignore the stop signals, because another process gets them too and handles them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt_work(number: int) -> None:
+    """Raise KeyboardInterrupt: the `on_stop` of processes whose work can be interrupted."""
+    raise KeyboardInterrupt("received a stop signal")
+
+
+def send_stop_signal() -> None:
+    """Stop the main thread from another thread, unless this process was stopped before."""
+    main = threading.main_thread().ident
+    if not received_signals and main is not None:
+        signal.pthread_kill(main, signal.SIGTERM)
+
+
+class CommandLock:
+    """Tells the processes that work for a command whether it still wants their work.
+
+    The command holds a lock on a file. It releases the lock to stop the work, and the system does
+    so if the command is killed. Only processes on the same machine notice.
     """
 
     def __init__(self) -> None:
-        self._read, write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in SCHEDULER_SIGNALS:
-            signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
-        self._has_interrupted = False
-        self.received_signals: list[int] = []  # the signals in order, updated by `count_signals`
-        self._lock = threading.Lock()
+        self._descriptor, name = tempfile.mkstemp(prefix="qtorch-command-")
+        self.path = Path(name)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self.is_released = False
 
-    def count_signals(self) -> int:
-        """Return how many scheduler signals have arrived."""
-        with self._lock:
-            with contextlib.suppress(BlockingIOError):
-                self.received_signals += [
-                    n for n in os.read(self._read, 4096) if n in SCHEDULER_SIGNALS
-                ]
-            return len(self.received_signals)
+    def release(self) -> None:
+        """Stop the work."""
+        self.is_released = True
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
-    def interrupt(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Interrupt the main thread, unless it was interrupted before."""
-        main = threading.main_thread().ident
-        if self.count_signals() == 0 and not self._has_interrupted and main is not None:
-            # The wakeup pipe gets the signal only when the main thread runs again.
-            self._has_interrupted = True
-            signal.pthread_kill(main, number)
+    def close(self) -> None:
+        """Remove the file, after the work has ended."""
+        os.close(self._descriptor)
+        self.path.unlink(missing_ok=True)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if stop_state.interrupt_signal is None and stop_state.training_signal is None:
-            stop_state.interrupt_signal = number
-            raise KeyboardInterrupt("received a stop signal")
+
+def is_command_stopped(path: str | Path) -> bool:
+    """Whether the command with this lock file has stopped its work, or was killed."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # locked, or the file of another machine
+        return False
+    return True

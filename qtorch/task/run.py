@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -29,17 +28,14 @@ from qtorch.core.errors import (
 from qtorch.core.names import import_path, locate
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.trust import check_config_trust
+from qtorch.process.child import Message
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, listen
-from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS, stop_state
+from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals
 from qtorch.task.definition import Task
 from qtorch.task.manager import LEASE_SECONDS, LeaseRenewer, TaskManager
 from qtorch.task.stores.base import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
-from qtorch.task.worker_process import FENCE_FRACTION, SIGNAL_SECONDS, ChildLauncher, ChildProcess
-
-POLL_SECONDS = 0.2
-SEND_SECONDS = 60.0  # for the child to start and accept its task
-GRACE_SECONDS = 30.0  # for an interrupted training to write a checkpoint
+from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
 
 
 class SubprocessError(TaskError):
@@ -50,12 +46,7 @@ class SubprocessError(TaskError):
         self.traceback_text = traceback_text
 
 
-class SubprocessStartError(ForkError):
-    """The task's process could not be started, or was lost before the task began."""
-
-
 def call_in_subprocess(
-    launcher: ChildLauncher,
     name: str,
     task: Task,
     before: str,
@@ -71,70 +62,51 @@ def call_in_subprocess(
     """
     request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
     request["res"] = task["res"] if before == PART_DONE else None
-    try:
-        return _run_in_child(launcher, request, lease)
-    except SubprocessStartError:
+    outcome = _run_in_child(name, request, lease)
+    if "not_started" in outcome:
         time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-        return _run_in_child(launcher, request, lease)
+        outcome = _run_in_child(name, request, lease)
+    if "result" in outcome:
+        return outcome["result"]
+    if "lost" in outcome or "hung" in outcome:
+        raise KeyboardInterrupt  # needed if run_task is in a thread, which gets no signal
+    if "interrupted" in outcome:
+        time.sleep(SIGNAL_SECONDS)
+        raise ForkError("the task's process was stopped.")
+    if "not_started" in outcome:
+        raise ForkError(f"{outcome['not_started']}.")
+    if "refused" in outcome:
+        raise TrustError(outcome["refused"])
+    if "died" in outcome:
+        raise SubprocessError(f"{outcome['died']} without a result.")
+    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
 
 
-def _run_in_child(launcher: ChildLauncher, request: Mapping[str, Any], lease: LeaseRenewer) -> Any:
+def _run_in_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+    """Return the outcome of a request, see `OutcomeWaiter`."""
+
+    def report(message: Message) -> None:
+        if "run" in message:
+            lease.beat(RUN, message["run"])
+        elif "beat" in message:
+            lease.report_progress(message["beat"])
+
+    server = task_fork_server([name])
     try:
-        child = launcher.start(_child_environment(), FENCE_FRACTION * lease.manager.lease)
+        child = start_child(server, _child_environment(), lease.manager.lease)
     except ForkError as error:
-        raise SubprocessStartError(str(error)) from error
-
-    def is_cancelled() -> bool:
-        return lease.lease_lost.is_set() or lease.work_hung.is_set()
-
+        return {"not_started": str(error)}
     try:
-        child.send(request, SEND_SECONDS, is_cancelled)
-        return _wait_for_result(child, lease, None)
+        child.send(request)
+        return OutcomeWaiter(lease, report).wait(child)
     except KeyboardInterrupt:
-        if lease.work_hung.is_set() and not child.is_started:
-            child.stop_server()
-        if lease.lease_lost.is_set() or lease.work_hung.is_set():
-            raise
-        child.send({"stop": True})
-        with suppress(SubprocessError, ForkError):  # how the stopped child ended does not matter
-            _wait_for_result(child, lease, time.monotonic() + GRACE_SECONDS)
+        if not (lease.lease_lost.is_set() or lease.work_hung.is_set()):
+            OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
         raise
     finally:
+        if child.pid is None:  # the server may hang
+            server.close()
         child.kill()
-
-
-def _wait_for_result(child: ChildProcess, lease: LeaseRenewer, deadline: float | None) -> Any:
-    is_ready = False
-    while deadline is None or time.monotonic() < deadline:
-        child.ping()
-        if lease.lease_lost.is_set() or lease.work_hung.is_set():
-            raise KeyboardInterrupt  # needed if run_task is in a thread, which gets no signal
-        messages = child.receive(POLL_SECONDS)
-        if messages is None and child.is_server_failure:
-            error_class = ForkError if is_ready else SubprocessStartError
-            raise error_class(f"the task's process {child.describe_exit()}.")
-        if messages is None:
-            raise SubprocessError(f"the task's process {child.describe_exit()} without a result.")
-        for message in messages:
-            is_ready = is_ready or "ready" in message
-            if "run" in message:
-                lease.beat(RUN, message["run"])
-            elif "beat" in message:
-                lease.report_progress(message["beat"])
-            elif "result" in message:
-                return message["result"]
-            elif "refused" in message:
-                raise TrustError(message["refused"])
-            elif "error" in message:
-                raise SubprocessError(message["error"], message.get("traceback"))
-            elif "unusable" in message:
-                raise SubprocessError(message["unusable"])
-            elif "interrupted" in message and deadline is None:
-                time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-                raise ForkError("the fork server was stopped.")
-            elif "interrupted" in message:
-                raise KeyboardInterrupt
-    return None
 
 
 def _child_environment() -> dict[str, str]:
@@ -217,71 +189,68 @@ def run_task(
                     time.sleep(pause * random.uniform(0.7, 1.0))
                     pause = min(pause * 1.5, IDLE_PAUSES[1])
         finally:
-            runner.close()
             manager.close()
     return count > 0
 
 
-class TaskSignals:
-    """Context manager in which stop signals interrupt a task's work, but not the code around it.
+class TaskSignals(StopSignals):
+    """Stop signals that interrupt a task's work, but not the code around it.
 
-    The first stop signal is recorded. During the work it raises KeyboardInterrupt; between two
-    tasks the loop checks it and ends. A later Ctrl-C raises KeyboardInterrupt anywhere.
-    `interrupt`, called from a thread, stops the work like Ctrl-C. Outside the main thread, no
-    signal handler is changed.
+    During the work the first stop signal raises KeyboardInterrupt; between two tasks the loop
+    checks whether there was one, and ends. A later Ctrl-C raises KeyboardInterrupt anywhere.
+    `interrupt`, called from a thread, stops the work like Ctrl-C.
     """
 
     def __init__(self) -> None:
-        self.first_signal: int | None = None
+        super().__init__(self._stop, self._stop_immediately)
         self.is_working = False
         self._has_interrupted = False
-        self._previous_handlers: dict[int, Any] = {}
-        self._is_installed = False
-
-    def __enter__(self) -> TaskSignals:
-        stop_state.clear()
-        self._is_installed = threading.current_thread() is threading.main_thread()
-        if self._is_installed:
-            for number in STOP_SIGNALS:
-                self._previous_handlers[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
 
     def interrupt(self) -> None:
         """Stop the work in the main thread, because its lease is lost or it hangs."""
         main = threading.main_thread().ident
-        if self._is_installed and self.is_working and main is not None:
+        if self.is_installed and self.is_working and main is not None:
             self._has_interrupted = True
             signal.pthread_kill(main, signal.SIGINT)
 
+    def begin_work(self) -> None:
+        """Mark the beginning of a task's work."""
+        self.is_working, self._has_interrupted = True, False
+
     def end_work(self) -> None:
-        """Mark the current task's work as ended."""
-        self.is_working = self._has_interrupted = False
+        """Mark the end of a task's work, and forget an interruption of it alone."""
+        self.is_working = False
+        if self._has_interrupted and signal.SIGINT in received_signals:  # a training has handled it
+            received_signals.remove(signal.SIGINT)
+            self._has_interrupted = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop signal was received."""
+        return self.is_installed and bool(received_signals)
 
     def raise_pending(self) -> None:
         """Raise KeyboardInterrupt, or SystemExit for a scheduler signal, if one was received."""
-        if self.first_signal in SCHEDULER_SIGNALS:
-            raise SystemExit(128 + self.first_signal)
-        if self.first_signal is not None:
-            raise KeyboardInterrupt
+        if self.is_stopped:
+            number = received_signals[0]
+            raise SystemExit(128 + number) if number in SCHEDULER_SIGNALS else KeyboardInterrupt
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Handle one signal, which may come from `interrupt`."""
         if self._has_interrupted:
             self._has_interrupted = False
             if self.is_working:
                 raise KeyboardInterrupt("the lease is lost or the work hangs")
-            return
-        is_repeated = self.first_signal is not None
-        if is_repeated and number in SCHEDULER_SIGNALS:
-            return
-        self.first_signal = stop_state.interrupt_signal = number
-        if is_repeated or self.is_working:
+        else:
+            super().handle(number, frame)
+
+    def _stop(self, number: int) -> None:
+        if self.is_working:
             raise KeyboardInterrupt
         log.warning("received %s: ending after this step", signal.Signals(number).name)
+
+    def _stop_immediately(self) -> None:
+        raise KeyboardInterrupt
 
 
 class _TaskRunner:
@@ -313,9 +282,6 @@ class _TaskRunner:
         check_arguments(self.function, signature, self.arguments)
         self.takes_run = "run" in signature.parameters and "run" not in self.arguments
         self.subprocess_function = import_path(self.function) if force_release else None
-        self.launcher = ChildLauncher(
-            [self.subprocess_function] if self.subprocess_function else []
-        )
 
     def is_finished(
         self, query: Query | None, idle_timeout: float | None, idle_seconds: float
@@ -325,10 +291,6 @@ class _TaskRunner:
             return idle_seconds >= idle_timeout
         stat = self.manager.task_stat(query)  # running tasks may be returned to the pool
         return not stat.get(self.before) and not stat.get(RUNNING)
-
-    def close(self) -> None:
-        """End the child processes of `force_release`."""
-        self.launcher.close()
 
     def attempt(self, task: Task, signals: TaskSignals) -> None:
         """Run one claimed task and report its outcome to the pool."""
@@ -343,15 +305,14 @@ class _TaskRunner:
         ) as lease:
             try:
                 with listen(lease.beat):
-                    signals.is_working = True
+                    signals.begin_work()
                     result = self._call(task, lease)
-                    signals.is_working = False
+                    signals.end_work()
             except BaseException as error:
-                signals.is_working = False
+                signals.end_work()
                 self._handle_error(task, lease, error, signals)
             else:
                 self._commit(task, result)
-        signals.end_work()
 
     def _call(self, task: Task, lease: LeaseRenewer) -> Any:
         first = task["def"] if self.before == WAITING else task["res"]
@@ -364,9 +325,7 @@ class _TaskRunner:
                 return self.function(first, **options)
             finally:
                 _current.reset(token)
-        return call_in_subprocess(
-            self.launcher, self.subprocess_function, task, self.before, options, lease
-        )
+        return call_in_subprocess(self.subprocess_function, task, self.before, options, lease)
 
     def _commit(self, task: Task, result: Any) -> None:
         try:
@@ -381,7 +340,7 @@ class _TaskRunner:
     ) -> None:
         """Report an exception of the task's work; raise it again if it should end the process."""
         is_stopping = not isinstance(error, Exception)
-        if isinstance(error, SystemExit) and signals.first_signal is None:
+        if isinstance(error, SystemExit) and not signals.is_stopped:
             is_stopping = False  # raised by the task itself, so it must not end the worker
         if lease.lease_lost.is_set():
             log.warning("task %s was stopped: it lost its lease", task["_id"])

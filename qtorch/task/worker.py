@@ -1,8 +1,7 @@
 """The worker process: runs tasks in child processes and renews their leases.
 
 The worker itself imports no torch and stays small. Each slot (`Slot`) is a thread with
-a child process. The main thread handles signals and displays the slots; another thread tells the
-children regularly that this process is alive.
+a child process. The main thread handles signals and displays the slots.
 """
 
 from __future__ import annotations
@@ -13,24 +12,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from qtorch.core.errors import LeaseLost, TaskError
-from qtorch.process.fork_server import ForkError
-from qtorch.process.stops import SCHEDULER_SIGNALS, STOP_SIGNALS
+from qtorch.process.child import Child
+from qtorch.process.fork_server import ForkError, ForkServer
+from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.worker_process import FENCE_FRACTION, SIGNAL_SECONDS, ChildLauncher, ChildProcess
+from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2  # between two polls of the child
 IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
 
 
@@ -113,8 +110,7 @@ class SlotStatus:
 class Slot(threading.Thread):
     """Claims tasks, runs them in a child process, and renews their leases meanwhile.
 
-    `launcher` starts the child; `environment` selects its device; `output` is a file for its
-    output.
+    `server` starts the child; `environment` selects its device; `output` is a file for its output.
     """
 
     def __init__(
@@ -124,15 +120,15 @@ class Slot(threading.Thread):
         status: SlotStatus,
         *,
         worker: str,
-        launcher: ChildLauncher,
+        server: ForkServer,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
         super().__init__(name=status.name, daemon=True)
         self.options, self.control, self.status = options, control, status
-        self.launcher = launcher
+        self.server = server
         self.worker, self.environment, self.output = worker, environment, output
-        self.child: ChildProcess | None = None
+        self.child: Child | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -148,12 +144,6 @@ class Slot(threading.Thread):
         finally:
             self._drop_child()
 
-    def ping(self) -> None:
-        """Tell the child that its supervisor is alive; called by the supervisor's ping thread."""
-        child = self.child
-        if child is not None:
-            child.ping()
-
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
@@ -165,6 +155,8 @@ class Slot(threading.Thread):
                 self.control.release_reservation()
                 if self._is_idle_too_long():
                     return
+                if self.child is not None:
+                    self.child.ping()
                 self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
@@ -199,7 +191,7 @@ class Slot(threading.Thread):
         self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
         log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
-            with LeaseRenewer(manager, task, hang_after=self.options.hang_after) as lease:
+            with LeaseRenewer(manager, task) as lease:
                 outcome = self._run_on_child(task, status, lease)
                 self._report_outcome(manager, task, status, outcome, lease)
                 return outcome
@@ -208,66 +200,34 @@ class Slot(threading.Thread):
 
     def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
         """Run the task on a child, and once more if the first child could not be started."""
-        outcome = self._wait_for_outcome(task, status, lease)
+        request = self._build_request(task, status)
+        outcome = self._wait_for_outcome(request, lease)
+        # A child that ended before its task began may have got a stop signal that this process has
+        # not received yet.
+        if {"not_started", "unusable"} & outcome.keys() and self.control.stop.wait(SIGNAL_SECONDS):
+            return {"interrupted": True}
         if "not_started" in outcome:
             log.warning("%s: %s; trying again", self.name, outcome["not_started"])
-            outcome = self._wait_for_outcome(task, status, lease)
+            self.server.close()
+            outcome = self._wait_for_outcome(request, lease)
         return {"unusable": outcome["not_started"]} if "not_started" in outcome else outcome
 
-    def _wait_for_outcome(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
-        """Return the child's final message, or `died`, `hung`, `interrupted` or `lost`.
-
-        If the child ends before the task has begun, the outcome is `unusable`, which is not the
-        task's fault. If the child was never started, or was lost together with the fork server,
-        it is `not_started`.
-        """
+    def _wait_for_outcome(self, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+        """Send the request to the child and return the outcome, see `OutcomeWaiter`."""
+        waiter = OutcomeWaiter(
+            lease,
+            lambda message: self._report_progress(message, lease),
+            self.control.stop.is_set,
+            self.control.hurry.is_set,
+            self.options.grace,
+            self.options.hang_after,
+        )
         try:
             child = self._get_child()
         except ForkError as error:
             return {"not_started": str(error)}
-
-        def is_cancelled() -> bool:
-            return self.control.stop.is_set() or lease.lease_lost.is_set()
-
-        child.send(self._build_request(task, status), self.options.hang_after, is_cancelled)
-        last_sign, stop_time, is_ready = time.monotonic(), None, False
-        while True:
-            messages = child.receive(POLL_SECONDS)
-            now = time.monotonic()
-            if messages is None:
-                reason = f"the task's process {child.describe_exit()}"
-                self._drop_child()
-                # A child that ended before its task began may have got a stop signal that this
-                # process has not received yet.
-                if stop_time is not None or (
-                    not is_ready and self.control.stop.wait(SIGNAL_SECONDS)
-                ):
-                    return {"interrupted": True}
-                if is_ready:
-                    return {"died": reason}
-                return {"not_started" if child.is_server_failure else "unusable": reason}
-            for message in messages:
-                last_sign, is_ready = now, is_ready or "ready" in message
-                if not {"beat", "run", "ready"} & message.keys():
-                    return message
-                self._report_progress(message, lease)
-            if lease.lease_lost.is_set():
-                self._drop_child(kill=True)
-                return {"lost": True}
-            if now - last_sign > self.options.hang_after:
-                if not child.is_started:
-                    child.stop_server()
-                    self._drop_child(kill=True)
-                    return {"not_started": "the fork server does not respond"}
-                self._drop_child(kill=True)
-                return {"hung": f"no sign of life for {self.options.hang_after:g} s (hang_after)"}
-            if stop_time is None and self.control.stop.is_set():
-                stop_time = now
-                child.send({"stop": True})
-            is_late = stop_time is not None and now - stop_time > self.options.grace
-            if is_late or self.control.hurry.is_set():
-                self._drop_child(kill=True)
-                return {"interrupted": True}
+        child.send(request)
+        return waiter.wait(child)
 
     def _build_request(self, task: Task, status: str) -> dict[str, Any]:
         options, definition, run = self.options, task["def"], task.get("run")
@@ -364,17 +324,18 @@ class Slot(threading.Thread):
 
     # -- the child -----------------------------------------------------------------------------
 
-    def _get_child(self) -> ChildProcess:
-        if self.child is None or self.child.receive(0.0) is None:
+    def _get_child(self) -> Child:
+        if self.child is not None:
+            self.child.receive(0.0)
+        if self.child is None or self.child.exit_status is not None:
             self._drop_child()
-            silence_timeout = FENCE_FRACTION * self.options.lease
-            self.child = self.launcher.start(self.environment, silence_timeout, self.output)
+            self.child = start_child(self.server, self.environment, self.options.lease, self.output)
         return self.child
 
-    def _drop_child(self, *, kill: bool = False) -> None:
+    def _drop_child(self) -> None:
         child, self.child = self.child, None
         if child is not None:
-            child.kill() if kill else child.finish()
+            child.finish()
 
 
 def _require_lease(is_accepted: bool) -> None:
@@ -384,9 +345,7 @@ def _require_lease(is_accepted: bool) -> None:
 
 
 TICK_SECONDS = 0.25
-FORWARD_SECONDS = 0.3  # a scheduler signals the children too; let its signal arrive first
 HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
-CLOSE_SECONDS = 15.0  # for the fork server to exit; it may be in the middle of an import
 THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
 Show = Callable[[Sequence[SlotStatus]], None]
@@ -396,7 +355,7 @@ class Supervisor:
     """Runs the tasks of a pool with one child process for each of `devices`.
 
     `show` is called four times per second with the status of each slot. `logs` is a folder for the
-    output of the children and the fork server, which else goes to the output of this process.
+    output of the children, which else goes to the output of this process.
     """
 
     def __init__(
@@ -409,10 +368,11 @@ class Supervisor:
     ) -> None:
         self.options, self.show = options, show
         self.control = WorkerControl(options.max_tasks)
-        self._signals: list[tuple[int, float]] = []
+        self._signals = StopSignals(self._stop, self._hurry)
+        self._stop_signal: int | None = None
+        self._hurry_time: float | None = None
         host = socket.gethostname()
-        output = None if logs is None else logs / "imports.log"
-        self.launcher = ChildLauncher(options.functions.values(), output)
+        server = task_fork_server(options.functions.values())
         self.slots = []
         for k, device in enumerate(devices):
             slot = Slot(
@@ -420,7 +380,7 @@ class Supervisor:
                 self.control,
                 SlotStatus(f"slot {k}", device),
                 worker=f"{host}:{os.getpid()}:{k}",
-                launcher=self.launcher,
+                server=server,
                 environment={
                     **device_environment(device),
                     **_thread_environment(devices),
@@ -438,46 +398,35 @@ class Supervisor:
         to the pool; a second Ctrl-C ends the process immediately. A task that finishes meanwhile
         is committed.
         """
-        with self._handle_signals():
+        with self._signals:
             for slot in self.slots:
                 slot.start()
-            threading.Thread(target=self._ping, daemon=True, name="ping").start()
             while any(slot.is_alive() for slot in self.slots):
-                self._process_signals()
+                if self._stop_signal is not None and not self.control.stop.is_set():
+                    name = signal.Signals(self._stop_signal).name
+                    log.warning(
+                        "%s: returning tasks to the pool; press Ctrl-C again to exit immediately",
+                        name,
+                    )
+                    self.control.stop.set()
+                if self._hurry_time is not None and time.monotonic() > self._hurry_time:
+                    self._exit_now()
                 if self.show is not None:
                     self.show([slot.status for slot in self.slots])
                 time.sleep(TICK_SECONDS)
-            self.launcher.close(HURRY_SECONDS if self.control.hurry.is_set() else CLOSE_SECONDS)
-        if self._signals:
-            return 128 + self._signals[0][0]
+        if self._stop_signal is not None:
+            return 128 + self._stop_signal
         return int(any(slot.error is not None for slot in self.slots))
 
-    def _ping(self) -> None:
-        """Tell the children that this process is alive, also while a terminal blocks its output."""
-        while True:
-            for slot in self.slots:
-                slot.ping()
-            time.sleep(TICK_SECONDS)
+    def _stop(self, number: int) -> None:
+        self._stop_signal = number
+        self.control.is_draining = True
 
-    def _process_signals(self) -> None:
-        if not self._signals:
-            return
-        number, signal_time = self._signals[0]
-        seconds = time.monotonic() - signal_time
-        if seconds > FORWARD_SECONDS and not self.control.stop.is_set():
-            name = signal.Signals(number).name
-            log.warning(
-                "%s: returning tasks to the pool; press Ctrl-C again to exit immediately", name
-            )
-            self.control.stop.set()
-        interrupts = [at for each, at in self._signals[1:] if each not in SCHEDULER_SIGNALS]
-        if interrupts:
-            self.control.stop.set()
-            self.control.hurry.set()
-            if time.monotonic() - interrupts[0] > HURRY_SECONDS:
-                self._exit_now(number)
+    def _hurry(self) -> None:
+        self.control.hurry.set()
+        self._hurry_time = self._hurry_time or time.monotonic() + HURRY_SECONDS
 
-    def _exit_now(self, number: int) -> None:
+    def _exit_now(self) -> None:
         """Exit although a slot still waits for the pool's store; its lease will expire."""
         try:
             for slot in self.slots:
@@ -485,20 +434,7 @@ class Supervisor:
                 if child is not None:
                     child.kill()
         finally:
-            os._exit(128 + number)
-
-    @contextmanager
-    def _handle_signals(self) -> Iterator[None]:
-        def record_signal(number: int, frame: FrameType | None) -> None:
-            self._signals.append((number, time.monotonic()))
-            self.control.is_draining = True
-
-        previous_handlers = {n: signal.signal(n, record_signal) for n in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+            os._exit(128 + (self._stop_signal or signal.SIGINT))
 
 
 def _thread_environment(devices: Sequence[str]) -> dict[str, str]:

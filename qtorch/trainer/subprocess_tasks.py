@@ -1,7 +1,7 @@
 """Run each task in a separate process, so that its memory is released when it ends.
 
-The processes are forked from a fork server: they do not repeat the imports, and they do not import
-the caller's main script, so scripts need no `if __name__ == "__main__"` guard.
+The processes come from a fork server: they do not repeat the imports, and they do not import the
+caller's main script, so scripts need no `if __name__ == "__main__"` guard.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.session import init, session
-from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
+from qtorch.process.child import Parent
+from qtorch.process.fork_server import TRAINING_PRELOAD, fork_server
 from qtorch.process.heartbeat import RUN, listen
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import announce_run, error_summary, record_failure
-
-SendReply = Callable[[dict[str, Any]], None]
 
 
 class IsolatedError(QtorchError, RuntimeError):
@@ -32,55 +31,33 @@ class ProcessLostError(QtorchError, RuntimeError):
     """A task's process ended without reporting a result or an error."""
 
 
-class Isolation:
-    """Calls `function(first, experiment_name, **options)` in a child process.
+def call_in_subprocess(
+    function: Callable[..., Recorder], first: Any, experiment_name: str | None, **options: Any
+) -> Recorder:
+    """Call `function(first, experiment_name, **options)` in a child; return the run it returns.
 
-    Children inherit the session's defaults, the tracking store and the working folder. The fork
-    server is started by the first call and stopped at the end of the `with` block.
+    The child inherits the session's defaults, the tracking store and the working folder. Raises
+    IsolatedError with the child's error; a run that the child had started is reported to
+    `collect_started_runs`.
     """
-
-    def __init__(self) -> None:
-        self._fork_server: ForkServerClient | None = None
-
-    def __enter__(self) -> Isolation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fork_server is not None:
-            self._fork_server.close()
-            self._fork_server = None
-
-    def __call__(
-        self,
-        function: Callable[..., Recorder],
-        first: Any,
-        experiment_name: str | None,
-        **options: Any,
-    ) -> Recorder:
-        """Return the run that the function returns.
-
-        Raises IsolatedError with the child's error; a run that the child had started is reported
-        to `collect_started_runs`.
-        """
-        call = _pickle_call(function, first, experiment_name, options)
-        if self._fork_server is None:
-            self._fork_server = ForkServerClient(*TRAINING_MODULES)
-        replies: dict[str, Any] = {}
-        exit_status = self._fork_server.call(f"{__name__}.run_call", {"call": call}, replies.update)
-        recorder = None
-        if RUN in replies:
-            recorder = R.get_recorder(
-                recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
-            )
-            announce_run(recorder)
-        if exit_status.code == 0 and recorder is not None:
-            return recorder
-        if "error" in replies:
-            raise IsolatedError(replies["error"])
-        message = f"the task's process {exit_status.description} without returning a result."
-        if recorder is not None:
-            fail_run(recorder, message)
-        raise IsolatedError(message)
+    call = _pickle_call(function, first, experiment_name, options)
+    replies: dict[str, Any] = {}
+    server = fork_server(TRAINING_PRELOAD)
+    exit_status = server.call(f"{__name__}.run_call", {"call": call}, replies.update)
+    recorder = None
+    if RUN in replies:
+        recorder = R.get_recorder(
+            recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
+        )
+        announce_run(recorder)
+    if exit_status.code == 0 and recorder is not None:
+        return recorder
+    if "error" in replies:
+        raise IsolatedError(replies["error"])
+    message = f"the task's process {exit_status.description} without returning a result."
+    if recorder is not None:
+        fail_run(recorder, message)
+    raise IsolatedError(message)
 
 
 def _pickle_call(
@@ -115,7 +92,7 @@ def _pickle_call(
         ) from error
 
 
-def run_call(request: Mapping[str, Any], send_reply: SendReply) -> int:
+def run_call(request: Mapping[str, Any], parent: Parent) -> int:
     """Run a pickled call in the child process and report its run and its error."""
     try:
         call = pickle.loads(
@@ -126,24 +103,24 @@ def run_call(request: Mapping[str, Any], send_reply: SendReply) -> int:
         R.set_uri(uri)
         if recorder_ids is not None:
             first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])
-        with report_started_runs(send_reply):
+        with report_started_runs(parent):
             recorder = function(first, experiment_name, **options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        send_reply({"error": error_summary(error)})
+        parent.send({"error": error_summary(error)})
         return 1
-    send_reply({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
+    parent.send({RUN: {"recorder_id": recorder.id, "experiment_id": recorder.experiment_id}})
     return 0
 
 
 @contextmanager
-def report_started_runs(send_reply: SendReply) -> Iterator[None]:
+def report_started_runs(parent: Parent) -> Iterator[None]:
     """Report each run as `{"run": its IDs}` when it starts; a killed process could not later."""
 
     def on_beat(stage: str, details: dict[str, Any]) -> None:
         if stage == RUN:
-            send_reply({RUN: details})
+            parent.send({RUN: details})
 
     with listen(on_beat):
         yield

@@ -6,7 +6,6 @@ import logging
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from qtorch.core.errors import TrackingError
@@ -15,7 +14,7 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import collect_started_runs, error_summary, get_error, record_failure
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
-from qtorch.trainer.subprocess_tasks import Isolation
+from qtorch.trainer.subprocess_tasks import call_in_subprocess
 
 Task = Mapping[str, Any]
 
@@ -105,14 +104,11 @@ class TrainerR(Trainer):
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
         recorders = []
-        with self._open_caller() as call:
-            for task in progress(as_list(tasks, Mapping), "train tasks"):
-                recorder = self._run(
-                    call, function, task, name, recorder_name=self.default_rec_name
-                )
-                if recorder.status != Recorder.STATUS_FA:
-                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
-                recorders.append(recorder)
+        for task in progress(as_list(tasks, Mapping), "train tasks"):
+            recorder = self._run(function, task, name, recorder_name=self.default_rec_name)
+            if recorder.status != Recorder.STATUS_FA:
+                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
+            recorders.append(recorder)
         log_failures(recorders)
         return recorders
 
@@ -124,19 +120,15 @@ class TrainerR(Trainer):
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
         return recorders
 
-    def _open_caller(self) -> AbstractContextManager[Callable[..., Recorder]]:
-        """Return a context that calls functions in this process or in separate processes."""
-        return Isolation() if self.call_in_subproc else nullcontext(operator.call)
-
     def _run(
         self,
-        call: Callable[..., Recorder],
         function: TrainFunction,
         first: Any,
         experiment_name: str | None,
         **options: Any,
     ) -> Recorder:
         """Call a training function and return its run, even if it failed."""
+        call = call_in_subprocess if self.call_in_subproc else operator.call
         with collect_started_runs() as runs:
             try:
                 return call(function, first, experiment_name, **options)
@@ -183,17 +175,16 @@ class DelayTrainerR(TrainerR):
         name = experiment_name or self.experiment_name
         function = end_train_func or self.end_train_func
         results: list[Recorder] = []
-        with self._open_caller() as call:
-            for prepared_run in progress(as_list(models, Recorder), "train tasks"):
-                status = prepared_run.list_tags().get(self.STATUS_KEY)
-                # A run that has already ended, or without the tag (its preparation failed), is
-                # returned as stored.
-                recorder: Recorder = R.get_recorder(recorder_id=prepared_run.id)
-                if status is not None and status != self.STATUS_END:
-                    recorder = self._run(call, function, prepared_run, name)
-                    if recorder.status != Recorder.STATUS_FA:
-                        recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
-                results.append(recorder)
+        for prepared_run in progress(as_list(models, Recorder), "train tasks"):
+            status = prepared_run.list_tags().get(self.STATUS_KEY)
+            # A run that has already ended, or without the tag (its preparation failed), is
+            # returned as stored.
+            recorder: Recorder = R.get_recorder(recorder_id=prepared_run.id)
+            if status is not None and status != self.STATUS_END:
+                recorder = self._run(function, prepared_run, name)
+                if recorder.status != Recorder.STATUS_FA:
+                    recorder.set_tags(**{self.STATUS_KEY: self.STATUS_END})
+            results.append(recorder)
         log_failures(results)
         return results
 

@@ -10,7 +10,7 @@ import pytest
 
 from qtorch.cli.launchers import slurm
 from qtorch.cli.launchers.slurm import requeue_slurm_job
-from qtorch.process.stops import stop_state
+from qtorch.process.stops import received_signals
 
 # Answer of SLURM 22.05 to `scontrol show job --oneliner`, without fields that are not used.
 RECORD = (
@@ -50,7 +50,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return requeue_log
 
     yield install
-    stop_state.clear()
+    received_signals.clear()
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 )
 def test_sbatch_job_is_requeued(scontrol, signals, answer, requeued_id):
     requeue_log = scontrol(answer)
-    stop_state.training_signal = signals[0]
-    stop_state.later_signals.update(signals[1:])
+    received_signals.extend(signals)
     message = requeue_slurm_job()
     assert (message is not None) == (requeued_id is not None)
     assert (requeue_log.read_text().strip() if requeue_log.exists() else "") == (requeued_id or "")
@@ -83,7 +82,7 @@ def test_array_task_requeues_only_itself(scontrol):
     )
     own_task = record("RUNNING", array="ArrayJobId=12 ArrayTaskId=3 ")
     requeue_log = scontrol(other_task + own_task)
-    stop_state.interrupt_signal = signal.SIGUSR1
+    received_signals.append(signal.SIGUSR1)
     assert requeue_slurm_job() is not None
     assert requeue_log.read_text().strip() == "12_3"
 
@@ -91,7 +90,7 @@ def test_array_task_requeues_only_itself(scontrol):
 def test_slurm_errors(scontrol, tmp_path):
     scontrol(RUNNING)
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho Unable to contact slurm >&2\nexit 1\n")
-    stop_state.interrupt_signal = signal.SIGUSR1
+    received_signals.append(signal.SIGUSR1)
     assert "cannot requeue SLURM job 12: Unable to contact slurm" in str(requeue_slurm_job())
     with pytest.raises(slurm.SlurmError):
         slurm.query_job("12")
@@ -139,7 +138,6 @@ def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_req
         else:
             slurm.run_submitit_job(work)
     finally:
-        signal.set_wakeup_fd(-1)
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     assert requeue_signals == [signal.SIGUSR1] * is_requeued

@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from forked_process import ForkedProcess
+from forked_process import ForkedProcess, fork_servers_in_place
 
-from qtorch.cli.jobs import sweep_command as sweep_start
-from qtorch.cli.jobs import work as isolation
 from qtorch.cli.main import main
-from qtorch.process import fork_server as forked
-from qtorch.process import fork_server as zygote
-from qtorch.trainer import subprocess_tasks as isolated
 
 
 class ForkedCommand(ForkedProcess):
     """A process that runs `qtorch ARGV` in a folder, with `environment` added, and writes to files.
 
-    Its fork server (`qtorch.process.fork_server.ForkServerClient`) is forked from it too.
+    Its fork server is forked from it too.
     """
 
     def __init__(
@@ -51,9 +46,7 @@ class ForkedCommand(ForkedProcess):
         path = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [str(folder), *filter(None, path)]
         torch.set_num_threads(1)
-        for module in (sweep_start, isolation, isolated):  # undo the fixture `session_fork_server`
-            module.ForkServerClient = forked.ForkServerClient  # type: ignore[attr-defined]
-        forked.ForkServerClient._start_process = _start_forked_server  # type: ignore[method-assign]
+        fork_servers_in_place()
         try:
             return int(main(self.args) or 0)
         finally:
@@ -64,22 +57,3 @@ class ForkedCommand(ForkedProcess):
 def _read_all(file: IO[str]) -> str:
     file.seek(0)
     return file.read()
-
-
-def _start_forked_server(
-    client: forked.ForkServerClient,
-    arguments: Sequence[str],
-    commands: int,
-    output: IO[bytes] | None,
-) -> ForkedProcess:
-    """Replace `ForkServerClient._start_process`: fork the server instead of starting a program."""
-
-    def work() -> int:
-        os.close(client._commands)  # the owner's end: open, it would hide the owner's death
-        if output is not None:
-            for standard in (1, 2):
-                os.dup2(output.fileno(), standard)
-        os.environ.update(forked.FORK_SAFE)
-        return zygote.main(list(arguments))
-
-    return ForkedProcess(work, new_session=True)

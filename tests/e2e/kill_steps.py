@@ -37,9 +37,9 @@ import qtorch.record.signal
 import qtorch.tracking.mlflow_store
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import init
-from qtorch.model.devices import ranks
 from qtorch.model.devices.ranks import RankError
 from qtorch.process import heartbeat
+from qtorch.process.child import Child
 from qtorch.trainer.run import task_train
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -132,17 +132,12 @@ def prepare_process(devices: int) -> None:
     model.fit(init_instance_by_config(quick_task["dataset"]))
     qtorch.record.signal.ic_chart = lambda *_: Figure((1, 1))  # type: ignore[assignment]
     if devices > 1:
-        from forked_ranks import ForkedRank
+        from forked_ranks import fork_ranks_in_place
 
-        class RecordedRank(ForkedRank):
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **options)
-                rank_pids.append(self.pid)
-
-        ranks.RankProcess = RecordedRank  # type: ignore[misc]
+        fork_ranks_in_place(rank_children)
 
 
-rank_pids: list[int] = []  # process IDs of this process's ranks
+rank_children: list[Child] = []  # this process's ranks
 
 
 class Killer:
@@ -201,7 +196,7 @@ class Killer:
 
     def kill(self, rank: int | None = None) -> None:
         if rank is not None:
-            os.kill(rank_pids[rank], signal.SIGKILL)
+            os.kill(rank_children[rank].pid, signal.SIGKILL)
         elif self.delay:  # an unhandled alarm kills a process at any point, too
             signal.setitimer(signal.ITIMER_REAL, self.delay / 3)
         else:

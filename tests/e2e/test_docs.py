@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from page_blocks import PageRunner, page_blocks
 
-from qtorch.process.fork_server import TRAINING_MODULES
+from qtorch.trainer import preload
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -38,7 +38,7 @@ def load_slurm_check() -> ModuleType:
 @pytest.fixture(scope="module")
 def imports() -> None:
     """Import once what the forked commands would import one after another."""
-    for name in (*TRAINING_MODULES, "qtorch.cli.train", "qtorch.study.sweep"):
+    for name in (*preload.MODULES, "qtorch.cli.train", "qtorch.study.sweep"):
         importlib.import_module(name)
 
 

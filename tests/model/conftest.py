@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,11 @@ def recorder(tmp_path: Path) -> ToyRecorder:
 
 
 @pytest.fixture
-def rank_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Make ranks forked processes; return the list of those that fits have started."""
-    from forked_ranks import ForkedRank
-
-    import qtorch.model.devices.ranks
+def rank_processes() -> Iterator[list[Any]]:
+    """Fork ranks from this process; return the list of those that fits have started."""
+    from forked_ranks import fork_ranks_in_place, start_ranks_as_usual
 
     processes: list[Any] = []
-
-    class RecordedRank(ForkedRank):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            processes.append(self)
-
-    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
-    return processes
+    fork_ranks_in_place(processes)
+    yield processes
+    start_ranks_as_usual()

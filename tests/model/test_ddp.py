@@ -21,11 +21,12 @@ from user_networks import LastStep, UserModule
 import qtorch.model.devices.ranks
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
-from qtorch.model.devices.rank_process import RankProcess, build_rank_variables
+from qtorch.model.devices.rank_process import build_rank_variables, start_rank
 from qtorch.model.devices.ranks import RankError
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.checkpoint import LAST
 from qtorch.model.loop.interruption import TrainingInterrupted
+from qtorch.process.child import Child
 from qtorch.process.heartbeat import listen
 
 
@@ -279,7 +280,7 @@ def test_metrics_and_heartbeats_arrive_once(
     assert {"starting ranks", "training"} <= {stage for stage, _ in heartbeats}
     names = sorted(p.name for p in recorder.checkpoint_dir().iterdir())
     assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
-    assert all(rank.exit_code() == 0 for rank in rank_processes)
+    assert all(rank.exit_status.code == 0 for rank in rank_processes)
 
 
 @pytest.mark.slow
@@ -317,12 +318,11 @@ def test_failing_rank_stops_all_ranks_with_its_error(
 def test_failing_rank_process_leaves_no_processes_or_files(
     recorder: ToyRecorder, monkeypatch, tmp_path: Path
 ) -> None:
-    pid_file, rank_pids = tmp_path / "pid", []
+    pid_file, children = tmp_path / "pid", []
 
-    class RecordedRank(RankProcess):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            rank_pids.append(self.pid)
+    def start(*args: Any, **kwargs: Any) -> Child:
+        children.append(start_rank(*args, **kwargs))
+        return children[-1]
 
     class FailingNetwork(LastStep):
         def forward(self, x: Tensor) -> Tensor:
@@ -331,12 +331,12 @@ def test_failing_rank_process_leaves_no_processes_or_files(
                 raise ZeroDivisionError("a rank divides by zero")
             return super().forward(x)
 
-    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", RecordedRank)
+    monkeypatch.setattr(qtorch.model.devices.ranks, "start_rank", start)
     with pytest.raises(ZeroDivisionError) as error_info:
         resumable_model(network=FailingNetwork(4), trainer=DDP).fit(ToyDataset(), recorder=recorder)
     assert error_info.value.__notes__ == ["in rank 1 of 2"]
     deadline = time.monotonic() + 5
-    pids = {*rank_pids, int(pid_file.read_text())}
+    pids = {*(child.pid for child in children), int(pid_file.read_text())}
     assert len(pids) == 3
     while (pids := {p for p in pids if is_running(p)}) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from forked_ranks import (
     FAULT_VARIABLE,
     PIDS_FILE,
     ROW_LOG_VARIABLE,
-    ForkedRank,
+    fork_ranks_in_place,
     is_running,
+    start_ranks_as_usual,
     start_training,
 )
 from toy_training import ToyDataset, ToyRecorder, resumable_model
 
-import qtorch.model.devices.ranks
 from qtorch.model.loop.checkpoint import newest_checkpoint
 
 CHANGES = {"trainer": {"max_epochs": 4, "gradient_clip_val": 1.0, **DDP}}
@@ -33,18 +34,20 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def use_forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
+def use_forked_ranks() -> Iterator[None]:
+    fork_ranks_in_place()
+    yield
+    start_ranks_as_usual()
 
 
 @pytest.fixture(scope="module")
 def reference_fit(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qtorch.model.devices.ranks, "RankProcess", ForkedRank)
-        recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
-        model = resumable_model(**CHANGES)
-        model.fit(ToyDataset(), recorder=recorder)
+    fork_ranks_in_place()
+    recorder = ToyRecorder(tmp_path_factory.mktemp("whole"))
+    model = resumable_model(**CHANGES)
+    model.fit(ToyDataset(), recorder=recorder)
+    start_ranks_as_usual()
     return model, recorder.history()
 
 

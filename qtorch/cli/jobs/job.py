@@ -35,7 +35,7 @@ from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
 from qtorch.cli.launchers.slurm import run_submitit_job
 from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.core.instantiate import resolve_config
-from qtorch.process.fork_server import ExitStatus
+from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 
 
@@ -72,9 +72,8 @@ def run_job(config: DictConfig) -> None:
 def _run_in_child_process(request: dict[str, Any], result: JobResult, folder: Path) -> None:
     """Run the job in a child process, which stores its result unless it dies."""
     (folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier command with the same folder
-    exit_status, run = run_in_child_process(
-        request, Path(str(HydraConfig.get().sweep.dir)).resolve()
-    )
+    is_in_launcher = request["sweep"] is not None and current_sweep() is None
+    exit_status, run = run_in_child_process(request, in_launcher=is_in_launcher)
     stored_result = command_results.load(folder)
     if stored_result is not None:
         result = stored_result

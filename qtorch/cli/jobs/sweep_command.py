@@ -7,12 +7,10 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -25,13 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from qtorch.cli.compose import LOCAL
 from qtorch.cli.guard import INTERRUPTED, configure_process
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
-from qtorch.cli.jobs.work import WORK_MODULE, is_isolated, share_fork_server
+from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
-from qtorch.process.fork_server import TRAINING_MODULES, ForkServerClient
-from qtorch.process.stops import STOP_SIGNALS
+from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import (
     COMMAND_TAG,
     COUNT_TAG,
@@ -78,13 +75,13 @@ class SweepCommand:
         self.name: str | None = None
         self.launcher: type[Any] = BasicLauncher
         self.recorder: Any = None
-        self.fork_server: ForkServerClient | None = None
-        self._handlers: dict[int, Any] = {}
+        self.lock: CommandLock | None = None  # for jobs that run in child processes
+        self._signals = StopSignals(self._stop, self._exit)
 
     @property
     def is_stopped(self) -> bool:
         """Whether Ctrl-C or a signal has stopped the sweep."""
-        return self.fork_server is not None and self.fork_server.is_stopped
+        return self.lock is not None and self.lock.is_released
 
     def start(self, config: DictConfig) -> None:
         """Start the processes and the sweep's run, and pass the run's ID to the jobs."""
@@ -98,7 +95,7 @@ class SweepCommand:
             )
         self.launcher = launcher_class(launcher)
         if config.runner == LOCAL and is_isolated(config.sweep.isolate, launcher, sweep=True):
-            self.start_processes(Path(str(config.hydra.sweep.dir)).resolve())
+            self.start_processes()
         if issubclass(self.launcher, DetachedLauncher):
             set_submitit_signal()
         configure_process(config.log_level, OmegaConf.select(config, "tracking.uri"))
@@ -112,34 +109,40 @@ class SweepCommand:
             folder=os.getcwd(),
         )
         id = self.recorder.id
-        config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SWEEP_VARIABLE}={id}")
+        job_variables = {SWEEP_VARIABLE: id}
+        if self.lock is not None:
+            job_variables[LOCK_VARIABLE] = f"'{self.lock.path}'"
+        for name, value in job_variables.items():
+            config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{name}={value}")
         print(f"started sweep {self.name} (run {id})", file=sys.stderr)
 
-    def start_processes(self, folder: Path) -> None:
-        """Start the fork server of the jobs, and forward stop signals to it."""
-        self.fork_server = ForkServerClient(*TRAINING_MODULES, WORK_MODULE)
-        share_fork_server(self.fork_server, folder)
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
+    def start_processes(self) -> None:
+        """Start the fork server, for jobs in this process, and handle stop signals."""
+        self.lock = CommandLock()
+        if self._waits_in_main_thread:
+            job_fork_server().ensure_running()
+        self._signals.install()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop the jobs in an orderly way at the first signal; exit immediately at a second Ctrl-C.
+    @property
+    def _waits_in_main_thread(self) -> bool:
+        """Whether the main thread itself waits for the jobs.
 
-        Further signals of a scheduler are ignored: it may send several, to every process.
+        Other launchers wait for theirs in other threads or processes.
         """
-        assert self.fork_server is not None
-        if self.fork_server.is_stopped:
-            if number == signal.SIGINT:
-                print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)  # the fork server notices and ends the running jobs
-            return
+        return issubclass(self.launcher, BasicLauncher)
+
+    def _stop(self, number: int) -> None:
+        """Stop the jobs in an orderly way."""
+        assert self.lock is not None
         signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
-        self.fork_server.stop(signal.SIGTERM if number == signal.SIGINT else number)
-        # The other launchers wait for their jobs in other threads or processes.
-        waits_in_main_thread = issubclass(self.launcher, BasicLauncher)
-        if waits_in_main_thread and not self.fork_server.is_busy:
+        self.lock.release()
+        if self._waits_in_main_thread and not job_fork_server().is_busy:
             raise KeyboardInterrupt
+
+    def _exit(self) -> None:
+        print("interrupted twice: exiting immediately.", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # the jobs notice it and end
 
     def finish(self, results: Sequence[JobResult], interruption: BaseException | None) -> int:
         """Print the results, end the sweep's run and return the exit code.
@@ -195,12 +198,11 @@ class SweepCommand:
 
     def close(self) -> None:
         """Restore the signal handlers and end the processes."""
-        for number, handler in self._handlers.items():
-            # Another handler means that the handlers have been restored already.
-            if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, handler)
-        if self.fork_server is not None:
-            self.fork_server.close()
+        # Another handler means that the handlers have been restored already.
+        if signal.getsignal(signal.SIGINT) == self._signals.handle:
+            self._signals.restore()
+        if self.lock is not None:
+            self.lock.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
             self.recorder.end_run(FAILED)  # the command ended before its results table
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import json
+import contextlib
 import logging
+import os
 import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,10 @@ from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
 from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
 from qtorch.cli.tables.jobs import print_summary
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.process.fork_server import (
-    TRAINING_MODULES,
-    ExitStatus,
-    ForkError,
-    ForkServerClient,
-    call_fork_server,
-)
+from qtorch.process.child import ExitStatus, Parent
+from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN
+from qtorch.process.stops import is_command_stopped
 from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import (
     ELSEWHERE,
@@ -185,11 +179,8 @@ def _find_checkpoint(run: Recorder) -> str | None:
     return str(path) if path.is_file() else None
 
 
-WORK_MODULE = "qtorch.cli.jobs.work"
-ADDRESS_FILE = ".zygote.json"
+LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
 MODES = ("auto", "true", "false")
-
-_fork_servers: list[ForkServerClient] = []
 
 
 def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
@@ -202,65 +193,41 @@ def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     return mode_name == "true" or (mode_name == "auto" and sweep and not has_own_process)
 
 
-def share_fork_server(server: ForkServerClient, folder: Path) -> None:
-    """Publish the fork server's address for the launcher's other processes on this machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    address = {"host": socket.gethostname(), "address": server.address}
-    (folder / ADDRESS_FILE).write_text(json.dumps(address))
-    _fork_servers.append(server)
+def job_fork_server() -> ForkServer:
+    """Return the fork server of this process's jobs."""
+    return fork_server(__name__, TRAINING_PRELOAD)
 
 
 def run_in_child_process(
-    request: Mapping[str, Any], folder: Path
+    request: Mapping[str, Any], *, in_launcher: bool
 ) -> tuple[ExitStatus, dict[str, Any] | None]:
-    """Run a job in a child process; return its exit status and the run that it started."""
+    """Run a job in a child process; return its exit status and the run that it started.
+
+    The child is stopped if its sweep is. `in_launcher`: this is a launcher's process, and another
+    process, which has started the sweep, handles Ctrl-C.
+    """
+    lock = os.environ.get(LOCK_VARIABLE, "")
+    if in_launcher and os.path.exists(lock):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     runs: list[dict[str, Any]] = []
-    function = f"{__name__}.run_child_job"
-    exit_status = _choose_fork_server(folder)(
-        function, request, lambda details: runs.append(details[RUN])
+    exit_status = job_fork_server().call(
+        f"{__name__}.run_child_job",
+        request,
+        lambda message: runs.append(message[RUN]),
+        is_stopped=lambda: is_command_stopped(lock),
     )
+    if is_command_stopped(lock):
+        job_fork_server().close()  # a launcher may keep its processes for minutes
     return exit_status, runs[-1] if runs else None
 
 
-def _choose_fork_server(folder: Path) -> Callable[..., ExitStatus]:
-    """Choose the fork server of this process, of the sweep, or a new one; return its `call`."""
-    _fork_servers[:] = [f for f in _fork_servers if f.is_open]
-    if _fork_servers:
-        return _fork_servers[-1].call
-    address = _read_address(folder)
-    if address is not None:
-
-        def call(*arguments: Any) -> ExitStatus:
-            # In a launcher's worker: the process that started the sweep handles Ctrl-C.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            try:
-                return call_fork_server(address, *arguments)
-            except ForkError:
-                log.debug("the process of the sweep has ended", exc_info=True)
-                return ExitStatus(None, is_refused=True)
-
-        return call
-    server = ForkServerClient(*TRAINING_MODULES, WORK_MODULE)
-    atexit.register(server.close)
-    _fork_servers.append(server)
-    return server.call
-
-
-def _read_address(folder: Path) -> str | None:
-    try:
-        record = json.loads((folder / ADDRESS_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return str(record["address"]) if record["host"] == socket.gethostname() else None
-
-
-def run_child_job(request: Mapping[str, Any], report: Callable[[dict[str, Any]], None]) -> int:
+def run_child_job(request: Mapping[str, Any], parent: Parent) -> int:
     """Execute the job in the child and report its run as soon as it is created."""
     from qtorch.trainer.subprocess_tasks import report_started_runs
 
     try:
-        with report_started_runs(report):
+        with report_started_runs(parent):
             execute_job(request)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

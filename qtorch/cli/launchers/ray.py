@@ -30,7 +30,7 @@ from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import OwnProcessLauncher
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import resolve_config
-from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
+from qtorch.process.stops import SCHEDULER_SIGNALS, received_signals
 
 log = logging.getLogger(__name__)
 
@@ -220,9 +220,7 @@ def _exit_for_retry() -> Iterator[None]:
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            if not {stop_state.interrupt_signal, stop_state.training_signal} & set(
-                SCHEDULER_SIGNALS
-            ):
+            if not set(SCHEDULER_SIGNALS).intersection(received_signals):
                 raise
             log.warning("received a stop signal: exiting, so that Ray retries this job.")
             sys.stdout.flush()

@@ -16,7 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qtorch.core.errors import ConfigError
-from qtorch.process.stops import SCHEDULER_SIGNALS, stop_state
+from qtorch.process.stops import (
+    SCHEDULER_SIGNALS,
+    StopSignals,
+    interrupt_work,
+    received_signals,
+)
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 
@@ -164,11 +169,8 @@ def requeue_slurm_job() -> str | None:
     SLURM is asked which it is. This must be the last step of the process, because SLURM ends it
     immediately.
     """
-    id, received_signals = (
-        os.environ.get("SLURM_JOB_ID"),
-        {stop_state.interrupt_signal, stop_state.training_signal, *stop_state.later_signals},
-    )
-    if not received_signals.intersection(SCHEDULER_SIGNALS):
+    id = os.environ.get("SLURM_JOB_ID")
+    if not set(SCHEDULER_SIGNALS).intersection(received_signals):
         return None
     try:
         job = current_job()
@@ -200,24 +202,20 @@ def run_submitit_job(work: Callable[[], Any]) -> None:
     the process ends without a result, because a result would tell the waiting launcher that the job
     is complete. `scancel` stops the job in the same way and does not requeue it.
     """
-    from qtorch.process.stops import StopHandler
-
     if threading.current_thread() is not threading.main_thread():
         work()
         return
     submitit_handler: Any = signal.getsignal(STOP_SIGNAL)
-    stops = StopHandler()
+    StopSignals(interrupt_work, ignores_interrupts=True).install()
     try:
         work()
     except KeyboardInterrupt:
-        if not stops.count_signals():
+        if not received_signals:
             return
         job = _slurm_record()
         if is_requeued_by_slurm(job):
             raise SystemExit(128 + signal.SIGTERM) from None
-        if callable(submitit_handler) and (
-            STOP_SIGNAL in stops.received_signals or is_preempted(job)
-        ):
+        if callable(submitit_handler) and (STOP_SIGNAL in received_signals or is_preempted(job)):
             submitit_handler(STOP_SIGNAL, None)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import threading
@@ -25,9 +24,10 @@ from typing import Any
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing in torch's stubs
 
 from qtorch.core.errors import ConfigError
-from qtorch.model.devices.rank_process import RankHandle, RankProcess, threads_per_rank
+from qtorch.model.devices.rank_process import RankHandle, start_rank, threads_per_rank
+from qtorch.process.child import ExitStatus
 from qtorch.process.launch import World
-from qtorch.process.stops import STOP_SIGNALS
+from qtorch.process.stops import ignore_stop_signals
 
 WORLD_VARIABLE = (
     "QTORCH_EXTERNAL_RANKS"  # tells the child processes of rank 0's command about the world
@@ -106,22 +106,20 @@ class RemoteRank:
     """A rank that another process of the launcher has started."""
 
     def __init__(self, store: Any, number: int, rank: int) -> None:
-        self.rank = rank
-        self._store, self._fit = store, f"fit/{number}"
-        self._num_messages, self._code = 0, None
+        self.exit_status: ExitStatus | None = None
+        self._store, self._fit, self._rank = store, f"fit/{number}", rank
+        self._num_messages = 0
 
-    def messages(self) -> list[dict[str, Any]]:
-        new_messages = []
-        while self._store.check([key := f"{self._fit}/{self.rank}/{self._num_messages}"]):
-            new_messages.append(json.loads(self._store.get(key)))
+    def receive(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        messages = []
+        while self._store.check([key := f"{self._fit}/{self._rank}/{self._num_messages}"]):
+            message = json.loads(self._store.get(key))
             self._num_messages += 1
-        for message in [m for m in new_messages if "exit" in m]:
-            self._code = message["exit"]
-            new_messages.remove(message)
-        return new_messages
-
-    def exit_code(self) -> int | None:
-        return self._code
+            if "exit" in message:
+                self.exit_status = ExitStatus(message["exit"])
+            else:
+                messages.append(message)
+        return messages
 
     def stop(self) -> None:
         self._store.set(f"{self._fit}/stop", "")
@@ -159,8 +157,7 @@ def host_ranks(world: World) -> Iterator[dict[str, int]]:
 
 def serve_ranks(world: World) -> int:
     """Run the command of a rank other than 0: start ranks on request; return rank 0's exit code."""
-    for signal_number in STOP_SIGNALS:  # schedulers send them to every process; rank 0 handles them
-        signal.signal(signal_number, signal.SIG_IGN)
+    ignore_stop_signals()  # schedulers send them to every process; rank 0 handles them
     fit_number = 0
     try:
         world = _resolve_address(world)
@@ -184,7 +181,7 @@ def _run_rank(store: Any, world: World, fit_number: int, rank_zero: _RankZeroMon
     fit_key = f"fit/{fit_number}"
     request = json.loads(store.get(fit_key))
     threads = threads_per_rank(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
-    rank = RankProcess(
+    rank = start_rank(
         world.rank,
         world.local_rank,
         world.size,
@@ -196,15 +193,16 @@ def _run_rank(store: Any, world: World, fit_number: int, rank_zero: _RankZeroMon
     num_sent, is_stop_sent = 0, False
     try:
         while True:
-            code = rank.exit_code()
-            messages = rank.messages() + ([] if code is None else [{"exit": code}])
+            messages = rank.receive(0.0)
+            if rank.exit_status is not None:
+                messages.append({"exit": rank.exit_status.code})
             for message in messages:
                 store.set(f"{fit_key}/{world.rank}/{num_sent}", json.dumps(message))
                 num_sent += 1
             should_end = (
                 store.check([f"{fit_key}/kill"]) or store.check([EXIT_KEY]) or rank_zero.is_gone()
             )
-            if code is not None or should_end:
+            if rank.exit_status is not None or should_end:
                 return
             if not is_stop_sent and store.check([f"{fit_key}/stop"]):
                 is_stop_sent = True

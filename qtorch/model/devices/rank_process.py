@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-import qtorch
-from qtorch.model.devices.rank_link import STOP
+from qtorch.process.child import Child, ExitStatus
+from qtorch.process.fork_server import fork_server
+
+RANK_MODULE = "qtorch.model.devices.rank_training"
 
 # Variables that another launcher sets for its own processes; ranks must not inherit them.
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_WORLD_SIZE")
 
 
 class RankHandle(Protocol):
-    """A rank process, local or remote."""
+    """A rank, as a child process of this process (`Child`) or of another one."""
 
-    rank: int
+    exit_status: ExitStatus | None  # how the rank ended, None while it runs
 
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages received since the last call."""
-
-    def exit_code(self) -> int | None:
-        """Return the exit code (negative for a signal), or None while the rank runs."""
+    def receive(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Return the new messages of the rank."""
 
     def stop(self) -> None:
         """Ask the rank to stop after its current step."""
@@ -38,78 +33,24 @@ class RankHandle(Protocol):
         """Kill the rank and its children immediately."""
 
 
-class RankProcess:
-    """A rank in a child process with its own process group; it exits when this process does."""
-
-    def __init__(
-        self,
-        rank: int,
-        local_rank: int,
-        size: int,
-        *,
-        threads: int,
-        folder: Path,
-        digest: str,
-        local: bool,
-    ) -> None:
-        self.rank = rank
-        self._buffer = b""
-        self._replies, write = os.pipe()
-        os.set_blocking(self._replies, False)
-        try:
-            command = [
-                "-m",
-                "qtorch.model.devices.rank",
-                str(folder),
-                digest,
-                str(rank),
-                str(local_rank),
-            ]
-            self._process = subprocess.Popen(
-                [sys.executable, *command, str(write)],
-                stdin=subprocess.PIPE,
-                pass_fds=(write,),
-                start_new_session=True,
-                env=build_rank_variables(rank, local_rank, size, threads, local),
-            )
-        finally:
-            os.close(write)
-
-    @property
-    def pid(self) -> int:
-        """The process ID."""
-        return self._process.pid
-
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages received since the last call."""
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._replies, 65536):
-                self._buffer += chunk
-        *lines, self._buffer = self._buffer.split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def exit_code(self) -> int | None:
-        """Return the exit code (negative for a signal), or None while the rank runs."""
-        return self._process.poll()
-
-    def stop(self) -> None:
-        """Ask the rank to stop after its current step."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(STOP + b"\n")
-            self._process.stdin.flush()
-
-    def kill(self) -> None:
-        """Kill the rank and its children immediately."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        if self._replies >= 0:
-            os.close(self._replies)
-            self._replies = -1
+def start_rank(
+    rank: int,
+    local_rank: int,
+    size: int,
+    *,
+    threads: int,
+    folder: Path,
+    digest: str,
+    local: bool,
+) -> Child:
+    """Start a rank in a child process, which ends when this process does."""
+    return fork_server(RANK_MODULE).start(
+        f"{RANK_MODULE}.run_rank",
+        {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank},
+        environment=build_rank_variables(rank, local_rank, size, threads, local),
+        is_interruptible=False,
+        orphan_seconds=0.0,
+    )
 
 
 def build_rank_variables(
@@ -124,11 +65,6 @@ def build_rank_variables(
         "OMP_NUM_THREADS": threads,
     }
     variables = {**parent_variables, **{k: str(v) for k, v in rank_variables.items()}}
-    # The rank must import this very qtorch; its request restores the rest of sys.path.
-    package_parent = str(Path(qtorch.__file__).parents[1])
-    variables["PYTHONPATH"] = os.pathsep.join(
-        p for p in (package_parent, parent_variables.get("PYTHONPATH")) if p
-    )
     variables["MPLBACKEND"] = "Agg"  # a notebook's backend cannot be imported here
     if local and sys.platform == "linux":
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve

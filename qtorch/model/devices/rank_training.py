@@ -1,12 +1,20 @@
-"""The training of one rank, from its request to its result."""
+"""A rank: a child process that trains its share of each batch of a training on several devices.
+
+Recorder, prediction and records belong to its parent process, which gets these messages: `metrics`
+and `tags` for the recorder, `log` lines, `beat` (heartbeats), and at the end `done`, `stopped` with
+the position, or `error`.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import pickle
 import sys
+import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +30,13 @@ from qtorch.core.runtime import seed_everything
 from qtorch.core.session import Session, init
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.dataset.shared_samples import read_samples, write_samples
-from qtorch.model.devices.rank_link import LinkLogHandler, LinkRecorder, RankLink, serialize_error
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_network, read_checkpoint, restore_generators
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.options import device_name, parse_devices
 from qtorch.model.loop.rank_group import RankInfo
 from qtorch.model.loop.training import Recipe, Training, quiet_lightning
+from qtorch.process.child import Parent
 from qtorch.process.heartbeat import listen
 
 REQUEST, RESULT = "request.pkl", "result.pkl"
@@ -93,14 +101,24 @@ def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples |
     return request, read_samples(folder)
 
 
-def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: int) -> None:
+def run_rank(call: Mapping[str, Any], parent: Parent) -> int:
+    """Run a rank; return 0 if it ended in a way that the parent was told about."""
+    try:
+        train_rank(parent, call["folder"], call["digest"], call["rank"], call["local_rank"])
+    except BaseException as error:
+        parent.send({"error": serialize_error(error)})
+        return 1
+    return 0
+
+
+def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: int) -> None:
     """Train this rank's share, and tell the parent when it is done or was stopped.
 
     Errors are raised.
     """
     request, (train, valid) = read_request(Path(folder), digest)
     assert train is not None, "the train segment has samples"
-    _forward_log(link, request.log_level if rank == 0 else logging.ERROR)
+    _forward_log(parent, request.log_level if rank == 0 else logging.ERROR)
     rank_info = RankInfo(
         rank=rank,
         size=request.size,
@@ -122,7 +140,7 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
     )
     recorder = None
     if rank == 0 and request.run_id is not None:
-        recorder = LinkRecorder(link, request.run_id, request.uri)
+        recorder = ParentRecorder(parent, request.run_id, request.uri)
     seed_everything(recipe.seed)
     if rank == 0:
         restore_generators({**request.generators, "cuda": []})
@@ -131,21 +149,25 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
         warnings.simplefilter("ignore")  # the first rank shows them too
     with quiet_lightning():
         checkpoint_folder = None if request.folder is None else Path(request.folder)
-        checkpoint_callback = training.prepare(checkpoint_folder, request.identity, link, recorder)
-        training.trainer.callbacks.append(ErrorReporter(link))  # type: ignore[attr-defined]  # a list, in spite of its annotation
+        checkpoint_callback = training.prepare(
+            checkpoint_folder, request.identity, parent, recorder
+        )
+        training.trainer.callbacks.append(ErrorReporter(parent))  # type: ignore[attr-defined]  # a list, in spite of its annotation
         checkpoint_path = None if request.checkpoint is None else Path(request.checkpoint)
         checkpoint = (
             None if checkpoint_path is None else (checkpoint_path, read_checkpoint(checkpoint_path))
         )
         if rank == 0:
-            with listen(link.send_heartbeat):
+            with listen(lambda stage, details: parent.send({"beat": [stage, details]})):
                 is_finished = _run_until_stop(training, checkpoint)
         else:
             is_finished = _run_until_stop(training, checkpoint)
         if not is_finished:
-            link.send(
-                stopped=checkpoint_callback.stop_position,
-                batches=checkpoint_callback.loader.num_batches,
+            parent.send(
+                {
+                    "stopped": checkpoint_callback.stop_position,
+                    "batches": checkpoint_callback.loader.num_batches,
+                }
             )
             return
         fit_result = training.result(checkpoint)
@@ -157,7 +179,7 @@ def train_rank(link: RankLink, folder: str, digest: str, rank: int, local_rank: 
             fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
         with atomic_write(Path(folder) / RESULT) as path:
             path.write_bytes(cloudpickle.dumps(fit_result))
-    link.send(done=True)
+    parent.send({"done": True})
 
 
 def _run_until_stop(training: Training, checkpoint: tuple[Path, dict[str, Any]] | None) -> bool:
@@ -172,14 +194,14 @@ def _run_until_stop(training: Training, checkpoint: tuple[Path, dict[str, Any]] 
 class ErrorReporter(pl.Callback):
     """Send an error to the parent before Lightning's teardown makes the other ranks fail too."""
 
-    def __init__(self, link: RankLink) -> None:
-        self._link = link
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if not isinstance(exception, StopTraining):
-            self._link.send(error=serialize_error(exception))
+            self._parent.send({"error": serialize_error(exception)})
 
 
 def _select_device(request: RankRequest, local_rank: int) -> torch.device:
@@ -192,8 +214,52 @@ def _select_device(request: RankRequest, local_rank: int) -> torch.device:
     return device
 
 
-def _forward_log(link: RankLink, level: int) -> None:
+def _forward_log(parent: Parent, level: int) -> None:
     logger = logging.getLogger("qtorch")
-    logger.handlers[:] = [LinkLogHandler(link, level)]
+    logger.handlers[:] = [ParentLogHandler(parent, level)]
     logger.setLevel(level)
     logger.propagate = False
+
+
+class ParentLogHandler(logging.Handler):
+    """A logging handler that sends log lines to the parent."""
+
+    def __init__(self, parent: Parent, level: int) -> None:
+        super().__init__(level)
+        self._parent = parent
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
+        self._parent.send({"log": [record.name, record.levelno, text]})
+
+
+class ParentRecorder:
+    """A stand-in for the parent's recorder that sends metrics and tags to it."""
+
+    def __init__(self, parent: Parent, run_id: str, uri: str | None = None) -> None:
+        self._parent, self.id, self.uri = parent, run_id, uri
+
+    def log_batch(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send metrics to the parent, which logs them."""
+        self._parent.send({"metrics": [dict(metrics), step]})
+
+    def set_tags(self, **tags: Any) -> None:
+        """Send tags to the parent, which sets them."""
+        self._parent.send({"tags": tags})
+
+
+def serialize_error(error: BaseException) -> dict[str, Any]:
+    """Return an error as plain values; the exception itself too if it can be pickled."""
+    try:
+        pickled_error = base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # pickling runs arbitrary code of the exception's class
+        pickled_error = ""
+    lines = traceback.format_exception(error)
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(lines),
+        "pickle": pickled_error,
+    }

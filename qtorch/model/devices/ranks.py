@@ -6,7 +6,6 @@ import base64
 import logging
 import pickle
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -24,14 +23,14 @@ from qtorch.core.session import session
 from qtorch.data.dataset.batches import check_size
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.launcher import Launch, check_single_process, plan_launch
-from qtorch.model.devices.rank_process import RankHandle, RankProcess, threads_per_rank
+from qtorch.model.devices.rank_process import RankHandle, start_rank, threads_per_rank
 from qtorch.model.devices.rank_training import RESULT, RankRequest
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_generator_states
 from qtorch.model.loop.factories import build_factory
-from qtorch.model.loop.interruption import StopRequest
 from qtorch.model.loop.training import FitResult, Recipe
 from qtorch.process.heartbeat import beat
+from qtorch.process.stops import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ def _start_ranks(launch: Launch, folder: Path, digest: str, size: int) -> list[R
     handles: list[RankHandle] = []
     try:
         for local_rank in launch.local_ranks:
-            rank = RankProcess(
+            rank = start_rank(
                 local_rank,
                 local_rank,
                 size,
@@ -193,17 +192,13 @@ class RankSupervisor:
     def _read_messages(self) -> bool:
         """Handle the messages of all ranks; return whether there were any."""
         has_messages = False
-        for handle in self.handles:
-            # Ask before reading, so that its last messages are not missed.
-            code = handle.exit_code()
-            for message in handle.messages():
+        for rank, handle in enumerate(self.handles):
+            for message in handle.receive(0.0):
                 has_messages = True
-                self._handle_message(handle.rank, message)
-            is_unreported = (
-                handle.rank not in self.final_messages and handle.rank not in self.errors
-            )
-            if code is not None and is_unreported:
-                self.errors[handle.rank] = {"exit": code}
+                self._handle_message(rank, message)
+            is_unreported = rank not in self.final_messages and rank not in self.errors
+            if handle.exit_status is not None and is_unreported:
+                self.errors[rank] = {"exit": handle.exit_status.description}
         return has_messages
 
     def _handle_message(self, rank: int, message: dict[str, Any]) -> None:
@@ -232,7 +227,7 @@ class RankSupervisor:
         error, size = self.errors[rank], len(self.handles)
         if "exit" in error:
             return RankError(
-                f"rank {rank} of {size} {_describe_exit(error['exit'])} during training. Check "
+                f"rank {rank} of {size} {error['exit']} during training. Check "
                 "its log and the system's (out of memory?). The last checkpoint is kept: run the "
                 "same fit again to resume."
             )
@@ -244,7 +239,7 @@ class RankSupervisor:
     def _wait_for_exit(self) -> None:
         """Give the ranks some time to exit by themselves."""
         deadline = time.monotonic() + EXIT_SECONDS
-        while time.monotonic() < deadline and any(h.exit_code() is None for h in self.handles):
+        while time.monotonic() < deadline and any(h.exit_status is None for h in self.handles):
             time.sleep(POLL_SECONDS)
             self._read_messages()
 
@@ -256,12 +251,6 @@ def _is_secondary(error: dict[str, Any]) -> bool:
     return error["type"] in SECONDARY_ERRORS or (
         error["type"] == "RuntimeError" and any(word in text for word in CONNECTION_WORDS)
     )
-
-
-def _describe_exit(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
 
 
 def _deserialize_error(error: dict[str, Any]) -> BaseException:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.files import atomic_write, remove_partial_files
-from qtorch.model.loop.interruption import StopRequest, StopTraining
+from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.lightning_internals import (
     epoch_state,
     restore_epoch_state,
@@ -39,6 +39,7 @@ from qtorch.model.loop.progress import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, FitPr
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
 from qtorch.process.heartbeat import beat, has_listeners
+from qtorch.process.stops import StopRequest
 
 log = logging.getLogger(__name__)
 

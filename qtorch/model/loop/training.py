@@ -37,7 +37,6 @@ from qtorch.model.loop.factories import (
     optimizer_factory,
     scheduler_plan,
 )
-from qtorch.model.loop.interruption import StopRequest
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.loggers import RecorderLogger
@@ -56,6 +55,7 @@ from qtorch.model.loop.rank_group import RankGroup, RankInfo
 from qtorch.model.loop.scoring import evaluation_batch_size
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
+from qtorch.process.stops import StopRequest
 from qtorch.tracking.recorder import MetricRecorder
 
 log = logging.getLogger(__name__)

@@ -1,19 +1,20 @@
-"""Functions that tests/task/test_forked.py calls in forked children."""
+"""Functions that tests/process/test_fork_server.py calls in forked children."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 
-def describe(request, reply):
+def describe(request, parent):
     """Report the environment of the child."""
     import torch
 
-    reply(
+    parent.send(
         {
             "request": request,
             "folder": os.getcwd(),
@@ -27,40 +28,48 @@ def describe(request, reply):
     return 3
 
 
-def remember(request, reply):
+def remember(request, parent):
     """Set a value in memory that a later child must not see."""
     import torch
 
-    reply({"before": getattr(torch, "fork_test", None)})
+    parent.send({"before": getattr(torch, "fork_test", None)})
     torch.fork_test = request["value"]
 
 
-def name_backend(request, reply):
+def name_backend(request, parent):
     """Report matplotlib's backend."""
     import matplotlib
 
-    reply({"backend": matplotlib.get_backend().lower()})
+    parent.send({"backend": matplotlib.get_backend().lower()})
 
 
-def create_file(request, reply):
+def create_file(request, parent):
     """Create a file, which shows that the function was called."""
     with open(request["path"], "w"):
         pass
 
 
-def die(request, reply):
+def die(request, parent):
     """Kill this process, as the kernel does if it uses too much memory."""
-    reply({"run": "started"})
+    parent.send({"run": "started"})
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_for_stop(request, reply):
+def wait_for_stop(request, parent):
     """Count the interruptions that reach this function."""
-    reply({"waiting": os.getpid()})
+    parent.send({"waiting": os.getpid()})
     count, end = 0, time.monotonic() + 10
     while time.monotonic() < end:
         try:
             time.sleep(0.05)
         except KeyboardInterrupt:
             count, end = count + 1, time.monotonic() + 0.5
-    reply({"stops": count, "thread": threading.current_thread() is threading.main_thread()})
+    parent.send({"stops": count, "thread": threading.current_thread() is threading.main_thread()})
+
+
+def start_sleep(request, parent):
+    """Start a process and wait."""
+    with open(request["path"], "w") as file:
+        file.write(str(subprocess.Popen(["sleep", "600"]).pid))
+    parent.send({"started": True})
+    time.sleep(600)
