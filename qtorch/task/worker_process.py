@@ -122,7 +122,7 @@ class OutcomeWaiter:
                 self.on_progress(message)
             if child.exit_status is not None:
                 is_stopped = stop_time < math.inf
-                return {"interrupted": True} if is_stopped else _lost_child(child, is_ready)
+                return {"interrupted": True} if is_stopped else _exit_outcome(child, is_ready)
             if stop_time == math.inf and self.is_stopped():
                 stop_time = time.monotonic()
                 child.stop()
@@ -146,7 +146,7 @@ class OutcomeWaiter:
         return {"hung": f"no sign of life for {self.hang_after:g} s (hang_after)"}
 
 
-def _lost_child(child: Child, is_ready: bool) -> dict[str, Any]:
+def _exit_outcome(child: Child, is_ready: bool) -> dict[str, Any]:
     assert child.exit_status is not None
     text = f"the task's process {child.exit_status.description}"
     if is_ready:
