@@ -206,10 +206,11 @@ class Parent(StopRequest):
     - is_interruptible: whether a stop request interrupts the main thread. Otherwise the function
       looks at `stop_requested`, and signals are ignored: the parent gets them too.
     - orphan_seconds: time to end, for example to write a checkpoint, after the parent is gone.
-    - silence_timeout: seconds without a message after which the parent counts as gone (or None).
-      Its pings carry the time of the machine's monotonic clock, because they may have waited.
+    - silence_timeout: seconds without a ping after which the parent counts as gone, while the child
+      works (or None). Pings carry the time of the machine's monotonic clock, because they may have
+      waited.
 
-    `is_idle` means that nothing needs to be interrupted when the parent is gone.
+    `is_idle`: the child waits for a request, so nothing needs to be interrupted.
     """
 
     def __init__(self, connection: Connection, call: Message) -> None:
@@ -267,7 +268,8 @@ class Parent(StopRequest):
         self._end()
 
     def _watch(self) -> None:
-        while time.monotonic() - self._last_alive <= self._call["silence_timeout"]:
+        timeout: float = self._call["silence_timeout"]
+        while self.is_idle or time.monotonic() - self._last_alive <= timeout:
             time.sleep(0.2)
         self._end()
 

@@ -155,8 +155,6 @@ class Slot(threading.Thread):
                 self.control.release_reservation()
                 if self._is_idle_too_long():
                     return
-                if self.child is not None:
-                    self.child.ping()
                 self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
@@ -226,6 +224,7 @@ class Slot(threading.Thread):
             child = self._get_child()
         except ForkError as error:
             return {"not_started": str(error)}
+        child.ping()  # its last one may be old
         child.send(request)
         return waiter.wait(child)
 
