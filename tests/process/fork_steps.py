@@ -57,10 +57,12 @@ def die(request, parent):
 
 def wait_for_stop(request, parent):
     """Count the interruptions that reach this function."""
-    parent.send({"waiting": os.getpid()})
-    count, end = 0, time.monotonic() + 10
+    count, end, is_announced = 0, time.monotonic() + 10, False
     while time.monotonic() < end:
         try:
+            if not is_announced:  # the interruption may come at once
+                is_announced = True
+                parent.send({"waiting": os.getpid()})
             time.sleep(0.05)
         except KeyboardInterrupt:
             count, end = count + 1, time.monotonic() + 0.5
