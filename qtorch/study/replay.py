@@ -226,7 +226,7 @@ def compare_environments(
     left, right = (
         {k: v for k, v in e.items() if k not in unknown_parts} for e in (original, current)
     )
-    left, right = _flatten(left), _flatten(right)
+    left, right = _environment_entries(left), _environment_entries(right)
     # Environments of different formats have different entries: only common ones are comparable.
     is_same_format = original.get("format") == current.get("format")
     differences, unknown = [], [OPTIONAL_PARTS[k] for k in unknown_parts]
@@ -242,7 +242,7 @@ def compare_environments(
     )
 
 
-def _flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _environment_entries(environment: Mapping[str, Any]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, value in environment.items():
         if isinstance(value, Mapping):

@@ -36,193 +36,8 @@ from qtorch.trainer.trainers import Trainer, TrainerR
 log = logging.getLogger(__name__)
 
 WARM_START = "qtorch.study.warm_start.WarmStart"
-
-
-def rolling_tasks(
-    task: Mapping[str, Any],
-    *,
-    step: int,
-    rtype: str,
-    horizon: int | None,
-    trunc_days: int | None,
-    cache: bool | str,
-    calendar: Sequence[Any] | None,
-    records: Sequence[Any],
-) -> list[dict[str, Any]]:
-    """The tasks of all windows, with a common end of the data and with `records` as records."""
-    task = task if horizon is None else with_horizon(task, horizon)
-    generator = RollingGen(
-        step,
-        rtype,
-        trunc_days=trunc_days,
-        task_copy_func=copy_containers,
-        overshoot=False,
-        calendar=calendar,
-    )
-    tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
-    return with_common_end(tasks, cache)
-
-
-def with_common_end(
-    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
-) -> list[dict[str, Any]]:
-    """Give the handlers of all tasks the same end date, so that they share cached features.
-
-    This is safe because a feature does not depend on where the data end, and no sample is taken
-    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
-    that are objects instead of configurations are left as they are.
-    """
-    all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
-    ends = [end for end in all_ends if end is not None]
-    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
-    new_tasks = []
-    for task in tasks:
-        options = config_arguments(task_handler(task))
-        changes: dict[str, Any] = {"end_time": last} if "end_time" in options else {}
-        if cache is not False:
-            changes["cache"] = cache
-        new_tasks.append(with_handler(task, **changes))
-    return new_tasks
-
-
-def with_horizon(task: Mapping[str, Any], horizon: int) -> dict[str, Any]:
-    """Set the label to the return from tomorrow's close to the close `horizon` days later."""
-    if int(horizon) < 1:
-        raise ConfigError(f"horizon={horizon}: expected at least 1 (the days of the return).")
-    if not isinstance(task_handler(task), Mapping):
-        raise ConfigError(
-            "horizon=... sets the label in a handler's configuration, but this task's handler is "
-            "an object; set the label when you create it."
-        )
-    return with_handler(task, label=[f"Ref($close, -{int(horizon) + 1})/Ref($close, -1) - 1"])
-
-
-def with_warm_start(
-    task: Mapping[str, Any], previous: Recorder, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Replace the task's model by one that starts from the weights of an earlier run."""
-    model = {
-        "_target_": WARM_START,
-        "recorder_id": previous.id,
-        "experiment_id": previous.experiment_id,
-        **({"options": dict(options)} if options else {}),
-    }
-    return {**task, "model": model}
-
-
-def copy_containers(task: Any) -> Any:
-    """Copy the containers of a task; objects in it (a handler with its data) are not copied."""
-    if isinstance(task, Mapping):
-        return {key: copy_containers(value) for key, value in task.items()}
-    if isinstance(task, list | tuple):
-        return [copy_containers(value) for value in task]
-    return task
-
-
-def span_text(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """Text with the first and last test day of all windows."""
-    spans = [task_segments(task)["test"] for task in tasks]
-    return f"tested on {spans[0][0]}..{spans[-1][1]}"
-
-
 TEST = "test"
 SIGNAL_RECORD = "SignalRecord"
-
-
-class StitchedSignal(BaseModel):
-    """A model whose scores are already known, so that records can use it like any other."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = scores
-
-    def predict(self, dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
-        """Return the scores of a segment of the dataset, or of a slice of dates (inclusive)."""
-        return _select_dates(self.scores, dataset.segments, segment)
-
-
-class StitchedDataset:
-    """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
-
-    "test" is its only segment. The label is available at no cost; for anything else, the windows'
-    real dataset is built over the span of all windows.
-    """
-
-    def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
-        first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
-        self.segments = {TEST: (first[0], last[1])}
-        self._config = with_arguments(task_dataset(tasks[-1]), segments=self.segments)
-        self._label = label
-
-    @cached_property
-    def full_dataset(self) -> Any:
-        """The real dataset, built on first use; its processors are not fitted."""
-        return init_instance_by_config(self._config)
-
-    def prepare(
-        self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
-    ) -> Any:
-        """Prepare data as the real dataset does; the raw label needs no dataset."""
-        if (col_set, data_key) == ("label", "raw") and not options:
-            return _select_dates(self._label, self.segments, segments)
-        return self.full_dataset.prepare(segments, col_set, data_key, **options)
-
-
-def window_records(extra_records: Sequence[Any] = ()) -> list[Any]:
-    """The records of each window: its scores (SignalRecord) and the given extra records."""
-    records = [extra_records] if isinstance(extra_records, Mapping | str) else list(extra_records)
-    return records if _has_signal_record(records) else [SIGNAL_RECORD, *records]
-
-
-def make_stitched_records(
-    base: Mapping[str, Any],
-    tasks: Sequence[Mapping[str, Any]],
-    prediction: pd.DataFrame,
-    label: pd.DataFrame,
-    recorder: Recorder,
-) -> None:
-    """Run the task's records on the stitched signal: `pred.pkl`, `label.pkl`, and the others.
-
-    Their model is a StitchedSignal and their dataset a StitchedDataset.
-    """
-    _warn_about_missing_days(prediction, label)
-    config = base.get("record")
-    task_records = [config] if isinstance(config, Mapping | str) else list(config or [])
-    records = task_records if _has_signal_record(task_records) else [SIGNAL_RECORD, *task_records]
-    make_records(recorder, records, StitchedSignal(prediction), StitchedDataset(tasks, label))
-
-
-def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
-    """The rows of a segment, or of a slice of dates (inclusive)."""
-    if isinstance(segment, str) and segment not in segments:
-        raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
-    span = slice(*segments[segment]) if isinstance(segment, str) else segment
-    days = frame.index.get_level_values("datetime")
-    mask = np.ones(len(frame), dtype=bool)
-    if span.start is not None:
-        mask &= days >= pd.Timestamp(span.start)
-    if span.stop is not None:
-        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
-    return frame[mask]
-
-
-def _has_signal_record(records: Sequence[Any]) -> bool:
-    classes = (get_callable_kwargs(record, RECORD_MODULE)[0] for record in records)
-    return any(isinstance(cls, type) and issubclass(cls, SignalRecord) for cls in classes)
-
-
-def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
-    """Warn about days of the test span that have rows but no score."""
-    days, scored_days = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
-    missing = days.difference(scored_days)
-    if len(missing):
-        log.warning(
-            "%d of %d trading days have no score (the first is %s): none of their rows is a sample",
-            len(missing),
-            len(days),
-            f"{missing[0]:%Y-%m-%d}",
-        )
-
-
 WINDOW_TAG, SPAN_TAG = "rolling.window", "rolling.test"
 WINDOWS = "rolling"  # the artifact with the list of windows
 
@@ -283,7 +98,7 @@ def rolling_study(
         trunc_days=trunc_days,
         cache=cache,
         calendar=calendar,
-        records=window_records(part_records),
+        records=_add_signal_record(part_records),
     )
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
@@ -311,7 +126,7 @@ def _log_study(
     rolling = {**options, "windows": len(tasks)}
     parent.log_params(**flatten_dict({**loggable_task(base), "rolling": rolling}))
     parent.save_objects(task=base)
-    log.info("%d windows of %d days, %s", len(tasks), options["step"], span_text(tasks))
+    log.info("%d windows of %d days, %s", len(tasks), options["step"], _span_text(tasks))
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -341,7 +156,7 @@ def _train_windows_in_sequence(
     options = warm_start if isinstance(warm_start, Mapping) else {}
     windows: list[Recorder] = []
     for number, task in enumerate(tasks):
-        task = with_warm_start(task, windows[-1], options) if windows else task
+        task = _with_warm_start(task, windows[-1], options) if windows else task
         recorders = trainer.train([task])
         _tag_window(recorders[0], parent, number, task)
         window = R.get_recorder(recorder_id=trainer.end_train(recorders)[0].id)
@@ -405,7 +220,7 @@ def _stitch_windows(
         raise StudyError(
             f"{num_duplicates} scores belong to two windows: their test segments overlap."
         )
-    make_stitched_records(base, tasks, prediction, label, parent)
+    _make_stitched_records(base, tasks, prediction, label, parent)
     window_metrics = []
     for number, part in parts.items():
         metrics = finite_metrics(
@@ -414,3 +229,188 @@ def _stitch_windows(
         parent.log_batch({f"window.{name}": value for name, value in metrics.items()}, step=number)
         window_metrics.append(metrics)
     return RollingResult(parent, windows, tasks, prediction, window_metrics)
+
+
+class StitchedSignal(BaseModel):
+    """A model whose scores are already known, so that records can use it like any other."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        self.scores = scores
+
+    def predict(self, dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
+        """Return the scores of a segment of the dataset, or of a slice of dates (inclusive)."""
+        return _select_dates(self.scores, dataset.segments, segment)
+
+
+class StitchedDataset:
+    """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
+
+    "test" is its only segment. The label is available at no cost; for anything else, the windows'
+    real dataset is built over the span of all windows.
+    """
+
+    def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
+        first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
+        self.segments = {TEST: (first[0], last[1])}
+        self._config = with_arguments(task_dataset(tasks[-1]), segments=self.segments)
+        self._label = label
+
+    @cached_property
+    def full_dataset(self) -> Any:
+        """The real dataset, built on first use; its processors are not fitted."""
+        return init_instance_by_config(self._config)
+
+    def prepare(
+        self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
+    ) -> Any:
+        """Prepare data as the real dataset does; the raw label needs no dataset."""
+        if (col_set, data_key) == ("label", "raw") and not options:
+            return _select_dates(self._label, self.segments, segments)
+        return self.full_dataset.prepare(segments, col_set, data_key, **options)
+
+
+def _make_stitched_records(
+    base: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, Any]],
+    prediction: pd.DataFrame,
+    label: pd.DataFrame,
+    recorder: Recorder,
+) -> None:
+    """Run the task's records on the stitched signal: `pred.pkl`, `label.pkl`, and the others.
+
+    Their model is a StitchedSignal and their dataset a StitchedDataset.
+    """
+    _warn_about_missing_days(prediction, label)
+    records = _add_signal_record(base.get("record"))
+    make_records(recorder, records, StitchedSignal(prediction), StitchedDataset(tasks, label))
+
+
+def _add_signal_record(records: Any) -> list[Any]:
+    """The records of a task, after a SignalRecord unless one of them is a SignalRecord."""
+    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
+    has_signal_record = any(_is_signal_record(record) for record in record_list)
+    return record_list if has_signal_record else [SIGNAL_RECORD, *record_list]
+
+
+def _is_signal_record(record: Any) -> bool:
+    if isinstance(record, str) and record.startswith("file:"):
+        return False  # a pickle, which is not loaded to find out
+    cls = get_callable_kwargs(record, RECORD_MODULE)[0]
+    return isinstance(cls, type) and issubclass(cls, SignalRecord)
+
+
+def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
+    """The rows of a segment, or of a slice of dates (inclusive)."""
+    if isinstance(segment, str) and segment not in segments:
+        raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
+    span = slice(*segments[segment]) if isinstance(segment, str) else segment
+    days = frame.index.get_level_values("datetime")
+    mask = np.ones(len(frame), dtype=bool)
+    if span.start is not None:
+        mask &= days >= pd.Timestamp(span.start)
+    if span.stop is not None:
+        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
+    return frame[mask]
+
+
+def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
+    """Warn about days of the test span that have rows but no score."""
+    days, scored_days = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
+    missing = days.difference(scored_days)
+    if len(missing):
+        log.warning(
+            "%d of %d trading days have no score (the first is %s): none of their rows is a sample",
+            len(missing),
+            len(days),
+            f"{missing[0]:%Y-%m-%d}",
+        )
+
+
+# -- the tasks of the windows ----------------------------------------------------------------------
+
+
+def rolling_tasks(
+    task: Mapping[str, Any],
+    *,
+    step: int,
+    rtype: str,
+    horizon: int | None,
+    trunc_days: int | None,
+    cache: bool | str,
+    calendar: Sequence[Any] | None,
+    records: Sequence[Any],
+) -> list[dict[str, Any]]:
+    """The tasks of all windows, with a common end of the data and with `records` as records."""
+    task = task if horizon is None else _with_horizon(task, horizon)
+    generator = RollingGen(
+        step,
+        rtype,
+        trunc_days=trunc_days,
+        task_copy_func=_copy_containers,
+        overshoot=False,
+        calendar=calendar,
+    )
+    tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
+    return _with_common_end(tasks, cache)
+
+
+def _with_common_end(
+    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
+) -> list[dict[str, Any]]:
+    """Give the handlers of all tasks the same end date, so that they share cached features.
+
+    This is safe because a feature does not depend on where the data end, and no sample is taken
+    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
+    that are objects instead of configurations are left as they are.
+    """
+    all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
+    ends = [end for end in all_ends if end is not None]
+    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
+    new_tasks = []
+    for task in tasks:
+        options = config_arguments(task_handler(task))
+        changes: dict[str, Any] = {"end_time": last} if "end_time" in options else {}
+        if cache is not False:
+            changes["cache"] = cache
+        new_tasks.append(with_handler(task, **changes))
+    return new_tasks
+
+
+def _with_horizon(task: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    """Set the label to the return from tomorrow's close to the close `horizon` days later."""
+    if int(horizon) < 1:
+        raise ConfigError(f"horizon={horizon}: expected at least 1 (the days of the return).")
+    if not isinstance(task_handler(task), Mapping):
+        raise ConfigError(
+            "horizon=... sets the label in a handler's configuration, but this task's handler is "
+            "an object; set the label when you create it."
+        )
+    return with_handler(task, label=[f"Ref($close, -{int(horizon) + 1})/Ref($close, -1) - 1"])
+
+
+def _with_warm_start(
+    task: Mapping[str, Any], previous: Recorder, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Replace the task's model by one that starts from the weights of an earlier run."""
+    model = {
+        "_target_": WARM_START,
+        "recorder_id": previous.id,
+        "experiment_id": previous.experiment_id,
+        **({"options": dict(options)} if options else {}),
+    }
+    return {**task, "model": model}
+
+
+def _copy_containers(task: Any) -> Any:
+    """Copy the containers of a task; objects in it (a handler with its data) are not copied."""
+    if isinstance(task, Mapping):
+        return {key: _copy_containers(value) for key, value in task.items()}
+    if isinstance(task, list | tuple):
+        return [_copy_containers(value) for value in task]
+    return task
+
+
+def _span_text(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """Text with the first and last test day of all windows."""
+    spans = [task_segments(task)["test"] for task in tasks]
+    return f"tested on {spans[0][0]}..{spans[-1][1]}"

@@ -31,7 +31,11 @@ TASK_TAG, SETTING_TAG = "qtorch.task_id", "qtorch.setting"  # a setting is a tas
 JOB_TAG = "qtorch.job."  # + the sweep's run ID: a job's number and overrides, as JSON
 SECONDS_TAG = "qtorch.seconds"  # working time, summed over all attempts
 PLAN, PLAN_FORMAT = "sweep", 1
-REGISTRY_FOLDER = "sweeps"
+REGISTRY_FOLDER = "sweeps"  # in the user's cache
+# The valid segment comes first: a test segment that was used for selection is no test any more.
+DEFAULT_METRICS = ("valid.Rank IC", "test.Rank IC", "Rank IC", "valid/rank_ic")
+MINIMIZED_METRICS = ("loss", "mse", "mae", "rmse")
+MODES = ("max", "min")
 
 
 @dataclass
@@ -292,10 +296,7 @@ def _exists(entry: Mapping[str, Any]) -> bool:
         return False
 
 
-# The valid segment comes first: a test segment that was used for selection is no test any more.
-DEFAULT_METRICS = ("valid.Rank IC", "test.Rank IC", "Rank IC", "valid/rank_ic")
-MINIMIZED_METRICS = ("loss", "mse", "mae", "rmse")
-MODES = ("max", "min")
+# -- the best job and the groups of seeds ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
