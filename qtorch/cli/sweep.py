@@ -47,17 +47,12 @@ def main(argv: Sequence[str]) -> int:
     action, *words = argv
     if action not in ACTION_OPTIONS:
         raise ArgumentError(unknown_name_message("action of qtorch sweep", action, ACTION_OPTIONS))
-    options, names = parse_known_options(words, PARSERS)
     allowed_options = (*ACTION_OPTIONS[action], "tracking.uri")
-    unknown_options = [w.partition("=")[0] for w in names if "=" in w] + [
-        o for o in options if o not in allowed_options
-    ]
+    options, names = parse_known_options(words, {o: PARSERS[o] for o in allowed_options})
+    unknown_options = [w.partition("=")[0] for w in names if "=" in w]
     if unknown_options:
-        raise ConfigError(
-            unknown_name_message(
-                f"option of qtorch sweep {action}", unknown_options[0], allowed_options
-            )
-        )
+        subject = f"option of qtorch sweep {action}"
+        raise ConfigError(unknown_name_message(subject, unknown_options[0], allowed_options))
     if len(names) != (action != "list"):
         expectation = "takes no name" if action == "list" else "takes the name of one sweep"
         raise ArgumentError(
@@ -99,7 +94,13 @@ def _has_store() -> bool:
 
 
 def _list() -> int:
-    from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
+    from qtorch.cli.tables.console import (
+        OverridesCell,
+        format_status,
+        new_table,
+        print_table,
+        terminal,
+    )
     from qtorch.cli.tables.jobs import job_counts_text
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
     from qtorch.tracking.store_types import format_local_time
@@ -116,7 +117,7 @@ def _list() -> int:
             format_status(row.status),
             job_counts_text(jobs, get_job_count(row)) if jobs else "none",
             (format_local_time(row.start_time) or "")[:16],
-            row.tags.get(COMMAND_TAG, ""),
+            OverridesCell(row.tags.get(COMMAND_TAG, "")),
             row.id,
         )
     print_table(table)

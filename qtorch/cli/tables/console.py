@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 # The statuses of runs, of a search's trials and of a pool's tasks.
 STATUS_STYLES = {
@@ -34,6 +36,32 @@ def new_table(*columns: str, title: str | None = None, numbers: Collection[str] 
         else:
             table.add_column(name, overflow="fold")
     return table
+
+
+class OverridesCell:
+    """A table cell with overrides: lines end between two of them, or after a comma or "=".
+
+    Rich breaks a word that is longer than its column at any character.
+    """
+
+    def __init__(self, overrides: str) -> None:
+        self.words = overrides.split()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self.words), default=0), len(" ".join(self.words)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width = options.max_width
+        lines = [""]
+        for word in self.words:
+            parts = [word] if len(word) <= width else re.findall(r"[^,=]*[,=]?", word)
+            for number, part in enumerate(parts):
+                text = f" {part}" if number == 0 and lines[-1] else part
+                if len(lines[-1] + text) <= width:
+                    lines[-1] += text
+                else:
+                    lines.append(part)
+        yield Text("\n".join(lines), overflow="fold")
 
 
 def print_table(table: Table) -> None:

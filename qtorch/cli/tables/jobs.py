@@ -8,10 +8,12 @@ import shlex
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from qtorch.cli.tables.console import (
+    OverridesCell,
     format_number,
     format_status,
     new_table,
@@ -35,6 +37,8 @@ from qtorch.tracking.recorder import Recorder
 log = logging.getLogger(__name__)
 
 FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+# Widths of a terminal that has room for a job's figures, and for its run in a column of its own.
+FIGURES_WIDTH, RUN_WIDTH = 110, 150
 SEGMENTS = ("train", "valid", "test")
 
 
@@ -185,19 +189,30 @@ def print_best(
 
 
 def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:
-    """Create a table of jobs with their overrides, without those in `common`, and test metrics."""
-    numbers = (*FIGURES, "seconds")
-    columns = ("job", "overrides", "status", "run")
-    table = new_table(*columns, *numbers, title=title, numbers=("job", *numbers))
-    table.columns[columns.index("status")].no_wrap = True
+    """Create a table of jobs with their overrides, without those in `common`, and test metrics.
+
+    On a narrow terminal the run and the note stand below the overrides, and there are only two
+    metrics.
+    """
+    width = terminal().width
+    is_narrow = width < RUN_WIDTH
+    figures = ("IC", "Rank IC") if width < FIGURES_WIDTH else FIGURES
+    columns = ("overrides, run", "status") if is_narrow else ("overrides", "status", "run")
+    numbers = (*figures, "seconds")
+    table = new_table("job", *columns, *numbers, title=title, numbers=("job", *numbers))
+    for column in table.columns[2 : 1 + len(columns)]:  # status and run
+        column.no_wrap = True
     for job in jobs:
-        status = format_status(job.status)
-        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in FIGURES]
+        status, note = format_status(job.status), job.note
+        run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
+        overrides = OverridesCell(_override_text(job, common))
+        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in figures]
+        cells: tuple[Any, ...] = (overrides, f"{status} ({note})" if note else status, run)
+        if is_narrow:
+            cells = (Group(overrides, *filter(None, (run, note))), status)
         table.add_row(
             str(job.number),
-            escape(_override_text(job, common)),
-            f"{status} ({job.note})" if job.note else status,
-            job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-"),
+            *cells,
             *(format_number(v) for v in values),
             "-" if math.isnan(job.seconds) else f"{job.seconds:.1f}",
         )
@@ -211,7 +226,7 @@ def _groups_table(groups: Sequence[SeedGroup]) -> Table:
     for group in groups:
         has_test_metrics = any(f"test.{f}" in j.metrics for j in group.jobs for f in FIGURES)
         cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in FIGURES]
-        table.add_row(escape(group.name), str(len(group.jobs)), *cells)
+        table.add_row(OverridesCell(group.name), str(len(group.jobs)), *cells)
     return table
 
 
