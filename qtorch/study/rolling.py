@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
-from qtorch.core.instantiate import flatten_dict, get_callable_kwargs, init_instance_by_config
+from qtorch.core.instantiate import flatten_dict, init_instance_by_config
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
 from qtorch.record.signal import SignalRecord, finite_metrics, ic_figures
@@ -30,7 +30,13 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import get_error, record_failure
-from qtorch.trainer.run import RECORD_MODULE, complete_task, loggable_task, make_records
+from qtorch.trainer.run import (
+    complete_task,
+    loggable_task,
+    make_records,
+    record_class,
+    record_list,
+)
 from qtorch.trainer.trainers import Trainer, TrainerR
 
 log = logging.getLogger(__name__)
@@ -107,8 +113,7 @@ def rolling_study(
         parent = R.get_recorder()
         try:
             _log_study(parent, base, tasks, options)
-            train = _train_windows if warm_start is False else _train_windows_in_sequence
-            windows = train(trainer, tasks, parent, warm_start)
+            windows = _train_windows(trainer, tasks, parent, warm_start)
             _save_window_list(parent, tasks, windows)
             return _stitch_windows(base, parent, tasks, windows)
         except Exception as error:
@@ -133,35 +138,27 @@ def _log_study(
 
 
 def _train_windows(
-    trainer: Trainer, tasks: Sequence[dict[str, Any]], parent: Recorder, warm_start: Any
-) -> list[Recorder]:
-    """Train all windows; each run becomes a child of the study once the trainer returns it."""
-    recorders = trainer.train(list(tasks))
-    for number, recorder in enumerate(recorders):
-        _tag_window(recorder, parent, number, tasks[number])
-    windows: list[Recorder] = [
-        R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)
-    ]
-    _check_statuses(windows, tasks)
-    return windows
-
-
-def _train_windows_in_sequence(
     trainer: Trainer,
     tasks: Sequence[dict[str, Any]],
     parent: Recorder,
-    warm_start: Any,
+    warm_start: bool | Mapping[str, Any],
 ) -> list[Recorder]:
-    """Train the windows one by one, each from the weights of the one before it."""
+    """Train all windows at once; or, with a warm start, each from the weights of the one before.
+
+    Each run becomes a child of the study once the trainer returns it.
+    """
+    is_warm = warm_start is not False
     options = warm_start if isinstance(warm_start, Mapping) else {}
     windows: list[Recorder] = []
-    for number, task in enumerate(tasks):
-        task = _with_warm_start(task, windows[-1], options) if windows else task
-        recorders = trainer.train([task])
-        _tag_window(recorders[0], parent, number, task)
-        window = R.get_recorder(recorder_id=trainer.end_train(recorders)[0].id)
-        _check_statuses([window], [task], first=number)
-        windows.append(window)
+    for batch in [[task] for task in tasks] if is_warm else [list(tasks)]:
+        if is_warm and windows:
+            batch = [_with_warm_start(batch[0], windows[-1], options)]
+        first = len(windows)
+        recorders = trainer.train(batch)
+        for number, (recorder, task) in enumerate(zip(recorders, batch, strict=True), first):
+            _tag_window(recorder, parent, number, task)
+        windows += [R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)]
+        _check_statuses(windows[first:], batch, first)
     return windows
 
 
@@ -172,8 +169,9 @@ def _tag_window(recorder: Recorder, parent: Recorder, number: int, task: Mapping
 
 
 def _check_statuses(
-    windows: Sequence[Recorder], tasks: Sequence[Mapping[str, Any]], first: int = 0
+    windows: Sequence[Recorder], tasks: Sequence[Mapping[str, Any]], first: int
 ) -> None:
+    """Raise StudyError if a window did not finish; `first` is the number of the first one."""
     failed_windows = [
         f"window {first + k} (test {'..'.join(map(str, task_segments(tasks[k])[TEST]))}), run "
         f"{recorder.id}, is {recorder.status}: {get_error(recorder) or 'no error stored'}"
@@ -287,16 +285,11 @@ def _make_stitched_records(
 
 def _add_signal_record(records: Any) -> list[Any]:
     """The records of a task, after a SignalRecord unless one of them is a SignalRecord."""
-    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
-    has_signal_record = any(_is_signal_record(record) for record in record_list)
-    return record_list if has_signal_record else [SIGNAL_RECORD, *record_list]
-
-
-def _is_signal_record(record: Any) -> bool:
-    if isinstance(record, str) and record.startswith("file:"):
-        return False  # a pickle, which is not loaded to find out
-    cls = get_callable_kwargs(record, RECORD_MODULE)[0]
-    return isinstance(cls, type) and issubclass(cls, SignalRecord)
+    items = record_list(records)
+    classes = [record_class(record) for record in items]
+    if any(isinstance(c, type) and issubclass(c, SignalRecord) for c in classes):
+        return items
+    return [SIGNAL_RECORD, *items]
 
 
 def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:

@@ -139,16 +139,16 @@ def end_sweep(
     """
     jobs = sweep_jobs(str(recorder.id))
     statuses = {job.status for job in jobs}
-    final = Recorder.STATUS_FI
     if is_interrupted or statuses & {Recorder.STATUS_K, Recorder.STATUS_S}:
         final = Recorder.STATUS_K
     elif Recorder.STATUS_FA in statuses:
         final = Recorder.STATUS_FA
-    num_expected = recorder.list_tags().get(COUNT_TAG, "0")
-    if final == Recorder.STATUS_FI and is_queued:
+    elif is_queued:
         final = Recorder.STATUS_S
-    elif final == Recorder.STATUS_FI and len(jobs) < int(num_expected):
+    elif len(jobs) < int(recorder.list_tags().get(COUNT_TAG, 0)):
         final = Recorder.STATUS_FA  # some jobs failed before their run was created
+    else:
+        final = Recorder.STATUS_FI
     recorder.end_run(final)
     if Recorder.STATUS_R in statuses and not is_interrupted:
         from qtorch.tracking.mlflow_store import open_store

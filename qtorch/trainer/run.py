@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from qtorch.core.configured import Configured
@@ -280,26 +281,27 @@ def _check_segments(dataset: Any, records: Any) -> None:
     # The training itself starts with the segment train and checks it.
     for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
         has_one_instrument = samples(name, data_key="infer").max_samples_per_day == 1
-        cross_sectional = (
-            _cross_sectional_records(records) if has_one_instrument and name == TEST else []
-        )
-        if cross_sectional:
-            raise DataError(
-                f"the segment {name!r} has only one instrument per day, but {cross_sectional[0]} "
-                "compares the instruments of a day: use a universe of several instruments, or "
-                "train without this record (record=none)."
-            )
+        if name != TEST or not has_one_instrument:
+            continue
+        for cls in map(record_class, record_list(records)):
+            if getattr(cls, "needs_cross_section", False):
+                raise DataError(
+                    f"the segment {name!r} has only one instrument per day, but {cls.__name__} "
+                    "compares the instruments of a day: use a universe of several instruments, or "
+                    "train without this record (record=none)."
+                )
 
 
-def _cross_sectional_records(records: Any) -> list[str]:
-    """The class names of the records that compare the scores of a day."""
-    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
-    importable = [r for r in record_list if not (isinstance(r, str) and r.startswith("file:"))]
-    classes = [
-        get_callable_kwargs(r, RECORD_MODULE)[0] if isinstance(r, Mapping | str) else type(r)
-        for r in importable
-    ]
-    return [c.__name__ for c in classes if getattr(c, "needs_cross_section", False)]
+def record_list(records: Any) -> list[Any]:
+    """A task's records as a list; a single one becomes a list of one."""
+    return [records] if isinstance(records, Mapping | str) else list(records or [])
+
+
+def record_class(record: Any) -> Any:
+    """The class of a task's record; None for a pickle, which is not loaded to find out."""
+    if isinstance(record, Path) or (isinstance(record, str) and record.startswith("file:")):
+        return None
+    return get_callable_kwargs(record, RECORD_MODULE)[0]
 
 
 def _save_dataset(recorder: Recorder, dataset: Any) -> None:
@@ -314,10 +316,9 @@ def _save_dataset(recorder: Recorder, dataset: Any) -> None:
 
 def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
     """Generate a task's records in order, in a run."""
-    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
     # Records resolve <PRED> themselves.
     values = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}
-    for config in fill_placeholder(record_list, values):
+    for config in fill_placeholder(record_list(records), values):
         record = init_instance_by_config(
             config,
             default_module=RECORD_MODULE,
