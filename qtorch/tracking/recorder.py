@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from qtorch.core.errors import ArgumentError, QtorchError, unknown_name_message
+from qtorch.core.errors import ArgumentError, LoadObjectError, QtorchError, unknown_name_message
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +207,14 @@ def check_status(status: str) -> str:
     if status not in Recorder.STATUSES:
         raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
     return status
+
+
+def load_if_present(recorder: Recorder, name: str) -> Any:
+    """Load an object by its logical name; None if the run does not have it."""
+    try:
+        return recorder.load_object(name)
+    except LoadObjectError:
+        return None
 
 
 _lock = threading.Lock()

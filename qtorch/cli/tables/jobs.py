@@ -20,7 +20,7 @@ from qtorch.cli.tables.console import (
     print_table,
     terminal,
 )
-from qtorch.core.errors import ConfigError, LoadObjectError, format_count
+from qtorch.core.errors import ConfigError, format_count
 from qtorch.study.sweep import (
     JobResult,
     SeedGroup,
@@ -32,7 +32,7 @@ from qtorch.study.sweep import (
     seed_groups,
 )
 from qtorch.tracking.manager import R
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, load_if_present
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
     metrics = result.metrics
     console = terminal()
     facts_table = Table.grid(padding=(0, 2))
-    for name, text in _facts(result, recorder):
+    for name, text in _facts(result, recorder).items():
         facts_table.add_row(f"[dim]{name}[/dim]", text)
     console.print()
     console.print(facts_table)
@@ -62,45 +62,36 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
         console.print(f"[dim]view the run:[/dim] {mlflow_command()}", soft_wrap=True)
 
 
-def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
-    metrics, task = result.metrics, recorder.load_object("task")
-    fit = _load_optional(recorder, "fit_report")
-    facts = _data_facts(task)
+def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
+    """Describe the data, the training and the run, by name."""
+    metrics, fit = result.metrics, load_if_present(recorder, "fit_report")
+    facts = _data_facts(recorder.load_object("task"))
     if fit:
-        counts = [f"{fit['samples']:,} train", f"{fit['valid_samples']:,} valid"]
-        scores = _load_optional(recorder, "pred.pkl")
-        counts += [] if scores is None else [f"{len(scores):,} test"]
-        facts.append(("samples", ", ".join(counts)))
+        scores = load_if_present(recorder, "pred.pkl")
+        test = "" if scores is None else f", {len(scores):,} test"
+        facts["samples"] = f"{fit['samples']:,} train, {fit['valid_samples']:,} valid{test}"
         best = "" if fit.get("best_epoch") is None else f", best epoch: {fit['best_epoch']}"
         if fit["monitor"] is not None:
-            facts.append(
-                ("epochs", f"{fit['epochs']}{best} (counting from 0, monitor: {fit['monitor']})")
-            )
-        facts.append(
-            (
-                "speed",
-                f"{fit['samples_per_second']:,.0f} samples/s during training on {fit['device']}",
-            )
-        )
-    facts.append(("time", f"{result.seconds:.1f} s"))
+            counting = f"(counting from 0, monitor: {fit['monitor']})"
+            facts["epochs"] = f"{fit['epochs']}{best} {counting}"
+        speed = f"{fit['samples_per_second']:,.0f} samples/s"
+        facts["speed"] = f"{speed} during training on {fit['device']}"
+    facts["time"] = f"{result.seconds:.1f} s"
     long_short = metrics.get("Long-Short Ann Return")
     if long_short is not None:
         sharpe = format_number(metrics.get("Long-Short Ann Sharpe"), 2)
-        facts.append(("long-short", f"{long_short:.1%} per year before costs, Sharpe {sharpe}"))
-    excess_return = metrics.get("1day.excess_return_with_cost.annualized_return")
+        facts["long-short"] = f"{long_short:.1%} per year before costs, Sharpe {sharpe}"
+    excess = "1day.excess_return_with_cost"
+    excess_return = metrics.get(f"{excess}.annualized_return")
     if excess_return is not None:
-        ratio = format_number(metrics.get("1day.excess_return_with_cost.information_ratio"), 2)
-        facts.append(
-            (
-                "portfolio",
-                f"{excess_return:.1%} per year over the benchmark after costs, "
-                f"information ratio {ratio}",
-            )
-        )
-    return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
+        ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
+        benchmark = "over the benchmark after costs"
+        facts["portfolio"] = f"{excess_return:.1%} per year {benchmark}, information ratio {ratio}"
+    facts["run"] = f"{result.run_id} (experiment {result.experiment})"
+    return facts
 
 
-def _data_facts(task: Any) -> list[tuple[str, str]]:
+def _data_facts(task: Any) -> dict[str, str]:
     """Describe the data source and the segments of a task."""
     dataset = task.get("dataset", {})
     handler = dataset.get("handler") or {}
@@ -109,14 +100,7 @@ def _data_facts(task: Any) -> list[tuple[str, str]]:
         f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
         for name, span in (dataset.get("segments") or {}).items()
     ]
-    return [("data", f"{source}, {handler.get('instruments')}"), ("segments", ", ".join(spans))]
-
-
-def _load_optional(recorder: Recorder, name: str) -> Any:
-    try:
-        return recorder.load_object(name)
-    except LoadObjectError:
-        return None
+    return {"data": f"{source}, {handler.get('instruments')}", "segments": ", ".join(spans)}
 
 
 def mlflow_command() -> str:

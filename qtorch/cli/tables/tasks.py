@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,12 +50,11 @@ def task_counts_text(stat: Mapping[str, int]) -> str:
     return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
 
 
-def total_counts(slots: Iterable[SlotStatus]) -> dict[str, int]:
+def total_counts(slots: Iterable[SlotStatus]) -> Counter[str]:
     """Add up the counts of a worker's slots, by how the tasks ended."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for slot in slots:
-        for name, number in slot.counts.items():
-            totals[name] = totals.get(name, 0) + number
+        totals.update(slot.counts)
     return totals
 
 
@@ -64,13 +64,9 @@ def format_duration(seconds: float | None) -> str:
         return "-"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, remaining_seconds = divmod(int(seconds), 60)
+    minutes, whole_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02}:{remaining_seconds:02}"
-        if hours
-        else f"{minutes}:{remaining_seconds:02}"
-    )
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
 
 
 def _config_name(config: Any) -> str:
