@@ -246,18 +246,18 @@ def _serialize_model(
         return data, lambda inputs: rebuilt(*inputs), metadata
     if file_format == "onnx":  # imported first, so that a missing package is reported at once
         from qtorch.study.onnx_file import onnx_bytes, onnx_runner
-    program = trace_program(scoring, example)
+    program, shapes = trace_program(scoring, example)
     inputs = [
         {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
-        for name, shape, t in zip(scoring.names, program.shapes, example, strict=True)
+        for name, shape, t in zip(scoring.names, shapes, example, strict=True)
     ]
     metadata = {**metadata, "inputs": inputs, "output": "score"}
     text = json.dumps(metadata)
     if file_format == "onnx":
-        data = onnx_bytes(program.program, scoring.names, "score", {METADATA_KEY: text})
+        data = onnx_bytes(program, scoring.names, "score", {METADATA_KEY: text})
         return data, onnx_runner(data, scoring.names), metadata
     buffer = io.BytesIO()
-    torch.export.save(program.program, buffer, extra_files={f"{METADATA_KEY}.json": text})
+    torch.export.save(program, buffer, extra_files={f"{METADATA_KEY}.json": text})
     module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     return buffer.getvalue(), lambda inputs: module(*inputs), metadata
 
@@ -333,19 +333,14 @@ class ScoringModule(nn.Module):
         ]
 
 
-@dataclass(frozen=True)
-class TracedProgram:
-    """An exported program and its input shapes: the name of each dynamic axis, else its size."""
-
-    program: ExportedProgram
-    shapes: list[list[str | int]]
-
-
-def trace_program(scoring: ScoringModule, example: Sequence[Tensor]) -> TracedProgram:
+def trace_program(
+    scoring: ScoringModule, example: Sequence[Tensor]
+) -> tuple[ExportedProgram, list[list[str | int]]]:
     """Trace a network in evaluation mode into a program for batches of any size.
 
-    The number of instruments per day is dynamic too if the network allows it. Raises ConfigError
-    if the network cannot be traced, or only for one batch size.
+    Also return the shapes of its inputs: the name of each dynamic axis, else its size. The number
+    of instruments per day is dynamic too if the network allows it. Raises ConfigError if the
+    network cannot be traced, or only for one batch size.
     """
     # torch.export treats axes of length one as constants, so every axis gets at least two entries.
     doubled_example = tuple(torch.cat([t, t]) for t in example)
@@ -364,19 +359,18 @@ def trace_program(scoring: ScoringModule, example: Sequence[Tensor]) -> TracedPr
             f"torch.export cannot trace {name}: {first_line(error)} "
             "format=safetensors works for any network built from a configuration."
         ) from error
-    shapes = [_symbolic_shape(node, scoring.num_axes) for node in _input_nodes(program)]
+    user_inputs = program.graph_signature.user_inputs
+    shapes = [
+        _symbolic_shape(node, scoring.num_axes)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user_inputs
+    ]
     if isinstance(shapes[0][0], int):
         raise ConfigError(
             f"{name} could only be traced for batches of size {shapes[0][0]}; "
             "format=safetensors works for any network built from a configuration."
         )
-    return TracedProgram(program, shapes)
-
-
-def _input_nodes(program: ExportedProgram) -> list[Any]:
-    names = list(program.graph_signature.user_inputs)
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    return [nodes[name] for name in names]
+    return program, shapes
 
 
 def _symbolic_shape(node: Any, num_axes: int) -> list[str | int]:

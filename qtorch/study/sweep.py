@@ -174,7 +174,7 @@ def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     if status == Recorder.STATUS_R and not is_held(claim_path(row.experiment_id, row.tags)):
         status, note = Recorder.STATUS_K, "its process is gone"
     seconds = float(row.tags.get(SECONDS_TAG, "nan"))
-    if seconds != seconds and row.start_time and row.end_time:
+    if math.isnan(seconds) and row.start_time and row.end_time:
         seconds = (row.end_time - row.start_time) / 1000
     return JobResult(
         number=int(details["number"]),
@@ -358,17 +358,20 @@ def resolve_mode(metric: str, mode: str | None = None) -> str:
 
 def best_job(jobs: Sequence[JobResult], metric: str, mode: str = "max") -> JobResult | None:
     """The finished job with the best value; None if no job has the metric."""
-    candidates = [j for j in jobs if j.status == Recorder.STATUS_FI]
-    candidates = [j for j in candidates if math.isfinite(j.metrics.get(metric, math.nan))]
+    candidates = [
+        j
+        for j in jobs
+        if j.status == Recorder.STATUS_FI and math.isfinite(j.metrics.get(metric, math.nan))
+    ]
     pick = max if mode == "max" else min
-    return pick(candidates, key=lambda j: j.metrics[metric]) if candidates else None
+    return pick(candidates, key=lambda j: j.metrics[metric], default=None)
 
 
 def best_group(groups: Sequence[SeedGroup], metric: str, mode: str = "max") -> SeedGroup | None:
     """The group with the best mean over its seeds; None if no group has the metric."""
     candidates = [g for g in groups if g.metric_statistics(metric)[2]]
     pick = max if mode == "max" else min
-    return pick(candidates, key=lambda g: g.metric_statistics(metric)[0]) if candidates else None
+    return pick(candidates, key=lambda g: g.metric_statistics(metric)[0], default=None)
 
 
 def _group_name(jobs: Sequence[JobResult], common: set[str]) -> str:

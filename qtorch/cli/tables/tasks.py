@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -172,7 +173,7 @@ def print_task(task: Task) -> None:
     }
     for name, value in facts.items():
         if value:
-            lines.add_row(f"[dim]{name}[/dim]", str(value).replace("[", r"\["))
+            lines.add_row(f"[dim]{name}[/dim]", escape(str(value)))
     console.print(lines)
     for name in ("traceback", "progress", "def", "res"):
         value = task.get(name)
@@ -202,7 +203,7 @@ def task_run_id(task: Mapping[str, Any]) -> str:
 
 def _activity_text(task: Mapping[str, Any]) -> str:
     if task["status"] in ("failed", "waiting", "part_done"):
-        return str(task.get("error") or "")[:200].replace("[", r"\[")
+        return escape(str(task.get("error") or "")[:200])
     progress = task.get("progress") or {}
     if task["status"] == "done":
         return metrics_text(progress)
