@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from qtorch.cli.tables import jobs as job_tables
-from qtorch.cli.tables.console import OverridesCell
+from qtorch.cli.tables.console import OverridesCell, print_table
 from qtorch.study.sweep import JobResult
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -54,8 +54,18 @@ def test_narrow_table_has_one_line_per_part(render_jobs):
     ]
 
 
-def test_part_without_separator_is_folded():
+def test_long_word_is_broken_at_commas_then_at_dots_then_anywhere():
     console = Console(width=10)
     with console.capture() as capture:
-        console.print(OverridesCell("a=" + 13 * "b" + ",c d=1"))
-    assert capture.get() == "a=\nbbbbbbbbbb\nbbb,\nc d=1\n"
+        console.print(OverridesCell("model.lstm.size=8,16 a=bbbbbbbbbbbbb,c lr=0.001"))
+    assert capture.get().split("\n") == [
+        "model.", "lstm.size=", "8,16 a=", "bbbbbbbbbb", "bbb,", "c lr=0.001", ""
+    ]  # fmt: skip
+
+
+def test_overrides_are_not_cut_in_a_pipe(capsys):
+    override = "model.network._target_=a_package_with_a_long_name.networks.recurrent.ALongNetwork"
+    rows = [JobResult(k, [override, f"seed={k}"], "FINISHED", 2.0, RUN) for k in (0, 1)]
+    print_table(job_tables.jobs_table("2 jobs", rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(override in line and RUN in line for line in lines) == 2

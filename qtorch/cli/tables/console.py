@@ -39,7 +39,7 @@ def new_table(*columns: str, title: str | None = None, numbers: Collection[str] 
 
 
 class OverridesCell:
-    """A table cell with overrides: lines end between two of them, or after a comma or "=".
+    """A table cell with overrides: lines end between two of them, or after a comma, "=" or a dot.
 
     Rich breaks a word that is longer than its column at any character.
     """
@@ -54,14 +54,27 @@ class OverridesCell:
         width = options.max_width
         lines = [""]
         for word in self.words:
-            parts = [word] if len(word) <= width else re.findall(r"[^,=]*[,=]?", word)
-            for number, part in enumerate(parts):
-                text = f" {part}" if number == 0 and lines[-1] else part
-                if len(lines[-1] + text) <= width:
-                    lines[-1] += text
+            separator = " " if lines[-1] else ""
+            for part in _break_word(word, width):
+                if len(lines[-1] + separator + part) <= width:
+                    lines[-1] += separator + part
                 else:
                     lines.append(part)
+                separator = ""
         yield Text("\n".join(lines), overflow="fold")
+
+
+def _break_word(word: str, width: int) -> list[str]:
+    """Break a word that is too long after commas and "=", and a part that still is after dots."""
+    parts = [word]
+    for separators in (",=", "."):
+        pattern = f"[^{separators}]*[{separators}]|[^{separators}]+"
+        parts = [
+            p
+            for part in parts
+            for p in ([part] if len(part) <= width else re.findall(pattern, part))
+        ]
+    return parts
 
 
 def print_table(table: Table) -> None:
