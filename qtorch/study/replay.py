@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class Replay:
     run: Recorder
     checks: list[ResultCheck]
     differences: list[Difference]
-    unknown: list[str] = field(default_factory=list)
+    unknown: list[str]
 
     @property
     def equal(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,7 @@ class RollingResult:
     windows: list[Recorder]
     tasks: list[dict[str, Any]]
     prediction: pd.DataFrame
-    window_metrics: list[dict[str, float]] = field(default_factory=list)
+    window_metrics: list[dict[str, float]]
 
 
 def rolling_study(

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qtorch.cli.tables import jobs as job_tables
 from qtorch.cli.tables.console import OverridesCell, print_table
-from qtorch.study.sweep import JobResult
+from qtorch.study.sweep import JobResult, SeedGroup
 
 RUN = "0123456789abcdef0123456789abcdef"
 OVERRIDES = [
@@ -52,6 +52,20 @@ def test_narrow_table_has_one_line_per_part(render_jobs):
         RUN,
         "records only",
     ]
+
+
+def test_table_over_seeds_fits_a_narrow_terminal(monkeypatch):
+    console = Console(width=80)
+    monkeypatch.setattr(job_tables, "terminal", lambda: console)
+    metrics = {f"test.{figure}": 0.0123 for figure in job_tables.FIGURES}
+    jobs = [
+        JobResult(k, [*OVERRIDES[:-1], f"seed={k}"], "FINISHED", metrics=metrics) for k in (0, 1)
+    ]
+    with console.capture() as capture:
+        console.print(job_tables._groups_table([SeedGroup(" ".join(OVERRIDES), tuple(jobs))]))
+    output = capture.get()
+    assert "0.0123 ± 0.0000   0.0123 ± 0.0000" in output
+    assert " model.optimizer.lr=0.0001 seed=0 " in output
 
 
 def test_long_word_is_broken_at_commas_then_at_dots_then_anywhere():

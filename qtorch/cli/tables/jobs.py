@@ -178,9 +178,7 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
     On a narrow terminal the run and the note stand below the overrides, and there are only two
     metrics.
     """
-    width = terminal().width
-    is_narrow = width < RUN_WIDTH
-    figures = ("IC", "Rank IC") if width < FIGURES_WIDTH else FIGURES
+    is_narrow, figures = terminal().width < RUN_WIDTH, _table_figures()
     columns = ("overrides, run", "status") if is_narrow else ("overrides", "status", "run")
     numbers = (*figures, "seconds")
     table = new_table("job", *columns, *numbers, title=title, numbers=("job", *numbers))
@@ -204,14 +202,19 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
 
 
 def _groups_table(groups: Sequence[SeedGroup]) -> Table:
-    numbers = ("seeds", *FIGURES)
+    figures = _table_figures()
+    numbers = ("seeds", *figures)
     title = "over seeds: mean ± standard deviation on the test segment"
     table = new_table("setting", *numbers, title=title, numbers=numbers)
     for group in groups:
         has_test_metrics = any(f"test.{f}" in j.metrics for j in group.jobs for f in FIGURES)
-        cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in FIGURES]
+        cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in figures]
         table.add_row(OverridesCell(group.name), str(len(group.jobs)), *cells)
     return table
+
+
+def _table_figures() -> tuple[str, ...]:
+    return FIGURES if terminal().width >= FIGURES_WIDTH else ("IC", "Rank IC")
 
 
 def _mean_text(group: SeedGroup, metric: str) -> str:
