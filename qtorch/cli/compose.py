@@ -202,6 +202,7 @@ def _compose_valid(overrides: list[str], root: str, with_hydra: bool) -> Any:
     """
     assignments = [o for o in overrides if "=" in o and not o.startswith("-")]
     with _initialize_hydra():
+        # A sweep's overrides ("a,b") do not compose. If the others do not either: the defaults.
         for attempt in ([o for o in assignments if "," not in o], []):
             try:
                 return compose(root, overrides=attempt, return_hydra_config=with_hydra)

@@ -340,7 +340,7 @@ def rolling_tasks(
         rtype,
         trunc_days=trunc_days,
         task_copy_func=_copy_containers,
-        overshoot=False,
+        overshoot=False,  # no window is tested beyond the task's own test segment
         calendar=calendar,
     )
     tasks = [{**window, "record": list(records)} for window in generator.generate(task)]

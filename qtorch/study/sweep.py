@@ -87,6 +87,7 @@ def start_sweep(
             with with_run_tags({SWEEP_TAG: name}):
                 recorder = experiment.create_recorder(f"sweep {name}").start_run()
             recorder = _keep_oldest_run(experiment, name, recorder)
+        # Keys of the stored format: `told` are the overrides that define the jobs.
         entry = {"words": list(command), "told": list(overrides)}
         _save_plan(recorder, entry, {**settings, "experiment": experiment.name})
     recorder.set_tags(**{COMMAND_TAG: " ".join(overrides)})

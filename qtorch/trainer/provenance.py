@@ -90,16 +90,15 @@ def _code_version() -> dict[str, Any]:
     The hash includes untracked files. Cached, because the process runs the code of its start.
     """
     folder = Path(qtorch.__file__).parent
-    commit = None
-    if (folder.parent / ".git").exists():
-        commit = git_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    git = ["git", "-C", str(folder)]
+    # An installed package may lie inside the working tree of another project.
+    is_own_tree = (folder.parent / ".git").exists()
+    commit = git_output([*git, "rev-parse", "HEAD"]) if is_own_tree else None
     if commit is None:
         return {"commit": None}
-    changes = git_output(["git", "-C", str(folder), "diff", "HEAD", "--", "."]) or ""
+    changes = git_output([*git, "diff", "HEAD", "--", "."]) or ""
     untracked_args = ["ls-files", "-z", "--others", "--exclude-standard", "--", "*.py"]
-    for name in filter(
-        None, (git_output(["git", "-C", str(folder), *untracked_args]) or "").split("\0")
-    ):
+    for name in filter(None, (git_output([*git, *untracked_args]) or "").split("\0")):
         changes += name + hashlib.sha256((folder / name).read_bytes()).hexdigest()
     changes_digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
     return {"commit": commit.strip(), "uncommitted": changes_digest}
