@@ -45,7 +45,6 @@ WARM_START = "qtorch.study.warm_start.WarmStart"
 TEST = "test"
 SIGNAL_RECORD = "SignalRecord"
 WINDOW_TAG, SPAN_TAG = "rolling.window", "rolling.test"
-WINDOWS = "rolling"  # the artifact with the list of windows
 
 
 class StudyError(QtorchError, RuntimeError):
@@ -131,7 +130,9 @@ def _log_study(
     rolling = {**options, "windows": len(tasks)}
     parent.log_params(**flatten_dict({**loggable_task(base), "rolling": rolling}))
     parent.save_objects(task=base)
-    log.info("%d windows of %d days, %s", len(tasks), options["step"], _span_text(tasks))
+    first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
+    message = "%d windows of %d days, tested on %s..%s"
+    log.info(message, len(tasks), options["step"], first[0], last[1])
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ def _check_statuses(
 def _save_window_list(
     parent: Recorder, tasks: Sequence[Mapping[str, Any]], windows: Sequence[Recorder]
 ) -> None:
-    window_list: list[Any] = [
+    """Save the list of windows as the artifact `rolling`."""
+    window_list = [
         {
             "window": number,
             "recorder_id": recorder.id,
@@ -200,8 +202,7 @@ def _save_window_list(
         }
         for number, (task, recorder) in enumerate(zip(tasks, windows, strict=True))
     ]
-    artifacts: dict[str, Any] = {WINDOWS: window_list}
-    parent.save_objects(**artifacts)
+    parent.save_objects(rolling=window_list)
 
 
 def _stitch_windows(
@@ -218,7 +219,10 @@ def _stitch_windows(
         raise StudyError(
             f"{num_duplicates} scores belong to two windows: their test segments overlap."
         )
-    _make_stitched_records(base, tasks, prediction, label, parent)
+    _warn_about_missing_days(prediction, label)
+    # The task's records see the stitched signal as the prediction of one model on one dataset.
+    model, dataset = StitchedSignal(prediction), StitchedDataset(tasks, label)
+    make_records(parent, _add_signal_record(base.get("record")), model, dataset)
     window_metrics = []
     for number, part in parts.items():
         metrics = finite_metrics(
@@ -265,22 +269,6 @@ class StitchedDataset:
         if (col_set, data_key) == ("label", "raw") and not options:
             return _select_dates(self._label, self.segments, segments)
         return self.full_dataset.prepare(segments, col_set, data_key, **options)
-
-
-def _make_stitched_records(
-    base: Mapping[str, Any],
-    tasks: Sequence[Mapping[str, Any]],
-    prediction: pd.DataFrame,
-    label: pd.DataFrame,
-    recorder: Recorder,
-) -> None:
-    """Run the task's records on the stitched signal: `pred.pkl`, `label.pkl`, and the others.
-
-    Their model is a StitchedSignal and their dataset a StitchedDataset.
-    """
-    _warn_about_missing_days(prediction, label)
-    records = _add_signal_record(base.get("record"))
-    make_records(recorder, records, StitchedSignal(prediction), StitchedDataset(tasks, label))
 
 
 def _add_signal_record(records: Any) -> list[Any]:
@@ -401,9 +389,3 @@ def _copy_containers(task: Any) -> Any:
     if isinstance(task, list | tuple):
         return [_copy_containers(value) for value in task]
     return task
-
-
-def _span_text(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """Text with the first and last test day of all windows."""
-    spans = [task_segments(task)["test"] for task in tasks]
-    return f"tested on {spans[0][0]}..{spans[-1][1]}"
