@@ -94,6 +94,8 @@ def _has_store() -> bool:
 
 
 def _list() -> int:
+    from rich.console import Group
+
     from qtorch.cli.tables.console import (
         OverridesCell,
         format_status,
@@ -101,7 +103,7 @@ def _list() -> int:
         print_table,
         terminal,
     )
-    from qtorch.cli.tables.jobs import job_counts_text
+    from qtorch.cli.tables.jobs import RUN_WIDTH, job_counts_text
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
     from qtorch.tracking.store_types import format_local_time
 
@@ -109,17 +111,24 @@ def _list() -> int:
     if not sweeps:
         terminal().print("no sweeps yet; start one with: qtorch train -m model=lstm,gru seed=0,1,2")
         return 0
-    table = new_table("sweep", "status", "jobs", "started", "command", "run")
+    is_narrow = terminal().width < RUN_WIDTH
+    facts = ("status", "jobs", "started")
+    columns = ("sweep, run, command", *facts) if is_narrow else ("sweep", *facts, "command", "run")
+    table = new_table(*columns, no_wrap=("status", "started", "run"))
+    if is_narrow:
+        table.columns[2].max_width = 12  # of the jobs, so that run IDs have room
     for row in sweeps:
         jobs = sweep_jobs(row.id)
-        table.add_row(
-            row.tags[SWEEP_TAG],
+        name, command = row.tags[SWEEP_TAG], OverridesCell(row.tags.get(COMMAND_TAG, ""))
+        cells = (
             format_status(row.status),
             job_counts_text(jobs, get_job_count(row)) if jobs else "none",
             (format_local_time(row.start_time) or "")[:16],
-            OverridesCell(row.tags.get(COMMAND_TAG, "")),
-            row.id,
         )
+        if is_narrow:
+            table.add_row(Group(name, row.id, command), *cells)
+        else:
+            table.add_row(name, *cells, command, row.id)
     print_table(table)
     return 0
 

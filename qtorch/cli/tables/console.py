@@ -27,14 +27,19 @@ def terminal() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
-def new_table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
-    """Create a table; the columns in `numbers` are aligned to the right."""
+def new_table(
+    *columns: str,
+    title: str | None = None,
+    numbers: Collection[str] = (),
+    no_wrap: Collection[str] = (),
+) -> Table:
+    """Create a table; the columns in `numbers` are aligned to the right and not wrapped either."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for name in columns:
         if name in numbers:
             table.add_column(name, justify="right", no_wrap=True)
         else:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", no_wrap=name in no_wrap)
     return table
 
 

@@ -181,9 +181,12 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
     is_narrow, figures = terminal().width < RUN_WIDTH, _table_figures()
     columns = ("overrides, run", "status") if is_narrow else ("overrides", "status", "run")
     numbers = (*figures, "seconds")
-    table = new_table("job", *columns, *numbers, title=title, numbers=("job", *numbers))
-    for column in table.columns[2 : 1 + len(columns)]:  # status and run
-        column.no_wrap = True
+    table = new_table(
+        *("job", *columns, *numbers),
+        title=title,
+        numbers=("job", *numbers),
+        no_wrap=("status", "run"),
+    )
     for job in jobs:
         status, note = format_status(job.status), job.note
         run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
