@@ -202,19 +202,19 @@ def final_status(kind: type[BaseException] | None) -> str:
     return Recorder.STATUS_FA if issubclass(kind, Exception) else Recorder.STATUS_K
 
 
-def check_status(status: str) -> str:
-    """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
-    if status not in Recorder.STATUSES:
-        raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
-    return status
-
-
 def load_if_present(recorder: Recorder, name: str) -> Any:
     """Load an object by its logical name; None if the run does not have it."""
     try:
         return recorder.load_object(name)
     except LoadObjectError:
         return None
+
+
+def check_status(status: str) -> str:
+    """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
+    if status not in Recorder.STATUSES:
+        raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
+    return status
 
 
 _lock = threading.Lock()
