@@ -174,7 +174,12 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
     node: Any = _compose_valid(
         [a for a in argv if not _is_override_for(a, key)], root, parents[:1] == ["hydra"]
     )
-    for part in parents:
+    for depth, part in enumerate(parents, 1):
+        if isinstance(node, DictConfig) and OmegaConf.is_interpolation(node, part):
+            unresolved: Any = OmegaConf.to_container(node, resolve=False)
+            reference = str(unresolved[part])
+            target = ".".join([reference.removeprefix("${").removesuffix("}"), *parents[depth:]])
+            return f"{'.'.join(parents[:depth])} is {reference}: set {target}.{name}=... instead."
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     parent = ".".join(parents)
     if not isinstance(node, DictConfig):
@@ -197,6 +202,7 @@ def _compose_valid(overrides: list[str], root: str, with_hydra: bool) -> Any:
     """
     assignments = [o for o in overrides if "=" in o and not o.startswith("-")]
     with _initialize_hydra():
+        # A sweep's overrides ("a,b") do not compose. If the others do not either: the defaults.
         for attempt in ([o for o in assignments if "," not in o], []):
             try:
                 return compose(root, overrides=attempt, return_hydra_config=with_hydra)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
+from qtorch.cli.options import output_path
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
 from qtorch.core.errors import ConfigError, unknown_name_message
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """Load the run's model and dataset, export the network and verify the file."""
     settings = compose_settings("export", argv)
     configure_process(tracking_uri=settings["tracking"].get("uri"))
-    path = _output_path(settings)
+    path = _export_path(settings)
     from qtorch.study.export import export_model
 
     with handle_stop_signals():
@@ -69,16 +70,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _output_path(settings: dict[str, Any]) -> Path:
-    """Check and return the output path, before any work is done."""
+def _export_path(settings: dict[str, Any]) -> Path:
+    """Check and return the path of the file, before any work is done."""
     from qtorch.study.export import SUFFIXES
 
     out, form = settings["out"], settings["format"]
     if form not in SUFFIXES:
         raise ConfigError(unknown_name_message("format", str(form), SUFFIXES))
-    path = Path(out or settings["run"] + SUFFIXES[form]).expanduser()
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
+    path = output_path(out or settings["run"] + SUFFIXES[form])
     if path.is_dir():
         raise ConfigError(f"out={out} is a folder; give the name of a file.")
     return path

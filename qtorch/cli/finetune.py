@@ -61,13 +61,13 @@ def main(argv: Sequence[str]) -> int:
     from qtorch.study.sweep import JobResult
 
     result = JobResult(
-        0,
-        list(argv),
-        recorder.status,
-        time.perf_counter() - start,
-        recorder.id,
-        getattr(recorder, "experiment_name", None),
-        recorder.list_metrics(),
+        number=0,
+        overrides=list(argv),
+        status=recorder.status,
+        seconds=time.perf_counter() - start,
+        run_id=recorder.id,
+        experiment=getattr(recorder, "experiment_name", None),
+        metrics=recorder.list_metrics(),
     )
     print_summary(result, recorder)
     return 0

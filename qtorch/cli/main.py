@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import qtorch
 from qtorch.core.errors import unknown_name_message
@@ -75,12 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from qtorch.cli.guard import run_command
 
-    def command(argv: Sequence[str]) -> int:
-        return _dispatch(name, argv)
-
-    if name in RANK_COMMANDS:
-        return _run_on_rank_zero(lambda: run_command(command, command_arguments))
-    return run_command(command, command_arguments)
+    work = partial(run_command, partial(_dispatch, name), command_arguments)
+    return _run_on_rank_zero(work) if name in RANK_COMMANDS else work()
 
 
 def _dispatch(name: str, argv: Sequence[str]) -> int:

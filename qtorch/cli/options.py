@@ -7,6 +7,7 @@ the task pool commands parse their options here and not through Hydra.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name_message
@@ -36,12 +37,9 @@ def parse_known_options(argv: Iterable[str], parsers: Parsers) -> tuple[dict[str
             continue
         try:
             options[name] = None if value in NULL_WORDS else parsers[name](value)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(
-                f"{word}: expected {_value_description(parsers[name])}; got {value!r}."
-            ) from None
+        except ValueError:
+            expectation = VALUE_DESCRIPTIONS.get(parsers[name], "another value")
+            raise ConfigError(f"{word}: expected {expectation}; got {value!r}.") from None
     return options, remaining_words
 
 
@@ -77,7 +75,17 @@ def parse_count(text: str) -> int:
     return value
 
 
-def _value_description(parser: Callable[[str], Any]) -> str:
-    kinds = {int: "a whole number", float: "a number", parse_bool: "true or false"}
-    kinds |= {parse_seconds: "a number of seconds", parse_count: "a whole number from 1"}
-    return kinds.get(parser, "another value")
+VALUE_DESCRIPTIONS: dict[Callable[[str], Any], str] = {
+    int: "a whole number",
+    parse_bool: "true or false",
+    parse_seconds: "a number of seconds",
+    parse_count: "a whole number from 1",
+}
+
+
+def output_path(out: str) -> Path:
+    """Return the path of a file or folder to write; ConfigError unless its folder exists."""
+    path = Path(out).expanduser()
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
+    return path

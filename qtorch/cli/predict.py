@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import pandas as pd
+from collections.abc import Sequence
 
 from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
+from qtorch.cli.options import output_path
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
 from qtorch.core.errors import ConfigError, DataError, format_count
 from qtorch.record.signal import as_frame
@@ -29,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     """Load the run's model and dataset, predict and write the scores."""
     settings = compose_settings("predict", argv)
     configure_process(tracking_uri=settings["tracking"].get("uri"))
-    path = Path(settings["out"]).expanduser()
-    write = _writer(path)
+    path = output_path(settings["out"])
+    if path.suffix not in (".parquet", ".csv"):
+        raise ConfigError(f"out={path}: expected a name that ends in .parquet or .csv.")
     with handle_stop_signals():
         recorder = load_finished_run(settings["run"])
         model, dataset = load_model_and_dataset(recorder, settings.get("data"))
@@ -38,22 +37,13 @@ def main(argv: Sequence[str]) -> int:
         scores = as_frame(model.predict(dataset, segment=span))
     if not len(scores):
         raise DataError(f"segment {settings['segment']} contains no samples; no file was written.")
-    write(scores, path)
-    print(f"{format_count(len(scores), 'score')} for {_date_range(scores)} saved to {path}")
-    return 0
-
-
-def _writer(path: Path) -> Callable[[pd.DataFrame, Path], None]:
-    """Check the output path, before any work is done, and return the function that writes it."""
-    if path.suffix not in (".parquet", ".csv"):
-        raise ConfigError(f"out={path}: expected a name that ends in .parquet or .csv.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"out={path}: folder {path.absolute().parent} does not exist.")
     if path.suffix == ".csv":
-        return lambda frame, target: frame.to_csv(target)
-    return lambda frame, target: frame.to_parquet(target)
-
-
-def _date_range(scores: pd.DataFrame) -> str:
+        scores.to_csv(path)
+    else:
+        scores.to_parquet(path)
     dates = scores.index.get_level_values("datetime")
-    return f"{dates.min():%Y-%m-%d}..{dates.max():%Y-%m-%d}"
+    print(
+        f"{format_count(len(scores), 'score')} for {dates.min():%Y-%m-%d}..{dates.max():%Y-%m-%d} "
+        f"saved to {path}"
+    )
+    return 0

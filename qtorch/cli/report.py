@@ -10,6 +10,7 @@ from typing import Any
 
 from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
+from qtorch.cli.options import output_path
 from qtorch.core.errors import ConfigError
 
 USAGE = """\
@@ -87,9 +88,7 @@ def _output_folder(out: str | None) -> Path | None:
     """Check and return the output folder, before any work is done."""
     if out is None:
         return None
-    path = Path(out).expanduser()
-    if path.exists() and not path.is_dir():
+    path = output_path(out)
+    if path.is_file():
         raise ConfigError(f"out={out} is a file; expected a folder.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
     return path

@@ -47,17 +47,12 @@ def main(argv: Sequence[str]) -> int:
     action, *words = argv
     if action not in ACTION_OPTIONS:
         raise ArgumentError(unknown_name_message("action of qtorch sweep", action, ACTION_OPTIONS))
-    options, names = parse_known_options(words, PARSERS)
     allowed_options = (*ACTION_OPTIONS[action], "tracking.uri")
-    unknown_options = [w.partition("=")[0] for w in names if "=" in w] + [
-        o for o in options if o not in allowed_options
-    ]
+    options, names = parse_known_options(words, {o: PARSERS[o] for o in allowed_options})
+    unknown_options = [w.partition("=")[0] for w in names if "=" in w]
     if unknown_options:
-        raise ConfigError(
-            unknown_name_message(
-                f"option of qtorch sweep {action}", unknown_options[0], allowed_options
-            )
-        )
+        subject = f"option of qtorch sweep {action}"
+        raise ConfigError(unknown_name_message(subject, unknown_options[0], allowed_options))
     if len(names) != (action != "list"):
         expectation = "takes no name" if action == "list" else "takes the name of one sweep"
         raise ArgumentError(
@@ -99,8 +94,16 @@ def _has_store() -> bool:
 
 
 def _list() -> int:
-    from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
-    from qtorch.cli.tables.jobs import job_counts_text
+    from rich.console import Group
+
+    from qtorch.cli.tables.console import (
+        OverridesCell,
+        format_status,
+        new_table,
+        print_table,
+        terminal,
+    )
+    from qtorch.cli.tables.jobs import RUN_WIDTH, job_counts_text
     from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
     from qtorch.tracking.store_types import format_local_time
 
@@ -108,17 +111,24 @@ def _list() -> int:
     if not sweeps:
         terminal().print("no sweeps yet; start one with: qtorch train -m model=lstm,gru seed=0,1,2")
         return 0
-    table = new_table("sweep", "status", "jobs", "started", "command", "run")
+    is_narrow = terminal().width < RUN_WIDTH
+    facts = ("status", "jobs", "started")
+    columns = ("sweep, run, command", *facts) if is_narrow else ("sweep", *facts, "command", "run")
+    table = new_table(*columns, no_wrap=("status", "started", "run"))
+    if is_narrow:
+        table.columns[2].max_width = 12  # of the jobs, so that run IDs have room
     for row in sweeps:
         jobs = sweep_jobs(row.id)
-        table.add_row(
-            row.tags[SWEEP_TAG],
+        name, command = row.tags[SWEEP_TAG], OverridesCell(row.tags.get(COMMAND_TAG, ""))
+        cells = (
             format_status(row.status),
             job_counts_text(jobs, get_job_count(row)) if jobs else "none",
             (format_local_time(row.start_time) or "")[:16],
-            row.tags.get(COMMAND_TAG, ""),
-            row.id,
         )
+        if is_narrow:
+            table.add_row(Group(name, row.id, command), *cells)
+        else:
+            table.add_row(name, *cells, command, row.id)
     print_table(table)
     return 0
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,33 +112,24 @@ def _wait(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
     return int(bool(stat.failed_tasks))
 
 
-def _retry(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -> int:
-    return _reset_tasks(manager, _with_status(words, "failed"))
-
-
-def _reset(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -> int:
-    return _reset_tasks(manager, _with_status(words, "running,failed"))
-
-
-def _with_status(words: Sequence[str], status: str) -> list[str]:
-    has_status = any(w.partition("=")[0] == "status" for w in words)
-    return list(words) if has_status else [f"status={status}", *words]
-
-
-def _reset_tasks(manager: TaskManager, words: Sequence[str]) -> int:
-    """Reset tasks so that they run again.
+def _reset(
+    manager: TaskManager, words: Sequence[str], options: dict[str, Any], *, statuses: str
+) -> int:
+    """Reset tasks, by default those with one of the statuses, so that they run again.
 
     A task that a delayed trainer had prepared goes back to part_done, others to waiting.
     """
-    tasks = select_tasks(manager, words)
-    num_reset = 0
-    for status in ("waiting", "part_done"):
-        is_part_done = status == "part_done"
-        matching_tasks = [
-            t for t in tasks if (t["res"] is not None and t["status"] != "done") is is_part_done
-        ]
-        for query in _chunks(matching_tasks):
-            num_reset += manager.reset_status(query, status)
+    if not any(w.startswith("status=") for w in words):
+        words = [f"status={statuses}", *words]
+    tasks_by_status: dict[str, list[Task]] = {"waiting": [], "part_done": []}
+    for task in select_tasks(manager, words):
+        is_prepared = task["res"] is not None and task["status"] != "done"
+        tasks_by_status["part_done" if is_prepared else "waiting"].append(task)
+    num_reset = sum(
+        manager.reset_status(query, status)
+        for status, tasks in tasks_by_status.items()
+        for query in _chunks(tasks)
+    )
     print(format_count(num_reset, "task reset", "tasks reset"))
     return 0
 
@@ -171,10 +163,8 @@ def _export(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
         print(json.dumps(tasks, indent=1))
         return 0
     path = Path(out).expanduser()
-    if path.suffix == ".csv":
-        path.write_text(task_tables.csv_text(tasks))
-    else:
-        path.write_text(json.dumps(tasks, indent=1))
+    is_csv = path.suffix == ".csv"
+    path.write_text(task_tables.csv_text(tasks) if is_csv else json.dumps(tasks, indent=1))
     print(format_count(len(tasks), "task"), f"saved to {path}")
     return 0
 
@@ -246,8 +236,8 @@ ACTIONS: dict[str, Callable[[TaskManager, Sequence[str], dict[str, Any]], int]] 
     "stat": _stat,
     "show": _show,
     "wait": _wait,
-    "retry": _retry,
-    "reset": _reset,
+    "retry": partial(_reset, statuses="failed"),
+    "reset": partial(_reset, statuses="running,failed"),
     "prioritize": _prioritize,
     "remove": _remove,
     "export": _export,

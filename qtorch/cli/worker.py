@@ -73,8 +73,9 @@ def main(argv: Sequence[str]) -> int:
     options = worker_options(arguments)
     devices = device_names(arguments.get("devices"))
     devices = [d for d in devices for _ in range(arguments.get("per_device") or 1)]
+    # A wrong URL fails here, and soon; the training processes wait longer for their store.
     manager = TaskManager(options.pool, options.url, patience=10.0)
-    pool_counts = task_counts_text(manager.task_stat()) or "no tasks yet"  # a wrong URL fails here
+    pool_counts = task_counts_text(manager.task_stat()) or "no tasks yet"
     manager.close()
     level = arguments.get("log_level") or "INFO"
     show_table = arguments.get("table")

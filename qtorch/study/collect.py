@@ -143,7 +143,8 @@ class RecorderCollector(Collector):
             name = self.rec_key_func(recorder)
             for key in keys:
                 try:
-                    value = self._load_artifact(recorder, key)
+                    is_raw = key == self.ART_KEY_RAW
+                    value = recorder if is_raw else recorder.load_object(self.artifacts_path[key])
                 except LoadObjectError as error:
                     if not only_exist:
                         raise
@@ -182,11 +183,6 @@ class RecorderCollector(Collector):
             runs.reverse()  # it lists the newest first
         with_status = (r for r in runs if self.status is None or r.status in self.status)
         return [r for r in with_status if is_included is None or is_included(r)]
-
-    def _load_artifact(self, recorder: Recorder, key: str) -> Any:
-        if key == self.ART_KEY_RAW:
-            return recorder
-        return recorder.load_object(self.artifacts_path[key])
 
 
 def _pair(outer: Any, inner: Any) -> tuple[Any, Any]:

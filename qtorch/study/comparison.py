@@ -10,7 +10,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, LoadObjectError
+from qtorch.core.errors import ConfigError
 from qtorch.metrics.signal import mean_over_std
 from qtorch.metrics.significance import (
     DeflatedSharpe,
@@ -28,7 +28,7 @@ from qtorch.record.report.results import (
     run_results,
 )
 from qtorch.tracking.mlflow_recorder import COMMAND_PARAM
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, load_if_present
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
 LONG_SHORT = "half of (top quintile − bottom quintile by score), before costs"
@@ -227,18 +227,11 @@ def _daily_returns(
     """The same kind of daily return of every run, and its name."""
     reports = [r.report for r in results_list if r.report is not None]
     if len(reports) < len(results_list):
-        return [_long_short(r) for r in recorders], LONG_SHORT
+        long_short = "sig_analysis/long_short_r.pkl"
+        return [load_if_present(r, long_short) for r in recorders], LONG_SHORT
     if all(has_benchmark(r) for r in reports):
         return [net_excess_return(r) for r in reports], "portfolio after costs less benchmark"
     return [net_return(r) for r in reports], "portfolio after costs"
-
-
-def _long_short(recorder: Recorder) -> pd.Series | None:
-    try:
-        series: pd.Series = recorder.load_object("sig_analysis/long_short_r.pkl")
-    except LoadObjectError:
-        return None
-    return series
 
 
 def _test_pairs(groups: Sequence[RunGroup], series: str) -> list[GroupTest]:

@@ -28,107 +28,6 @@ from qtorch.model.network_config import build_network, network_config
 from qtorch.study.warm_start import WarmStart
 
 BATCH_AXES = {1: ("batch",), 2: ("days", "instruments")}
-
-
-class ScoringModule(nn.Module):
-    """Maps positional input tensors to the scores of `predict`.
-
-    The inputs are `x`, then `mask` if the network processes whole days, then the network's extras.
-    The scores have shape `[B]`, or `[G, N]` (days, instruments) for whole days.
-    """
-
-    def __init__(self, network: nn.Module, readout: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.readout = network, readout
-        self.cross_section = bool(getattr(network, "cross_section", False))
-        self.extras: tuple[str, ...] = tuple(getattr(network, "extras", ()))
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the inputs, in order."""
-        return ["x", *(["mask"] if self.cross_section else []), *self.extras]
-
-    @property
-    def num_axes(self) -> int:
-        """The number of leading axes over samples: 1 (batch) or 2 (days, instruments)."""
-        return 2 if self.cross_section else 1
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        positional, extra_tensors = inputs[: self.num_axes], inputs[self.num_axes :]
-        score: Tensor = self.network(
-            *positional, **dict(zip(self.extras, extra_tensors, strict=True))
-        )
-        return self.readout(score) if score.dim() > self.num_axes else score
-
-    def batch_inputs(self, batch: Batch) -> list[Tensor]:
-        """The input tensors of a batch, in order."""
-        positional, extra_tensors = ForwardAdapter(self.network).arguments(batch)
-        return [
-            t.contiguous() for t in (*positional, *(extra_tensors[name] for name in self.extras))
-        ]
-
-
-@dataclass(frozen=True)
-class TracedProgram:
-    """An exported program and its input shapes: the name of each dynamic axis, else its size."""
-
-    program: ExportedProgram
-    shapes: list[list[str | int]]
-
-
-def trace_program(scoring: ScoringModule, example: Sequence[Tensor]) -> TracedProgram:
-    """Trace a network in evaluation mode into a program for batches of any size.
-
-    The number of instruments per day is dynamic too if the network allows it. Raises ConfigError
-    if the network cannot be traced, or only for one batch size.
-    """
-    # torch.export treats axes of length one as constants, so every axis gets at least two entries.
-    doubled_example = tuple(torch.cat([t, t]) for t in example)
-    if scoring.num_axes == 2 and doubled_example[0].shape[1] == 1:
-        doubled_example = tuple(torch.cat([t, t], 1) for t in doubled_example)
-    dynamic_axes = dict.fromkeys(range(scoring.num_axes), Dim.AUTO)
-    name = type(scoring.network).__name__
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                scoring, doubled_example, dynamic_shapes=((dynamic_axes,) * len(doubled_example),)
-            )
-    except Exception as error:  # torch.export raises dozens of exception types
-        raise ConfigError(
-            f"torch.export cannot trace {name}: {first_line(error)} "
-            "format=safetensors works for any network built from a configuration."
-        ) from error
-    shapes = [_symbolic_shape(node, scoring.num_axes) for node in _input_nodes(program)]
-    if isinstance(shapes[0][0], int):
-        raise ConfigError(
-            f"{name} could only be traced for batches of size {shapes[0][0]}; "
-            "format=safetensors works for any network built from a configuration."
-        )
-    return TracedProgram(program, shapes)
-
-
-def _input_nodes(program: ExportedProgram) -> list[Any]:
-    names = list(program.graph_signature.user_inputs)
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    return [nodes[name] for name in names]
-
-
-def _symbolic_shape(node: Any, num_axes: int) -> list[str | int]:
-    names = BATCH_AXES[num_axes]
-    return [
-        size if isinstance(size, int) else names[min(axis, num_axes - 1)]
-        for axis, size in enumerate(node.meta["val"].shape)
-    ]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, ending with a period."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
-
-
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-5
 MIN_SCALE = 0.1  # the tolerance is relative to the largest score, but at least to this value
@@ -347,18 +246,18 @@ def _serialize_model(
         return data, lambda inputs: rebuilt(*inputs), metadata
     if file_format == "onnx":  # imported first, so that a missing package is reported at once
         from qtorch.study.onnx_file import onnx_bytes, onnx_runner
-    program = trace_program(scoring, example)
+    program, shapes = trace_program(scoring, example)
     inputs = [
         {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
-        for name, shape, t in zip(scoring.names, program.shapes, example, strict=True)
+        for name, shape, t in zip(scoring.names, shapes, example, strict=True)
     ]
     metadata = {**metadata, "inputs": inputs, "output": "score"}
     text = json.dumps(metadata)
     if file_format == "onnx":
-        data = onnx_bytes(program.program, scoring.names, "score", {METADATA_KEY: text})
+        data = onnx_bytes(program, scoring.names, "score", {METADATA_KEY: text})
         return data, onnx_runner(data, scoring.names), metadata
     buffer = io.BytesIO()
-    torch.export.save(program.program, buffer, extra_files={f"{METADATA_KEY}.json": text})
+    torch.export.save(program, buffer, extra_files={f"{METADATA_KEY}.json": text})
     module = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     return buffer.getvalue(), lambda inputs: module(*inputs), metadata
 
@@ -391,3 +290,99 @@ def _load_network_bytes(data: bytes, name: str) -> nn.Module:
     network = build_network(metadata["network"], stored=True).eval()
     network.load_state_dict(tensors)
     return network
+
+
+# -- the program -------------------------------------------------------------------------------
+
+
+class ScoringModule(nn.Module):
+    """Maps positional input tensors to the scores of `predict`.
+
+    The inputs are `x`, then `mask` if the network processes whole days, then the network's extras.
+    The scores have shape `[B]`, or `[G, N]` (days, instruments) for whole days.
+    """
+
+    def __init__(self, network: nn.Module, readout: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.readout = network, readout
+        self.cross_section = bool(getattr(network, "cross_section", False))
+        self.extras: tuple[str, ...] = tuple(getattr(network, "extras", ()))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the inputs, in order."""
+        return ["x", *(["mask"] if self.cross_section else []), *self.extras]
+
+    @property
+    def num_axes(self) -> int:
+        """The number of leading axes over samples: 1 (batch) or 2 (days, instruments)."""
+        return 2 if self.cross_section else 1
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        positional, extra_tensors = inputs[: self.num_axes], inputs[self.num_axes :]
+        score: Tensor = self.network(
+            *positional, **dict(zip(self.extras, extra_tensors, strict=True))
+        )
+        return self.readout(score) if score.dim() > self.num_axes else score
+
+    def batch_inputs(self, batch: Batch) -> list[Tensor]:
+        """The input tensors of a batch, in order."""
+        positional, extra_tensors = ForwardAdapter(self.network).arguments(batch)
+        return [
+            t.contiguous() for t in (*positional, *(extra_tensors[name] for name in self.extras))
+        ]
+
+
+def trace_program(
+    scoring: ScoringModule, example: Sequence[Tensor]
+) -> tuple[ExportedProgram, list[list[str | int]]]:
+    """Trace a network in evaluation mode into a program for batches of any size.
+
+    Also return the shapes of its inputs: the name of each dynamic axis, else its size. The number
+    of instruments per day is dynamic too if the network allows it. Raises ConfigError if the
+    network cannot be traced, or only for one batch size.
+    """
+    # torch.export treats axes of length one as constants, so every axis gets at least two entries.
+    doubled_example = tuple(torch.cat([t, t]) for t in example)
+    if scoring.num_axes == 2 and doubled_example[0].shape[1] == 1:
+        doubled_example = tuple(torch.cat([t, t], 1) for t in doubled_example)
+    dynamic_axes = dict.fromkeys(range(scoring.num_axes), Dim.AUTO)
+    name = type(scoring.network).__name__
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                scoring, doubled_example, dynamic_shapes=((dynamic_axes,) * len(doubled_example),)
+            )
+    except Exception as error:  # torch.export raises dozens of exception types
+        raise ConfigError(
+            f"torch.export cannot trace {name}: {first_line(error)} "
+            "format=safetensors works for any network built from a configuration."
+        ) from error
+    user_inputs = program.graph_signature.user_inputs
+    shapes = [
+        _symbolic_shape(node, scoring.num_axes)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in user_inputs
+    ]
+    if isinstance(shapes[0][0], int):
+        raise ConfigError(
+            f"{name} could only be traced for batches of size {shapes[0][0]}; "
+            "format=safetensors works for any network built from a configuration."
+        )
+    return program, shapes
+
+
+def _symbolic_shape(node: Any, num_axes: int) -> list[str | int]:
+    names = BATCH_AXES[num_axes]
+    return [
+        size if isinstance(size, int) else names[min(axis, num_axes - 1)]
+        for axis, size in enumerate(node.meta["val"].shape)
+    ]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, ending with a period."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith(".") else f"{text}."

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, LoadObjectError
+from qtorch.core.errors import ConfigError
 from qtorch.tracking.manager import R
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, load_if_present
 from qtorch.tracking.trials.trial import PRUNED_TAG
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.provenance import ENVIRONMENT
@@ -58,7 +58,7 @@ class Replay:
     run: Recorder
     checks: list[ResultCheck]
     differences: list[Difference]
-    unknown: list[str] = field(default_factory=list)
+    unknown: list[str]
 
     @property
     def equal(self) -> bool:
@@ -81,7 +81,7 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
             f"(To resume it: qtorch train resume={original.id})"
         )
     task = _load_task(original)
-    original_environment = _load_if_present(original, ENVIRONMENT) or {}
+    original_environment = load_if_present(original, ENVIRONMENT) or {}
     name = experiment_name or getattr(original, "experiment_name", None)
     with collect_started_runs() as started_runs, _num_threads(original_environment.get("threads")):
         try:
@@ -94,7 +94,7 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
         _compare_metrics(original, run),
         _compare_scores(original, run),
     ]
-    environment = _load_if_present(run, ENVIRONMENT) or {}
+    environment = load_if_present(run, ENVIRONMENT) or {}
     replay = Replay(original, run, checks, *compare_environments(original_environment, environment))
     pruning_note = original.list_tags().get(PRUNED_TAG)
     if pruning_note:
@@ -104,7 +104,7 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
 
 
 def _load_task(run: Recorder) -> Any:
-    task = _load_if_present(run, TASK)
+    task = load_if_present(run, TASK)
     if not isinstance(task, Mapping):
         raise ConfigError(
             f"run {run.id} has no task to repeat (its artifact {TASK!r} is "
@@ -112,14 +112,6 @@ def _load_task(run: Recorder) -> Any:
             "task_train and the trainers store one."
         )
     return dict(task)
-
-
-def _load_if_present(run: Recorder, name: str) -> Any:
-    """An artifact; None if the run does not have it."""
-    try:
-        return run.load_object(name)
-    except LoadObjectError:
-        return None
 
 
 @contextmanager
@@ -142,7 +134,7 @@ def _num_threads(num_threads: Any) -> Iterator[None]:
 def _compare_weights(original: Recorder, run: Recorder) -> ResultCheck:
     from qtorch.model.finetune import weights_digest
 
-    first, second = (getattr(_load_if_present(r, MODEL), "network_", None) for r in (original, run))
+    first, second = (getattr(load_if_present(r, MODEL), "network_", None) for r in (original, run))
     if first is None or second is None:
         return ResultCheck("weights", None, "the model has no network whose weights can be read")
     digests = weights_digest(first), weights_digest(second)
@@ -191,7 +183,7 @@ def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
 
 
 def _compare_scores(original: Recorder, run: Recorder) -> ResultCheck:
-    left, right = _load_if_present(original, SCORES), _load_if_present(run, SCORES)
+    left, right = load_if_present(original, SCORES), load_if_present(run, SCORES)
     if left is None or right is None:
         subject = "neither run has" if left is None and right is None else "one of the runs has no"
         return ResultCheck("predictions", None if left is None else False, f"{subject} {SCORES}")
@@ -226,7 +218,7 @@ def compare_environments(
     left, right = (
         {k: v for k, v in e.items() if k not in unknown_parts} for e in (original, current)
     )
-    left, right = _flatten(left), _flatten(right)
+    left, right = _environment_entries(left), _environment_entries(right)
     # Environments of different formats have different entries: only common ones are comparable.
     is_same_format = original.get("format") == current.get("format")
     differences, unknown = [], [OPTIONAL_PARTS[k] for k in unknown_parts]
@@ -242,7 +234,7 @@ def compare_environments(
     )
 
 
-def _flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _environment_entries(environment: Mapping[str, Any]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, value in environment.items():
         if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
-from qtorch.core.instantiate import flatten_dict, get_callable_kwargs, init_instance_by_config
+from qtorch.core.instantiate import flatten_dict, init_instance_by_config
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
 from qtorch.record.signal import SignalRecord, finite_metrics, ic_figures
@@ -30,201 +30,21 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.mlflow_recorder import PARENT_TAG
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import get_error, record_failure
-from qtorch.trainer.run import RECORD_MODULE, complete_task, loggable_task, make_records
+from qtorch.trainer.run import (
+    complete_task,
+    loggable_task,
+    make_records,
+    record_class,
+    record_list,
+)
 from qtorch.trainer.trainers import Trainer, TrainerR
 
 log = logging.getLogger(__name__)
 
 WARM_START = "qtorch.study.warm_start.WarmStart"
-
-
-def rolling_tasks(
-    task: Mapping[str, Any],
-    *,
-    step: int,
-    rtype: str,
-    horizon: int | None,
-    trunc_days: int | None,
-    cache: bool | str,
-    calendar: Sequence[Any] | None,
-    records: Sequence[Any],
-) -> list[dict[str, Any]]:
-    """The tasks of all windows, with a common end of the data and with `records` as records."""
-    task = task if horizon is None else with_horizon(task, horizon)
-    generator = RollingGen(
-        step,
-        rtype,
-        trunc_days=trunc_days,
-        task_copy_func=copy_containers,
-        overshoot=False,
-        calendar=calendar,
-    )
-    tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
-    return with_common_end(tasks, cache)
-
-
-def with_common_end(
-    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
-) -> list[dict[str, Any]]:
-    """Give the handlers of all tasks the same end date, so that they share cached features.
-
-    This is safe because a feature does not depend on where the data end, and no sample is taken
-    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
-    that are objects instead of configurations are left as they are.
-    """
-    all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
-    ends = [end for end in all_ends if end is not None]
-    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
-    new_tasks = []
-    for task in tasks:
-        options = config_arguments(task_handler(task))
-        changes: dict[str, Any] = {"end_time": last} if "end_time" in options else {}
-        if cache is not False:
-            changes["cache"] = cache
-        new_tasks.append(with_handler(task, **changes))
-    return new_tasks
-
-
-def with_horizon(task: Mapping[str, Any], horizon: int) -> dict[str, Any]:
-    """Set the label to the return from tomorrow's close to the close `horizon` days later."""
-    if int(horizon) < 1:
-        raise ConfigError(f"horizon={horizon}: expected at least 1 (the days of the return).")
-    if not isinstance(task_handler(task), Mapping):
-        raise ConfigError(
-            "horizon=... sets the label in a handler's configuration, but this task's handler is "
-            "an object; set the label when you create it."
-        )
-    return with_handler(task, label=[f"Ref($close, -{int(horizon) + 1})/Ref($close, -1) - 1"])
-
-
-def with_warm_start(
-    task: Mapping[str, Any], previous: Recorder, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Replace the task's model by one that starts from the weights of an earlier run."""
-    model = {
-        "_target_": WARM_START,
-        "recorder_id": previous.id,
-        "experiment_id": previous.experiment_id,
-        **({"options": dict(options)} if options else {}),
-    }
-    return {**task, "model": model}
-
-
-def copy_containers(task: Any) -> Any:
-    """Copy the containers of a task; objects in it (a handler with its data) are not copied."""
-    if isinstance(task, Mapping):
-        return {key: copy_containers(value) for key, value in task.items()}
-    if isinstance(task, list | tuple):
-        return [copy_containers(value) for value in task]
-    return task
-
-
-def span_text(tasks: Sequence[Mapping[str, Any]]) -> str:
-    """Text with the first and last test day of all windows."""
-    spans = [task_segments(task)["test"] for task in tasks]
-    return f"tested on {spans[0][0]}..{spans[-1][1]}"
-
-
 TEST = "test"
 SIGNAL_RECORD = "SignalRecord"
-
-
-class StitchedSignal(BaseModel):
-    """A model whose scores are already known, so that records can use it like any other."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = scores
-
-    def predict(self, dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
-        """Return the scores of a segment of the dataset, or of a slice of dates (inclusive)."""
-        return _select_dates(self.scores, dataset.segments, segment)
-
-
-class StitchedDataset:
-    """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
-
-    "test" is its only segment. The label is available at no cost; for anything else, the windows'
-    real dataset is built over the span of all windows.
-    """
-
-    def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
-        first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
-        self.segments = {TEST: (first[0], last[1])}
-        self._config = with_arguments(task_dataset(tasks[-1]), segments=self.segments)
-        self._label = label
-
-    @cached_property
-    def full_dataset(self) -> Any:
-        """The real dataset, built on first use; its processors are not fitted."""
-        return init_instance_by_config(self._config)
-
-    def prepare(
-        self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
-    ) -> Any:
-        """Prepare data as the real dataset does; the raw label needs no dataset."""
-        if (col_set, data_key) == ("label", "raw") and not options:
-            return _select_dates(self._label, self.segments, segments)
-        return self.full_dataset.prepare(segments, col_set, data_key, **options)
-
-
-def window_records(extra_records: Sequence[Any] = ()) -> list[Any]:
-    """The records of each window: its scores (SignalRecord) and the given extra records."""
-    records = [extra_records] if isinstance(extra_records, Mapping | str) else list(extra_records)
-    return records if _has_signal_record(records) else [SIGNAL_RECORD, *records]
-
-
-def make_stitched_records(
-    base: Mapping[str, Any],
-    tasks: Sequence[Mapping[str, Any]],
-    prediction: pd.DataFrame,
-    label: pd.DataFrame,
-    recorder: Recorder,
-) -> None:
-    """Run the task's records on the stitched signal: `pred.pkl`, `label.pkl`, and the others.
-
-    Their model is a StitchedSignal and their dataset a StitchedDataset.
-    """
-    _warn_about_missing_days(prediction, label)
-    config = base.get("record")
-    task_records = [config] if isinstance(config, Mapping | str) else list(config or [])
-    records = task_records if _has_signal_record(task_records) else [SIGNAL_RECORD, *task_records]
-    make_records(recorder, records, StitchedSignal(prediction), StitchedDataset(tasks, label))
-
-
-def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
-    """The rows of a segment, or of a slice of dates (inclusive)."""
-    if isinstance(segment, str) and segment not in segments:
-        raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
-    span = slice(*segments[segment]) if isinstance(segment, str) else segment
-    days = frame.index.get_level_values("datetime")
-    mask = np.ones(len(frame), dtype=bool)
-    if span.start is not None:
-        mask &= days >= pd.Timestamp(span.start)
-    if span.stop is not None:
-        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
-    return frame[mask]
-
-
-def _has_signal_record(records: Sequence[Any]) -> bool:
-    classes = (get_callable_kwargs(record, RECORD_MODULE)[0] for record in records)
-    return any(isinstance(cls, type) and issubclass(cls, SignalRecord) for cls in classes)
-
-
-def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
-    """Warn about days of the test span that have rows but no score."""
-    days, scored_days = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
-    missing = days.difference(scored_days)
-    if len(missing):
-        log.warning(
-            "%d of %d trading days have no score (the first is %s): none of their rows is a sample",
-            len(missing),
-            len(days),
-            f"{missing[0]:%Y-%m-%d}",
-        )
-
-
 WINDOW_TAG, SPAN_TAG = "rolling.window", "rolling.test"
-WINDOWS = "rolling"  # the artifact with the list of windows
 
 
 class StudyError(QtorchError, RuntimeError):
@@ -239,7 +59,7 @@ class RollingResult:
     windows: list[Recorder]
     tasks: list[dict[str, Any]]
     prediction: pd.DataFrame
-    window_metrics: list[dict[str, float]] = field(default_factory=list)
+    window_metrics: list[dict[str, float]]
 
 
 def rolling_study(
@@ -283,7 +103,7 @@ def rolling_study(
         trunc_days=trunc_days,
         cache=cache,
         calendar=calendar,
-        records=window_records(part_records),
+        records=_add_signal_record(part_records),
     )
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
@@ -292,8 +112,7 @@ def rolling_study(
         parent = R.get_recorder()
         try:
             _log_study(parent, base, tasks, options)
-            train = _train_windows if warm_start is False else _train_windows_in_sequence
-            windows = train(trainer, tasks, parent, warm_start)
+            windows = _train_windows(trainer, tasks, parent, warm_start)
             _save_window_list(parent, tasks, windows)
             return _stitch_windows(base, parent, tasks, windows)
         except Exception as error:
@@ -311,42 +130,36 @@ def _log_study(
     rolling = {**options, "windows": len(tasks)}
     parent.log_params(**flatten_dict({**loggable_task(base), "rolling": rolling}))
     parent.save_objects(task=base)
-    log.info("%d windows of %d days, %s", len(tasks), options["step"], span_text(tasks))
+    first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
+    message = "%d windows of %d days, tested on %s..%s"
+    log.info(message, len(tasks), options["step"], first[0], last[1])
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def _train_windows(
-    trainer: Trainer, tasks: Sequence[dict[str, Any]], parent: Recorder, warm_start: Any
-) -> list[Recorder]:
-    """Train all windows; each run becomes a child of the study once the trainer returns it."""
-    recorders = trainer.train(list(tasks))
-    for number, recorder in enumerate(recorders):
-        _tag_window(recorder, parent, number, tasks[number])
-    windows: list[Recorder] = [
-        R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)
-    ]
-    _check_statuses(windows, tasks)
-    return windows
-
-
-def _train_windows_in_sequence(
     trainer: Trainer,
     tasks: Sequence[dict[str, Any]],
     parent: Recorder,
-    warm_start: Any,
+    warm_start: bool | Mapping[str, Any],
 ) -> list[Recorder]:
-    """Train the windows one by one, each from the weights of the one before it."""
+    """Train all windows at once; or, with a warm start, each from the weights of the one before.
+
+    Each run becomes a child of the study once the trainer returns it.
+    """
+    is_warm = warm_start is not False
     options = warm_start if isinstance(warm_start, Mapping) else {}
     windows: list[Recorder] = []
-    for number, task in enumerate(tasks):
-        task = with_warm_start(task, windows[-1], options) if windows else task
-        recorders = trainer.train([task])
-        _tag_window(recorders[0], parent, number, task)
-        window = R.get_recorder(recorder_id=trainer.end_train(recorders)[0].id)
-        _check_statuses([window], [task], first=number)
-        windows.append(window)
+    for batch in [[task] for task in tasks] if is_warm else [list(tasks)]:
+        if is_warm and windows:
+            batch = [_with_warm_start(batch[0], windows[-1], options)]
+        first = len(windows)
+        recorders = trainer.train(batch)
+        for number, (recorder, task) in enumerate(zip(recorders, batch, strict=True), first):
+            _tag_window(recorder, parent, number, task)
+        windows += [R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)]
+        _check_statuses(windows[first:], batch, first)
     return windows
 
 
@@ -357,8 +170,9 @@ def _tag_window(recorder: Recorder, parent: Recorder, number: int, task: Mapping
 
 
 def _check_statuses(
-    windows: Sequence[Recorder], tasks: Sequence[Mapping[str, Any]], first: int = 0
+    windows: Sequence[Recorder], tasks: Sequence[Mapping[str, Any]], first: int
 ) -> None:
+    """Raise StudyError if a window did not finish; `first` is the number of the first one."""
     failed_windows = [
         f"window {first + k} (test {'..'.join(map(str, task_segments(tasks[k])[TEST]))}), run "
         f"{recorder.id}, is {recorder.status}: {get_error(recorder) or 'no error stored'}"
@@ -378,7 +192,8 @@ def _check_statuses(
 def _save_window_list(
     parent: Recorder, tasks: Sequence[Mapping[str, Any]], windows: Sequence[Recorder]
 ) -> None:
-    window_list: list[Any] = [
+    """Save the list of windows as the artifact `rolling`."""
+    window_list = [
         {
             "window": number,
             "recorder_id": recorder.id,
@@ -387,8 +202,7 @@ def _save_window_list(
         }
         for number, (task, recorder) in enumerate(zip(tasks, windows, strict=True))
     ]
-    artifacts: dict[str, Any] = {WINDOWS: window_list}
-    parent.save_objects(**artifacts)
+    parent.save_objects(rolling=window_list)
 
 
 def _stitch_windows(
@@ -405,7 +219,10 @@ def _stitch_windows(
         raise StudyError(
             f"{num_duplicates} scores belong to two windows: their test segments overlap."
         )
-    make_stitched_records(base, tasks, prediction, label, parent)
+    _warn_about_missing_days(prediction, label)
+    # The task's records see the stitched signal as the prediction of one model on one dataset.
+    model, dataset = StitchedSignal(prediction), StitchedDataset(tasks, label)
+    make_records(parent, _add_signal_record(base.get("record")), model, dataset)
     window_metrics = []
     for number, part in parts.items():
         metrics = finite_metrics(
@@ -414,3 +231,161 @@ def _stitch_windows(
         parent.log_batch({f"window.{name}": value for name, value in metrics.items()}, step=number)
         window_metrics.append(metrics)
     return RollingResult(parent, windows, tasks, prediction, window_metrics)
+
+
+class StitchedSignal(BaseModel):
+    """A model whose scores are already known, so that records can use it like any other."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        self.scores = scores
+
+    def predict(self, dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
+        """Return the scores of a segment of the dataset, or of a slice of dates (inclusive)."""
+        return _select_dates(self.scores, dataset.segments, segment)
+
+
+class StitchedDataset:
+    """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
+
+    "test" is its only segment. The label is available at no cost; for anything else, the windows'
+    real dataset is built over the span of all windows.
+    """
+
+    def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
+        first, last = task_segments(tasks[0])[TEST], task_segments(tasks[-1])[TEST]
+        self.segments = {TEST: (first[0], last[1])}
+        self._config = with_arguments(task_dataset(tasks[-1]), segments=self.segments)
+        self._label = label
+
+    @cached_property
+    def full_dataset(self) -> Any:
+        """The real dataset, built on first use; its processors are not fitted."""
+        return init_instance_by_config(self._config)
+
+    def prepare(
+        self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
+    ) -> Any:
+        """Prepare data as the real dataset does; the raw label needs no dataset."""
+        if (col_set, data_key) == ("label", "raw") and not options:
+            return _select_dates(self._label, self.segments, segments)
+        return self.full_dataset.prepare(segments, col_set, data_key, **options)
+
+
+def _add_signal_record(records: Any) -> list[Any]:
+    """The records of a task, after a SignalRecord unless one of them is a SignalRecord."""
+    items = record_list(records)
+    classes = [record_class(record) for record in items]
+    if any(isinstance(c, type) and issubclass(c, SignalRecord) for c in classes):
+        return items
+    return [SIGNAL_RECORD, *items]
+
+
+def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
+    """The rows of a segment, or of a slice of dates (inclusive)."""
+    if isinstance(segment, str) and segment not in segments:
+        raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
+    span = slice(*segments[segment]) if isinstance(segment, str) else segment
+    days = frame.index.get_level_values("datetime")
+    mask = np.ones(len(frame), dtype=bool)
+    if span.start is not None:
+        mask &= days >= pd.Timestamp(span.start)
+    if span.stop is not None:
+        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
+    return frame[mask]
+
+
+def _warn_about_missing_days(prediction: pd.DataFrame, label: pd.DataFrame) -> None:
+    """Warn about days of the test span that have rows but no score."""
+    days, scored_days = (f.index.get_level_values("datetime").unique() for f in (label, prediction))
+    missing = days.difference(scored_days)
+    if len(missing):
+        log.warning(
+            "%d of %d trading days have no score (the first is %s): none of their rows is a sample",
+            len(missing),
+            len(days),
+            f"{missing[0]:%Y-%m-%d}",
+        )
+
+
+# -- the tasks of the windows ----------------------------------------------------------------------
+
+
+def rolling_tasks(
+    task: Mapping[str, Any],
+    *,
+    step: int,
+    rtype: str,
+    horizon: int | None,
+    trunc_days: int | None,
+    cache: bool | str,
+    calendar: Sequence[Any] | None,
+    records: Sequence[Any],
+) -> list[dict[str, Any]]:
+    """The tasks of all windows, with a common end of the data and with `records` as records."""
+    task = task if horizon is None else _with_horizon(task, horizon)
+    generator = RollingGen(
+        step,
+        rtype,
+        trunc_days=trunc_days,
+        task_copy_func=_copy_containers,
+        overshoot=False,  # no window is tested beyond the task's own test segment
+        calendar=calendar,
+    )
+    tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
+    return _with_common_end(tasks, cache)
+
+
+def _with_common_end(
+    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
+) -> list[dict[str, Any]]:
+    """Give the handlers of all tasks the same end date, so that they share cached features.
+
+    This is safe because a feature does not depend on where the data end, and no sample is taken
+    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
+    that are objects instead of configurations are left as they are.
+    """
+    all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
+    ends = [end for end in all_ends if end is not None]
+    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
+    new_tasks = []
+    for task in tasks:
+        options = config_arguments(task_handler(task))
+        changes: dict[str, Any] = {"end_time": last} if "end_time" in options else {}
+        if cache is not False:
+            changes["cache"] = cache
+        new_tasks.append(with_handler(task, **changes))
+    return new_tasks
+
+
+def _with_horizon(task: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    """Set the label to the return from tomorrow's close to the close `horizon` days later."""
+    if int(horizon) < 1:
+        raise ConfigError(f"horizon={horizon}: expected at least 1 (the days of the return).")
+    if not isinstance(task_handler(task), Mapping):
+        raise ConfigError(
+            "horizon=... sets the label in a handler's configuration, but this task's handler is "
+            "an object; set the label when you create it."
+        )
+    return with_handler(task, label=[f"Ref($close, -{int(horizon) + 1})/Ref($close, -1) - 1"])
+
+
+def _with_warm_start(
+    task: Mapping[str, Any], previous: Recorder, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Replace the task's model by one that starts from the weights of an earlier run."""
+    model = {
+        "_target_": WARM_START,
+        "recorder_id": previous.id,
+        "experiment_id": previous.experiment_id,
+        **({"options": dict(options)} if options else {}),
+    }
+    return {**task, "model": model}
+
+
+def _copy_containers(task: Any) -> Any:
+    """Copy the containers of a task; objects in it (a handler with its data) are not copied."""
+    if isinstance(task, Mapping):
+        return {key: _copy_containers(value) for key, value in task.items()}
+    if isinstance(task, list | tuple):
+        return [_copy_containers(value) for value in task]
+    return task

@@ -31,7 +31,11 @@ TASK_TAG, SETTING_TAG = "qtorch.task_id", "qtorch.setting"  # a setting is a tas
 JOB_TAG = "qtorch.job."  # + the sweep's run ID: a job's number and overrides, as JSON
 SECONDS_TAG = "qtorch.seconds"  # working time, summed over all attempts
 PLAN, PLAN_FORMAT = "sweep", 1
-REGISTRY_FOLDER = "sweeps"
+REGISTRY_FOLDER = "sweeps"  # in the user's cache
+# The valid segment comes first: a test segment that was used for selection is no test any more.
+DEFAULT_METRICS = ("valid.Rank IC", "test.Rank IC", "Rank IC", "valid/rank_ic")
+MINIMIZED_METRICS = ("loss", "mse", "mae", "rmse")
+MODES = ("max", "min")
 
 
 @dataclass
@@ -83,6 +87,7 @@ def start_sweep(
             with with_run_tags({SWEEP_TAG: name}):
                 recorder = experiment.create_recorder(f"sweep {name}").start_run()
             recorder = _keep_oldest_run(experiment, name, recorder)
+        # Keys of the stored format: `told` are the overrides that define the jobs.
         entry = {"words": list(command), "told": list(overrides)}
         _save_plan(recorder, entry, {**settings, "experiment": experiment.name})
     recorder.set_tags(**{COMMAND_TAG: " ".join(overrides)})
@@ -135,16 +140,16 @@ def end_sweep(
     """
     jobs = sweep_jobs(str(recorder.id))
     statuses = {job.status for job in jobs}
-    final = Recorder.STATUS_FI
     if is_interrupted or statuses & {Recorder.STATUS_K, Recorder.STATUS_S}:
         final = Recorder.STATUS_K
     elif Recorder.STATUS_FA in statuses:
         final = Recorder.STATUS_FA
-    num_expected = recorder.list_tags().get(COUNT_TAG, "0")
-    if final == Recorder.STATUS_FI and is_queued:
+    elif is_queued:
         final = Recorder.STATUS_S
-    elif final == Recorder.STATUS_FI and len(jobs) < int(num_expected):
+    elif len(jobs) < int(recorder.list_tags().get(COUNT_TAG, 0)):
         final = Recorder.STATUS_FA  # some jobs failed before their run was created
+    else:
+        final = Recorder.STATUS_FI
     recorder.end_run(final)
     if Recorder.STATUS_R in statuses and not is_interrupted:
         from qtorch.tracking.mlflow_store import open_store
@@ -170,7 +175,7 @@ def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     if status == Recorder.STATUS_R and not is_held(claim_path(row.experiment_id, row.tags)):
         status, note = Recorder.STATUS_K, "its process is gone"
     seconds = float(row.tags.get(SECONDS_TAG, "nan"))
-    if seconds != seconds and row.start_time and row.end_time:
+    if math.isnan(seconds) and row.start_time and row.end_time:
         seconds = (row.end_time - row.start_time) / 1000
     return JobResult(
         number=int(details["number"]),
@@ -292,10 +297,7 @@ def _exists(entry: Mapping[str, Any]) -> bool:
         return False
 
 
-# The valid segment comes first: a test segment that was used for selection is no test any more.
-DEFAULT_METRICS = ("valid.Rank IC", "test.Rank IC", "Rank IC", "valid/rank_ic")
-MINIMIZED_METRICS = ("loss", "mse", "mae", "rmse")
-MODES = ("max", "min")
+# -- the best job and the groups of seeds ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -357,17 +359,20 @@ def resolve_mode(metric: str, mode: str | None = None) -> str:
 
 def best_job(jobs: Sequence[JobResult], metric: str, mode: str = "max") -> JobResult | None:
     """The finished job with the best value; None if no job has the metric."""
-    candidates = [j for j in jobs if j.status == Recorder.STATUS_FI]
-    candidates = [j for j in candidates if math.isfinite(j.metrics.get(metric, math.nan))]
+    candidates = [
+        j
+        for j in jobs
+        if j.status == Recorder.STATUS_FI and math.isfinite(j.metrics.get(metric, math.nan))
+    ]
     pick = max if mode == "max" else min
-    return pick(candidates, key=lambda j: j.metrics[metric]) if candidates else None
+    return pick(candidates, key=lambda j: j.metrics[metric], default=None)
 
 
 def best_group(groups: Sequence[SeedGroup], metric: str, mode: str = "max") -> SeedGroup | None:
     """The group with the best mean over its seeds; None if no group has the metric."""
     candidates = [g for g in groups if g.metric_statistics(metric)[2]]
     pick = max if mode == "max" else min
-    return pick(candidates, key=lambda g: g.metric_statistics(metric)[0]) if candidates else None
+    return pick(candidates, key=lambda g: g.metric_statistics(metric)[0], default=None)
 
 
 def _group_name(jobs: Sequence[JobResult], common: set[str]) -> str:

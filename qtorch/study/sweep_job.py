@@ -106,9 +106,11 @@ def run_sweep_job(
     """
     complete, tags = identify_task(task)
     experiment = R.get_exp(experiment_name=experiment_name)
-    finished_run = _find_finished_run(experiment.id, tags, member)
-    if finished_run is not None:
-        return _adopt_earlier_run(finished_run, member, SKIPPED)
+    # A finished run needs no claim: taking over that of a dead process of another machine lasts a
+    # minute.
+    earlier = _find_earlier_run(experiment.id, tags, member)
+    if earlier is not None and earlier.status == Recorder.STATUS_FI:
+        return _adopt_earlier_run(earlier, member, SKIPPED)
     is_waiting = False
     while True:
         with hold_claim(claim_path(experiment.id, tags)) as has_claim:
@@ -116,9 +118,8 @@ def run_sweep_job(
             if earlier is not None and earlier.status == Recorder.STATUS_FI:
                 return _adopt_earlier_run(earlier, member, SKIPPED)
             if has_claim:
-                return _run_with_claim(
-                    complete, tags, member, earlier, experiment_name, recorder_name
-                )
+                names = (experiment_name, recorder_name)
+                return _run_with_claim(complete, tags, member, earlier, experiment.id, *names)
         if earlier is not None:
             return _adopt_earlier_run(earlier, member, ELSEWHERE)
         if not is_waiting:
@@ -132,61 +133,25 @@ def _run_with_claim(
     tags: Mapping[str, str],
     member: SweepMember,
     earlier: RunRow | None,
-    experiment_name: str | None,
-    recorder_name: str | None,
+    experiment_id: str,
+    *names: str | None,
 ) -> JobOutcome:
-    """Do the remaining work of a job whose claim this process holds."""
+    """Do the remaining work of a job whose claim this process holds.
+
+    A new run uses the training of an earlier one if possible. `names` are those of the experiment
+    and of the run.
+    """
     if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
         return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
-    run_tags = {**tags, **member.tags, PARENT_TAG: member.sweep_id}
-    with with_run_tags(run_tags):
+    with with_run_tags({**tags, **member.tags, PARENT_TAG: member.sweep_id}):
         if earlier is not None:
             return _resume_run(task, member, earlier)
-        experiment = R.get_exp(experiment_name=experiment_name)
-        trained_runs = _find_trained_runs(experiment.id, task, tags, member)
-        return _start_run(task, trained_runs, experiment_name, recorder_name)
-
-
-def has_finished_jobs(experiment_name: str | None = None) -> bool:
-    """Whether any job of the experiment is finished or failed; a single query to the store."""
-    from qtorch.tracking.mlflow_store import open_store
-
-    experiment = R.get_exp(experiment_name=experiment_name)
-    rows = (
-        open_store(R.get_uri()).runs(
-            [experiment.id],
-            filter_string=f"attributes.status = '{status}' and tags.`{TASK_TAG}` != ''",
-            max_results=1,
-        )
-        for status in (Recorder.STATUS_FI, Recorder.STATUS_FA)
-    )
-    return any(rows)
-
-
-def find_finished_job(
-    task: Mapping[str, Any], member: SweepMember, experiment_name: str | None = None
-) -> JobOutcome | None:
-    """The outcome of a job for which `run_sweep_job` would have nothing to do.
-
-    That is a finished run, or a failed one without `retry`. None if there is work to do.
-    """
-    _, tags = identify_task(task)
-    earlier = _find_earlier_run(R.get_exp(experiment_name=experiment_name).id, tags, member)
-    if earlier is not None and earlier.status == Recorder.STATUS_FI:
-        return _adopt_earlier_run(earlier, member, SKIPPED)
-    if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
-        return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
-    return None
-
-
-def _start_run(task: dict[str, Any], trained_runs: list[RunRow], *names: str | None) -> JobOutcome:
-    """Start a new run: with the training of one of `trained_runs` if possible, else train."""
-    for row in trained_runs:
-        with with_run_tags({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
-            recorder = _reuse_training(task, row.id, *names)
-        if recorder is not None:
-            return JobOutcome(recorder, RECORDS_ONLY)
-    return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
+        for row in _find_trained_runs(experiment_id, task, tags, member):
+            with with_run_tags({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
+                recorder = _reuse_training(task, row.id, *names)
+            if recorder is not None:
+                return JobOutcome(recorder, RECORDS_ONLY)
+        return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
 
 
 def _resume_run(task: dict[str, Any], member: SweepMember, earlier: RunRow) -> JobOutcome:
@@ -222,14 +187,39 @@ def _reuse_training(
             announce_run(recorder)
 
 
+def has_finished_jobs(experiment_name: str | None = None) -> bool:
+    """Whether any job of the experiment is finished or failed; a single query to the store."""
+    from qtorch.tracking.mlflow_store import open_store
+
+    experiment = R.get_exp(experiment_name=experiment_name)
+    rows = (
+        open_store(R.get_uri()).runs(
+            [experiment.id],
+            filter_string=f"attributes.status = '{status}' and tags.`{TASK_TAG}` != ''",
+            max_results=1,
+        )
+        for status in (Recorder.STATUS_FI, Recorder.STATUS_FA)
+    )
+    return any(rows)
+
+
+def find_finished_job(
+    task: Mapping[str, Any], member: SweepMember, experiment_name: str | None = None
+) -> JobOutcome | None:
+    """The outcome of a job for which `run_sweep_job` would have nothing to do.
+
+    That is a finished run, or a failed one without `retry`. None if there is work to do.
+    """
+    _, tags = identify_task(task)
+    earlier = _find_earlier_run(R.get_exp(experiment_name=experiment_name).id, tags, member)
+    if earlier is not None and earlier.status == Recorder.STATUS_FI:
+        return _adopt_earlier_run(earlier, member, SKIPPED)
+    if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
+        return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
+    return None
+
+
 # -- earlier runs ----------------------------------------------------------------------------------
-
-
-def _find_finished_run(
-    experiment_id: str, tags: Mapping[str, str], member: SweepMember
-) -> RunRow | None:
-    row = _find_earlier_run(experiment_id, tags, member)
-    return row if row is not None and row.status == Recorder.STATUS_FI else None
 
 
 def _find_earlier_run(
@@ -240,7 +230,7 @@ def _find_earlier_run(
     A finished run comes before an interrupted one, which comes before a failed one; of several
     the newest is used. Unfinished runs only count if they belong to a sweep.
     """
-    rows = _filter_by_reuse(_runs_with_tag(experiment_id, TASK_TAG, tags[TASK_TAG]), member)
+    rows = _runs_with_tag(experiment_id, TASK_TAG, tags, member)
     for statuses in ((Recorder.STATUS_FI,), INTERRUPTED, (Recorder.STATUS_FA,)):
         for row in rows:
             is_in_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
@@ -249,16 +239,14 @@ def _find_earlier_run(
     return None
 
 
-def _runs_with_tag(experiment_id: str, tag: str, value: str) -> list[RunRow]:
-    """The runs with a tag, the newest first."""
+def _runs_with_tag(
+    experiment_id: str, tag: str, tags: Mapping[str, str], member: SweepMember
+) -> list[RunRow]:
+    """The runs with the same value of a tag, the newest first; without `reuse` the sweep's only."""
     from qtorch.tracking.mlflow_store import open_store
 
-    condition = f"tags.`{tag}` = '{value}'"
-    return open_store(R.get_uri()).runs([experiment_id], filter_string=condition)
-
-
-def _filter_by_reuse(rows: list[RunRow], member: SweepMember) -> list[RunRow]:
-    """All rows with `reuse`, else only those of the sweep itself."""
+    condition = f"tags.`{tag}` = '{tags[tag]}'"
+    rows = open_store(R.get_uri()).runs([experiment_id], filter_string=condition)
     return rows if member.reuse else [r for r in rows if JOB_TAG + member.sweep_id in r.tags]
 
 
@@ -279,7 +267,7 @@ def _find_trained_runs(
     Runs that failed or were stopped after their training (in a record, say) are included; runs
     that may still be alive are not.
     """
-    rows = _filter_by_reuse(_runs_with_tag(experiment_id, FIT_KEY_TAG, tags[FIT_KEY_TAG]), member)
+    rows = _runs_with_tag(experiment_id, FIT_KEY_TAG, tags, member)
     rows = [r for r in rows if r.status in ENDED and FIT_TAG in r.tags]
     if not rows:
         return []

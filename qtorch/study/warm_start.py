@@ -12,7 +12,7 @@ import pandas as pd
 from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.instantiate import auto_filter_kwargs, init_instance_by_config
-from qtorch.core.names import import_path
+from qtorch.core.names import import_path, locate
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust
 from qtorch.model.base import Model, ModelFT
@@ -136,14 +136,7 @@ class WarmStart(ModelFT):
             raise TypeError(f"the state is of a {type(model).__qualname__}, not a {cls.__name__}.")
         inner = state.config["model"]
         if inner is not None:
-            model.model_ = _locate_class(inner["class"]).from_state(
-                State(inner["state"], state.tensors)
-            )
+            check_name_trust(inner["class"])
+            inner_state = State(inner["state"], state.tensors)
+            model.model_ = locate(inner["class"]).from_state(inner_state)
         return model
-
-
-def _locate_class(name: str) -> Any:
-    from qtorch.core.names import locate
-
-    check_name_trust(name)
-    return locate(name)

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from qtorch.core.errors import ArgumentError, QtorchError, unknown_name_message
+from qtorch.core.errors import ArgumentError, LoadObjectError, QtorchError, unknown_name_message
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +200,14 @@ def final_status(kind: type[BaseException] | None) -> str:
     if kind is None:
         return Recorder.STATUS_FI
     return Recorder.STATUS_FA if issubclass(kind, Exception) else Recorder.STATUS_K
+
+
+def load_if_present(recorder: Recorder, name: str) -> Any:
+    """Load an object by its logical name; None if the run does not have it."""
+    try:
+        return recorder.load_object(name)
+    except LoadObjectError:
+        return None
 
 
 def check_status(status: str) -> str:

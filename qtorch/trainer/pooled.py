@@ -81,10 +81,33 @@ class TrainerRM(TrainerR):
         train_func: TrainFunction | None = None,
         experiment_name: str | None = None,
     ) -> list[Recorder]:
-        """Submit all tasks, wait until they are done, and return the recorders in task order."""
+        """Submit all tasks, wait until they are done, and return the recorders in task order.
+
+        A delayed trainer only prepares the runs, in this process.
+        """
         name = experiment_name or self.experiment_name
-        function = train_func or self.train_func
-        return self._train(tasks, function, name, TaskManager.STATUS_DONE)
+        task_list = as_list(tasks, Mapping)
+        if not task_list:
+            return []
+        manager = self.manager(name)
+        ids_or_runs = self._submit_tasks(manager, task_list, name)
+        ids = [s for s in ids_or_runs if isinstance(s, str)]
+        self._complete_tasks(
+            manager,
+            ids,
+            train_func or self.train_func,
+            name,
+            before=manager.STATUS_WAITING,
+            after=manager.STATUS_PART_DONE if self.delay else manager.STATUS_DONE,
+            skip_run_task=self.skip_run_task and not self.delay,
+        )
+        recorders_by_id = self._load_recorders(manager, ids, name)
+        recorders = [recorders_by_id[s] if isinstance(s, str) else s for s in ids_or_runs]
+        for item, recorder in zip(ids_or_runs, recorders, strict=True):
+            if recorder.status != Recorder.STATUS_FA:
+                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: item})
+        log_failures(recorders)
+        return recorders
 
     def worker(
         self, train_func: TrainFunction | None = None, experiment_name: str | None = None
@@ -105,33 +128,6 @@ class TrainerRM(TrainerR):
             raise ConfigError(f"{type(self).__name__} needs a task_pool or an experiment_name.")
         return TaskManager(pool, self.url, lease=self.lease)
 
-    def _train(
-        self,
-        tasks: Task | Sequence[Task],
-        function: TrainFunction,
-        name: str | None,
-        after: str,
-        *,
-        skip_run_task: bool | None = None,
-    ) -> list[Recorder]:
-        task_list = as_list(tasks, Mapping)
-        if not task_list:
-            return []
-        manager = self.manager(name)
-        ids_or_runs = self._submit_tasks(manager, task_list, name)
-        ids = [s for s in ids_or_runs if isinstance(s, str)]
-        before = manager.STATUS_WAITING
-        self._complete_tasks(
-            manager, ids, function, name, before, after, skip_run_task=skip_run_task
-        )
-        recorders_by_id = self._load_recorders(manager, ids, name)
-        recorders = [recorders_by_id[s] if isinstance(s, str) else s for s in ids_or_runs]
-        for item, recorder in zip(ids_or_runs, recorders, strict=True):
-            if recorder.status != Recorder.STATUS_FA:
-                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: item})
-        log_failures(recorders)
-        return recorders
-
     def _submit_tasks(
         self, manager: TaskManager, tasks: Sequence[Task], name: str | None
     ) -> list[str | Recorder]:
@@ -142,12 +138,10 @@ class TrainerRM(TrainerR):
                 definitions.append(pool_definition(task, name, self.default_rec_name))
             except ConfigError as error:
                 definitions.append(error)
-        for definition in definitions:
-            if not isinstance(definition, ConfigError):
-                encode_definition(
-                    definition
-                )  # raises for live objects before any task is submitted
-        ids = iter(manager.create_task([d for d in definitions if not isinstance(d, ConfigError)]))
+        valid_definitions = [d for d in definitions if not isinstance(d, ConfigError)]
+        for definition in valid_definitions:
+            encode_definition(definition)  # raises for live objects before any task is submitted
+        ids = iter(manager.create_task(valid_definitions))
         return [
             create_failed_run(name, d, self.default_rec_name)
             if isinstance(d, ConfigError)
@@ -161,10 +155,10 @@ class TrainerRM(TrainerR):
         ids: Sequence[str],
         function: TrainFunction,
         name: str | None,
+        *,
         before: str,
         after: str,
-        *,
-        skip_run_task: bool | None = None,
+        skip_run_task: bool,
     ) -> None:
         """Work on the tasks, or wait for other workers, until each has the status `after`.
 
@@ -174,14 +168,13 @@ class TrainerRM(TrainerR):
             return
         query = {"_id": {"$in": list(ids)}}
         final_statuses = {after, manager.STATUS_DONE, manager.STATUS_FAILED}
-        skip_run = self.skip_run_task if skip_run_task is None else skip_run_task
         while True:
-            if not skip_run:
+            if not skip_run_task:
                 self._run_tasks(function, name, before, after, query)
             try:
                 manager.wait(
                     query,
-                    timeout=None if skip_run else POLL_SECONDS,
+                    timeout=None if skip_run_task else POLL_SECONDS,
                     final_statuses=list(final_statuses),
                 )
                 return
@@ -272,17 +265,6 @@ class DelayTrainerRM(TrainerRM):
         )
         self.end_train_func = end_train_func
 
-    def train(
-        self,
-        tasks: Task | Sequence[Task],
-        train_func: TrainFunction | None = None,
-        experiment_name: str | None = None,
-    ) -> list[Recorder]:
-        """Submit all tasks and prepare their runs in this process."""
-        name = experiment_name or self.experiment_name
-        function, after = train_func or self.train_func, TaskManager.STATUS_PART_DONE
-        return self._train(tasks, function, name, after, skip_run_task=False)
-
     def end_train(
         self,
         models: Recorder | Sequence[Recorder],
@@ -300,8 +282,15 @@ class DelayTrainerRM(TrainerRM):
         manager = self.manager(name)
         ids = [r.list_tags().get(self.TM_ID) for r in recorders]
         task_ids = [i for i in ids if i is not None]
-        function, status_before = end_train_func or self.end_train_func, manager.STATUS_PART_DONE
-        self._complete_tasks(manager, task_ids, function, name, status_before, manager.STATUS_DONE)
+        self._complete_tasks(
+            manager,
+            task_ids,
+            end_train_func or self.end_train_func,
+            name,
+            before=manager.STATUS_PART_DONE,
+            after=manager.STATUS_DONE,
+            skip_run_task=self.skip_run_task,
+        )
         recorders_by_id = self._load_recorders(manager, task_ids, name)
         results = [
             r if i is None else recorders_by_id[i] for r, i in zip(recorders, ids, strict=True)

@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from qtorch.core.configured import Configured
@@ -31,35 +32,304 @@ from qtorch.tracking.store_types import NotInStoreError
 from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
 from qtorch.trainer.provenance import collect_source_digests, save_environment
 
+log = logging.getLogger(__name__)
+
 REQUIRED_KEYS = ("model", "dataset")
 TRACKING_KEY, TRACKING_FIELDS = "tracking", ("experiment_name", "recorder_name", "uri")
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
 PATH_ARGUMENTS = {"provider_uri", "path"}  # arguments of data sources that are paths on disk
+RECORD_MODULE = "qtorch.record"
+TASK = "task"
+TRAIN, TEST = "train", "test"
+# Epochs, seconds, samples per second. These are no metrics, because they are not reproducible.
+FIT_REPORT = "fit_report"
 
 
-def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Split a task into the task without `tracking`, and `tracking`: where its run is stored.
+def task_train(
+    task: Mapping[str, Any],
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
+    on_fitted: Callable[[Recorder, Any], None] | None = None,
+) -> Recorder:
+    """Train one task in a new run and return the run.
 
-    `tracking` is `{"experiment_name", "recorder_name", "uri"}`, each optional. A trainer with a
-    task pool writes it, so that a worker in another folder stores the run in the trainer's
-    experiment. It does not influence the training, so the run's params and its artifact `task` do
-    not contain it.
+    The run contains the flattened task as params, the artifact `task`, the tag `hostname`, the
+    fitted model as `params.pkl`, the dataset's configuration as `dataset` (without data),
+    `environment` (code, packages, device), and the output of the task's records. An error marks
+    the run FAILED, is stored in it (tag `error`, `error.txt`) and is raised again; Ctrl-C marks the
+    run KILLED. Corresponds to qlib/model/trainer.py.
+
+    `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task, which
+    is resumed from its last checkpoint; a FINISHED run is returned unchanged. A task can set where
+    its run is stored (`tracking`, see `qtorch.trainer.run`); arguments take precedence.
+    `on_fitted(recorder, dataset)` is called after the training and before the records.
     """
-    if not isinstance(task, Mapping) or TRACKING_KEY not in task:
-        return task, {}
-    tracking = task[TRACKING_KEY] or {}
-    unknown_keys = (
-        [k for k in tracking if k not in TRACKING_FIELDS]
-        if isinstance(tracking, Mapping)
-        else [TRACKING_KEY]
-    )
-    if unknown_keys:
-        raise ConfigError(
-            unknown_name_message(
-                f"key of a task's {TRACKING_KEY!r}", str(unknown_keys[0]), TRACKING_FIELDS
-            )
+    bare_task, tracking = split_tracking(task)
+    complete = complete_task(bare_task)
+    name = experiment_name or tracking.get("experiment_name")
+    with _tracking_store(run, tracking):
+        earlier_run = _earlier_run(run)
+        if earlier_run is not None and earlier_run.status == Recorder.STATUS_FI:
+            announce_run(earlier_run)
+            return earlier_run
+        if earlier_run is not None and bare_task.get("seed") is None:
+            complete["seed"] = _load_seed(earlier_run, complete["seed"])
+        recorder_name = recorder_name or tracking.get("recorder_name")
+        with _open_run(earlier_run, name, recorder_name) as recorder:
+            _log_task(recorder, complete)
+            _execute(recorder, complete, on_fitted=on_fitted)
+    return recorder
+
+
+def begin_task_train(
+    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+) -> Recorder:
+    """First phase of training: create a SCHEDULED run that contains the task."""
+    complete, tracking = split_tracking(task)
+    complete = complete_task(complete)
+    with _tracking_store(None, tracking):
+        R.start_exp(
+            experiment_name=experiment_name or tracking.get("experiment_name"),
+            recorder_name=recorder_name or tracking.get("recorder_name"),
         )
-    return {k: v for k, v in task.items() if k != TRACKING_KEY}, tracking
+        recorder = R.get_recorder()
+        status = Recorder.STATUS_FA
+        try:
+            announce_run(recorder)
+            _log_task(recorder, complete)
+            status = Recorder.STATUS_S
+        except Exception as error:
+            record_failure(recorder, error)
+            raise
+        finally:
+            R.end_exp(recorder_status=status)
+    return recorder
+
+
+def end_task_train(
+    rec: Recorder,
+    experiment_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
+) -> Recorder:
+    """Second phase of training: resume a run of `begin_task_train` (or a killed run) and finish it.
+
+    The run knows its experiment; `experiment_name` exists only for compatibility with Qlib. `run`
+    tells that there was an earlier attempt: if it is FINISHED it is returned unchanged.
+    """
+    with _tracking_store({"tracking_uri": getattr(rec, "uri", None)}, {}):
+        if run is not None:
+            earlier_run = R.get_recorder(recorder_id=rec.id)
+            if earlier_run.status == Recorder.STATUS_FI:
+                announce_run(earlier_run)
+                return earlier_run
+        with _open_run(rec) as recorder:
+            _execute(recorder, complete_task(recorder.load_object(TASK)), is_stored=True)
+    return recorder
+
+
+def reuse_trained_run(
+    task: Mapping[str, Any],
+    trained_run: Recorder,
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
+    *,
+    run: Mapping[str, Any] | None = None,
+) -> Recorder:
+    """Create a run for a task from another run with the same training, and generate its records.
+
+    The model, the fitted state of the dataset and the training history are copied from
+    `trained_run`, which is only read. The caller must know that both tasks have the same training
+    (`core.identity.fit_id`). `run` is the run of an interrupted attempt, which is resumed.
+    """
+    complete = complete_task(task)
+    model, dataset = (trained_run.load_object(n) for n in ("params.pkl", "dataset"))
+    with _open_run(_earlier_run(run), experiment_name, recorder_name) as recorder:
+        _log_task(recorder, complete)
+        with session_context(seed=complete["seed"]):
+            seed_everything(complete["seed"])
+            # Metrics per epoch have a slash in their name, those of records do not.
+            for key in (k for k in trained_run.list_metrics() if "/" in k):
+                for step, value in trained_run.metric_history(key).items():
+                    recorder.log_batch({key: value}, step=step)
+            recorder.save_objects(**{"params.pkl": model})
+            if FIT_REPORT in trained_run.list_artifacts():
+                recorder.save_objects(**{FIT_REPORT: trained_run.load_object(FIT_REPORT)})
+            _save_dataset(recorder, dataset)
+            make_records(recorder, complete.get("record"), model, dataset)
+    return recorder
+
+
+@contextmanager
+def _open_run(
+    earlier_run: Recorder | None,
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
+) -> Iterator[Recorder]:
+    """Resume the run of an earlier attempt, or start a new one; store an error of the block in it.
+
+    The error of the earlier attempt is removed from the run.
+    """
+    if earlier_run is None:
+        start = R.start(experiment_name=experiment_name, recorder_name=recorder_name)
+    else:
+        start = R.start(
+            experiment_id=earlier_run.experiment_id,
+            recorder_id=earlier_run.id,
+            recorder_name=recorder_name,
+            resume=True,
+        )
+    with start:
+        recorder: Recorder = R.get_recorder()
+        announce_run(recorder)
+        try:
+            if earlier_run is not None and ERROR_TAG in recorder.list_tags():
+                recorder.delete_tags(ERROR_TAG)
+            yield recorder
+        except Exception as error:
+            record_failure(recorder, error)
+            raise
+
+
+def _tracking_store(
+    run: Mapping[str, Any] | None, tracking: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """Switch to the tracking store of an earlier run, else of the task, else keep the current."""
+    uri = (run or {}).get("tracking_uri") or tracking.get("uri")
+    return nullcontext() if uri is None else R.uri_context(str(uri))
+
+
+def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
+    """The run of an earlier attempt, or None if there was none or it no longer exists."""
+    if run is None:
+        return None
+    try:
+        recorder: Recorder = R.get_recorder(recorder_id=str(run["recorder_id"]))
+    except NotInStoreError as error:
+        log.warning("the run of an earlier attempt no longer exists, starting a new run: %s", error)
+        return None
+    if getattr(recorder, "deleted", False):
+        log.warning("run %s of an earlier attempt is deleted, starting a new run", recorder.id)
+        return None
+    return recorder
+
+
+def _load_seed(recorder: Recorder, default_seed: int) -> int:
+    """The random seed of an earlier attempt; its checkpoints cannot be resumed with another."""
+    if TASK not in recorder.list_artifacts():
+        return default_seed
+    return int(recorder.load_object(TASK)["seed"])
+
+
+def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
+    recorder.log_params(**flatten_dict(loggable_task(task)))
+    recorder.save_objects(task=task)
+    recorder.set_tags(hostname=socket.gethostname())
+    recorder.flush()  # so that even a run killed at once contains its task
+
+
+def _execute(
+    recorder: Recorder,
+    task: dict[str, Any],
+    *,
+    is_stored: bool = False,
+    on_fitted: Callable[[Recorder, Any], None] | None = None,
+) -> None:
+    """Fit the model, save it and generate the records; check the classes of a stored task."""
+    with session_context(seed=task["seed"]):
+        seed_everything(task["seed"])
+        if is_stored:
+            check_config_trust(task)
+        beat("data")
+        sources = collect_source_digests(task)
+        model = _build(task["model"])
+        dataset = _build(task["dataset"])
+        options: dict[str, Any] = {"recorder": recorder}
+        if task.get("reweighter") is not None:
+            options["reweighter"] = _build(task["reweighter"])
+        _check_segments(dataset, task.get("record"))
+        auto_filter_kwargs(model.fit)(dataset, **options)
+        beat("saving")
+        recorder.save_objects(**{"params.pkl": model})
+        if getattr(model, "fit_report_", None):
+            recorder.save_objects(**{FIT_REPORT: model.fit_report_})
+        _save_dataset(recorder, dataset)
+        save_environment(recorder, model, dataset, sources)
+        if on_fitted is not None:
+            on_fitted(recorder, dataset)
+        make_records(recorder, task.get("record"), model, dataset)
+
+
+def _build(config: Any) -> Any:
+    """Build the object of a configuration; return a live object unchanged."""
+    if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
+        return init_instance_by_config(config)
+    return config
+
+
+def _check_segments(dataset: Any, records: Any) -> None:
+    """Raise DataError before the training instead of after it, if a segment cannot be used.
+
+    That is an empty segment, or a test segment with one instrument per day although a record
+    compares the scores of a day.
+    """
+    samples = getattr(dataset, "samples", None)
+    if not callable(samples):
+        return
+    # The training itself starts with the segment train and checks it.
+    for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
+        has_one_instrument = samples(name, data_key="infer").max_samples_per_day == 1
+        if name != TEST or not has_one_instrument:
+            continue
+        for cls in map(record_class, record_list(records)):
+            if getattr(cls, "needs_cross_section", False):
+                raise DataError(
+                    f"the segment {name!r} has only one instrument per day, but {cls.__name__} "
+                    "compares the instruments of a day: use a universe of several instruments, or "
+                    "train without this record (record=none)."
+                )
+
+
+def record_list(records: Any) -> list[Any]:
+    """A task's records as a list; a single one becomes a list of one."""
+    return [records] if isinstance(records, Mapping | str) else list(records or [])
+
+
+def record_class(record: Any) -> Any:
+    """The class of a task's record; None for a pickle, which is not loaded to find out."""
+    if isinstance(record, Path) or (isinstance(record, str) and record.startswith("file:")):
+        return None
+    return get_callable_kwargs(record, RECORD_MODULE)[0]
+
+
+def _save_dataset(recorder: Recorder, dataset: Any) -> None:
+    """Save the dataset without its data; predictions with this run rebuild it from there."""
+    if callable(getattr(dataset, "config", None)):
+        dataset.config(dump_all=False, recursive=True)
+    try:
+        recorder.save_objects(dataset=dataset)
+    except ConfigError as error:
+        log.warning("could not save the dataset in the run: %s", error)
+
+
+def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
+    """Generate a task's records in order, in a run."""
+    # Records resolve <PRED> themselves.
+    values = {"<MODEL>": model, "<DATASET>": dataset, "<PRED>": "<PRED>"}
+    for config in fill_placeholder(record_list(records), values):
+        record = init_instance_by_config(
+            config,
+            default_module=RECORD_MODULE,
+            try_kwargs={"model": model, "dataset": dataset, "recorder": recorder},
+        )
+        log.info("generating record %s", type(record).__name__)
+        beat("record", record=type(record).__name__)
+        record.generate()
+
+
+# -- tasks as data ------------------------------------------------------------------------------
 
 
 def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,21 +347,37 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key in REQUIRED_KEYS:
         if task.get(key) is None:
-            unknown_keys = [
-                k for k in task if k not in (*REQUIRED_KEYS, "record", "reweighter", "seed")
-            ]
-            hint = (
-                f" {unknown_name_message('task key', unknown_keys[0], REQUIRED_KEYS)}"
-                if unknown_keys
-                else ""
-            )
-            raise ConfigError(f"the task has no {key!r}; its keys are {sorted(task)}.{hint}")
+            message = f"the task has no {key!r}; its keys are {sorted(task)}."
+            for other in task:
+                if other not in (*REQUIRED_KEYS, "record", "reweighter", "seed"):
+                    message += f" {unknown_name_message('task key', other, REQUIRED_KEYS)}"
+                    break
+            raise ConfigError(message)
     complete = dict(task)
     if complete.get("seed") is None:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
     complete["dataset"] = _resolve_source(complete["dataset"])
     return complete
+
+
+def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Split a task into the task without `tracking`, and `tracking`: where its run is stored.
+
+    `tracking` is `{"experiment_name", "recorder_name", "uri"}`, each optional. A trainer with a
+    task pool writes it, so that a worker in another folder stores the run in the trainer's
+    experiment. It does not influence the training, so the run's params and its artifact `task` do
+    not contain it.
+    """
+    if not isinstance(task, Mapping) or TRACKING_KEY not in task:
+        return task, {}
+    tracking = task[TRACKING_KEY] or {}
+    keys = tracking if isinstance(tracking, Mapping) else [TRACKING_KEY]
+    for key in keys:
+        if key not in TRACKING_FIELDS:
+            subject = f"key of a task's {TRACKING_KEY!r}"
+            raise ConfigError(unknown_name_message(subject, str(key), TRACKING_FIELDS))
+    return {k: v for k, v in task.items() if k != TRACKING_KEY}, tracking
 
 
 def loggable_task(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,315 +429,3 @@ def _set_option(config: Mapping[str, Any], key: str, value: Any) -> dict[str, An
     if "_target_" in config:
         return {**config, key: value}
     return {**config, "kwargs": {**(config.get("kwargs") or {}), key: value}}
-
-
-log = logging.getLogger(__name__)
-
-RECORD_MODULE = "qtorch.record"
-TASK = "task"
-TRAIN, TEST = "train", "test"
-# Epochs, seconds, samples per second. These are no metrics, because they are not reproducible.
-FIT_REPORT = "fit_report"
-
-
-def task_train(
-    task: Mapping[str, Any],
-    experiment_name: str | None = None,
-    recorder_name: str | None = None,
-    *,
-    run: Mapping[str, Any] | None = None,
-    on_fitted: Callable[[Recorder, Any], None] | None = None,
-) -> Recorder:
-    """Train one task in a new run and return the run.
-
-    The run contains the flattened task as params, the artifact `task`, the tag `hostname`, the
-    fitted model as `params.pkl`, the dataset's configuration as `dataset` (without data),
-    `environment` (code, packages, device), and the output of the task's records. An error marks
-    the run FAILED, is stored in it (tag `error`, `error.txt`) and is raised again; Ctrl-C marks the
-    run KILLED. Corresponds to qlib/model/trainer.py.
-
-    `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task, which
-    is resumed from its last checkpoint; a FINISHED run is returned unchanged. A task can set where
-    its run is stored (`tracking`, see `qtorch.trainer.run`); arguments take precedence.
-    `on_fitted(recorder, dataset)` is called after the training and before the records.
-    """
-    bare_task, tracking = split_tracking(task)
-    complete = complete_task(bare_task)
-    name = experiment_name or tracking.get("experiment_name")
-    with _tracking_store(run, tracking):
-        earlier_run = _earlier_run(run)
-        if earlier_run is not None and earlier_run.status == Recorder.STATUS_FI:
-            announce_run(earlier_run)
-            return earlier_run
-        if earlier_run is not None and bare_task.get("seed") is None:
-            complete["seed"] = _load_seed(earlier_run, complete["seed"])
-        with R.start(
-            **_start_arguments(earlier_run, name, recorder_name or tracking.get("recorder_name"))
-        ):
-            recorder = R.get_recorder()
-            announce_run(recorder)
-            try:
-                if earlier_run is not None:
-                    _clear_failure(recorder)
-                _log_task(recorder, complete)
-                _execute(recorder, complete, on_fitted=on_fitted)
-            except Exception as error:
-                record_failure(recorder, error)
-                raise
-    return recorder
-
-
-def begin_task_train(
-    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
-) -> Recorder:
-    """First phase of training: create a SCHEDULED run that contains the task."""
-    complete, tracking = split_tracking(task)
-    complete = complete_task(complete)
-    with _tracking_store(None, tracking):
-        R.start_exp(
-            experiment_name=experiment_name or tracking.get("experiment_name"),
-            recorder_name=recorder_name or tracking.get("recorder_name"),
-        )
-        recorder = R.get_recorder()
-        status = Recorder.STATUS_FA
-        try:
-            announce_run(recorder)
-            _log_task(recorder, complete)
-            status = Recorder.STATUS_S
-        except Exception as error:
-            record_failure(recorder, error)
-            raise
-        finally:
-            R.end_exp(recorder_status=status)
-    return recorder
-
-
-def end_task_train(
-    rec: Recorder,
-    experiment_name: str | None = None,
-    *,
-    run: Mapping[str, Any] | None = None,
-) -> Recorder:
-    """Second phase of training: resume a run of `begin_task_train` (or a killed run) and finish it.
-
-    The run knows its experiment; `experiment_name` exists only for compatibility with Qlib. `run`
-    tells that there was an earlier attempt: if it is FINISHED it is returned unchanged.
-    """
-    with _tracking_store({"tracking_uri": getattr(rec, "uri", None)}, {}):
-        if run is not None:
-            earlier_run = R.get_recorder(recorder_id=rec.id)
-            if earlier_run.status == Recorder.STATUS_FI:
-                announce_run(earlier_run)
-                return earlier_run
-        with R.start(experiment_id=rec.experiment_id, recorder_id=rec.id, resume=True):
-            recorder = R.get_recorder()
-            announce_run(recorder)
-            try:
-                _clear_failure(recorder)
-                _execute(recorder, complete_task(recorder.load_object(TASK)), is_stored=True)
-            except Exception as error:
-                record_failure(recorder, error)
-                raise
-    return recorder
-
-
-def _tracking_store(
-    run: Mapping[str, Any] | None, tracking: Mapping[str, Any]
-) -> AbstractContextManager[None]:
-    """Switch to the tracking store of an earlier run, else of the task, else keep the current."""
-    uri = (run or {}).get("tracking_uri") or tracking.get("uri")
-    return nullcontext() if uri is None else R.uri_context(str(uri))
-
-
-def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
-    """The run of an earlier attempt, or None if there was none or it no longer exists."""
-    if run is None:
-        return None
-    try:
-        recorder: Recorder = R.get_recorder(recorder_id=str(run["recorder_id"]))
-    except NotInStoreError as error:
-        log.warning("the run of an earlier attempt no longer exists, starting a new run: %s", error)
-        return None
-    if getattr(recorder, "deleted", False):
-        log.warning("run %s of an earlier attempt is deleted, starting a new run", recorder.id)
-        return None
-    return recorder
-
-
-def _start_arguments(
-    earlier_run: Recorder | None, experiment_name: str | None, recorder_name: str | None
-) -> dict[str, Any]:
-    """The arguments for `R.start`: resume the run of an earlier attempt, or start a new run."""
-    if earlier_run is None:
-        return {"experiment_name": experiment_name, "recorder_name": recorder_name}
-    return {
-        "experiment_id": earlier_run.experiment_id,
-        "recorder_id": earlier_run.id,
-        "recorder_name": recorder_name,
-        "resume": True,
-    }
-
-
-def _load_seed(recorder: Recorder, default_seed: int) -> int:
-    """The random seed of an earlier attempt; its checkpoints cannot be resumed with another."""
-    if TASK not in recorder.list_artifacts():
-        return default_seed
-    return int(recorder.load_object(TASK)["seed"])
-
-
-def _clear_failure(recorder: Recorder) -> None:
-    """Remove the error of the previous attempt from the run."""
-    if ERROR_TAG in recorder.list_tags():
-        recorder.delete_tags(ERROR_TAG)
-
-
-def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
-    recorder.log_params(**flatten_dict(loggable_task(task)))
-    recorder.save_objects(task=task)
-    recorder.set_tags(hostname=socket.gethostname())
-    recorder.flush()  # so that even a run killed at once contains its task
-
-
-def reuse_trained_run(
-    task: Mapping[str, Any],
-    trained_run: Recorder,
-    experiment_name: str | None = None,
-    recorder_name: str | None = None,
-    *,
-    run: Mapping[str, Any] | None = None,
-) -> Recorder:
-    """Create a run for a task from another run with the same training, and generate its records.
-
-    The model, the fitted state of the dataset and the training history are copied from
-    `trained_run`, which is only read. The caller must know that both tasks have the same training
-    (`core.identity.fit_id`). `run` is the run of an interrupted attempt, which is resumed.
-    """
-    complete = complete_task(task)
-    model, dataset = (trained_run.load_object(n) for n in ("params.pkl", "dataset"))
-    earlier_run = _earlier_run(run)
-    with R.start(**_start_arguments(earlier_run, experiment_name, recorder_name)):
-        recorder = R.get_recorder()
-        announce_run(recorder)
-        try:
-            if earlier_run is not None:
-                _clear_failure(recorder)
-            _log_task(recorder, complete)
-            with session_context(seed=complete["seed"]):
-                seed_everything(complete["seed"])
-                for key in trained_run.list_metrics():
-                    if (
-                        "/" in key
-                    ):  # metrics per epoch have a slash in their name, those of records do not
-                        for step, value in trained_run.metric_history(key).items():
-                            recorder.log_batch({key: value}, step=step)
-                recorder.save_objects(**{"params.pkl": model})
-                if FIT_REPORT in trained_run.list_artifacts():
-                    recorder.save_objects(**{FIT_REPORT: trained_run.load_object(FIT_REPORT)})
-                _save_dataset(recorder, dataset)
-                make_records(recorder, complete.get("record"), model, dataset)
-        except Exception as error:
-            record_failure(recorder, error)
-            raise
-    return recorder
-
-
-def _execute(
-    recorder: Recorder,
-    task: dict[str, Any],
-    *,
-    is_stored: bool = False,
-    on_fitted: Callable[[Recorder, Any], None] | None = None,
-) -> None:
-    """Fit the model, save it and generate the records; check the classes of a `stored` task."""
-    with session_context(seed=task["seed"]):
-        seed_everything(task["seed"])
-        if is_stored:
-            check_config_trust(task)
-        beat("data")
-        sources = collect_source_digests(task)
-        model = _build(task["model"])
-        dataset = _build(task["dataset"])
-        options: dict[str, Any] = {"recorder": recorder}
-        if task.get("reweighter") is not None:
-            options["reweighter"] = _build(task["reweighter"])
-        _check_segments(dataset, task.get("record"))
-        auto_filter_kwargs(model.fit)(dataset, **options)
-        beat("saving")
-        recorder.save_objects(**{"params.pkl": model})
-        if getattr(model, "fit_report_", None):
-            recorder.save_objects(**{FIT_REPORT: model.fit_report_})
-        _save_dataset(recorder, dataset)
-        save_environment(recorder, model, dataset, sources)
-        if on_fitted is not None:
-            on_fitted(recorder, dataset)
-        make_records(recorder, task.get("record"), model, dataset)
-
-
-def _check_segments(dataset: Any, records: Any) -> None:
-    """Raise DataError before the training instead of after it, if a segment cannot be used.
-
-    That is an empty segment, or a test segment with one instrument per day although a record
-    compares the scores of a day.
-    """
-    samples = getattr(dataset, "samples", None)
-    if not callable(samples):
-        return
-    # The training itself starts with the segment train and checks it.
-    for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
-        has_one_instrument = samples(name, data_key="infer").max_samples_per_day == 1
-        cross_sectional = (
-            _cross_sectional_records(records) if has_one_instrument and name == TEST else []
-        )
-        if cross_sectional:
-            raise DataError(
-                f"the segment {name!r} has only one instrument per day, but {cross_sectional[0]} "
-                "compares the instruments of a day: use a universe of several instruments, or "
-                "train without this record (record=none)."
-            )
-
-
-def _cross_sectional_records(records: Any) -> list[str]:
-    """The class names of the records that compare the scores of a day."""
-    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
-    importable = [r for r in record_list if not (isinstance(r, str) and r.startswith("file:"))]
-    classes = [
-        get_callable_kwargs(r, RECORD_MODULE)[0] if isinstance(r, Mapping | str) else type(r)
-        for r in importable
-    ]
-    return [c.__name__ for c in classes if getattr(c, "needs_cross_section", False)]
-
-
-def _build(config: Any) -> Any:
-    """Build the object of a configuration; return a live object unchanged."""
-    if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
-        return init_instance_by_config(config)
-    return config
-
-
-def _save_dataset(recorder: Recorder, dataset: Any) -> None:
-    """Save the dataset without its data; predictions with this run rebuild it from there."""
-    if callable(getattr(dataset, "config", None)):
-        dataset.config(dump_all=False, recursive=True)
-    try:
-        recorder.save_objects(dataset=dataset)
-    except ConfigError as error:
-        log.warning("could not save the dataset in the run: %s", error)
-
-
-def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> None:
-    """Generate a task's records in order, in a run."""
-    record_list = [records] if isinstance(records, Mapping | str) else list(records or [])
-    values = {
-        "<MODEL>": model,
-        "<DATASET>": dataset,
-        "<PRED>": "<PRED>",
-    }  # records resolve <PRED> themselves
-    for config in fill_placeholder(record_list, values):
-        record = init_instance_by_config(
-            config,
-            default_module=RECORD_MODULE,
-            try_kwargs={"model": model, "dataset": dataset, "recorder": recorder},
-        )
-        log.info("generating record %s", type(record).__name__)
-        beat("record", record=type(record).__name__)
-        record.generate()

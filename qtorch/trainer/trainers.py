@@ -17,6 +17,9 @@ from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 from qtorch.trainer.subprocess_tasks import call_in_subprocess
 
 Task = Mapping[str, Any]
+TrainFunction = Callable[..., Recorder]
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(ABC):
@@ -53,16 +56,6 @@ class Trainer(ABC):
             f"{type(self).__name__} has no workers; use a trainer with a task pool, such as "
             "TrainerRM."
         )
-
-
-def as_list(items: Any, single: type) -> list[Any]:
-    """Return the items as a list; a single item becomes a list of one."""
-    return [items] if isinstance(items, single) else list(items)
-
-
-log = logging.getLogger(__name__)
-
-TrainFunction = Callable[..., Recorder]
 
 
 class TrainerR(Trainer):
@@ -208,3 +201,8 @@ def log_failures(recorders: Sequence[Recorder]) -> None:
     if failed_runs:
         lines = "".join(f"\n  run {r.id}: {get_error(r)}" for r in failed_runs)
         log.warning("%d of %d tasks failed:%s", len(failed_runs), len(recorders), lines)
+
+
+def as_list(items: Any, single: type) -> list[Any]:
+    """Return the items as a list; a single item becomes a list of one."""
+    return [items] if isinstance(items, single) else list(items)

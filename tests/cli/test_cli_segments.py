@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from qtorch.cli.compose import resolve_segments, segment_dates
+from qtorch.cli.compose import compose_settings, resolve_segments, segment_dates
 from qtorch.core.errors import ConfigError
 
 CALENDAR = pd.bdate_range("2020-01-01", periods=10)
@@ -51,3 +51,10 @@ def test_the_original_task_is_not_modified():
     new_task = resolve_segments(task)
     assert task["dataset"]["segments"] == {"train": 0.5}
     assert new_task["dataset"]["segments"]["train"][0] == "2015-01-01"
+
+
+def test_part_of_a_reference_is_set_at_its_source():
+    with pytest.raises(
+        ConfigError, match=r"dataset.segments is \$\{segments\}: set segments.train"
+    ):
+        compose_settings("train", ["dataset.segments.train=[2015-01-01,2017-12-31]"])

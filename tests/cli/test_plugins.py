@@ -19,9 +19,8 @@ FILES = [
     for path in sorted((config_path() / "hydra" / group).glob("*.yaml"))
     if PACKAGE in path.read_text()
 ]
-TYPED_FILES = [
-    path for path in FILES if "Submitit" not in path.read_text()
-]  # Hydra's submitit launchers accept any argument
+# Hydra's submitit launchers accept any argument.
+TYPED_FILES = [path for path in FILES if "Submitit" not in path.read_text()]
 
 
 def test_every_plugin_has_a_config_file():

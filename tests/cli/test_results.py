@@ -1,4 +1,4 @@
-"""Tests of the collected results of a command's jobs, and of the tables that show them."""
+"""Tests of the collected results of a command's jobs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import pytest
 
 from qtorch.cli.jobs.results import FAILED, FINISHED, RESULT_FILE, CommandResults
-from qtorch.cli.tables.console import print_table
-from qtorch.cli.tables.jobs import jobs_table
 from qtorch.study.sweep import JobResult
 
 
@@ -36,11 +34,3 @@ def test_result_without_fields_of_later_versions_is_read(results, tmp_path):
     assert results.load(tmp_path) == JobResult(2, ["seed=1"], FINISHED, 1.5)
     (tmp_path / RESULT_FILE).write_text("no result")
     assert results.load(tmp_path) is None
-
-
-def test_long_overrides_are_not_cut_in_a_pipe(capsys):
-    override = "model.network._target_=a_package_with_a_long_name.networks.recurrent.ALongNetwork"
-    rows = [JobResult(k, [override, f"seed={k}"], FINISHED, 2.0, "f" * 32) for k in (0, 1)]
-    print_table(jobs_table("2 jobs", rows))
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(override in line and "f" * 32 in line for line in lines) == 2

@@ -188,7 +188,7 @@ def test_networks_with_loops_or_memory_are_traced_for_any_batch_size(name, monke
     large_inputs, single_inputs = (
         [build_inputs(cls, size=s)[n] for n in scoring.names] for s in (None, 1)
     )
-    program = trace_program(scoring, large_inputs).program.module()
+    program = trace_program(scoring, large_inputs)[0].module()
     with torch.inference_mode():
         input_sets = [large_inputs, single_inputs]
         if cls.cross_section:  # the same with days of a single instrument

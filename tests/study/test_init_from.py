@@ -134,8 +134,7 @@ def test_graph_networks_copy_lstm_and_gru_weights(kind, target):
     copied_names = copy_shared_weights(network, earlier)
     assert copied_names == [n for n in earlier.state_dict() if n.startswith("rnn.")]
     assert torch.equal(network.rnn.weight_hh_l1, earlier.rnn.weight_hh_l1)
-    assert torch.equal(
-        network.fc_out.weight, head
-    )  # the head has one output, not two, so it is not copied
+    # The head has one output, not two, so it is not copied.
+    assert torch.equal(network.fc_out.weight, head)
     with pytest.raises(ConfigError, match="share no weight"):
         copy_shared_weights(MLP(d_feat=3, layers=(4,)), earlier)

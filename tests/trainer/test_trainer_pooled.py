@@ -111,9 +111,8 @@ def test_live_object_is_rejected_before_tasks_are_submitted(make_task):
     with pytest.raises(TaskDefinitionError, match=r"reweighter is a live object"):
         TrainerRM("exp").train([make_task(), live_task])
     assert TaskManager("exp").task_stat() == {}
-    model = init_instance_by_config(
-        make_task(record=[])["model"]
-    )  # a Configured object has a configuration
+    # An object that is Configured is stored as its configuration.
+    model = init_instance_by_config(make_task(record=[])["model"])
     assert TrainerRM("exp")([{**make_task(record=[]), "model": model}])[0].status == "FINISHED"
 
 
@@ -200,9 +199,8 @@ def test_task_train_resumes_the_run_of_an_earlier_attempt(make_task):
     finished_run = task_train(make_task(record=[]), "other", run=run)
     assert (finished_run.id, finished_run.status) == (prepared_run.id, "FINISHED")
     metrics = finished_run.list_metrics()
-    returned_run = task_train(
-        make_task(record=[], fail="error"), "exp", run=run
-    )  # already finished, so unchanged
+    failing_task = make_task(record=[], fail="error")
+    returned_run = task_train(failing_task, "exp", run=run)  # already finished, so unchanged
     assert (returned_run.id, returned_run.list_metrics()) == (prepared_run.id, metrics)
     assert len(R.list_recorders(experiment_name="exp")) == 1
 

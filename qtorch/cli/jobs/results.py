@@ -40,7 +40,7 @@ class CommandResults:
         this command has written them again.
         """
         self._folder = folder.resolve()
-        self._stale_files = {p: _modification_time(p) for p in self._folder.rglob(RESULT_FILE)}
+        self._stale_files = {p: p.stat().st_mtime_ns for p in self._folder.rglob(RESULT_FILE)}
 
     def add(self, result: JobResult) -> None:
         """Add a result that is stored already."""
@@ -62,7 +62,7 @@ class CommandResults:
         """Load the result that a job of this command has written to its folder, if there is one."""
         path = (folder / RESULT_FILE).resolve()
         try:
-            if _modification_time(path) == self._stale_files.get(path):
+            if path.stat().st_mtime_ns == self._stale_files.get(path):
                 return None
             return JobResult(**json.loads(path.read_text()))
         except FileNotFoundError:
@@ -86,10 +86,6 @@ class CommandResults:
             result = self.load(path.parent)
             if result is not None and result.number == number:
                 path.unlink()
-
-
-def _modification_time(path: Path) -> int:
-    return path.stat().st_mtime_ns
 
 
 command_results = CommandResults()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 # The statuses of runs, of a search's trials and of a pool's tasks.
 STATUS_STYLES = {
@@ -25,15 +27,59 @@ def terminal() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
-def new_table(*columns: str, title: str | None = None, numbers: Collection[str] = ()) -> Table:
-    """Create a table; the columns in `numbers` are aligned to the right."""
+def new_table(
+    *columns: str,
+    title: str | None = None,
+    numbers: Collection[str] = (),
+    no_wrap: Collection[str] = (),
+) -> Table:
+    """Create a table; the columns in `numbers` are aligned to the right and not wrapped either."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for name in columns:
         if name in numbers:
             table.add_column(name, justify="right", no_wrap=True)
         else:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", no_wrap=name in no_wrap)
     return table
+
+
+class OverridesCell:
+    """A table cell with overrides: lines end between two of them, or after a comma, "=" or a dot.
+
+    Rich breaks a word that is longer than its column at any character.
+    """
+
+    def __init__(self, overrides: str) -> None:
+        self.words = overrides.split()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self.words), default=0), len(" ".join(self.words)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width = options.max_width
+        lines = [""]
+        for word in self.words:
+            separator = " " if lines[-1] else ""
+            for part in _break_word(word, width):
+                if len(lines[-1] + separator + part) <= width:
+                    lines[-1] += separator + part
+                else:
+                    lines.append(part)
+                separator = ""
+        yield Text("\n".join(lines), overflow="fold")
+
+
+def _break_word(word: str, width: int) -> list[str]:
+    """Break a word that is too long after commas and "=", and a part that still is after dots."""
+    parts = [word]
+    for separators in (",=", "."):
+        pattern = f"[^{separators}]*[{separators}]|[^{separators}]+"
+        parts = [
+            p
+            for part in parts
+            for p in ([part] if len(part) <= width else re.findall(pattern, part))
+        ]
+    return parts
 
 
 def print_table(table: Table) -> None:

@@ -8,17 +8,19 @@ import shlex
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from qtorch.cli.tables.console import (
+    OverridesCell,
     format_number,
     format_status,
     new_table,
     print_table,
     terminal,
 )
-from qtorch.core.errors import ConfigError, LoadObjectError, format_count
+from qtorch.core.errors import ConfigError, format_count
 from qtorch.study.sweep import (
     JobResult,
     SeedGroup,
@@ -30,11 +32,13 @@ from qtorch.study.sweep import (
     seed_groups,
 )
 from qtorch.tracking.manager import R
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, load_if_present
 
 log = logging.getLogger(__name__)
 
 FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
+# Widths of a terminal that has room for a job's figures, and for its run in a column of its own.
+FIGURES_WIDTH, RUN_WIDTH = 110, 150
 SEGMENTS = ("train", "valid", "test")
 
 
@@ -43,7 +47,7 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
     metrics = result.metrics
     console = terminal()
     facts_table = Table.grid(padding=(0, 2))
-    for name, text in _facts(result, recorder):
+    for name, text in _facts(result, recorder).items():
         facts_table.add_row(f"[dim]{name}[/dim]", text)
     console.print()
     console.print(facts_table)
@@ -58,45 +62,36 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
         console.print(f"[dim]view the run:[/dim] {mlflow_command()}", soft_wrap=True)
 
 
-def _facts(result: JobResult, recorder: Recorder) -> list[tuple[str, str]]:
-    metrics, task = result.metrics, recorder.load_object("task")
-    fit = _load_optional(recorder, "fit_report")
-    facts = _data_facts(task)
+def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
+    """Describe the data, the training and the run, by name."""
+    metrics, fit = result.metrics, load_if_present(recorder, "fit_report")
+    facts = _data_facts(recorder.load_object("task"))
     if fit:
-        counts = [f"{fit['samples']:,} train", f"{fit['valid_samples']:,} valid"]
-        scores = _load_optional(recorder, "pred.pkl")
-        counts += [] if scores is None else [f"{len(scores):,} test"]
-        facts.append(("samples", ", ".join(counts)))
+        scores = load_if_present(recorder, "pred.pkl")
+        test = "" if scores is None else f", {len(scores):,} test"
+        facts["samples"] = f"{fit['samples']:,} train, {fit['valid_samples']:,} valid{test}"
         best = "" if fit.get("best_epoch") is None else f", best epoch: {fit['best_epoch']}"
         if fit["monitor"] is not None:
-            facts.append(
-                ("epochs", f"{fit['epochs']}{best} (counting from 0, monitor: {fit['monitor']})")
-            )
-        facts.append(
-            (
-                "speed",
-                f"{fit['samples_per_second']:,.0f} samples/s during training on {fit['device']}",
-            )
-        )
-    facts.append(("time", f"{result.seconds:.1f} s"))
+            counting = f"(counting from 0, monitor: {fit['monitor']})"
+            facts["epochs"] = f"{fit['epochs']}{best} {counting}"
+        speed = f"{fit['samples_per_second']:,.0f} samples/s"
+        facts["speed"] = f"{speed} during training on {fit['device']}"
+    facts["time"] = f"{result.seconds:.1f} s"
     long_short = metrics.get("Long-Short Ann Return")
     if long_short is not None:
         sharpe = format_number(metrics.get("Long-Short Ann Sharpe"), 2)
-        facts.append(("long-short", f"{long_short:.1%} per year before costs, Sharpe {sharpe}"))
-    excess_return = metrics.get("1day.excess_return_with_cost.annualized_return")
+        facts["long-short"] = f"{long_short:.1%} per year before costs, Sharpe {sharpe}"
+    excess = "1day.excess_return_with_cost"
+    excess_return = metrics.get(f"{excess}.annualized_return")
     if excess_return is not None:
-        ratio = format_number(metrics.get("1day.excess_return_with_cost.information_ratio"), 2)
-        facts.append(
-            (
-                "portfolio",
-                f"{excess_return:.1%} per year over the benchmark after costs, "
-                f"information ratio {ratio}",
-            )
-        )
-    return [*facts, ("run", f"{result.run_id} (experiment {result.experiment})")]
+        ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
+        benchmark = "over the benchmark after costs"
+        facts["portfolio"] = f"{excess_return:.1%} per year {benchmark}, information ratio {ratio}"
+    facts["run"] = f"{result.run_id} (experiment {result.experiment})"
+    return facts
 
 
-def _data_facts(task: Any) -> list[tuple[str, str]]:
+def _data_facts(task: Any) -> dict[str, str]:
     """Describe the data source and the segments of a task."""
     dataset = task.get("dataset", {})
     handler = dataset.get("handler") or {}
@@ -105,14 +100,7 @@ def _data_facts(task: Any) -> list[tuple[str, str]]:
         f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
         for name, span in (dataset.get("segments") or {}).items()
     ]
-    return [("data", f"{source}, {handler.get('instruments')}"), ("segments", ", ".join(spans))]
-
-
-def _load_optional(recorder: Recorder, name: str) -> Any:
-    try:
-        return recorder.load_object(name)
-    except LoadObjectError:
-        return None
+    return {"data": f"{source}, {handler.get('instruments')}", "segments": ", ".join(spans)}
 
 
 def mlflow_command() -> str:
@@ -185,19 +173,31 @@ def print_best(
 
 
 def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:
-    """Create a table of jobs with their overrides, without those in `common`, and test metrics."""
-    numbers = (*FIGURES, "seconds")
-    columns = ("job", "overrides", "status", "run")
-    table = new_table(*columns, *numbers, title=title, numbers=("job", *numbers))
-    table.columns[columns.index("status")].no_wrap = True
+    """Create a table of jobs with their overrides, without those in `common`, and test metrics.
+
+    On a narrow terminal the run and the note stand below the overrides, and there are only two
+    metrics.
+    """
+    is_narrow, figures = terminal().width < RUN_WIDTH, _table_figures()
+    columns = ("overrides, run", "status") if is_narrow else ("overrides", "status", "run")
+    numbers = (*figures, "seconds")
+    table = new_table(
+        *("job", *columns, *numbers),
+        title=title,
+        numbers=("job", *numbers),
+        no_wrap=("status", "run"),
+    )
     for job in jobs:
-        status = format_status(job.status)
-        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in FIGURES]
+        status, note = format_status(job.status), job.note
+        run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
+        overrides = OverridesCell(_override_text(job, common))
+        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in figures]
+        cells: tuple[Any, ...] = (overrides, f"{status} ({note})" if note else status, run)
+        if is_narrow:
+            cells = (Group(overrides, *filter(None, (run, note))), status)
         table.add_row(
             str(job.number),
-            escape(_override_text(job, common)),
-            f"{status} ({job.note})" if job.note else status,
-            job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-"),
+            *cells,
             *(format_number(v) for v in values),
             "-" if math.isnan(job.seconds) else f"{job.seconds:.1f}",
         )
@@ -205,14 +205,19 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
 
 
 def _groups_table(groups: Sequence[SeedGroup]) -> Table:
-    numbers = ("seeds", *FIGURES)
+    figures = _table_figures()
+    numbers = ("seeds", *figures)
     title = "over seeds: mean ± standard deviation on the test segment"
     table = new_table("setting", *numbers, title=title, numbers=numbers)
     for group in groups:
         has_test_metrics = any(f"test.{f}" in j.metrics for j in group.jobs for f in FIGURES)
-        cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in FIGURES]
-        table.add_row(escape(group.name), str(len(group.jobs)), *cells)
+        cells = [_mean_text(group, f"test.{f}" if has_test_metrics else f) for f in figures]
+        table.add_row(OverridesCell(group.name), str(len(group.jobs)), *cells)
     return table
+
+
+def _table_figures() -> tuple[str, ...]:
+    return FIGURES if terminal().width >= FIGURES_WIDTH else ("IC", "Rank IC")
 
 
 def _mean_text(group: SeedGroup, metric: str) -> str:

@@ -7,11 +7,13 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -49,12 +51,11 @@ def task_counts_text(stat: Mapping[str, int]) -> str:
     return ", ".join(f"{stat[s]} {s}" for s in STATUSES if stat.get(s))
 
 
-def total_counts(slots: Iterable[SlotStatus]) -> dict[str, int]:
+def total_counts(slots: Iterable[SlotStatus]) -> Counter[str]:
     """Add up the counts of a worker's slots, by how the tasks ended."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for slot in slots:
-        for name, number in slot.counts.items():
-            totals[name] = totals.get(name, 0) + number
+        totals.update(slot.counts)
     return totals
 
 
@@ -64,13 +65,9 @@ def format_duration(seconds: float | None) -> str:
         return "-"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, remaining_seconds = divmod(int(seconds), 60)
+    minutes, whole_seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02}:{remaining_seconds:02}"
-        if hours
-        else f"{minutes}:{remaining_seconds:02}"
-    )
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
 
 
 def _config_name(config: Any) -> str:
@@ -176,7 +173,7 @@ def print_task(task: Task) -> None:
     }
     for name, value in facts.items():
         if value:
-            lines.add_row(f"[dim]{name}[/dim]", str(value).replace("[", r"\["))
+            lines.add_row(f"[dim]{name}[/dim]", escape(str(value)))
     console.print(lines)
     for name in ("traceback", "progress", "def", "res"):
         value = task.get(name)
@@ -206,7 +203,7 @@ def task_run_id(task: Mapping[str, Any]) -> str:
 
 def _activity_text(task: Mapping[str, Any]) -> str:
     if task["status"] in ("failed", "waiting", "part_done"):
-        return str(task.get("error") or "")[:200].replace("[", r"\[")
+        return escape(str(task.get("error") or "")[:200])
     progress = task.get("progress") or {}
     if task["status"] == "done":
         return metrics_text(progress)

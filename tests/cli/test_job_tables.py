@@ -1,0 +1,85 @@
+"""Tests of the table of a sweep's jobs on terminals of different widths."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from qtorch.cli.tables import jobs as job_tables
+from qtorch.cli.tables.console import OverridesCell, print_table
+from qtorch.study.sweep import JobResult, SeedGroup
+
+RUN = "0123456789abcdef0123456789abcdef"
+OVERRIDES = [
+    "handler.instruments=[AAPL,MSFT,GOOG,AMZN,META]",
+    "model.optimizer.lr=0.0001",
+    "seed=0",
+]
+
+
+@pytest.fixture
+def render_jobs(monkeypatch):
+    """Return `render_jobs(width)`: the lines of a table of one job on a terminal of that width."""
+
+    def render(width: int) -> list[str]:
+        console = Console(width=width)
+        monkeypatch.setattr(job_tables, "terminal", lambda: console)
+        metrics = {"test.IC": 0.0123, "test.Rank ICIR": 0.4567}
+        job = JobResult(0, OVERRIDES, "FINISHED", 1.5, RUN, metrics=metrics, note="records only")
+        with console.capture() as capture:
+            console.print(job_tables.jobs_table("sweep a", [job]))
+        return [line.strip() for line in capture.get().splitlines() if line.strip()]
+
+    return render
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 150, 200])
+def test_overrides_end_at_separators_and_runs_are_not_cut(render_jobs, width):
+    text = "\n".join(render_jobs(width))
+    for part in ("handler.instruments=", "[AAPL,", "META]", "model.optimizer.lr=0.0001", RUN):
+        assert part in text
+    assert "FINISHED" in text
+    assert "records only" in text
+    assert ("0.4567" in text) == (width >= 110)
+
+
+def test_narrow_table_has_one_line_per_part(render_jobs):
+    lines = render_jobs(80)
+    assert lines[-5:] == [
+        "0   handler.instruments=[AAPL,MSFT,    FINISHED   0.0123         -       1.5",
+        "GOOG,AMZN,META]",
+        "model.optimizer.lr=0.0001 seed=0",
+        RUN,
+        "records only",
+    ]
+
+
+def test_table_over_seeds_fits_a_narrow_terminal(monkeypatch):
+    console = Console(width=80)
+    monkeypatch.setattr(job_tables, "terminal", lambda: console)
+    metrics = {f"test.{figure}": 0.0123 for figure in job_tables.FIGURES}
+    jobs = [
+        JobResult(k, [*OVERRIDES[:-1], f"seed={k}"], "FINISHED", metrics=metrics) for k in (0, 1)
+    ]
+    with console.capture() as capture:
+        console.print(job_tables._groups_table([SeedGroup(" ".join(OVERRIDES), tuple(jobs))]))
+    output = capture.get()
+    assert "0.0123 ± 0.0000   0.0123 ± 0.0000" in output
+    assert " model.optimizer.lr=0.0001 seed=0 " in output
+
+
+def test_long_word_is_broken_at_commas_then_at_dots_then_anywhere():
+    console = Console(width=10)
+    with console.capture() as capture:
+        console.print(OverridesCell("model.lstm.size=8,16 a=bbbbbbbbbbbbb,c lr=0.001"))
+    assert capture.get().split("\n") == [
+        "model.", "lstm.size=", "8,16 a=", "bbbbbbbbbb", "bbb,", "c lr=0.001", ""
+    ]  # fmt: skip
+
+
+def test_overrides_are_not_cut_in_a_pipe(capsys):
+    override = "model.network._target_=a_package_with_a_long_name.networks.recurrent.ALongNetwork"
+    rows = [JobResult(k, [override, f"seed={k}"], "FINISHED", 2.0, RUN) for k in (0, 1)]
+    print_table(job_tables.jobs_table("2 jobs", rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(override in line and RUN in line for line in lines) == 2
