@@ -77,19 +77,15 @@ def risk_analysis(
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")
     scale = float(N) if N is not None else periods_per_year(freq or "day")
-    if mode == "sum":
+    if _validate_mode(mode) == "sum":
         mean, std = float(r.mean()), float(r.std(ddof=1))
         annual = mean * scale
-    elif mode == "product":
+    else:
         curve = (1 + r).cumprod()
         growth = float(curve.iloc[-1]) if len(curve) else math.nan
         mean = growth ** (1 / max(len(r), 1)) - 1
         std = float(np.log(1 + r).std(ddof=1))
         annual = growth ** (scale / max(len(r), 1)) - 1
-    else:
-        raise ConfigError(
-            unknown_name_message("mode of risk_analysis", str(mode), ("sum", "product"))
-        )
     values = {
         "mean": mean,
         "std": std,

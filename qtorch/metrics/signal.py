@@ -33,13 +33,11 @@ def calc_ic(
     a constant day is always NaN, while Qlib's correlation can be a number if the mean is rounded.
     """
     frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
-    days = _days(frame, date_col)
+    day_code, days = pd.factorize(frame.index.get_level_values(date_col), sort=True)
     frame = frame.mask(frame.isna().any(axis=1))
-    day_code, index = days.codes.astype(np.int64), _index(days, date_col)
-    rank_frame = frame.groupby(day_code).rank()
     ic, rank_ic = (
-        pd.Series(_pearson(part.to_numpy(), day_code, len(days.categories)), index=index)
-        for part in (frame, rank_frame)
+        pd.Series(_pearson(part.to_numpy(), day_code, len(days)), index=days)
+        for part in (frame, frame.groupby(day_code).rank())
     )
     return (ic.dropna(), rank_ic.dropna()) if dropna else (ic, rank_ic)
 
@@ -62,10 +60,9 @@ def calc_long_short_return(
     frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
     if dropna:
         frame = frame.dropna()
-    days = _days(frame, date_col)
-    day_code, values = days.codes.astype(np.int64), frame["label"].to_numpy()
-    score = frame["pred"].to_numpy()
-    count = np.bincount(day_code, minlength=len(days.categories))
+    day_code, days = pd.factorize(frame.index.get_level_values(date_col), sort=True)
+    score, values = frame["pred"].to_numpy(), frame["label"].to_numpy()
+    count = np.bincount(day_code, minlength=len(days))
     side_count = (count * quantile).astype(np.int64)
     side_means = []
     for sign in (-1.0, 1.0):
@@ -77,8 +74,7 @@ def calc_long_short_return(
         )
     long, short = side_means
     average = _day_means(values, day_code, np.arange(len(values)), len(count))
-    index = _index(days, date_col)
-    return pd.Series((long - short) / 2, index=index), pd.Series(average, index=index)
+    return pd.Series((long - short) / 2, index=days), pd.Series(average, index=days)
 
 
 def calc_long_short_prec(
@@ -129,15 +125,6 @@ def annual_return(series: pd.Series, ann_scaler: float = 252) -> float:
 def annual_sharpe(series: pd.Series, ann_scaler: float = 252) -> float:
     """Annual Sharpe ratio: mean / standard deviation (ddof 1) x sqrt(`ann_scaler`)."""
     return mean_over_std(series) * math.sqrt(ann_scaler)
-
-
-def _days(frame: pd.DataFrame, date_col: str) -> pd.Categorical:
-    return pd.Categorical(frame.index.get_level_values(date_col))
-
-
-def _index(days: pd.Categorical, name: str) -> pd.Index:
-    index: pd.Index = pd.Index(days.categories, name=name)
-    return index
 
 
 def _day_means(values: Floats, day_code: Numbers, rows: Numbers, num_days: int) -> Floats:
