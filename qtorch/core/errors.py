@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class QtorchError(Exception):
@@ -106,10 +106,19 @@ def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: i
     names = sorted(valid)
     guess = nearest_name(name, names)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    name_list = ", ".join(names[:limit]) + (
-        f", ... ({len(names)} in all)" if len(names) > limit else ""
-    )
-    return f"unknown {kind} {name!r}.{hint} Valid names: {name_list or 'none'}."
+    return f"unknown {kind} {name!r}.{hint} Valid names: {join_names(names, limit) or 'none'}."
+
+
+def check_name(kind: str, name: str, valid: Collection[str]) -> None:
+    """Raise ConfigError with `unknown_name_message` unless `name` is one of the valid names."""
+    if name not in valid:
+        raise ConfigError(unknown_name_message(kind, str(name), valid))
+
+
+def join_names(names: Sequence[str], limit: int = 8) -> str:
+    """Join names by commas; of more than `limit`, the first ones and the total number."""
+    suffix = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + suffix
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:
