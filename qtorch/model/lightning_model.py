@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, NotFittedError, unknown_name_message
+from qtorch.core.errors import NotFittedError, check_name
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.names import import_path
 from qtorch.core.runtime import resolve_device
@@ -468,6 +468,5 @@ def _merge_options(
     argument: str, options: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     for name in options or {}:
-        if name not in defaults:
-            raise ConfigError(unknown_name_message(f"option of {argument}", name, defaults))
+        check_name(f"option of {argument}", name, defaults)
     return {**defaults, **(options or {})}

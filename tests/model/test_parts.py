@@ -196,7 +196,8 @@ def test_monitors_and_limits() -> None:
 
 
 def test_unknown_monitor_suggests_the_nearest_name() -> None:
-    check_monitor("valid/ic", "train/loss")
+    check_monitor("valid/ic")
+    check_monitor("train/loss")
     with pytest.raises(ConfigError, match=r"metric to monitor 'icc'. Did you mean 'ic'"):
         check_monitor("icc")
 

@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import check_name
 from qtorch.model.loop.factories import SchedulerPlan
 from qtorch.model.loop.lightning_internals import count_optimizer_step
 from qtorch.model.loop.progress import MONITOR_NAMES
@@ -91,8 +91,7 @@ class WeightUpdate:
             return
         name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
         metrics = self.module.trainer.callback_metrics
-        if name not in metrics:
-            raise ConfigError(unknown_name_message("metric for the scheduler", name, metrics))
+        check_name("metric for the scheduler", name, metrics)
         scheduler.step(float(metrics[name]))
 
     def learning_rates(self) -> list[float]:

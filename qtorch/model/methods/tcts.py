@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import Loss, mean_from_sums
@@ -65,8 +65,7 @@ class TCTSModule(ScoreModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if mode not in MODES:
-            raise ConfigError(unknown_name_message("mode", mode, MODES))
+        check_name("mode", mode, MODES)
         if steps < 1:
             raise ConfigError(f"steps is {steps}; expected at least 1 optimizer step.")
         self.weight_factory = optimizer_factory(with_learning_rate(weight_optimizer, weight_lr))

@@ -12,7 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ArgumentError, ConfigError, nearest_name, unknown_name_message
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    check_name,
+    nearest_name,
+    unknown_name_message,
+)
 from qtorch.core.session import session
 from qtorch.model.base import ModelFT
 from qtorch.model.tabular.base import Rows, TabularModel
@@ -59,8 +65,7 @@ class LGBModel(TabularModel, ModelFT):
         num_boost_round: int = 1000,
         **parameters: Any,
     ) -> None:
-        if loss not in LOSSES:
-            raise ConfigError(unknown_name_message("loss of LGBModel", loss, LOSSES))
+        check_name("loss of LGBModel", loss, LOSSES)
         self.loss = loss
         self.early_stopping_rounds = early_stopping_rounds
         self.num_boost_round = num_boost_round

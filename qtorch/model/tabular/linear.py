@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name
 from qtorch.model.tabular.base import Rows, TabularModel
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class LinearModel(TabularModel):
         fit_intercept: bool = False,
         include_valid: bool = False,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise ConfigError(unknown_name_message("estimator", estimator, ESTIMATORS))
+        check_name("estimator", estimator, ESTIMATORS)
         if alpha < 0 or (alpha and estimator not in ("ridge", "lasso")):
             raise ConfigError(
                 f"alpha={alpha} with estimator={estimator!r}: only ridge and lasso use it, >= 0."
