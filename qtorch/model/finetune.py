@@ -178,13 +178,16 @@ class FineTuning:
         layers = [[own[name] for name in names] for names in reversed(layer_groups(network))]
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            others = {id(p): p for p in parameters}
+            remaining = {id(p): p for p in parameters}
             groups: Any = [
-                ([others.pop(id(p)) for p in layer if id(p) in others], self.layer_decay**depth)
+                (
+                    [remaining.pop(id(p)) for p in layer if id(p) in remaining],
+                    self.layer_decay**depth,
+                )
                 for depth, layer in enumerate(layers)
             ]
             # Auxiliary parameters of the training module are not part of any layer.
-            groups.append((list(others.values()), 1.0))
+            groups.append((list(remaining.values()), 1.0))
             groups = [(members, rate_factor) for members, rate_factor in groups if members]
             optimizer = factory([{"params": members} for members, _ in groups])
             for group, (_, rate_factor) in zip(optimizer.param_groups, groups, strict=True):

@@ -1,4 +1,4 @@
-"""What a model expects of its samples: features by name, window length, labels, instruments."""
+"""Samples for training, and what a model expects of them: features by name, steps, labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from qtorch.core.errors import DataError, join_names
 from qtorch.core.trust import trust_subclasses
+from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,18 @@ class InputSchema:
             if changes:
                 differences.append(f"another order of features: {join_names(changes)}")
         return differences
+
+
+def has_valid_segment(dataset: Any) -> bool:
+    """Whether a dataset has a segment "valid"; one that names no segments is expected to."""
+    return "valid" in getattr(dataset, "segments", ("valid",))
+
+
+def load_training_samples(dataset: Any, segment: str, reweighter: Any) -> Samples:
+    """Return a segment's samples for training, with the weights of the reweighter, if any."""
+    if callable(getattr(reweighter, "bind", None)):
+        reweighter.bind(dataset)
+    return get_samples(dataset, segment, data_key="learn").apply_reweighter(reweighter)
 
 
 def check_labels(train: Samples, valid: Samples | None) -> None:

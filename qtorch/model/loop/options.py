@@ -206,6 +206,11 @@ def device_name(options: TrainerOptions) -> str:
     return f"cuda:{number}"
 
 
+def trainer_device(options: TrainerOptions) -> torch.device:
+    """Return the device that the trainer's `accelerator` and `devices` stand for."""
+    return resolve_device(device_name(options))
+
+
 def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
     """Return the number of batches per training_step.
 

@@ -83,17 +83,15 @@ class ForwardAdapter:
         return (x, mask), keywords
 
     def _extra_tensor(self, batch: Batch, name: str) -> Tensor:
-        if name in ("instrument", "date"):
-            index: Tensor = getattr(batch, name)
-            return index
-        if name not in batch.extra:
-            available = ", ".join(sorted({*batch.extra, "instrument", "date"} - {"raw_label"}))
+        tensors = {**batch.extra, "instrument": batch.instrument, "date": batch.date}
+        if name not in tensors:
+            available = ", ".join(sorted(tensors.keys() - {"raw_label"}))
             raise ConfigError(
                 f"{type(self.network).__name__} needs the extra tensor {name!r}, which the dataset "
                 f"does not have (it has {available}). Add it: "
                 f"dataset.extras.{name}={{_target_: ...}}, see qtorch.data.dataset.extras."
             )
-        return batch.extra[name]
+        return tensors[name]
 
 
 MIN_GPU_BATCH_SIZE = 8192
@@ -107,9 +105,8 @@ def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int
     """
     if batch["eval_size"] is not None:
         return int(batch["eval_size"])
-    return (
-        int(batch["size"]) if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, int(batch["size"]))
-    )
+    size = int(batch["size"])
+    return size if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, size)
 
 
 def score_series(
@@ -134,39 +131,23 @@ def score_series(
         order="day_sequential" if by_day else "sequential",
         days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
     )
+    forward = None if isinstance(network, pl.LightningModule) else ForwardAdapter(network)
     with torch.inference_mode(), evaluation_mode(network, device):
-        score_batch = batch_scorer(network)
         parts, masks = [], []
         for batch_idx, batch in enumerate(loader):
             beat("scoring")
-            score = score_batch(batch, batch_idx)
+            score = network.predict_step(batch, batch_idx) if forward is None else forward(batch)
+            _check_scores(score, batch, network)
             if score.dim() > batch.date.dim():
                 score = score[..., 0] if readout is None else readout(score)
             parts.append(score.flatten())
-            masks.append(
-                torch.ones_like(parts[-1], dtype=torch.bool)
-                if batch.mask is None
-                else batch.mask.flatten()
-            )
+            mask = torch.ones_like(score, dtype=torch.bool) if batch.mask is None else batch.mask
+            masks.append(mask.flatten())
         scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
     return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
 
 
-def batch_scorer(network: nn.Module) -> Callable[[Batch, int], Tensor]:
-    """Return a function `(batch, batch_idx) -> scores` for a network or a LightningModule."""
-    call: Callable[[Batch, int], Any]
-    if isinstance(network, pl.LightningModule):
-        call = network.predict_step
-    else:
-        forward = ForwardAdapter(network)
-
-        def call(batch: Batch, batch_idx: int) -> Any:
-            return forward(batch)
-
-    return lambda batch, batch_idx: _check_scores(call(batch, batch_idx), batch, network)
-
-
-def _check_scores(score: Any, batch: Batch, network: nn.Module) -> Tensor:
+def _check_scores(score: Any, batch: Batch, network: nn.Module) -> None:
     batch_shape = batch.date.shape
     if (
         not isinstance(score, Tensor)
@@ -179,7 +160,6 @@ def _check_scores(score: Any, batch: Batch, network: nn.Module) -> Tensor:
             f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
             f"expected scores {expected_shape}."
         )
-    return score
 
 
 @contextmanager

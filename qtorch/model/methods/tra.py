@@ -72,17 +72,15 @@ class ErrorMemory(Gatherable):
         columns = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
         device = self.values.device
         days, columns = days.masked_fill(days < 0, self.end).to(device), columns.to(device)
-        is_covered = days[samples.date.to(device)]
-        is_covered = (is_covered >= self.start) & (is_covered < self.end)
+        date = days[samples.date.to(device)]
+        is_covered = (date >= self.start) & (date < self.end)
         rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
-        with evaluation_mode(network, device), use_effective_weights(network) as effective_tra:
-            assert isinstance(effective_tra, TRA), "fit and predict have checked the network"
+        with evaluation_mode(network, device), use_effective_weights(network) as tra:
+            assert isinstance(tra, TRA), "fit and predict have checked the network"
             for chunk in torch.split(rows, CHUNK_SIZE):
                 batch = samples.send_to_device(samples.batch(chunk))
-                x = batch.x.to(effective_tra.predictors.weight.dtype)
-                errors, has_label = prediction_errors(
-                    effective_tra.predictions(effective_tra.model(x)), batch
-                )
+                x = batch.x.to(tra.predictors.weight.dtype)
+                errors, has_label = prediction_errors(tra.predictions(tra.model(x)), batch)
                 instrument = columns[batch.instrument]
                 has_label = has_label & (instrument >= 0)
                 self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), has_label)
@@ -195,9 +193,8 @@ class TRAModule(ScoreModule):
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:
         """As in ScoreModule, with the past errors that the valid samples may use."""
-        return super().loss_sums(
-            _add_past_errors(batch, self.valid_memory), state, complete=complete
-        )
+        batch = _add_past_errors(batch, self.valid_memory)
+        return super().loss_sums(batch, state, complete=complete)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         flat = batch.flatten()
@@ -208,26 +205,22 @@ class TRAModule(ScoreModule):
         with torch.no_grad():
             new_errors = minmax(error)
             past_errors = minmax(keywords["errors"].mean(1))
-            plan = sinkhorn(
-                minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors), has_label
-            )
+            cost = minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors)
+            plan = sinkhorn(cost, has_label)
             self.memory.write(flat.date, flat.instrument, new_errors, has_label)
         if self.current_epoch < self.pretrain:
             weight = has_label if flat.weight is None else has_label * flat.weight
             return ((error * plan).sum(1) * weight).sum(), weight.sum()
         routing = F.gumbel_softmax(logits.float(), hard=True)
         score = network.mix_predictions(predictions, routing)
-        total, total_weight = self.loss_sums_from_scores(
-            score.reshape(*batch.date.shape, *score.shape[1:]), batch, complete=self.complete
-        )
-        router_loss = -(plan * logits.float().log_softmax(-1)).sum()
+        score = score.reshape(*batch.date.shape, *score.shape[1:])
+        total, total_weight = self.loss_sums_from_scores(score, batch, complete=self.complete)
+        cross_entropy = -(plan * logits.float().log_softmax(-1)).sum()
+        router_loss = mean_from_sums(cross_entropy, has_label.sum())
         lamb = self.lamb * self.rho ** (self.trainer.global_step // DECAY_STEPS)
-        return total + lamb * total_weight * mean_from_sums(
-            router_loss, has_label.sum()
-        ), total_weight
+        return total + lamb * total_weight * router_loss, total_weight
 
 
 def _add_past_errors(batch: Batch, memory: ErrorMemory) -> Batch:
-    return replace(
-        batch, extra={**batch.extra, "errors": memory.gather(batch.date, batch.instrument)}
-    )
+    errors = memory.gather(batch.date, batch.instrument)
+    return replace(batch, extra={**batch.extra, "errors": errors})
