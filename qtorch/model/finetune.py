@@ -179,19 +179,15 @@ class FineTuning:
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
             remaining = {id(p): p for p in parameters}
-            groups: Any = [
-                (
-                    [remaining.pop(id(p)) for p in layer if id(p) in remaining],
-                    self.layer_decay**depth,
-                )
-                for depth, layer in enumerate(layers)
-            ]
+            groups: list[Any] = []
+            for depth, layer in enumerate(layers):
+                trainable = [remaining.pop(id(p)) for p in layer if id(p) in remaining]
+                groups.append({"params": trainable, "rate_factor": self.layer_decay**depth})
             # Auxiliary parameters of the training module are not part of any layer.
-            groups.append((list(remaining.values()), 1.0))
-            groups = [(members, rate_factor) for members, rate_factor in groups if members]
-            optimizer = factory([{"params": members} for members, _ in groups])
-            for group, (_, rate_factor) in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = group["lr"] * rate_factor
+            groups.append({"params": list(remaining.values()), "rate_factor": 1.0})
+            optimizer = factory([group for group in groups if group["params"]])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * group.pop("rate_factor")
             return optimizer
 
         return build

@@ -270,11 +270,10 @@ class LightningModel(ModelFT):
         if run is not None and self._source_recorder is not None:
             tag_lineage(run, self._source_recorder)
         device = trainer_device(recipe.trainer)
-        train, valid = self._load_samples(dataset, reweighter, recipe, self.input_schema_)
+        samples = self._load_samples(dataset, reweighter, recipe, self.input_schema_)
         result = fit_network(
             partial(build_network, network),
-            train,
-            valid,
+            *samples,
             recipe,
             device=device,
             recorder=run,

@@ -131,12 +131,13 @@ def score_series(
         order="day_sequential" if by_day else "sequential",
         days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
     )
-    forward = None if isinstance(network, pl.LightningModule) else ForwardAdapter(network)
+    module = network if isinstance(network, pl.LightningModule) else None
+    forward = ForwardAdapter(network)
     with torch.inference_mode(), evaluation_mode(network, device):
         parts, masks = [], []
         for batch_idx, batch in enumerate(loader):
             beat("scoring")
-            score = network.predict_step(batch, batch_idx) if forward is None else forward(batch)
+            score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
             _check_scores(score, batch, network)
             if score.dim() > batch.date.dim():
                 score = score[..., 0] if readout is None else readout(score)
