@@ -101,18 +101,25 @@ def nearest_name(name: str, valid: Iterable[str]) -> str | None:
     return by_lowercase[close[0]] if close else None
 
 
+def check_name(
+    kind: str,
+    name: object,
+    valid: Collection[str],
+    *,
+    limit: int = 12,
+    error: type[QtorchError] = ConfigError,
+) -> None:
+    """Raise an error that suggests the nearest valid name, unless `name` is a valid one."""
+    if name not in valid:
+        raise error(unknown_name_message(kind, str(name), valid, limit=limit))
+
+
 def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:
     """Return the error message for an unknown name, with a suggestion and the valid names."""
     names = sorted(valid)
     guess = nearest_name(name, names)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return f"unknown {kind} {name!r}.{hint} Valid names: {join_names(names, limit) or 'none'}."
-
-
-def check_name(kind: str, name: str, valid: Collection[str]) -> None:
-    """Raise ConfigError with `unknown_name_message` unless `name` is one of the valid names."""
-    if name not in valid:
-        raise ConfigError(unknown_name_message(kind, str(name), valid))
 
 
 def join_names(names: Sequence[str], limit: int = 8) -> str:

@@ -31,11 +31,7 @@ def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
     and CheckpointCallback agrees on them among the ranks. No argument turns it off.
     """
     loop: Any = trainer.fit_loop.epoch_loop
-    loop._broadcast_sigterm_tensor = _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+    loop._broadcast_sigterm_tensor = lambda: None
 
 
 def validates_next(trainer: pl.Trainer) -> bool:
@@ -179,7 +175,7 @@ def _is_current(result: _ResultMetric) -> bool:
 def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
     """Return a logged result as plain values and tensors."""
     meta, reduce = result.meta, result.meta.reduce_fx
-    state = {
+    state: dict[str, Any] = {
         "meta": {name: getattr(meta, name) for name in PLAIN_FIELDS},
         "reduce": reduce.__name__,
         "builtin": reduce in (sum, min, max),
@@ -188,9 +184,9 @@ def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
         "count": result._update_count,
         "newest": _move_tensors(result._forward_cache, "cpu"),
     }
-    return state | (
-        {"states": _move_tensors(result.metric_state, "cpu")} if result.is_tensor else {}
-    )
+    if result.is_tensor:
+        state["states"] = _move_tensors(result.metric_state, "cpu")
+    return state
 
 
 def _deserialize_result(module: pl.LightningModule, state: dict[str, Any]) -> _ResultMetric:

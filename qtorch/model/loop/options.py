@@ -104,10 +104,7 @@ def trainer_options(
     user_arguments = dict(user_arguments or {})
     valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
     for name in user_arguments:
-        if name not in valid:
-            raise ArgumentError(
-                unknown_name_message("argument of the trainer", name, valid, limit=60)
-            )
+        check_name("argument of the trainer", name, valid, limit=60, error=ArgumentError)
     arguments = dict(user_arguments)
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
