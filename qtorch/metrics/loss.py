@@ -98,51 +98,6 @@ class Loss(BaseLoss):
         return (self.elementwise(score, target) * weights).sum(), weights.sum()
 
 
-def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum, or zero if the weights sum to zero."""
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
-
-
-def validate_score(score: Tensor, target: Tensor) -> Tensor:
-    """Return the score in float32 or better; raise ValueError if its shape is not the target's."""
-    if score.shape != target.shape:
-        raise ValueError(
-            f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
-            "compares them elementwise."
-        )
-    return in_single_precision(score)
-
-
-def in_single_precision(values: Tensor) -> Tensor:
-    """Return half-precision values in float32, others unchanged."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def valid_and_weight(
-    target: Tensor, weight: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
-    valid = ~torch.isnan(target)
-    if mask is not None:
-        valid = valid & broadcast_weight(mask, target, "mask")
-    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
-    if weight is not None:
-        weights = weights * broadcast_weight(weight, target, "weight")
-    return valid, weights
-
-
-def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
-    """Give weights or a mask without the last axis of the scores that axis, for broadcasting."""
-    if values.shape == score.shape:
-        return values
-    if score.dim() > 1 and values.shape == score.shape[:-1]:
-        return values.unsqueeze(-1)
-    raise ValueError(
-        f"{name} {list(values.shape)} does not match scores {list(score.shape)}; expected the same "
-        "shape, with or without the last axis."
-    )
-
-
 class FunctionalLoss(Loss):
     """A loss of `torch.nn.functional`, which computes loss and sum in one operation."""
 
@@ -345,21 +300,6 @@ class DayLoss(BaseLoss):
         return torch.where(has_loss, loss, 0.0).sum(), has_loss.sum().to(loss.dtype)
 
 
-def _flatten_labels(values: Tensor) -> Tensor:
-    """Reshape `[G, N, Q]` to `[G * Q, N]`; return `[G, N]` unchanged."""
-    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)
-
-
-def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Weighted correlation `[R]` of `[R, N]`; about zero with a gradient if x or y is constant."""
-    total = weight.sum(1, keepdim=True).clamp_min(1e-12)
-    x = (x - (weight * x).sum(1, keepdim=True) / total) * (weight > 0)
-    y = (y - (weight * y).sum(1, keepdim=True) / total) * (weight > 0)
-    square_x, square_y = (weight * x * x).sum(1), (weight * y * y).sum(1)
-    # The floor is below any variance that float32 resolves; it keeps the root's gradient finite.
-    return (weight * x * y).sum(1) / (square_x * square_y + 1e-16).sqrt()
-
-
 class IC(DayLoss):
     """The negative Pearson correlation of score and label within the day."""
 
@@ -448,3 +388,78 @@ class ListMLE(DayLoss):
         share = weight.gather(1, order)
         loss = torch.where(valid.gather(1, order), remaining - score, 0.0)
         return (loss * share).sum(1) / share.sum(1).clamp_min(1e-12)
+
+
+# The losses by the name that configurations use.
+LOSSES: dict[str, type[BaseLoss]] = {
+    "mse": MSE,
+    "mae": MAE,
+    "huber": Huber,
+    "quantile": Quantile,
+    "cross_entropy": CrossEntropy,
+    "ic": IC,
+    "rank_ic": RankIC,
+    "pairwise": Pairwise,
+    "listnet": ListNet,
+    "listmle": ListMLE,
+}
+
+
+def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
+    """total / weight_sum, or zero if the weights sum to zero."""
+    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
+
+
+def validate_score(score: Tensor, target: Tensor) -> Tensor:
+    """Return the score in float32 or better; raise ValueError if its shape is not the target's."""
+    if score.shape != target.shape:
+        raise ValueError(
+            f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
+            "compares them elementwise."
+        )
+    return in_single_precision(score)
+
+
+def in_single_precision(values: Tensor) -> Tensor:
+    """Return half-precision values in float32, others unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def valid_and_weight(
+    target: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
+    valid = ~torch.isnan(target)
+    if mask is not None:
+        valid = valid & broadcast_weight(mask, target, "mask")
+    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
+    if weight is not None:
+        weights = weights * broadcast_weight(weight, target, "weight")
+    return valid, weights
+
+
+def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
+    """Give weights or a mask without the last axis of the scores that axis, for broadcasting."""
+    if values.shape == score.shape:
+        return values
+    if score.dim() > 1 and values.shape == score.shape[:-1]:
+        return values.unsqueeze(-1)
+    raise ValueError(
+        f"{name} {list(values.shape)} does not match scores {list(score.shape)}; expected the same "
+        "shape, with or without the last axis."
+    )
+
+
+def _flatten_labels(values: Tensor) -> Tensor:
+    """Reshape `[G, N, Q]` to `[G * Q, N]`; return `[G, N]` unchanged."""
+    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)
+
+
+def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Weighted correlation `[R]` of `[R, N]`; about zero with a gradient if x or y is constant."""
+    total = weight.sum(1, keepdim=True).clamp_min(1e-12)
+    x = (x - (weight * x).sum(1, keepdim=True) / total) * (weight > 0)
+    y = (y - (weight * y).sum(1, keepdim=True) / total) * (weight > 0)
+    square_x, square_y = (weight * x * x).sum(1), (weight * y * y).sum(1)
+    # The floor is below any variance that float32 resolves; it keeps the root's gradient finite.
+    return (weight * x * y).sum(1) / (square_x * square_y + 1e-16).sqrt()

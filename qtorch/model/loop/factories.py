@@ -13,33 +13,8 @@ from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.metrics.loss import (
-    IC,
-    MAE,
-    MSE,
-    BaseLoss,
-    Combined,
-    CrossEntropy,
-    Huber,
-    ListMLE,
-    ListNet,
-    Pairwise,
-    Quantile,
-    RankIC,
-)
+from qtorch.metrics.loss import LOSSES, BaseLoss, Combined
 
-LOSSES: dict[str, type[BaseLoss]] = {
-    "mse": MSE,
-    "mae": MAE,
-    "huber": Huber,
-    "quantile": Quantile,
-    "cross_entropy": CrossEntropy,
-    "ic": IC,
-    "rank_ic": RankIC,
-    "pairwise": Pairwise,
-    "listnet": ListNet,
-    "listmle": ListMLE,
-}
 Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

@@ -20,13 +20,46 @@ from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import SCORE
 from qtorch.process.heartbeat import beat
 
+MIN_GPU_BATCH_SIZE = 8192
 
-def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function from outputs `[..., Q]` to a score `[...]`.
 
-    This is the loss's `readout`; for any other callable, the first output.
+def score_series(
+    network: nn.Module,
+    samples: Samples,
+    *,
+    device: torch.device,
+    batch_size: int,
+    readout: Callable[[Tensor], Tensor] | None = None,
+) -> pd.Series:
+    """Return a float32 Series "score", indexed by (datetime, instrument).
+
+    If the network has several outputs, `readout` turns them into a score; the default is the first
+    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
+    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
     """
-    return loss.readout if isinstance(loss, BaseLoss) else lambda score: score[..., 0]
+    device_samples = samples.to(device)
+    by_day = bool(getattr(network, "cross_section", False))
+    loader = BatchLoader(
+        device_samples,
+        batch_size=batch_size,
+        order="day_sequential" if by_day else "sequential",
+        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
+    )
+    module = network if isinstance(network, pl.LightningModule) else None
+    forward = ForwardAdapter(network)
+    with torch.inference_mode(), evaluation_mode(network, device):
+        parts, masks = [], []
+        for batch_idx, batch in enumerate(loader):
+            beat("scoring")
+            score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
+            _check_scores(score, batch, network)
+            if score.dim() > batch.date.dim():
+                score = score[..., 0] if readout is None else readout(score)
+            parts.append(score.flatten())
+            mask = torch.ones_like(score, dtype=torch.bool) if batch.mask is None else batch.mask
+            masks.append(mask.flatten())
+        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
+    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
 
 
 class ForwardAdapter:
@@ -94,7 +127,12 @@ class ForwardAdapter:
         return tensors[name]
 
 
-MIN_GPU_BATCH_SIZE = 8192
+def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function from outputs `[..., Q]` to a score `[...]`.
+
+    This is the loss's `readout`; for any other callable, the first output.
+    """
+    return loss.readout if isinstance(loss, BaseLoss) else lambda score: score[..., 0]
 
 
 def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int:
@@ -109,43 +147,17 @@ def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int
     return size if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, size)
 
 
-def score_series(
-    network: nn.Module,
-    samples: Samples,
-    *,
-    device: torch.device,
-    batch_size: int,
-    readout: Callable[[Tensor], Tensor] | None = None,
-) -> pd.Series:
-    """Return a float32 Series "score", indexed by (datetime, instrument).
-
-    If the network has several outputs, `readout` turns them into a score; the default is the first
-    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
-    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
-    """
-    device_samples = samples.to(device)
-    by_day = bool(getattr(network, "cross_section", False))
-    loader = BatchLoader(
-        device_samples,
-        batch_size=batch_size,
-        order="day_sequential" if by_day else "sequential",
-        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
-    )
-    module = network if isinstance(network, pl.LightningModule) else None
-    forward = ForwardAdapter(network)
-    with torch.inference_mode(), evaluation_mode(network, device):
-        parts, masks = [], []
-        for batch_idx, batch in enumerate(loader):
-            beat("scoring")
-            score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
-            _check_scores(score, batch, network)
-            if score.dim() > batch.date.dim():
-                score = score[..., 0] if readout is None else readout(score)
-            parts.append(score.flatten())
-            mask = torch.ones_like(score, dtype=torch.bool) if batch.mask is None else batch.mask
-            masks.append(mask.flatten())
-        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
-    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
+@contextmanager
+def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context manager: the network on the device and in evaluation mode, restored afterwards."""
+    first_parameter = next(network.parameters(), None)
+    original_device = torch.device("cpu") if first_parameter is None else first_parameter.device
+    was_training = network.training
+    network.to(device).eval()
+    try:
+        yield
+    finally:
+        network.to(original_device).train(was_training)
 
 
 def _check_scores(score: Any, batch: Batch, network: nn.Module) -> None:
@@ -161,16 +173,3 @@ def _check_scores(score: Any, batch: Batch, network: nn.Module) -> None:
             f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
             f"expected scores {expected_shape}."
         )
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context manager: the network on the device and in evaluation mode, restored afterwards."""
-    first_parameter = next(network.parameters(), None)
-    original_device = torch.device("cpu") if first_parameter is None else first_parameter.device
-    was_training = network.training
-    network.to(device).eval()
-    try:
-        yield
-    finally:
-        network.to(original_device).train(was_training)
