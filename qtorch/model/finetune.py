@@ -119,7 +119,10 @@ class FineTuning:
         if state is None:
             raise ConfigError("keep_optimizer: this model was saved without optimizer state.")
         kind = type(network).__name__
-        if options := _partial_options(report.get("tuning") or {}):
+        # Options that gave the earlier optimizer a subset or groups of the parameters.
+        defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
+        tuning = report.get("tuning") or {}
+        if options := [k for k, v in defaults.items() if tuning.get(k, v) != v]:
             raise ConfigError(
                 f"keep_optimizer: this {kind} was last trained with {', '.join(options)}, so its "
                 "optimizer state does not match this training: remove keep_optimizer."
@@ -232,12 +235,6 @@ class FrozenBatchNorms(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for norm in _batch_norms(pl_module):
             norm.eval()
-
-
-def _partial_options(tuning: Mapping[str, Any]) -> list[str]:
-    """Return the options that gave an earlier optimizer a subset or groups of the parameters."""
-    defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
-    return [name for name in defaults if tuning.get(name, defaults[name]) != defaults[name]]
 
 
 def _batch_norms(network: nn.Module) -> list[Any]:

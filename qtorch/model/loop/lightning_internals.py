@@ -133,7 +133,12 @@ def epoch_state(module: pl.LightningModule) -> dict[str, Any]:
     # Lightning resets logged metrics at the end of the epoch: they have no state to save.
     logged_metric_ids = {id(r.value) for r in finished_results.values() if not r.is_tensor}
     return {
-        "results": {k: _serialize_result(r) for k, r in results.items() if _is_current(r)},
+        # A result that is reduced over a user's own process group cannot be saved.
+        "results": {
+            k: _serialize_result(r)
+            for k, r in results.items()
+            if not r.has_reset and r.meta.sync.group is None
+        },
         "seen": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         "metrics": {
             name: [_move_tensors(m.metric_state, "cpu"), m.update_count]
@@ -162,14 +167,6 @@ def restore_epoch_state(module: pl.LightningModule, state: dict[str, Any]) -> No
 def _is_between_epochs(trainer: pl.Trainer) -> bool:
     """Whether all batches of the epoch are done: Lightning has no current batch."""
     return trainer._logger_connector._first_loop_iter is None
-
-
-def _is_current(result: _ResultMetric) -> bool:
-    """Whether a logged result belongs to this epoch and can be saved.
-
-    A result that is reduced over a user-defined process group cannot be saved.
-    """
-    return not result.has_reset and result.meta.sync.group is None
 
 
 def _serialize_result(result: _ResultMetric) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import (
     WeightAveraging,
 )
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
@@ -214,7 +215,9 @@ def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_bat
     "auto" is 1 if an argument or a callback counts single batches.
     """
     needs_single_batches = options.counts_batches or any(
-        _has_batch_hooks(c) for c in options.callbacks
+        is_overridden(hook, callback, Callback)
+        for callback in options.callbacks
+        for hook in BATCH_HOOKS
     )
     if inner_steps == "auto":
         return 1 if needs_single_batches else max(1, min(DEFAULT_INNER_STEPS, num_batches))
@@ -228,10 +231,6 @@ def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_bat
             "inner_steps=1 (or 'auto')."
         )
     return inner_steps
-
-
-def _has_batch_hooks(callback: Callback) -> bool:
-    return any(getattr(type(callback), h) is not getattr(Callback, h) for h in BATCH_HOOKS)
 
 
 def limit_batches(num_batches: int, limit: int | float | None) -> int:

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -123,13 +124,13 @@ class WeightUpdate:
 
 def _can_bypass_hooks(trainer: Any) -> bool:
     """Whether backward and optimizer step can be called without Lightning's hooks around them."""
-    has_no_step_hooks = all(
-        getattr(type(callback), hook) is getattr(pl.Callback, hook)
+    has_step_hooks = any(
+        is_overridden(hook, callback, pl.Callback)
         for callback in trainer.callbacks
         for hook in STEP_HOOKS
     )
     return (
-        has_no_step_hooks
+        not has_step_hooks
         and isinstance(trainer.strategy, SingleDeviceStrategy)
         and isinstance(trainer.profiler, PassThroughProfiler)
         and getattr(trainer.precision_plugin, "scaler", None) is None
