@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 
 class QtorchError(Exception):
@@ -122,10 +122,10 @@ def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: i
     return f"unknown {kind} {name!r}.{hint} Valid names: {join_names(names, limit) or 'none'}."
 
 
-def join_names(names: Sequence[str], limit: int = 8) -> str:
+def join_names(names: Collection[str], limit: int = 8) -> str:
     """Join names by commas; of more than `limit`, the first ones and the total number."""
     suffix = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + suffix
+    return ", ".join(list(names)[:limit]) + suffix
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:
