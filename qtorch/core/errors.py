@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class QtorchError(Exception):
@@ -101,15 +101,31 @@ def nearest_name(name: str, valid: Iterable[str]) -> str | None:
     return by_lowercase[close[0]] if close else None
 
 
+def check_name(
+    kind: str,
+    name: object,
+    valid: Collection[str],
+    *,
+    limit: int = 12,
+    error: type[QtorchError] = ConfigError,
+) -> None:
+    """Raise an error that suggests the nearest valid name, unless `name` is a valid one."""
+    if name not in valid:
+        raise error(unknown_name_message(kind, str(name), valid, limit=limit))
+
+
 def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:
     """Return the error message for an unknown name, with a suggestion and the valid names."""
     names = sorted(valid)
     guess = nearest_name(name, names)
     hint = f" Did you mean {guess!r}?" if guess else ""
-    name_list = ", ".join(names[:limit]) + (
-        f", ... ({len(names)} in all)" if len(names) > limit else ""
-    )
-    return f"unknown {kind} {name!r}.{hint} Valid names: {name_list or 'none'}."
+    return f"unknown {kind} {name!r}.{hint} Valid names: {join_names(names, limit) or 'none'}."
+
+
+def join_names(names: Collection[str], limit: int = 8) -> str:
+    """Join names by commas; of more than `limit`, the first ones and the total number."""
+    suffix = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(list(names)[:limit]) + suffix
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:

@@ -66,43 +66,6 @@ def daily_ic(
     return DailyIC(ic[:num_days], rank_ic[:num_days], count[:num_days])
 
 
-def ranks(values: Tensor, day: Tensor, num_days: int) -> Tensor:
-    """Rank of each of `values [S]` within its day, starting at 1; ties get their mean rank."""
-    order = torch.argsort(values, stable=True)
-    order = order[torch.argsort(day[order], stable=True)]
-    sorted_day, sorted_values = day[order], values[order]
-    is_new_group = torch.ones_like(sorted_day, dtype=torch.bool)
-    is_new_group[1:] = (sorted_day[1:] != sorted_day[:-1]) | (
-        sorted_values[1:] != sorted_values[:-1]
-    )
-    group = torch.cumsum(is_new_group, 0) - 1  # number of each group of equal values
-    position = torch.arange(len(values), dtype=torch.float64, device=values.device)
-    size = torch.zeros_like(position).index_add_(0, group, torch.ones_like(position))
-    total = torch.zeros_like(position).index_add_(0, group, position)
-    # Positions count across all days; a day starts at the number of samples of earlier days.
-    per_day = torch.zeros(num_days, dtype=torch.float64, device=values.device)
-    per_day.index_add_(0, day, torch.ones_like(position))
-    day_start = torch.cumsum(per_day, 0) - per_day
-    rank = (total / size)[group] - day_start[sorted_day] + 1.0
-    return torch.empty_like(rank).index_copy_(0, order, rank)
-
-
-def _day_sum(values: Tensor, day: Tensor, buckets: int) -> Tensor:
-    return torch.zeros(buckets, dtype=values.dtype, device=values.device).index_add_(0, day, values)
-
-
-def _pearson(x: Tensor, y: Tensor, day: Tensor, count: Tensor) -> Tensor:
-    buckets = len(count)
-    safe_count = count.clamp_min(1.0)
-    mean_x, mean_y = _day_sum(x, day, buckets) / safe_count, _day_sum(y, day, buckets) / safe_count
-    dx, dy = x - mean_x[day], y - mean_y[day]
-    var_x, var_y = _day_sum(dx * dx, day, buckets), _day_sum(dy * dy, day, buckets)
-    is_constant_x = var_x <= safe_count * (_RELATIVE_SPREAD * mean_x).square()
-    is_constant_y = var_y <= safe_count * (_RELATIVE_SPREAD * mean_y).square()
-    out = _day_sum(dx * dy, day, buckets) / (var_x * var_y).sqrt()
-    return torch.where(is_constant_x | is_constant_y | (count < 2), torch.nan, out.clamp(-1.0, 1.0))
-
-
 class ICMeter:
     """Collects scores batch by batch and computes their IC and Rank IC at the end.
 
@@ -132,3 +95,40 @@ class ICMeter:
             return daily_ic(empty, empty, empty.long(), self.num_days)
         score, label, day, mask = (torch.cat(part) for part in zip(*self._parts, strict=True))
         return daily_ic(score, label, day, self.num_days, mask)
+
+
+def ranks(values: Tensor, day: Tensor, num_days: int) -> Tensor:
+    """Rank of each of `values [S]` within its day, starting at 1; ties get their mean rank."""
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(day[order], stable=True)]
+    sorted_day, sorted_values = day[order], values[order]
+    is_new_group = torch.ones_like(sorted_day, dtype=torch.bool)
+    is_new_group[1:] = (sorted_day[1:] != sorted_day[:-1]) | (
+        sorted_values[1:] != sorted_values[:-1]
+    )
+    group = torch.cumsum(is_new_group, 0) - 1  # number of each group of equal values
+    position = torch.arange(len(values), dtype=torch.float64, device=values.device)
+    size = torch.zeros_like(position).index_add_(0, group, torch.ones_like(position))
+    total = torch.zeros_like(position).index_add_(0, group, position)
+    # Positions count across all days; a day starts at the number of samples of earlier days.
+    per_day = torch.zeros(num_days, dtype=torch.float64, device=values.device)
+    per_day.index_add_(0, day, torch.ones_like(position))
+    day_start = torch.cumsum(per_day, 0) - per_day
+    rank = (total / size)[group] - day_start[sorted_day] + 1.0
+    return torch.empty_like(rank).index_copy_(0, order, rank)
+
+
+def _pearson(x: Tensor, y: Tensor, day: Tensor, count: Tensor) -> Tensor:
+    buckets = len(count)
+    safe_count = count.clamp_min(1.0)
+    mean_x, mean_y = _day_sum(x, day, buckets) / safe_count, _day_sum(y, day, buckets) / safe_count
+    dx, dy = x - mean_x[day], y - mean_y[day]
+    var_x, var_y = _day_sum(dx * dx, day, buckets), _day_sum(dy * dy, day, buckets)
+    is_constant_x = var_x <= safe_count * (_RELATIVE_SPREAD * mean_x).square()
+    is_constant_y = var_y <= safe_count * (_RELATIVE_SPREAD * mean_y).square()
+    out = _day_sum(dx * dy, day, buckets) / (var_x * var_y).sqrt()
+    return torch.where(is_constant_x | is_constant_y | (count < 2), torch.nan, out.clamp(-1.0, 1.0))
+
+
+def _day_sum(values: Tensor, day: Tensor, buckets: int) -> Tensor:
+    return torch.zeros(buckets, dtype=values.dtype, device=values.device).index_add_(0, day, values)

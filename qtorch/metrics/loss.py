@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_FAR = 1e9  # excludes an element from a softmax but stays finite
 
 
 class BaseLoss(nn.Module, ABC):
@@ -72,6 +75,10 @@ class Loss(BaseLoss):
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each element, in the shape of `score` and `target`."""
 
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of the loss over all elements."""
+        return self.elementwise(score, target).sum()
+
     def sums(
         self,
         score: Tensor,
@@ -83,7 +90,7 @@ class Loss(BaseLoss):
     ) -> tuple[Tensor, Tensor | int]:
         score = validate_score(score, target)
         if complete:
-            return self.elementwise(score, target.to(score.dtype)).sum(), target.numel()
+            return self.total(score, target.to(score.dtype)), target.numel()
         valid, weights = valid_and_weight(target, weight, mask)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
         score = torch.where(valid, score, 0.0)
@@ -91,48 +98,8 @@ class Loss(BaseLoss):
         return (self.elementwise(score, target) * weights).sum(), weights.sum()
 
 
-def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum, or zero if the weights sum to zero."""
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
-
-
-def validate_score(score: Tensor, target: Tensor) -> Tensor:
-    """Return the score in float32 or better; raise ValueError if its shape is not the target's."""
-    if score.shape != target.shape:
-        raise ValueError(
-            f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
-            "compares them elementwise."
-        )
-    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-
-
-def valid_and_weight(
-    target: Tensor, weight: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
-    valid = ~torch.isnan(target)
-    if mask is not None:
-        valid = valid & broadcast_weight(mask, target, "mask")
-    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
-    if weight is not None:
-        weights = weights * broadcast_weight(weight, target, "weight")
-    return valid, weights
-
-
-def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
-    """Give weights or a mask without the last axis of the scores that axis, for broadcasting."""
-    if values.shape == score.shape:
-        return values
-    if score.dim() > 1 and values.shape == score.shape[:-1]:
-        return values.unsqueeze(-1)
-    raise ValueError(
-        f"{name} {list(values.shape)} does not match scores {list(score.shape)}; expected the same "
-        "shape, with or without the last axis."
-    )
-
-
 class FunctionalLoss(Loss):
-    """A loss of `torch.nn.functional`, which can sum over a batch in one operation."""
+    """A loss of `torch.nn.functional`, which computes loss and sum in one operation."""
 
     @abstractmethod
     def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -141,19 +108,8 @@ class FunctionalLoss(Loss):
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
         return self.compute(score, target, "none")
 
-    def sums(
-        self,
-        score: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        complete: bool = False,
-    ) -> tuple[Tensor, Tensor | int]:
-        if not complete:
-            return super().sums(score, target, weight, mask)
-        score = validate_score(score, target)
-        return self.compute(score, target.to(score.dtype), "sum"), target.numel()
+    def total(self, score: Tensor, target: Tensor) -> Tensor:
+        return self.compute(score, target, "sum")
 
 
 class MSE(FunctionalLoss):
@@ -255,7 +211,7 @@ class CrossEntropy(BaseLoss):
                 f"{self.num_bins} bins needs scores [B, {self.num_bins}] and targets [B] "
                 f"(num_outputs={self.num_bins})."
             )
-        score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+        score = in_single_precision(score)
         valid, weights = valid_and_weight(target, weight, mask)
         score = torch.where(valid[..., None], score, 0.0)
         bins = torch.bucketize(torch.where(valid, target, 0.0).to(score.dtype), self.edges)
@@ -289,7 +245,7 @@ class Combined(BaseLoss):
         *,
         complete: bool = False,
     ) -> tuple[Tensor, Tensor | int]:
-        part_sums = [self._part(loss).sums(score, target, weight, mask) for loss in self.parts]
+        part_sums = [cast(BaseLoss, loss).sums(score, target, weight, mask) for loss in self.parts]
         weight_sums = [torch.as_tensor(weight) for _, weight in part_sums]
         count: Tensor | int
         count = target.numel() if complete else valid_and_weight(target, None, mask)[0].sum()
@@ -301,14 +257,6 @@ class Combined(BaseLoss):
         for share, (total, _), weight_sum in zip(self.shares, part_sums, weight_sums, strict=True):
             mean = mean + share * mean_from_sums(total, weight_sum)
         return mean * total_count, count
-
-    @staticmethod
-    def _part(loss: nn.Module) -> BaseLoss:
-        assert isinstance(loss, BaseLoss), "nn.ModuleList hides the type of its elements"
-        return loss
-
-
-_FAR = 1e9  # excludes an element from a softmax but stays finite
 
 
 class DayLoss(BaseLoss):
@@ -346,25 +294,10 @@ class DayLoss(BaseLoss):
         valid, share = valid_and_weight(target, weight, mask)
         score = torch.where(valid, score, 0.0)
         target = torch.where(valid, target, 0.0).to(score.dtype)
-        rows = [_flatten_labels(t) for t in (score, target, valid, share)]
-        has_loss = rows[2].sum(1) >= 2
-        loss = self.day_losses(rows[0], rows[1], rows[2], rows[3])
+        score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
+        has_loss = valid.sum(1) >= 2
+        loss = self.day_losses(score, target, valid, share)
         return torch.where(has_loss, loss, 0.0).sum(), has_loss.sum().to(loss.dtype)
-
-
-def _flatten_labels(values: Tensor) -> Tensor:
-    """Reshape `[G, N, Q]` to `[G * Q, N]`; return `[G, N]` unchanged."""
-    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)
-
-
-def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Weighted correlation `[R]` of `[R, N]`; about zero with a gradient if x or y is constant."""
-    total = weight.sum(1, keepdim=True).clamp_min(1e-12)
-    x = (x - (weight * x).sum(1, keepdim=True) / total) * (weight > 0)
-    y = (y - (weight * y).sum(1, keepdim=True) / total) * (weight > 0)
-    square_x, square_y = (weight * x * x).sum(1), (weight * y * y).sum(1)
-    # The floor is below any variance that float32 resolves; it keeps the root's gradient finite.
-    return (weight * x * y).sum(1) / (square_x * square_y + 1e-16).sqrt()
 
 
 class IC(DayLoss):
@@ -434,13 +367,10 @@ class ListNet(DayLoss):
 
     def day_losses(self, score: Tensor, target: Tensor, valid: Tensor, weight: Tensor) -> Tensor:
         penalty = torch.where(valid, 0.0, -_FAR)
-        target_probability = (target / self.temperature + penalty).softmax(1) * weight
-        target_probability = target_probability / target_probability.sum(1, keepdim=True).clamp_min(
-            1e-12
-        )
-        return -(
-            target_probability * torch.where(valid, (score + penalty).log_softmax(1), 0.0)
-        ).sum(1)
+        target_share = (target / self.temperature + penalty).softmax(1) * weight
+        target_share = target_share / target_share.sum(1, keepdim=True).clamp_min(1e-12)
+        log_share = torch.where(valid, (score + penalty).log_softmax(1), 0.0)
+        return -(target_share * log_share).sum(1)
 
 
 class ListMLE(DayLoss):
@@ -458,3 +388,78 @@ class ListMLE(DayLoss):
         share = weight.gather(1, order)
         loss = torch.where(valid.gather(1, order), remaining - score, 0.0)
         return (loss * share).sum(1) / share.sum(1).clamp_min(1e-12)
+
+
+# The losses by the name that configurations use.
+LOSSES: dict[str, type[BaseLoss]] = {
+    "mse": MSE,
+    "mae": MAE,
+    "huber": Huber,
+    "quantile": Quantile,
+    "cross_entropy": CrossEntropy,
+    "ic": IC,
+    "rank_ic": RankIC,
+    "pairwise": Pairwise,
+    "listnet": ListNet,
+    "listmle": ListMLE,
+}
+
+
+def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
+    """total / weight_sum, or zero if the weights sum to zero."""
+    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
+
+
+def validate_score(score: Tensor, target: Tensor) -> Tensor:
+    """Return the score in float32 or better; raise ValueError if its shape is not the target's."""
+    if score.shape != target.shape:
+        raise ValueError(
+            f"score {list(score.shape)} and target {list(target.shape)} differ in shape; a loss "
+            "compares them elementwise."
+        )
+    return in_single_precision(score)
+
+
+def in_single_precision(values: Tensor) -> Tensor:
+    """Return half-precision values in float32, others unchanged."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def valid_and_weight(
+    target: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
+    valid = ~torch.isnan(target)
+    if mask is not None:
+        valid = valid & broadcast_weight(mask, target, "mask")
+    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
+    if weight is not None:
+        weights = weights * broadcast_weight(weight, target, "weight")
+    return valid, weights
+
+
+def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
+    """Give weights or a mask without the last axis of the scores that axis, for broadcasting."""
+    if values.shape == score.shape:
+        return values
+    if score.dim() > 1 and values.shape == score.shape[:-1]:
+        return values.unsqueeze(-1)
+    raise ValueError(
+        f"{name} {list(values.shape)} does not match scores {list(score.shape)}; expected the same "
+        "shape, with or without the last axis."
+    )
+
+
+def _flatten_labels(values: Tensor) -> Tensor:
+    """Reshape `[G, N, Q]` to `[G * Q, N]`; return `[G, N]` unchanged."""
+    return values if values.dim() == 2 else values.transpose(1, 2).flatten(0, 1)
+
+
+def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Weighted correlation `[R]` of `[R, N]`; about zero with a gradient if x or y is constant."""
+    total = weight.sum(1, keepdim=True).clamp_min(1e-12)
+    x = (x - (weight * x).sum(1, keepdim=True) / total) * (weight > 0)
+    y = (y - (weight * y).sum(1, keepdim=True) / total) * (weight > 0)
+    square_x, square_y = (weight * x * x).sum(1), (weight * y * y).sum(1)
+    # The floor is below any variance that float32 resolves; it keeps the root's gradient finite.
+    return (weight * x * y).sum(1) / (square_x * square_y + 1e-16).sqrt()

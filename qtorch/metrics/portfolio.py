@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name, unknown_name_message
 
 Mode: TypeAlias = Literal["sum", "product"]
 MODES = ("sum", "product")
@@ -20,7 +20,8 @@ _ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "mont
 
 def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
     """Cumulative return of returns per period (fractions): summed, or compounded ("product")."""
-    return r.cumsum() if _validate_mode(mode) == "sum" else (1 + r).cumprod() - 1
+    check_name("mode of returns", mode, MODES)
+    return r.cumsum() if mode == "sum" else (1 + r).cumprod() - 1
 
 
 def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
@@ -34,12 +35,6 @@ def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
     if mode == "sum":
         return total - total.cummax()
     return (1 + total) / (1 + total).cummax() - 1
-
-
-def _validate_mode(mode: str) -> str:
-    if mode not in MODES:
-        raise ConfigError(unknown_name_message("mode of returns", mode, MODES))
-    return mode
 
 
 def periods_per_year(freq: str) -> float:
@@ -77,19 +72,16 @@ def risk_analysis(
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")
     scale = float(N) if N is not None else periods_per_year(freq or "day")
+    check_name("mode of returns", mode, MODES)
     if mode == "sum":
         mean, std = float(r.mean()), float(r.std(ddof=1))
         annual = mean * scale
-    elif mode == "product":
+    else:
         curve = (1 + r).cumprod()
         growth = float(curve.iloc[-1]) if len(curve) else math.nan
         mean = growth ** (1 / max(len(r), 1)) - 1
         std = float(np.log(1 + r).std(ddof=1))
         annual = growth ** (scale / max(len(r), 1)) - 1
-    else:
-        raise ConfigError(
-            unknown_name_message("mode of risk_analysis", str(mode), ("sum", "product"))
-        )
     values = {
         "mean": mean,
         "std": std,
@@ -112,10 +104,7 @@ def indicator_analysis(
     ignored. Returns a frame with one column "value". Corresponds to qlib/contrib/evaluate.py.
     """
     weights = {"mean": "count", "amount_weighted": "deal_amount", "value_weighted": "value"}
-    if method not in weights:
-        raise ConfigError(
-            unknown_name_message("method of indicator_analysis", str(method), weights)
-        )
+    check_name("method of indicator_analysis", method, weights)
     averages = {}
     for name, column in (("ffr", weights[method]), ("pa", weights[method]), ("pos", "count")):
         weight = df[column].abs()

@@ -33,13 +33,11 @@ def calc_ic(
     a constant day is always NaN, while Qlib's correlation can be a number if the mean is rounded.
     """
     frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
-    days = _days(frame, date_col)
+    day_code, days = pd.factorize(frame.index.get_level_values(date_col), sort=True)
     frame = frame.mask(frame.isna().any(axis=1))
-    day_code, index = days.codes.astype(np.int64), _index(days, date_col)
-    rank_frame = frame.groupby(day_code).rank()
     ic, rank_ic = (
-        pd.Series(_pearson(part.to_numpy(), day_code, len(days.categories)), index=index)
-        for part in (frame, rank_frame)
+        pd.Series(_pearson(part.to_numpy(), day_code, len(days)), index=days)
+        for part in (frame, frame.groupby(day_code).rank())
     )
     return (ic.dropna(), rank_ic.dropna()) if dropna else (ic, rank_ic)
 
@@ -62,10 +60,9 @@ def calc_long_short_return(
     frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
     if dropna:
         frame = frame.dropna()
-    days = _days(frame, date_col)
-    day_code, values = days.codes.astype(np.int64), frame["label"].to_numpy()
-    score = frame["pred"].to_numpy()
-    count = np.bincount(day_code, minlength=len(days.categories))
+    day_code, days = pd.factorize(frame.index.get_level_values(date_col), sort=True)
+    score, values = frame["pred"].to_numpy(), frame["label"].to_numpy()
+    count = np.bincount(day_code, minlength=len(days))
     side_count = (count * quantile).astype(np.int64)
     side_means = []
     for sign in (-1.0, 1.0):
@@ -77,8 +74,7 @@ def calc_long_short_return(
         )
     long, short = side_means
     average = _day_means(values, day_code, np.arange(len(values)), len(count))
-    index = _index(days, date_col)
-    return pd.Series((long - short) / 2, index=index), pd.Series(average, index=index)
+    return pd.Series((long - short) / 2, index=days), pd.Series(average, index=days)
 
 
 def calc_long_short_prec(
@@ -131,46 +127,6 @@ def annual_sharpe(series: pd.Series, ann_scaler: float = 252) -> float:
     return mean_over_std(series) * math.sqrt(ann_scaler)
 
 
-def _days(frame: pd.DataFrame, date_col: str) -> pd.Categorical:
-    return pd.Categorical(frame.index.get_level_values(date_col))
-
-
-def _index(days: pd.Categorical, name: str) -> pd.Index:
-    index: pd.Index = pd.Index(days.categories, name=name)
-    return index
-
-
-def _day_means(values: Floats, day_code: Numbers, rows: Numbers, num_days: int) -> Floats:
-    rows = rows[~np.isnan(values[rows])]
-    total = np.bincount(day_code[rows], weights=values[rows], minlength=num_days).astype(np.float64)
-    count = np.bincount(day_code[rows], minlength=num_days)
-    out: Floats = np.divide(total, count, out=np.full(num_days, np.nan), where=count > 0)
-    return out
-
-
-def _pearson(pairs: Floats, day_code: Numbers, num_days: int) -> Floats:
-    is_valid = ~np.isnan(pairs[:, 0])
-    pairs, day_code = pairs[is_valid], day_code[is_valid]
-    count = np.bincount(day_code, minlength=num_days)
-    safe_count = np.maximum(count, 1)
-
-    def day_sums(values: Floats) -> Floats:
-        sums: Floats = np.bincount(day_code, weights=values, minlength=num_days).astype(np.float64)
-        return sums
-
-    means = [day_sums(pairs[:, k]) / safe_count for k in (0, 1)]
-    dx, dy = (pairs[:, k] - means[k][day_code] for k in (0, 1))
-    squares = [day_sums(d * d) for d in (dx, dy)]
-    is_constant = [
-        s <= safe_count * (_RELATIVE_SPREAD * m) ** 2 for s, m in zip(squares, means, strict=True)
-    ]
-    is_defined = (count > 1) & ~is_constant[0] & ~is_constant[1]
-    scale = np.sqrt(squares[0]) * np.sqrt(squares[1])
-    out = np.divide(day_sums(dx * dy), scale, out=np.full(num_days, np.nan), where=is_defined)
-    correlations: Floats = np.clip(out, -1.0, 1.0)
-    return correlations
-
-
 def quantile_returns(score: pd.Series, label: pd.Series, num_quantiles: int = 5) -> pd.DataFrame:
     """Mean label by day and score quantile: columns 1 (the lowest scores) to `num_quantiles`.
 
@@ -190,21 +146,6 @@ def quantile_returns(score: pd.Series, label: pd.Series, num_quantiles: int = 5)
     means = means.reindex(columns=range(1, num_quantiles + 1))
     has_enough = by_day.size().reindex(means.index) >= num_quantiles
     return means.where(has_enough, axis=0).rename_axis(index="datetime", columns="quantile")
-
-
-def shift_days(values: pd.Series, days: int) -> pd.Series:
-    """Give each (datetime, instrument) the value of `days` trading days later (negative: earlier).
-
-    The trading days are the dates of `values`. Rows that would fall outside them are dropped.
-    """
-    dates = values.index.get_level_values("datetime")
-    calendar = dates.unique().sort_values()
-    day_index = calendar.get_indexer(dates) - days
-    inside = (day_index >= 0) & (day_index < len(calendar))
-    shifted_dates = calendar[day_index[inside]]
-    names = values.index.get_level_values("instrument")[inside]
-    index = pd.MultiIndex.from_arrays([shifted_dates, names], names=["datetime", "instrument"])
-    return pd.Series(values.to_numpy()[inside], index)
 
 
 def ic_decay(
@@ -242,3 +183,49 @@ def score_autocorrelation(score: pd.Series, lag: int = 1) -> pd.Series:
     if lag < 1:
         raise ArgumentError(f"lag={lag}: expected a whole number of at least 1.")
     return calc_ic(score, shift_days(score, -lag), dropna=True)[1]
+
+
+def shift_days(values: pd.Series, days: int) -> pd.Series:
+    """Give each (datetime, instrument) the value of `days` trading days later (negative: earlier).
+
+    The trading days are the dates of `values`. Rows that would fall outside them are dropped.
+    """
+    dates = values.index.get_level_values("datetime")
+    calendar = dates.unique().sort_values()
+    day_index = calendar.get_indexer(dates) - days
+    inside = (day_index >= 0) & (day_index < len(calendar))
+    shifted_dates = calendar[day_index[inside]]
+    names = values.index.get_level_values("instrument")[inside]
+    index = pd.MultiIndex.from_arrays([shifted_dates, names], names=["datetime", "instrument"])
+    return pd.Series(values.to_numpy()[inside], index)
+
+
+def _day_means(values: Floats, day_code: Numbers, rows: Numbers, num_days: int) -> Floats:
+    rows = rows[~np.isnan(values[rows])]
+    total = np.bincount(day_code[rows], weights=values[rows], minlength=num_days).astype(np.float64)
+    count = np.bincount(day_code[rows], minlength=num_days)
+    out: Floats = np.divide(total, count, out=np.full(num_days, np.nan), where=count > 0)
+    return out
+
+
+def _pearson(pairs: Floats, day_code: Numbers, num_days: int) -> Floats:
+    is_valid = ~np.isnan(pairs[:, 0])
+    pairs, day_code = pairs[is_valid], day_code[is_valid]
+    count = np.bincount(day_code, minlength=num_days)
+    safe_count = np.maximum(count, 1)
+
+    def day_sums(values: Floats) -> Floats:
+        sums: Floats = np.bincount(day_code, weights=values, minlength=num_days).astype(np.float64)
+        return sums
+
+    means = [day_sums(pairs[:, k]) / safe_count for k in (0, 1)]
+    dx, dy = (pairs[:, k] - means[k][day_code] for k in (0, 1))
+    squares = [day_sums(d * d) for d in (dx, dy)]
+    is_constant = [
+        s <= safe_count * (_RELATIVE_SPREAD * m) ** 2 for s, m in zip(squares, means, strict=True)
+    ]
+    is_defined = (count > 1) & ~is_constant[0] & ~is_constant[1]
+    scale = np.sqrt(squares[0]) * np.sqrt(squares[1])
+    out = np.divide(day_sums(dx * dy), scale, out=np.full(num_days, np.nan), where=is_defined)
+    correlations: Floats = np.clip(out, -1.0, 1.0)
+    return correlations

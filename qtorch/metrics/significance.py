@@ -13,7 +13,6 @@ import pandas as pd
 from qtorch.core.errors import ArgumentError
 from qtorch.metrics.signal import mean_over_std
 
-_EULER = 0.5772156649015329
 _NORMAL = NormalDist()
 
 
@@ -46,10 +45,9 @@ def paired_test(first: pd.Series, second: pd.Series, lags: int | None = None) ->
     if lags < 0:
         raise ArgumentError(f"lags={lags}: expected 0 or more.")
     lags = max(min(lags, count - 1), 0)
+    mean = float(difference.mean()) if count else math.nan
     if count < 2:
-        mean = float(difference.mean()) if count else math.nan
         return PairedTest(mean, math.nan, math.nan, math.nan, count, lags)
-    mean = float(difference.mean())
     deviations = difference - mean
     total = float(deviations @ deviations)
     for lag in range(1, lags + 1):
@@ -59,7 +57,7 @@ def paired_test(first: pd.Series, second: pd.Series, lags: int | None = None) ->
     if error <= 1e-15 * abs(mean) or error == 0:
         return PairedTest(mean, error, math.nan, math.nan, count, lags)
     ratio = mean / error
-    return PairedTest(mean, error, ratio, 2 * NormalDist().cdf(-abs(ratio)), count, lags)
+    return PairedTest(mean, error, ratio, 2 * _NORMAL.cdf(-abs(ratio)), count, lags)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -118,7 +116,7 @@ def expected_best_sharpe(tries: int, variance: float) -> float:
         return 0.0
     first = _NORMAL.inv_cdf(1 - 1 / tries)
     second = _NORMAL.inv_cdf(1 - 1 / (tries * math.e))
-    return math.sqrt(variance) * ((1 - _EULER) * first + _EULER * second)
+    return math.sqrt(variance) * ((1 - np.euler_gamma) * first + np.euler_gamma * second)
 
 
 def deflated_sharpe(
@@ -133,9 +131,9 @@ def deflated_sharpe(
     values = returns.dropna().to_numpy(dtype=np.float64)
     count, sharpe = len(values), mean_over_std(pd.Series(values))
     known_sharpes = [s for s in sharpes if not math.isnan(s)]
-    variance = (
-        float(np.var(known_sharpes, ddof=1)) if len(known_sharpes) > 1 else 1 / max(count - 1, 1)
-    )
+    variance = 1 / max(count - 1, 1)
+    if len(known_sharpes) > 1:
+        variance = float(np.var(known_sharpes, ddof=1))
     best = expected_best_sharpe(tries, variance)
     moments = _moments(values) if count > 1 else (0.0, 3.0)
     probability = probabilistic_sharpe(sharpe, count, *moments, threshold=best)

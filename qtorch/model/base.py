@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
 from qtorch.core.configured import Configured
+from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import Serializable
 from qtorch.core.trust import trust_subclasses
 
@@ -27,6 +28,16 @@ class BaseModel(Serializable, Configured, ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.predict(*args, **kwargs)
+
+    @classmethod
+    def _from_stored_config(cls, config: Any) -> Self:
+        """Build the unfitted model of a saved state; names in it must pass the trust rule."""
+        model = init_instance_by_config(config, check_trust=True)
+        if not isinstance(model, cls):
+            raise TypeError(
+                f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."
+            )
+        return model
 
 
 class Model(BaseModel):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, DataError, LoadObjectError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, LoadObjectError, check_name, join_names
 from qtorch.core.serial import State
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.input_schema import InputSchema
@@ -63,7 +63,6 @@ class FineTuning:
     lora: Mapping[str, Any] | None = None
     keep_optimizer: bool = False
     statistics: str | None = None
-    description: dict[str, Any] = field(init=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
@@ -72,11 +71,10 @@ class FineTuning:
             raise ConfigError(
                 f"unfreeze_every is {self.unfreeze_every}; expected at least 1 epoch."
             )
-        if self.statistics is not None and self.statistics not in STATISTICS:
-            raise ConfigError(unknown_name_message("statistics", str(self.statistics), STATISTICS))
+        if self.statistics is not None:
+            check_name("statistics", self.statistics, STATISTICS)
         for name in self.lora or {}:
-            if name not in LORA_OPTIONS:
-                raise ConfigError(unknown_name_message("option of lora", str(name), LORA_OPTIONS))
+            check_name("option of lora", name, LORA_OPTIONS)
         is_partial = self.lora is not None or self.train != "all" or bool(self.frozen)
         if self.lora is not None and (self.train != "all" or self.unfreeze_every or self.frozen):
             raise ConfigError(
@@ -87,12 +85,16 @@ class FineTuning:
                 "keep_optimizer only works when all weights are trained at one rate: "
                 "remove keep_optimizer, or lora, train, frozen and layer_decay."
             )
-        options = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.init}
-        defaults = {k for k, (value, default) in options.items() if value in (default, [])}
-        description = {
-            k: value for k, (value, _) in options.items() if k not in defaults or k == "train"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """`train` and the options that are set, for the fit report and the identity of a fit."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {
+            name: value
+            for name, (value, default) in values.items()
+            if name == "train" or value not in (default, [])
         }
-        self.description.update(description)
 
     # -- before and after ----------------------------------------------------------------------
 
@@ -116,14 +118,18 @@ class FineTuning:
             return None
         if state is None:
             raise ConfigError("keep_optimizer: this model was saved without optimizer state.")
-        num_tensors = sum(len(group["params"]) for group in state["param_groups"])
         kind = type(network).__name__
-        if options := _partial_options(report.get("tuning") or {}):
+        # Options that gave the earlier optimizer a subset or groups of the parameters.
+        defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
+        tuning = report.get("tuning") or {}
+        if options := [k for k, v in defaults.items() if tuning.get(k, v) != v]:
             raise ConfigError(
                 f"keep_optimizer: this {kind} was last trained with {', '.join(options)}, so its "
                 "optimizer state does not match this training: remove keep_optimizer."
             )
-        if num_tensors > (num_parameters := len(list(network.parameters()))):
+        num_tensors = sum(len(group["params"]) for group in state["param_groups"])
+        num_parameters = len(list(network.parameters()))
+        if num_tensors > num_parameters:
             raise ConfigError(
                 f"keep_optimizer: the optimizer of this {kind} has updated {num_tensors} tensors, "
                 f"but only {num_parameters} belong to the network. The others (a decoder, an "
@@ -137,7 +143,7 @@ class FineTuning:
             for norm in _batch_norms(network):
                 norm.reset_running_stats()
         if self.lora is not None:
-            options = {"trained": [f"{n}" for n in layer_groups(network)[-1]], **self.lora}
+            options = {"trained": layer_groups(network)[-1], **self.lora}
             try:
                 return LoRA(network, **options)
             except ValueError as error:
@@ -171,30 +177,20 @@ class FineTuning:
         """Return an optimizer factory with a rate for each layer, if `layer_decay` is set."""
         if self.layer_decay == 1:
             return factory
-        layers = layer_groups(network)
-        network_parameters = dict(network.named_parameters())
+        own = dict(network.named_parameters())
+        layers = [[own[name] for name in names] for names in reversed(layer_groups(network))]
 
         def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
-            parameter_list = list(parameters)
-            trainable_ids = {id(p) for p in parameter_list}
-            network_ids = {id(p) for p in network_parameters.values()}
-            groups, rate_factors = [], []
-            for depth, names in enumerate(reversed(layers)):
-                layer_parameters = [
-                    network_parameters[n]
-                    for n in names
-                    if id(network_parameters[n]) in trainable_ids
-                ]
-                if layer_parameters:
-                    groups.append({"params": layer_parameters})
-                    rate_factors.append(self.layer_decay**depth)
+            remaining = {id(p): p for p in parameters}
+            groups: list[Any] = []
+            for depth, layer in enumerate(layers):
+                trainable = [remaining.pop(id(p)) for p in layer if id(p) in remaining]
+                groups.append({"params": trainable, "rate_factor": self.layer_decay**depth})
             # Auxiliary parameters of the training module are not part of any layer.
-            if other_parameters := [p for p in parameter_list if id(p) not in network_ids]:
-                groups.append({"params": other_parameters})
-                rate_factors.append(1.0)
-            optimizer = factory(groups)  # type: ignore[arg-type]  # parameter groups
-            for group, rate_factor in zip(optimizer.param_groups, rate_factors, strict=True):
-                group["lr"] = group["lr"] * rate_factor
+            groups.append({"params": list(remaining.values()), "rate_factor": 1.0})
+            optimizer = factory([group for group in groups if group["params"]])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * group.pop("rate_factor")
             return optimizer
 
         return build
@@ -203,9 +199,8 @@ class FineTuning:
         """Return the callbacks that act during training."""
         active: list[pl.Callback] = []
         if self.unfreeze_every is not None:
-            active.append(
-                GradualUnfreezing(network, self._trainable_names(network), self.unfreeze_every)
-            )
+            names = self._trainable_names(network)
+            active.append(GradualUnfreezing(network, names, self.unfreeze_every))
         if self.statistics == "keep":
             active.append(FrozenBatchNorms())
         return active
@@ -240,12 +235,6 @@ class FrozenBatchNorms(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for norm in _batch_norms(pl_module):
             norm.eval()
-
-
-def _partial_options(tuning: Mapping[str, Any]) -> list[str]:
-    """Return the options that gave an earlier optimizer a subset or groups of the parameters."""
-    defaults = {"train": "all", "frozen": (), "layer_decay": 1.0, "lora": None}
-    return [name for name in defaults if tuning.get(name, defaults[name]) != defaults[name]]
 
 
 def _batch_norms(network: nn.Module) -> list[Any]:
@@ -326,11 +315,9 @@ class InitialWeights:
         Windows may have another length, as far as the weights allow it. Raises DataError, which
         lists the differences.
         """
-        return (
-            samples
-            if self.input_schema is None
-            else self.input_schema.match_features(samples, any_steps=True)
-        )
+        if self.input_schema is None:
+            return samples
+        return self.input_schema.match_features(samples, any_steps=True)
 
     def apply(self, network: nn.Module) -> nn.Module:
         """Copy the weights whose name and shape match into `network`, and return it."""
@@ -338,15 +325,15 @@ class InitialWeights:
             self.copied_names = copy_shared_weights(network, self.network)
         except ConfigError as error:
             raise ConfigError(f"init_from={self.source!r}: {error}") from error
-        other_modules = sorted(
-            {n.partition(".")[0] for n in network.state_dict()}
-            - _top_level_names(self.copied_names)
+        all_modules, copied_modules = (
+            {name.partition(".")[0] for name in names}
+            for names in (network.state_dict(), self.copied_names)
         )
         log.info(
             "copied %d weights from %s; newly initialized: %s",
             len(self.copied_names),
             self.source,
-            other_modules or "none",
+            sorted(all_modules - copied_modules) or "none",
         )
         return network
 
@@ -376,13 +363,10 @@ def copy_shared_weights(network: nn.Module, earlier: nn.Module) -> list[str]:
     errors = [n for n in mismatches if n not in heads]
     names = f"a {type(network).__name__} and the run's {type(earlier).__name__}"
     if errors:
-        shapes = ", ".join(
-            f"{n} {list(own[n].shape)} and {list(weights[n].shape)}" for n in errors[:6]
-        )
-        suffix = f", ... ({len(errors)} in all)" if len(errors) > 6 else ""
+        shapes = [f"{n} {list(own[n].shape)} and {list(weights[n].shape)}" for n in errors]
         raise ConfigError(
-            f"{names} differ in the shapes of {shapes}{suffix}. Give both the same hidden_size, "
-            "base_model and features."
+            f"{names} differ in the shapes of {join_names(shapes, 6)}. Give both the same "
+            "hidden_size, base_model and features."
         )
     if not set(shared_names) - heads:
         raise ConfigError(
@@ -394,12 +378,7 @@ def copy_shared_weights(network: nn.Module, earlier: nn.Module) -> list[str]:
 
 
 def _format_shapes(weights: Mapping[str, Tensor]) -> str:
-    text = ", ".join(f"{n} {list(w.shape)}" for n, w in list(weights.items())[:6])
-    return text + (f", ... ({len(weights)} in all)" if len(weights) > 6 else "")
-
-
-def _top_level_names(names: Iterable[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
+    return join_names([f"{n} {list(w.shape)}" for n, w in weights.items()], 6)
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -407,9 +386,8 @@ def weights_digest(network: nn.Module) -> str:
     sha256 = hashlib.sha256()
     for name, value in network.state_dict().items():
         sha256.update(name.encode())
-        sha256.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        flat = value.detach().cpu().contiguous().view(-1)
+        sha256.update(flat.view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()[:32]
 
 
@@ -431,8 +409,7 @@ def apply_statistics(dataset: Any, model_statistics: State | None, mode: str | N
     """
     if mode is None or mode == "refit":
         return
-    if mode not in STATISTICS:
-        raise ConfigError(unknown_name_message("statistics", mode, STATISTICS))
+    check_name("statistics", mode, STATISTICS)
     handler: Any = getattr(dataset, "handler", None)
     if model_statistics is None or not callable(getattr(handler, "load_fitted_state", None)):
         owner = "the model" if model_statistics is None else "the dataset"
@@ -456,10 +433,8 @@ def interpolate_statistics(old: State, new: State) -> State:
         raise ConfigError("statistics='adapt': the dataset's processors differ from the model's.")
     tensors = {}
     for name, old_value in old.tensors.items():
-        processor_index = int(name.split(".")[1])  # processors.K.NAME
-        column_order = _column_order(
-            old.config["processors"][processor_index], new.config["processors"][processor_index]
-        )
+        index = int(name.split(".")[1])  # processors.K.NAME
+        column_order = _column_order(*(s.config["processors"][index] for s in (old, new)))
         new_value = new.tensors[name].to(old_value)
         new_value = new_value if column_order is None else new_value[column_order]
         if new_value.shape != old_value.shape:

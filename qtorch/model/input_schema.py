@@ -1,14 +1,14 @@
-"""What a model expects of its samples: features by name, window length, labels, instruments."""
+"""Samples for training, and what a model expects of them: features by name, steps, labels."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import DataError, join_names
 from qtorch.core.trust import trust_subclasses
+from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -62,28 +62,32 @@ class InputSchema:
         missing = [n for n in self.feature_names if n not in set(samples.feature_names)]
         extra = [n for n in samples.feature_names if n not in set(self.feature_names)]
         if missing:
-            differences.append(f"missing features: {_join_names(missing)}")
+            differences.append(f"missing features: {join_names(missing)}")
         if extra:
-            differences.append(f"additional features: {_join_names(extra)}")
+            differences.append(f"additional features: {join_names(extra)}")
         if samples.num_steps != self.num_steps and not any_steps:
             differences.append(
                 f"windows of {samples.num_steps} steps, but the model was trained on "
                 f"{self.num_steps} (dataset.step_len)"
             )
-        if (
-            not differences
-            and samples.feature_names != self.feature_names
-            and not samples.can_reorder_features
-        ):
-            order_changes = [
-                f"{actual_name} instead of {expected_name}"
-                for expected_name, actual_name in zip(
-                    self.feature_names, samples.feature_names, strict=True
-                )
-                if expected_name != actual_name
-            ]
-            differences.append(f"another order of features: {_join_names(order_changes)}")
+        if not differences and not samples.can_reorder_features:
+            pairs = zip(self.feature_names, samples.feature_names, strict=True)
+            changes = [f"{actual} instead of {name}" for name, actual in pairs if actual != name]
+            if changes:
+                differences.append(f"another order of features: {join_names(changes)}")
         return differences
+
+
+def has_valid_segment(dataset: Any) -> bool:
+    """Whether a dataset has a segment "valid"; one that names no segments is expected to."""
+    return "valid" in getattr(dataset, "segments", ("valid",))
+
+
+def load_training_samples(dataset: Any, segment: str, reweighter: Any) -> Samples:
+    """Return a segment's samples for training, with the weights of the reweighter, if any."""
+    if callable(getattr(reweighter, "bind", None)):
+        reweighter.bind(dataset)
+    return get_samples(dataset, segment, data_key="learn").apply_reweighter(reweighter)
 
 
 def check_labels(train: Samples, valid: Samples | None) -> None:
@@ -121,8 +125,3 @@ def check_cross_section(
                 f"segment {name!r} has only one instrument: use a universe of several instruments, "
                 "or set monitor=loss and day_label=null."
             )
-
-
-def _join_names(names: Sequence[str]) -> str:
-    text = ", ".join(names[:8])
-    return text + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

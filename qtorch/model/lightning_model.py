@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, NotFittedError, unknown_name_message
-from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.errors import NotFittedError, check_name
 from qtorch.core.names import import_path
-from qtorch.core.runtime import resolve_device
 from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.core.trust import check_name_trust
@@ -33,10 +31,16 @@ from qtorch.model.finetune import (
     weights_digest,
 )
 from qtorch.model.fit import FitResult, Recipe, fit_network
-from qtorch.model.input_schema import InputSchema, check_cross_section, check_labels
+from qtorch.model.input_schema import (
+    InputSchema,
+    check_cross_section,
+    check_labels,
+    has_valid_segment,
+    load_training_samples,
+)
 from qtorch.model.loop.factories import build_loss, with_learning_rate
 from qtorch.model.loop.module import get_module_class
-from qtorch.model.loop.options import build_early_stopping, device_name, trainer_options
+from qtorch.model.loop.options import build_early_stopping, trainer_device, trainer_options
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import build_network, complete_network_config, network_config
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
@@ -174,7 +178,36 @@ class LightningModel(ModelFT):
         learn from, and ConfigError for invalid settings (such as an `init_from` whose run does not
         exist or has no matching weight; the message lists the shapes).
         """
-        self._train(dataset, reweighter, recorder, resume, self._build_recipe())
+        recipe = self._build_recipe()
+        device = trainer_device(recipe.trainer)
+        run = current_recorder() if recorder is None else recorder
+        initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
+        train, valid = self._load_samples(dataset, reweighter, recipe, initial)
+        loss, num_outputs = build_loss(self.loss), None
+        if isinstance(loss, BaseLoss):
+            num_outputs = loss.num_outputs(len(train.label_names))
+        config = complete_network_config(self.network, train, num_outputs)
+
+        def make_network() -> nn.Module:
+            network = build_network(config)
+            return network if initial is None else initial.apply(network)
+
+        self.network_config_ = None
+        result = fit_network(
+            make_network,
+            train,
+            valid,
+            recipe,
+            device=device,
+            recorder=run,
+            resume=resume,
+            start="fresh" if initial is None else initial.digest,
+        )
+        self.network_config_ = config if isinstance(config, dict) else None
+        self.input_schema_ = InputSchema.from_samples(train)
+        if initial is not None:
+            result.report["init_from"] = initial.description
+        self._store_result(result, recipe, dataset)
 
     def finetune(
         self,
@@ -236,86 +269,46 @@ class LightningModel(ModelFT):
         run = current_recorder() if recorder is None else recorder
         if run is not None and self._source_recorder is not None:
             tag_lineage(run, self._source_recorder)
-        self._train(dataset, reweighter, run, resume, recipe, network, tuning, state)
-
-    def _train(
-        self,
-        dataset: Any,
-        reweighter: Any,
-        recorder: Recorder | None,
-        resume: str | Path | None,
-        recipe: Recipe,
-        fitted_network: nn.Module | None = None,
-        tuning: FineTuning | None = None,
-        optimizer_state: dict[str, Any] | None = None,
-    ) -> None:
-        device = resolve_device(device_name(recipe.trainer))
-        run = current_recorder() if recorder is None else recorder
-        initial = None
-        if fitted_network is None and self.init_from is not None:
-            initial = InitialWeights.load(self.init_from, run)
-        train, valid = self._load_training_samples(dataset, reweighter, recipe)
-        source = initial if fitted_network is None else self.input_schema_
-        if source is not None:
-            train = source.match_features(train)
-            valid = None if valid is None else source.match_features(valid)
-        if fitted_network is None:
-            spec = self._complete_network_config(train)
-            start = "fresh" if initial is None else initial.digest
-        else:
-            spec, start = fitted_network, weights_digest(fitted_network)
-
-        def make_network() -> nn.Module:
-            return build_network(spec) if initial is None else initial.apply(build_network(spec))
-
-        if fitted_network is None:
-            self.network_config_ = None
+        device = trainer_device(recipe.trainer)
+        samples = self._load_samples(dataset, reweighter, recipe, self.input_schema_)
         result = fit_network(
-            make_network,
-            train,
-            valid,
+            partial(build_network, network),
+            *samples,
             recipe,
             device=device,
             recorder=run,
             resume=resume,
-            start=start,
+            start=weights_digest(network),
             tuning=tuning,
-            optimizer_state=optimizer_state,
+            optimizer_state=state,
         )
-        if fitted_network is None:
-            self.network_config_ = spec if isinstance(spec, dict) else None
-            self.input_schema_ = InputSchema.from_samples(train)
-        if initial is not None:
-            result.report["init_from"] = initial.description
-        self.statistics_ = get_statistics(dataset)
-        self.seed_ = recipe.seed
-        self._store_result(result)
+        self._store_result(result, recipe, dataset)
 
-    def _complete_network_config(self, train: Samples) -> dict[str, Any] | nn.Module:
-        loss, num_outputs = build_loss(self.loss), None
-        if isinstance(loss, BaseLoss):
-            num_outputs = loss.num_outputs(len(train.label_names))
-        return complete_network_config(self.network, train, num_outputs)
-
-    def _load_training_samples(
-        self, dataset: Any, reweighter: Any, recipe: Recipe
+    def _load_samples(
+        self,
+        dataset: Any,
+        reweighter: Any,
+        recipe: Recipe,
+        schema: InputSchema | InitialWeights | None,
     ) -> tuple[Samples, Samples | None]:
-        """Return the samples of "train" and "valid"; raise DataError for unusable ones."""
-        train, valid = self._load_samples(dataset, "train", reweighter), None
-        if "valid" in getattr(dataset, "segments", ("train", "valid")):
-            valid = self._load_samples(dataset, "valid", reweighter)
+        """Return the samples of "train" and "valid" with the features of the earlier weights.
+
+        Raises DataError for samples that cannot be trained on.
+        """
+        train, valid = load_training_samples(dataset, "train", reweighter), None
+        if has_valid_segment(dataset):
+            valid = load_training_samples(dataset, "valid", reweighter)
             check_disjoint_days(dataset, train, valid)
         check_labels(train, valid)
         monitored_metric = build_early_stopping(recipe.early_stop, recipe.monitor)[1]
         check_cross_section(train, valid, monitor=monitored_metric, day_label=recipe.day_label)
+        if schema is not None:
+            train = schema.match_features(train)
+            valid = None if valid is None else schema.match_features(valid)
         return train, valid
 
-    def _load_samples(self, dataset: Any, segment: str, reweighter: Any) -> Samples:
-        if callable(getattr(reweighter, "bind", None)):
-            reweighter.bind(dataset)
-        return get_samples(dataset, segment, data_key="learn").apply_reweighter(reweighter)
-
-    def _store_result(self, result: FitResult) -> None:
+    def _store_result(self, result: FitResult, recipe: Recipe, dataset: Any) -> None:
+        self.statistics_, self.seed_ = get_statistics(dataset), recipe.seed
         self.network_ = result.network.eval()
         self.optimizer_state_ = result.optimizer_state
         self.fit_report_ = result.report
@@ -364,7 +357,7 @@ class LightningModel(ModelFT):
         samples = get_samples(dataset, segment, data_key="infer")
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
-        device = resolve_device(device_name(trainer_options(self.trainer, ())))
+        device = trainer_device(trainer_options(self.trainer, ()))
         samples = get_module_class(self.module).prepare_prediction(
             network, samples.to(device), partial(self._load_labeled_samples, dataset)
         )
@@ -415,8 +408,8 @@ class LightningModel(ModelFT):
             "fit_report": replace_nonfinite(self.fit_report_),
         }
         tensors = {k: v.detach().cpu().clone() for k, v in self.network_.state_dict().items()}
-        for name, tensor in ({} if statistics is None else statistics.tensors).items():
-            tensors[STATISTICS_PREFIX + name] = tensor
+        if statistics is not None:
+            tensors |= {STATISTICS_PREFIX + k: v for k, v in statistics.tensors.items()}
         if self.optimizer_state_ is not None:
             state["fitted"]["optimizer"] = extract_tensors(
                 self.optimizer_state_, OPTIMIZER_PREFIX, tensors
@@ -431,11 +424,7 @@ class LightningModel(ModelFT):
         for name in (config.get("loss"), config.get("module")):
             if isinstance(name, str):
                 check_name_trust(name)
-        model = init_instance_by_config(config, check_trust=True)
-        if not isinstance(model, cls):
-            raise TypeError(
-                f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."
-            )
+        model = cls._from_stored_config(config)
         if state.config["fitted"] is not None:
             model._load_fitted_state(state.config["fitted"], state.tensors)
         return model
@@ -468,6 +457,5 @@ def _merge_options(
     argument: str, options: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     for name in options or {}:
-        if name not in defaults:
-            raise ConfigError(unknown_name_message(f"option of {argument}", name, defaults))
+        check_name(f"option of {argument}", name, defaults)
     return {**defaults, **(options or {})}

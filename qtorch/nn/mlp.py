@@ -13,20 +13,6 @@ from qtorch.nn.network import Network
 ACTIVATIONS = ("LeakyReLU", "SiLU")
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that normalizes a training batch of one sample with the running statistics.
-
-    torch raises an error for it, but the last batch of an epoch may have a single sample.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and len(input) == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(input)
-
-
 class MLP(Network):
     """Dropout, then a linear layer, batch normalization and activation for each of `layers`.
 
@@ -63,3 +49,17 @@ class MLP(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, F * T]` to scores `[B]` or `[B, Q]`."""
         return self.scores(self.layers(x))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that normalizes a training batch of one sample with the running statistics.
+
+    torch raises an error for it, but the last batch of an epoch may have a single sample.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and len(input) == 1:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)

@@ -38,13 +38,9 @@ class Network(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self: Self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         # nn.Module.__setattr__ cannot be used, because it requires __init__ to have run.
-        bound_arguments = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        names = list(bound_arguments.signature.parameters)[1:]
-        arguments = {
-            n: bound_arguments.arguments[n] for n in names if n in bound_arguments.arguments
-        }
-        self.__dict__["arguments"] = arguments
+        self.__dict__["arguments"] = dict(list(bound.arguments.items())[1:])  # without self
         return self
 
     def __init__(self, num_outputs: int = 1) -> None:

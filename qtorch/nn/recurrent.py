@@ -13,6 +13,9 @@ from qtorch.nn.network import Network
 from qtorch.nn.stacked import is_stacked
 
 LSTMState = tuple[Tensor, Tensor]
+# From the inputs and the state of one step, both multiplied by their weights, and the state itself
+# to the new state, whose first tensor is the hidden one.
+Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 class LSTMLayers(nn.LSTM):
@@ -34,34 +37,14 @@ class LSTMLayers(nn.LSTM):
         self, x: Tensor, hx: LSTMState | None = None
     ) -> tuple[Tensor, LSTMState]:
         if is_stacked():
-            return self._run_steps(x, hx)
+            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+            states, (h, c) = _run_layers(self, _lstm_step, x, hx or (zeros, zeros))
+            return states, (h, c)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # oneDNN has no half-precision LSTM for many CPUs, and raises an error there.
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float(), hx)
         return super().forward(x, hx)
-
-    def _run_steps(self, x: Tensor, hx: LSTMState | None) -> tuple[Tensor, LSTMState]:
-        if hx is None:
-            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
-            hx = (zeros, zeros)
-        c0 = hx[1]
-
-        def cell(k: int) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-            state_weights = _layer_weights(self, k)[1]
-
-            def step(inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                gates = inputs + F.linear(state[0], *state_weights)
-                i, f, g, o = gates.chunk(4, -1)
-                c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-                return torch.sigmoid(o) * torch.tanh(c), c
-
-            return step
-
-        states, last = _run_layers(
-            self, x, cell, [(hx[0][k], c0[k]) for k in range(self.num_layers)]
-        )
-        return states, (torch.stack([s[0] for s in last]), torch.stack([s[1] for s in last]))
 
 
 class GRULayers(nn.GRU):
@@ -80,22 +63,8 @@ class GRULayers(nn.GRU):
             return super().forward(x, hx)
         if hx is None:
             hx = x.new_zeros(self.num_layers, len(x), self.hidden_size)
-
-        def cell(k: int) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-            state_weights = _layer_weights(self, k)[1]
-
-            def step(inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                (h,) = state
-                r, z, n = inputs.chunk(3, -1)
-                hr, hz, hn = F.linear(h, *state_weights).chunk(3, -1)
-                r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
-                n = torch.tanh(n + r * hn)
-                return (n + z * (h - n),)
-
-            return step
-
-        states, last = _run_layers(self, x, cell, [(hx[k],) for k in range(self.num_layers)])
-        return states, torch.stack([s[0] for s in last])
+        states, (h,) = _run_layers(self, _gru_step, x, (hx,))
+        return states, h
 
 
 RNNS: dict[str, type[LSTMLayers] | type[GRULayers]] = {"LSTM": LSTMLayers, "GRU": GRULayers}
@@ -110,37 +79,44 @@ def recurrent_layers(
     return RNNS[kind.upper()](input_size, hidden_size, num_layers, dropout)
 
 
-def _layer_weights(
-    layers: nn.RNNBase, k: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return `(weight, bias)` of layer k for the input, and those for the hidden state."""
-    input_weights = getattr(layers, f"weight_ih_l{k}"), getattr(layers, f"bias_ih_l{k}")
-    state_weights = getattr(layers, f"weight_hh_l{k}"), getattr(layers, f"bias_hh_l{k}")
-    return input_weights, state_weights
+def _lstm_step(inputs: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> LSTMState:
+    i, f, g, o = (inputs + recurrent).chunk(4, -1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru_step(inputs: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor]:
+    r, z, n = inputs.chunk(3, -1)
+    hr, hz, hn = recurrent.chunk(3, -1)
+    r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
+    n = torch.tanh(n + r * hn)
+    return (n + z * (state[0] - n),)
 
 
 def _run_layers(
-    layers: nn.RNNBase,
-    x: Tensor,
-    cell: Callable[[int], Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]],
-    states: list[tuple[Tensor, ...]],
-) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """Run the layers one after another, each over all steps.
+    layers: nn.RNNBase, step: Step, x: Tensor, initial: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run the layers one after another, each over all steps; `initial` are states `[L, B, H]`.
 
-    The product of inputs and input weights is computed for all steps at once.
+    Returns the states `[B, T, H]` of the last layer, and the last states of all layers.
     """
     last_states = []
-    for k, state in enumerate(states):
-        step, inputs = cell(k), F.linear(x, *_layer_weights(layers, k)[0])  # [B, T, gates * H]
+    for k in range(layers.num_layers):
+        input_weights, state_weights = (
+            (getattr(layers, f"weight_{part}_l{k}"), getattr(layers, f"bias_{part}_l{k}"))
+            for part in ("ih", "hh")
+        )
+        state = tuple(part[k] for part in initial)
+        inputs = F.linear(x, *input_weights)  # of all steps at once, [B, T, gates * H]
         outputs = []
         for t in range(x.shape[1]):
-            state = step(inputs[:, t], state)
+            state = step(inputs[:, t], F.linear(state[0], *state_weights), state)
             outputs.append(state[0])
         x = torch.stack(outputs, 1)  # [B, T, H]
         last_states.append(state)
-        if k + 1 < len(states) and layers.dropout:
+        if k + 1 < layers.num_layers and layers.dropout:
             x = F.dropout(x, layers.dropout, layers.training)
-    return x, last_states
+    return x, tuple(torch.stack(parts) for parts in zip(*last_states, strict=True))
 
 
 class LastState(Network, ABC):

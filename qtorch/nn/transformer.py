@@ -10,6 +10,41 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 
 
+class Transformer(Network):
+    """Transformer encoder over the window and a linear head on the newest step.
+
+    Vaswani et al., "Attention Is All You Need", 2017. Corresponds to Qlib's
+    pytorch_transformer.py and pytorch_transformer_ts.py, with the same layer names. Differences:
+    `num_outputs`; `dim_feedforward` can be set (Qlib uses torch's default of 2048); the positional
+    encoding is not in the state dict; Qlib's state dict also contains the unused template of its
+    encoder layers.
+    """
+
+    def __init__(
+        self,
+        d_feat: int = 20,
+        d_model: int = 64,
+        nhead: int = 2,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        dim_feedforward: int = 2048,
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__(num_outputs)
+        self.feature_layer = nn.Linear(d_feat, d_model)
+        self.pos_encoder = PositionalEncoding(d_model)
+        self.transformer_encoder = encoder(
+            d_model, nhead, num_layers, dim_feedforward, dropout, activation="relu"
+        )
+        self.decoder_layer = nn.Linear(d_model, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
+        steps = self.pos_encoder(self.feature_layer(x))  # [B, T, H]
+        steps = self.transformer_encoder(steps)
+        return self.scores(self.decoder_layer(steps[:, -1]))
+
+
 class PositionalEncoding(nn.Module):
     """Adds the sine and cosine of each step's position to `x [B, T, H]`.
 
@@ -35,61 +70,26 @@ class PositionalEncoding(nn.Module):
         return x + self.table[:steps]
 
 
-class Transformer(Network):
-    """Transformer encoder over the window and a linear head on the newest step.
-
-    Vaswani et al., "Attention Is All You Need", 2017. Corresponds to Qlib's
-    pytorch_transformer.py and pytorch_transformer_ts.py, with the same layer names. Differences:
-    `num_outputs`; `dim_feedforward` can be set (Qlib uses torch's default of 2048); the positional
-    encoding is not in the state dict; Qlib's state dict also contains the unused template of its
-    encoder layers.
-    """
-
-    def __init__(
-        self,
-        d_feat: int = 20,
-        d_model: int = 64,
-        nhead: int = 2,
-        num_layers: int = 2,
-        dropout: float = 0.0,
-        dim_feedforward: int = 2048,
-        num_outputs: int = 1,
-    ) -> None:
-        super().__init__(num_outputs)
-        if d_model % nhead:
-            raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")
-        self.feature_layer = nn.Linear(d_feat, d_model)
-        self.pos_encoder = PositionalEncoding(d_model)
-        layer = nn.TransformerEncoderLayer(
-            d_model, nhead, dim_feedforward=dim_feedforward, dropout=dropout, batch_first=True
-        )
-        self.transformer_encoder = nn.TransformerEncoder(
-            layer, num_layers, enable_nested_tensor=False
-        )
-        self.decoder_layer = nn.Linear(d_model, num_outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
-        steps = self.pos_encoder(self.feature_layer(x))  # [B, T, H]
-        steps = self.transformer_encoder(steps)
-        return self.scores(self.decoder_layer(steps[:, -1]))
-
-
 def encoder(
-    d_model: int, nhead: int, num_layers: int, dim_feedforward: int, dropout: float
+    d_model: int,
+    nhead: int,
+    num_layers: int,
+    dim_feedforward: int,
+    dropout: float,
+    activation: str = "gelu",
 ) -> nn.TransformerEncoder:
-    """Return encoder layers with GELU for `[B, tokens, d_model]`, batch first.
+    """Return encoder layers for `[B, tokens, d_model]`, batch first.
 
     Raises ValueError if `d_model` is not a multiple of `nhead`.
     """
-    if d_model % nhead:
-        raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")
+    check_heads(d_model, nhead)
     layer = nn.TransformerEncoderLayer(
-        d_model,
-        nhead,
-        dim_feedforward=dim_feedforward,
-        dropout=dropout,
-        activation="gelu",
-        batch_first=True,
+        d_model, nhead, dim_feedforward, dropout, activation, batch_first=True
     )
     return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+
+
+def check_heads(d_model: int, nhead: int) -> None:
+    """Raise ValueError if attention cannot split `d_model` channels into `nhead` heads."""
+    if d_model % nhead:
+        raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")

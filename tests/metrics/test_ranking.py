@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,13 +29,26 @@ def valid_samples(score: Tensor, target: Tensor, mask: Tensor, day: int) -> tupl
     return score[day][keep], target[day][keep]
 
 
+def assert_is_mean_over_days(
+    loss: DayLoss,
+    days: tuple[Tensor, Tensor, Tensor],
+    day_loss: Callable[[Tensor, Tensor], float],
+    **tolerance: float,
+) -> None:
+    """Assert that a loss is the mean of `day_loss(score, target)` over each day's valid samples."""
+    score, target, mask = days
+    expected = np.mean([day_loss(*valid_samples(*days, k)) for k in range(len(score))])
+    assert loss(score, target, mask=mask).item() == pytest.approx(expected, **tolerance)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    return np.corrcoef(first.argsort().argsort(), second.argsort().argsort())[0, 1]
+
+
 def test_ic_loss_is_the_negative_mean_pearson() -> None:
-    score, target, mask = random_days()
-    expected = [
-        np.corrcoef(*(t.numpy() for t in valid_samples(score, target, mask, k)))[0, 1]
-        for k in range(4)
-    ]
-    assert IC()(score, target, mask=mask).item() == pytest.approx(-np.mean(expected), abs=1e-6)
+    assert_is_mean_over_days(
+        IC(), random_days(), lambda s, t: -np.corrcoef(s.numpy(), t.numpy())[0, 1], abs=1e-6
+    )
 
 
 def test_weighted_ic_loss_by_hand() -> None:
@@ -47,49 +61,33 @@ def test_weighted_ic_loss_by_hand() -> None:
 
 
 def test_rank_ic_at_low_temperature_is_spearman() -> None:
-    score, target, mask = random_days(3, 12, seed=1)
-    expected = []
-    for k in range(3):
-        s, t = valid_samples(score, target, mask, k)
-        expected.append(np.corrcoef(s.argsort().argsort(), t.argsort().argsort())[0, 1])
-    loss_value = RankIC(temperature=1e-4)(score, target, mask=mask).item()
-    assert loss_value == pytest.approx(-np.mean(expected), abs=1e-4)
+    days = random_days(3, 12, seed=1)
+    loss = RankIC(temperature=1e-4)
+    assert_is_mean_over_days(loss, days, lambda s, t: -rank_correlation(s, t), abs=1e-4)
 
 
 def test_pairwise_loss_by_hand() -> None:
-    score, target, mask = random_days(2, 6, seed=3)
-    expected = []
-    for k in range(2):
-        s, t = valid_samples(score, target, mask, k)
+    def day_loss(s: Tensor, t: Tensor) -> float:
         pairs = [(i, j) for i, j in itertools.permutations(range(len(s)), 2) if t[i] > t[j]]
-        expected.append(np.mean([math.log1p(math.exp(-(s[i] - s[j]))) for i, j in pairs]))
-    loss_value = Pairwise()(score, target, mask=mask).item()
-    assert loss_value == pytest.approx(np.mean(expected), rel=1e-5)
+        return np.mean([math.log1p(math.exp(-(s[i] - s[j]))) for i, j in pairs])
+
+    assert_is_mean_over_days(Pairwise(), random_days(2, 6, seed=3), day_loss, rel=1e-5)
 
 
 def test_listmle_is_the_likelihood_of_the_label_order() -> None:
-    score, target, mask = random_days(2, 5, seed=4)
-    expected = []
-    for k in range(2):
-        s, t = valid_samples(score, target, mask, k)
-        remaining, total = s[t.argsort(descending=True)].tolist(), 0.0
-        count = len(remaining)
-        while remaining:
-            total -= math.log(math.exp(remaining[0]) / sum(math.exp(v) for v in remaining))
-            remaining.pop(0)
-        expected.append(total / count)
-    loss_value = ListMLE()(score, target, mask=mask).item()
-    assert loss_value == pytest.approx(np.mean(expected), rel=1e-5)
+    def day_loss(s: Tensor, t: Tensor) -> float:
+        weights = s[t.argsort(descending=True)].exp().tolist()
+        shares = [weight / sum(weights[k:]) for k, weight in enumerate(weights)]
+        return -np.mean(np.log(shares))
+
+    assert_is_mean_over_days(ListMLE(), random_days(2, 5, seed=4), day_loss, rel=1e-5)
 
 
 def test_listnet_is_the_top_one_cross_entropy() -> None:
-    score, target, mask = random_days(2, 5, seed=5)
-    expected = []
-    for k in range(2):
-        s, t = valid_samples(score, target, mask, k)
-        expected.append(-(t.softmax(0) * s.log_softmax(0)).sum().item())
-    loss_value = ListNet()(score, target, mask=mask).item()
-    assert loss_value == pytest.approx(np.mean(expected), rel=1e-5)
+    def day_loss(s: Tensor, t: Tensor) -> float:
+        return -(t.softmax(0) * s.log_softmax(0)).sum().item()
+
+    assert_is_mean_over_days(ListNet(), random_days(2, 5, seed=5), day_loss, rel=1e-5)
 
 
 @for_each_loss
@@ -117,9 +115,7 @@ def test_minimising_the_loss_sorts_the_samples(loss: DayLoss) -> None:
         loss(score, target, mask=mask).backward()
         optimizer.step()
     for k in range(2):
-        s, t = valid_samples(score.detach(), target, mask, k)
-        rank_ic = np.corrcoef(s.argsort().argsort(), t.argsort().argsort())[0, 1]
-        assert rank_ic > 0.9
+        assert rank_correlation(*valid_samples(score.detach(), target, mask, k)) > 0.9
 
 
 @for_each_loss

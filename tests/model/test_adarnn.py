@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_own_steps import METHODS, make_method_model
+from test_own_steps import METHODS, fit_method_model, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
@@ -73,7 +73,7 @@ def test_importance_is_learned_and_then_boosted(dataset: ToyDataset, monkeypatch
 
     monkeypatch.setattr(ADARNNModule, "on_train_epoch_start", record_state)
     module = {"pre_epoch": 1, "loss_type": "mmd"}
-    make_method_model("ADARNN", module=module, trainer={"max_epochs": 5}).fit(dataset)
+    make_method_model("ADARNN", module=module, epochs=5).fit(dataset)
     gate_sums, *_, importance = epochs[1]
     torch.testing.assert_close(importance, gate_sums / gate_sums.sum(-1, keepdim=True))
     assert importance.std(-1).min() > 0
@@ -92,10 +92,7 @@ def test_training_reduces_the_distance_between_domains(dataset: ToyDataset) -> N
     distances = []
     for dw in (0.0, 20.0):
         module = {"dw": dw, "loss_type": "mmd", "pre_epoch": 3}
-        model = make_method_model(
-            "ADARNN", module=module, trainer={"max_epochs": 3}, monitor="train_loss"
-        )
-        model.fit(dataset)
+        model = fit_method_model(dataset, "ADARNN", module=module, epochs=3, monitor="train_loss")
         samples = dataset.samples("train", data_key="learn")
         half = len(samples) // 2
         x = samples.batch(torch.arange(2 * half)).x
@@ -137,10 +134,7 @@ def test_gates_learn_at_the_full_rate_with_layer_decay(dataset: ToyDataset) -> N
     recorder = RateRecorder()
     scheduler = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.5}
     network = {"hidden_size": 8, "num_layers": 2}
-    model = make_method_model(
-        "ADARNN", network=network, module={"pre_epoch": 2}, trainer={"max_epochs": 1}
-    )
-    model.fit(dataset)
+    model = fit_method_model(dataset, "ADARNN", network=network, module={"pre_epoch": 2}, epochs=1)
     model.callbacks = [recorder]
     model.finetune(dataset, lr=0.01, layer_decay=0.1, scheduler=scheduler, max_epochs=4)
     # The head, the upper and the lower layer, then the gates; the scheduler scales all of them.

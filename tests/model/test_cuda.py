@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toy_training import ToyDataset, make_model, model_weights, same_weights
+from toy_training import ToyDataset, fit_model, make_model, model_weights, same_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -13,8 +13,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_fit_and_predict_on_gpu(dataset: ToyDataset, precision: str) -> None:
     trainer = {"accelerator": "auto", "precision": precision, "gradient_clip_val": 1.0}
-    model = make_model("LSTM", trainer={**trainer, "max_epochs": 5})
-    model.fit(dataset)
+    model = fit_model(dataset, "LSTM", trainer={**trainer, "max_epochs": 5})
     assert model.fit_report_["device"].startswith("cuda")
     losses = model.evals_result_["train"]["loss"]
     assert losses[-1] < losses[0]
@@ -27,8 +26,7 @@ def test_fit_and_predict_on_gpu(dataset: ToyDataset, precision: str) -> None:
 def test_inner_steps_give_bit_identical_results_on_gpu(dataset: ToyDataset) -> None:
     fits = []
     for inner_steps in (1, 8):
-        model = make_model("MLP", trainer={"accelerator": "auto"}, inner_steps=inner_steps)
-        model.fit(dataset)
+        model = fit_model(dataset, "MLP", trainer={"accelerator": "auto"}, inner_steps=inner_steps)
         fits.append(model)
     assert same_weights(model_weights(fits[0]), model_weights(fits[1]))
     assert fits[0].evals_result_ == fits[1].evals_result_

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_training import ToyDataset, make_model, model_weights, same_weights
+from toy_training import ToyDataset, fit_model, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.extras import Concepts
@@ -52,8 +52,7 @@ class SectorNetwork(Network):
 
 
 def test_day_network_learns_and_scores_each_sample_once(dataset: ToyDataset) -> None:
-    model = make_model(DemeanedNetwork(4), batch=DAYS, trainer={"max_epochs": 8}, loss="ic")
-    model.fit(dataset)
+    model = fit_model(dataset, DemeanedNetwork(4), batch=DAYS, epochs=8, loss="ic")
     scores = model.predict(dataset)
     samples = dataset.samples("test")
     assert scores.index.equals(samples.index)
@@ -66,8 +65,7 @@ def test_day_network_learns_and_scores_each_sample_once(dataset: ToyDataset) -> 
 
 
 def test_day_scores_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:
-    model = make_model(DemeanedNetwork(4), batch=DAYS, trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, DemeanedNetwork(4), batch=DAYS, epochs=1)
     expected = model.predict(dataset)
     for size in (1, 40, 10_000):
         model.batch = {**model.batch, "eval_size": size}
@@ -85,8 +83,7 @@ def test_random_batches_are_refused_for_day_networks_and_losses(dataset: ToyData
 
 @pytest.mark.parametrize("loss", ["ic", "rank_ic", "pairwise", "listnet", "listmle"])
 def test_day_losses_train_a_network_of_single_samples(dataset: ToyDataset, loss: str) -> None:
-    model = make_model(loss=loss, batch={"order": "day", "days_per_batch": 2})
-    model.fit(dataset)
+    model = fit_model(dataset, loss=loss, batch={"order": "day", "days_per_batch": 2})
     assert all(np.isfinite(model.evals_result_["train"]["loss"]))
     assert len(model.predict(dataset)) == len(dataset.samples("test"))
 
@@ -94,8 +91,7 @@ def test_day_losses_train_a_network_of_single_samples(dataset: ToyDataset, loss:
 def test_combined_and_cross_entropy_losses_by_configuration(dataset: ToyDataset) -> None:
     days = {"order": "day", "days_per_batch": 2}
     make_model(loss={"mse": 1.0, "ic": 0.5}, batch=days).fit(dataset)
-    model = make_model(loss={"_target_": "qtorch.metrics.loss.CrossEntropy", "num_bins": 5})
-    model.fit(dataset)
+    model = fit_model(dataset, loss={"_target_": "qtorch.metrics.loss.CrossEntropy", "num_bins": 5})
     assert model.network_.num_outputs == 5
     scores = model.predict(dataset)
     assert scores.abs().max() <= 1
@@ -110,8 +106,7 @@ def test_combined_and_cross_entropy_losses_by_configuration(dataset: ToyDataset)
 def test_inner_steps_give_bit_identical_results_with_day_batches(dataset: ToyDataset) -> None:
     fits, network = [], DemeanedNetwork(4)
     for inner_steps in (1, 3):
-        model = make_model(network, batch=DAYS, loss="ic", inner_steps=inner_steps)
-        model.fit(dataset)
+        model = fit_model(dataset, network, batch=DAYS, loss="ic", inner_steps=inner_steps)
         fits.append(model_weights(model))
     assert same_weights(*fits)
 
@@ -132,13 +127,12 @@ class SectorDataset(ToyDataset):
 
 def test_extra_tensors_reach_the_network(dataset: ToyDataset) -> None:
     config = {"_target_": "test_day_networks.SectorNetwork"}
-    model = make_model(config, trainer={"max_epochs": 1})
-    model.fit(SectorDataset())
+    model = fit_model(SectorDataset(), config, epochs=1)
     assert model.network_config_["num_sectors"] == 2
     assert model.network_config_["num_instruments"] == 30
     assert len(model.predict(SectorDataset()))
     with pytest.raises(ConfigError, match=r"dataset\.extras\.sector"):
-        make_model({**config, "num_sectors": 2}, trainer={"max_epochs": 1}).fit(dataset)
+        make_model({**config, "num_sectors": 2}, epochs=1).fit(dataset)
 
 
 def test_day_labels_match_hand_computed_values() -> None:
@@ -157,10 +151,10 @@ def test_day_labels_match_hand_computed_values() -> None:
 
 
 def test_day_labels_change_training_but_not_validation(dataset: ToyDataset) -> None:
-    plain_model = make_model(batch=DAYS)
-    day_label_model = make_model(batch=DAYS, day_label={"drop_extreme": 0.2, "zscore": True})
-    for model in (plain_model, day_label_model):
-        model.fit(dataset)
+    day_label = {"drop_extreme": 0.2, "zscore": True}
+    plain_model, day_label_model = (
+        fit_model(dataset, batch=DAYS, day_label=spec) for spec in (None, day_label)
+    )
     assert not same_weights(model_weights(plain_model), model_weights(day_label_model))
     assert len(day_label_model.predict(dataset)) == len(plain_model.predict(dataset))
     with pytest.raises(ConfigError, match="drop_extreme"):

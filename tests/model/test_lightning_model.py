@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy_training import ToyDataset, ToyRecorder, make_model, model_weights, same_weights
+from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State
@@ -21,8 +21,7 @@ from qtorch.nn import LSTM, MLP
 
 @pytest.fixture(scope="module")
 def short_model(dataset: ToyDataset) -> LightningModel:
-    model = make_model(trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, epochs=1)
     return model
 
 
@@ -48,8 +47,7 @@ def test_predict_scores_every_sample_once_at_any_batch_size(
 
 def test_one_instrument_a_day_trains_a_time_series_model(caplog: pytest.LogCaptureFixture) -> None:
     single_instrument = ToyDataset(num_instruments=1)
-    model = make_model(trainer={"max_epochs": 1})
-    model.fit(single_instrument)
+    model = fit_model(single_instrument, epochs=1)
     assert "every day of 'train' has only one instrument" in caplog.text
     assert len(model.predict(single_instrument)) == len(single_instrument.samples("test"))
     for cross_section_options in ({"monitor": "rank_ic"}, {"day_label": {"zscore": True}}):
@@ -137,8 +135,7 @@ def test_no_warning_about_srun_on_a_login_node(
     """Lightning advises to start commands with srun, which does not apply here."""
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    model = make_model(trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, epochs=1)
     model.predict(dataset)
     assert not [w for w in recwarn if "srun" in str(w.message)]
 
@@ -153,18 +150,15 @@ def test_checkpoints_can_be_disabled_in_the_trainer(
 
 
 def test_short_names_of_network_optimizer_and_loss(dataset: ToyDataset) -> None:
-    model = make_model("GRU", optimizer="adamw", loss="huber", trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, "GRU", optimizer="adamw", loss="huber", epochs=1)
     assert type(model.network_).__name__ == "GRU"
 
 
 def test_network_dimensions_are_filled_in_from_the_data(dataset: ToyDataset) -> None:
-    model = make_model({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, {"_target_": "user_networks.LastStep"}, epochs=1)
     assert model.network_.linear.in_features == 4
     assert model.network_.step_len == 3
-    flat = make_model("MLP", trainer={"max_epochs": 1})
-    flat.fit(dataset)
+    flat = fit_model(dataset, "MLP", epochs=1)
     assert flat.network_config_["d_feat"] == 12
     with pytest.raises(ConfigError, match="d_feat of LSTM is 6, but the data have 4"):
         make_model({"_target_": "qtorch.nn.LSTM", "d_feat": 6}).fit(dataset)
@@ -173,21 +167,21 @@ def test_network_dimensions_are_filled_in_from_the_data(dataset: ToyDataset) -> 
 def test_live_network_is_copied(dataset: ToyDataset) -> None:
     network = LSTM(d_feat=4, hidden_size=4)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    model = make_model(network, trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, network, epochs=1)
     assert same_weights(before, network.state_dict())
     assert not same_weights(before, model_weights(model))
 
 
 def test_user_module_trains_logs_and_predicts(dataset: ToyDataset, recorder: ToyRecorder) -> None:
     config = {"_target_": "user_networks.UserModule"}
-    model = make_model(
+    model = fit_model(
+        dataset,
         config,
         monitor="own_valid_loss",
         trainer={"max_epochs": 3, "gradient_clip_val": 1.0, "accumulate_grad_batches": 2},
         checkpoint={},
+        recorder=recorder,
     )
-    model.fit(dataset, recorder=recorder)
     losses = model.evals_result_["train"]["own_loss"]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
@@ -226,8 +220,7 @@ def test_network_without_scores_raises(dataset: ToyDataset) -> None:
 
 
 def test_finetune_starts_from_the_fitted_weights(dataset: ToyDataset) -> None:
-    model = make_model("LSTM", trainer={"max_epochs": 2})
-    model.fit(dataset)
+    model = fit_model(dataset, "LSTM", epochs=2)
     weights = {k: v.clone() for k, v in model_weights(model).items()}
     zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
     model.finetune(dataset, optimizer=zero_rate, trainer={"max_epochs": 1})
@@ -244,8 +237,7 @@ def test_finetune_runs_in_training_mode(dataset: ToyDataset) -> None:
         def on_train_batch_end(self, trainer, pl_module, *args) -> None:
             self.modes += [m.training for m in pl_module.network.modules()]
 
-    model = make_model("LSTM", callbacks=[ModeRecorder()], trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, "LSTM", callbacks=[ModeRecorder()], epochs=1)
     model.finetune(dataset)
     assert all(ModeRecorder.modes)
 
@@ -253,8 +245,7 @@ def test_finetune_runs_in_training_mode(dataset: ToyDataset) -> None:
 def test_finetune_in_the_same_run_does_not_resume_the_fit(
     dataset: ToyDataset, recorder: ToyRecorder
 ) -> None:
-    model = make_model(checkpoint={}, trainer={"max_epochs": 1})
-    model.fit(dataset, recorder=recorder)
+    model = fit_model(dataset, checkpoint={}, epochs=1, recorder=recorder)
     weights = {k: v.clone() for k, v in model_weights(model).items()}
     model.finetune(dataset, recorder=recorder)
     assert model.fit_report_["resumed_from"] is None
@@ -281,8 +272,7 @@ def test_pickle_and_state_round_trip(dataset: ToyDataset, short_model, tmp_path)
 def test_state_is_json_and_tensors(dataset: ToyDataset) -> None:
     import json
 
-    model = make_model(MLP(d_feat=12, layers=(8,)), trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, MLP(d_feat=12, layers=(8,)), epochs=1)
     state = model.to_state()
     loaded_model = LightningModel.from_state(
         State(json.loads(json.dumps(state.config, allow_nan=False)), state.tensors)
@@ -292,8 +282,7 @@ def test_state_is_json_and_tensors(dataset: ToyDataset) -> None:
 
 
 def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
-    model = make_model({"_target_": "user_networks.LastStep"}, trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, {"_target_": "user_networks.LastStep"}, epochs=1)
     state = model.to_state()
     with pytest.raises(TrustError, match="user_networks"):
         LightningModel.from_state(state)
@@ -303,7 +292,7 @@ def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
 
 
 def test_stored_names_that_predict_imports_must_be_trusted(dataset: ToyDataset) -> None:
-    state = make_model(trainer={"max_epochs": 1}).to_state()
+    state = make_model(epochs=1).to_state()
     for name in ("loss", "module"):
         config = {**state.config["model"], name: "user_networks.Unknown"}
         with pytest.raises(TrustError, match="user_networks"):
@@ -311,8 +300,7 @@ def test_stored_names_that_predict_imports_must_be_trusted(dataset: ToyDataset) 
 
 
 def test_module_prepares_the_samples_of_a_prediction(dataset: ToyDataset) -> None:
-    model = make_model(module="user_networks.ReversedInputs", trainer={"max_epochs": 1})
-    model.fit(dataset)
+    model = fit_model(dataset, module="user_networks.ReversedInputs", epochs=1)
     prepared = model.predict(dataset)
     model.module = None
     assert not prepared.equals(model.predict(dataset))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from test_own_steps import METHODS, NUM_LABELS, make_method_model
+from test_own_steps import METHODS, NUM_LABELS, fit_method_model
 from toy_training import ToyDataset, model_weights, same_weights
 
 from qtorch.model.lightning_model import LightningModel
@@ -23,8 +23,7 @@ LORA_METHODS = {**METHODS, "TabNet": TABNET_METHOD}
 
 def fit_small_model(name: str, **changes) -> tuple[LightningModel, ToyDataset]:
     data = ToyDataset(40, 16, num_labels=NUM_LABELS.get(name, 1))
-    model = make_method_model(name, trainer={"max_epochs": 1}, **{**LORA_METHODS[name], **changes})
-    model.fit(data)
+    model = fit_method_model(data, name, epochs=1, **{**LORA_METHODS[name], **changes})
     return model, data
 
 

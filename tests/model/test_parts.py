@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -79,16 +80,16 @@ def _loader(**options) -> StepLoader:
     return StepLoader(BatchLoader(samples, batch_size=10, seed=1), lambda: 0, **options)
 
 
-def flatten(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    return [batch for part in parts for batch in part]
-
-
 def _rows(loader: StepLoader) -> list[list[torch.Tensor]]:
     return [[b.instrument + 1000 * b.date for b in steps] for steps in loader]
 
 
+def flatten(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    return [batch for part in parts for batch in part]
+
+
 def test_steps_contain_the_epoch_batches_in_order() -> None:
-    single = [b for part in _rows(_loader()) for b in part]
+    single = flatten(_rows(_loader()))
     for inner_steps, cut in ((4, None), (100, None), (4, 3)):
         loader = _loader(inner_steps=inner_steps, cut_every=cut)
         parts = _rows(loader)
@@ -99,16 +100,11 @@ def test_steps_contain_the_epoch_batches_in_order() -> None:
 
 
 def test_epoch_resumes_in_the_middle_of_a_step() -> None:
-    expected = [b for part in _rows(_loader()) for b in part]
+    expected = flatten(_rows(_loader()))
     loader = _loader(inner_steps=4)
-    batches: list[torch.Tensor] = []
-    for step, steps in enumerate(loader):
-        for batch in steps:
-            batches.append(batch.instrument + 1000 * batch.date)
-            if step == 1 and len(batches) == 6:
-                break
-        if len(batches) == 6:
-            break
+    # The first step of four batches, and two batches of the second step.
+    unfinished_epoch = (batch for steps in loader for batch in steps)
+    batches = [b.instrument + 1000 * b.date for b in islice(unfinished_epoch, 6)]
     resumed_loader = _loader(inner_steps=4)
     resumed_loader.load_state_dict(loader.state_dict())
     parts = _rows(resumed_loader)
@@ -196,7 +192,8 @@ def test_monitors_and_limits() -> None:
 
 
 def test_unknown_monitor_suggests_the_nearest_name() -> None:
-    check_monitor("valid/ic", "train/loss")
+    check_monitor("valid/ic")
+    check_monitor("train/loss")
     with pytest.raises(ConfigError, match=r"metric to monitor 'icc'. Did you mean 'ic'"):
         check_monitor("icc")
 

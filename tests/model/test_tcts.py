@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_own_steps import make_method_model
+from test_own_steps import fit_method_model, make_method_model
 from torch import Tensor
 from toy_training import ToyDataset
 
@@ -64,13 +64,13 @@ def test_labels_that_oppose_the_main_task_get_little_weight(
         original_bind(self, train, valid)
 
     monkeypatch.setattr(TCTSModule, "bind", record_module)
-    model = make_method_model(
+    model = fit_method_model(
+        horizons,
         "TCTS",
         module={"steps": 1, "weight_lr": 0.02, "mode": mode},
-        trainer={"max_epochs": 6},
+        epochs=6,
         batch={"size": 100},
     )
-    model.fit(horizons)
     (module,) = modules
     batch = horizons.samples("train", data_key="learn").batch(torch.arange(900))
     with torch.no_grad():
@@ -85,8 +85,7 @@ def test_labels_that_oppose_the_main_task_get_little_weight(
 
 
 def test_checkpoint_has_both_optimizers(horizons: ToyDataset, tmp_path) -> None:
-    model = make_method_model("TCTS", checkpoint={"dir": str(tmp_path)}, trainer={"max_epochs": 1})
-    model.fit(horizons)
+    model = fit_method_model(horizons, "TCTS", checkpoint={"dir": str(tmp_path)}, epochs=1)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     network_state, weights_state = checkpoint["optimizer_states"]
     assert len(network_state["state"]) == len(list(model.network_.parameters()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_own_steps import METHODS, make_method_model
+from test_own_steps import METHODS, fit_method_model, make_method_model
 from toy_training import ToyDataset
 
 from qtorch.core.errors import ConfigError
@@ -53,8 +53,7 @@ def test_memory_has_the_errors_of_days_with_known_labels(dataset: ToyDataset, ne
 
 def test_unknown_labels_do_not_change_scores(network: TRA) -> None:
     first, second = ToyDataset(), ToyDataset()
-    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
-    model.fit(first)
+    model = fit_method_model(first, "TRA", epochs=1, **METHODS["TRA"])
     days = first.view.calendar
     prediction_date = days[50]
     first_unknown = days.get_indexer([prediction_date])[0] - HORIZON + 1
@@ -73,8 +72,7 @@ def test_unknown_labels_do_not_change_scores(network: TRA) -> None:
 
 
 def test_predictions_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:
-    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
-    model.fit(dataset)
+    model = fit_method_model(dataset, "TRA", epochs=1, **METHODS["TRA"])
     whole = model.predict(dataset)
     model.batch["eval_size"] = 7
     torch.testing.assert_close(
@@ -85,13 +83,13 @@ def test_predictions_do_not_depend_on_batch_size(dataset: ToyDataset) -> None:
 def test_router_is_not_trained_while_the_transport_plan_routes(dataset: ToyDataset) -> None:
     networks = []
     for pretrain in (1, 0):
-        model = make_method_model(
+        model = fit_method_model(
+            dataset,
             "TRA",
-            trainer={"max_epochs": 1},
+            epochs=1,
             network=METHODS["TRA"]["network"],
             module={"pretrain": pretrain, "rho": 0.5},
         )
-        model.fit(dataset)
         networks.append(model.network_)
     torch.manual_seed(3)
     initial_network = TRA(d_feat=4, hidden_size=8, num_layers=1, router_size=4)
@@ -101,8 +99,7 @@ def test_router_is_not_trained_while_the_transport_plan_routes(dataset: ToyDatas
 
 
 def test_valid_loss_matches_the_prediction(dataset: ToyDataset) -> None:
-    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
-    model.fit(dataset)
+    model = fit_method_model(dataset, "TRA", epochs=1, **METHODS["TRA"])
     samples = dataset.samples("valid", data_key="learn")
     scores = torch.tensor(model.predict(dataset, "valid").values)
     expected = (scores - samples.target[:, 0]).square().mean()
@@ -141,8 +138,7 @@ def test_too_short_label_horizon_raises(dataset: ToyDataset) -> None:
 
     with pytest.raises(ConfigError, match="label_horizon of TRA is 2"):
         make_method_model("TRA", network={"label_horizon": 2}).fit(LongHorizonDataset())
-    model = make_method_model("TRA", trainer={"max_epochs": 1}, **METHODS["TRA"])
-    model.fit(LongHorizonDataset())
+    model = fit_method_model(LongHorizonDataset(), "TRA", epochs=1, **METHODS["TRA"])
     assert model.network_.label_horizon == 3
     live_network = TRA(d_feat=4, hidden_size=8, num_layers=1)
     model = make_method_model("TRA")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy_training import ToyDataset, ToyRecorder, make_model, model_weights, same_weights
+from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_weights, same_weights
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batches import BatchLoader
@@ -25,8 +25,7 @@ def test_training_matches_a_hand_written_loop(
 ) -> None:
     trainer = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
     # "train/loss" falls in both epochs, so that the best weights are the last ones.
-    model = make_model(trainer=trainer, monitor="train_loss")
-    model.fit(dataset)
+    model = fit_model(dataset, trainer=trainer, monitor="train_loss")
 
     samples = dataset.samples("train", data_key="learn")
     torch.manual_seed(3)
@@ -55,7 +54,8 @@ def test_training_matches_a_hand_written_loop(
 def test_inner_steps_give_bit_identical_results(dataset: ToyDataset, precision: str) -> None:
     fits = []
     for inner_steps in (1, 3, "auto"):
-        model = make_model(
+        model = fit_model(
+            dataset,
             {"_target_": "qtorch.nn.GRU", "hidden_size": 8, "dropout": 0.3},
             scheduler={
                 "scheduler": {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9},
@@ -70,7 +70,6 @@ def test_inner_steps_give_bit_identical_results(dataset: ToyDataset, precision: 
             },
             inner_steps=inner_steps,
         )
-        model.fit(dataset)
         fits.append(model)
     assert fits[2].fit_report_["inner_steps"] > 3
     for fit in fits[1:]:
@@ -91,14 +90,11 @@ def test_callback_between_backward_and_step_is_called_and_changes_nothing(
     dataset: ToyDataset,
 ) -> None:
     counter = _BackwardCounter()
-    model_with_callback, plain_model = make_model(callbacks=[counter]), make_model()
-    model_with_callback.fit(dataset)
-    plain_model.fit(dataset)
+    model_with_callback, plain_model = fit_model(dataset, callbacks=[counter]), fit_model(dataset)
     assert model_with_callback.fit_report_["inner_steps"] == 1
     assert counter.num_calls == 2 * 16
     assert same_weights(model_weights(model_with_callback), model_weights(plain_model))
-    larger_steps = make_model(callbacks=[counter], inner_steps=5)
-    larger_steps.fit(dataset)
+    larger_steps = fit_model(dataset, callbacks=[counter], inner_steps=5)
     assert counter.num_calls == 4 * 16
     assert same_weights(model_weights(larger_steps), model_weights(plain_model))
 
@@ -106,8 +102,7 @@ def test_callback_between_backward_and_step_is_called_and_changes_nothing(
 def test_validation_metrics_match_the_predicted_scores(
     dataset: ToyDataset, recorder: ToyRecorder
 ) -> None:
-    model = make_model(trainer={"max_epochs": 1})
-    model.fit(dataset, recorder=recorder)
+    model = fit_model(dataset, epochs=1, recorder=recorder)
     samples = dataset.samples("valid", data_key="learn")
     pred = model.predict(dataset, "valid").reindex(samples.index)
     raw = pd.Series(samples.raw_label[:, 0].numpy(), index=samples.index)
@@ -133,26 +128,24 @@ class _FirstHalfReweighter(Reweighter):
 
 def test_sample_weights_change_training_and_logged_loss(dataset: ToyDataset) -> None:
     zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
-    model = make_model(optimizer=zero_rate, trainer={"max_epochs": 1})
-    model.fit(dataset, _FirstHalfReweighter())
+    model = fit_model(dataset, optimizer=zero_rate, epochs=1, reweighter=_FirstHalfReweighter())
     samples = dataset.samples("train", data_key="learn")
     pred = model.predict(dataset, "train").to_numpy()
     half = len(samples) // 2
     expected = ((pred - samples.target[:, 0].numpy())[:half] ** 2).mean()
     # Only approximate: training uses the batch's statistics, prediction the running ones.
     assert model.evals_result_["train"]["loss"][0] == pytest.approx(expected, rel=0.2)
-    weighted_model = make_model()
-    weighted_model.fit(dataset, _FirstHalfReweighter())
-    unweighted_model = make_model()
-    unweighted_model.fit(dataset)
+    weighted_model = fit_model(dataset, reweighter=_FirstHalfReweighter())
+    unweighted_model = fit_model(dataset)
     assert not same_weights(model_weights(weighted_model), model_weights(unweighted_model))
 
 
 def test_weighted_epoch_loss_is_exact(dataset: ToyDataset) -> None:
     zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4, "num_layers": 1}
-    model = make_model(network, optimizer=zero_rate, trainer={"max_epochs": 1})
-    model.fit(dataset, _FirstHalfReweighter())
+    model = fit_model(
+        dataset, network, optimizer=zero_rate, epochs=1, reweighter=_FirstHalfReweighter()
+    )
     samples = dataset.samples("train", data_key="learn")
     pred = model.predict(dataset, "train").to_numpy()
     half = len(samples) // 2
@@ -183,12 +176,10 @@ def test_best_epoch_weights_are_kept(dataset: ToyDataset) -> None:
         "_target_": "torch.optim.lr_scheduler.LambdaLR",
         "lr_lambda": lambda epoch: 1.0 if epoch == 0 else 40.0,
     }
-    model = make_model(optimizer=optimizer, scheduler=scheduler, trainer={"max_epochs": 3})
-    model.fit(dataset)
+    model = fit_model(dataset, optimizer=optimizer, scheduler=scheduler, epochs=3)
     losses = model.evals_result_["valid"]["loss"]
     assert min(losses) == losses[0]
-    one_epoch_model = make_model(optimizer=optimizer, trainer={"max_epochs": 1})
-    one_epoch_model.fit(dataset)
+    one_epoch_model = fit_model(dataset, optimizer=optimizer, epochs=1)
     assert same_weights(model_weights(model), model_weights(one_epoch_model))
     assert model.fit_report_["best_epoch"] == 0
     assert model.fit_report_["best_value"] == losses[0]
@@ -198,13 +189,13 @@ def test_early_stop_with_each_monitor(dataset: ToyDataset) -> None:
     zero_rate = {"_target_": "torch.optim.SGD", "lr": 0.0}
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4}
     for spec in (2, {"monitor": "ic", "patience": 2}, {"monitor": "rank_ic", "patience": 2}):
-        model = make_model(network, optimizer=zero_rate, early_stop=spec, trainer={"max_epochs": 9})
-        model.fit(dataset)
+        model = fit_model(dataset, network, optimizer=zero_rate, early_stop=spec, epochs=9)
         assert model.fit_report_["epochs"] == 3, spec
 
 
 def test_plateau_scheduler_receives_the_monitored_metric(dataset: ToyDataset) -> None:
-    model = make_model(
+    model = fit_model(
+        dataset,
         {"_target_": "qtorch.nn.LSTM", "hidden_size": 4},
         optimizer={"_target_": "torch.optim.SGD", "lr": 1e-12},
         scheduler={
@@ -217,9 +208,8 @@ def test_plateau_scheduler_receives_the_monitored_metric(dataset: ToyDataset) ->
             },
             "monitor": "rank_ic",
         },
-        trainer={"max_epochs": 3},
+        epochs=3,
     )
-    model.fit(dataset)
     assert model.evals_result_["train"]["lr"] == pytest.approx([1e-12, 1e-12, 5e-13], rel=1e-6)
 
 
@@ -244,8 +234,7 @@ def test_lightning_limits_count_batches(dataset: ToyDataset) -> None:
 
 
 def test_day_batches_train_without_padding_effects(dataset: ToyDataset) -> None:
-    model = make_model(batch={"order": "day", "days_per_batch": 2}, trainer={"max_epochs": 3})
-    model.fit(dataset)
+    model = fit_model(dataset, batch={"order": "day", "days_per_batch": 2}, epochs=3)
     losses = model.evals_result_["train"]["loss"]
     assert losses[-1] < losses[0]
     # Padding does not count in any loss: the metrics are those of the samples alone.
@@ -260,38 +249,28 @@ def test_seed_determines_training_and_global_generators_are_restored(dataset: To
     network = {"_target_": "qtorch.nn.LSTM", "hidden_size": 4, "dropout": 0.5}
     torch.manual_seed(11)
     rng_state = torch.get_rng_state()
-    first = make_model(network)
-    first.fit(dataset)
+    first = fit_model(dataset, network)
     assert torch.equal(torch.get_rng_state(), rng_state)
     torch.manual_seed(12)
-    second, third = make_model(network), make_model(network, seed=4)
-    second.fit(dataset)
-    third.fit(dataset)
+    second, third = fit_model(dataset, network), fit_model(dataset, network, seed=4)
     assert same_weights(model_weights(first), model_weights(second))
     assert not same_weights(model_weights(first), model_weights(third))
 
 
 def test_any_callable_works_as_loss(dataset: ToyDataset) -> None:
-    torch_loss_model = make_model(loss=torch.nn.MSELoss())
-    qtorch_loss_model = make_model()
-    torch_loss_model.fit(dataset)
-    qtorch_loss_model.fit(dataset)
-    assert torch_loss_model.evals_result_["train"]["loss"] == pytest.approx(
-        qtorch_loss_model.evals_result_["train"]["loss"], rel=1e-5
+    torch_losses, qtorch_losses = (
+        fit_model(dataset, loss=loss).evals_result_["train"]["loss"]
+        for loss in (torch.nn.MSELoss(), "mse")
     )
+    assert torch_losses == pytest.approx(qtorch_losses, rel=1e-5)
     with pytest.raises(ConfigError, match="takes no weights"):
         make_model(loss=torch.nn.MSELoss()).fit(dataset, _FirstHalfReweighter())
 
 
 @pytest.mark.slow
 def test_compiled_network_trains_the_same(dataset: ToyDataset) -> None:
-    network = {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0}
-    compiled_model, plain_model = (
-        make_model(network, compile={"backend": "eager"}),
-        make_model(network),
-    )
-    compiled_model.fit(dataset)
-    plain_model.fit(dataset)
+    compiled_model = fit_model(dataset, compile={"backend": "eager"})
+    plain_model = fit_model(dataset)
     for key, value in model_weights(plain_model).items():
         torch.testing.assert_close(model_weights(compiled_model)[key], value)
     copy.deepcopy(compiled_model.network_)
@@ -300,8 +279,7 @@ def test_compiled_network_trains_the_same(dataset: ToyDataset) -> None:
 def test_last_weights_are_kept_without_a_valid_segment(dataset: ToyDataset) -> None:
     dataset_without_valid = ToyDataset()
     del dataset_without_valid.segments["valid"]
-    model = make_model()
-    model.fit(dataset_without_valid)
+    model = fit_model(dataset_without_valid)
     assert model.fit_report_["best_epoch"] is None
     assert "valid" not in model.evals_result_
     with pytest.raises(ConfigError, match="no segment 'valid'"):

@@ -115,11 +115,11 @@ class ToyRecorder:
         return out
 
 
-def make_model(network: Any = None, **changes: Any) -> Any:
+def make_model(network: Any = None, *, epochs: int = 2, **changes: Any) -> Any:
     """Return a small model that is trained without checkpoints."""
     from qtorch.model.lightning_model import LightningModel
 
-    trainer = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    trainer = {"max_epochs": epochs, "accelerator": "cpu", "enable_progress_bar": False}
     trainer |= changes.pop("trainer", {})
     arguments = {
         "network": network or {"_target_": "qtorch.nn.MLP", "layers": [8], "dropout": 0.0},
@@ -129,6 +129,20 @@ def make_model(network: Any = None, **changes: Any) -> Any:
         "seed": 3,
     }
     return LightningModel(**{**arguments, **changes}, trainer=trainer)
+
+
+def fit_model(
+    dataset: Any,
+    network: Any = None,
+    *,
+    reweighter: Any = None,
+    recorder: Any = None,
+    **changes: Any,
+) -> Any:
+    """Return the model that `make_model` makes, after its fit."""
+    model = make_model(network, **changes)
+    model.fit(dataset, reweighter, recorder=recorder)
+    return model
 
 
 def model_weights(model: Any) -> dict[str, torch.Tensor]:

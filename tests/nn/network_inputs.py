@@ -20,13 +20,13 @@ COUNTS = (N, 5, 3)
 
 
 def _find_networks() -> list[type[Network]]:
-    networks = set()
-    for module in pkgutil.walk_packages(qtorch.nn.__path__, "qtorch.nn."):
-        for _, value in inspect.getmembers(importlib.import_module(module.name)):
-            if inspect.isclass(value) and issubclass(value, Network) and value is not Network:
-                networks.add(value)
-    networks = {cls for cls in networks if not inspect.isabstract(cls)}
-    return sorted(networks, key=lambda c: c.__name__)
+    networks = {
+        value
+        for module in pkgutil.walk_packages(qtorch.nn.__path__, "qtorch.nn.")
+        for value in vars(importlib.import_module(module.name)).values()
+        if inspect.isclass(value) and issubclass(value, Network) and not inspect.isabstract(value)
+    }
+    return sorted(networks - {Network}, key=lambda c: c.__name__)
 
 
 NETWORKS = _find_networks()

@@ -109,15 +109,10 @@ def test_evaluation_is_deterministic_and_independent_of_batching(cls: type[Netwo
         full_batch = network(**inputs)
         assert torch.equal(full_batch, network(**inputs))
         assert torch.isfinite(drop_padding(cls, full_batch, inputs)).all()
-        parts = [
-            network(**{k: v[s] for k, v in inputs.items()}) for s in (slice(2), slice(2, None))
-        ]
-        torch.testing.assert_close(
-            drop_padding(cls, full_batch, inputs),
-            drop_padding(cls, torch.cat(parts), inputs),
-            rtol=1e-4,
-            atol=1e-5,
-        )
+        halves = [{k: v[s] for k, v in inputs.items()} for s in (slice(2), slice(2, None))]
+        parts = torch.cat([network(**half) for half in halves])
+    scores = (drop_padding(cls, outputs, inputs) for outputs in (full_batch, parts))
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
 
 
 @parametrize_networks
@@ -206,18 +201,12 @@ def test_stacked_members_equal_separate_members(cls: type[Network], training: bo
     for name, value in state.items():
         value.requires_grad_(name in parameters and parameters[name].requires_grad)
     stacked_scores = call_stacked_members(members[0], state, **inputs)
-    torch.stack(
-        [drop_padding(cls, s, inputs).square().sum() for s in stacked_scores]
-    ).sum().backward()
+    scores = [drop_padding(cls, s, inputs) for s in stacked_scores]
+    torch.stack([s.square().sum() for s in scores]).sum().backward()
     for k, member in enumerate(members):
-        expected = member(**inputs)
-        torch.testing.assert_close(
-            drop_padding(cls, stacked_scores[k], inputs),
-            drop_padding(cls, expected, inputs),
-            rtol=1e-4,
-            atol=1e-5,
-        )
-        drop_padding(cls, expected, inputs).square().sum().backward()
+        expected = drop_padding(cls, member(**inputs), inputs)
+        torch.testing.assert_close(scores[k], expected, rtol=1e-4, atol=1e-5)
+        expected.square().sum().backward()
         for name, parameter in member.named_parameters():
             if parameter.grad is not None:
                 grad = state[name].grad

@@ -16,10 +16,8 @@ def test_sparsemax_is_the_projection_onto_the_simplex() -> None:
     for _ in range(60):  # bisection for the threshold that gives a sum of one
         middle = (low + high) / 2
         is_sum_too_large = (2 * scores - middle[:, None]).clamp(min=0).sum(1) > 1
-        low, high = (
-            torch.where(is_sum_too_large, middle, low),
-            torch.where(is_sum_too_large, high, middle),
-        )
+        low = torch.where(is_sum_too_large, middle, low)
+        high = torch.where(is_sum_too_large, high, middle)
     torch.testing.assert_close(projection, (2 * scores - low[:, None]).clamp(min=0))
     assert (projection == 0).any()
     assert torch.autograd.gradcheck(sparsemax, (scores[:4].requires_grad_(),))

@@ -155,38 +155,32 @@ def find_resume_checkpoint(
         return None
     if resume == "auto":
         checkpoint = None if folder is None else newest_checkpoint(folder)
-        _check_format(checkpoint)
-        if checkpoint is None or checkpoint[1][CALLBACK_STATE_KEY]["identity"] == identity:
-            return checkpoint
-        log.warning(
-            "%s belongs to another training (model, data or seed differ): starting from scratch.",
-            checkpoint[0],
-        )
-        return None
-    path = Path(resume)
-    checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
-    if checkpoint is None:
-        raise ConfigError(f"{resume} contains no checkpoint to resume from.")
-    _check_format(checkpoint)
-    if checkpoint[1][CALLBACK_STATE_KEY]["identity"] != identity:
-        raise ConfigError(
-            f"{checkpoint[0]} belongs to another training: model, data, batches or seed differ. "
-            "Start from scratch (resume=None), or use finetune to train on other data."
-        )
-    return checkpoint
-
-
-def _check_format(checkpoint: tuple[Path, dict[str, Any]] | None) -> None:
-    """Refuse a checkpoint that another version of qtorch has written; the file stays unchanged."""
-    if checkpoint is None:
-        return
-    path, version = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY].get("format", 1)
+        if checkpoint is None:
+            return None
+    else:
+        path = Path(resume)
+        checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+        if checkpoint is None:
+            raise ConfigError(f"{resume} contains no checkpoint to resume from.")
+    path, state = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY]
+    version = state.get("format", 1)
     if version not in READABLE_FORMATS:
         readable = " and ".join(map(str, READABLE_FORMATS))
         raise ConfigError(
             f"{path} has checkpoint format {version}, but this version reads {readable}: "
             "finish the training with the version that started it, or start from scratch."
         )
+    if state["identity"] == identity:
+        return checkpoint
+    if resume != "auto":
+        raise ConfigError(
+            f"{path} belongs to another training: model, data, batches or seed differ. "
+            "Start from scratch (resume=None), or use finetune to train on other data."
+        )
+    log.warning(
+        "%s belongs to another training (model, data or seed differ): starting from scratch.", path
+    )
+    return None
 
 
 def get_generator_states(*, every_device: bool = True) -> dict[str, Any]:

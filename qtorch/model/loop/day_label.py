@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 
 OPTIONS = ("drop_extreme", "zscore")
 
@@ -56,6 +56,5 @@ def build_day_label(spec: Any) -> DayLabel | None:
     if not isinstance(spec, Mapping):
         raise ConfigError(f"day_label is {spec!r:.80}; expected a mapping of {', '.join(OPTIONS)}.")
     for name in spec:
-        if name not in OPTIONS:
-            raise ConfigError(unknown_name_message("option of day_label", str(name), OPTIONS))
+        check_name("option of day_label", name, OPTIONS)
     return DayLabel(**spec)

@@ -11,35 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.metrics.loss import (
-    IC,
-    MAE,
-    MSE,
-    BaseLoss,
-    Combined,
-    CrossEntropy,
-    Huber,
-    ListMLE,
-    ListNet,
-    Pairwise,
-    Quantile,
-    RankIC,
-)
+from qtorch.metrics.loss import LOSSES, BaseLoss, Combined
 
-LOSSES: dict[str, type[BaseLoss]] = {
-    "mse": MSE,
-    "mae": MAE,
-    "huber": Huber,
-    "quantile": Quantile,
-    "cross_entropy": CrossEntropy,
-    "ic": IC,
-    "rank_ic": RankIC,
-    "pairwise": Pairwise,
-    "listnet": ListNet,
-    "listmle": ListMLE,
-}
 Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -66,8 +41,7 @@ def build_loss(spec: Spec) -> Callable[..., Any]:
     mapping {name: weight} for the weighted sum of several losses.
     """
     if isinstance(spec, str) and "." not in spec:
-        if spec not in LOSSES:
-            raise ConfigError(unknown_name_message("loss", spec, LOSSES))
+        check_name("loss", spec, LOSSES)
         return LOSSES[spec]()
     if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
         return _build_combined_loss(spec)
@@ -110,7 +84,11 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     if spec is None:
         return partial(torch.optim.Adam, lr=1e-3)
     if isinstance(spec, str) and "." not in spec:
-        optimizers = {n: c for n, c in vars(torch.optim).items() if _is_optimizer(c)}
+        optimizers = {
+            name: value
+            for name, value in vars(torch.optim).items()
+            if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+        }
         for name, optimizer_class in optimizers.items():
             if name.lower() == spec.lower():
                 return cast(OptimizerFactory, optimizer_class)
@@ -150,17 +128,13 @@ def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
         return spec
     options: dict[str, Any] = {}
     if isinstance(spec, Mapping) and "scheduler" in spec:
-        options = {k: v for k, v in spec.items() if k != "scheduler"}
-        spec = spec["scheduler"]
+        options = dict(spec)
+        spec = options.pop("scheduler")
         for name in options:
-            if name not in ("interval", "frequency", "monitor"):
-                valid = ("scheduler", "interval", "frequency", "monitor")
-                raise ConfigError(unknown_name_message("option of scheduler", name, valid))
+            valid = ("scheduler", "interval", "frequency", "monitor")
+            check_name("option of scheduler", name, valid)
     plan = SchedulerPlan(build_factory(spec, "scheduler"), **options)
-    if plan.interval not in ("epoch", "step"):
-        raise ConfigError(
-            unknown_name_message("interval of the scheduler", plan.interval, ("epoch", "step"))
-        )
+    check_name("interval of the scheduler", plan.interval, ("epoch", "step"))
     return plan
 
 
@@ -185,7 +159,3 @@ def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
             "builds one."
         )
     return spec  # type: ignore[no-any-return]  # as above
-
-
-def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer

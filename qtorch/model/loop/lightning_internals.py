@@ -31,11 +31,7 @@ def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
     and CheckpointCallback agrees on them among the ranks. No argument turns it off.
     """
     loop: Any = trainer.fit_loop.epoch_loop
-    loop._broadcast_sigterm_tensor = _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+    loop._broadcast_sigterm_tensor = lambda: None
 
 
 def validates_next(trainer: pl.Trainer) -> bool:
@@ -137,7 +133,12 @@ def epoch_state(module: pl.LightningModule) -> dict[str, Any]:
     # Lightning resets logged metrics at the end of the epoch: they have no state to save.
     logged_metric_ids = {id(r.value) for r in finished_results.values() if not r.is_tensor}
     return {
-        "results": {k: _serialize_result(r) for k, r in results.items() if _is_current(r)},
+        # A result that is reduced over a user's own process group cannot be saved.
+        "results": {
+            k: _serialize_result(r)
+            for k, r in results.items()
+            if not r.has_reset and r.meta.sync.group is None
+        },
         "seen": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         "metrics": {
             name: [_move_tensors(m.metric_state, "cpu"), m.update_count]
@@ -168,18 +169,10 @@ def _is_between_epochs(trainer: pl.Trainer) -> bool:
     return trainer._logger_connector._first_loop_iter is None
 
 
-def _is_current(result: _ResultMetric) -> bool:
-    """Whether a logged result belongs to this epoch and can be saved.
-
-    A result that is reduced over a user-defined process group cannot be saved.
-    """
-    return not result.has_reset and result.meta.sync.group is None
-
-
 def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
     """Return a logged result as plain values and tensors."""
     meta, reduce = result.meta, result.meta.reduce_fx
-    state = {
+    state: dict[str, Any] = {
         "meta": {name: getattr(meta, name) for name in PLAIN_FIELDS},
         "reduce": reduce.__name__,
         "builtin": reduce in (sum, min, max),
@@ -188,9 +181,9 @@ def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
         "count": result._update_count,
         "newest": _move_tensors(result._forward_cache, "cpu"),
     }
-    return state | (
-        {"states": _move_tensors(result.metric_state, "cpu")} if result.is_tensor else {}
-    )
+    if result.is_tensor:
+        state["states"] = _move_tensors(result.metric_state, "cpu")
+    return state
 
 
 def _deserialize_result(module: pl.LightningModule, state: dict[str, Any]) -> _ResultMetric:

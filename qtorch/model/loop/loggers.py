@@ -67,14 +67,10 @@ def build_loggers(specs: Sequence[Any], recorder_logger: RecorderLogger | None) 
     ]
     if recorder_logger is None:
         return loggers
-    other_loggers = [
-        each for each in loggers if not _is_duplicate(each, recorder_logger.version, uri)
-    ]
+    run_id = recorder_logger.version
+    other_loggers = [each for each in loggers if not _is_duplicate(each, run_id, uri)]
     if len(other_loggers) < len(loggers):
-        log.info(
-            "ignoring MLFlowLogger: all metrics are already logged to run %s",
-            recorder_logger.version,
-        )
+        log.info("ignoring MLFlowLogger: all metrics are already logged to run %s", run_id)
     return [*other_loggers, recorder_logger]
 
 

@@ -16,12 +16,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
+    ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
+from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.runtime import resolve_device
 from qtorch.model.loop.callbacks import BatchProgressBar
@@ -84,12 +86,16 @@ class TrainerOptions:
     def counts_batches(self) -> bool:
         """Whether one of the arguments counts single training batches."""
         arguments = self.arguments
-        has_default_interval = arguments.get("val_check_interval") in (None, 1.0)
         return bool(
-            not has_default_interval
+            arguments.get("val_check_interval") not in (None, 1.0)
             or arguments.get("fast_dev_run")
             or arguments.get("overfit_batches")
         )
+
+    def build_strategy(self) -> Any:
+        """Return the user's strategy: a name, an object, or None. A configured one is built."""
+        strategy = self.arguments.get("strategy")
+        return init_instance_by_config(strategy) if isinstance(strategy, Mapping) else strategy
 
 
 def trainer_options(
@@ -99,16 +105,12 @@ def trainer_options(
     user_arguments = dict(user_arguments or {})
     valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
     for name in user_arguments:
-        if name not in valid:
-            raise ArgumentError(
-                unknown_name_message("argument of the trainer", name, valid, limit=60)
-            )
+        check_name("argument of the trainer", name, valid, limit=60, error=ArgumentError)
     arguments = dict(user_arguments)
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
-    extra = arguments.pop("callbacks", None) or []
-    callback_specs = [*(extra if isinstance(extra, list | tuple) else [extra]), *callbacks]
+    callback_specs = [*_as_list(arguments.pop("callbacks", None)), *callbacks]
     all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
     reject_averaging(all_callbacks)
     return TrainerOptions(
@@ -202,13 +204,20 @@ def device_name(options: TrainerOptions) -> str:
     return f"cuda:{number}"
 
 
+def trainer_device(options: TrainerOptions) -> torch.device:
+    """Return the device that the trainer's `accelerator` and `devices` stand for."""
+    return resolve_device(device_name(options))
+
+
 def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
     """Return the number of batches per training_step.
 
     "auto" is 1 if an argument or a callback counts single batches.
     """
     needs_single_batches = options.counts_batches or any(
-        _has_batch_hooks(c) for c in options.callbacks
+        is_overridden(hook, callback, Callback)
+        for callback in options.callbacks
+        for hook in BATCH_HOOKS
     )
     if inner_steps == "auto":
         return 1 if needs_single_batches else max(1, min(DEFAULT_INNER_STEPS, num_batches))
@@ -224,10 +233,6 @@ def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_bat
     return inner_steps
 
 
-def _has_batch_hooks(callback: Callback) -> bool:
-    return any(getattr(type(callback), h) is not getattr(Callback, h) for h in BATCH_HOOKS)
-
-
 def limit_batches(num_batches: int, limit: int | float | None) -> int:
     """Return the number of batches under Lightning's limit_*_batches, a count or a fraction."""
     if limit is None:
@@ -238,19 +243,17 @@ def limit_batches(num_batches: int, limit: int | float | None) -> int:
 def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
     """Return a metric's full name and "min" or "max"; short names are loss, ic, rank_ic."""
     name = MONITOR_NAMES.get(monitor, monitor)
-    if mode not in (None, "min", "max"):
-        raise ConfigError(unknown_name_message("mode of the monitor", str(mode), ("min", "max")))
+    if mode is not None:
+        check_name("mode of the monitor", mode, ("min", "max"))
     is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
     return name, mode or ("min" if is_lower_better else "max")
 
 
-def check_monitor(*names: str) -> None:
+def check_monitor(name: str) -> None:
     """Raise ConfigError, with the nearest name, for a metric that a ScoreModule does not log."""
-    for name in names:
-        if name not in METRICS:
-            raise ConfigError(
-                unknown_name_message("metric to monitor", name, (*MONITOR_NAMES, *METRICS))
-            )
+    if name not in METRICS:
+        valid = (*MONITOR_NAMES, *METRICS)
+        raise ConfigError(unknown_name_message("metric to monitor", name, valid))
 
 
 class ScoreEarlyStopping(EarlyStopping):
@@ -280,8 +283,7 @@ def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None,
     options: dict[str, Any] = {"patience": spec} if isinstance(spec, int) else dict(spec)
     valid = ("monitor", "patience", "mode", "min_delta")
     for name in options:
-        if name not in valid:
-            raise ConfigError(unknown_name_message("option of early_stop", name, valid))
+        check_name("option of early_stop", name, valid)
     name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
     callback = ScoreEarlyStopping(
@@ -322,54 +324,48 @@ def build_trainer(
         arguments["gradient_clip_algorithm"] = options.clip_algorithm
     arguments["enable_checkpointing"] = True  # CheckpointCallback is a Lightning Checkpoint
     loggers = arguments.get("logger") if rank_info is None or rank_info.rank == 0 else None
-    user_loggers = [] if loggers in (None, True, False) else loggers
-    user_loggers = list(user_loggers) if isinstance(user_loggers, list | tuple) else [user_loggers]
+    user_loggers = [] if isinstance(loggers, bool) else _as_list(loggers)
     arguments["logger"] = build_loggers(user_loggers, logger) or False
-    plugins = arguments.get("plugins") or []
-    user_plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    user_plugins = _as_list(arguments.get("plugins"))
     # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
     environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
     arguments["plugins"] = [*user_plugins, AtomicCheckpointIO(), environment]
     callbacks = [*options.callbacks, *internal_callbacks]
-    if arguments["enable_progress_bar"] and not _has_progress_bar(callbacks):
+    has_progress_bar = any(isinstance(c, ProgressBar) for c in callbacks)
+    if arguments["enable_progress_bar"] and not has_progress_bar:
         callbacks.append(BatchProgressBar(loader))
     try:
-        return pl.Trainer(**{**arguments, "callbacks": callbacks})
+        return pl.Trainer(**arguments, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
 
 
 def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:
     """Return Lightning's device arguments, for one device or for all that share the training."""
-    user_arguments, is_cpu = options.arguments, device_name(options) == "cpu"
+    is_cpu = device_name(options) == "cpu"
     arguments: dict[str, Any] = {
-        "accelerator": "cpu" if is_cpu else user_arguments.get("accelerator", "auto"),
-        "devices": parse_devices(user_arguments),
+        "accelerator": "cpu" if is_cpu else options.arguments.get("accelerator", "auto"),
+        "devices": parse_devices(options.arguments),
     }
-    strategy = user_arguments.get("strategy") or "auto"
-    if isinstance(strategy, Mapping):
-        strategy = init_instance_by_config(strategy)
+    strategy = options.build_strategy() or "auto"
     if rank_info is None:
         # Ignore a strategy for several devices when there is only one.
-        return {**arguments, "strategy": "auto" if _is_distributed(strategy) else strategy}
-    arguments |= {"strategy": "ddp" if strategy == "auto" else strategy}
-    arguments |= {"use_distributed_sampler": False}
+        is_distributed = isinstance(strategy, str | ParallelStrategy)
+        return {**arguments, "strategy": "auto" if is_distributed else strategy}
+    arguments["strategy"] = "ddp" if strategy == "auto" else strategy
+    arguments["use_distributed_sampler"] = False
     if rank_info.rank > 0:
         arguments["enable_progress_bar"] = False
     return arguments
 
 
-def _is_distributed(strategy: Any) -> bool:
-    return isinstance(strategy, str | ParallelStrategy)
-
-
 def is_sharding(options: TrainerOptions) -> bool:
     """Whether the strategy shards the weights over the devices."""
-    strategy = options.arguments.get("strategy")
-    if isinstance(strategy, Mapping):
-        strategy = init_instance_by_config(strategy)
-    return isinstance(strategy, ModelParallelStrategy)
+    return isinstance(options.build_strategy(), ModelParallelStrategy)
 
 
-def _has_progress_bar(callbacks: Sequence[Callback]) -> bool:
-    return any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)
+def _as_list(values: Any) -> list[Any]:
+    """Return the values of an argument that takes none, one, or several."""
+    if values is None:
+        return []
+    return list(values) if isinstance(values, list | tuple) else [values]

@@ -15,14 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-TRAIN_LOSS, VALID_LOSS, VALID_IC, VALID_RANK_IC, LEARNING_RATE = (
-    "train/loss",
-    "valid/loss",
-    "valid/ic",
-    "valid/rank_ic",
-    "lr",
-)
+TRAIN_LOSS, VALID_LOSS = "train/loss", "valid/loss"
+VALID_IC, VALID_RANK_IC = "valid/ic", "valid/rank_ic"
 PRETRAIN_LOSS, PRETRAIN_VALID_LOSS = "train/pretrain_loss", "valid/pretrain_loss"
+LEARNING_RATE = "lr"
 METRICS = (
     TRAIN_LOSS,
     VALID_LOSS,
@@ -89,9 +85,8 @@ class LossAccumulator:
         self.load_sums(state["sums"], device)
         metrics = state["told"]
         # Checkpoints of format 2 hold a single mapping.
-        self.epoch_metrics = [
-            dict(m) for m in (metrics if isinstance(metrics, list) else [metrics])
-        ]
+        members = metrics if isinstance(metrics, list) else [metrics]
+        self.epoch_metrics = [dict(m) for m in members]
 
 
 def mean_losses(sums: Tensor) -> list[float]:

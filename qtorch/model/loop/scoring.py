@@ -20,13 +20,46 @@ from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import SCORE
 from qtorch.process.heartbeat import beat
 
+MIN_GPU_BATCH_SIZE = 8192
 
-def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function from outputs `[..., Q]` to a score `[...]`.
 
-    This is the loss's `readout`; for any other callable, the first output.
+def score_series(
+    network: nn.Module,
+    samples: Samples,
+    *,
+    device: torch.device,
+    batch_size: int,
+    readout: Callable[[Tensor], Tensor] | None = None,
+) -> pd.Series:
+    """Return a float32 Series "score", indexed by (datetime, instrument).
+
+    If the network has several outputs, `readout` turns them into a score; the default is the first
+    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
+    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
     """
-    return loss.readout if isinstance(loss, BaseLoss) else lambda score: score[..., 0]
+    device_samples = samples.to(device)
+    by_day = bool(getattr(network, "cross_section", False))
+    loader = BatchLoader(
+        device_samples,
+        batch_size=batch_size,
+        order="day_sequential" if by_day else "sequential",
+        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
+    )
+    module = network if isinstance(network, pl.LightningModule) else None
+    forward = ForwardAdapter(network)
+    with torch.inference_mode(), evaluation_mode(network, device):
+        parts, masks = [], []
+        for batch_idx, batch in enumerate(loader):
+            beat("scoring")
+            score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
+            _check_scores(score, batch, network)
+            if score.dim() > batch.date.dim():
+                score = score[..., 0] if readout is None else readout(score)
+            parts.append(score.flatten())
+            mask = torch.ones_like(score, dtype=torch.bool) if batch.mask is None else batch.mask
+            masks.append(mask.flatten())
+        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
+    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
 
 
 class ForwardAdapter:
@@ -83,20 +116,23 @@ class ForwardAdapter:
         return (x, mask), keywords
 
     def _extra_tensor(self, batch: Batch, name: str) -> Tensor:
-        if name in ("instrument", "date"):
-            index: Tensor = getattr(batch, name)
-            return index
-        if name not in batch.extra:
-            available = ", ".join(sorted({*batch.extra, "instrument", "date"} - {"raw_label"}))
+        tensors = {**batch.extra, "instrument": batch.instrument, "date": batch.date}
+        if name not in tensors:
+            available = ", ".join(sorted(tensors.keys() - {"raw_label"}))
             raise ConfigError(
                 f"{type(self.network).__name__} needs the extra tensor {name!r}, which the dataset "
                 f"does not have (it has {available}). Add it: "
                 f"dataset.extras.{name}={{_target_: ...}}, see qtorch.data.dataset.extras."
             )
-        return batch.extra[name]
+        return tensors[name]
 
 
-MIN_GPU_BATCH_SIZE = 8192
+def get_readout(loss: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function from outputs `[..., Q]` to a score `[...]`.
+
+    This is the loss's `readout`; for any other callable, the first output.
+    """
+    return loss.readout if isinstance(loss, BaseLoss) else lambda score: score[..., 0]
 
 
 def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int:
@@ -107,79 +143,8 @@ def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int
     """
     if batch["eval_size"] is not None:
         return int(batch["eval_size"])
-    return (
-        int(batch["size"]) if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, int(batch["size"]))
-    )
-
-
-def score_series(
-    network: nn.Module,
-    samples: Samples,
-    *,
-    device: torch.device,
-    batch_size: int,
-    readout: Callable[[Tensor], Tensor] | None = None,
-) -> pd.Series:
-    """Return a float32 Series "score", indexed by (datetime, instrument).
-
-    If the network has several outputs, `readout` turns them into a score; the default is the first
-    output. `network` is a network, or a LightningModule whose `predict_step(batch, batch_idx)`
-    returns the scores `[B]` or `[B, Q]` of a Batch. Its device and mode are restored afterwards.
-    """
-    device_samples = samples.to(device)
-    by_day = bool(getattr(network, "cross_section", False))
-    loader = BatchLoader(
-        device_samples,
-        batch_size=batch_size,
-        order="day_sequential" if by_day else "sequential",
-        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
-    )
-    with torch.inference_mode(), evaluation_mode(network, device):
-        score_batch = batch_scorer(network)
-        parts, masks = [], []
-        for batch_idx, batch in enumerate(loader):
-            beat("scoring")
-            score = score_batch(batch, batch_idx)
-            if score.dim() > batch.date.dim():
-                score = score[..., 0] if readout is None else readout(score)
-            parts.append(score.flatten())
-            masks.append(
-                torch.ones_like(parts[-1], dtype=torch.bool)
-                if batch.mask is None
-                else batch.mask.flatten()
-            )
-        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
-    return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
-
-
-def batch_scorer(network: nn.Module) -> Callable[[Batch, int], Tensor]:
-    """Return a function `(batch, batch_idx) -> scores` for a network or a LightningModule."""
-    call: Callable[[Batch, int], Any]
-    if isinstance(network, pl.LightningModule):
-        call = network.predict_step
-    else:
-        forward = ForwardAdapter(network)
-
-        def call(batch: Batch, batch_idx: int) -> Any:
-            return forward(batch)
-
-    return lambda batch, batch_idx: _check_scores(call(batch, batch_idx), batch, network)
-
-
-def _check_scores(score: Any, batch: Batch, network: nn.Module) -> Tensor:
-    batch_shape = batch.date.shape
-    if (
-        not isinstance(score, Tensor)
-        or score.shape[: len(batch_shape)] != batch_shape
-        or score.dim() > 1 + len(batch_shape)
-    ):
-        shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        expected_shape = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
-        raise ConfigError(
-            f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
-            f"expected scores {expected_shape}."
-        )
-    return score
+    size = int(batch["size"])
+    return size if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, size)
 
 
 @contextmanager
@@ -193,3 +158,18 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         network.to(original_device).train(was_training)
+
+
+def _check_scores(score: Any, batch: Batch, network: nn.Module) -> None:
+    batch_shape = batch.date.shape
+    if (
+        not isinstance(score, Tensor)
+        or score.shape[: len(batch_shape)] != batch_shape
+        or score.dim() > 1 + len(batch_shape)
+    ):
+        shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        expected_shape = "[G, N] or [G, N, Q]" if batch.is_day else "[B] or [B, Q]"
+        raise ConfigError(
+            f"{type(network).__name__} returned {shape} for {list(batch_shape)} samples; "
+            f"expected scores {expected_shape}."
+        )

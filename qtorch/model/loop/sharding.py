@@ -70,6 +70,7 @@ def gather_optimizer_state(
     strategy: Any, optimizer: Optimizer, network: nn.Module
 ) -> dict[str, Any]:
     """Return an optimizer's state, gathered in the same way."""
-    state: dict[str, Any]
-    state = strategy.optimizer_state(optimizer) if is_sharded(network) else optimizer.state_dict()
+    if not is_sharded(network):
+        return optimizer.state_dict()
+    state: dict[str, Any] = strategy.optimizer_state(optimizer)
     return state

@@ -162,16 +162,15 @@ class Training:
             ranks=self.ranks,
         )
         self.checkpoint_callback = checkpoint_callback
-        internal_callbacks: list[pl.Callback] = (
-            [checkpoint_callback]
-            if early_stopping is None
-            else [early_stopping, checkpoint_callback]
-        )
-        if self.tuning is not None:
-            internal_callbacks = [*self.tuning.callbacks(self.network), *internal_callbacks]
-        internal_callbacks = [*pruning_callbacks(recorder), *internal_callbacks]
+        internal_callbacks: list[pl.Callback] = []
         if self.rank_info is not None and self.is_user_module:
-            internal_callbacks = [UserModuleRescaler(self.ranks), *internal_callbacks]
+            internal_callbacks.append(UserModuleRescaler(self.ranks))
+        internal_callbacks += pruning_callbacks(recorder)
+        if self.tuning is not None:
+            internal_callbacks += self.tuning.callbacks(self.network)
+        if early_stopping is not None:
+            internal_callbacks.append(early_stopping)
+        internal_callbacks.append(checkpoint_callback)  # it sees an epoch's end last
         self.trainer = build_trainer(
             options,
             internal_callbacks=internal_callbacks,
@@ -209,8 +208,7 @@ class Training:
             return self.network
         recipe, options = self.recipe, self.recipe.trainer
         loss = build_loss(recipe.loss)
-        has_sample_weights = self.train.weight is not None
-        if has_sample_weights and not isinstance(loss, BaseLoss):
+        if self.train.weight is not None and not isinstance(loss, BaseLoss):
             raise ConfigError(
                 f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
                 "derive it from qtorch.metrics.loss.Loss."
@@ -272,10 +270,9 @@ class Training:
         order = batch["order"]
         if not training:
             order = "day_sequential" if order.startswith("day") else "sequential"
+        eval_size = evaluation_batch_size(batch, samples.device)
         loader_arguments: dict[str, Any] = {
-            "batch_size": batch["size"]
-            if training
-            else evaluation_batch_size(batch, samples.device),
+            "batch_size": batch["size"] if training else eval_size,
             "order": order,
             "seed": self.recipe.seed,
             "days_per_batch": batch["days_per_batch"],
@@ -327,11 +324,9 @@ class Training:
                 checkpoint[1][CALLBACK_STATE_KEY]["inner_steps"],
                 checkpoint[1][CALLBACK_STATE_KEY]["cut_every"],
             )
-        valid_loader = None
-        if self.valid is not None and self.recipe.trainer.limit_valid != 0:
-            valid_loader = self._build_loader(
-                self.valid, False, self.recipe.trainer.limit_valid, None
-            )
+        valid_loader, limit = None, self.recipe.trainer.limit_valid
+        if self.valid is not None and limit != 0:
+            valid_loader = self._build_loader(self.valid, False, limit, None)
         self.trainer.fit(
             self.module,
             self.loader,
@@ -452,14 +447,8 @@ def data_identity(samples: Samples) -> list[Any]:
         for t in (samples.date, samples.instrument, samples.target, samples.weight)
     ]
     names = hashlib.sha256(repr(samples.feature_names).encode()).hexdigest()
-    return [
-        description["samples"],
-        description["start"],
-        description["end"],
-        samples.step_len,
-        names,
-        *sums,
-    ]
+    segment = [description[key] for key in ("samples", "start", "end")]
+    return [*segment, samples.step_len, names, *sums]
 
 
 def _describe_spec(spec: Any) -> Any:

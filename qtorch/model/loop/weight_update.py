@@ -10,10 +10,11 @@ import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import check_name
 from qtorch.model.loop.factories import SchedulerPlan
 from qtorch.model.loop.lightning_internals import count_optimizer_step
 from qtorch.model.loop.progress import MONITOR_NAMES
@@ -91,8 +92,7 @@ class WeightUpdate:
             return
         name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
         metrics = self.module.trainer.callback_metrics
-        if name not in metrics:
-            raise ConfigError(unknown_name_message("metric for the scheduler", name, metrics))
+        check_name("metric for the scheduler", name, metrics)
         scheduler.step(float(metrics[name]))
 
     def learning_rates(self) -> list[float]:
@@ -124,13 +124,13 @@ class WeightUpdate:
 
 def _can_bypass_hooks(trainer: Any) -> bool:
     """Whether backward and optimizer step can be called without Lightning's hooks around them."""
-    has_no_step_hooks = all(
-        getattr(type(callback), hook) is getattr(pl.Callback, hook)
+    has_step_hooks = any(
+        is_overridden(hook, callback, pl.Callback)
         for callback in trainer.callbacks
         for hook in STEP_HOOKS
     )
     return (
-        has_no_step_hooks
+        not has_step_hooks
         and isinstance(trainer.strategy, SingleDeviceStrategy)
         and isinstance(trainer.profiler, PassThroughProfiler)
         and getattr(trainer.precision_plugin, "scaler", None) is None

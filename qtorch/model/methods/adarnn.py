@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.loop.module import ScoreModule
@@ -62,10 +62,8 @@ class ADARNNModule(ScoreModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if loss_type not in DISTANCES:
-            raise ConfigError(unknown_name_message("loss_type", loss_type, DISTANCES))
-        if domains not in SPLITS:
-            raise ConfigError(unknown_name_message("domains", domains, SPLITS))
+        check_name("loss_type", loss_type, DISTANCES)
+        check_name("domains", domains, SPLITS)
         if not 2 <= num_domains <= NUM_SLOTS:
             raise ConfigError(f"num_domains is {num_domains}; expected 2 to {NUM_SLOTS}.")
         self.dw, self.loss_type, self.pre_epoch = dw, loss_type, pre_epoch
@@ -84,14 +82,13 @@ class ADARNNModule(ScoreModule):
         for name in ("importance", "distance", "distance_before"):
             self.register_buffer(name, torch.zeros(shape, device=train.device))
         self.importance += 1 / steps
-        self.register_buffer(
-            "domain", self._assign_domains(train).to(train.device), persistent=False
-        )
+        domain = self._assign_domains(train).to(train.device)
+        self.register_buffer("domain", domain, persistent=False)
 
     def _assign_domains(self, train: Samples) -> Tensor:
         """Return the domain of each calendar row, `[D]`; boundaries are between train days."""
         days = torch.unique(train.date).cpu()
-        slot = torch.full((len(train.calendar),), 0)
+        slot = torch.zeros(len(train.calendar), dtype=torch.long)
         slot[days] = torch.arange(len(days)) * NUM_SLOTS // len(days)
         if self.domains == "diverse":
             cuts = _diverse_cuts(*_slot_means(train, slot), self.num_domains)
@@ -107,8 +104,7 @@ class ADARNNModule(ScoreModule):
             self.importance.zero_()  # the gates' weights are summed during the epoch
         elif num_boosts > 1:
             growth = self.distance - self.distance_before
-            gain = torch.where(growth > EPSILON, 1 + torch.sigmoid(growth), 1.0)
-            self.importance *= gain
+            self.importance *= torch.where(growth > EPSILON, 1 + torch.sigmoid(growth), 1.0)
         if num_boosts >= 0:
             self.importance /= self.importance.sum(-1, keepdim=True).clamp(min=EPSILON)
         self.distance_before.copy_(self.distance)
@@ -128,13 +124,9 @@ class ADARNNModule(ScoreModule):
         transfer = total.new_zeros(())
         for pair_index, (first, second, has_both) in enumerate(self._pair_samples(batch)):
             source, target = [s[first] for s in states], [s[second] for s in states]
-            distance = torch.stack(
-                [
-                    step_distances(self.loss_type, *layer_states)
-                    for layer_states in zip(source, target, strict=True)
-                ]
-            )
-            distance = torch.where(has_both, distance, 0.0)
+            layers = zip(source, target, strict=True)
+            distance = torch.stack([step_distances(self.loss_type, a, b) for a, b in layers])
+            distance = torch.where(has_both, distance, 0.0)  # [layers, T]
             if self.current_epoch < self.pre_epoch:
                 weight = self.gates(source, target)
                 self.importance[pair_index] += weight.detach()
@@ -182,12 +174,10 @@ def _diverse_cuts(means: Tensor, counts: Tensor, num_domains: int) -> tuple[int,
 
     def spread(cuts: tuple[int, ...]) -> float:
         boundaries = [0, *cuts, NUM_SLOTS]
-        domain_means = torch.stack(
-            [
-                (means[a:b] * counts[a:b, None]).sum(0) / counts[a:b].sum()
-                for a, b in pairwise(boundaries)
-            ]
-        )
-        return float(torch.pdist(domain_means).square().mean())
+        domain_means = [
+            (means[a:b] * counts[a:b, None]).sum(0) / counts[a:b].sum()
+            for a, b in pairwise(boundaries)
+        ]
+        return float(torch.pdist(torch.stack(domain_means)).square().mean())
 
     return max(combinations(range(1, NUM_SLOTS), num_domains - 1), key=spread)

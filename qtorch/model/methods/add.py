@@ -63,8 +63,7 @@ class ADDModule(ScoreModule):
     @property
     def alpha(self) -> float:
         """The factor of the adversaries' gradient in this epoch (without its sign)."""
-        unclipped_alpha = 2 / (1 + math.exp(-self.gamma * self.current_epoch)) - 1
-        return min(self.gamma_clip, unclipped_alpha)
+        return min(self.gamma_clip, 2 / (1 + math.exp(-self.gamma * self.current_epoch)) - 1)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         batch = self.apply_day_label(batch)
@@ -97,16 +96,11 @@ def market_states(train: Samples) -> Tensor:
         raise DataError("ADD derives the market state from raw labels, but the samples have none.")
     label = train.raw_label[:, 0].double()
     has_label = ~label.isnan()
-    total, count = (
-        torch.zeros(len(train.calendar), dtype=torch.float64, device=label.device).index_add_(
-            0, train.date, values
-        )
-        for values in (label.nan_to_num(), has_label.double())
-    )
+    zeros = label.new_zeros(len(train.calendar))
+    total = zeros.index_add(0, train.date, label.nan_to_num())
+    count = zeros.index_add(0, train.date, has_label.double())
     mean = total / count  # NaN for a day without labels
-    quantiles = (
-        torch.arange(1, NUM_MARKET_STATES, device=mean.device, dtype=mean.dtype) / NUM_MARKET_STATES
-    )
+    quantiles = torch.arange(1, NUM_MARKET_STATES).to(mean) / NUM_MARKET_STATES
     state = torch.bucketize(mean, torch.nanquantile(mean, quantiles))
     return state.masked_fill(count == 0, UNKNOWN)
 

@@ -42,10 +42,9 @@ class IGMTFModule(ScoreModule):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         position = 0
+        days_per_chunk = max(1, CHUNK_SIZE // self._train.max_samples_per_day)
         with evaluation_mode(self.network, self.device), self.effective_network(IGMTF) as network:
-            for days in torch.split(
-                self._days, max(1, CHUNK_SIZE // self._train.max_samples_per_day)
-            ):
+            for days in torch.split(self._days, days_per_chunk):
                 batch = self._train.send_to_device(self._train.day_batch(days))
                 (x, mask), _ = self.forward_adapter.arguments(batch)
                 network.write_bank(position, x, mask)

@@ -79,9 +79,8 @@ class TabNetModule(ScoreModule):
         with self.effective_network(TabNet) as network:
             decision, entropy = network.encode(x)
             score = network.scores(network.fc_out(decision))
-        total, total_weight = self.loss_sums_from_scores(
-            score.reshape(*batch.date.shape, *score.shape[1:]), batch
-        )
+        score = score.reshape(*batch.date.shape, *score.shape[1:])
+        total, total_weight = self.loss_sums_from_scores(score, batch)
         entropy = mean_from_sums((entropy * is_sample[:, 0]).sum(), is_sample.sum())
         return total + self.lambda_sparse * entropy * total_weight, total_weight
 
@@ -92,9 +91,8 @@ class TabNetModule(ScoreModule):
         x, is_sample = self._rows(batch)
         random_values = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         hidden = (random_values < self.ps) * is_sample
-        predictions = self.decoder(
-            self.require_network(TabNet).encode(x * (1 - hidden), 1 - hidden)[0]
-        )
+        encoding, _ = self.require_network(TabNet).encode(x * (1 - hidden), 1 - hidden)
+        predictions = self.decoder(encoding)
         count = is_sample.sum().clamp(min=1)
         mean = (x * is_sample).sum(0) / count
         variance = ((x - mean) * is_sample).square().sum(0) / count

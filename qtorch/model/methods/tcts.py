@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import Loss, mean_from_sums
@@ -65,8 +65,7 @@ class TCTSModule(ScoreModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if mode not in MODES:
-            raise ConfigError(unknown_name_message("mode", mode, MODES))
+        check_name("mode", mode, MODES)
         if steps < 1:
             raise ConfigError(f"steps is {steps}; expected at least 1 optimizer step.")
         self.weight_factory = optimizer_factory(with_learning_rate(weight_optimizer, weight_lr))
@@ -92,9 +91,8 @@ class TCTSModule(ScoreModule):
             )
         self._valid = valid
         num_inputs = train.num_features * train.num_steps
-        self.task_weights = TaskWeights(num_inputs, num_tasks, *self.weight_network_arguments).to(
-            train.device
-        )
+        task_weights = TaskWeights(num_inputs, num_tasks, *self.weight_network_arguments)
+        self.task_weights = task_weights.to(train.device)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
@@ -108,9 +106,9 @@ class TCTSModule(ScoreModule):
         """Return the loss sums and scores of the main task only."""
         score = self.forward_adapter(batch, state)
         assert batch.y is not None, "a valid sample has labels"
-        weight, target = batch.weight, batch.y[..., 0]
         assert isinstance(self.loss, Loss), "checked in bind"
-        return (*self.loss.sums(score[..., 0], target, weight, batch.mask), score)
+        sums = self.loss.sums(score[..., 0], batch.y[..., 0], batch.weight, batch.mask)
+        return (*sums, score)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         batch = self.apply_day_label(batch).flatten()
@@ -122,27 +120,24 @@ class TCTSModule(ScoreModule):
             task_weights = self._task_weights(batch, score)
             if self.mode == "hard":
                 best_task = task_weights.argmax(-1, keepdim=True)
-                task_weights = task_weights.sum(-1, keepdim=True) * torch.zeros_like(
-                    task_weights
-                ).scatter_(1, best_task, 1.0)
+                is_best = torch.zeros_like(task_weights).scatter_(1, best_task, 1.0)
+                task_weights = task_weights.sum(-1, keepdim=True) * is_best
             if batch.weight is not None:
                 task_weights = task_weights * batch.weight[:, None]
         return (self._task_losses(batch, score) * task_weights).sum(), task_weights.sum()
 
     def _task_weights(self, batch: Batch, score: Tensor) -> Tensor:
-        label = batch.y
-        assert label is not None, "a training sample has labels"
-        x = batch.x.to(score.dtype)
-        weights: Tensor = self.task_weights(x, score.detach(), label.to(score.dtype))
+        assert batch.y is not None, "a training sample has labels"
+        x, label = batch.x.to(score.dtype), batch.y.to(score.dtype)
+        weights: Tensor = self.task_weights(x, score.detach(), label)
         return weights
 
     def _task_losses(self, batch: Batch, score: Tensor) -> Tensor:
         """Return the losses `[B, Q]`, zero where the label is NaN."""
-        label = batch.y
-        assert label is not None, "a training sample has labels"
+        assert batch.y is not None, "a training sample has labels"
         assert isinstance(self.loss, Loss), "checked in bind"
-        has_label = ~label.isnan()
-        target = label.nan_to_num().to(score.dtype)
+        has_label = ~batch.y.isnan()
+        target = batch.y.nan_to_num().to(score.dtype)
         return self.loss.elementwise(torch.where(has_label, score, 0.0), target) * has_label
 
     def _step_task_weights(self, batch: Batch) -> None:
@@ -151,9 +146,8 @@ class TCTSModule(ScoreModule):
         rows = torch.randint(len(valid), (len(batch.date),), device=valid.index_device)
         valid_batch = valid.send_to_device(valid.batch(rows))
         total, total_weight, _ = self.loss_sums(valid_batch)
-        valid_gradient = torch.autograd.grad(
-            mean_from_sums(total, torch.as_tensor(total_weight)), parameters
-        )
+        valid_loss = mean_from_sums(total, torch.as_tensor(total_weight))
+        valid_gradient = torch.autograd.grad(valid_loss, parameters)
         loss_slopes, score = self._loss_slopes(batch, parameters, valid_gradient)
         loss = -(self._task_weights(batch, score) * loss_slopes).sum(-1).mean()
         optimizers = self.optimizers()

@@ -27,81 +27,6 @@ CHUNK_SIZE = 8192  # samples per forward pass without gradients
 DECAY_STEPS = 100  # `lamb` is multiplied by `rho` once in so many steps
 
 
-class ErrorMemory(Gatherable):
-    """The errors of a TRA's predictors on the days that its samples may look up.
-
-    `values [days + 1, N, K]` start `label_horizon + lookback - 1` days before the first sample.
-    They are zero where an error is not known; the last row receives writes that are discarded. For
-    date t, `gather` returns errors of dates up to t - label_horizon, whose labels are known at t.
-    """
-
-    def __init__(self, network: TRA, samples: Samples) -> None:
-        self.calendar, self.instruments = samples.calendar, samples.instruments
-        self.lookback, self.horizon = network.lookback, network.label_horizon
-        history_days = network.label_horizon + network.lookback - 1
-        self.start, self.end = int(samples.date[0]) - history_days, int(samples.date[-1]) + 1
-        shape = (self.end - self.start + 1, len(samples.instruments), network.num_states)
-        self.values = torch.zeros(shape, device=samples.device)
-
-    @property
-    def width(self) -> int:
-        return self.values.shape[-1]
-
-    def gather(self, date: Tensor, instrument: Tensor) -> Tensor:
-        """Return `[..., lookback, K]`, oldest first, for int64 dates and instruments `[...]`."""
-        offsets = torch.arange(1 - self.lookback, 1, device=date.device) - self.horizon
-        return self.values[(date - self.start)[..., None] + offsets, instrument[..., None]]
-
-    def to(self, device: torch.device) -> ErrorMemory:
-        memory = object.__new__(ErrorMemory)
-        memory.__dict__.update(self.__dict__, values=self.values.to(device))
-        return memory
-
-    def write(self, date: Tensor, instrument: Tensor, errors: Tensor, has_label: Tensor) -> None:
-        """Store `errors [B, K]` of the samples that have a label, `has_label [B]`."""
-        row = torch.where(has_label, date - self.start, self.end - self.start)
-        self.values[row, instrument] = torch.where(has_label[:, None], errors, 0.0)
-
-    @torch.no_grad()
-    def record_errors(self, network: nn.Module, samples: Samples) -> None:
-        """Store the errors of a TRA, or of a LoRA of one, on samples.
-
-        The samples may have another calendar and other instruments.
-        """
-        days = torch.as_tensor(self.calendar.get_indexer(samples.calendar))
-        columns = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
-        device = self.values.device
-        days, columns = days.masked_fill(days < 0, self.end).to(device), columns.to(device)
-        is_covered = days[samples.date.to(device)]
-        is_covered = (is_covered >= self.start) & (is_covered < self.end)
-        rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
-        with evaluation_mode(network, device), use_effective_weights(network) as effective_tra:
-            assert isinstance(effective_tra, TRA), "fit and predict have checked the network"
-            for chunk in torch.split(rows, CHUNK_SIZE):
-                batch = samples.send_to_device(samples.batch(chunk))
-                x = batch.x.to(effective_tra.predictors.weight.dtype)
-                errors, has_label = prediction_errors(
-                    effective_tra.predictions(effective_tra.model(x)), batch
-                )
-                instrument = columns[batch.instrument]
-                has_label = has_label & (instrument >= 0)
-                self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), has_label)
-
-
-def prediction_errors(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return squared errors `[B, K]` and which samples have a label, `[B]`.
-
-    `predictions` is `[B, K, Q]`. The errors are means over the labels that are not NaN.
-    """
-    target = batch.y
-    assert target is not None, "errors need labels"
-    has_label = ~target.isnan()  # [B, Q]
-    if batch.mask is not None:
-        has_label = has_label & batch.mask[:, None]
-    error = (predictions.float() - target.nan_to_num()[:, None]).square() * has_label[:, None]
-    return error.sum(-1) / has_label.sum(-1).clamp(min=1)[:, None], has_label.any(-1)
-
-
 class TRAModule(ScoreModule):
     """A ScoreModule that adds to the routed predictions' loss `lamb` times a router loss.
 
@@ -195,9 +120,8 @@ class TRAModule(ScoreModule):
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:
         """As in ScoreModule, with the past errors that the valid samples may use."""
-        return super().loss_sums(
-            _add_past_errors(batch, self.valid_memory), state, complete=complete
-        )
+        batch = _add_past_errors(batch, self.valid_memory)
+        return super().loss_sums(batch, state, complete=complete)
 
     def training_sums(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
         flat = batch.flatten()
@@ -208,26 +132,95 @@ class TRAModule(ScoreModule):
         with torch.no_grad():
             new_errors = minmax(error)
             past_errors = minmax(keywords["errors"].mean(1))
-            plan = sinkhorn(
-                minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors), has_label
-            )
+            cost = minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors)
+            plan = sinkhorn(cost, has_label)
             self.memory.write(flat.date, flat.instrument, new_errors, has_label)
         if self.current_epoch < self.pretrain:
             weight = has_label if flat.weight is None else has_label * flat.weight
             return ((error * plan).sum(1) * weight).sum(), weight.sum()
         routing = F.gumbel_softmax(logits.float(), hard=True)
         score = network.mix_predictions(predictions, routing)
-        total, total_weight = self.loss_sums_from_scores(
-            score.reshape(*batch.date.shape, *score.shape[1:]), batch, complete=self.complete
-        )
-        router_loss = -(plan * logits.float().log_softmax(-1)).sum()
+        score = score.reshape(*batch.date.shape, *score.shape[1:])
+        total, total_weight = self.loss_sums_from_scores(score, batch, complete=self.complete)
+        cross_entropy = -(plan * logits.float().log_softmax(-1)).sum()
+        router_loss = mean_from_sums(cross_entropy, has_label.sum())
         lamb = self.lamb * self.rho ** (self.trainer.global_step // DECAY_STEPS)
-        return total + lamb * total_weight * mean_from_sums(
-            router_loss, has_label.sum()
-        ), total_weight
+        return total + lamb * total_weight * router_loss, total_weight
 
 
 def _add_past_errors(batch: Batch, memory: ErrorMemory) -> Batch:
-    return replace(
-        batch, extra={**batch.extra, "errors": memory.gather(batch.date, batch.instrument)}
-    )
+    errors = memory.gather(batch.date, batch.instrument)
+    return replace(batch, extra={**batch.extra, "errors": errors})
+
+
+class ErrorMemory(Gatherable):
+    """The errors of a TRA's predictors on the days that its samples may look up.
+
+    `values [days + 1, N, K]` start `label_horizon + lookback - 1` days before the first sample.
+    They are zero where an error is not known; the last row receives writes that are discarded. For
+    date t, `gather` returns errors of dates up to t - label_horizon, whose labels are known at t.
+    """
+
+    def __init__(self, network: TRA, samples: Samples) -> None:
+        self.calendar, self.instruments = samples.calendar, samples.instruments
+        self.lookback, self.horizon = network.lookback, network.label_horizon
+        history_days = network.label_horizon + network.lookback - 1
+        self.start, self.end = int(samples.date[0]) - history_days, int(samples.date[-1]) + 1
+        shape = (self.end - self.start + 1, len(samples.instruments), network.num_states)
+        self.values = torch.zeros(shape, device=samples.device)
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[-1]
+
+    def gather(self, date: Tensor, instrument: Tensor) -> Tensor:
+        """Return `[..., lookback, K]`, oldest first, for int64 dates and instruments `[...]`."""
+        offsets = torch.arange(1 - self.lookback, 1, device=date.device) - self.horizon
+        return self.values[(date - self.start)[..., None] + offsets, instrument[..., None]]
+
+    def to(self, device: torch.device) -> ErrorMemory:
+        memory = object.__new__(ErrorMemory)
+        memory.__dict__.update(self.__dict__, values=self.values.to(device))
+        return memory
+
+    def write(self, date: Tensor, instrument: Tensor, errors: Tensor, has_label: Tensor) -> None:
+        """Store `errors [B, K]` of the samples that have a label, `has_label [B]`."""
+        row = torch.where(has_label, date - self.start, self.end - self.start)
+        self.values[row, instrument] = torch.where(has_label[:, None], errors, 0.0)
+
+    @torch.no_grad()
+    def record_errors(self, network: nn.Module, samples: Samples) -> None:
+        """Store the errors of a TRA, or of a LoRA of one, on samples.
+
+        The samples may have another calendar and other instruments.
+        """
+        days = torch.as_tensor(self.calendar.get_indexer(samples.calendar))
+        columns = torch.as_tensor(self.instruments.get_indexer(samples.instruments))
+        device = self.values.device
+        days, columns = days.masked_fill(days < 0, self.end).to(device), columns.to(device)
+        date = days[samples.date.to(device)]
+        is_covered = (date >= self.start) & (date < self.end)
+        rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
+        with evaluation_mode(network, device), use_effective_weights(network) as tra:
+            assert isinstance(tra, TRA), "fit and predict have checked the network"
+            for chunk in torch.split(rows, CHUNK_SIZE):
+                batch = samples.send_to_device(samples.batch(chunk))
+                x = batch.x.to(tra.predictors.weight.dtype)
+                errors, has_label = prediction_errors(tra.predictions(tra.model(x)), batch)
+                instrument = columns[batch.instrument]
+                has_label = has_label & (instrument >= 0)
+                self.write(days[batch.date], instrument.clamp(min=0), minmax(errors), has_label)
+
+
+def prediction_errors(predictions: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return squared errors `[B, K]` and which samples have a label, `[B]`.
+
+    `predictions` is `[B, K, Q]`. The errors are means over the labels that are not NaN.
+    """
+    target = batch.y
+    assert target is not None, "errors need labels"
+    has_label = ~target.isnan()  # [B, Q]
+    if batch.mask is not None:
+        has_label = has_label & batch.mask[:, None]
+    error = (predictions.float() - target.nan_to_num()[:, None]).square() * has_label[:, None]
+    return error.sum(-1) / has_label.sum(-1).clamp(min=1)[:, None], has_label.any(-1)

@@ -12,13 +12,12 @@ import pandas as pd
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, NotFittedError
-from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import State
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.model.base import SCORE, Model
-from qtorch.model.input_schema import InputSchema, check_labels
+from qtorch.model.input_schema import InputSchema, check_labels, load_training_samples
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,19 @@ class TabularModel(Model):
         names: Sequence[str] | None = None,
     ) -> Rows:
         """Return a segment's rows for training; `names` are the features of an earlier fit."""
-        if callable(getattr(reweighter, "bind", None)):
-            reweighter.bind(dataset)
-        samples = get_samples(dataset, segment, data_key="learn").apply_reweighter(reweighter)
+        samples = load_training_samples(dataset, segment, reweighter)
         check_labels(samples, None)
         assert samples.target is not None, "check_labels has checked it"
         if samples.target.shape[1] != 1:
             raise ConfigError(
                 f"{type(self).__name__} needs one label; the dataset has {samples.label_names}."
             )
-        x = _matrix(samples, samples.feature_names if names is None else names)
-        weight = samples.weight
+        names = samples.feature_names if names is None else tuple(names)
         return Rows(
-            x,
-            samples.target[:, 0].cpu().numpy(),
-            None if weight is None else weight.cpu().numpy(),
-            samples.feature_names if names is None else tuple(names),
+            x=_matrix(samples, names),
+            y=samples.target[:, 0].cpu().numpy(),
+            weight=None if samples.weight is None else samples.weight.cpu().numpy(),
+            names=names,
         )
 
     # -- saving --------------------------------------------------------------------------------
@@ -107,11 +103,7 @@ class TabularModel(Model):
     @classmethod
     def from_state(cls, state: State) -> Self:
         """Build a model from its saved state. Names in it must pass the trust rule."""
-        model = init_instance_by_config(state.config["model"], check_trust=True)
-        if not isinstance(model, cls):
-            raise TypeError(
-                f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."
-            )
+        model = cls._from_stored_config(state.config["model"])
         fitted_state = state.config["fitted"]
         if fitted_state is not None:
             model.feature_names_ = tuple(fitted_state["feature_names"])

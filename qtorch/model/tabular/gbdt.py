@@ -12,9 +12,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ArgumentError, ConfigError, nearest_name, unknown_name_message
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    check_name,
+    nearest_name,
+    unknown_name_message,
+)
 from qtorch.core.session import session
 from qtorch.model.base import ModelFT
+from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.tabular.base import Rows, TabularModel
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.recorder import current_recorder
@@ -59,8 +66,7 @@ class LGBModel(TabularModel, ModelFT):
         num_boost_round: int = 1000,
         **parameters: Any,
     ) -> None:
-        if loss not in LOSSES:
-            raise ConfigError(unknown_name_message("loss of LGBModel", loss, LOSSES))
+        check_name("loss of LGBModel", loss, LOSSES)
         self.loss = loss
         self.early_stopping_rounds = early_stopping_rounds
         self.num_boost_round = num_boost_round
@@ -91,7 +97,7 @@ class LGBModel(TabularModel, ModelFT):
         """
         train = self._rows(dataset, "train", reweighter)
         valid = None
-        if "valid" in getattr(dataset, "segments", ("valid",)):
+        if has_valid_segment(dataset):
             valid = self._rows(dataset, "valid", reweighter, train.names)
         self._boost(train, valid, self.num_boost_round, recorder)
 
@@ -129,8 +135,7 @@ class LGBModel(TabularModel, ModelFT):
         if valid is not None:
             sets["valid"] = data.create_valid(valid.x, valid.y, weight=valid.weight)
             if self.early_stopping_rounds > 0:
-                early_stopping = library.early_stopping(self.early_stopping_rounds, verbose=False)
-                callbacks.append(early_stopping)
+                callbacks.append(library.early_stopping(self.early_stopping_rounds, verbose=False))
         booster = library.train(
             self._parameters(),
             data,
@@ -153,9 +158,8 @@ class LGBModel(TabularModel, ModelFT):
         if session().seed is not None:
             defaults["seed"] = session().seed
         if not self.params.keys() & {"force_col_wise", "force_row_wise"}:
-            defaults["force_col_wise"] = (
-                True  # otherwise LightGBM chooses by timing, which is not reproducible
-            )
+            # Otherwise LightGBM chooses by timing, which is not reproducible.
+            defaults["force_col_wise"] = True
         return {**defaults, **self.params, "objective": self.loss}
 
     def _report(self, train: Rows, valid: Rows | None, best: int, seconds: float) -> None:
@@ -177,15 +181,13 @@ class LGBModel(TabularModel, ModelFT):
     # -- fitted model -----------------------------------------------------------------------
 
     def _score(self, x: np.ndarray) -> np.ndarray:
-        scores: np.ndarray = np.asarray(self.booster.predict(x))
-        return scores
+        return np.asarray(self.booster.predict(x))
 
     def get_feature_importance(self, importance_type: str = "split") -> pd.Series:
         """Return how often each feature splits ("split") or the total gain ("gain"), sorted."""
         values = self.booster.feature_importance(importance_type=importance_type)
-        return pd.Series(values, index=list(self._require_feature_names())).sort_values(
-            ascending=False
-        )
+        importance = pd.Series(values, index=list(self._require_feature_names()))
+        return importance.sort_values(ascending=False)
 
     def _get_fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fitted_state = {"evals_result": self.evals_result_, "fit_report": self.fit_report_}
@@ -213,11 +215,9 @@ def _log_metrics(evaluations: dict[str, dict[str, list[float]]], recorder: Recor
 def _lightgbm_names(names: tuple[str, ...]) -> list[str]:
     """Return feature names that LightGBM accepts: without JSON's special characters."""
     clean_names = [re.sub(r"[\s\",:\[\]{}]", "_", name) for name in names]
-    return (
-        clean_names
-        if len(set(clean_names)) == len(names)
-        else [f"feature{k}" for k in range(len(names))]
-    )
+    if len(set(clean_names)) < len(names):
+        return [f"feature{k}" for k in range(len(names))]
+    return clean_names
 
 
 def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:

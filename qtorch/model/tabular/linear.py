@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name
+from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.tabular.base import Rows, TabularModel
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ class LinearModel(TabularModel):
         fit_intercept: bool = False,
         include_valid: bool = False,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise ConfigError(unknown_name_message("estimator", estimator, ESTIMATORS))
+        check_name("estimator", estimator, ESTIMATORS)
         if alpha < 0 or (alpha and estimator not in ("ridge", "lasso")):
             raise ConfigError(
                 f"alpha={alpha} with estimator={estimator!r}: only ridge and lasso use it, >= 0."
@@ -63,7 +63,7 @@ class LinearModel(TabularModel):
         rows = self._rows(dataset, "train", reweighter)
         moments = _Moments(len(rows.names))
         moments.add(rows)
-        if self.include_valid and "valid" in getattr(dataset, "segments", ("valid",)):
+        if self.include_valid and has_valid_segment(dataset):
             moments.add(self._rows(dataset, "valid", reweighter, rows.names))
         if not moments.weight:
             raise DataError("no sample has all its features: add Fillna to the processors.")
@@ -92,11 +92,9 @@ class LinearModel(TabularModel):
 
     def _score(self, x: np.ndarray) -> np.ndarray:
         assert self.coef_ is not None, "predict has checked that the model is fitted"
-        parts = [
-            x[k : k + CHUNK_SIZE].astype(np.float64) @ self.coef_
-            for k in range(0, len(x), CHUNK_SIZE)
-        ]
-        return np.concatenate(parts) + self.intercept_
+        chunks = (x[start : start + CHUNK_SIZE] for start in range(0, len(x), CHUNK_SIZE))
+        scores = np.concatenate([chunk.astype(np.float64) @ self.coef_ for chunk in chunks])
+        return scores + self.intercept_
 
     def _get_fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fitted_state = {"intercept": self.intercept_, "fit_report": self.fit_report_}
@@ -148,9 +146,9 @@ def _coordinate_descent(
         largest_change = 0.0
         for k in np.flatnonzero(np.diag(gram) > 0):
             partial_slope = slope[k] + gram[k, k] * coef[k]
-            shrunk_slope = max(abs(partial_slope) - alpha, 0.0) * (
-                0.0 if positive and partial_slope < 0 else 1.0
-            )
+            shrunk_slope = max(abs(partial_slope) - alpha, 0.0)
+            if positive and partial_slope < 0:
+                shrunk_slope = 0.0
             step = np.copysign(shrunk_slope, partial_slope) / gram[k, k] - coef[k]
             coef[k] += step
             slope -= step * gram[k]

@@ -61,8 +61,7 @@ class ADD(Network):
 
     def encode(self, x: Tensor) -> Tensor | LSTMState:
         """Return the last state of all layers, `[L, G * N, H]` (for LSTM a tuple of two)."""
-        state: Tensor | LSTMState = self.enc_excess(x.flatten(0, 1))[1]
-        return state
+        return self.enc_excess(x.flatten(0, 1))[1]
 
     def score_state(self, state: Tensor | LSTMState, mask: Tensor) -> Tensor:
         """Return the scores `[G, N]` or `[G, N, Q]` for the output of `encode`."""
@@ -107,10 +106,8 @@ class Disentangler(nn.Module):
         self.num_outputs = num_outputs
         self.enc_market = recurrent_layers(base_model, d_feat, hidden_size, num_layers, dropout)
         self.dec = Decoder(d_feat, 2 * hidden_size, num_layers, dec_dropout, base_model)
-        self.pred_market, self.adv_market = (
-            Head(width, NUM_MARKET_STATES),
-            Head(width, NUM_MARKET_STATES),
-        )
+        self.pred_market = Head(width, NUM_MARKET_STATES)
+        self.adv_market = Head(width, NUM_MARKET_STATES)
         self.adv_excess = Head(width, num_outputs)
 
     def forward(
@@ -123,13 +120,12 @@ class Disentangler(nn.Module):
         market: Tensor | LSTMState = self.enc_market(x.flatten(0, 1))[1]
         excess_state, market_state = concat_layers(excess, mask), concat_layers(market, mask)
         adv_excess = self.adv_excess(reverse_gradient(market_state, alpha), mask)
+        reconstruction = self.dec(_concat_states(excess, market), x.shape[2])
         return DisentanglerOutput(
             market=self.pred_market(market_state, mask),
             adv_market=self.adv_market(reverse_gradient(excess_state, alpha), mask),
             adv_excess=adv_excess[..., 0] if self.num_outputs == 1 else adv_excess,
-            reconstruction=self.dec(_concat_states(excess, market), x.shape[2]).unflatten(
-                0, x.shape[:2]
-            ),
+            reconstruction=reconstruction.unflatten(0, x.shape[:2]),
         )
 
 
@@ -143,8 +139,7 @@ class Head(nn.Sequential):
     def forward(self, state: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # also takes a mask
         """Map `state [G, N, width]`, `mask [G, N]` to `[G, N, outputs]`."""
         hidden, norm, act, out = self
-        output: Tensor = out(act(norm(hidden(state), mask)))
-        return output
+        return out(act(norm(hidden(state), mask)))
 
 
 class Decoder(nn.Module):
@@ -173,8 +168,7 @@ def reverse_gradient(x: Tensor, alpha: float) -> Tensor:
 
     Ganin and Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", ICML 2015.
     """
-    output: Tensor = _GradientReversal.apply(x, alpha)  # type: ignore[no-untyped-call]  # untyped in torch
-    return output
+    return _GradientReversal.apply(x, alpha)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class _GradientReversal(torch.autograd.Function):

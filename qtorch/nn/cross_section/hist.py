@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtorch.nn.cross_section.layers import cosine_similarities, masked_softmax, newest_states
+from qtorch.nn.cross_section.layers import (
+    cosine_similarities,
+    exact_similarities,
+    masked_softmax,
+    newest_states,
+)
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
 
@@ -90,9 +95,7 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     count = state.shape[1]
     index = torch.arange(count, device=state.device)
     is_self = index[:, None] == index
-    # In half precision, rounding would decide which instrument is the most similar one.
-    with torch.autocast(state.device.type, enabled=False):
-        similarity = cosine_similarities(state.float(), state.float())
+    similarity = exact_similarities(state, state)
     # An instrument without positive similarity to another joins no concept: the zero on the
     # diagonal is its maximum then, and gives a membership of zero.
     masked_similarity = similarity.masked_fill(is_self | ~mask[:, None], 0.0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtorch.nn.cross_section.layers import cosine_similarities, masked_mean, newest_states
+from qtorch.nn.cross_section.layers import exact_similarities, masked_mean, newest_states
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
 
@@ -64,16 +64,14 @@ class IGMTF(Network):
 
     def reset_bank(self, num_days: int, width: int) -> None:
         """Replace the bank by an empty one for `num_days` days of at most `width` instruments."""
-        device = self.project1.weight.device
-        shape = (num_days, width)
-        self.register_buffer("bank", torch.zeros(*shape, self.hidden_size, device=device))
-        self.register_buffer("bank_mask", torch.zeros(shape, dtype=torch.bool, device=device))
-        self.register_buffer("bank_day", torch.zeros(num_days, self.hidden_size, device=device))
+        zeros, size = self.project1.weight.new_zeros, self.hidden_size
+        self.register_buffer("bank", zeros(num_days, width, size))
+        self.register_buffer("bank_mask", zeros(num_days, width, dtype=torch.bool))
+        self.register_buffer("bank_day", zeros(num_days, size))
 
     def states(self, x: Tensor) -> Tensor:
         """Return the states that the bank stores: `x [G, N, T, F]` to `[G, N, H]`."""
-        states: Tensor = self.lins(newest_states(self.rnn, x))
-        return states
+        return self.lins(newest_states(self.rnn, x))
 
     @torch.no_grad()
     def write_bank(self, start: int, x: Tensor, mask: Tensor) -> None:
@@ -87,11 +85,11 @@ class IGMTF(Network):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map `x [G, N, T, F]`, `mask [G, N]` to scores `[G, N]` or `[G, N, Q]`."""
         state = self.states(x)  # [G, N, H]
-        day_similarity = _exact_similarities(masked_mean(state, mask), self.bank_day)  # [G, D]
+        day_similarity = exact_similarities(masked_mean(state, mask), self.bank_day)  # [G, D]
         days = day_similarity.topk(min(self.k_day, day_similarity.shape[-1]), -1).indices  # [G, k]
         candidates = self.project2(self.lins(self.bank[days].flatten(1, 2)))  # [G, C, H]
         is_instrument = self.bank_mask[days].flatten(1, 2)  # [G, C]
-        similarity = _exact_similarities(self.project1(state), candidates).masked_fill(
+        similarity = exact_similarities(self.project1(state), candidates).masked_fill(
             ~is_instrument[:, None], NO_NEIGHBOR
         )
         best, index = similarity.topk(min(self.n_neighbor, similarity.shape[-1]), -1)  # [G, N, n]
@@ -105,9 +103,3 @@ class IGMTF(Network):
         if f"{prefix}bank_mask" in state_dict:  # its size depends on the train segment
             self.reset_bank(*state_dict[f"{prefix}bank_mask"].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _exact_similarities(x: Tensor, y: Tensor) -> Tensor:
-    """Return cosines in float32; in half precision, rounding would decide which are nearest."""
-    with torch.autocast(x.device.type, enabled=False):
-        return cosine_similarities(x.float(), y.float())

@@ -11,22 +11,19 @@ from qtorch.nn.recurrent import GRULayers, LSTMLayers
 def newest_states(rnn: LSTMLayers | GRULayers, x: Tensor) -> Tensor:
     """Return the state after the newest step: `x [G, N, T, F]` to `[G, N, H]`."""
     states, _ = rnn(x.flatten(0, 1))  # [G * N, T, H]
-    newest: Tensor = states[:, -1].unflatten(0, x.shape[:2])
-    return newest
+    return states[:, -1].unflatten(0, x.shape[:2])
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last axis where `mask` is True; zero elsewhere and in rows without any."""
     lowest = torch.finfo(scores.dtype).min
-    share: Tensor = torch.softmax(scores.masked_fill(~mask, lowest), -1)
-    return share * mask
+    return torch.softmax(scores.masked_fill(~mask, lowest), -1) * mask
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Average `values [G, N, ...]` over the instruments in `mask [G, N]`: `[G, ...]`."""
     weight = mask.reshape(*mask.shape, *(1 for _ in values.shape[2:])).to(values.dtype)
-    mean: Tensor = (values * weight).sum(1) / weight.sum(1).clamp(min=1)
-    return mean
+    return (values * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
@@ -35,11 +32,17 @@ def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
     A zero vector has cosine zero, with zero gradient.
     """
     # vector_norm has a finite gradient at zero; the square root of a sum of squares has not.
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True) @ torch.linalg.vector_norm(
-        y, dim=-1, keepdim=True
-    ).transpose(-1, -2)
-    similarity: Tensor = x @ y.transpose(-1, -2) / (lengths + 1e-6)
-    return similarity
+    x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+    return x @ y.transpose(-1, -2) / (x_length @ y_length.transpose(-1, -2) + 1e-6)
+
+
+def exact_similarities(x: Tensor, y: Tensor) -> Tensor:
+    """Return `cosine_similarities` in float32, to choose the most similar ones by.
+
+    In half precision, rounding would decide which they are.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return cosine_similarities(x.float(), y.float())
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -67,8 +70,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             self._update_running_stats(
                 batch_mean.detach(), (squares / (count - 1)).detach(), is_several
             )
-        output: Tensor = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
-        return output
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, variance: Tensor, is_several: Tensor) -> None:

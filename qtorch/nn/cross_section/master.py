@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qtorch.nn.cross_section.layers import masked_mean
 from qtorch.nn.network import Network
-from qtorch.nn.transformer import PositionalEncoding
+from qtorch.nn.transformer import PositionalEncoding, check_heads
 
 
 class MASTER(Network):
@@ -41,20 +41,25 @@ class MASTER(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        num_own, end = d_feat, d_feat if gate_input_end_index is None else gate_input_end_index
-        if gate_input_start_index is not None:
-            num_own = gate_input_start_index
-            if not 0 < num_own < end <= d_feat:
-                raise ValueError(
-                    f"the gate's columns are {num_own} to {end} of {d_feat} features; expected at "
-                    "least one gate column, and other features before the gate columns."
-                )
-        elif gate_input_end_index is not None:
-            raise ValueError("gate_input_end_index requires gate_input_start_index.")
         if not beta > 0:
             raise ValueError(f"beta is {beta}; expected a positive number.")
-        self.beta, self.market = beta, (slice(num_own, end) if num_own < d_feat else None)
-        self.feature_gate = nn.Linear(num_own if self.market is None else end - num_own, num_own)
+        self.beta = beta
+        self.market: slice | None = None  # the gate columns
+        start, end = gate_input_start_index, gate_input_end_index
+        if start is None:
+            if end is not None:
+                raise ValueError("gate_input_end_index requires gate_input_start_index.")
+            num_own = num_gate = d_feat
+        else:
+            end = d_feat if end is None else end
+            if not 0 < start < end <= d_feat:
+                raise ValueError(
+                    f"the gate's columns are {start} to {end} of {d_feat} features; expected at "
+                    "least one gate column, and other features before the gate columns."
+                )
+            self.market = slice(start, end)
+            num_own, num_gate = start, end - start
+        self.feature_gate = nn.Linear(num_gate, num_own)
         self.feature_layer = nn.Linear(num_own, d_model)
         self.positions = PositionalEncoding(d_model)
         self.intra = AttentionBlock(d_model, t_nhead, t_dropout, scale=1.0)
@@ -100,8 +105,7 @@ class AttentionBlock(nn.Module):
         self, d_model: int, nhead: int, dropout: float, scale: float | None = None
     ) -> None:
         super().__init__()
-        if d_model % nhead:
-            raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")
+        check_heads(d_model, nhead)
         self.nhead, self.dropout, self.scale = nhead, dropout, scale
         self.qtrans = nn.Linear(d_model, d_model, bias=False)
         self.ktrans = nn.Linear(d_model, d_model, bias=False)
@@ -134,5 +138,4 @@ class AttentionBlock(nn.Module):
             scale=self.scale,
         )
         x = self.norm2(x + attention.transpose(1, 2).flatten(2))
-        output: Tensor = x + self.ffn(x)
-        return output
+        return x + self.ffn(x)

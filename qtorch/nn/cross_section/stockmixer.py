@@ -62,22 +62,6 @@ class StockMixer(Network):
         return self.scores(self.time_fc(own) + self.time_fc_(market))
 
 
-class CausalLinear(nn.Module):
-    """A linear layer over the last axis in which each step depends on no later step."""
-
-    causal_mask: Tensor
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.register_buffer("causal_mask", torch.ones(steps, steps).tril(), persistent=False)
-        limit = torch.arange(1, steps + 1, dtype=torch.float32)[:, None].rsqrt()
-        self.weight = nn.Parameter((2 * torch.rand(steps, steps) - 1) * limit * self.causal_mask)
-        self.bias = nn.Parameter((2 * torch.rand(steps) - 1) * limit[:, 0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.causal_mask, self.bias)
-
-
 class TimeMixer(nn.Module):
     """Mix steps causally, then features, with residuals: `[B, T, F]` to `[B, T, F]`."""
 
@@ -92,8 +76,23 @@ class TimeMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         over_time = self.over_time(self.LN_1(x).transpose(1, 2)).transpose(1, 2)
         x = self.LN_2(over_time + x)
-        output: Tensor = x + self.over_channels(x)
-        return output
+        return x + self.over_channels(x)
+
+
+class CausalLinear(nn.Module):
+    """A linear layer over the last axis in which each step depends on no later step."""
+
+    causal_mask: Tensor
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.register_buffer("causal_mask", torch.ones(steps, steps).tril(), persistent=False)
+        limit = torch.arange(1, steps + 1, dtype=torch.float32)[:, None].rsqrt()
+        self.weight = nn.Parameter((2 * torch.rand(steps, steps) - 1) * limit * self.causal_mask)
+        self.bias = nn.Parameter((2 * torch.rand(steps) - 1) * limit[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.causal_mask, self.bias)
 
 
 class InstrumentMixer(nn.Module):

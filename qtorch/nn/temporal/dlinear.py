@@ -9,16 +9,6 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 
 
-def moving_average(x: Tensor, kernel_size: int) -> Tensor:
-    """Return the centered moving average over the last axis of `x [B, F, T]`.
-
-    The window is padded by repeating its first and last values, so the length stays T.
-    """
-    before = (kernel_size - 1) // 2
-    padded = F.pad(x, (before, kernel_size - 1 - before), mode="replicate")
-    return F.avg_pool1d(padded, kernel_size, stride=1)
-
-
 class DLinear(Network):
     """Linear layers over time for each feature's trend (a moving average) and remainder, then a
     linear layer over the features.
@@ -54,3 +44,13 @@ class DLinear(Network):
         trend = moving_average(x, self.kernel_size)
         forecast = (trend * self.trend + (x - trend) * self.rest).sum(2) + self.bias  # [B, F]
         return self.scores(self.head(self.dropout(forecast)))
+
+
+def moving_average(x: Tensor, kernel_size: int) -> Tensor:
+    """Return the centered moving average over the last axis of `x [B, F, T]`.
+
+    The window is padded by repeating its first and last values, so the length stays T.
+    """
+    before = (kernel_size - 1) // 2
+    padded = F.pad(x, (before, kernel_size - 1 - before), mode="replicate")
+    return F.avg_pool1d(padded, kernel_size, stride=1)

@@ -9,37 +9,6 @@ from qtorch.nn.network import Network
 from qtorch.nn.recurrent import GRULayers
 
 
-class KRNNEncoder(nn.Module):
-    """A convolution over time, then the mean of `rnn_dups` GRUs: `x [B, T, F]` to `[B, T, H]`.
-
-    Raises ValueError for an even `cnn_kernel_size`, which has no middle step.
-    """
-
-    def __init__(
-        self,
-        d_feat: int,
-        cnn_dim: int,
-        cnn_kernel_size: int,
-        rnn_dim: int,
-        rnn_dups: int,
-        rnn_layers: int,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        if cnn_kernel_size % 2 == 0:
-            raise ValueError(f"cnn_kernel_size is {cnn_kernel_size}; expected an odd number.")
-        if rnn_dups < 1:
-            raise ValueError(f"rnn_dups is {rnn_dups}; expected 1 or more.")
-        self.conv = nn.Conv1d(d_feat, cnn_dim, cnn_kernel_size, padding=cnn_kernel_size // 2)
-        self.rnns = nn.ModuleList(
-            GRULayers(cnn_dim, rnn_dim, rnn_layers, dropout) for _ in range(rnn_dups)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        steps = self.conv(x.transpose(1, 2)).transpose(1, 2)  # [B, T, C]
-        return torch.stack([rnn(steps)[0] for rnn in self.rnns]).mean(0)
-
-
 class KRNN(Network):
     """Convolution over time, then `rnn_dups` small recurrent networks whose mean last state is
     scored. The mean varies less than a single network.
@@ -71,3 +40,34 @@ class KRNN(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         return self.scores(self.out_fc(self.encoder(x)[:, -1]))
+
+
+class KRNNEncoder(nn.Module):
+    """A convolution over time, then the mean of `rnn_dups` GRUs: `x [B, T, F]` to `[B, T, H]`.
+
+    Raises ValueError for an even `cnn_kernel_size`, which has no middle step.
+    """
+
+    def __init__(
+        self,
+        d_feat: int,
+        cnn_dim: int,
+        cnn_kernel_size: int,
+        rnn_dim: int,
+        rnn_dups: int,
+        rnn_layers: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        if cnn_kernel_size % 2 == 0:
+            raise ValueError(f"cnn_kernel_size is {cnn_kernel_size}; expected an odd number.")
+        if rnn_dups < 1:
+            raise ValueError(f"rnn_dups is {rnn_dups}; expected 1 or more.")
+        self.conv = nn.Conv1d(d_feat, cnn_dim, cnn_kernel_size, padding=cnn_kernel_size // 2)
+        self.rnns = nn.ModuleList(
+            GRULayers(cnn_dim, rnn_dim, rnn_layers, dropout) for _ in range(rnn_dups)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.conv(x.transpose(1, 2)).transpose(1, 2)  # [B, T, C]
+        return torch.stack([rnn(steps)[0] for rnn in self.rnns]).mean(0)

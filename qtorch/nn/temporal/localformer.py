@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import GRULayers
-from qtorch.nn.transformer import PositionalEncoding
+from qtorch.nn.transformer import PositionalEncoding, check_heads
 
 
 class Localformer(Network):
@@ -32,8 +32,7 @@ class Localformer(Network):
         num_outputs: int = 1,
     ) -> None:
         super().__init__(num_outputs)
-        if d_model % nhead:
-            raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}.")
+        check_heads(d_model, nhead)
         self.feature_layer = nn.Linear(d_feat, d_model)
         self.pos_encoder = PositionalEncoding(d_model)
         self.conv = nn.ModuleList(

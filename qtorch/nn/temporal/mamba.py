@@ -11,6 +11,40 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 
 
+class Mamba(Network):
+    """Selective state-space blocks over the window and a linear head on the newest step.
+
+    Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023. The
+    recurrence is a Python loop over the steps instead of a custom kernel, because windows are
+    short.
+    """
+
+    def __init__(
+        self,
+        d_feat: int = 20,
+        d_model: int = 32,
+        num_layers: int = 2,
+        d_state: int = 8,
+        d_conv: int = 4,
+        expand: int = 2,
+        dropout: float = 0.0,
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__(num_outputs)
+        self.embed = nn.Linear(d_feat, d_model)
+        self.blocks = nn.Sequential(
+            *(SelectiveSSM(d_model, d_state, d_conv, expand) for _ in range(num_layers))
+        )
+        self.norm = nn.RMSNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(d_model, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
+        states = self.blocks(self.embed(x))
+        return self.scores(self.head(self.dropout(self.norm(states[:, -1]))))
+
+
 class SelectiveSSM(nn.Module):
     """A residual block over `x [B, T, H]`: short causal convolution, selective scan, gate.
 
@@ -51,39 +85,4 @@ class SelectiveSSM(nn.Module):
             state = decay[:, t] * state + increment[:, t]
             outputs.append((state * output_matrix[:, t, None]).sum(-1))  # [B, E]
         readout = torch.stack(outputs, 1) + inner * self.skip  # [B, T, E]
-        output: Tensor = x + self.out_proj(readout * F.silu(gate))
-        return output
-
-
-class Mamba(Network):
-    """Selective state-space blocks over the window and a linear head on the newest step.
-
-    Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023. The
-    recurrence is a Python loop over the steps instead of a custom kernel, because windows are
-    short.
-    """
-
-    def __init__(
-        self,
-        d_feat: int = 20,
-        d_model: int = 32,
-        num_layers: int = 2,
-        d_state: int = 8,
-        d_conv: int = 4,
-        expand: int = 2,
-        dropout: float = 0.0,
-        num_outputs: int = 1,
-    ) -> None:
-        super().__init__(num_outputs)
-        self.embed = nn.Linear(d_feat, d_model)
-        self.blocks = nn.Sequential(
-            *(SelectiveSSM(d_model, d_state, d_conv, expand) for _ in range(num_layers))
-        )
-        self.norm = nn.RMSNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(d_model, num_outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
-        states = self.blocks(self.embed(x))
-        return self.scores(self.head(self.dropout(self.norm(states[:, -1]))))
+        return x + self.out_proj(readout * F.silu(gate))

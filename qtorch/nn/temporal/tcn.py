@@ -11,52 +11,6 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 
 
-class CausalConv(nn.Module):
-    """Causal, weight-normalized convolution over time: `x [B, C, T]` to `[B, C', T]`.
-
-    Each output step depends on `kernel_size` input steps, `dilation` apart, up to itself.
-    `weight_v` is the direction of the weights and `weight_g` their norm for each output channel
-    (Salimans and Kingma, "Weight Normalization", 2016). torch's weight norm is not used, because
-    the derived weight that it stores works neither with pickling nor with stacked members.
-    """
-
-    def __init__(self, in_size: int, out_size: int, kernel_size: int, dilation: int) -> None:
-        super().__init__()
-        limit = 1 / math.sqrt(in_size * kernel_size)  # as in nn.Conv1d
-        self.weight_v = nn.Parameter(torch.empty(out_size, in_size, kernel_size))
-        nn.init.uniform_(self.weight_v, -limit, limit)
-        self.weight_g = nn.Parameter(self._norm().detach())
-        self.bias = nn.Parameter(torch.empty(out_size).uniform_(-limit, limit))
-        self.dilation = dilation
-        self.padding = (kernel_size - 1) * dilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_v * (self.weight_g / self._norm())
-        return F.conv1d(F.pad(x, (self.padding, 0)), weight, self.bias, dilation=self.dilation)
-
-    def _norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
-        return norm
-
-
-class TemporalBlock(nn.Module):
-    """Two causal convolutions with a residual connection: `x [B, C, T]` to `[B, C', T]`."""
-
-    def __init__(
-        self, in_size: int, out_size: int, kernel_size: int, dilation: int, dropout: float
-    ) -> None:
-        super().__init__()
-        self.conv1 = CausalConv(in_size, out_size, kernel_size, dilation)
-        self.conv2 = CausalConv(out_size, out_size, kernel_size, dilation)
-        self.downsample = nn.Conv1d(in_size, out_size, 1) if in_size != out_size else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(torch.relu(self.conv1(x)))
-        hidden = self.dropout(torch.relu(self.conv2(hidden)))
-        return torch.relu(hidden + self.downsample(x))
-
-
 class TCN(Network):
     """Temporal blocks with doubling dilation and a linear head on the newest step.
 
@@ -94,3 +48,48 @@ class TCN(Network):
         for block in self.blocks:
             states = block(states)  # [B, H, T]
         return self.scores(self.linear(states[:, :, -1]))
+
+
+class TemporalBlock(nn.Module):
+    """Two causal convolutions with a residual connection: `x [B, C, T]` to `[B, C', T]`."""
+
+    def __init__(
+        self, in_size: int, out_size: int, kernel_size: int, dilation: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.conv1 = CausalConv(in_size, out_size, kernel_size, dilation)
+        self.conv2 = CausalConv(out_size, out_size, kernel_size, dilation)
+        self.downsample = nn.Conv1d(in_size, out_size, 1) if in_size != out_size else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(torch.relu(self.conv1(x)))
+        hidden = self.dropout(torch.relu(self.conv2(hidden)))
+        return torch.relu(hidden + self.downsample(x))
+
+
+class CausalConv(nn.Module):
+    """Causal, weight-normalized convolution over time: `x [B, C, T]` to `[B, C', T]`.
+
+    Each output step depends on `kernel_size` input steps, `dilation` apart, up to itself.
+    `weight_v` is the direction of the weights and `weight_g` their norm for each output channel
+    (Salimans and Kingma, "Weight Normalization", 2016). torch's weight norm is not used, because
+    the derived weight that it stores works neither with pickling nor with stacked members.
+    """
+
+    def __init__(self, in_size: int, out_size: int, kernel_size: int, dilation: int) -> None:
+        super().__init__()
+        limit = 1 / math.sqrt(in_size * kernel_size)  # as in nn.Conv1d
+        self.weight_v = nn.Parameter(torch.empty(out_size, in_size, kernel_size))
+        nn.init.uniform_(self.weight_v, -limit, limit)
+        self.weight_g = nn.Parameter(self._norm().detach())
+        self.bias = nn.Parameter(torch.empty(out_size).uniform_(-limit, limit))
+        self.dilation = dilation
+        self.padding = (kernel_size - 1) * dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_v * (self.weight_g / self._norm())
+        return F.conv1d(F.pad(x, (self.padding, 0)), weight, self.bias, dilation=self.dilation)
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)

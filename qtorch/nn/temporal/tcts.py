@@ -80,7 +80,5 @@ class TaskWeights(nn.Module):
         error = torch.where(has_label, score - filled_label, 0.0)
         features = x.transpose(1, 2).flatten(1)
         inputs = torch.cat((features, error, filled_label, score[:, :1]), -1)
-        weight: Tensor = (
-            self.mlp(inputs).masked_fill(~has_label, MASKED_LOGIT).softmax(-1) * has_label
-        )
-        return weight
+        logits = self.mlp(inputs).masked_fill(~has_label, MASKED_LOGIT)
+        return logits.softmax(-1) * has_label

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
-from qtorch.nn.transformer import PositionalEncoding
+from qtorch.nn.transformer import PositionalEncoding, encoder
 
 SOURCES = ("LR", "TPE", "LR_TPE")
 BACKBONES = ("RNN", "Transformer")
@@ -97,8 +97,7 @@ class TRA(Network):
 
     def predictions(self, state: Tensor) -> Tensor:
         """Return the predictions `[B, num_states, Q]` for states `[B, H]` of the backbone."""
-        outputs: Tensor = self.predictors(state)
-        return outputs.reshape(-1, self.num_states, self.num_outputs)
+        return self.predictors(state).reshape(-1, self.num_states, self.num_outputs)
 
     def mix_predictions(self, predictions: Tensor, share: Tensor) -> Tensor:
         """Return predictions `[B, num_states, Q]` weighted by `share [B, num_states]` as scores."""
@@ -135,7 +134,7 @@ class _Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         states, last = self.rnn(self.input_proj(x))  # [B, T, H]
-        last_state: Tensor = (last[0] if isinstance(last, tuple) else last).mean(0)  # [B, H]
+        last_state = (last[0] if isinstance(last, tuple) else last).mean(0)  # [B, H]
         if not self.use_attn:
             return last_state
         share = self.u(torch.tanh(self.W(states))).softmax(1)  # [B, T, 1]
@@ -149,17 +148,13 @@ class _Attention(nn.Module):
         self, d_feat: int, hidden: int, num_layers: int, dropout: float, nhead: int
     ) -> None:
         super().__init__()
-        if hidden % nhead:
-            raise ValueError(f"hidden_size {hidden} is not a multiple of nhead {nhead}.")
         self.pe = PositionalEncoding(d_feat)
         self.input_proj = nn.Linear(d_feat, hidden)
-        layer = nn.TransformerEncoderLayer(hidden, nhead, 4 * hidden, dropout, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.encoder = encoder(hidden, nhead, num_layers, 4 * hidden, dropout, activation="relu")
         self.output_size = hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        states: Tensor = self.encoder(self.input_proj(self.pe(x)))
-        return states[:, -1]
+        return self.encoder(self.input_proj(self.pe(x)))[:, -1]  # [B, H]
 
 
 def minmax(values: Tensor) -> Tensor:

@@ -8,26 +8,6 @@ from torch import Tensor, nn
 from qtorch.nn.network import Network
 
 
-class MixerBlock(nn.Module):
-    """Mix `x [B, T, F]` over the steps, then over the features, each with a residual."""
-
-    def __init__(self, step_len: int, d_feat: int, hidden_size: int, dropout: float) -> None:
-        super().__init__()
-        self.time_norm = nn.LayerNorm((step_len, d_feat))
-        self.time = nn.Linear(step_len, step_len)
-        self.feature_norm = nn.LayerNorm((step_len, d_feat))
-        self.wide = nn.Linear(d_feat, hidden_size)
-        self.narrow = nn.Linear(hidden_size, d_feat)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = F.relu(self.time(self.time_norm(x).transpose(1, 2))).transpose(1, 2)
-        x = x + self.dropout(update)
-        hidden = self.dropout(F.relu(self.wide(self.feature_norm(x))))
-        output: Tensor = x + self.dropout(self.narrow(hidden))
-        return output
-
-
 class TSMixer(Network):
     """Mixer blocks, a linear projection of the steps to one, and a linear head over the features.
 
@@ -58,3 +38,22 @@ class TSMixer(Network):
         x = self.blocks(x)
         last = self.project(x.transpose(1, 2))[..., 0]  # [B, F]
         return self.scores(self.head(last))
+
+
+class MixerBlock(nn.Module):
+    """Mix `x [B, T, F]` over the steps, then over the features, each with a residual."""
+
+    def __init__(self, step_len: int, d_feat: int, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        self.time_norm = nn.LayerNorm((step_len, d_feat))
+        self.time = nn.Linear(step_len, step_len)
+        self.feature_norm = nn.LayerNorm((step_len, d_feat))
+        self.wide = nn.Linear(d_feat, hidden_size)
+        self.narrow = nn.Linear(hidden_size, d_feat)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.relu(self.time(self.time_norm(x).transpose(1, 2))).transpose(1, 2)
+        x = x + self.dropout(update)
+        hidden = self.dropout(F.relu(self.wide(self.feature_norm(x))))
+        return x + self.dropout(self.narrow(hidden))
