@@ -42,7 +42,7 @@ def announce_run(recorder: Recorder) -> None:
         RUN,
         experiment_id=recorder.experiment_id,
         recorder_id=recorder.id,
-        tracking_uri=getattr(recorder, "uri", None),
+        tracking_uri=recorder.uri,
     )
     runs = _started_runs.get()
     if runs is not None:

@@ -108,7 +108,7 @@ def run_description(recorder: Recorder) -> dict[str, str]:
         "Tested on": _segment_dates(params, "test"),
         "Seed": params.get("seed", ""),
         "Run": f"{recorder.name}, {recorder.id}",
-        "Experiment": str(getattr(recorder, "experiment_name", "") or ""),
+        "Experiment": recorder.experiment_name or "",
         "Started": recorder.start_time or "",
     }
     return {name: text for name, text in description.items() if text}
