@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qtorch.core.configured import Configured
 from qtorch.core.dates import as_stamp, last_instant
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Instruments, Source, frequency
@@ -354,10 +354,7 @@ def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
         return {}
     limits = threshold if isinstance(threshold, Mapping) else {"all": threshold}
     for side, limit in limits.items():
-        if side not in ("all", "buy", "sell"):
-            raise ConfigError(
-                unknown_name_message("side of volume_threshold", side, ("all", "buy", "sell"))
-            )
+        check_name("side of volume_threshold", side, ("all", "buy", "sell"))
         if isinstance(limit, str) or len(limit) != 2 or limit[0] not in (CUMULATIVE, CURRENT):
             raise ConfigError(
                 f"volume_threshold: {side}={limit!r}; expected a pair of 'cum' or 'current' and "

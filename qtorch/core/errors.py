@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class QtorchError(Exception):
@@ -99,6 +99,19 @@ def nearest_name(name: str, valid: Iterable[str]) -> str | None:
     by_lowercase = {n.lower(): n for n in names}
     close = difflib.get_close_matches(name.lower(), list(by_lowercase), n=1, cutoff=0.6)
     return by_lowercase[close[0]] if close else None
+
+
+def check_name(
+    kind: str,
+    name: object,
+    valid: Collection[str],
+    *,
+    limit: int = 12,
+    error: type[QtorchError] = ConfigError,
+) -> None:
+    """Raise an error that suggests the nearest valid name, unless `name` is a valid one."""
+    if name not in valid:
+        raise error(unknown_name_message(kind, str(name), valid, limit=limit))
 
 
 def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:

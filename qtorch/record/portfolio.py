@@ -12,7 +12,7 @@ import pandas as pd
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, unknown_name_message
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
 from qtorch.metrics.portfolio import indicator_analysis, risk_analysis
 from qtorch.record.base import Names, Record
@@ -84,8 +84,7 @@ class PortAnaRecord(Record):
         super().__init__(recorder)
         settings = dict(resolve_config(config or DEFAULT_CONFIG))
         for part in settings:
-            if part not in _PARTS:
-                raise ConfigError(unknown_name_message("part of the config", str(part), _PARTS))
+            check_name("part of the config", part, _PARTS)
         self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
         self.executor = settings.get("executor")
         self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.core.errors import ArgumentError, check_name, unknown_name_message
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.recorder import Recorder, visible_recorders
 from qtorch.tracking.store_types import NotInStoreError, RunRow
@@ -183,8 +183,7 @@ class Experiment:
         filter_string: str = "",
     ) -> Any:
         """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
-        if rtype not in (self.RT_D, self.RT_L):
-            raise ArgumentError(unknown_name_message("rtype", str(rtype), (self.RT_D, self.RT_L)))
+        check_name("rtype", rtype, (self.RT_D, self.RT_L), error=ArgumentError)
         rows = self._store.runs([self.id], filter_string=filter_string, max_results=max_results)
         recorders = [self._build_recorder(row) for row in rows if status in (None, row.status)]
         return {str(r.id): r for r in recorders} if rtype == self.RT_D else recorders

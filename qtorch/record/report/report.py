@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.metrics.portfolio import MODES, Mode
 from qtorch.metrics.signal import HORIZONS
 from qtorch.record.base import Names, Record
@@ -79,8 +79,7 @@ class ReportRecord(Record):
         label_col: int = 0,
     ) -> None:
         super().__init__(recorder)
-        if mode not in MODES:
-            raise ConfigError(unknown_name_message("mode of the report", str(mode), MODES))
+        check_name("mode of the report", mode, MODES)
         if tries < 1:
             raise ConfigError(
                 f"tries={tries}: expected the number of strategies tried, at least 1."
