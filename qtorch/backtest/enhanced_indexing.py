@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -166,6 +166,8 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
     `optimize`.
     """
 
+    needs_signal: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -178,10 +180,6 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         risk_degree: float = 0.95,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        if signal is None:
-            raise ConfigError(
-                "EnhancedIndexingStrategy needs a signal: scores, or (model, dataset)."
-            )
         self.root = Path(riskmodel_root)
         self.market, self.benchmark_weights = market, benchmark_weights
         self.files = dict(name_mapping or {})
