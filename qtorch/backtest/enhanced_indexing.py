@@ -253,16 +253,12 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         )
 
     def _table(self, folder: Path, name: str) -> pd.DataFrame | None:
-        file_name = self.files.get(name)
-        for path in (
-            [folder / file_name]
-            if file_name
-            else [folder / f"{name}.parquet", folder / f"{name}.csv"]
-        ):
+        mapped_name = self.files.get(name)
+        file_names = [mapped_name] if mapped_name else [f"{name}.parquet", f"{name}.csv"]
+        for path in (folder / n for n in file_names):
             if path.exists():
-                if path.suffix == ".parquet":
-                    return pd.read_parquet(path)
-                return pd.read_csv(path, index_col=0)
+                is_parquet = path.suffix == ".parquet"
+                return pd.read_parquet(path) if is_parquet else pd.read_csv(path, index_col=0)
         return None
 
     def _benchmark(self, day: pd.Timestamp, universe: pd.Index) -> Floats:

@@ -172,10 +172,8 @@ class Exchange(Configured):
     def source(self) -> Source:
         """The data source of the bars: the `source` argument, or the one of `qtorch.init`."""
         if not isinstance(self._source, Source):
-            configured_source = self._source
-            self._source = (
-                default_source() if configured_source is None else build_source(configured_source)
-            )
+            config = self._source
+            self._source = default_source() if config is None else build_source(config)
         return self._source
 
     def calendar(self) -> pd.DatetimeIndex:
@@ -371,13 +369,9 @@ def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
 
 
 def _validate_cost(name: str, value: Any) -> None:
-    is_fraction = name in ("open_cost", "close_cost")
-    upper_limit = 1 if is_fraction else math.inf
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value < upper_limit
-    ):
+    upper_limit = 1 if name in ("open_cost", "close_cost") else math.inf
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < upper_limit:
         expected = {
             "min_cost": "zero or more, an amount of money",
             "impact_cost": "zero or more, a factor of the squared share of the bar's traded value",
