@@ -236,6 +236,4 @@ def _period_edges(dates: pd.Index, freq: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _period_numbers(first: np.ndarray, count: int) -> np.ndarray:
     """The period number of each row."""
-    starts = np.zeros(count, dtype=np.int64)
-    starts[first[1:]] = 1
-    return np.cumsum(starts)
+    return np.searchsorted(first, np.arange(count), side="right") - 1

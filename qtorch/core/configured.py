@@ -113,10 +113,9 @@ def _date_text(value: datetime.date) -> str:
     """Format a date (a pandas Timestamp too) as ISO text, without the time if it is midnight."""
     if not isinstance(value, datetime.datetime):
         return value.isoformat()
-    midnight = datetime.time()
-    is_midnight = (
-        value == value and value.time() == midnight and not getattr(value, "nanosecond", 0)
-    )
+    if value != value:  # NaT, which has no time
+        return value.isoformat()
+    is_midnight = value.time() == datetime.time() and not getattr(value, "nanosecond", 0)
     return value.date().isoformat() if is_midnight else value.isoformat()
 
 

@@ -290,15 +290,19 @@ class Recorder:
         if failure is not None:
             journal.append([{"status": status, "time": end}])
         self.status, self.end_time, self.owner = status, format_local_time(end), 0
+        self._close_journal(journal, failure)
+        if failure is not None and not isinstance(failure, TrackingError):
+            raise failure
+
+    def _close_journal(self, journal: Journal, failure: BaseException | None) -> None:
+        """Close the outbox file; if entries remain in it, say so in the log."""
         if journal.close():
             log.error(
                 "run %s: %s Unsent entries were saved to %s; `qtorch tracking send` sends them.",
-                run_id,
+                self.id,
                 failure or "the tracking store did not accept all entries.",
                 journal.path,
             )
-        if failure is not None and not isinstance(failure, TrackingError):
-            raise failure
 
     # Logging
 
@@ -315,14 +319,7 @@ class Recorder:
         elif entries:
             sender = Sender(self._store, self._run_id, self._attempt)
             sender.enqueue(entries)
-            failure = sender.close()
-            if sender.journal.close():
-                log.error(
-                    "run %s: %s Unsent entries were saved to %s",
-                    self.id,
-                    failure,
-                    sender.journal.path,
-                )
+            self._close_journal(sender.journal, sender.close())
 
     def log_metrics(self, step: int | None = None, **kwargs: float) -> None:
         """Log metrics of one step. Without `step`, each value of a key gets the next step from 0.
