@@ -51,7 +51,7 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
         raise ConfigError(
             f"device {device!r} does not exist: this machine has {count} CUDA devices."
         )
-    if torch_device.index is None:
+    if str(torch_device) == "cuda":  # without an index
         return torch.device("cuda", torch.cuda.current_device())
     return torch_device
 

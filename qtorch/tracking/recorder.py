@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from qtorch.core.errors import ArgumentError, QtorchError, TrackingError, unknown_name_message
+from qtorch.core.errors import ArgumentError, QtorchError, TrackingError, check_name
 from qtorch.tracking.artifacts import RunFiles
 from qtorch.tracking.delivery import ATTEMPT_TAG, Entry, Journal, Ledger, Sender, send_outbox
 from qtorch.tracking.locations import resolve_uri
@@ -272,7 +272,7 @@ class Recorder:
         entries that could not be sent, including the status, stay in the outbox, and an error in
         the log names the file.
         """
-        check_status(status)
+        check_name("status", status, self.STATUSES, error=ArgumentError)
         run_id, end = self._run_id, now_ms()
         remove_running(self)
         stop_monitor, self._stop_monitor = self._stop_monitor, None
@@ -505,13 +505,6 @@ def final_status(kind: type[BaseException] | None) -> str:
     if kind is None:
         return Recorder.STATUS_FI
     return Recorder.STATUS_FA if issubclass(kind, Exception) else Recorder.STATUS_K
-
-
-def check_status(status: str) -> str:
-    """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
-    if status not in Recorder.STATUSES:
-        raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
-    return status
 
 
 @contextmanager
