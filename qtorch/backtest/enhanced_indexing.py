@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -166,6 +166,8 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
     `optimize`.
     """
 
+    needs_signal: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -178,10 +180,6 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         risk_degree: float = 0.95,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        if signal is None:
-            raise ConfigError(
-                "EnhancedIndexingStrategy needs a signal: scores, or (model, dataset)."
-            )
         self.root = Path(riskmodel_root)
         self.market, self.benchmark_weights = market, benchmark_weights
         self.files = dict(name_mapping or {})
@@ -255,16 +253,12 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         )
 
     def _table(self, folder: Path, name: str) -> pd.DataFrame | None:
-        file_name = self.files.get(name)
-        for path in (
-            [folder / file_name]
-            if file_name
-            else [folder / f"{name}.parquet", folder / f"{name}.csv"]
-        ):
+        mapped_name = self.files.get(name)
+        file_names = [mapped_name] if mapped_name else [f"{name}.parquet", f"{name}.csv"]
+        for path in (folder / n for n in file_names):
             if path.exists():
-                if path.suffix == ".parquet":
-                    return pd.read_parquet(path)
-                return pd.read_csv(path, index_col=0)
+                is_parquet = path.suffix == ".parquet"
+                return pd.read_parquet(path) if is_parquet else pd.read_csv(path, index_col=0)
         return None
 
     def _benchmark(self, day: pd.Timestamp, universe: pd.Index) -> Floats:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qtorch.core.configured import Configured
 from qtorch.core.dates import as_stamp, last_instant
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.core.session import session
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Instruments, Source, frequency
@@ -172,10 +172,8 @@ class Exchange(Configured):
     def source(self) -> Source:
         """The data source of the bars: the `source` argument, or the one of `qtorch.init`."""
         if not isinstance(self._source, Source):
-            configured_source = self._source
-            self._source = (
-                default_source() if configured_source is None else build_source(configured_source)
-            )
+            config = self._source
+            self._source = default_source() if config is None else build_source(config)
         return self._source
 
     def calendar(self) -> pd.DatetimeIndex:
@@ -354,10 +352,7 @@ def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
         return {}
     limits = threshold if isinstance(threshold, Mapping) else {"all": threshold}
     for side, limit in limits.items():
-        if side not in ("all", "buy", "sell"):
-            raise ConfigError(
-                unknown_name_message("side of volume_threshold", side, ("all", "buy", "sell"))
-            )
+        check_name("side of volume_threshold", side, ("all", "buy", "sell"))
         if isinstance(limit, str) or len(limit) != 2 or limit[0] not in (CUMULATIVE, CURRENT):
             raise ConfigError(
                 f"volume_threshold: {side}={limit!r}; expected a pair of 'cum' or 'current' and "
@@ -374,13 +369,9 @@ def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
 
 
 def _validate_cost(name: str, value: Any) -> None:
-    is_fraction = name in ("open_cost", "close_cost")
-    upper_limit = 1 if is_fraction else math.inf
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value < upper_limit
-    ):
+    upper_limit = 1 if name in ("open_cost", "close_cost") else math.inf
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < upper_limit:
         expected = {
             "min_cost": "zero or more, an amount of money",
             "impact_cost": "zero or more, a factor of the squared share of the bar's traded value",

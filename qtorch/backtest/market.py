@@ -10,7 +10,7 @@ import pandas as pd
 
 from qtorch.backtest.account import Account, Fills, Orders, is_close
 from qtorch.backtest.exchange import Bools, Exchange, Floats, Indices, Quotes
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import check_name
 
 Side = Literal["buy", "sell"]
 _MIN_TRADE_VALUE = 1e-5  # in money; a trade of less value is not executed
@@ -39,8 +39,7 @@ class Market:
 
     def field(self, name: str) -> Floats:
         """Values `[N]` of a field or expression listed in the exchange's `subscribe_fields`."""
-        if name not in self.quotes.fields:
-            raise ConfigError(unknown_name_message("subscribed field", name, self.quotes.fields))
+        check_name("subscribed field", name, self.quotes.fields)
         row: Floats = self.quotes.fields[name][self.row]
         return row
 

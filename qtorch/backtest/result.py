@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.backtest.simulate import Ledger
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import check_name
 from qtorch.metrics.portfolio import parse_frequency
 
 POSITION = ("amount", "price", "count", "weight")
@@ -42,8 +42,7 @@ class BacktestResult:
         self.dates = pd.DatetimeIndex(ledger.dates, name="datetime")
 
     def __getitem__(self, member: str) -> BacktestResult:
-        if member not in self.members:
-            raise ConfigError(unknown_name_message("member", str(member), self.members))
+        check_name("member", member, self.members)
         return self._member_result(self.members.index(member))
 
     def __iter__(self) -> Iterator[BacktestResult]:
@@ -237,6 +236,4 @@ def _period_edges(dates: pd.Index, freq: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _period_numbers(first: np.ndarray, count: int) -> np.ndarray:
     """The period number of each row."""
-    starts = np.zeros(count, dtype=np.int64)
-    starts[first[1:]] = 1
-    return np.cumsum(starts)
+    return np.searchsorted(first, np.arange(count), side="right") - 1

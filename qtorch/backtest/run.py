@@ -17,7 +17,7 @@ from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import simulate
 from qtorch.backtest.strategy import Strategy
 from qtorch.core.dates import as_stamp, date_rows
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.source.base import Source
 
@@ -124,17 +124,11 @@ def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str 
             return [benchmark]
         if benchmark in source.universes():
             return benchmark
-        names = [*source.universes(), *sorted(instruments)]
-        raise DataError(
-            unknown_name_message(
-                "benchmark (an instrument or a universe)", benchmark, names, limit=8
-            )
-        )
+        names = [*source.universes(), *instruments]
+        kind = "benchmark (an instrument or a universe)"
+        raise DataError(unknown_name_message(kind, benchmark, names, limit=8))
     for name in benchmark:
-        if name not in instruments:
-            raise DataError(
-                unknown_name_message("instrument of the benchmark", name, sorted(instruments))
-            )
+        check_name("instrument of the benchmark", name, instruments, error=DataError)
     return list(benchmark)
 
 
@@ -179,19 +173,12 @@ class _Execution:
         used_keys = tuple(cls.__dataclass_fields__)
         ignored_keys = ("generate_portfolio_metrics", "verbose", "indicator_config", "track_data")
         for key in kwargs:
-            if key not in (*used_keys, *ignored_keys):
-                keys = [*used_keys, *ignored_keys]
-                raise ConfigError(unknown_name_message("argument of the executor", key, keys))
+            check_name("argument of the executor", key, (*used_keys, *ignored_keys))
         return cls(**{key: kwargs[key] for key in used_keys if key in kwargs})
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("trade_type", ("serial", "parallel")),
-            ("settle_type", ("None", "cash")),
-        ):
-            value = str(getattr(self, name))
-            if value not in choices:
-                raise ConfigError(unknown_name_message(name, value, choices))
+        check_name("trade_type", self.trade_type, ("serial", "parallel"))
+        check_name("settle_type", str(self.settle_type), ("None", "cash"))
 
 
 def _build_exchange(
@@ -295,10 +282,7 @@ def _initial_positions(
     if not holdings:
         return amount, price
     for name, position in holdings.items():
-        if name not in quotes.instruments:
-            raise ConfigError(
-                unknown_name_message("instrument of the account", name, quotes.instruments)
-            )
+        check_name("instrument of the account", name, quotes.instruments)
         column = quotes.instruments.get_loc(name)
         position = position if isinstance(position, Mapping) else {"amount": position}
         amount[column], price[column] = position["amount"], position.get("price", np.nan)

@@ -98,9 +98,8 @@ class Scores:
         instrument_index = self.instruments.get_indexer(names)
         rows, columns = bars[codes[0]], instrument_index[codes[1]]
         valid_rows = np.flatnonzero(rows >= 0)
-        valid_rows = valid_rows[
-            np.argsort(codes[0][valid_rows], kind="stable")
-        ]  # later timestamps overwrite
+        # Sorted by time, so that a later score of a bar overwrites an earlier one.
+        valid_rows = valid_rows[np.argsort(codes[0][valid_rows], kind="stable")]
         shape = (len(calendar), len(self.members), len(self.instruments))
         score_values = scores.to_numpy()
         dtype = score_values.dtype if score_values.dtype.kind == "f" else np.float64
@@ -118,15 +117,12 @@ def _bar_rows(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -
     bars: NDArray[np.intp] = calendar.searchsorted(stamps, side="right") - 1
     if not len(calendar):
         return np.full(len(stamps), -1)
-    unit = pd.Timedelta(freq) if freq.endswith("min") else pd.Timedelta(days=1)
-    begin = calendar[np.maximum(bars, 0)]
-    within = stamps < begin + unit
-    if freq not in ("day",) and not freq.endswith(
-        "min"
-    ):  # weeks and months last until the next bar
-        within = np.ones(len(stamps), dtype=bool)
+    is_inside = bars >= 0
+    if freq == "day" or freq.endswith("min"):  # weeks and months last until the next bar
+        length = pd.Timedelta(days=1) if freq == "day" else pd.Timedelta(freq)
+        is_inside &= stamps < calendar[np.maximum(bars, 0)] + length
     outside = np.where((bars < 0) | (bars == len(calendar) - 1), -1, -2)
-    return np.where((bars >= 0) & within, bars, outside)
+    return np.where(is_inside, bars, outside)
 
 
 def _warn_non_trading_dates(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.market import Market
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name
 from qtorch.core.trust import trust_subclasses
 
 
@@ -44,14 +45,7 @@ class StepContext:
         """The cash `[M]` that sales would yield after costs if executed now; books nothing."""
         total = np.zeros(len(self.account.cash))
         if len(sales.amount):
-            trial = Account(
-                self.account.cash.copy(),
-                self.account.amount.copy(),
-                self.account.price,
-                self.account.count,
-                False,
-                *(np.zeros_like(total) for _ in range(3)),
-            )
+            trial = replace(copy.deepcopy(self.account), settle_cash=False)
             fills = self.market.execute(sales, trial, np.zeros_like(trial.amount))
             np.add.at(total, sales.member, fills.value - fills.cost)
         return total
@@ -68,11 +62,18 @@ class Strategy(Configured, ABC):
 
     allow_short: ClassVar[bool] = False
     """Whether sales may exceed the position and so open a short position."""
+    needs_signal: ClassVar[bool] = False
+    """Whether `signal` may not be None."""
 
     def __init__(self, *, signal: Any = None, risk_degree: float = 0.95) -> None:
         if not isinstance(risk_degree, int | float) or not 0 < risk_degree <= 1:
             raise ConfigError(
                 f"risk_degree={risk_degree!r}: expected a fraction above 0 and at most 1."
+            )
+        if signal is None and self.needs_signal:
+            raise ConfigError(
+                f"{type(self).__name__} needs a signal: scores, (model, dataset), or <PRED> in a "
+                "record."
             )
         self.risk_degree = float(risk_degree)
         self.signal = signal
@@ -119,6 +120,8 @@ class TopkDropoutStrategy(Strategy):
     (NaN) are not bought; random choices depend on `seed` and are the same for every member.
     """
 
+    needs_signal: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -134,20 +137,11 @@ class TopkDropoutStrategy(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        if signal is None:
-            raise ConfigError(
-                "TopkDropoutStrategy needs a signal: scores, (model, dataset), or <PRED> in a "
-                "record."
-            )
         for name, minimum, value in (("topk", 1, topk), ("n_drop", 0, n_drop)):
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected a whole number, at least {minimum}.")
-        if method_sell not in ("bottom", "random"):
-            raise ConfigError(
-                unknown_name_message("method_sell", method_sell, ("bottom", "random"))
-            )
-        if method_buy not in ("top", "random"):
-            raise ConfigError(unknown_name_message("method_buy", method_buy, ("top", "random")))
+        check_name("method_sell", method_sell, ("bottom", "random"))
+        check_name("method_buy", method_buy, ("top", "random"))
         self.topk, self.n_drop = topk, n_drop
         self.method_sell, self.method_buy = method_sell, method_buy
         self.hold_thresh = hold_thresh
@@ -364,6 +358,7 @@ class LongShortStrategy(WeightStrategyBase):
     """
 
     allow_short: ClassVar[bool] = True
+    needs_signal: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -375,8 +370,6 @@ class LongShortStrategy(WeightStrategyBase):
         risk_degree: float = 0.95,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        if signal is None:
-            raise ConfigError("LongShortStrategy needs a signal: scores, or (model, dataset).")
         if topk is not None and (isinstance(topk, bool) or topk < 1):
             raise ConfigError(f"topk={topk!r}: expected a whole number of at least 1, or null.")
         if not 0 < quantile <= 0.5:

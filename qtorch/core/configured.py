@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Self
 
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
+from qtorch.core.errors import ArgumentError, ConfigError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
 
@@ -69,11 +69,8 @@ def check_arguments(
         if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     ]
     for name in kwargs:
-        if name not in valid_names:
-            title = getattr(target, "__qualname__", repr(target))
-            raise ArgumentError(
-                unknown_name_message(f"argument of {title}", name, valid_names, limit=40)
-            )
+        title = getattr(target, "__qualname__", repr(target))
+        check_name(f"argument of {title}", name, valid_names, limit=40, error=ArgumentError)
 
 
 def plain_value(value: Any, location: str = "value") -> Any:
@@ -116,10 +113,9 @@ def _date_text(value: datetime.date) -> str:
     """Format a date (a pandas Timestamp too) as ISO text, without the time if it is midnight."""
     if not isinstance(value, datetime.datetime):
         return value.isoformat()
-    midnight = datetime.time()
-    is_midnight = (
-        value == value and value.time() == midnight and not getattr(value, "nanosecond", 0)
-    )
+    if value != value:  # NaT, which has no time
+        return value.isoformat()
+    is_midnight = value.time() == datetime.time() and not getattr(value, "nanosecond", 0)
     return value.date().isoformat() if is_midnight else value.isoformat()
 
 

@@ -184,12 +184,7 @@ def _call(
             f"{_title(target)}: arguments {sorted(duplicates)} are set both in the configuration "
             "and in the call."
         )
-    all_arguments = {**arguments, **kwargs}
-    optional = _filter_arguments(target, try_kwargs)
-    all_arguments = {
-        **{k: v for k, v in optional.items() if k not in all_arguments},
-        **all_arguments,
-    }
+    all_arguments = {**_filter_arguments(target, try_kwargs), **arguments, **kwargs}
     _check_arguments(target, all_arguments)
     return target(**all_arguments)
 

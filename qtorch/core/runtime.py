@@ -44,16 +44,16 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
         raise ConfigError(
             f"{device!r} is not a device; expected 'auto', 'cpu', 'cuda' or e.g. 'cuda:1'."
         ) from error
-    count = torch.cuda.device_count() if torch_device.type == "cuda" else 0
-    if torch_device.type == "cuda" and (torch_device.index or 0) >= count:
+    if torch_device.type != "cuda":
+        return torch_device
+    count = torch.cuda.device_count()
+    if (torch_device.index or 0) >= count:
         raise ConfigError(
             f"device {device!r} does not exist: this machine has {count} CUDA devices."
         )
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if str(torch_device) == "cuda"
-        else torch_device
-    )
+    if str(torch_device) == "cuda":  # without an index
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch_device
 
 
 def configure_logging(level: int | str = logging.INFO) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.core.errors import ArgumentError, check_name
 from qtorch.core.trust import load_pickle, trust_subclasses
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class Serializable:
     def to_pickle(self, path: str | Path, **options: Any) -> None:
         """Pickle to `path`; the options are those of `config`."""
         for name in options:
-            if name not in _OPTIONS:
-                raise ArgumentError(unknown_name_message("option of to_pickle", name, _OPTIONS))
+            check_name("option of to_pickle", name, _OPTIONS, error=ArgumentError)
         self.config(**options)
         with Path(path).open("wb") as file:
             pickle.dump(self, file)

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import check_name
 
 REGIONS = ("us", "cn")
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
@@ -56,13 +56,14 @@ def init(
         adds to them.
     """
     global _process
+    packages = (trusted,) if isinstance(trusted, str) else tuple(trusted)
     changes = {
         "provider_uri": provider_uri,
         "region": region,
         "tracking_uri": tracking_uri,
         "task_url": task_url,
         "seed": seed,
-        "trusted": (*_process.trusted, *_packages(trusted)) if trusted else None,
+        "trusted": (*_process.trusted, *packages) if packages else None,
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
@@ -84,17 +85,11 @@ def get_trusted_packages() -> tuple[str, ...]:
     return (*session().trusted, *(p.strip() for p in variable.split(",") if p.strip()))
 
 
-def _packages(trusted: Sequence[str]) -> tuple[str, ...]:
-    return (trusted,) if isinstance(trusted, str) else tuple(trusted)
-
-
 def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
     valid = [f.name for f in fields(Session)]
     for name in changes:
-        if name not in valid:
-            raise ConfigError(unknown_name_message("option of init", name, valid))
-    if changes.get("region", "us") not in REGIONS:
-        raise ConfigError(unknown_name_message("region", str(changes["region"]), REGIONS))
-    if "provider_uri" in changes and changes["provider_uri"] is not None:
+        check_name("option of init", name, valid)
+    check_name("region", changes.get("region", "us"), REGIONS)
+    if changes.get("provider_uri") is not None:
         changes["provider_uri"] = os.path.expanduser(str(changes["provider_uri"]))
     return replace(base, **changes)

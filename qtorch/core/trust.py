@@ -22,36 +22,26 @@ from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages
 ALLOWED_PACKAGES = ("qtorch", "torch", "pytorch_lightning", "lightning")
 
 # Plain values and the functions that rebuild them; none of these runs code from its arguments.
-SAFE_GLOBALS = frozenset(
-    {
-        ("collections", "OrderedDict"),
-        ("collections", "defaultdict"),
-        ("copyreg", "_reconstructor"),
-        ("datetime", "date"),
-        ("datetime", "datetime"),
-        ("datetime", "timedelta"),
-        ("decimal", "Decimal"),
-        ("functools", "partial"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "PurePosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch._utils", "_rebuild_tensor_v2"),
-        *(("builtins", n) for n in ("bytearray", "complex", "frozenset", "range", "set", "slice")),
-        *(("builtins", n) for n in ("bool", "bytes", "dict", "float", "int", "list", "object")),
-        *(("builtins", n) for n in ("str", "tuple")),
-    }
-)
+SAFE_GLOBALS = {
+    "builtins": (
+        *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
+        *("object", "range", "set", "slice", "str", "tuple"),
+    ),
+    "collections": ("OrderedDict", "defaultdict"),
+    "copyreg": ("_reconstructor",),
+    "datetime": ("date", "datetime", "timedelta"),
+    "decimal": ("Decimal",),
+    "functools": ("partial",),
+    "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
+    "numpy": ("dtype", "ndarray"),
+    # numpy 2 writes `numpy._core`, numpy 1 wrote `numpy.core`.
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy._core.numeric": ("_frombuffer",),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.core.numeric": ("_frombuffer",),
+    "torch": ("Size", "device"),
+    "torch._utils": ("_rebuild_parameter", "_rebuild_tensor_v2"),
+}
 
 _trusted_bases: list[type] = []
 C = TypeVar("C", bound=type)
@@ -70,11 +60,9 @@ def check_object_trust(name: str, obj: Any) -> None:
     if _in_packages(name, ALLOWED_PACKAGES) and _is_trusted_class(obj):
         return
     package = name.split(".")[0]
-    reason = (
-        "it is not of a type that stored data may use"
-        if _in_packages(name, ALLOWED_PACKAGES)
-        else f"the package {package!r} is not trusted"
-    )
+    reason = f"the package {package!r} is not trusted"
+    if _in_packages(name, ALLOWED_PACKAGES):
+        reason = "it is not of a type that stored data may use"
     raise TrustError(
         f"stored data names {name!r}, but {reason}. If you trust this code, call "
         f"qtorch.init(trusted=[{package!r}]) or set {TRUSTED_VARIABLE}={package} in the "
@@ -127,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
             return _storage_from_bytes
         if module == "torch" and name.endswith("Storage"):
             return super().find_class(module, name)
-        if (module, name) not in SAFE_GLOBALS:
+        if name not in SAFE_GLOBALS.get(module, ()):
             return _import_with_trust(f"{module}.{name}")
         return super().find_class(module, name)
 
@@ -169,11 +157,7 @@ def _in_packages(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def _is_trusted_class(obj: Any) -> bool:
-    return isinstance(obj, type) and issubclass(obj, (*_trusted_bases, *_torch_types()))
-
-
-def _torch_types() -> tuple[type, ...]:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return ()
-    return (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    bases = tuple(_trusted_bases)
+    if torch := sys.modules.get("torch"):  # without torch, `obj` is no class of torch either
+        bases += (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    return isinstance(obj, type) and issubclass(obj, bases)

@@ -22,7 +22,7 @@ from qtorch.model.loop.factories import OptimizerFactory
 from qtorch.nn.layers import layer_groups
 from qtorch.nn.lora import LoRA
 from qtorch.tracking.manager import find_run
-from qtorch.tracking.mlflow_recorder import tag_lineage
+from qtorch.tracking.recorder import tag_lineage
 from qtorch.tracking.store_types import NotInStoreError
 
 if TYPE_CHECKING:

@@ -44,8 +44,7 @@ from qtorch.model.loop.options import build_early_stopping, trainer_device, trai
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import build_network, complete_network_config, network_config
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
-from qtorch.tracking.mlflow_recorder import tag_lineage
-from qtorch.tracking.recorder import current_recorder
+from qtorch.tracking.recorder import current_recorder, tag_lineage
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeAlias
 
@@ -9,6 +10,8 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import LoadObjectError, RecordError
 from qtorch.core.trust import trust_subclasses
 from qtorch.tracking.recorder import Recorder, current_recorder
+
+log = logging.getLogger(__name__)
 
 Names: TypeAlias = list[str]  # inside the class, `list` is the method named by Qlib
 
@@ -85,17 +88,16 @@ class Record(Configured, ABC):
         paths = [self.get_path(n) for n in self.list()] if include_self else []
         if parents and self.depend_cls is not None:
             paths += [self.depend_cls.get_path(n) for n in self.input_artifacts]
-        missing = [path for path in paths if not self._has_artifact(path)]
+        missing = [path for path in paths if not has_artifact(self.recorder, path)]
         if missing:
             raise RecordError(self._missing_text(missing))
 
     def _is_complete(self) -> bool:
-        """Whether all artifacts that this record writes exist."""
-        return all(self._has_artifact(self.get_path(name)) for name in self.list())
-
-    def _has_artifact(self, path: str) -> bool:
-        folder, _, _ = path.rpartition("/")
-        return path in self.recorder.list_artifacts(folder or None)
+        """Whether all artifacts that this record writes exist; if so, log that it is skipped."""
+        is_complete = all(has_artifact(self.recorder, self.get_path(n)) for n in self.list())
+        if is_complete:
+            log.info("skipped %s: its artifacts exist", type(self).__name__)
+        return is_complete
 
     def _missing_text(self, paths: Names) -> str:
         hint = f" Run {self.depend_cls.__name__} before it." if self.depend_cls else ""
@@ -103,3 +105,9 @@ class Record(Configured, ABC):
             f"{type(self).__name__} needs {', '.join(paths)}, but run {self.recorder.id} does "
             f"not have it.{hint}"
         )
+
+
+def has_artifact(recorder: Recorder, path: str) -> bool:
+    """Whether a run has the artifact with this logical name."""
+    folder, _, _ = path.rpartition("/")
+    return path in recorder.list_artifacts(folder or None)

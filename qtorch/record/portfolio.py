@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,13 +12,8 @@ import pandas as pd
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, unknown_name_message
-from qtorch.core.instantiate import (
-    fill_placeholder,
-    flatten_dict,
-    init_instance_by_config,
-    resolve_config,
-)
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, check_name
+from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
 from qtorch.metrics.portfolio import indicator_analysis, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord, finite_metrics
@@ -90,8 +84,7 @@ class PortAnaRecord(Record):
         super().__init__(recorder)
         settings = dict(resolve_config(config or DEFAULT_CONFIG))
         for part in settings:
-            if part not in _PARTS:
-                raise ConfigError(unknown_name_message("part of the config", str(part), _PARTS))
+            check_name("part of the config", part, _PARTS)
         self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
         self.executor = settings.get("executor")
         self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))
@@ -105,7 +98,6 @@ class PortAnaRecord(Record):
     def generate(self) -> dict[str, Any] | None:
         """Backtest, store and log; return the stored objects, or None if skipped."""
         if self.skip_existing and self._is_complete():
-            log.info("skipped %s: its artifacts exist", self.artifact_path)
             return None
         self.check()
         result = self._run_backtest(self.load("pred.pkl").iloc[:, :1])
@@ -124,7 +116,7 @@ class PortAnaRecord(Record):
 
     def _run_backtest(self, scores: pd.DataFrame) -> BacktestResult:
         """Run the backtest, with one member per score column."""
-        settings = copy.copy(self.backtest)
+        settings = dict(self.backtest)
         exchange = dict(settings.pop("exchange_kwargs", None) or {})
         if "source" not in exchange and "exchange" not in exchange and not settings.get("source"):
             settings["source"] = self._source()
@@ -133,27 +125,24 @@ class PortAnaRecord(Record):
         instruments = scores.index.get_level_values("instrument").unique()
         if settings.setdefault("benchmark", SCORED) == SCORED:
             settings["benchmark"] = [str(i) for i in instruments]
-        executor = fill_placeholder({"executor": self.executor}, {PRED: scores})["executor"]
         return backtest(
             strategy=self._strategy(scores),
-            executor=executor,
+            executor=fill_placeholder(self.executor, {PRED: scores}),
             exchange_kwargs=exchange,
             **settings,
         )
 
-    def _strategy(self, scores: pd.DataFrame) -> Strategy:
+    def _strategy(self, scores: pd.DataFrame) -> Any:
+        """Return the strategy, or its configuration, with the scores as its signal."""
         strategy = self.strategy
         if isinstance(strategy, Strategy):
             if isinstance(strategy.signal, str) and strategy.signal == PRED:
                 return type(strategy)(**{**strategy._arguments, "signal": scores})
             return strategy
-        config = dict(fill_placeholder({"s": strategy}, {PRED: scores})["s"])
-        if str(config.get("module_path", "")).startswith("qlib."):
+        config = fill_placeholder(strategy, {PRED: scores})
+        if isinstance(config, dict) and str(config.get("module_path", "")).startswith("qlib."):
             del config["module_path"]  # qtorch has strategies with the same names as Qlib's
-        instance = init_instance_by_config(config, "qtorch.backtest", accept_types=Strategy)
-        if not isinstance(instance, Strategy):
-            raise ConfigError(f"the strategy is {type(instance).__name__}; expected a Strategy.")
-        return instance
+        return config
 
     def _source(self) -> Any:
         """Return the dataset's source of bars; None means that of `qtorch.init`."""
@@ -277,7 +266,6 @@ class MultiPassPortAnaRecord(PortAnaRecord):
 
     def generate(self) -> dict[str, Any] | None:
         if self.skip_existing and self._is_complete():
-            log.info("skipped the passes: their artifacts exist")
             return None
         self.check()
         result = self._run_backtest(self._shuffle_first_day(self.load("pred.pkl").iloc[:, 0]))

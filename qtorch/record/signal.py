@@ -132,7 +132,6 @@ class SigAnaRecord(Record):
     def generate(self) -> dict[str, pd.Series] | None:
         """Compute, store and log; return the series, or None if skipped."""
         if self.skip_existing and self._is_complete():
-            log.info("skipped %s: its artifacts exist", self.artifact_path)
             return None
         self.check()
         score = self.load("pred.pkl").iloc[:, 0]

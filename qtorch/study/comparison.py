@@ -27,8 +27,7 @@ from qtorch.record.report.results import (
     net_return,
     run_results,
 )
-from qtorch.tracking.mlflow_recorder import COMMAND_PARAM
-from qtorch.tracking.recorder import Recorder, load_if_present
+from qtorch.tracking.recorder import COMMAND_PARAM, Recorder, load_if_present
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
 LONG_SHORT = "half of (top quintile − bottom quintile by score), before costs"

@@ -13,8 +13,8 @@ import pandas as pd
 
 from qtorch.core.errors import ConfigError
 from qtorch.tracking.manager import R
+from qtorch.tracking.pruning import PRUNED_TAG
 from qtorch.tracking.recorder import Recorder, load_if_present
-from qtorch.tracking.trials.trial import PRUNED_TAG
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.provenance import ENVIRONMENT
 from qtorch.trainer.run import TASK, task_train

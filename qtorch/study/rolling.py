@@ -27,8 +27,7 @@ from qtorch.task.rolling import (
     with_handler,
 )
 from qtorch.tracking.manager import R
-from qtorch.tracking.mlflow_recorder import PARENT_TAG
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import PARENT_TAG, Recorder
 from qtorch.trainer.failure import get_error, record_failure
 from qtorch.trainer.run import (
     complete_task,

@@ -18,8 +18,7 @@ from qtorch.process.lease import is_held
 from qtorch.tracking.experiment import Experiment
 from qtorch.tracking.locations import claims_folder, redact_password
 from qtorch.tracking.manager import R
-from qtorch.tracking.mlflow_recorder import PARENT_TAG, MLflowRecorder, with_run_tags
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import PARENT_TAG, Recorder, with_run_tags
 from qtorch.tracking.store_types import NotInStoreError, RunRow
 from qtorch.trainer.failure import ERROR_TAG
 
@@ -68,7 +67,7 @@ def start_sweep(
     overrides: Sequence[str],
     count: int | None = None,
     **settings: Any,
-) -> MLflowRecorder:
+) -> Recorder:
     """Start the run of a sweep: the existing run of that name, or else a new one.
 
     `command` are the arguments that `resume` repeats. `overrides` are those of them that define
@@ -97,7 +96,7 @@ def start_sweep(
     return recorder
 
 
-def _keep_oldest_run(experiment: Experiment, name: str, new_run: MLflowRecorder) -> MLflowRecorder:
+def _keep_oldest_run(experiment: Experiment, name: str, new_run: Recorder) -> Recorder:
     """Use the oldest run of the sweep, and delete `new_run` if that is another one.
 
     File locks do not work between machines without a shared folder, so each of them may have
@@ -118,7 +117,7 @@ def _find_sweep_runs(experiment: Experiment, name: str) -> list[RunRow]:
     return [run for run in sweeps if run.tags[SWEEP_TAG] == name]
 
 
-def _save_plan(recorder: MLflowRecorder, command: Any, settings: dict[str, Any]) -> None:
+def _save_plan(recorder: Recorder, command: Any, settings: dict[str, Any]) -> None:
     """Add a command to the sweep's plan, in place of an earlier one with the same overrides."""
     commands: list[Any] = []
     if PLAN in recorder.list_artifacts():
@@ -130,9 +129,7 @@ def _save_plan(recorder: MLflowRecorder, command: Any, settings: dict[str, Any])
         recorder.save_objects(**artifacts)
 
 
-def end_sweep(
-    recorder: MLflowRecorder, *, is_interrupted: bool = False, is_queued: bool = False
-) -> None:
+def end_sweep(recorder: Recorder, *, is_interrupted: bool = False, is_queued: bool = False) -> None:
     """End the sweep's run as FINISHED, FAILED if a job failed, or KILLED if it was interrupted.
 
     A sweep with jobs that another process still works on stays RUNNING. A sweep whose jobs wait in
@@ -258,7 +255,7 @@ def _find_runs(condition: str, experiment_ids: Sequence[str] | None = None) -> l
 # -- the user's registry of sweeps -----------------------------------------------------------------
 
 
-def _register_sweep(name: str, recorder: MLflowRecorder) -> None:
+def _register_sweep(name: str, recorder: Recorder) -> None:
     """Note the store of a sweep in the user's cache, for commands that run in other folders."""
     if redact_password(recorder.uri) != recorder.uri:
         return  # never copy a password to another file

@@ -17,8 +17,7 @@ from qtorch.core.session import session
 from qtorch.process.lease import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
 from qtorch.tracking.manager import R
-from qtorch.tracking.mlflow_recorder import PARENT_TAG, with_run_tags
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import PARENT_TAG, Recorder, with_run_tags
 from qtorch.tracking.store_types import NotInStoreError, RunRow
 from qtorch.trainer.failure import announce_run, collect_started_runs, get_error
 from qtorch.trainer.run import complete_task, reuse_trained_run, task_train

@@ -17,8 +17,7 @@ from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust
 from qtorch.model.base import Model, ModelFT
 from qtorch.tracking.manager import R
-from qtorch.tracking.mlflow_recorder import tag_lineage
-from qtorch.tracking.recorder import current_recorder
+from qtorch.tracking.recorder import current_recorder, tag_lineage
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder

@@ -14,7 +14,6 @@ from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskResultError
 from qtorch.core.identity import canonical_json
 from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
-from qtorch.tracking.recorder import Recorder
 
 RECORDER = "$recorder"  # key of a run's ids in a stored result
 
@@ -115,7 +114,7 @@ def recorder_reference(recorder: Any) -> dict[str, Any]:
     return {
         "experiment_id": recorder.experiment_id,
         "recorder_id": recorder.id,
-        "tracking_uri": getattr(recorder, "uri", None),
+        "tracking_uri": recorder.uri,
     }
 
 
@@ -139,14 +138,16 @@ def _short_hash(text: str, digits: int) -> str:
 def _result_part(value: Any, location: str) -> Any:
     if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
         return value
-    if isinstance(value, Recorder):
-        return {RECORDER: recorder_reference(value)}
     if is_numpy_scalar(value):
         return value.item()
     if isinstance(value, datetime.date):
         return value.isoformat()
     if isinstance(value, PurePath):
         return str(value)
+    from qtorch.tracking.recorder import Recorder  # here, because it imports pandas
+
+    if isinstance(value, Recorder):
+        return {RECORDER: recorder_reference(value)}
     raise TaskResultError(
         f"{location} is a {type(value).__name__}, but the pool stores only numbers, text, lists, "
         "dicts and recorders. Save the object in a run (recorder.save_objects) and return the "

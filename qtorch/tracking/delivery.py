@@ -363,19 +363,12 @@ def _send_entries(
 
 def _count_batch(entries: Sequence[Entry]) -> int:
     """Return how many entries from the front fit into one request."""
-    num_metrics = num_others = 0
-    for k, entry in enumerate(entries):
-        if "metric" in entry:
-            num_metrics += 1
-        else:
-            num_others += 1
-        if (
-            num_metrics > MAX_METRICS
-            or num_others > MAX_PARAMS_AND_TAGS
-            or num_metrics + num_others > MAX_METRICS
-        ):
+    num_others = 0
+    for k, entry in enumerate(entries[:MAX_METRICS]):
+        num_others += "metric" not in entry
+        if num_others > MAX_PARAMS_AND_TAGS:
             return k
-    return len(entries)
+    return min(len(entries), MAX_METRICS)
 
 
 @dataclass

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.core.errors import ArgumentError, check_name, unknown_name_message
 from qtorch.tracking.locations import resolve_uri
-from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.recorder import Recorder, visible_recorders
 from qtorch.tracking.store_types import NotInStoreError, RunRow
 
@@ -53,17 +52,16 @@ class Experiment:
 
         return open_store(self._uri)
 
-    def _running_recorders(self) -> list[MLflowRecorder]:
+    def _running_recorders(self) -> list[Recorder]:
         """Return the running recorders of this experiment in this context, the innermost first."""
         return [
             recorder
             for recorder in reversed(visible_recorders())
-            if isinstance(recorder, MLflowRecorder)
-            and (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
+            if (recorder.experiment_id, recorder.uri) == (self.id, self._uri)
         ]
 
     @property
-    def active_recorder(self) -> MLflowRecorder | None:
+    def active_recorder(self) -> Recorder | None:
         """The innermost running recorder of this experiment in this context."""
         return next(iter(self._running_recorders()), None)
 
@@ -85,7 +83,7 @@ class Experiment:
         recorder_id: str | None = None,
         recorder_name: str | None = None,
         resume: bool = False,
-    ) -> MLflowRecorder:
+    ) -> Recorder:
         """Start a new run, or with `resume` resume the run with the given ID or name.
 
         If no run has the name, a new one is started even with `resume` (as in Qlib, so that a
@@ -108,10 +106,10 @@ class Experiment:
         if self.active_recorder is not None:
             self.active_recorder.end_run(recorder_status)
 
-    def create_recorder(self, recorder_name: str | None = None) -> MLflowRecorder:
+    def create_recorder(self, recorder_name: str | None = None) -> Recorder:
         """Create a recorder that is not started yet."""
         name = recorder_name or self.default_recorder_name
-        return MLflowRecorder(self.id, self._uri, name, experiment_name=self.name)
+        return Recorder(self.id, self._uri, name, experiment_name=self.name)
 
     def get_recorder(
         self,
@@ -119,7 +117,7 @@ class Experiment:
         recorder_name: str | None = None,
         create: bool = True,
         start: bool = False,
-    ) -> MLflowRecorder:
+    ) -> Recorder:
         """Return the recorder with an ID or name (the newest of a name), by default the active one.
 
         If there is none with the name, `create` creates it, and `start` starts the created one.
@@ -140,9 +138,9 @@ class Experiment:
         new_recorder = self.create_recorder(name)
         return new_recorder.start_run() if start else new_recorder
 
-    def _find_by_id(self, recorder_id: str) -> MLflowRecorder:
+    def _find_by_id(self, recorder_id: str) -> Recorder:
         for recorder in visible_recorders():
-            if recorder.id == recorder_id and isinstance(recorder, MLflowRecorder):
+            if recorder.id == recorder_id:
                 return recorder
         row = self._store.run(recorder_id)
         if row.experiment_id != self.id:
@@ -152,7 +150,7 @@ class Experiment:
             )
         return self._build_recorder(row)
 
-    def _find_by_name(self, name: str) -> MLflowRecorder | None:
+    def _find_by_name(self, name: str) -> Recorder | None:
         for recorder in self._running_recorders():
             if recorder.name == name:
                 return recorder
@@ -161,8 +159,8 @@ class Experiment:
             log.info("%d runs have the name %r; using the newest", len(matching_rows), name)
         return self._build_recorder(matching_rows[0]) if matching_rows else None
 
-    def _build_recorder(self, row: RunRow) -> MLflowRecorder:
-        return MLflowRecorder(self.id, self._uri, mlflow_run=row, experiment_name=self.name)
+    def _build_recorder(self, row: RunRow) -> Recorder:
+        return Recorder(self.id, self._uri, mlflow_run=row, experiment_name=self.name)
 
     def delete_recorder(
         self, recorder_id: str | None = None, recorder_name: str | None = None
@@ -185,8 +183,7 @@ class Experiment:
         filter_string: str = "",
     ) -> Any:
         """Return the runs (of a status, if given), newest first, as `{id: recorder}` or a list."""
-        if rtype not in (self.RT_D, self.RT_L):
-            raise ArgumentError(unknown_name_message("rtype", str(rtype), (self.RT_D, self.RT_L)))
+        check_name("rtype", rtype, (self.RT_D, self.RT_L), error=ArgumentError)
         rows = self._store.runs([self.id], filter_string=filter_string, max_results=max_results)
         recorders = [self._build_recorder(row) for row in rows if status in (None, row.status)]
         return {str(r.id): r for r in recorders} if rtype == self.RT_D else recorders

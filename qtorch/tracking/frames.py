@@ -94,17 +94,11 @@ def _describe_dtype(values: pd.Series | pd.Index) -> Any:
     if isinstance(dtype, pd.CategoricalDtype):
         return {"categories": encode(list(dtype.categories)), "ordered": bool(dtype.ordered)}
     if pd.api.types.is_object_dtype(dtype):
-        kind = pd.api.types.infer_dtype(values, skipna=True)
-        return (
-            "object"
-            if kind == "string" and all(v is None for v in _missing_values(values))
-            else "json"
-        )
+        has_text_only = pd.api.types.infer_dtype(values, skipna=True) == "string"
+        # A string array has one kind of missing value, which is read as None.
+        is_readable = has_text_only and all(v is None for v in values[values.isna()])
+        return "object" if is_readable else "json"
     return str(dtype)
-
-
-def _missing_values(values: pd.Series | pd.Index) -> list[Any]:
-    return list(values[values.isna()])
 
 
 def _to_arrow(values: pd.Series | pd.Index, dtype: Any) -> Any:
@@ -133,7 +127,7 @@ def _from_arrow(values: pa.ChunkedArray, dtype: Any) -> Any:
 def _encode_index(index: pd.Index) -> tuple[list[Any], list[str], dict[str, Any]]:
     layout: dict[str, Any] = {"names": encode(list(index.names)), "dtypes": []}
     if isinstance(index, pd.RangeIndex):
-        layout["range"] = [index.start, index.stop, index.step]
+        layout["range"] = _encode_range(index)
         return [], [], layout
     arrays: list[Any] = []
     if isinstance(index, pd.MultiIndex):
@@ -180,20 +174,19 @@ def _decode_index(table: pa.Table, layout: dict[str, Any], rows: int) -> Any:
 
 
 def _encode_labels(columns: pd.Index) -> dict[str, Any]:
-    values = [list(v) for v in columns] if isinstance(columns, pd.MultiIndex) else list(columns)
-    if isinstance(columns, pd.MultiIndex):
-        dtypes = [_describe_dtype(level) for level in columns.levels]
-    else:
-        dtypes = [_describe_dtype(columns)]
+    is_multi = isinstance(columns, pd.MultiIndex)
+    levels = columns.levels if isinstance(columns, pd.MultiIndex) else [columns]
     return {
         "names": encode(list(columns.names)),
-        "labels": encode(values),
-        "dtypes": dtypes,
-        "multi": isinstance(columns, pd.MultiIndex),
-        "range": [columns.start, columns.stop, columns.step]
-        if isinstance(columns, pd.RangeIndex)
-        else None,
+        "labels": encode([list(v) for v in columns] if is_multi else list(columns)),
+        "dtypes": [_describe_dtype(level) for level in levels],
+        "multi": is_multi,
+        "range": _encode_range(columns) if isinstance(columns, pd.RangeIndex) else None,
     }
+
+
+def _encode_range(index: pd.RangeIndex) -> list[int]:
+    return [index.start, index.stop, index.step]
 
 
 def _decode_labels(layout: dict[str, Any]) -> Any:

@@ -14,8 +14,7 @@ import pandas as pd
 from qtorch.core.errors import ArgumentError, unknown_name_message
 from qtorch.tracking.experiment import Experiment, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
-from qtorch.tracking.mlflow_recorder import MLflowRecorder
-from qtorch.tracking.recorder import Recorder, final_status, visible_recorders
+from qtorch.tracking.recorder import Recorder, current_recorder, final_status
 from qtorch.tracking.store_types import AlreadyInStoreError, NotInStoreError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class ExpManager:
     @property
     def uri(self) -> str:
         """The current tracking URI: the active run's, else `default_uri`."""
-        active = self._active_recorder
+        active = current_recorder()
         return active.uri if active else self.default_uri
 
     @property
@@ -69,16 +68,9 @@ class ExpManager:
             self._local_uri.reset(token)
 
     @property
-    def _active_recorder(self) -> MLflowRecorder | None:
-        for recorder in reversed(visible_recorders()):
-            if isinstance(recorder, MLflowRecorder):
-                return recorder
-        return None
-
-    @property
     def active_experiment(self) -> Experiment | None:
         """The experiment of the innermost running recorder of this context."""
-        active = self._active_recorder
+        active = current_recorder()
         if active is None:
             return None
         name = active.experiment_name
@@ -117,7 +109,7 @@ class ExpManager:
 
     def end_exp(self, recorder_status: str = Recorder.STATUS_FI) -> None:
         """End the innermost running recorder of this context if there is one."""
-        active = self._active_recorder
+        active = current_recorder()
         if active is not None:
             active.end_run(recorder_status)
 
@@ -271,7 +263,7 @@ class Workflow(ExpManager):
 
     def list_recorders(
         self, experiment_id: str | None = None, experiment_name: str | None = None
-    ) -> dict[str, MLflowRecorder]:
+    ) -> dict[str, Recorder]:
         """Return `{id: recorder}` of an experiment, by default the active or the default one.
 
         Difference from Qlib: a missing experiment raises NotInStoreError and is not created.
@@ -279,7 +271,7 @@ class Workflow(ExpManager):
         experiment = self.get_exp(
             experiment_id=experiment_id, experiment_name=experiment_name, create=False
         )
-        recorders: dict[str, MLflowRecorder] = experiment.list_recorders()
+        recorders: dict[str, Recorder] = experiment.list_recorders()
         return recorders
 
     def get_uri(self) -> str:
@@ -297,13 +289,13 @@ class Workflow(ExpManager):
         recorder_name: str | None = None,
         experiment_id: str | None = None,
         experiment_name: str | None = None,
-    ) -> MLflowRecorder:
+    ) -> Recorder:
         """Return the active run, or the run with an ID or name (the newest of a name).
 
         An ID needs no experiment; if one is given, the run must be in it. Otherwise raises
         NotInStoreError.
         """
-        if recorder_id is None and recorder_name is None and self._active_recorder is None:
+        if recorder_id is None and recorder_name is None and current_recorder() is None:
             raise NotInStoreError(
                 "no run is active: pass get_recorder a recorder_id or call it inside R.start(...)."
             )
@@ -322,9 +314,9 @@ class Workflow(ExpManager):
         recorder = self.get_recorder(recorder_id=recorder_id, recorder_name=recorder_name)
         self.get_exp(experiment_id=recorder.experiment_id).delete_recorder(recorder_id=recorder.id)
 
-    def _active_or_new_recorder(self) -> MLflowRecorder:
+    def _active_or_new_recorder(self) -> Recorder:
         """Return the active run; start one if there is none."""
-        if self._active_recorder is None:
+        if current_recorder() is None:
             log.warning("no run is active: starting one in the default experiment")
         return self.get_exp(start=True).get_recorder(start=True)
 
@@ -363,6 +355,6 @@ class Workflow(ExpManager):
 R = Workflow()
 
 
-def find_run(run_id: str) -> MLflowRecorder:
+def find_run(run_id: str) -> Recorder:
     """Return the run with an ID from any experiment; NotInStoreError if there is none."""
     return R.get_recorder(recorder_id=run_id)

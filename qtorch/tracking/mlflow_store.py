@@ -147,23 +147,21 @@ class MLflowStore:
                     continue
                 code = str(getattr(error, "error_code", ""))
                 raise _ERROR_CLASSES.get(code, TrackingError)(
-                    self._error_text(action, error)
+                    f"could not {action} at {redact_password(self.uri)}: {_first_line(error)}"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
-
-    def _error_text(self, action: str, error: Exception) -> str:
-        return f"could not {action} at {redact_password(self.uri)}: {_first_line(error)}"
 
     # Experiments
 
     def experiment(self, *, id: str | None = None, name: str | None = None) -> ExperimentRow | None:
         """Return an experiment, including a deleted one; None if there is none."""
         action = f"read the experiment {name or id!r}"
+        client = self.client
         try:
             if id is not None:
-                entity: Any = self._call(action, lambda: self.client.get_experiment(str(id)))
+                entity: Any = self._call(action, lambda: client.get_experiment(str(id)))
             else:
-                entity = self._call(action, lambda: self.client.get_experiment_by_name(name or ""))
+                entity = self._call(action, lambda: client.get_experiment_by_name(name or ""))
         except (NotInStoreError, RefusedError):
             return None
         return None if entity is None else _experiment_row(entity)
@@ -263,14 +261,12 @@ class MLflowStore:
 
         A metric with the same step, time and value is not stored twice.
         """
-        metric_entities = [Metric(m.key, m.value, m.time, m.step) for m in metrics]
-        param_entities = [Param(k, v) for k, v in (params or {}).items()]
-        tag_entities = [RunTag(k, v) for k, v in (tags or {}).items()]
-        action = f"log to the run {run_id}"
-        self._call(
-            action,
-            lambda: self.client.log_batch(run_id, metric_entities, param_entities, tag_entities),
+        entities = (
+            [Metric(m.key, m.value, m.time, m.step) for m in metrics],
+            [Param(k, v) for k, v in (params or {}).items()],
+            [RunTag(k, v) for k, v in (tags or {}).items()],
         )
+        self._call(f"log to the run {run_id}", lambda: self.client.log_batch(run_id, *entities))
 
     def history(self, run_id: str, keys: Iterable[str]) -> dict[str, dict[int, float]]:
         """Return `{key: {step: value}}`; of several values of a step the newest."""
@@ -278,12 +274,9 @@ class MLflowStore:
             f"read the metrics of the run {run_id}",
             lambda: {key: self.client.get_metric_history(run_id, key) for key in keys},
         )
-        sorted_points = {
-            k: sorted(p, key=lambda point: int(point.timestamp)) for k, p in points.items()
-        }
         return {
-            k: {p.step: metric_value(p.value) for p in key_points}
-            for k, key_points in sorted_points.items()
+            key: {p.step: _metric_value(p.value) for p in sorted(history, key=_timestamp)}
+            for key, history in points.items()
         }
 
     def delete_tag(self, run_id: str, key: str) -> None:
@@ -335,13 +328,15 @@ def start_system_monitor(uri: str, run_id: str, *, is_resumed: bool) -> Callable
     return finish
 
 
-def metric_value(stored_value: float) -> float:
+def _metric_value(stored_value: float) -> float:
     """Convert a stored metric value: MLflow stores infinity as the largest float."""
-    return (
-        math.copysign(math.inf, stored_value)
-        if abs(stored_value) >= _STORED_INFINITY
-        else stored_value
-    )
+    if abs(stored_value) >= _STORED_INFINITY:
+        return math.copysign(math.inf, stored_value)
+    return stored_value
+
+
+def _timestamp(metric: Any) -> int:
+    return int(metric.timestamp)
 
 
 def _get_health(uri: str, timeout: float) -> None:
@@ -369,7 +364,7 @@ def _run_row(run: Any) -> RunRow:
         end_time=info.end_time,
         artifact_uri=info.artifact_uri,
         is_deleted=info.lifecycle_stage == "deleted",
-        metrics={k: metric_value(v) for k, v in data.metrics.items()},
+        metrics={k: _metric_value(v) for k, v in data.metrics.items()},
         params=dict(data.params),
         tags=dict(data.tags),
     )

@@ -1,20 +1,61 @@
-"""The Recorder interface, and the recorders that are running in this process."""
+"""Recorder: one run of an MLflow store, and the recorders that are running in this process."""
 
 from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
+import re
 import sys
+import tempfile
 import threading
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from qtorch.core.errors import ArgumentError, LoadObjectError, QtorchError, unknown_name_message
+from qtorch.core.errors import (
+    ArgumentError,
+    LoadObjectError,
+    QtorchError,
+    TrackingError,
+    check_name,
+)
+from qtorch.tracking.artifacts import RunFiles
+from qtorch.tracking.delivery import ATTEMPT_TAG, Entry, Journal, Ledger, Sender, send_outbox
+from qtorch.tracking.locations import resolve_uri
+from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
+from qtorch.tracking.store_types import (
+    MAX_KEY,
+    MAX_PARAM,
+    MAX_TAG,
+    RunRow,
+    clean_key,
+    format_local_time,
+    now_ms,
+    parse_metric_value,
+    warn_once,
+)
+
+if TYPE_CHECKING:
+    from qtorch.tracking.mlflow_store import MLflowStore
 
 log = logging.getLogger(__name__)
+
+COMMAND_PARAM = "cmd-sys.argv"  # Qlib's name
+TEXT_FOLDER = "long_values"
+CHANGED_PREFIX = "qtorch.changed_param."
+FROM_TAG = "warm_start.from"
+DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
+PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
+
+# A read-only mapping, because the default is shared by all contexts.
+_initial_tags: ContextVar[Mapping[str, str]] = ContextVar(
+    "qtorch_run_tags", default=MappingProxyType({})
+)
 
 
 class MetricRecorder(Protocol):
@@ -42,11 +83,14 @@ class TrainingRecorder(MetricRecorder, Protocol):
         """Return the run's checkpoint folder on this machine."""
 
 
-class Recorder(ABC):
+class Recorder:
     """One run: its params, metrics, tags and artifacts. Corresponds to qlib/workflow/recorder.py.
 
-    `start_time` and `end_time` are local times as text. A recorder that was created but not yet
-    started is SCHEDULED and has no ID.
+    A recorder that was created but not yet started is SCHEDULED and has no ID. `start_time` and
+    `end_time` are local times as text. Logged values are buffered, written to disk and sent by a
+    background thread (see `qtorch.tracking.delivery`). `client` is the MlflowClient, for
+    everything that this class does not offer; MLflow's active run is not touched.
+    Difference from Qlib: MLflow is the only backend, so that there is no separate interface.
     """
 
     STATUS_S = "SCHEDULED"
@@ -56,19 +100,33 @@ class Recorder(ABC):
     STATUS_K = "KILLED"
     STATUSES = (STATUS_S, STATUS_R, STATUS_FI, STATUS_FA, STATUS_K)
 
-    def __init__(self, experiment_id: str, name: str | None) -> None:
+    def __init__(
+        self,
+        experiment_id: str,
+        uri: str,
+        name: str | None = None,
+        mlflow_run: RunRow | None = None,
+        *,
+        experiment_name: str | None = None,
+    ) -> None:
         self.id: str | None = None
         self.name = name
         self.experiment_id = experiment_id
+        self.experiment_name = experiment_name
         self.start_time: str | None = None
         self.end_time: str | None = None
         self.status = self.STATUS_S
         self.owner = 0  # ID of the process in which the run is active, 0 if in none
-
-    @property
-    def uri(self) -> str | None:
-        """The URI of the tracking store, or None if the recorder has none."""
-        return None
+        self.artifact_uri: str | None = None  # set when the run starts
+        self.is_deleted = False
+        self._uri = resolve_uri(uri)
+        self._ledger: Ledger | None = None
+        self._sender: Sender | None = None
+        self._run_files: RunFiles | None = None
+        self._stop_monitor: Callable[[], None] | None = None
+        self._attempt = 1
+        if mlflow_run is not None:
+            self._load_row(mlflow_run)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -100,95 +158,348 @@ class Recorder(ABC):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end_run(final_status(kind))
 
+    def _load_row(self, run: RunRow) -> None:
+        self.id, self.name, self.status = run.id, run.name, run.status
+        self.experiment_id = run.experiment_id
+        self.start_time = format_local_time(run.start_time)
+        self.end_time = format_local_time(run.end_time)
+        self.artifact_uri, self.is_deleted = run.artifact_uri, run.is_deleted
+        self._attempt = int(run.tags.get(ATTEMPT_TAG, "1"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor")
+        return {**self.__dict__, **dict.fromkeys(process_attributes), "owner": 0}
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI."""
+        return self._uri
+
+    @property
+    def client(self) -> Any:
+        """The MlflowClient of the store."""
+        return self._store.client
+
+    @property
+    def _store(self) -> MLflowStore:
+        from qtorch.tracking.mlflow_store import open_store
+
+        return open_store(self._uri)
+
+    @property
+    def _run_id(self) -> str:
+        if self.id is None:
+            raise TrackingError(
+                f"the recorder {self.name!r} has not been started: call start_run() or use "
+                "R.start(...)."
+            )
+        return self.id
+
+    @property
+    def _files(self) -> RunFiles:
+        if self._run_files is None:
+            self._run_files = RunFiles(
+                lambda: self._store, self._run_id, self.get_artifact_uri(), self._open_journal
+            )
+        return self._run_files
+
+    def _open_journal(self) -> Journal:
+        if self._sender is not None:
+            return self._sender.journal
+        return Journal(self._run_id, self._uri, self._attempt)
+
     # Start and end
 
-    @abstractmethod
     def start_run(self) -> Self:
-        """Start the run, or resume it if it has an ID; a `with` block then ends it."""
+        """Start the run, or resume it if it has an ID; a `with` block then ends it.
 
-    @abstractmethod
+        A resumed run first sends what an earlier attempt left in the outbox and reads the run's
+        metrics and params, so that nothing is sent twice. Raises TrackingError if the store does
+        not answer.
+        """
+        if self._sender is not None:
+            raise TrackingError(f"run {self.id} is already running.")
+        is_resumed = self.id is not None
+        if is_resumed:
+            self._reopen()
+        else:
+            tags = {**source_tags(), **_initial_tags.get(), ATTEMPT_TAG: "1"}
+            self._load_row(self._store.create_run(self.experiment_id, self.name, tags, now_ms()))
+            self._ledger = Ledger()
+        self.status, self.end_time = self.STATUS_R, None
+        self._sender = Sender(self._store, self._run_id, self._attempt)
+        self.owner = os.getpid()
+        add_running(self)
+        try:
+            self._log_provenance(is_resumed)
+            self._start_system_monitor(is_resumed)
+        except BaseException:
+            self.end_run(self.STATUS_FA)
+            raise
+        log.info("started run %s (%s)", self.id, self.name)
+        return self
+
+    def _reopen(self) -> None:
+        run_id = self._run_id
+        send_outbox(run_id, tracking_uri=self._uri)
+        row = self._store.run(run_id)
+        if row.is_deleted:
+            raise TrackingError(f"run {run_id} is deleted; restore it before you resume it.")
+        self._store.set_status(run_id, self.STATUS_R)
+        self._load_row(row)
+        self._attempt += 1
+        self._store.log_batch(run_id, tags={ATTEMPT_TAG: str(self._attempt)})
+        self._ledger = Ledger(self._store.history(run_id, row.metrics), row.params)
+
+    def _log_provenance(self, is_resumed: bool) -> None:
+        origin = {COMMAND_PARAM: command_line(), **qtorch_environment()}
+        if is_resumed:  # params cannot change: log the differences of this attempt as tags
+            new = {
+                k: v for k, v in origin.items() if self._run_ledger.params.get(k) != v[:MAX_PARAM]
+            }
+            self.set_tags(**{f"qtorch.attempt_{self._attempt}.{k}": v for k, v in new.items()})
+        else:
+            self.log_params(**origin)
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, text in git_changes().items():
+                path = Path(scratch, f"attempt_{self._attempt}_{name}" if is_resumed else name)
+                path.write_text(text, encoding="utf-8")
+                self._files.save_path(path, None)
+
+    def _start_system_monitor(self, is_resumed: bool) -> None:
+        from qtorch.tracking.mlflow_store import start_system_monitor
+
+        self._stop_monitor = start_system_monitor(self._uri, self._run_id, is_resumed=is_resumed)
+
     def end_run(self, status: str = STATUS_FI) -> None:
-        """Send all buffered entries, set the status and end the run."""
+        """Send all buffered entries, set the status and end the run.
+
+        An unreachable store raises no error here. After QTORCH_TRACKING_PATIENCE seconds (30) the
+        entries that could not be sent, including the status, stay in the outbox, and an error in
+        the log names the file.
+        """
+        check_name("status", status, self.STATUSES, error=ArgumentError)
+        run_id, end = self._run_id, now_ms()
+        remove_running(self)
+        stop_monitor, self._stop_monitor = self._stop_monitor, None
+        if stop_monitor is not None:
+            stop_monitor()
+        journal = self._open_journal()
+        sender, self._sender = self._sender, None
+        failure: BaseException | None = None
+        try:
+            failure = sender.close() if sender else None
+            if failure is None:
+                self._store.set_status(run_id, status, end)
+        except BaseException as error:  # also a second Ctrl-C: the status must not be lost
+            failure = error
+        if failure is not None:
+            journal.append([{"status": status, "time": end}])
+        self.status, self.end_time, self.owner = status, format_local_time(end), 0
+        self._close_journal(journal, failure)
+        if failure is not None and not isinstance(failure, TrackingError):
+            raise failure
+
+    def _close_journal(self, journal: Journal, failure: BaseException | None) -> None:
+        """Close the outbox file; if entries remain in it, say so in the log."""
+        if journal.close():
+            log.error(
+                "run %s: %s Unsent entries were saved to %s; `qtorch tracking send` sends them.",
+                self.id,
+                failure or "the tracking store did not accept all entries.",
+                journal.path,
+            )
 
     # Logging
 
-    @abstractmethod
-    def log_params(self, **kwargs: Any) -> None:
-        """Log params; a param that the run already has is never sent again."""
+    @property
+    def _run_ledger(self) -> Ledger:
+        if self._ledger is None:
+            row = self._store.run(self._run_id)
+            self._ledger = Ledger(self._store.history(row.id, row.metrics), row.params)
+        return self._ledger
 
-    @abstractmethod
+    def _send(self, entries: list[Entry]) -> None:
+        if self._sender is not None:
+            self._sender.enqueue(entries)
+        elif entries:
+            sender = Sender(self._store, self._run_id, self._attempt)
+            sender.enqueue(entries)
+            self._close_journal(sender.journal, sender.close())
+
     def log_metrics(self, step: int | None = None, **kwargs: float) -> None:
-        """Log metrics of one step as keyword arguments."""
+        """Log metrics of one step. Without `step`, each value of a key gets the next step from 0.
 
-    @abstractmethod
-    def log_batch(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log metrics of one step as a mapping; returns immediately."""
+        Each (metric, step) is stored once: the same value is not sent again, and a different one
+        is dropped with a warning. NaN and infinity are stored, with one warning.
+        """
+        self.log_batch(kwargs, step)
 
-    @abstractmethod
+    def log_batch(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of one step as a mapping; returns immediately, a background thread sends."""
+        time, entries = now_ms(), []
+        for name, raw_value in metrics.items():
+            key, value = clean_key(name), parse_metric_value(name, raw_value)
+            new_step = self._run_ledger.record_metric(
+                key, value, None if step is None else int(step)
+            )
+            if new_step is not None:
+                if not math.isfinite(value):
+                    warn_once(f"metric {key!r} is {value} at step {new_step} of run {self.id}")
+                entries.append({"metric": key, "value": value, "time": time, "step": new_step})
+        self._send(entries)
+
     def metric_history(self, key: str) -> dict[int, float]:
         """Return `{step: value}` of a metric, from this process and earlier attempts at the run."""
+        return dict(self._run_ledger.metrics.get(clean_key(key), {}))
 
-    @abstractmethod
-    def flush(self) -> bool:
-        """Send all buffered entries; return True once the store has them, False on failure."""
+    def log_params(self, **kwargs: Any) -> None:
+        """Log params as text; a param that the run already has is never sent again.
 
-    @abstractmethod
+        A different value for it is logged as the tag `qtorch.changed_param.<name>`, with a warning.
+        A text of more than 6000 characters is truncated with a warning, and its full text becomes
+        an artifact in `long_values`.
+        """
+        entries: list[Entry] = []
+        for name, raw_value in kwargs.items():
+            key, text = clean_key(name), str(raw_value)
+            value = text[:MAX_PARAM]
+            existing = self._run_ledger.record_param(key, value)
+            if existing is None:
+                if value != text:
+                    self._save_long_text(key, text)
+                entries.append({"param": key, "value": value})
+            elif existing != value:
+                log.warning(
+                    "param %r already has the value %r; the new value %r is logged as a tag",
+                    key,
+                    existing,
+                    value,
+                )
+                entries.append({"tag": (CHANGED_PREFIX + key)[:MAX_KEY], "value": text[:MAX_TAG]})
+        self._send(entries)
+
+    def _save_long_text(self, key: str, text: str) -> None:
+        name = re.sub(r"[^\w\-.]", "_", key) + ".txt"
+        log.warning(
+            "%r has %d characters: truncated for MLflow, full text in %s/%s",
+            key,
+            len(text),
+            TEXT_FOLDER,
+            name,
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, name)
+            path.write_text(text, encoding="utf-8")
+            self._files.save_path(path, TEXT_FOLDER)
+
     def set_tags(self, **kwargs: Any) -> None:
-        """Set tags; a later value replaces an earlier one."""
+        """Set tags as text; a later value replaces an earlier one. Truncated to 8000 characters."""
+        entries = []
+        for name, raw_value in kwargs.items():
+            key, text = clean_key(name), str(raw_value)
+            if len(text) > MAX_TAG:
+                self._save_long_text(key, text)
+            entries.append({"tag": key, "value": text[:MAX_TAG]})
+        self._send(entries)
 
-    @abstractmethod
     def delete_tags(self, *keys: str) -> None:
         """Delete tags; a missing tag is not an error."""
+        self.flush()
+        for key in keys:
+            self._store.delete_tag(self._run_id, clean_key(key))
+
+    def flush(self) -> bool:
+        """Send all buffered entries; return True once the store has them, False on failure."""
+        return self._sender is None or self._sender.flush()
 
     # Artifacts
 
-    @abstractmethod
     def save_objects(
         self, local_path: str | Path | None = None, artifact_path: str | None = None, **kwargs: Any
     ) -> None:
-        """Save objects by logical name (`**{"pred.pkl": pred}`), or the content of a local path."""
+        """Save objects by logical name (`**{"pred.pkl": pred}`), or a local file or folder content.
 
-    @abstractmethod
-    def load_object(self, name: str) -> Any:
-        """Load an object by its logical name; LoadObjectError lists the names that exist."""
+        `qtorch.tracking.artifacts` lists the file format of each kind of object.
+        """
+        if local_path is not None and kwargs:
+            raise ArgumentError("save_objects takes either local_path or objects, not both.")
+        if local_path is not None:
+            self._files.save_path(Path(local_path), artifact_path, content=True)
+        for name, value in kwargs.items():
+            self._files.save(value, name, artifact_path)
 
-    @abstractmethod
+    def load_object(self, name: str, unpickler: Callable[..., Any] | None = None) -> Any:
+        """Load an object by its logical name; LoadObjectError lists the names that exist.
+
+        Code in it must be trusted, unless the caller passes an `unpickler`.
+        """
+        value = self._files.load(name, unpickler)
+        if callable(hook := getattr(value, "on_load", None)):
+            hook(self)  # for objects that need to know the run that they come from
+        return value
+
     def log_artifact(self, local_path: str | Path, artifact_path: str | None = None) -> None:
-        """Log a local file or folder unchanged."""
+        """Log a local file or folder unchanged, under its own name."""
+        self._files.save_path(Path(local_path), artifact_path)
 
-    @abstractmethod
     def download_artifact(self, path: str, dst_path: str | None = None) -> str:
-        """Return the local path of an artifact: its own path if it is local, else a copy."""
+        """Return the local path of a file, folder or object; a remote one is downloaded."""
+        return self._files.fetch(path, dst_path)
 
-    @abstractmethod
     def list_artifacts(self, artifact_path: str | None = None) -> list[str]:
-        """List a folder (not recursively): objects by logical name, other files by file name."""
+        """List a folder (not recursively): objects by logical name, other files by file name.
 
-    @abstractmethod
+        An object appears as `pred.pkl`, not as its file `pred.pkl.parquet`; `download_artifact`
+        accepts both names.
+        """
+        return self._files.names(artifact_path)
+
     def get_artifact_uri(self) -> str:
-        """Return MLflow's URI of the run's artifacts."""
+        """Return MLflow's URI of the run's artifacts; TrackingError before the run has started."""
+        if self.artifact_uri is None:
+            raise TrackingError(f"the recorder {self.name!r} has not been started.")
+        return self.artifact_uri
 
-    @abstractmethod
     def get_local_dir(self) -> str:
-        """Return a persistent folder on this machine that belongs to the run."""
+        """Return the run's folder; for a remote store `runs/<id>` in qtorch's cache folder.
 
-    @abstractmethod
+        Difference from Qlib, which raises for a remote store: checkpoints need a folder that
+        persists.
+        """
+        folder = self._files.work_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
     def checkpoint_dir(self) -> Path:
-        """Return the run's checkpoint folder on this machine, created if missing."""
+        """Return the folder `checkpoints` in a local store's artifacts, else in `get_local_dir()`.
+
+        A later process on this machine that resumes the run gets the same folder.
+        """
+        folder = self._files.checkpoint_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     # Reading from the store
 
-    @abstractmethod
+    def _read_row(self) -> RunRow:
+        self.flush()
+        return self._store.run(self._run_id)
+
     def list_metrics(self) -> dict[str, float]:
         """Return the latest value of each metric."""
+        return self._read_row().metrics
 
-    @abstractmethod
     def list_params(self) -> dict[str, str]:
         """Return all params as text."""
+        return self._read_row().params
 
-    @abstractmethod
     def list_tags(self) -> dict[str, str]:
         """Return all tags, including MLflow's own."""
+        return self._read_row().tags
+
+
+MLflowRecorder = Recorder  # Qlib's name of the class that uses MLflow
 
 
 def final_status(kind: type[BaseException] | None) -> str:
@@ -210,11 +521,30 @@ def load_if_present(recorder: Recorder, name: str) -> Any:
         return None
 
 
-def check_status(status: str) -> str:
-    """Return the status; raise ArgumentError with the nearest valid name for an unknown one."""
-    if status not in Recorder.STATUSES:
-        raise ArgumentError(unknown_name_message("status", str(status), Recorder.STATUSES))
-    return status
+@contextmanager
+def with_run_tags(tags: dict[str, str]) -> Iterator[None]:
+    """Give every run that is created inside the block these tags from the start.
+
+    The tags are part of the request that creates the run, so that even a process that is killed
+    right afterwards leaves a run that can be identified.
+    """
+    token = _initial_tags.set({**_initial_tags.get(), **tags})
+    try:
+        yield
+    finally:
+        _initial_tags.reset(token)
+
+
+def tag_lineage(run: Recorder, earlier: Recorder) -> None:
+    """Tag `run` with the earlier run whose weights it starts from, and nest it under that run.
+
+    A run that already has a parent keeps it. The earlier run is only read.
+    """
+    depth = int(earlier.list_tags().get(DEPTH_TAG, "0")) + 1
+    tags = {FROM_TAG: earlier.id, DEPTH_TAG: str(depth)}
+    if PARENT_TAG not in run.list_tags() and earlier.id != run.id:
+        tags[PARENT_TAG] = earlier.id
+    run.set_tags(**tags)
 
 
 _lock = threading.Lock()

@@ -88,8 +88,7 @@ def warn_once(message: str) -> None:
 def clean_key(name: str) -> str:
     """Turn a name into one that MLflow accepts: letters, digits and `_-. :/`, at most 250."""
     key = "/".join(p if p.strip(".") else "_" for p in _BAD_IN_KEY.sub("_", str(name)).split("/"))
-    if len(key) > MAX_KEY:
-        key = key[:MAX_KEY]
+    key = key[:MAX_KEY]
     if key != name:
         warn_once(f"{name!r} is logged as {key!r}: MLflow does not accept the original name")
     return key

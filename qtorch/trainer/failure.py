@@ -42,7 +42,7 @@ def announce_run(recorder: Recorder) -> None:
         RUN,
         experiment_id=recorder.experiment_id,
         recorder_id=recorder.id,
-        tracking_uri=getattr(recorder, "uri", None),
+        tracking_uri=recorder.uri,
     )
     runs = _started_runs.get()
     if runs is not None:
@@ -57,18 +57,27 @@ def error_summary(error: BaseException) -> str:
 def record_failure(recorder: Recorder, error: BaseException) -> None:
     """Store the error as the run's tag `error` and its traceback as the artifact `error.txt`.
 
-    If the store fails as well, that is only logged, so that the original error is the one raised.
+    Each is stored even if the other cannot be. A failing store is only logged, so that the
+    original error is the one raised.
     """
-    try:
-        recorder.set_tags(**{ERROR_TAG: error_summary(error)})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, ERROR_FILE)
-            path.write_text("".join(traceback.format_exception(error)))
-            recorder.log_artifact(str(path))
-    except Exception as store_error:
-        log.warning(
-            "could not store the error in run %s: %s", recorder.id, error_summary(store_error)
-        )
+    for store in (_tag_error, _save_traceback):
+        try:
+            store(recorder, error)
+        except Exception as store_error:
+            log.warning(
+                "could not store the error in run %s: %s", recorder.id, error_summary(store_error)
+            )
+
+
+def _tag_error(recorder: Recorder, error: BaseException) -> None:
+    recorder.set_tags(**{ERROR_TAG: error_summary(error)})
+
+
+def _save_traceback(recorder: Recorder, error: BaseException) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, ERROR_FILE)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        recorder.log_artifact(path)
 
 
 def get_error(recorder: Recorder) -> str | None:

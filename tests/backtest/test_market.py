@@ -68,6 +68,28 @@ def test_cash_and_value_of_one_purchase_and_its_sale():
     assert positions["weight"].tolist() == pytest.approx([1_000 / 9_998.5, 1_100 / 10_098.5])
 
 
+class AskingStrategy(PlannedStrategy):
+    """Asks on each bar what the sale of its whole positions would yield."""
+
+    def decide(self, context):
+        account = context.account
+        prices, counts = account.price.copy(), account.count.copy()
+        sales = Orders.from_mask(account.is_held, account.amount, buying=False)
+        self.proceeds = context.proceeds(sales)
+        np.testing.assert_array_equal(account.price, prices)
+        np.testing.assert_array_equal(account.count, counts)
+        return super().decide(context)
+
+
+def test_asking_for_the_proceeds_of_sales_changes_no_account():
+    strategy = AskingStrategy(plan={0: [("A", 100, True)]})
+    costs = {"open_cost": 0.0, "close_cost": 0.01, "min_cost": 0.0, "trade_unit": None}
+    source = bars({"A": [10, 10, 12]})
+    result = backtest(strategy=strategy, account=1e4, exchange_kwargs=costs, source=source)
+    assert strategy.proceeds.tolist() == pytest.approx([1_200 * 0.99])
+    assert result.positions["count"].tolist() == [1, 2, 3]
+
+
 def test_purchases_use_up_the_cash_in_order():
     source = bars({"A": [10, 10], "B": [20, 20], "C": [5, 5]})
     plan = {0: [("C", 400, True), ("A", 600, True), ("B", 300, True)]}

@@ -6,7 +6,7 @@ import pytest
 
 from qtorch.cli.launchers.optuna_sweeper import parse_search
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.trials.trial import Choice, Span
+from qtorch.study.search.trial import Choice, Span
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from qtorch import R
 from qtorch.core.errors import ArgumentError, DataError
 from qtorch.study import load_network
-from qtorch.tracking.mlflow_recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
+from qtorch.tracking.recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
 from qtorch.trainer import task_train
 
 SPAN = ("dataset.segments.train=[2019-01-01,2019-09-30]",

@@ -15,7 +15,7 @@ from qtorch.cli.compose import compose_settings
 from qtorch.data.source.qlib import QlibSource
 from qtorch.study import rolling_study
 from qtorch.task import TaskManager
-from qtorch.tracking.mlflow_recorder import PARENT_TAG
+from qtorch.tracking.recorder import PARENT_TAG
 from qtorch.trainer import DelayTrainerRM, TrainerR
 
 TINY = ("debug=tiny", "log_level=WARNING", "model.network.hidden_size=8", "step=35")

@@ -59,7 +59,7 @@ def test_two_processes_share_a_search_and_one_is_killed(
     session_fork_server, folder, qtorch_cli, runs
 ):
     import qtorch.cli.jobs.job
-    import qtorch.tracking.trials.study  # noqa: F401 - imported for the forked processes
+    import qtorch.study.search.study  # noqa: F401 - imported for the forked processes
 
     victim, survivor = fork_command(*SEARCH), fork_command(*SEARCH)
     end = time.monotonic() + TIMEOUT

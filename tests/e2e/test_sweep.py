@@ -15,7 +15,7 @@ from training_runs import metric_points, wait_for_epoch
 from qtorch.core.identity import task_id
 from qtorch.study.sweep_job import FIT_FROM_TAG
 from qtorch.tracking.delivery import ATTEMPT_TAG
-from qtorch.tracking.mlflow_recorder import PARENT_TAG
+from qtorch.tracking.recorder import PARENT_TAG
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ from toy_training import ToyRecorder
 from qtorch.core.errors import ConfigError
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop import callbacks as pruning
-from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE
-
-TRIAL = {"study": "s", "id": 1, "number": 0, "storage": None, "pruner": "median"}
+from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE
 
 
 class FakeTrial:
@@ -93,6 +90,4 @@ def test_unknown_metric_to_report_suggests_the_nearest_name(fit_with_trial):
 
 def test_no_callback_outside_of_a_search(monkeypatch):
     monkeypatch.delenv(TRIAL_VARIABLE, raising=False)
-    assert pruning.pruning_callbacks(None) == []
-    monkeypatch.setenv(TRIAL_VARIABLE, json.dumps({**TRIAL, "report": "x", "pruner": None}))
     assert pruning.pruning_callbacks(None) == []

@@ -11,7 +11,7 @@ from qtorch.core.identity import fit_id
 from qtorch.model.finetune import copy_shared_weights
 from qtorch.model.lightning_model import LightningModel
 from qtorch.nn import GRU, HIST, LSTM, MLP, GATs
-from qtorch.tracking.mlflow_recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
+from qtorch.tracking.recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
 from qtorch.trainer import task_train
 
 SIZE = {"hidden_size": 6, "num_layers": 1}

@@ -16,7 +16,7 @@ from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
 from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
 from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG, rolling_tasks
-from qtorch.tracking.mlflow_recorder import PARENT_TAG
+from qtorch.tracking.recorder import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
 

@@ -20,7 +20,6 @@ from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError
 from qtorch.core.session import init
 from qtorch.tracking import R, Recorder
 from qtorch.tracking.locations import resolve_uri
-from qtorch.tracking.mlflow_recorder import MLflowRecorder
 from qtorch.tracking.mlflow_store import open_store
 from qtorch.tracking.recorder import current_recorder
 from qtorch.tracking.store_types import AlreadyInStoreError, NotInStoreError
@@ -36,7 +35,7 @@ def read_status(recorder) -> str:
     return open_store(recorder.uri).run(recorder.id).status
 
 
-def run_block(error: BaseException | None = None) -> MLflowRecorder:
+def run_block(error: BaseException | None = None) -> Recorder:
     with suppress(type(error) if error else ()), R.start(experiment_name="e"):
         recorder = R.get_recorder()
         if error is not None:

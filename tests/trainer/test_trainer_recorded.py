@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from qtorch import R
+from qtorch.core.errors import TrackingError
 from qtorch.tracking import Recorder
 from qtorch.trainer import DelayTrainerR, TrainerR, begin_task_train, task_train
+from qtorch.trainer.failure import get_error, record_failure
 
 
 def train_status(recorder):
@@ -47,6 +49,31 @@ def test_invalid_task_gets_a_failed_run(make_task):
     recorders = TrainerR("exp")([{"model": {}}, make_task(record=[])])
     assert [r.status for r in recorders] == ["FAILED", "FINISHED"]
     assert "dataset" in recorders[0].list_tags()["error"]
+
+
+def break_artifacts(recorder, monkeypatch):
+    def log_artifact(path):
+        raise TrackingError("the disk is full")
+
+    monkeypatch.setattr(recorder, "log_artifact", log_artifact)
+
+
+def break_tags(recorder, monkeypatch):
+    def set_tags(**tags):
+        raise TrackingError("the store does not answer")
+
+    monkeypatch.setattr(recorder, "set_tags", set_tags)
+
+
+@pytest.mark.parametrize("break_store", [break_artifacts, break_tags])
+def test_tag_and_traceback_of_a_failure_are_stored_independently(break_store, monkeypatch, caplog):
+    with R.start(experiment_name="exp"):
+        recorder = R.get_recorder()
+        break_store(recorder, monkeypatch)
+        record_failure(recorder, ValueError("this model fails"))
+    assert (get_error(recorder) is not None) == (break_store is break_artifacts)
+    assert ("error.txt" in recorder.list_artifacts()) == (break_store is break_tags)
+    assert sum(m.startswith("could not store the error in run") for m in caplog.messages) == 1
 
 
 @pytest.mark.slow

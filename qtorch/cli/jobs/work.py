@@ -36,8 +36,7 @@ from qtorch.study.sweep_job import (
     run_sweep_job,
 )
 from qtorch.tracking.manager import R
-from qtorch.tracking.mlflow_recorder import with_run_tags
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, with_run_tags
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.run import end_task_train, task_train
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -32,21 +38,15 @@ from qtorch.cli.tables.trials import report_study
 from qtorch.core.errors import ConfigError, format_count, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import resolve_config
+from qtorch.study.search.trial import Choice, Space, Span, storage_url
 from qtorch.study.sweep import JobResult
 from qtorch.tracking.locations import default_uri
 from qtorch.tracking.manager import R
-from qtorch.tracking.trials.trial import (
-    PRUNED_TAG,
-    TRIAL_VARIABLE,
-    Choice,
-    Space,
-    Span,
-    storage_url,
-)
+from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE
 
 if TYPE_CHECKING:
-    from qtorch.tracking.trials.study import Trials
-    from qtorch.tracking.trials.trial import TrialJob
+    from qtorch.study.search.study import Trials
+    from qtorch.study.search.trial import TrialJob
 
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class OptunaSweeper(Sweeper):
 
     def _create_study(self, search: SearchOverrides) -> Trials:
         try:
-            from qtorch.tracking.trials.sampler import grid_values, is_grid
-            from qtorch.tracking.trials.study import Trials
+            from qtorch.study.search.sampler import grid_values, is_grid
+            from qtorch.study.search.study import Trials
         except ImportError as error:
             raise ConfigError(
                 "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
@@ -216,7 +216,7 @@ class OptunaSweeper(Sweeper):
         """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
         first, self._number = self._number, self._number + len(trials)
         batch = [
-            [*self._trial_overrides(search, t), self._trial_override(study, t)] for t in trials
+            [*self._trial_overrides(search, t), *self._judge_overrides(study, t)] for t in trials
         ]
         pending_trials = dict(enumerate(trials, first))
         try:
@@ -311,21 +311,23 @@ class OptunaSweeper(Sweeper):
         run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
         return is_pruned or PRUNED_TAG in run.list_tags()
 
-    def _trial_override(self, study: Trials, trial: TrialJob) -> str:
-        """Return the override that passes the trial to the job in an environment variable.
+    def _judge_overrides(self, study: Trials, trial: TrialJob) -> list[str]:
+        """Return the override that tells the trial's job how to ask whether to stop.
 
-        The trial is no part of the task.
+        It sets an environment variable, because a trial is no part of the task.
         """
-        trial_settings = {
+        if self.pruner is None:
+            return []
+        judge = {
+            "_target_": "qtorch.study.search.study.RunningTrial",
+            "_recursive_": False,  # it builds the pruner itself
             "study": study.name,
             "id": trial.id,
-            "number": trial.number,
             "storage": self.storage,
-            "report": self.report,
             "pruner": self.pruner,
         }
-        text = json.dumps(trial_settings).replace("\\", "\\\\").replace("'", "\\'")
-        return f"++hydra.job.env_set.{TRIAL_VARIABLE}='{text}'"
+        text = QuotedString(json.dumps({"judge": judge, "report": self.report}), Quote.single)
+        return [f"++hydra.job.env_set.{TRIAL_VARIABLE}={text.with_quotes()}"]
 
     def _wait_for_work(self, study: Trials) -> bool:
         """Wait until it is clear whether more trials have to be run, and return that.

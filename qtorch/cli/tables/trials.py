@@ -17,12 +17,12 @@ from qtorch.cli.tables.console import (
     terminal,
 )
 from qtorch.core.errors import QtorchError, format_count
+from qtorch.study.search.trial import TrialRow
 from qtorch.tracking.locations import redact_password
 from qtorch.tracking.manager import R
-from qtorch.tracking.trials.trial import TrialRow
 
 if TYPE_CHECKING:
-    from qtorch.tracking.trials.study import Trials
+    from qtorch.study.search.study import Trials
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def report_study(study: Trials, metric: str, folder: Path, sweep_run_id: str | N
     }
     paths[0].write_text(json.dumps(record, indent=1))
     if any(r.value is not None for r in rows):
-        from qtorch.study.search_chart import search_chart
+        from qtorch.study.search.chart import search_chart
 
         figure = search_chart(rows, metric, maximize=maximize, importances=importances)
         figure.savefig(folder / CHART_FILE, dpi=120)

@@ -6,19 +6,16 @@ import json
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
 from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.instantiate import init_instance_by_config
 from qtorch.model.loop.loader import StepLoader
-from qtorch.tracking.locations import default_uri
+from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE, TrialJudge
 from qtorch.tracking.recorder import MetricRecorder
-from qtorch.tracking.trials.trial import PRUNED_TAG, TRIAL_VARIABLE, storage_url
-
-if TYPE_CHECKING:
-    from qtorch.tracking.trials.study import RunningTrial
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ class PruningCallback(pl.Callback):
     `pruned`. A database that does not respond never stops a training.
     """
 
-    def __init__(self, trial: RunningTrial, report: str, recorder: MetricRecorder | None) -> None:
+    def __init__(self, trial: TrialJudge, report: str, recorder: MetricRecorder | None) -> None:
         self.trial, self.report, self.recorder = trial, report, recorder
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,16 +93,6 @@ def pruning_callbacks(recorder: MetricRecorder | None) -> list[pl.Callback]:
     if not trial_json:
         return []
     trial = json.loads(trial_json)
-    if trial["pruner"] is None:
-        return []
-    from qtorch.tracking.trials.study import RunningTrial
-
-    run_uri = None if recorder is None else recorder.uri
-    url = storage_url(trial["storage"], run_uri or default_uri())
-    return [
-        PruningCallback(
-            RunningTrial(trial["study"], trial["id"], url, trial["pruner"]),
-            trial["report"],
-            recorder,
-        )
-    ]
+    tracking_uri = None if recorder is None else recorder.uri
+    judge = init_instance_by_config(trial["judge"], tracking_uri=tracking_uri)
+    return [PruningCallback(judge, trial["report"], recorder)]

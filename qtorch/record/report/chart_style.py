@@ -146,25 +146,22 @@ def rolling_mean(series: pd.Series) -> tuple[pd.Series, int]:
     return series.rolling(window, min_periods=max(1, window // 2)).mean(), window
 
 
-def draw_day_bars(axis: Any, series: pd.Series, colour: str, alpha: float = 0.25) -> None:
+def draw_day_bars(axis: Any, series: pd.Series, colour: str) -> None:
     """Draw one thin bar per day."""
-    axis.vlines(
-        series.index,
-        0,
-        series.to_numpy(),
-        color=colour,
-        alpha=alpha,
-        linewidth=0.9,
-        rasterized=False,
-    )
+    axis.vlines(series.index, 0, series.to_numpy(), color=colour, alpha=0.25, linewidth=0.9)
 
 
-def draw_lines(
-    axis: Any, series: Sequence[tuple[str, pd.Series, str]], width: float = 1.8, style: str = "-"
-) -> None:
+def draw_lines(axis: Any, series: Sequence[tuple[str, pd.Series, str]], width: float = 1.8) -> None:
     """Draw named series in their colours."""
     for name, values, colour in series:
-        axis.plot(values.index, values, color=colour, linewidth=width, linestyle=style, label=name)
+        axis.plot(values.index, values, color=colour, linewidth=width, label=name)
+
+
+def draw_rolling_mean(axis: Any, series: pd.Series, colour: str, name: str = "") -> None:
+    """Draw the `rolling_mean` of a series; the legend says its name and window."""
+    mean, window = rolling_mean(series)
+    prefix = f"{name}, " if name else ""
+    draw_lines(axis, [(f"{prefix}mean of {window} days", mean, colour)])
 
 
 def diverging_map() -> Any:

@@ -18,6 +18,7 @@ from qtorch.record.report.chart_style import (
     add_legend,
     draw_day_bars,
     draw_lines,
+    draw_rolling_mean,
     draw_zero_line,
     format_date_axis,
     format_percent_axis,
@@ -96,8 +97,7 @@ def turnover_chart(report: pd.DataFrame, *, narrow: bool = False) -> Figure:
     figure, axes = new_figure(2.7, narrow=narrow, columns=2)
     turnover = report["turnover"]
     draw_day_bars(axes[0], turnover, IC_COLOUR)
-    mean, window = rolling_mean(turnover)
-    draw_lines(axes[0], [(f"mean of {window} days", mean, RANK_COLOUR)])
+    draw_rolling_mean(axes[0], turnover, RANK_COLOUR)
     label_axis(axes[0], "Daily turnover", "% of the account")
     add_legend(axes[0], narrow=narrow)
     draw_lines(axes[1], [("cost", report["cost"].cumsum(), RANK_COLOUR)])

@@ -10,18 +10,12 @@ from typing import ClassVar
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.metrics.portfolio import MODES, Mode
 from qtorch.metrics.signal import HORIZONS
 from qtorch.record.base import Names, Record
+from qtorch.record.report import portfolio_charts, signal_charts, training_charts
 from qtorch.record.report.page import Page
-from qtorch.record.report.portfolio_charts import (
-    concentration_chart,
-    drawdown_chart,
-    excess_chart,
-    return_chart,
-    turnover_chart,
-)
 from qtorch.record.report.results import (
     PREFIX,
     RunResults,
@@ -37,15 +31,6 @@ from qtorch.record.report.results import (
     signal_tables,
     training_histories,
 )
-from qtorch.record.report.signal_charts import (
-    autocorrelation_chart,
-    decay_chart,
-    monthly_chart,
-    quantile_chart,
-    rolling_ic_chart,
-    spread_chart,
-)
-from qtorch.record.report.training_charts import learning_chart, learning_curves
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -79,8 +64,7 @@ class ReportRecord(Record):
         label_col: int = 0,
     ) -> None:
         super().__init__(recorder)
-        if mode not in MODES:
-            raise ConfigError(unknown_name_message("mode of the report", str(mode), MODES))
+        check_name("mode of the report", mode, MODES)
         if tries < 1:
             raise ConfigError(
                 f"tries={tries}: expected the number of strategies tried, at least 1."
@@ -124,17 +108,17 @@ class ReportRecord(Record):
     def _write_page(self, folder: Path, results: RunResults, tables: SignalTables | None) -> Path:
         recorder = results.recorder
         metrics, params = recorder.list_metrics(), recorder.list_params()
-        panels = learning_curves(training_histories(recorder))
+        panels = training_charts.learning_curves(training_histories(recorder))
         page = Page(folder)
         if results.report is not None:
             self._draw_portfolio(page, results.report, results.weight)
         if results.has_ic:
-            page.draw("rolling_ic", rolling_ic_chart, results.ic, results.rank_ic)
-            page.draw("monthly_ic", monthly_chart, results.ic)
+            page.draw("rolling_ic", signal_charts.rolling_ic_chart, results.ic, results.rank_ic)
+            page.draw("monthly_ic", signal_charts.monthly_chart, results.ic)
         if tables is not None:
             self._draw_signal(page, tables)
         if panels:
-            page.draw("learning_curves", learning_chart, panels)
+            page.draw("learning_curves", training_charts.learning_chart, panels)
         return page.write(
             PAGE,
             "run.html.j2",
@@ -152,21 +136,27 @@ class ReportRecord(Record):
         )
 
     def _draw_portfolio(self, page: Page, report: pd.DataFrame, weight: pd.Series | None) -> None:
-        page.draw("cumulative_return", return_chart, report, self.mode)
+        page.draw("cumulative_return", portfolio_charts.return_chart, report, self.mode)
         if has_benchmark(report):
-            page.draw("excess_return", excess_chart, report, self.mode)
-        page.draw("drawdown", drawdown_chart, report, self.mode)
-        page.draw("turnover", turnover_chart, report)
+            page.draw("excess_return", portfolio_charts.excess_chart, report, self.mode)
+        page.draw("drawdown", portfolio_charts.drawdown_chart, report, self.mode)
+        page.draw("turnover", portfolio_charts.turnover_chart, report)
         if weight is not None:
-            page.draw("concentration", concentration_chart, concentration_table(weight, report))
+            page.draw(
+                "concentration",
+                portfolio_charts.concentration_chart,
+                concentration_table(weight, report),
+            )
 
     def _draw_signal(self, page: Page, tables: SignalTables) -> None:
-        page.draw("ic_decay", decay_chart, tables.decay)
+        page.draw("ic_decay", signal_charts.decay_chart, tables.decay)
         if tables.has_quantiles:
-            page.draw("quantile_returns", quantile_chart, tables.quantiles)
-            page.draw("quantile_spread", spread_chart, tables.spread)
+            page.draw("quantile_returns", signal_charts.quantile_chart, tables.quantiles)
+            page.draw("quantile_spread", signal_charts.spread_chart, tables.spread)
         if tables.autocorrelation:
-            page.draw("score_autocorrelation", autocorrelation_chart, tables.autocorrelation)
+            page.draw(
+                "score_autocorrelation", signal_charts.autocorrelation_chart, tables.autocorrelation
+            )
 
 
 GROUPS = ("Signal", "Signal by segment", "Portfolio", "Report", "Training", "Others", "System")

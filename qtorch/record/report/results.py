@@ -20,6 +20,7 @@ from qtorch.metrics.portfolio import (
 )
 from qtorch.metrics.signal import ic_decay, quantile_returns, score_autocorrelation
 from qtorch.metrics.significance import deflated_sharpe
+from qtorch.record.base import has_artifact
 from qtorch.record.signal import select_label
 from qtorch.tracking.recorder import Recorder
 
@@ -108,7 +109,7 @@ def run_description(recorder: Recorder) -> dict[str, str]:
         "Tested on": _segment_dates(params, "test"),
         "Seed": params.get("seed", ""),
         "Run": f"{recorder.name}, {recorder.id}",
-        "Experiment": str(getattr(recorder, "experiment_name", "") or ""),
+        "Experiment": recorder.experiment_name or "",
         "Started": recorder.start_time or "",
     }
     return {name: text for name, text in description.items() if text}
@@ -125,7 +126,7 @@ def _class_name(params: Mapping[str, str], *path: str) -> str:
     """Return the class name in a part of the task, in Hydra's or Qlib's form."""
     for separator in (".", ".kwargs."):
         for key in ("_target_", "class"):
-            name = params.get(separator.join((*path,)) + f".{key}")
+            name = params.get(separator.join(path) + f".{key}")
             if name:
                 return name.rpartition(".")[2]
     return ""
@@ -159,8 +160,7 @@ def _frequency(recorder: Recorder) -> str:
 
 
 def _load_if_present(recorder: Recorder, name: str) -> Any:
-    folder, _, _ = name.rpartition("/")
-    if name not in recorder.list_artifacts(folder or None):
+    if not has_artifact(recorder, name):
         return None
     try:
         return recorder.load_object(name)

@@ -17,12 +17,13 @@ from qtorch.record.report.chart_style import (
     add_legend,
     diverging_map,
     draw_day_bars,
+    draw_lines,
+    draw_rolling_mean,
     draw_zero_line,
     format_date_axis,
     format_percent_axis,
     label_axis,
     new_figure,
-    rolling_mean,
     style_axis,
     style_figure,
     text_colour,
@@ -36,7 +37,7 @@ MIDDLE_COLOUR = "#9aa3ad"
 MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
 
 
-def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Figure:
+def ic_chart(ic: pd.Series, rank_ic: pd.Series) -> Figure:
     """Draw daily IC with its rolling mean, cumulative IC and Rank IC, and the histogram of both.
 
     Both arguments are Series by day; NaN days are left out.
@@ -45,16 +46,12 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-    axes = figure.subplot_mosaic([["day", "day"], ["sum", "spread"]], height_ratios=[1.0, 1.0])
-    figure.suptitle(
-        title or f"Information coefficient by day{_span(ic)}",
-        color=INK,
-        fontsize=13,
-        x=0.01,
-        ha="left",
-    )
-    draw_days(axes["day"], ic, rank_ic)
-    draw_sum(axes["sum"], ic, rank_ic)
+    axes = figure.subplot_mosaic([["day", "day"], ["sum", "spread"]])
+    span = f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
+    title = f"Information coefficient by day{span}"
+    figure.suptitle(title, color=INK, fontsize=13, x=0.01, ha="left")
+    _draw_days(axes["day"], ic, rank_ic)
+    _draw_sum(axes["sum"], ic, rank_ic)
     _draw_histogram(axes["spread"], ic, rank_ic)
     for name, axis in axes.items():
         style_axis(axis)
@@ -63,24 +60,19 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series, title: str | None = None) -> Fig
     return figure
 
 
-def draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+def _draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
     """Draw the daily IC as bars, and the rolling means of IC and Rank IC."""
     draw_day_bars(axis, ic, IC_COLOUR)
-    for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
-        mean, window = rolling_mean(series)
-        axis.plot(
-            mean.index, mean, color=colour, linewidth=1.8, label=f"{name}, mean of {window} days"
-        )
+    draw_rolling_mean(axis, ic, IC_COLOUR, "IC")
+    draw_rolling_mean(axis, rank_ic, RANK_COLOUR, "Rank IC")
     draw_zero_line(axis)
     label_axis(axis, "Daily IC (bars) and rolling means", "correlation")
     add_legend(axis, narrow=narrow)
 
 
-def draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+def _draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
     """Draw cumulative IC and Rank IC."""
-    for series, colour, name in ((ic, IC_COLOUR, "IC"), (rank_ic, RANK_COLOUR, "Rank IC")):
-        total = series.cumsum()
-        axis.plot(total.index, total, color=colour, linewidth=1.8, label=name)
+    draw_lines(axis, [("IC", ic.cumsum(), IC_COLOUR), ("Rank IC", rank_ic.cumsum(), RANK_COLOUR)])
     draw_zero_line(axis)
     title = "Cumulative" if narrow else "Cumulative: a steady slope is a steady signal"
     label_axis(axis, title, "sum of daily correlations")
@@ -109,16 +101,12 @@ def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
     axis.legend(loc="upper left", fontsize=8.5, handlelength=1.2, **frame_style)
 
 
-def _span(ic: pd.Series) -> str:
-    return f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
-
-
 def rolling_ic_chart(ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> Figure:
     """Daily IC with rolling means, and cumulative sums; days without an IC are left out."""
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure, axes = new_figure(2.9, narrow=narrow, rows=2)
-    draw_days(axes[0], ic, rank_ic, narrow=narrow)
-    draw_sum(axes[1], ic, rank_ic, narrow=narrow)
+    _draw_days(axes[0], ic, rank_ic, narrow=narrow)
+    _draw_sum(axes[1], ic, rank_ic, narrow=narrow)
     for axis in axes:
         format_date_axis(axis, narrow=narrow)
     return style_figure(figure)
@@ -132,9 +120,11 @@ def monthly_means(daily: pd.Series) -> pd.DataFrame:
     return table.reindex(columns=range(1, 13)).rename_axis(index="year", columns="month")
 
 
-def monthly_chart(daily: pd.Series, name: str = "IC", *, narrow: bool = False) -> Figure:
-    """Heat map of monthly means: one row per year, in the narrow format one per month."""
-    table = monthly_means(daily)
+def monthly_chart(ic: pd.Series, *, narrow: bool = False) -> Figure:
+    """Heat map of monthly mean IC: one row per year, in the narrow format one per month."""
+    from matplotlib.ticker import MaxNLocator
+
+    table = monthly_means(ic)
     years, months = [str(y) for y in table.index], list(MONTHS)
     values = table.to_numpy(dtype=float)
     rows, columns = (months, years) if narrow else (years, months)
@@ -158,24 +148,18 @@ def monthly_chart(daily: pd.Series, name: str = "IC", *, narrow: bool = False) -
     if narrow and len(years) > 5:  # the labels would overlap
         step = -(-len(years) // 5)
         axis.set_xticks(axis.get_xticks()[::step], columns[::step])
-    label_axis(axis, f"Mean {name} by month", "month" if narrow else "year")
+    label_axis(axis, "Mean IC by month", "month" if narrow else "year")
     axis.set_xlabel("year" if narrow else "month", color=SOFT, fontsize=9)
     bar = figure.colorbar(image, ax=axis, pad=0.02, aspect=12 if not narrow else 25)
     bar.set_label("correlation", color=SOFT, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=SOFT, labelsize=8, length=0)
-    bar.locator = _few_ticks()
+    bar.locator = MaxNLocator(nbins=4, symmetric=True)
     bar.update_ticks()
     style_figure(figure)
     axis.grid(False)
     axis.spines["bottom"].set_visible(False)
     return figure
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=4, symmetric=True)
 
 
 def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
@@ -240,13 +224,7 @@ def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
     relative = returns.sub(returns.mean(axis=1), axis=0).fillna(0.0).cumsum()
     for k, column in enumerate(relative):
         end = {0: " (lowest)", count - 1: " (highest)"}.get(k, "")
-        axes[1].plot(
-            relative.index,
-            relative[column],
-            color=colours[k],
-            linewidth=1.8,
-            label=f"{column}{end}",
-        )
+        draw_lines(axes[1], [(f"{column}{end}", relative[column], colours[k])])
     draw_zero_line(axes[1])
     format_percent_axis(axes[1])
     label_axis(axes[1], "Cumulative, minus the mean of all", "% (sum of daily returns)")
@@ -273,12 +251,10 @@ def spread_chart(spread: pd.Series, *, narrow: bool = False) -> Figure:
     figure, axes = new_figure(2.7, narrow=narrow, columns=2)
     spread = spread.dropna()
     draw_day_bars(axes[0], spread, IC_COLOUR)
-    mean, window = rolling_mean(spread)
-    axes[0].plot(mean.index, mean, color=RANK_COLOUR, linewidth=1.8, label=f"mean of {window} days")
+    draw_rolling_mean(axes[0], spread, RANK_COLOUR)
     label_axis(axes[0], "Highest minus lowest quantile", "% per label horizon")
     add_legend(axes[0], narrow=narrow)
-    total = spread.cumsum()
-    axes[1].plot(total.index, total, color=IC_COLOUR, linewidth=1.8)
+    draw_lines(axes[1], [("sum", spread.cumsum(), IC_COLOUR)])
     label_axis(axes[1], "Cumulative spread", "% (sum of daily returns)")
     for axis in axes:
         draw_zero_line(axis)
@@ -299,8 +275,7 @@ def autocorrelation_chart(by_lag: Mapping[int, pd.Series], *, narrow: bool = Fal
     label_axis(axes[0], "Mean by lag", "rank correlation", "lag, trading days")
     lag, daily = next(iter(by_lag.items()))
     axes[1].plot(daily.index, daily, color=GRID, linewidth=0.9)
-    mean, window = rolling_mean(daily)
-    axes[1].plot(mean.index, mean, color=IC_COLOUR, linewidth=1.8, label=f"mean of {window} days")
+    draw_rolling_mean(axes[1], daily, IC_COLOUR)
     label_axis(axes[1], f"By day, lag {lag}", "rank correlation")
     format_date_axis(axes[1], narrow=True)
     add_legend(axes[1], narrow=narrow)

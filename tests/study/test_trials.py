@@ -12,10 +12,15 @@ import pytest
 
 pytest.importorskip("optuna")
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from qtorch.cli.launchers.optuna_sweeper import OptunaSweeper
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.trials import study as study_module
-from qtorch.tracking.trials.study import MAX_RETRIES, RunningTrial, Trials
-from qtorch.tracking.trials.trial import Choice, Span, storage_url
+from qtorch.model.loop.callbacks import pruning_callbacks
+from qtorch.study.search import study as study_module
+from qtorch.study.search.study import MAX_RETRIES, RunningTrial, Trials
+from qtorch.study.search.trial import Choice, Span, storage_url
+from qtorch.tracking.pruning import TRIAL_VARIABLE
 
 SPACE = {"lr": Span(1e-4, 1e-2, log=True), "size": Choice(("8", "16"))}
 
@@ -112,7 +117,7 @@ def test_process_killed_while_asking_loses_no_trial(url, monkeypatch):
     pid = os.fork()
     if pid == 0:
         monkeypatch.setattr(
-            "qtorch.tracking.trials.study._current_owner",
+            "qtorch.study.search.study._current_owner",
             lambda: os.kill(os.getpid(), signal.SIGKILL),
         )
         Trials("a", url, sampler="grid").ask({"size": SPACE["size"]}, 2)
@@ -215,6 +220,22 @@ def test_pruned_trials_are_not_complete(url):
     study.requeue(interrupted_trial)  # pruned, then interrupted
     study.tell(study.ask(SPACE, 3), 0.7)
     assert [r.state for r in study.rows()] == ["PRUNED", "PRUNED", "FAIL", "PRUNED"]
+
+
+def test_job_of_a_trial_builds_its_judge_from_the_environment(url, monkeypatch):
+    pruner = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 0.0}
+    study = Trials("""it's "\\ hére""", url, seed=0, pruner=pruner)
+    sweeper = OptunaSweeper(
+        metric="IC", direction="maximize", n_trials=1, n_jobs=1, sampler="tpe", seed=0,
+        pruner=pruner, report="valid/rank_ic", study_name=None, storage=url, grace=60, params=None,
+    )  # fmt: skip
+    trial = study.ask(SPACE, 1)
+    (override,) = OverridesParser.create().parse_overrides(sweeper._judge_overrides(study, trial))
+    monkeypatch.setenv(TRIAL_VARIABLE, str(override.value()))
+    (callback,) = pruning_callbacks(None)
+    assert (callback.report, callback.trial.pruner) == ("valid/rank_ic", "ThresholdPruner")
+    assert callback.trial.should_stop(0, -0.5)
+    assert study.is_pruned(trial)
 
 
 def test_grid_sampler_visits_each_point_once(url):

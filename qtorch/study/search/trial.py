@@ -71,8 +71,6 @@ Space = dict[str, Choice | Span]
 POSTGRES = "postgresql"
 SCHEMA = "optuna"
 SCHEMA_OPTION = "options=" + quote(f"-csearch_path={SCHEMA}")
-PRUNED_TAG = "pruned"  # tag of a run that the search's pruner has stopped
-TRIAL_VARIABLE = "QTORCH_TRIAL"  # environment variable: the trial of a job's process, as JSON
 
 
 def storage_url(storage: str | None, tracking_uri: str) -> str:

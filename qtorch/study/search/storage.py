@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import file_lock
+from qtorch.study.search.sampler import suppress_warnings
+from qtorch.study.search.trial import POSTGRES, SCHEMA, SCHEMA_OPTION
 from qtorch.tracking.locations import redact_password, sqlite_path
-from qtorch.tracking.trials.sampler import suppress_warnings
-from qtorch.tracking.trials.trial import POSTGRES, SCHEMA, SCHEMA_OPTION
 
 LOCK_SECONDS = 120.0
 

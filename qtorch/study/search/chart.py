@@ -17,7 +17,7 @@ from qtorch.record.report.chart_style import (
     new_figure,
     style_figure,
 )
-from qtorch.tracking.trials.trial import TrialRow
+from qtorch.study.search.trial import TrialRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,15 +17,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.process.lease import ProcessIdentity, RenewalThread, machine_id
-from qtorch.tracking.trials.sampler import (
+from qtorch.study.search.sampler import (
     build_distribution,
     build_pruner,
     build_sampler,
     placeholder_sampler,
     suppress_warnings,
 )
-from qtorch.tracking.trials.storage import open_storage, study_lock
-from qtorch.tracking.trials.trial import Space, TrialJob, TrialRow
+from qtorch.study.search.storage import open_storage, study_lock
+from qtorch.study.search.trial import Space, TrialJob, TrialRow, storage_url
+from qtorch.tracking.locations import default_uri
+from qtorch.tracking.pruning import TrialJudge
 
 log = logging.getLogger(__name__)
 
@@ -332,12 +334,22 @@ def _add_retry(study: optuna.Study, trial: FrozenTrial, attributes: dict[str, An
     )
 
 
-class RunningTrial:
-    """Reports a trial's intermediate values and asks the pruner whether to stop."""
+class RunningTrial(TrialJudge):
+    """Reports a trial's intermediate values and asks the pruner whether to stop.
 
-    def __init__(self, study: str, id: int, url: str, pruner: Any) -> None:
+    `storage`: the URL of the trials' database; None derives it from the tracking URI.
+    """
+
+    def __init__(
+        self,
+        study: str,
+        id: int,
+        storage: str | None,
+        pruner: Any,
+        tracking_uri: str | None = None,
+    ) -> None:
         self.id, self._pruner = id, build_pruner(pruner)
-        self._storage = open_storage(url)
+        self._storage = open_storage(storage_url(storage, tracking_uri or default_uri()))
         with suppress_warnings():
             self._study = optuna.load_study(
                 study_name=study,
