@@ -14,6 +14,7 @@ from torch import Tensor
 from qtorch.core.configured import Configured
 from qtorch.core.dates import first_row
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.tables import read_csv
 from qtorch.core.trust import trust_subclasses
 
 RESERVED = ("raw_label", "instrument", "date")
@@ -140,7 +141,11 @@ def _read_memberships(table: Any) -> pd.DataFrame:
         path = Path(table)
         if not path.exists():
             raise DataError(f"concept memberships not found: there is no file {path}.")
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else read_csv(path, ["instrument", "concept"])
+        )
     if not isinstance(table, pd.DataFrame):
         raise ConfigError(f"concepts must be a DataFrame or a file, got a {type(table).__name__}.")
     missing = [c for c in ("instrument", "concept") if c not in table]
