@@ -8,10 +8,27 @@ from pathlib import Path
 import pandas as pd
 
 # pandas' own list; to treat some columns differently, it must be passed for the others.
-MISSING_VALUES = (
-    ",#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,"
-    "<NA>,N/A,NA,NULL,NaN,None,n/a,nan,null"
-).split(",")
+MISSING_VALUES = [
+    "",
+    "#N/A",
+    "#N/A N/A",
+    "#NA",
+    "-1.#IND",
+    "-1.#QNAN",
+    "-NaN",
+    "-nan",
+    "1.#IND",
+    "1.#QNAN",
+    "<NA>",
+    "N/A",
+    "NA",
+    "NULL",
+    "NaN",
+    "None",
+    "n/a",
+    "nan",
+    "null",
+]
 
 
 def read_csv(path: str | Path, name_columns: Iterable[str | int | tuple[str, ...]]) -> pd.DataFrame:
