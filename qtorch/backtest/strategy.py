@@ -14,7 +14,7 @@ from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.market import Market
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, refuse_old_names, unknown_name_message
 from qtorch.core.trust import trust_subclasses
 
 
@@ -69,6 +69,10 @@ class Strategy(Configured, ABC):
     allow_short: ClassVar[bool] = False
     """Whether sales may exceed the position and so open a short position."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_old_strategy_names(cls)
+
     def __init__(self, *, signal: Any = None, risk_degree: float = 0.95) -> None:
         if not isinstance(risk_degree, int | float) or not 0 < risk_degree <= 1:
             raise ConfigError(
@@ -97,6 +101,13 @@ class Strategy(Configured, ABC):
     @abstractmethod
     def decide(self, context: StepContext) -> Orders:
         """Return the orders of a bar."""
+
+
+def refuse_old_strategy_names(strategy: Strategy | type[Strategy]) -> None:
+    """Raise ConfigError for the former name of `allow_short`."""
+    # A number called `short` is a user's own argument, such as the length of a window.
+    if isinstance(getattr(strategy, "short", None), bool):
+        refuse_old_names(strategy, {"short": "allow_short"})
 
 
 class TopkDropoutStrategy(Strategy):

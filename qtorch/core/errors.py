@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class QtorchError(Exception):
@@ -110,6 +110,20 @@ def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: i
         f", ... ({len(names)} in all)" if len(names) > limit else ""
     )
     return f"unknown {kind} {name!r}.{hint} Valid names: {name_list or 'none'}."
+
+
+def refuse_old_names(owner: object, new_names: Mapping[str, str]) -> None:
+    """Raise ConfigError if a user's class or object has an attribute under a former name.
+
+    A base class reads its hooks by their names of today and would silently ignore the attribute.
+    """
+    cls = owner if isinstance(owner, type) else type(owner)
+    for old, new in new_names.items():
+        if hasattr(owner, old):
+            raise ConfigError(
+                f"{cls.__module__}.{cls.__qualname__} defines {old!r}, which has no effect: its "
+                f"name is {new!r} now. Rename it."
+            )
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:
