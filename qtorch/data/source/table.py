@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qtorch.core.dates import as_stamp, convert_dates, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.tables import read_csv
 from qtorch.data.panel.panel import (
@@ -276,14 +277,17 @@ def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, An
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"there is no membership file {file}.")
-    name_columns = ("universe", "instrument")
-    table = read_table(file, name_columns)
-    for column in name_columns:
+    # Read dates as text too, because 2020 and 20200131 would become numbers.
+    table = read_table(file, ("universe", "instrument", "start", "end"))
+    for column in ("universe", "instrument"):
         _require_column(column, table, file)
     bounds = {}
-    for column, default in (("start", pd.Timestamp.min), ("end", pd.Timestamp.max)):
+    for column, convert, default in (
+        ("start", as_stamp, pd.Timestamp.min),
+        ("end", last_date, pd.Timestamp.max),
+    ):
         values = table[column] if column in table else pd.Series(pd.NaT, index=table.index)
-        bounds[column] = pd.Series(normalise_calendar(values)).fillna(default)
+        bounds[column] = convert_dates(values, convert).fillna(default)
     memberships: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     names = table["universe"].astype(str), table["instrument"].astype(str)
     for universe, instrument, start, end in zip(
