@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -58,7 +59,12 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted."""
+    """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted.
+
+    Without `argv` it is the command of this process, which finds modules of the working folder.
+    """
+    if argv is None:
+        _add_working_folder()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in (*HELP_OPTIONS, "help"):
         listing = "\n".join(
@@ -81,6 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in RANK_COMMANDS:
         return _run_on_rank_zero(lambda: run_command(command, command_arguments))
     return run_command(command, command_arguments)
+
+
+def _add_working_folder() -> None:
+    """Put the working folder first on `sys.path`, as `python -m` does; child processes inherit it.
+
+    Python's own switch (`-P`, PYTHONSAFEPATH) leaves it out.
+    """
+    folder = os.getcwd()
+    if not sys.flags.safe_path and sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
 
 
 def _dispatch(name: str, argv: Sequence[str]) -> int:

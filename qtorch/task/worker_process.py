@@ -94,7 +94,8 @@ class ChildProcess:
         self._lock = threading.Lock()
         self._is_closed = False
         folder = os.getcwd()  # importable, as with `python -m`
-        path = sys.path if folder in sys.path else [folder, *sys.path]
+        is_complete = folder in sys.path or sys.flags.safe_path
+        path = sys.path if is_complete else [folder, *sys.path]
         with contextlib.ExitStack() as stack:
             commands, self._commands = os.pipe()
             stack.callback(os.close, commands)
