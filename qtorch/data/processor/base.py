@@ -42,6 +42,9 @@ class Processor(Configured, Serializable, ABC):
     in attributes with a trailing underscore: the tensors listed in `state_names`, and
     `columns_`. It can be stored without pickle.
 
+    `fields_group` of a processor selects its columns; None means all of them, as in Qlib: also the
+    label. For the features only, pass `fields_group="feature"`.
+
     If `fit_start_time` and `fit_end_time` are set, `fit` uses these dates (inclusive) only.
     Corresponds to qlib/data/dataset/processor.py; unlike there, nothing is written in place.
     """
