@@ -325,6 +325,15 @@ def test_no_prints_no_bare_squeeze_no_swallowed_errors():
 FRAMEWORK_HOOKS = {"on_multirun_start", "log_hyperparams"}
 
 
+def test_csv_files_are_read_in_one_place():
+    """pandas reads an instrument called NA as missing; `qtorch.core.tables.read_csv` does not."""
+    scripts = (
+        path for path in (ROOT / "scripts").rglob("*.py") if "pd.read_csv" in path.read_text()
+    )
+    package = (path for path in modules() if "pd.read_csv" in path.read_text())
+    assert [*package, *scripts] == [PACKAGE / "core" / "tables.py"]
+
+
 def test_keywords_of_any_name_are_passed_on():
     """A `**kwargs` that nobody reads would swallow a typo."""
     wrong = []

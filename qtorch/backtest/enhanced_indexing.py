@@ -15,6 +15,7 @@ from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.tables import read_csv
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Source
 
@@ -257,8 +258,10 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         file_names = [mapped_name] if mapped_name else [f"{name}.parquet", f"{name}.csv"]
         for path in (folder / n for n in file_names):
             if path.exists():
-                is_parquet = path.suffix == ".parquet"
-                return pd.read_parquet(path) if is_parquet else pd.read_csv(path, index_col=0)
+                if path.suffix == ".parquet":
+                    return pd.read_parquet(path)
+                table = read_csv(path, [0])
+                return table.set_index(table.columns[0])
         return None
 
     def _benchmark(self, day: pd.Timestamp, universe: pd.Index) -> Floats:

@@ -16,7 +16,7 @@ from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import simulate
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.dates import as_stamp, date_rows
+from qtorch.core.dates import as_stamp, date_rows, last_instant
 from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.source.base import Source
@@ -212,7 +212,7 @@ def _trading_span(
     start: Any, end: Any, scores: pd.DataFrame | None, calendar: pd.DatetimeIndex
 ) -> tuple[pd.Timestamp, pd.Timestamp]:
     """The first and the last trading bar."""
-    if start is not None and end is not None and as_stamp(start) > as_stamp(end):
+    if start is not None and end is not None and as_stamp(start) > last_instant(end):
         raise ConfigError(f"start_time {start} is after end_time {end}.")
     if scores is not None:
         stamps = scores.index.get_level_values(0)

@@ -11,7 +11,7 @@ from qtorch.backtest.account import Account, Fills, Orders
 from qtorch.backtest.exchange import Exchange, Floats, Indices, Quotes
 from qtorch.backtest.market import Market
 from qtorch.backtest.scores import Scores
-from qtorch.backtest.strategy import StepContext, Strategy
+from qtorch.backtest.strategy import StepContext, Strategy, refuse_old_strategy_names
 
 
 @dataclass
@@ -68,6 +68,7 @@ def simulate(
     of their instruments. `buy_first` executes purchases before sales, so that the proceeds of a
     sale cannot pay for a purchase on the same bar.
     """
+    refuse_old_strategy_names(strategy)
     ledger = Ledger()
     column = None if scores is None else quotes.instruments.get_indexer(scores.instruments)
     traded_today = np.zeros_like(account.amount)

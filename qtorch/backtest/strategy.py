@@ -15,7 +15,7 @@ from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.market import Market
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, check_name
+from qtorch.core.errors import ConfigError, DataError, check_name, refuse_old_names
 from qtorch.core.trust import trust_subclasses
 
 
@@ -65,6 +65,10 @@ class Strategy(Configured, ABC):
     needs_signal: ClassVar[bool] = False
     """Whether `signal` may not be None."""
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_old_strategy_names(cls)
+
     def __init__(self, *, signal: Any = None, risk_degree: float = 0.95) -> None:
         if not isinstance(risk_degree, int | float) or not 0 < risk_degree <= 1:
             raise ConfigError(
@@ -98,6 +102,13 @@ class Strategy(Configured, ABC):
     @abstractmethod
     def decide(self, context: StepContext) -> Orders:
         """Return the orders of a bar."""
+
+
+def refuse_old_strategy_names(strategy: Strategy | type[Strategy]) -> None:
+    """Raise ConfigError for the former name of `allow_short`."""
+    # A number called `short` is a user's own argument, such as the length of a window.
+    if isinstance(getattr(strategy, "short", None), bool):
+        refuse_old_names(strategy, {"short": "allow_short"})
 
 
 class TopkDropoutStrategy(Strategy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -59,7 +60,12 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted."""
+    """Run one command; return 0 on success, 1 on failure, 2 on wrong usage, 130 if interrupted.
+
+    Without `argv` it is the command of this process, which finds modules of the working folder.
+    """
+    if argv is None:
+        _add_working_folder()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in (*HELP_OPTIONS, "help"):
         listing = "\n".join(
@@ -78,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     work = partial(run_command, partial(_dispatch, name), command_arguments)
     return _run_on_rank_zero(work) if name in RANK_COMMANDS else work()
+
+
+def _add_working_folder() -> None:
+    """Put the working folder first on `sys.path`, as `python -m` does; child processes inherit it.
+
+    Python's own switch (`-P`, PYTHONSAFEPATH) leaves it out.
+    """
+    folder = os.getcwd()
+    if not sys.flags.safe_path and sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
 
 
 def _dispatch(name: str, argv: Sequence[str]) -> int:

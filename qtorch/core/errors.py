@@ -7,7 +7,7 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 
 class QtorchError(Exception):
@@ -126,6 +126,20 @@ def join_names(names: Collection[str], limit: int = 8) -> str:
     """Join names by commas; of more than `limit`, the first ones and the total number."""
     suffix = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(list(names)[:limit]) + suffix
+
+
+def refuse_old_names(owner: object, new_names: Mapping[str, str]) -> None:
+    """Raise ConfigError if a user's class or object has an attribute under a former name.
+
+    A base class reads its hooks by their names of today and would silently ignore the attribute.
+    """
+    cls = owner if isinstance(owner, type) else type(owner)
+    for old, new in new_names.items():
+        if hasattr(owner, old):
+            raise ConfigError(
+                f"{cls.__module__}.{cls.__qualname__} defines {old!r}, which has no effect: its "
+                f"name is {new!r} now. Rename it."
+            )
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:

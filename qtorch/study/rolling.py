@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.instantiate import flatten_dict, init_instance_by_config
 from qtorch.metrics.signal import calc_ic
@@ -287,9 +288,9 @@ def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any
     days = frame.index.get_level_values("datetime")
     mask = np.ones(len(frame), dtype=bool)
     if span.start is not None:
-        mask &= days >= pd.Timestamp(span.start)
+        mask &= days >= as_stamp(span.start)
     if span.stop is not None:
-        mask &= days < pd.Timestamp(span.stop).normalize() + pd.Timedelta(days=1)
+        mask &= days <= last_instant(span.stop)
     return frame[mask]
 
 
@@ -345,7 +346,7 @@ def _with_common_end(
     """
     all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
     ends = [end for end in all_ends if end is not None]
-    last = max(ends, key=pd.Timestamp) if len(ends) == len(all_ends) and ends else None
+    last = max(ends, key=last_instant) if len(ends) == len(all_ends) and ends else None
     new_tasks = []
     for task in tasks:
         options = config_arguments(task_handler(task))

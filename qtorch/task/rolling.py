@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qtorch.core.configured import plain_value
+from qtorch.core.dates import last_instant
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.task.adjust import CalendarEndError, TimeAdjuster
@@ -223,7 +224,7 @@ def handler_mod(task: dict[str, Any], rolling_gen: RollingGen) -> None:
     if end is None:
         return
     test_end = task_segments(task)[rolling_gen.test_key][1]
-    if test_end is None or rolling_gen.ta.cal_interval(end, test_end) < 0:
+    if test_end is None or last_instant(end) < last_instant(test_end):
         task.update(with_handler(task, end_time=test_end))
 
 

@@ -55,11 +55,12 @@ def start_child(
     The child ends itself before another worker can claim its task, because the lease has expired.
     """
     folder = os.getcwd()  # importable, as with `python -m`
+    is_complete = folder in sys.path or sys.flags.safe_path
     return server.start(
         f"{__name__}.serve_tasks",
         {},
         environment={**os.environ, **environment},
-        path=sys.path if folder in sys.path else [folder, *sys.path],
+        path=sys.path if is_complete else [folder, *sys.path],
         output=output,
         orphan_seconds=0.0,
         silence_timeout=FENCE_FRACTION * lease,

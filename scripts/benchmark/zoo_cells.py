@@ -20,6 +20,7 @@ import pandas as pd
 from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import init, session_context
+from qtorch.core.tables import read_csv
 from qtorch.metrics import calc_ic
 from qtorch.record.signal import ic_figures, raw_label
 from qtorch.trainer import TrainerR
@@ -240,7 +241,8 @@ def _measure_qlib(network: str, seed: int | str, settings: Settings) -> dict[str
     cell: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     if seed == SPEED:
         return cell
-    scores = pd.read_csv(path.with_suffix(".csv"), parse_dates=["datetime"])
+    scores = read_csv(path.with_suffix(".csv"), ["instrument"])
+    scores["datetime"] = pd.to_datetime(scores["datetime"])
     scores = scores.set_index(["datetime", "instrument"])["score"]
     label = _load_label(settings)
     if len(scores.index.intersection(label.index)) < 0.99 * len(scores):

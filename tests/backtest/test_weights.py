@@ -151,7 +151,7 @@ def test_infeasible_turnover_limit_is_dropped_with_a_warning(caplog):
 
 
 def test_enhanced_indexing_tilts_the_benchmark_to_the_scores(days, tmp_path):
-    names = list("ABCDEF")
+    names = ["A", "B", "NA", "D", "000005", "F"]
     source = bars({n: [10, 10.1, 10, 10.2] for n in names})
     problem = random_problem(3)
     for day in days[:2]:

@@ -11,6 +11,7 @@ from qtorch import R
 from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.errors import TrackingError
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.names import import_path
 from qtorch.model.loop.options import build_early_stopping, check_monitor, trainer_options
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
@@ -91,6 +92,30 @@ def test_config_composes_and_builds(choice, bars, monkeypatch):
         check_monitor(build_early_stopping(model.early_stop, model.monitor)[1])
     for record in settings["record"] or ():
         init_instance_by_config(record, try_kwargs={"recorder": None})
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("root", ["train", "rolling"])
+@pytest.mark.parametrize("dataset", options("dataset"))
+@pytest.mark.parametrize("debug", [None, *options("debug")])
+def test_debug_options_fit_every_dataset_and_handler(debug, dataset, root):
+    fixed = [f"dataset={dataset}", *([] if debug == "tiny" else ["data=synthetic_tiny"])]
+    fixed += [] if debug is None else [f"debug={debug}"]
+    choices = [f"handler={handler}" for handler in options("handler")]
+    for choice in [*choices, "experiment=alpha360_gru", "experiment=master"]:
+        if choice == "experiment=master" and dataset != "ts":
+            continue  # it sets the length of its windows
+        settings = compose_settings(root, [choice, *fixed])
+        dates = {"train": ["2018-07-02", "2019-06-28"], "test": ["2019-07-01", "2020-06-30"]}
+        config = {**settings["task"]["dataset"], "segments": dates}
+        built = init_instance_by_config(config)
+        assert config["handler"]["_target_"] == import_path(type(built.handler))
+        if dataset == "ts":
+            expected = 5 if debug == "tiny" else 8 if choice == "experiment=master" else 20
+            assert built.step_len == expected
 
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("tracking/")])

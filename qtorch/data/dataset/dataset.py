@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
+from qtorch.core.dates import as_stamp, last_instant, parse_period
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.serial import Serializable, State
@@ -39,7 +40,8 @@ class DatasetH(Dataset):
     """A handler's data, split into named segments.
 
     `handler`: a DataHandler or its configuration. `segments`: `{name: (start, end)}`, both ends
-    inclusive, None is open. `prepare` returns what Qlib's `prepare` returns; `samples` returns
+    inclusive, None is open; a partial date means its whole period (`("2008", "2014-06")` ends with
+    June 2014). `prepare` returns what Qlib's `prepare` returns; `samples` returns
     the samples that networks are trained on. If there is a segment "train", the handler's
     processors are fitted on it unless they have a fit window of their own.
 
@@ -125,7 +127,7 @@ class DatasetH(Dataset):
             isinstance(s, str) and s in self.segments for s in segments
         ):
             return [prepare(slice(*self.segments[s]), s) for s in segments]
-        if isinstance(segments, str) and not _is_date(segments):
+        if isinstance(segments, str) and parse_period(segments) is None:
             raise ConfigError(unknown_name_message("segment", segments, self.segments))
         return prepare(segments, None)
 
@@ -203,9 +205,9 @@ class DatasetH(Dataset):
         """Return the start dates of the segments that begin after this segment's end."""
         if end is None:
             return []
-        last = pd.Timestamp(end)
+        last = last_instant(end)
         starts = [s for n, (s, _) in self.segments.items() if n != name and s is not None]
-        return [s for s in starts if pd.Timestamp(s) > last]
+        return [s for s in starts if as_stamp(s) > last]
 
     def _resolve_horizon(self, horizon: int | None, label_group: str) -> int:
         for value in (horizon, self.horizon, self.handler.horizon(label_group)):
@@ -304,12 +306,14 @@ class DatasetH(Dataset):
     @staticmethod
     def get_min_time(segments: Mapping[str, Segment]) -> Any:
         """Return the earliest start; None if one is open."""
-        return _extreme_date([s for s, _ in segments.values()], min)
+        starts = [s for s, _ in segments.values()]
+        return None if not starts or None in starts else min(starts, key=as_stamp)
 
     @staticmethod
     def get_max_time(segments: Mapping[str, Segment]) -> Any:
         """Return the latest end; None if one is open."""
-        return _extreme_date([e for _, e in segments.values()], max)
+        ends = [e for _, e in segments.values()]
+        return None if not ends or None in ends else max(ends, key=last_instant)
 
 
 def _build_handler(config: Any) -> DataHandler:
@@ -329,18 +333,6 @@ def parse_span(name: Any, value: Any) -> Segment:
     if isinstance(value, list | tuple) and len(value) == 2:
         return value[0], value[1]
     raise ConfigError(f"{name!r} must be two dates (start, end), got {value!r:.80}.")
-
-
-def _is_date(text: str) -> bool:
-    try:
-        pd.Period(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _extreme_date(dates: Sequence[Any], select: Callable[..., Any]) -> Any:
-    return None if not dates or any(d is None for d in dates) else select(dates, key=pd.Timestamp)
 
 
 class TSDatasetH(DatasetH):

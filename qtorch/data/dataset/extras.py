@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import first_row
+from qtorch.core.dates import as_stamp, convert_dates, first_row, last_date
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.tables import read_csv
 from qtorch.core.trust import trust_subclasses
 
 RESERVED = ("raw_label", "instrument", "date")
@@ -140,7 +141,11 @@ def _read_memberships(table: Any) -> pd.DataFrame:
         path = Path(table)
         if not path.exists():
             raise DataError(f"concept memberships not found: there is no file {path}.")
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else read_csv(path, ["instrument", "concept", "start", "end"])
+        )
     if not isinstance(table, pd.DataFrame):
         raise ConfigError(f"concepts must be a DataFrame or a file, got a {type(table).__name__}.")
     missing = [c for c in ("instrument", "concept") if c not in table]
@@ -152,8 +157,8 @@ def _read_memberships(table: Any) -> pd.DataFrame:
     frame = table.reindex(columns=["instrument", "concept", "start", "end"])
     if frame[["instrument", "concept"]].isna().any(axis=None):
         raise DataError("a row of the concept table has no instrument or no concept.")
-    for side in ("start", "end"):
-        frame[side] = pd.to_datetime(frame[side])
+    frame["start"] = convert_dates(frame["start"], as_stamp)
+    frame["end"] = convert_dates(frame["end"], last_date)
     frame["concept"] = frame["concept"].astype(str)
     return frame
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, ExpressionError, unknown_name_message
 from qtorch.data.dataset.samples import (
     Samples,
@@ -385,8 +386,8 @@ def _has_later_segment(segment: Any, spans: Mapping[str, tuple[Any, Any]]) -> bo
         end = spans[str(segment)][1]
     else:
         return True
-    starts = [pd.Timestamp(start) for start, _ in spans.values() if start is not None]
-    return end is not None and (not spans or any(s > pd.Timestamp(end) for s in starts))
+    starts = [as_stamp(start) for start, _ in spans.values() if start is not None]
+    return end is not None and (not spans or any(s > last_instant(end) for s in starts))
 
 
 def _label_reach(dataset: Any) -> int | None:

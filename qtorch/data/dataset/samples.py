@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
@@ -22,7 +23,7 @@ from qtorch.data.panel.gather import (
     check_fill,
 )
 from qtorch.data.panel.infinite import check_processed_columns
-from qtorch.data.panel.panel import coverage_dates, multi_index, normalise_calendar
+from qtorch.data.panel.panel import coverage_dates, multi_index
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
@@ -564,8 +565,8 @@ def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
     spans = []
     for name, (start, end) in segments.items():
         try:
-            first = pd.Timestamp.min if start is None else normalise_calendar([start])[0]
-            last = pd.Timestamp.max if end is None else normalise_calendar([end])[0]
+            first = pd.Timestamp.min if start is None else as_stamp(start)
+            last = pd.Timestamp.max if end is None else last_instant(end)
         except DataError as error:
             raise ConfigError(f"segment {name!r} ({start}..{end}): {error}") from error
         if last < first:

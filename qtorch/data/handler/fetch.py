@@ -98,25 +98,10 @@ def _date_span(selector: Any) -> tuple[Any, Any] | None:
     if isinstance(selector, slice):
         if selector.step is not None:
             raise ConfigError("a slice of dates cannot have a step.")
-        return _period_edge(selector.start), _period_edge(selector.stop, end=True)
-    if isinstance(selector, str):
-        return _period_edge(selector), _period_edge(selector, end=True)
-    if isinstance(selector, pd.Timestamp) or hasattr(selector, "isoformat"):
+        return selector.start, selector.stop
+    if isinstance(selector, str | pd.Timestamp) or hasattr(selector, "isoformat"):
         return selector, selector
     return None
-
-
-def _period_edge(date: Any, *, end: bool = False) -> Any:
-    """Convert a partial date ("2016", "2016-03") to the first or last instant of its period."""
-    if not isinstance(date, str):
-        return date
-    try:
-        period = pd.Period(date)
-    except ValueError:
-        return date
-    if period.freqstr[:1] not in ("Y", "Q", "M"):
-        return date
-    return period.end_time.normalize() if end else period.start_time
 
 
 def _select_rows(frame: pd.DataFrame, selector: Any, level: str | int | None) -> pd.DataFrame:

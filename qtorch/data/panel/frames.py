@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.tables import read_csv
 from qtorch.core.trust import load_pickle
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import NAMES, Panel
@@ -91,7 +92,7 @@ def read_frame(data: Any) -> pd.DataFrame:
     if suffix == ".parquet":
         return _set_index(pd.read_parquet(path))
     if suffix == ".csv" or path.name.lower().endswith(".csv.gz"):
-        return _set_index(pd.read_csv(path))
+        return _set_index(read_csv(path, [NAMES[1]]))
     if suffix in (".pkl", ".pickle"):
         frame = load_pickle(path)
         if isinstance(frame, pd.DataFrame):

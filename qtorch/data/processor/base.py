@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
+from qtorch.core.errors import (
+    ConfigError,
+    DataError,
+    NotFittedError,
+    refuse_old_names,
+    unknown_name_message,
+)
 from qtorch.core.serial import Serializable, State
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.panel.view import FLAT, View
@@ -18,6 +24,12 @@ from qtorch.data.panel.view import FLAT, View
 FieldsGroup: TypeAlias = str | Sequence[str | tuple[str, str]] | None
 Names: TypeAlias = Mapping[str, tuple[str, ...]]
 
+OLD_NAMES = {
+    "mends_infinite": "replaces_infinite",
+    "selects": "output_columns",
+    "fitted_state": "get_fitted_state",
+    "load_fitted": "load_fitted_state",
+}
 _UNCHANGED: Any = object()
 
 
@@ -29,6 +41,9 @@ class Processor(Configured, Serializable, ABC):
     `processor(view)` returns a new view and leaves its input unchanged. The fitted state is kept
     in attributes with a trailing underscore: the tensors listed in `state_names`, and
     `columns_`. It can be stored without pickle.
+
+    `fields_group` of a processor selects its columns; None means all of them, as in Qlib: also the
+    label. For the features only, pass `fields_group="feature"`.
 
     If `fit_start_time` and `fit_end_time` are set, `fit` uses these dates (inclusive) only.
     Corresponds to qlib/data/dataset/processor.py; unlike there, nothing is written in place.
@@ -45,6 +60,10 @@ class Processor(Configured, Serializable, ABC):
     fit_start_time: Any = None
     fit_end_time: Any = None
     columns_: tuple[tuple[str, str], ...] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_old_names(cls, OLD_NAMES)
 
     def fit(self, view: View) -> None:
         """Compute the statistics from the rows of `view`, which is the view of the fit window."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from qtorch.core.dates import date_rows
+from qtorch.core.dates import as_stamp, date_rows, last_date
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.panel.infinite import describe_infinities
@@ -34,7 +34,9 @@ class DateSpan(NamedTuple):
     end: Any
 
     def __str__(self) -> str:
-        return f"{_date(self.start)}..{_date(self.end)}"
+        start = "" if self.start is None else f"{as_stamp(self.start):%Y-%m-%d}"
+        end = "" if self.end is None else f"{last_date(self.end):%Y-%m-%d}"
+        return f"{start}..{end}"
 
 
 def check_infer_processors(processors: Sequence[Processor], argument: str) -> None:
@@ -199,10 +201,6 @@ def _selects_by_group(processor: Processor) -> bool:
     """Whether the processor names its columns by group, so that it also works on fewer columns."""
     groups = getattr(processor, "fields_group", None)
     return groups is None or isinstance(groups, str) or all(isinstance(a, str) for a in groups)
-
-
-def _date(date: Any) -> str:
-    return "" if date is None else f"{pd.Timestamp(date):%Y-%m-%d}"
 
 
 # -- building --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import date_rows
+from qtorch.core.dates import as_stamp, date_rows, last_date
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
@@ -266,7 +266,7 @@ class Source(Configured, ABC):
             if name not in stored_names:
                 raise DataError(unknown_name_message("instrument", name, stored_names))
         return {
-            str(name): [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in spans]
+            str(name): [(as_stamp(a), last_date(b)) for a, b in spans]
             for name, spans in instruments.items()
         }
 

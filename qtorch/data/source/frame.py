@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from qtorch.core.dates import as_stamp, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
@@ -185,7 +186,7 @@ def build_membership(
     start, end = all_days[0]
     return {
         str(name): [
-            (max(pd.Timestamp(first), start), min(pd.Timestamp(last), end)) for first, last in spans
+            (max(as_stamp(first), start), min(last_date(last), end)) for first, last in spans
         ]
         for name, spans in named_spans.items()
     }

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.dates import date_rows
+from qtorch.core.dates import as_stamp, date_rows, last_date
 from qtorch.core.errors import ConfigError
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Membership
@@ -311,7 +311,7 @@ class SyntheticSource(PanelSource):
         self.seed = seed
         self.signal = signal
         self.num_sectors = num_sectors
-        self._dates = pd.bdate_range(start_time, end_time).as_unit("ns")
+        self._dates = pd.bdate_range(as_stamp(start_time), last_date(end_time)).as_unit("ns")
         if len(self._dates) < 2:
             raise ConfigError(
                 f"SyntheticSource: {start_time}..{end_time} has {len(self._dates)} business "

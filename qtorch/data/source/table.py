@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from qtorch.core.dates import as_stamp, convert_dates, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.tables import read_csv
 from qtorch.data.panel.panel import (
     NAMES,
     Panel,
@@ -28,7 +30,6 @@ SUFFIXES = (".parquet", ".pq", ".csv", ".csv.gz")
 DATETIME, INSTRUMENT = NAMES
 DATE_COLUMNS = (DATETIME, "date", "time", "timestamp")
 INSTRUMENT_COLUMNS = (INSTRUMENT, "symbol", "ticker", "code")
-EMPTY_CELLS = ["", "nan", "NaN", "null", "#N/A"]
 
 
 class TableSource(PanelSource):
@@ -121,7 +122,8 @@ class TableSource(PanelSource):
 
     def _read_long(self) -> Panel:
         files = list_tables(self._root) if self._root.is_dir() else [self._root]
-        frames = [self._parse_bars(read_table(file), file, None) for file in files]
+        instrument = self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS)
+        frames = [self._parse_bars(read_table(file, [instrument]), file, None) for file in files]
         return Panel.from_frame(_concat_frames(frames))
 
     def _read_per_instrument(self) -> Panel:
@@ -246,8 +248,11 @@ def file_stem(file: Path) -> str:
     return file.name
 
 
-def read_table(file: Path) -> pd.DataFrame:
-    """Read a parquet or CSV file; a stored index becomes columns, and column names are strings."""
+def read_table(file: Path, name_columns: Iterable[str | tuple[str, ...]] = ()) -> pd.DataFrame:
+    """Read a parquet or CSV file; a stored index becomes columns, and column names are strings.
+
+    `name_columns`: the columns of a CSV file that contain names, as in `read_csv`.
+    """
     if not file.name.endswith(SUFFIXES):
         raise DataError(
             f"{file} is not a table; expected a file that ends in {', '.join(SUFFIXES)}."
@@ -256,8 +261,7 @@ def read_table(file: Path) -> pd.DataFrame:
         if file.name.endswith((".parquet", ".pq")):
             table = pd.read_parquet(file)
         else:
-            # An instrument may be called NA, so pandas' own list of missing values is too long.
-            table = pd.read_csv(file, keep_default_na=False, na_values=EMPTY_CELLS)
+            table = read_csv(file, name_columns)
     except (ValueError, OSError) as error:
         raise DataError(f"{file} cannot be read as a table: {error}") from error
     if isinstance(table.index, pd.DatetimeIndex) and table.index.name is None:
@@ -273,13 +277,17 @@ def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, An
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"there is no membership file {file}.")
-    table = read_table(file)
+    # Read dates as text too, because 2020 and 20200131 would become numbers.
+    table = read_table(file, ("universe", "instrument", "start", "end"))
     for column in ("universe", "instrument"):
         _require_column(column, table, file)
     bounds = {}
-    for column, default in (("start", pd.Timestamp.min), ("end", pd.Timestamp.max)):
+    for column, convert, default in (
+        ("start", as_stamp, pd.Timestamp.min),
+        ("end", last_date, pd.Timestamp.max),
+    ):
         values = table[column] if column in table else pd.Series(pd.NaT, index=table.index)
-        bounds[column] = pd.Series(normalise_calendar(values)).fillna(default)
+        bounds[column] = convert_dates(values, convert).fillna(default)
     memberships: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     names = table["universe"].astype(str), table["instrument"].astype(str)
     for universe, instrument, start, end in zip(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, refuse_old_names
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
@@ -39,6 +39,11 @@ from qtorch.model.loop.weight_update import WeightUpdate
 from qtorch.nn.lora import LoRA, use_effective_weights
 
 MODULE_STATE_KEY = "qtorch_module"
+OLD_NAMES = {
+    "undivided": "single_device_reason",
+    "learnt": "trainable_parameters",
+    "further_optimizers": "extra_optimizers",
+}
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
@@ -82,6 +87,10 @@ class ScoreModule(pl.LightningModule):
     """
 
     single_device_reason: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_old_names(cls, OLD_NAMES)
 
     def __init__(
         self,

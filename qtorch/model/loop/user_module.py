@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from qtorch.core.errors import refuse_old_names
 from qtorch.data.dataset.batch import Batch
 from qtorch.model.loop.lightning_internals import current_batch
 from qtorch.model.loop.rank_group import RankGroup
@@ -39,6 +40,7 @@ class UserModuleRescaler(pl.Callback):
         self._gradient_hook: RemovableHandle | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_old_names(pl_module, {"weight_of": "batch_weight"})
         pl_module.log = self._sync_log(pl_module.log, pl_module)  # type: ignore[method-assign]
 
     def on_train_batch_start(

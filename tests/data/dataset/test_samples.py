@@ -384,6 +384,6 @@ def test_overlapping_segments_are_refused():
     with pytest.raises(ConfigError, match=r"ends .* before it starts"):
         check_segments({"train": ("2015-01-01", "2014-01-01")})
     with pytest.raises(
-        ConfigError, match=r"segment 'valid' \(2015-01-01\.\.abc\): the dates cannot"
+        ConfigError, match=r"segment 'valid' \(2015-01-01\.\.abc\): 'abc' is not a date"
     ):
         check_segments({"valid": ("2015-01-01", "abc")})
