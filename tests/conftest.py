@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests whose requirements are missing, with a reason."""
+    """Run the longest tests first; skip those whose requirements are missing, with a reason."""
+    # A long test that is started last keeps one process busy while the others are idle.
+    items.sort(key=lambda i: (not i.get_closest_marker("slurm"), "e2e" not in i.path.parts))
     qlib_missing = os.environ.get(
         "QTORCH_QLIB_MISSING", "QTORCH_QLIB_PYTHON is not set to a Python with pyqlib"
     )
