@@ -1,5 +1,10 @@
-# Sourced by the other scripts. `make_environment FOLDER EXTRAS` creates a virtual environment in
-# FOLDER (once) and installs qtorch into it, with the tested versions of constraints.txt.
+# Sourced by the other scripts.
+#   make_environment FOLDER EXTRAS   create a virtual environment with qtorch (once)
+#   make_qlib_environment FOLDER     create one with qtorch and real Qlib, for comparisons (once)
+# Both use the tested versions of constraints.txt. The stamp is written last, so the next call
+# continues an interrupted installation.
+
+QLIB_VERSION=0.9.7
 
 find_python() {
     local candidate
@@ -15,21 +20,49 @@ find_python() {
 }
 
 make_environment() {
-    local folder=$1 extras=$2 stamp python options=(--quiet --disable-pip-version-check)
-    python=$(find_python) || return 1
-    stamp=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)
-    if [ "$(cat "$folder/.qtorch-stamp" 2>/dev/null)" != "$stamp$extras" ]; then
+    local folder=$1 extras=$2
+    if ! is_complete "$folder" "$extras"; then
         echo "installing qtorch into $folder (this takes a few minutes the first time)" >&2
-        "$python" -m venv "$folder" || {
-            echo "python's venv module is missing; on Debian: apt-get install python3-venv" >&2
-            return 1
-        }
-        # Modules are compiled when they are first imported; compiling all of them takes minutes.
-        [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
-        # Install torch alone first: with a pinned version, pip takes it from the configured index.
-        "$folder/bin/python" -m pip install "${options[@]}" \
-            "$(grep '^torch==' constraints.txt)" || return 1
-        "$folder/bin/python" -m pip install "${options[@]}" -c constraints.txt -e ".$extras" || return 1
-        echo "$stamp$extras" >"$folder/.qtorch-stamp"
+        create "$folder" "$extras" -e ".$extras"
     fi
+}
+
+make_qlib_environment() {
+    local folder=$1
+    if ! has_qlib_environment "$folder"; then
+        rm -rf "$folder"
+        # pyqlib's source distribution would need a compiler.
+        create "$folder" "pyqlib $QLIB_VERSION" --only-binary=pyqlib "pyqlib==$QLIB_VERSION" -e .
+    fi
+}
+
+has_qlib_environment() {
+    is_complete "$1" "pyqlib $QLIB_VERSION"
+}
+
+# is_complete FOLDER CONTENT: whether the environment was made with these files and this content
+is_complete() {
+    [ "$(cat "$1/.qtorch-stamp" 2>/dev/null)" = "$(print_stamp "$2")" ]
+}
+
+print_stamp() {
+    echo "$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)$1"
+}
+
+# create FOLDER CONTENT ARGUMENTS...: create an environment and run `pip install ARGUMENTS` in it
+create() {
+    local folder=$1 content=$2 python options=(--quiet --disable-pip-version-check)
+    shift 2
+    python=$(find_python) || return 1
+    "$python" -m venv "$folder" || {
+        echo "python's venv module is missing; on Debian: apt-get install python3-venv" >&2
+        return 1
+    }
+    # Modules are compiled when they are first imported; compiling all of them takes minutes.
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
+    # Install torch alone first: with a pinned version, pip takes it from the configured index.
+    "$folder/bin/python" -m pip install "${options[@]}" \
+        "$(grep '^torch==' constraints.txt)" || return 1
+    "$folder/bin/python" -m pip install "${options[@]}" -c constraints.txt "$@" || return 1
+    print_stamp "$content" >"$folder/.qtorch-stamp"
 }

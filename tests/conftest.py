@@ -23,12 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests whose requirements are missing, with a reason."""
+    """Run the longest tests first; skip those whose requirements are missing, with a reason."""
+    # A long test that is started last keeps one process busy while the others are idle.
+    items.sort(key=lambda i: (not i.get_closest_marker("slurm"), "e2e" not in i.path.parts))
+    qlib_missing = os.environ.get(
+        "QTORCH_QLIB_MISSING", "QTORCH_QLIB_PYTHON is not set to a Python with pyqlib"
+    )
     for item in items:
         if item.get_closest_marker("qlib") and not os.environ.get("QTORCH_QLIB_PYTHON"):
-            item.add_marker(
-                pytest.mark.skip(reason="QTORCH_QLIB_PYTHON is not set to a Python with pyqlib")
-            )
+            item.add_marker(pytest.mark.skip(reason=qlib_missing))
         if item.get_closest_marker("gpu"):
             import torch
 

@@ -288,9 +288,9 @@ RUN: dict[str, Callable[[Any, Case, State], Parts]] = {
 }
 
 
-def main(python: str) -> list[Row]:
-    """Print the table of the whole grid and return its rows."""
-    rows = compare(ask_qlib(python))
+def main(python: str, every: int = 1) -> list[Row]:
+    """Print the table of the whole grid, or of every `every`-th point, and return its rows."""
+    rows = compare(ask_qlib(python, every))
     for row in rows:
         print(row)
     return rows

@@ -9,6 +9,7 @@ a `step_len` the values are the windows of TSDatasetH, once for each fill.
 import json
 import sys
 
+import joblib
 import numpy as np
 import pandas as pd
 import qlib
@@ -61,4 +62,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with joblib.parallel_config("sequential"):  # ProcessInf would start processes for each frame
+        main()

@@ -9,6 +9,7 @@ keys OUT contains `values` float64, `columns`, and `rows`, the row numbers in th
 import json
 import sys
 
+import joblib
 import numpy as np
 import pandas as pd
 from qlib.data.dataset import DatasetH
@@ -39,4 +40,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with joblib.parallel_config("sequential"):  # ProcessInf would start processes for each frame
+        main()

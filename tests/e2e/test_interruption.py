@@ -9,17 +9,43 @@ import time
 import pytest
 from training_runs import metric_points, wait_for_epoch
 
+from qtorch.model.loop.module import ScoreModule
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
-EPOCHS = 12  # enough that the training is far from its end after the first epoch
+EPOCHS = 4
 LONG = ("train", "debug=tiny", f"trainer.max_epochs={EPOCHS}", "callbacks=no_stop")
 JOB = (*LONG, "model.network.dropout=0.2", "model.network.hidden_size=16")
 
 
-def test_run_can_be_resumed_after_ctrl_c(start, runs, qtorch_cli, folder):
+@pytest.fixture
+def interrupt(folder, runs, monkeypatch):
+    """Return `interrupt(child, signal_number)`: send a signal after an epoch and return the run.
+
+    All trainings that are started after this fixture wait in their second epoch for the signal.
+    """
+    signal_sent = folder / "signal-sent"
+    start_epoch = ScoreModule.on_train_epoch_start
+
+    def start_epoch_after_signal(module: ScoreModule) -> None:
+        while module.current_epoch == 1 and not signal_sent.exists():
+            time.sleep(0.02)
+        start_epoch(module)
+
+    monkeypatch.setattr(ScoreModule, "on_train_epoch_start", start_epoch_after_signal)
+
+    def send_signal(child, signal_number: int):
+        run = wait_for_epoch(runs, child)
+        child.send_signal(signal_number)
+        signal_sent.touch()
+        return run
+
+    return send_signal
+
+
+def test_run_can_be_resumed_after_ctrl_c(start, interrupt, runs, qtorch_cli, folder):
     child = start(*JOB)
-    run = wait_for_epoch(runs, child)
-    child.send_signal(signal.SIGINT)
+    run = interrupt(child, signal.SIGINT)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err
     assert "Traceback" not in err
@@ -85,10 +111,9 @@ def test_second_ctrl_c_exits_immediately(start, runs, folder):
     assert [r.status for r in runs()] == ["KILLED"]
 
 
-def test_restarted_scheduler_job_resumes_its_run(start, runs, qtorch_cli, monkeypatch):
+def test_restarted_scheduler_job_resumes_its_run(start, interrupt, runs, qtorch_cli, monkeypatch):
     child = start(*JOB, QTORCH_JOB="ns/job-7")
-    run = wait_for_epoch(runs, child)
-    child.send_signal(signal.SIGTERM)
+    run = interrupt(child, signal.SIGTERM)
     _, err = child.communicate(timeout=120)
     assert child.returncode not in (None, 0)
     assert f"resume={run.id}" in err

@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from contextlib import closing
 
 import pandas as pd
@@ -143,20 +145,35 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        end = time.time() + 90
-        while time.time() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            time.sleep(0.2)
-        raise AssertionError("the server did not start")
+        # An open port would not be enough: it may still be that of a killed worker.
+        self._wait_until(self._is_healthy, "the server did not start")
 
     def stop(self) -> None:
         if self.process is not None:
             os.killpg(self.process.pid, 9)
             self.process.wait()
             self.process = None
+            # The workers end after their parent; until then they hold the port.
+            self._wait_until(lambda: not self._accepts_connections(), "the port is still open")
+
+    def _accepts_connections(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def _is_healthy(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    def _wait_until(self, condition: Callable[[], bool], message: str) -> None:
+        end = time.monotonic() + 90
+        while not condition():
+            assert time.monotonic() < end, message
+            time.sleep(0.2)
 
 
 @pytest.fixture
