@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -74,20 +74,17 @@ class Processor(Configured, Serializable, ABC):
 
     def config(
         self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
+        *args: Any,
         fit_start_time: Any = _UNCHANGED,
         fit_end_time: Any = _UNCHANGED,
+        **kwargs: Any,
     ) -> None:
         """Set the options of Serializable, and the fit window if the processor has one."""
         for name, value in (("fit_start_time", fit_start_time), ("fit_end_time", fit_end_time)):
             if value is not _UNCHANGED and self.has_fit_window():
                 setattr(self, name, value)
                 self._arguments = {**self._arguments, name: value}
-        super().config(dump_all, exclude, include, recursive)
+        super().config(*args, **kwargs)
 
     def has_fit_window(self) -> bool:
         """Whether `fit` computes statistics from a fit window."""
