@@ -46,8 +46,7 @@ class TSDataSampler:
         self.step_len = step_len
         self.fillna_type = fillna_type
         self.dtype = np.dtype(np.float32 if dtype is None else dtype)
-        first = max(0, span.start - step_len)
-        window_rows = slice(first, span.stop)
+        window_rows = slice(max(0, span.start - step_len), span.stop)
         self._calendar = view.calendar[window_rows]
         self._instruments = view.instruments
         self._packed_columns = _pack_groups(view, window_rows, groups)
