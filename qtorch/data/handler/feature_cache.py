@@ -314,7 +314,7 @@ def feature_key(
     dates = source.calendar(start_time, end_time, freq)
     if not len(dates):
         return None  # loading raises a better error
-    span = [f"{dates[0].isoformat()}", f"{dates[-1].isoformat()}"]
+    span = [dates[0].isoformat(), dates[-1].isoformat()]
     try:
         parts = {
             "engine": engine_digest(),
