@@ -136,7 +136,7 @@ def _mask(executor: Executor, step: Step) -> Tensor:
         )
     inner_block = Block(bars, 0, 1, block.mask_bars)
     inner_executor = Executor(inner_block, make_plan([node.arguments[0]]), executor.kernels)
-    column = block.empty(rows=block.num_rows)[:, :1]
+    column = torch.empty((block.num_rows, 1), device=block.device)
     inner_executor.run(lambda _: column)
     values = column.expand(-1, block.num_columns).contiguous()
     return block.mask_outside_span(values.to(step.dtype), head=True)

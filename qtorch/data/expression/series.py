@@ -81,16 +81,11 @@ class Block:
             values[start:] += self.span_mask[start:]
         return values
 
-    def as_numbers(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Convert conditions to 0 and 1 (NaN outside the spans), and cast numbers to `dtype`."""
+    def as_numbers(self, values: Tensor) -> Tensor:
+        """Convert conditions to 0 and 1 (NaN outside the spans); numbers stay as they are."""
         if values.dtype == torch.bool:
-            return self.mask_outside_span(values.to(dtype or torch.float32), head=True)
-        return values if dtype is None else values.to(dtype)
-
-    def empty(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Tensor:
-        """Return an uninitialized `[D, n]` tensor."""
-        shape = (self.num_rows if rows is None else rows, self.num_columns)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+            return self.mask_outside_span(values.to(torch.float32), head=True)
+        return values
 
     def load(self, field: Field) -> Tensor:
         """Load a stored field as a contiguous `[D, n]` tensor.
@@ -363,17 +358,8 @@ class Rows(_WindowCache):
         return self.compute_windows(f"row{power}", compute)[window]
 
 
-def find_rows(cache: list[Rows], block: Block, windows: tuple[int, ...], values: Tensor) -> Rows:
-    """Return the `Rows` of the values from the cache, adding an object if none matches."""
-    num_leading_nans, valid = _find_valid_cells(block, values)
-    for rows in cache:
-        if rows.matches(num_leading_nans, valid):
-            return rows
-    cache.append(Rows(block, windows, num_leading_nans=num_leading_nans, valid=valid))
-    return cache[-1]
-
-
-def _find_valid_cells(block: Block, values: Tensor) -> tuple[int, Tensor | None]:
+def find_valid_cells(block: Block, values: Tensor) -> tuple[int, Tensor | None]:
+    """Return `num_leading_nans` and `valid` of the `Rows` that belong to the values."""
     if values.dtype == torch.bool:
         return 0, None if block.is_full else block.is_stored.to(torch.float32)
     # 0 if finite, else NaN: one vectorized pass instead of the four of isfinite.
