@@ -42,6 +42,7 @@ class Processor(Configured, Serializable, ABC):
     #: the loaded data, including the label.
     replaces_infinite: bool = False
 
+    fields_group: FieldsGroup = None
     fit_start_time: Any = None
     fit_end_time: Any = None
     columns_: tuple[tuple[str, str], ...] | None = None
@@ -60,6 +61,10 @@ class Processor(Configured, Serializable, ABC):
     def readonly(self) -> bool:
         """Whether the input stays unchanged, as in Qlib: always True."""
         return True
+
+    def select_columns(self, view: View) -> dict[str, tuple[str, ...]]:
+        """Return the columns that `fields_group` selects, by group."""
+        return select_columns(column_names(view), self.fields_group)
 
     def output_columns(self, names: Names) -> Names:
         """Return the columns of the output by group, for the input columns `names`."""
