@@ -291,23 +291,19 @@ class PanelColumns(Columns):
 
     def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
         values = self._panel.values.permute(1, 0, 2)
+        fused_chain = self._chain.compile(self.names, device)
+        is_laid_out = self._is_whole() and values.is_contiguous()
         is_small = values.numel() * values.element_size() <= MAX_COPY_BYTES
-        if (
-            self._is_whole()
-            and values.is_contiguous()
-            and device == values.device
-            and not (len(self._chain) and is_small)
-        ):
+        if is_laid_out and device == values.device and not (len(fused_chain) and is_small):
             return DensePackedColumns(
                 values,
                 history=history,
-                fused_chain=self._chain.compile(self.names, device),
+                fused_chain=fused_chain,
                 is_finite=self._finite_fields.issuperset(self.names),
             )
         d, n, f = self.shape
         out = torch.empty(n, d, f, device=device)
-        fused_chain = self._chain.compile(self.names, device)
-        if self._is_whole() and values.is_contiguous():
+        if is_laid_out:
             out.copy_(values)
         else:
             self._copy(self.names, out.permute(1, 0, 2), slice(0, d))

@@ -230,10 +230,7 @@ class WindowPackedColumns(PackedColumns):
         rows = self.history.rows(date, instrument, step_len, fill)
         dates = rows.clamp(min=0).reshape(-1)
         instruments = instrument[:, None].expand(-1, step_len).reshape(-1)
-        x = self._gather_windows(dates, instruments).transpose(1, 2).flatten(1)
-        if self._override_names:
-            x = torch.cat([x, self._overrides[instruments, dates]], 1)
-        x = self.fused_chain(x.index_select(1, self._columns)).view(*rows.shape, -1)
+        x = self.gather_flat(dates, instruments).view(*rows.shape, -1)
         return x.masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _gather_windows(self, date: Tensor, instrument: Tensor) -> Tensor:
