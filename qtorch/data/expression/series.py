@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.parser import Field, field_name
-from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.panel import Panel, within_spans
 
 
 class Block:
@@ -31,8 +31,8 @@ class Block:
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start
-        spans = bars.spans[start:stop].to(self.device)
-        self.first, self.last = spans[:, 0].contiguous(), spans[:, 1].contiguous()
+        self.spans = bars.spans[start:stop].to(self.device)
+        self.first, self.last = self.spans[:, 0].contiguous(), self.spans[:, 1].contiguous()
         self.is_full = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
         self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows
 
@@ -44,8 +44,7 @@ class Block:
     @cached_property
     def is_stored(self) -> Tensor:
         """Whether a row is within the instrument's span, `[D, n]` bool."""
-        order = torch.arange(self.num_rows, device=self.device)[:, None]
-        return (order >= self.first) & (order <= self.last)
+        return within_spans(self.spans, self.num_rows)
 
     @cached_property
     def span_mask(self) -> Tensor:
