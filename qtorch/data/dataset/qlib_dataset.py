@@ -29,7 +29,7 @@ from qtorch.data.panel.panel import NAMES, normalise_calendar
 log = logging.getLogger(__name__)
 
 GROUPS = ("feature", "label")
-ITEMS_AT_ONCE = 4096
+ITEMS_AT_ONCE = 4096  # windows that are read of a sampler by one access
 
 
 def get_samples(

@@ -25,7 +25,7 @@ from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
-DAY_BUCKETS = 8
+DAY_BUCKETS = 8  # the number of different widths of day batches
 # How many samples are gathered at once when packed features are converted to a matrix.
 ROWS_AT_ONCE = 4096
 Store = Literal["auto", "device", "host"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.parser import Field
 from qtorch.data.expression.plan import Step
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import unknown_name_message
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.parser import Call, Text, expression_error
 from qtorch.data.expression.plan import Step, make_plan
 from qtorch.data.expression.series import Block

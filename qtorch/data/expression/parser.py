@@ -205,10 +205,11 @@ _CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
     "Sub": operator.sub,
     "Mul": operator.mul,
     "Div": operator.truediv,
+    # An integer power could grow without limit; a float overflows to an error.
     "Power": lambda a, b: a**b if abs(b) <= 64 else float(a) ** b,
 }
 _WORD_SYMBOLS = {"and": "&", "or": "|", "not": "~"}
-_MAX_DEPTH = 100
+_MAX_DEPTH = 100  # the functions on trees are recursive, and Python allows a thousand calls
 
 
 def parse(text: str) -> Node:

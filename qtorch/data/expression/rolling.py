@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.plan import Step
 from qtorch.data.expression.series import Series, rolling_extremes, window_chain
 

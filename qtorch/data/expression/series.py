@@ -225,7 +225,7 @@ class _WindowCache:
         return self._results[family]
 
 
-def _cached_by_window(method: Callable[[Any, int], Tensor]) -> Callable[[Any, int], Tensor]:
+def _cache_by_window(method: Callable[[Any, int], Tensor]) -> Callable[[Any, int], Tensor]:
     """Let a method of a `_WindowCache` compute the result of each window only once."""
 
     @wraps(method)
@@ -300,13 +300,13 @@ class Rows(_WindowCache):
             return result
         return result.add_(self._empty_mask(window))
 
-    @_cached_by_window
+    @_cache_by_window
     def _empty_mask(self, window: int) -> Tensor:
         return self._sparse_count(window).reciprocal() * 0
 
     # -- counts --------------------------------------------------------------------------------
 
-    @_cached_by_window
+    @_cache_by_window
     def count(self, window: int) -> Tensor:
         """Return the number of values in each window, float64 `[D, 1]` or `[D, n]`."""
         if self.is_dense:
@@ -317,26 +317,26 @@ class Rows(_WindowCache):
         counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))
         return counts[window]
 
-    @_cached_by_window
+    @_cache_by_window
     def inverse_count(self, window: int) -> Tensor:
         """Return 1 / count; infinite for an empty window, so that 0 times it is NaN."""
         return self.count(window).reciprocal()
 
-    @_cached_by_window
+    @_cache_by_window
     def inverse_dof(self, window: int) -> Tensor:
         """Return 1 / (count - 1) for variances; infinite for a single value."""
         return (self.count(window) - 1).reciprocal()
 
     # -- row numbers -----------------------------------------------------------------------------
 
-    @_cached_by_window
+    @_cache_by_window
     def mean_row(self, window: int) -> Tensor:
         """Return the mean row number of the rows with a value."""
         if self.is_dense:
             return self.block.rows - (self.count(window) - 1) / 2
         return self._row_power_sum(1, window) * self.inverse_count(window)
 
-    @_cached_by_window
+    @_cache_by_window
     def inverse_row_deviation(self, window: int) -> Tensor:
         """Return 1 / the sum of squared deviations of the row numbers; NaN for fewer than two."""
         if self.is_dense:
@@ -439,7 +439,7 @@ class Series(_WindowCache):
         assert family == "position", family
         return self.values_or_zero * self.block.rows
 
-    @_cached_by_window
+    @_cache_by_window
     def variance(self, window: int) -> Tensor:
         """Return the variance (n - 1) in float64: NaN for under two values, 0 on flat windows."""
         total = self.sum("sum", window).to(torch.float64)
@@ -447,7 +447,7 @@ class Series(_WindowCache):
         deviation = torch.sub(self.sum("square", window), mean_part, out=mean_part)
         return deviation.clamp_(min=0).mul_(self.rows.inverse_dof(window))
 
-    @_cached_by_window
+    @_cache_by_window
     def variance_or_nan(self, window: int) -> Tensor:
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
         return torch.threshold(self.variance(window), 4e-10, torch.nan)

@@ -40,7 +40,7 @@ from qtorch.data.source.frame import build_source, default_source
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
-INSTRUMENTS_AT_ONCE = 128
+INSTRUMENTS_AT_ONCE = 128  # whose whole history is evaluated before it is cut to the dates
 POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
 
 

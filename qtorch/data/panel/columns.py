@@ -108,8 +108,8 @@ class Columns(ABC):
     ) -> Tensor:
         """Return several columns `[K, D, N]`, each contiguous; the caller may write to this copy.
 
-        `rows` selects dates. `out` is a buffer to reuse: allocating
-        new memory costs more than the work that is done with it.
+        `rows` selects dates. `out` is a buffer to reuse: allocating new memory costs more than the
+        work that is done with it.
         """
         self._check_names(names)
         dates = slice(0, self.shape[0]) if rows is None else rows
@@ -130,8 +130,7 @@ class Columns(ABC):
             out[k] = self._raw_column(name)[rows]
 
     def _raw_column(self, name: str) -> Tensor:
-        overrides = self._overrides.get(name)
-        return self._storage_column(name) if overrides is None else overrides
+        return self._overrides[name] if name in self._overrides else self._storage_column(name)
 
     def _check_names(self, names: Sequence[str]) -> None:
         existing = set(self.names)

@@ -13,7 +13,7 @@ from qtorch.data.panel.elementwise import FusedChain
 FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
 # Limits of the extra memory for filled windows: bytes, or a share of the values' size.
 EXTENSION_BYTES, EXTENSION_SHARE = 64 << 20, 0.25
-CHUNK = 4096
+CHUNK = 4096  # windows or instruments that are filled at once, to limit the temporary memory
 
 
 class History:
