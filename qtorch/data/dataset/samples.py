@@ -299,7 +299,7 @@ class Samples:
             target = torch.device("cuda", torch.cuda.current_device())
         stays_on_host = store == "host" or (store == "auto" and self._too_large(target))
         storage_device = torch.device("cpu") if stays_on_host else target
-        result = self._copy_to(storage_device)
+        result = self._copy_on_device(storage_device)
         result.store, result.device = "host" if stays_on_host else "device", target
         if stays_on_host and target.type != "cpu":
             log.info(
@@ -318,7 +318,7 @@ class Samples:
             return batch.to(self.device)
         return batch.pin_memory().to(self.device, non_blocking=True)
 
-    def _copy_to(self, device: torch.device) -> Samples:
+    def _copy_on_device(self, device: torch.device) -> Samples:
         """Return a copy with all tensors on `device`; columns are packed there on first use."""
         result = copy.copy(self)
         for name in ("date", "instrument", "target", "raw_label", "weight"):
@@ -371,7 +371,7 @@ class Samples:
     def with_features(self, names: Sequence[str]) -> Samples:
         """Return these samples with the features `names`, in that order."""
         assert self._columns is not None, "check `can_reorder_features` first"
-        result = self._copy_to(self.date.device)
+        result = self._copy_on_device(self.date.device)
         result._columns, result.feature_names = self._columns.keep(names), tuple(names)
         return result
 
@@ -390,7 +390,7 @@ class Samples:
             )
         data = self.frame(getattr(reweighter, "needs", ("label",)))
         weight = validate_weights(reweighter.reweight(data), self.index)
-        result = self._copy_to(self.date.device)
+        result = self._copy_on_device(self.date.device)
         result.weight = weight.to(self.date.device)
         result.store, result.device = self.store, self.device
         result._feature_pack = self._feature_pack
