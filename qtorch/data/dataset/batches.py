@@ -155,6 +155,8 @@ class BatchLoader:
         self.sampler.set_epoch(int(state["epoch"]))
 
 
+# -- shares of ranks -------------------------------------------------------------------------------
+
 DUMMY_ROWS = 2  # at least two, as a network may compute a variance
 
 

@@ -26,7 +26,7 @@ class TSDataSampler:
     order. Windows reach back before the segment. `config(fillna_type=...)` selects what replaces
     rows that do not exist: "none" NaN, "ffill" the row before, "ffill+bfill" then the row after.
 
-    Answers to qlib/data/dataset/__init__.py (TSDataSampler). Difference: windows still include
+    Corresponds to qlib/data/dataset/__init__.py (TSDataSampler). Difference: windows still include
     rows that DropnaLabel removed as samples. Training does not use this object: it gathers batches
     on the device (`dataset.samples`).
     """

@@ -138,7 +138,7 @@ def alpha158(
 
 
 def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
-    """Answer to Qlib's `Alpha158DL.get_feature_config(config)`: keys kbar, price, volume, rolling.
+    """Return the features of a config of Qlib's `Alpha158DL`: keys kbar, price, volume, rolling.
 
     A key enables its part, with Qlib's defaults for missing options (price and volume: lags 0 to
     4). Raises ConfigError for keys that Qlib does not know either.

@@ -91,7 +91,8 @@ class FeatureCache:
                 return cached_view
             view = compute()
             is_stored = self._store(key, view, summary)
-        return self._load(key) or view if is_stored else view
+        # Read it back: mapped memory is shared with the other processes that read the entry.
+        return (self._load(key) if is_stored else None) or view
 
     def entries(self) -> list[Entry]:
         """List the entries, most recently used first."""

@@ -48,7 +48,7 @@ class DataHandler(Configured, Serializable):
     `fetch_orig` exists for compatibility with Qlib: fetched frames are always copies. Infinite
     bars, or infinite values in a user's frame, raise a DataError with their location.
 
-    `view(data_key)` returns tensors (`View`), `fetch` DataFrames. Answers to
+    `view(data_key)` returns tensors (`View`), `fetch` DataFrames. Corresponds to
     qlib/data/dataset/handler.py.
     """
 

@@ -52,7 +52,7 @@ class DataLoader(Configured, ABC):
     frame, as in Qlib. A user's loader overrides either of them: with only `load` (Qlib's protocol,
     a `(datetime, instrument)` frame) the view is built from the frame. Loaded values may be
     infinite, e.g. after a division in an expression; handling them is left to the processors.
-    Answers to qlib/data/dataset/loader.py.
+    Corresponds to qlib/data/dataset/loader.py.
     """
 
     def view(
