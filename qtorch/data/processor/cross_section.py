@@ -138,7 +138,9 @@ class _CrossSectionProcessor(Processor):
     columnwise = True
     #: Whether the instruments of a day are compared, which is meaningless if no day has several.
     compares_instruments: ClassVar[bool] = True
-    fields_group: FieldsGroup
+
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
+        self.fields_group = fields_group
 
     @abstractmethod
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class CSZScoreNorm(_CrossSectionProcessor):
     def __init__(self, fields_group: FieldsGroup = None, method: str = "zscore") -> None:
         if method not in METHODS:
             raise ConfigError(unknown_name_message("method of CSZScoreNorm", method, METHODS))
-        self.fields_group = fields_group
+        super().__init__(fields_group)
         self.method = method
 
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
@@ -178,9 +180,6 @@ class CSZScoreNorm(_CrossSectionProcessor):
 class CSRankNorm(_CrossSectionProcessor):
     """Computes `(rank / count - 0.5) * 3.46` by day: uniform ranks of about unit variance."""
 
-    def __init__(self, fields_group: FieldsGroup = None) -> None:
-        self.fields_group = fields_group
-
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         return day_rank_norm(values, rows)
 
@@ -189,9 +188,6 @@ class CSZFillna(_CrossSectionProcessor):
     """Fills missing values with the day's mean; they stay NaN on a day without values."""
 
     compares_instruments = False
-
-    def __init__(self, fields_group: FieldsGroup = None) -> None:
-        self.fields_group = fields_group
 
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         return day_mean_fill(values, rows)
