@@ -295,7 +295,7 @@ class Samples:
         if store not in STORES:
             raise ConfigError(unknown_name_message("store", store, STORES))
         target = torch.device(device)
-        if target.type == "cuda" and target.index is None:
+        if str(target) == "cuda":
             target = torch.device("cuda", torch.cuda.current_device())
         stays_on_host = store == "host" or (store == "auto" and self._too_large(target))
         storage_device = torch.device("cpu") if stays_on_host else target
