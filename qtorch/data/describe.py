@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,8 @@ class Description:
         ]
 
     def _gap_lines(self) -> list[str]:
-        lines = []
-        missing_shares = {f: share for f, share in self.missing.items() if share > 0}
-        shares = ", ".join(f"{f} {share:.2%}" for f, share in missing_shares.items())
-        lines.append(f"missing     {shares or 'none'}")
+        shares = ", ".join(f"{f} {share:.2%}" for f, share in self.missing.items() if share > 0)
+        lines = [f"missing     {shares or 'none'}"]
         if len(self.suspensions):
             days, worst = int(self.suspensions["days"].sum()), self.suspensions.iloc[0]
             lines.append(
@@ -89,14 +87,12 @@ class Description:
             )
         if len(self.calendar_gaps):
             examples = _join_examples(
-                f"{r.days} days after {_format_day(r.after)}"
-                for r in self.calendar_gaps.itertuples()
+                self.calendar_gaps, lambda r: f"{r.days} days after {_format_day(r.after)}"
             )
             lines.append(f"calendar    gaps: {examples}")
         if len(self.broken_days):
-            rows = self.broken_days.itertuples()
             examples = _join_examples(
-                f"{_format_day(r.datetime)} {r.field} {r.missing:.1%}" for r in rows
+                self.broken_days, lambda r: f"{_format_day(r.datetime)} {r.field} {r.missing:.1%}"
             )
             lines.append(f"broken days {len(self.broken_days)} miss most of a field: {examples}")
         return lines
@@ -104,33 +100,30 @@ class Description:
     def _suspicious_lines(self) -> list[str]:
         lines = []
         if len(self.moves):
-            rows = self.moves.itertuples()
             examples = _join_examples(
-                f"{r.instrument} {_format_day(r.datetime)} {r.move:+.0%}" for r in rows
+                self.moves, lambda r: f"{r.instrument} {_format_day(r.datetime)} {r.move:+.0%}"
             )
             lines.append(f"large moves {len(self.moves)} beyond {LARGE_MOVE:.0%}: {examples}")
-        for name, counts in (
-            ("zeros", self.zeros),
-            ("negative", self.negative),
-            ("infinite", self.infinite),
-        ):
-            if counts:
-                lines.append(f"{name:<11} {', '.join(f'{f} {c:,}' for f, c in counts.items())}")
+        lines += [
+            f"{name:<11} {', '.join(f'{f} {c:,}' for f, c in counts.items())}"
+            for name in ("zeros", "negative", "infinite")
+            if (counts := getattr(self, name))
+        ]
         if self.out_of_range:
             lines.append(
                 f"bars        {self.out_of_range:,} with open or close outside low .. high"
             )
         if len(self.stale):
-            rows = self.stale.itertuples()
             examples = _join_examples(
-                f"{r.instrument} {r.days} until {_format_day(r.end)}" for r in rows
+                self.stale, lambda r: f"{r.instrument} {r.days} until {_format_day(r.end)}"
             )
             lines.append(f"stale       {len(self.stale)} runs of an unchanged price: {examples}")
         if self.duplicate_pairs:
-            lines.append(
-                "duplicates  equal closes: "
-                f"{_join_examples(f'{a} = {b}' for a, b in self.duplicate_pairs)}"
+            examples = _join_examples(
+                pd.DataFrame(self.duplicate_pairs, columns=["left", "right"]),
+                lambda r: f"{r.left} = {r.right}",
             )
+            lines.append(f"duplicates  equal closes: {examples}")
         return lines
 
     def plot(self) -> Figure:
@@ -234,14 +227,12 @@ def _suspensions(bars: np.ndarray, panel: Panel) -> pd.DataFrame:
     change = np.diff(gap, axis=0).T
     columns, starts = np.nonzero(change == 1)
     stops = np.nonzero(change == -1)[1]
-    frame = pd.DataFrame(
-        {
-            "instrument": panel.instruments[columns],
-            "start": panel.calendar[starts],
-            "days": stops - starts,
-        }
+    return _largest_first(
+        "days",
+        instrument=panel.instruments[columns],
+        start=panel.calendar[starts],
+        days=stops - starts,
     )
-    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
 
 
 def _calendar_gaps(calendar: pd.DatetimeIndex) -> pd.DataFrame:
@@ -249,20 +240,17 @@ def _calendar_gaps(calendar: pd.DatetimeIndex) -> pd.DataFrame:
     days = np.diff(calendar.asi8) / 86_400e9
     usual = max(float(np.quantile(days, 0.99)) + 2.0, 5.0) if len(days) else 5.0
     gap_rows = np.flatnonzero(days > usual)
-    frame = pd.DataFrame({"after": calendar[gap_rows], "days": days[gap_rows].astype(int)})
-    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
+    return _largest_first("days", after=calendar[gap_rows], days=days[gap_rows].astype(int))
 
 
 def _large_moves(moves: np.ndarray, panel: Panel) -> pd.DataFrame:
     rows, columns = np.nonzero(np.abs(np.nan_to_num(moves)) > LARGE_MOVE)
-    frame = pd.DataFrame(
-        {
-            "datetime": panel.calendar[rows],
-            "instrument": panel.instruments[columns],
-            "move": moves[rows, columns],
-        }
+    return _largest_first(
+        "move",
+        datetime=panel.calendar[rows],
+        instrument=panel.instruments[columns],
+        move=moves[rows, columns],
     )
-    return frame.sort_values("move", key=np.abs, ascending=False, kind="stable", ignore_index=True)
 
 
 def _find_broken_days(
@@ -278,15 +266,8 @@ def _find_broken_days(
         # the missing `change` of the first row.
         if len(bad_rows) <= max(3, 0.02 * len(share)):
             bad_rows = bad_rows[bad_rows > 0]
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "datetime": panel.calendar[bad_rows],
-                        "field": field,
-                        "missing": share[bad_rows],
-                    }
-                )
-            )
+            dates, shares = panel.calendar[bad_rows], share[bad_rows]
+            parts.append(pd.DataFrame({"datetime": dates, "field": field, "missing": shares}))
     return pd.concat(parts).sort_values("datetime", kind="stable", ignore_index=True)
 
 
@@ -311,14 +292,19 @@ def _stale(moves: np.ndarray, panel: Panel) -> pd.DataFrame:
         run = np.where(move == 0, run + 1, 0)
         runs[t] = run
     ends, columns = np.nonzero((runs[:-1] >= STALE_DAYS - 1) & (runs[1:] == 0))
-    frame = pd.DataFrame(
-        {
-            "instrument": panel.instruments[columns],
-            "end": panel.calendar[ends],
-            "days": runs[ends, columns] + 1,
-        }
+    return _largest_first(
+        "days",
+        instrument=panel.instruments[columns],
+        end=panel.calendar[ends],
+        days=runs[ends, columns] + 1,
     )
-    return frame.sort_values("days", ascending=False, kind="stable", ignore_index=True)
+
+
+def _largest_first(by: str, **columns: Any) -> pd.DataFrame:
+    """Build a frame, sorted by the absolute values of the column `by`."""
+    return pd.DataFrame(columns).sort_values(
+        by, key=np.abs, ascending=False, kind="stable", ignore_index=True
+    )
 
 
 def _duplicate_pairs(close: np.ndarray, panel: Panel) -> list[tuple[str, str]]:
@@ -357,6 +343,6 @@ def _format_day(stamp: Any) -> str:
     return f"{stamp:%Y-%m-%d}" if stamp == stamp.normalize() else f"{stamp:%Y-%m-%d %H:%M}"
 
 
-def _join_examples(items: Iterable[str]) -> str:
-    examples = list(items)
-    return ", ".join(examples[:_EXAMPLES]) + (", ..." if len(examples) > _EXAMPLES else "")
+def _join_examples(rows: pd.DataFrame, describe_row: Callable[[Any], str]) -> str:
+    examples = ", ".join(describe_row(row) for row in rows.head(_EXAMPLES).itertuples())
+    return examples + (", ..." if len(rows) > _EXAMPLES else "")

@@ -116,28 +116,31 @@ class BatchLoader:
         order = self.epoch_order(epoch)
         device_order = order if self.by_day else order.to(self.samples.index_device)
         steps = range(start_step, len(self))
+        batches = (self._batch(order, device_order, step) for step in steps)
         if self.samples.store != "host":
-            for step in steps:
-                yield self._batch(order, device_order, step)
+            yield from batches
             return
-        next_batch: Batch | None = None
-        for step in steps:
-            # Copy the next batch to the device while the caller works on this one.
-            batch, next_batch = (
-                next_batch,
-                self.samples.send_to_device(self._batch(order, device_order, step)),
-            )
-            if batch is not None:
-                yield batch
-        if next_batch is not None:
-            yield next_batch
+        device_batches = map(self.samples.send_to_device, batches)
+        batch = next(device_batches, None)
+        while batch is not None:
+            # The next batch is copied to the device while the caller works on this one.
+            next_batch = next(device_batches, None)
+            yield batch
+            batch = next_batch
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
-        part = slice(step * self.size, (step + 1) * self.size)
-        pad = self.size if self.pad_tail else None
+        rows = slice(step * self.size, (step + 1) * self.size)
+        return self._gather(order, device_order, rows, self.size if self.pad_tail else None)
+
+    def _gather(
+        self, order: Tensor, device_order: Tensor, rows: slice, pad: int | None = None
+    ) -> Batch:
+        """Gather the samples (or days) at the places `rows` of the order; a dummy for no rows."""
+        if rows.start == rows.stop:
+            return dummy_batch(self.samples, self.by_day)
         if self.by_day:
-            return self.samples.day_batch(order[part], num_days=pad)
-        return self.samples.batch(device_order[part], size=pad)
+            return self.samples.day_batch(order[rows], num_days=pad)
+        return self.samples.batch(device_order[rows], size=pad)
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -151,6 +154,8 @@ class BatchLoader:
         self._step = int(state["step"])
         self.sampler.set_epoch(int(state["epoch"]))
 
+
+# -- shares of ranks -------------------------------------------------------------------------------
 
 DUMMY_ROWS = 2  # at least two, as a network may compute a variance
 
@@ -236,12 +241,7 @@ class ShardedLoader(BatchLoader):
         begin, end = step * self.size, min((step + 1) * self.size, self._count)
         part = shard_slice(end - begin, self.rank, self.world_size)
         rows = slice(begin + part.start, begin + part.stop)
-        if part.start == part.stop:
-            batch = dummy_batch(self.samples, self.by_day)
-        elif self.by_day:
-            batch = self.samples.day_batch(order[rows])
-        else:
-            batch = self.samples.batch(device_order[rows])
+        batch = self._gather(order, device_order, rows)
         batch.global_size = end - begin
         return batch
 
@@ -290,11 +290,6 @@ class BlockLoader(BatchLoader):
     def __len__(self) -> int:
         return self.num_batches
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        if not self.num_batches:
-            return iter(())
-        return super().batches(epoch, start_step)
-
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
         if self.keeps_batch_bounds:
             first = min(self.begin + step * self.size, self.end)
@@ -302,8 +297,4 @@ class BlockLoader(BatchLoader):
         else:
             part = shard_slice(self.end - self.begin, step, self.num_batches)
             rows = slice(self.begin + part.start, self.begin + part.stop)
-        if rows.start == rows.stop:
-            return dummy_batch(self.samples, self.by_day)
-        if self.by_day:
-            return self.samples.day_batch(order[rows])
-        return self.samples.batch(device_order[rows])
+        return self._gather(order, device_order, rows)

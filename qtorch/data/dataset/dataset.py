@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 import pandas as pd
@@ -50,6 +50,10 @@ class DatasetH(Dataset):
     `prepare` passes `fetch_kwargs` to `handler.fetch`. `extras`: named tensors that accompany each
     sample, for networks that request them (`qtorch.data.Concepts` or a user's `Extra`).
     """
+
+    #: Windows of one day: TSDatasetH sets both for longer ones.
+    step_len: int = 1
+    fillna_type: str = "none"
 
     def __init__(
         self,
@@ -112,11 +116,16 @@ class DatasetH(Dataset):
         Dates are a slice, a pair (both inclusive), or whatever `handler.fetch` accepts. Nothing is
         purged here. Raises DataError for a named segment without rows.
         """
-        options = {"level": level, "squeeze": squeeze, "proc_func": proc_func}
-        return self._prepare_each(
-            segments,
-            lambda selector, name: self._fetch_segment(selector, name, col_set, data_key, options),
-        )
+        options = {"level": level, "squeeze": squeeze, "proc_func": proc_func, **self.fetch_kwargs}
+
+        def fetch(selector: Any, name: str | None) -> Any:
+            handler = self._bind_handler()
+            frame = handler.fetch(selector, col_set=col_set, data_key=data_key, **options)
+            if name is not None and not len(frame):
+                raise DataError(self._empty_segment_message(name, handler.view(data_key)))
+            return frame
+
+        return self._prepare_each(segments, fetch)
 
     def _prepare_each(self, segments: Any, prepare: Callable[[Any, str | None], Any]) -> Any:
         """Call `prepare` for one segment, for each of a list of names, or for dates."""
@@ -130,25 +139,6 @@ class DatasetH(Dataset):
         if isinstance(segments, str) and parse_period(segments) is None:
             raise ConfigError(unknown_name_message("segment", segments, self.segments))
         return prepare(segments, None)
-
-    def _fetch_segment(
-        self,
-        selector: Any,
-        name: str | None,
-        col_set: str | Sequence[str],
-        data_key: str,
-        options: Mapping[str, Any],
-    ) -> Any:
-        handler = self._bind_handler()
-        frame = handler.fetch(
-            selector,
-            col_set=col_set,
-            data_key=data_key,
-            **{**options, **self.fetch_kwargs},
-        )
-        if name is not None and not len(frame):
-            raise DataError(self._empty_segment_message(name, handler.view(data_key)))
-        return frame
 
     def _empty_segment_message(self, name: str, view: View) -> str:
         start, end = self.segments[name]
@@ -182,8 +172,8 @@ class DatasetH(Dataset):
             end=end,
             name=name,
             raw_label=self._load_raw_label(label_group),
-            step_len=self._step_len(),
-            fill=self._fill_method(),
+            step_len=self.step_len,
+            fill=self.fillna_type,
             feature_group=feature_group,
             label_group=label_group,
             rows=self._sample_mask(data_key),
@@ -232,31 +222,25 @@ class DatasetH(Dataset):
         """Return a mask `[D, N]` of the rows that may be samples; None for all."""
         return None
 
-    def _step_len(self) -> int:
-        return 1
-
-    def _fill_method(self) -> str:
-        return "none"
-
     # -- configuration and storage -------------------------------------------------------------
 
     def config(
         self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
+        *args: Any,
         handler_kwargs: Mapping[str, Any] | None = None,
         segments: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Change the segments, or pass arguments to the handler's `config` (dates, instruments)."""
+        """Change the segments, or pass arguments to the handler's `config` (dates, instruments).
+
+        The other arguments are those of `Serializable.config`.
+        """
         if handler_kwargs is not None:
             self.handler.config(**handler_kwargs)
         if segments is not None:
             self.segments = self._validate_segments(segments)
             self._arguments = {**self._arguments, "segments": self.segments}
-        super().config(dump_all, exclude, include, recursive)
+        super().config(*args, **kwargs)
 
     def setup_data(
         self, handler_kwargs: Mapping[str, Any] | None = None, *, source: Any = None
@@ -384,11 +368,9 @@ class TSDatasetH(DatasetH):
 
         def sampler(selector: Any, name: str | None) -> TSDataSampler:
             view = self.view(data_key)
-            start, end = parse_span(name or "segment", selector)
-            span = view.date_rows(start, end)
             ts_sampler = TSDataSampler(
                 view,
-                span,
+                view.date_rows(*parse_span(name or "segment", selector)),
                 step_len=self.step_len,
                 groups=select_groups(view, col_set) or list(view.groups),
                 samples=self._sample_mask(data_key, flt_col),
@@ -412,30 +394,12 @@ class TSDatasetH(DatasetH):
         value = columns.column(columns.names[0])
         return (value != 0) & ~torch.isnan(value)
 
-    def _step_len(self) -> int:
-        return self.step_len
-
-    def _fill_method(self) -> str:
-        return self.fillna_type
-
-    def config(
-        self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
-        handler_kwargs: Mapping[str, Any] | None = None,
-        segments: Mapping[str, Any] | None = None,
-        step_len: int | None = None,
-    ) -> None:
+    def config(self, *args: Any, step_len: int | None = None, **kwargs: Any) -> None:
         """Extend DatasetH's `config` by another `step_len`."""
         if step_len is not None:
             self.step_len = _check_step_len(step_len)
             self._arguments = {**self._arguments, "step_len": step_len}
-        super().config(
-            dump_all, exclude, include, recursive, handler_kwargs=handler_kwargs, segments=segments
-        )
+        super().config(*args, **kwargs)
 
 
 def _check_step_len(step_len: int) -> int:

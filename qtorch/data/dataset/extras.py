@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, convert_dates, first_row, last_date
+from qtorch.core.dates import as_stamp, convert_dates, date_rows, last_date
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.tables import read_csv
 from qtorch.core.trust import trust_subclasses
@@ -68,17 +68,11 @@ class Concepts(Extra):
         frame = frame[frame["instrument"].isin(instruments)]
         instrument_index = torch.as_tensor(instruments.get_indexer(pd.Index(frame["instrument"])))
         concept_index = torch.as_tensor(pd.Index(names).get_indexer(pd.Index(frame["concept"])))
-        spans = torch.tensor(
-            [
-                (
-                    0 if pd.isna(start) else first_row(calendar, start),
-                    # The first row after the end date, because the end is a whole, inclusive day.
-                    len(calendar) if pd.isna(end) else first_row(calendar, _next_day(end)),
-                )
-                for start, end in zip(frame["start"], frame["end"], strict=True)
-            ],
-            dtype=torch.int64,
-        ).reshape(-1, 2)
+        rows = [
+            date_rows(calendar, *(None if pd.isna(date) else date for date in dates))
+            for dates in zip(frame["start"], frame["end"], strict=True)
+        ]
+        spans = torch.tensor([(r.start, r.stop) for r in rows], dtype=torch.int64).reshape(-1, 2)
         return BoundConcepts(tuple(names), len(instruments), instrument_index, concept_index, spans)
 
 
@@ -158,10 +152,6 @@ def _read_memberships(table: Any) -> pd.DataFrame:
     if frame[["instrument", "concept"]].isna().any(axis=None):
         raise DataError("a row of the concept table has no instrument or no concept.")
     frame["start"] = convert_dates(frame["start"], as_stamp)
-    frame["end"] = convert_dates(frame["end"], last_date)
+    frame["end"] = convert_dates(frame["end"], last_date).dt.normalize()  # the end is a whole day
     frame["concept"] = frame["concept"].astype(str)
     return frame
-
-
-def _next_day(date: Any) -> pd.Timestamp:
-    return pd.Timestamp(date).normalize() + pd.Timedelta(days=1)

@@ -26,12 +26,11 @@ from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import DensePackedColumns
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.data.panel.panel import NAMES, normalise_calendar
-from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
 GROUPS = ("feature", "label")
-ITEMS_AT_ONCE = 4096
+ITEMS_AT_ONCE = 4096  # windows that are read of a sampler by one access
 
 
 def get_samples(
@@ -91,16 +90,16 @@ def as_samples(
     segments (unless the dataset's `allow_overlap` is true) and if `purge=True` is impossible.
     """
     if isinstance(dataset, pd.DataFrame):
-        _reject_purge(purge, horizon)
-        return _samples_from_frame(dataset, _as_slice(segment), data_key, step_len, fill)
+        dates = _plain_frame_dates(segment, purge, horizon)
+        return _samples_from_frame(dataset, "frame", data_key, step_len, fill, dates=dates)
     if not callable(getattr(dataset, "prepare", None)):
         raise DataError(
             f"{type(dataset).__name__} is not a dataset: it has neither samples(...) nor Qlib's "
             "prepare(segment, col_set=..., data_key=...). Pass a DatasetH, a TSDatasetH, or a "
             "frame with (feature, label) columns."
         )
-    if data_key == "learn":
-        check_segment_dates(dataset)
+    if data_key == "learn" and not getattr(dataset, "allow_overlap", False):
+        check_segments(_segment_spans(dataset))
     should_purge = data_key == "learn" if purge is None else purge
     num_purged_days = (
         count_purged_days(dataset, segment, horizon, strict=purge is True) if should_purge else 0
@@ -108,11 +107,11 @@ def as_samples(
     data = dataset.prepare(segment, col_set=list(GROUPS), data_key=data_key)
     if isinstance(data, pd.DataFrame):
         samples = _samples_from_frame(
-            data, slice(None), data_key, step_len, fill, segment, num_purged_days
+            data, str(segment), data_key, step_len, fill, num_purged_days=num_purged_days
         )
     elif hasattr(data, "get_index") and hasattr(data, "__getitem__"):
         labels = _num_labels(dataset) if num_labels is None else num_labels
-        samples = _samples_from_windows(data, labels, fill, segment, data_key, num_purged_days)
+        samples = _samples_from_windows(data, labels, fill, str(segment), data_key, num_purged_days)
     else:
         raise DataError(
             f"{type(dataset).__name__}.prepare returned a {type(data).__name__}; expected a frame "
@@ -126,8 +125,19 @@ def as_samples(
 # -- frames ------------------------------------------------------------------------------------
 
 
-def _view_from_frame(frame: pd.DataFrame) -> View:
-    """Build a view from a frame with columns `(group, name)` and rows in any order."""
+def _samples_from_frame(
+    frame: pd.DataFrame,
+    name: str,
+    data_key: str,
+    step_len: int,
+    fill: str,
+    *,
+    dates: slice = slice(None),
+    num_purged_days: int = 0,
+) -> Samples:
+    """Build samples from a frame with columns `(group, name)` and rows in any order."""
+    if not len(frame):
+        raise DataError(f"{name} has no samples: the frame is empty.")
     if frame.columns.nlevels != 2:
         raise DataError(
             f"expected columns (group, name) with the groups {GROUPS}, got {frame.columns.nlevels} "
@@ -136,23 +146,8 @@ def _view_from_frame(frame: pd.DataFrame) -> View:
     groups = {str(group) for group in frame.columns.get_level_values(0)}
     if GROUPS[0] not in groups:
         raise DataError(unknown_name_message("group of columns", GROUPS[0], groups))
-    return view_from_frame(frame.sort_index())
-
-
-def _samples_from_frame(
-    frame: pd.DataFrame,
-    dates: slice,
-    data_key: str,
-    step_len: int,
-    fill: str,
-    segment: str | slice | None = None,
-    num_purged_days: int = 0,
-) -> Samples:
-    name = str(segment or "frame")
-    if not len(frame):
-        raise DataError(f"{name} has no samples: the frame is empty.")
     return build_samples(
-        _view_from_frame(frame),
+        view_from_frame(frame.sort_index()),
         start=dates.start,
         end=dates.stop,
         name=name,
@@ -164,23 +159,20 @@ def _samples_from_frame(
     )
 
 
-def _reject_purge(purge: bool | None, horizon: int | None) -> None:
+def _plain_frame_dates(
+    segment: str | slice | None, purge: bool | None, horizon: int | None
+) -> slice:
     if purge or horizon is not None:
         raise ConfigError(
             "purge and horizon apply to segments that are followed by others, but a plain frame "
             "has no segments: end its dates earlier instead."
         )
-
-
-def _as_slice(segment: str | slice | None) -> slice:
-    if segment is None:
-        return slice(None)
-    if isinstance(segment, slice):
-        return segment
-    raise DataError(
-        f"a plain frame has no segment {segment!r}; pass a slice of dates, or use a DatasetH "
-        "with segments."
-    )
+    if isinstance(segment, str):
+        raise DataError(
+            f"a plain frame has no segment {segment!r}; pass a slice of dates, or use a DatasetH "
+            "with segments."
+        )
+    return segment or slice(None)
 
 
 # -- windows -----------------------------------------------------------------------------------
@@ -190,15 +182,14 @@ def _samples_from_windows(
     windows: Any,
     num_labels: int,
     fill: str,
-    segment: str | slice | None,
+    segment: str,
     data_key: str,
-    num_purged_days: int = 0,
+    num_purged_days: int,
 ) -> Samples:
     index = windows.get_index()
-    dates = normalise_calendar(index.get_level_values(NAMES[0]))
-    names = index.get_level_values(NAMES[1]).astype(str)
     if not len(index):
         raise DataError(f"{segment} has no samples: prepare returned no windows.")
+    dates, names = _index_levels(index)
     instruments = pd.Index(np.unique(names.to_numpy(dtype=object)), dtype="str")
     calendar = pd.DatetimeIndex(np.unique(dates))
     date, instrument = calendar.get_indexer(dates), instruments.get_indexer(names)
@@ -230,10 +221,10 @@ def _samples_from_windows(
     target = values[storage_index[1], storage_index[0], count:][sample_order]
     labels = [f"label{k}" for k in range(num_labels)]
     if data_key == "learn":
-        has_label = label_mask(str(segment), labels, finite_labels(labels, target, learn=True))
+        has_label = label_mask(segment, labels, finite_labels(labels, target, learn=True))
         notes["unlabelled"] = int((~has_label).sum())
         sample_order, target = sample_order[has_label], target[has_label]
-    log_samples(str(segment), len(sample_order), notes, num_purged_days)
+    log_samples(segment, len(sample_order), notes, num_purged_days)
     storage_index = (storage_index[0][sample_order], storage_index[1][sample_order])
     return Samples(
         packed_features,
@@ -310,28 +301,19 @@ def _raw_label(dataset: Any, segment: Any, index: pd.MultiIndex) -> Tensor | Non
             return None
         dates = slice(*segments[segment])
     frame = fetch(dates, col_set=GROUPS[1], data_key="raw")
-    frame = frame.set_axis(
-        pd.MultiIndex.from_arrays(
-            [
-                normalise_calendar(frame.index.get_level_values(NAMES[0])),
-                frame.index.get_level_values(NAMES[1]).astype(str),
-            ],
-            names=list(NAMES),
-        ),
-        axis=0,
-    )
-    values = frame.reindex(index).to_numpy(dtype=np.float32, copy=True)
+    rows = pd.MultiIndex.from_arrays(_index_levels(frame.index), names=list(NAMES))
+    values = frame.set_axis(rows, axis=0).reindex(index).to_numpy(dtype=np.float32, copy=True)
     values[np.isinf(values)] = np.nan
     return torch.as_tensor(values)
 
 
+def _index_levels(index: pd.MultiIndex) -> tuple[pd.DatetimeIndex, pd.Index]:
+    """Return the dates and the names of a `(datetime, instrument)` index, whatever its order."""
+    dates = normalise_calendar(index.get_level_values(NAMES[0]))
+    return dates, index.get_level_values(NAMES[1]).astype(str)
+
+
 # -- segments ----------------------------------------------------------------------------------
-
-
-def check_segment_dates(dataset: Any) -> None:
-    """Raise ConfigError if segments overlap, as far as the dataset shows their dates."""
-    if not getattr(dataset, "allow_overlap", False):
-        check_segments(_segment_spans(dataset))
 
 
 def check_disjoint_days(dataset: Any, train: Samples, valid: Samples) -> None:

@@ -26,7 +26,7 @@ class TSDataSampler:
     order. Windows reach back before the segment. `config(fillna_type=...)` selects what replaces
     rows that do not exist: "none" NaN, "ffill" the row before, "ffill+bfill" then the row after.
 
-    Answers to qlib/data/dataset/__init__.py (TSDataSampler). Difference: windows still include
+    Corresponds to qlib/data/dataset/__init__.py (TSDataSampler). Difference: windows still include
     rows that DropnaLabel removed as samples. Training does not use this object: it gathers batches
     on the device (`dataset.samples`).
     """
@@ -46,8 +46,7 @@ class TSDataSampler:
         self.step_len = step_len
         self.fillna_type = fillna_type
         self.dtype = np.dtype(np.float32 if dtype is None else dtype)
-        first = max(0, span.start - step_len)
-        window_rows = slice(first, span.stop)
+        window_rows = slice(max(0, span.start - step_len), span.stop)
         self._calendar = view.calendar[window_rows]
         self._instruments = view.instruments
         self._packed_columns = _pack_groups(view, window_rows, groups)

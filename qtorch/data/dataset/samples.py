@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -18,17 +19,14 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
-from qtorch.data.panel.gather import (
-    PackedColumns,
-    check_fill,
-)
+from qtorch.data.panel.gather import PackedColumns, check_fill
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.data.panel.panel import coverage_dates, multi_index
 from qtorch.data.panel.view import View
 
 log = logging.getLogger(__name__)
 
-DAY_BUCKETS = 8
+DAY_BUCKETS = 8  # the number of different widths of day batches
 # How many samples are gathered at once when packed features are converted to a matrix.
 ROWS_AT_ONCE = 4096
 Store = Literal["auto", "device", "host"]
@@ -184,11 +182,9 @@ class Samples:
             for part in torch.split(all_rows, ROWS_AT_ONCE):
                 out[:, part] = self.batch(part).x[:, -1].t()
             return out.t()
-        storage_device = self._columns.device
         first, last = (int(self.date[k]) for k in (0, -1))
-        cells = (self.date - first).to(storage_device) * len(self.instruments) + self.instrument.to(
-            storage_device
-        )
+        cells = (self.date - first) * len(self.instruments) + self.instrument
+        cells = cells.to(self._columns.device)
         parts = column_parts(self.feature_names)
         for names, target in zip(parts, torch.split(out, COLUMNS_AT_ONCE), strict=False):
             block = self._columns.block(names, rows=slice(first, last + 1)).flatten(1)
@@ -282,9 +278,7 @@ class Samples:
         """Return the table of dates, instruments, window starts, labels and weights."""
         values = (self.target, self.raw_label, self.weight)
         if self._cached_table is None or not self._cached_table.has_values(values):
-            pairs = (
-                (self.date, self.instrument) if self._storage_index is None else self._storage_index
-            )
+            pairs = self._storage_index or (self.date, self.instrument)
             starts = self.feature_pack.window_starts(*pairs, self.step_len, self.fill)
             storage = (self._storage_index or ()) if starts is None else (starts,)
             self._cached_table = SampleTable((self.date, self.instrument, *storage), values)
@@ -304,21 +298,18 @@ class Samples:
         target = torch.device(device)
         if str(target) == "cuda":
             target = torch.device("cuda", torch.cuda.current_device())
-        placement = (
-            "host" if store == "host" or (store == "auto" and self._too_large(target)) else ""
-        )
-        storage_device = torch.device("cpu") if placement == "host" else target
-        copy = self._rebuild(storage_device)
-        copy.store = placement or "device"
-        copy.device = target
-        if placement == "host" and target.type != "cpu":
+        stays_on_host = store == "host" or (store == "auto" and self._too_large(target))
+        storage_device = torch.device("cpu") if stays_on_host else target
+        result = self._copy_on_device(storage_device)
+        result.store, result.device = "host" if stays_on_host else "device", target
+        if stays_on_host and target.type != "cpu":
             log.info(
                 "keeping the features (%.2f GB) in host memory; batches are prefetched to %s",
                 self._num_bytes() / 1e9,
                 target,
             )
-        copy._pack(storage_device)
-        return copy
+        result._pack(storage_device)
+        return result
 
     def send_to_device(self, batch: Batch) -> Batch:
         """Return a batch on the device; one gathered in host memory is copied without blocking."""
@@ -328,36 +319,23 @@ class Samples:
             return batch.to(self.device)
         return batch.pin_memory().to(self.device, non_blocking=True)
 
-    def _rebuild(self, home: torch.device, columns: Columns | None = None) -> Samples:
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(home)
-
-        storage_index = self._storage_index
-        features: Columns | PackedColumns | None = self._columns if columns is None else columns
-        if features is None:
-            feature_pack = self.feature_pack
-            features = feature_pack if feature_pack.device == home else feature_pack.to(home)
-        return Samples(
-            features,
-            self.date.to(home),
-            self.instrument.to(home),
-            calendar=self.calendar,
-            instruments=self.instruments,
-            feature_names=self.feature_names,
-            label_names=self.label_names,
-            target=move(self.target),
-            raw_label=move(self.raw_label),
-            weight=move(self.weight),
-            history=self.history,
-            step_len=self.step_len,
-            fill=self.fill,
-            storage_index=None
-            if storage_index is None
-            else (storage_index[0].to(home), storage_index[1].to(home)),
-            notes=self.notes,
-            extras={name: source.to(home) for name, source in self.extras.items()},
-            horizon=self.horizon,
-        )
+    def _copy_on_device(self, device: torch.device) -> Samples:
+        """Return a copy with all tensors on `device`; columns are packed there on first use."""
+        result = copy.copy(self)
+        for name in ("date", "instrument", "target", "raw_label", "weight"):
+            tensor: Tensor | None = getattr(self, name)
+            setattr(result, name, None if tensor is None else tensor.to(device))
+        if self._storage_index is not None:
+            date, instrument = self._storage_index
+            result._storage_index = date.to(device), instrument.to(device)
+        result.extras = {name: source.to(device) for name, source in self.extras.items()}
+        result.notes = dict(self.notes)
+        result.store, result.device = "device", device
+        result._cached_table = result._feature_pack = None
+        if self._columns is None:
+            pack = self.feature_pack
+            result._feature_pack = pack if pack.device == device else pack.to(device)
+        return result
 
     def _pack(self, device: torch.device) -> PackedColumns:
         if self._feature_pack is not None:
@@ -394,9 +372,9 @@ class Samples:
     def with_features(self, names: Sequence[str]) -> Samples:
         """Return these samples with the features `names`, in that order."""
         assert self._columns is not None, "check `can_reorder_features` first"
-        copy = self._rebuild(self.date.device, self._columns.keep(names))
-        copy.feature_names = tuple(names)
-        return copy
+        result = self._copy_on_device(self.date.device)
+        result._columns, result.feature_names = self._columns.keep(names), tuple(names)
+        return result
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -413,11 +391,11 @@ class Samples:
             )
         data = self.frame(getattr(reweighter, "needs", ("label",)))
         weight = validate_weights(reweighter.reweight(data), self.index)
-        copy = self._rebuild(self.date.device)
-        copy.weight = weight.to(self.date.device)
-        copy.store, copy.device = self.store, self.device
-        copy._feature_pack = self._feature_pack
-        return copy
+        result = self._copy_on_device(self.date.device)
+        result.weight = weight.to(self.date.device)
+        result.store, result.device = self.store, self.device
+        result._feature_pack = self._feature_pack
+        return result
 
 
 def build_samples(

@@ -15,7 +15,7 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.data.panel.stored_view import find_mapped_file, map_file
 
 DATA, OUTLINE = "samples.bin", "samples.pkl"
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes; mapped numbers must begin at a multiple of their size
 # If a tensor uses less than 1 / MAX_WASTE of its storage, only the used part is written.
 MAX_WASTE = 2
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
+from qtorch.data.expression.parser import Field
 from qtorch.data.expression.plan import Step
 
 
@@ -62,9 +63,8 @@ def _condition(function: Callable[..., Tensor]) -> Kernel:
 
 
 def _field(executor: Executor, step: Step) -> Tensor:
-    node = step.node
-    assert step.operator == "Field"
-    return executor.block.load(node)  # type: ignore[arg-type]  # the node of a Field step
+    assert isinstance(step.node, Field)
+    return executor.block.load(step.node)
 
 
 def _log(executor: Executor, step: Step) -> Tensor:
@@ -91,10 +91,10 @@ def _if_else(executor: Executor, step: Step) -> Tensor:
     condition = executor.get_value(step, 0)
     if condition.dtype != torch.bool:
         condition = condition != 0  # NaN is true, as in numpy
-    branches = [
-        torch.as_tensor(executor.get_operand(step, position)).to(step.dtype) for position in (1, 2)
-    ]
-    left, right = (value.to(condition.device) for value in branches)
+    left, right = (
+        torch.as_tensor(executor.get_operand(step, position)).to(condition.device, step.dtype)
+        for position in (1, 2)
+    )
     return executor.block.mask_outside_span(torch.where(condition, left, right), head=True)
 
 

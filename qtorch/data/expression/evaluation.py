@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
 from qtorch.data.expression import elementwise, history, quantile, rolling
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.operators import get_operators
 from qtorch.data.expression.parser import Field, field_name, parse, walk
 from qtorch.data.expression.plan import Plan, Step, make_plan

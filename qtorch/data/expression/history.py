@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import unknown_name_message
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.parser import Call, Text, expression_error
 from qtorch.data.expression.plan import Step, make_plan
 from qtorch.data.expression.series import Block
@@ -136,7 +136,7 @@ def _mask(executor: Executor, step: Step) -> Tensor:
         )
     inner_block = Block(bars, 0, 1, block.mask_bars)
     inner_executor = Executor(inner_block, make_plan([node.arguments[0]]), executor.kernels)
-    column = block.empty(rows=block.num_rows)[:, :1]
+    column = torch.empty((block.num_rows, 1), device=block.device)
     inner_executor.run(lambda _: column)
     values = column.expand(-1, block.num_columns).contiguous()
     return block.mask_outside_span(values.to(step.dtype), head=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from qtorch.core.errors import ExpressionError, unknown_name_message
+from qtorch.core.errors import ExpressionError, format_count, unknown_name_message
 from qtorch.data.expression.operators import (
     NOT_SUPPORTED,
     NUMBER_KINDS,
@@ -65,8 +65,11 @@ class Number:
     """A constant. `2` and `2.0` are different nodes because a window must be an integer."""
 
     value: int | float
-    is_integer: bool = field(repr=False)
     span: Span = field(compare=False, repr=False)
+    is_integer: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_integer", isinstance(self.value, int))
 
     def __str__(self) -> str:
         return repr(self.value)
@@ -202,10 +205,11 @@ _CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
     "Sub": operator.sub,
     "Mul": operator.mul,
     "Div": operator.truediv,
+    # An integer power could grow without limit; a float overflows to an error.
     "Power": lambda a, b: a**b if abs(b) <= 64 else float(a) ** b,
 }
 _WORD_SYMBOLS = {"and": "&", "or": "|", "not": "~"}
-_MAX_DEPTH = 100
+_MAX_DEPTH = 100  # the functions on trees are recursive, and Python allows a thousand calls
 
 
 def parse(text: str) -> Node:
@@ -286,8 +290,8 @@ class _Parser:
         if token.text == "+":
             return operand
         if isinstance(operand, Number):
-            return _make_number(-operand.value, span)
-        return _build_call("Mul", (operand, _make_number(-1, span)), span)
+            return Number(-operand.value, span)
+        return _build_call("Mul", (operand, Number(-1, span)), span)
 
     def parse_power(self) -> Node:
         base = self.parse_atom()
@@ -300,7 +304,7 @@ class _Parser:
         token = self.advance()
         if token.kind == "number":
             text = token.text
-            return _make_number(int(text) if text.isdigit() else float(text), token.span)
+            return Number(int(text) if text.isdigit() else float(text), token.span)
         if token.kind == "field":
             return Field(token.text[1:], token.span)
         if token.kind == "text":
@@ -377,10 +381,6 @@ class _Parser:
         return expression_error(token.span, f"{problem} where {expected} was expected")
 
 
-def _make_number(value: int | float, span: Span) -> Number:
-    return Number(value, isinstance(value, int), span)
-
-
 def _fold_constants(name: str, left: Number, right: Number, span: Span) -> Number:
     if name not in _CONSTANT:
         raise expression_error(span, "a comparison of two constants has no daily values")
@@ -391,7 +391,7 @@ def _fold_constants(name: str, left: Number, right: Number, span: Span) -> Numbe
     if isinstance(value, complex):
         raise expression_error(span, "this constant is not a real number")
     # Large integers become floats, because nested integer powers could grow without limit.
-    return _make_number(float(value) if abs(value) > 1e18 else value, span)
+    return Number(float(value) if abs(value) > 1e18 else value, span)
 
 
 # -- validation of calls -------------------------------------------------------------------------
@@ -400,12 +400,9 @@ def _fold_constants(name: str, left: Number, right: Number, span: Span) -> Numbe
 def _build_call(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
     definition = get_operators()[name]
     if len(arguments) != len(definition.arguments):
-        raise expression_error(
-            span,
-            f"{name} takes {len(definition.arguments)} argument"
-            f"{'' if len(definition.arguments) == 1 else 's'} ({', '.join(definition.arguments)}), "
-            f"got {len(arguments)}",
-        )
+        expected = format_count(len(definition.arguments), "argument")
+        kinds = ", ".join(definition.arguments)
+        raise expression_error(span, f"{name} takes {expected} ({kinds}), got {len(arguments)}")
     for position, (kind, node) in enumerate(
         zip(definition.arguments, arguments, strict=True), start=1
     ):

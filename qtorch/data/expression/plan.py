@@ -120,8 +120,8 @@ class _Planner:
     def plan(self, roots: Iterable[Node]) -> Plan:
         for output, root in enumerate(roots):
             self.steps[self.add_step(_hoist_masks(root))].outputs.append(output)
-        for index in range(len(self.steps) - 1, -1, -1):
-            self.choose_dtype(index)
+        for step in self.steps:
+            step.dtype = self.choose_dtype(step)
         return Plan(
             self.steps,
             {key: tuple(sorted(w)) for key, w in self.windows.items()},
@@ -168,29 +168,19 @@ class _Planner:
         # With only conditions and constants as operands, numpy returns int64 or float64.
         return any(s.is_wide for s in inputs) or all(s.is_condition for s in inputs)
 
-    def choose_dtype(self, index: int) -> None:
+    def choose_dtype(self, step: Step) -> torch.dtype:
         """Use float64 if numpy does, unless rounding errors cannot become visible later."""
-        step = self.steps[index]
         if step.is_condition:
-            step.dtype = torch.bool
-        elif step.is_wide and not self.is_exact(index) and not self.is_narrow(index):
-            step.dtype = torch.float64
-
-    def is_exact(self, index: int) -> bool:
-        step = self.steps[index]
-        return step.operator in _EXACT_IN_FLOAT32 and not any(
+            return torch.bool
+        is_exact = step.operator in _EXACT_IN_FLOAT32 and not any(
             self.steps[i].is_wide for i in step.inputs
         )
-
-    def is_narrow(self, index: int) -> bool:
-        """Whether only final products and quotients use it, so that relative errors stay small."""
-        return self.is_final(index) or all(
-            self.steps[c].operator in ("Mul", "Div") and self.is_final(c)
-            for c in self.steps[index].consumers
+        # Relative errors stay small if only final products and quotients use the step.
+        is_narrow = all(
+            c.operator in ("Mul", "Div") and not c.consumers
+            for c in (self.steps[i] for i in step.consumers)
         )
-
-    def is_final(self, index: int) -> bool:
-        return not self.steps[index].consumers
+        return torch.float64 if step.is_wide and not is_exact and not is_narrow else torch.float32
 
     # -- windows -------------------------------------------------------------------------------
 

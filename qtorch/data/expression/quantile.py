@@ -12,12 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.plan import Step
 from qtorch.data.expression.series import Series, window_chain
 
+_MAX_NETWORK_WINDOW = 256  # merging networks of longer windows have many thousand steps
+_MAX_PARTIAL = 0.04  # fraction of partial windows up to which sorting each of them is faster
+_INFINITE = float("inf")
+
 WindowPositions: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 """The needed positions in the sorted values of each window; windows are ascending."""
+Levels: TypeAlias = dict[int, tuple[float, ...]]
+Quantiles: TypeAlias = dict[tuple[int, float], Tensor]
+
+# -- merging networks: programs of minima and maxima that sort all windows -----------------------
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,7 @@ def run_program(program: Program, values: Tensor) -> dict[int, dict[int, Tensor]
     }
 
 
-_MAX_NETWORK_WINDOW = 256  # merging networks of longer windows have many thousand steps
-_MAX_PARTIAL = 0.04  # fraction of partial windows up to which sorting each of them is faster
-_INFINITE = float("inf")
-
-Levels = dict[int, tuple[float, ...]]
-Quantiles = dict[tuple[int, float], Tensor]
+# -- the operators ---------------------------------------------------------------------------------
 
 
 def _quantile(executor: Executor, step: Step) -> Tensor:
@@ -166,10 +169,9 @@ def _quantile(executor: Executor, step: Step) -> Tensor:
 
 def _compute_quantiles(series: Series, levels_by_window: Levels) -> Quantiles:
     """Compute all quantiles of a series that the plan needs: `[D, n]` by window and level."""
-    long_windows = {w: levels for w, levels in levels_by_window.items() if w > _MAX_NETWORK_WINDOW}
-    short_windows = {
-        w: levels for w, levels in levels_by_window.items() if w <= _MAX_NETWORK_WINDOW
-    }
+    items = levels_by_window.items()
+    long_windows = {w: levels for w, levels in items if w > _MAX_NETWORK_WINDOW}
+    short_windows = {w: levels for w, levels in items if w <= _MAX_NETWORK_WINDOW}
     quantiles = _insertion_quantiles(series, long_windows) if long_windows else {}
     if short_windows:
         partial_fraction = max(
@@ -202,13 +204,13 @@ def _pad_values(series: Series, window: int) -> Tensor:
 
 
 def _full_window_quantiles(series: Series, levels_by_window: Levels) -> Quantiles:
-    window_positions = []
-    for w in sorted(levels_by_window):
-        positions = {k for s in levels_by_window[w] for k in _quantile_positions(s, w)}
-        window_positions.append((w, tuple(sorted(positions))))
+    window_positions = tuple(
+        (w, tuple(sorted({k for s in levels for k in _quantile_positions(s, w)})))
+        for w, levels in sorted(levels_by_window.items())
+    )
     longest = max(levels_by_window)
     padded_values = _pad_values(series, longest)
-    sorted_windows = run_program(build_program(tuple(window_positions)), padded_values)
+    sorted_windows = run_program(build_program(window_positions), padded_values)
     quantiles: Quantiles = {}
     for w, levels in levels_by_window.items():
         cells = _partial_windows(series, w).nonzero(as_tuple=True)
@@ -256,13 +258,11 @@ def _interpolate(sorted_values: Tensor, n: Tensor, level: float) -> Tensor:
 
 def _partial_window_quantiles(series: Series, levels_by_window: Levels) -> Quantiles:
     longest = max(levels_by_window)
-    window_positions = []
-    for w in sorted(levels_by_window):
-        highest = max(_quantile_positions(max(levels_by_window[w]), w))
-        window_positions.append((w, tuple(range(highest + 1))))
-    sorted_windows = run_program(
-        build_program(tuple(window_positions)), _pad_values(series, longest)
+    window_positions = tuple(
+        (w, tuple(range(max(_quantile_positions(max(levels), w)) + 1)))
+        for w, levels in sorted(levels_by_window.items())
     )
+    sorted_windows = run_program(build_program(window_positions), _pad_values(series, longest))
     quantiles: Quantiles = {}
     for w, levels in levels_by_window.items():
         n = series.rows.count(w).expand(series.values.shape)

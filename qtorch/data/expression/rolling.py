@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtorch.data.expression.machine import Executor, Kernel
+from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.plan import Step
 from qtorch.data.expression.series import Series, rolling_extremes, window_chain
 
 # The range of int32.
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
-
-
-def _cast(values: Tensor, step: Step) -> Tensor:
-    return values.to(step.dtype)
 
 
 # -- moments ---------------------------------------------------------------------------------------
@@ -30,7 +26,7 @@ def _sum(executor: Executor, step: Step) -> Tensor:
 def _mean(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
     mean = series.sum("sum", window) * series.rows.inverse_count(window)
-    return executor.block.mask_outside_span(_cast(mean, step))
+    return executor.block.mask_outside_span(mean.to(step.dtype))
 
 
 def _variance(executor: Executor, step: Step) -> Tensor:
@@ -75,7 +71,8 @@ def _skewness(executor: Executor, step: Step) -> Tensor:
     n = series.rows.count(window)
     second, third = _central_moments(series, window, 3)
     skew = (n * (n - 1)).sqrt() / (n - 2) * third / second**1.5
-    return executor.block.mask_outside_span(_cast(_mask_flat(skew, series, window, 3), step))
+    skew = _mask_flat(skew, series, window, 3)
+    return executor.block.mask_outside_span(skew.to(step.dtype))
 
 
 def _kurtosis(executor: Executor, step: Step) -> Tensor:
@@ -83,7 +80,8 @@ def _kurtosis(executor: Executor, step: Step) -> Tensor:
     n = series.rows.count(window)
     second, _, fourth = _central_moments(series, window, 4)
     kurt = ((n * n - 1) * fourth / second**2 - 3 * (n - 1) ** 2) / ((n - 2) * (n - 3))
-    return executor.block.mask_outside_span(_cast(_mask_flat(kurt, series, window, 4), step))
+    kurt = _mask_flat(kurt, series, window, 4)
+    return executor.block.mask_outside_span(kurt.to(step.dtype))
 
 
 def _mask_flat(values: Tensor, series: Series, window: int, min_count: int) -> Tensor:
@@ -107,7 +105,7 @@ def _row_codeviation(series: Series, window: int) -> Tensor:
 def _slope(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
     slope = _row_codeviation(series, window).mul_(series.rows.inverse_row_deviation(window))
-    return executor.block.mask_outside_span(_cast(slope, step))
+    return executor.block.mask_outside_span(slope.to(step.dtype))
 
 
 def _residual(executor: Executor, step: Step) -> Tensor:
@@ -117,7 +115,7 @@ def _residual(executor: Executor, step: Step) -> Tensor:
     estimate = _row_codeviation(series, window).mul_(rows.inverse_row_deviation(window) * distance)
     estimate.addcmul_(series.sum("sum", window).to(torch.float64), rows.inverse_count(window))
     residual = torch.sub(series.values_or_zero, estimate, out=estimate)
-    return executor.block.mask_outside_span(rows.mask_missing(_cast(residual, step)))
+    return executor.block.mask_outside_span(rows.mask_missing(residual.to(step.dtype)))
 
 
 def _rsquare(executor: Executor, step: Step) -> Tensor:
@@ -129,7 +127,7 @@ def _rsquare(executor: Executor, step: Step) -> Tensor:
         variance = torch.threshold(series.variance(window), 0.0, torch.nan)
     result = _row_codeviation(series, window).square_().div_(variance)
     result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window))
-    return executor.block.mask_outside_span(_cast(result, step))
+    return executor.block.mask_outside_span(result.to(step.dtype))
 
 
 def _wma(executor: Executor, step: Step) -> Tensor:
@@ -148,7 +146,7 @@ def _wma(executor: Executor, step: Step) -> Tensor:
         value=-1,
     )
     total.div_(length * (length + 1) / 2).mul_(series.rows.inverse_count(window))
-    return executor.block.mask_outside_span(_cast(total, step))
+    return executor.block.mask_outside_span(total.to(step.dtype))
 
 
 # -- two series ------------------------------------------------------------------------------------
@@ -157,7 +155,7 @@ def _wma(executor: Executor, step: Step) -> Tensor:
 def _covariance(executor: Executor, step: Step) -> Tensor:
     pair, window = executor.get_pair(step), executor.get_window(step)
     covariance = pair.codeviation(window).mul_(pair.left.rows.inverse_dof(window))
-    return executor.block.mask_outside_span(_cast(covariance, step))
+    return executor.block.mask_outside_span(covariance.to(step.dtype))
 
 
 def _correlation(executor: Executor, step: Step) -> Tensor:
@@ -171,7 +169,8 @@ def _correlation(executor: Executor, step: Step) -> Tensor:
         variances.append(variance.to(step.dtype))
     deviation = variances[0].sqrt().mul_(variances[1].sqrt())
     # For two or three nearly constant pairs the quotient is a rounding error; keep it in -1..1.
-    return executor.block.mask_outside_span(_cast(covariance, step).div_(deviation).clamp_(-1, 1))
+    correlation = covariance.to(step.dtype).div_(deviation).clamp_(-1, 1)
+    return executor.block.mask_outside_span(correlation)
 
 
 # -- extremes, their rows, and ranks ---------------------------------------------------------------

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import TypeAlias
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qtorch.data.expression.parser import Field, field_name
-from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.panel import Panel, within_spans
 
 
 class Block:
@@ -31,8 +31,8 @@ class Block:
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start
-        spans = bars.spans[start:stop].to(self.device)
-        self.first, self.last = spans[:, 0].contiguous(), spans[:, 1].contiguous()
+        self.spans = bars.spans[start:stop].to(self.device)
+        self.first, self.last = self.spans[:, 0].contiguous(), self.spans[:, 1].contiguous()
         self.is_full = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
         self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows
 
@@ -44,8 +44,7 @@ class Block:
     @cached_property
     def is_stored(self) -> Tensor:
         """Whether a row is within the instrument's span, `[D, n]` bool."""
-        order = torch.arange(self.num_rows, device=self.device)[:, None]
-        return (order >= self.first) & (order <= self.last)
+        return within_spans(self.spans, self.num_rows)
 
     @cached_property
     def span_mask(self) -> Tensor:
@@ -81,16 +80,11 @@ class Block:
             values[start:] += self.span_mask[start:]
         return values
 
-    def as_numbers(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Convert conditions to 0 and 1 (NaN outside the spans), and cast numbers to `dtype`."""
+    def as_numbers(self, values: Tensor) -> Tensor:
+        """Convert conditions to 0 and 1 (NaN outside the spans); numbers stay as they are."""
         if values.dtype == torch.bool:
-            return self.mask_outside_span(values.to(dtype or torch.float32), head=True)
-        return values if dtype is None else values.to(dtype)
-
-    def empty(self, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Tensor:
-        """Return an uninitialized `[D, n]` tensor."""
-        shape = (self.num_rows if rows is None else rows, self.num_columns)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+            return self.mask_outside_span(values.to(torch.float32), head=True)
+        return values
 
     def load(self, field: Field) -> Tensor:
         """Load a stored field as a contiguous `[D, n]` tensor.
@@ -230,12 +224,18 @@ class _WindowCache:
             self._results[family] = compute()
         return self._results[family]
 
-    def compute_window(self, name: str, window: int, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the result of one window."""
-        results = self._results.setdefault(name, {})
+
+def _cache_by_window(method: Callable[[Any, int], Tensor]) -> Callable[[Any, int], Tensor]:
+    """Let a method of a `_WindowCache` compute the result of each window only once."""
+
+    @wraps(method)
+    def compute_once(self: _WindowCache, window: int) -> Tensor:
+        results = self._results.setdefault(method.__name__, {})
         if window not in results:
-            results[window] = compute()
+            results[window] = method(self, window)
         return results[window]
+
+    return compute_once
 
 
 class Rows(_WindowCache):
@@ -262,9 +262,7 @@ class Rows(_WindowCache):
     def matches(self, num_leading_nans: int, valid: Tensor | None) -> bool:
         """Whether the valid cells equal the given ones."""
         if valid is None or self._valid is None:
-            return (
-                valid is None and self._valid is None and num_leading_nans == self.num_leading_nans
-            )
+            return valid is self._valid and num_leading_nans == self.num_leading_nans
         return torch.equal(valid, self._valid)
 
     @property
@@ -298,58 +296,52 @@ class Rows(_WindowCache):
         if self.is_dense:
             result[: self.num_leading_nans] = torch.nan
             return result
-        count = self._sparse_count(window)
-        if bool(count.amin() > 0):
+        if bool(self._sparse_count(window).amin() > 0):
             return result
-        mask = self.compute_window("empty_mask", window, lambda: count.reciprocal() * 0)
-        return result.add_(mask)
+        return result.add_(self._empty_mask(window))
+
+    @_cache_by_window
+    def _empty_mask(self, window: int) -> Tensor:
+        return self._sparse_count(window).reciprocal() * 0
 
     # -- counts --------------------------------------------------------------------------------
 
+    @_cache_by_window
     def count(self, window: int) -> Tensor:
         """Return the number of values in each window, float64 `[D, 1]` or `[D, n]`."""
-        return self.compute_window("count", window, lambda: self._count(window))
-
-    def _count(self, window: int) -> Tensor:
         if self.is_dense:
             return (self.block.rows + (1 - self.num_leading_nans)).clamp_(min=0, max=window)
         return self._sparse_count(window).to(torch.float64)
 
     def _sparse_count(self, window: int) -> Tensor:
-        return self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))[
-            window
-        ]
+        counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))
+        return counts[window]
 
+    @_cache_by_window
     def inverse_count(self, window: int) -> Tensor:
         """Return 1 / count; infinite for an empty window, so that 0 times it is NaN."""
-        return self.compute_window("inverse_count", window, lambda: self.count(window).reciprocal())
+        return self.count(window).reciprocal()
 
+    @_cache_by_window
     def inverse_dof(self, window: int) -> Tensor:
         """Return 1 / (count - 1) for variances; infinite for a single value."""
-        return self.compute_window(
-            "inverse_dof", window, lambda: (self.count(window) - 1).reciprocal()
-        )
+        return (self.count(window) - 1).reciprocal()
 
     # -- row numbers -----------------------------------------------------------------------------
 
+    @_cache_by_window
     def mean_row(self, window: int) -> Tensor:
         """Return the mean row number of the rows with a value."""
         if self.is_dense:
             return self.block.rows - (self.count(window) - 1) / 2
-        return self.compute_window(
-            "mean_row", window, lambda: self._row_power_sum(1, window) * self.inverse_count(window)
-        )
+        return self._row_power_sum(1, window) * self.inverse_count(window)
 
+    @_cache_by_window
     def inverse_row_deviation(self, window: int) -> Tensor:
         """Return 1 / the sum of squared deviations of the row numbers; NaN for fewer than two."""
         if self.is_dense:
             n = self.count(window)
             return torch.where(n > 1, 12 / (n * (n * n - 1)), torch.nan)
-        return self.compute_window(
-            "inverse_row_deviation", window, lambda: self._inverse_row_deviation(window)
-        )
-
-    def _inverse_row_deviation(self, window: int) -> Tensor:
         squares, mean = self._row_power_sum(2, window), self.mean_row(window)
         deviation = torch.addcmul(squares, mean, self._row_power_sum(1, window), value=-1)
         # Two rows have a sum of at least 0.5; smaller numbers are rounding errors of 0.
@@ -363,17 +355,8 @@ class Rows(_WindowCache):
         return self.compute_windows(f"row{power}", compute)[window]
 
 
-def find_rows(cache: list[Rows], block: Block, windows: tuple[int, ...], values: Tensor) -> Rows:
-    """Return the `Rows` of the values from the cache, adding an object if none matches."""
-    num_leading_nans, valid = _find_valid_cells(block, values)
-    for rows in cache:
-        if rows.matches(num_leading_nans, valid):
-            return rows
-    cache.append(Rows(block, windows, num_leading_nans=num_leading_nans, valid=valid))
-    return cache[-1]
-
-
-def _find_valid_cells(block: Block, values: Tensor) -> tuple[int, Tensor | None]:
+def find_valid_cells(block: Block, values: Tensor) -> tuple[int, Tensor | None]:
+    """Return `num_leading_nans` and `valid` of the `Rows` that belong to the values."""
     if values.dtype == torch.bool:
         return 0, None if block.is_full else block.is_stored.to(torch.float32)
     # 0 if finite, else NaN: one vectorized pass instead of the four of isfinite.
@@ -440,9 +423,10 @@ class Series(_WindowCache):
 
     def sum(self, family: str, window: int) -> Tensor:
         """Return the rolling sum of a family: sum, square, or position (row number x value)."""
-        return self.compute_windows(
+        sums = self.compute_windows(
             family, lambda: rolling_sums(self.base(family), self.windows(family))
-        )[window]
+        )
+        return sums[window]
 
     def base(self, family: str) -> Tensor:
         """Return the terms that the sums of a family add up."""
@@ -455,23 +439,18 @@ class Series(_WindowCache):
         assert family == "position", family
         return self.values_or_zero * self.block.rows
 
+    @_cache_by_window
     def variance(self, window: int) -> Tensor:
         """Return the variance (n - 1) in float64: NaN for under two values, 0 on flat windows."""
-        return self.compute_window("variance", window, lambda: self._variance(window))
-
-    def _variance(self, window: int) -> Tensor:
         total = self.sum("sum", window).to(torch.float64)
         mean_part = (total * total).mul_(self.rows.inverse_count(window))
         deviation = torch.sub(self.sum("square", window), mean_part, out=mean_part)
         return deviation.clamp_(min=0).mul_(self.rows.inverse_dof(window))
 
+    @_cache_by_window
     def variance_or_nan(self, window: int) -> Tensor:
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
-        return self.compute_window(
-            "variance_or_nan",
-            window,
-            lambda: torch.threshold(self.variance(window), 4e-10, torch.nan),
-        )
+        return torch.threshold(self.variance(window), 4e-10, torch.nan)
 
 
 class Pair:

@@ -138,7 +138,7 @@ def alpha158(
 
 
 def alpha158_from_config(config: dict[str, dict[str, object]]) -> Features:
-    """Answer to Qlib's `Alpha158DL.get_feature_config(config)`: keys kbar, price, volume, rolling.
+    """Return the features of a config of Qlib's `Alpha158DL`: keys kbar, price, volume, rolling.
 
     A key enables its part, with Qlib's defaults for missing options (price and volume: lags 0 to
     4). Raises ConfigError for keys that Qlib does not know either.
@@ -362,9 +362,8 @@ INFER_PROCESSORS_360: tuple[Any, ...] = (
 
 
 class _Alpha(DataHandlerLP):
-    """Common base of the Alpha handlers: a feature loader plus a label."""
+    """Common base of the Alpha handlers: the label that their loaders add to the features."""
 
-    loader: ClassVar[type[Alpha158DL] | type[Alpha360DL]]
     label_config: ClassVar[tuple[Sequence[str], Sequence[str]]] = DEFAULT_LABEL
 
     def get_label_config(self) -> tuple[list[str], list[str]]:
@@ -372,23 +371,8 @@ class _Alpha(DataHandlerLP):
         expressions, names = self.label_config
         return list(expressions), list(names)
 
-    def _build_loader(
-        self,
-        label: Any,
-        columns: Sequence[str] | None,
-        filter_pipe: Sequence[Any] | None,
-        freq: str,
-        inst_processors: Sequence[Any] | None,
-        **loader_options: Any,
-    ) -> QlibDataLoader:
-        return self.loader(
-            {"label": self.get_label_config() if label is None else label},
-            filter_pipe,
-            freq=freq,
-            inst_processors=inst_processors,
-            columns=columns,
-            **loader_options,
-        )
+    def _loader_config(self, label: Any) -> dict[str, Any]:
+        return {"label": self.get_label_config() if label is None else label}
 
 
 class Alpha158(_Alpha):
@@ -406,8 +390,6 @@ class Alpha158(_Alpha):
     the same for all instruments, are appended after the other columns (see
     `qtorch.data.handler.alpha.market_features`); MASTER's gate reads them.
     """
-
-    loader = Alpha158DL
 
     def __init__(
         self,
@@ -434,8 +416,13 @@ class Alpha158(_Alpha):
         source: Any = None,
         cache: bool | str | Path = False,
     ) -> None:
-        loader = self._build_loader(
-            label, columns, filter_pipe, freq, inst_processors, market=market
+        loader = Alpha158DL(
+            self._loader_config(label),
+            filter_pipe,
+            freq=freq,
+            inst_processors=inst_processors,
+            columns=columns,
+            market=market,
         )
         super().__init__(
             instruments,
@@ -470,8 +457,6 @@ class Alpha360(_Alpha):
     name: a batch is a window `[60, 6]` of the raw fields that is normalised when it is gathered.
     """
 
-    loader = Alpha360DL
-
     def __init__(
         self,
         instruments: Any = "all",
@@ -496,7 +481,13 @@ class Alpha360(_Alpha):
         source: Any = None,
         cache: bool | str | Path = False,
     ) -> None:
-        loader = self._build_loader(label, columns, filter_pipe, freq, inst_processors)
+        loader = Alpha360DL(
+            self._loader_config(label),
+            filter_pipe,
+            freq=freq,
+            inst_processors=inst_processors,
+            columns=columns,
+        )
         super().__init__(
             instruments,
             start_time,

@@ -91,7 +91,8 @@ class FeatureCache:
                 return cached_view
             view = compute()
             is_stored = self._store(key, view, summary)
-        return self._load(key) or view if is_stored else view
+        # Read it back: mapped memory is shared with the other processes that read the entry.
+        return (self._load(key) if is_stored else None) or view
 
     def entries(self) -> list[Entry]:
         """List the entries, most recently used first."""
@@ -314,7 +315,7 @@ def feature_key(
     dates = source.calendar(start_time, end_time, freq)
     if not len(dates):
         return None  # loading raises a better error
-    span = [f"{dates[0].isoformat()}", f"{dates[-1].isoformat()}"]
+    span = [dates[0].isoformat(), dates[-1].isoformat()]
     try:
         parts = {
             "engine": engine_digest(),

@@ -10,7 +10,7 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.frames import view_to_frame
 from qtorch.data.panel.panel import NAMES
-from qtorch.data.panel.view import FLAT, View
+from qtorch.data.panel.view import View
 
 CS_ALL = "__all"
 CS_RAW = "__raw"
@@ -75,14 +75,12 @@ def select_groups(view: View, col_set: str | Sequence[str]) -> list[str] | None:
 
 def column_set_names(view: View, col_set: str | Sequence[str]) -> list[Any]:
     """Return the columns of a column set: names, or `(group, name)` for several groups."""
-    select_groups(view, col_set)
-    if view.is_flat:
-        return list(view.groups[FLAT].names)
-    if isinstance(col_set, str) and col_set not in (CS_ALL, CS_RAW):
-        return list(view.groups[col_set].names)
-    groups = list(view.groups) if isinstance(col_set, str) else list(col_set)
-    pairs = [(g, n) for g in groups for n in view.groups[g].names]
-    return [n for _, n in pairs] if isinstance(col_set, str) and col_set == CS_ALL else pairs
+    groups = select_groups(view, col_set)
+    pairs = [
+        (g, n) for g in (view.groups if groups is None else groups) for n in view.groups[g].names
+    ]
+    has_one_level = view.is_flat or (isinstance(col_set, str) and col_set != CS_RAW)
+    return [n for _, n in pairs] if has_one_level else pairs
 
 
 def _is_date_level(level: str | int | None) -> bool:

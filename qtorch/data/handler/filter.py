@@ -25,7 +25,7 @@ class DynamicFilter(Configured, ABC):
     """A rule of a `filter_pipe`: between two dates, instruments that fail it are not members.
 
     Dates are inclusive, None is open; outside them the membership is unchanged. The rule of day t
-    may use whatever its expression refers to. Answers to qlib/data/filter.py (SeriesDFilter).
+    may use whatever its expression refers to. Corresponds to qlib/data/filter.py (SeriesDFilter).
     """
 
     fstart_time: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -48,7 +48,7 @@ class DataHandler(Configured, Serializable):
     `fetch_orig` exists for compatibility with Qlib: fetched frames are always copies. Infinite
     bars, or infinite values in a user's frame, raise a DataError with their location.
 
-    `view(data_key)` returns tensors (`View`), `fetch` DataFrames. Answers to
+    `view(data_key)` returns tensors (`View`), `fetch` DataFrames. Corresponds to
     qlib/data/dataset/handler.py.
     """
 
@@ -131,14 +131,11 @@ class DataHandler(Configured, Serializable):
 
     def config(
         self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
+        *args: Any,
         instruments: Any = None,
         start_time: Any = None,
         end_time: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Change instruments or dates (None keeps them), and pass Serializable's options.
 
@@ -151,7 +148,7 @@ class DataHandler(Configured, Serializable):
         self._arguments = {**self._arguments, **changes}
         if changes:
             self._discard_data()
-        super().config(dump_all, exclude, include, recursive)
+        super().config(*args, **kwargs)
 
     def _discard_data(self) -> None:
         self._raw = None
@@ -495,16 +492,7 @@ class DataHandlerLP(DataHandler):
         self.process_data(with_fit=init_type == self.IT_FIT_SEQ)
 
     def config(
-        self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
-        instruments: Any = None,
-        start_time: Any = None,
-        end_time: Any = None,
-        processor_kwargs: Mapping[str, Any] | None = None,
+        self, *args: Any, processor_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Change DataHandler's options; `processor_kwargs` go to every processor's `config`."""
         if processor_kwargs:
@@ -513,15 +501,7 @@ class DataHandlerLP(DataHandler):
             lists = ("infer_processors", "learn_processors", "shared_processors")
             processors = {n: getattr(self, n) for n in lists if getattr(self, n)}
             self._arguments = {**self._arguments, **processors}
-        super().config(
-            dump_all,
-            exclude,
-            include,
-            recursive,
-            instruments=instruments,
-            start_time=start_time,
-            end_time=end_time,
-        )
+        super().config(*args, **kwargs)
 
     def _discard_data(self) -> None:
         super()._discard_data()

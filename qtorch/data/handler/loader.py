@@ -6,6 +6,7 @@ import logging
 import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -39,7 +40,7 @@ from qtorch.data.source.frame import build_source, default_source
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
-INSTRUMENTS_AT_ONCE = 128
+INSTRUMENTS_AT_ONCE = 128  # whose whole history is evaluated before it is cut to the dates
 POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
 
 
@@ -51,7 +52,7 @@ class DataLoader(Configured, ABC):
     frame, as in Qlib. A user's loader overrides either of them: with only `load` (Qlib's protocol,
     a `(datetime, instrument)` frame) the view is built from the frame. Loaded values may be
     infinite, e.g. after a division in an expression; handling them is left to the processors.
-    Answers to qlib/data/dataset/loader.py.
+    Corresponds to qlib/data/dataset/loader.py.
     """
 
     def view(
@@ -169,7 +170,8 @@ class QlibDataLoader(DataLoader):
         def compute() -> View:
             return self._compute_view(source, universe, start_time, end_time, fields, filters)
 
-        cache, cache_entry = current_feature_cache(), None
+        cache = current_feature_cache()
+        cache_entry = None
         if cache is not None:
             cache_entry = feature_key(
                 self,
@@ -181,11 +183,10 @@ class QlibDataLoader(DataLoader):
                 fields=fields,
                 filters=filters,
             )
-        view = (
-            compute()
-            if cache is None or cache_entry is None
-            else cache.get(*cache_entry, compute=compute)
-        )
+        if cache is None or cache_entry is None:
+            view = compute()
+        else:
+            view = cache.get(*cache_entry, compute=compute)
         for process in self._inst_processors:
             view = process(view)
         return view
@@ -199,13 +200,20 @@ class QlibDataLoader(DataLoader):
         fields: Mapping[str, Mapping[str, str]],
         filters: Sequence[DynamicFilter],
     ) -> View:
-        rule_expressions = [e for f in filters for e in f.expressions()]
-        load_arguments = self._load_arguments(start_time, end_time, fields, rule_expressions)
-        field_expressions = [e for part in fields.values() for e in part.values()]
-        bars = source.load_for_expressions(
-            [*field_expressions, *rule_expressions], instruments=universe, **load_arguments
+        rules = [e for f in filters for e in f.expressions()]
+        reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
+        before, after = join_reaches([*reaches, max_reach(rules)])
+        field_names = [n for group, part in fields.items() for n in self.group_fields(group, part)]
+        bars, mask_bars = source.load_for_expressions(
+            [*(e for part in fields.values() for e in part.values()), *rules],
+            instruments=universe,
+            fields=list(dict.fromkeys([*field_names, *expression_fields(rules)])),
+            start_time=start_time,
+            end_time=end_time,
+            freq=self.freq,
+            before=before,
+            after=after,
         )
-        mask_bars = source.load_mask_bars(field_expressions, **load_arguments)
         for dynamic_filter in filters:
             bars = bars.replace(mask=dynamic_filter.members(bars))
         bars = _drop_nonmembers(bars, start_time, end_time) if filters else bars
@@ -230,7 +238,29 @@ class QlibDataLoader(DataLoader):
 
         `mask_bars` are the bars of further instruments that the expressions refer to (by Mask).
         """
-        return evaluate_columns(expressions, bars, span, mask_bars)
+        # Rows after the dates are only needed by labels; leave them out for features.
+        stop = min(len(bars.calendar), span.stop + max_reach(expressions.values())[1])
+        visible_bars = bars
+        if stop < len(bars.calendar):
+            end = bars.calendar[stop - 1]
+            visible_bars = bars.select(end=end)
+            mask_bars = None if mask_bars is None else mask_bars.select(end=end)
+        n = len(bars.instruments)
+        # Stored by instrument, so that packing needs no copy.
+        out = instrument_major(span.stop - span.start, n, len(expressions))
+        if span == slice(0, len(visible_bars.calendar)):
+            return PanelColumns(evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars))
+        # The rows before the dates are history that the result does not need: compute blocks of
+        # instruments on all rows and cut them.
+        for first in range(0, n, INSTRUMENTS_AT_ONCE):
+            part = slice(first, first + INSTRUMENTS_AT_ONCE)
+            block = _select_instruments(visible_bars, part)
+            out[:, part] = evaluate(expressions, block, mask_bars=mask_bars).values[span]
+        dates = bars.calendar[span]
+        mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
+        return PanelColumns(
+            Panel(out, dates, bars.instruments, list(expressions), mask=mask, spans=spans)
+        )
 
     def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
         """Return the number of rows that a group's expressions need before and after the dates.
@@ -242,27 +272,6 @@ class QlibDataLoader(DataLoader):
     def group_fields(self, group: str, expressions: Mapping[str, str]) -> tuple[str, ...]:
         """Return the stored fields that a group's expressions read."""
         return expression_fields(expressions)
-
-    def _load_arguments(
-        self,
-        start_time: Any,
-        end_time: Any,
-        fields: Mapping[str, Mapping[str, str]],
-        rule_expressions: Sequence[str],
-    ) -> dict[str, Any]:
-        """Build the arguments of the source's load methods, except for the instruments."""
-        reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
-        before, after = join_reaches([*reaches, max_reach(rule_expressions)])
-        field_names = dict.fromkeys(f for g, e in fields.items() for f in self.group_fields(g, e))
-        field_names.update(dict.fromkeys(expression_fields(rule_expressions)))
-        return {
-            "fields": list(field_names),
-            "start_time": start_time,
-            "end_time": end_time,
-            "freq": self.freq,
-            "before": before,
-            "after": after,
-        }
 
 
 class StaticDataLoader(DataLoader):
@@ -297,7 +306,10 @@ class StaticDataLoader(DataLoader):
             self._view = self._read()
         members = resolve_members(instruments, self._view, source)
         view = restrict_view(self._view, members, start_time, end_time)
-        return check_view(view if columns is None else _select_columns(view, columns))
+        if columns is not None:
+            groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
+            view = replace(view, groups=groups)
+        return check_view(view)
 
     def _read(self) -> View:
         if isinstance(self.config, Mapping):
@@ -349,7 +361,7 @@ class NestedDataLoader(DataLoader):
             views.append(loader.view(loader_instruments, start_time, end_time, source=source))
         view = join_views(views, self.join)
         groups = {g: view.groups[g].keep(sorted(view.groups[g].names)) for g in sorted(view.groups)}
-        return View(groups, view.rows, view.history)
+        return replace(view, groups=groups)
 
 
 class LoaderAdapter(DataLoader):
@@ -474,37 +486,6 @@ def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
 # -- columns ---------------------------------------------------------------------------------------
 
 
-def evaluate_columns(
-    expressions: Mapping[str, str], bars: Panel, span: slice, mask_bars: Panel | None = None
-) -> Columns:
-    """Evaluate expressions on the rows `span` of the bars, stored so that packing needs no copy."""
-    lookahead = max_reach(expressions.values())[1]
-    # Rows after the dates are only needed by labels; leave them out for features.
-    stop = min(len(bars.calendar), span.stop + lookahead)
-    visible_bars = bars
-    if stop < len(bars.calendar):
-        end = bars.calendar[stop - 1]
-        visible_bars, mask_bars = (
-            bars.select(end=end),
-            None if mask_bars is None else mask_bars.select(end=end),
-        )
-    n = len(bars.instruments)
-    out = instrument_major(span.stop - span.start, n, len(expressions))
-    if span == slice(0, len(visible_bars.calendar)):
-        return PanelColumns(evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars))
-    # The rows before the dates are history that the result does not need: compute blocks of
-    # instruments on all rows and cut them.
-    for first in range(0, n, INSTRUMENTS_AT_ONCE):
-        part = slice(first, first + INSTRUMENTS_AT_ONCE)
-        block = _select_instruments(visible_bars, part)
-        out[:, part] = evaluate(expressions, block, mask_bars=mask_bars).values[span]
-    dates = bars.calendar[span]
-    mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
-    return PanelColumns(
-        Panel(out, dates, bars.instruments, list(expressions), mask=mask, spans=spans)
-    )
-
-
 def _select_instruments(bars: Panel, part: slice) -> Panel:
     return Panel(
         bars.values[:, part],
@@ -525,8 +506,3 @@ def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
         raise DataError("the filter_pipe excludes every instrument on every day; relax its rules.")
     columns = torch.nonzero(is_member)[:, 0].cpu().numpy()
     return bars.select(instruments=list(bars.instruments[columns]))
-
-
-def _select_columns(view: View, columns: Names) -> View:
-    groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
-    return View(groups, view.rows, view.history)

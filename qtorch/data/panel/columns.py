@@ -108,8 +108,8 @@ class Columns(ABC):
     ) -> Tensor:
         """Return several columns `[K, D, N]`, each contiguous; the caller may write to this copy.
 
-        `rows` selects dates. `out` is a buffer to reuse: allocating
-        new memory costs more than the work that is done with it.
+        `rows` selects dates. `out` is a buffer to reuse: allocating new memory costs more than the
+        work that is done with it.
         """
         self._check_names(names)
         dates = slice(0, self.shape[0]) if rows is None else rows
@@ -130,8 +130,7 @@ class Columns(ABC):
             out[k] = self._raw_column(name)[rows]
 
     def _raw_column(self, name: str) -> Tensor:
-        overrides = self._overrides.get(name)
-        return self._storage_column(name) if overrides is None else overrides
+        return self._overrides[name] if name in self._overrides else self._storage_column(name)
 
     def _check_names(self, names: Sequence[str]) -> None:
         existing = set(self.names)
@@ -291,23 +290,19 @@ class PanelColumns(Columns):
 
     def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
         values = self._panel.values.permute(1, 0, 2)
+        fused_chain = self._chain.compile(self.names, device)
+        is_laid_out = self._is_whole() and values.is_contiguous()
         is_small = values.numel() * values.element_size() <= MAX_COPY_BYTES
-        if (
-            self._is_whole()
-            and values.is_contiguous()
-            and device == values.device
-            and not (len(self._chain) and is_small)
-        ):
+        if is_laid_out and device == values.device and not (len(fused_chain) and is_small):
             return DensePackedColumns(
                 values,
                 history=history,
-                fused_chain=self._chain.compile(self.names, device),
+                fused_chain=fused_chain,
                 is_finite=self._finite_fields.issuperset(self.names),
             )
         d, n, f = self.shape
         out = torch.empty(n, d, f, device=device)
-        fused_chain = self._chain.compile(self.names, device)
-        if self._is_whole() and values.is_contiguous():
+        if is_laid_out:
             out.copy_(values)
         else:
             self._copy(self.names, out.permute(1, 0, 2), slice(0, d))

@@ -13,13 +13,13 @@ from qtorch.data.panel.elementwise import FusedChain
 FILLS: tuple[str, ...] = ("none", "ffill", "ffill+bfill")
 # Limits of the extra memory for filled windows: bytes, or a share of the values' size.
 EXTENSION_BYTES, EXTENSION_SHARE = 64 << 20, 0.25
-CHUNK = 4096
+CHUNK = 4096  # windows or instruments that are filled at once, to limit the temporary memory
 
 
 class History:
     """The rows that exist, and what a window shows for rows that do not.
 
-    Answers to Qlib's TSDataSampler (qlib/data/dataset/__init__.py): a window is the last
+    Corresponds to Qlib's TSDataSampler (qlib/data/dataset/__init__.py): a window is the last
     `step_len` days *on which any instrument has a row*; a day on which this instrument has none
     is missing. "none" leaves it NaN, "ffill" takes the instrument's last earlier row inside the
     window, "ffill+bfill" then fills the missing rows before that with the window's first row.

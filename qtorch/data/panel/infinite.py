@@ -25,7 +25,7 @@ REPAIR_HINT = (
 
 # Set by the handler that loads: processors replace infinities later (True) or not (False). None
 # means that the data is loaded without a handler.
-_allow_infinities: ContextVar[bool | None] = ContextVar("qtorch_infinite_mended", default=None)
+_allow_infinities: ContextVar[bool | None] = ContextVar("qtorch_allow_infinities", default=None)
 
 
 @contextmanager

@@ -235,11 +235,8 @@ class Panel:
         mask[cells] = True
         for k in range(f):
             values[k][cells] = torch.as_tensor(numeric[:, k].copy())
-        spans = torch.tensor([[0, -1]]).repeat(n, 1)
-        order = torch.arange(d)[:, None]
-        spans[:, 0] = torch.where(mask, order, d).amin(0) if d else 0
-        spans[:, 1] = torch.where(mask, order, -1).amax(0) if d else -1
         fields = [c if isinstance(c, str) else "/".join(map(str, c)) for c in frame.columns]
+        spans = _row_spans(mask)
         return cls(values.permute(1, 2, 0), calendar, instruments, fields, mask=mask, spans=spans)
 
     def to_frame(
@@ -271,16 +268,21 @@ def clip_spans(spans: Tensor, num_dates: int) -> Tensor:
 
 def _compute_spans(values: Tensor) -> Tensor:
     """Return the first and last row with any value, `[N, 2]`."""
-    d, n = values.shape[:2]
-    if d == 0:
-        return torch.tensor([[0, -1]], device=values.device).repeat(n, 1)
-    has_value = torch.zeros((d, n), dtype=torch.bool, device=values.device)
+    has_value = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
     for k in range(values.shape[2]):
         has_value |= ~values[:, :, k].isnan()
-    order = torch.arange(d, device=values.device)[:, None]
-    first = torch.where(has_value, order, d).amin(0)
-    last = torch.where(has_value, order, -1).amax(0)
-    return torch.stack([torch.where(last < 0, torch.zeros_like(first), first), last], 1)
+    return _row_spans(has_value)
+
+
+def _row_spans(exists: Tensor) -> Tensor:
+    """Return the first and last row `[N, 2]` of each column of `exists [D, N]`; (0, -1) if none."""
+    d, n = exists.shape
+    if d == 0:
+        return torch.tensor([[0, -1]], device=exists.device).repeat(n, 1)
+    order = torch.arange(d, device=exists.device)[:, None]
+    first = torch.where(exists, order, d).amin(0)
+    last = torch.where(exists, order, -1).amax(0)
+    return torch.stack([first.masked_fill(last < 0, 0), last], 1)
 
 
 def _parse_index(

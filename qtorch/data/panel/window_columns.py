@@ -23,9 +23,9 @@ LARGEST = 1e38  # the largest float32, with a margin
 class WindowColumns(Columns):
     """The last `num_steps` days of each field over today's close (volume: over today's volume).
 
-    Answers to Qlib's Alpha360 (qlib/contrib/data/loader.py), with the same names, order and float32
-    arithmetic: `CLOSE59 .. CLOSE0` is `Ref($close, k) / $close`, then OPEN, HIGH, LOW, VWAP;
-    VOLUME is `Ref($volume, k) / ($volume + 1e-12)`. Steps are calendar rows, as `Ref` counts
+    Corresponds to Qlib's Alpha360 (qlib/contrib/data/loader.py), with the same names, order and
+    float32 arithmetic: `CLOSE59 .. CLOSE0` is `Ref($close, k) / $close`, then OPEN, HIGH, LOW,
+    VWAP; VOLUME is `Ref($volume, k) / ($volume + 1e-12)`. Steps are calendar rows, as `Ref` counts
     them, whether or not the row belongs to the universe; rows before the stored ones are NaN.
     A column is computed on request; batches gather `[B, num_steps, 6]` windows.
 
@@ -48,11 +48,8 @@ class WindowColumns(Columns):
         self._bars = bars
         self.lead = lead
         self.fields = tuple(fields)
-        self._position = {
-            f"{field.upper()}{step}": (field, step)
-            for field in self.fields
-            for step in range(num_steps - 1, -1, -1)
-        }
+        cells = [(field, step) for field in self.fields for step in reversed(range(num_steps))]
+        self._position = dict(zip(window_names(self.fields, num_steps), cells, strict=True))
         super().__init__(
             tuple(self._position) if names is None else names,
             bars.calendar[lead:],
@@ -77,18 +74,10 @@ class WindowColumns(Columns):
     @property
     def window_fields(self) -> tuple[str, ...] | None:
         """The fields if they are complete windows; None if single columns were removed or added."""
-        count, remainder = divmod(len(self.names), self.num_steps)
-        if remainder or not count:
-            return None
-        fields = []
-        for k in range(count):
-            part = self.names[k * self.num_steps : (k + 1) * self.num_steps]
-            field = self._position.get(part[0], ("", 0))[0]
-            steps = range(self.num_steps - 1, -1, -1)
-            if part != tuple(f"{field.upper()}{step}" for step in steps):
-                return None
-            fields.append(field)
-        return tuple(fields)
+        known_names = [name for name in self.names if name in self._position]
+        fields = tuple(dict.fromkeys(self._position[name][0] for name in known_names))
+        is_complete = list(self.names) == window_names(fields, self.num_steps)
+        return fields if fields and is_complete else None
 
     def window_shape(self, step_len: int) -> tuple[int, int]:
         fields = self.window_fields
@@ -199,13 +188,8 @@ class WindowPackedColumns(PackedColumns):
 
     def _find_columns(self) -> Tensor:
         """Find the position of each name among all windows' columns, followed by the overrides."""
-        position = {
-            f"{field.upper()}{step}": k * self._num_steps + self._num_steps - 1 - step
-            for k, field in enumerate(self.fields)
-            for step in range(self._num_steps)
-        }
-        base = len(position)
-        position.update({name: base + k for k, name in enumerate(self._override_names)})
+        names = [*window_names(self.fields, self._num_steps), *self._override_names]
+        position = {name: k for k, name in enumerate(names)}
         return torch.tensor([position[name] for name in self.names], dtype=torch.int64)
 
     def window_shape(self, step_len: int) -> tuple[int, int]:
@@ -230,10 +214,7 @@ class WindowPackedColumns(PackedColumns):
         rows = self.history.rows(date, instrument, step_len, fill)
         dates = rows.clamp(min=0).reshape(-1)
         instruments = instrument[:, None].expand(-1, step_len).reshape(-1)
-        x = self._gather_windows(dates, instruments).transpose(1, 2).flatten(1)
-        if self._override_names:
-            x = torch.cat([x, self._overrides[instruments, dates]], 1)
-        x = self.fused_chain(x.index_select(1, self._columns)).view(*rows.shape, -1)
+        x = self.gather_flat(dates, instruments).view(*rows.shape, -1)
         return x.masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _gather_windows(self, date: Tensor, instrument: Tensor) -> Tensor:
@@ -291,6 +272,11 @@ class WindowPackedColumns(PackedColumns):
         if self._override_names:
             x = torch.cat([x, self._overrides[instrument, date]], 1)
         return self.fused_chain(x.index_select(1, self._columns))
+
+
+def window_names(fields: Sequence[str], num_steps: int) -> list[str]:
+    """Return the column names of windows, field by field, the oldest day first: `CLOSE59`, ..."""
+    return [f"{field.upper()}{step}" for field in fields for step in reversed(range(num_steps))]
 
 
 def _normaliser(field: str) -> str:

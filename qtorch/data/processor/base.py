@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -57,6 +57,7 @@ class Processor(Configured, Serializable, ABC):
     #: the loaded data, including the label.
     replaces_infinite: bool = False
 
+    fields_group: FieldsGroup = None
     fit_start_time: Any = None
     fit_end_time: Any = None
     columns_: tuple[tuple[str, str], ...] | None = None
@@ -80,6 +81,10 @@ class Processor(Configured, Serializable, ABC):
         """Whether the input stays unchanged, as in Qlib: always True."""
         return True
 
+    def select_columns(self, view: View) -> dict[str, tuple[str, ...]]:
+        """Return the columns that `fields_group` selects, by group."""
+        return select_columns(column_names(view), self.fields_group)
+
     def output_columns(self, names: Names) -> Names:
         """Return the columns of the output by group, for the input columns `names`."""
         return names
@@ -93,20 +98,17 @@ class Processor(Configured, Serializable, ABC):
 
     def config(
         self,
-        dump_all: bool | None = None,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-        recursive: bool = False,
-        *,
+        *args: Any,
         fit_start_time: Any = _UNCHANGED,
         fit_end_time: Any = _UNCHANGED,
+        **kwargs: Any,
     ) -> None:
         """Set the options of Serializable, and the fit window if the processor has one."""
         for name, value in (("fit_start_time", fit_start_time), ("fit_end_time", fit_end_time)):
             if value is not _UNCHANGED and self.has_fit_window():
                 setattr(self, name, value)
                 self._arguments = {**self._arguments, name: value}
-        super().config(dump_all, exclude, include, recursive)
+        super().config(*args, **kwargs)
 
     def has_fit_window(self) -> bool:
         """Whether `fit` computes statistics from a fit window."""

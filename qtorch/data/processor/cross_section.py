@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
+from qtorch.data.processor.base import FieldsGroup, Processor
 
 MAD_SCALE = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 RANK_SCALE = 3.46  # 1 / standard deviation of a uniform distribution, rounded as in Qlib
@@ -135,40 +136,31 @@ class _CrossSectionProcessor(Processor):
     """Base class that transforms the selected columns day by day; others are not copied."""
 
     columnwise = True
-    fields_group: FieldsGroup
+    #: Whether the instruments of a day are compared, which is meaningless if no day has several.
+    compares_instruments: ClassVar[bool] = True
 
-    def check(self, view: View) -> None:
-        """Raise DataError for a view on which the transformation is meaningless."""
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
+        self.fields_group = fields_group
 
     @abstractmethod
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         """Transform `values [D, N]` with the statistics of each day's `rows [D, N]`."""
 
     def __call__(self, view: View) -> View:
-        self.check(view)
-        for group, names in select_columns(column_names(view), self.fields_group).items():
+        if self.compares_instruments and len(view.rows) and int(view.rows.sum(1).max()) == 1:
+            raise DataError(
+                f"{type(self).__name__} compares the instruments of a day, but no day of the data "
+                "has more than one, so all its values would be the same. Load a universe with "
+                "several instruments, or remove the processor."
+            )
+        for group, names in self.select_columns(view).items():
             columns = view.group(group)
             new_columns = {n: self.transform_day(columns.column(n), view.rows) for n in names}
             view = view.with_group(group, columns.with_columns(new_columns))
         return view
 
 
-class _ComparisonProcessor(_CrossSectionProcessor):
-    """Base class that compares the instruments of a day.
-
-    Raises DataError if no day has more than one instrument.
-    """
-
-    def check(self, view: View) -> None:
-        if len(view.rows) and int(view.rows.sum(1).max()) == 1:
-            raise DataError(
-                f"{type(self).__name__} compares the instruments of a day, but no day of the data "
-                "has more than one, so all its values would be the same. Load a universe with "
-                "several instruments, or remove the processor."
-            )
-
-
-class CSZScoreNorm(_ComparisonProcessor):
+class CSZScoreNorm(_CrossSectionProcessor):
     """Computes the z-score over the instruments of each day.
 
     `method` "zscore" is `(x - mean) / std` with ddof 1; "robust" is `(x - median) / (1.4826 MAD)`
@@ -178,18 +170,15 @@ class CSZScoreNorm(_ComparisonProcessor):
     def __init__(self, fields_group: FieldsGroup = None, method: str = "zscore") -> None:
         if method not in METHODS:
             raise ConfigError(unknown_name_message("method of CSZScoreNorm", method, METHODS))
-        self.fields_group = fields_group
+        super().__init__(fields_group)
         self.method = method
 
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         return METHODS[self.method](values, rows)
 
 
-class CSRankNorm(_ComparisonProcessor):
+class CSRankNorm(_CrossSectionProcessor):
     """Computes `(rank / count - 0.5) * 3.46` by day: uniform ranks of about unit variance."""
-
-    def __init__(self, fields_group: FieldsGroup = None) -> None:
-        self.fields_group = fields_group
 
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         return day_rank_norm(values, rows)
@@ -198,8 +187,7 @@ class CSRankNorm(_ComparisonProcessor):
 class CSZFillna(_CrossSectionProcessor):
     """Fills missing values with the day's mean; they stay NaN on a day without values."""
 
-    def __init__(self, fields_group: FieldsGroup = None) -> None:
-        self.fields_group = fields_group
+    compares_instruments = False
 
     def transform_day(self, values: Tensor, rows: Tensor) -> Tensor:
         return day_mean_fill(values, rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from qtorch.data.panel.columns import Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, FillNaN, Tanh
 from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FieldsGroup, Processor, column_names, select_columns
+from qtorch.data.processor.base import FieldsGroup, Processor
 from qtorch.data.processor.cross_section import day_finite_mean
 
 
@@ -22,7 +22,7 @@ class Fillna(Processor):
         self.fill_value = fill_value
 
     def __call__(self, view: View) -> View:
-        for group, names in select_columns(column_names(view), self.fields_group).items():
+        for group, names in self.select_columns(view).items():
             new_columns = view.group(group).with_elementwise(names, FillNaN(float(self.fill_value)))
             view = view.with_group(group, new_columns)
         return view

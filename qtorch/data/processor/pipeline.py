@@ -199,7 +199,7 @@ def check_window(
 
 def _selects_by_group(processor: Processor) -> bool:
     """Whether the processor names its columns by group, so that it also works on fewer columns."""
-    groups = getattr(processor, "fields_group", None)
+    groups = processor.fields_group
     return groups is None or isinstance(groups, str) or all(isinstance(a, str) for a in groups)
 
 
@@ -214,14 +214,9 @@ def build_processor(config: Any) -> Processor:
     processor with Qlib's protocol.
     """
     config = resolve_config(config)
-    if isinstance(config, Processor):
-        return config
-    if not isinstance(config, str | Mapping | Path):
-        return PandasProcessor(config)
-    instance = init_instance_by_config(config, MODULE)
-    if isinstance(instance, Processor):
-        return instance
-    return PandasProcessor(config)
+    is_config = isinstance(config, str | Mapping | Path)
+    instance = init_instance_by_config(config, MODULE) if is_config else config
+    return instance if isinstance(instance, Processor) else PandasProcessor(config)
 
 
 def build_processors(configs: Sequence[Any] | None, argument: str) -> list[Processor]:

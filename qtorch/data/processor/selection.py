@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.columns import column_parts
@@ -93,7 +92,10 @@ class DropnaProcessor(Processor):
         return "label" in select_columns(names, self.fields_group)
 
     def __call__(self, view: View) -> View:
-        complete = _complete_rows(view, self.fields_group)
+        complete = torch.ones_like(view.rows)
+        for group, names in self.select_columns(view).items():
+            for part in column_parts(names):
+                complete &= ~view.group(group).block(part).isnan().any(0)
         if not self.is_for_infer():
             return view.with_rows(view.rows & complete)
         return replace(view, rows=view.rows & complete, history=view.history & complete)
@@ -116,8 +118,7 @@ class DropnaLabel(DropnaProcessor):
     def __call__(self, view: View) -> View:
         result = super().__call__(view)
         if bool(view.rows.any()) and not bool(result.rows.any()):
-            columns = select_columns(column_names(view), self.fields_group)
-            names = ", ".join(n for part in columns.values() for n in part)
+            names = ", ".join(n for part in self.select_columns(view).values() for n in part)
             raise DataError(
                 f"{type(self).__name__} drops all {int(view.rows.sum())} rows, as they have NaN. "
                 f"Check the expression and the data of the label. Columns: {names}."
@@ -151,13 +152,3 @@ class TimeRangeFlt(Processor):
         if self.end_time is not None:
             is_kept &= last >= span.stop - 1
         return replace(view, rows=view.rows & is_kept, history=view.history & is_kept)
-
-
-def _complete_rows(view: View, fields_group: FieldsGroup) -> Tensor:
-    """Return `[D, N]` bool: the rows in which no selected column is NaN."""
-    out = torch.ones_like(view.rows)
-    for group, names in select_columns(column_names(view), fields_group).items():
-        columns = view.group(group)
-        for part in column_parts(names):
-            out &= ~columns.block(part).isnan().any(0)
-    return out

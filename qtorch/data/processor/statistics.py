@@ -16,13 +16,7 @@ from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, Clip
 from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import View
-from qtorch.data.processor.base import (
-    FieldsGroup,
-    Processor,
-    column_names,
-    select_columns,
-    select_dates,
-)
+from qtorch.data.processor.base import FieldsGroup, Processor, select_dates
 from qtorch.data.processor.cross_section import CLIP, MAD_SCALE
 from qtorch.data.threads import map_threads
 
@@ -65,10 +59,9 @@ class FittedNorm(Processor):
                 f"{type(self).__name__}: the fit window {self.fit_start_time}.."
                 f"{self.fit_end_time} has no rows; the data has {coverage_dates(view.calendar)}."
             )
-        selection = select_columns(column_names(view), self.fields_group)
         columns: list[tuple[str, str]] = []
         statistics: list[tuple[float, float]] = []
-        for group, names in selection.items():
+        for group, names in self.select_columns(view).items():
             statistics += _column_statistics(view.group(group), names, used, self)
             columns += [(group, name) for name in names]
         self.columns_ = tuple(columns)
@@ -76,7 +69,7 @@ class FittedNorm(Processor):
         self.scale_ = torch.tensor([s for _, s in statistics], dtype=torch.float32)
 
     def __call__(self, view: View) -> View:
-        for group, names in select_columns(column_names(view), self.fields_group).items():
+        for group, names in self.select_columns(view).items():
             positions = self._get_positions(group, names)
             step = Affine(self.center_[positions], self.scale_[positions])
             view = view.with_group(group, view.group(group).with_elementwise(names, step))
@@ -105,11 +98,8 @@ class ZScoreNorm(FittedNorm):
             # The mean was rounded to float32, so subtract the remaining mean of the deviations.
             rounding = float(deviation.mean(dtype=np.float64))
             square = float(np.square(deviation, out=deviation).mean(dtype=np.float64))
-            std = (
-                float(np.sqrt(max(square - rounding * rounding, 0.0)))
-                if square == square
-                else np.nan
-            )
+            # Not max(..., 0), which would turn NaN into 0.
+            std = float(np.sqrt(np.maximum(square - rounding * rounding, 0.0)))
         return (mean, std) if std != 0 else (0.0, 1.0)
 
 
@@ -139,7 +129,7 @@ class RobustZScoreNorm(FittedNorm):
         view = super().__call__(view)
         if not self.clip_outlier:
             return view
-        for group, names in select_columns(column_names(view), self.fields_group).items():
+        for group, names in self.select_columns(view).items():
             new_columns = view.group(group).with_elementwise(names, Clip(-CLIP, CLIP))
             view = view.with_group(group, new_columns)
         return view

@@ -179,44 +179,41 @@ class Source(Configured, ABC):
                 f"fields must be a list of expressions with at least one; got {fields!r}."
             )
         before, after = max_reach(fields)
-        load_arguments: dict[str, Any] = {
-            "fields": expression_fields(fields),
-            "start_time": start_time,
-            "end_time": end_time,
-            "freq": freq,
-            "before": before,
-            "after": after,
-        }
-        bars = self.load_for_expressions(fields, instruments=instruments, **load_arguments)
-        mask_bars = self.load_mask_bars(fields, **load_arguments)
+        bars, mask_bars = self.load_for_expressions(
+            fields,
+            instruments=instruments,
+            fields=expression_fields(fields),
+            start_time=start_time,
+            end_time=end_time,
+            freq=freq,
+            before=before,
+            after=after,
+        )
         panel = evaluate(list(fields), bars, mask_bars=mask_bars)
         return panel.select(start=start_time, end=end_time)
 
-    def load_for_expressions(self, expressions: Iterable[str], **load_arguments: Any) -> Panel:
-        """Return `load(**load_arguments)`; an error for a missing field names the expression.
+    def load_for_expressions(
+        self, expressions: Iterable[str], *, instruments: Instruments, **load_arguments: Any
+    ) -> tuple[Panel, Panel | None]:
+        """Load the bars that expressions read, and those of the instruments that `Mask` names.
 
-        A user wrote the expression, not the field list, so the error shows the expression that
-        reads the missing field.
+        `load_arguments` are the other arguments of `load`. The named instruments are loaded
+        whether or not they belong to the universe; None if there are none. A user wrote the
+        expressions, not the list of fields, so an error for a missing field shows the expression.
         """
+        expressions = list(expressions)
         try:
-            return self.load(**load_arguments)
+            bars = self.load(instruments=instruments, **load_arguments)
         except DataError:
             check_fields(expressions, self.fields(load_arguments["freq"]))
             raise
-
-    def load_mask_bars(self, expressions: Iterable[str], **load_arguments: Any) -> Panel | None:
-        """Load the bars of the instruments that `Mask` names in the expressions.
-
-        They are loaded independently of the universe; `load_arguments` are the other arguments
-        of `load`. Return None if the source has none of these instruments.
-        """
-        stored_names = {name.lower(): name for name in self.instrument_names()}
-        names = {
-            stored_names[n.lower()]
-            for n in mask_instruments(expressions)
-            if n.lower() in stored_names
-        }
-        return self.load(instruments=sorted(names), **load_arguments) if names else None
+        mask_names = {name.lower() for name in mask_instruments(expressions)}
+        if not mask_names:
+            return bars, None
+        stored_names = sorted(n for n in self.instrument_names() if n.lower() in mask_names)
+        if not stored_names:
+            return bars, None
+        return bars, self.load(instruments=stored_names, **load_arguments)
 
     # -- selection -------------------------------------------------------------------------------
 

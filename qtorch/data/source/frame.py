@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,9 @@ from qtorch.core.session import session
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
 from qtorch.data.source.qlib import QlibSource
+
+Universes: TypeAlias = Mapping[str, Sequence[str] | Mapping[str, Any]]
+"""By name: a list of instruments, or `{instrument: [(start, end), ...]}`."""
 
 
 class PanelSource(Source):
@@ -98,7 +101,7 @@ class FrameSource(PanelSource):
         self,
         frame: pd.DataFrame | Panel,
         *,
-        universes: Mapping[str, Sequence[str] | Mapping[str, Any]] | None = None,
+        universes: Universes | None = None,
         freq: str = "day",
     ) -> None:
         self.freq = frequency(freq)
@@ -109,8 +112,7 @@ class FrameSource(PanelSource):
             members = mask_membership(self._panel)
             if members != self._memberships["all"]:
                 self._memberships["members"] = members
-        for name, universe_members in (universes or {}).items():
-            self._memberships[name] = build_membership(name, universe_members, self._panel)
+        self._memberships |= build_memberships(universes, self._panel)
 
     def panel(self) -> Panel:
         return self._panel
@@ -130,15 +132,9 @@ def as_source(data: Source | Panel | pd.DataFrame) -> Source:
 
 def sort_panel(panel: Panel) -> Panel:
     """Sort a panel by instrument and remove `$` from its field names."""
-    fields = [f.lstrip("$") for f in panel.fields]
-    order = np.argsort(panel.instruments.to_numpy(dtype=object), kind="stable")
-    values, mask, spans = panel.values.cpu(), panel.mask.cpu(), panel.spans.cpu()
-    if (order != np.arange(len(order))).any():
-        columns = torch.from_numpy(order)
-        values = values.permute(2, 0, 1)[:, :, columns].permute(1, 2, 0)
-        mask, spans = mask[:, columns], spans[columns]
-    names = panel.instruments[order]
-    return Panel(values, panel.calendar, names, fields, mask=mask, spans=spans)
+    panel = panel.to("cpu").replace(fields=[f.lstrip("$") for f in panel.fields])
+    names = sorted(panel.instruments)
+    return panel if names == list(panel.instruments) else panel.select(instruments=names)
 
 
 def span_membership(panel: Panel) -> Membership:
@@ -164,13 +160,17 @@ def mask_membership(panel: Panel) -> Membership:
     return membership
 
 
-def build_membership(
-    universe: str, universe_members: Sequence[str] | Mapping[str, Any], panel: Panel
-) -> Membership:
-    """Convert a user's universe to spans within the calendar.
+def build_memberships(universes: Universes | None, panel: Panel) -> dict[str, Membership]:
+    """Convert a user's universes to spans within the calendar.
 
     Raises DataError for an instrument that is not in the panel.
     """
+    return {name: _build_membership(name, each, panel) for name, each in (universes or {}).items()}
+
+
+def _build_membership(
+    universe: str, universe_members: Sequence[str] | Mapping[str, Any], panel: Panel
+) -> Membership:
     stored_names = set(panel.instruments)
     all_days: Spans = [(panel.calendar[0], panel.calendar[-1])]
     named_spans = (

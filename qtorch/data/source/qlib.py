@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
 from qtorch.core.session import session
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -194,9 +193,7 @@ class QlibSource(Source):
                     f"{longest} of the same instrument at {end}"
                 )
         if count:
-            self._report_truncation(
-                f"{first_problem} ({count} such file{'s' if count > 1 else ''})"
-            )
+            self._report_truncation(f"{first_problem} ({format_count(count, 'such file')})")
 
     def _report_truncation(self, problem: str) -> None:
         """Raise an error if this source is strict, else log a warning."""
@@ -227,19 +224,14 @@ class QlibSource(Source):
                         yield entry, f"features/{instrument.name}/{entry.name}"
 
 
-class _Stored(NamedTuple):
-    first: int
-    data: np.ndarray
-
-
 def folder_name(instrument: str) -> str:
     """Return the name of an instrument's folder of features."""
     name = instrument.lower()
     return f"_qlib_{name}" if name in RESERVED else name
 
 
-def _read_bin(path: str, num_dates: int) -> _Stored | None:
-    """Read one field of one instrument; return None if there is no file."""
+def _read_bin(path: str, num_dates: int) -> tuple[int, np.ndarray] | None:
+    """Return the first calendar row and the values of one file; None if there is no file."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
@@ -259,7 +251,7 @@ def _read_bin(path: str, num_dates: int) -> _Stored | None:
             f"{path} has {count} values from calendar row {int(first)} on, but the calendar has "
             f"{num_dates} rows. The calendar and this file are from different versions."
         )
-    return _Stored(int(first), content[1:])
+    return int(first), content[1:]
 
 
 def _find_longest_file(

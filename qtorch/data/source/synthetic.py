@@ -259,10 +259,9 @@ class SyntheticSource(PanelSource):
     """A seeded, simulated market of daily bars with a weak, known signal.
 
     Log returns are beta x market + loading x sector + idiosyncratic return, each a GARCH(1,1)
-    with Student t shocks. Some instruments are listed late, some are delisted, and some are
-    suspended for days (NaN rows). Splits appear in `factor` as in Qlib (price = raw price x
-    factor, volume = raw volume / factor). The benchmark `MARKET` is the equal-weighted index of
-    the stocks.
+    with Student t shocks. Some instruments are listed late, delisted, or suspended for days (NaN
+    rows). Splits appear in `factor` as in Qlib (price = raw price x factor). The benchmark
+    `MARKET` is the equal-weighted index of the stocks.
 
     Universes: `stocks` (without the benchmark; use it for training), `all` (with the benchmark,
     as in Qlib's data), and `liquid` (the two thirds of the stocks with the largest turnover,
@@ -270,10 +269,9 @@ class SyntheticSource(PanelSource):
 
     The signal of day t, known at its close, is a cross-sectional z-score of two parts: the
     return of the last two days multiplied by the volume relative to its 20-day mean (rewarded by
-    reversal), and the return of the last 60 days. The signal is the drift of the return from t+1
-    to t+2, which is what the label `Ref($close,-2)/Ref($close,-1)-1` of day t measures. It
-    depends only on bars up to t; the features ROC60, RESI5, KMID, VMA20 and similar ones of
-    Alpha158 contain it.
+    reversal), and the return of the last 60 days. It is the drift of the return from t+1 to t+2,
+    which is what the label `Ref($close,-2)/Ref($close,-1)-1` of day t measures. Features of
+    Alpha158 such as ROC60, RESI5, KMID and VMA20 contain it.
 
     `signal` is its strength: the drift for one unit of score, in units of the instrument's
     idiosyncratic standard deviation. It is approximately the mean Rank IC of the true score with
@@ -283,12 +281,10 @@ class SyntheticSource(PanelSource):
     limit for any model, luck aside. Least squares on the 20 features of Qlib's LSTM example
     reach 90% of it.
 
-    `regimes` change the direction of the signal but not its strength. It maps dates to the
-    weights of the two parts, `{date: [recent return, 60-day return]}`, which hold from the close
-    of that date on. Before the first date the weights are -0.8 (reversal) and 0.6 (momentum).
-    Only the ratio of the two weights matters because the score is standardized, so the strength
-    and the Rank IC of the signal do not change. A model trained before a regime change keeps more
-    of its skill if the two pairs of weights point in similar directions.
+    `regimes` change the direction of the signal: the weights of the two parts by date, `{date:
+    [recent return, 60-day return]}`, which hold from the close of that date on. Before the first
+    date they are -0.8 (reversal) and 0.6 (momentum). Only their ratio matters, because the score
+    is standardized, so the strength and the Rank IC of the signal do not change.
     """
 
     def __init__(
@@ -345,26 +341,15 @@ class SyntheticSource(PanelSource):
         universe: str = "stocks",
     ) -> pd.Series:
         """Compute the daily Spearman correlation of the true score and the label, members only."""
-        bars = self.load(["close"], instruments=universe)
-        close = bars.column("close").double()
-        label = torch.full_like(close, float("nan"))
-        label[:-2] = close[2:] / close[1:-1] - 1
-        score = self.signal_scores()
-        stock_names = [n for n in bars.instruments if n in score.instruments]
-        columns = torch.from_numpy(bars.instruments.get_indexer(pd.Index(stock_names)))
-        label_and_score = (
-            label[:, columns],
-            score.select(instruments=stock_names).column("score").double(),
+        bars, scores = self.load(["close"], instruments=universe), self.signal_scores()
+        close, score = (
+            pd.DataFrame(panel.column(field).double().numpy(), panel.calendar, panel.instruments)
+            for panel, field in ((bars, "close"), (scores, "score"))
         )
-        is_missing = (
-            label_and_score[0].isnan() | label_and_score[1].isnan() | ~bars.mask[:, columns]
-        )
-        ranks = [
-            pd.DataFrame(p.masked_fill(is_missing, float("nan")).numpy()).rank(axis=1)
-            for p in label_and_score
-        ]
-        ic = ranks[0].corrwith(ranks[1], axis=1)
-        ic.index = bars.calendar
+        label = (close.shift(-2) / close.shift(-1) - 1).where(bars.mask.numpy())
+        label, score = label.align(score, join="inner", axis=1)
+        label, score = label.where(score.notna()), score.where(label.notna())
+        ic = label.rank(axis=1).corrwith(score.rank(axis=1), axis=1)
         return ic[date_rows(bars.calendar, start_time, end_time)].dropna().rename("rank_ic")
 
     def __getstate__(self) -> dict[str, Any]:

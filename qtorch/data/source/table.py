@@ -21,7 +21,7 @@ from qtorch.data.panel.panel import (
     normalise_calendar,
 )
 from qtorch.data.source.base import Membership, frequency
-from qtorch.data.source.frame import PanelSource, build_membership, span_membership
+from qtorch.data.source.frame import PanelSource, Universes, build_memberships, span_membership
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class TableSource(PanelSource):
         *,
         layout: str = "long",
         columns: Mapping[str, str] | None = None,
-        universes: str | Path | Mapping[str, Any] | None = None,
+        universes: str | Path | Universes | None = None,
         freq: str = "day",
     ) -> None:
         if layout not in LAYOUTS:
@@ -101,17 +101,13 @@ class TableSource(PanelSource):
 
     def memberships(self) -> Mapping[str, Membership]:
         if self._memberships is None:
-            panel = self.panel()
-            memberships = {"all": span_membership(panel)}
-            universes = self._universes
-            universe_members = (
-                read_memberships(universes)
-                if isinstance(universes, str | Path)
-                else (universes or {})
-            )
-            for name, members in universe_members.items():
-                memberships[name] = build_membership(name, members, panel)
-            self._memberships = memberships
+            panel, universes = self.panel(), self._universes
+            if isinstance(universes, str | Path):
+                universes = read_memberships(universes)
+            self._memberships = {
+                "all": span_membership(panel),
+                **build_memberships(universes, panel),
+            }
         return self._memberships
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,9 +132,8 @@ class TableSource(PanelSource):
                 f"the files do not have the same columns: {missing_fields} are not in all of them. "
                 "Name the fields to read with columns={'close': 'close', ...}."
             )
-        return Panel.from_frame(
-            _concat_frames([frame[list(frames[0].columns)] for frame in frames])
-        )
+        fields = list(frames[0].columns)
+        return Panel.from_frame(_concat_frames([frame[fields] for frame in frames]))
 
     def _read_wide(self) -> Panel:
         files = {file_stem(file): file for file in list_tables(self._root)}
@@ -299,10 +294,8 @@ def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, An
 
 def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """Concatenate the parts by date; the file names need not follow the order of the dates."""
-    non_empty = [frame for frame in frames if len(frame)] or frames[:1]
-    starts = [frame.index[0][0] if len(frame) else 0 for frame in non_empty]
-    order = sorted(range(len(non_empty)), key=lambda k: starts[k])
-    return non_empty[0] if len(non_empty) == 1 else pd.concat([non_empty[k] for k in order])
+    non_empty = sorted((f for f in frames if len(f)), key=lambda frame: frame.index[0][0])
+    return pd.concat(non_empty) if len(non_empty) > 1 else (non_empty or frames)[0]
 
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> None:

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import pandas as pd
 from qtorch.core.errors import DataError
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Membership, Source, frequency
-from qtorch.data.source.frame import as_source, build_membership, span_membership
+from qtorch.data.source.frame import Universes, as_source, build_memberships, span_membership
 from qtorch.data.source.qlib import folder_name
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def write_qlib(
     folder: str | Path,
     *,
     fields: Sequence[str] | None = None,
-    universes: Mapping[str, Sequence[str] | Mapping[str, Any]] | None = None,
+    universes: Universes | None = None,
     freq: str = "day",
     overwrite: bool = False,
 ) -> Path:
@@ -53,8 +52,7 @@ def write_qlib(
     _check_names(names)
     panel = source.load(fields, instruments=names, freq=freq)
     memberships = {name: source.instruments(name) for name in source.universes()}
-    for name, universe_members in (universes or {}).items():
-        memberships[name] = build_membership(name, universe_members, panel)
+    memberships |= build_memberships(universes, panel)
     memberships["all"] = span_membership(panel)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.reweighter import Reweighter
-from qtorch.data.dataset.samples import Samples, build_samples, check_segments, purge_rows
+from qtorch.data.dataset.samples import build_samples, check_segments, purge_rows
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.elementwise import Affine
 from qtorch.data.panel.panel import Panel
@@ -205,14 +206,10 @@ def test_infinite_features_and_labels_are_refused_with_a_fix():
     view, raw = make_view({("L", 3, 2): -INF})
     with pytest.raises(DataError, match="infinite values in the labels: L"):
         build_samples(view, learn=True)
-    samples_for_prediction = build_samples(
-        view, raw_label=raw
-    )  # infinite labels become NaN for prediction
-    assert (
-        int(samples_for_prediction.raw_label.isnan().sum())
-        == int(samples_for_prediction.target.isnan().sum())
-        == 1
-    )
+    # Infinite labels become NaN for prediction.
+    samples_for_prediction = build_samples(view, raw_label=raw)
+    assert int(samples_for_prediction.raw_label.isnan().sum()) == 1
+    assert int(samples_for_prediction.target.isnan().sum()) == 1
 
 
 def test_without_a_label_group_there_is_no_target():
@@ -331,17 +328,12 @@ class UserDataset:
 
 
 def test_get_samples_calls_the_method_of_a_qtorch_dataset():
-    assert get_samples(UserDataset(), "train", data_key="learn").notes["arguments"] == (
-        "train",
-        "learn",
-        True,
-    )
-    assert get_samples(UserDataset(), "test").notes["arguments"] == ("test", "infer", False)
-    assert (
-        get_samples(UserDataset(), "train", data_key="learn", purge=False).notes["arguments"][2]
-        is False
-    )
-    assert isinstance(get_samples(UserDataset(), "x"), Samples)
+    def arguments(segment: str, **options: Any) -> tuple[Any, ...]:
+        return get_samples(UserDataset(), segment, **options).notes["arguments"]
+
+    assert arguments("train", data_key="learn") == ("train", "learn", True)
+    assert arguments("train", data_key="learn", purge=False) == ("train", "learn", False)
+    assert arguments("test") == ("test", "infer", False)
 
 
 def test_a_label_two_days_ahead_purges_two_days():

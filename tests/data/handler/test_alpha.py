@@ -64,14 +64,10 @@ def test_mask_reads_another_instrument_for_any_universe() -> None:
     for universe in ("stocks", last):  # more instruments than one block, and only three
         masked_values = loader.load(universe, "2015-03-02", "2015-04-30").iloc[:, 0].unstack()
         market_values = market.features(["MARKET"], ["Mean($close, 5)"], "2015-03-02", "2015-04-30")
-        assert (
-            len(masked_values.columns) == 3
-            if universe is last
-            else len(masked_values.columns) > 130
-        )
-        filled_rows = masked_values.ffill(axis=1).bfill(
-            axis=1
-        )  # an instrument has no value on a day without a row
+        num_instruments = len(masked_values.columns)
+        assert num_instruments == 3 if universe is last else num_instruments > 130
+        # An instrument has no value on a day without a row.
+        filled_rows = masked_values.ffill(axis=1).bfill(axis=1)
         np.testing.assert_allclose(filled_rows.iloc[:, 0], market_values.iloc[:, 0], rtol=1e-6)
     one_day = market.features(last, ["Mask(Mean($close, 5), 'market')"], "2015-03-02", "2015-03-02")
     np.testing.assert_allclose(one_day.iloc[:, 0], market_values.iloc[0, 0], rtol=1e-6)

@@ -195,9 +195,8 @@ def test_the_least_recently_used_entries_are_evicted(folder):
     for k, key in enumerate(("a", "b", "c")):
         cache.get(key, {}, compute=lambda k=k: make_view(float(k)))
         os.utime(folder / key / "meta.json", (1000 + k, 1000 + k))
-    cache.get(
-        "a", {}, compute=lambda: pytest.fail("a is cached")
-    )  # used again: b is now the oldest
+    # This use makes b the oldest entry.
+    cache.get("a", {}, compute=lambda: pytest.fail("a is cached"))
     evicted_view = cache.get("b", {}, compute=lambda: pytest.fail("b is cached"))
     os.utime(folder / "b" / "meta.json", (1000, 1000))
     cache.get("d", {}, compute=lambda: make_view(3.0))

@@ -76,12 +76,8 @@ def test_selectors_behave_as_in_pandas(frame: pd.DataFrame, selector, level) -> 
         expected_frame = frame.loc[pd.IndexSlice[span, :], :]
     else:
         names = frame.index.get_level_values(1)
-        is_selected = (
-            names.isin(list(selector))
-            if not isinstance(selector, slice)
-            else names.isin(list("BCD"))
-        )
-        expected_frame = frame[is_selected]
+        selected_names = list("BCD" if isinstance(selector, slice) else selector)
+        expected_frame = frame[names.isin(selected_names)]
     np.testing.assert_array_equal(selection.to_numpy(), expected_frame.to_numpy())
     assert list(selection.index) == list(expected_frame.index)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtorch.data.expression.parser import Number, Text
 from qtorch.data.expression.plan import Key, Plan, Step
-from qtorch.data.expression.series import Block, Pair, Rows, Series, find_rows
+from qtorch.data.expression.series import Block, Pair, Rows, Series, find_valid_cells
 
 Kernel: TypeAlias = "Callable[[Executor, Step], Tensor]"
 
@@ -39,7 +39,7 @@ class Executor:
             value = self.kernels[step.operator](self, step)
             for target in targets:
                 if target is not value:
-                    self._write(target, value)
+                    target.copy_(self.block.as_numbers(value))
             self._release(step)
             if step.consumers:
                 self._values[at] = value if step.is_condition else value.to(step.dtype)
@@ -48,11 +48,6 @@ class Executor:
         """Return the output tensor that a kernel may write to directly, saving a copy, or None."""
         is_float32 = all(self._values[i].dtype == torch.float32 for i in step.inputs)
         return self._target if is_float32 else None
-
-    def _write(self, target: Tensor, value: Tensor) -> None:
-        if value.dtype == torch.bool:
-            value = self.block.as_numbers(value)
-        target.copy_(value)
 
     def _release(self, step: Step) -> None:
         for i in set(step.inputs):
@@ -111,8 +106,13 @@ class Executor:
 
     def find_rows(self, values: Tensor) -> Rows:
         """Return the valid cells of `values`; series with the same valid cells share the object."""
+        num_leading_nans, valid = find_valid_cells(self.block, values)
+        for rows in self._rows:
+            if rows.matches(num_leading_nans, valid):
+                return rows
         windows = self.block.clip_windows(self.plan.all_windows)
-        return find_rows(self._rows, self.block, windows, values)
+        self._rows.append(Rows(self.block, windows, num_leading_nans=num_leading_nans, valid=valid))
+        return self._rows[-1]
 
     def get_window(self, step: Step) -> int:
         """Return the window of the step, limited to the calendar; 0 means all past rows."""
