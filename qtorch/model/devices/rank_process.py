@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from qtorch.process.child import Child, ExitStatus
-from qtorch.process.fork_server import fork_server
+from qtorch.process.fork_server import current_environment, fork_server
 
 RANK_MODULE = "qtorch.model.devices.rank_training"
 
@@ -57,7 +56,9 @@ def build_rank_variables(
     rank: int, local_rank: int, size: int, threads: int, local: bool
 ) -> dict[str, str]:
     """Return the environment variables of a rank; `local`: all ranks are on this machine."""
-    parent_variables = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    parent_variables = {
+        k: v for k, v in current_environment().items() if not k.startswith(LAUNCHER_PREFIXES)
+    }
     rank_variables = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
