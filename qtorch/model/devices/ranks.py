@@ -23,7 +23,7 @@ from qtorch.core.session import session
 from qtorch.data.dataset.batches import check_size
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.launcher import Launch, check_single_process, plan_launch
-from qtorch.model.devices.rank_process import RankHandle, start_rank, threads_per_rank
+from qtorch.model.devices.rank_process import RankHandle, start_rank
 from qtorch.model.devices.rank_training import RESULT, RankRequest
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_generator_states
@@ -105,8 +105,8 @@ def fit_on_ranks(
             log_level=logging.getLogger("qtorch").getEffectiveLevel(),
             session=session(),
         )
-        digest = request.write(rank_folder, list(samples), local=launch.local)
-        handles = _start_ranks(launch, rank_folder, digest, options.num_devices)
+        digest = request.write(rank_folder, list(samples), is_single_node=launch.is_single_node)
+        handles = _start_ranks(launch, rank_folder, digest)
         try:
             RankSupervisor(handles, recorder, interruption).wait()
         finally:
@@ -132,19 +132,18 @@ def _warn_batch_norms(network: nn.Module, size: int, sync_batchnorm: Any) -> Non
     )
 
 
-def _start_ranks(launch: Launch, folder: Path, digest: str, size: int) -> list[RankHandle]:
-    threads = threads_per_rank(launch.num_local)
+def _start_ranks(launch: Launch, folder: Path, digest: str) -> list[RankHandle]:
     handles: list[RankHandle] = []
     try:
-        for local_rank in launch.local_ranks:
+        for local_rank in launch.own_ranks:
             rank = start_rank(
                 local_rank,
                 local_rank,
-                size,
-                threads=threads,
+                launch.size,
+                threads=launch.threads,
                 folder=folder,
                 digest=digest,
-                local=launch.local,
+                is_single_node=launch.is_single_node,
             )
             handles.append(rank)
         handles += launch.start_remote_ranks(str(folder), digest)
