@@ -169,7 +169,7 @@ class ForkServer(forkserver.ForkServer):
         self.is_calling = True
         try:
             with self._start_call(function, request) as child:
-                return _CallThread(child, on_message, is_stopped).wait()
+                return _Call(child, on_message, is_stopped).wait()
         finally:
             self.is_calling = False
 
@@ -197,11 +197,11 @@ class ForkServer(forkserver.ForkServer):
                     self._stop()  # type: ignore[attr-defined]
 
 
-class _CallThread(threading.Thread):
-    """Receives the messages of a call's child until its end.
+class _Call:
+    """Waits for the end of a call's child, and receives its messages until then.
 
     Interruptions are raised in the main thread, where they could fall between reading a message and
-    handling it. In this thread no message is lost.
+    handling it. So another thread receives the messages, and loses none.
     """
 
     def __init__(
@@ -210,16 +210,17 @@ class _CallThread(threading.Thread):
         on_message: Callable[[Message], None],
         is_stopped: Callable[[], bool],
     ) -> None:
-        super().__init__(daemon=True, name="call")
         self._child, self._on_message, self._is_stopped = child, on_message, is_stopped
         self._interruptions: list[BaseException] = []
         self._error: BaseException | None = None
-        self._has_ended = threading.Event()  # `join` does not survive interruptions (bpo-45274)
+        self._thread = threading.Thread(target=self._receive, daemon=True, name="call")
+        # Because an interrupted `Thread.join` of Python 3.11 takes a running thread for ended.
+        self._has_ended = threading.Event()
 
     def wait(self) -> ExitStatus:
         """Return the exit status of the child; raise an interruption or an error afterwards."""
-        self._collect_interruptions(self.start)
-        while self.ident is not None and not self._has_ended.is_set():
+        self._collect_interruptions(self._thread.start)
+        while self._thread.ident is not None and not self._has_ended.is_set():
             self._collect_interruptions(self._has_ended.wait)
         if self._interruptions:
             raise self._interruptions[0]
@@ -234,7 +235,7 @@ class _CallThread(threading.Thread):
         except (KeyboardInterrupt, SystemExit) as interruption:
             self._interruptions.append(interruption)
 
-    def run(self) -> None:
+    def _receive(self) -> None:
         """Handle messages and pass on interruptions until the child has ended."""
         try:
             is_stop_sent = False
