@@ -45,7 +45,7 @@ def start_rank(
 ) -> Child:
     """Start a rank in a child process, which ends when this process does."""
     return fork_server(RANK_MODULE).start(
-        f"{RANK_MODULE}.run_rank",
+        f"{RANK_MODULE}.serve_rank",
         {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank},
         environment=build_rank_variables(
             rank, local_rank, size, threads=threads, is_single_node=is_single_node

@@ -101,7 +101,7 @@ def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples |
     return request, read_samples(folder)
 
 
-def run_rank(call: Mapping[str, Any], parent: Parent) -> int:
+def serve_rank(call: Mapping[str, Any], parent: Parent) -> int:
     """Run a rank; return 0 if it ended in a way that the parent was told about."""
     try:
         train_rank(parent, call["folder"], call["digest"], call["rank"], call["local_rank"])
