@@ -66,27 +66,12 @@ class ExitStatus:
     @classmethod
     def from_code(cls, code: int | None) -> ExitStatus:
         """Return the status of a child that has ended; without a code, nobody knows how."""
-        return cls.lost() if code is None else cls(code)
-
-    @classmethod
-    def lost(cls) -> ExitStatus:
-        """The fork server was killed before it started the child, or before it sent the code."""
-        return cls(None, "was lost together with the fork server")
-
-    @classmethod
-    def refused(cls) -> ExitStatus:
-        """The work was stopped before it began, so that nothing has happened."""
-        return cls(None, "was stopped before it began")
-
-    @classmethod
-    def abandoned(cls) -> ExitStatus:
-        """The parent has closed the connection without waiting for the child's end."""
-        return cls(None, "was left to end by itself")
+        return LOST_CHILD if code is None else cls(code)
 
     @property
     def is_refused(self) -> bool:
         """Whether the work was stopped before it began."""
-        return self == self.refused()
+        return self == REFUSED_CALL
 
     @property
     def description(self) -> str:
@@ -96,6 +81,14 @@ class ExitStatus:
         if self.code < 0:
             return f"was killed by {signal.Signals(-self.code).name}"
         return f"exited with code {self.code}"
+
+
+# The fork server was killed before it started the child, or before it sent the code.
+LOST_CHILD = ExitStatus(None, "was lost together with the fork server")
+# The work was stopped before it began, so that nothing has happened.
+REFUSED_CALL = ExitStatus(None, "was stopped before it began")
+# The parent has closed the connection without waiting for the child's end.
+ABANDONED_CHILD = ExitStatus(None, "was left to end by itself")
 
 
 class Child:
@@ -170,7 +163,7 @@ class Child:
         code = None if self._code_field[0] == UNREAD else self._code_field[0]
         if code is not None or (self._status_pipe < 0 and self._connection.closed):
             if self._exit_message.get("is_refused"):
-                self.exit_status = ExitStatus.refused()
+                self.exit_status = REFUSED_CALL
             else:
                 message_code = self._exit_message.get("exit")
                 self.exit_status = ExitStatus.from_code(message_code if code is None else code)
@@ -199,7 +192,7 @@ class Child:
         if self._status_pipe >= 0:
             os.close(self._status_pipe)
             self._status_pipe = -1
-        self.exit_status = self.exit_status or ExitStatus.abandoned()
+        self.exit_status = self.exit_status or ABANDONED_CHILD
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError
-from qtorch.process.child import Child, ExitStatus, Message, child_main, connect
+from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child_main, connect
 from qtorch.process.stops import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
@@ -165,7 +165,7 @@ class ForkServer(forkserver.ForkServer):
         child. `on_message` is called in another thread.
         """
         if is_stopped():
-            return ExitStatus.refused()
+            return REFUSED_CALL
         self.is_calling = True
         try:
             with self._start_call(function, request) as child:

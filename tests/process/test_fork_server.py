@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import qtorch.process.fork_server as fork_server_module
-from qtorch.process.child import ExitStatus
+from qtorch.process.child import REFUSED_CALL, ExitStatus
 from qtorch.process.fork_server import ForkError, ForkServer
 from qtorch.process.stops import CommandLock, is_command_stopped
 
@@ -208,16 +208,16 @@ def test_silence_of_the_parent_ends_the_child(server):
 
 
 @pytest.fixture
-def paused_server(server):
+def slow_server(server):
     """A fork server that does not start children until SIGCONT, as while it imports modules."""
     server.ensure_running()
     os.kill(server._forkserver_pid, signal.SIGSTOP)
     return server
 
 
-def test_child_of_a_slow_fork_server_waits_for_a_fresh_ping(paused_server):
+def test_child_of_a_slow_fork_server_waits_for_a_fresh_ping(slow_server):
     """Pings that did not fit into the connection meanwhile were dropped."""
-    child = paused_server.start("fork_steps.wait_for_stop", {}, silence_timeout=0.5)
+    child = slow_server.start("fork_steps.wait_for_stop", {}, silence_timeout=0.5)
     for _ in range(200):
         child.ping()
     time.sleep(1.0)
@@ -226,9 +226,9 @@ def test_child_of_a_slow_fork_server_waits_for_a_fresh_ping(paused_server):
     child.kill()
 
 
-def test_child_whose_parent_is_silent_since_its_request_does_not_begin(paused_server, tmp_path):
+def test_child_whose_parent_is_silent_since_its_request_does_not_begin(slow_server, tmp_path):
     path = tmp_path / "file"
-    child = paused_server.start("fork_steps.create_file", {"path": str(path)}, silence_timeout=0.5)
+    child = slow_server.start("fork_steps.create_file", {"path": str(path)}, silence_timeout=0.5)
     time.sleep(1.0)
     os.kill(child.server_pid, signal.SIGCONT)
     assert child.receive(1.0) == []
@@ -273,7 +273,7 @@ def test_command_lock_stops_the_jobs_of_other_processes(server):
     assert exit_status == ExitStatus(0)
     assert messages[1:] == [{"stops": 1, "thread": True}]
     refused = server.call(*call, is_stopped=lambda: is_command_stopped(lock.path))
-    assert refused == ExitStatus.refused()
+    assert refused == REFUSED_CALL
     lock.close()
 
 
@@ -331,7 +331,7 @@ def test_child_does_not_get_the_environment_of_a_starting_server(server, monkeyp
 
 
 @contextmanager
-def interrupt_after(*delays):
+def send_interrupts(*delays):
     """Interrupt the main thread after these seconds, as Ctrl-C does."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     timers = [threading.Timer(d, os.kill, (os.getpid(), signal.SIGINT)) for d in delays]
@@ -359,7 +359,7 @@ def test_interruption_loses_no_message(server):
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    with interrupt_after(), pytest.raises(KeyboardInterrupt):
+    with send_interrupts(), pytest.raises(KeyboardInterrupt):
         thread.start()
         server.call("fork_steps.send_many", {"count": 5}, handle)
     assert [m["number"] for m in messages] == [0, 1, 2, 3, 4]
@@ -368,7 +368,7 @@ def test_interruption_loses_no_message(server):
 def test_second_ctrl_c_kills_the_child_of_a_call(server):
     messages = []
     begin = time.monotonic()
-    with interrupt_after(1.0, 2.0), pytest.raises(KeyboardInterrupt):
+    with send_interrupts(1.0, 2.0), pytest.raises(KeyboardInterrupt):
         server.call("fork_steps.ignore_stops", {}, messages.append)
     assert time.monotonic() - begin < 8
     assert not is_alive(messages[0]["pid"])

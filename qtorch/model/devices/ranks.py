@@ -306,7 +306,7 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
     if len(train) < size:
         raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
     if recipe.module is not None:
-        _check_batch_can_be_shared(build_factory(recipe.module, "module"), size)
+        _check_batch_sharing(build_factory(recipe.module, "module"), size)
     num_nodes = int(options.arguments.get("num_nodes", 1))
     if num_nodes > 1 and recipe.checkpoint.get("enabled", True) is False:
         raise ConfigError(
@@ -315,7 +315,7 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
         )
 
 
-def _check_batch_can_be_shared(factory: Callable[..., Any], size: int) -> None:
+def _check_batch_sharing(factory: Callable[..., Any], size: int) -> None:
     """Raise ConfigError unless the class that defines the training step allows several devices."""
     module_class = getattr(factory, "func", factory)
     if not isinstance(module_class, type):
