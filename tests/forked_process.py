@@ -80,7 +80,7 @@ def fork_servers_in_place(prepare: Callable[[], None] = lambda: None) -> None:
                 if int(name) > 2 and int(name) not in descriptors:
                     with suppress(OSError):
                         os.close(int(name))
-            fork_server._start_lock = threading.Lock()  # it is held by the thread that forks
+            fork_server._lock = threading.RLock()  # it is held by the thread that forks
             prepare()
             with suppress(SystemExit):
                 exec(code, {})

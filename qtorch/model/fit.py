@@ -69,7 +69,7 @@ def fit_network(
                         recipe,
                         folder=folder,
                         identity=identity,
-                        checkpoint=checkpoint,
+                        checkpoint=None if checkpoint is None else checkpoint[0],
                         recorder=recorder,
                         interruption=interruption,
                         tuning=tuning,

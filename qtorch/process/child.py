@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import traceback
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -46,46 +47,70 @@ from qtorch.process.stops import (
 Message = dict[str, Any]
 
 END_SECONDS = 5.0  # for a child to end after it was killed, or has no more work
+WATCH_SECONDS = 0.2  # between two checks whether the parent is silent
 STALL_SECONDS = 60.0  # without progress in the middle of a message, the other side counts as gone
-STATUS = struct.Struct("q")  # as multiprocessing's fork server sends process IDs and exit codes
+UNREAD = -(2**63)  # in place of a process ID or an exit code that was not received yet
 
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a child ended: its exit code, or minus the number of the signal that killed it.
+    """How a child ended.
 
-    `code` is None if the fork server was killed and the child sent no code, or was never started.
-    `is_refused`: the work was not started, because it was stopped before.
+    `code` is its exit code, or minus the number of the signal that killed it. Without a code,
+    `reason` tells why there is none.
     """
 
     code: int | None
-    is_refused: bool = False
+    reason: str = ""
+
+    @classmethod
+    def from_code(cls, code: int | None) -> ExitStatus:
+        """Return the status of a child that has ended; without a code, nobody knows how."""
+        return LOST_CHILD if code is None else cls(code)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the work was stopped before it began."""
+        return self == REFUSED_CALL
 
     @property
     def description(self) -> str:
         """The end of a sentence, such as `was killed by SIGKILL` or `exited with code 1`."""
-        if self.is_refused:
-            return "was not started"
         if self.code is None:
-            return "was lost together with the fork server"
+            return self.reason
         if self.code < 0:
             return f"was killed by {signal.Signals(-self.code).name}"
         return f"exited with code {self.code}"
 
 
-class Child:
-    """A child process as its parent sees it.
+# The fork server was killed before it started the child, or before it sent the code.
+LOST_CHILD = ExitStatus(None, "was lost together with the fork server")
+# The work was stopped before it began, so that nothing has happened.
+REFUSED_CALL = ExitStatus(None, "was stopped before it began")
+# The parent has closed the connection without waiting for the child's end.
+ABANDONED_CHILD = ExitStatus(None, "was left to end by itself")
 
-    `pid` is None until the child is started, `exit_status` until its end has been received.
-    Closing it (also by the end of this process) stops the child, see `Parent`.
+
+class Child:
+    """A child process as its parent sees it; `exit_status` is None until its end is received.
+
+    There are four ways to end it:
+
+    - `stop` asks a child to end its work in an orderly way, and returns at once;
+    - `wait_or_kill` lets a child without work exit by itself, and kills it after END_SECONDS;
+    - `kill` kills a child and all that it has started, and waits for its end;
+    - `abandon` (also the end of a `with` block, or of this process) closes the connection without
+      waiting: a child that works gets `orphan_seconds`, see `Parent`.
+
+    `server_pid` is the process ID of the fork server that was asked to start the child.
     """
 
-    def __init__(self, connection: Connection, status: int) -> None:
-        self.pid: int | None = None
+    def __init__(self, connection: Connection, status_pipe: int, server_pid: int) -> None:
         self.exit_status: ExitStatus | None = None
+        self.server_pid = server_pid
         self._connection = connection
-        self._status = status  # pipe with the process ID and the exit code; -1: closed
-        self._code: int | None = None
+        self._status_pipe = status_pipe  # sends the process ID and the exit code; -1: closed
+        self._pid_field, self._code_field = array("q", [UNREAD]), array("q", [UNREAD])
         self._exit_message: Message = {}
         self._lock = threading.Lock()
 
@@ -93,14 +118,23 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.abandon()
+
+    @property
+    def pid(self) -> int | None:
+        """The process ID; None until the fork server has started the child."""
+        return None if self._pid_field[0] == UNREAD else self._pid_field[0]
 
     def send(self, message: Mapping[str, Any]) -> bool:
         """Send a message; return False if the child is gone or has not read for STALL_SECONDS."""
-        with self._lock, contextlib.suppress(OSError):
-            self._connection.send_bytes(_encode(message))
-            return True
-        return False
+        with self._lock:
+            try:
+                self._connection.send_bytes(_encode(message))
+            except OSError:
+                # Half of the message may be in the connection; nothing can follow it.
+                self._connection.close()
+                return False
+        return True
 
     def stop(self) -> None:
         """Ask the child to stop its work in an orderly way."""
@@ -122,39 +156,43 @@ class Child:
         if self.exit_status is not None:
             return []
         sources: list[Any] = [] if self._connection.closed else [self._connection]
-        sources += [] if self._status < 0 else [self._status]
-        if self._status in wait(sources, timeout):
+        sources += [] if self._status_pipe < 0 else [self._status_pipe]
+        if self._status_pipe in wait(sources, timeout):
             self._read_status()
         messages = self._read_messages()  # all of them, if the child has ended
-        if self._code is not None or (self._status < 0 and self._connection.closed):
-            code = self._exit_message.get("exit") if self._code is None else self._code
-            self.exit_status = ExitStatus(code, self._exit_message.get("is_refused", False))
+        code = None if self._code_field[0] == UNREAD else self._code_field[0]
+        if code is not None or (self._status_pipe < 0 and self._connection.closed):
+            if self._exit_message.get("is_refused"):
+                self.exit_status = REFUSED_CALL
+            else:
+                message_code = self._exit_message.get("exit")
+                self.exit_status = ExitStatus.from_code(message_code if code is None else code)
             if self.pid is not None:
                 _kill_group(self.pid)  # processes that the child left running
         return messages
 
     def kill(self) -> None:
-        """Kill the child and what it has started; a child that has not started yet never does."""
+        """Kill the child and what it has started; a child that is not started yet never works."""
         self.receive(0.0)
         self._close_connection()
         if self.exit_status is None and self.pid is not None:
             _kill_group(self.pid)
             self._wait(END_SECONDS)
-        self.close()
+        self.abandon()
 
-    def finish(self) -> None:
+    def wait_or_kill(self) -> None:
         """Let a child without work exit by itself; kill it if it does not within END_SECONDS."""
         self._close_connection()
         self._wait(END_SECONDS)
         self.kill()
 
-    def close(self) -> None:
+    def abandon(self) -> None:
         """Close the connection; a child that still works is stopped, with time for a checkpoint."""
         self._close_connection()
-        if self._status >= 0:
-            os.close(self._status)
-            self._status = -1
-        self.exit_status = self.exit_status or ExitStatus(None)
+        if self._status_pipe >= 0:
+            os.close(self._status_pipe)
+            self._status_pipe = -1
+        self.exit_status = self.exit_status or ABANDONED_CHILD
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -163,15 +201,14 @@ class Child:
 
     def _read_status(self) -> None:
         """Read the process ID or the exit code, or notice that the fork server was killed."""
-        data = os.read(self._status, STATUS.size)
-        if data and self.pid is None:
-            (self.pid,) = STATUS.unpack(data)
+        is_pid = self.pid is None
+        # A Ctrl-C right after this line loses nothing, because the number is in its field already.
+        num_bytes = os.readv(self._status_pipe, [self._pid_field if is_pid else self._code_field])
+        if is_pid and num_bytes:
             return
-        os.close(self._status)
-        self._status = -1
-        if data:
-            (self._code,) = STATUS.unpack(data)
-        elif self.pid is None:  # the child was never started
+        os.close(self._status_pipe)
+        self._status_pipe = -1
+        if is_pid:  # the child was never started
             self._close_connection()
 
     def _read_messages(self) -> list[Message]:
@@ -210,29 +247,25 @@ class Parent(StopRequest):
       works (or None). Pings carry the time of the machine's monotonic clock, because they may have
       waited.
 
-    `is_idle`: the child waits for a request, so nothing needs to be interrupted.
+    The child is idle until `begin_work`, and while it waits for a request: then it stays, however
+    long the parent is silent, and needs no time to end.
     """
 
     def __init__(self, connection: Connection, call: Message) -> None:
         super().__init__()
         self._connection, self._call = connection, call
         self._requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
+        self._news = threading.Condition()  # for `begin_work`, when the following change
         self._last_alive: float = call["alive"]
-        self.is_idle = False
+        self._has_read_all = False
+        self._is_idle = True
         self._is_gone = False
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message to the parent."""
-        with self._lock, contextlib.suppress(OSError):  # the parent may be gone
+        with self._send_lock, contextlib.suppress(OSError):  # the parent may be gone
             self._connection.send_bytes(_encode(message))
-
-    def next_request(self) -> Message | None:
-        """Wait for the parent's next request; return None when there are no more."""
-        self.is_idle = True
-        request = self._requests.get()
-        self.is_idle = False
-        return None if self._is_gone else request
 
     def listen(self) -> None:
         """Start to receive messages and signals."""
@@ -245,7 +278,34 @@ class Parent(StopRequest):
         if self._call["silence_timeout"] is not None:
             threading.Thread(target=self._watch, daemon=True, name="watch-parent").start()
 
-    def finish(self, code: int, *, is_refused: bool = False) -> int:
+    def begin_work(self) -> bool:
+        """Wait until the parent is known to be alive; return False if it is gone.
+
+        The process may have been started long after it was requested, by a slow fork server. What
+        has arrived meanwhile is read first: the parent may be gone, or may have sent pings until
+        there was no room for more. Without a fresh ping the work does not begin, because the parent
+        may have lost its lease.
+        """
+        with self._news:
+            self._news.wait_for(
+                lambda: self._is_gone or (self._has_read_all and not self._is_parent_silent())
+            )
+            if self._is_gone:
+                return False
+            self._is_idle = False
+            return True
+
+    def next_request(self) -> Message | None:
+        """Wait for the parent's next request; return None when there are no more."""
+        self.finish_work()
+        request = self._requests.get()
+        return request if request is not None and self.begin_work() else None
+
+    def finish_work(self) -> None:
+        """Be idle: nothing needs to be interrupted if the parent is gone."""
+        self._is_idle = True
+
+    def report_exit(self, code: int, *, is_refused: bool = False) -> int:
         """Report the end of this process and return its exit code."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -256,8 +316,11 @@ class Parent(StopRequest):
         return code
 
     def _receive(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        try:
             while True:
+                with self._news:
+                    self._has_read_all = not self._connection.poll(0)
+                    self._news.notify_all()
                 message = json.loads(self._connection.recv_bytes())
                 if "alive" in message:
                     self._last_alive = max(self._last_alive, message["alive"])
@@ -265,35 +328,46 @@ class Parent(StopRequest):
                     self._stop()
                 else:
                     self._requests.put(message)
-        self._end()
+        except (EOFError, OSError):
+            pass  # the parent has closed the connection, or its process has ended
+        finally:
+            self._end_as_orphan()
 
     def _watch(self) -> None:
-        timeout: float = self._call["silence_timeout"]
-        while self.is_idle or time.monotonic() - self._last_alive <= timeout:
-            time.sleep(0.2)
-        self._end()
+        while self._is_idle or not self._is_parent_silent():
+            time.sleep(WATCH_SECONDS)
+        self._end_as_orphan()
+
+    def _is_parent_silent(self) -> bool:
+        timeout: float | None = self._call["silence_timeout"]
+        return timeout is not None and time.monotonic() - self._last_alive > timeout
 
     def _stop(self) -> None:
         self.stop_requested = True
         if self._call["is_interruptible"]:
             send_stop_signal()
 
-    def _end(self) -> None:
+    def _end_as_orphan(self) -> None:
         """End this process, because the parent is gone."""
-        self._is_gone = True
-        self._requests.put(None)
-        if self.is_idle:
+        with self._news:
+            is_idle, self._is_gone = self._is_idle, True
+            self._news.notify_all()
+        if is_idle:
+            # The main thread exits by itself, which gives a user's exit functions a chance.
+            self._requests.put(None)
             time.sleep(END_SECONDS)
         elif self._call["orphan_seconds"]:
+            # A training may take that long to reach the end of a step and to write a checkpoint.
             self._stop()
             time.sleep(self._call["orphan_seconds"])
+        # Otherwise, nothing that the work still does is wanted: another process may have begun it.
         # If the parent was only paused, this tells it that the work did not fail by itself.
-        if self._lock.acquire(timeout=0.1):
+        if self._send_lock.acquire(timeout=0.1):
             _send_if_writable(self._connection, {"interrupted": True})
         os.killpg(0, signal.SIGKILL)
 
 
-def run_child(connection: Connection, outputs: Sequence[int]) -> int:
+def child_main(connection: Connection, outputs: Sequence[int]) -> int:
     """Make the parent's call in this new process, and return the exit code.
 
     The process has the working folder, `sys.path` and `sys.argv` of its parent. It gets the call's
@@ -317,12 +391,15 @@ def run_child(connection: Connection, outputs: Sequence[int]) -> int:
             os.environ.update(call["environment"])
             _set_threads()
             function = locate(call["function"])
+            can_begin = parent.begin_work()
         except KeyboardInterrupt:
-            return parent.finish(0, is_refused=True)
-        return parent.finish(int(function(call["request"], parent) or 0))
+            can_begin = False
+        if not can_begin:
+            return parent.report_exit(0, is_refused=True)
+        return parent.report_exit(int(function(call["request"], parent) or 0))
     except BaseException:
         traceback.print_exc()
-        return parent.finish(1)
+        return parent.report_exit(1)
 
 
 def _set_threads() -> None:

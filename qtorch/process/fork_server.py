@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError
-from qtorch.process.child import Child, ExitStatus, Message, connect, run_child
+from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child_main, connect
 from qtorch.process.stops import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
@@ -38,7 +38,9 @@ TRAINING_PRELOAD = "qtorch.trainer.preload"  # a module that imports what traini
 # With the first variable torch counts GPUs without creating a CUDA context. The second keeps
 # matplotlib from using a window or a notebook's backend.
 FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "MPLBACKEND": "Agg"}
-_start_lock = threading.Lock()  # the environment of this process changes during a start
+# Held while a server starts, because the environment of this process changes meanwhile, and while
+# a server is asked for a child, so that no other thread closes it in between.
+_lock = threading.RLock()
 
 
 class ForkError(QtorchError, RuntimeError):
@@ -54,20 +56,23 @@ class ForkServer(forkserver.ForkServer):
     def __init__(self, *modules: str) -> None:
         super().__init__()
         self.set_forkserver_preload(list(modules))
-        self.is_busy = False  # whether this process waits for a call
+        # Whether this process waits for a call: the signal handler of a sweep interrupts the main
+        # thread only outside of calls, which see by themselves that the sweep is stopped.
+        self.is_calling = False
 
     def ensure_running(self) -> None:
         """Start the server if it does not run."""
-        if self._is_running():
-            return
-        resource_tracker.ensure_running()  # it would unblock the signals below
-        with _start_lock, _server_environment():
-            # A signal in the middle of the imports, or of the start of a child, would do harm.
-            previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            try:
-                super().ensure_running()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        with _lock:
+            if self._is_running():
+                return
+            resource_tracker.ensure_running()  # it would unblock the signals below
+            with _server_environment():
+                # A signal in the middle of the imports, or of the start of a child, would do harm.
+                previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                try:
+                    super().ensure_running()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     def _is_running(self) -> bool:
         pid = self._forkserver_pid  # type: ignore[attr-defined]
@@ -82,7 +87,7 @@ class ForkServer(forkserver.ForkServer):
         request: Mapping[str, Any],
         *,
         environment: Mapping[str, str] | None = None,
-        path: Sequence[str] | None = None,
+        sys_path: Sequence[str] | None = None,
         output: Path | None = None,
         is_interruptible: bool = True,
         orphan_seconds: float = ORPHAN_SECONDS,
@@ -92,7 +97,7 @@ class ForkServer(forkserver.ForkServer):
 
         `function` is an import path, `request` is sent as JSON, `parent` is a
         `qtorch.process.child.Parent`, which explains the last three options. The child gets this
-        process's working folder, `sys.argv`, `sys.path` (or `path`), `os.environ` (or
+        process's working folder, `sys.argv`, `sys.path` (or `sys_path`), `os.environ` (or
         `environment`), and output (or the file `output`). Raises ForkError if that is impossible.
         """
         for stream in (sys.stdout, sys.stderr):
@@ -104,16 +109,15 @@ class ForkServer(forkserver.ForkServer):
             if output is not None:
                 outputs = [stack.enter_context(output.open("ab")).fileno()] * 2
             try:
-                status = self._request_child([child_end.fileno(), *outputs], path)
+                child = self._request_child(own_end, [child_end.fileno(), *outputs], sys_path)
             except (OSError, EOFError) as error:
                 own_end.close()
                 raise ForkError(f"the fork server cannot start a process: {error}.") from error
-        child = Child(own_end, status)
         child.send(
             {
                 "function": function,
                 "request": request,
-                "environment": dict(os.environ if environment is None else environment),
+                "environment": dict(current_environment() if environment is None else environment),
                 "is_interruptible": is_interruptible,
                 "orphan_seconds": orphan_seconds,
                 "silence_timeout": silence_timeout,
@@ -122,21 +126,29 @@ class ForkServer(forkserver.ForkServer):
         )
         return child
 
-    def _request_child(self, descriptors: list[int], path: Sequence[str] | None) -> int:
-        """Let the server start a child; return a pipe with its process ID and its exit code."""
+    def _request_child(
+        self, own_end: Connection, descriptors: list[int], sys_path: Sequence[str] | None
+    ) -> Child:
+        """Let the server start a child that gets the descriptors."""
         preparation = {
-            "sys_path": list(sys.path if path is None else path),
+            "sys_path": list(sys.path if sys_path is None else sys_path),
             "sys_argv": sys.argv,
             "dir": os.getcwd(),
         }
-        status, data = self.connect_to_new_process(descriptors)
+        with _lock:
+            try:
+                status_pipe, data = self.connect_to_new_process(descriptors)
+            except OSError:
+                self.close()  # whatever it was, the next use needs another server
+                raise
+            server_pid: int = self._forkserver_pid  # type: ignore[attr-defined]
         with open(data, "wb") as pipe:
             try:
                 pipe.write(pickle.dumps(preparation) + pickle.dumps(_ChildMain()))
             except BaseException:
-                os.close(status)
+                os.close(status_pipe)
                 raise
-        return status
+        return Child(own_end, status_pipe, server_pid)
 
     def call(
         self,
@@ -149,30 +161,17 @@ class ForkServer(forkserver.ForkServer):
         """Call a function in a child (see `start`) and wait for its end.
 
         The child is stopped when `is_stopped` returns True, and if this process is interrupted:
-        then the interruption is raised again after the child has ended.
+        then the interruption is raised again after the child has ended. A further Ctrl-C kills the
+        child. `on_message` is called in another thread.
         """
         if is_stopped():
-            return ExitStatus(None, is_refused=True)
-        interruption: BaseException | None = None
-        is_stop_sent = False
-        self.is_busy = True
+            return REFUSED_CALL
+        self.is_calling = True
         try:
             with self._start_call(function, request) as child:
-                while child.exit_status is None:
-                    try:
-                        for message in child.receive(POLL_SECONDS):
-                            on_message(message)
-                        should_stop = interruption is not None or is_stopped()
-                    except (KeyboardInterrupt, SystemExit) as error:
-                        interruption, should_stop = interruption or error, True
-                    if should_stop and not is_stop_sent:
-                        is_stop_sent = True
-                        child.stop()
+                return _Call(child, on_message, is_stopped).wait()
         finally:
-            self.is_busy = False
-        if interruption is not None:
-            raise interruption
-        return child.exit_status
+            self.is_calling = False
 
     def _start_call(self, function: str, request: Mapping[str, Any]) -> Child:
         try:
@@ -183,14 +182,75 @@ class ForkServer(forkserver.ForkServer):
                 "call_in_subproc=False (trainers)."
             ) from error
 
-    def close(self) -> None:
-        """End the server; children continue. The next use starts another server."""
-        with _start_lock:
-            if self._forkserver_pid is not None:  # type: ignore[attr-defined]
-                os.kill(self._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    def close(self, pid: int | None = None) -> None:
+        """End the server; children continue. The next use starts another server.
+
+        With `pid` (`Child.server_pid`) nothing happens if another thread has replaced the server
+        with this process ID already.
+        """
+        with _lock:
+            server_pid: int | None = self._forkserver_pid  # type: ignore[attr-defined]
+            if server_pid is not None and pid in (None, server_pid):
+                os.kill(server_pid, signal.SIGKILL)
                 # At the end of this process, its temporary folder with the socket is gone already.
                 with contextlib.suppress(FileNotFoundError):
                     self._stop()  # type: ignore[attr-defined]
+
+
+class _Call:
+    """Waits for the end of a call's child, and receives its messages until then.
+
+    Interruptions are raised in the main thread, where they could fall between reading a message and
+    handling it. So another thread receives the messages, and loses none.
+    """
+
+    def __init__(
+        self,
+        child: Child,
+        on_message: Callable[[Message], None],
+        is_stopped: Callable[[], bool],
+    ) -> None:
+        self._child, self._on_message, self._is_stopped = child, on_message, is_stopped
+        self._interruptions: list[BaseException] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._receive, daemon=True, name="call")
+        # Because an interrupted `Thread.join` of Python 3.11 takes a running thread for ended.
+        self._has_ended = threading.Event()
+
+    def wait(self) -> ExitStatus:
+        """Return the exit status of the child; raise an interruption or an error afterwards."""
+        self._collect_interruptions(self._thread.start)
+        while self._thread.ident is not None and not self._has_ended.is_set():
+            self._collect_interruptions(self._has_ended.wait)
+        if self._interruptions:
+            raise self._interruptions[0]
+        if self._error is not None:
+            raise self._error
+        assert self._child.exit_status is not None
+        return self._child.exit_status
+
+    def _collect_interruptions(self, step: Callable[[], Any]) -> None:
+        try:
+            step()
+        except (KeyboardInterrupt, SystemExit) as interruption:
+            self._interruptions.append(interruption)
+
+    def _receive(self) -> None:
+        """Handle messages and pass on interruptions until the child has ended."""
+        try:
+            is_stop_sent = False
+            while self._child.exit_status is None:
+                for message in self._child.receive(POLL_SECONDS):
+                    self._on_message(message)
+                if any(isinstance(i, KeyboardInterrupt) for i in self._interruptions[1:]):
+                    self._child.kill()
+                elif not is_stop_sent and (self._interruptions or self._is_stopped()):
+                    is_stop_sent = True
+                    self._child.stop()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._has_ended.set()
 
 
 class _ChildMain:
@@ -199,8 +259,14 @@ class _ChildMain:
     def _bootstrap(self, parent_sentinel: int) -> int:
         os.close(parent_sentinel)
         connection, *outputs = forkserver.get_inherited_fds()  # type: ignore[misc]
-        os.set_inheritable(connection, False)
-        return run_child(Connection(connection), outputs)
+        os.set_inheritable(connection, False)  # processes that the work starts must not hold it
+        return child_main(Connection(connection), outputs)
+
+
+def current_environment() -> dict[str, str]:
+    """Return a copy of this process's environment, without what a starting server changes in it."""
+    with _lock:
+        return dict(os.environ)
 
 
 @contextmanager

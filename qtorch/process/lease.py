@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from qtorch.core.errors import QtorchError
+from qtorch.core.errors import FileLockError, QtorchError
 from qtorch.core.files import atomic_write, file_lock
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 0.5  # between two checks of a claim that is held on another machine
 LOST_CLAIM_EXIT_CODE = 96  # of a process whose job was taken over by another process
 
-Touch = tuple[dict[str, Any], int]  # the holder's token, and the modification time of the file
+ClaimState = tuple[dict[str, Any], int]  # the holder's token, and the time of the last touch in ns
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class RenewalThread:
     """Context manager in which a thread calls `renew` every `interval` seconds.
 
     The thread ends when `renew` returns False. If it raises an exception, the error is logged and
-    the next call tries again.
+    the next call tries again. `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and
+    `_pause_seconds`.
     """
 
     join_seconds: float | None = None  # how long `stop` waits for a call of `renew` to return
@@ -169,28 +170,33 @@ def hold_claim(path: Path) -> Iterator[bool]:
         with RenewalThread(partial(_renew_claim, path, token), HEARTBEAT_SECONDS, f"claim {path}"):
             yield True
     finally:
-        if _read_token(path) == token:
-            path.unlink(missing_ok=True)
+        try:
+            with file_lock(_lock_path(path)):  # nobody may take the claim over in between
+                if _read_token(path) == token:
+                    path.unlink(missing_ok=True)
+        except FileLockError as error:  # the work is done; the claim ends with this process
+            log.warning("could not release the claim: %s", error)
 
 
 def is_held(path: Path) -> bool:
     """Whether a live process holds the claim."""
-    touch = _read_touch(path)
-    if touch is None:
+    state = _read_state(path)
+    if state is None:
         return False
-    token = touch[0]
+    token = state[0]
     is_alive = ProcessIdentity(token["machine"], *token["process"]).is_alive()
-    return _touch_age(path, touch) < STALE_SECONDS if is_alive is None else is_alive
+    return _seconds_since_touch(path, state) < STALE_SECONDS if is_alive is None else is_alive
 
 
-def _take_claim(path: Path, token: dict[str, Any], stale_touch: Touch | None = None) -> bool:
-    """Take a claim that nobody holds, or whose last touch is still `stale_touch`."""
-    with file_lock(path.with_name(f".{path.name}.lock")):
-        if is_held(path) and (stale_touch is None or _read_touch(path) != stale_touch):
-            return False
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(token))
-        return True
+def _take_claim(path: Path, token: dict[str, Any], stale_state: ClaimState | None = None) -> bool:
+    """Take a claim that nobody holds, or whose state is still `stale_state`."""
+    with file_lock(_lock_path(path)):
+        is_stale = stale_state is not None and _read_state(path) == stale_state
+        is_free = is_stale or not is_held(path)
+        if is_free:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(token))
+        return is_free
 
 
 def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
@@ -199,13 +205,14 @@ def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
     When a node dies, its job is retried within seconds, while the claim still looks alive. Only
     our own clock measures the wait, and the lock is not held meanwhile.
     """
-    last_touch = _read_touch(path)
-    if last_touch is None:
+    last_state = _read_state(path)
+    if last_state is None:
         return _take_claim(path, token)
-    holder = str(last_touch[0]["machine"])
+    holder = str(last_state[0]["machine"])
     if holder == token["machine"]:
         return False
-    max_wait = min(STALE_SECONDS, STALE_SECONDS - _touch_age(path, last_touch))
+    # The age may be negative, because the machines' clocks differ.
+    max_wait = min(STALE_SECONDS, STALE_SECONDS - _seconds_since_touch(path, last_state))
     log.info(
         "this job is claimed by %s: waiting up to %.0f s to see whether it is still alive",
         holder.partition(" ")[0],
@@ -214,12 +221,12 @@ def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
     deadline = time.monotonic() + max_wait
     while (remaining := deadline - time.monotonic()) > 0:
         time.sleep(min(POLL_SECONDS, remaining))
-        touch = _read_touch(path)
-        if touch is None:
+        state = _read_state(path)
+        if state is None:
             break
-        if touch != last_touch:
+        if state != last_state:
             return False
-    return _take_claim(path, token, last_touch)
+    return _take_claim(path, token, last_state)
 
 
 def _renew_claim(path: Path, token: dict[str, Any]) -> bool:
@@ -235,12 +242,16 @@ def _renew_claim(path: Path, token: dict[str, Any]) -> bool:
     return True
 
 
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 def _read_token(path: Path) -> dict[str, Any] | None:
-    touch = _read_touch(path)
-    return None if touch is None else touch[0]
+    state = _read_state(path)
+    return None if state is None else state[0]
 
 
-def _read_touch(path: Path) -> Touch | None:
+def _read_state(path: Path) -> ClaimState | None:
     """Return the claim's token and the time of its last touch; None without a readable claim.
 
     The file is opened before `fstat`, because a network file system refreshes a file's attributes
@@ -253,9 +264,9 @@ def _read_touch(path: Path) -> Touch | None:
         return None
 
 
-def _touch_age(path: Path, touch: Touch) -> float:
+def _seconds_since_touch(path: Path, state: ClaimState) -> float:
     """Return the seconds since a touch by the clock of the file system, which set its time too."""
-    touch_time = touch[1] / 1e9
+    touch_time = state[1] / 1e9
     probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         probe.touch()

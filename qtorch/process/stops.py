@@ -142,11 +142,17 @@ class CommandLock:
         self.path.unlink(missing_ok=True)
 
 
-def is_command_stopped(path: str | Path) -> bool:
-    """Whether the command with this lock file has stopped its work, or was killed."""
+def is_command_stopped(path: str | Path | None) -> bool:
+    """Whether the command with this lock file has stopped its work, or was killed.
+
+    Without a file the work is not stopped: there is no command (None), it runs on another machine,
+    or it has removed the file because its work has ended.
+    """
+    if path is None:
+        return False
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # locked, or the file of another machine
+    except OSError:  # locked by the command, or there is no such file
         return False
     return True

@@ -206,7 +206,8 @@ class Slot(threading.Thread):
             return {"interrupted": True}
         if "not_started" in outcome:
             log.warning("%s: %s; trying again", self.name, outcome["not_started"])
-            self.server.close()
+            if self.child is not None:
+                self.server.close(self.child.server_pid)
             outcome = self._wait_for_outcome(request, lease)
         return {"unusable": outcome["not_started"]} if "not_started" in outcome else outcome
 
@@ -334,7 +335,7 @@ class Slot(threading.Thread):
     def _drop_child(self) -> None:
         child, self.child = self.child, None
         if child is not None:
-            child.finish()
+            child.wait_or_kill()
 
 
 def _require_lease(is_accepted: bool) -> None:

@@ -21,7 +21,12 @@ from qtorch.core.names import locate
 from qtorch.core.runtime import configure_logging
 from qtorch.core.trust import check_config_trust
 from qtorch.process.child import Child, Message, Parent
-from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
+from qtorch.process.fork_server import (
+    TRAINING_PRELOAD,
+    ForkServer,
+    current_environment,
+    fork_server,
+)
 from qtorch.process.heartbeat import RUN, beat, listen
 from qtorch.process.stops import received_signals
 from qtorch.task.definition import decode_result, encode_result
@@ -59,8 +64,8 @@ def start_child(
     return server.start(
         f"{__name__}.serve_tasks",
         {},
-        environment={**os.environ, **environment},
-        path=sys.path if is_complete else [folder, *sys.path],
+        environment={**current_environment(), **environment},
+        sys_path=sys.path if is_complete else [folder, *sys.path],
         output=output,
         orphan_seconds=0.0,
         silence_timeout=FENCE_FRACTION * lease,
@@ -83,7 +88,7 @@ def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
                     break  # exit to free all memory; after an error, also to drop corrupt state
     except KeyboardInterrupt:
         log.debug("stopped while idle")
-    parent.is_idle = True
+    parent.finish_work()
     atexit._run_exitfuncs()  # ends runs that a user's function left open; os._exit would not
     return 0
 

@@ -7,6 +7,7 @@ caller's main script, so scripts need no `if __name__ == "__main__"` guard.
 from __future__ import annotations
 
 import base64
+import logging
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import announce_run, error_summary, record_failure
 
+log = logging.getLogger(__name__)
+
 
 class IsolatedError(QtorchError, RuntimeError):
     """A task failed in its process; the message is the task's error or how the process ended."""
@@ -31,33 +34,47 @@ class ProcessLostError(QtorchError, RuntimeError):
     """A task's process ended without reporting a result or an error."""
 
 
-def call_in_subprocess(
+def train_in_child(
     function: Callable[..., Recorder], first: Any, experiment_name: str | None, **options: Any
 ) -> Recorder:
     """Call `function(first, experiment_name, **options)` in a child; return the run it returns.
 
     The child inherits the session's defaults, the tracking store and the working folder. Raises
     IsolatedError with the child's error; a run that the child had started is reported to
-    `collect_started_runs`.
+    `collect_started_runs`, also after an interruption.
     """
     call = _pickle_call(function, first, experiment_name, options)
     replies: dict[str, Any] = {}
     server = fork_server(TRAINING_PRELOAD)
-    exit_status = server.call(f"{__name__}.run_call", {"call": call}, replies.update)
-    recorder = None
-    if RUN in replies:
-        recorder = R.get_recorder(
-            recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
-        )
-        announce_run(recorder)
+    try:
+        exit_status = server.call(f"{__name__}.serve_call", {"call": call}, replies.update)
+    except (KeyboardInterrupt, SystemExit):
+        try:
+            _announce_child_run(replies)
+        except QtorchError as error:
+            log.warning("cannot find the run of the interrupted task: %s", error)
+        raise
+    recorder = _announce_child_run(replies)
     if exit_status.code == 0 and recorder is not None:
         return recorder
     if "error" in replies:
         raise IsolatedError(replies["error"])
-    message = f"the task's process {exit_status.description} without returning a result."
+    ending = "" if exit_status.is_refused else " without returning a result"
+    message = f"the task's process {exit_status.description}{ending}."
     if recorder is not None:
         fail_run(recorder, message)
     raise IsolatedError(message)
+
+
+def _announce_child_run(replies: Mapping[str, Any]) -> Recorder | None:
+    """Report the run that the child has started, if any, and return it."""
+    if RUN not in replies:
+        return None
+    recorder = R.get_recorder(
+        recorder_id=replies[RUN]["recorder_id"], experiment_id=replies[RUN]["experiment_id"]
+    )
+    announce_run(recorder)
+    return recorder
 
 
 def _pickle_call(
@@ -92,7 +109,7 @@ def _pickle_call(
         ) from error
 
 
-def run_call(request: Mapping[str, Any], parent: Parent) -> int:
+def serve_call(request: Mapping[str, Any], parent: Parent) -> int:
     """Run a pickled call in the child process and report its run and its error."""
     try:
         call = pickle.loads(

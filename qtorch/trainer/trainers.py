@@ -14,7 +14,7 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import collect_started_runs, error_summary, get_error, record_failure
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
-from qtorch.trainer.subprocess_tasks import call_in_subprocess
+from qtorch.trainer.subprocess_tasks import train_in_child
 
 Task = Mapping[str, Any]
 TrainFunction = Callable[..., Recorder]
@@ -121,7 +121,7 @@ class TrainerR(Trainer):
         **options: Any,
     ) -> Recorder:
         """Call a training function and return its run, even if it failed."""
-        call = call_in_subprocess if self.call_in_subproc else operator.call
+        call = train_in_child if self.call_in_subproc else operator.call
         with collect_started_runs() as runs:
             try:
                 return call(function, first, experiment_name, **options)

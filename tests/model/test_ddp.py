@@ -142,7 +142,7 @@ CASES = {
 def test_rank_variables_replace_those_of_notebooks_and_launchers(monkeypatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")  # importing matplotlib would fail
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")  # set by another launcher
-    variables = build_rank_variables(1, 0, 2, 3, local=False)
+    variables = build_rank_variables(1, 0, 2, threads=3, is_single_node=False)
     assert variables["MPLBACKEND"] == "Agg"
     assert (variables["RANK"], variables["LOCAL_RANK"], variables["WORLD_SIZE"]) == ("1", "0", "2")
     assert (variables["OMP_NUM_THREADS"], "TORCHELASTIC_RUN_ID" in variables) == ("3", False)

@@ -49,6 +49,30 @@ def create_file(request, parent):
         pass
 
 
+def report_variable(request, parent):
+    """Report a variable of the environment."""
+    parent.send({"value": os.environ.get(request["name"])})
+
+
+def send_many(request, parent):
+    """Send several messages at once."""
+    for number in range(request["count"]):
+        parent.send({"number": number})
+
+
+def ignore_stops(request, parent):
+    """Work for a while although this process is stopped."""
+    end, is_announced = time.monotonic() + 15, False
+    while time.monotonic() < end:
+        try:
+            if not is_announced:  # the interruption may come at once
+                is_announced = True
+                parent.send({"pid": os.getpid()})
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            pass
+
+
 def die(request, parent):
     """Kill this process, as the kernel does if it uses too much memory."""
     parent.send({"run": "started"})

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from qtorch.process.child import ExitStatus
+import qtorch.process.fork_server as fork_server_module
+from qtorch.process.child import REFUSED_CALL, ExitStatus
 from qtorch.process.fork_server import ForkError, ForkServer
 from qtorch.process.stops import CommandLock, is_command_stopped
 
@@ -41,10 +43,12 @@ def is_alive(pid):
         return False
 
 
-def wait_for_messages(child):
-    """Return the child's next messages."""
-    while child.exit_status is None:
-        messages = child.receive(10.0)
+def wait_for_messages(child, seconds=20.0):
+    """Return the child's next messages, or none at its end."""
+    end = time.monotonic() + seconds
+    while child.exit_status is None and time.monotonic() < end:
+        child.ping()
+        messages = child.receive(0.1)
         if messages:
             return messages
     return []
@@ -186,7 +190,7 @@ def test_child_of_a_closed_connection_ends_with_all_its_processes(server, tmp_pa
     )
     wait_for_messages(child)
     pid = int((tmp_path / "pid").read_text())
-    child.close()
+    child.abandon()
     end = time.monotonic() + 5.0
     while is_alive(pid):
         assert time.monotonic() < end
@@ -201,6 +205,49 @@ def test_silence_of_the_parent_ends_the_child(server):
         assert child.receive(0.25) == []
     assert child.exit_status is None
     assert wait_for_end(child) == (ExitStatus(-signal.SIGKILL), [{"interrupted": True}])
+
+
+@pytest.fixture
+def slow_server(server):
+    """A fork server that does not start children until SIGCONT, as while it imports modules."""
+    server.ensure_running()
+    os.kill(server._forkserver_pid, signal.SIGSTOP)
+    return server
+
+
+def test_child_of_a_slow_fork_server_waits_for_a_fresh_ping(slow_server):
+    """Pings that did not fit into the connection meanwhile were dropped."""
+    child = slow_server.start("fork_steps.wait_for_stop", {}, silence_timeout=0.5)
+    for _ in range(200):
+        child.ping()
+    time.sleep(1.0)
+    os.kill(child.server_pid, signal.SIGCONT)
+    assert "waiting" in wait_for_messages(child)[0]
+    child.kill()
+
+
+def test_child_whose_parent_is_silent_since_its_request_does_not_begin(slow_server, tmp_path):
+    path = tmp_path / "file"
+    child = slow_server.start("fork_steps.create_file", {"path": str(path)}, silence_timeout=0.5)
+    time.sleep(1.0)
+    os.kill(child.server_pid, signal.SIGCONT)
+    assert child.receive(1.0) == []
+    assert (child.exit_status, path.exists()) == (None, False)
+    child.ping()
+    assert wait_for_end(child)[0] == ExitStatus(0)
+    assert path.exists()
+
+
+def test_message_that_does_not_fit_ends_the_connection(server, monkeypatch):
+    """Nothing can be sent after half a message, and the child must not wait for the rest of it."""
+    monkeypatch.setattr("qtorch.process.child.STALL_SECONDS", 1.0)
+    child = server.start("fork_steps.wait_for_stop", {}, orphan_seconds=0.0)
+    wait_for_messages(child)
+    os.kill(child.pid, signal.SIGSTOP)
+    assert not child.send({"text": "x" * 10_000_000})
+    os.kill(child.pid, signal.SIGCONT)
+    assert not child.send({"text": "x"})
+    assert wait_for_end(child)[0] == ExitStatus(-signal.SIGKILL)
 
 
 def test_stopped_child_does_not_block_the_parent(server):
@@ -226,7 +273,7 @@ def test_command_lock_stops_the_jobs_of_other_processes(server):
     assert exit_status == ExitStatus(0)
     assert messages[1:] == [{"stops": 1, "thread": True}]
     refused = server.call(*call, is_stopped=lambda: is_command_stopped(lock.path))
-    assert refused == ExitStatus(None, is_refused=True)
+    assert refused == REFUSED_CALL
     lock.close()
 
 
@@ -237,3 +284,91 @@ def test_server_that_cannot_start_processes(server, monkeypatch):
         for _ in range(3):
             assert server.call("fork_steps.die", {}).code is None
             time.sleep(0.2)
+
+
+def test_other_threads_close_the_server_only_between_requests(server, monkeypatch):
+    ensure_running = ForkServer.ensure_running
+
+    def ensure_slowly(self):
+        ensure_running(self)
+        thread = threading.Thread(target=self.close)
+        thread.start()
+        thread.join(0.3)
+
+    monkeypatch.setattr(ForkServer, "ensure_running", ensure_slowly)
+    server.call("fork_steps.create_file", {"path": os.devnull})
+
+
+def test_server_that_was_replaced_is_not_closed_again(server):
+    call = ("fork_steps.create_file", {"path": os.devnull})
+    first = server.start(*call)
+    wait_for_end(first)
+    server.close(first.server_pid)
+    second = server.start(*call)
+    server.close(first.server_pid)
+    assert wait_for_end(second)[0] == ExitStatus(0)
+    assert second.server_pid == server._forkserver_pid != first.server_pid
+
+
+def test_child_does_not_get_the_environment_of_a_starting_server(server, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "mine")
+    is_changed = threading.Event()
+
+    def start_server():
+        with fork_server_module._lock, fork_server_module._server_environment():
+            is_changed.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=start_server)
+    thread.start()
+    is_changed.wait()
+    messages = []
+    assert (
+        server.call("fork_steps.report_variable", {"name": "MPLBACKEND"}, messages.append).code == 0
+    )
+    thread.join()
+    assert messages == [{"value": "mine"}]
+
+
+@contextmanager
+def send_interrupts(*delays):
+    """Interrupt the main thread after these seconds, as Ctrl-C does."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timers = [threading.Timer(d, os.kill, (os.getpid(), signal.SIGINT)) for d in delays]
+    for timer in timers:
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.join()
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_interruption_loses_no_message(server):
+    """Not even if it arrives while an earlier message is handled."""
+    messages, begin_event = [], threading.Event()
+
+    def handle(message):
+        begin_event.set()
+        time.sleep(0.3)
+        messages.append(message)
+
+    def interrupt():
+        begin_event.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    with send_interrupts(), pytest.raises(KeyboardInterrupt):
+        thread.start()
+        server.call("fork_steps.send_many", {"count": 5}, handle)
+    assert [m["number"] for m in messages] == [0, 1, 2, 3, 4]
+
+
+def test_second_ctrl_c_kills_the_child_of_a_call(server):
+    messages = []
+    begin = time.monotonic()
+    with send_interrupts(1.0, 2.0), pytest.raises(KeyboardInterrupt):
+        server.call("fork_steps.ignore_stops", {}, messages.append)
+    assert time.monotonic() - begin < 8
+    assert not is_alive(messages[0]["pid"])

@@ -70,4 +70,5 @@ def test_command_lock():
     lock.release()
     assert is_command_stopped(lock.path)
     lock.close()
+    assert not is_command_stopped(None)
     assert not is_command_stopped(lock.path)  # the command has ended, or runs on another machine

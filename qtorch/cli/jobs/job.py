@@ -24,12 +24,12 @@ from qtorch.cli.jobs.results import FAILED, KILLED, RESULT_FILE, command_results
 from qtorch.cli.jobs.sweep_command import SWEEP_VARIABLE, current_sweep, task_overrides
 from qtorch.cli.jobs.work import (
     execute_job,
+    execute_job_in_child,
     fail_lost_run,
     failure_hint,
     is_isolated,
     print_failure,
     record_failure,
-    run_in_child_process,
 )
 from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
 from qtorch.cli.launchers.slurm import run_submitit_job
@@ -62,18 +62,18 @@ def run_job(config: DictConfig) -> None:
         print_failure(result)
         return
     if use_child_process:
-        _run_in_child_process(request, result, folder)
+        _run_job_in_child(request, result, folder)
     elif issubclass(launcher_class(launcher), DetachedLauncher):
         run_submitit_job(lambda: execute_job(request))
     else:
         execute_job(request)
 
 
-def _run_in_child_process(request: dict[str, Any], result: JobResult, folder: Path) -> None:
+def _run_job_in_child(request: dict[str, Any], result: JobResult, folder: Path) -> None:
     """Run the job in a child process, which stores its result unless it dies."""
     (folder / RESULT_FILE).unlink(missing_ok=True)  # of an earlier command with the same folder
     is_in_launcher = request["sweep"] is not None and current_sweep() is None
-    exit_status, run = run_in_child_process(request, in_launcher=is_in_launcher)
+    exit_status, run = execute_job_in_child(request, in_launcher=is_in_launcher)
     stored_result = command_results.load(folder)
     if stored_result is not None:
         result = stored_result

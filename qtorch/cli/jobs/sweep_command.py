@@ -137,7 +137,7 @@ class SweepCommand:
         signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
         self.lock.release()
-        if self._waits_in_main_thread and not job_fork_server().is_busy:
+        if self._waits_in_main_thread and not job_fork_server().is_calling:
             raise KeyboardInterrupt
 
     def _exit(self) -> None:

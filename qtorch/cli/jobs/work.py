@@ -39,8 +39,12 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, with_run_tags
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.run import end_task_train, task_train
+from qtorch.trainer.subprocess_tasks import fail_run, report_started_runs
 
 log = logging.getLogger(__name__)
+
+LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
+MODES = ("auto", "true", "false")
 
 
 def execute_job(request: Mapping[str, Any]) -> None:
@@ -52,10 +56,12 @@ def execute_job(request: Mapping[str, Any]) -> None:
         try:
             configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
             if settings["runner"] == LOCAL:
-                recorder = _train_job(request, result)
+                outcome = _train_job(request)
+                apply_outcome(result, outcome)
                 if result.status == FINISHED:
-                    result.metrics = recorder.list_metrics()
+                    result.metrics = outcome.recorder.list_metrics()
             else:
+                # The pool's modules take time to import, which other jobs should not wait for.
                 from qtorch.cli.jobs.pool_jobs import submit_to_pool
 
                 result.pool_task = submit_to_pool(request)
@@ -77,7 +83,7 @@ def execute_job(request: Mapping[str, Any]) -> None:
     if result.status == FINISHED and result.note == SKIPPED:
         print_skipped_job(result)
     elif result.status == FINISHED:
-        print_summary(result, recorder, show_command=request["sweep"] is None)
+        print_summary(result, outcome.recorder, show_command=request["sweep"] is None)
     elif result.status == FAILED and request["sweep"] is not None:
         print_failure(result)
 
@@ -109,15 +115,14 @@ def print_skipped_job(result: JobResult) -> None:
     print(f"job {result.number}: already finished in run {result.run_id}", file=sys.stderr)
 
 
-def _train_job(request: Mapping[str, Any], result: JobResult) -> Recorder:
-    """Train or resume the run; `result` gets the action and the status."""
+def _train_job(request: Mapping[str, Any]) -> JobOutcome:
+    """Train or resume the run of a job."""
     settings, resume_id = request["settings"], request["resume"]
-    result.status = FINISHED
     if resume_id is not None:
         recorder = R.get_recorder(recorder_id=resume_id)
         if recorder.status == FINISHED:
             raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
-        return end_task_train(recorder)
+        return JobOutcome(end_task_train(recorder), TRAINED)
     task, experiment = resolve_segments(settings["task"]), settings["experiment_name"]
     name = request["run_name"]
     if request["sweep"] is None:
@@ -126,11 +131,10 @@ def _train_job(request: Mapping[str, Any], result: JobResult) -> Recorder:
         if job is not None and tags:
             tags[JOB_TAG] = job
         with with_run_tags(tags):
-            return task_train(task, experiment, name, run=find_earlier_attempt(experiment, tags))
+            earlier_run = find_earlier_attempt(experiment, tags)
+            return JobOutcome(task_train(task, experiment, name, run=earlier_run), TRAINED)
     member = sweep_member(settings, request["sweep"], request["number"], request["overrides"])
-    outcome = run_sweep_job(task, member, experiment, name)
-    apply_outcome(result, outcome)
-    return outcome.recorder
+    return run_sweep_job(task, member, experiment, name)
 
 
 def sweep_member(
@@ -148,7 +152,7 @@ def sweep_member(
 
 
 def apply_outcome(result: JobResult, outcome: JobOutcome) -> None:
-    """Copy the outcome of a sweep's job to its result; the status is FINISHED by default."""
+    """Copy the outcome of a job to its result."""
     result.status = FINISHED
     result.note = None if outcome.action == TRAINED else outcome.action
     if outcome.action == FAILED_BEFORE:
@@ -178,16 +182,13 @@ def _find_checkpoint(run: Recorder) -> str | None:
     return str(path) if path.is_file() else None
 
 
-LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
-MODES = ("auto", "true", "false")
-
-
 def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     """Whether a job runs in its own process; `mode` is auto, true or false."""
     mode_name = str(mode).lower()
     if mode_name not in MODES:
         raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
-    # A Ray worker runs only one job; a child of it could survive if the worker is killed.
+    # A Ray worker runs only one job. A child of it would survive the worker for up to
+    # `orphan_seconds` if that is killed, and hold the GPU that Ray gives to the next job.
     has_own_process = issubclass(launcher_class(launcher), OwnProcessLauncher)
     return mode_name == "true" or (mode_name == "auto" and sweep and not has_own_process)
 
@@ -197,21 +198,23 @@ def job_fork_server() -> ForkServer:
     return fork_server(__name__, TRAINING_PRELOAD)
 
 
-def run_in_child_process(
+def execute_job_in_child(
     request: Mapping[str, Any], *, in_launcher: bool
 ) -> tuple[ExitStatus, dict[str, Any] | None]:
-    """Run a job in a child process; return its exit status and the run that it started.
+    """Execute a job in a child process; return its exit status and the run that it started.
 
     The child is stopped if its sweep is. `in_launcher`: this is a launcher's process, and another
     process, which has started the sweep, handles Ctrl-C.
     """
-    lock = os.environ.get(LOCK_VARIABLE, "")
-    if in_launcher and os.path.exists(lock):
+    lock = os.environ.get(LOCK_VARIABLE)
+    if in_launcher and lock is not None and os.path.exists(lock):
+        # For good: the launcher's process works for this sweep alone, and its signals stay ignored
+        # between two jobs too, until the sweep's process stops it.
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     runs: list[dict[str, Any]] = []
     exit_status = job_fork_server().call(
-        f"{__name__}.run_child_job",
+        f"{__name__}.serve_job",
         request,
         lambda message: runs.append(message[RUN]),
         is_stopped=lambda: is_command_stopped(lock),
@@ -221,10 +224,8 @@ def run_in_child_process(
     return exit_status, runs[-1] if runs else None
 
 
-def run_child_job(request: Mapping[str, Any], parent: Parent) -> int:
+def serve_job(request: Mapping[str, Any], parent: Parent) -> int:
     """Execute the job in the child and report its run as soon as it is created."""
-    from qtorch.trainer.subprocess_tasks import report_started_runs
-
     try:
         with report_started_runs(parent):
             execute_job(request)
@@ -235,9 +236,6 @@ def run_child_job(request: Mapping[str, Any], parent: Parent) -> int:
 
 def fail_lost_run(run: Mapping[str, Any], message: str) -> None:
     """Mark the run of a dead process FAILED, because the process cannot do so itself."""
-    from qtorch.tracking.manager import R
-    from qtorch.trainer.subprocess_tasks import fail_run
-
     try:
         with R.uri_context(run["tracking_uri"]):
             fail_run(R.get_recorder(recorder_id=run["recorder_id"]), message)

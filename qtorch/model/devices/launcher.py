@@ -2,12 +2,23 @@
 
 The process of rank 0 runs the command. The others do not: they wait until a fit of rank 0 needs its
 ranks, start theirs, and exit when rank 0 does, with its exit code.
+
+The processes talk through the keys of a store. Rank 0 writes, if nothing else is said:
+
+- `fits`: how many fits it has requested; `fit/N`: the request of fit N, as JSON;
+- `fit/N/stop`, `fit/N/kill`: the ranks of fit N stop after their current step, or are killed;
+- `fit/N/R/K`: message K of rank R, written by the process of rank R and deleted by rank 0; the last
+  one is `{"exit": code}`;
+- `alive`: the number of heartbeats of rank 0;
+- `end`: the exit code of rank 0; `left/R`: the process of rank R has read it, written by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import os
 import re
 import socket
@@ -23,42 +34,43 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing in torch's stubs
 
-from qtorch.core.errors import ConfigError
-from qtorch.model.devices.rank_process import RankHandle, start_rank, threads_per_rank
-from qtorch.process.child import ExitStatus
+from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.model.devices.rank_process import RankHandle, rank_threads, start_rank
+from qtorch.process.child import Child, ExitStatus
 from qtorch.process.launch import World
 from qtorch.process.stops import ignore_stop_signals
 
-WORLD_VARIABLE = (
-    "QTORCH_EXTERNAL_RANKS"  # tells the child processes of rank 0's command about the world
-)
+log = logging.getLogger(__name__)
+
+# Tells the child processes of rank 0's command about the world.
+WORLD_VARIABLE = "QTORCH_EXTERNAL_RANKS"
 POLL_SECONDS, CONNECT_SECONDS, EXIT_SECONDS = 0.2, 300.0, 10.0
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which rank 0 counts as dead
 EXIT_KEY, HEARTBEAT_KEY = "end", "alive"
-CONNECTION_ERRORS = (DistError, RuntimeError, ConnectionError)
+CONNECTION_ERRORS = (DistError, ConnectionError)
 
 
 @dataclass
 class Launch:
     """How the ranks of a fit are started.
 
-    This process starts the `local_ranks`; the other launched processes, reached through `store`,
-    start the rest.
+    This process starts its `own_ranks`, each with a number of `threads`; the other launched
+    processes, reached through `store`, start the rest.
     """
 
     address: str
-    local_ranks: range
-    num_local: int
-    local: bool
+    own_ranks: range
+    size: int
+    threads: int
+    is_single_node: bool
     store: Any = None
-    size: int = 1
 
     def start_remote_ranks(self, folder: str, digest: str) -> list[RankHandle]:
         """Ask the waiting processes to start their ranks."""
         if self.store is None:
             return []
         number = self.store.add("fits", 1) - 1
-        request = {"folder": folder, "digest": digest, "local": self.local}
+        request = {"folder": folder, "digest": digest, "is_single_node": self.is_single_node}
         self.store.set(f"fit/{number}", json.dumps(request))
         return [RemoteRank(self.store, number, rank) for rank in range(1, self.size)]
 
@@ -79,7 +91,13 @@ def plan_launch(num_local: int, num_nodes: int) -> Launch:
                 f"qtorch.cli.main train ..., or srun --nodes {num_nodes} --ntasks {size} qtorch "
                 "train ..."
             )
-        return Launch("127.0.0.1", range(num_local), num_local, local=True)
+        return Launch(
+            address="127.0.0.1",
+            own_ranks=range(num_local),
+            size=size,
+            threads=rank_threads(num_local),
+            is_single_node=True,
+        )
     world = World(**json.loads(world_json))
     if world.size != size:
         raise ConfigError(
@@ -87,8 +105,14 @@ def plan_launch(num_local: int, num_nodes: int) -> Launch:
             f"devices (trainer.devices={num_local} x trainer.num_nodes={num_nodes}): start one "
             "process for each device."
         )
-    store = _connect_store(world, host=False)
-    return Launch(world.address, range(1), 1, num_nodes == 1, store, size)
+    return Launch(
+        address=world.address,
+        own_ranks=range(1),
+        size=size,
+        threads=rank_threads(world.num_local, is_launched=True),
+        is_single_node=num_nodes == 1,
+        store=_connect_store(world, host=False),
+    )
 
 
 def check_single_process() -> None:
@@ -107,26 +131,34 @@ class RemoteRank:
 
     def __init__(self, store: Any, number: int, rank: int) -> None:
         self.exit_status: ExitStatus | None = None
-        self._store, self._fit, self._rank = store, f"fit/{number}", rank
+        self._store, self._fit_number, self._rank = store, number, rank
         self._num_messages = 0
 
     def receive(self, timeout: float | None = None) -> list[dict[str, Any]]:
         messages = []
-        while self._store.check([key := f"{self._fit}/{self._rank}/{self._num_messages}"]):
+        while self._store.check([key := self._message_key()]):
             message = json.loads(self._store.get(key))
+            self._store.delete_key(key)  # otherwise the store grows with every heartbeat
             self._num_messages += 1
             if "exit" in message:
-                self.exit_status = ExitStatus(message["exit"])
+                self.exit_status = ExitStatus.from_code(message["exit"])
             else:
                 messages.append(message)
         return messages
 
+    def _message_key(self) -> str:
+        return _message_key(self._fit_number, self._rank, self._num_messages)
+
     def stop(self) -> None:
-        self._store.set(f"{self._fit}/stop", "")
+        self._store.set(f"fit/{self._fit_number}/stop", "")
 
     def kill(self) -> None:
         with contextlib.suppress(*CONNECTION_ERRORS):
-            self._store.set(f"{self._fit}/kill", "")
+            self._store.set(f"fit/{self._fit_number}/kill", "")
+
+
+def _message_key(fit_number: int, rank: int, message_number: int) -> str:
+    return f"fit/{fit_number}/{rank}/{message_number}"
 
 
 @contextmanager
@@ -147,12 +179,13 @@ def host_ranks(world: World) -> Iterator[dict[str, int]]:
         yield outcome
     finally:
         is_finished.set()
-        if previous_value is None:
-            os.environ.pop(WORLD_VARIABLE, None)
+        os.environ.pop(WORLD_VARIABLE, None)
+        if previous_value is not None:
+            os.environ[WORLD_VARIABLE] = previous_value
         with contextlib.suppress(*CONNECTION_ERRORS):
             store.set(EXIT_KEY, str(outcome["code"]))
-            exit_keys = [f"left/{rank}" for rank in range(1, world.size)]
-            store.wait(exit_keys, timedelta(seconds=EXIT_SECONDS))
+            farewell_keys = [f"left/{rank}" for rank in range(1, world.size)]
+            store.wait(farewell_keys, timedelta(seconds=EXIT_SECONDS))
 
 
 def serve_ranks(world: World) -> int:
@@ -178,38 +211,51 @@ def serve_ranks(world: World) -> int:
 
 
 def _run_rank(store: Any, world: World, fit_number: int, rank_zero: _RankZeroMonitor) -> None:
-    fit_key = f"fit/{fit_number}"
-    request = json.loads(store.get(fit_key))
-    threads = threads_per_rank(1 if "OMP_NUM_THREADS" in os.environ else world.num_local)
-    rank = start_rank(
-        world.rank,
-        world.local_rank,
-        world.size,
-        threads=threads,
-        folder=Path(request["folder"]),
-        digest=request["digest"],
-        local=request["local"],
-    )
-    num_sent, is_stop_sent = 0, False
+    """Run the rank of this process for one fit, and pass on its messages to rank 0."""
+    numbers = itertools.count()
+
+    def send(message: dict[str, Any]) -> None:
+        store.set(_message_key(fit_number, world.rank, next(numbers)), json.dumps(message))
+
+    try:
+        rank = _start_own_rank(world, json.loads(store.get(f"fit/{fit_number}")))
+    except QtorchError as error:
+        from qtorch.model.devices.rank_training import serialize_error  # it imports the model
+
+        log.error("cannot start rank %d: %s", world.rank, error)
+        send({"error": serialize_error(error)})
+        send({"exit": 1})
+        return
+    is_stop_sent = False
     try:
         while True:
-            messages = rank.receive(0.0)
+            for message in rank.receive(0.0):
+                send(message)
             if rank.exit_status is not None:
-                messages.append({"exit": rank.exit_status.code})
-            for message in messages:
-                store.set(f"{fit_key}/{world.rank}/{num_sent}", json.dumps(message))
-                num_sent += 1
-            should_end = (
-                store.check([f"{fit_key}/kill"]) or store.check([EXIT_KEY]) or rank_zero.is_gone()
-            )
-            if rank.exit_status is not None or should_end:
+                send({"exit": rank.exit_status.code})
                 return
-            if not is_stop_sent and store.check([f"{fit_key}/stop"]):
+            if store.check([f"fit/{fit_number}/kill"]) or store.check([EXIT_KEY]):
+                return
+            if rank_zero.is_gone():
+                return
+            if not is_stop_sent and store.check([f"fit/{fit_number}/stop"]):
                 is_stop_sent = True
                 rank.stop()
             time.sleep(POLL_SECONDS)
     finally:
         rank.kill()
+
+
+def _start_own_rank(world: World, request: dict[str, Any]) -> Child:
+    return start_rank(
+        world.rank,
+        world.local_rank,
+        world.size,
+        threads=rank_threads(world.num_local, is_launched=True),
+        folder=Path(request["folder"]),
+        digest=request["digest"],
+        is_single_node=request["is_single_node"],
+    )
 
 
 class _RankZeroMonitor:

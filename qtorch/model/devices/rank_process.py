@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from qtorch.process.child import Child, ExitStatus
-from qtorch.process.fork_server import fork_server
+from qtorch.process.fork_server import current_environment, fork_server
 
 RANK_MODULE = "qtorch.model.devices.rank_training"
 
@@ -41,23 +41,27 @@ def start_rank(
     threads: int,
     folder: Path,
     digest: str,
-    local: bool,
+    is_single_node: bool,
 ) -> Child:
     """Start a rank in a child process, which ends when this process does."""
     return fork_server(RANK_MODULE).start(
-        f"{RANK_MODULE}.run_rank",
+        f"{RANK_MODULE}.serve_rank",
         {"folder": str(folder), "digest": digest, "rank": rank, "local_rank": local_rank},
-        environment=build_rank_variables(rank, local_rank, size, threads, local),
+        environment=build_rank_variables(
+            rank, local_rank, size, threads=threads, is_single_node=is_single_node
+        ),
         is_interruptible=False,
         orphan_seconds=0.0,
     )
 
 
 def build_rank_variables(
-    rank: int, local_rank: int, size: int, threads: int, local: bool
+    rank: int, local_rank: int, size: int, *, threads: int, is_single_node: bool
 ) -> dict[str, str]:
-    """Return the environment variables of a rank; `local`: all ranks are on this machine."""
-    parent_variables = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
+    """Return the environment variables of a rank."""
+    parent_variables = {
+        k: v for k, v in current_environment().items() if not k.startswith(LAUNCHER_PREFIXES)
+    }
     rank_variables = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
@@ -66,11 +70,19 @@ def build_rank_variables(
     }
     variables = {**parent_variables, **{k: str(v) for k, v in rank_variables.items()}}
     variables["MPLBACKEND"] = "Agg"  # a notebook's backend cannot be imported here
-    if local and sys.platform == "linux":
+    if is_single_node and sys.platform == "linux":
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve
     return variables
 
 
-def threads_per_rank(num_local: int) -> int:
-    """Return the threads of each of several ranks on this machine: an equal part, at least one."""
-    return max(1, torch.get_num_threads() // num_local)
+def rank_threads(num_local: int, *, is_launched: bool = False) -> int:
+    """Return the threads of each rank on this machine: an equal part, at least one.
+
+    `is_launched`: torchrun or srun has started a process for each rank, and this is one of them.
+    """
+    # torchrun sets OMP_NUM_THREADS for each of its processes, as a batch script may do: then the
+    # threads of this process are a rank's part already. Otherwise a process that srun has started
+    # has one thread for each CPU of its job. If srun binds each process to its own CPUs, this
+    # divides once too often, and OMP_NUM_THREADS should be set.
+    is_divided = is_launched and "OMP_NUM_THREADS" in os.environ
+    return max(1, torch.get_num_threads() // (1 if is_divided else num_local))

@@ -67,7 +67,7 @@ class RankRequest:
     log_level: int
     session: Session
 
-    def write(self, folder: Path, samples: list[Samples | None], *, local: bool) -> str:
+    def write(self, folder: Path, samples: list[Samples | None], *, is_single_node: bool) -> str:
         """Write request and samples to `folder`; return the request's hash.
 
         Raises ConfigError for live objects that cannot be pickled.
@@ -82,7 +82,7 @@ class RankRequest:
         payload = pickle.dumps((list(sys.path), content))
         (folder / REQUEST).touch(mode=0o600)
         (folder / REQUEST).write_bytes(payload)
-        write_samples(samples, folder, local=local)
+        write_samples(samples, folder, local=is_single_node)
         return hashlib.sha256(payload).hexdigest()
 
 
@@ -101,7 +101,7 @@ def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples |
     return request, read_samples(folder)
 
 
-def run_rank(call: Mapping[str, Any], parent: Parent) -> int:
+def serve_rank(call: Mapping[str, Any], parent: Parent) -> int:
     """Run a rank; return 0 if it ended in a way that the parent was told about."""
     try:
         train_rank(parent, call["folder"], call["digest"], call["rank"], call["local_rank"])

@@ -23,7 +23,7 @@ from qtorch.core.session import session
 from qtorch.data.dataset.batches import check_size
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.launcher import Launch, check_single_process, plan_launch
-from qtorch.model.devices.rank_process import RankHandle, start_rank, threads_per_rank
+from qtorch.model.devices.rank_process import RankHandle, start_rank
 from qtorch.model.devices.rank_training import RESULT, RankRequest
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_generator_states
@@ -34,7 +34,9 @@ from qtorch.process.stops import StopRequest
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS, ERROR_GRACE_SECONDS, EXIT_SECONDS = 0.03, 3.0, 10.0
+POLL_SECONDS = 0.03
+ERROR_GRACE_SECONDS = 3.0  # for the first error to arrive, after one that is a consequence of it
+EXIT_SECONDS = 10.0  # for the ranks to exit by themselves, after all have reported their end
 FOLDER_PREFIX = ".ranks-"
 # Errors that a rank raises because another rank has gone.
 SECONDARY_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
@@ -70,7 +72,7 @@ def fit_on_ranks(
     *,
     folder: Path | None,
     identity: str,
-    checkpoint: tuple[Path, dict[str, Any]] | None,
+    checkpoint: Path | None,
     recorder: Any,
     interruption: StopRequest,
     tuning: FineTuning | None,
@@ -82,6 +84,10 @@ def fit_on_ranks(
     are divided among the ranks of this machine, at least one each. Raises RanksStopped after an
     interruption, or the error of the rank that failed first (not one that failed because another
     rank had gone).
+
+    `folder` holds the checkpoints, and `checkpoint` is the file to resume from. `identity` is the
+    training's hash, which is stored in checkpoints (`training_identity`). `optimizer_state` is the
+    state that the optimizer starts from if nothing is resumed.
     """
     options = recipe.trainer
     _warn_batch_norms(network, options.num_devices, options.arguments.get("sync_batchnorm"))
@@ -95,7 +101,7 @@ def fit_on_ranks(
             generators=get_generator_states(),
             identity=identity,
             folder=None if folder is None else str(folder.absolute()),
-            checkpoint=None if checkpoint is None else str(checkpoint[0].absolute()),
+            checkpoint=None if checkpoint is None else str(checkpoint.absolute()),
             run_id=None if recorder is None else str(recorder.id),
             uri=getattr(recorder, "uri", None),
             size=options.num_devices,
@@ -105,8 +111,8 @@ def fit_on_ranks(
             log_level=logging.getLogger("qtorch").getEffectiveLevel(),
             session=session(),
         )
-        digest = request.write(rank_folder, list(samples), local=launch.local)
-        handles = _start_ranks(launch, rank_folder, digest, options.num_devices)
+        digest = request.write(rank_folder, list(samples), is_single_node=launch.is_single_node)
+        handles = _start_ranks(launch, rank_folder, digest)
         try:
             RankSupervisor(handles, recorder, interruption).wait()
         finally:
@@ -117,7 +123,8 @@ def fit_on_ranks(
         network.load_state_dict(fit_result.network)  # type: ignore[arg-type]  # a state dict, see train_rank
         fit_result.network = network
     if fit_result.report["resumed_from"] is not None and checkpoint is not None:
-        fit_result.report["resumed_from"] = str(checkpoint[0])
+        # The ranks got the absolute path; the report of one device has the path as it was passed.
+        fit_result.report["resumed_from"] = str(checkpoint)
     return fit_result
 
 
@@ -132,19 +139,18 @@ def _warn_batch_norms(network: nn.Module, size: int, sync_batchnorm: Any) -> Non
     )
 
 
-def _start_ranks(launch: Launch, folder: Path, digest: str, size: int) -> list[RankHandle]:
-    threads = threads_per_rank(launch.num_local)
+def _start_ranks(launch: Launch, folder: Path, digest: str) -> list[RankHandle]:
     handles: list[RankHandle] = []
     try:
-        for local_rank in launch.local_ranks:
+        for local_rank in launch.own_ranks:
             rank = start_rank(
                 local_rank,
                 local_rank,
-                size,
-                threads=threads,
+                launch.size,
+                threads=launch.threads,
                 folder=folder,
                 digest=digest,
-                local=launch.local,
+                is_single_node=launch.is_single_node,
             )
             handles.append(rank)
         handles += launch.start_remote_ranks(str(folder), digest)
@@ -182,12 +188,12 @@ class RankSupervisor:
                     handle.stop()
             time.sleep(POLL_SECONDS)
         self._wait_for_exit()
-        stop_position = self.final_messages[0].get("stopped", False)
-        if stop_position is not False:
-            position = (
-                None if stop_position is None else (int(stop_position[0]), int(stop_position[1]))
-            )
-            raise RanksStopped(position, self.final_messages[0]["batches"])
+        message = self.final_messages[0]
+        if "stopped" in message:
+            position = message["stopped"]  # None: before the first batch
+            if position is not None:
+                position = int(position[0]), int(position[1])
+            raise RanksStopped(position, message["batches"])
 
     def _read_messages(self) -> bool:
         """Handle the messages of all ranks; return whether there were any."""
@@ -271,6 +277,8 @@ def _rank_folder(folder: Path | None) -> Iterator[Path]:
     Removes folders that a killed process left beside it.
     """
     if folder is not None:
+        # Two fits cannot share a folder of checkpoints, or they would overwrite each other's. Tasks
+        # of pools and jobs of sweeps make sure of it by a lease or a claim.
         for leftover in folder.glob(f"{FOLDER_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
     rank_folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=folder)).absolute()
@@ -298,7 +306,7 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
     if len(train) < size:
         raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
     if recipe.module is not None:
-        _check_step(build_factory(recipe.module, "module"), size)
+        _check_batch_sharing(build_factory(recipe.module, "module"), size)
     num_nodes = int(options.arguments.get("num_nodes", 1))
     if num_nodes > 1 and recipe.checkpoint.get("enabled", True) is False:
         raise ConfigError(
@@ -307,7 +315,8 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
         )
 
 
-def _check_step(factory: Callable[..., Any], size: int) -> None:
+def _check_batch_sharing(factory: Callable[..., Any], size: int) -> None:
+    """Raise ConfigError unless the class that defines the training step allows several devices."""
     module_class = getattr(factory, "func", factory)
     if not isinstance(module_class, type):
         return
