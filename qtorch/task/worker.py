@@ -7,6 +7,7 @@ a child process. The main thread handles signals and displays the slots.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,11 +25,18 @@ from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
+from qtorch.task.stores.base import StoreTimeout
+from qtorch.task.worker_process import (
+    SIGNAL_SECONDS,
+    OutcomeWaiter,
+    start_task_child,
+    task_fork_server,
+)
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
+RETRY_SECONDS = 1.0  # between two tries to commit, each of which has waited for the store
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class WorkerOptions:
         `tracking` (see `qtorch.trainer.run`). The default experiment is named like the pool.
     lease: duration of a lease in seconds.
     max_tasks: maximum number of tasks of all slots together.
-    idle_timeout: seconds without work after which the worker ends (None: never).
+    idle_timeout: seconds after which the worker ends if no slot has a task (None: never).
     force_release: run each task in its own process.
     hang_after: seconds without a sign of life after which a task counts as hung.
     grace: seconds that an interrupted training gets to write a checkpoint.
@@ -73,23 +81,43 @@ class WorkerControl:
         self.is_draining = False  # claim no further task
         self.stop = threading.Event()  # write checkpoints and return the tasks to the pool
         self.hurry = threading.Event()  # ... without waiting for checkpoints
-        self._remaining = max_tasks
+        self._max_tasks = math.inf if max_tasks is None else max_tasks
+        self._num_claimed = 0  # tasks that were claimed
+        self._num_reserved = 0  # tasks that slots may claim right now
+        self._num_running = 0
+        self._idle_since = time.monotonic()
         self._lock = threading.Lock()
-        self.last_work = time.monotonic()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether `max_tasks` tasks were claimed."""
+        return self._num_claimed >= self._max_tasks
+
+    @property
+    def idle_seconds(self) -> float:
+        """The time since any slot had a task."""
+        with self._lock:
+            return 0.0 if self._num_running else time.monotonic() - self._idle_since
 
     def reserve_task(self) -> bool:
-        """Count one more task against `max_tasks`; return False if none is left."""
+        """Reserve the claim of a task, so that all slots together claim at most `max_tasks`."""
         with self._lock:
-            if self._remaining is None:
-                return True
-            self._remaining -= 1
-            return self._remaining >= 0
+            is_allowed = self._num_claimed + self._num_reserved < self._max_tasks
+            self._num_reserved += is_allowed
+            return is_allowed
 
-    def release_reservation(self) -> None:
-        """Undo `reserve_task`, because the pool had no task to claim."""
+    def end_reservation(self, *, is_claimed: bool) -> None:
+        """End a reservation: the slot has claimed a task, or the pool had none."""
         with self._lock:
-            if self._remaining is not None:
-                self._remaining += 1
+            self._num_reserved -= 1
+            self._num_claimed += is_claimed
+            self._num_running += is_claimed
+
+    def end_task(self) -> None:
+        """Count a claimed task as no longer running."""
+        with self._lock:
+            self._num_running -= 1
+            self._idle_since = time.monotonic()
 
 
 @dataclass
@@ -147,26 +175,37 @@ class Slot(threading.Thread):
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
-        while not self.control.is_draining:
-            if not self.control.reserve_task():
-                return
-            claim = self._fetch(manager)
+        # A slot without a reservation waits too: the others may find no task and end theirs.
+        while not (self.control.is_draining or self.control.is_exhausted):
+            claim = self._claim(manager)
             if claim is None:
-                self.control.release_reservation()
                 if self._is_idle_too_long():
                     return
                 self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
             pause = IDLE_SECONDS[0]
-            outcome = self._execute(manager, *claim)
-            self.control.last_work = time.monotonic()
+            try:
+                outcome = self._execute(manager, *claim)
+            finally:
+                self.control.end_task()
             if outcome.get("interrupted"):  # this process may be about to get the same stop signal
                 self.control.stop.wait(SIGNAL_SECONDS)
 
     def _is_idle_too_long(self) -> bool:
         limit = self.options.idle_timeout
-        return limit is not None and time.monotonic() - self.control.last_work >= limit
+        return limit is not None and self.control.idle_seconds >= limit
+
+    def _claim(self, manager: TaskManager) -> tuple[Task, str] | None:
+        """Claim a task, unless `max_tasks` forbids it; return it with its status before."""
+        if not self.control.reserve_task():
+            return None
+        claim = None
+        try:
+            claim = self._fetch(manager)
+        finally:
+            self.control.end_reservation(is_claimed=claim is not None)
+        return claim
 
     def _fetch(self, manager: TaskManager) -> tuple[Task, str] | None:
         """Claim a task; return it with the status that it had before."""
@@ -314,12 +353,10 @@ class Slot(threading.Thread):
             try:
                 call()
                 return
-            except LeaseLost:
-                raise
-            except TaskError as error:
-                if self.control.stop.is_set() or lease.lease_lost.is_set():
-                    raise
+            except StoreTimeout as error:
                 log.error("%s: %s", self.name, error)
+                if lease.lease_lost.is_set() or self.control.stop.wait(RETRY_SECONDS):
+                    raise
 
     # -- the child -----------------------------------------------------------------------------
 
@@ -328,7 +365,9 @@ class Slot(threading.Thread):
             self.child.receive(0.0)
         if self.child is None or self.child.exit_status is not None:
             self._drop_child()
-            self.child = start_child(self.server, self.environment, self.options.lease, self.output)
+            self.child = start_task_child(
+                self.server, self.environment, self.options.lease, self.output
+            )
         return self.child
 
     def _drop_child(self) -> None:
@@ -408,8 +447,10 @@ class Supervisor:
                         name,
                     )
                     self.control.stop.set()
-                if self._hurry_time is not None and time.monotonic() > self._hurry_time:
-                    self._exit_now()
+                if self._hurry_time is not None:
+                    self.control.hurry.set()
+                    if time.monotonic() > self._hurry_time:
+                        self._exit_now()
                 if self.show is not None:
                     self.show([slot.status for slot in self.slots])
                 time.sleep(TICK_SECONDS)
@@ -417,12 +458,14 @@ class Supervisor:
             return 128 + self._stop_signal
         return int(any(slot.error is not None for slot in self.slots))
 
+    # Signal handlers only set attributes, and `run` sets the events: a handler that interrupts
+    # `Event.set` in this thread would wait forever for the event's lock.
+
     def _stop(self, number: int) -> None:
         self._stop_signal = number
         self.control.is_draining = True
 
     def _hurry(self) -> None:
-        self.control.hurry.set()
         self._hurry_time = self._hurry_time or time.monotonic() + HURRY_SECONDS
 
     def _exit_now(self) -> None:

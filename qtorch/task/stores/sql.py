@@ -326,12 +326,15 @@ class SqlStore(Store):
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Raise StoreUnavailable for transient errors, TaskStoreError for permanent ones."""
+        """Raise StoreUnavailable for transient errors, TaskStoreError for permanent ones.
+
+        An IntegrityError passes: the pool contains a definition already, see `redefine`.
+        """
         try:
             yield
         except exc.IntegrityError:
             raise
-        except (exc.OperationalError, exc.InterfaceError, exc.InternalError) as error:
+        except exc.DBAPIError as error:
             if self._is_transient(error):
                 raise StoreUnavailable(" ".join(str(error.orig).split())[:200]) from error
             raise TaskStoreError(
@@ -348,6 +351,8 @@ class SqlStore(Store):
         state = getattr(error.orig, "sqlstate", None)
         if state:
             return str(state).startswith(TRANSIENT_STATES)
+        if not isinstance(error, exc.OperationalError | exc.InterfaceError | exc.InternalError):
+            return False  # the driver rejects the statement or a value
         return error.connection_invalidated or not PERMANENT_MESSAGES.search(text)
 
     # -- tables -------------------------------------------------------------------------------
