@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     with _live_table(options.pool, show_table) as show:
         supervisor = Supervisor(options, devices, show=show, logs=logs)
         code = supervisor.run()
-    totals = total_counts([slot.status for slot in supervisor.slots])
+    totals = total_counts([slot.display for slot in supervisor.slots])
     print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
         print(f"error: {error}", file=sys.stderr)

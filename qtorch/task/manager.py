@@ -349,14 +349,14 @@ class TaskManager:
             steps = {"errors": 1}
             if task["errors"] + 1 >= self.max_errors:
                 values["status"] = FAILED
-        return self._pool.release_task(task, Change(values, steps))
+        return self._pool.release_task(task, Change(values, steps), "return the task")
 
     def fail_task(
         self, task: Task, error: BaseException | str, traceback: str | None = None
     ) -> bool:
         """Mark a claimed task as failed, for an error that further attempts cannot fix."""
         values = {"status": FAILED, **error_columns(error, traceback)}
-        return self._pool.release_task(task, Change(values, {"errors": 1}))
+        return self._pool.release_task(task, Change(values, {"errors": 1}), "fail the task")
 
     def wait(
         self,

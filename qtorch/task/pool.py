@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-import traceback as tracebacks
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,14 +98,14 @@ class Pool:
         values = {"status": RUNNING, "origin": status, "claim": claim_id, "progress": None}
         change = Change({**values, "worker": json.dumps(worker_info)}, {"attempt": 1}, self.lease)
 
-        def claim(store: Store) -> Row | None:
+        def try_claim(store: Store) -> Row | None:
             nonlocal is_retry
             # An earlier try may have succeeded although its answer was lost.
             row = store.find_claim(self.task_pool, claim_id) if is_retry else None
             is_retry = True
             return row or store.claim(self.task_pool, status, condition, change)
 
-        return self.call("fetch a task", claim)
+        return self.call("fetch a task", try_claim)
 
     def reclaim_expired_leases(self, *, at_most_every: float = 0.0) -> int:
         """Return tasks with an expired lease to the pool; fail those that lost too many leases.
@@ -159,10 +159,10 @@ class Pool:
             f"({_describe_state(rows)}); its result is discarded."
         )
 
-    def release_task(self, task: Task, change: Change) -> bool:
+    def release_task(self, task: Task, change: Change, action: str) -> bool:
         """Make a change that ends the lease; return False if the lease was lost before."""
         try:
-            self.change_claimed_task(task, change, "return the task")
+            self.change_claimed_task(task, change, action)
         except LeaseLost as error:
             log.warning("%s", error)
             return False
@@ -198,15 +198,15 @@ def row_to_task(row: Row, *, load_recorders: bool, strict: bool = True) -> Task:
     return task
 
 
-def error_columns(error: BaseException | str, traceback: str | None) -> dict[str, Any]:
+def error_columns(error: BaseException | str, traceback_text: str | None) -> dict[str, Any]:
     """Return the columns `error` and `traceback` of a row."""
     text = error
     if not isinstance(error, str):
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        traceback = traceback or "".join(tracebacks.format_exception(error))
+        traceback_text = traceback_text or "".join(traceback.format_exception(error))
     return {
         "error": str(text)[:MAX_ERROR_CHARS],
-        "traceback": traceback and traceback[-MAX_TRACEBACK_CHARS:],
+        "traceback": traceback_text and traceback_text[-MAX_TRACEBACK_CHARS:],
     }
 
 

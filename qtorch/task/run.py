@@ -42,111 +42,6 @@ from qtorch.task.worker_process import (
     task_fork_server,
 )
 
-
-class SubprocessError(TaskError):
-    """The task's process failed; `traceback_text` is its traceback, if it sent one."""
-
-    def __init__(self, message: str, traceback_text: str | None = None) -> None:
-        super().__init__(message)
-        self.traceback_text = traceback_text
-
-
-def run_task_in_child(
-    name: str,
-    task: Task,
-    status_before: str,
-    options: Mapping[str, Any],
-    lease: LeaseRenewer,
-) -> Any:
-    """Call a function, named by its import path, in a child; return the result as stored.
-
-    The child inherits the environment, the import path, the trusted packages and the tracking
-    store. If this process is interrupted, the child gets time to write a checkpoint; if it
-    finishes its work instead, the result is returned. A child that hangs, or whose lease is lost
-    (another worker may have claimed the task), is killed without delay. Raises ForkError if no
-    child can be started or the child was stopped, which is not the task's fault.
-    """
-    request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
-    request["res"] = task["res"] if status_before == PART_DONE else None
-    outcome = _send_to_child(name, request, lease)
-    if "not_started" in outcome and not lease.work_hung.is_set():
-        time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-        outcome = _send_to_child(name, request, lease)
-    if "result" in outcome:
-        return outcome["result"]
-    if "lost" in outcome or "hung" in outcome:  # which of the two, the caller sees at the lease
-        raise SubprocessError("the task's process was killed.")
-    if "interrupted" in outcome:
-        # This process did not stop the child. If a scheduler stops every process, this one gets
-        # its signal now, and is interrupted here. If not, somebody has stopped the child alone.
-        time.sleep(SIGNAL_SECONDS)
-        raise ForkError("the task's process was stopped.")
-    if "not_started" in outcome:
-        raise ForkError(f"{outcome['not_started']}.")
-    if "refused" in outcome:
-        raise TrustError(outcome["refused"])
-    if "died" in outcome:
-        raise SubprocessError(f"{outcome['died']} without a result.")
-    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
-
-
-def _send_to_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
-    """Send a request to a new child, wait for its end and return the outcome (`OutcomeWaiter`)."""
-    server = task_fork_server([name])
-    try:
-        child = start_task_child(server, _child_environment(), lease.manager.lease)
-    except ForkError as error:
-        return {"not_started": str(error)}
-    outcome: dict[str, Any] = {}
-    try:
-        child.send(request)
-        outcome = _wait_for_outcome(child, lease)
-        child.finish()  # it may still write output, or end runs that the function left open
-    except KeyboardInterrupt as error:
-        if child.pid is None and lease.work_hung.is_set():
-            raise ForkError("the fork server does not respond.") from error
-        if "result" not in outcome:
-            raise
-    finally:
-        if child.pid is None:  # the server may hang
-            server.close()
-        child.kill()
-    return outcome
-
-
-def _wait_for_outcome(child: Child, lease: LeaseRenewer) -> dict[str, Any]:
-    """Return the outcome; if this process is interrupted, stop the child first.
-
-    An interrupted child may finish nevertheless, and its result is returned. Every other outcome
-    may be the effect of the stop, so that the interruption is raised again.
-    """
-
-    def report(message: Message) -> None:
-        if "run" in message:
-            lease.beat(RUN, message["run"])
-        elif "beat" in message:
-            lease.report_progress(message["beat"])
-
-    try:
-        return OutcomeWaiter(lease, report).wait(child)
-    except KeyboardInterrupt:
-        if lease.lease_lost.is_set() or lease.work_hung.is_set():
-            raise
-        outcome = OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
-        if "result" not in outcome:
-            raise
-        return outcome
-
-
-def _child_environment() -> dict[str, str]:
-    variables = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    if get_trusted_packages():
-        variables[TRUSTED_VARIABLE] = ",".join(get_trusted_packages())
-    if session().tracking_uri:
-        variables["MLFLOW_TRACKING_URI"] = str(session().tracking_uri)
-    return variables
-
-
 log = logging.getLogger(__name__)
 
 Query = Mapping[str, Any]
@@ -156,8 +51,19 @@ IDLE_PAUSES = (0.1, 1.0)  # first and longest pause between polls of an empty po
 _current: ContextVar[Task | None] = ContextVar("qtorch_task", default=None)
 
 
+class SubprocessError(TaskError):
+    """The task's process failed; `traceback_text` is its traceback, if it sent one."""
+
+    def __init__(self, message: str, traceback_text: str | None = None) -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
 def current_task() -> Task | None:
-    """Return the task that `run_task` is currently running, for example to know its attempt."""
+    """Return the task that `run_task` is running in this process, for example to know its attempt.
+
+    None in the child processes of `qtorch worker` and of `run_task(..., force_release=True)`.
+    """
     return _current.get()
 
 
@@ -405,3 +311,101 @@ class _TaskRunner:
         else:
             text = getattr(error, "traceback_text", None)
             self.manager.return_task(task, self.before, error=error, traceback=text)
+
+
+def run_task_in_child(
+    name: str,
+    task: Task,
+    status_before: str,
+    options: Mapping[str, Any],
+    lease: LeaseRenewer,
+) -> Any:
+    """Call a function, named by its import path, in a child; return the result as stored.
+
+    The child inherits the environment, the import path, the trusted packages and the tracking
+    store. If this process is interrupted, the child gets time to write a checkpoint; if it
+    finishes its work instead, the result is returned. A child that hangs, or whose lease is lost
+    (another worker may have claimed the task), is killed without delay. Raises ForkError if no
+    child can be started or the child was stopped, which is not the task's fault.
+    """
+    request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
+    request["res"] = task["res"] if status_before == PART_DONE else None
+    outcome = _send_to_child(name, request, lease)
+    if "not_started" in outcome and not lease.work_hung.is_set():
+        time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
+        outcome = _send_to_child(name, request, lease)
+    if "result" in outcome:
+        return outcome["result"]
+    if "lost" in outcome or "hung" in outcome:  # which of the two, the caller sees at the lease
+        raise SubprocessError("the task's process was killed.")
+    if "interrupted" in outcome:
+        # This process did not stop the child. If a scheduler stops every process, this one gets
+        # its signal now, and is interrupted here. If not, somebody has stopped the child alone.
+        time.sleep(SIGNAL_SECONDS)
+        raise ForkError("the task's process was stopped.")
+    if "not_started" in outcome:
+        raise ForkError(f"{outcome['not_started']}.")
+    if "refused" in outcome:
+        raise TrustError(outcome["refused"])
+    if "died" in outcome:
+        raise SubprocessError(f"{outcome['died']} without a result.")
+    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
+
+
+def _send_to_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+    """Send a request to a new child, wait for its end and return the outcome (`OutcomeWaiter`)."""
+    server = task_fork_server([name])
+    try:
+        child = start_task_child(server, _child_environment(), lease.manager.lease)
+    except ForkError as error:
+        return {"not_started": str(error)}
+    outcome: dict[str, Any] = {}
+    try:
+        child.send(request)
+        outcome = _wait_for_outcome(child, lease)
+        child.finish()  # it may still write output, or end runs that the function left open
+    except KeyboardInterrupt as error:
+        if child.pid is None and lease.work_hung.is_set():
+            raise ForkError("the fork server does not respond.") from error
+        if "result" not in outcome:
+            raise
+    finally:
+        if child.pid is None:  # the server may hang
+            server.close()
+        child.kill()
+    return outcome
+
+
+def _wait_for_outcome(child: Child, lease: LeaseRenewer) -> dict[str, Any]:
+    """Return the outcome; if this process is interrupted, stop the child first.
+
+    An interrupted child may finish nevertheless, and its result is returned. Every other outcome
+    may be the effect of the stop, so that the interruption is raised again.
+    """
+
+    def report(message: Message) -> None:
+        if "run" in message:
+            lease.beat(RUN, message["run"])
+        elif "beat" in message:
+            lease.report_progress(message["beat"])
+
+    try:
+        return OutcomeWaiter(lease, report).wait(child)
+    except KeyboardInterrupt:
+        if lease.lease_lost.is_set() or lease.work_hung.is_set():
+            raise
+        outcome = OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
+        if "result" not in outcome:
+            raise
+        return outcome
+
+
+def _child_environment() -> dict[str, str]:
+    """Return what the child inherits beside the environment variables and the import path."""
+    # The child itself gets `sys.path`; PYTHONPATH is for processes that the function starts.
+    variables = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if get_trusted_packages():
+        variables[TRUSTED_VARIABLE] = ",".join(get_trusted_packages())
+    if session().tracking_uri:
+        variables["MLFLOW_TRACKING_URI"] = str(session().tracking_uri)
+    return variables

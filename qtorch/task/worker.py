@@ -29,6 +29,7 @@ from qtorch.task.stores.base import StoreTimeout
 from qtorch.task.worker_process import (
     SIGNAL_SECONDS,
     OutcomeWaiter,
+    may_reuse_child,
     start_task_child,
     task_fork_server,
 )
@@ -36,7 +37,10 @@ from qtorch.task.worker_process import (
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
+TICK_SECONDS = 0.25  # between two displays of the slots
+HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
 RETRY_SECONDS = 1.0  # between two tries to commit, each of which has waited for the store
+THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ class SlotStatus:
     )
 
 
+Show = Callable[[Sequence[SlotStatus]], None]
+
+
 class Slot(threading.Thread):
     """Claims tasks, runs them in a child process, and renews their leases meanwhile.
 
@@ -145,15 +152,15 @@ class Slot(threading.Thread):
         self,
         options: WorkerOptions,
         control: WorkerControl,
-        status: SlotStatus,
+        display: SlotStatus,
         *,
         worker: str,
         server: ForkServer,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
-        super().__init__(name=status.name, daemon=True)
-        self.options, self.control, self.status = options, control, status
+        super().__init__(name=display.name, daemon=True)
+        self.options, self.control, self.display = options, control, display
         self.server = server
         self.worker, self.environment, self.output = worker, environment, output
         self.child: Child | None = None
@@ -197,7 +204,7 @@ class Slot(threading.Thread):
         return limit is not None and self.control.idle_seconds >= limit
 
     def _claim(self, manager: TaskManager) -> tuple[Task, str] | None:
-        """Claim a task, unless `max_tasks` forbids it; return it with its status before."""
+        """Fetch a task, unless `max_tasks` forbids it."""
         if not self.control.reserve_task():
             return None
         claim = None
@@ -223,21 +230,23 @@ class Slot(threading.Thread):
 
     # -- one task ------------------------------------------------------------------------------
 
-    def _execute(self, manager: TaskManager, task: Task, status: str) -> dict[str, Any]:
-        self.status.task, self.status.since = task, time.monotonic()
-        self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
+    def _execute(self, manager: TaskManager, task: Task, status_before: str) -> dict[str, Any]:
+        self.display.task, self.display.since = task, time.monotonic()
+        self.display.progress, self.display.run = {"stage": "starting"}, task.get("run")
         log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
+            request = self._build_request(task, status_before)
             with LeaseRenewer(manager, task) as lease:
-                outcome = self._run_on_child(task, status, lease)
-                self._report_outcome(manager, task, status, outcome, lease)
+                outcome = self._run_on_child(request, lease)
+                self._report_outcome(manager, task, status_before, outcome, lease)
+                if not may_reuse_child(outcome, request):
+                    self._drop_child()
                 return outcome
         finally:
-            self.status.task = None
+            self.display.task = None
 
-    def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+    def _run_on_child(self, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
         """Run the task on a child, and once more if the first child could not be started."""
-        request = self._build_request(task, status)
         outcome = self._wait_for_outcome(request, lease)
         # A child that ended before its task began may have got a stop signal that this process has
         # not received yet.
@@ -267,12 +276,12 @@ class Slot(threading.Thread):
         child.send(request)
         return waiter.wait(child)
 
-    def _build_request(self, task: Task, status: str) -> dict[str, Any]:
+    def _build_request(self, task: Task, status_before: str) -> dict[str, Any]:
         options, definition, run = self.options, task["def"], task.get("run")
         tracking = definition.get("tracking")
         tracking = dict(tracking) if isinstance(tracking, Mapping) else {}
         experiment_name = options.experiment or tracking.get("experiment_name") or options.pool
-        result = task["res"] if status == TaskManager.STATUS_PART_DONE else None
+        result = task["res"] if status_before == TaskManager.STATUS_PART_DONE else None
         if options.tracking_uri:
             if tracking:
                 definition = {**definition, "tracking": {**tracking, "uri": options.tracking_uri}}
@@ -280,7 +289,7 @@ class Slot(threading.Thread):
             if isinstance(result, Mapping) and RECORDER in result:
                 result = {RECORDER: {**result[RECORDER], "tracking_uri": options.tracking_uri}}
         return {
-            "func": options.functions[status],
+            "func": options.functions[status_before],
             "definition": definition,
             "res": result,
             "options": {"experiment_name": experiment_name, "run": run},
@@ -289,23 +298,23 @@ class Slot(threading.Thread):
 
     def _report_progress(self, message: Mapping[str, Any], lease: LeaseRenewer) -> None:
         if "run" in message:
-            self.status.run = dict(message["run"])
-            lease.report_run(self.status.run)
+            self.display.run = dict(message["run"])
+            lease.report_run(self.display.run)
         elif "beat" in message:
             # A new stage keeps what earlier beats have reported, such as epoch and metrics.
-            self.status.progress = {**self.status.progress, **message["beat"]}
-            lease.report_progress(self.status.progress)
+            self.display.progress = {**self.display.progress, **message["beat"]}
+            lease.report_progress(self.display.progress)
 
     def _report_outcome(
         self,
         manager: TaskManager,
         task: Task,
-        status: str,
+        status_before: str,
         outcome: Mapping[str, Any],
         lease: LeaseRenewer,
     ) -> None:
         """Report the outcome to the pool: commit, return or fail the task."""
-        slot_status, name = self.status, f"task {task['_id']}"
+        display, name = self.display, f"task {task['_id']}"
         try:
             if outcome.get("lost"):
                 raise LeaseLost("the lease expired")
@@ -313,38 +322,39 @@ class Slot(threading.Thread):
                 self._retry_while_unavailable(
                     lambda: manager.commit_task_res(task, outcome["result"]), lease
                 )
-                slot_status.counts["done"] += 1
+                display.counts["done"] += 1
                 log.info("%s: %s is done", self.name, name)
             elif outcome.get("interrupted"):
-                _require_lease(manager.return_task(task, status, is_preempted=True))
-                slot_status.counts["returned"] += 1
+                _require_lease(manager.return_task(task, status_before, is_preempted=True))
+                display.counts["returned"] += 1
                 log.info("%s: returned %s to the pool", self.name, name)
             elif "unusable" in outcome:
-                manager.return_task(task, status)
+                manager.return_task(task, status_before)
                 raise TaskError(f"this worker cannot run tasks: {outcome['unusable']}")
             else:
                 self._retry_while_unavailable(
-                    lambda: self._report_failure(manager, task, status, outcome), lease
+                    lambda: self._report_failure(manager, task, status_before, outcome), lease
                 )
-                slot_status.counts["failed"] += 1
+                display.counts["failed"] += 1
         except LeaseLost as error:
-            slot_status.counts["lost"] += 1
+            display.counts["lost"] += 1
             log.warning(
                 "%s: lost the lease of %s, nothing is committed: %s", self.name, name, error
             )
-        if self.options.force_release or not {"result", "refused"} & outcome.keys():
-            self._drop_child()
 
     def _report_failure(
-        self, manager: TaskManager, task: Task, status: str, outcome: Mapping[str, Any]
+        self, manager: TaskManager, task: Task, status_before: str, outcome: Mapping[str, Any]
     ) -> None:
         if "refused" in outcome:  # further attempts would fail too
             text = outcome["refused"]
             _require_lease(manager.fail_task(task, text))
         else:
-            text = outcome.get("error") or outcome.get("died") or outcome.get("hung")
+            hang_text = f"no sign of life for {self.options.hang_after:g} s (hang_after)"
+            text = outcome.get("error") or outcome.get("died") or hang_text
             traceback_text = outcome.get("traceback")
-            _require_lease(manager.return_task(task, status, error=text, traceback=traceback_text))
+            _require_lease(
+                manager.return_task(task, status_before, error=text, traceback=traceback_text)
+            )
         log.error("%s: task %s failed: %s", self.name, task["_id"], text)
 
     def _retry_while_unavailable(self, call: Callable[[], Any], lease: LeaseRenewer) -> None:
@@ -380,13 +390,6 @@ def _require_lease(is_accepted: bool) -> None:
     """Raise LeaseLost if the pool did not accept a change, because the lease is lost."""
     if not is_accepted:
         raise LeaseLost("the lease expired")
-
-
-TICK_SECONDS = 0.25
-HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
-THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
-
-Show = Callable[[Sequence[SlotStatus]], None]
 
 
 class Supervisor:
@@ -452,7 +455,7 @@ class Supervisor:
                     if time.monotonic() > self._hurry_time:
                         self._exit_now()
                 if self.show is not None:
-                    self.show([slot.status for slot in self.slots])
+                    self.show([slot.display for slot in self.slots])
                 time.sleep(TICK_SECONDS)
         if self._stop_signal is not None:
             return 128 + self._stop_signal

@@ -118,8 +118,12 @@ class OutcomeWaiter:
     """Waits for the outcome of a request that was sent to a child.
 
     `on_progress` gets the child's heartbeats. When `is_stopped` returns True the child is stopped,
-    with `grace` seconds to write a checkpoint, or none if `is_hurried`. `hang_after`: seconds
-    without a message after which the child counts as hung.
+    with `grace` seconds to write a checkpoint, or none if `is_hurried`.
+
+    Two clocks tell that a child hangs. `qtorch worker` sets `hang_after`, the seconds without a
+    message, which also limit the start of the child; the lease is renewed until the task is
+    returned. `run_task` gives its `hang_after` to the `LeaseRenewer`, which serves functions in
+    this process too, and stops renewing.
     """
 
     lease: LeaseRenewer
@@ -136,7 +140,7 @@ class OutcomeWaiter:
         - `{"unusable": text}`: the child ended before that;
         - `{"not_started": text}`: the same, and the fork server is to blame;
         - `{"interrupted": true}`: the child was stopped;
-        - `{"lost": true}` and `{"hung": text}`: the child was killed.
+        - `{"lost": true}` and `{"hung": true}`: the child was killed.
         """
         last_sign, stop_time, is_ready = time.monotonic(), math.inf, False
         while True:
@@ -169,7 +173,7 @@ class OutcomeWaiter:
             return None
         if child.pid is None:
             return {"not_started": "the fork server does not respond"}
-        return {"hung": f"no sign of life for {self.hang_after:g} s (hang_after)"}
+        return {"hung": True}
 
 
 def _exit_outcome(child: Child, is_ready: bool) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def start_worker(manager, monkeypatch) -> Iterator[Callable[..., WorkerThread]]:
         execute: Callable[[Any], Any] = lambda definition: definition["number"], **options: Any
     ) -> WorkerThread:
         monkeypatch.setattr(
-            Slot, "_run_on_child", lambda slot, task, *_: {"result": execute(task["def"])}
+            Slot,
+            "_run_on_child",
+            lambda slot, request, _: {"result": execute(request["definition"])},
         )
         workers.append(WorkerThread(manager, **options))
         workers[-1].start()
