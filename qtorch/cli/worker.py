@@ -32,7 +32,7 @@ usage: qtorch worker pool=NAME [url=URL] [devices=auto] [per_device=1] [max_task
   devices        auto (all visible GPUs, else the CPU), cpu, or GPU indices: 0,1
   per_device     number of concurrent trainings on each device
   max_tasks      stop after so many tasks
-  idle_timeout   stop after so many seconds without work; default: wait for more tasks
+  idle_timeout   stop after so many seconds without a task on any device; default: never
   force_release  true: run each task in a new process, so that all GPU memory is released
   experiment     MLflow experiment for tasks that do not name one (default: the pool's name)
   tracking.uri   MLflow tracking URI for all tasks; overrides the tasks' own
