@@ -281,12 +281,12 @@ class _TaskRunner:
         is_stopping = not isinstance(error, Exception)
         if isinstance(error, SystemExit) and not signals.is_stopped:
             is_stopping = False  # raised by the task itself, so it must not end the worker
-        if isinstance(error, ForkError):  # not the task's fault
-            self._return_preempted(task, signals)
-            raise error
         if lease.lease_lost.is_set():
             log.warning("task %s was stopped: it lost its lease", task["_id"])
             signals.raise_pending()
+        elif isinstance(error, ForkError):  # not the task's fault, even if its work counts as hung
+            self._return_preempted(task, signals)
+            raise error
         elif lease.work_hung.is_set():
             text = f"no sign of life for {self.hang_after:g} s (hang_after)"
             log.error("task %s was stopped: %s", task["_id"], text)
