@@ -285,7 +285,7 @@ class _TaskRunner:
             log.warning("task %s was stopped: it lost its lease", task["_id"])
             signals.raise_pending()
         elif isinstance(error, ForkError):  # not the task's fault, even if its work counts as hung
-            self._return_preempted(task, signals)
+            self._return_task(task, signals)
             raise error
         elif lease.work_hung.is_set():
             text = f"no sign of life for {self.hang_after:g} s (hang_after)"
@@ -294,12 +294,12 @@ class _TaskRunner:
             self.manager.return_task(task, self.before, error=text, traceback=traceback_text)
             signals.raise_pending()
         elif is_stopping:
-            self._return_preempted(task, signals)
+            self._return_task(task, signals)
             raise error
         else:
             self._fail(task, error, final=isinstance(error, TrustError))
 
-    def _return_preempted(self, task: Task, signals: TaskSignals) -> None:
+    def _return_task(self, task: Task, signals: TaskSignals) -> None:
         log.warning("returning task %s to the pool", task["_id"])
         self.manager.return_task(task, self.before, is_preempted=True)
         signals.raise_pending()

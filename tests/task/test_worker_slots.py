@@ -90,7 +90,7 @@ def test_commit_is_repeated_while_the_store_is_unavailable(manager, start_worker
     monkeypatch.setattr("qtorch.task.worker.RETRY_SECONDS", 0.05)
     commit, failures = TaskManager.commit_task_res, [1, 2]
 
-    def commit_or_time_out(manager, *arguments):
+    def fail_twice_then_commit(manager, *arguments):
         def raise_unavailable():
             failures.pop()
             raise StoreUnavailable("connection refused")
@@ -99,7 +99,7 @@ def test_commit_is_repeated_while_the_store_is_unavailable(manager, start_worker
             retry_while_unavailable(raise_unavailable, patience=0.0, action="commit")
         commit(manager, *arguments)
 
-    monkeypatch.setattr(TaskManager, "commit_task_res", commit_or_time_out)
+    monkeypatch.setattr(TaskManager, "commit_task_res", fail_twice_then_commit)
     manager.create_task([{"number": 1}])
     assert start_worker(idle_timeout=0).end() == 0
     assert manager.task_stat() == {"done": 1}
