@@ -32,7 +32,7 @@ usage: qtorch worker pool=NAME [url=URL] [devices=auto] [per_device=1] [max_task
   devices        auto (all visible GPUs, else the CPU), cpu, or GPU indices: 0,1
   per_device     number of concurrent trainings on each device
   max_tasks      stop after so many tasks
-  idle_timeout   stop after so many seconds without work; default: wait for more tasks
+  idle_timeout   stop after so many seconds without a task on any device; default: never
   force_release  true: run each task in a new process, so that all GPU memory is released
   experiment     MLflow experiment for tasks that do not name one (default: the pool's name)
   tracking.uri   MLflow tracking URI for all tasks; overrides the tasks' own
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     with _live_table(options.pool, show_table) as show:
         supervisor = Supervisor(options, devices, show=show, logs=logs)
         code = supervisor.run()
-    totals = total_counts([slot.status for slot in supervisor.slots])
+    totals = total_counts([slot.display for slot in supervisor.slots])
     print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
         print(f"error: {error}", file=sys.stderr)

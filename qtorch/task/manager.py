@@ -45,7 +45,7 @@ Query = Mapping[str, Any]
 LEASE_SECONDS = 60.0
 PATIENCE_SECONDS = 600.0
 RESET_VALUES = {"errors": 0, "lost": 0, "error": None, "traceback": None}
-SWEEP_SECONDS = 0.5  # between two searches for expired leases while other tasks are waiting
+RECLAIM_SECONDS = 0.5  # between two searches for expired leases while other tasks are waiting
 MAX_LISTED = 10  # tasks named in a timeout error
 
 
@@ -242,7 +242,7 @@ class TaskManager:
         the claiming worker; `decode` as in `query`.
         """
         condition = parse_query(query, status)
-        self._pool.reclaim_expired_leases(at_most_every=SWEEP_SECONDS)
+        self._pool.reclaim_expired_leases(at_most_every=RECLAIM_SECONDS)
         while True:
             row = self._pool.claim(condition, status, worker)
             if row is None:
@@ -349,14 +349,14 @@ class TaskManager:
             steps = {"errors": 1}
             if task["errors"] + 1 >= self.max_errors:
                 values["status"] = FAILED
-        return self._pool.release_task(task, Change(values, steps))
+        return self._pool.release_task(task, Change(values, steps), "return the task")
 
     def fail_task(
         self, task: Task, error: BaseException | str, traceback: str | None = None
     ) -> bool:
         """Mark a claimed task as failed, for an error that further attempts cannot fix."""
         values = {"status": FAILED, **error_columns(error, traceback)}
-        return self._pool.release_task(task, Change(values, {"errors": 1}))
+        return self._pool.release_task(task, Change(values, {"errors": 1}), "fail the task")
 
     def wait(
         self,

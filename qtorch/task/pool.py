@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-import traceback as tracebacks
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 URL_VARIABLE = "QTORCH_TASK_URL"
 MAX_ERROR_CHARS, MAX_TRACEBACK_CHARS = 5000, 100_000
+COUNTERS = ("errors", "lost", "preemptions")
 JSON_COLUMNS = ("worker", "run", "progress")
 PLAIN_COLUMNS = ("status", "priority", "attempt", "errors", "lost", "preemptions", "deadline",
                  "created", "updated", "error", "traceback")  # fmt: skip
@@ -66,15 +67,15 @@ class Pool:
         self.patience = patience
         self._process_store: tuple[int, Store] | None = None
         self._parent_stores: list[Store] = []  # opened by the parent of this forked process
-        self._last_sweep = -math.inf  # when expired leases were last searched
+        self._last_reclaim = -math.inf  # when this process last searched expired leases
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        process_attributes = ("_process_store", "_parent_stores", "_lock")
-        return {k: v for k, v in vars(self).items() if k not in process_attributes}
+        names = ("task_pool", "url", "lease", "max_lost", "patience")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _process_store=None, _parent_stores=[], _lock=threading.Lock())
+        Pool.__init__(self, **state)
 
     def call(self, action: str, operation: Callable[[Store], T]) -> T:
         """Run an operation of the store; retry it while the store is unavailable."""
@@ -97,14 +98,14 @@ class Pool:
         values = {"status": RUNNING, "origin": status, "claim": claim_id, "progress": None}
         change = Change({**values, "worker": json.dumps(worker_info)}, {"attempt": 1}, self.lease)
 
-        def claim(store: Store) -> Row | None:
+        def try_claim(store: Store) -> Row | None:
             nonlocal is_retry
             # An earlier try may have succeeded although its answer was lost.
             row = store.find_claim(self.task_pool, claim_id) if is_retry else None
             is_retry = True
             return row or store.claim(self.task_pool, status, condition, change)
 
-        return self.call("fetch a task", claim)
+        return self.call("fetch a task", try_claim)
 
     def reclaim_expired_leases(self, *, at_most_every: float = 0.0) -> int:
         """Return tasks with an expired lease to the pool; fail those that lost too many leases.
@@ -113,9 +114,9 @@ class Pool:
         ago.
         """
         now, count = time.monotonic(), 0
-        if now - self._last_sweep < at_most_every:
+        if now - self._last_reclaim < at_most_every:
             return 0
-        self._last_sweep = now
+        self._last_reclaim = now
         for row in self.call(
             "search expired leases", lambda s: s.find_expired_rows(self.task_pool)
         ):
@@ -141,30 +142,27 @@ class Pool:
     def change_claimed_task(self, task: Task, change: Change, action: str) -> None:
         """Change a claimed task; raise LeaseLost if the caller no longer holds its lease.
 
-        If the task already has the new status, an earlier try of this change has succeeded and
-        only its answer was lost.
+        A change that ends the lease is accepted once more if the task already is in the state
+        that it leads to: an earlier try has succeeded and only its answer was lost.
         """
         id, attempt = task["_id"], task["attempt"]
-        final_values = {k: v for k, v in change.values.items() if k in ("status", "committed")}
-        task.is_settling = task.is_settling or bool(final_values)
+        ends_lease = "status" in change.values
+        # From now on a renewal may be rejected without the lease being lost, see `LeaseRenewer`.
+        task.is_settling = task.is_settling or ends_lease
         if self.call(action, lambda s: s.change(id, attempt, change)):
             return
         rows = self.call(action, lambda s: s.find(self.task_pool, Condition(ids=(id,))))
-        for row in rows:
-            is_same = row["attempt"] == attempt and all(
-                row[k] == v for k, v in final_values.items()
-            )
-            if final_values and is_same:
-                return
+        if ends_lease and rows and _has_result_of(change, task, rows[0]):
+            return
         raise LeaseLost(
             f"cannot {action}: attempt {attempt} of task {id} holds no lease any more "
             f"({_describe_state(rows)}); its result is discarded."
         )
 
-    def release_task(self, task: Task, change: Change) -> bool:
+    def release_task(self, task: Task, change: Change, action: str) -> bool:
         """Make a change that ends the lease; return False if the lease was lost before."""
         try:
-            self.change_claimed_task(task, change, "return the task")
+            self.change_claimed_task(task, change, action)
         except LeaseLost as error:
             log.warning("%s", error)
             return False
@@ -200,16 +198,28 @@ def row_to_task(row: Row, *, load_recorders: bool, strict: bool = True) -> Task:
     return task
 
 
-def error_columns(error: BaseException | str, traceback: str | None) -> dict[str, Any]:
+def error_columns(error: BaseException | str, traceback_text: str | None) -> dict[str, Any]:
     """Return the columns `error` and `traceback` of a row."""
     text = error
     if not isinstance(error, str):
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        traceback = traceback or "".join(tracebacks.format_exception(error))
+        traceback_text = traceback_text or "".join(traceback.format_exception(error))
     return {
         "error": str(text)[:MAX_ERROR_CHARS],
-        "traceback": traceback and traceback[-MAX_TRACEBACK_CHARS:],
+        "traceback": traceback_text and traceback_text[-MAX_TRACEBACK_CHARS:],
     }
+
+
+def _has_result_of(change: Change, task: Task, row: Row) -> bool:
+    """Whether a row is in the state to which this change of the claimed task leads.
+
+    The counters show who made it: if another process has reclaimed the task after its lease
+    expired, the status may be the same, but a lost lease was counted instead of an error.
+    """
+    expected = {k: v for k, v in change.values.items() if k in ("status", "committed")}
+    expected |= {k: task[k] + change.steps.get(k, 0) for k in COUNTERS}
+    expected["attempt"] = task["attempt"]
+    return all(row[name] == value for name, value in expected.items())
 
 
 def _describe_state(rows: list[Row]) -> str:

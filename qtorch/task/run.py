@@ -28,95 +28,19 @@ from qtorch.core.errors import (
 from qtorch.core.names import import_path, locate
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.trust import check_config_trust
-from qtorch.process.child import Message
+from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, listen
 from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals
 from qtorch.task.definition import Task
 from qtorch.task.manager import LEASE_SECONDS, LeaseRenewer, TaskManager
 from qtorch.task.stores.base import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
-from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
-
-
-class SubprocessError(TaskError):
-    """The task's process failed; `traceback_text` is its traceback, if it sent one."""
-
-    def __init__(self, message: str, traceback_text: str | None = None) -> None:
-        super().__init__(message)
-        self.traceback_text = traceback_text
-
-
-def call_in_subprocess(
-    name: str,
-    task: Task,
-    before: str,
-    options: Mapping[str, Any],
-    lease: LeaseRenewer,
-) -> Any:
-    """Call a function, named by its import path, in a child; return the result as stored.
-
-    The child inherits the environment, the import path, the trusted packages and the tracking
-    store. If this process is interrupted, the child gets time to write a checkpoint. A child that
-    hangs, or whose lease is lost (another worker may have claimed the task), is killed without
-    delay. Raises ForkError if no child can be started, which is not the task's fault.
-    """
-    request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
-    request["res"] = task["res"] if before == PART_DONE else None
-    outcome = _run_in_child(name, request, lease)
-    if "not_started" in outcome:
-        time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
-        outcome = _run_in_child(name, request, lease)
-    if "result" in outcome:
-        return outcome["result"]
-    if "lost" in outcome or "hung" in outcome:
-        raise KeyboardInterrupt  # needed if run_task is in a thread, which gets no signal
-    if "interrupted" in outcome:
-        time.sleep(SIGNAL_SECONDS)
-        raise ForkError("the task's process was stopped.")
-    if "not_started" in outcome:
-        raise ForkError(f"{outcome['not_started']}.")
-    if "refused" in outcome:
-        raise TrustError(outcome["refused"])
-    if "died" in outcome:
-        raise SubprocessError(f"{outcome['died']} without a result.")
-    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
-
-
-def _run_in_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
-    """Return the outcome of a request, see `OutcomeWaiter`."""
-
-    def report(message: Message) -> None:
-        if "run" in message:
-            lease.beat(RUN, message["run"])
-        elif "beat" in message:
-            lease.report_progress(message["beat"])
-
-    server = task_fork_server([name])
-    try:
-        child = start_child(server, _child_environment(), lease.manager.lease)
-    except ForkError as error:
-        return {"not_started": str(error)}
-    try:
-        child.send(request)
-        return OutcomeWaiter(lease, report).wait(child)
-    except KeyboardInterrupt:
-        if not (lease.lease_lost.is_set() or lease.work_hung.is_set()):
-            OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
-        raise
-    finally:
-        if child.pid is None:  # the server may hang
-            server.close()
-        child.kill()
-
-
-def _child_environment() -> dict[str, str]:
-    variables = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    if get_trusted_packages():
-        variables[TRUSTED_VARIABLE] = ",".join(get_trusted_packages())
-    if session().tracking_uri:
-        variables["MLFLOW_TRACKING_URI"] = str(session().tracking_uri)
-    return variables
-
+from qtorch.task.worker_process import (
+    SIGNAL_SECONDS,
+    OutcomeWaiter,
+    start_task_child,
+    task_fork_server,
+)
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +51,19 @@ IDLE_PAUSES = (0.1, 1.0)  # first and longest pause between polls of an empty po
 _current: ContextVar[Task | None] = ContextVar("qtorch_task", default=None)
 
 
+class SubprocessError(TaskError):
+    """The task's process failed; `traceback_text` is its traceback, if it sent one."""
+
+    def __init__(self, message: str, traceback_text: str | None = None) -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
 def current_task() -> Task | None:
-    """Return the task that `run_task` is currently running, for example to know its attempt."""
+    """Return the task that `run_task` is running in this process, for example to know its attempt.
+
+    None in the child processes of `qtorch worker` and of `run_task(..., force_release=True)`.
+    """
     return _current.get()
 
 
@@ -188,6 +123,7 @@ def run_task(
                 else:
                     time.sleep(pause * random.uniform(0.7, 1.0))
                     pause = min(pause * 1.5, IDLE_PAUSES[1])
+            signals.raise_pending()  # the last task may have finished in spite of a stop signal
         finally:
             manager.close()
     return count > 0
@@ -204,25 +140,28 @@ class TaskSignals(StopSignals):
     def __init__(self) -> None:
         super().__init__(self._stop, self._stop_immediately)
         self.is_working = False
-        self._has_interrupted = False
+        self._own_sigint_pending = False  # `interrupt` has sent a signal that is not handled yet
 
     def interrupt(self) -> None:
         """Stop the work in the main thread, because its lease is lost or it hangs."""
         main = threading.main_thread().ident
         if self.is_installed and self.is_working and main is not None:
-            self._has_interrupted = True
+            self._own_sigint_pending = True
             signal.pthread_kill(main, signal.SIGINT)
 
     def begin_work(self) -> None:
-        """Mark the beginning of a task's work."""
-        self.is_working, self._has_interrupted = True, False
+        """Mark the beginning of a task's work; raise if a stop signal came before it."""
+        self.is_working, self._own_sigint_pending = True, False
+        self.raise_pending()
 
     def end_work(self) -> None:
         """Mark the end of a task's work, and forget an interruption of it alone."""
         self.is_working = False
-        if self._has_interrupted and signal.SIGINT in received_signals:  # a training has handled it
+        if self._own_sigint_pending and signal.SIGINT in received_signals:
+            # The `StopSignals` of a training inside the work has handled and recorded our SIGINT.
+            # It must not end the loop as if the user had pressed Ctrl-C.
             received_signals.remove(signal.SIGINT)
-            self._has_interrupted = False
+            self._own_sigint_pending = False
 
     @property
     def is_stopped(self) -> bool:
@@ -237,8 +176,8 @@ class TaskSignals(StopSignals):
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handle one signal, which may come from `interrupt`."""
-        if self._has_interrupted:
-            self._has_interrupted = False
+        if self._own_sigint_pending:
+            self._own_sigint_pending = False
             if self.is_working:
                 raise KeyboardInterrupt("the lease is lost or the work hangs")
         else:
@@ -325,7 +264,7 @@ class _TaskRunner:
                 return self.function(first, **options)
             finally:
                 _current.reset(token)
-        return call_in_subprocess(self.subprocess_function, task, self.before, options, lease)
+        return run_task_in_child(self.subprocess_function, task, self.before, options, lease)
 
     def _commit(self, task: Task, result: Any) -> None:
         try:
@@ -345,19 +284,25 @@ class _TaskRunner:
         if lease.lease_lost.is_set():
             log.warning("task %s was stopped: it lost its lease", task["_id"])
             signals.raise_pending()
+        elif isinstance(error, ForkError):  # not the task's fault, even if its work counts as hung
+            self._return_task(task, signals)
+            raise error
         elif lease.work_hung.is_set():
             text = f"no sign of life for {self.hang_after:g} s (hang_after)"
             log.error("task %s was stopped: %s", task["_id"], text)
             traceback_text = "".join(traceback.format_exception(error))
             self.manager.return_task(task, self.before, error=text, traceback=traceback_text)
             signals.raise_pending()
-        elif is_stopping or isinstance(error, ForkError):  # a ForkError is not the task's fault
-            log.warning("returning task %s to the pool", task["_id"])
-            self.manager.return_task(task, self.before, is_preempted=True)
-            signals.raise_pending()
+        elif is_stopping:
+            self._return_task(task, signals)
             raise error
         else:
             self._fail(task, error, final=isinstance(error, TrustError))
+
+    def _return_task(self, task: Task, signals: TaskSignals) -> None:
+        log.warning("returning task %s to the pool", task["_id"])
+        self.manager.return_task(task, self.before, is_preempted=True)
+        signals.raise_pending()
 
     def _fail(self, task: Task, error: BaseException, *, final: bool) -> None:
         log.error("task %s failed: %s", task["_id"], error, exc_info=None if final else error)
@@ -366,3 +311,101 @@ class _TaskRunner:
         else:
             text = getattr(error, "traceback_text", None)
             self.manager.return_task(task, self.before, error=error, traceback=text)
+
+
+def run_task_in_child(
+    name: str,
+    task: Task,
+    status_before: str,
+    options: Mapping[str, Any],
+    lease: LeaseRenewer,
+) -> Any:
+    """Call a function, named by its import path, in a child; return the result as stored.
+
+    The child inherits the environment, the import path, the trusted packages and the tracking
+    store. If this process is interrupted, the child gets time to write a checkpoint; if it
+    finishes its work instead, the result is returned. A child that hangs, or whose lease is lost
+    (another worker may have claimed the task), is killed without delay. Raises ForkError if no
+    child can be started or the child was stopped, which is not the task's fault.
+    """
+    request = {"func": name, "definition": task["def"], "options": dict(options), "last": True}
+    request["res"] = task["res"] if status_before == PART_DONE else None
+    outcome = _send_to_child(name, request, lease)
+    if "not_started" in outcome and not lease.work_hung.is_set():
+        time.sleep(SIGNAL_SECONDS)  # this process may be about to get the same stop signal
+        outcome = _send_to_child(name, request, lease)
+    if "result" in outcome:
+        return outcome["result"]
+    if "lost" in outcome or "hung" in outcome:  # which of the two, the caller sees at the lease
+        raise SubprocessError("the task's process was killed.")
+    if "interrupted" in outcome:
+        # This process did not stop the child. If a scheduler stops every process, this one gets
+        # its signal now, and is interrupted here. If not, somebody has stopped the child alone.
+        time.sleep(SIGNAL_SECONDS)
+        raise ForkError("the task's process was stopped.")
+    if "not_started" in outcome:
+        raise ForkError(f"{outcome['not_started']}.")
+    if "refused" in outcome:
+        raise TrustError(outcome["refused"])
+    if "died" in outcome:
+        raise SubprocessError(f"{outcome['died']} without a result.")
+    raise SubprocessError(outcome.get("error") or outcome["unusable"], outcome.get("traceback"))
+
+
+def _send_to_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
+    """Send a request to a new child, wait for its end and return the outcome (`OutcomeWaiter`)."""
+    server = task_fork_server([name])
+    try:
+        child = start_task_child(server, _child_environment(), lease.manager.lease)
+    except ForkError as error:
+        return {"not_started": str(error)}
+    outcome: dict[str, Any] = {}
+    try:
+        child.send(request)
+        outcome = _wait_for_outcome(child, lease)
+        child.finish()  # it may still write output, or end runs that the function left open
+    except KeyboardInterrupt as error:
+        if child.pid is None and lease.work_hung.is_set():
+            raise ForkError("the fork server does not respond.") from error
+        if "result" not in outcome:
+            raise
+    finally:
+        if child.pid is None:  # the server may hang
+            server.close()
+        child.kill()
+    return outcome
+
+
+def _wait_for_outcome(child: Child, lease: LeaseRenewer) -> dict[str, Any]:
+    """Return the outcome; if this process is interrupted, stop the child first.
+
+    An interrupted child may finish nevertheless, and its result is returned. Every other outcome
+    may be the effect of the stop, so that the interruption is raised again.
+    """
+
+    def report(message: Message) -> None:
+        if "run" in message:
+            lease.beat(RUN, message["run"])
+        elif "beat" in message:
+            lease.report_progress(message["beat"])
+
+    try:
+        return OutcomeWaiter(lease, report).wait(child)
+    except KeyboardInterrupt:
+        if lease.lease_lost.is_set() or lease.work_hung.is_set():
+            raise
+        outcome = OutcomeWaiter(lease, report, is_stopped=lambda: True).wait(child)
+        if "result" not in outcome:
+            raise
+        return outcome
+
+
+def _child_environment() -> dict[str, str]:
+    """Return what the child inherits beside the environment variables and the import path."""
+    # The child itself gets `sys.path`; PYTHONPATH is for processes that the function starts.
+    variables = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if get_trusted_packages():
+        variables[TRUSTED_VARIABLE] = ",".join(get_trusted_packages())
+    if session().tracking_uri:
+        variables["MLFLOW_TRACKING_URI"] = str(session().tracking_uri)
+    return variables

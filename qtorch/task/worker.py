@@ -7,6 +7,7 @@ a child process. The main thread handles signals and displays the slots.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,11 +25,22 @@ from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.worker_process import SIGNAL_SECONDS, OutcomeWaiter, start_child, task_fork_server
+from qtorch.task.stores.base import StoreTimeout
+from qtorch.task.worker_process import (
+    SIGNAL_SECONDS,
+    OutcomeWaiter,
+    may_reuse_child,
+    start_task_child,
+    task_fork_server,
+)
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = (0.3, 2.0)  # first and longest pause between polls of an empty pool
+TICK_SECONDS = 0.25  # between two displays of the slots
+HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
+RETRY_SECONDS = 1.0  # between two tries to commit, each of which has waited for the store
+THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class WorkerOptions:
         `tracking` (see `qtorch.trainer.run`). The default experiment is named like the pool.
     lease: duration of a lease in seconds.
     max_tasks: maximum number of tasks of all slots together.
-    idle_timeout: seconds without work after which the worker ends (None: never).
+    idle_timeout: seconds after which the worker ends if no slot has a task (None: never).
     force_release: run each task in its own process.
     hang_after: seconds without a sign of life after which a task counts as hung.
     grace: seconds that an interrupted training gets to write a checkpoint.
@@ -73,23 +85,43 @@ class WorkerControl:
         self.is_draining = False  # claim no further task
         self.stop = threading.Event()  # write checkpoints and return the tasks to the pool
         self.hurry = threading.Event()  # ... without waiting for checkpoints
-        self._remaining = max_tasks
+        self._max_tasks = math.inf if max_tasks is None else max_tasks
+        self._num_claimed = 0  # tasks that were claimed
+        self._num_reserved = 0  # tasks that slots may claim right now
+        self._num_running = 0
+        self._idle_since = time.monotonic()
         self._lock = threading.Lock()
-        self.last_work = time.monotonic()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether `max_tasks` tasks were claimed."""
+        return self._num_claimed >= self._max_tasks
+
+    @property
+    def idle_seconds(self) -> float:
+        """The time since any slot had a task."""
+        with self._lock:
+            return 0.0 if self._num_running else time.monotonic() - self._idle_since
 
     def reserve_task(self) -> bool:
-        """Count one more task against `max_tasks`; return False if none is left."""
+        """Reserve the claim of a task, so that all slots together claim at most `max_tasks`."""
         with self._lock:
-            if self._remaining is None:
-                return True
-            self._remaining -= 1
-            return self._remaining >= 0
+            is_allowed = self._num_claimed + self._num_reserved < self._max_tasks
+            self._num_reserved += is_allowed
+            return is_allowed
 
-    def release_reservation(self) -> None:
-        """Undo `reserve_task`, because the pool had no task to claim."""
+    def end_reservation(self, *, is_claimed: bool) -> None:
+        """End a reservation: the slot has claimed a task, or the pool had none."""
         with self._lock:
-            if self._remaining is not None:
-                self._remaining += 1
+            self._num_reserved -= 1
+            self._num_claimed += is_claimed
+            self._num_running += is_claimed
+
+    def end_task(self) -> None:
+        """Count a claimed task as no longer running."""
+        with self._lock:
+            self._num_running -= 1
+            self._idle_since = time.monotonic()
 
 
 @dataclass
@@ -107,6 +139,9 @@ class SlotStatus:
     )
 
 
+Show = Callable[[Sequence[SlotStatus]], None]
+
+
 class Slot(threading.Thread):
     """Claims tasks, runs them in a child process, and renews their leases meanwhile.
 
@@ -117,15 +152,15 @@ class Slot(threading.Thread):
         self,
         options: WorkerOptions,
         control: WorkerControl,
-        status: SlotStatus,
+        display: SlotStatus,
         *,
         worker: str,
         server: ForkServer,
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> None:
-        super().__init__(name=status.name, daemon=True)
-        self.options, self.control, self.status = options, control, status
+        super().__init__(name=display.name, daemon=True)
+        self.options, self.control, self.display = options, control, display
         self.server = server
         self.worker, self.environment, self.output = worker, environment, output
         self.child: Child | None = None
@@ -147,26 +182,37 @@ class Slot(threading.Thread):
     def _work(self) -> None:
         manager = TaskManager(self.options.pool, self.options.url, lease=self.options.lease)
         pause = IDLE_SECONDS[0]
-        while not self.control.is_draining:
-            if not self.control.reserve_task():
-                return
-            claim = self._fetch(manager)
+        # A slot without a reservation waits too: the others may find no task and end theirs.
+        while not (self.control.is_draining or self.control.is_exhausted):
+            claim = self._claim(manager)
             if claim is None:
-                self.control.release_reservation()
                 if self._is_idle_too_long():
                     return
                 self.control.stop.wait(pause)
                 pause = min(pause * 1.5, IDLE_SECONDS[1])
                 continue
             pause = IDLE_SECONDS[0]
-            outcome = self._execute(manager, *claim)
-            self.control.last_work = time.monotonic()
+            try:
+                outcome = self._execute(manager, *claim)
+            finally:
+                self.control.end_task()
             if outcome.get("interrupted"):  # this process may be about to get the same stop signal
                 self.control.stop.wait(SIGNAL_SECONDS)
 
     def _is_idle_too_long(self) -> bool:
         limit = self.options.idle_timeout
-        return limit is not None and time.monotonic() - self.control.last_work >= limit
+        return limit is not None and self.control.idle_seconds >= limit
+
+    def _claim(self, manager: TaskManager) -> tuple[Task, str] | None:
+        """Fetch a task, unless `max_tasks` forbids it."""
+        if not self.control.reserve_task():
+            return None
+        claim = None
+        try:
+            claim = self._fetch(manager)
+        finally:
+            self.control.end_reservation(is_claimed=claim is not None)
+        return claim
 
     def _fetch(self, manager: TaskManager) -> tuple[Task, str] | None:
         """Claim a task; return it with the status that it had before."""
@@ -184,21 +230,23 @@ class Slot(threading.Thread):
 
     # -- one task ------------------------------------------------------------------------------
 
-    def _execute(self, manager: TaskManager, task: Task, status: str) -> dict[str, Any]:
-        self.status.task, self.status.since = task, time.monotonic()
-        self.status.progress, self.status.run = {"stage": "starting"}, task.get("run")
+    def _execute(self, manager: TaskManager, task: Task, status_before: str) -> dict[str, Any]:
+        self.display.task, self.display.since = task, time.monotonic()
+        self.display.progress, self.display.run = {"stage": "starting"}, task.get("run")
         log.info("%s: running task %s (attempt %s)", self.name, task["_id"], task["attempt"])
         try:
+            request = self._build_request(task, status_before)
             with LeaseRenewer(manager, task) as lease:
-                outcome = self._run_on_child(task, status, lease)
-                self._report_outcome(manager, task, status, outcome, lease)
+                outcome = self._run_on_child(request, lease)
+                self._report_outcome(manager, task, status_before, outcome, lease)
+                if not may_reuse_child(outcome, request):
+                    self._drop_child()
                 return outcome
         finally:
-            self.status.task = None
+            self.display.task = None
 
-    def _run_on_child(self, task: Task, status: str, lease: LeaseRenewer) -> dict[str, Any]:
+    def _run_on_child(self, request: Mapping[str, Any], lease: LeaseRenewer) -> dict[str, Any]:
         """Run the task on a child, and once more if the first child could not be started."""
-        request = self._build_request(task, status)
         outcome = self._wait_for_outcome(request, lease)
         # A child that ended before its task began may have got a stop signal that this process has
         # not received yet.
@@ -229,12 +277,12 @@ class Slot(threading.Thread):
         child.send(request)
         return waiter.wait(child)
 
-    def _build_request(self, task: Task, status: str) -> dict[str, Any]:
+    def _build_request(self, task: Task, status_before: str) -> dict[str, Any]:
         options, definition, run = self.options, task["def"], task.get("run")
         tracking = definition.get("tracking")
         tracking = dict(tracking) if isinstance(tracking, Mapping) else {}
         experiment_name = options.experiment or tracking.get("experiment_name") or options.pool
-        result = task["res"] if status == TaskManager.STATUS_PART_DONE else None
+        result = task["res"] if status_before == TaskManager.STATUS_PART_DONE else None
         if options.tracking_uri:
             if tracking:
                 definition = {**definition, "tracking": {**tracking, "uri": options.tracking_uri}}
@@ -242,7 +290,7 @@ class Slot(threading.Thread):
             if isinstance(result, Mapping) and RECORDER in result:
                 result = {RECORDER: {**result[RECORDER], "tracking_uri": options.tracking_uri}}
         return {
-            "func": options.functions[status],
+            "func": options.functions[status_before],
             "definition": definition,
             "res": result,
             "options": {"experiment_name": experiment_name, "run": run},
@@ -251,23 +299,23 @@ class Slot(threading.Thread):
 
     def _report_progress(self, message: Mapping[str, Any], lease: LeaseRenewer) -> None:
         if "run" in message:
-            self.status.run = dict(message["run"])
-            lease.report_run(self.status.run)
+            self.display.run = dict(message["run"])
+            lease.report_run(self.display.run)
         elif "beat" in message:
             # A new stage keeps what earlier beats have reported, such as epoch and metrics.
-            self.status.progress = {**self.status.progress, **message["beat"]}
-            lease.report_progress(self.status.progress)
+            self.display.progress = {**self.display.progress, **message["beat"]}
+            lease.report_progress(self.display.progress)
 
     def _report_outcome(
         self,
         manager: TaskManager,
         task: Task,
-        status: str,
+        status_before: str,
         outcome: Mapping[str, Any],
         lease: LeaseRenewer,
     ) -> None:
         """Report the outcome to the pool: commit, return or fail the task."""
-        slot_status, name = self.status, f"task {task['_id']}"
+        display, name = self.display, f"task {task['_id']}"
         try:
             if outcome.get("lost"):
                 raise LeaseLost("the lease expired")
@@ -275,38 +323,39 @@ class Slot(threading.Thread):
                 self._retry_while_unavailable(
                     lambda: manager.commit_task_res(task, outcome["result"]), lease
                 )
-                slot_status.counts["done"] += 1
+                display.counts["done"] += 1
                 log.info("%s: %s is done", self.name, name)
             elif outcome.get("interrupted"):
-                _require_lease(manager.return_task(task, status, is_preempted=True))
-                slot_status.counts["returned"] += 1
+                _require_lease(manager.return_task(task, status_before, is_preempted=True))
+                display.counts["returned"] += 1
                 log.info("%s: returned %s to the pool", self.name, name)
             elif "unusable" in outcome:
-                manager.return_task(task, status)
+                manager.return_task(task, status_before)
                 raise TaskError(f"this worker cannot run tasks: {outcome['unusable']}")
             else:
                 self._retry_while_unavailable(
-                    lambda: self._report_failure(manager, task, status, outcome), lease
+                    lambda: self._report_failure(manager, task, status_before, outcome), lease
                 )
-                slot_status.counts["failed"] += 1
+                display.counts["failed"] += 1
         except LeaseLost as error:
-            slot_status.counts["lost"] += 1
+            display.counts["lost"] += 1
             log.warning(
                 "%s: lost the lease of %s, nothing is committed: %s", self.name, name, error
             )
-        if self.options.force_release or not {"result", "refused"} & outcome.keys():
-            self._drop_child()
 
     def _report_failure(
-        self, manager: TaskManager, task: Task, status: str, outcome: Mapping[str, Any]
+        self, manager: TaskManager, task: Task, status_before: str, outcome: Mapping[str, Any]
     ) -> None:
         if "refused" in outcome:  # further attempts would fail too
             text = outcome["refused"]
             _require_lease(manager.fail_task(task, text))
         else:
-            text = outcome.get("error") or outcome.get("died") or outcome.get("hung")
+            hang_text = f"no sign of life for {self.options.hang_after:g} s (hang_after)"
+            text = outcome.get("error") or outcome.get("died") or hang_text
             traceback_text = outcome.get("traceback")
-            _require_lease(manager.return_task(task, status, error=text, traceback=traceback_text))
+            _require_lease(
+                manager.return_task(task, status_before, error=text, traceback=traceback_text)
+            )
         log.error("%s: task %s failed: %s", self.name, task["_id"], text)
 
     def _retry_while_unavailable(self, call: Callable[[], Any], lease: LeaseRenewer) -> None:
@@ -315,12 +364,10 @@ class Slot(threading.Thread):
             try:
                 call()
                 return
-            except LeaseLost:
-                raise
-            except TaskError as error:
-                if self.control.stop.is_set() or lease.lease_lost.is_set():
-                    raise
+            except StoreTimeout as error:
                 log.error("%s: %s", self.name, error)
+                if lease.lease_lost.is_set() or self.control.stop.wait(RETRY_SECONDS):
+                    raise
 
     # -- the child -----------------------------------------------------------------------------
 
@@ -329,7 +376,9 @@ class Slot(threading.Thread):
             self.child.receive(0.0)
         if self.child is None or self.child.exit_status is not None:
             self._drop_child()
-            self.child = start_child(self.server, self.environment, self.options.lease, self.output)
+            self.child = start_task_child(
+                self.server, self.environment, self.options.lease, self.output
+            )
         return self.child
 
     def _drop_child(self) -> None:
@@ -342,13 +391,6 @@ def _require_lease(is_accepted: bool) -> None:
     """Raise LeaseLost if the pool did not accept a change, because the lease is lost."""
     if not is_accepted:
         raise LeaseLost("the lease expired")
-
-
-TICK_SECONDS = 0.25
-HURRY_SECONDS = 3.0  # to end after a second Ctrl-C
-THREADS, TRACKING = "OMP_NUM_THREADS", "MLFLOW_TRACKING_URI"
-
-Show = Callable[[Sequence[SlotStatus]], None]
 
 
 class Supervisor:
@@ -409,21 +451,25 @@ class Supervisor:
                         name,
                     )
                     self.control.stop.set()
-                if self._hurry_time is not None and time.monotonic() > self._hurry_time:
-                    self._exit_now()
+                if self._hurry_time is not None:
+                    self.control.hurry.set()
+                    if time.monotonic() > self._hurry_time:
+                        self._exit_now()
                 if self.show is not None:
-                    self.show([slot.status for slot in self.slots])
+                    self.show([slot.display for slot in self.slots])
                 time.sleep(TICK_SECONDS)
         if self._stop_signal is not None:
             return 128 + self._stop_signal
         return int(any(slot.error is not None for slot in self.slots))
+
+    # Signal handlers only set attributes, and `run` sets the events: a handler that interrupts
+    # `Event.set` in this thread would wait forever for the event's lock.
 
     def _stop(self, number: int) -> None:
         self._stop_signal = number
         self.control.is_draining = True
 
     def _hurry(self) -> None:
-        self.control.hurry.set()
         self._hurry_time = self._hurry_time or time.monotonic() + HURRY_SECONDS
 
     def _exit_now(self) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -28,7 +29,7 @@ from qtorch.process.fork_server import (
     fork_server,
 )
 from qtorch.process.heartbeat import RUN, beat, listen
-from qtorch.process.stops import received_signals
+from qtorch.process.stops import STOP_SIGNALS, received_signals
 from qtorch.task.definition import decode_result, encode_result
 from qtorch.task.manager import LeaseRenewer
 
@@ -49,7 +50,7 @@ def task_fork_server(functions: Collection[str]) -> ForkServer:
     return fork_server(*([TRAINING_PRELOAD] if is_own else []))
 
 
-def start_child(
+def start_task_child(
     server: ForkServer,
     environment: Mapping[str, str],
     lease: float,
@@ -72,7 +73,7 @@ def start_child(
     )
 
 
-def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
+def serve_tasks(_: Mapping[str, Any], parent: Parent) -> int:
     """Run tasks until the parent has no more; called by the fork server in a child."""
 
     def report_beat(stage: str, details: dict[str, Any]) -> None:
@@ -81,11 +82,14 @@ def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
     try:
         configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
         with listen(report_beat):
-            while (task := parent.next_request()) is not None:
-                outcome = run_request(task, parent)
-                parent.send(outcome)
-                if task.get("last") or not {"result", "refused"} & outcome.keys():
-                    break  # exit to free all memory; after an error, also to drop corrupt state
+            while (request := parent.next_request()) is not None:
+                try:
+                    outcome = serve_request(request, parent)
+                except KeyboardInterrupt:  # the stop signal came at its very beginning or end
+                    outcome = {"interrupted": True}
+                _send_outcome(outcome, parent)
+                if not may_reuse_child(outcome, request):
+                    break
     except KeyboardInterrupt:
         log.debug("stopped while idle")
     parent.finish_work()
@@ -93,13 +97,39 @@ def serve_tasks(request: Mapping[str, Any], parent: Parent) -> int:
     return 0
 
 
+def _send_outcome(outcome: Message, parent: Parent) -> None:
+    """Send the outcome, also if a stop signal comes meanwhile: it is handled afterwards.
+
+    The child counts as idle before the parent has the outcome, because the parent may then close
+    the connection; a child that works would be killed at once.
+    """
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        parent.is_idle = True
+        parent.send(outcome)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+
+
+def may_reuse_child(outcome: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+    """Whether the child can run a further task; otherwise it exits, and the parent drops it.
+
+    It exits after an error too, because the error may have left a corrupt state.
+    """
+    return not request["last"] and bool({"result", "refused"} & outcome.keys())
+
+
 @dataclass
 class OutcomeWaiter:
     """Waits for the outcome of a request that was sent to a child.
 
     `on_progress` gets the child's heartbeats. When `is_stopped` returns True the child is stopped,
-    with `grace` seconds to write a checkpoint, or none if `is_hurried`. `hang_after`: seconds
-    without a message after which the child counts as hung.
+    with `grace` seconds to write a checkpoint, or none if `is_hurried`.
+
+    Two clocks tell that a child hangs. `qtorch worker` sets `hang_after`, the seconds without a
+    message, which also limit the start of the child; the lease is renewed until the task is
+    returned. `run_task` gives its `hang_after` to the `LeaseRenewer`, which serves functions in
+    this process too, and stops renewing.
     """
 
     lease: LeaseRenewer
@@ -110,13 +140,13 @@ class OutcomeWaiter:
     hang_after: float = math.inf
 
     def wait(self, child: Child) -> dict[str, Any]:
-        """Return the child's final message (see `run_request`), or one of these.
+        """Return the child's final message (see `serve_request`), or one of these.
 
         - `{"died": text}`: the child ended after its task had begun;
         - `{"unusable": text}`: the child ended before that;
         - `{"not_started": text}`: the same, and the fork server is to blame;
         - `{"interrupted": true}`: the child was stopped;
-        - `{"lost": true}` and `{"hung": text}`: the child was killed.
+        - `{"lost": true}` and `{"hung": true}`: the child was killed.
         """
         last_sign, stop_time, is_ready = time.monotonic(), math.inf, False
         while True:
@@ -127,8 +157,8 @@ class OutcomeWaiter:
                     return message
                 self.on_progress(message)
             if child.exit_status is not None:
-                is_stopped = stop_time < math.inf
-                return {"interrupted": True} if is_stopped else _exit_outcome(child, is_ready)
+                was_stopped = stop_time < math.inf
+                return {"interrupted": True} if was_stopped else _exit_outcome(child, is_ready)
             if stop_time == math.inf and self.is_stopped():
                 stop_time = time.monotonic()
                 child.stop()
@@ -149,7 +179,7 @@ class OutcomeWaiter:
             return None
         if child.pid is None:
             return {"not_started": "the fork server does not respond"}
-        return {"hung": f"no sign of life for {self.hang_after:g} s (hang_after)"}
+        return {"hung": True}
 
 
 def _exit_outcome(child: Child, is_ready: bool) -> dict[str, Any]:
@@ -160,7 +190,7 @@ def _exit_outcome(child: Child, is_ready: bool) -> dict[str, Any]:
     return {"not_started" if child.exit_status.code is None else "unusable": text}
 
 
-def run_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
+def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
     """Run one task and return the message about its outcome.
 
     The message is one of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
@@ -152,3 +153,24 @@ def report_pid(definition: Mapping[str, Any], journal: str) -> dict[str, Any]:
     if definition.get("failure") == "hang":
         threading.Event().wait()
     return {"pid": os.getpid()}
+
+
+def end_slowly(definition: Mapping[str, Any], journal: str) -> int:
+    """A task whose process has work left at its exit."""
+
+    def write_at_exit() -> None:
+        time.sleep(1.0)
+        append_line(journal, "exit")
+
+    atexit.register(write_at_exit)
+    return 1
+
+
+def finish_in_spite_of_a_stop(definition: Mapping[str, Any], journal: str) -> int:
+    """A task that ends its work early if it is stopped."""
+    append_line(journal, "begin")
+    try:
+        time.sleep(30)
+    except KeyboardInterrupt:
+        append_line(journal, "stop")
+    return 7

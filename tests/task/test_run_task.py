@@ -14,9 +14,11 @@ import pytest
 from pool_workers import start, wait_until
 
 from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import beat
 from qtorch.task import TaskManager, run_task
 from qtorch.task.definition import decode_result, encode_result
+from qtorch.task.worker_process import task_fork_server
 
 
 @pytest.fixture
@@ -327,6 +329,74 @@ def test_hanging_child_is_killed(manager, url, tmp_path, monkeypatch):
     assert (task["status"], task["errors"]) == ("waiting", 1)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "journal").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_child_has_time_for_its_exit_functions(manager, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("QTORCH_TRUSTED", "pool_workers")
+    manager.create_task(definitions(1))
+    journal = tmp_path / "journal"
+    run_task(
+        pool_workers.end_slowly,
+        manager.task_pool,
+        force_release=True,
+        url=url,
+        journal=str(journal),
+    )
+    assert journal.read_text() == "exit\n"
+    assert manager.task_stat() == {"done": 1}
+
+
+@pytest.mark.slow
+def test_result_of_a_child_that_finishes_after_a_stop_is_committed(manager, url, tmp_path):
+    code = """
+import sys, pool_workers
+from qtorch.task import run_task
+pool, url, journal = sys.argv[1:]
+run_task(pool_workers.finish_in_spite_of_a_stop, pool, force_release=True, url=url, journal=journal)
+"""
+    manager.create_task(definitions(2))
+    journal = tmp_path / "journal"
+    process = start(code, manager.task_pool, url, str(journal))
+    wait_until(lambda: journal.exists())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert journal.read_text() == "begin\nstop\n"
+    assert [(t["status"], t["res"], t["attempt"]) for t in manager.query()] == [
+        ("done", 7, 1),
+        ("waiting", None, 0),
+    ]
+
+
+@pytest.mark.slow
+def test_fork_server_that_hangs_is_not_an_error_of_the_task(manager, url, tmp_path, monkeypatch):
+    manager.create_task(definitions(1))
+    server = task_fork_server(["pool_workers.report_pid"])
+    server.ensure_running()
+    os.kill(server._forkserver_pid, signal.SIGSTOP)
+    with pytest.raises(ForkError, match="the fork server does not respond"):
+        run_task(
+            pool_workers.report_pid, manager.task_pool, force_release=True, url=url,
+            hang_after=1.0, journal=str(tmp_path / "journal"),
+        )  # fmt: skip
+    (task,) = manager.query()
+    assert (task["status"], task["errors"], task["preemptions"]) == ("waiting", 0, 1)
+
+
+def test_stop_signal_during_a_claim_stops_the_claimed_task(manager, url, monkeypatch):
+    """Between two tasks a signal interrupts nothing; the task must not run nevertheless."""
+    manager.create_task(definitions(1))
+    claim = TaskManager.fetch_task
+
+    def claim_during_a_signal(manager, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return claim(manager, *arguments)
+
+    monkeypatch.setattr(TaskManager, "fetch_task", claim_during_a_signal)
+    with pytest.raises(SystemExit):
+        run_task(lambda task: 1, manager.task_pool, url=url)
+    (task,) = manager.query()
+    assert (task["status"], task["preemptions"], task["errors"]) == ("waiting", 1, 0)
 
 
 @pytest.mark.slow

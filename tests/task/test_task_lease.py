@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,50 @@ class TestLeases:
             first.commit_task_res(old, "old")
         done_task = second.re_query(new["_id"])
         assert (done_task["res"], done_task["status"], done_task["errors"]) == ("new", "done", 0)
+
+    def test_reclaimed_task_counts_a_lost_lease_and_not_also_an_error(self, make_manager):
+        """It is waiting again, as after a return, but another process has returned it."""
+        first, second = make_manager(lease=0.1), make_manager()
+        first.create_task([lstm(1)])
+        task = first.fetch_task()
+        time.sleep(0.3)
+        assert second.reclaim_expired_leases() == 1
+        for arguments in ({"error": "x"}, {"is_preempted": True}, {}):
+            assert first.return_task(task, **arguments) is False
+        task = second.re_query(task["_id"])
+        assert (task["status"], task["errors"], task["lost"]) == ("waiting", 0, 1)
+
+    @pytest.mark.parametrize("arguments", [{"error": "x"}, {"is_preempted": True}, {}])
+    def test_return_whose_answer_is_lost_is_not_repeated(self, manager, monkeypatch, arguments):
+        """The return succeeds, but the connection is lost before the answer."""
+        from qtorch.task.stores.base import StoreUnavailable
+
+        manager.create_task([lstm(1)])
+        task = manager.fetch_task()
+        store = manager._pool._store()
+        change, failures = store.change, [True]
+
+        def change_and_disconnect(*arguments):
+            is_changed = change(*arguments)
+            if failures.pop() if failures else False:
+                raise StoreUnavailable("connection lost")
+            return is_changed
+
+        monkeypatch.setattr(store, "change", change_and_disconnect)
+        assert manager.return_task(task, **arguments) is True
+        task = manager.re_query(task["_id"])
+        assert (task["errors"] + task["preemptions"], task["lost"]) == (len(arguments), 0)
+
+    def test_unpickled_manager_reclaims_expired_leases_at_once(self, manager, make_manager):
+        """The monotonic clock of another machine says nothing about the last search here."""
+        first = make_manager(lease=0.1)
+        ids = first.create_task([lstm(1), lstm(2)])
+        first.fetch_task()
+        pickled_manager = pickle.dumps(first)
+        time.sleep(0.3)
+        copy = pickle.loads(pickled_manager)
+        assert copy.fetch_task()["_id"] == ids[0]
+        copy.close()
 
     @pytest.mark.slow
     def test_renewals_keep_the_lease(self, make_manager):

@@ -284,6 +284,26 @@ def test_concurrent_workers_create_the_tables_of_a_new_store_once(postgres_url):
     server.dispose()
 
 
+def test_file_that_is_no_database_raises_an_error_without_retry(tmp_path):
+    (tmp_path / "tasks.db").write_text("not a database\n" * 100)
+    with pytest.raises(TaskStoreError, match="rejected a statement: file is not a database"):
+        TaskManager("p", f"sqlite:///{tmp_path}/tasks.db").task_stat()
+
+
+@pytest.mark.slow
+def test_invalid_statement_raises_an_error_without_retry(postgres_url):
+    """A statement or a value that the server or the driver rejects: not a missing connection."""
+    store = sql.SqlStore(postgres_url)
+    for statement, values in (
+        ("SELECT * FROM missing_table", {}),
+        ("SELECT 1 / :number", {"number": 0}),
+        ("SELECT CAST(:text AS TEXT)", {"text": "a\0b"}),
+    ):
+        with pytest.raises(TaskStoreError, match="rejected a statement"):
+            store._rows(statement, values)
+    store.close()
+
+
 def test_unavailable_store_raises_after_patience(tmp_path):
     pytest.importorskip("psycopg")
     manager = TaskManager("p", "postgresql://nobody@127.0.0.1:1/none", patience=0.3)

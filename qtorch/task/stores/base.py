@@ -62,6 +62,10 @@ class StoreUnavailable(Exception):
     """A temporary failure: the store is locked or does not answer; a retry may succeed."""
 
 
+class StoreTimeout(TaskStoreError):
+    """The store was unavailable for longer than the caller was ready to wait."""
+
+
 @dataclass(frozen=True)
 class Change:
     """An update of a row: `values` are set, `steps` are added, `lease` sets the deadline.
@@ -170,7 +174,7 @@ def is_current_version(version: int | None, store_name: str) -> bool:
 def retry_while_unavailable(call: Callable[[], T], *, patience: float, action: str) -> T:
     """Return the result of a call; retry for `patience` seconds while the store is unavailable.
 
-    The pauses grow from 20 ms to 5 s, with random jitter. Raises TaskStoreError after `patience`.
+    The pauses grow from 20 ms to 5 s, with random jitter. Raises StoreTimeout after `patience`.
     """
     begin = time.monotonic()
     pause, last_log = 0.02, 0.0
@@ -180,7 +184,7 @@ def retry_while_unavailable(call: Callable[[], T], *, patience: float, action: s
         except StoreUnavailable as error:
             elapsed_seconds = time.monotonic() - begin
             if elapsed_seconds >= patience:
-                raise TaskStoreError(
+                raise StoreTimeout(
                     f"{action}: the task store has not answered for {elapsed_seconds:.0f} s "
                     f"({error}). Start it or correct its URL; its tasks are not lost."
                 ) from error

@@ -94,7 +94,7 @@ class SqlStore(Store):
                 "status": WAITING,
                 "hash": d.hash,
                 **_definition_columns(d),
-                **self._clock(),
+                **self._now_parameter(),
             }
             for d in definitions
         ]
@@ -137,17 +137,22 @@ class SqlStore(Store):
         return self._rows(
             f"SELECT {COLUMNS} FROM {TASKS} WHERE pool = :pool AND status = '{RUNNING}' "
             f"AND deadline < {self._now} ORDER BY id",
-            {"pool": pool, **self._clock()},
+            {"pool": pool, **self._now_parameter()},
         )
 
     def change(
         self, id: str, attempt: int, change: Change, *, only_if_expired: bool = False
     ) -> bool:
         sets, values = self._set_clause(change)
-        conditions = f"id = :row_id AND attempt = :fence AND status = '{RUNNING}'"
+        conditions = f"id = :row_id AND attempt = :row_attempt AND status = '{RUNNING}'"
         if only_if_expired:
             conditions += f" AND deadline < {self._now}"
-        parameters = {"row_id": _row_id(id), "fence": attempt, **self._clock(), **values}
+        parameters = {
+            "row_id": _row_id(id),
+            "row_attempt": attempt,
+            **self._now_parameter(),
+            **values,
+        }
         return self._update(f"UPDATE {TASKS} SET {sets} WHERE {conditions}", parameters) == 1
 
     def change_all(self, pool: str, condition: Condition, change: Change) -> int:
@@ -197,14 +202,16 @@ class SqlStore(Store):
 
     # -- statements ---------------------------------------------------------------------------
 
-    def _clock(self) -> dict[str, float]:
+    def _now_parameter(self) -> dict[str, float]:
+        """Return the parameter of `_now`; PostgreSQL uses its own clock."""
         return {"now": time.time()} if self.is_sqlite else {}
 
     def _set_clause(self, change: Change) -> tuple[str, dict[str, Any]]:
         parts = [f"updated = {self._now}"]
-        parameters: dict[str, Any] = self._clock()
+        parameters: dict[str, Any] = self._now_parameter()
         for name, value in change.values.items():
             parts.append(f"{name} = :set_{name}")
+            # PostgreSQL rejects the NUL character, which tracebacks may contain.
             parameters[f"set_{name}"] = value.replace("\0", "") if isinstance(value, str) else value
         for name, step in change.steps.items():
             parts.append(f"{name} = {name} + :add_{name}")
@@ -314,6 +321,7 @@ class SqlStore(Store):
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
+        """A transaction of several statements, begun by hand: the engine commits each statement."""
         with self._translate_errors(), self._engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
             try:
@@ -326,12 +334,15 @@ class SqlStore(Store):
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Raise StoreUnavailable for transient errors, TaskStoreError for permanent ones."""
+        """Raise StoreUnavailable for transient errors, TaskStoreError for permanent ones.
+
+        An IntegrityError passes: the pool contains a definition already, see `redefine`.
+        """
         try:
             yield
         except exc.IntegrityError:
             raise
-        except (exc.OperationalError, exc.InterfaceError, exc.InternalError) as error:
+        except exc.DBAPIError as error:
             if self._is_transient(error):
                 raise StoreUnavailable(" ".join(str(error.orig).split())[:200]) from error
             raise TaskStoreError(
@@ -348,24 +359,24 @@ class SqlStore(Store):
         state = getattr(error.orig, "sqlstate", None)
         if state:
             return str(state).startswith(TRANSIENT_STATES)
+        if not isinstance(error, exc.OperationalError | exc.InterfaceError | exc.InternalError):
+            return False  # the driver rejects the statement or a value
         return error.connection_invalidated or not PERMANENT_MESSAGES.search(text)
 
     # -- tables -------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         """Create the tables, or migrate those of an older version."""
-        with self._translate_errors():
-            version = self._version()
+        with self._translate_errors(), self._engine.connect() as connection:
+            version = self._read_version(connection)
         if not is_current_version(version, self.url.render_as_string()):
             with self._transaction() as connection:
                 if not self.is_sqlite:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY}, 0)")
                 self._migrate(connection)
 
-    def _version(self, connection: Connection | None = None) -> int | None:
-        if connection is None:
-            with self._engine.connect() as new_connection:
-                return self._version(new_connection)
+    def _read_version(self, connection: Connection) -> int | None:
+        """Return the version of the tables; None if there are none."""
         table_query = (
             f"SELECT name FROM sqlite_master WHERE type = 'table' AND name = '{SCHEMA}'"
             if self.is_sqlite
@@ -379,8 +390,8 @@ class SqlStore(Store):
         return None if version is None else int(version)
 
     def _migrate(self, connection: Connection) -> None:
-        version = self._version(connection)
-        kinds = {
+        version = self._read_version(connection)
+        template_values = {
             "tasks": TASKS,
             "id": "INTEGER PRIMARY KEY AUTOINCREMENT"
             if self.is_sqlite
@@ -394,7 +405,7 @@ class SqlStore(Store):
         if version != SCHEMA_VERSION:  # else another process has migrated the store
             statements.append(f"INSERT INTO {SCHEMA} (version) VALUES ({SCHEMA_VERSION})")
         for statement in statements:
-            connection.exec_driver_sql(statement.format(**kinds))
+            connection.exec_driver_sql(statement.format(**template_values))
 
 
 @functools.lru_cache(maxsize=256)
