@@ -363,7 +363,7 @@ def _send_to_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -
     try:
         child.send(request)
         outcome = _wait_for_outcome(child, lease)
-        child.finish()  # it may still write output, or end runs that the function left open
+        child.wait_or_kill()  # it may still write output, or end runs that the function left open
     except KeyboardInterrupt as error:
         if child.pid is None and lease.work_hung.is_set():
             raise ForkError("the fork server does not respond.") from error
@@ -371,7 +371,7 @@ def _send_to_child(name: str, request: Mapping[str, Any], lease: LeaseRenewer) -
             raise
     finally:
         if child.pid is None:  # the server may hang
-            server.close()
+            server.close(child.server_pid)
         child.kill()
     return outcome
 

@@ -105,7 +105,7 @@ def _send_outcome(outcome: Message, parent: Parent) -> None:
     """
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        parent.is_idle = True
+        parent.finish_work()
         parent.send(outcome)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
