@@ -1,7 +1,7 @@
 """A rank on this machine, as its parent process handles it: a child like all others.
 
 `torch.distributed.elastic.multiprocessing` is not used, for two reasons. Its processes import the
-caller's main script, which starts again if it has no main guard (`test_script_without_a_main_guard`).
+caller's main script, which starts again without a main guard (`test_script_without_a_main_guard`).
 And it carries no messages while they run, which a training needs for metrics and a common stop
 (`test_metrics_and_heartbeats_arrive_once`, `test_ctrl_c_stops_all_ranks_after_the_same_step`).
 """
