@@ -332,20 +332,21 @@ def rolling_tasks(
         calendar=calendar,
     )
     tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
-    return _with_common_end(tasks, cache)
+    return _with_shared_features(tasks, cache)
 
 
-def _with_common_end(
-    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
+def _with_shared_features(
+    tasks: Sequence[Mapping[str, Any]], cache: bool | str
 ) -> list[dict[str, Any]]:
-    """Give the handlers of all tasks the same end date, so that they share cached features.
+    """Give the handlers of all tasks the same end date and cache, so that they share features.
 
-    This is safe because a feature does not depend on where the data end, and no sample is taken
-    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
-    that are objects instead of configurations are left as they are.
+    The later end is safe: a feature does not depend on where the data end, and no sample is taken
+    from the rows after a task's last segment. `cache` is the argument of the handlers (False leaves
+    theirs unchanged). Handlers that are objects instead of configurations are left as they are.
     """
     all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
     ends = [end for end in all_ends if end is not None]
+    # An end of None means the end of the data, so that it is later than any date.
     last = max(ends, key=last_instant) if len(ends) == len(all_ends) and ends else None
     new_tasks = []
     for task in tasks:
