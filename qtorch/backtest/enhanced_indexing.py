@@ -68,13 +68,16 @@ class EnhancedIndexingOptimizer(Configured):
     ) -> Floats:
         """Return the weights `[N]`, with sum 1.
 
-        Instruments of `hold` keep their current weight, those of `sell` get weight 0.
+        `score`, `residual_var`, the weights `current` and `benchmark`, and the masks are `[N]`,
+        `exposure` is `[N, K]`, `factor_cov` `[K, K]`. Instruments of `hold` keep their current
+        weight, those of `sell` get weight 0.
         """
         cp = _import_cvxpy()
         if self.scale_return:
-            total = np.einsum("nk,kl,nl->n", exposure, factor_cov, exposure) + residual_var
+            variance = np.einsum("nk,kl,nl->n", exposure, factor_cov, exposure) + residual_var
             spread = score.std()
-            score = score / spread * np.sqrt(total.mean()) if spread > 0 else score * 0.0
+            # Equal scores are no information: only the risk counts.
+            score = score / spread * np.sqrt(variance.mean()) if spread > 0 else score * 0.0
         weight = cp.Variable(len(score), nonneg=True)
         active = weight - benchmark
         # Use the matrix root of the covariance: a sum of squares stays convex despite rounding.
@@ -86,11 +89,12 @@ class EnhancedIndexingOptimizer(Configured):
         constraints = [cp.sum(weight) == 1, weight >= low, weight <= high]
         if self.f_dev is not None:
             constraints += [cp.abs(exposure.T @ active) <= np.asarray(self.f_dev)]
-        turnover = []
-        if self.delta is not None and current.sum() > 0:
-            turnover = [cp.norm(weight - current, 1) <= self.delta]
-        for turnover_limit in (turnover, []) if turnover else ([],):
-            solution = self._solve(cp, cp.Problem(objective, constraints + turnover_limit), weight)
+        problems = [cp.Problem(objective, constraints)]
+        if self.delta is not None and current.sum() > 0:  # the first purchase is not limited
+            turnover_limit = cp.norm(weight - current, 1) <= self.delta
+            problems.insert(0, cp.Problem(objective, [*constraints, turnover_limit]))
+        for problem in problems:
+            solution = self._solve(cp, problem, weight)
             if solution is not None:
                 return solution
         log.warning("enhanced indexing: no feasible portfolio; keeping the current weights")
@@ -139,16 +143,16 @@ RISK_MODEL_TABLES = ("factor_exp", "factor_cov", "specific_risk", "blacklist")
 
 @dataclass(frozen=True)
 class RiskModel:
-    """Risk model of one day for U instruments and K factors.
+    """Risk model of one day for the N instruments of `universe` and K factors.
 
-    `exposure [U, K]`, `factor_cov [K, K]`, `residual [U]` (specific volatility). Instruments of
+    `exposure [N, K]`, `factor_cov [K, K]`, `specific_risk [N]` (a volatility). Instruments of
     `blacklist` are sold.
     """
 
     universe: pd.Index
     exposure: Floats
     factor_cov: Floats
-    residual: Floats
+    specific_risk: Floats
     blacklist: pd.Index
 
 
@@ -211,49 +215,59 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         if model is None:
             log.warning("no risk model for %s: not trading on the next bar", f"{day:%Y-%m-%d}")
             return weights
+        # The position of each instrument of the risk model in the market, -1 if it is not there.
         column = context.instruments.get_indexer(model.universe)
-        bench = self._benchmark(day, model.universe)
+        is_in_market = column >= 0
+        benchmark = self._get_benchmark_weights(day, model.universe)
         hold = ~(np.nan_to_num(_take_or_nan(context.previous.volume, column)) > 0)
         position_value = context.account.amount * np.nan_to_num(context.account.price)
+        # Like the target weights, these are fractions of the invested part of the account.
         current_weights = position_value / context.account.value()[:, None] / self.risk_degree
         for member, score in enumerate(context.score):
             if np.isnan(score).all():
                 continue
+            model_score = _take_or_nan(score, column)
             target = self.optimizer(
-                np.where(np.isnan(s := _take_or_nan(score, column)), np.nanmin(score), s),
-                model.exposure,
-                model.factor_cov,
-                model.residual**2,
-                np.nan_to_num(_take_or_nan(current_weights[member], column)),
-                bench,
-                hold,
-                np.asarray(model.universe.isin(model.blacklist)),
+                score=np.where(np.isnan(model_score), np.nanmin(score), model_score),
+                exposure=model.exposure,
+                factor_cov=model.factor_cov,
+                residual_var=model.specific_risk**2,
+                current=np.nan_to_num(_take_or_nan(current_weights[member], column)),
+                benchmark=benchmark,
+                hold=hold,
+                sell=np.asarray(model.universe.isin(model.blacklist)),
             )
             weights[member] = 0.0
-            weights[member, column[column >= 0]] = target[column >= 0]
+            # What the optimizer gives to instruments that are not in the market remains cash.
+            weights[member, column[is_in_market]] = target[is_in_market]
         return weights
 
     def _risk_model(self, day: pd.Timestamp) -> RiskModel | None:
         folder = self.root / f"{day:%Y%m%d}"
         if not folder.is_dir():
             return None
-        exposure, cov, residual = (self._table(folder, name) for name in RISK_MODEL_TABLES[:3])
-        if exposure is None or cov is None or residual is None:
+        exposure, cov, risks = (self._table(folder, name) for name in RISK_MODEL_TABLES[:3])
+        if exposure is None or cov is None or risks is None:
             raise DataError(
                 f"{folder} must contain {', '.join(RISK_MODEL_TABLES[:3])} as .parquet or .csv."
             )
         blacklist = self._table(folder, RISK_MODEL_TABLES[3])
-        risk = residual.iloc[:, 0]
+        risk = risks.iloc[:, 0]
         return RiskModel(
-            exposure.index.astype("str"),
-            exposure.to_numpy(dtype=np.float64),
-            cov.to_numpy(dtype=np.float64),
+            universe=exposure.index.astype("str"),
+            exposure=exposure.to_numpy(dtype=np.float64),
+            factor_cov=_align_factors(cov, exposure.columns).to_numpy(dtype=np.float64),
             # An instrument without a specific risk is treated as the most volatile one.
-            risk.reindex(exposure.index).fillna(risk.max()).to_numpy(dtype=np.float64),
-            pd.Index([], dtype="str") if blacklist is None else blacklist.index.astype("str"),
+            specific_risk=risk.reindex(exposure.index)
+            .fillna(risk.max())
+            .to_numpy(dtype=np.float64),
+            blacklist=(
+                pd.Index([], dtype="str") if blacklist is None else blacklist.index.astype("str")
+            ),
         )
 
     def _table(self, folder: Path, name: str) -> pd.DataFrame | None:
+        """Read a table of the risk model, indexed by its first column; None without such a file."""
         mapped_name = self.files.get(name)
         file_names = [mapped_name] if mapped_name else [f"{name}.parquet", f"{name}.csv"]
         for path in (folder / n for n in file_names):
@@ -264,7 +278,8 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
                 return table.set_index(table.columns[0])
         return None
 
-    def _benchmark(self, day: pd.Timestamp, universe: pd.Index) -> Floats:
+    def _get_benchmark_weights(self, day: pd.Timestamp, universe: pd.Index) -> Floats:
+        """Return the benchmark's weights of a day: 0 for an instrument that it does not contain."""
         table = self._benchmark_table
         if day not in table.index:
             raise DataError(f"benchmark_weights has no row for {day:%Y-%m-%d}.")
@@ -279,12 +294,31 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
                 f"the source has no field {name}; pass benchmark_weights, a table with one row per "
                 "date and one column per instrument."
             )
+        # The first date needs the weights of the bar before it, across the longest holidays.
         begin = dates[0] - pd.Timedelta(days=14)
         panel = source.feature_panel("all", [f"${name}"], begin, dates[-1], freq)
         values = panel.column(f"${name}").cpu().numpy()
         return pd.DataFrame(values, index=panel.calendar, columns=panel.instruments)
 
 
+def _align_factors(cov: pd.DataFrame, factors: pd.Index) -> pd.DataFrame:
+    """Return the factor covariance in the order of the exposure's factors.
+
+    Tables without the same factor names (compared as text) are expected to have the same order.
+    Raises DataError for another number of factors.
+    """
+    names = factors.astype("str")
+    if cov.shape != (len(names), len(names)):
+        raise DataError(
+            f"factor_cov has the shape {cov.shape}, but factor_exp has {len(names)} factors; "
+            "expected one row and one column per factor."
+        )
+    cov = cov.set_axis(cov.index.astype("str"), axis=0).set_axis(cov.columns.astype("str"), axis=1)
+    is_ordered = all(axis.equals(names) for axis in cov.axes)
+    has_names = all(axis.is_unique and set(axis) == set(names) for axis in cov.axes)
+    return cov.loc[names, names] if has_names and not is_ordered else cov
+
+
 def _take_or_nan(values: Floats, index: Any) -> Floats:
-    """Values at the given indices, NaN for an index of -1."""
+    """Return the values at the given indices, NaN for an index of -1."""
     return np.where(index >= 0, values[index], np.nan)

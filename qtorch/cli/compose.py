@@ -148,6 +148,11 @@ def _explain_error(error: BaseException, argv: Sequence[str], root: str) -> str:
         key = re.search(r"(?:full_key|Missing mandatory value): ([\w.\[\]]+)", text)
         name = key[1] if key else "a value"
         return _missing_value_text(name)
+    if match := re.search(r"list index out of range\s+full_key: (\S+)\[(\d+)\]", text):
+        return (
+            f"the list {match[1]} has no item {match[2]}. An override changes an item that exists, "
+            f'or replaces the whole list: "{match[1]}=[...]".'
+        )
     if isinstance(error, InterpolationResolutionError):
         return f"cannot resolve the configuration: {' '.join(text.split())}"
     return " ".join(text.split())

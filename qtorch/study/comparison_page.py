@@ -47,9 +47,9 @@ def write_comparison(
     comparison = compare_runs(recorders, tries=tries)
     num_groups = len(comparison.groups)
     description = run_description(recorders[0])
-    column_sets = _metric_columns(comparison)
+    signal_columns, portfolio_columns = _metric_columns(comparison)
     page = Page(Path(folder))
-    drawn_metrics = _draw_runs(page, comparison, column_sets[0] | column_sets[1])
+    drawn_metrics = _draw_runs(page, comparison, signal_columns | portfolio_columns)
     _draw_curves(page, comparison)
     members = [(run, group) for group in comparison.groups for run in group.runs]
     runs_by_sharpe = [
@@ -63,7 +63,7 @@ def write_comparison(
         title=f"Comparison of {len(members)} runs in {num_groups} group{'s' * (num_groups > 1)}",
         facts={k: description[k] for k in ("Data", "Tested on") if k in description},
         comparison=comparison,
-        column_sets=[columns for columns in column_sets if columns],
+        column_sets=[columns for columns in (signal_columns, portfolio_columns) if columns],
         drawn_metrics=drawn_metrics,
         differing_params=differing_params(comparison.groups),
         series_titles=SERIES_TITLES,
@@ -72,8 +72,17 @@ def write_comparison(
 
 
 def _metric_columns(comparison: Comparison) -> tuple[dict[str, str], dict[str, str]]:
-    """`{metric: heading}` of the signal and of the portfolio metrics that any run has."""
-    excess = f"{comparison.runs[0].freq}.excess_return_with_cost"
+    """Return `{metric: heading}` of the signal and of the portfolio metrics that any run has."""
+    prefixes = [f"{run.freq}.excess_return_with_cost" for run in comparison.runs]
+    # The first run may have no portfolio, and so no frequency of one.
+    excess = next(
+        (
+            prefix
+            for prefix, run in zip(prefixes, comparison.runs, strict=True)
+            if f"{prefix}.annualized_return" in run.metrics
+        ),
+        prefixes[0],
+    )
     signal = {name: name for name in ("IC", "ICIR", "Rank IC", "Rank ICIR")}
     signal["Long-Short Ann Return"] = "Annual long-short return"
     logged_metrics = {m for run in comparison.runs for m in run.metrics}
@@ -96,9 +105,10 @@ def _metric_columns(comparison: Comparison) -> tuple[dict[str, str], dict[str, s
 
 
 def _draw_runs(page: Page, comparison: Comparison, columns: dict[str, str]) -> list[str]:
-    """Draw the dots of each run; return the headings of the drawn metrics."""
+    """Draw the dots of each run: IC, Rank IC and one return; return the headings of these."""
     returns = [m for m in columns if m.endswith(("annualized_return", "Ann Return"))]
-    drawn_metrics = [m for m in ("IC", "Rank IC") if m in columns] + sorted(returns)[:1]
+    # Prefer the portfolio's return, whose column is the last one, to that of long-short.
+    drawn_metrics = [m for m in ("IC", "Rank IC") if m in columns] + returns[-1:]
     values = {
         columns[m]: {
             g.name: [r.metrics[m] for r in g.runs if m in r.metrics] for g in comparison.groups
@@ -130,7 +140,7 @@ def curves_chart(
     percent: bool = False,
     narrow: bool = False,
 ) -> Figure:
-    """Cumulative daily values: the mean of a group's runs, and a band from minimum to maximum.
+    """Draw cumulative daily values: the mean of a group's runs, and a band from minimum to maximum.
 
     `by_group` maps names to frames of days by runs.
     """
@@ -138,7 +148,7 @@ def curves_chart(
     axis = axes[0]
     for number, (name, frame) in enumerate(by_group.items()):
         colour, dashes = _group_style(number)
-        total = frame.dropna().cumsum()
+        total = frame.dropna().cumsum()  # sums compare only if all runs have the same days
         if total.shape[1] > 1:
             low, high = total.min(axis=1), total.max(axis=1)
             axis.fill_between(total.index, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -166,7 +176,7 @@ def dots_chart(
     percent: Collection[str] = (),
     narrow: bool = False,
 ) -> Figure:
-    """One panel per metric: a dot per run in its group's row, and a bar at the group's mean.
+    """Draw one panel per metric: a dot per run in its group's row, and a bar at the group's mean.
 
     Metrics named in `percent` are fractions, which are shown as percentages.
     """
@@ -201,5 +211,5 @@ def dots_chart(
 
 
 def _group_style(number: int) -> tuple[str, str]:
-    """Colour and dash pattern of a group; colours repeat with other dashes."""
+    """Return the colour and dash pattern of a group; colours repeat with other dashes."""
     return SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]

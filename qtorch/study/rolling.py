@@ -53,7 +53,11 @@ class StudyError(QtorchError, RuntimeError):
 
 @dataclass
 class RollingResult:
-    """The result of a study: its run, the runs of the windows in order, the stitched scores."""
+    """The result of a study.
+
+    `recorder` is the study's own run; `windows`, `tasks` and `window_metrics` have one item per
+    window, in order; `prediction` is the stitched signal.
+    """
 
     recorder: Recorder
     windows: list[Recorder]
@@ -72,7 +76,7 @@ def rolling_study(
     trunc_days: int | None = None,
     warm_start: bool | Mapping[str, Any] = False,
     cache: bool | str = True,
-    part_records: Sequence[Any] = (),
+    window_records: Sequence[Any] = (),
     calendar: Sequence[Any] | None = None,
     experiment_name: str | None = None,
     recorder_name: str = "rolling",
@@ -88,7 +92,7 @@ def rolling_study(
     (`data.handler.feature_cache`); all handlers get the same end date, so that the windows can
     share them.
 
-    The windows store their scores and the outputs of `part_records` (given like a task's
+    The windows store their scores and the outputs of `window_records` (given like a task's
     `record`); the task's own records run on the stitched signal. The study's run has the artifacts
     `pred.pkl`, `label.pkl`, `task` and `rolling` (the list of windows), and each window's IC as
     the metric `window.IC`. Raises StudyError if windows failed; their runs, and the study's run,
@@ -103,7 +107,7 @@ def rolling_study(
         trunc_days=trunc_days,
         cache=cache,
         calendar=calendar,
-        records=_add_signal_record(part_records),
+        records=_add_signal_record(window_records),
     )
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
@@ -151,19 +155,22 @@ def _train_windows(
     is_warm = warm_start is not False
     options = warm_start if isinstance(warm_start, Mapping) else {}
     windows: list[Recorder] = []
-    for batch in [[task] for task in tasks] if is_warm else [list(tasks)]:
+    batches = [[task] for task in tasks] if is_warm else [list(tasks)]
+    for batch in batches:
         if is_warm and windows:
             batch = [_with_warm_start(batch[0], windows[-1], options)]
         first = len(windows)
         recorders = trainer.train(batch)
         for number, (recorder, task) in enumerate(zip(recorders, batch, strict=True), first):
             _tag_window(recorder, parent, number, task)
+        # Load the runs anew: another process may have trained them and set their status.
         windows += [R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)]
         _check_statuses(windows[first:], batch, first)
     return windows
 
 
 def _tag_window(recorder: Recorder, parent: Recorder, number: int, task: Mapping[str, Any]) -> None:
+    """Make a window's run a child of the study's run, with its number and test span as tags."""
     start, end = task_segments(task)[TEST]
     tags = {PARENT_TAG: parent.id, WINDOW_TAG: number, SPAN_TAG: f"{start}..{end}"}
     recorder.set_tags(**tags)
@@ -211,6 +218,7 @@ def _stitch_windows(
     tasks: list[dict[str, Any]],
     windows: list[Recorder],
 ) -> RollingResult:
+    """Join the windows' scores and labels, and generate the task's records for them."""
     parts = {number: recorder.load_object("pred.pkl") for number, recorder in enumerate(windows)}
     labels = {number: recorder.load_object("label.pkl") for number, recorder in enumerate(windows)}
     prediction, label = RollingEnsemble()(parts), RollingEnsemble()(labels)
@@ -247,8 +255,8 @@ class StitchedSignal(BaseModel):
 class StitchedDataset:
     """A dataset of the windows' test segments as one segment, with the windows' stored raw label.
 
-    "test" is its only segment. The label is available at no cost; for anything else, the windows'
-    real dataset is built over the span of all windows.
+    "test" is its only segment. The raw label needs no data; for anything else, the windows' real
+    dataset is built over the span of all windows.
     """
 
     def __init__(self, tasks: Sequence[Mapping[str, Any]], label: pd.DataFrame) -> None:
@@ -266,13 +274,14 @@ class StitchedDataset:
         self, segments: Any, col_set: Any = "__all", data_key: str = "infer", **options: Any
     ) -> Any:
         """Prepare data as the real dataset does; the raw label needs no dataset."""
-        if (col_set, data_key) == ("label", "raw") and not options:
+        is_one_span = isinstance(segments, str | slice)
+        if (col_set, data_key) == ("label", "raw") and is_one_span and not options:
             return _select_dates(self._label, self.segments, segments)
         return self.full_dataset.prepare(segments, col_set, data_key, **options)
 
 
 def _add_signal_record(records: Any) -> list[Any]:
-    """The records of a task, after a SignalRecord unless one of them is a SignalRecord."""
+    """Return the list of a task's records; without a SignalRecord in it, put one first."""
     items = record_list(records)
     classes = [record_class(record) for record in items]
     if any(isinstance(c, type) and issubclass(c, SignalRecord) for c in classes):
@@ -281,7 +290,7 @@ def _add_signal_record(records: Any) -> list[Any]:
 
 
 def _select_dates(frame: pd.DataFrame, segments: Mapping[str, Any], segment: Any) -> pd.DataFrame:
-    """The rows of a segment, or of a slice of dates (inclusive)."""
+    """Return the rows of a segment, or of a slice of dates (inclusive)."""
     if isinstance(segment, str) and segment not in segments:
         raise ConfigError(unknown_name_message("segment of the stitched signal", segment, segments))
     span = slice(*segments[segment]) if isinstance(segment, str) else segment
@@ -321,31 +330,35 @@ def rolling_tasks(
     calendar: Sequence[Any] | None,
     records: Sequence[Any],
 ) -> list[dict[str, Any]]:
-    """The tasks of all windows, with a common end of the data and with `records` as records."""
+    """Return the tasks of all windows, which share their features and have `records` as records.
+
+    The other arguments are those of `rolling_study`.
+    """
     task = task if horizon is None else _with_horizon(task, horizon)
     generator = RollingGen(
         step,
         rtype,
         trunc_days=trunc_days,
-        task_copy_func=_copy_containers,
+        task_copy_func=_copy_containers,  # a handler with its data is too large to copy
         overshoot=False,  # no window is tested beyond the task's own test segment
         calendar=calendar,
     )
     tasks = [{**window, "record": list(records)} for window in generator.generate(task)]
-    return _with_common_end(tasks, cache)
+    return _with_shared_features(tasks, cache)
 
 
-def _with_common_end(
-    tasks: Sequence[Mapping[str, Any]], cache: bool | str = False
+def _with_shared_features(
+    tasks: Sequence[Mapping[str, Any]], cache: bool | str
 ) -> list[dict[str, Any]]:
-    """Give the handlers of all tasks the same end date, so that they share cached features.
+    """Give the handlers of all tasks the same end date and cache, so that they share features.
 
-    This is safe because a feature does not depend on where the data end, and no sample is taken
-    from the rows after a task's last segment. `cache` is the argument of the handlers. Handlers
-    that are objects instead of configurations are left as they are.
+    The later end is safe: a feature does not depend on where the data end, and no sample is taken
+    from the rows after a task's last segment. `cache` is the argument of the handlers (False leaves
+    theirs unchanged). Handlers that are objects instead of configurations are left as they are.
     """
     all_ends = [config_arguments(task_handler(task)).get("end_time") for task in tasks]
     ends = [end for end in all_ends if end is not None]
+    # An end of None means the end of the data, so that it is later than any date.
     last = max(ends, key=last_instant) if len(ends) == len(all_ends) and ends else None
     new_tasks = []
     for task in tasks:

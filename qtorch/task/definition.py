@@ -39,7 +39,11 @@ class Task(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Definition:
-    """A definition as it is stored: its JSON text, its hash, and tokens for queries."""
+    """A definition as it is stored: its JSON text, its hash, and tokens for queries.
+
+    Each token is the hash of one dotted path and its value, so that a store can answer a query
+    like `{"model.seed": 1}` by comparing tokens, without reading any definition.
+    """
 
     text: str
     hash: str
@@ -62,8 +66,9 @@ def encode_definition(definition: Mapping[str, Any]) -> Definition:
         canonical = canonical_json(definition)
     except ConfigError as error:
         raise TaskDefinitionError(f"the pool cannot store this task: {error}") from error
+    # A query may use the user's spelling (`class`, `kwargs`) or the canonical one (`_target_`).
     tokens = {token for form in (plain, json.loads(canonical)) for token in _query_tokens(form)}
-    return Definition(json.dumps(plain), _short_hash(canonical, 32), tuple(sorted(tokens)))
+    return Definition(json.dumps(plain), _hash_canonical(canonical), tuple(sorted(tokens)))
 
 
 def decode_definition(text: str) -> dict[str, Any]:
@@ -83,14 +88,14 @@ def decode_definition(text: str) -> dict[str, Any]:
 
 
 def query_token(path: str, value: Any) -> str:
-    """Return the token of definitions whose dotted `path` has `value`; 1 and 1.0 are equal."""
+    """Return the token of "the value at this dotted path is `value`"; 1 and 1.0 are equal."""
     text = json.dumps(convert_tree(value, _unify_number), sort_keys=True, separators=(",", ":"))
     return _short_hash(f"{path}={text}", 16)
 
 
 def definition_hash(definition: Mapping[str, Any]) -> str:
     """Return the hash by which the pool recognizes equal definitions."""
-    return _short_hash(canonical_json(definition), 32)
+    return _hash_canonical(canonical_json(definition))
 
 
 def encode_result(result: Any) -> str:
@@ -98,7 +103,7 @@ def encode_result(result: Any) -> str:
 
     Raises TaskResultError for other objects that are not plain data.
     """
-    return json.dumps(convert_tree(result, _result_part, "result"))
+    return json.dumps(convert_tree(result, _plain_result_part, "result"))
 
 
 def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
@@ -119,6 +124,7 @@ def recorder_reference(recorder: Any) -> dict[str, Any]:
 
 
 def _query_tokens(form: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the token of each key of a definition, nested ones by their dotted path."""
     for key, value in form.items():
         path = f"{prefix}{key}"
         yield query_token(path, value)
@@ -126,16 +132,26 @@ def _query_tokens(form: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _query_tokens(value, f"{path}.")
 
 
+def _hash_canonical(canonical: str) -> str:
+    return _short_hash(canonical, 32)
+
+
+def _short_hash(text: str, digits: int) -> str:
+    # surrogatepass: a file name that is not valid UTF-8 contains surrogates.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
+
+
+# The functions below are called by `convert_tree` for each part of a value; `location` names the
+# part, such as `result.scores[0]`.
+
+
 def _unify_number(value: Any, location: str) -> Any:
     """Give equal numbers the same form: integral floats become ints."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _short_hash(text: str, digits: int) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]
-
-
-def _result_part(value: Any, location: str) -> Any:
+def _plain_result_part(value: Any, location: str) -> Any:
+    """Convert a part of a result that JSON cannot hold; TaskResultError if that is impossible."""
     if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
         return value
     if is_numpy_scalar(value):

@@ -81,6 +81,11 @@ def object_files(name: str) -> list[str]:
     return [stem + suffix for suffix in SUFFIXES]
 
 
+def _file_name(name: str, suffix: str) -> str:
+    """Return the file name of an object with this logical name in one format."""
+    return object_files(name)[SUFFIXES.index(suffix)]
+
+
 def write_object(value: Any, folder: Path, name: str) -> Path:
     """Write one object under its logical name and return the path of its file.
 
@@ -89,12 +94,12 @@ def write_object(value: Any, folder: Path, name: str) -> Path:
     """
     last_error: Exception | None = None
     for suffix, write in _writers(value):
-        target = folder / (name + suffix if name.endswith(".pkl") else f"{name}.object{suffix}")
+        target = folder / _file_name(name, suffix)
         try:
             with atomic_write(target) as temporary:
                 write(value, temporary)
             return target
-        except (NotTabularError, NotPlainError) as error:
+        except (NotTabularError, NotPlainError) as error:  # try the next format
             last_error = error
         except OSError as error:
             raise TrackingError(f"{name!r} could not be written to {target}: {error}") from error
@@ -115,14 +120,14 @@ def _writers(value: Any) -> list[tuple[str, Callable[[Any, Path], None]]]:
     if isinstance(value, Stateful) and not isinstance(value, type):
         try:
             state = value.to_state()
-            write = _write_state(type(value), state)
+            write = _state_writer(type(value), state)
         except (ConfigError, NotPlainError) as error:
             log.debug("a %s is stored as a pickle: %s", type(value).__qualname__, error)
             return [(".pickle", _write_pickle)]
         return [(".safetensors" if state.tensors else ".json", write)]
     if _is_tensors(value):
         return [(".safetensors", _write_tensors), (".pickle", _write_pickle)]
-    if isinstance(value, dict | list | tuple):
+    if type(value) in (dict, list, tuple):  # a zip would lose the type of a subclass
         return [(".json", _write_json), (".zip", _write_zip), (".pickle", _write_pickle)]
     return [(".json", _write_json), (".pickle", _write_pickle)]
 
@@ -180,7 +185,8 @@ def _read_json(path: Path, name: str) -> Any:
     return decode(document["value"])
 
 
-def _write_state(cls: type, state: State) -> Callable[[Any, Path], None]:
+def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
+    """Return a function that writes a state; raise NotPlainError if its config is not plain."""
     content = {"_target_": import_path(cls), "config": encode(state.config)}
 
     def write(_: Any, path: Path) -> None:
@@ -214,7 +220,7 @@ def _is_tensors(value: Any) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    # By name: an object that is no tensor is stored without importing torch.
+    # Compare the name of the type: storing an object that is no tensor must not import torch.
     is_torch = type(value).__module__ == "torch" and type(value).__name__ == "Tensor"
     return is_torch or isinstance(value, np.ndarray)
 
@@ -239,12 +245,12 @@ def _as_tensor(value: Any) -> Any:
 
     if not isinstance(value, np.ndarray):
         if value.layout != torch.strided or value.requires_grad:
-            raise NotTabularError("a sparse tensor or one that requires grad")
+            raise NotPlainError("a sparse tensor or one that requires grad")
         return value.cpu().contiguous().clone()
     try:
         return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
     except TypeError as error:
-        raise NotTabularError(f"an array of {value.dtype}") from error
+        raise NotPlainError(f"an array of {value.dtype}") from error
 
 
 def _read_tensors(path: Path, name: str) -> Any:
@@ -278,7 +284,7 @@ def _write_zip(value: Any, path: Path) -> None:
             return {"file": files[-1].name}
 
         text = _json_text("tree", {"tree": tree(value)})
-        if any(file.suffix == ".pickle" for file in files):
+        if any(file.suffix == ".pickle" for file in files):  # then one pickle of the whole is safer
             raise NotPlainError("a part of it can only be pickled")
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("tree.json", text)
@@ -362,6 +368,7 @@ class RunFiles:
             return
         with TemporaryDirectory() as scratch:
             new_path = write_object(value, Path(scratch), path.name)
+            # Before the upload: a later load must not find the object in two formats.
             self._remove_other_formats(path, new_path.name)
             self._upload(new_path, _parent_folder(path))
 
@@ -393,8 +400,7 @@ class RunFiles:
             return
         target = self.root / (folder or "")
         try:
-            files = [p for p in local.rglob("*") if p.is_file()] if local.is_dir() else [local]
-            for file in files:
+            for file in _list_files(local):
                 relative_path = file.relative_to(local) if local.is_dir() else Path(file.name)
                 if (target / relative_path).resolve() == file.resolve():
                     continue  # the file is already in place
@@ -406,6 +412,7 @@ class RunFiles:
             ) from error
 
     def _upload(self, local: Path, folder: str | None) -> None:
+        """Upload a file, or the content of a folder; copy it to the outbox if that fails."""
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
             try:
@@ -422,7 +429,9 @@ class RunFiles:
             raise TrackingError(
                 f"{last_error} The copy in the outbox failed too: {error}"
             ) from error
-        self._outbox_copies[f"{folder}/{local.name}" if folder else local.name] = copy
+        base = copy if copy.is_dir() else copy.parent  # of a folder, the content was uploaded
+        for file in _list_files(copy):
+            self._outbox_copies[str(PurePosixPath(folder or "", file.relative_to(base)))] = file
         log.error(
             "%s The artifact was saved to %s; send it with `qtorch tracking send`.",
             last_error,
@@ -448,17 +457,22 @@ class RunFiles:
     def _find(self, path: PurePosixPath, scratch: Path) -> Path | None:
         """Return the object's local file: in place, in the outbox, or downloaded to `scratch`."""
         files = [str(path.parent / f) for f in [*object_files(path.name), path.name]]
+        local_file = self._find_local(files)
+        if local_file is not None or self.root is not None:
+            return local_file
+        stored_files = self._sibling_files(path)
+        for file in files:
+            if file in stored_files:
+                return Path(self._store().download(self._run_id, file, str(scratch)))
+        return None
+
+    def _find_local(self, files: list[str]) -> Path | None:
+        """Return the first of these artifacts that is in the outbox or in a local store."""
         for file in files:
             if file in self._outbox_copies:
                 return self._outbox_copies[file]
             if self.root is not None and (self.root / file).exists():
                 return self.root / file
-        if self.root is not None:
-            return None
-        stored_files = self._sibling_files(path)
-        for file in files:
-            if file in stored_files:
-                return Path(self._store().download(self._run_id, file, str(scratch)))
         return None
 
     def names(self, folder: str | None = None) -> list[str]:
@@ -481,14 +495,12 @@ class RunFiles:
     def fetch(self, name: str, target: str | None) -> str:
         """Return the local path of a file, folder or object, or of a copy of it in `target`."""
         path = _validate_path(name)
-        if self.root is None:
+        files = [str(path), *(str(path.parent / f) for f in object_files(path.name))]
+        source = self._find_local(files)
+        if source is None and self.root is None:
             stored_files = self._sibling_files(path)
-            files = [str(path), *(str(path.parent / f) for f in object_files(path.name))]
             stored_name = next((f for f in files if f in stored_files), name)
             return self._store().download(self._run_id, stored_name, target)
-        with TemporaryDirectory() as scratch:
-            source = self.root / path if (self.root / path).exists() else None
-            source = source or self._find(path, Path(scratch))
         if source is None:
             names = self.names(_parent_folder(path))
             raise LoadObjectError(
@@ -503,6 +515,11 @@ class RunFiles:
         else:
             shutil.copyfile(source, copy)
         return str(copy)
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, or the path itself if it is a file."""
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
 
 
 def _parent_folder(path: PurePosixPath) -> str | None:

@@ -312,7 +312,10 @@ class Journal:
                 os.ftruncate(self._handle, 0)
 
     def save_file(self, local: Path, folder: str | None) -> Path:
-        """Copy an artifact to the outbox until it can be sent, and return the copy's path."""
+        """Copy a file or folder to the outbox until it can be sent, and return the copy's path.
+
+        The file, or the content of the folder, will be uploaded into the run's `folder`.
+        """
         name = f"{folder}/{local.name}" if folder else local.name
         copy = self.path.with_suffix(".files") / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -465,7 +468,7 @@ def _send_file(path: Path, tracking_uri: str | None) -> Delivery | None:
     files = path.with_suffix(".files")
     for entry in (e for e in new_entries if "artifact" in e):
         local = files / entry["artifact"]
-        store.upload(run.id, local, entry["artifact"] if local.is_dir() else entry["folder"])
+        store.upload(run.id, local, entry["folder"])
     if run.tags.get(ATTEMPT_TAG, "1") == str(header["attempt"]):
         for entry in (e for e in new_entries if "status" in e):
             store.set_status(run.id, entry["status"], entry["time"])

@@ -15,7 +15,7 @@ from qtorch.backtest import (
     WeightStrategy,
     backtest,
 )
-from qtorch.backtest.enhanced_indexing import EnhancedIndexingOptimizer
+from qtorch.backtest.enhanced_indexing import EnhancedIndexingOptimizer, _align_factors
 from qtorch.core.errors import ConfigError, DataError
 
 NO_COSTS = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}
@@ -185,7 +185,18 @@ def test_enhanced_indexing_tilts_the_benchmark_to_the_scores(days, tmp_path):
         run(EnhancedIndexingStrategy(riskmodel_root=tmp_path / "x", signal=scores), source)
 
 
-def test_reused_strategy_reads_the_benchmark_weights_of_each_backtest(days):
+def test_factor_covariance_is_ordered_like_the_exposures():
+    factors = ["size", "value", "beta"]
+    cov = pd.DataFrame(np.arange(9.0).reshape(3, 3), index=factors, columns=factors)
+    shuffled = cov.loc[["beta", "size", "value"], ["value", "beta", "size"]]
+    pd.testing.assert_frame_equal(_align_factors(shuffled, pd.Index(factors)), cov)
+    unnamed = pd.DataFrame(cov.to_numpy())
+    assert (_align_factors(unnamed, pd.Index(factors)).to_numpy() == cov.to_numpy()).all()
+    with pytest.raises(DataError, match=r"shape \(3, 3\), but factor_exp has 2 factors"):
+        _align_factors(cov, pd.Index(factors[:2]))
+
+
+def test_reused_strategy_reads_the_get_benchmark_weights_each_backtest(days):
     names = list("ABC")
     weights = {n: [1 / 3] * 8 for n in names}
     source = bars({n: [10.0] * 8 for n in names}, index_weight=weights)
@@ -195,5 +206,5 @@ def test_reused_strategy_reads_the_benchmark_weights_of_each_backtest(days):
     for dates in (days[:3], days[3:6]):
         exchange = Exchange(source=source)
         strategy.start(exchange, pd.Index(names), dates, np.ones(3, dtype=bool))
-        bench = strategy._benchmark(dates[-1], pd.Index(names))
+        bench = strategy._get_benchmark_weights(dates[-1], pd.Index(names))
         np.testing.assert_allclose(bench, 1 / 3, rtol=1e-6)

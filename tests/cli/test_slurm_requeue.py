@@ -118,7 +118,7 @@ def test_pending_and_running_jobs_have_not_ended(state):
 def test_submitit_job_is_requeued(scontrol, monkeypatch, signals, answer, is_requeued, has_exited):
     requeue_signals: list[int] = []
     scontrol(answer)
-    monkeypatch.setenv(slurm.EXECUTOR_VARIABLE, slurm.SLURM)
+    monkeypatch.setenv(slurm.EXECUTOR_VARIABLE, slurm.SLURM_EXECUTOR)
     previous_handlers = {
         n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     }

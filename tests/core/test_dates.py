@@ -22,7 +22,7 @@ from qtorch.data import (
 )
 from qtorch.data.dataset.qlib_dataset import as_samples
 from qtorch.data.dataset.samples import check_segments
-from qtorch.study.rolling import _select_dates, with_common_end
+from qtorch.study.rolling import _select_dates, _with_shared_features
 from qtorch.task.adjust import TimeAdjuster
 
 DAYS = pd.bdate_range("2018-06-01", "2021-06-30", name="datetime")
@@ -140,7 +140,9 @@ def test_the_latest_end_of_tasks_is_that_of_the_longest_period():
         {"dataset": {"class": "DatasetH", "kwargs": {"handler": {"kwargs": {"end_time": end}}}}}
         for end in ("2020-06-30", "2020")
     ]
-    handlers = [task["dataset"]["kwargs"]["handler"] for task in with_common_end(tasks)]
+    handlers = [
+        task["dataset"]["kwargs"]["handler"] for task in _with_shared_features(tasks, cache=False)
+    ]
     assert [handler["kwargs"]["end_time"] for handler in handlers] == ["2020", "2020"]
 
 

@@ -33,6 +33,10 @@ CONFIG_FAULTS = {
     "unknown model option, added": (["+model.network.hiden_size=3"], "Did you mean 'hidden_size'?"),
     "unknown trainer option": (["trainer.max_epoch=3"], "Did you mean 'max_epochs'?"),
     "unknown option": (["sead=3"], "Did you mean 'seed'?"),
+    "item that a list does not have": (
+        ["+handler.infer_processors.3._target_=qtorch.data.processor.CSRankNorm"],
+        "the list handler.infer_processors has no item 3",
+    ),
     "unknown network": (["model=lstmm"], "Did you mean 'lstm'?"),
     "unknown group": (["modle=lstm"], "Did you mean 'model'?"),
     "unknown class": (["model.network._target_=qtorch.nn.LSTN"], "LSTM"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.metrics import deflated_sharpe
 from qtorch.study import compare_runs, write_comparison
 from qtorch.study.comparison import differing_params
+from qtorch.study.comparison_page import _metric_columns
 
 DAYS = pd.bdate_range("2020-01-01", periods=120, name="datetime")
 
@@ -167,3 +169,14 @@ def test_runs_without_results_still_make_a_page(store, tmp_path):
     text = write_comparison(recorders, tmp_path).read_text(encoding="utf-8")
     assert "Add PortAnaRecord" in text
     assert "nothing to test them against" in text
+
+
+def test_columns_have_the_frequency_of_the_runs_that_have_a_portfolio():
+    excess_return = "week.excess_return_with_cost.annualized_return"
+    runs = [
+        SimpleNamespace(freq="1day", metrics={"IC": 0.1}),
+        SimpleNamespace(freq="week", metrics={"IC": 0.1, excess_return: 0.2}),
+    ]
+    signal, portfolio = _metric_columns(SimpleNamespace(runs=runs))
+    assert signal == {"IC": "IC"}
+    assert portfolio == {excess_return: "Annual excess return"}

@@ -10,12 +10,15 @@ import pytest
 
 from qtorch import R
 from qtorch.core.errors import ConfigError
+from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.session import session_context
 from qtorch.data.handler.feature_cache import FeatureCache
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
+from qtorch.record.signal import raw_label
 from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
-from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG, rolling_tasks
+from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG, StitchedDataset, rolling_tasks
 from qtorch.tracking.recorder import PARENT_TAG
 from qtorch.trainer import DelayTrainerR, TrainerR
 
@@ -53,8 +56,6 @@ def test_rolling_study_end_to_end(store, tmp_path, make_task, feature_calls):
     assert result.prediction.index.is_unique
     whole = make_task()["dataset"]
     whole["handler"]["end_time"] = "2019-05-31"
-    from qtorch import init_instance_by_config
-
     samples = init_instance_by_config(whole).samples("test", data_key="infer")
     assert result.prediction.index.equals(samples.index)
 
@@ -151,13 +152,23 @@ def test_failed_window_is_reported_and_others_are_kept(store, tmp_path, make_tas
 @pytest.mark.slow
 def test_records_of_windows_and_of_stitched_signal(store, tmp_path, make_task):
     record = [{"_target_": "qtorch.record.SegmentICRecord", "segments": ["valid", "test"]}]
-    result = run_study(make_task(record=record), tmp_path, part_records=record)
+    result = run_study(make_task(record=record), tmp_path, window_records=record)
     window = result.windows[0].list_metrics()
     assert {"valid.IC", "test.IC"} <= window.keys()
     metrics = result.recorder.list_metrics()
     assert "test.IC" in metrics
     assert "valid.IC" not in metrics  # the stitched signal has no such segment
     assert "pred.pkl" in result.recorder.list_artifacts()
+
+
+def test_label_of_a_stitched_dataset_takes_the_spans_of_a_dataset(make_task):
+    task = make_task()
+    task["dataset"]["segments"] = {"test": ("2019-01-01", "2019-01-31")}
+    dataset = StitchedDataset([task], raw_label(init_instance_by_config(task["dataset"])))
+    label = dataset.prepare("test", col_set="label", data_key="raw")
+    assert "full_dataset" not in vars(dataset)
+    (same_label,) = dataset.prepare(["test"], col_set="label", data_key="raw")
+    assert len(same_label) == len(label)
 
 
 def test_invalid_horizon_raises(store, tmp_path, make_task):
@@ -184,9 +195,6 @@ def test_warm_window_starts_from_previous_window(store, tmp_path, make_task):
         warm.windows[1].load_object("pred.pkl"), cold.windows[1].load_object("pred.pkl")
     )
     # The second window equals a finetune of the first window's model.
-    from qtorch import init_instance_by_config
-    from qtorch.core.session import session_context
-
     dataset = init_instance_by_config(warm.tasks[1]["dataset"])
     with session_context(seed=3):
         first.finetune(dataset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from stored_things import Counter, Plan
 
 from qtorch.core.errors import LoadObjectError, TrackingError, TrustError
 from qtorch.core.session import session_context
-from qtorch.tracking.artifacts import logical_name, object_files, read_object, write_object
+from qtorch.tracking.artifacts import (
+    RunFiles,
+    logical_name,
+    object_files,
+    read_object,
+    write_object,
+)
+from qtorch.tracking.delivery import Journal
 
 
 def round_trip(value, folder: Path, name: str = "thing.pkl"):
@@ -136,6 +144,39 @@ def test_container_of_frames_needs_no_pickle(tmp_path):
     pd.testing.assert_series_equal(result["1day"][0], value["1day"][0])
     pd.testing.assert_frame_equal(result[5][0], value[5][0])
     assert result["1day"][1] == {"cash": 1.0}
+
+
+def test_subclass_of_a_container_keeps_its_type(tmp_path):
+    with session_context(trusted=["collections"]):
+        result, _ = round_trip([OrderedDict(b=1, a=2)], tmp_path)
+    assert type(result[0]) is OrderedDict
+    assert result == [OrderedDict(b=1, a=2)]
+    path = write_object([OrderedDict(scores=prediction())], tmp_path, "scores")
+    assert path.name == "scores.object.pickle"
+
+
+class UnreachableStore:
+    """A store of which every request fails."""
+
+    def upload(self, *_):
+        raise TrackingError("the tracking server does not answer.")
+
+    artifacts = download = remove = upload
+
+
+def test_folder_in_the_outbox_can_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("qtorch.tracking.artifacts.PAUSES", ())
+    journal = Journal("run", "http://nowhere", 1)
+    run_files = RunFiles(UnreachableStore, "run", "s3://bucket/run", lambda: journal)
+    local = tmp_path / "scratch"
+    write_object({"a": 1}, local, "numbers")
+    (local / "page.html").write_text("page")
+    run_files.save_path(local, "report", content=True)
+    assert run_files.load("report/numbers") == {"a": 1}
+    assert Path(run_files.fetch("report/page.html", None)).read_text() == "page"
+    copy = run_files.fetch("report/page.html", str(tmp_path / "target"))
+    assert copy == str(tmp_path / "target" / "report" / "page.html")
+    assert Path(copy).read_text() == "page"
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0]])

@@ -141,6 +141,20 @@ def test_resume_after_sigkill_stores_each_step_once(uri, tmp_path, fork, monkeyp
     assert outbox.outbox_files() == []
 
 
+def test_folder_is_delivered_into_the_folder_that_the_upload_would_use(uri, tmp_path):
+    local = tmp_path / "scratch"
+    local.mkdir()
+    (local / "page.html").write_text("page")
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+    journal = outbox.Journal(recorder.id, uri, 1)
+    journal.save_file(local, "report")
+    journal.close()
+    (report,) = outbox.send_outbox()
+    assert report.error is None
+    assert recorder.list_artifacts("report") == ["report/page.html"]
+
+
 @pytest.mark.slow
 def test_send_skips_files_of_running_processes(uri, outage):
     with R.start(experiment_name="e"):

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.process.stops import (
     SCHEDULER_SIGNALS,
     StopSignals,
@@ -36,14 +36,15 @@ JOB_NAME_PATTERN = re.compile(r"[\w.:/\-]+")
 # Variables of submitit: the signal on which it requeues a job, and the kind of executor in a job.
 SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"
 STOP_SIGNAL = signal.SIGUSR1
-EXECUTOR_VARIABLE, SLURM = "SUBMITIT_EXECUTOR", "slurm"
+EXECUTOR_VARIABLE = "SUBMITIT_EXECUTOR"
+SLURM_EXECUTOR = "slurm"
 END_STATES = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
 
 
-class SlurmError(Exception):
+class SlurmError(QtorchError, RuntimeError):
     """SLURM does not answer or refuses the request; the message is SLURM's."""
 
 
@@ -52,28 +53,29 @@ def current_job() -> dict[str, str] | None:
 
     Raises SlurmError if SLURM does not answer.
     """
-    id = os.environ.get("SLURM_JOB_ID")
-    return None if id is None else _show_job(id)
+    job_id = os.environ.get("SLURM_JOB_ID")
+    return None if job_id is None else _show_job(job_id)
 
 
-def query_job(job: str) -> dict[str, str]:
+def query_job(job_id: str) -> dict[str, str]:
     """Return SLURM's record of a job, `12` or `12_3`; empty if SLURM no longer knows the job."""
     try:
-        return _show_job(job)
+        return _show_job(job_id)
     except SlurmError as error:
         if UNKNOWN_JOB.search(str(error)):
             return {}
         raise
 
 
-def _show_job(job: str) -> dict[str, str]:
-    return parse_job(run_scontrol("show", "job", "--oneliner", job), job)
+def _show_job(job_id: str) -> dict[str, str]:
+    return parse_job(run_scontrol("show", "job", "--oneliner", job_id), job_id)
 
 
-def parse_job(text: str, job: str) -> dict[str, str]:
+def parse_job(text: str, job_id: str) -> dict[str, str]:
     """Parse the record of one job in the output of `scontrol show job --oneliner`.
 
-    The first task of an array has the array's number, for which SLURM lists all tasks of the array.
+    If `job_id` is the number of an array, the output lists all its tasks. One of them has this
+    number as its own ID, and its record is returned; otherwise that of the first job.
     """
     records = []
     for line in text.splitlines():
@@ -82,7 +84,7 @@ def parse_job(text: str, job: str) -> dict[str, str]:
             # The job's command follows SLURM's fields and may contain KEY=VALUE words too.
             record.setdefault(key, value)
         records.append(record)
-    return next((r for r in records if r.get("JobId") == job), records[0] if records else {})
+    return next((r for r in records if r.get("JobId") == job_id), records[0] if records else {})
 
 
 def is_preempted(job: Mapping[str, str]) -> bool:
@@ -91,12 +93,15 @@ def is_preempted(job: Mapping[str, str]) -> bool:
 
 
 def is_requeued_by_slurm(job: Mapping[str, str]) -> bool:
-    """Whether SLURM itself restarts this process's job, so that nobody needs to requeue it."""
+    """Whether SLURM itself restarts this process's job, so that nobody needs to requeue it.
+
+    SLURM then has counted one more restart than at the start of this process.
+    """
     return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def has_ended(job: Mapping[str, str]) -> bool:
-    """Whether a job will not run any more."""
+    """Whether a job will not run any more; so has a job that SLURM has forgotten."""
     return job.get("JobState", "COMPLETED") in END_STATES
 
 
@@ -136,11 +141,12 @@ def scheduler_job_name() -> str | None:
                 "a job name."
             )
         return job_name
-    id = os.environ.get("SLURM_JOB_ID")
-    return None if id is None else f"{os.environ.get('SLURM_CLUSTER_NAME', 'slurm')}.{id}"
+    job_id = os.environ.get("SLURM_JOB_ID")
+    return None if job_id is None else f"{os.environ.get('SLURM_CLUSTER_NAME', 'slurm')}.{job_id}"
 
 
 def _is_restart() -> bool:
+    """Whether this may be a restart; only SLURM counts them, so any start with QTORCH_JOB may."""
     return bool(os.environ.get(JOB_VARIABLE)) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
@@ -169,7 +175,7 @@ def requeue_slurm_job() -> str | None:
     SLURM is asked which it is. This must be the last step of the process, because SLURM ends it
     immediately.
     """
-    id = os.environ.get("SLURM_JOB_ID")
+    job_id = os.environ.get("SLURM_JOB_ID")
     if not set(SCHEDULER_SIGNALS).intersection(received_signals):
         return None
     try:
@@ -181,8 +187,8 @@ def requeue_slurm_job() -> str | None:
                 return None
             requeue(job)
     except SlurmError as error:
-        return f"cannot requeue SLURM job {id}: {error}"
-    return f"requeued SLURM job {id}; it will resume this run."
+        return f"cannot requeue SLURM job {job_id}: {error}"
+    return f"requeued SLURM job {job_id}; it will resume this run."
 
 
 # -- jobs of submitit ------------------------------------------------------------------------------
@@ -210,18 +216,18 @@ def run_submitit_job(work: Callable[[], Any]) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        if not received_signals:
+        if not received_signals:  # no scheduler stops the job: nothing to requeue
             return
-        job = _slurm_record()
+        job = _submitit_job()
         if is_requeued_by_slurm(job):
             raise SystemExit(128 + signal.SIGTERM) from None
         if callable(submitit_handler) and (STOP_SIGNAL in received_signals or is_preempted(job)):
             submitit_handler(STOP_SIGNAL, None)
 
 
-def _slurm_record() -> Mapping[str, str]:
-    """Return SLURM's record of this job; empty if it is not a SLURM job."""
-    if os.environ.get(EXECUTOR_VARIABLE) != SLURM:
+def _submitit_job() -> Mapping[str, str]:
+    """Return SLURM's record of this job of submitit; empty outside SLURM or without an answer."""
+    if os.environ.get(EXECUTOR_VARIABLE) != SLURM_EXECUTOR:
         return {}
     try:
         return current_job() or {}

@@ -47,10 +47,10 @@ class LGBModel(TabularModel, ModelFT):
     """LightGBM on rows of features; needs the extra `lightgbm`.
 
     `loss`: "mse", "binary" (labels 0 and 1), or another LightGBM loss with one score (mae, huber,
-    fair, quantile). Boosting stops when no metric of the valid segment has improved for
-    `early_stopping_rounds` (0: never), at the latest after `num_boost_round` rounds; the trees of
-    the best round are kept. `parameters` are LightGBM's, by name or alias; an unknown one raises an
-    error with the nearest name.
+    fair, quantile). Boosting stops when a metric of the valid segment has not improved for
+    `early_stopping_rounds` (0: never), at the latest after `num_boost_round` rounds; the trees up
+    to that metric's best round are kept. `parameters` are LightGBM's, by name or alias; an unknown
+    one raises an error with the nearest name.
 
     Corresponds to qlib/contrib/model/gbdt.py. Differences: the seed is the session's unless one is
     set, equal runs give equal trees (`deterministic`, `force_col_wise`), and `finetune` works.
@@ -74,14 +74,14 @@ class LGBModel(TabularModel, ModelFT):
         self.model_text_: str | None = None
         self.evals_result_: dict[str, dict[str, list[float]]] = {}
         self.fit_report_: dict[str, Any] = {}
-        self._booster: Any = None
+        self._booster: Any = None  # is not stored, but rebuilt from model_text_
 
     @property
     def booster(self) -> lightgbm.Booster:
         """The LightGBM booster; `booster.save_model(path)` writes it as text."""
         self._require_feature_names()
-        if getattr(self, "_booster", None) is None:  # it is not pickled
-            self._booster = _lightgbm().Booster(model_str=self.model_text_)
+        if getattr(self, "_booster", None) is None:  # a loaded model lacks the attribute
+            self._booster = _import_lightgbm().Booster(model_str=self.model_text_)
         booster: lightgbm.Booster = self._booster
         return booster
 
@@ -125,19 +125,19 @@ class LGBModel(TabularModel, ModelFT):
         recorder: Recorder | None,
         init_model: Any = None,
     ) -> None:
-        library, start_time = _lightgbm(), time.perf_counter()
+        library, start_time = _import_lightgbm(), time.perf_counter()
         data = library.Dataset(
             train.x, train.y, weight=train.weight, feature_name=_lightgbm_names(train.names)
         )
         sets = {"train": data}
         evaluations: dict[str, dict[str, list[float]]] = {}
-        callbacks = [library.record_evaluation(evaluations), _report_iteration]
+        callbacks = [library.record_evaluation(evaluations), _beat_iteration]
         if valid is not None:
             sets["valid"] = data.create_valid(valid.x, valid.y, weight=valid.weight)
             if self.early_stopping_rounds > 0:
                 callbacks.append(library.early_stopping(self.early_stopping_rounds, verbose=False))
         booster = library.train(
-            self._parameters(),
+            self._train_parameters(),
             data,
             num_boost_round=rounds,
             valid_sets=list(sets.values()),
@@ -148,12 +148,14 @@ class LGBModel(TabularModel, ModelFT):
         self.model_text_ = booster.model_to_string()
         self._booster, self.feature_names_ = None, train.names
         self.evals_result_ = {name: dict(values) for name, values in evaluations.items()}
-        self._report(train, valid, booster.best_iteration, time.perf_counter() - start_time)
+        seconds = time.perf_counter() - start_time
+        self.fit_report_ = self._make_fit_report(train, valid, booster.best_iteration, seconds)
+        log.info("trained %d rounds in %.1f s", self.fit_report_["epochs"], seconds)
         run = current_recorder() if recorder is None else recorder
         if run is not None:
             _log_metrics(self.evals_result_, run)
 
-    def _parameters(self) -> dict[str, Any]:
+    def _train_parameters(self) -> dict[str, Any]:
         defaults: dict[str, Any] = {"verbosity": -1, "deterministic": True}
         if session().seed is not None:
             defaults["seed"] = session().seed
@@ -162,21 +164,27 @@ class LGBModel(TabularModel, ModelFT):
             defaults["force_col_wise"] = True
         return {**defaults, **self.params, "objective": self.loss}
 
-    def _report(self, train: Rows, valid: Rows | None, best: int, seconds: float) -> None:
+    def _make_fit_report(
+        self, train: Rows, valid: Rows | None, best_iteration: int, seconds: float
+    ) -> dict[str, Any]:
+        """Return a report with the keys of the networks', in which a round is an epoch.
+
+        `best_iteration` counts from 1, as in LightGBM; it is 0 without early stopping.
+        """
         segment = "train" if valid is None else "valid"
         metric, values = next(iter(self.evals_result_[segment].items()))
-        self.fit_report_ = {
-            "epochs": len(values),  # rounds
-            "best_epoch": best - 1 if best > 0 else None,
+        has_best = best_iteration > 0
+        return {
+            "epochs": len(values),
+            "best_epoch": best_iteration - 1 if has_best else None,
             "monitor": f"{segment}/{metric}",
-            "best_value": values[best - 1],
+            "best_value": values[best_iteration - 1] if has_best else values[-1],
             "seconds": seconds,
             "samples": len(train),
             "valid_samples": 0 if valid is None else len(valid),
             "samples_per_second": len(train) * len(values) / seconds,
             "device": "cpu",
         }
-        log.info("trained %d rounds in %.1f s", len(values), seconds)
 
     # -- fitted model -----------------------------------------------------------------------
 
@@ -200,20 +208,24 @@ class LGBModel(TabularModel, ModelFT):
         self.fit_report_ = fitted_state["fit_report"]
 
 
-def _report_iteration(env: Any) -> None:
+def _beat_iteration(env: Any) -> None:
+    """Report a finished round to the heartbeat; a callback of LightGBM."""
     beat("training", epoch=env.iteration)
 
 
 def _log_metrics(evaluations: dict[str, dict[str, list[float]]], recorder: Recorder) -> None:
-    flat = {
-        f"{seg}/{name}": v for seg, metrics in evaluations.items() for name, v in metrics.items()
+    values_by_metric = {
+        f"{segment}/{name}": values
+        for segment, metrics in evaluations.items()
+        for name, values in metrics.items()
     }
-    for step in range(max(map(len, flat.values()), default=0)):
-        recorder.log_batch({name: values[step] for name, values in flat.items()}, step=step)
+    for step, values in enumerate(zip(*values_by_metric.values(), strict=True)):
+        recorder.log_batch(dict(zip(values_by_metric, values, strict=True)), step=step)
 
 
 def _lightgbm_names(names: tuple[str, ...]) -> list[str]:
     """Return feature names that LightGBM accepts: without JSON's special characters."""
+    # Two names can become equal without those characters; then all features are numbered.
     clean_names = [re.sub(r"[\s\",:\[\]{}]", "_", name) for name in names]
     if len(set(clean_names)) < len(names):
         return [f"feature{k}" for k in range(len(names))]
@@ -222,15 +234,16 @@ def _lightgbm_names(names: tuple[str, ...]) -> list[str]:
 
 def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return LightGBM's parameters by canonical name; unknown ones raise ArgumentError."""
-    names = _parameter_aliases()
+    canonical_names = _canonical_parameter_names()
     out: dict[str, Any] = {}
     for alias, value in parameters.items():
-        if alias not in names:
-            valid = {*names.values(), *RENAMED_PARAMETERS.values()} - set(RENAMED_PARAMETERS)
-            if nearest_name(alias, valid) is None:
-                valid |= set(names)
+        if alias not in canonical_names:
+            valid = {*canonical_names.values(), *RENAMED_PARAMETERS.values()}
+            valid -= set(RENAMED_PARAMETERS)
+            if nearest_name(alias, valid) is None:  # suggest an alias only if no name is near
+                valid |= set(canonical_names)
             raise ArgumentError(unknown_name_message("parameter of LightGBM", alias, valid))
-        name = names[alias]
+        name = canonical_names[alias]
         if name in RENAMED_PARAMETERS:
             raise ArgumentError(f"use {RENAMED_PARAMETERS[name]} instead of {alias}.")
         if name in out:
@@ -239,18 +252,18 @@ def _resolve_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _parameter_aliases() -> dict[str, str]:
-    """Return each of LightGBM's parameter names and aliases with its canonical name."""
+def _canonical_parameter_names() -> dict[str, str]:
+    """Return the canonical name of each of LightGBM's parameters by name and by alias."""
     # There is no public API for this.
-    aliases_by_name = _lightgbm().basic._ConfigAliases._get_all_param_aliases()
+    aliases_by_name = _import_lightgbm().basic._ConfigAliases._get_all_param_aliases()
     return {alias: name for name, aliases in aliases_by_name.items() for alias in (name, *aliases)}
 
 
-def _lightgbm() -> Any:
+def _import_lightgbm() -> Any:
     try:
         import lightgbm
     except ModuleNotFoundError as error:
-        if error.name != "lightgbm":
+        if error.name != "lightgbm":  # a dependency of LightGBM is missing
             raise
         raise ConfigError("LGBModel needs LightGBM: pip install 'qtorch[lightgbm]'.") from error
     return lightgbm

@@ -48,7 +48,9 @@ class ADARNN(Network):
         """Return the hidden states `[B, T, H]` of each layer for `x [B, T, F]`."""
         layer_states: list[Tensor] = []
         for layer in self.features:
-            layer_states.append(layer(self.dropout(layer_states[-1]) if layer_states else x)[0])
+            layer_input = self.dropout(layer_states[-1]) if layer_states else x
+            states, _ = layer(layer_input)
+            layer_states.append(states)
         return layer_states
 
     def score_states(self, states: Sequence[Tensor]) -> Tensor:
@@ -61,7 +63,11 @@ class ADARNN(Network):
 
 
 class StepGates(nn.Module):
-    """Weights of the steps of each layer in the distance between the states of two domains."""
+    """Weights of the steps of each layer in the distance between the states of two domains.
+
+    They are learned in the first epochs of a training (`pre_epoch` of ADARNNModule). The names of
+    the layers and the initialization are Qlib's.
+    """
 
     def __init__(self, num_layers: int, step_len: int, hidden_size: int) -> None:
         super().__init__()
@@ -89,10 +95,11 @@ class StepGates(nn.Module):
 def step_distances(kind: str, source: Tensor, target: Tensor) -> Tensor:
     """Return the distance `[T]` at each step between two sets of states `[B, T, H]`.
 
-    "cosine": one minus the cosine of their means; "mmd": the squared distance of their means;
-    "coral": the squared distance of their covariances, divided by 4 H^2.
+    `kind` is one of DISTANCES. "cosine": one minus the cosine of their means; "mmd": the squared
+    distance of their means; "coral": the squared distance of their covariances, divided by 4 H^2.
     """
     if kind == "coral":
+        # The mean divides by H^2 already.
         return (_covariance(source) - _covariance(target)).square().mean((1, 2)) / 4
     first, second = source.mean(0), target.mean(0)  # [T, H]
     if kind == "mmd":

@@ -33,12 +33,12 @@ from qtorch.record.report.results import has_benchmark, net_excess_return, net_r
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNITS = {"sum": "% (sum of daily returns)", "product": "% (compounded)"}
+CURVE_UNITS = {"sum": "% (sum of daily returns)", "product": "% (compounded)"}
 DRAWDOWN_UNITS = {"sum": "% of the initial value", "product": "% of the highest value"}
 
 
 def return_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = False) -> Figure:
-    """Cumulative return with and without cost, and that of the benchmark."""
+    """Draw the cumulative return with and without cost, and that of the benchmark."""
     curves = [
         ("without cost", report["return"], GROSS_COLOUR),
         ("with cost", net_return(report), NET_COLOUR),
@@ -49,7 +49,7 @@ def return_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = Fal
 
 
 def excess_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = False) -> Figure:
-    """Cumulative return in excess of the benchmark, with and without cost."""
+    """Draw the cumulative return in excess of the benchmark, with and without cost."""
     curves = [
         ("without cost", report["return"] - report["bench"], GROSS_COLOUR),
         ("with cost", net_excess_return(report), NET_COLOUR),
@@ -61,9 +61,10 @@ def _draw_curves(
     title: str, curves: list[tuple[str, pd.Series, str]], mode: Mode, narrow: bool
 ) -> Figure:
     figure, axes = new_figure(2.9, narrow=narrow)
-    draw_lines(axes[0], [(n, cumulative_return(r, mode), c) for n, r, c in curves])
+    lines = [(name, cumulative_return(daily, mode), colour) for name, daily, colour in curves]
+    draw_lines(axes[0], lines)
     draw_zero_line(axes[0])
-    label_axis(axes[0], title, UNITS[mode])
+    label_axis(axes[0], title, CURVE_UNITS[mode])
     format_percent_axis(axes[0])
     format_date_axis(axes[0], narrow=narrow)
     add_legend(axes[0], narrow=narrow)
@@ -71,7 +72,7 @@ def _draw_curves(
 
 
 def drawdown_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = False) -> Figure:
-    """Drawdown of the account, of its excess return and of the benchmark."""
+    """Draw the drawdown of the account, of its excess return and of the benchmark."""
     figure, axes = new_figure(2.7, narrow=narrow)
     axis, net = axes[0], net_return(report)
     net_drawdown = drawdown(net, mode)
@@ -93,7 +94,7 @@ def drawdown_chart(report: pd.DataFrame, mode: Mode = "sum", *, narrow: bool = F
 
 
 def turnover_chart(report: pd.DataFrame, *, narrow: bool = False) -> Figure:
-    """Daily turnover with its rolling mean, and cumulative cost."""
+    """Draw the daily turnover with its rolling mean, and the cumulative cost."""
     figure, axes = new_figure(2.7, narrow=narrow, columns=2)
     turnover = report["turnover"]
     draw_day_bars(axes[0], turnover, IC_COLOUR)
@@ -110,16 +111,17 @@ def turnover_chart(report: pd.DataFrame, *, narrow: bool = False) -> Figure:
 
 
 def concentration_chart(table: pd.DataFrame, *, narrow: bool = False) -> Figure:
-    """Number of positions, largest weight, Herfindahl index, exposure and cash.
+    """Draw the number of positions, largest weight, Herfindahl index, exposure and cash.
 
     `table` is the frame of `qtorch.metrics.concentration` with a column `cash` (a fraction of the
     account).
     """
     figure, axes = new_figure(2.4, narrow=narrow, rows=2, columns=2)
-    largest, title_suffix = table["largest_weight"], ""
+    title_suffix = ""
+    largest_weight = table["largest_weight"]  # never smoothed: a mean would hide its peaks
     if len(table) > LONG_HISTORY_DAYS:
-        # Smooth long series: years of daily jumps would be a solid block of colour.
-        _, window = rolling_mean(largest)
+        # Smooth the other series: years of daily jumps would be a solid block of colour.
+        _, window = rolling_mean(largest_weight)
         table = table.apply(lambda column: rolling_mean(column)[0])
         title_suffix = f", mean of {window} days"
     counts = [
@@ -128,12 +130,12 @@ def concentration_chart(table: pd.DataFrame, *, narrow: bool = False) -> Figure:
     ]
     draw_lines(axes[0], counts, width=1.4)
     label_axis(axes[0], f"Positions{title_suffix}", "number")
-    draw_lines(axes[1], [("largest weight", largest, SERIES[0])], width=1.0)
+    draw_lines(axes[1], [("largest weight", largest_weight, SERIES[0])], width=1.0)
     label_axis(axes[1], "Largest weight", "% of the account")
     draw_lines(axes[2], [("Herfindahl", table["herfindahl"], SERIES[0])], width=1.4)
     label_axis(axes[2], f"Herfindahl index{title_suffix}", "sum of squared shares")
     shares = [("invested", table["gross"], SERIES[0]), ("cash", table["cash"], SERIES[1])]
-    if not table["gross"].equals(table["net"]):
+    if not table["gross"].equals(table["net"]):  # there are short positions
         shares.append(("net", table["net"], SERIES[2]))
     draw_lines(axes[3], shares, width=1.4)
     label_axis(axes[3], f"Exposure{title_suffix}", "% of the account")

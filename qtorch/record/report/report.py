@@ -36,7 +36,7 @@ from qtorch.tracking.recorder import Recorder
 log = logging.getLogger(__name__)
 
 PAGE = "report.html"
-LAGS = (1, 2, 3, 5, 10, 20)
+LAGS = (1, 2, 3, 5, 10, 20)  # days between the scores of the autocorrelation
 
 
 class ReportRecord(Record):
@@ -80,7 +80,7 @@ class ReportRecord(Record):
         """Compute and log the numbers, write the page, and return the numbers."""
         recorder = self.recorder
         results = run_results(recorder, self.label_col)
-        tables, numbers = self._numbers(results)
+        tables, numbers = self._compute_numbers(results)
         log_numbers(recorder, numbers)
         with tempfile.TemporaryDirectory() as folder:
             size = self._write_page(Path(folder), results, tables).stat().st_size
@@ -91,7 +91,11 @@ class ReportRecord(Record):
     def list(self) -> Names:
         return [PAGE]
 
-    def _numbers(self, results: RunResults) -> tuple[SignalTables | None, dict[str, float]]:
+    def _compute_numbers(self, results: RunResults) -> tuple[SignalTables | None, dict[str, float]]:
+        """Return the tables of the signal, and the numbers that are logged as `report.*`.
+
+        Nothing is computed from results that the run does not have.
+        """
         tables: SignalTables | None = None
         numbers: dict[str, float] = {}
         if results.score is not None and results.label is not None:
@@ -159,12 +163,23 @@ class ReportRecord(Record):
             )
 
 
-GROUPS = ("Signal", "Signal by segment", "Portfolio", "Report", "Training", "Others", "System")
+METRIC_GROUPS = (
+    "Signal",
+    "Signal by segment",
+    "Portfolio",
+    "Report",
+    "Training",
+    "Others",
+    "System",
+)
 
 
 def group_metrics(names: Iterable[str]) -> dict[str, list[str]]:
-    """Sort metric names into the tables of the page; numbers at their ends sort by value."""
-    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    """Sort metric names into the tables of the page.
+
+    Names that end with a number are sorted by it: `ic_at_horizon.2` before `ic_at_horizon.10`.
+    """
+    groups: dict[str, list[str]] = {group: [] for group in METRIC_GROUPS}
     for name in sorted(names, key=_sort_key):
         groups[_metric_group(name)].append(name)
     return {group: members for group, members in groups.items() if members}
@@ -173,21 +188,19 @@ def group_metrics(names: Iterable[str]) -> dict[str, list[str]]:
 def _metric_group(name: str) -> str:
     """Return the table that a metric belongs to, by the beginning of its name."""
     if "/" in name:
-        prefixes = {
-            "train": "Training",
-            "valid": "Training",
-            "report": "Report",
-            "system": "System",
-        }
+        prefixes = {"train": "Training", "valid": "Training", "system": "System"}
         return prefixes.get(name.partition("/")[0], "Others")
     if name.startswith(PREFIX):
         return "Report"
+    # What remains are the metrics of the other records, such as "Rank IC" of SigAnaRecord,
+    # "valid.IC" of SegmentICRecord and "1day.excess_return_with_cost.std" of PortAnaRecord.
     if "." not in name:
         return "Signal" if "IC" in name or "Long" in name else "Others"
     return "Signal by segment" if "IC" in name else "Portfolio"
 
 
 def _sort_key(name: str) -> tuple[str, list[int], str]:
+    """Return the name without the number at its end, the number if it has one, and the name."""
     stem, _, last = name.rpartition(".")
     number = [int(last)] if last.isdigit() else []
     return stem if number else name, number, name
