@@ -52,6 +52,7 @@ class SectorNetwork(Network):
 
 
 def test_day_network_learns_and_scores_each_sample_once(dataset: ToyDataset) -> None:
+    torch.manual_seed(0)
     model = fit_model(dataset, DemeanedNetwork(4), batch=DAYS, epochs=8, loss="ic")
     scores = model.predict(dataset)
     samples = dataset.samples("test")
