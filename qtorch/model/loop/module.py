@@ -259,7 +259,7 @@ class ScoreModule(pl.LightningModule):
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
-            if weight_update.is_last():
+            if weight_update.has_reached_max_steps():
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break
