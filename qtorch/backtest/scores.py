@@ -1,4 +1,4 @@
-"""Scores: reading and validating a strategy's signal, and the dense array of the simulation."""
+"""Read and validate the signal of a strategy, and arrange its scores by bar for the backtest."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 Frame: TypeAlias = pd.DataFrame
 _LEVELS = ["datetime", "instrument"]
+OUTSIDE, IN_A_GAP = -1, -2  # instead of a bar's row
 
 
 def score_frame(signal: Any) -> Frame:
@@ -82,7 +83,7 @@ class Scores:
     """The scores of all members on the bars of a backtest.
 
     `values [D, M, N]` over the bars of `calendar` and the instruments `instruments`; NaN means no
-    score. If several scores of an instrument fall into one bar, the latest is used.
+    score. If several scores of an instrument fall into one bar, the latest that is not NaN is used.
     """
 
     def __init__(self, scores: Frame, calendar: pd.DatetimeIndex, freq: str) -> None:
@@ -90,39 +91,42 @@ class Scores:
         index: Any = scores.index  # a MultiIndex; the type stubs only know a plain Index
         stamps = pd.DatetimeIndex(index.levels[0]).as_unit("ns")
         names = pd.Index(index.levels[1].astype("str"))
-        codes = [np.asarray(c) for c in index.codes]
-        bars = _bar_rows(stamps, calendar, freq)
-        used_codes = np.unique(codes[0])
-        _warn_non_trading_dates(stamps[used_codes[bars[used_codes] == -2]], calendar)
-        self.instruments = names[np.unique(codes[1])].sort_values()
-        instrument_index = self.instruments.get_indexer(names)
-        rows, columns = bars[codes[0]], instrument_index[codes[1]]
-        valid_rows = np.flatnonzero(rows >= 0)
-        # Sorted by time, so that a later score of a bar overwrites an earlier one.
-        valid_rows = valid_rows[np.argsort(codes[0][valid_rows], kind="stable")]
+        stamp_codes, name_codes = (np.asarray(c) for c in index.codes)
+        stamp_bars = _find_bars(stamps, calendar, freq)
+        # The levels may have entries without a row, which would be warned of and traded.
+        used_stamps, used_names = np.unique(stamp_codes), np.unique(name_codes)
+        is_gap = stamp_bars[used_stamps] == IN_A_GAP
+        _warn_non_trading_dates(stamps[used_stamps[is_gap]], calendar)
+        self.instruments = names[used_names].sort_values()
+        bars = stamp_bars[stamp_codes]
+        columns = self.instruments.get_indexer(names)[name_codes]
+        rows = np.flatnonzero(bars >= 0)
+        # Sorted by time, so that a later score of a bar overwrites an earlier one. The codes do
+        # not tell the time: the dates of a level may have any order.
+        rows = rows[np.argsort(stamps.asi8[stamp_codes[rows]], kind="stable")]
         shape = (len(calendar), len(self.members), len(self.instruments))
         score_values = scores.to_numpy()
         dtype = score_values.dtype if score_values.dtype.kind == "f" else np.float64
         self.values: NDArray[Any] = np.full(shape, np.nan, dtype=dtype)
         for m in range(len(self.members)):
-            scored_rows = valid_rows[~np.isnan(score_values[valid_rows, m].astype(np.float64))]
-            self.values[rows[scored_rows], m, columns[scored_rows]] = score_values[scored_rows, m]
+            scored_rows = rows[~np.isnan(score_values[rows, m].astype(np.float64))]
+            self.values[bars[scored_rows], m, columns[scored_rows]] = score_values[scored_rows, m]
 
 
-def _bar_rows(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -> NDArray[np.intp]:
-    """The row of the bar that contains each timestamp.
+def _find_bars(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -> NDArray[np.intp]:
+    """Return the row of the bar that contains each timestamp.
 
-    -1 for timestamps before or after all bars, -2 for those in a gap between bars.
+    It is OUTSIDE for timestamps before or after all bars, IN_A_GAP for those between two bars.
     """
-    bars: NDArray[np.intp] = calendar.searchsorted(stamps, side="right") - 1
     if not len(calendar):
-        return np.full(len(stamps), -1)
+        return np.full(len(stamps), OUTSIDE)
+    bars: NDArray[np.intp] = calendar.searchsorted(stamps, side="right") - 1
     is_inside = bars >= 0
     if freq == "day" or freq.endswith("min"):  # weeks and months last until the next bar
         length = pd.Timedelta(days=1) if freq == "day" else pd.Timedelta(freq)
         is_inside &= stamps < calendar[np.maximum(bars, 0)] + length
-    outside = np.where((bars < 0) | (bars == len(calendar) - 1), -1, -2)
-    return np.where(is_inside, bars, outside)
+    is_outside = (bars < 0) | (bars == len(calendar) - 1)
+    return np.where(is_inside, bars, np.where(is_outside, OUTSIDE, IN_A_GAP))
 
 
 def _warn_non_trading_dates(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex) -> None:

@@ -20,8 +20,8 @@ class Configured:
 
     `to_config()` returns them as plain data, so that a task, a saved model and a run's record
     describe an object with the same mapping that builds it. An unknown argument raises
-    ArgumentError with the nearest valid name. Constructors must not modify their arguments and
-    must not take `**kwargs`.
+    ArgumentError with the nearest valid name, unless the constructor takes `**kwargs`.
+    Constructors must not modify their arguments.
     """
 
     _arguments: dict[str, Any]
@@ -95,7 +95,7 @@ def _plain_part(value: Any, location: str) -> Any:
         return _date_text(value)
     if isinstance(value, PurePath):
         return str(value)
-    if isinstance(value, slice):
+    if isinstance(value, slice):  # a segment of dates, for which a list means the same
         return [value.start, value.stop]
     if isinstance(value, functools.partial):
         positional = {"_args_": value.args} if value.args else {}

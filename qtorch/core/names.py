@@ -137,7 +137,10 @@ def _import_object(name: str) -> Any:
             for part in parts[k:]:
                 obj = get_attribute(obj, part)
             return obj
-    raise ConfigError(f"cannot import {name!r}: no module named {parts[0]!r}.")
+    raise ConfigError(
+        f"cannot import {name!r}: no module named {parts[0]!r} on Python's path (for commands, the "
+        "working folder and the installed packages)."
+    )
 
 
 def get_attribute(owner: Any, name: str) -> Any:

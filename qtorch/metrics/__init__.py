@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from qtorch.metrics.ic import daily_ic as daily_ic
     from qtorch.metrics.loss import MAE as MAE
     from qtorch.metrics.loss import MSE as MSE
+    from qtorch.metrics.loss import BaseLoss as BaseLoss
+    from qtorch.metrics.loss import DayLoss as DayLoss
     from qtorch.metrics.loss import Huber as Huber
     from qtorch.metrics.loss import Loss as Loss
     from qtorch.metrics.portfolio import concentration as concentration

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtorch.core.errors import ConfigError
+
 _FAR = 1e9  # excludes an element from a softmax but stays finite
 
 
@@ -263,7 +265,7 @@ class DayLoss(BaseLoss):
     """Mean over days of a loss that is defined on a whole day.
 
     `score` and `target` are `[G, N]` or `[G, N, Q]`: G cross-sections of N instruments (for each
-    of Q label columns). A flat `[B]` raises ValueError, because it does not tell the days apart.
+    of Q label columns). A flat `[B]` raises ConfigError, because it does not tell the days apart.
     Elements without a label or outside the mask are ignored; a day with fewer than two remaining
     elements does not count and has no gradient. Weights act within their day; all days count
     equally in the mean.
@@ -273,7 +275,10 @@ class DayLoss(BaseLoss):
 
     @abstractmethod
     def day_losses(self, score: Tensor, target: Tensor, valid: Tensor, weight: Tensor) -> Tensor:
-        """The loss `[R]` of R days `[R, N]`; score, target and weight are 0 if not `valid`."""
+        """Return the loss `[R]` of R days `[R, N]`; score, target and weight are 0 if not `valid`.
+
+        With several label columns, each day occurs once per column.
+        """
 
     def sums(
         self,
@@ -286,7 +291,7 @@ class DayLoss(BaseLoss):
     ) -> tuple[Tensor, Tensor | int]:
         score = validate_score(score, target)
         if score.dim() < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"{type(self).__name__} compares the samples of a day, but the scores "
                 f"{list(score.shape)} are not grouped by day. Train on day batches: "
                 "batch.order=day (in Python, batch={'order': 'day'})."

@@ -15,6 +15,7 @@ from qtorch.backtest import (
     WeightStrategy,
     backtest,
 )
+from qtorch.backtest.scores import Scores
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
 
 
@@ -63,6 +64,17 @@ def test_scores_outside_the_calendar_warn_or_fail(scores, source, caplog):
     )
     with pytest.raises(DataError, match=r"2022.*the calendar goes from 2020-01-01"):
         run(future_scores, source)
+
+
+def test_the_latest_score_of_a_bar_counts_whatever_the_order_of_the_dates():
+    monday, wednesday, friday = pd.to_datetime(["2020-01-06", "2020-01-08", "2020-01-10"])
+    parts = {friday: [np.nan, 5.0], wednesday: [2.0, 4.0], monday: [1.0, 3.0]}
+    frames = {day: pd.DataFrame({"score": values}, ["A", "B"]) for day, values in parts.items()}
+    scores = pd.concat(frames)
+    assert not scores.index.levels[0].is_monotonic_increasing
+    weeks = pd.DatetimeIndex([monday, monday + pd.Timedelta(days=7)])
+    values = Scores(scores, weeks, "week").values
+    np.testing.assert_array_equal(values[:, 0], [[2.0, 5.0], [np.nan, np.nan]])
 
 
 def test_infinite_duplicate_and_empty_scores_are_rejected(scores, source):

@@ -230,7 +230,7 @@ def test_job_of_a_trial_builds_its_judge_from_the_environment(url, monkeypatch):
         pruner=pruner, report="valid/rank_ic", study_name=None, storage=url, grace=60, params=None,
     )  # fmt: skip
     trial = study.ask(SPACE, 1)
-    (override,) = OverridesParser.create().parse_overrides(sweeper._judge_overrides(study, trial))
+    (override,) = OverridesParser.create().parse_overrides(sweeper._pruning_overrides(study, trial))
     monkeypatch.setenv(TRIAL_VARIABLE, str(override.value()))
     (callback,) = pruning_callbacks(None)
     assert (callback.report, callback.trial.pruner) == ("valid/rank_ic", "ThresholdPruner")

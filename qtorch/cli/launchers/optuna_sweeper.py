@@ -54,12 +54,12 @@ log = logging.getLogger(__name__)
 # Tag with the study's name: on the run of a trial, and, with "." and the digest of the search
 # appended, on the run of the sweep.
 STUDY_TAG = "qtorch.study"
-# Overrides that may differ between commands that continue the same study.
-IGNORED_PREFIXES = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
+# Overrides that begin with one of these may differ between commands that continue one study.
+IGNORED_OVERRIDES = ("tracking", "log_level=", "runner=", "resume", "run=", "sweep.")
 PAUSE_SECONDS = 1.0
 
-TAGS = ("log",)  # of a parameter: search it on a logarithmic scale
-HINT = (
+PARAMETER_TAGS = ("log",)  # tag(log, ...): search the parameter on a logarithmic scale
+SPACE_HINT = (
     "add at least one parameter to search: 'model.optimizer.lr=tag(log, interval(1e-4, 1e-2))', "
     "'model.network.num_layers=range(1, 4)' or model.network.hidden_size=32,64,128."
 )
@@ -87,11 +87,11 @@ class OptunaSweeper(Sweeper):
         params: Mapping[str, Any] | None,
     ) -> None:
         self.metric, self.direction, self.report = metric, direction, report
-        self.n_trials, self.n_jobs = int(n_trials), int(n_jobs)
+        self.n_trials, self.n_jobs = int(n_trials), max(int(n_jobs), 1)
         self.sampler, self.pruner = resolve_config(sampler), resolve_config(pruner)
         self.seed, self.study_name, self.storage = seed, study_name, storage
         self.grace, self.params = float(grace), resolve_config(params)
-        self._number = 0  # number of the next job
+        self._next_number = 0  # number of the next job
         self._has_started = False
         # Trials whose jobs run in other processes, each with the time of the next attempt.
         self._postponed_trials: list[tuple[float, TrialJob]] = []
@@ -119,7 +119,7 @@ class OptunaSweeper(Sweeper):
         _keep_connection(self.launcher, True)
         try:
             while not _is_stopped():
-                trials = self._due_trials() or self._ask_trials(study, search)
+                trials = self._take_due_trials() or self._ask_trials(study, search)
                 if trials:
                     self._run_trials(study, trials, search)
                 elif not self._wait_for_work(study):
@@ -157,17 +157,17 @@ class OptunaSweeper(Sweeper):
         if is_grid(self.sampler):
             num_points = math.prod(len(values) for values in grid_values(search.space).values())
             self.n_trials = min(self.n_trials, num_points)
-        self.url = storage_url(self.storage, default_uri())
+        url = storage_url(self.storage, default_uri())
         if self.storage is None and default_uri().startswith("http"):
             print(
-                f"storing the trials in {self.url}, because the MLflow server's database is not "
+                f"storing the trials in {url}, because the MLflow server's database is not "
                 "accessible; use hydra.sweeper.storage=postgresql+psycopg://... to share them "
                 "between machines.",
                 file=sys.stderr,
             )
         return Trials(
-            self._study_name(search),
-            self.url,
+            self._choose_study_name(search),
+            url,
             direction=self.direction,
             sampler=self.sampler,
             pruner=self.pruner,
@@ -175,17 +175,18 @@ class OptunaSweeper(Sweeper):
             grace=self.grace,
         )
 
-    def _study_name(self, search: SearchOverrides) -> str:
+    def _choose_study_name(self, search: SearchOverrides) -> str:
         """Return the study's name: the given one, the sweep's, or one derived from the command.
 
-        A derived name depends on the fixed overrides, the search space and the objective. The
-        sweep's run stores it in a tag, because the sweep may be given a name later.
+        A derived name depends on the fixed overrides, the search space and the objective. A tag of
+        the sweep's run stores the name at the first command, and later ones read it: the sweep may
+        be given a name in between, and the study keeps its own.
         """
         if self.study_name:
             return str(self.study_name)
         parts = {
             "fixed": sorted(
-                o for o in search.fixed if not o.lstrip("+~").startswith(IGNORED_PREFIXES)
+                o for o in search.fixed if not o.lstrip("+~").startswith(IGNORED_OVERRIDES)
             ),
             "space": {name: repr(part) for name, part in search.space.items()},
             "judge": [self.metric, self.direction, self.report, self.sampler, self.pruner],
@@ -202,8 +203,9 @@ class OptunaSweeper(Sweeper):
         return stored_name
 
     def _ask_trials(self, study: Trials, search: SearchOverrides) -> list[TrialJob]:
+        """Ask the study for one trial per parallel job; fewer or none if it has all it needs."""
         trials: list[TrialJob] = []
-        while len(trials) < max(self.n_jobs, 1):
+        while len(trials) < self.n_jobs:
             trial = study.ask(search.space, self.n_trials)
             if trial is None:
                 break
@@ -214,9 +216,9 @@ class OptunaSweeper(Sweeper):
         self, study: Trials, trials: Sequence[TrialJob], search: SearchOverrides
     ) -> None:
         """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
-        first, self._number = self._number, self._number + len(trials)
+        first, self._next_number = self._next_number, self._next_number + len(trials)
         batch = [
-            [*self._trial_overrides(search, t), *self._judge_overrides(study, t)] for t in trials
+            [*self._trial_overrides(search, t), *self._pruning_overrides(study, t)] for t in trials
         ]
         pending_trials = dict(enumerate(trials, first))
         try:
@@ -259,6 +261,7 @@ class OptunaSweeper(Sweeper):
         return results
 
     def _tell_result(self, study: Trials, trial: TrialJob, job: JobResult | None) -> None:
+        """Tell the study how the trial's job ended; None: it left no result."""
         if job is not None and job.status == RUNNING:
             self._postpone(trial, job)
             return
@@ -270,7 +273,8 @@ class OptunaSweeper(Sweeper):
         if job.status != FINISHED:
             study.fail(trial, job.error or job.status, run_id=job.run_id)
             return
-        value, is_pruned = job.metrics.get(self.metric, math.nan), self._tag_run(study, trial, job)
+        value = job.metrics.get(self.metric, math.nan)
+        is_pruned = self._tag_run(study, trial, job)
         if math.isfinite(value) or is_pruned:
             study.tell(trial, value, run_id=job.run_id, is_pruned=is_pruned)
         elif self.metric in job.metrics:
@@ -291,12 +295,10 @@ class OptunaSweeper(Sweeper):
         self._postponed_trials.append((time.monotonic() + pause, trial))
         command_results.discard(job.number)
 
-    def _due_trials(self) -> list[TrialJob]:
-        """Return the postponed trials whose time has come."""
+    def _take_due_trials(self) -> list[TrialJob]:
+        """Take the postponed trials whose time has come, at most one per parallel job."""
         now = time.monotonic()
-        due_entries = [entry for entry in self._postponed_trials if entry[0] <= now][
-            : max(self.n_jobs, 1)
-        ]
+        due_entries = [entry for entry in self._postponed_trials if entry[0] <= now][: self.n_jobs]
         self._postponed_trials = [
             entry for entry in self._postponed_trials if entry not in due_entries
         ]
@@ -311,8 +313,8 @@ class OptunaSweeper(Sweeper):
         run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
         return is_pruned or PRUNED_TAG in run.list_tags()
 
-    def _judge_overrides(self, study: Trials, trial: TrialJob) -> list[str]:
-        """Return the override that tells the trial's job how to ask whether to stop.
+    def _pruning_overrides(self, study: Trials, trial: TrialJob) -> list[str]:
+        """Return the override that lets the trial's job ask the pruner whether to stop.
 
         It sets an environment variable, because a trial is no part of the task.
         """
@@ -360,7 +362,7 @@ def _is_stopped() -> bool:
 
 
 def _keep_connection(launcher: Launcher, is_kept: bool) -> None:
-    """Let a launcher keep its cluster connection between batches, or close it."""
+    """Let the Ray launcher keep its cluster connection between batches, or close it."""
     if isinstance(launcher, RayLauncher):
         launcher.keep_connection = is_kept
         if not is_kept:
@@ -406,7 +408,7 @@ def parse_search(
         elif not override.is_hydra_override():
             fixed.append(str(override.input_line))
     if not space:
-        raise ConfigError(f"the search has no space: {HINT}")
+        raise ConfigError(f"the search has no space: {SPACE_HINT}")
     return SearchOverrides(tuple(fixed), space)
 
 
@@ -414,51 +416,51 @@ def _parse_dimension(name: str, override: Override) -> Choice | Span:
     value = override.value()
     tags: set[str] = getattr(value, "tags", set())
     _check_tags(name, tags)
-    log = "log" in tags
+    is_log = "log" in tags
     if isinstance(value, IntervalSweep):
-        return _parse_interval(name, value, log)
+        return _parse_interval(name, value, is_log)
     if isinstance(value, RangeSweep) and not value.shuffle:
-        return _parse_range(name, value, log)
+        return _parse_range(name, value, is_log)
     options = tuple(dict.fromkeys(override.sweep_string_iterator()))
-    if log:
+    if is_log:
         raise ConfigError(f"{name}: tag(log, ...) is valid for interval and range, not for choice.")
     if not options:
         raise ConfigError(f"{name}={override.get_value_string()} has no values to choose from.")
     return Choice(options)
 
 
-def _parse_interval(name: str, value: IntervalSweep, log: bool) -> Span:
+def _parse_interval(name: str, value: IntervalSweep, is_log: bool) -> Span:
     low, high = value.start, value.end
     if low is None or high is None or not low < high:
         raise ConfigError(
             f"{name}: interval({low}, {high}) is empty; the lower bound must come first."
         )
     integer = isinstance(low, int) and isinstance(high, int)
-    _check_log(name, low, log)
-    return Span(low, high, integer=integer, log=log)
+    _check_log(name, low, is_log)
+    return Span(low, high, integer=integer, log=is_log)
 
 
-def _parse_range(name: str, value: RangeSweep, log: bool) -> Span:
+def _parse_range(name: str, value: RangeSweep, is_log: bool) -> Span:
     start, stop, step = value.start, value.stop, value.step
     if start is None or stop is None or not (step > 0 and start < stop):
         raise ConfigError(f"{name}: range({start}, {stop}, {step}) is empty or decreasing.")
     integer = all(isinstance(v, int) for v in (start, stop, step))
     num_values = sum(1 for _ in value.range())
     high = start + (num_values - 1) * step
-    _check_log(name, start, log)
-    if log and not (integer and step == 1):
+    _check_log(name, start, is_log)
+    if is_log and not (integer and step == 1):
         raise ConfigError(f"{name}: tag(log, range(...)) requires whole numbers and a step of 1.")
-    return Span(start, high, integer=integer, log=log, step=None if log else step)
+    return Span(start, high, integer=integer, log=is_log, step=None if is_log else step)
 
 
 def _check_tags(name: str, tags: Iterable[str]) -> None:
     for tag in tags:
-        if tag not in TAGS:
-            raise ConfigError(f"{name}: {unknown_name_message('tag', tag, TAGS)}")
+        if tag not in PARAMETER_TAGS:
+            raise ConfigError(f"{name}: {unknown_name_message('tag', tag, PARAMETER_TAGS)}")
 
 
-def _check_log(name: str, low: float, log: bool) -> None:
-    if log and low <= 0:
+def _check_log(name: str, low: float, is_log: bool) -> None:
+    if is_log and low <= 0:
         raise ConfigError(f"{name}: a logarithmic scale must start above 0; got {low}.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
-ORDERS: tuple[str, ...] = ("random", "sequential", "day", "day_sequential")
+ORDERS: tuple[str, ...] = get_args(Order)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -49,7 +49,7 @@ class BatchLoader:
     every batch has a mask, so that all batches have the same shape (for torch.compile).
 
     `state_dict` and `load_state_dict` hold (epoch, step): a loader that is resumed in mid-epoch
-    yields exactly the batches that were left.
+    yields exactly the batches that were left. After its last batch, the epoch starts anew.
     """
 
     def __init__(
@@ -135,7 +135,10 @@ class BatchLoader:
     def _gather(
         self, order: Tensor, device_order: Tensor, rows: slice, pad: int | None = None
     ) -> Batch:
-        """Gather the samples (or days) at the places `rows` of the order; a dummy for no rows."""
+        """Gather the samples (or days) at the places `rows` of the order; a dummy for no rows.
+
+        `pad`: pad the batch to this number of samples (or days).
+        """
         if rows.start == rows.stop:
             return dummy_batch(self.samples, self.by_day)
         if self.by_day:
@@ -155,7 +158,7 @@ class BatchLoader:
         self.sampler.set_epoch(int(state["epoch"]))
 
 
-# -- shares of ranks -------------------------------------------------------------------------------
+# -- the batches of one of several ranks -----------------------------------------------------------
 
 DUMMY_ROWS = 2  # at least two, as a network may compute a variance
 
@@ -171,9 +174,10 @@ def shard_slice(count: int, rank: int, world_size: int) -> slice:
 
 
 def balance_blocks(counts: Tensor, world_size: int) -> list[int]:
-    """Split days with `counts [G]` samples into blocks of about equal size.
+    """Split days with `counts [G]` samples into one block per rank, of about equal size.
 
-    Returns `world_size + 1` bounds. A day belongs to one block; a block may be empty.
+    Returns `world_size + 1` bounds. A day belongs to the block in which its middle sample falls; a
+    block may be empty.
     """
     total = int(counts.sum())
     before = counts.cumsum(0) - counts
@@ -222,7 +226,7 @@ class ShardedLoader(BatchLoader):
     Number, order and content of the global batches are those of one device, a function of (seed,
     epoch, step). If a batch is too small for every rank, the last ranks get a `dummy_batch`. With
     `trim`, for modules that do not handle dummy batches, such a batch is left out (it can only be
-    the last).
+    the last). `pad_tail` has no effect.
     """
 
     def __init__(
@@ -252,7 +256,7 @@ class BlockLoader(BatchLoader):
     Every sample belongs to one block. `limit` keeps only the first batches, as counted on one
     device. All ranks have the same number of batches; if a block has too few samples (days) for
     that, some of its batches are a `dummy_batch` (ConfigError if `allow_dummies` is False, for
-    modules that do not handle them).
+    modules that do not handle them). `pad_tail` has no effect.
     """
 
     def __init__(
@@ -267,16 +271,7 @@ class BlockLoader(BatchLoader):
     ) -> None:
         super().__init__(samples, **options)
         count = self._count if limit is None else min(self._count, limit * self.size)
-        per_day = torch.unique_consecutive(samples.date.cpu(), return_counts=True)[1]
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), per_day.cumsum(0)])
-        if self.by_day:
-            # Cut at the batch bounds of one device, because some losses depend on them.
-            bounds = torch.arange(0, count, self.size if allow_dummies else 1)
-        else:
-            bounds = starts[starts < count]  # a limit may cut the last day
-        bounds = torch.cat([bounds, torch.tensor([count])])
-        counts = (starts[bounds] if self.by_day else bounds).diff()
-        blocks = bounds[balance_blocks(counts, world_size)].tolist()
+        blocks = self._block_bounds(count, world_size, self.size if allow_dummies else 1)
         sizes = [b - a for a, b in pairwise(blocks)]
         self.num_batches: int = -(-max(sizes) // self.size)
         if not allow_dummies and min(sizes) < self.num_batches:
@@ -286,6 +281,23 @@ class BlockLoader(BatchLoader):
             )
         self.begin, self.end = blocks[rank], blocks[rank + 1]
         self.keeps_batch_bounds = self.by_day and allow_dummies
+
+    def _block_bounds(self, count: int, world_size: int, days_per_cut: int) -> list[int]:
+        """Divide the first `count` samples (or days) into one block per rank, between days.
+
+        Blocks of day batches are cut between batches of `days_per_cut` days.
+        """
+        num_samples = torch.unique_consecutive(self.samples.date.cpu(), return_counts=True)[1]
+        day_starts = torch.cat([torch.zeros(1, dtype=torch.int64), num_samples.cumsum(0)])
+        if self.by_day:
+            # With the batches of one device uncut, because some losses depend on their bounds.
+            cuts = torch.arange(0, count, days_per_cut)
+        else:
+            cuts = day_starts[day_starts < count]  # a limit may cut the last day
+        cuts = torch.cat([cuts, torch.tensor([count])])
+        samples_between = (day_starts[cuts] if self.by_day else cuts).diff()
+        bounds: list[int] = cuts[balance_blocks(samples_between, world_size)].tolist()
+        return bounds
 
     def __len__(self) -> int:
         return self.num_batches

@@ -13,7 +13,10 @@ from qtorch.data.expression.series import Block
 
 
 def _shift(block: Block, values: Tensor, lag: int) -> Tensor:
-    """Shift values by `lag` rows (ahead if negative); 0 is each instrument's first stored row."""
+    """Shift values by `lag` rows (ahead if negative).
+
+    As in Qlib, lag 0 means the value of each instrument's first stored row on all its rows.
+    """
     rows = block.num_rows
     if lag == 0:
         first = values.gather(0, block.first.clamp(max=max(rows - 1, 0))[None])
@@ -74,7 +77,9 @@ def _fill_forward(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def _expanding_exponential_mean(executor: Executor, step: Step) -> Tensor:
-    """Compute EMA with window 0: row L of an instrument has the weights `(1 - 2/(1 + L)) ** lag`.
+    """Compute EMA with window 0, over all past rows.
+
+    The L-th stored row of an instrument, counted from 1, has the weights `(1 - 2/(1 + L)) ** lag`.
 
     The weights depend on the row, so a `[D, D]` matrix is multiplied with the series, after each
     instrument has been shifted to start at its first stored row.
@@ -125,16 +130,17 @@ def _mask(executor: Executor, step: Step) -> Tensor:
     assert isinstance(node, Call)
     name = node.arguments[1]
     assert isinstance(name, Text)
-    for bars in (block.bars, block.mask_bars):
-        names_by_lower = {} if bars is None else {i.lower(): i for i in bars.instruments}
-        if bars is not None and name.value.lower() in names_by_lower:
-            bars = bars.select(instruments=[names_by_lower[name.value.lower()]])
+    all_bars = [block.bars] if block.mask_bars is None else [block.bars, block.mask_bars]
+    for bars in all_bars:
+        names_by_lower = {i.lower(): i for i in bars.instruments}
+        if name.value.lower() in names_by_lower:
+            other_bars = bars.select(instruments=[names_by_lower[name.value.lower()]])
             break
     else:
         raise expression_error(
             name.span, unknown_name_message("instrument", name.value, block.bars.instruments)
         )
-    inner_block = Block(bars, 0, 1, block.mask_bars)
+    inner_block = Block(other_bars, start=0, stop=1, mask_bars=block.mask_bars)
     inner_executor = Executor(inner_block, make_plan([node.arguments[0]]), executor.kernels)
     column = torch.empty((block.num_rows, 1), device=block.device)
     inner_executor.run(lambda _: column)

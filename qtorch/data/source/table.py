@@ -38,7 +38,7 @@ class TableSource(PanelSource):
     `layout` is one of: `long`, one row per bar, in one file or in a folder of parts (a dataset);
     `per_instrument`, a folder with one file per instrument, named after it; `wide`, a folder with
     one file per field, named after it, with a row per date and a column per instrument. CSV files
-    end in `.csv` or `.csv.gz`, parquet files in `.parquet` or `.pq`.
+    end in `.csv` or `.csv.gz`, parquet files in `.parquet` or `.pq`; folders include subfolders.
 
     `columns` maps qtorch's names to the names in the file: `{"datetime": "date", "instrument":
     "symbol", "close": "adj_close"}`. If it names fields, only those are read; otherwise all
@@ -118,8 +118,8 @@ class TableSource(PanelSource):
 
     def _read_long(self) -> Panel:
         files = list_tables(self._root) if self._root.is_dir() else [self._root]
-        instrument = self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS)
-        frames = [self._parse_bars(read_table(file, [instrument]), file, None) for file in files]
+        column = self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS)
+        frames = [self._parse_bars(read_table(file, [column]), file, None) for file in files]
         return Panel.from_frame(_concat_frames(frames))
 
     def _read_per_instrument(self) -> Panel:
@@ -136,51 +136,62 @@ class TableSource(PanelSource):
         return Panel.from_frame(_concat_frames([frame[fields] for frame in frames]))
 
     def _read_wide(self) -> Panel:
-        files = {file_stem(file): file for file in list_tables(self._root)}
-        fields = self._field_columns()
+        files: dict[str, list[Path]] = {}
+        for file in list_tables(self._root):
+            files.setdefault(file_stem(file), []).append(file)
+        fields = self._field_columns() or {name: name for name in files}
         for name in fields.values():
             if name not in files:
                 raise DataError(unknown_name_message("file of a field", name, files))
+            if len(files[name]) > 1:
+                first, second = files[name][:2]
+                raise DataError(
+                    f"{first} and {second} have the same name; layout 'wide' reads one file per "
+                    "field. Join them into one table."
+                )
         columns = [
-            self._wide_field(files[name]).rename(field.lstrip("$"))
-            for field, name in (fields or {name: name for name in files}).items()
+            self._read_wide_field(files[name][0]).rename(field.lstrip("$"))
+            for field, name in fields.items()
         ]
         return Panel.from_frame(pd.concat(columns, axis=1).sort_index())
 
-    def _wide_field(self, file: Path) -> pd.Series:
+    def _read_wide_field(self, file: Path) -> pd.Series:
         """Read a field's table as a `(datetime, instrument)` Series without its NaN cells."""
         table = read_table(file)
-        column, dates = self._parse_dates(table, file)
-        wide = table.drop(columns=column)
+        date_column, dates = self._parse_dates(table, file)
+        wide = table.drop(columns=date_column)
         _require_numeric(wide, file)
         if not (dates.is_monotonic_increasing and dates.is_unique):
             raise DataError(f"{file}: the dates must be ascending and unique.")
         names = pd.Index([str(c) for c in wide.columns])
-        if twice := duplicate_names(names):
-            raise DataError(f"{file}: some instruments have more than one column: {twice}.")
+        if duplicates := duplicate_names(names):
+            raise DataError(f"{file}: some instruments have more than one column: {duplicates}.")
         values = wide.to_numpy(dtype=np.float32, na_value=np.nan).reshape(-1)
         present_cells = np.flatnonzero(~np.isnan(values))
         index = pd.MultiIndex.from_product([dates, names], names=[DATETIME, INSTRUMENT])
         return pd.Series(values[present_cells], index=index[present_cells])
 
     def _field_columns(self) -> dict[str, str]:
-        """Return the part of the mapping that names fields."""
+        """Return the part of `columns` that names fields, empty if all fields are read."""
         return {field: name for field, name in self.columns.items() if field not in NAMES}
 
     # -- one file --------------------------------------------------------------------------------
 
     def _parse_bars(self, table: pd.DataFrame, file: Path, instrument: str | None) -> pd.DataFrame:
-        """Convert a file's rows to a `(datetime, instrument)` frame with qtorch's field names."""
+        """Convert a file's rows to a `(datetime, instrument)` frame with qtorch's field names.
+
+        `instrument`: that of all rows; None if the file has a column for it.
+        """
         date_column, dates = self._parse_dates(table, file)
         index_columns = [date_column]
         if instrument is None:
             column = self._find_column(INSTRUMENT, INSTRUMENT_COLUMNS, table, file)
             if table[column].isna().any():
                 raise DataError(f"{file}: some rows have no instrument in {column!r}.")
-            names = pd.Index(table[column].astype(str))
+            instruments = pd.Index(table[column].astype(str))
             index_columns.append(column)
         else:
-            names = pd.Index([instrument] * len(table))
+            instruments = pd.Index([instrument] * len(table))
         fields = self._field_columns()
         if not fields:
             fields = {c.lstrip("$"): c for c in table.columns if c not in index_columns}
@@ -189,7 +200,7 @@ class TableSource(PanelSource):
         bars = table[list(fields.values())]
         _require_numeric(bars, file)
         bars = bars.set_axis([f.lstrip("$") for f in fields], axis=1)
-        bars.index = pd.MultiIndex.from_arrays([dates, names], names=[DATETIME, INSTRUMENT])
+        bars.index = pd.MultiIndex.from_arrays([dates, instruments], names=[DATETIME, INSTRUMENT])
         return bars
 
     def _parse_dates(self, table: pd.DataFrame, file: Path) -> tuple[str, pd.DatetimeIndex]:
@@ -199,9 +210,10 @@ class TableSource(PanelSource):
         values = table[column]
         if pd.api.types.is_numeric_dtype(values):
             # Many files write dates as numbers such as 20200131; reject counts of seconds.
-            if not values.between(10_000_000, 99_999_999).all():
+            numbers = values.dropna()
+            if not numbers.between(10_000_000, 99_999_999).all():
                 raise DataError(f"{file}: the column {column!r} contains numbers, not dates.")
-            values = values.astype("int64").astype(str)
+            values = numbers.astype("int64").astype(str).reindex(values.index)
         try:
             dates = normalise_calendar(values)
         except DataError as error:
@@ -211,10 +223,10 @@ class TableSource(PanelSource):
         return column, dates
 
     def _find_column(
-        self, field: str, candidates: Sequence[str], table: pd.DataFrame, file: Path
+        self, level: str, candidates: Sequence[str], table: pd.DataFrame, file: Path
     ) -> str:
-        """Find the column of the date or the instrument by the mapping or else by common names."""
-        column = self.columns.get(field)
+        """Find the column of "datetime" or "instrument" by the mapping or else by common names."""
+        column = self.columns.get(level)
         if column is not None:
             _require_column(column, table, file)
             return column
@@ -222,7 +234,7 @@ class TableSource(PanelSource):
             if name in table.columns:
                 return name
         raise DataError(
-            f"{file}: no column for the {field}; set it with columns={{{field!r}: ...}}. "
+            f"{file}: no column for the {level}; set it with columns={{{level!r}: ...}}. "
             f"Columns: {', '.join(table.columns[:12])}."
         )
 
@@ -246,7 +258,8 @@ def file_stem(file: Path) -> str:
 def read_table(file: Path, name_columns: Iterable[str | tuple[str, ...]] = ()) -> pd.DataFrame:
     """Read a parquet or CSV file; a stored index becomes columns, and column names are strings.
 
-    `name_columns`: the columns of a CSV file that contain names, as in `read_csv`.
+    `name_columns`: the columns of a CSV file that stay text as written (instruments such as 000001
+    or NA). A tuple lists alternatives, of which the first that the file has is meant.
     """
     if not file.name.endswith(SUFFIXES):
         raise DataError(
@@ -293,7 +306,10 @@ def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, An
 
 
 def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate the parts by date; the file names need not follow the order of the dates."""
+    """Concatenate the frames of the files in the order of their first dates.
+
+    The rows of an instrument must ascend, and the file names need not follow the dates.
+    """
     non_empty = sorted((f for f in frames if len(f)), key=lambda frame: frame.index[0][0])
     return pd.concat(non_empty) if len(non_empty) > 1 else (non_empty or frames)[0]
 

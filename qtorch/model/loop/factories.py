@@ -67,7 +67,8 @@ def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
         loss, weight = build_loss(part_spec["loss"]), part_spec.get("weight", 1.0)
         if not isinstance(loss, BaseLoss):
             raise ConfigError(
-                f"the loss {name!r} cannot be summed: it is not a qtorch.metrics.loss.Loss."
+                f"the loss {name!r} cannot be part of a sum; derive it from qtorch.metrics.Loss "
+                "(single samples) or qtorch.metrics.DayLoss (whole days)."
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ConfigError(f"the weight of the loss {name!r} is {weight!r}, not a number.")

@@ -67,8 +67,8 @@ class ScoreModule(pl.LightningModule):
     the first label column; computed against `batch.extra["raw_label"]` if it is present, else
     against `y`), and `lr`.
 
-    `loss`: a `Loss`, or any callable (score, target) -> mean. Such a mean is weighted by the number
-    of samples of its batch, and supports neither sample weights nor masks.
+    `loss`: a `BaseLoss`, or any callable (score, target) -> mean. Such a mean is weighted by the
+    number of samples of its batch, and supports neither sample weights nor masks.
     `complete`: the caller guarantees that no training sample lacks a label.
     `day_label`: transforms the labels of training batches within each day.
     `is_stop_requested`: asked after each optimizer step whether to leave the training step early.
@@ -169,8 +169,9 @@ class ScoreModule(pl.LightningModule):
             return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
         if not is_unweighted:
             raise ConfigError(
-                f"the loss {type(self.loss).__name__} takes neither sample weights nor masks; "
-                "derive it from qtorch.metrics.loss.Loss."
+                f"these batches have sample weights or padded days, but the loss "
+                f"{type(self.loss).__name__} is only called with (score, target). Derive it from "
+                "qtorch.metrics.Loss (single samples) or qtorch.metrics.DayLoss (whole days)."
             )
         if score.shape != target.shape:
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
@@ -258,7 +259,7 @@ class ScoreModule(pl.LightningModule):
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
-            if weight_update.is_last():
+            if weight_update.has_reached_max_steps():
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break

@@ -37,9 +37,10 @@ class WeightUpdate:
     `plan`: the learning rate scheduler. `accumulate`: batches per optimizer step. `num_pending`
     counts the batches whose gradients have not been used by an optimizer step yet.
 
-    If no callback hooks in between backward and optimizer step (and neither a GradScaler nor a
-    multi-device strategy is involved), both are called directly, without Lightning's hooks: the
-    numbers are the same and the step is faster.
+    If no callback has a hook between backward and optimizer step (and neither a GradScaler nor a
+    multi-device strategy is involved), both are called directly, without Lightning in between: the
+    numbers are the same and the step is faster. The module's own hook, which clips the gradients,
+    is called in either case.
     """
 
     def __init__(self, module: pl.LightningModule, plan: SchedulerPlan | None, accumulate: int):
@@ -59,27 +60,26 @@ class WeightUpdate:
         self.optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         self.is_autocast = torch.is_autocast_enabled(module.device.type)
         self.is_pretraining = is_pretraining
-        self.counts_steps = self.plan is not None or module.trainer.max_steps != -1
+        self.max_steps: int = module.trainer.max_steps
 
     def add(self, loss: Tensor, *, is_epoch_end: bool) -> bool:
-        """Run backward on a batch's mean loss; return whether the weights were updated."""
+        """Run backward on a batch's mean loss; return whether the weights were updated.
+
+        An update, every `accumulate` batches, also steps a scheduler with the interval "step".
+        """
         self._backward(loss if self.accumulate == 1 else loss / self.accumulate)
         self.num_pending += 1
         if self.num_pending < self.accumulate and not is_epoch_end:
             return False
         self._update_weights()
         self.num_pending = 0
+        if self.plan is not None and not self.is_pretraining:
+            self.step_scheduler("step", self.module.trainer.global_step)
         return True
 
-    def is_last(self) -> bool:
-        """Step a per-step scheduler after an update; return whether it was the last of the fit."""
-        if not self.counts_steps:
-            return False
-        trainer = self.module.trainer
-        step, max_steps = trainer.global_step, trainer.max_steps
-        if not self.is_pretraining:
-            self.step_scheduler("step", step)
-        return max_steps != -1 and step >= max_steps
+    def has_reached_max_steps(self) -> bool:
+        """Whether the fit has as many optimizer steps as `max_steps` allows (-1: any number)."""
+        return self.max_steps != -1 and self.module.trainer.global_step >= self.max_steps
 
     def step_scheduler(self, interval: str, count: int) -> None:
         """Step the scheduler if the `count`-th interval ("step" or "epoch") is due."""
@@ -90,7 +90,8 @@ class WeightUpdate:
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
             return
-        name = MONITOR_NAMES.get(plan.monitor or "loss", plan.monitor or "loss")
+        name = plan.monitor or "loss"
+        name = MONITOR_NAMES.get(name, name)
         metrics = self.module.trainer.callback_metrics
         check_name("metric for the scheduler", name, metrics)
         scheduler.step(float(metrics[name]))

@@ -75,10 +75,12 @@ class IGMTF(Network):
 
     @torch.no_grad()
     def write_bank(self, start: int, x: Tensor, mask: Tensor) -> None:
-        """Write the states of the days `x [G, N, T, F]`, `mask [G, N]` to the bank, starting at
-        its day `start`."""
-        states, (num, width) = self.states(x), mask.shape
-        rows = slice(start, start + num)
+        """Write the states of the days `x [G, N, T, F]`, `mask [G, N]` to the bank.
+
+        They become its days `start` to `start + G - 1`.
+        """
+        states, (num_days, width) = self.states(x), mask.shape
+        rows = slice(start, start + num_days)
         self.bank[rows, :width], self.bank_mask[rows, :width] = states * mask[..., None], mask
         self.bank_day[rows] = masked_mean(states, mask)
 
@@ -87,12 +89,14 @@ class IGMTF(Network):
         state = self.states(x)  # [G, N, H]
         day_similarity = exact_similarities(masked_mean(state, mask), self.bank_day)  # [G, D]
         days = day_similarity.topk(min(self.k_day, day_similarity.shape[-1]), -1).indices  # [G, k]
+        # The bank's states went through `lins` before; Qlib, too, applies it once more.
         candidates = self.project2(self.lins(self.bank[days].flatten(1, 2)))  # [G, C, H]
         is_instrument = self.bank_mask[days].flatten(1, 2)  # [G, C]
         similarity = exact_similarities(self.project1(state), candidates).masked_fill(
             ~is_instrument[:, None], NO_NEIGHBOR
         )
         best, index = similarity.topk(min(self.n_neighbor, similarity.shape[-1]), -1)  # [G, N, n]
+        # Divided by `n_neighbor` even if there are fewer neighbors, as in Qlib.
         weight = torch.where(best > NO_NEIGHBOR / 2, best, 0.0) / self.n_neighbor
         flat_index = index.flatten(1)[..., None].expand(-1, -1, candidates.shape[-1])
         neighbors = candidates.gather(1, flat_index).unflatten(1, index.shape[1:])  # [G, N, n, H]

@@ -40,27 +40,28 @@ MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no
 def ic_chart(ic: pd.Series, rank_ic: pd.Series) -> Figure:
     """Draw daily IC with its rolling mean, cumulative IC and Rank IC, and the histogram of both.
 
+    It is the picture that SigAnaRecord saves with a run; the report page has `rolling_ic_chart`.
     Both arguments are Series by day; NaN days are left out.
     """
     from matplotlib.figure import Figure  # not pyplot, which has global state and needs a display
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-    axes = figure.subplot_mosaic([["day", "day"], ["sum", "spread"]])
+    axes = figure.subplot_mosaic([["day", "day"], ["sum", "histogram"]])
     span = f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
     title = f"Information coefficient by day{span}"
     figure.suptitle(title, color=INK, fontsize=13, x=0.01, ha="left")
-    _draw_days(axes["day"], ic, rank_ic)
-    _draw_sum(axes["sum"], ic, rank_ic)
-    _draw_histogram(axes["spread"], ic, rank_ic)
+    _draw_daily_ic(axes["day"], ic, rank_ic)
+    _draw_cumulative_ic(axes["sum"], ic, rank_ic)
+    _draw_histogram(axes["histogram"], ic, rank_ic)
     for name, axis in axes.items():
         style_axis(axis)
-        if name != "spread":
+        if name != "histogram":
             format_date_axis(axis)
     return figure
 
 
-def _draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+def _draw_daily_ic(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
     """Draw the daily IC as bars, and the rolling means of IC and Rank IC."""
     draw_day_bars(axis, ic, IC_COLOUR)
     draw_rolling_mean(axis, ic, IC_COLOUR, "IC")
@@ -70,7 +71,9 @@ def _draw_days(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = F
     add_legend(axis, narrow=narrow)
 
 
-def _draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> None:
+def _draw_cumulative_ic(
+    axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False
+) -> None:
     """Draw cumulative IC and Rank IC."""
     draw_lines(axis, [("IC", ic.cumsum(), IC_COLOUR), ("Rank IC", rank_ic.cumsum(), RANK_COLOUR)])
     draw_zero_line(axis)
@@ -80,6 +83,7 @@ def _draw_sum(axis: Any, ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = Fa
 
 
 def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
+    """Draw the distributions of both over days, their means as dashed lines."""
     from matplotlib.ticker import MaxNLocator
 
     values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()])
@@ -102,11 +106,14 @@ def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
 
 
 def rolling_ic_chart(ic: pd.Series, rank_ic: pd.Series, *, narrow: bool = False) -> Figure:
-    """Daily IC with rolling means, and cumulative sums; days without an IC are left out."""
+    """Draw the report page's daily IC with rolling means, and the cumulative sums.
+
+    Days without an IC are left out.
+    """
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure, axes = new_figure(2.9, narrow=narrow, rows=2)
-    _draw_days(axes[0], ic, rank_ic, narrow=narrow)
-    _draw_sum(axes[1], ic, rank_ic, narrow=narrow)
+    _draw_daily_ic(axes[0], ic, rank_ic, narrow=narrow)
+    _draw_cumulative_ic(axes[1], ic, rank_ic, narrow=narrow)
     for axis in axes:
         format_date_axis(axis, narrow=narrow)
     return style_figure(figure)
@@ -121,7 +128,7 @@ def monthly_means(daily: pd.Series) -> pd.DataFrame:
 
 
 def monthly_chart(ic: pd.Series, *, narrow: bool = False) -> Figure:
-    """Heat map of monthly mean IC: one row per year, in the narrow format one per month."""
+    """Draw a heat map of monthly mean IC: one row per year, in the narrow format one per month."""
     from matplotlib.ticker import MaxNLocator
 
     table = monthly_means(ic)
@@ -163,6 +170,7 @@ def monthly_chart(ic: pd.Series, *, narrow: bool = False) -> Figure:
 
 
 def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
+    """Write each value of a heat map into its cell, as .05 and with a true minus sign."""
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             colour = text_colour(image.cmap(image.norm(value)))
@@ -173,7 +181,7 @@ def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
 
 
 def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
-    """IC and Rank IC by horizon with two standard errors."""
+    """Draw mean IC and Rank IC by horizon, with two standard errors."""
     figure, axes = new_figure(2.9, narrow=narrow)
     axis, positions = axes[0], np.arange(len(decay))
     for shift, name, colour, text in (
@@ -199,7 +207,10 @@ def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
 
 
 def quantile_chart(returns: pd.DataFrame, *, narrow: bool = False) -> Figure:
-    """Mean return of each score quantile, and cumulative returns relative to the mean of all."""
+    """Draw the mean return of each score quantile, and cumulative returns minus the mean of all.
+
+    `returns`: one column per quantile, the lowest first; a missing day adds nothing to the sum.
+    """
     figure, axes = new_figure(3.0, narrow=narrow, columns=2)
     count = len(returns.columns)
     colours = [_quantile_colour(k, count) for k in range(count)]
@@ -247,7 +258,7 @@ def _quantile_colour(k: int, count: int) -> Any:
 
 
 def spread_chart(spread: pd.Series, *, narrow: bool = False) -> Figure:
-    """Return of the highest minus the lowest quantile, daily and cumulative."""
+    """Draw the return of the highest minus the lowest quantile, daily and cumulative."""
     figure, axes = new_figure(2.7, narrow=narrow, columns=2)
     spread = spread.dropna()
     draw_day_bars(axes[0], spread, IC_COLOUR)
@@ -264,7 +275,7 @@ def spread_chart(spread: pd.Series, *, narrow: bool = False) -> Figure:
 
 
 def autocorrelation_chart(by_lag: Mapping[int, pd.Series], *, narrow: bool = False) -> Figure:
-    """Mean rank correlation of the scores by lag, and that of the shortest lag over time."""
+    """Draw the mean rank correlation of the scores by lag, and that of the first lag by day."""
     figure, axes = new_figure(2.7, narrow=narrow, columns=2)
     means = {lag: daily.mean() for lag, daily in by_lag.items()}
     positions = range(len(means))

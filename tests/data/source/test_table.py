@@ -117,6 +117,11 @@ def test_numeric_dates(tmp_path, long_frame, reference_panel):
     table.assign(datetime=range(len(table))).to_csv(tmp_path / "bars.csv", index=False)
     with pytest.raises(DataError, match="contains numbers, not dates"):
         TableSource(tmp_path / "bars.csv").load()
+    table.assign(datetime=table["datetime"].where(table.index != 3)).to_csv(
+        tmp_path / "bars.csv", index=False
+    )
+    with pytest.raises(DataError, match="some rows have no date in 'datetime'"):
+        TableSource(tmp_path / "bars.csv").load()
 
 
 def test_membership_file(tmp_path, long_frame):
@@ -232,6 +237,18 @@ def test_descending_dates_of_a_wide_table_raise(tmp_path):
     pd.DataFrame({"date": days, "A": np.ones(3)}).to_csv(tmp_path / "close.csv", index=False)
     with pytest.raises(DataError, match="dates must be ascending"):
         TableSource(tmp_path, layout="wide").load()
+
+
+def test_two_files_of_a_field_raise(tmp_path):
+    for year in ("2019", "2020"):
+        (tmp_path / year).mkdir()
+        days = pd.bdate_range(f"{year}-01-01", periods=2)
+        table = pd.DataFrame({"date": days, "A": 1.0})
+        table.to_csv(tmp_path / year / "close.csv", index=False)
+    table.to_csv(tmp_path / "open.csv", index=False)
+    with pytest.raises(DataError, match=r"2019.close.csv and .*2020.close.csv have the same name"):
+        TableSource(tmp_path, layout="wide").load()
+    assert TableSource(tmp_path, layout="wide", columns={"open": "open"}).fields() == ("open",)
 
 
 # -- real data -----------------------------------------------------------------------------------
