@@ -200,7 +200,7 @@ def test_median_pruner_stops_a_bad_trial(url):
         study.tell(trial, 0.1 + level)
     running.id = study.ask(SPACE, 6).id
     assert running.should_stop(0, 2.05)
-    assert (running.pruner, study.rows()[5].steps) == ("MedianPruner", 1)
+    assert (running.pruner_name, study.rows()[5].steps) == ("MedianPruner", 1)
     assert study.importances().keys() == SPACE.keys()
 
 
@@ -233,7 +233,7 @@ def test_job_of_a_trial_builds_its_judge_from_the_environment(url, monkeypatch):
     (override,) = OverridesParser.create().parse_overrides(sweeper._judge_overrides(study, trial))
     monkeypatch.setenv(TRIAL_VARIABLE, str(override.value()))
     (callback,) = pruning_callbacks(None)
-    assert (callback.report, callback.trial.pruner) == ("valid/rank_ic", "ThresholdPruner")
+    assert (callback.metric, callback.trial.pruner_name) == ("valid/rank_ic", "ThresholdPruner")
     assert callback.trial.should_stop(0, -0.5)
     assert study.is_pruned(trial)
 

@@ -386,6 +386,6 @@ class RunningTrial(TrialJudge):
         return True
 
     @property
-    def pruner(self) -> str:
+    def pruner_name(self) -> str:
         """Return the name of the pruner's class."""
         return type(self._pruner).__name__
