@@ -112,7 +112,8 @@ class MongoStore(Store):
                 first, *further = candidates
                 for candidate in (first, *random.sample(further, len(further))):
                     document = self._tasks.find_one_and_update(
-                        {"_id": candidate["_id"], "status": status},
+                        # The whole query: the task may have been redefined in the meantime.
+                        {**query, "_id": candidate["_id"]},
                         _pipeline(change),
                         return_document=pymongo.ReturnDocument.AFTER,
                     )
