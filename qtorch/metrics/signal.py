@@ -114,9 +114,12 @@ def calc_long_short_prec(
 
 
 def mean_over_std(series: pd.Series) -> float:
-    """Mean / standard deviation (ddof 1), ignoring NaN; for a daily IC this is the ICIR."""
-    std = float(series.std(ddof=1))
-    return float(series.mean()) / std if std > 0 else math.nan
+    """Mean / standard deviation (ddof 1), ignoring NaN; for a daily IC this is the ICIR.
+
+    NaN if the values are constant, also if rounding gives them a tiny standard deviation.
+    """
+    mean, std = float(series.mean()), float(series.std(ddof=1))
+    return mean / std if std > _RELATIVE_SPREAD * abs(mean) else math.nan
 
 
 def annual_return(series: pd.Series, ann_scaler: float = 252) -> float:
