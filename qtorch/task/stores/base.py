@@ -76,8 +76,9 @@ class Change:
 
 
 class Store(ABC):
-    """A store of the tasks of many pools, which all processes that open its URL share.
+    """A store of the tasks of many pools, shared by all workers that open its URL.
 
+    Workers are processes, and threads of them share one store: methods are called concurrently.
     Each method is one atomic operation, and raises StoreUnavailable if a retry may succeed.
 
     Rows are dicts of id, status, origin (the status before the claim), priority, attempt,
