@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,7 +21,7 @@ from qtorch.backtest.strategy import Strategy
 from qtorch.core.dates import as_stamp, date_rows, last_instant
 from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.data.source.base import Source
+from qtorch.data.source.base import Source, frequency
 
 Benchmark: TypeAlias = str | Sequence[str] | pd.Series | None
 
@@ -146,7 +148,7 @@ def _build_strategy(strategy: Any) -> Strategy:
 
 @dataclass(frozen=True)
 class _Execution:
-    """Those settings of Qlib's SimulatorExecutor that this simulation supports."""
+    """The settings of Qlib's SimulatorExecutor that the simulation supports."""
 
     time_per_step: str | None = None
     trade_type: str = "serial"
@@ -167,9 +169,9 @@ class _Execution:
                 f"executor {name!r} is not supported, only SimulatorExecutor: a strategy's orders "
                 "are executed within their bar (qtorch has no nested execution)."
             )
-        kwargs = config.get("kwargs") or {
-            k: v for k, v in config.items() if k not in ("class", "_target_", "module_path")
-        }
+        # Qlib's form has the arguments under `kwargs`, Hydra's beside the class.
+        class_keys = ("class", "_target_", "module_path", "kwargs")
+        kwargs = config.get("kwargs") or {k: v for k, v in config.items() if k not in class_keys}
         used_keys = tuple(cls.__dataclass_fields__)
         ignored_keys = ("generate_portfolio_metrics", "verbose", "indicator_config", "track_data")
         for key in kwargs:
@@ -178,40 +180,48 @@ class _Execution:
 
     def __post_init__(self) -> None:
         check_name("trade_type", self.trade_type, ("serial", "parallel"))
+        # Qlib's own default is the string "None".
         check_name("settle_type", str(self.settle_type), ("None", "cash"))
 
 
 def _build_exchange(
     exchange_kwargs: Mapping[str, Any] | None, source: Any, time_per_step: str | None
 ) -> Exchange:
+    """Build the exchange, whose bars have the executor's `time_per_step` if that is set."""
     kwargs = dict(resolve_config(exchange_kwargs) or {})
     exchange_config = kwargs.pop("exchange", None)
-    if exchange_config is not None:
+    if exchange_config is None:
+        if source is not None:
+            kwargs["source"] = source
+        if time_per_step is not None:
+            kwargs.setdefault("freq", time_per_step)
+        exchange = Exchange(**kwargs)
+    else:
         if kwargs:
             raise ConfigError(
                 f"exchange_kwargs contains an exchange; {sorted(kwargs)} must be arguments of it."
             )
+        if source is not None:
+            raise ConfigError("the exchange has its own source; do not pass source as well.")
         exchange = init_instance_by_config(
             exchange_config, "qtorch.backtest", accept_types=Exchange
         )
-        if source is not None:
-            raise ConfigError("the exchange has its own source; do not pass source as well.")
         if not isinstance(exchange, Exchange):
             raise ConfigError(
                 f"exchange is {type(exchange).__name__}; expected an Exchange or its configuration."
             )
-        return exchange
-    if source is not None:
-        kwargs["source"] = source
-    if time_per_step is not None:
-        kwargs.setdefault("freq", time_per_step)
-    return Exchange(**kwargs)
+    if time_per_step is not None and frequency(time_per_step) != frequency(exchange.freq):
+        raise ConfigError(
+            f"the executor's time_per_step is {time_per_step!r}, but the exchange's bars are "
+            f"{exchange.freq!r}; set one of them, or both to the same frequency."
+        )
+    return exchange
 
 
 def _trading_span(
     start: Any, end: Any, scores: pd.DataFrame | None, calendar: pd.DatetimeIndex
 ) -> tuple[pd.Timestamp, pd.Timestamp]:
-    """The first and the last trading bar."""
+    """Return the first and the last trading bar; by default those that trade the scores."""
     if start is not None and end is not None and as_stamp(start) > last_instant(end):
         raise ConfigError(f"start_time {start} is after end_time {end}.")
     if scores is not None:
@@ -223,6 +233,7 @@ def _trading_span(
                 f"the scores cover {first:%Y-%m-%d}..{last:%Y-%m-%d}, but the calendar goes from "
                 f"{calendar[0]:%Y-%m-%d} to {calendar[-1]:%Y-%m-%d}."
             )
+        # A score is traded one bar later; the calendar may end with the last score.
         start = calendar[min(rows.start + 1, len(calendar) - 1)] if start is None else start
         end = calendar[min(rows.stop, len(calendar) - 1)] if end is None else end
     rows = date_rows(calendar, start, end)
@@ -265,7 +276,7 @@ def _open_accounts(
     """Open the accounts; initial positions are valued at the last close before the start."""
     holdings = dict(account) if isinstance(account, Mapping) else {"cash": account}
     cash = holdings.pop("cash", 0.0)
-    if isinstance(cash, bool) or not isinstance(cash, int | float) or not 0 <= cash < np.inf:
+    if not _is_finite_number(cash) or cash < 0:
         raise ConfigError(f"account={account!r}: expected an amount of money, zero or more.")
     amount, price = _initial_positions(holdings, quotes, exchange)
     if not cash and not amount.any():
@@ -274,9 +285,18 @@ def _open_accounts(
     return Account.create(cash, amount, price, num_members, settle_cash=settle_cash)
 
 
+def _is_finite_number(value: Any) -> bool:
+    """Whether a value is a finite number, of Python or numpy, and not a bool."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
 def _initial_positions(
     holdings: Mapping[str, Any], quotes: Quotes, exchange: Exchange
 ) -> tuple[Floats, Floats]:
+    """Return amount and price `[N]` of the initial positions; 0 and NaN without a position.
+
+    A position without a price is valued at its last close before the first trading bar.
+    """
     amount = np.zeros(len(quotes.instruments))
     price = np.full(len(quotes.instruments), np.nan)
     if not holdings:
@@ -285,7 +305,12 @@ def _initial_positions(
         check_name("instrument of the account", name, quotes.instruments)
         column = quotes.instruments.get_loc(name)
         position = position if isinstance(position, Mapping) else {"amount": position}
-        amount[column], price[column] = position["amount"], position.get("price", np.nan)
+        if not _is_finite_number(position.get("amount")):
+            raise ConfigError(
+                f"the account's position in {name} is {position}; expected a number as its amount."
+            )
+        amount[column] = position["amount"]
+        price[column] = position.get("price", np.nan)
     start = quotes.dates[quotes.first]
     without_price = [str(n) for n in quotes.instruments[(amount != 0) & np.isnan(price)]]
     if without_price:
@@ -293,6 +318,7 @@ def _initial_positions(
         panel = exchange.source.feature_panel(
             without_price, ["$close"], since, start, exchange.freq
         )
+        # Without the last row: the close of the first trading bar is not known when it begins.
         close = panel.column("$close").cpu().numpy().astype(np.float64)[:-1]
         last = pd.DataFrame(close, columns=panel.instruments).ffill().iloc[-1:]
         for name in without_price:

@@ -10,12 +10,13 @@ from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import output_path
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name
 
 USAGE = """\
 qtorch export: export the network of a finished run for use in other programs
 
 usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=true]
+                     [segment=...] [tolerance=...] [data=...]
 
   run        the run ID
   format     onnx         for onnxruntime and others; requires pip install 'qtorch[export]'
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     settings = compose_settings("export", argv)
     configure_process(tracking_uri=settings["tracking"].get("uri"))
     path = _export_path(settings)
+    # Imported here, so that --help need not load torch.
     from qtorch.study.export import export_model
 
     with handle_stop_signals():
@@ -74,10 +76,10 @@ def _export_path(settings: dict[str, Any]) -> Path:
     """Check and return the path of the file, before any work is done."""
     from qtorch.study.export import SUFFIXES
 
-    out, form = settings["out"], settings["format"]
-    if form not in SUFFIXES:
-        raise ConfigError(unknown_name_message("format", str(form), SUFFIXES))
-    path = output_path(out or settings["run"] + SUFFIXES[form])
+    out, format_name = settings["out"], settings["format"]
+    check_name("format", format_name, SUFFIXES)
+    # An ID without letters is a number for Hydra.
+    path = output_path(out or f"{settings['run']}{SUFFIXES[format_name]}")
     if path.is_dir():
         raise ConfigError(f"out={out} is a folder; give the name of a file.")
     return path

@@ -10,9 +10,12 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 
 
-def load_finished_run(run_id: str) -> Recorder:
-    """Return the run with this ID; raise ConfigError unless it is finished."""
-    recorder: Recorder = R.get_recorder(recorder_id=run_id)
+def load_finished_run(run_id: str | float) -> Recorder:
+    """Return the run with this ID; raise ConfigError unless it is finished.
+
+    A mistyped ID without letters is a number for Hydra.
+    """
+    recorder: Recorder = R.get_recorder(recorder_id=str(run_id))
     if recorder.status != Recorder.STATUS_FI:
         raise ConfigError(
             f"run {recorder.id} is {recorder.status}; only a finished run has a fitted model."

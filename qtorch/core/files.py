@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qtorch.core.errors import FileLockError
@@ -39,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         # The lock tells `remove_partial_files` that this writer is alive. Some file systems have
         # no locks.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         with temporary.open("rb") as file:
@@ -63,7 +62,7 @@ def remove_partial_files(folder: str | Path) -> None:
     nothing is deleted.
     """
     for path in Path(folder).glob(f".*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError), path.open("rb+") as file:
+        with suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
@@ -72,7 +71,7 @@ def remove_partial_files(folder: str | Path) -> None:
 def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (flock, so that it is freed if the process dies).
 
-    Raises FileLockError after `timeout` seconds, and if the file cannot be written.
+    Raises FileLockError after `timeout` seconds, and if the file cannot be written or locked.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +90,8 @@ def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
                         f"could not lock {path} within {timeout:.0f} s: another process holds it."
                     ) from None
                 time.sleep(0.02)
+            except OSError as error:  # some file systems have no locks
+                raise FileLockError(f"cannot lock {path}: {error}") from error
         yield
     finally:
         os.close(handle)

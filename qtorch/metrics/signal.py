@@ -34,6 +34,7 @@ def calc_ic(
     """
     frame = pd.DataFrame({"pred": pred, "label": label}).astype(np.float64)
     day_code, days = pd.factorize(frame.index.get_level_values(date_col), sort=True)
+    # Both values of an incomplete pair become NaN, so that neither gets a rank.
     frame = frame.mask(frame.isna().any(axis=1))
     ic, rank_ic = (
         pd.Series(_pearson(part.to_numpy(), day_code, len(days)), index=days)
@@ -65,13 +66,14 @@ def calc_long_short_return(
     count = np.bincount(day_code, minlength=len(days))
     side_count = (count * quantile).astype(np.int64)
     side_means = []
+    day_start = np.cumsum(count) - count  # the position of each day's first row in `order`
     for sign in (-1.0, 1.0):
         # lexsort is stable and puts NaN last for either sign.
         order = np.lexsort((sign * score, day_code))
-        day_rank = np.arange(len(order)) - (np.cumsum(count) - count)[day_code[order]]
-        side_means.append(
-            _day_means(values, day_code, order[day_rank < side_count[day_code[order]]], len(count))
-        )
+        ordered_day = day_code[order]
+        day_rank = np.arange(len(order)) - day_start[ordered_day]
+        side_rows = order[day_rank < side_count[ordered_day]]
+        side_means.append(_day_means(values, day_code, side_rows, len(count)))
     long, short = side_means
     average = _day_means(values, day_code, np.arange(len(values)), len(count))
     return pd.Series((long - short) / 2, index=days), pd.Series(average, index=days)
@@ -112,9 +114,12 @@ def calc_long_short_prec(
 
 
 def mean_over_std(series: pd.Series) -> float:
-    """Mean / standard deviation (ddof 1), ignoring NaN; for a daily IC this is the ICIR."""
-    std = float(series.std(ddof=1))
-    return float(series.mean()) / std if std > 0 else math.nan
+    """Mean / standard deviation (ddof 1), ignoring NaN; for a daily IC this is the ICIR.
+
+    NaN if the values are constant, also if rounding gives them a tiny standard deviation.
+    """
+    mean, std = float(series.mean()), float(series.std(ddof=1))
+    return mean / std if std > _RELATIVE_SPREAD * abs(mean) else math.nan
 
 
 def annual_return(series: pd.Series, ann_scaler: float = 252) -> float:
@@ -195,12 +200,15 @@ def shift_days(values: pd.Series, days: int) -> pd.Series:
     day_index = calendar.get_indexer(dates) - days
     inside = (day_index >= 0) & (day_index < len(calendar))
     shifted_dates = calendar[day_index[inside]]
-    names = values.index.get_level_values("instrument")[inside]
-    index = pd.MultiIndex.from_arrays([shifted_dates, names], names=["datetime", "instrument"])
+    instruments = values.index.get_level_values("instrument")[inside]
+    index = pd.MultiIndex.from_arrays(
+        [shifted_dates, instruments], names=["datetime", "instrument"]
+    )
     return pd.Series(values.to_numpy()[inside], index)
 
 
 def _day_means(values: Floats, day_code: Numbers, rows: Numbers, num_days: int) -> Floats:
+    """Return the mean of the values in `rows` on each day, without NaN; NaN if none is left."""
     rows = rows[~np.isnan(values[rows])]
     total = np.bincount(day_code[rows], weights=values[rows], minlength=num_days).astype(np.float64)
     count = np.bincount(day_code[rows], minlength=num_days)
@@ -209,6 +217,7 @@ def _day_means(values: Floats, day_code: Numbers, rows: Numbers, num_days: int) 
 
 
 def _pearson(pairs: Floats, day_code: Numbers, num_days: int) -> Floats:
+    """Return the correlation of `pairs [S, 2]` on each day; an incomplete pair is NaN in both."""
     is_valid = ~np.isnan(pairs[:, 0])
     pairs, day_code = pairs[is_valid], day_code[is_valid]
     count = np.bincount(day_code, minlength=num_days)

@@ -14,7 +14,7 @@ class TrialJudge(Protocol):
     """What a running training uses of a search: it reports values and asks whether to stop."""
 
     @property
-    def pruner(self) -> str:
+    def pruner_name(self) -> str:
         """The name of the rule that decides."""
 
     def should_stop(self, step: int, value: float) -> bool:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtorch.core.errors import ConfigError, TaskError, TaskTimeout
+from qtorch.core.errors import ConfigError, TaskError, TaskTimeout, join_names
 from qtorch.core.session import session
 from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
@@ -66,7 +66,7 @@ class TrainerRM(TrainerR):
         hang_after: float | None = HANG_SECONDS,
         force_release: bool = False,
     ) -> None:
-        super().__init__(experiment_name, train_func, False, default_rec_name)
+        super().__init__(experiment_name, train_func, default_rec_name=default_rec_name)
         self.task_pool, self.url, self.lease = task_pool, url, lease
         self.hang_after = hang_after
         self.skip_run_task, self.force_release = skip_run_task, force_release
@@ -91,7 +91,7 @@ class TrainerRM(TrainerR):
             return []
         manager = self.manager(name)
         ids_or_runs = self._submit_tasks(manager, task_list, name)
-        ids = [s for s in ids_or_runs if isinstance(s, str)]
+        ids = [i for i in ids_or_runs if isinstance(i, str)]
         self._complete_tasks(
             manager,
             ids,
@@ -102,10 +102,11 @@ class TrainerRM(TrainerR):
             skip_run_task=self.skip_run_task and not self.delay,
         )
         recorders_by_id = self._load_recorders(manager, ids, name)
-        recorders = [recorders_by_id[s] if isinstance(s, str) else s for s in ids_or_runs]
-        for item, recorder in zip(ids_or_runs, recorders, strict=True):
+        recorders = [recorders_by_id[i] if isinstance(i, str) else i for i in ids_or_runs]
+        for id, recorder in zip(ids_or_runs, recorders, strict=True):
+            # The runs of invalid tasks, which have no ID, are failed.
             if recorder.status != Recorder.STATUS_FA:
-                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: item})
+                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN, self.TM_ID: id})
         log_failures(recorders)
         return recorders
 
@@ -122,16 +123,20 @@ class TrainerRM(TrainerR):
     # -- steps ---------------------------------------------------------------------------------
 
     def manager(self, experiment_name: str | None = None) -> TaskManager:
-        """The manager of the pool; ConfigError if neither the pool nor the experiment is named."""
+        """Return a manager of the trainer's pool."""
+        return TaskManager(self._pool_name(experiment_name), self.url, lease=self.lease)
+
+    def _pool_name(self, experiment_name: str | None) -> str:
+        """Return the pool's name; ConfigError if neither the pool nor the experiment is named."""
         pool = self.task_pool or experiment_name or self.experiment_name
         if not pool:
             raise ConfigError(f"{type(self).__name__} needs a task_pool or an experiment_name.")
-        return TaskManager(pool, self.url, lease=self.lease)
+        return pool
 
     def _submit_tasks(
         self, manager: TaskManager, tasks: Sequence[Task], name: str | None
     ) -> list[str | Recorder]:
-        """Submit the tasks; return the pool ID of each, or a failed run for an invalid task."""
+        """Submit the tasks; return the task ID of each, or a failed run for an invalid task."""
         definitions: list[dict[str, Any] | ConfigError] = []
         for task in tasks:
             try:
@@ -160,13 +165,14 @@ class TrainerRM(TrainerR):
         after: str,
         skip_run_task: bool,
     ) -> None:
-        """Work on the tasks, or wait for other workers, until each has the status `after`.
+        """Work on the tasks, or wait for other workers, until each is `after`, done or failed.
 
-        Tasks whose worker died elsewhere are taken over by this process.
+        Unless `skip_run_task` is set, this process takes over the tasks of workers that died.
         """
         if not ids:
             return
         query = {"_id": {"$in": list(ids)}}
+        # A prepared task (part_done) may be done already: other workers fit it at once.
         final_statuses = {after, manager.STATUS_DONE, manager.STATUS_FAILED}
         while True:
             if not skip_run_task:
@@ -189,12 +195,13 @@ class TrainerRM(TrainerR):
         after: str = TaskManager.STATUS_DONE,
         query: Mapping[str, Any] | None = None,
     ) -> bool:
+        """Run tasks of the status `before` until none is left; return whether there was any."""
         options: dict[str, Any] = {"experiment_name": name, "recorder_name": self.default_rec_name}
         if before == TaskManager.STATUS_PART_DONE:
             del options["recorder_name"]  # the run exists and has a name already
         return run_task(
             function,
-            self.manager(name).task_pool,
+            self._pool_name(name),
             query,
             self.force_release,
             before,
@@ -208,11 +215,20 @@ class TrainerRM(TrainerR):
     def _load_recorders(
         self, manager: TaskManager, ids: Sequence[str], name: str | None
     ) -> dict[str, Recorder]:
-        """Load the run of each task; a failed task has a failed run with its error."""
+        """Load the run of each task by its ID; TaskError if a task was removed from the pool."""
         stored_tasks = manager.query({"_id": {"$in": list(ids)}}, decode=True)
-        return {str(t["_id"]): self._task_recorder(t, name) for t in stored_tasks}
+        recorders = {str(t["_id"]): self._load_recorder(t, name) for t in stored_tasks}
+        removed_ids = sorted(set(ids) - recorders.keys())
+        if removed_ids:
+            raise TaskError(
+                f"{len(removed_ids)} of {len(set(ids))} tasks are not in the pool "
+                f"{manager.task_pool!r} any more: {join_names(removed_ids)}. They were removed "
+                "after this trainer had submitted them."
+            )
+        return recorders
 
-    def _task_recorder(self, task: PoolTask, name: str | None) -> Recorder:
+    def _load_recorder(self, task: PoolTask, name: str | None) -> Recorder:
+        """Load the run of a task; a failed task has a failed run with its error."""
         recorder = task["res"] if isinstance(task["res"], Recorder) else _load_run(task)
         if task["status"] != TaskManager.STATUS_FAILED:
             if recorder is None:
@@ -312,7 +328,7 @@ class DelayTrainerRM(TrainerRM):
 def pool_definition(
     task: Mapping[str, Any], experiment_name: str | None, recorder_name: str | None = None
 ) -> dict[str, Any]:
-    """The task's definition as stored in a pool: complete, and with the location of its run.
+    """Return the definition to store in a pool: complete, and with the location of the run.
 
     Raises ConfigError for a task without model or dataset, TaskDefinitionError for live objects.
     """
@@ -334,7 +350,7 @@ def pool_definition(
 
 
 def _load_run(task: PoolTask) -> Recorder | None:
-    """The run that the task's last attempt reported, or None."""
+    """Return the run that the task's last attempt reported, or None."""
     run = task.get("run")
     if not run:
         return None

@@ -186,6 +186,39 @@ def test_invalid_dates_accounts_and_executors_are_rejected(scores, source):
         run(scores, None)
 
 
+@pytest.mark.parametrize("position", [{"price": 3}, {"amount": None}, "many", float("nan")])
+def test_initial_position_without_an_amount_is_rejected(scores, source, position):
+    with pytest.raises(ConfigError, match="expected a number as its amount"):
+        run(scores, source, account={"cash": 1, "A": position})
+
+
+def test_cash_may_be_a_number_of_numpy(scores, source):
+    expected = run(scores, source, account=10_000).report
+    for cash in (np.int64(10_000), np.float32(10_000)):
+        assert run(scores, source, account=cash).report.equals(expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, None, {"time_per_step": "1d"}])
+def test_executor_with_default_settings_changes_nothing(scores, source, kwargs):
+    executor = {"class": "SimulatorExecutor", "kwargs": kwargs}
+    assert run(scores, source, executor=executor).report.equals(run(scores, source).report)
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_executor_and_exchange_of_different_frequency_are_rejected(scores, source, is_built):
+    executor = {"class": "SimulatorExecutor", "kwargs": {"time_per_step": "30min"}}
+    options = {"freq": "day"}
+    if is_built:
+        options = {"exchange": Exchange(source=source, trade_unit=None)}
+    with pytest.raises(ConfigError, match="time_per_step is '30min', but the exchange's bars"):
+        run(
+            scores,
+            None if is_built else source,
+            executor=executor,
+            exchange_kwargs=options,
+        )
+
+
 def test_invalid_target_weights_are_rejected(source, days):
     table = pd.DataFrame({"A": [0.8, 0.5], "B": [0.4, 0.5]}, index=days[:2])
     with pytest.raises(DataError, match=r"sum to 1\.2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import threading
@@ -9,8 +11,8 @@ import threading
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError
-from qtorch.core.files import atomic_write, remove_partial_files
+from qtorch.core.errors import ConfigError, FileLockError
+from qtorch.core.files import atomic_write, file_lock, remove_partial_files
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
 
@@ -50,6 +52,16 @@ def test_seed_everything_and_resolve_device():
         resolve_device("gpu!")
     with pytest.raises(ConfigError, match="CUDA devices"):
         resolve_device("cuda:99")
+
+
+def test_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "claims.lock"
+    with pytest.raises(FileLockError, match=f"cannot lock {path}: .*No locks"), file_lock(path):
+        pass
 
 
 def test_atomic_write_leaves_the_old_file_on_an_error(tmp_path):

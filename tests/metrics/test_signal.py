@@ -120,3 +120,5 @@ def test_annual_return_and_sharpe_by_hand() -> None:
     assert annual_return(daily) == pytest.approx(0.02 * 252)
     assert annual_sharpe(daily) == pytest.approx(mean_over_std(daily) * math.sqrt(252))
     assert math.isnan(mean_over_std(pd.Series([0.01])))
+    # Three times 0.1 has a mean of 0.10000000000000002, so its standard deviation is not zero.
+    assert math.isnan(mean_over_std(pd.Series([0.1] * 3)))

@@ -17,7 +17,7 @@ from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE
 class FakeTrial:
     """A trial that should stop at one epoch; it records what was reported to it."""
 
-    pruner = "FakeTrial"
+    pruner_name = "FakeTrial"
 
     def __init__(self, stop_epoch: int | None) -> None:
         self.stop_epoch, self.reports = stop_epoch, []

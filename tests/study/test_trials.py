@@ -18,7 +18,7 @@ from qtorch.cli.launchers.optuna_sweeper import OptunaSweeper
 from qtorch.core.errors import ConfigError
 from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.study.search import study as study_module
-from qtorch.study.search.study import MAX_RETRIES, RunningTrial, Trials
+from qtorch.study.search.study import MAX_RETRIES, RunningTrial, SharedStudy
 from qtorch.study.search.trial import Choice, Span, storage_url
 from qtorch.tracking.pruning import TRIAL_VARIABLE
 
@@ -29,7 +29,7 @@ SPACE = {"lr": Span(1e-4, 1e-2, log=True), "size": Choice(("8", "16"))}
 def empty_database(tmp_path_factory) -> Path:
     """A database with Optuna's tables; creating them takes longer than a test."""
     path = tmp_path_factory.mktemp("study") / "empty.db"
-    Trials("none", f"sqlite:///{path}")
+    SharedStudy("none", f"sqlite:///{path}")
     return path
 
 
@@ -39,7 +39,7 @@ def url(tmp_path, empty_database) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
-def draw_params(study: Trials, count: int) -> list[dict]:
+def draw_params(study: SharedStudy, count: int) -> list[dict]:
     all_params = []
     for _ in range(count):
         trial = study.ask(SPACE, count)
@@ -62,15 +62,15 @@ def test_storage_url_is_derived_from_the_tracking_uri(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_reopened_study_draws_the_same_parameters(url):
-    all_params = draw_params(Trials("a", url, seed=3), 3)
-    first_params = draw_params(Trials("b", url, seed=3), 2)
-    last_trial = Trials("b", url, seed=3).ask(SPACE, 3)
+    all_params = draw_params(SharedStudy("a", url, seed=3), 3)
+    first_params = draw_params(SharedStudy("b", url, seed=3), 2)
+    last_trial = SharedStudy("b", url, seed=3).ask(SPACE, 3)
     assert [*first_params, last_trial.params] == all_params
     assert len({str(p) for p in all_params}) == 3
 
 
 def test_number_of_trials_is_limited(url):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     first, second = study.ask(SPACE, 2), study.ask(SPACE, 2)
     assert study.ask(SPACE, 2) is None
     study.fail(first, "out of memory", run_id="r1")
@@ -92,11 +92,11 @@ def test_trial_of_a_killed_process_is_retried(url):
     pid = os.fork()
     if pid == 0:
         try:
-            Trials("a", url, seed=0).ask(SPACE, 1)
+            SharedStudy("a", url, seed=0).ask(SPACE, 1)
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     assert study.num_running() == 1
     trial = study.ask(SPACE, 1)
     assert (trial.number, study.rows()[0].params) == (1, trial.params)
@@ -104,7 +104,7 @@ def test_trial_of_a_killed_process_is_retried(url):
 
 
 def test_owner_of_a_trial_in_the_format_of_earlier_versions(url):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     trial = study.ask(SPACE, 1)
     owner = {**study_module._current_owner(), "host": socket.gethostname()}
     study._storage.set_trial_user_attr(trial.id, study_module.PROCESS, owner)
@@ -120,9 +120,9 @@ def test_process_killed_while_asking_loses_no_trial(url, monkeypatch):
             "qtorch.study.search.study._current_owner",
             lambda: os.kill(os.getpid(), signal.SIGKILL),
         )
-        Trials("a", url, sampler="grid").ask({"size": SPACE["size"]}, 2)
+        SharedStudy("a", url, sampler="grid").ask({"size": SPACE["size"]}, 2)
     os.waitpid(pid, 0)
-    study = Trials("a", url, sampler="grid")
+    study = SharedStudy("a", url, sampler="grid")
     assert study.num_running() == 1
     trials = [study.ask({"size": SPACE["size"]}, 2) for _ in range(2)]
     assert sorted(t.params["size"] for t in trials) == ["16", "8"]
@@ -130,7 +130,7 @@ def test_process_killed_while_asking_loses_no_trial(url, monkeypatch):
 
 
 def test_failed_trials_are_retried_on_request(url):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     first, second, interrupted_trial = (study.ask(SPACE, 3) for _ in range(3))
     study.fail(first, "out of memory", run_id="r1")
     study.tell(second, 0.5)
@@ -163,7 +163,7 @@ def test_failed_trials_are_retried_on_request(url):
 
 
 def test_trial_that_kills_its_process_each_time_is_given_up(url):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     for _ in range(MAX_RETRIES + 1):
         study.requeue(study.ask(SPACE, 1))
     assert study.ask(SPACE, 1) is None
@@ -172,7 +172,7 @@ def test_trial_that_kills_its_process_each_time_is_given_up(url):
 
 
 def test_orderly_stops_do_not_count_as_retries(url):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     for _ in range(MAX_RETRIES + 1):
         assert study.requeue(study.ask(SPACE, 1), count_retry=False)
     assert study.num_final_trials() == 0
@@ -180,7 +180,7 @@ def test_orderly_stops_do_not_count_as_retries(url):
 
 
 def test_late_result_of_a_replaced_trial_is_ignored(url, caplog):
-    study = Trials("a", url, seed=0)
+    study = SharedStudy("a", url, seed=0)
     replaced_trial = study.ask(SPACE, 1)
     study.requeue(replaced_trial)
     retry = study.ask(SPACE, 1)
@@ -191,7 +191,7 @@ def test_late_result_of_a_replaced_trial_is_ignored(url, caplog):
 
 
 def test_median_pruner_stops_a_bad_trial(url):
-    study = Trials("a", url, seed=0, pruner="median")
+    study = SharedStudy("a", url, seed=0, pruner="median")
     running = RunningTrial("a", 0, url, "median")
     for level in range(5):
         trial = study.ask(SPACE, 6)
@@ -200,13 +200,13 @@ def test_median_pruner_stops_a_bad_trial(url):
         study.tell(trial, 0.1 + level)
     running.id = study.ask(SPACE, 6).id
     assert running.should_stop(0, 2.05)
-    assert (running.pruner, study.rows()[5].steps) == ("MedianPruner", 1)
+    assert (running.pruner_name, study.rows()[5].steps) == ("MedianPruner", 1)
     assert study.importances().keys() == SPACE.keys()
 
 
 def test_pruned_trials_are_not_complete(url):
     pruner = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 0.0}
-    study = Trials("a", url, seed=0, pruner=pruner)
+    study = SharedStudy("a", url, seed=0, pruner=pruner)
     trial = study.ask(SPACE, 1)
     running = RunningTrial("a", trial.id, url, pruner)
     assert not running.should_stop(0, 0.5)
@@ -214,7 +214,7 @@ def test_pruned_trials_are_not_complete(url):
     study.tell(trial, 0.7)
     assert [(r.state, r.value, r.steps) for r in study.rows()] == [("PRUNED", -0.5, 2)]
     equal_trial = study.ask(SPACE, 3)
-    study.tell(equal_trial, 0.7, is_pruned=True)  # reused the pruned run of an equal trial
+    study.tell(equal_trial, 0.7, has_pruned_run=True)  # reused the pruned run of an equal trial
     interrupted_trial = study.ask(SPACE, 3)
     RunningTrial("a", interrupted_trial.id, url, pruner).should_stop(0, -0.5)
     study.requeue(interrupted_trial)  # pruned, then interrupted
@@ -224,7 +224,7 @@ def test_pruned_trials_are_not_complete(url):
 
 def test_job_of_a_trial_builds_its_judge_from_the_environment(url, monkeypatch):
     pruner = {"_target_": "optuna.pruners.ThresholdPruner", "lower": 0.0}
-    study = Trials("""it's "\\ hére""", url, seed=0, pruner=pruner)
+    study = SharedStudy("""it's "\\ hére""", url, seed=0, pruner=pruner)
     sweeper = OptunaSweeper(
         metric="IC", direction="maximize", n_trials=1, n_jobs=1, sampler="tpe", seed=0,
         pruner=pruner, report="valid/rank_ic", study_name=None, storage=url, grace=60, params=None,
@@ -233,14 +233,14 @@ def test_job_of_a_trial_builds_its_judge_from_the_environment(url, monkeypatch):
     (override,) = OverridesParser.create().parse_overrides(sweeper._pruning_overrides(study, trial))
     monkeypatch.setenv(TRIAL_VARIABLE, str(override.value()))
     (callback,) = pruning_callbacks(None)
-    assert (callback.report, callback.trial.pruner) == ("valid/rank_ic", "ThresholdPruner")
+    assert (callback.metric, callback.trial.pruner_name) == ("valid/rank_ic", "ThresholdPruner")
     assert callback.trial.should_stop(0, -0.5)
     assert study.is_pruned(trial)
 
 
 def test_grid_sampler_visits_each_point_once(url):
     space = {"a": Choice(("x", "y")), "b": Span(1, 2, integer=True)}
-    study = Trials("a", url, sampler="grid", seed=0)
+    study = SharedStudy("a", url, sampler="grid", seed=0)
     points = []
     for _ in range(4):
         trial = study.ask(space, 4)
@@ -251,19 +251,19 @@ def test_grid_sampler_visits_each_point_once(url):
 
 def test_error_messages(url):
     with pytest.raises(ConfigError, match="Did you mean 'median'"):
-        Trials("a", url, pruner="meadian")
+        SharedStudy("a", url, pruner="meadian")
     with pytest.raises(ConfigError, match="Did you mean 'maximize'"):
-        Trials("a", url, direction="maximise")
+        SharedStudy("a", url, direction="maximise")
     with pytest.raises(ConfigError, match="Did you mean 'tpe'"):
-        Trials("a", url, sampler="tpr").ask(SPACE, 1)
+        SharedStudy("a", url, sampler="tpr").ask(SPACE, 1)
     with pytest.raises(ConfigError, match="lr is an interval"):
-        Trials("a", url, sampler="grid").ask(SPACE, 1)
-    Trials("a", url)
+        SharedStudy("a", url, sampler="grid").ask(SPACE, 1)
+    SharedStudy("a", url)
     with pytest.raises(ConfigError, match="not minimize"):
-        Trials("a", url, direction="minimize")
-    study = Trials("b", url)
+        SharedStudy("a", url, direction="minimize")
+    study = SharedStudy("b", url)
     study.tell(study.ask(SPACE, 9), 1.0)
     with pytest.raises(ConfigError, match="another search space"):
         study.ask({**SPACE, "size": Choice(("8", "99"))}, 9)
     with pytest.raises(ConfigError, match="cannot open the study"):
-        Trials("a", "nosuch://place")
+        SharedStudy("a", "nosuch://place")

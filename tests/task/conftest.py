@@ -16,7 +16,9 @@ from pool_workers import STARTED, kill, postgres
 
 from qtorch.task import TaskManager
 
-STORES = (  # the servers are slow: tests on them take half a minute, and starting them longer
+# A server's URL comes from the fixture NAME_url. The servers are slow: tests on them take half a
+# minute, and starting them longer.
+STORES = (
     "sqlite",
     pytest.param("postgres", marks=pytest.mark.slow),
     pytest.param("mongo", marks=pytest.mark.slow),

@@ -210,6 +210,25 @@ class TestStores:
         assert truncated_task["def"] == '{"model": '
         assert "JSON list" in list_task["error"]
 
+    def test_task_redefined_during_a_claim_is_not_claimed_by_its_old_definition(
+        self, manager, url, monkeypatch
+    ):
+        if not url.startswith("mongo"):
+            pytest.skip("on an SQL store a claim is one statement")
+        (id,) = manager.create_task([lstm(1)])
+        collection = type(manager._pool._store()._tasks)
+        find, task = collection.find, manager.re_query(id)
+
+        def find_and_redefine(*args, **kwargs):
+            documents = list(find(*args, **kwargs))
+            if "limit" in kwargs and documents:  # the claim's query
+                manager.replace_task(task, lstm(2))
+            return documents
+
+        monkeypatch.setattr(collection, "find", find_and_redefine)
+        assert manager.fetch_task({"seed": 1}) is None
+        assert manager.fetch_task({"seed": 2})["_id"] == id
+
     def test_manager_can_be_pickled_and_reopened(self, manager):
         import pickle
 
@@ -243,16 +262,18 @@ def _id_condition(id):
     ("url", "message"),
     [
         ("sqlite://", "in memory"),
-        ("redis://x", "names no store"),
-        ("mlruns/tasks.db", "names no store"),
+        ("redis://x", "names no store.*unknown scheme 'redis'"),
+        ("postgress://user:secret@host", r"Did you mean 'postgres'\?"),
+        ("mlruns/tasks.db", "names no store.*'mlruns/tasks.db' has no scheme"),
         ("mongodb://h:port/x", "cannot be used"),
     ],
 )
 def test_invalid_url_raises_an_error_without_retry(url, message):
     if url.startswith("mongo"):
         pytest.importorskip("pymongo")
-    with pytest.raises(TaskStoreError, match=message):
+    with pytest.raises(TaskStoreError, match=message) as raised:
         TaskManager("p", url).task_stat()
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 import qtorch
 from qtorch import R
-from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskTimeout
+from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError, TaskTimeout
 from qtorch.task import TaskManager, run_task
 from qtorch.tracking import Recorder
 from qtorch.trainer import (
@@ -154,6 +154,15 @@ def test_skip_run_task_waits_for_workers(make_task):
     thread.join(20)
     assert [r.list_params()["model.kwargs.value"] for r in recorders] == ["1.0", "2.0"]
     assert trainer.worker() is False
+
+
+def test_tasks_removed_from_the_pool_are_reported(make_task):
+    trainer = DelayTrainerRM("exp", "pool")
+    prepared_runs = trainer.train([make_task(record=[], value=v) for v in (1.0, 2.0)])
+    (id, _) = (trainer_tags(r)[TrainerRM.TM_ID] for r in prepared_runs)
+    TaskManager("pool").remove({"_id": id})
+    with pytest.raises(TaskError, match=f"1 of 2 tasks are not in the pool 'pool' any more: {id}"):
+        trainer.end_train(prepared_runs)
 
 
 def test_worker_of_a_delayed_trainer_fits_prepared_runs(make_task):

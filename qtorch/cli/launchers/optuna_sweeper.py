@@ -45,7 +45,7 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE
 
 if TYPE_CHECKING:
-    from qtorch.study.search.study import Trials
+    from qtorch.study.search.study import SharedStudy
     from qtorch.study.search.trial import TrialJob
 
 
@@ -93,7 +93,7 @@ class OptunaSweeper(Sweeper):
         self.grace, self.params = float(grace), resolve_config(params)
         self._next_number = 0  # number of the next job
         self._has_started = False
-        # Trials whose jobs run in other processes, each with the time of the next attempt.
+        # SharedStudy whose jobs run in other processes, each with the time of the next attempt.
         self._postponed_trials: list[tuple[float, TrialJob]] = []
         self._pauses: dict[int, float] = {}
 
@@ -132,7 +132,7 @@ class OptunaSweeper(Sweeper):
                 study.requeue(trial, count_retry=False)
             report_study(study, self.metric, folder, self._sweep_run_id())
 
-    def _resume_study(self, study: Trials) -> None:
+    def _resume_study(self, study: SharedStudy) -> None:
         """Report the trials that the study already has; retry failed ones if sweep.retry is set."""
         num_failed = 0
         if OmegaConf.select(self._config, "sweep.retry"):
@@ -146,10 +146,10 @@ class OptunaSweeper(Sweeper):
         if num_failed:
             print(f"retrying {format_count(num_failed, 'failed trial')}", file=sys.stderr)
 
-    def _create_study(self, search: SearchOverrides) -> Trials:
+    def _create_study(self, search: SearchOverrides) -> SharedStudy:
         try:
             from qtorch.study.search.sampler import grid_values, is_grid
-            from qtorch.study.search.study import Trials
+            from qtorch.study.search.study import SharedStudy
         except ImportError as error:
             raise ConfigError(
                 "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
@@ -165,7 +165,7 @@ class OptunaSweeper(Sweeper):
                 "between machines.",
                 file=sys.stderr,
             )
-        return Trials(
+        return SharedStudy(
             self._choose_study_name(search),
             url,
             direction=self.direction,
@@ -202,7 +202,7 @@ class OptunaSweeper(Sweeper):
         sweep.set_tags(**{tag: stored_name})
         return stored_name
 
-    def _ask_trials(self, study: Trials, search: SearchOverrides) -> list[TrialJob]:
+    def _ask_trials(self, study: SharedStudy, search: SearchOverrides) -> list[TrialJob]:
         """Ask the study for one trial per parallel job; fewer or none if it has all it needs."""
         trials: list[TrialJob] = []
         while len(trials) < self.n_jobs:
@@ -213,7 +213,7 @@ class OptunaSweeper(Sweeper):
         return trials
 
     def _run_trials(
-        self, study: Trials, trials: Sequence[TrialJob], search: SearchOverrides
+        self, study: SharedStudy, trials: Sequence[TrialJob], search: SearchOverrides
     ) -> None:
         """Launch the jobs of the trials; requeue unfinished trials if they are interrupted."""
         first, self._next_number = self._next_number, self._next_number + len(trials)
@@ -260,7 +260,7 @@ class OptunaSweeper(Sweeper):
         self._has_started = self._has_started or len(missing) < len(batch)
         return results
 
-    def _tell_result(self, study: Trials, trial: TrialJob, job: JobResult | None) -> None:
+    def _tell_result(self, study: SharedStudy, trial: TrialJob, job: JobResult | None) -> None:
         """Tell the study how the trial's job ended; None: it left no result."""
         if job is not None and job.status == RUNNING:
             self._postpone(trial, job)
@@ -276,7 +276,7 @@ class OptunaSweeper(Sweeper):
         value = job.metrics.get(self.metric, math.nan)
         is_pruned = self._tag_run(study, trial, job)
         if math.isfinite(value) or is_pruned:
-            study.tell(trial, value, run_id=job.run_id, is_pruned=is_pruned)
+            study.tell(trial, value, run_id=job.run_id, has_pruned_run=is_pruned)
         elif self.metric in job.metrics:
             study.fail(trial, f"{self.metric} is {value}", run_id=job.run_id)
         else:
@@ -304,7 +304,7 @@ class OptunaSweeper(Sweeper):
         ]
         return [trial for _, trial in due_entries]
 
-    def _tag_run(self, study: Trials, trial: TrialJob, job: JobResult) -> bool:
+    def _tag_run(self, study: SharedStudy, trial: TrialJob, job: JobResult) -> bool:
         """Tag the run with its trial; return whether it was pruned (for this or an equal trial)."""
         is_pruned = study.is_pruned(trial)
         if job.run_id is None:
@@ -313,7 +313,7 @@ class OptunaSweeper(Sweeper):
         run.set_tags(**{STUDY_TAG: study.name, "qtorch.trial": str(trial.number)})
         return is_pruned or PRUNED_TAG in run.list_tags()
 
-    def _pruning_overrides(self, study: Trials, trial: TrialJob) -> list[str]:
+    def _pruning_overrides(self, study: SharedStudy, trial: TrialJob) -> list[str]:
         """Return the override that lets the trial's job ask the pruner whether to stop.
 
         It sets an environment variable, because a trial is no part of the task.
@@ -331,7 +331,7 @@ class OptunaSweeper(Sweeper):
         text = QuotedString(json.dumps({"judge": judge, "report": self.report}), Quote.single)
         return [f"++hydra.job.env_set.{TRIAL_VARIABLE}={text.with_quotes()}"]
 
-    def _wait_for_work(self, study: Trials) -> bool:
+    def _wait_for_work(self, study: SharedStudy) -> bool:
         """Wait until it is clear whether more trials have to be run, and return that.
 
         All trials have been asked for, but some may run in other processes, which may die. A

@@ -22,7 +22,7 @@ from qtorch.tracking.locations import redact_password
 from qtorch.tracking.manager import R
 
 if TYPE_CHECKING:
-    from qtorch.study.search.study import Trials
+    from qtorch.study.search.study import SharedStudy
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ CHART_FILE, TRIALS_FILE = "search.png", "search.json"
 FORMAT_VERSION = 1  # of search.json
 
 
-def report_study(study: Trials, metric: str, folder: Path, sweep_run_id: str | None) -> None:
+def report_study(study: SharedStudy, metric: str, folder: Path, sweep_run_id: str | None) -> None:
     """Print the trials, and write a chart and a JSON file.
 
     Both files go into the sweep's folder, and into the sweep's run if there is one.
@@ -61,7 +61,7 @@ def report_study(study: Trials, metric: str, folder: Path, sweep_run_id: str | N
 
 
 def _print_trials(
-    study: Trials,
+    study: SharedStudy,
     rows: Sequence[TrialRow],
     metric: str,
     importances: dict[str, float],

@@ -71,7 +71,7 @@ class Columns(ABC):
 
     @abstractmethod
     def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
-        """Copy or wrap the storage for gathering on `device`."""
+        """Lay the columns out as `pack` describes, without looking for a shared pack."""
 
     @property
     @abstractmethod
@@ -116,7 +116,7 @@ class Columns(ABC):
         if out is None:
             shape = (len(names), dates.stop - dates.start, self.shape[1])
             out = torch.empty(shape, device=self.device)
-        self._fill(list(names), out, dates)
+        self._write_block(list(names), out, dates)
         fused_chain = self._chain.compile(list(names), self.device)
         return fused_chain(out.permute(1, 2, 0)).permute(2, 0, 1) if len(fused_chain) else out
 
@@ -124,7 +124,7 @@ class Columns(ABC):
         """Whether some columns (None: all) are known to hold no infinity; False means unknown."""
         return False
 
-    def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+    def _write_block(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
         """Write the raw columns of the dates `rows` into `out [K, D, N]`."""
         for k, name in enumerate(names):
             out[k] = self._raw_column(name)[rows]
@@ -141,7 +141,7 @@ class Columns(ABC):
     # -- derived columns -----------------------------------------------------------------------
 
     def with_elementwise(self, names: Sequence[str], operation: Elementwise) -> Self:
-        """Add an operation that is applied to `names` whenever they are read or gathered.
+        """Return these columns with an operation that is applied when `names` are read or gathered.
 
         `operation` holds one parameter set for each of `names`, in their order, or one for all.
         """
@@ -151,7 +151,7 @@ class Columns(ABC):
         )
 
     def with_columns(self, columns: Mapping[str, Tensor]) -> Self:
-        """Replace columns, or append new ones, by tensors `[D, N]`.
+        """Return these columns with some replaced by tensors `[D, N]`, or with new ones appended.
 
         The tensors are not copied, so the caller must not write to them afterwards. Earlier
         element-wise operations no longer act on a replaced column.
@@ -193,15 +193,16 @@ class Columns(ABC):
             return existing
         packed_columns = self._pack(target, history)
         packed_columns.source_history = history
-        self._packs[_key(target, history)] = weakref.ref(packed_columns)
+        self._packs[_pack_key(target, history)] = weakref.ref(packed_columns)
         return packed_columns
 
     def find_shared_pack(
         self, device: torch.device, history: Tensor | None
     ) -> PackedColumns | None:
         """Return the pack that a caller still holds and `pack` would share, or None."""
-        reference = self._packs.get(_key(device, history))
+        reference = self._packs.get(_pack_key(device, history))
         packed_columns = reference() if reference is not None else None
+        # The key has the identity of the history, which a new tensor may inherit from a freed one.
         is_same = packed_columns is not None and (
             history is None or packed_columns.source_history is history
         )
@@ -212,10 +213,11 @@ class Columns(ABC):
         return f"{type(self).__name__}({d} dates, {n} instruments, {f} columns)"
 
     def __getstate__(self) -> dict[str, object]:
+        # Weak references cannot be pickled.
         return {**self.__dict__, "_packs": {}}
 
 
-def _key(device: torch.device, history: Tensor | None) -> tuple[torch.device, int]:
+def _pack_key(device: torch.device, history: Tensor | None) -> tuple[torch.device, int]:
     return device, 0 if history is None else id(history)
 
 
@@ -246,7 +248,7 @@ class PanelColumns(Columns):
         self._finite_fields = finite_fields
         for name in self.names:
             if name not in self._overrides:
-                panel.position(name)
+                panel.position(name)  # raises DataError for an unknown field
 
     @property
     def device(self) -> torch.device:
@@ -259,7 +261,7 @@ class PanelColumns(Columns):
 
     def plain_panel(self) -> Panel | None:
         """Return the panel if these columns are exactly its fields, unmodified; else None."""
-        return self._panel if self._is_whole() and not len(self._chain) else None
+        return self._panel if self._has_panel_columns() and not len(self._chain) else None
 
     def _storage_column(self, name: str) -> Tensor:
         return self._panel.column(name)
@@ -271,27 +273,29 @@ class PanelColumns(Columns):
             self._panel, names, overrides=overrides, chain=chain, finite_fields=self._finite_fields
         )
 
-    def _fill(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
-        self._copy(names, out.permute(1, 2, 0), rows)
+    def _write_block(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+        self._write_columns(names, out.permute(1, 2, 0), rows)
 
-    def _copy(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
+    def _write_columns(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
         """Write the raw columns of the dates `rows` into `out [D, N, K]` of any strides."""
-        storage_pairs = [
+        column_pairs = [
             (k, self._panel.position(n)) for k, n in enumerate(names) if n not in self._overrides
         ]
-        if storage_pairs:
-            _copy_columns(self._panel.values[rows], out, storage_pairs)
+        if column_pairs:
+            _copy_columns(self._panel.values[rows], out, column_pairs)
         for k, name in enumerate(names):
             if name in self._overrides:
                 out[:, :, k] = self._overrides[name][rows]
 
-    def _is_whole(self) -> bool:
+    def _has_panel_columns(self) -> bool:
+        """Whether the columns before the chain are exactly the panel's fields, in their order."""
         return not self._overrides and self.names == self._panel.fields
 
     def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
         values = self._panel.values.permute(1, 0, 2)
         fused_chain = self._chain.compile(self.names, device)
-        is_laid_out = self._is_whole() and values.is_contiguous()
+        # Laid out by instrument, as a pack needs it.
+        is_laid_out = self._has_panel_columns() and values.is_contiguous()
         is_small = values.numel() * values.element_size() <= MAX_COPY_BYTES
         if is_laid_out and device == values.device and not (len(fused_chain) and is_small):
             return DensePackedColumns(
@@ -305,12 +309,13 @@ class PanelColumns(Columns):
         if is_laid_out:
             out.copy_(values)
         else:
-            self._copy(self.names, out.permute(1, 0, 2), slice(0, d))
+            self._write_columns(self.names, out.permute(1, 0, 2), slice(0, d))
         if len(fused_chain):
+            # In blocks of instruments, because the chain may need temporary memory.
             for first in range(0, n, 32):
                 part = out[first : first + 32]
                 result = fused_chain(part)
-                if result is not part:
+                if result is not part:  # else the chain has written in place
                     part.copy_(result)
         return DensePackedColumns(out, history=history, owns_values=True)
 
@@ -321,10 +326,11 @@ def instrument_major(num_dates: int, num_instruments: int, num_fields: int) -> T
 
 
 def _copy_columns(values: Tensor, out: Tensor, column_pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy `out[:, :, t] = values[:, :, s]` for each pair (t, s)."""
+    """Copy `out[:, :, t] = values[:, :, s]` for each pair (t, s), in blocks that fit the cache."""
     target, source = [t for t, _ in column_pairs], [s for _, s in column_pairs]
     is_target_consecutive = _is_consecutive(target)
     if is_target_consecutive and values.stride(2) == 1 and not _is_consecutive(source):
+        # The columns of an instrument are adjacent: pick all of them in one pass over the values.
         source_index = torch.tensor(source, device=values.device)
         for first in range(0, values.shape[1], INSTRUMENT_BLOCK):
             part = slice(first, first + INSTRUMENT_BLOCK)
@@ -332,7 +338,7 @@ def _copy_columns(values: Tensor, out: Tensor, column_pairs: Sequence[tuple[int,
         return
     for first in range(0, values.shape[0], DATE_BLOCK):
         rows = slice(first, first + DATE_BLOCK)
-        if is_target_consecutive and _is_consecutive(source):
+        if is_target_consecutive and _is_consecutive(source):  # one copy of a slice
             out[rows, :, target[0] : target[-1] + 1] = values[rows, :, source[0] : source[-1] + 1]
             continue
         for t, s in column_pairs:

@@ -17,7 +17,7 @@ CHUNK = 4096  # windows or instruments that are filled at once, to limit the tem
 
 
 class History:
-    """The rows that exist, and what a window shows for rows that do not.
+    """The rows that exist, and the rows that a window shows in place of missing ones.
 
     Corresponds to Qlib's TSDataSampler (qlib/data/dataset/__init__.py): a window is the last
     `step_len` days *on which any instrument has a row*; a day on which this instrument has none
@@ -31,7 +31,9 @@ class History:
             exists = torch.ones(shape, dtype=torch.bool)
         self.exists = exists.to(device)
         self.num_dates = shape[0]
-        # Days without any row (e.g. holidays of this universe) are not part of a window.
+        # Days without any row (e.g. holidays of this universe) are not part of a window: `days` are
+        # the other days, and `rank [D]` is the position among them of the last one up to a day.
+        # None if every day has rows (or none has).
         self.days: Tensor | None = None
         self.rank: Tensor | None = None
         has_rows = self.exists.any(1)
@@ -52,24 +54,29 @@ class History:
         if self.days is None or self.rank is None:
             rows = date[:, None] + steps
         else:
-            place = self.rank[date][:, None] + steps
-            rows = torch.where(place >= 0, self.days[place.clamp(min=0)], place)
+            rank = self.rank[date][:, None] + steps
+            # A rank below zero, before the first day, is missing as a row below zero is.
+            rows = torch.where(rank >= 0, self.days[rank.clamp(min=0)], rank)
         is_present = (rows >= 0) & self.exists[rows.clamp(min=0), instrument[:, None]]
         rows = rows.masked_fill(~is_present, -1)
         if fill != "none":
             # Rows ascend in a window, so the largest so far is the latest.
             rows = rows.cummax(1).values
         if fill == "ffill+bfill":
-            first = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
-            rows = torch.where(rows < 0, first, rows).masked_fill(first == self.num_dates, -1)
+            first_row = rows.masked_fill(rows < 0, self.num_dates).amin(1, keepdim=True)
+            is_empty = first_row == self.num_dates
+            rows = torch.where(rows < 0, first_row, rows).masked_fill(is_empty, -1)
         return rows
 
 
 class PackedColumns(ABC):
-    """Columns laid out for gathering windows on one device."""
+    """Columns laid out for gathering windows on one device.
 
-    source_history: Tensor | None = None
-    is_checked: bool = False
+    `values` are the columns before `fused_chain`, which is applied to each batch.
+    """
+
+    source_history: Tensor | None = None  # the history given to `Columns.pack`, for sharing
+    is_checked: bool = False  # whether the columns were searched for infinite values
     values: Tensor
     history: History
     fused_chain: FusedChain
@@ -93,8 +100,8 @@ class PackedColumns(ABC):
         """
         return None
 
-    def windows(self, begin: Tensor, step_len: int) -> Tensor:
-        """Return the windows `[B, T, F]` that begin at the positions from `window_starts`."""
+    def windows(self, starts: Tensor, step_len: int) -> Tensor:
+        """Return the windows `[B, T, F]` that begin at `starts`, a result of `window_starts`."""
         raise NotImplementedError(
             f"{type(self).__name__} has no contiguous windows; use `gather` instead."
         )
@@ -146,7 +153,8 @@ class DensePackedColumns(PackedColumns):
         self.fused_chain = fused_chain or FusedChain()
         n, d, f = self.values.shape
         self.history = History(history, (d, n), values.device)
-        self._owns_values = owns_values and not len(self.fused_chain)
+        # Filled windows are appended only to values that nobody else holds, and that are final.
+        self._can_append = owns_values and not len(self.fused_chain)
         self._flat = self.values.view(n * d, f)
         self._starts: dict[tuple[int, str], Tensor | None] = {}
         self._incomplete_windows: dict[int, Tensor] = {}
@@ -158,13 +166,14 @@ class DensePackedColumns(PackedColumns):
         self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
     ) -> Tensor:
         check_fill(fill)
-        last = instrument * self.values.shape[1] + date
+        last = instrument * self.values.shape[1] + date  # the row of the sample's own day
         starts = self._get_window_starts(step_len, fill)
         if starts is not None:
             return self._gather_contiguous(starts.index_select(0, last), step_len)
         if step_len > self.values.shape[1] or self.values.is_cuda:
             # On a GPU, looking for incomplete windows would make the host wait.
             return self._gather_by_row(date, instrument, step_len, fill)
+        # Gather all windows as if they were complete, then overwrite those that are not.
         x = self.fused_chain(
             self._gather_contiguous((last - (step_len - 1)).clamp_(min=0), step_len)
         )
@@ -183,13 +192,14 @@ class DensePackedColumns(PackedColumns):
             return None
         return starts.index_select(0, instrument * self.values.shape[1] + date)
 
-    def windows(self, begin: Tensor, step_len: int) -> Tensor:
-        return self._gather_contiguous(begin, step_len)
+    def windows(self, starts: Tensor, step_len: int) -> Tensor:
+        return self._gather_contiguous(starts, step_len)
 
     def _gather_contiguous(self, first: Tensor, step_len: int) -> Tensor:
-        """Gather `step_len` rows from each of `first`, as rows of an overlapping view."""
+        """Gather the `step_len` rows that begin at each of `first`."""
         f = self.values.shape[2]
         count = self._flat.shape[0] - step_len + 1
+        # A view of all windows, one a row, which overlap in memory.
         windows = self._flat.as_strided((count, step_len * f), (f, 1), self._flat.storage_offset())
         return windows.index_select(0, first).view(-1, step_len, f)
 
@@ -201,6 +211,7 @@ class DensePackedColumns(PackedColumns):
         return self.fused_chain(x).masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _get_incomplete(self, step_len: int) -> Tensor:
+        """Return `[N * D]` bool: the window ending at a row is incomplete."""
         if step_len not in self._incomplete_windows:
             incomplete = self.history.incomplete_windows(step_len)
             self._incomplete_windows[step_len] = incomplete.reshape(-1)
@@ -210,7 +221,7 @@ class DensePackedColumns(PackedColumns):
         """Return where each window begins, `[N * D]`; None if some are not contiguous."""
         if (step_len, fill) not in self._starts:
             self._starts[step_len, fill] = (
-                self._append_filled_windows(step_len, fill) if self._owns_values else None
+                self._append_filled_windows(step_len, fill) if self._can_append else None
             )
         return self._starts[step_len, fill]
 
@@ -251,13 +262,15 @@ class DensePackedColumns(PackedColumns):
     def infinite_columns(self) -> Tensor:
         n, _, f = self.values.shape
         has_infinity = torch.zeros(f, dtype=torch.bool, device=self.device)
-        for first in range(0, 0 if self._is_finite else n, 16):
+        if self._is_finite:
+            return has_infinity
+        for first in range(0, n, 16):
             part = self.values[first : first + 16]
             if not bool(part.isinf().any()):
-                continue
-            x = self.fused_chain(part.clone()).isinf()
-            x &= self.history.exists[:, first : first + 16].t()[..., None]
-            has_infinity |= x.flatten(0, 1).any(0)
+                continue  # fitted scales are not zero: the chain keeps finite values finite
+            is_infinite = self.fused_chain(part.clone()).isinf()
+            is_infinite &= self.history.exists[:, first : first + 16].t()[..., None]
+            has_infinity |= is_infinite.flatten(0, 1).any(0)
         return has_infinity
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of a fit: the progress bar, and the end that the search's pruner decides."""
+"""Callbacks of a fit: the progress bar, and the early stop that a search's pruner decides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class BatchProgressBar(RichProgressBar):
-    """A rich progress bar that counts the batches of the training loader."""
+    """A rich progress bar that counts the batches of the training loader.
+
+    Lightning's own bar would count training steps, each of which may hold many batches.
+    """
 
     def __init__(self, loader: StepLoader) -> None:
         super().__init__()
@@ -39,37 +42,37 @@ class BatchProgressBar(RichProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        batch_number = self.loader.position - 1
+        batch_number = self.loader.position - 1  # of the step's last batch; Lightning adds one
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_number)
 
 
 class PruningCallback(pl.Callback):
     """Stop a training that the search's pruner gives up.
 
-    After each validation the metric `report` is sent to the trial. If the trial should stop, the
-    epoch ends as usual, the best weights are used, records are made, and the run gets the tag
-    `pruned`. A database that does not respond never stops a training.
+    After each validation the value of `metric` is reported to the trial. If the trial should stop,
+    the epoch ends as usual, the best weights are used, records are generated, and the run gets the
+    tag `pruned`. A database that does not respond never stops a training.
     """
 
-    def __init__(self, trial: TrialJudge, report: str, recorder: MetricRecorder | None) -> None:
-        self.trial, self.report, self.recorder = trial, report, recorder
+    def __init__(self, trial: TrialJudge, metric: str, recorder: MetricRecorder | None) -> None:
+        self.trial, self.metric, self.recorder = trial, metric, recorder
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stop = trainer.is_global_zero and self._should_stop(trainer)
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # rank 0 decides for all ranks
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             trainer.should_stop = True
 
     def _should_stop(self, trainer: pl.Trainer) -> bool:
         metrics, epoch = trainer.callback_metrics, trainer.current_epoch
-        if self.report not in metrics:
+        if self.metric not in metrics:
             if "valid/loss" in metrics:
                 raise ConfigError(
-                    unknown_name_message("metric to report to the search", self.report, metrics)
+                    unknown_name_message("metric to report to the search", self.metric, metrics)
                 )
             return False  # a pretraining epoch has no score yet
-        value = float(metrics[self.report])
+        value = float(metrics[self.metric])
         if math.isnan(value):
             return False
         try:
@@ -78,21 +81,20 @@ class PruningCallback(pl.Callback):
             log.warning("could not report to the trial: %s", error)
             return False
         if stop:
-            log.info("epoch %d: training pruned by the search (%s)", epoch, self.trial.pruner)
+            pruner = self.trial.pruner_name
+            log.info("epoch %d: training pruned by the search (%s)", epoch, pruner)
             if self.recorder is not None:
-                reason = (
-                    f"after epoch {epoch} with {self.report} {value:.6g}, by {self.trial.pruner}"
-                )
+                reason = f"after epoch {epoch} with {self.metric} {value:.6g}, by {pruner}"
                 self.recorder.set_tags(**{PRUNED_TAG: reason})
         return stop
 
 
 def pruning_callbacks(recorder: MetricRecorder | None) -> list[pl.Callback]:
-    """Return the callback for the trial named in the environment, or none if nothing is pruned."""
+    """Return the callback for the trial described in the environment; none outside of a search."""
     trial_json = os.environ.get(TRIAL_VARIABLE)
     if not trial_json:
         return []
-    trial = json.loads(trial_json)
+    description = json.loads(trial_json)
     tracking_uri = None if recorder is None else recorder.uri
-    judge = init_instance_by_config(trial["judge"], tracking_uri=tracking_uri)
-    return [PruningCallback(judge, trial["report"], recorder)]
+    trial = init_instance_by_config(description["judge"], tracking_uri=tracking_uri)
+    return [PruningCallback(trial, description["report"], recorder)]

@@ -1,8 +1,12 @@
 """An Optuna study that several processes share: ask for trials, tell results, retry lost trials.
 
-One process at a time asks the study for a trial. It sends heartbeats while the trial's job runs,
-and then tells the study the result. If the process dies, its trial is queued again with the same
-parameters, and the next process that asks gets it.
+One process at a time asks the study for a trial (`SharedStudy.ask`). It sends heartbeats while the
+trial's job runs, and then tells the study the result. If the process dies, its trial is queued
+again with the same parameters, and the next process that asks gets it. Optuna cannot restart a
+trial: a new trial that refers to the original one takes its place.
+
+The job itself may run in a further process. There a `RunningTrial` reports the metric after each
+epoch and asks the pruner whether to stop.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from qtorch.core.errors import ConfigError, unknown_name_message
@@ -37,11 +42,13 @@ COMPLETE, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FA
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
 # Names of the user attributes of a trial (stored in the database).
 ERROR, PROCESS, RUN, PRUNED_AT = "error", "process", "run_id", "pruned_at"
-RETRIES, RETRY_OF, RETRY = "retries", "retry_of", "retry"
+# How often the trial was retried because its process died; the number of the original trial;
+# whether a user asked for the retry (`retry_failed_trials`).
+NUM_RETRIES, RETRY_OF, ON_REQUEST = "retries", "retry_of", "retry"
 
 
-class Trials:
-    """One process's access to a study.
+class SharedStudy:
+    """One process's access to a study that other processes work on too.
 
     `sampler` and `pruner` are names (`tpe`, `median`, ...) or configurations. Each trial gets a new
     sampler, seeded by `seed` and the trial's number: a study that was stopped continues as if it
@@ -72,7 +79,7 @@ class Trials:
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
-                direction="maximize" if direction == DIRECTIONS[0] else "minimize",
+                direction=StudyDirection[direction.upper()],
                 pruner=pruner_object,
                 sampler=placeholder_sampler(),
                 load_if_exists=True,
@@ -97,8 +104,11 @@ class Trials:
             waiting = next((t for t in trials if t.state == WAITING), None)
             if waiting is None and _num_used_slots(trials) >= limit:
                 return None
+            # A queued trial has its parameters already. It needs a sampler only if it was lost
+            # before all of them were drawn.
             if waiting is None or distributions.keys() - waiting.params.keys():
-                self._study.sampler = build_sampler(self.sampler, self._seed(len(trials)), space)
+                seed = self._sampler_seed(len(trials))
+                self._study.sampler = build_sampler(self.sampler, seed, space)
             try:
                 trial = self._study.ask(distributions)
             except ValueError as error:
@@ -110,10 +120,11 @@ class Trials:
                 self._study.sampler = placeholder_sampler()
             trial.set_user_attr(PROCESS, _current_owner())
             self._storage.record_heartbeat(trial._trial_id)
-        is_retry = bool(trial.user_attrs.get(RETRY))
+        is_retry = bool(trial.user_attrs.get(ON_REQUEST))
         return TrialJob(trial.number, trial._trial_id, dict(trial.params), retry=is_retry)
 
-    def _seed(self, number: int) -> int | None:
+    def _sampler_seed(self, number: int) -> int | None:
+        """Return the seed of the sampler of trial `number`; None if the study has no seed."""
         return None if self.seed is None else (self.seed * 1_000_003 + number) % 2**32
 
     def retry_failed_trials(self) -> int:
@@ -125,15 +136,17 @@ class Trials:
             trials = self._study.get_trials(deepcopy=False)
             failed_trials = [t for t in _final_trials(trials) if t.state == FAILED]
             for trial in failed_trials:
-                _add_retry(self._study, trial, {RETRY: True})
+                _add_retry(self._study, trial, {ON_REQUEST: True})
         return len(failed_trials)
 
     def _requeue_dead(self, is_exclusive: bool) -> None:
         """Queue trials of dead processes again; `is_exclusive`: no other process is asking now."""
+        # Trials whose heartbeats stopped, on any machine; `_requeue_trial` is called for each.
         optuna.storages.fail_stale_trials(self._study)
         for trial in self._study.get_trials(deepcopy=False, states=(RUNNING,)):
             owner = trial.user_attrs.get(PROCESS)
-            if _has_died(owner) or (owner is None and is_exclusive):  # it died while asking
+            # A running trial without an owner: its process died in `ask`.
+            if _has_died(owner) or (owner is None and is_exclusive):
                 self._storage.set_trial_state_values(trial._trial_id, state=FAILED)
                 _requeue_trial(self._study, trial)
 
@@ -157,14 +170,15 @@ class Trials:
         value: float | None,
         *,
         run_id: str | None = None,
-        is_pruned: bool = False,
+        has_pruned_run: bool = False,
     ) -> None:
         """Report the final value of a trial.
 
-        The trial ends as PRUNED if its pruner stopped it, or if `is_pruned`: then it reused the
-        pruned run of an equal trial."""
+        The trial ends as PRUNED, with the last value that it reported instead, if the pruner
+        stopped it, or if its run is pruned (it may have reused the run of an equal trial).
+        """
         self._set_attributes(trial, **({RUN: run_id} if run_id else {}))
-        was_pruned = is_pruned or self.is_pruned(trial)
+        was_pruned = has_pruned_run or self.is_pruned(trial)
         self._finish(trial, PRUNED if was_pruned else COMPLETE, None if was_pruned else value)
 
     def fail(self, trial: TrialJob, error: str, *, run_id: str | None = None) -> None:
@@ -180,12 +194,12 @@ class Trials:
         """
         with study_lock(self.url, self._storage.engine):
             if not self._finish(trial, FAILED):
-                return True
+                return True  # the process that took it over has queued it
             frozen = self._storage.get_trial(trial.id)
             if count_retry:
                 _requeue_trial(self._study, frozen)
                 return not _is_final(frozen)
-            _add_retry(self._study, frozen, {RETRIES: frozen.user_attrs.get(RETRIES, 0)})
+            _add_retry(self._study, frozen, {NUM_RETRIES: frozen.user_attrs.get(NUM_RETRIES, 0)})
         return True
 
     def _set_attributes(self, trial: TrialJob, **values: Any) -> None:
@@ -252,7 +266,8 @@ class Trials:
     def importances(self) -> dict[str, float]:
         """Return the importance of each parameter among the better trials, the largest first.
 
-        PED-ANOVA (Watanabe et al. 2023). Empty if there are too few completed trials."""
+        PED-ANOVA (Watanabe et al. 2023). Empty if there are too few completed trials.
+        """
         finished_trials = self._study.get_trials(deepcopy=False, states=(COMPLETE,))
         if len(finished_trials) < 4 or len({t.value for t in finished_trials}) < 2:
             return {}
@@ -292,18 +307,20 @@ def _final_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _original_number(trial: FrozenTrial) -> int:
+    """Return the number of the trial's first attempt."""
     return int(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def _is_final(trial: FrozenTrial) -> bool:
+    """Whether a trial has ended for good: with a value, pruned, failed, or lost too often."""
     if trial.state in (COMPLETE, PRUNED):
         return True
-    is_given_up = ERROR in trial.user_attrs or trial.user_attrs.get(RETRIES, 0) >= MAX_RETRIES
+    is_given_up = ERROR in trial.user_attrs or trial.user_attrs.get(NUM_RETRIES, 0) >= MAX_RETRIES
     return bool(trial.state == FAILED and is_given_up)
 
 
 def _failure_text(trial: FrozenTrial, *, is_requeued: bool) -> str | None:
-    """Return why a trial has no value."""
+    """Return why a trial failed or was lost; None if it was neither."""
     if trial.state != FAILED or ERROR in trial.user_attrs:
         return trial.user_attrs.get(ERROR)
     return "interrupted, run again" if is_requeued else "its process died each time"
@@ -311,17 +328,17 @@ def _failure_text(trial: FrozenTrial, *, is_requeued: bool) -> str | None:
 
 def _requeue_trial(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queue a trial again whose process died, unless it has been retried too often."""
-    retries = int(trial.user_attrs.get(RETRIES, 0))
-    if retries < MAX_RETRIES:
-        _add_retry(study, trial, {RETRIES: retries + 1})
+    num_retries = int(trial.user_attrs.get(NUM_RETRIES, 0))
+    if num_retries < MAX_RETRIES:
+        _add_retry(study, trial, {NUM_RETRIES: num_retries + 1})
 
 
 def _add_retry(study: optuna.Study, trial: FrozenTrial, attributes: dict[str, Any]) -> None:
     """Add a waiting trial with the parameters and intermediate values of an earlier one."""
     grid_attributes = {"grid_id", "search_space"}
     if not trial.params and not grid_attributes & trial.system_attrs.keys():
-        return  # no parameters were drawn yet
-    kept_attributes = {k: v for k, v in trial.user_attrs.items() if k in (PRUNED_AT, RETRY)}
+        return  # nothing was drawn yet that a retry could repeat: the next `ask` draws anew
+    kept_attributes = {k: v for k, v in trial.user_attrs.items() if k in (PRUNED_AT, ON_REQUEST)}
     study.add_trial(
         optuna.create_trial(
             state=WAITING,
@@ -369,6 +386,6 @@ class RunningTrial(TrialJudge):
         return True
 
     @property
-    def pruner(self) -> str:
+    def pruner_name(self) -> str:
         """Return the name of the pruner's class."""
         return type(self._pruner).__name__

@@ -80,12 +80,17 @@ class Change:
 
 
 class Store(ABC):
-    """A store of the tasks of many pools. Each method is one atomic operation.
+    """A store of the tasks of many pools, shared by all workers that open its URL.
+
+    Workers are processes, and threads of them share one store: methods are called concurrently.
+    Each method is one atomic operation, and raises StoreUnavailable if a retry may succeed.
 
     Rows are dicts of id, status, origin (the status before the claim), priority, attempt,
     committed (the attempt that committed), errors, lost, preemptions, deadline, created, updated,
     claim (the id of the last claim), error, traceback, and as JSON text: worker, run, progress,
-    res, definition. Every method raises StoreUnavailable if a retry may succeed.
+    res, definition. In a new row the numbers from priority to preemptions are 0, and everything
+    that is not known yet is None. Times are seconds since 1970, by the store's clock. The store
+    also keeps the pool, and the hash and the tokens of the definition, which queries refer to.
     """
 
     @abstractmethod
@@ -98,15 +103,18 @@ class Store(ABC):
 
     @abstractmethod
     def claim(self, pool: str, status: str, condition: Condition, change: Change) -> Row | None:
-        """Change the first matching row (by priority, then age) and return the changed row."""
+        """Change the first matching row of a status and return the changed row, or None.
+
+        The highest priority comes first, then the oldest row.
+        """
 
     @abstractmethod
     def find_claim(self, pool: str, claim: str) -> Row | None:
-        """Return the running row with this claim id."""
+        """Return the running row with this claim id, or None."""
 
     @abstractmethod
     def find_expired_rows(self, pool: str) -> list[Row]:
-        """Return the running rows whose deadline has passed."""
+        """Return the running rows whose deadline has passed, oldest first."""
 
     @abstractmethod
     def change(
@@ -123,7 +131,10 @@ class Store(ABC):
 
     @abstractmethod
     def redefine(self, id: str, definition: Definition, change: Change) -> bool:
-        """Replace a row's definition; raise ValueError if the pool already contains it."""
+        """Change a row and replace its definition; return False if there is no such row.
+
+        Raises ValueError if another row of the pool has this definition.
+        """
 
     @abstractmethod
     def find(self, pool: str, condition: Condition) -> list[Row]:
@@ -148,13 +159,20 @@ class Store(ABC):
 
 def open_store(url: str) -> Store:
     """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
-    path = STORES.get(url.partition(":")[0].partition("+")[0])
-    if path is None:
+    scheme, separator, _ = url.partition(":")
+    scheme = scheme.partition("+")[0]
+    if scheme not in STORES:
+        # Only the scheme is shown: the rest may contain a password.
+        reason = (
+            unknown_name_message("scheme", scheme, STORES)
+            if separator
+            else f"{url!r} has no scheme."
+        )
         raise TaskStoreError(
-            f"the task URL {url!r} names no store that qtorch supports. Use sqlite:///FILE, "
+            f"the task URL names no store that qtorch supports: {reason} Use sqlite:///FILE, "
             "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
         )
-    store: Store = locate(path)(url)
+    store: Store = locate(STORES[scheme])(url)
     return store
 
 

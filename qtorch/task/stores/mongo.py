@@ -46,14 +46,16 @@ DATABASE = "qtorch"
 SELECTION_MS = 5000  # for pymongo to find the server; after that the caller retries
 # Shutting down, stepped down, not primary, write conflict: a retry may succeed.
 TRANSIENT_CODES = frozenset({91, 112, 189, 10058, 10107, 11600, 11602, 13435, 13436})
-NUM_CANDIDATES = 16
+NUM_CANDIDATES = 16  # tasks that one query of a claim finds, in case other workers are faster
+# ObjectIds are created in ascending order by one client; they decide between equal times.
 CLAIM_ORDER = [("priority", -1), ("created", 1), ("_id", 1)]
 TIMES = ("deadline", "created", "updated")
-EMPTY: Document = dict.fromkeys(
+# The fields of a new task, besides those of its definition.
+NULL_FIELDS: Document = dict.fromkeys(
     ("origin", "committed", "deadline", "claim", "worker", "run", "progress", "error", "traceback",
      "res")
 )  # fmt: skip
-ZERO: Document = dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), 0)
+ZERO_FIELDS: Document = dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), 0)
 
 # The functions that migrate from each version to the next.
 MIGRATIONS: dict[int, Callable[[Database[Document]], None]] = {}
@@ -80,7 +82,7 @@ class MongoStore(Store):
         with self._translate_errors():
             now = self._now()
             documents = [
-                {"pool": pool, "hash": d.hash, "status": WAITING, **ZERO, **EMPTY,
+                {"pool": pool, "hash": d.hash, "status": WAITING, **ZERO_FIELDS, **NULL_FIELDS,
                  "created": now, "updated": now, "definition": d.text, "tokens": list(d.tokens)}
                 for d in definitions
             ]  # fmt: skip
@@ -110,7 +112,8 @@ class MongoStore(Store):
                 first, *further = candidates
                 for candidate in (first, *random.sample(further, len(further))):
                     document = self._tasks.find_one_and_update(
-                        {"_id": candidate["_id"], "status": status},
+                        # The whole query: the task may have been redefined in the meantime.
+                        {**query, "_id": candidate["_id"]},
                         _pipeline(change),
                         return_document=pymongo.ReturnDocument.AFTER,
                     )
@@ -186,7 +189,7 @@ class MongoStore(Store):
     def _prepare(self) -> None:
         """Create the indexes, or migrate documents of an older version."""
         schema: Collection[Document] = self._database[SCHEMA]
-        document = schema.find_one({"_id": "version"})
+        document = schema.find_one({"_id": "version"})  # None in a new store
         version = None if document is None else int(document["version"])
         if is_current_version(version, self._database.name):
             return
@@ -210,6 +213,7 @@ class MongoStore(Store):
 
 
 def _filter(pool: str, condition: Condition) -> Document:
+    """Return the query for the tasks of a pool that meet a condition."""
     query: Document = {"pool": pool}
     if condition.ids is not None:
         query["_id"] = {"$in": [_object_id(i) for i in condition.ids]}
@@ -223,17 +227,20 @@ def _filter(pool: str, condition: Condition) -> Document:
 
 
 def _pipeline(change: Change) -> list[Document]:
+    """Return the update pipeline of a change."""
     sets: Document = {"updated": "$$NOW"}
+    # Without $literal, a text that begins with $ would be a field's name.
     sets.update({k: {"$literal": v} for k, v in change.values.items()})
     sets.update({k: {"$add": [f"${k}", step]} for k, step in change.steps.items()})
     if change.lease is not None:
         sets["deadline"] = {"$add": ["$$NOW", round(change.lease * 1000)]}
-    elif "status" in change.values:
+    elif "status" in change.values:  # nobody works on the task any more
         sets["deadline"] = None
     return [{"$set": sets}]
 
 
 def _to_row(document: Mapping[str, Any]) -> Row:
+    """Convert a document: the id to text, times to seconds since 1970."""
     row = {k: v for k, v in document.items() if k not in ("_id", "tokens")}
     row["id"] = str(document["_id"])
     for name in TIMES:
