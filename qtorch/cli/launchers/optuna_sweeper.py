@@ -93,7 +93,7 @@ class OptunaSweeper(Sweeper):
         self.grace, self.params = float(grace), resolve_config(params)
         self._next_number = 0  # number of the next job
         self._has_started = False
-        # SharedStudy whose jobs run in other processes, each with the time of the next attempt.
+        # Trials whose jobs run in other processes, each with the time of the next attempt.
         self._postponed_trials: list[tuple[float, TrialJob]] = []
         self._pauses: dict[int, float] = {}
 
