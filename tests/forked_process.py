@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -76,10 +77,14 @@ def fork_servers_in_place(prepare: Callable[[], None] = lambda: None) -> None:
             return start_program(path, arguments, descriptors)
 
         def serve() -> None:
-            for name in os.listdir("/proc/self/fd"):
-                if int(name) > 2 and int(name) not in descriptors:
-                    with suppress(OSError):
-                        os.close(int(name))
+            # An inherited end of a pipe or socket would hide the death of its owner. Files stay
+            # open: inherited SQLite connections would use numbers that other files get.
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with suppress(OSError):
+                    mode = os.fstat(number).st_mode
+                    is_channel = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+                    if is_channel and number > 2 and number not in descriptors:
+                        os.close(number)
             fork_server._lock = threading.RLock()  # it is held by the thread that forks
             prepare()
             with suppress(SystemExit):
