@@ -77,14 +77,15 @@ def fork_servers_in_place(prepare: Callable[[], None] = lambda: None) -> None:
             return start_program(path, arguments, descriptors)
 
         def serve() -> None:
-            # An inherited end of a pipe or socket would hide the death of its owner. Files stay
-            # open: inherited SQLite connections would use numbers that other files get.
+            # An inherited end of a pipe or socket would hide the death of its owner. Its number
+            # stays taken: inherited objects that close it later would close what has got it.
+            null = os.open(os.devnull, os.O_RDWR)
             for number in map(int, os.listdir("/proc/self/fd")):
                 with suppress(OSError):
                     mode = os.fstat(number).st_mode
                     is_channel = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
                     if is_channel and number > 2 and number not in descriptors:
-                        os.close(number)
+                        os.dup2(null, number)
             fork_server._lock = threading.RLock()  # it is held by the thread that forks
             prepare()
             with suppress(SystemExit):

@@ -55,7 +55,10 @@ def submit(pool: TaskManager, *tasks: dict[str, Any]) -> list[str]:
 def wait_until(condition: Callable[[], Any], child=None, timeout: float = 120.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, child.communicate() if child and child.kill() else "timeout"
+        if time.monotonic() > end:
+            if child is not None:
+                child.kill()
+            raise AssertionError("timeout" if child is None else child.communicate())
         assert child is None or child.poll() is None, child.communicate()
         time.sleep(0.05)
 
