@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ class Killer:
 
     def kill(self, rank: int | None = None) -> None:
         if rank is not None:
-            os.kill(rank_children[rank].pid, signal.SIGKILL)
+            # The rank may have ended since its heartbeat; then nothing is killed in this attempt.
+            with suppress(ProcessLookupError):
+                os.kill(rank_children[rank].pid, signal.SIGKILL)
         elif self.delay:  # an unhandled alarm kills a process at any point, too
             signal.setitimer(signal.ITIMER_REAL, self.delay / 3)
         else:
