@@ -95,9 +95,12 @@ def fork_server() -> Iterator[Any]:
 def session_fork_server(fork_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the child processes of jobs and tasks from the session's fork server."""
 
+    owner = os.getpid()
+
     class SharedServer(dict[Any, Any]):
         def setdefault(self, modules: Any, default: Any = None) -> Any:
-            return fork_server
+            # A process that a test forks cannot use the server of another process.
+            return fork_server if os.getpid() == owner else super().setdefault(modules, default)
 
     monkeypatch.setattr("qtorch.process.fork_server._servers", SharedServer())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
