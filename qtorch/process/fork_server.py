@@ -75,7 +75,7 @@ class ForkServer(forkserver.ForkServer):
                     signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     def _is_running(self) -> bool:
-        pid = self._forkserver_pid  # type: ignore[attr-defined]
+        pid = self._forkserver_pid  # type: ignore[attr-defined]  # not in the stubs
         # A server that has ended stays a zombie, for `ensure_running` of the base class.
         return pid is not None and not os.waitid(
             os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -141,7 +141,7 @@ class ForkServer(forkserver.ForkServer):
             except OSError:
                 self.close()  # whatever it was, the next use needs another server
                 raise
-            server_pid: int = self._forkserver_pid  # type: ignore[attr-defined]
+            server_pid: int = self._forkserver_pid  # type: ignore[attr-defined]  # not in the stubs
         with open(data, "wb") as pipe:
             try:
                 pipe.write(pickle.dumps(preparation) + pickle.dumps(_ChildMain()))
@@ -189,12 +189,12 @@ class ForkServer(forkserver.ForkServer):
         with this process ID already.
         """
         with _lock:
-            server_pid: int | None = self._forkserver_pid  # type: ignore[attr-defined]
+            server_pid: int | None = self._forkserver_pid  # type: ignore[attr-defined]  # not in the stubs
             if server_pid is not None and pid in (None, server_pid):
                 os.kill(server_pid, signal.SIGKILL)
                 # At the end of this process, its temporary folder with the socket is gone already.
                 with contextlib.suppress(FileNotFoundError):
-                    self._stop()  # type: ignore[attr-defined]
+                    self._stop()  # type: ignore[attr-defined]  # not in the stubs
 
 
 class _Call:
@@ -258,7 +258,7 @@ class _ChildMain:
 
     def _bootstrap(self, parent_sentinel: int) -> int:
         os.close(parent_sentinel)
-        connection, *outputs = forkserver.get_inherited_fds()  # type: ignore[misc]
+        connection, *outputs = forkserver.get_inherited_fds()  # type: ignore[misc]  # in a child never None
         os.set_inheritable(connection, False)  # processes that the work starts must not hold it
         return child_main(Connection(connection), outputs)
 

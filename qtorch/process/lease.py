@@ -1,7 +1,7 @@
 """Leases: a process shows that it is alive, and others take over its work once it is dead.
 
 A `RenewalThread` renews a lease while its holder works: a claim file (below), a task of a pool
-(`qtorch.task.manager`) or a trial of a study (`qtorch.tracking.trials`). A `ProcessIdentity` tells
+(`qtorch.task.manager`) or a trial of a study (`qtorch.study.search`). A `ProcessIdentity` tells
 at once whether a process of this machine still runs, even if its process ID was reused.
 
 `hold_claim` makes sure that only one process at a time works on a job. The holder touches the

@@ -163,7 +163,7 @@ def _train_windows(
         recorders = trainer.train(batch)
         for number, (recorder, task) in enumerate(zip(recorders, batch, strict=True), first):
             _tag_window(recorder, parent, number, task)
-        # Load the runs anew: another process may have trained them and set their status.
+        # Load the runs again: another process may have trained them and set their status.
         windows += [R.get_recorder(recorder_id=r.id) for r in trainer.end_train(recorders)]
         _check_statuses(windows[first:], batch, first)
     return windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from hydra.core.utils import JobReturn
@@ -37,9 +38,9 @@ class UnfinishedJobsMixin:
             returns.update(self._run_jobs(unfinished))
         return [returns[n] for n in jobs]
 
+    @abstractmethod
     def _run_jobs(self, jobs: Jobs) -> dict[int, JobReturn]:
         """Run jobs and wait for them."""
-        raise NotImplementedError
 
     def _record_lost_job(
         self, number: int, overrides: Sequence[str], reason: str, *, close_run: bool = True

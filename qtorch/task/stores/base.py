@@ -162,7 +162,7 @@ def open_store(url: str) -> Store:
     scheme, separator, _ = url.partition(":")
     scheme = scheme.partition("+")[0]
     if scheme not in STORES:
-        # Only the scheme is shown: the rest may contain a password.
+        # The message names the scheme only, because the rest may contain a password.
         reason = (
             unknown_name_message("scheme", scheme, STORES)
             if separator
