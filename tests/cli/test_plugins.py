@@ -11,6 +11,7 @@ import yaml
 from hydra.core.plugins import Plugins
 
 from qtorch.cli.compose import config_path
+from qtorch.cli.launchers.kinds import is_basic_launcher, launcher_class
 from qtorch.cli.launchers.plugins import PACKAGE, register_plugins
 
 FILES = [
@@ -47,3 +48,12 @@ def test_config_file_has_exactly_the_plugins_arguments(path: Path):
     assert settings.pop("_recursive_") is False  # the plugin builds nested objects itself
     assert list(settings) == list(inspect.signature(plugin).parameters)
     assert plugin(**settings) is not None
+
+
+def test_basic_launcher_is_recognized():
+    """Only for this launcher the sweep's command starts the fork server before the first job."""
+    register_plugins()
+    assert is_basic_launcher(
+        launcher_class("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+    )
+    assert not is_basic_launcher(launcher_class(f"{PACKAGE}.RayLauncher"))

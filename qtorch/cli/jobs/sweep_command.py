@@ -24,7 +24,7 @@ from qtorch.cli.compose import LOCAL
 from qtorch.cli.guard import INTERRUPTED, configure_process
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
-from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
+from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
@@ -129,7 +129,7 @@ class SweepCommand:
 
         Other launchers wait for theirs in other threads or processes.
         """
-        return issubclass(self.launcher, BasicLauncher)
+        return is_basic_launcher(self.launcher)
 
     def _stop(self, number: int) -> None:
         """Stop the jobs in an orderly way."""
