@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -100,8 +100,21 @@ def override_dataset(dataset: dict[str, Any], changes: Sequence[str]) -> dict[st
     mapping.
     """
     try:
-        config = OmegaConf.merge({"dataset": dataset}, OmegaConf.from_dotlist(list(changes)))
-        result: dict[str, Any] = resolve_config(config)["dataset"]
+        overrides = resolve_config(OmegaConf.from_dotlist(list(changes)))
     except Exception as error:
         raise ConfigError(f"{' '.join(changes)}: {str(error).splitlines()[0]}") from error
-    return result
+    return _merge(dataset, overrides.get("dataset", {}), "dataset")
+
+
+def _merge(config: Any, changes: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """Return a stored configuration with changes; its text stays `StoredText`, unlike theirs."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"{location} is {config!r:.60}, which has no keys: {location}.{next(iter(changes))} "
+            "cannot be set."
+        )
+    merged = dict(config)
+    for key, value in changes.items():
+        is_nested = isinstance(value, Mapping) and merged.get(key) is not None
+        merged[key] = _merge(merged[key], value, f"{location}.{key}") if is_nested else value
+    return merged

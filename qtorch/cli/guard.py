@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qtorch.core.errors import QtorchError
-from qtorch.core.runtime import configure_logging
-from qtorch.core.session import init
+from qtorch.core.runtime import change_environment, configure_logging
+from qtorch.core.session import PICKLE_VARIABLE, init
 from qtorch.process.stops import StopSignals
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
+# Words that every command accepts, and the variables that also tell child processes about them.
+SWITCHES = {"--debug": DEBUG_VARIABLE, "trusted_pickle=true": PICKLE_VARIABLE}
 INTERRUPTED = 130
 # An ExpressionError ends with two lines: the expression, and carets under the wrong part.
 _POINTER = re.compile(r"[.:]?\n {4}(?P<line>[^\n]+)\n {4}(?P<before> *)(?P<caret>\^+)")
@@ -44,23 +46,17 @@ def configure_process(log_level: int | str = logging.INFO, tracking_uri: str | N
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a command; turn an exception into one line on stderr and an exit code."""
-    arguments = [a for a in argv if a != "--debug"]
-    previous = os.environ.get(DEBUG_VARIABLE)
-    if len(arguments) < len(argv):
-        os.environ[DEBUG_VARIABLE] = "1"
+    switches = {v: "1" for word, v in SWITCHES.items() if word in argv}
     try:
-        return command(arguments)
+        with change_environment(switches):
+            return command([a for a in argv if a not in SWITCHES])
     except KeyboardInterrupt as interrupt:
         print(f"interrupted. {interrupt}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        print_error(error)
+        with change_environment(switches):
+            print_error(error)
         return 1
-    finally:
-        if previous is None:
-            os.environ.pop(DEBUG_VARIABLE, None)
-        else:
-            os.environ[DEBUG_VARIABLE] = previous
 
 
 def print_error(error: BaseException) -> None:

@@ -157,6 +157,7 @@ def _best(name: str, options: dict[str, Any]) -> int:
 def _resume(name: str, options: dict[str, Any]) -> int:
     """Repeat each command of the sweep in its original folder; return the worst exit code."""
     from qtorch.cli import train
+    from qtorch.cli.jobs.stored_command import check_stored_words, repeated_words
     from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
     from qtorch.tracking.locations import redact_password
     from qtorch.tracking.manager import R
@@ -169,8 +170,12 @@ def _resume(name: str, options: dict[str, Any]) -> int:
             f"the sweep was started in {folder}, which does not exist here: repeat its command "
             f"next to its data, with sweep.name={row.tags[SWEEP_TAG]}."
         )
+    commands = [repeated_words(command["words"]) for command in plan["commands"]]
+    for words in commands:
+        check_stored_words(words, str(folder))
     os.chdir(folder)
     extra_overrides = [
+        "sweep.stored=true",
         f"sweep.name={row.tags[SWEEP_TAG]}",
         "sweep.retry=" + str(bool(options.get("retry"))),
     ]
@@ -179,7 +184,7 @@ def _resume(name: str, options: dict[str, Any]) -> int:
     else:
         os.environ["MLFLOW_TRACKING_URI"] = uri
     codes = []
-    for command in plan["commands"]:
-        print(f"in {folder}: qtorch train -m {shlex.join(command['words'])}", file=sys.stderr)
-        codes.append(train.main(["-m", *command["words"], *extra_overrides]))
+    for words in commands:
+        print(f"in {folder}: qtorch train -m {shlex.join(words)}", file=sys.stderr)
+        codes.append(train.main(["-m", *words, *extra_overrides]))
     return max(codes)

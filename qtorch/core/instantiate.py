@@ -1,4 +1,4 @@
-"""Build objects from configurations: Qlib's `init_instance_by_config` on Hydra's `instantiate`."""
+"""Build objects from configurations: Qlib's `init_instance_by_config`, with Hydra's keys too."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import hydra.utils
-from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
-from qtorch.core.errors import ArgumentError, ConfigError, QtorchError
-from qtorch.core.names import current_name, locate
-from qtorch.core.plain import convert_tree, is_plain_scalar
-from qtorch.core.trust import check_config_trust, load_pickle
+from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.core.trust import load_pickle, locate
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +28,6 @@ def init_instance_by_config(
     default_module: str | ModuleType | None = None,
     accept_types: type | tuple[type, ...] = (),
     try_kwargs: Mapping[str, Any] | None = None,
-    *,
-    check_trust: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Build the object that a configuration describes.
@@ -44,14 +38,14 @@ def init_instance_by_config(
     - a dict with `class` or `func` (an import path, a bare name with `module_path`, or the
       callable itself) and `kwargs`;
     - an import path `"a.b.C"`, or a bare name `"C"` in `default_module`;
-    - `"file:///abs/x.pkl"`, `"file://rel/x.pkl"` or a Path: a pickle, whose classes must be
-      trusted (`qtorch.core.trust`).
+    - `"file:///abs/x.pkl"`, `"file://rel/x.pkl"` or a Path: a pickle that the user trusts
+      (`qtorch.core.trust`).
 
     `kwargs` are passed in addition; `try_kwargs` only if the signature takes them and the
     configuration does not set them. A `Configured` class gets nested configurations unchanged,
     because it builds its parts itself. For other classes nested `_target_`s are built first,
-    unless `_recursive_` says otherwise. `check_trust=True` is for a configuration that was read
-    from a store: every name in it must be trusted.
+    unless `_recursive_` says otherwise. Names in a configuration that was read from a store must
+    be trusted.
 
     Corresponds to qlib/utils/mod.py; a TypeError raised inside a constructor is never swallowed.
     Raises ConfigError (ArgumentError for a wrong argument) with the nearest valid name.
@@ -64,8 +58,6 @@ def init_instance_by_config(
         return load_pickle(_require_file(config))
     if isinstance(config, str) and config.startswith("file:"):
         return load_pickle(_require_file(_uri_path(config)))
-    if check_trust:
-        check_config_trust(config if not isinstance(config, str) else {"_target_": config})
     if isinstance(config, Mapping) and "_target_" in config:
         return _build(config, default_module, try_kwargs or {}, kwargs)
     target, arguments = get_callable_kwargs(config, default_module)
@@ -133,43 +125,14 @@ def _build(
 
 
 def _build_parts(value: Any) -> Any:
-    """Build the nested `_target_`s of a value, with Hydra if they are plain data."""
+    """Build the nested `_target_`s of a value."""
     if isinstance(value, Mapping):
-        if "_target_" not in value:
-            return {k: _build_parts(v) for k, v in value.items()}
-        if _is_plain(value):
-            return _instantiate_with_hydra(value)
-        return init_instance_by_config(value)
+        if "_target_" in value:
+            return init_instance_by_config(value)
+        return {k: _build_parts(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_build_parts(v) for v in value)
     return value
-
-
-def _instantiate_with_hydra(config: Mapping[str, Any]) -> Any:
-    locate(str(config["_target_"]))  # raises an error that suggests the nearest name, unlike Hydra
-    try:
-        return hydra.utils.instantiate(convert_tree(config, _update_target), _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, QtorchError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        raise ConfigError(str(error).splitlines()[-1] or str(error)) from error
-
-
-def _update_target(value: Any, location: str) -> Any:
-    """Replace a name that an older qtorch stored; Hydra imports names as they are."""
-    target = value.get("_target_") if isinstance(value, Mapping) else None
-    return {**value, "_target_": current_name(target)} if isinstance(target, str) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, list):
-        return all(_is_plain(v) for v in value)
-    return is_plain_scalar(value)
 
 
 def _call(

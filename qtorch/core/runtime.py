@@ -1,12 +1,14 @@
-"""Process-wide utilities: random seeds, device selection, logging, progress bars."""
+"""Process-wide utilities: random seeds, devices, environment, logging, progress bars."""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from qtorch.core.errors import ConfigError
@@ -54,6 +56,21 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     if str(torch_device) == "cuda":  # without an index
         return torch.device("cuda", torch.cuda.current_device())
     return torch_device
+
+
+@contextmanager
+def change_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Change environment variables inside the block."""
+    previous = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def configure_logging(level: int | str = logging.INFO) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from qtorch.core.errors import ArgumentError, check_name
-from qtorch.core.trust import load_pickle, trust_subclasses
+from qtorch.core.trust import load_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@trust_subclasses
 @dataclass
 class State:
     """The data from which an object is rebuilt: plain JSON data and named tensors."""
@@ -46,8 +45,8 @@ class Serializable:
     """Pickle objects by Qlib's rule: attributes whose name starts with `_` are left out.
 
     `include` overrides `exclude`, both override the underscore rule, and `dump_all` includes
-    everything that is not excluded. Corresponds to qlib/utils/serial.py. Difference: `load` checks
-    that every class in the pickle is trusted.
+    everything that is not excluded. Corresponds to qlib/utils/serial.py. Difference: `load` loads
+    only a pickle that the user trusts.
     """
 
     def config(
@@ -96,12 +95,13 @@ class Serializable:
             pickle.dump(self, file)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, trusted_pickle: bool = False) -> Self:
         """Load a pickled object of this class; raise TypeError for an object of another class.
 
-        Every class in the pickle must be trusted (`qtorch.core.trust`), else TrustError is raised.
+        Loading a pickle runs the code that its author put into it. TrustError is raised unless
+        `trusted_pickle` is True, here or for the whole process (`qtorch.init`).
         """
-        instance = load_pickle(path)
+        instance = load_pickle(path, is_trusted=trusted_pickle)
         if not isinstance(instance, cls):
             raise TypeError(
                 f"{path} contains a {type(instance).__qualname__}, not a {cls.__qualname__}; load "

@@ -13,6 +13,7 @@ from qtorch.core.errors import check_name
 
 REGIONS = ("us", "cn")
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
+PICKLE_VARIABLE = "QTORCH_TRUSTED_PICKLE"  # "1" in commands with trusted_pickle=true
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Session:
     task_url: str | None = None
     seed: int | None = None
     trusted: tuple[str, ...] = ()
+    trusted_pickle: bool = False
 
 
 _process = Session()
@@ -44,6 +46,7 @@ def init(
     task_url: str | None = None,
     seed: int | None = None,
     trusted: Sequence[str] = (),
+    trusted_pickle: bool | None = None,
 ) -> Session:
     """Set the defaults of this process; a later call changes only the arguments it passes.
 
@@ -54,6 +57,7 @@ def init(
     seed: default random seed.
     trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
         adds to them.
+    trusted_pickle: whether pickles may be loaded; each runs the code that its author put into it.
     """
     global _process
     packages = (trusted,) if isinstance(trusted, str) else tuple(trusted)
@@ -64,6 +68,7 @@ def init(
         "task_url": task_url,
         "seed": seed,
         "trusted": (*_process.trusted, *packages) if packages else None,
+        "trusted_pickle": trusted_pickle,
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
@@ -83,6 +88,11 @@ def get_trusted_packages() -> tuple[str, ...]:
     """Return the packages that the user trusts, from `init` and from QTORCH_TRUSTED."""
     variable = os.environ.get(TRUSTED_VARIABLE, "")
     return (*session().trusted, *(p.strip() for p in variable.split(",") if p.strip()))
+
+
+def are_pickles_trusted() -> bool:
+    """Whether the user allows this process to load pickles, by `init` or for this command."""
+    return session().trusted_pickle or os.environ.get(PICKLE_VARIABLE) == "1"
 
 
 def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:

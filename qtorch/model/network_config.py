@@ -63,15 +63,12 @@ def complete_network_config(
     return {"_target_": import_path(target), **options, **arguments}
 
 
-def build_network(config: dict[str, Any] | nn.Module, *, stored: bool = False) -> nn.Module:
-    """Build the network of a completed configuration; return a copy of a live one.
-
-    `stored`: the configuration was loaded from a store, and names in it must pass the trust rule.
-    """
+def build_network(config: dict[str, Any] | nn.Module) -> nn.Module:
+    """Build the network of a completed configuration; return a copy of a live one."""
     if isinstance(config, nn.Module):
         return copy.deepcopy(config)
     try:
-        network = init_instance_by_config(config, check_trust=stored)
+        network = init_instance_by_config(config)
     except ConfigError:
         raise
     except ValueError as error:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from qtorch.core.names import locate
+from qtorch.core.names import import_object
 from qtorch.process.stops import (
     STOP_SIGNALS,
     StopRequest,
@@ -390,7 +390,7 @@ def child_main(connection: Connection, outputs: Sequence[int]) -> int:
             os.environ.clear()
             os.environ.update(call["environment"])
             _set_threads()
-            function = locate(call["function"])
+            function = import_object(call["function"])
             can_begin = parent.begin_work()
         except KeyboardInterrupt:
             can_begin = False

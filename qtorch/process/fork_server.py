@@ -21,14 +21,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError
+from qtorch.core.runtime import change_environment
 from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child_main, connect
 from qtorch.process.stops import STOP_SIGNALS
 
@@ -269,21 +270,10 @@ def current_environment() -> dict[str, str]:
         return dict(os.environ)
 
 
-@contextmanager
-def _server_environment() -> Iterator[None]:
+def _server_environment() -> AbstractContextManager[None]:
     """Change the environment for a new server: it imports what this process would import."""
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    changes = {**FORK_SAFE, "PYTHONPATH": path}
-    previous = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in previous.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return change_environment({**FORK_SAFE, "PYTHONPATH": path})
 
 
 _servers: dict[tuple[str, ...], ForkServer] = {}

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 import qtorch
 from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name_message
 from qtorch.core.files import atomic_write
+from qtorch.core.trust import mark_stored
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
@@ -117,7 +118,7 @@ def export_model(
 def load_network(path: str | Path) -> nn.Module:
     """Load the network of a "safetensors" export, in evaluation mode.
 
-    The class names in the file are subject to the trust rule. Raises DataError for any other file.
+    The class names in the file must be trusted. Raises DataError for any other file.
     """
     return _load_network_bytes(Path(path).expanduser().read_bytes(), str(path))
 
@@ -287,7 +288,7 @@ def _load_network_bytes(data: bytes, name: str) -> nn.Module:
         metadata = json.loads(header["__metadata__"][METADATA_KEY])
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{name} is not a network exported by qtorch: {error}") from error
-    network = build_network(metadata["network"], stored=True).eval()
+    network = build_network(mark_stored(metadata["network"])).eval()
     network.load_state_dict(tensors)
     return network
 

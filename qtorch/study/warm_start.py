@@ -12,9 +12,9 @@ import pandas as pd
 from qtorch.core.configured import check_arguments
 from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.instantiate import auto_filter_kwargs, init_instance_by_config
-from qtorch.core.names import import_path, locate
+from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import check_name_trust
+from qtorch.core.trust import locate
 from qtorch.model.base import Model, ModelFT
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import current_recorder, tag_lineage
@@ -129,13 +129,12 @@ class WarmStart(ModelFT):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """Rebuild the model; class names in the state are subject to the trust rule."""
-        model = init_instance_by_config(state.config["warm_start"], check_trust=True)
+        """Rebuild the model; class names in the state must be trusted."""
+        model = init_instance_by_config(state.config["warm_start"])
         if not isinstance(model, cls):
             raise TypeError(f"the state is of a {type(model).__qualname__}, not a {cls.__name__}.")
         inner = state.config["model"]
         if inner is not None:
-            check_name_trust(inner["class"])
             inner_state = State(inner["state"], state.tensors)
             model.model_ = locate(inner["class"]).from_state(inner_state)
         return model

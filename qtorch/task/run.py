@@ -25,9 +25,9 @@ from qtorch.core.errors import (
     TaskResultError,
     TrustError,
 )
-from qtorch.core.names import import_path, locate
+from qtorch.core.names import import_path
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
-from qtorch.core.trust import check_config_trust
+from qtorch.core.trust import check_config_trust, locate
 from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, listen

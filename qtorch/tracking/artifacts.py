@@ -46,9 +46,9 @@ from qtorch.core.errors import (
     unknown_name_message,
 )
 from qtorch.core.files import atomic_write, cache_folder
-from qtorch.core.names import import_path, locate
+from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import check_name_trust, load_pickle
+from qtorch.core.trust import load_pickle, locate, mark_stored
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.locations import local_folder
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
@@ -178,7 +178,7 @@ def _json_text(kind: str, content: dict[str, Any]) -> str:
 
 
 def _read_json(path: Path, name: str) -> Any:
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = mark_stored(json.loads(path.read_text(encoding="utf-8")))
     _check_format(document[_KEY]["format"], name)
     if document[_KEY]["kind"] == "state":
         return _rebuild(document["_target_"], State(decode(document["config"])))
@@ -203,7 +203,6 @@ def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
 
 
 def _rebuild(target: str, state: State) -> Any:
-    check_name_trust(target)
     cls = locate(target)
     if not isinstance(cls, type) or not hasattr(cls, "from_state"):
         raise LoadObjectError(
@@ -258,7 +257,7 @@ def _read_tensors(path: Path, name: str) -> Any:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            document = json.loads((file.metadata() or {})[_KEY])
+            document = mark_stored(json.loads((file.metadata() or {})[_KEY]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
@@ -294,7 +293,7 @@ def _write_zip(value: Any, path: Path) -> None:
 
 def _read_zip(path: Path, name: str) -> Any:
     with zipfile.ZipFile(path) as archive, TemporaryDirectory() as scratch:
-        document = json.loads(archive.read("tree.json"))
+        document = mark_stored(json.loads(archive.read("tree.json")))
         _check_format(document[_KEY]["format"], name)
 
         def value(tree: Any) -> Any:

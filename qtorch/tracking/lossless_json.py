@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.plain import convert_tree
+from qtorch.core.trust import StoredText
 
 # A value that JSON cannot express becomes an object with exactly one of these keys.
 _TAGS = ("$tuple", "$set", "$dict", "$float", "$timestamp", "$timedelta", "$date", "$datetime")
@@ -28,12 +29,15 @@ def encode(value: Any) -> Any:
 
 
 def _encode_part(value: Any, location: str) -> Any:
+    if isinstance(value, StoredText):
+        return str(value)
     kind = type(value)
     if value is None or kind in (bool, int, str, list):
         return value
     if kind is dict:
-        has_plain_keys = all(type(k) is str for k in value) and not any(k in value for k in _TAGS)
-        return value if has_plain_keys else {"$dict": [[k, v] for k, v in value.items()]}
+        has_text_keys = {type(k) for k in value} <= {str, StoredText}
+        is_plain = has_text_keys and not any(k in value for k in _TAGS)
+        return value if is_plain else {"$dict": [[k, v] for k, v in value.items()]}
     if kind is tuple:
         return {"$tuple": list(value)}
     if kind in (set, frozenset):

@@ -126,7 +126,7 @@ def end_task_train(
                 announce_run(earlier_run)
                 return earlier_run
         with _open_run(rec) as recorder:
-            _execute(recorder, complete_task(recorder.load_object(TASK)), is_stored=True)
+            _execute(recorder, complete_task(recorder.load_object(TASK)))
     return recorder
 
 
@@ -234,14 +234,12 @@ def _execute(
     recorder: Recorder,
     task: dict[str, Any],
     *,
-    is_stored: bool = False,
     on_fitted: Callable[[Recorder, Any], None] | None = None,
 ) -> None:
-    """Fit the model, save it and generate the records; check the classes of a stored task."""
+    """Fit the model, save it and generate the records."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
-        if is_stored:
-            check_config_trust(task)
+        check_config_trust(task)
         beat("data")
         sources = collect_source_digests(task)
         model = _build(task["model"])

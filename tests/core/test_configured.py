@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qtorch.core.configured import Configured, plain_value
-from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.core.errors import ArgumentError, ConfigError, TrustError
 from qtorch.core.identity import canonical_json, digest, fit_id, task_id
 from qtorch.core.serial import Serializable
 
@@ -62,17 +62,18 @@ def test_pickle_keeps_the_configuration_and_drops_private_state(tmp_path):
     assert not hasattr(copy, "a")
 
 
-def test_load_rejects_an_object_of_another_class(tmp_path, monkeypatch):
+def test_load_rejects_an_object_of_another_class(tmp_path):
     path = tmp_path / "component.pkl"
-    monkeypatch.setenv("QTORCH_TRUSTED", __name__.split(".")[0])
     Component(1).to_pickle(path)
-    assert Component.load(path).a == 1
+    assert Component.load(path, trusted_pickle=True).a == 1
+    with pytest.raises(TrustError, match="trusted_pickle"):
+        Component.load(path)
 
     class OtherClass(Serializable):
         pass
 
     with pytest.raises(TypeError, match="contains a Component"):
-        OtherClass.load(path)
+        OtherClass.load(path, trusted_pickle=True)
     with pytest.raises(ArgumentError, match="Did you mean 'dump_all'"):
         Component(1).to_pickle(path, dump_al=True)
 

@@ -15,6 +15,7 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ArgumentError, ConfigError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
+from qtorch.core.trust import mark_stored
 
 HERE = __name__
 
@@ -86,18 +87,12 @@ def test_pickle_is_loaded_from_uri_or_path(tmp_path, monkeypatch):
     path.write_bytes(pickle.dumps(OrderedDict(a=torch.ones(2))))
     monkeypatch.chdir(tmp_path)
     for config in (f"file://{path}", "file://x.pkl", path):
-        assert init_instance_by_config(config)["a"].tolist() == [1, 1]
+        with pytest.raises(TrustError, match="trusted_pickle"):
+            init_instance_by_config(config)
+        with session_context(trusted_pickle=True):
+            assert init_instance_by_config(config)["a"].tolist() == [1, 1]
     with pytest.raises(ConfigError, match=r"'missing.pkl': no such file"):
         init_instance_by_config("file://missing.pkl")
-
-
-def test_pickle_must_be_trusted(tmp_path):
-    path = tmp_path / "x.pkl"
-    path.write_bytes(pickle.dumps(Plain()))
-    with pytest.raises(TrustError, match=r"init\(trusted=\["):
-        init_instance_by_config(path)
-    with session_context(trusted=(HERE.split(".")[0],)):
-        assert isinstance(init_instance_by_config(path), Plain)
 
 
 def test_module_path_can_be_a_python_file(tmp_path):
@@ -107,7 +102,7 @@ def test_module_path_can_be_a_python_file(tmp_path):
     assert init_instance_by_config(config).a == 5
     assert type(init_instance_by_config(config)) is type(init_instance_by_config(config))
     with pytest.raises(TrustError, match="which is code"):
-        init_instance_by_config(config, check_trust=True)
+        init_instance_by_config(mark_stored(config))
 
 
 def test_configured_class_builds_its_own_parts_and_others_get_built_parts():
@@ -169,18 +164,6 @@ def test_error_in_a_nested_part_is_raised_unchanged():
     config = {"_target_": f"{HERE}.Plain", "part": {"_target_": f"{HERE}.Part", "siez": 1}}
     with pytest.raises(ArgumentError, match="Did you mean 'size'"):
         init_instance_by_config(config)
-
-
-def test_stored_configuration_must_be_trusted():
-    with pytest.raises(TrustError):
-        init_instance_by_config({"_target_": "os.system", "command": "true"}, check_trust=True)
-    with pytest.raises(TrustError, match="not of a type"):
-        init_instance_by_config({"_target_": "torch.load", "f": "x"}, check_trust=True)
-    config = {"_target_": "torch.nn.Sequential", "x": [{"class": "os.system"}]}
-    with pytest.raises(TrustError):
-        init_instance_by_config(config, check_trust=True)
-    linear = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 2}
-    assert isinstance(init_instance_by_config(linear, check_trust=True), torch.nn.Linear)
 
 
 def test_flatten_dict_joins_keys_with_dots():

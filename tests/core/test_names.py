@@ -14,9 +14,9 @@ from qtorch.backtest.strategy import Strategy
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.names import current_name, import_path, locate
+from qtorch.core.names import current_name, import_path
 from qtorch.core.session import session_context
-from qtorch.core.trust import check_config_trust, check_name_trust, load_pickle
+from qtorch.core.trust import StoredText, check_config_trust, load_pickle, locate, mark_stored
 from qtorch.data import DataHandlerLP, SyntheticSource, TSDatasetH
 from qtorch.data.processor import RobustZScoreNorm
 from qtorch.nn import MLP
@@ -58,9 +58,9 @@ def test_name_of_a_module_that_is_gone_is_found_among_the_public_names(name, cls
     module, _, attribute = name.rpartition(".")
     assert locate(name) is locate(attribute, module) is cls
     assert current_name(name) == import_path(cls)
-    check_name_trust(name)
-    check_config_trust({"class": attribute, "module_path": module})
-    assert load_pickle(f"c{module}\n{attribute}\n.".encode()) is cls
+    assert locate(StoredText(name)) is cls
+    check_config_trust(mark_stored({"class": attribute, "module_path": module}))
+    assert load_pickle(f"c{module}\n{attribute}\n.".encode(), is_trusted=True) is cls
     assert current_name(import_path(cls)) == import_path(cls)
 
 
@@ -68,7 +68,7 @@ def test_old_name_in_a_nested_configuration_is_found():
     network = {"_target_": "qtorch.nn.gone.MLP", "d_feat": 3, "layers": [4]}
     config = {"_target_": f"{__name__}.Part", "layer": network}
     assert isinstance(init_instance_by_config(config).layer, MLP)
-    assert isinstance(init_instance_by_config(network, check_trust=True), MLP)
+    assert isinstance(init_instance_by_config(mark_stored(network)), MLP)
 
 
 def test_name_that_no_package_exports_raises_the_usual_error():
@@ -84,12 +84,10 @@ def test_trust_rule_holds_for_the_object_that_an_old_name_stands_for():
     for packages in ((), ("qtorch.data.gone",)):
         with session_context(trusted=packages):
             with pytest.raises(TrustError, match="not of a type"):
-                check_name_trust(name)
-            with pytest.raises(TrustError, match="not of a type"):
-                load_pickle(b"cqtorch.data.gone\nwrite_qlib\n.")
+                locate(StoredText(name))
     with session_context(trusted=("qtorch",)):
-        check_name_trust(name)
+        locate(StoredText(name))
 
 
 def test_pickle_names_the_class_by_its_module():
-    assert load_pickle(pickle.dumps(Strategy)) is Strategy
+    assert load_pickle(pickle.dumps(Strategy), is_trusted=True) is Strategy

@@ -16,10 +16,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.compose import LOCAL, Calendars, resolve_segments
+from qtorch.cli.compose import LOCAL, Calendars
 from qtorch.cli.jobs.results import FINISHED, command_results
 from qtorch.cli.jobs.sweep_command import current_sweep, task_overrides
-from qtorch.cli.jobs.work import apply_outcome, print_failure, print_skipped_job, sweep_member
+from qtorch.cli.jobs.work import (
+    apply_outcome,
+    job_task,
+    print_failure,
+    print_skipped_job,
+    sweep_member,
+)
 from qtorch.core.errors import QtorchError
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.runtime import progress
@@ -65,7 +71,7 @@ def _skip_job(
     )
     task_words = task_overrides(hydra.overrides.task)
     member = sweep_member(settings, sweep_id, number, task_words)
-    task = resolve_segments(settings["task"], calendars)
+    task = job_task(settings, calendars)
     outcome = find_finished_job(task, member, settings["experiment_name"])
     if outcome is None:
         return None

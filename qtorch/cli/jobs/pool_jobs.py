@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtorch.cli.compose import resolve_segments
 from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.results import FAILED, FINISHED
+from qtorch.cli.jobs.work import job_task
 from qtorch.cli.tables import tasks as task_tables
 from qtorch.core.errors import ConfigError, QtorchError, format_count
 from qtorch.study.sweep import JobResult
@@ -26,7 +26,7 @@ def submit_to_pool(request: Mapping[str, Any]) -> dict[str, Any]:
     settings = request["settings"]
     if request["resume"] is not None:
         raise ConfigError("resume needs runner=local; a pool resumes its own tasks.")
-    task, experiment = resolve_segments(settings["task"]), settings["experiment_name"]
+    task, experiment = job_task(settings), settings["experiment_name"]
     pool = settings["pool"] or experiment
     manager = TaskManager(pool, settings["url"])
     (id,) = manager.create_task([pool_definition(task, experiment, request["run_name"])])

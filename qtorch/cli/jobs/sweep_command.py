@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from qtorch.cli.compose import LOCAL
 from qtorch.cli.guard import INTERRUPTED, configure_process
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
+from qtorch.cli.jobs.stored_command import RESUME_WORDS
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
@@ -240,7 +241,7 @@ def _merge_results(results: Sequence[JobResult], jobs: Sequence[JobResult]) -> l
 def command_words() -> list[str]:
     """Return the words of the command that `qtorch sweep resume` repeats."""
     words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
-    return [w for w in dict.fromkeys(words) if not w.startswith("sweep.retry=")]
+    return [w for w in dict.fromkeys(words) if not w.startswith(RESUME_WORDS)]
 
 
 def task_overrides(overrides: Sequence[str]) -> list[str]:

@@ -273,7 +273,7 @@ class DatasetH(Dataset):
     @classmethod
     def from_state(cls, state: State) -> Self:
         """Restore a dataset; data is loaded on first use and the processors are not refitted."""
-        dataset = init_instance_by_config(state.config["dataset"], check_trust=True)
+        dataset = init_instance_by_config(state.config["dataset"])
         if not isinstance(dataset, cls):
             raise DataError(
                 f"the state describes a {type(dataset).__name__}, expected a {cls.__name__}."

@@ -102,7 +102,7 @@ class TabularModel(Model):
 
     @classmethod
     def from_state(cls, state: State) -> Self:
-        """Build a model from its saved state. Names in it must pass the trust rule."""
+        """Build a model from its saved state. Names in it must be trusted."""
         model = cls._from_stored_config(state.config["model"])
         fitted_state = state.config["fitted"]
         if fitted_state is not None:

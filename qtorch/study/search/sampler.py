@@ -17,7 +17,7 @@ from optuna.distributions import (
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.names import locate
+from qtorch.core.trust import locate
 from qtorch.study.search.trial import Choice, Space, Span
 
 SAMPLERS = {

@@ -19,7 +19,7 @@ from qtorch.core.errors import (
     TaskStoreVersionError,
     unknown_name_message,
 )
-from qtorch.core.names import locate
+from qtorch.core.trust import locate
 from qtorch.task.definition import Definition, definition_hash, query_token
 
 log = logging.getLogger(__name__)
