@@ -82,9 +82,8 @@ def test_name_that_no_package_exports_raises_the_usual_error():
 def test_trust_rule_holds_for_the_object_that_an_old_name_stands_for():
     name = "qtorch.data.gone.write_qlib"  # a function, exported by qtorch.data
     for packages in ((), ("qtorch.data.gone",)):
-        with session_context(trusted=packages):
-            with pytest.raises(TrustError, match="not of a type"):
-                locate(StoredText(name))
+        with session_context(trusted=packages), pytest.raises(TrustError, match="not of a type"):
+            locate(StoredText(name))
     with session_context(trusted=("qtorch",)):
         locate(StoredText(name))
 

@@ -104,7 +104,7 @@ def test_bare_name_is_found_in_the_default_module_only():
         with pytest.raises(ConfigError):
             locate(StoredText(name))
     with pytest.raises(TrustError):  # found there, but not of a kind that may be named
-        locate(StoredText("check_processed_columns"), "qtorch.data.processor.base")
+        locate(StoredText("read_csv"), "qtorch.core.tables")
 
 
 def test_names_of_users_are_not_restricted():
