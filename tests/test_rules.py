@@ -162,6 +162,7 @@ NAMED = (
     "qtorch/task/worker.py",
     "qtorch/trainer/preload.py",
     "qtorch/cli/guard.py",
+    "qtorch/core/trust.py",
 )
 
 

@@ -26,6 +26,7 @@ from omegaconf.errors import (
 from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.core.trust import as_stored_text
 
 ROOT_CONFIG = "train"
 LOCAL, POOL = "local", "rm"  # the values of `runner`: this machine, or the workers of a task pool
@@ -246,6 +247,13 @@ def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None
         calendar_cache[key] = init_instance_by_config(source).calendar()
     dates = segment_dates(segments, calendar_cache[key])
     return {**task, "dataset": {**dataset, "segments": dates}}
+
+
+def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
+    """Return a job's task with dates as segments; its text is stored text in a resumed sweep."""
+    task = settings["task"]
+    is_stored = settings["sweep"]["stored"]
+    return resolve_segments(as_stored_text(task) if is_stored else task, calendars)
 
 
 def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> dict[str, list[str]]:

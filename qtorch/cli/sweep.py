@@ -157,7 +157,7 @@ def _best(name: str, options: dict[str, Any]) -> int:
 def _resume(name: str, options: dict[str, Any]) -> int:
     """Repeat each command of the sweep in its original folder; return the worst exit code."""
     from qtorch.cli import train
-    from qtorch.cli.jobs.stored_command import check_stored_words, repeated_words
+    from qtorch.cli.jobs.stored_command import check_stored_words, words_to_repeat
     from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
     from qtorch.tracking.locations import redact_password
     from qtorch.tracking.manager import R
@@ -170,7 +170,7 @@ def _resume(name: str, options: dict[str, Any]) -> int:
             f"the sweep was started in {folder}, which does not exist here: repeat its command "
             f"next to its data, with sweep.name={row.tags[SWEEP_TAG]}."
         )
-    commands = [repeated_words(command["words"]) for command in plan["commands"]]
+    commands = [words_to_repeat(command["words"]) for command in plan["commands"]]
     for words in commands:
         check_stored_words(words, str(folder))
     os.chdir(folder)

@@ -44,7 +44,7 @@ def current_name(name: str) -> str:
     if not packages:
         return name
     try:
-        _import_dotted(name)
+        _import_by_path(name)
     except ConfigError:
         for package in packages:
             if attribute in getattr(package, "__all__", ()):
@@ -117,15 +117,15 @@ def import_object(name: str, default_module: str | ModuleType | None = None) -> 
     use `qtorch.core.trust.locate`, which does the same but restricts what stored text may name.
     """
     if "." in name:
-        return _import_dotted(current_name(name))
+        return _import_by_path(current_name(name))
     if default_module is None:
         raise ConfigError(f"{name!r} does not name a module; write it as 'package.module.{name}'.")
     if isinstance(default_module, str) and not default_module.endswith(".py"):
-        return _import_dotted(current_name(f"{default_module}.{name}"))
+        return _import_by_path(current_name(f"{default_module}.{name}"))
     return get_attribute(load_module(default_module), name)
 
 
-def _import_dotted(name: str) -> Any:
+def _import_by_path(name: str) -> Any:
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:k])

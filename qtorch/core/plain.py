@@ -20,10 +20,14 @@ def convert_tree(value: Any, convert: Callable[[Any, str], Any], location: str =
     """
     part = convert(value, location)
     if isinstance(part, Mapping):
-        return {str(k): convert_tree(v, convert, f"{location}.{k}") for k, v in part.items()}
+        return {_text(k): convert_tree(v, convert, f"{location}.{k}") for k, v in part.items()}
     if isinstance(part, list | tuple):
         return [convert_tree(v, convert, f"{location}[{k}]") for k, v in enumerate(part)]
     return part
+
+
+def _text(key: Any) -> str:
+    return key if isinstance(key, str) else str(key)
 
 
 def is_plain_scalar(value: Any) -> bool:

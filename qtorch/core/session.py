@@ -90,7 +90,7 @@ def get_trusted_packages() -> tuple[str, ...]:
     return (*session().trusted, *(p.strip() for p in variable.split(",") if p.strip()))
 
 
-def are_pickles_trusted() -> bool:
+def trusts_pickles() -> bool:
     """Whether the user allows this process to load pickles, by `init` or for this command."""
     return session().trusted_pickle or os.environ.get(PICKLE_VARIABLE) == "1"
 

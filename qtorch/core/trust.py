@@ -1,6 +1,6 @@
 """The trust rule: which classes and functions may be named by what was stored.
 
-Text that was read from a store, a task pool or a file is `StoredText` (`mark_stored`), and keeps
+Text that was read from a store, a task pool or a file is `StoredText` (`as_stored_text`), and keeps
 this type wherever it is passed on. `locate`, which alone turns names into objects, applies the rule
 to it. Names that users write in their own code and commands are plain text and are not restricted.
 
@@ -32,7 +32,7 @@ from typing import Any, Self, TypeVar
 
 from qtorch.core.errors import DataError, TrustError
 from qtorch.core.names import current_name, file_module_name, import_object, load_module
-from qtorch.core.session import TRUSTED_VARIABLE, are_pickles_trusted, get_trusted_packages
+from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, trusts_pickles
 
 # Packages that stored text may name without being trusted by the user, if the object is of one of
 # the kinds below. Importing any of their modules does nothing but define names.
@@ -67,14 +67,14 @@ class StoredText(str):
         return self
 
 
-def mark_stored(value: Any) -> Any:
-    """Return a copy of nested plain data in which all text is `StoredText`, except keys."""
+def as_stored_text(value: Any) -> Any:
+    """Return a copy of nested plain data in which all text is `StoredText`."""
     if isinstance(value, str):
         return StoredText(value)
     if isinstance(value, Mapping):
-        return {k: mark_stored(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(mark_stored(v) for v in value)
+        return {as_stored_text(k): as_stored_text(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(as_stored_text(v) for v in value)
     return value
 
 
@@ -91,7 +91,7 @@ def locate(name: str, default_module: str | ModuleType | None = None) -> Any:
     stored text that names something which is not trusted.
     """
     if isinstance(name, StoredText) or isinstance(default_module, StoredText):
-        return _locate_stored(name, default_module)
+        return _locate_by_rule(name, default_module)
     return import_object(name, default_module)
 
 
@@ -113,13 +113,15 @@ def check_config_trust(config: Any) -> None:
             check_config_trust(value)
 
 
-def load_pickle(source: str | Path | bytes, *, is_trusted: bool = False) -> Any:
+def load_pickle(
+    source: str | Path | bytes, *, is_trusted: bool = False, title: str | None = None
+) -> Any:
     """Load a pickle that the user trusts: with `is_trusted`, or all of this process's session.
 
-    Raises TrustError for any other pickle.
+    `title` names the pickle in errors; default: its path. Raises TrustError for any other pickle.
     """
-    title = "the bytes" if isinstance(source, bytes) else str(source)
-    if not (is_trusted or are_pickles_trusted()):
+    title = title or ("the bytes" if isinstance(source, bytes) else str(source))
+    if not (is_trusted or trusts_pickles()):
         raise TrustError(
             f"{title}: this is a pickle, and loading a pickle runs the code that its author put "
             "into it. If you trust its author, add trusted_pickle=true to the command; in Python, "
@@ -141,7 +143,7 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _locate_stored(name: str, module: str | ModuleType | None) -> Any:
+def _locate_by_rule(name: str, module: str | ModuleType | None) -> Any:
     """Return the object that stored text names, if it is trusted."""
     if not _DOTTED.fullmatch(name):
         raise TrustError(
@@ -172,7 +174,7 @@ def _check_object(name: str, obj: Any) -> Any:
             return obj
         raise _trust_error(name, f"{module}.{qualified_name}")
     if _in_packages(module, ALLOWED_PACKAGES) and isinstance(obj, type):
-        if issubclass(obj, _trusted_kinds()):
+        if issubclass(obj, _kinds_of_parts()):
             return obj
         is_callback = _in_packages(module, ALLOWED_PACKAGES[-2:])
         if is_callback and qualified_name in ALLOWED_CALLBACKS:
@@ -220,7 +222,7 @@ def _in_packages(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
-def _trusted_kinds() -> tuple[type, ...]:
+def _kinds_of_parts() -> tuple[type, ...]:
     kinds = tuple(_trusted_bases)
     if torch := sys.modules.get("torch"):  # without torch, no object is a class of torch either
         kinds += (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 import qtorch
 from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name_message
 from qtorch.core.files import atomic_write
-from qtorch.core.trust import mark_stored
+from qtorch.core.trust import as_stored_text
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
@@ -288,7 +288,7 @@ def _load_network_bytes(data: bytes, name: str) -> nn.Module:
         metadata = json.loads(header["__metadata__"][METADATA_KEY])
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{name} is not a network exported by qtorch: {error}") from error
-    network = build_network(mark_stored(metadata["network"])).eval()
+    network = build_network(as_stored_text(metadata["network"])).eval()
     network.load_state_dict(tensors)
     return network
 

@@ -14,7 +14,7 @@ from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskResultError
 from qtorch.core.identity import canonical_json
 from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
-from qtorch.core.trust import mark_stored
+from qtorch.core.trust import as_stored_text
 
 RECORDER = "$recorder"  # key of a run's ids in a stored result
 
@@ -75,7 +75,7 @@ def encode_definition(definition: Mapping[str, Any]) -> Definition:
 def decode_definition(text: str) -> dict[str, Any]:
     """Decode a stored definition; raise TaskDefinitionError if it is invalid."""
     try:
-        value = mark_stored(json.loads(text))
+        value = as_stored_text(json.loads(text))
     except (TypeError, ValueError) as error:
         raise TaskDefinitionError(
             f"the stored definition is not valid JSON ({error}); replace or remove the task."
@@ -111,7 +111,7 @@ def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
     """Decode a stored result; with `load_recorders` replace the ids of runs by Recorders."""
     if text is None:
         return None
-    value = mark_stored(json.loads(text))
+    value = as_stored_text(json.loads(text))
     return convert_tree(value, _restore_recorder) if load_recorders else value
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.runtime import configure_logging
-from qtorch.core.trust import check_config_trust, locate, mark_stored
+from qtorch.core.trust import as_stored_text, check_config_trust, locate
 from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import (
     TRAINING_PRELOAD,
@@ -211,7 +211,7 @@ def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
         return {"unusable": f"cannot import {request['func']}: {format_error(error)}"}
     try:
         parent.send({"ready": True})
-        definition = mark_stored(request["definition"])
+        definition = as_stored_text(request["definition"])
         try:
             check_config_trust(definition)
         except QtorchError as error:

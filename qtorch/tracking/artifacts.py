@@ -9,7 +9,7 @@
 | NumPy array, tensor, dict of tensors | safetensors | nothing |
 | has `to_state` / `from_state` (Model, Dataset) | JSON; safetensors if it has tensors | its class |
 | dict, list or tuple of the above | zip of the above | as for its parts |
-| anything else | pickle | each class and function in it |
+| anything else | pickle | the file itself: `trusted_pickle` |
 
 The logical name `pred.pkl` becomes the file `pred.pkl.parquet`, `task` becomes
 `task.object.json`. The logical name can be derived from the file name, and a file that a user
@@ -48,7 +48,7 @@ from qtorch.core.errors import (
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
-from qtorch.core.trust import load_pickle, locate, mark_stored
+from qtorch.core.trust import as_stored_text, load_pickle, locate
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.locations import local_folder
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
@@ -178,11 +178,11 @@ def _json_text(kind: str, content: dict[str, Any]) -> str:
 
 
 def _read_json(path: Path, name: str) -> Any:
-    document = mark_stored(json.loads(path.read_text(encoding="utf-8")))
+    document = json.loads(path.read_text(encoding="utf-8"))
     _check_format(document[_KEY]["format"], name)
     if document[_KEY]["kind"] == "state":
-        return _rebuild(document["_target_"], State(decode(document["config"])))
-    return decode(document["value"])
+        return _rebuild(document)
+    return as_stored_text(decode(document["value"]))
 
 
 def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
@@ -202,13 +202,14 @@ def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
     return write
 
 
-def _rebuild(target: str, state: State) -> Any:
+def _rebuild(document: dict[str, Any], tensors: dict[str, Any] | None = None) -> Any:
+    target = as_stored_text(document["_target_"])
     cls = locate(target)
     if not isinstance(cls, type) or not hasattr(cls, "from_state"):
         raise LoadObjectError(
             f"{target} is not a class with from_state; was it stored by another version?"
         )
-    return cls.from_state(state)
+    return cls.from_state(State(as_stored_text(decode(document["config"])), tensors or {}))
 
 
 def _is_tensors(value: Any) -> bool:
@@ -257,13 +258,13 @@ def _read_tensors(path: Path, name: str) -> Any:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            document = mark_stored(json.loads((file.metadata() or {})[_KEY]))
+            document = json.loads((file.metadata() or {})[_KEY])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
     _check_format(document[_KEY]["format"], name)
     if document[_KEY]["kind"] == "state":
-        return _rebuild(document["_target_"], State(decode(document["config"]), tensors))
+        return _rebuild(document, tensors)
     values = {n: tensors[str(i)] for i, n in enumerate(document["names"])}
     values = {n: v.numpy() if n in document["arrays"] else v for n, v in values.items()}
     return values[""] if document["single"] else values
@@ -293,7 +294,7 @@ def _write_zip(value: Any, path: Path) -> None:
 
 def _read_zip(path: Path, name: str) -> Any:
     with zipfile.ZipFile(path) as archive, TemporaryDirectory() as scratch:
-        document = mark_stored(json.loads(archive.read("tree.json")))
+        document = json.loads(archive.read("tree.json"))
         _check_format(document[_KEY]["format"], name)
 
         def value(tree: Any) -> Any:
@@ -322,7 +323,7 @@ def pickle_body(data: bytes, name: str) -> bytes:
 
 
 def _read_pickle(path: Path, name: str) -> Any:
-    return load_pickle(pickle_body(path.read_bytes(), name))
+    return load_pickle(pickle_body(path.read_bytes(), name), title=f"{name!r} ({path.name})")
 
 
 class RunFiles:

@@ -15,7 +15,7 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ArgumentError, ConfigError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
-from qtorch.core.trust import mark_stored
+from qtorch.core.trust import as_stored_text
 
 HERE = __name__
 
@@ -102,7 +102,7 @@ def test_module_path_can_be_a_python_file(tmp_path):
     assert init_instance_by_config(config).a == 5
     assert type(init_instance_by_config(config)) is type(init_instance_by_config(config))
     with pytest.raises(TrustError, match="which is code"):
-        init_instance_by_config(mark_stored(config))
+        init_instance_by_config(as_stored_text(config))
 
 
 def test_configured_class_builds_its_own_parts_and_others_get_built_parts():

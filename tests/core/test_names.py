@@ -16,7 +16,7 @@ from qtorch.core.errors import ConfigError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.names import current_name, import_path
 from qtorch.core.session import session_context
-from qtorch.core.trust import StoredText, check_config_trust, load_pickle, locate, mark_stored
+from qtorch.core.trust import StoredText, as_stored_text, check_config_trust, load_pickle, locate
 from qtorch.data import DataHandlerLP, SyntheticSource, TSDatasetH
 from qtorch.data.processor import RobustZScoreNorm
 from qtorch.nn import MLP
@@ -59,7 +59,7 @@ def test_name_of_a_module_that_is_gone_is_found_among_the_public_names(name, cls
     assert locate(name) is locate(attribute, module) is cls
     assert current_name(name) == import_path(cls)
     assert locate(StoredText(name)) is cls
-    check_config_trust(mark_stored({"class": attribute, "module_path": module}))
+    check_config_trust(as_stored_text({"class": attribute, "module_path": module}))
     assert load_pickle(f"c{module}\n{attribute}\n.".encode(), is_trusted=True) is cls
     assert current_name(import_path(cls)) == import_path(cls)
 
@@ -68,7 +68,7 @@ def test_old_name_in_a_nested_configuration_is_found():
     network = {"_target_": "qtorch.nn.gone.MLP", "d_feat": 3, "layers": [4]}
     config = {"_target_": f"{__name__}.Part", "layer": network}
     assert isinstance(init_instance_by_config(config).layer, MLP)
-    assert isinstance(init_instance_by_config(mark_stored(network)), MLP)
+    assert isinstance(init_instance_by_config(as_stored_text(network)), MLP)
 
 
 def test_name_that_no_package_exports_raises_the_usual_error():

@@ -16,7 +16,7 @@ import torch
 from qtorch.core.errors import ConfigError, DataError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.session import session_context
-from qtorch.core.trust import StoredText, check_config_trust, load_pickle, locate, mark_stored
+from qtorch.core.trust import StoredText, as_stored_text, check_config_trust, load_pickle, locate
 from qtorch.data.processor.cross_section import CSRankNorm
 
 UNTRUSTED = [
@@ -84,7 +84,7 @@ def test_stored_text_cannot_name_what_is_not_trusted(name):
     modules = set(sys.modules)
     for config in (name, {"_target_": name}, {"class": name}, {"func": name, "module_path": "os"}):
         with pytest.raises((TrustError, ConfigError)):
-            init_instance_by_config(mark_stored(config))
+            init_instance_by_config(as_stored_text(config))
     new_packages = {m.partition(".")[0] for m in set(sys.modules) - modules}
     assert new_packages <= {"qtorch", "torch"}
 
@@ -92,7 +92,7 @@ def test_stored_text_cannot_name_what_is_not_trusted(name):
 @pytest.mark.parametrize("name", TRUSTED)
 def test_stored_text_can_name_the_parts_of_a_task(name):
     assert isinstance(locate(StoredText(name)), type)
-    check_config_trust(mark_stored({"a": [{"_target_": name}]}))
+    check_config_trust(as_stored_text({"a": [{"_target_": name}]}))
 
 
 def test_bare_name_is_found_in_the_default_module_only():
@@ -126,7 +126,7 @@ def test_names_of_users_are_not_restricted():
     ],
 )
 def test_stored_text_keeps_its_type(change):
-    config = change(mark_stored({"_target_": "os.system", "command": "true"}))
+    config = change(as_stored_text({"_target_": "os.system", "command": "true"}))
     with pytest.raises(TrustError, match="os"):
         init_instance_by_config(config)
 
@@ -141,9 +141,9 @@ def test_nested_names_are_checked_wherever_they_stand():
         {"class": "os.system", "kwargs": {"command": "true"}},
     ):
         with pytest.raises(TrustError, match="os"):
-            check_config_trust(mark_stored(config))
+            check_config_trust(as_stored_text(config))
         with pytest.raises((TrustError, ConfigError)):
-            init_instance_by_config(mark_stored(config))
+            init_instance_by_config(as_stored_text(config))
 
 
 def test_what_counts_is_where_an_object_is_defined(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_files_of_code_must_be_trusted_by_their_path(tmp_path):
     code, other = tmp_path / "own.py", tmp_path / "other.py"
     code.write_text("import os\nclass Own:\n    value = 3\n")
     other.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own:\n    value = 4\n")
-    config = mark_stored({"class": "Own", "module_path": str(code)})
+    config = as_stored_text({"class": "Own", "module_path": str(code)})
     with pytest.raises(TrustError, match="which is code"):
         init_instance_by_config(config)
     with session_context(trusted=[str(code)]):

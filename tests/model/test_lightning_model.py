@@ -14,6 +14,7 @@ from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_w
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State
 from qtorch.core.session import init
+from qtorch.core.trust import StoredText, as_stored_text
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.nn import LSTM, MLP
@@ -257,7 +258,7 @@ def test_pickle_and_state_round_trip(dataset: ToyDataset, short_model, tmp_path)
     short_model.to_pickle(tmp_path / "model.pkl")
     state = short_model.to_state()
     for loaded_model in (
-        LightningModel.load(tmp_path / "model.pkl"),
+        LightningModel.load(tmp_path / "model.pkl", trusted_pickle=True),
         LightningModel.from_state(state),
     ):
         pd.testing.assert_series_equal(loaded_model.predict(dataset), expected)
@@ -281,9 +282,15 @@ def test_state_is_json_and_tensors(dataset: ToyDataset) -> None:
     assert loaded_model.to_config()["network"]["d_feat"] == 12
 
 
+def stored_state(model: LightningModel) -> State:
+    """The state of a model as it is read from a store."""
+    state = model.to_state()
+    return State(as_stored_text(state.config), state.tensors)
+
+
 def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
     model = fit_model(dataset, {"_target_": "user_networks.LastStep"}, epochs=1)
-    state = model.to_state()
+    state = stored_state(model)
     with pytest.raises(TrustError, match="user_networks"):
         LightningModel.from_state(state)
     init(trusted=["user_networks"])
@@ -292,11 +299,11 @@ def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
 
 
 def test_stored_names_that_predict_imports_must_be_trusted(dataset: ToyDataset) -> None:
-    state = make_model(epochs=1).to_state()
     for name in ("loss", "module"):
-        config = {**state.config["model"], name: "user_networks.Unknown"}
+        model = fit_model(dataset, epochs=1)
+        setattr(model, name, StoredText("user_networks.Unknown"))
         with pytest.raises(TrustError, match="user_networks"):
-            LightningModel.from_state(State({**state.config, "model": config}, state.tensors))
+            model.predict(dataset)
 
 
 def test_module_prepares_the_samples_of_a_prediction(dataset: ToyDataset) -> None:

@@ -68,7 +68,7 @@ def test_save_and_load_without_pickle(make, dataset, tmp_path):
     with pytest.raises(NotFittedError, match="call fit"):
         unfitted_model.predict(dataset)
     model.to_pickle(tmp_path / "model.pickle")
-    unpickled_model = type(model).load(tmp_path / "model.pickle")
+    unpickled_model = type(model).load(tmp_path / "model.pickle", trusted_pickle=True)
     pd.testing.assert_series_equal(unpickled_model.predict(dataset), model.predict(dataset))
 
 

@@ -16,6 +16,7 @@ from stored_things import Counter, Plan
 
 from qtorch.core.errors import LoadObjectError, TrackingError, TrustError
 from qtorch.core.session import session_context
+from qtorch.core.trust import StoredText
 from qtorch.tracking.artifacts import (
     RunFiles,
     logical_name,
@@ -118,7 +119,7 @@ PLAIN = [
 def test_plain_data_is_stored_as_json(value, tmp_path):
     result, path = round_trip(value, tmp_path, "task")
     assert result == value
-    assert type(result) is type(value)
+    assert type(result) is (StoredText if isinstance(value, str) else type(value))
     assert path.name == "task.object.json"
     json.loads(path.read_text())
 
@@ -133,7 +134,8 @@ def test_arrays_and_tensors_are_stored_as_safetensors(tmp_path):
     scalar, _ = round_trip(np.array(3.0), tmp_path)
     assert scalar.shape == ()
     assert scalar == 3.0
-    names, path = round_trip(np.array(["a", "b"]), tmp_path)
+    with session_context(trusted_pickle=True):
+        names, path = round_trip(np.array(["a", "b"]), tmp_path)
     assert list(names) == ["a", "b"]
 
 
@@ -147,7 +149,7 @@ def test_container_of_frames_needs_no_pickle(tmp_path):
 
 
 def test_subclass_of_a_container_keeps_its_type(tmp_path):
-    with session_context(trusted=["collections"]):
+    with session_context(trusted_pickle=True):
         result, _ = round_trip([OrderedDict(b=1, a=2)], tmp_path)
     assert type(result[0]) is OrderedDict
     assert result == [OrderedDict(b=1, a=2)]
@@ -195,18 +197,18 @@ def test_state_needs_no_pickle_but_a_trusted_class(weights, tmp_path):
 def test_other_objects_are_pickled_and_need_trust(tmp_path):
     path = write_object(Counter(3), tmp_path, "counter")
     assert path.name == "counter.object.pickle"
-    with pytest.raises(TrustError, match="stored_things"):
+    with session_context(trusted=("stored_things",)), pytest.raises(TrustError, match="'counter'"):
         read_object(path, "counter")
-    with session_context(trusted=("stored_things",)):
+    with session_context(trusted_pickle=True):
         assert read_object(path, "counter").count == 3
 
 
 def test_plain_pickle_file_needs_trust_too(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}))
-    assert read_object(tmp_path / "x.pkl", "x.pkl") == {"a": 1}
-    (tmp_path / "y.pkl").write_bytes(pickle.dumps(Counter(1)))
-    with pytest.raises(TrustError):
-        read_object(tmp_path / "y.pkl", "y.pkl")
+    with pytest.raises(TrustError, match=r"x\.pkl.*trusted_pickle"):
+        read_object(tmp_path / "x.pkl", "x.pkl")
+    with session_context(trusted_pickle=True):
+        assert read_object(tmp_path / "x.pkl", "x.pkl") == {"a": 1}
 
 
 def test_unpicklable_object_raises(tmp_path):
@@ -228,7 +230,7 @@ def test_newer_format_raises_with_the_name(value, tmp_path, monkeypatch):
 def test_truncated_file_raises(value, tmp_path):
     path = write_object(value, tmp_path, "thing.pkl")
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(LoadObjectError, match="thing"), session_context(trusted=("stored_things",)):
+    with pytest.raises(LoadObjectError, match="thing"), session_context(trusted_pickle=True):
         read_object(path, "thing.pkl")
 
 

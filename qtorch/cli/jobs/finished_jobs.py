@@ -16,12 +16,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.compose import LOCAL, Calendars
+from qtorch.cli.compose import LOCAL, Calendars, job_task
 from qtorch.cli.jobs.results import FINISHED, command_results
 from qtorch.cli.jobs.sweep_command import current_sweep, task_overrides
 from qtorch.cli.jobs.work import (
     apply_outcome,
-    job_task,
     print_failure,
     print_skipped_job,
     sweep_member,

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qtorch.cli.compose import job_task
 from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.results import FAILED, FINISHED
-from qtorch.cli.jobs.work import job_task
 from qtorch.cli.tables import tasks as task_tables
 from qtorch.core.errors import ConfigError, QtorchError, format_count
 from qtorch.study.sweep import JobResult

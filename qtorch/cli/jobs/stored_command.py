@@ -38,7 +38,7 @@ def check_stored_words(words: Sequence[str], folder: str) -> None:
             )
 
 
-def repeated_words(words: Sequence[str]) -> list[str]:
+def words_to_repeat(words: Sequence[str]) -> list[str]:
     """Return the words of a stored command without those that `qtorch sweep resume` sets itself."""
     own_words = (*RESUME_WORDS, "sweep.name=", "tracking.uri=")
     return [str(w) for w in words if not str(w).lstrip("+").startswith(own_words)]

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.compose import LOCAL, Calendars, resolve_segments
+from qtorch.cli.compose import LOCAL, job_task
 from qtorch.cli.guard import configure_process, error_line, is_debug_enabled
 from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
 from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
 from qtorch.cli.tables.jobs import print_summary
 from qtorch.core.errors import ConfigError, QtorchError
-from qtorch.core.trust import mark_stored
 from qtorch.process.child import ExitStatus, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN
@@ -136,12 +135,6 @@ def _train_job(request: Mapping[str, Any]) -> JobOutcome:
             return JobOutcome(task_train(task, experiment, name, run=earlier_run), TRAINED)
     member = sweep_member(settings, request["sweep"], request["number"], request["overrides"])
     return run_sweep_job(task, member, experiment, name)
-
-
-def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
-    """Return a job's task with dates as segments; its text is stored text in a resumed sweep."""
-    task = settings["task"]
-    return resolve_segments(mark_stored(task) if settings["sweep"]["stored"] else task, calendars)
 
 
 def sweep_member(

@@ -58,7 +58,7 @@ def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
     """
     parts = []
     for name, part in spec.items():
-        part_spec = part if isinstance(part, Mapping) else {"loss": str(name), "weight": part}
+        part_spec = part if isinstance(part, Mapping) else {"loss": name, "weight": part}
         if set(part_spec) - {"loss", "weight"} or "loss" not in part_spec:
             raise ConfigError(
                 f"the loss {name!r} is {dict(part_spec)}; expected a weight, or "
