@@ -282,7 +282,7 @@ def test_state_is_json_and_tensors(dataset: ToyDataset) -> None:
     assert loaded_model.to_config()["network"]["d_feat"] == 12
 
 
-def stored_state(model: LightningModel) -> State:
+def state_from_store(model: LightningModel) -> State:
     """The state of a model as it is read from a store."""
     state = model.to_state()
     return State(as_stored_text(state.config), state.tensors)
@@ -290,7 +290,7 @@ def stored_state(model: LightningModel) -> State:
 
 def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
     model = fit_model(dataset, {"_target_": "user_networks.LastStep"}, epochs=1)
-    state = stored_state(model)
+    state = state_from_store(model)
     with pytest.raises(TrustError, match="user_networks"):
         LightningModel.from_state(state)
     init(trusted=["user_networks"])
