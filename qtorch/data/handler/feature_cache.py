@@ -34,6 +34,7 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.files import cache_folder
 from qtorch.core.identity import digest
 from qtorch.core.names import import_path
+from qtorch.core.trust import StoredText
 from qtorch.data.handler.filter import DynamicFilter
 from qtorch.data.panel.infinite import is_infinity_allowed
 from qtorch.data.panel.stored_view import META, read_view, view_num_bytes, write_view
@@ -256,11 +257,16 @@ _current_cache: ContextVar[FeatureCache | None] = ContextVar("qtorch_feature_cac
 
 @contextmanager
 def use_feature_cache(cache: bool | str | Path) -> Iterator[None]:
-    """Cache the features of loaders inside the block (True: in the default folder; or a path)."""
+    """Cache the features of loaders inside the block (True: in the default folder; or a path).
+
+    A path in stored text stands for the default folder: a stranger must not choose where files are
+    written.
+    """
     if cache is False:
         yield
         return
-    token = _current_cache.set(FeatureCache(None if cache is True else cache))
+    is_default = cache is True or isinstance(cache, StoredText)
+    token = _current_cache.set(FeatureCache(None if is_default else cache))
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.trust import StoredText
 from qtorch.core.runtime import resolve_device
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
@@ -107,6 +108,8 @@ def trainer_options(
     for name in user_arguments:
         check_name("argument of the trainer", name, valid, limit=60, error=ArgumentError)
     arguments = dict(user_arguments)
+    if isinstance(arguments.get("default_root_dir"), StoredText):
+        del arguments["default_root_dir"]  # a stranger must not choose where files are written
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
