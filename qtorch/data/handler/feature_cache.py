@@ -265,8 +265,8 @@ def use_feature_cache(cache: bool | str | Path) -> Iterator[None]:
     if cache is False:
         yield
         return
-    is_default = cache is True or isinstance(cache, StoredText)
-    token = _current_cache.set(FeatureCache(None if is_default else cache))
+    folder = None if cache is True or isinstance(cache, StoredText) else cache
+    token = _current_cache.set(FeatureCache(folder))
     try:
         yield
     finally:
