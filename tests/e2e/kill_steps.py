@@ -1,6 +1,6 @@
 """Train one task in processes that are killed repeatedly; run as a script.
 
-    python kill_steps.py FOLDER KILLS DEVICES
+    python kill_steps.py FOLDER KILLS DEVICES [SEED]
 
 Every attempt is a real process (forked from this one, which has done its imports and trained once)
 that dies by SIGKILL at a random moment in one of the stages of a task: at a heartbeat, shortly
@@ -238,9 +238,9 @@ def run_attempt(
         os._exit(code)
 
 
-def main(folder: Path, kills: int, devices: int) -> None:
+def main(folder: Path, kills: int, devices: int, seed: int = 0) -> None:
     """Kill attempts until all kills are done, then let the last task finish."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     kill_points = SINGLE_DEVICE_KILLS if devices == 1 else TWO_DEVICE_KILLS
     prepare_process(devices)
     rounds: list[dict[str, Any]] = []
@@ -275,4 +275,4 @@ def main(folder: Path, kills: int, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
