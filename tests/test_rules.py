@@ -185,6 +185,39 @@ def test_modules_are_named_in_strings_in_few_places():
     assert not wrong, "\n".join(wrong)
 
 
+# Where names become objects, and where pickles of another process of the same user are read.
+NAME_DOORS = {
+    "import_module": ("qtorch/core/", "qtorch/cli/main.py", "qtorch/trainer/preload.py"),
+    "import_object": ("qtorch/core/", "qtorch/process/child.py"),
+    "loads": (
+        "qtorch/core/trust.py",
+        "qtorch/model/devices/",
+        "qtorch/trainer/subprocess_tasks.py",
+    ),
+    "Unpickler": ("qtorch/core/trust.py",),
+    "__import__": (),
+    "eval": (),
+    "exec": (),
+}
+
+
+def test_names_become_objects_and_pickles_are_read_in_few_places():
+    pickling = {f"{m}.{f}" for m in ("pickle", "cloudpickle", "joblib") for f in ("load", "loads")}
+    wrong = []
+    for path, tree in modules().items():
+        file = path.relative_to(ROOT).as_posix()
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            call = ast.unparse(node.func)
+            is_method = call.partition(".")[0] not in ("pickle", "importlib", call)
+            name = "loads" if call in pickling else call.rpartition(".")[2]
+            doors = None if is_method and call not in pickling else NAME_DOORS.get(name)
+            if doors is not None and not file.startswith(doors):
+                wrong.append(f"{file}:{node.lineno} calls {call}")
+            if call == "torch.load" and "weights_only" not in {k.arg for k in node.keywords}:
+                wrong.append(f"{file}:{node.lineno} loads more than weights")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_networks_import_torch_alone():
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {module}"

@@ -85,7 +85,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished tiny run, and a finished sweep of one job."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
@@ -100,12 +100,12 @@ def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(finished_folder: Path, tmp_path: Path, watch: Any) -> Iterator[Path]:
+def store(folder_of_runs: Path, tmp_path: Path, watch: Any) -> Iterator[Path]:
     """The folder with the finished runs; their artifacts are restored after the test."""
-    artifacts, backup = finished_folder / "mlruns" / "artifacts", tmp_path / "backup"
+    artifacts, backup = folder_of_runs / "mlruns" / "artifacts", tmp_path / "backup"
     shutil.copytree(artifacts, backup)
-    qtorch.init(tracking_uri=f"sqlite:///{finished_folder}/mlruns/mlflow.db")
-    yield finished_folder
+    qtorch.init(tracking_uri=f"sqlite:///{folder_of_runs}/mlruns/mlflow.db")
+    yield folder_of_runs
     shutil.copytree(backup, artifacts, dirs_exist_ok=True)
     for path in artifacts.rglob("*"):
         if path.is_file() and not (backup / path.relative_to(artifacts)).exists():

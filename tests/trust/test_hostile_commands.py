@@ -195,11 +195,11 @@ def store_plan(run: Any, words: list[str], folder: Path) -> None:
 )
 def test_hostile_plan(store, watch, word):
     words = ["debug=tiny", "model=mlp", "log_level=WARNING", "sweep.isolate=false", "seed=5", word]
-    theirs = Path("theirs").absolute()
-    theirs.mkdir()
+    folder = Path("theirs").absolute()
+    folder.mkdir()
     for name in ("evil_module.py", "evil_package"):
-        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, theirs / name)
-    store_plan(find_run("sweep"), words, theirs)
+        (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, folder / name)
+    store_plan(find_run("sweep"), words, folder)
     run_commands(store, watch, word, ["show sweep", "best of sweep", "resume sweep"])
 
 

@@ -94,14 +94,14 @@ def hostile_tasks() -> list[tuple[str, dict[str, Any]]]:
     return tasks
 
 
-def read_back(value: Any, folder: Path) -> Any:
+def store_and_load(value: Any, folder: Path) -> Any:
     """Store a value as an artifact and load it, as from a stranger's store."""
     return read_object(write_object(value, folder, "thing"), "thing")
 
 
 def test_task_of_the_corpus_trains_if_nothing_is_hostile(watch, tmp_path):
     with watch():
-        recorder = task_train(read_back(tiny_task(), tmp_path), "own")
+        recorder = task_train(store_and_load(tiny_task(), tmp_path), "own")
     assert recorder.status == "FINISHED"
 
 
@@ -122,7 +122,7 @@ def test_watch_notices_code_that_runs(watch, config):
 
 @pytest.mark.parametrize(("title", "config"), CONFIGS, ids=[t for t, _ in CONFIGS])
 def test_stored_configuration_runs_nothing(watch, tmp_path, title, config):
-    stored = read_back(config, tmp_path)
+    stored = store_and_load(config, tmp_path)
     with watch(title), contextlib.suppress(Exception):
         init_instance_by_config(stored)
     with watch(title), contextlib.suppress(Exception):
@@ -135,7 +135,7 @@ def test_stored_task_runs_nothing(watch, tmp_path):
     assert len(tasks) > 400
     for title, task in tasks:
         with watch(title), contextlib.suppress(Exception):
-            task_train(read_back(task, tmp_path), "own")
+            task_train(store_and_load(task, tmp_path), "own")
 
 
 @pytest.mark.slow
