@@ -83,6 +83,11 @@ def task_train(
     return recorder
 
 
+# The tasks that this process has begun, by the ID of their run. They need no trust, unlike what is
+# read from a store.
+_begun_tasks: dict[str | None, dict[str, Any]] = {}
+
+
 def begin_task_train(
     task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
 ) -> Recorder:
@@ -99,6 +104,7 @@ def begin_task_train(
         try:
             announce_run(recorder)
             _log_task(recorder, complete)
+            _begun_tasks[recorder.id] = complete
             status = Recorder.STATUS_S
         except Exception as error:
             record_failure(recorder, error)
@@ -126,7 +132,8 @@ def end_task_train(
                 announce_run(earlier_run)
                 return earlier_run
         with _open_run(rec) as recorder:
-            _execute(recorder, complete_task(recorder.load_object(TASK)))
+            task = _begun_tasks.pop(rec.id, None) or complete_task(recorder.load_object(TASK))
+            _execute(recorder, task)
     return recorder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import socket
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def test_run_contains_params_artifacts_and_metrics(make_task):
     assert params["seed"] == "3"
     assert recorder.list_tags()["hostname"] == socket.gethostname()
     assert recorder.load_object("task") == task_copy
-    assert recorder.load_object("params.pkl").value == 0.5
-    assert recorder.load_object("dataset").noise == 0.5
+    assert recorder.load_object("params.pkl", unpickler=pickle.Unpickler).value == 0.5
+    assert recorder.load_object("dataset", unpickler=pickle.Unpickler).noise == 0.5
     assert list(recorder.load_object("pred.pkl").columns) == ["score"]
     assert len(recorder.load_object("label.pkl")) == 30
     assert "random_number" in recorder.list_metrics()
