@@ -50,11 +50,10 @@ from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path, locate
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust, load_pickle
-from qtorch.tracking.delivery import artifact_paths
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.locations import local_folder
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
-from qtorch.tracking.store_types import RefusedError
+from qtorch.tracking.store_types import RefusedError, artifact_paths
 
 if TYPE_CHECKING:
     from qtorch.tracking.delivery import Sender

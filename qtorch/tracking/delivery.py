@@ -617,13 +617,6 @@ def _is_outdated(store: MLflowStore, run: RunRow, entry: Entry, files: Path) -> 
     return "status" in entry or entry.get("tag") in run.tags
 
 
-def artifact_paths(local: Path, folder: str | None) -> dict[str, Path]:
-    """Return `{path in the run: local file}` of a file, or of the content of a folder."""
-    base = local if local.is_dir() else local.parent
-    files = [p for p in local.rglob("*") if p.is_file()] if local.is_dir() else [local]
-    return {str(PurePosixPath(folder or "", p.relative_to(base).as_posix())): p for p in files}
-
-
 # The runs of this process that ended before the store had all of their entries, with its URI.
 _undelivered_runs: dict[str, str] = {}
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
@@ -43,6 +44,7 @@ from qtorch.tracking.store_types import (
     NotInStoreError,
     RefusedError,
     RunRow,
+    artifact_paths,
 )
 
 log = logging.getLogger(__name__)
@@ -308,8 +310,35 @@ class MLflowStore:
         if replaces:
             for path in {p for p, _ in self.artifacts(run_id, folder)} & set(replaces):
                 self.remove(run_id, path)
-        send = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
-        self._call(f"store {local.name!r}", lambda: send(run_id, str(local), folder))
+        log_files = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
+
+        def send() -> None:
+            log_files(run_id, str(local), folder)
+            self._check_upload(run_id, artifact_paths(local, folder))
+
+        self._call(f"store {local.name!r}", send)
+
+    def _check_upload(self, run_id: str, files: Mapping[str, Path]) -> None:
+        """Raise TrackingError unless the files have arrived with their sizes.
+
+        Only for a server that receives the files itself: its response to an upload is empty, as
+        that of a proxy may be. MLflow's clients of object stores check their uploads themselves.
+        """
+        client: Any = self.client._tracking_client
+        if not isinstance(client._get_artifact_repo(run_id), HttpArtifactRepository):
+            return
+        for parent in {PurePosixPath(path).parent for path in files}:
+            folder = str(parent) if parent.name else None
+            sizes = {a.path: a.file_size for a in self.client.list_artifacts(run_id, folder)}
+            for path, local in files.items():
+                if PurePosixPath(path).parent != parent or local.name == parent.name:
+                    continue  # MLflow lists a folder "a" with a single file "a" as empty
+                if sizes.get(path) != local.stat().st_size:
+                    raise TrackingError(
+                        f"could not store {path!r} at {redact_password(self.uri)}: the server "
+                        f"confirmed it, but lists it with {sizes.get(path)} bytes instead of "
+                        f"{local.stat().st_size} (is there a proxy in front of the server?)."
+                    )
 
     def download(self, run_id: str, path: str, target: str | None) -> str:
         """Download a file or folder and return its local path."""
