@@ -370,8 +370,8 @@ class RunFiles:
         with TemporaryDirectory() as scratch:
             new_path = write_object(value, Path(scratch), path.name)
             # A load must not find the object in two formats.
-            others = [str(path.parent / f) for f in object_files(path.name) if f != new_path.name]
-            self._upload(new_path, _parent_folder(path), others)
+            formats = [str(path.parent / f) for f in object_files(path.name) if f != new_path.name]
+            self._upload(new_path, _parent_folder(path), replaces=formats)
 
     def _sibling_files(self, path: PurePosixPath) -> set[str]:
         """Return the paths of the stored artifacts in the folder of `path`."""

@@ -165,7 +165,7 @@ class Sender:
         self._separate_from_parent()
         entry = self.journal.save_file(local, folder, replaces)
         self._add([entry])
-        return self.journal.files / entry["artifact"]
+        return self.journal.files / str(entry["artifact"])
 
     def _separate_from_parent(self) -> None:
         """Let a forked child send only its own entries; the parent sends those it enqueued."""

@@ -26,7 +26,8 @@ CHUNK_BYTES = 1 << 16
 _SNIPPET = 80  # characters of a foreign page in a message
 
 _servers: set[str] = set()
-_send_request: Callable[..., Any] = rest_utils._get_http_response_with_retries
+_SENDER = "_get_http_response_with_retries"  # of `rest_utils`; it sends each of MLflow's requests
+_send_request: Callable[..., Any] = getattr(rest_utils, _SENDER)
 
 
 class ForeignResponseError(OSError):
@@ -61,7 +62,7 @@ def _request(
     return response
 
 
-rest_utils._get_http_response_with_retries = _request
+setattr(rest_utils, _SENDER, _request)
 
 
 def _read(response: Any, seconds: float) -> Iterator[bytes]:

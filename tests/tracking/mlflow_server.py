@@ -76,7 +76,7 @@ class Proxy:
     """
 
     MODES = (
-        "away",  # no response at all
+        "silence",  # the connection is reset at all
         "page",  # a page of status 200
         "page_but_healthy",
         "empty_but_healthy",
@@ -85,7 +85,7 @@ class Proxy:
         "redirect_but_healthy",  # to a login page
         "busy",  # status 503, Retry-After
         "busy_but_healthy",
-        "truncated_but_healthy",  # the response of the server, without its end
+        "half_but_healthy",  # the response of the server, without its end
         "reset_but_healthy",  # the server gets the request, but its response is lost
         "endless_but_healthy",  # a response that never ends
     )
@@ -119,7 +119,7 @@ class Proxy:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
-        self.mode = "away"
+        self.mode = "silence"
         self._server.shutdown()
         self._server.server_close()
 
@@ -132,7 +132,7 @@ class Proxy:
         if self.is_swallowing and request.command == "PUT":
             mode = "empty"
         time.sleep(self.seconds)
-        getattr(self, f"_{mode}")(request, body)
+        getattr(self, f"_send_{mode}")(request, body)
 
     def _respond(self, request, status=200, body=PAGE, length=None, **headers) -> None:
         request.send_response(status)
@@ -154,48 +154,48 @@ class Proxy:
         headers = {k: v for k, v in response.getheaders() if k.lower() not in skipped}
         return response.status, content, headers
 
-    def _forward(self, request, body) -> None:
+    def _send_forward(self, request, body) -> None:
         status, content, headers = self._ask_server(request, body)
         self._respond(request, status, content, **headers)
 
-    def _away(self, request, _) -> None:
+    def _send_silence(self, request, _) -> None:
         # Without lingering, closing the connection resets it.
         request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         request.close_connection = True
         request.connection.close()
 
-    def _reset(self, request, body) -> None:
+    def _send_reset(self, request, body) -> None:
         self._ask_server(request, body)
-        self._away(request, body)
+        self._send_silence(request, body)
 
-    def _page(self, request, _) -> None:
+    def _send_page(self, request, _) -> None:
         self._respond(request)
 
-    def _empty(self, request, _) -> None:
+    def _send_empty(self, request, _) -> None:
         self._respond(request, body=b"")
 
-    def _not_found(self, request, _) -> None:
+    def _send_not_found(self, request, _) -> None:
         self._respond(request, 404)
 
-    def _bad_request(self, request, _) -> None:
+    def _send_bad_request(self, request, _) -> None:
         self._respond(request, 400)
 
-    def _redirect(self, request, _) -> None:
+    def _send_redirect(self, request, _) -> None:
         if request.path.startswith("/login"):
             self._respond(request)
         else:
             self._respond(request, 302, Location=f"{self.uri}/login?next=secret")
 
-    def _busy(self, request, _) -> None:
+    def _send_busy(self, request, _) -> None:
         self._respond(request, 503, Retry_After="3600")
 
-    def _truncated(self, request, body) -> None:
+    def _send_half(self, request, body) -> None:
         status, content, headers = self._ask_server(request, body)
         half = content[: len(content) // 2]
         self._respond(request, status, half, length=len(content) + 1, **headers)
         request.close_connection = True
 
-    def _endless(self, request, _) -> None:
+    def _send_endless(self, request, _) -> None:
         self._respond(request, body=b"{", length=1 << 30, Content_Type="application/json")
         while self.mode.startswith("endless"):
             request.wfile.write(b" ")

@@ -149,7 +149,7 @@ def test_run_is_not_finished_before_everything_arrived(mode, server, proxy, outb
     assert list(outbox_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["away", "page_but_healthy", "endless_but_healthy"])
+@pytest.mark.parametrize("mode", ["silence", "page_but_healthy", "endless_but_healthy"])
 def test_server_that_comes_back_gets_everything_before_the_status(
     mode, server, proxy, outbox_folder, monkeypatch
 ):
@@ -218,22 +218,22 @@ def test_reading_fails_and_takes_no_page_for_data(mode, server, proxy, tmp_path)
             assert "secret" not in str(info.value)
 
 
-@pytest.mark.parametrize("mode", ["page", "truncated", "endless", "empty", "redirect"])
+@pytest.mark.parametrize("mode", ["page", "half", "endless", "empty", "redirect"])
 def test_download_that_is_no_artifact_fails(mode, server, proxy):
     with R.start(experiment_name="e", uri=proxy.uri):
         recorder = R.get_recorder()
         log_step(0)
-    forward = proxy._forward
+    forward = proxy._send_forward
 
     def misbehave(request, body):
         is_download = "/mlflow-artifacts/artifacts/" in request.path
-        (getattr(proxy, f"_{mode}") if is_download else forward)(request, body)
+        (getattr(proxy, f"_send_{mode}") if is_download else forward)(request, body)
 
-    proxy._forward = misbehave
+    proxy._send_forward = misbehave
     proxy.mode = "forward"
     for name in ("report/page0.html", "state.pkl"):
         if mode == "endless":
-            threading.Timer(4, lambda: setattr(proxy, "mode", "away")).start()
+            threading.Timer(4, lambda: setattr(proxy, "mode", "silence")).start()
         with pytest.raises(TrackingError, match=r"could not fetch"):
             recorder.download_artifact(name, ".")
 
@@ -261,11 +261,18 @@ def test_killed_process_leaves_no_finished_run_that_is_incomplete(
             time.sleep(0.01)
         run_id, end = start.read_text(), time.monotonic() + chance.uniform(0.0, 3.0)
         while time.monotonic() < end:
-            proxy.mode = chance.choice(["forward", "forward", "away", "page", "reset"])
+            proxy.mode = chance.choice(["forward", "forward", "silence", "page", "reset"])
             time.sleep(chance.uniform(0.0, 0.3))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         proxy.mode = "forward"
+        run = read_run(server, run_id)
+        if run["status"] == "FINISHED":
+            assert_complete(run)
+        pid = fork(outbox.send_outbox)  # is killed too
+        time.sleep(chance.uniform(0.0, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         run = read_run(server, run_id)
         if run["status"] == "FINISHED":
             assert_complete(run)
@@ -317,51 +324,112 @@ def test_random_faults_leave_the_run_of_an_undisturbed_server(
     assert list(outbox_folder.iterdir()) == []
 
 
-def train(task, run=None):
-    """A training function of a pool: a run at `uri`, or the finished run of an earlier attempt."""
-    with R.uri_context(task["uri"]):
-        if run is not None:
-            outbox.send_outbox(run["recorder_id"], tracking_uri=task["uri"])
-            earlier = R.get_recorder(recorder_id=run["recorder_id"])
-            if earlier.status == "FINISHED":
-                return earlier
-        with R.start(experiment_name="pool"):
-            recorder = R.get_recorder()
-            Path(task["file"]).write_text(str(recorder.id))
-            for step in range(3):
-                log_step(step)
-                while step == 1 and not Path(task["go"]).exists():
-                    time.sleep(0.02)
-    return recorder
+class CountingModel:
+    """A model that writes a line to a file for each training, and waits for another file."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def fit(self, dataset, *, recorder):
+        with Path(self.folder, "fits").open("a") as file:
+            file.write(f"{recorder.id}\n")
+        while not Path(self.folder, "go").exists():
+            time.sleep(0.02)
+        for step in range(3):
+            log_step(step)
+
+
+class NoData:
+    """A dataset for a model that needs none."""
+
+
+@pytest.fixture
+def pool(tmp_path, proxy, monkeypatch):
+    """A pool with one task, whose run is stored through the proxy."""
+    monkeypatch.setenv("QTORCH_TRUSTED", "test_outages")
+    manager = TaskManager("pool", lease=3.0)
+    tracking = {"uri": proxy.uri, "experiment_name": "pool"}
+    model = {"_target_": "test_outages.CountingModel", "folder": str(tmp_path)}
+    data = {"_target_": "test_outages.NoData"}
+    manager.create_task([{"model": model, "dataset": data, "tracking": tracking}])
+    yield manager
+    manager.close()
+
+
+def run_pool(**options) -> None:
+    run_task("qtorch.trainer.run.task_train", "pool", lease=3.0, **options)
+
+
+def cut_connection(folder: Path, proxy: Proxy) -> str:
+    """Let the proxy misbehave as soon as a model is trained; return the ID of its run."""
+    end = time.monotonic() + 60
+    while not (folder / "fits").exists() or not (folder / "fits").read_text().endswith("\n"):
+        assert time.monotonic() < end, "the training did not start"
+        time.sleep(0.02)
+    proxy.mode = "page_but_healthy"
+    (folder / "go").touch()
+    return (folder / "fits").read_text().split()[-1]
+
+
+def wait_for_status_in_outbox(run_id: str) -> None:
+    end = time.monotonic() + 60
+    while not any('{"status"' in p.read_text() for p in outbox.outbox_files(run_id)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("force_release", [False, True])
 def test_task_is_done_when_its_run_is_delivered(
-    force_release, server, proxy, tmp_path, session_fork_server
+    force_release, server, proxy, pool, tmp_path, session_fork_server
 ):
-    go = tmp_path / "go"
-    task = {"uri": proxy.uri, "file": str(tmp_path / "run"), "go": str(go)}
-    manager = TaskManager("pool")
-    manager.create_task([task])
+    statuses: list = []
 
-    def cut_connection():
-        while not Path(task["file"]).exists():
-            time.sleep(0.02)
-        proxy.mode = "page_but_healthy"
-        go.touch()
-        time.sleep(8)
-        seen.append(manager.task_stat())
-        seen.append(read_run(server, Path(task["file"]).read_text())["status"])
+    def disturb():
+        run_id = cut_connection(tmp_path, proxy)
+        wait_for_status_in_outbox(run_id)
+        time.sleep(4)  # longer than the patience at the end of the run
+        statuses.append(pool.task_stat())
+        statuses.append(read_run(server, run_id)["status"])
         proxy.mode = "forward"
 
-    seen: list = []
-    thread = threading.Thread(target=cut_connection)
+    thread = threading.Thread(target=disturb)
     thread.start()
-    try:
-        run_task("test_outages.train", "pool", force_release=force_release)
-    finally:
-        thread.join()
-    assert seen[0] == {"running": 1}
-    assert seen[1] == "RUNNING"
-    assert manager.task_stat() == {"done": 1}
-    assert_complete(read_run(server, Path(task["file"]).read_text()), 3)
+    run_pool(force_release=force_release)
+    thread.join()
+    assert statuses == [{"running": 1}, "RUNNING"]
+    (task,) = pool.query()
+    assert (task["status"], task["res"].status, task["errors"]) == ("done", "FINISHED", 0)
+    assert_contains_steps(read_run(server, task["res"].id), 3)
+
+
+def assert_contains_steps(run: dict, num_steps: int) -> None:
+    """Check the run of a task, which has further files and params."""
+    expected = expected_run(num_steps)
+    assert run["metrics"] == expected["metrics"]
+    assert run["params"].items() >= expected["params"].items()
+    assert run["tags"].items() >= expected["tags"].items()
+    assert run["files"].keys() >= expected["files"].keys()
+
+
+@pytest.mark.parametrize("is_outbox_shared", [True, False])
+def test_task_of_a_dead_worker_is_finished_by_another(
+    is_outbox_shared, server, proxy, pool, tmp_path, fork, monkeypatch
+):
+    pid = fork(run_pool)
+    run_id = cut_connection(tmp_path, proxy)
+    wait_for_status_in_outbox(run_id)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    proxy.mode = "forward"
+    if not is_outbox_shared:
+        monkeypatch.setenv("QTORCH_OUTBOX", str(tmp_path / "other"))
+    run_pool(max_tasks=1, idle_timeout=30.0)
+    (task,) = pool.query()
+    assert (task["status"], task["res"].id, task["res"].status) == ("done", run_id, "FINISHED")
+    assert_contains_steps(read_run(server, run_id), 3)
+    num_fits = len((tmp_path / "fits").read_text().split())
+    assert num_fits == (1 if is_outbox_shared else 2)  # else only the dead machine has the results
+    if not is_outbox_shared:  # which later sends them too
+        complete_run = read_run(server, run_id)
+        assert not [r.error for r in outbox.send_outbox(folder=tmp_path / "outbox") if r.error]
+        assert read_run(server, run_id) == complete_run
