@@ -265,6 +265,8 @@ class Sender:
     def _send_all(self) -> bool:
         """Send batch after batch; return False if the store is unavailable."""
         while queue := next(filter(None, self._queues), None):
+            if self._closing:  # given up: by now another process may have resumed the run
+                return False
             with self._condition:
                 batch = list(islice(queue, MAX_METRICS))
             batch = batch[: _count_batch(batch)]
