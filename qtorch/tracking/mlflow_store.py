@@ -307,29 +307,27 @@ class MLflowStore:
 
         `replaces` are paths of artifacts in `folder` that are removed before, if they exist.
         """
-        if replaces:
-            for path in {p for p, _ in self.artifacts(run_id, folder)} & set(replaces):
-                self.remove(run_id, path)
+        client: Any = self.client._tracking_client
         log_files = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
 
         def send() -> None:
+            repository = client._get_artifact_repo(run_id)
+            if replaces:
+                for path in {a.path for a in repository.list_artifacts(folder)} & set(replaces):
+                    repository.delete_artifacts(path)
             log_files(run_id, str(local), folder)
-            self._check_upload(run_id, artifact_paths(local, folder))
+            # Such a server's response to an upload is empty, as that of a proxy may be. MLflow's
+            # clients of object stores check their uploads themselves.
+            if isinstance(repository, HttpArtifactRepository):
+                self._check_upload(repository, artifact_paths(local, folder))
 
         self._call(f"store {local.name!r}", send)
 
-    def _check_upload(self, run_id: str, files: Mapping[str, Path]) -> None:
-        """Raise TrackingError unless the files have arrived with their sizes.
-
-        Only for a server that receives the files itself: its response to an upload is empty, as
-        that of a proxy may be. MLflow's clients of object stores check their uploads themselves.
-        """
-        client: Any = self.client._tracking_client
-        if not isinstance(client._get_artifact_repo(run_id), HttpArtifactRepository):
-            return
+    def _check_upload(self, repository: Any, files: Mapping[str, Path]) -> None:
+        """Raise TrackingError unless the files have arrived with their sizes."""
         for parent in {PurePosixPath(path).parent for path in files}:
-            folder = str(parent) if parent.name else None
-            sizes = {a.path: a.file_size for a in self.client.list_artifacts(run_id, folder)}
+            listing = repository.list_artifacts(str(parent) if parent.name else None)
+            sizes = {a.path: a.file_size for a in listing}
             for path, local in files.items():
                 if PurePosixPath(path).parent != parent or local.name == parent.name:
                     continue  # MLflow lists a folder "a" with a single file "a" as empty
