@@ -76,7 +76,7 @@ class Proxy:
     """
 
     MODES = (
-        "silence",  # the connection is reset at all
+        "silence",  # the connection is reset, the server gets nothing
         "page",  # a page of status 200
         "page_but_healthy",
         "empty_but_healthy",
