@@ -30,17 +30,19 @@ from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.trust import check_config_trust, locate
 from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError
-from qtorch.process.heartbeat import RUN, listen
+from qtorch.process.heartbeat import RUN, beat, listen
 from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals
 from qtorch.task.definition import Task
 from qtorch.task.manager import LEASE_SECONDS, LeaseRenewer, TaskManager
 from qtorch.task.stores.base import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
 from qtorch.task.worker_process import (
+    DELIVERY,
     SIGNAL_SECONDS,
     OutcomeWaiter,
     start_task_child,
     task_fork_server,
 )
+from qtorch.tracking.delivery import wait_for_delivery
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +263,8 @@ class _TaskRunner:
         if self.subprocess_function is None:
             token = _current.set(task)
             try:
-                return self.function(first, **options)
+                with wait_for_delivery(lambda: beat(DELIVERY)):
+                    return self.function(first, **options)
             finally:
                 _current.reset(token)
         return run_task_in_child(self.subprocess_function, task, self.before, options, lease)

@@ -31,10 +31,12 @@ from qtorch.process.heartbeat import RUN, beat, listen
 from qtorch.process.stops import STOP_SIGNALS, received_signals
 from qtorch.task.definition import decode_result, encode_result
 from qtorch.task.manager import LeaseRenewer
+from qtorch.tracking.delivery import wait_for_delivery
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+DELIVERY = "waiting for the tracking server"  # stage of a task whose run is not yet complete
 SIGNAL_SECONDS = 1.0  # a scheduler signals every process; the child may get its signal first
 FENCE_FRACTION = 0.8  # of the lease: a child kills itself after that time of silence
 
@@ -219,7 +221,9 @@ def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
         stored_result = request.get("res")
         first = definition if stored_result is None else decode_result(json.dumps(stored_result))
         options = filter_options(function, request["options"])
-        return {"result": json.loads(encode_result(function(first, **options)))}
+        with wait_for_delivery(lambda: beat(DELIVERY)):
+            result = function(first, **options)
+        return {"result": json.loads(encode_result(result))}
     except TrustError as error:
         return {"refused": str(error)}
     except BaseException as error:

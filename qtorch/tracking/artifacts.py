@@ -28,7 +28,8 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,10 @@ from qtorch.core.trust import as_stored_text, load_pickle, locate
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
 from qtorch.tracking.locations import local_folder
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
-from qtorch.tracking.store_types import RefusedError
+from qtorch.tracking.store_types import RefusedError, artifact_paths
 
 if TYPE_CHECKING:
-    from qtorch.tracking.delivery import Journal
+    from qtorch.tracking.delivery import Sender
     from qtorch.tracking.mlflow_store import MLflowStore
 
 
@@ -330,8 +331,8 @@ class RunFiles:
     """Save, load and list a run's artifacts.
 
     A local store is written in place, each file atomically; any other store through MLflow's own
-    artifact repositories. If such a store is unreachable, the file is copied to the outbox
-    (`journal()`) and sent later.
+    artifact repositories. If such a store is unreachable, the file is copied to the outbox and sent
+    later, by the sender that `open_sender` yields.
     """
 
     def __init__(
@@ -339,9 +340,9 @@ class RunFiles:
         store: Callable[[], MLflowStore],
         run_id: str,
         artifact_uri: str,
-        journal: Callable[[], Journal],
+        open_sender: Callable[[], AbstractContextManager[Sender]],
     ) -> None:
-        self._store, self._run_id, self._journal = store, run_id, journal
+        self._store, self._run_id, self._open_sender = store, run_id, open_sender
         self.root = local_folder(artifact_uri)
         self._outbox_copies: dict[str, Path] = {}  # copies of artifacts that are still to be sent
 
@@ -368,20 +369,9 @@ class RunFiles:
             return
         with TemporaryDirectory() as scratch:
             new_path = write_object(value, Path(scratch), path.name)
-            # Before the upload: a later load must not find the object in two formats.
-            self._remove_other_formats(path, new_path.name)
-            self._upload(new_path, _parent_folder(path))
-
-    def _remove_other_formats(self, path: PurePosixPath, new_file: str) -> None:
-        """Remove the file of an object that was saved before in another format."""
-        try:
-            stored_files = self._sibling_files(path)
-        except TrackingError as error:
-            log.debug("cannot list the artifacts before saving %s: %s", path, error)
-            return
-        for file in object_files(path.name):
-            if file != new_file and str(path.parent / file) in stored_files:
-                self._store().remove(self._run_id, str(path.parent / file))
+            # A load must not find the object in two formats.
+            formats = [str(path.parent / f) for f in object_files(path.name) if f != new_path.name]
+            self._upload(new_path, _parent_folder(path), replaces=formats)
 
     def _sibling_files(self, path: PurePosixPath) -> set[str]:
         """Return the paths of the stored artifacts in the folder of `path`."""
@@ -411,32 +401,48 @@ class RunFiles:
                 f"{local.name!r} could not be written to {target}: {error}"
             ) from error
 
-    def _upload(self, local: Path, folder: str | None) -> None:
-        """Upload a file, or the content of a folder; copy it to the outbox if that fails."""
+    def _upload(self, local: Path, folder: str | None, replaces: Sequence[str] = ()) -> None:
+        """Upload a file, or the content of a folder; copy it to the outbox if that fails.
+
+        It replaces the artifacts `replaces` of the same folder.
+        """
+        with self._open_sender() as sender:
+            reason: object = "Earlier artifacts are still to be sent."
+            if not sender.has_files:  # these must not arrive after this one
+                reason = self._try_upload(local, folder, replaces)
+                if reason is None:
+                    for name in artifact_paths(local, folder):
+                        self._outbox_copies.pop(name, None)
+                    return
+            try:
+                copy = sender.enqueue_file(local, folder, replaces)
+            except OSError as error:
+                raise TrackingError(
+                    f"{reason} The copy of {local.name!r} in the outbox failed too: {error}"
+                ) from error
+        self._outbox_copies.update(artifact_paths(copy, folder))
+        log.warning(
+            "%s The artifact was saved to %s and is sent as soon as the store answers.",
+            reason,
+            copy,
+        )
+
+    def _try_upload(
+        self, local: Path, folder: str | None, replaces: Sequence[str]
+    ) -> TrackingError | None:
+        """Upload a file or folder; return the error if the store is unreachable."""
+        last_error: TrackingError | None = None
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
             try:
-                self._store().upload(self._run_id, local, folder)
-                return
+                self._store().upload(self._run_id, local, folder, replaces)
+                return None
             except RefusedError:
                 raise
             except TrackingError as error:
                 log.debug("the upload of %s failed: %s", local.name, error)
                 last_error = error
-        try:
-            copy = self._journal().save_file(local, folder)
-        except OSError as error:
-            raise TrackingError(
-                f"{last_error} The copy in the outbox failed too: {error}"
-            ) from error
-        base = copy if copy.is_dir() else copy.parent  # of a folder, the content was uploaded
-        for file in _list_files(copy):
-            self._outbox_copies[str(PurePosixPath(folder or "", file.relative_to(base)))] = file
-        log.error(
-            "%s The artifact was saved to %s; send it with `qtorch tracking send`.",
-            last_error,
-            copy,
-        )
+        return last_error
 
     def load(self, name: str, unpickler: Callable[..., Any] | None = None) -> Any:
         """Load the object with a logical name; LoadObjectError lists the names that exist."""
@@ -469,8 +475,9 @@ class RunFiles:
     def _find_local(self, files: list[str]) -> Path | None:
         """Return the first of these artifacts that is in the outbox or in a local store."""
         for file in files:
-            if file in self._outbox_copies:
-                return self._outbox_copies[file]
+            copy = self._outbox_copies.get(file)
+            if copy is not None and copy.exists():
+                return copy
             if self.root is not None and (self.root / file).exists():
                 return self.root / file
         return None

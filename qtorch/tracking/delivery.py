@@ -8,7 +8,9 @@ killed with SIGKILL: a resumed run sends what its earlier attempt left, and `sen
 (`qtorch tracking send`) sends everything.
 
 Each line is one entry: `{"metric", "value", "time", "step"}`, `{"param", "value"}`,
-`{"tag", "value"}`, `{"artifact", "folder"}` (a copied file next to it) or `{"status", "time"}`.
+`{"tag", "value"}`, `{"artifact", "folder", "replaces"}` (a copied file next to it, which could not
+be uploaded at once) or `{"status", "time"}`. The status is sent last, when the store has all other
+entries of the run, so that a FINISHED run is complete.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.util import Finalize
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TrackingError
 from qtorch.tracking.locations import default_uri, outbox_folder, redact_password
-from qtorch.tracking.store_types import MetricPoint, RefusedError, RunRow
+from qtorch.tracking.store_types import MetricPoint, NotInStoreError, RefusedError, RunRow
 
 if TYPE_CHECKING:
     from qtorch.tracking.mlflow_store import MLflowStore
@@ -115,8 +118,9 @@ def _is_same_value(a: float, b: float) -> bool:
 class Sender:
     """Writes entries to the journal at once, and sends them to the store from a thread.
 
-    Entries are sent in batches and in order. A failing store is retried after growing pauses.
-    Entries that are unsent at `close` stay in the journal's file.
+    Metrics, params and tags are sent in batches and in order, then artifacts, then the status. A
+    failing store is retried after growing pauses. Entries that are unsent at `close` stay in the
+    journal's file.
     """
 
     def __init__(self, store: MLflowStore, run_id: str, attempt: int) -> None:
@@ -125,7 +129,8 @@ class Sender:
 
     def _start_empty(self) -> None:
         self.journal = Journal(self._run_id, self._store.uri, self._attempt)
-        self._queue: deque[Entry] = deque()
+        # In the order in which they are sent: values, artifacts, status.
+        self._queues: tuple[deque[Entry], ...] = (deque(), deque(), deque())
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -134,18 +139,45 @@ class Sender:
         self._closing = False
         self._error: TrackingError | None = None
 
+    @property
+    def has_files(self) -> bool:
+        """Whether artifacts wait to be sent; a later one must then wait too."""
+        return self._pid == os.getpid() and bool(self._queues[1])
+
+    @property
+    def _num_unsent(self) -> int:
+        return sum(map(len, self._queues))
+
     def enqueue(self, entries: Sequence[Entry]) -> None:
         """Add entries to the queue; returns immediately."""
         if not entries:
             return
+        self._separate_from_parent()
+        self.journal.append(entries)
+        self._add(entries)
+
+    def enqueue_file(self, local: Path, folder: str | None, replaces: Collection[str] = ()) -> Path:
+        """Copy a file or folder to the outbox, add it to the queue and return the copy's path.
+
+        The file, or the content of the folder, is uploaded into the run's `folder` (see
+        `MLflowStore.upload`).
+        """
+        self._separate_from_parent()
+        entry = self.journal.save_file(local, folder, replaces)
+        self._add([entry])
+        return self.journal.files / str(entry["artifact"])
+
+    def _separate_from_parent(self) -> None:
+        """Let a forked child send only its own entries; the parent sends those it enqueued."""
         if self._pid != os.getpid():
-            # A forked child sends only its own entries; the parent sends those that it enqueued.
             self._start_empty()
             # A child of multiprocessing does not run atexit functions.
             Finalize(None, self.close, exitpriority=10)
-        self.journal.append(entries)
+
+    def _add(self, entries: Sequence[Entry]) -> None:
         with self._condition:
-            self._queue.extend(entries)
+            for entry in entries:
+                self._queues[_stage(entry)].append(entry)
             self._start_thread()
             self._condition.notify_all()
 
@@ -169,15 +201,15 @@ class Sender:
             self._flushes_requested += 1
             own_flush = self._flushes_requested
             self._condition.notify_all()
-            while self._queue and self._thread is not None:
+            while self._num_unsent and self._thread is not None:
                 has_failed = self._error is not None and self._flushes_attempted >= own_flush
                 time_left = deadline - time.monotonic()
                 if has_failed or time_left <= 0:
                     return False
                 self._condition.wait(time_left)
-        if self._thread is None and self._queue:
+        if self._thread is None and self._num_unsent:
             self._send_all()
-        return not self._queue
+        return not self._num_unsent
 
     def close(self, timeout: float | None = None) -> TrackingError | None:
         """Send the rest of the queue; return None, or the error if entries remain on disk.
@@ -198,7 +230,7 @@ class Sender:
         with self._condition:
             self._closing = True
             self._condition.notify_all()
-            num_unsent, error = len(self._queue), self._error
+            num_unsent, error = self._num_unsent, self._error
         if self._thread is not None:
             self._thread.join(timeout=1.0)
         if num_unsent:
@@ -210,7 +242,7 @@ class Sender:
         pause = 1.0
         while True:
             with self._condition:
-                while not self._queue and not self._closing:
+                while not self._num_unsent and not self._closing:
                     self._flushes_attempted = self._flushes_requested
                     self._condition.notify_all()
                     self._condition.wait()
@@ -232,12 +264,16 @@ class Sender:
 
     def _send_all(self) -> bool:
         """Send batch after batch; return False if the store is unavailable."""
-        while self._queue:
+        while queue := next(filter(None, self._queues), None):
+            if self._closing:  # given up: by now another process may have resumed the run
+                return False
             with self._condition:
-                batch = list(islice(self._queue, MAX_METRICS))
+                batch = list(islice(queue, MAX_METRICS))
             batch = batch[: _count_batch(batch)]
             try:
-                rejected_entries = _send_entries(self._store, self._run_id, batch)
+                if "status" in batch[0]:
+                    self._send_earlier_files()
+                rejected_entries = _send_batch(self._store, self._run_id, batch, self.journal.files)
             except TrackingError as error:
                 if self._error is None:
                     log.warning(
@@ -254,10 +290,20 @@ class Sender:
             _save_rejected_entries(self.journal.path, self._run_id, rejected_entries)
             with self._condition:
                 for _ in batch:
-                    self._queue.popleft()
+                    queue.popleft()
                 self.journal.remove_pending(len(batch))
                 self._condition.notify_all()
         return True
+
+    def _send_earlier_files(self) -> None:
+        """Send what earlier attempts and forked children left; raise TrackingError if that fails.
+
+        The run must not get its status before.
+        """
+        paths = [p for p in outbox_files(self._run_id) if p != self.journal.path]
+        for delivery in _send_files(paths, self._store.uri):
+            if delivery.error is not None:
+                raise TrackingError(f"could not send {delivery.path}: {delivery.error}")
 
 
 def _patience_seconds() -> float:
@@ -276,8 +322,9 @@ class Journal:
             "attempt": attempt,
         }
         self.path = outbox_folder() / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
+        self.files = _files_folder(self.path)
         self._handle: int | None = None
-        self._pending = 0
+        self._pending = self._num_files = 0
         self._has_failed = False
         self._lock = threading.Lock()
 
@@ -295,14 +342,18 @@ class Journal:
                 self._has_failed = True
 
     def _write(self, data: bytes) -> None:
+        self._open()
+        assert self._handle is not None
+        while data:
+            data = data[os.write(self._handle, data) :]
+
+    def _open(self) -> None:
         if self._handle is None:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._handle = os.open(self.path, flags, 0o600)
             # The lock shows other processes that this one is alive.
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        while data:
-            data = data[os.write(self._handle, data) :]
 
     def remove_pending(self, count: int) -> None:
         """Count entries that the store has confirmed; truncate the file when none are pending."""
@@ -311,39 +362,78 @@ class Journal:
             if not self._pending and self._handle is not None:
                 os.ftruncate(self._handle, 0)
 
-    def save_file(self, local: Path, folder: str | None) -> Path:
-        """Copy a file or folder to the outbox until it can be sent, and return the copy's path.
+    def save_file(self, local: Path, folder: str | None, replaces: Collection[str] = ()) -> Entry:
+        """Copy a file or folder to the outbox until it can be sent, and append its entry.
 
-        The file, or the content of the folder, will be uploaded into the run's `folder`.
+        Each copy has a folder of its own, because a later file may have the same name.
         """
-        name = f"{folder}/{local.name}" if folder else local.name
-        copy = self.path.with_suffix(".files") / name
+        with self._lock:
+            self._open()
+            self._num_files += 1
+            name = f"{self._num_files}/{local.name}"
+        copy = self.files / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if local.is_dir():
             shutil.copytree(local, copy, dirs_exist_ok=True)
         else:
             shutil.copyfile(local, copy)
-        self.append([{"artifact": name, "folder": folder}])
-        return copy
+        entry: Entry = {"artifact": name, "folder": folder, "replaces": sorted(replaces)}
+        self.append([entry])
+        return entry
 
     def close(self) -> int:
         """Close the file, delete it if nothing is pending; return the number of pending entries."""
         with self._lock:
             if self._handle is not None:
                 if not self._pending:
-                    self.path.unlink(missing_ok=True)
+                    _remove_outbox_file(self.path)
                 os.close(self._handle)
                 self._handle = None
             return self._pending
 
 
-def _send_entries(
-    store: MLflowStore, run_id: str, entries: Sequence[Entry]
+def _files_folder(path: Path) -> Path:
+    """Return the folder with the copied artifacts of an outbox file."""
+    return path.with_suffix(".files")
+
+
+def _remove_outbox_file(path: Path) -> None:
+    path.unlink(missing_ok=True)  # first: a copy may only be missing if no entry names it
+    shutil.rmtree(_files_folder(path), ignore_errors=True)
+
+
+def _stage(entry: Entry) -> int:
+    """Return 0 for a value, 1 for an artifact, 2 for a status: the order of delivery."""
+    return 2 if "status" in entry else int("artifact" in entry)
+
+
+def _send_batch(
+    store: MLflowStore, run_id: str, batch: Sequence[Entry], files: Path
 ) -> list[tuple[Entry, str]]:
-    """Send metrics, params and tags; return the entries rejected for good, with the reasons.
+    """Send the entries of one request; return those rejected for good, with the reasons.
 
     Raises TrackingError if the store is unavailable; the entries can then be sent again later.
     """
+    entry = batch[0]
+    try:
+        if "status" in entry:
+            store.set_status(run_id, entry["status"], entry["time"])
+        elif "artifact" in entry:
+            local = files / entry["artifact"]
+            if not local.exists():
+                return [(entry, f"the copy {local} is missing")]
+            store.upload(run_id, local, entry["folder"], entry.get("replaces", ()))
+        else:
+            return _send_entries(store, run_id, batch)
+    except RefusedError as error:
+        return [(entry, str(error))]
+    return []
+
+
+def _send_entries(
+    store: MLflowStore, run_id: str, entries: Sequence[Entry]
+) -> list[tuple[Entry, str]]:
+    """Send metrics, params and tags; return the rejected ones (see `_send_batch`)."""
     metrics = [
         MetricPoint(e["metric"], e["value"], e["time"], e["step"]) for e in entries if "metric" in e
     ]
@@ -365,7 +455,9 @@ def _send_entries(
 
 
 def _count_batch(entries: Sequence[Entry]) -> int:
-    """Return how many entries from the front fit into one request."""
+    """Return how many entries of one stage fit into one request."""
+    if _stage(entries[0]):
+        return 1
     num_others = 0
     for k, entry in enumerate(entries[:MAX_METRICS]):
         num_others += "metric" not in entry
@@ -376,7 +468,7 @@ def _count_batch(entries: Sequence[Entry]) -> int:
 
 @dataclass
 class Delivery:
-    """The outcome of sending one outbox file."""
+    """The outcome of sending one outbox file; with `is_final` sending it again is useless."""
 
     path: Path
     run_id: str
@@ -384,6 +476,7 @@ class Delivery:
     num_skipped: int = 0
     rejections: list[str] = field(default_factory=list)
     error: str | None = None
+    is_final: bool = False
 
 
 def outbox_files(run_id: str | None = None, folder: str | Path | None = None) -> list[Path]:
@@ -401,26 +494,48 @@ def send_outbox(
     """Send the files in the outbox (or in `folder`) of one run or of all runs; return the outcomes.
 
     Files of running processes are skipped. A file is removed once the store has all of its
-    entries, so that this function can be called repeatedly. `tracking_uri` replaces the URI in
-    the files, which is stored without its password. An unreachable store raises no error; it is
-    in `Delivery.error`.
+    entries, so that this function can be called repeatedly. A run gets its status after the
+    entries of all its files. `tracking_uri` replaces the URI in the files, which is stored without
+    its password. An unreachable store raises no error; it is in `Delivery.error`.
     """
-    deliveries = []
-    for path in outbox_files(run_id, folder):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("skipped %s: it belongs to a running process", path)
-                continue
-            try:
-                delivery = _send_file(path, tracking_uri)
-            except (TrackingError, OSError, ValueError, KeyError) as error:
-                log.warning("could not send %s: %s", path, error)
-                delivery = Delivery(path, path.name.split(".")[0], error=str(error))
-        if delivery is not None:
+    return _send_files(outbox_files(run_id, folder), tracking_uri)
+
+
+def _send_files(paths: Sequence[Path], tracking_uri: str | None) -> list[Delivery]:
+    deliveries: list[Delivery] = []
+    for path in sorted(paths, key=_has_status):
+        run_id = path.name.split(".")[0]
+        failures = [d for d in deliveries if d.run_id == run_id and d.error is not None]
+        if failures and _has_status(path):
+            error = f"{failures[0].path} of the same run must be sent first"
+            deliveries.append(Delivery(path, run_id, error=error))
+        elif (delivery := _send_unless_in_use(path, tracking_uri)) is not None:
             deliveries.append(delivery)
     return deliveries
+
+
+def _has_status(path: Path) -> bool:
+    """Whether an outbox file contains the status of its run."""
+    return path.exists() and b'\n{"status"' in path.read_bytes()
+
+
+def _send_unless_in_use(path: Path, tracking_uri: str | None) -> Delivery | None:
+    """Send a file; return None if it is empty, already sent, or that of a running process."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _send_file(path, tracking_uri) if path.exists() else None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        log.info("skipped %s: it belongs to a running process", path)
+        return None
+    except (TrackingError, OSError, ValueError, KeyError) as error:
+        log.warning("could not send %s: %s", path, error)
+        is_final = not isinstance(error, TrackingError) or isinstance(
+            error, NotInStoreError | RefusedError
+        )
+        return Delivery(path, path.name.split(".")[0], error=str(error), is_final=is_final)
 
 
 def _target_uri(header: Entry) -> str:
@@ -444,7 +559,7 @@ def _read_entries(path: Path) -> tuple[Entry | None, list[Entry]]:
             log.warning("a line of %s is corrupted (was the disk full?): %r", path, line[:200])
     headers = [e for e in entries if "outbox" in e]
     if not headers or headers[0]["outbox"] > FORMAT:
-        raise TrackingError(f"{path} is not an outbox file that this version of qtorch can read.")
+        raise ValueError(f"{path} is not an outbox file that this version of qtorch can read.")
     return headers[0], [e for e in entries if "outbox" not in e]
 
 
@@ -454,27 +569,25 @@ def _send_file(path: Path, tracking_uri: str | None) -> Delivery | None:
 
     header, entries = _read_entries(path)
     if header is None:
-        path.unlink(missing_ok=True)  # the process ended before it wrote anything
+        _remove_outbox_file(path)  # the process ended before it wrote anything
         return None
     store = open_store(tracking_uri or _target_uri(header))
     run = store.run(header["run"])
+    # A later attempt at the run has values of its own, which must not be replaced by older ones.
+    is_late = run.tags.get(ATTEMPT_TAG, "1") != str(header["attempt"])
+    files = _files_folder(path)
     new_entries = _select_new_entries(store, run, entries)
-    batchable = [e for e in new_entries if {"metric", "param", "tag"} & set(e)]
+    if is_late:
+        new_entries = [e for e in new_entries if not _is_outdated(store, run, e, files)]
     rejected_entries: list[tuple[Entry, str]] = []
-    while batchable:
-        count = _count_batch(batchable)
-        rejected_entries += _send_entries(store, run.id, batchable[:count])
-        batchable = batchable[count:]
-    files = path.with_suffix(".files")
-    for entry in (e for e in new_entries if "artifact" in e):
-        local = files / entry["artifact"]
-        store.upload(run.id, local, entry["folder"])
-    if run.tags.get(ATTEMPT_TAG, "1") == str(header["attempt"]):
-        for entry in (e for e in new_entries if "status" in e):
-            store.set_status(run.id, entry["status"], entry["time"])
+    unsent = sorted(new_entries, key=_stage)
+    while unsent:
+        stage = _stage(unsent[0])
+        count = _count_batch([e for e in unsent if _stage(e) == stage])
+        rejected_entries += _send_batch(store, run.id, unsent[:count], files)
+        unsent = unsent[count:]
     _save_rejected_entries(path, run.id, rejected_entries)
-    shutil.rmtree(files, ignore_errors=True)
-    path.unlink()
+    _remove_outbox_file(path)
     return Delivery(
         path,
         run.id,
@@ -495,6 +608,49 @@ def _select_new_entries(store: MLflowStore, run: RunRow, entries: list[Entry]) -
         or ("param" in e and run.params.get(e["param"]) != e["value"])
         or not {"metric", "param"} & set(e)
     ]
+
+
+def _is_outdated(store: MLflowStore, run: RunRow, entry: Entry, files: Path) -> bool:
+    """Whether a late entry would replace what a later attempt at the run has stored."""
+    if "artifact" in entry:
+        local, folder = files / entry["artifact"], entry["folder"]
+        names = {p.name for p in local.iterdir()} if local.is_dir() else {local.name}
+        return bool(names & {PurePosixPath(p).name for p, _ in store.artifacts(run.id, folder)})
+    return "status" in entry or entry.get("tag") in run.tags
+
+
+# The runs of this process that ended before the store had all of their entries, with its URI.
+_undelivered_runs: dict[str, str] = {}
+
+
+def add_undelivered_run(run_id: str, uri: str) -> None:
+    """Remember that a run has ended with entries in the outbox, for `wait_for_delivery`."""
+    _undelivered_runs[run_id] = uri
+
+
+@contextmanager
+def wait_for_delivery(report_waiting: Callable[[], object]) -> Iterator[None]:
+    """After the block, wait until the store has everything that runs inside it have logged.
+
+    While the store is away `report_waiting` is called once per second. Raises TrackingError if an
+    entry can never be sent.
+    """
+    earlier_runs = set(_undelivered_runs)
+    yield
+    for run_id in _undelivered_runs.keys() - earlier_runs:
+        uri = _undelivered_runs.pop(run_id)
+        log.warning("run %s: waiting until the tracking store answers again", run_id)
+        pause = 1.0
+        while any(p.stat().st_size for p in outbox_files(run_id) if p.exists()):
+            for delivery in send_outbox(run_id, tracking_uri=uri):
+                if delivery.is_final:
+                    raise TrackingError(f"run {run_id} cannot be delivered: {delivery.error}")
+            end = time.monotonic() + pause
+            while time.monotonic() < end and outbox_files(run_id):
+                report_waiting()
+                time.sleep(min(1.0, max(0.0, end - time.monotonic())))
+            pause = min(2 * pause, MAX_PAUSE)
+        log.warning("run %s: everything is delivered", run_id)
 
 
 def _save_rejected_entries(

@@ -1,4 +1,4 @@
-"""The MLflow client: the only module that imports MLflow.
+"""The MLflow client: with `mlflow_responses` the only module that imports MLflow.
 
 Everything goes through a client of one tracking URI; MLflow's global tracking URI and active run
 are neither read nor set. MLflow's environment variables (credentials, timeouts, system metrics)
@@ -17,10 +17,10 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,12 +29,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder, file_lock
 from qtorch.tracking.locations import redact_password, resolve_uri, sqlite_path
+from qtorch.tracking.mlflow_responses import check_responses
 from qtorch.tracking.store_types import (
     AlreadyInStoreError,
     ExperimentRow,
@@ -42,6 +44,7 @@ from qtorch.tracking.store_types import (
     NotInStoreError,
     RefusedError,
     RunRow,
+    artifact_paths,
 )
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,9 @@ T = TypeVar("T")
 PAGE, MAX_RUNS = 1000, 100_000  # results per request, and of a search by default
 SQLITE_BUSY_SECONDS = 20.0
 TIMEOUT_VARIABLE = "QTORCH_TRACKING_TIMEOUT"
+HTTP = ("http", "https")
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+BUSY_CODES = (408, 429)  # HTTP: request timeout, too many requests
 LOCKED_ATTEMPTS, _LOCKED = 5, "database is locked"
 _ERROR_CLASSES: dict[str, type[TrackingError]] = {
     "RESOURCE_DOES_NOT_EXIST": NotInStoreError,
@@ -94,6 +99,8 @@ class MLflowStore:
 
     def __init__(self, uri: str) -> None:
         self.uri = resolve_uri(uri)
+        if urlsplit(self.uri).scheme in HTTP:
+            check_responses(self.uri)
         self.client = self._call("open", self._open_client)
 
     def _open_client(self) -> MlflowClient:
@@ -111,14 +118,14 @@ class MLflowStore:
     def check_answers(self) -> None:
         """Raise TrackingError if the server does not answer.
 
-        It has QTORCH_TRACKING_TIMEOUT seconds (10). MLflow's own requests retry for
-        minutes, so this check runs before each of them.
+        It has QTORCH_TRACKING_TIMEOUT seconds (10). A request to a server that is away takes
+        longer, so this check runs before each of them.
         """
         parts = urlsplit(self.uri)
         port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
         timeout = float(os.environ.get(TIMEOUT_VARIABLE, "10"))
         try:
-            if parts.scheme in ("http", "https"):
+            if parts.scheme in HTTP:
                 _get_health(self.uri, timeout)
             elif port and parts.hostname and "," not in parts.hostname:
                 address = (parts.hostname, parts.port or port)
@@ -293,10 +300,43 @@ class MLflowStore:
         entities = self._call("list artifacts", lambda: self.client.list_artifacts(run_id, folder))
         return [(a.path, a.is_dir) for a in entities]
 
-    def upload(self, run_id: str, local: Path, folder: str | None) -> None:
-        """Upload a file, or the content of a folder, into the run's `folder`."""
-        send = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
-        self._call(f"store {local.name!r}", lambda: send(run_id, str(local), folder))
+    def upload(
+        self, run_id: str, local: Path, folder: str | None, replaces: Collection[str] = ()
+    ) -> None:
+        """Upload a file, or the content of a folder, into the run's `folder`.
+
+        `replaces` are paths of artifacts in `folder` that are removed before, if they exist.
+        """
+        client: Any = self.client._tracking_client
+        log_files = self.client.log_artifacts if local.is_dir() else self.client.log_artifact
+
+        def send() -> None:
+            repository = client._get_artifact_repo(run_id)
+            if replaces:
+                for path in {a.path for a in repository.list_artifacts(folder)} & set(replaces):
+                    repository.delete_artifacts(path)
+            log_files(run_id, str(local), folder)
+            # Such a server's response to an upload is empty, as that of a proxy may be. MLflow's
+            # clients of object stores check their uploads themselves.
+            if isinstance(repository, HttpArtifactRepository):
+                self._check_upload(repository, artifact_paths(local, folder))
+
+        self._call(f"store {local.name!r}", send)
+
+    def _check_upload(self, repository: Any, files: Mapping[str, Path]) -> None:
+        """Raise TrackingError unless the files have arrived with their sizes."""
+        for parent in {PurePosixPath(path).parent for path in files}:
+            listing = repository.list_artifacts(str(parent) if parent.name else None)
+            sizes = {a.path: a.file_size for a in listing}
+            for path, local in files.items():
+                if PurePosixPath(path).parent != parent or local.name == parent.name:
+                    continue  # MLflow lists a folder "a" with a single file "a" as empty
+                if sizes.get(path) != local.stat().st_size:
+                    raise TrackingError(
+                        f"could not store {path!r} at {redact_password(self.uri)}: the server "
+                        f"confirmed it, but lists it with {sizes.get(path)} bytes instead of "
+                        f"{local.stat().st_size} (is there a proxy in front of the server?)."
+                    )
 
     def download(self, run_id: str, path: str, target: str | None) -> str:
         """Download a file or folder and return its local path."""
@@ -340,11 +380,17 @@ def _timestamp(metric: Any) -> int:
 
 
 def _get_health(uri: str, timeout: float) -> None:
-    """Request the health page with MLflow's credentials; any response means the server is up."""
+    """Request the health page with MLflow's credentials.
+
+    Any response means that the server is up, except the errors of a proxy or a busy server. Whether
+    the server itself responds to a request, `mlflow_responses` checks for each one.
+    """
     creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-    http_request(  # type: ignore[no-untyped-call]
+    response = http_request(  # type: ignore[no-untyped-call]
         creds, "/health", "GET", max_retries=0, timeout=timeout, raise_on_status=False
     )
+    if response.status_code >= 500 or response.status_code in BUSY_CODES:
+        raise OSError(f"status {response.status_code}")
 
 
 def _experiment_row(entity: Any) -> ExperimentRow:

@@ -25,7 +25,15 @@ from qtorch.core.errors import (
     check_name,
 )
 from qtorch.tracking.artifacts import RunFiles
-from qtorch.tracking.delivery import ATTEMPT_TAG, Entry, Journal, Ledger, Sender, send_outbox
+from qtorch.tracking.delivery import (
+    ATTEMPT_TAG,
+    Entry,
+    Journal,
+    Ledger,
+    Sender,
+    add_undelivered_run,
+    send_outbox,
+)
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
 from qtorch.tracking.store_types import (
@@ -199,14 +207,19 @@ class Recorder:
     def _files(self) -> RunFiles:
         if self._run_files is None:
             self._run_files = RunFiles(
-                lambda: self._store, self._run_id, self.get_artifact_uri(), self._open_journal
+                lambda: self._store, self._run_id, self.get_artifact_uri(), self._open_sender
             )
         return self._run_files
 
-    def _open_journal(self) -> Journal:
+    @contextmanager
+    def _open_sender(self) -> Iterator[Sender]:
+        """Yield the running sender, or one that is closed after the block."""
         if self._sender is not None:
-            return self._sender.journal
-        return Journal(self._run_id, self._uri, self._attempt)
+            yield self._sender
+            return
+        sender = Sender(self._store, self._run_id, self._attempt)
+        yield sender
+        self._close_journal(sender.journal, sender.close())
 
     # Start and end
 
@@ -272,11 +285,12 @@ class Recorder:
         self._stop_monitor = start_system_monitor(self._uri, self._run_id, is_resumed=is_resumed)
 
     def end_run(self, status: str = STATUS_FI) -> None:
-        """Send all buffered entries, set the status and end the run.
+        """Send all buffered entries and artifacts, then the status, and end the run.
 
         An unreachable store raises no error here. After QTORCH_TRACKING_PATIENCE seconds (30) the
         entries that could not be sent, including the status, stay in the outbox, and an error in
-        the log names the file.
+        the log names the file. Such a run is not FINISHED before they are sent: until then its
+        status is RUNNING, here as in the store.
         """
         check_name("status", status, self.STATUSES, error=ArgumentError)
         run_id, end = self._run_id, now_ms()
@@ -284,31 +298,32 @@ class Recorder:
         stop_monitor, self._stop_monitor = self._stop_monitor, None
         if stop_monitor is not None:
             stop_monitor()
-        journal = self._open_journal()
-        sender, self._sender = self._sender, None
+        sender = self._sender or Sender(self._store, run_id, self._attempt)
+        self._sender = None
+        sender.enqueue([{"status": status, "time": end}])
         failure: BaseException | None = None
         try:
-            failure = sender.close() if sender else None
-            if failure is None:
-                self._store.set_status(run_id, status, end)
-        except BaseException as error:  # also a second Ctrl-C: the status must not be lost
+            failure = sender.close()
+        except BaseException as error:  # a second Ctrl-C
             failure = error
-        if failure is not None:
-            journal.append([{"status": status, "time": end}])
-        self.status, self.end_time, self.owner = status, format_local_time(end), 0
-        self._close_journal(journal, failure)
+        self.end_time, self.owner = format_local_time(end), 0
+        is_delivered = self._close_journal(sender.journal, failure)
+        self.status = status if is_delivered or status != self.STATUS_FI else self.STATUS_R
         if failure is not None and not isinstance(failure, TrackingError):
             raise failure
 
-    def _close_journal(self, journal: Journal, failure: BaseException | None) -> None:
-        """Close the outbox file; if entries remain in it, say so in the log."""
-        if journal.close():
-            log.error(
-                "run %s: %s Unsent entries were saved to %s; `qtorch tracking send` sends them.",
-                self.id,
-                failure or "the tracking store did not accept all entries.",
-                journal.path,
-            )
+    def _close_journal(self, journal: Journal, failure: BaseException | None) -> bool:
+        """Close the outbox file; return whether it is empty, and if not, say so in the log."""
+        if not journal.close():
+            return True
+        add_undelivered_run(self._run_id, self._uri)
+        log.error(
+            "run %s: %s Unsent entries were saved to %s; `qtorch tracking send` sends them.",
+            self.id,
+            failure or "the tracking store did not accept all entries.",
+            journal.path,
+        )
+        return False
 
     # Logging
 
@@ -320,12 +335,9 @@ class Recorder:
         return self._ledger
 
     def _send(self, entries: list[Entry]) -> None:
-        if self._sender is not None:
-            self._sender.enqueue(entries)
-        elif entries:
-            sender = Sender(self._store, self._run_id, self._attempt)
-            sender.enqueue(entries)
-            self._close_journal(sender.journal, sender.close())
+        if entries:
+            with self._open_sender() as sender:
+                sender.enqueue(entries)
 
     def log_metrics(self, step: int | None = None, **kwargs: float) -> None:
         """Log metrics of one step. Without `step`, each value of a key gets the next step from 0.

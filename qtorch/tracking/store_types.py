@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qtorch.core.errors import ArgumentError, TrackingError
@@ -64,6 +65,13 @@ class MetricPoint:
     value: float
     time: int
     step: int
+
+
+def artifact_paths(local: Path, folder: str | None) -> dict[str, Path]:
+    """Return `{path in the run: local file}` of a file, or of the content of a folder."""
+    base = local if local.is_dir() else local.parent
+    files = [p for p in local.rglob("*") if p.is_file()] if local.is_dir() else [local]
+    return {str(PurePosixPath(folder or "", p.relative_to(base).as_posix())): p for p in files}
 
 
 def now_ms() -> int:

@@ -26,6 +26,7 @@ from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
+from qtorch.tracking.delivery import send_outbox
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.store_types import NotInStoreError
@@ -127,7 +128,7 @@ def end_task_train(
     """
     with _tracking_store({"tracking_uri": getattr(rec, "uri", None)}, {}):
         if run is not None:
-            earlier_run = R.get_recorder(recorder_id=rec.id)
+            earlier_run = _find_delivered_run(str(rec.id))
             if earlier_run.status == Recorder.STATUS_FI:
                 announce_run(earlier_run)
                 return earlier_run
@@ -213,13 +214,20 @@ def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
     if run is None:
         return None
     try:
-        recorder: Recorder = R.get_recorder(recorder_id=str(run["recorder_id"]))
+        recorder = _find_delivered_run(str(run["recorder_id"]))
     except NotInStoreError as error:
         log.warning("the run of an earlier attempt no longer exists, starting a new run: %s", error)
         return None
     if getattr(recorder, "deleted", False):
         log.warning("run %s of an earlier attempt is deleted, starting a new run", recorder.id)
         return None
+    return recorder
+
+
+def _find_delivered_run(run_id: str) -> Recorder:
+    """Return a run after sending what it left in this machine's outbox: it may be finished."""
+    send_outbox(run_id, tracking_uri=R.get_uri())
+    recorder: Recorder = R.get_recorder(recorder_id=run_id)
     return recorder
 
 

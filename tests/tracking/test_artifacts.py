@@ -6,6 +6,7 @@ import datetime
 import json
 import pickle
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from qtorch.tracking.artifacts import (
     read_object,
     write_object,
 )
-from qtorch.tracking.delivery import Journal
+from qtorch.tracking.delivery import Sender
 
 
 def round_trip(value, folder: Path, name: str = "thing.pkl"):
@@ -160,6 +161,8 @@ def test_subclass_of_a_container_keeps_its_type(tmp_path):
 class UnreachableStore:
     """A store of which every request fails."""
 
+    uri = "http://nowhere"
+
     def upload(self, *_):
         raise TrackingError("the tracking server does not answer.")
 
@@ -168,8 +171,8 @@ class UnreachableStore:
 
 def test_folder_in_the_outbox_can_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("qtorch.tracking.artifacts.PAUSES", ())
-    journal = Journal("run", "http://nowhere", 1)
-    run_files = RunFiles(UnreachableStore, "run", "s3://bucket/run", lambda: journal)
+    sender = Sender(UnreachableStore(), "run", 1)
+    run_files = RunFiles(UnreachableStore, "run", "s3://bucket/run", lambda: nullcontext(sender))
     local = tmp_path / "scratch"
     write_object({"a": 1}, local, "numbers")
     (local / "page.html").write_text("page")

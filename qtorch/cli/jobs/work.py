@@ -45,6 +45,10 @@ log = logging.getLogger(__name__)
 
 LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
 MODES = ("auto", "true", "false")
+UNDELIVERED = (
+    "the tracking server has not received all of run {run}; it is complete in the outbox, and "
+    "`qtorch tracking send` sends the rest."
+)
 
 
 def execute_job(request: Mapping[str, Any]) -> None:
@@ -159,6 +163,8 @@ def apply_outcome(result: JobResult, outcome: JobOutcome) -> None:
         result.status, result.error = FAILED, outcome.error
     elif outcome.action == ELSEWHERE:
         result.status, result.error = RUNNING, outcome.error
+    elif outcome.recorder.status == RUNNING:  # see `Recorder.end_run`
+        result.status, result.error = FAILED, UNDELIVERED.format(run=outcome.recorder.id)
 
 
 def _resume_hint(runs: list[Recorder], stop: BaseException) -> str:
