@@ -9,12 +9,15 @@ that sends MLflow's HTTP requests is replaced here. Requests to other hosts are 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.utils import rest_utils
+
+log = logging.getLogger(__name__)
 
 ARTIFACTS = "/mlflow-artifacts/"
 TEXT_PAGES = ("/health", "/version", "/server-info")  # pages that need not be JSON
@@ -27,7 +30,7 @@ _SNIPPET = 80  # characters of a foreign page in a message
 
 _servers: set[str] = set()
 _SENDER = "_get_http_response_with_retries"  # of `rest_utils`; it sends each of MLflow's requests
-_send_request: Callable[..., Any] = getattr(rest_utils, _SENDER)
+_send_request: Callable[..., Any] | None = getattr(rest_utils, _SENDER, None)
 
 
 class ForeignResponseError(OSError):
@@ -43,6 +46,7 @@ def _request(
     method: str, url: str, max_retries: int, backoff_factor: float, *policy: Any, **options: Any
 ) -> Any:
     """Send a request for MLflow; raise ForeignResponseError unless the server itself answers."""
+    assert _send_request is not None
     is_checked = url.startswith(tuple(_servers)) or ARTIFACTS in url
     if not is_checked:
         return _send_request(method, url, max_retries, backoff_factor, *policy, **options)
@@ -62,7 +66,10 @@ def _request(
     return response
 
 
-setattr(rest_utils, _SENDER, _request)
+if _send_request is None:
+    log.warning("this version of MLflow sends requests in another way: responses are not checked")
+else:
+    setattr(rest_utils, _SENDER, _request)
 
 
 def _read(response: Any, seconds: float) -> Iterator[bytes]:

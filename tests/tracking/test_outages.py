@@ -27,6 +27,8 @@ from qtorch.tracking.store_types import NotInStoreError
 pytestmark = pytest.mark.slow
 NUM_SEEDS = int(os.environ.get("QTORCH_FAULT_SEEDS", "2"))
 NUM_STEPS = 12
+# Every test takes a few of the ways in which a proxy misbehaves; all of them in longer runs.
+EVERY = 1 if NUM_SEEDS > 2 else 4
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_undisturbed_run_is_what_the_other_tests_expect(server, proxy):
     assert recorder.load_object("state.pkl") == {"step": 9}
 
 
-@pytest.mark.parametrize("mode", Proxy.MODES)
+@pytest.mark.parametrize("mode", Proxy.MODES[::EVERY])
 def test_run_is_not_finished_before_everything_arrived(mode, server, proxy, outbox_folder):
     with R.start(experiment_name="e", uri=proxy.uri):
         recorder = R.get_recorder()
@@ -194,7 +196,7 @@ def test_confirmed_upload_that_did_not_arrive_is_repeated(server, proxy):
     assert_complete(read_run(server, recorder.id), 1)
 
 
-@pytest.mark.parametrize("mode", Proxy.MODES)
+@pytest.mark.parametrize("mode", Proxy.MODES[1::EVERY])
 def test_reading_fails_and_takes_no_page_for_data(mode, server, proxy, tmp_path):
     with R.start(experiment_name="e", uri=proxy.uri):
         recorder = R.get_recorder()
