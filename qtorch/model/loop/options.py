@@ -25,8 +25,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.trust import StoredText
 from qtorch.core.runtime import resolve_device
+from qtorch.core.trust import StoredText
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
 from qtorch.model.loop.loader import StepLoader
