@@ -5,17 +5,13 @@ It is used to repeat a run (`qtorch replay`) and to explain differences in the r
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import logging
 import platform
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,16 +19,13 @@ from typing import Any
 import qtorch
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError
+from qtorch.core.source_files import source_digests
 from qtorch.tracking.provenance import git_output
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
-EXCLUDED_FOLDERS = tuple(  # the standard library and qtorch, whose versions are recorded separately
-    Path(p).resolve() for p in (sysconfig.get_path("stdlib"), Path(qtorch.__file__).parent)
-)
 ENVIRONMENT = "environment"
 FORMAT = 2
 PACKAGES = (  # packages that can influence results; those not installed are skipped
@@ -151,36 +144,10 @@ def collect_source_digests(task: Mapping[str, Any]) -> dict[str, str | None] | N
     digests cannot be computed; never raises.
     """
     try:
-        return source_digests(task)
+        return source_digests(_find_names(task))
     except Exception as error:
         log.warning("could not record the sources of the user's modules: %s", error)
         return None
-
-
-def source_digests(task: Mapping[str, Any]) -> dict[str, str | None]:
-    """Map each user module that a task names, directly or through imports, to its file's digest.
-
-    Modules of qtorch and installed packages are left out. The digest is None if there is no file
-    to read (e.g. classes defined in a notebook). Files are read in their current state, so for a
-    module that was edited after its import the digest is that of the edited file. Nothing is
-    imported.
-    """
-    digests: dict[str, str | None] = {}
-    pending = list(_find_names(task))
-    visited_names = set()
-    while pending:
-        name = pending.pop()
-        if name in visited_names:
-            continue
-        visited_names.add(name)
-        for module, path in _module_files(name):
-            if module in digests:
-                continue
-            source = _read_bytes(path)
-            digests[module] = None if source is None else hashlib.sha256(source).hexdigest()[:12]
-            if path is not None and source is not None:
-                pending += _find_imports(source, module, is_package=path.stem == "__init__")
-    return dict(sorted(digests.items()))
 
 
 def _find_names(part: Any) -> Iterator[str]:
@@ -205,75 +172,3 @@ def _find_names(part: Any) -> Iterator[str]:
             yield part
     else:
         yield getattr(part, "__module__", None) or type(part).__module__
-
-
-def _module_files(name: str) -> Iterator[tuple[str, Path | None]]:
-    """Yield the user modules of a dotted name (with their parent packages) and their files.
-
-    Yields nothing if there is no such module.
-    """
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        if path.is_file():
-            yield name, path.resolve()
-        return
-    if name.partition(".")[0] == "__main__":
-        origin = getattr(sys.modules["__main__"], "__file__", None)
-        yield "__main__", None if origin is None else Path(origin).resolve()
-        return
-    folders: Any = None
-    parts = name.split(".")
-    for k in range(1, len(parts) + 1):
-        module = ".".join(parts[:k])
-        spec = _find_spec(module, folders)
-        if spec is None:
-            if module in sys.modules:  # created at runtime, without a file
-                yield module, None
-            return
-        if spec.has_location and spec.origin is not None:
-            path = Path(spec.origin).resolve()
-            if PACKAGE_FOLDERS & set(path.parts) or any(
-                path.is_relative_to(p) for p in EXCLUDED_FOLDERS
-            ):
-                return
-            yield module, path
-        folders = spec.submodule_search_locations
-        if folders is None:
-            return
-
-
-def _find_spec(module: str, folders: Any) -> ModuleSpec | None:
-    """Find the spec of a module without importing; a submodule is searched in `folders`."""
-    if module in sys.modules:
-        return getattr(sys.modules[module], "__spec__", None)
-    if folders is not None:
-        return PathFinder.find_spec(module, folders)
-    try:
-        return importlib.util.find_spec(module)
-    except ValueError:  # not a module name
-        return None
-
-
-def _read_bytes(path: Path | None) -> bytes | None:
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError:
-        return None
-
-
-def _find_imports(source: bytes, module: str, *, is_package: bool) -> Iterator[str]:
-    """Yield the names that a source file imports; nothing if it is not valid Python."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = (
-                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            )
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
+from qtorch.core.file_digest import file_digest
 from qtorch.core.session import session
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(10))]
 )
-
-_digests: dict[tuple[str, int, int], bytes] = {}
 
 
 class QlibSource(Source):
@@ -205,11 +204,14 @@ class QlibSource(Source):
     # -- content ---------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Hash the bytes of every file; a process hashes an unchanged file only once."""
+        """Hash the names and bytes of all files; a process reads an unchanged file only once.
+
+        See `qtorch.core.file_digest` for how a changed file is noticed.
+        """
         digest = hashlib.sha256()
         for entry, relative in self._files():
             digest.update(relative.encode())
-            digest.update(_file_digest(entry))
+            digest.update(file_digest(entry))
         return digest.hexdigest()[:32]
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -307,13 +309,3 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder, sorted by name."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
-
-
-def _file_digest(entry: os.DirEntry[str]) -> bytes:
-    """Hash a file; the hash is cached by path, size and modification time."""
-    stat = entry.stat()
-    key = (entry.path, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        with open(entry.path, "rb") as file:
-            _digests[key] = hashlib.blake2b(file.read(), digest_size=16).digest()
-    return _digests[key]
