@@ -38,6 +38,14 @@ def file_digest(path: str | Path | os.DirEntry[str]) -> bytes:
     return hasher.digest()
 
 
+def digest_text(path: str | Path) -> str:
+    """Return the digest as text, `missing` if there is no such file."""
+    try:
+        return file_digest(Path(path).expanduser()).hex()
+    except FileNotFoundError:
+        return "missing"
+
+
 def _read_signature(path: str | Path | os.DirEntry[str]) -> tuple[Signature, bool]:
     """Return what tells a file's versions apart, and whether its last change is very recent."""
     stat = path.stat() if isinstance(path, os.DirEntry) else os.stat(path)

@@ -82,10 +82,18 @@ class FeatureCache:
         self.folder = Path(folder).expanduser() if folder else cache_folder() / FOLDER
         self.max_bytes = _read_max_bytes() if max_bytes is None else max_bytes
 
-    def get(self, key: str, summary: dict[str, Any], *, compute: Callable[[], View]) -> View:
+    def get(
+        self,
+        key: str,
+        summary: dict[str, Any],
+        *,
+        compute: Callable[[], View],
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> View:
         """Return the view of a key, computing and storing it if it is not cached.
 
-        `summary` describes the entry in listings.
+        `summary` describes the entry in listings. `is_current` is called after the computation
+        and tells whether the result still belongs to the key; otherwise it is not stored.
         """
         cached_view = self._load(key)
         if cached_view is not None:
@@ -96,6 +104,11 @@ class FeatureCache:
             if cached_view is not None:
                 return cached_view
             view = compute()
+            if not is_current():
+                log.warning(
+                    "features are not cached: the data changed while they were computed from it"
+                )
+                return view
             is_stored = self._store(key, view, summary)
         # Read it back: mapped memory is shared with the other processes that read the entry.
         return (self._load(key) if is_stored else None) or view

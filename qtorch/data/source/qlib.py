@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,9 @@ class QlibSource(Source):
         self.provider_uri = str(folder)
         self.strict = strict
         self._folder = Path(folder).expanduser()
-        self._calendars: dict[str, pd.DatetimeIndex] = {}
-        self._memberships: dict[str, Membership] = {}
+        # By path and the digest of the file, so that a changed file is read again.
+        self._calendars: dict[tuple[Path, bytes], pd.DatetimeIndex] = {}
+        self._memberships: dict[tuple[Path, bytes], Membership] = {}
         # A task's config must name its data folder, also if it comes from qtorch.init.
         self._arguments = {**self._arguments, "provider_uri": self.provider_uri}
         self._check_folders()
@@ -81,36 +81,34 @@ class QlibSource(Source):
     # -- calendars and universes -----------------------------------------------------------------
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
-        if freq not in self._calendars:
-            path = self._folder / "calendars" / f"{freq}.txt"
-            if not path.is_file():
-                frequencies = [
-                    p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
-                ]
-                raise DataError(
-                    f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
-                )
+        path = self._folder / "calendars" / f"{freq}.txt"
+        if not path.is_file():
+            frequencies = [
+                p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
+            ]
+            raise DataError(
+                f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
+            )
+        key = path, file_digest(path)
+        if key not in self._calendars:
             lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
             calendar = normalise_calendar(lines)
             if not (calendar.is_monotonic_increasing and calendar.is_unique):
                 raise DataError(f"{path}: the dates must be ascending and unique.")
-            self._calendars[freq] = calendar
-        return self._calendars[freq]
+            self._calendars[key] = calendar
+        return self._calendars[key]
 
     def universes(self) -> tuple[str, ...]:
         return tuple(sorted(p.stem for p in (self._folder / "instruments").glob("*.txt")))
 
     def read_membership(self, universe: str) -> Membership:
-        if universe not in self._memberships:
-            path = self._folder / "instruments" / f"{universe}.txt"
-            self._memberships[universe] = _read_instruments(path)
-        return self._memberships[universe]
+        path = self._folder / "instruments" / f"{universe}.txt"
+        key = path, file_digest(path)
+        if key not in self._memberships:
+            self._memberships[key] = _read_instruments(path)
+        return self._memberships[key]
 
     # -- features --------------------------------------------------------------------------------
-
-    @cached_property
-    def _folders(self) -> frozenset[str]:
-        return frozenset(p.name for p in (self._folder / "features").iterdir())
 
     def fields(self, freq: str = "day") -> tuple[str, ...]:
         suffix = f".{freq}.bin"
@@ -120,7 +118,8 @@ class QlibSource(Source):
         return tuple(sorted(names))
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
-        present_names = [n for n in names if folder_name(n) in self._folders]
+        folders = {p.name for p in (self._folder / "features").iterdir()}
+        present_names = [n for n in names if folder_name(n) in folders]
         missing = sorted(set(names) - set(present_names))
         if missing:
             logger.warning(
