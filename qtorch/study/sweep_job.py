@@ -148,7 +148,7 @@ def _run_with_claim(runs: _EarlierRuns, earlier: RunRow | None, *names: str | No
     with with_run_tags({**runs.tags, **member.tags, PARENT_TAG: member.sweep_id}):
         if earlier is not None:
             return _resume_run(task, member, earlier)
-        for row in runs.find_trained():
+        for row in runs.find_trained_runs():
             reuse_tags = {FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}
             with with_run_tags({**reuse_tags, **runs.inputs.tags}):
                 recorder = _reuse_training(task, row.id, *names)
@@ -261,7 +261,7 @@ class _EarlierRuns:
                     return row
         return None
 
-    def find_trained(self) -> list[RunRow]:
+    def find_trained_runs(self) -> list[RunRow]:
         """The runs with the same training on the same data and code, finished ones first.
 
         Runs that failed or were stopped after their training (in a record, say) are included; runs

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtorch.core.errors import ConfigError, QtorchError, TaskError, TaskTimeout, join_names
+from qtorch.core.errors import ConfigError, TaskError, TaskTimeout, join_names
 from qtorch.core.session import session
 from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
@@ -360,7 +360,7 @@ def _identify_inputs(task: Mapping[str, Any]) -> str | None:
     """
     try:
         identity = collect_task_inputs(task).identity
-    except QtorchError as error:
+    except Exception as error:
         log.debug("cannot identify the data of a task: %s", error)
         identity = None
     if identity is None:

@@ -99,7 +99,7 @@ def collect_inputs(task: Mapping[str, Any], dataset: Any) -> RunInputs:
     return RunInputs(_fingerprint(dataset), collect_source_digests(task), library)
 
 
-def check_data_unchanged(dataset: Any, inputs: RunInputs) -> None:
+def refuse_changed_data(dataset: Any, inputs: RunInputs) -> None:
     """Raise DataError if the dataset's data is no longer what it was before it was loaded."""
     if inputs.data is None:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, QtorchError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
@@ -33,7 +33,7 @@ from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
 from qtorch.trainer.provenance import (
     DATA_TAG,
     RunInputs,
-    check_data_unchanged,
+    refuse_changed_data,
     collect_inputs,
     save_environment,
 )
@@ -156,10 +156,7 @@ def end_task_train(
 
 
 def collect_task_inputs(task: Mapping[str, Any]) -> RunInputs:
-    """Collect what the numbers of a complete task depend on now; the data is not loaded.
-
-    Raises QtorchError if its dataset cannot be built.
-    """
+    """Collect what the numbers of a complete task depend on now; the data is not loaded."""
     return collect_inputs(task, _build(task["dataset"]))
 
 
@@ -180,7 +177,7 @@ def _find_changes(earlier_run: Recorder, task: Mapping[str, Any] | None = None) 
         return ""  # the attempt did not begin to train
     try:
         inputs = collect_task_inputs(_load_task(earlier_run) if task is None else task)
-    except QtorchError as error:  # the new attempt raises it again
+    except Exception as error:  # the new attempt raises it again
         log.debug("cannot compare the inputs of run %s: %s", earlier_run.id, error)
         return ""
     return "; ".join(inputs.find_differences(tags))
@@ -216,7 +213,7 @@ def reuse_trained_run(
                 recorder.save_objects(**{FIT_REPORT: trained_run.load_object(FIT_REPORT)})
             _save_dataset(recorder, dataset)
             make_records(recorder, complete.get("record"), model, dataset)
-            check_data_unchanged(dataset, inputs)
+            refuse_changed_data(dataset, inputs)
     return recorder
 
 
@@ -307,7 +304,7 @@ def _execute(
             options["reweighter"] = _build(task["reweighter"])
         _check_segments(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
-        check_data_unchanged(dataset, inputs)
+        refuse_changed_data(dataset, inputs)
         beat("saving")
         recorder.save_objects(**{"params.pkl": model})
         if getattr(model, "fit_report_", None):

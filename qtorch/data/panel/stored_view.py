@@ -101,9 +101,9 @@ def checksum(content: Tensor) -> str:
     hasher = hashlib.blake2b(len(content).to_bytes(8, "little"), digest_size=16)
     stop = len(content) // BLOCK_BYTES * BLOCK_BYTES
     words = content[:stop].view(torch.int64).view(-1, BLOCK_BYTES // 8)
-    for part in words.split(BLOCKS_AT_ONCE):
-        hasher.update(part.sum(1).numpy())
-    hasher.update(content[stop:].numpy())
+    for first in range(0, len(words), BLOCKS_AT_ONCE):
+        hasher.update(words[first : first + BLOCKS_AT_ONCE].sum(1).numpy().tobytes())
+    hasher.update(content[stop:].numpy().tobytes())
     return hasher.hexdigest()
 
 
