@@ -33,8 +33,8 @@ from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
 from qtorch.trainer.provenance import (
     DATA_TAG,
     RunInputs,
-    refuse_changed_data,
     collect_inputs,
+    refuse_changed_data,
     save_environment,
 )
 
