@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import types
 from types import ModuleType
 
 import pytest
 
 from qtorch.data import DatasetH
+from qtorch.data.expression import register_operator, unregister_operator
 from qtorch.trainer.provenance import collect_source_digests
 
 FILES = {
@@ -54,3 +56,14 @@ def test_modules_without_a_file_have_no_digest(user_folder, monkeypatch):
     net_class = type("Net", (), {"__module__": "__main__"})
     task = {"model": net_class(), "loss": "by_hand.Loss", "dataset": DatasetH, "rate": 0.1}
     assert collect_source_digests(task) == {"__main__": None, "by_hand": None}
+
+
+def test_digests_cover_the_modules_of_operators_in_expressions(user_folder):
+    operator = types.FunctionType((lambda x: x).__code__, {"__name__": "own_loss"}, "Own")
+    register_operator("Own", operator, arguments=("series",))
+    try:
+        task = {"dataset": {"config": {"feature": ["$open", "Own($close) / 2"]}}}
+        assert "own_loss" in collect_source_digests(task)
+        assert collect_source_digests({"dataset": {"feature": ["Mean($close, 2)"]}}) == {}
+    finally:
+        unregister_operator("Own")

@@ -331,7 +331,7 @@ class StaticDataLoader(DataLoader):
         fingerprint = self._files_fingerprint()
         if fingerprint is None:
             return super().fingerprint(source)
-        if self._view is not None and fingerprint != self._view_fingerprint:
+        if self._view_fingerprint not in (None, fingerprint):
             raise DataError(
                 f"the files of {self!r} have changed since they were read (fingerprint "
                 f"{self._view_fingerprint} then, {fingerprint} now): {self.config!r:.200}. Start "

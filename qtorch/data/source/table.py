@@ -125,7 +125,7 @@ class TableSource(PanelSource):
         Raises DataError if a file has changed since this source has read it.
         """
         fingerprint = self._compute_fingerprint()
-        if self._panel is not None and fingerprint != self._panel_fingerprint:
+        if self._panel_fingerprint not in (None, fingerprint):
             raise DataError(
                 f"{self._root} has changed since it was read (fingerprint "
                 f"{self._panel_fingerprint} then, {fingerprint} now). Start again with the new "

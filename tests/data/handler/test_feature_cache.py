@@ -135,6 +135,49 @@ def test_changed_bars_change_the_key(market, folder, tmp_path):
     assert_frames_equal(after, handler(copy, False).fetch(data_key="raw"))
 
 
+@pytest.fixture
+def changing_market(market, tmp_path, monkeypatch) -> Path:
+    """A copy of the market whose bars change each time that they are read."""
+    copy = shutil.copytree(market, tmp_path / "copy")
+    read_bars = QlibSource.read_bars
+
+    def change_bars(self, *arguments):
+        bars = read_bars(self, *arguments)
+        path = copy / "features" / "s3" / "close.day.bin"
+        close_values = np.fromfile(path, dtype="<f4")
+        close_values[40] *= 1.5
+        close_values.tofile(path)
+        return bars
+
+    monkeypatch.setattr(QlibSource, "read_bars", change_bars)
+    return copy
+
+
+def test_features_of_data_that_changes_meanwhile_are_not_cached(changing_market, folder, caplog):
+    handler(changing_market, folder).view("raw")
+    assert FeatureCache(folder).entries() == []
+    assert "the data changed while they were computed" in caplog.text
+
+
+def test_data_that_changes_while_a_handler_loads_it_at_once_is_an_error(changing_market):
+    handler(changing_market, False).view("raw")
+    with pytest.raises(DataError, match="the data changed while Alpha158 loaded it"):
+        handler(changing_market, False, init_data=True)
+
+
+def test_source_reads_a_changed_universe_again(market, folder, tmp_path):
+    copy = shutil.copytree(market, tmp_path / "copy")
+    source = QlibSource(copy)
+    first = Alpha158("stocks", source=source, columns=COLUMNS, cache=folder).fetch(data_key="raw")
+    path = copy / "instruments" / "stocks.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    for cache in (folder, False):
+        options = {"source": source, "columns": COLUMNS, "cache": cache}
+        frame = Alpha158("stocks", **options).fetch(data_key="raw")
+        assert frame.index.get_level_values("instrument").nunique() == 4
+    assert first.index.get_level_values("instrument").nunique() == 8
+
+
 def test_inst_processors_run_after_the_cache(market, folder):
     calls = []
 
