@@ -18,11 +18,12 @@ qtorch data: import and inspect bars
 
 usage: qtorch data import   data=table data.path=bars.parquet out=FOLDER
        qtorch data describe data=qlib data.provider_uri=FOLDER [universe=all] [out=bars.png]
-       qtorch data cache    [clear | remove KEY ...] [folder=FOLDER]
+       qtorch data cache    [clear | remove KEY ... | verify] [folder=FOLDER]
 
   import    write any source in Qlib's format: calendars, instruments, features/*.bin
   describe  print dates, instruments, gaps and large moves, and save a chart
-  cache     list or remove the features that handlers cache on disk (cache=true)
+  cache     list or remove the features that handlers cache on disk (cache=true); verify compares
+            all of them with their checksums, and removes damaged ones
 
   data is synthetic, qlib, table, or your own config file in --config-dir DIR/data.
 """
@@ -76,7 +77,10 @@ def _describe(settings: dict[str, Any]) -> int:
 
 
 def run_cache(argv: Sequence[str]) -> int:
-    """List the entries, remove some by key (or key prefix), or clear the cache."""
+    """List the entries, remove some by key (or key prefix), clear the cache, or verify it.
+
+    Returns 1 if `verify` has found damaged entries.
+    """
     words = [a for a in argv if not a.startswith("folder=")]
     folders = [a.partition("=")[2] for a in argv if a.startswith("folder=")]
     cache = FeatureCache(folders[-1] if folders else None)
@@ -86,6 +90,8 @@ def run_cache(argv: Sequence[str]) -> int:
         num_bytes = sum(e.num_bytes for e in cache.entries())
         count_text = format_count(cache.clear(), "entry", "entries")
         print(f"{count_text} removed, {_format_size(num_bytes)} freed")
+    elif words == ["verify"]:
+        return _verify_cache(cache)
     elif words[0] == "remove" and len(words) > 1:
         for key in _select_keys(words[1:], cache.entries()):
             cache.remove(key)
@@ -93,8 +99,24 @@ def run_cache(argv: Sequence[str]) -> int:
     elif words[0] == "remove":
         raise ArgumentError("remove needs a key: qtorch data cache remove KEY (or a prefix of it).")
     else:
-        raise ConfigError(unknown_name_message("cache command", words[0], ("clear", "remove")))
+        commands = ("clear", "remove", "verify")
+        raise ConfigError(unknown_name_message("cache command", words[0], commands))
     return 0
+
+
+def _verify_cache(cache: FeatureCache) -> int:
+    """Remove the damaged entries, and print their names; return the exit code."""
+    num_entries = len(cache.keys())
+    problems = cache.find_damage()
+    for key, problem in problems.items():
+        cache.remove(key)
+        print(f"removed {key}: {problem}")
+    print(
+        f"{format_count(num_entries, 'entry', 'entries')} in {cache.folder}, "
+        f"{len(problems)} of them damaged"
+        + (" and removed; their features are computed again on next use" if problems else "")
+    )
+    return 1 if problems else 0
 
 
 def _select_keys(prefixes: Sequence[str], entries: Sequence[Entry]) -> list[str]:

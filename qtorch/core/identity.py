@@ -51,7 +51,8 @@ def task_id(task: Mapping[str, Any]) -> str:
 def fit_id(task: Mapping[str, Any], data_fingerprint: str) -> str:
     """Return the id of a training, which covers only what changes its results.
 
-    Model, dataset, reweighter, seed and the fingerprint of the data count. Records, the location
+    Model, dataset, reweighter, seed and the fingerprint of the data (of a run: of its data and
+    code, `qtorch.trainer.provenance.RunInputs`) count. Records, the location
     of the data and trainer arguments that only affect printing or storing do not.
     """
     model = plain_value(task.get("model"))

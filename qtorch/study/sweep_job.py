@@ -6,13 +6,13 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
-from qtorch.core.errors import LoadObjectError, TrustError
+from qtorch.core.errors import LoadObjectError, QtorchError, TrustError
 from qtorch.core.identity import digest, fit_id, task_id
-from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.core.instantiate import resolve_config
 from qtorch.core.session import session
 from qtorch.process.lease import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
@@ -20,12 +20,18 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import PARENT_TAG, Recorder, with_run_tags
 from qtorch.tracking.store_types import NotInStoreError, RunRow
 from qtorch.trainer.failure import announce_run, collect_started_runs, get_error
-from qtorch.trainer.run import complete_task, reuse_trained_run, task_train
+from qtorch.trainer.provenance import DATA_TAG, RunInputs
+from qtorch.trainer.run import (
+    collect_task_inputs,
+    complete_task,
+    reuse_trained_run,
+    task_train,
+)
 
 log = logging.getLogger(__name__)
 
 FIT_KEY_TAG = "qtorch.fit_key"  # identifies a training except for its data, without reading them
-FIT_TAG = "qtorch.fit_id"  # identifies a training including its data
+FIT_TAG = "qtorch.fit_id"  # identifies a training including its data and code
 FIT_FROM_TAG = "qtorch.fit_from"  # the run whose training this run's records were computed from
 POLL_SECONDS = 0.5  # between two checks of a job that another process has claimed
 ENDED = (Recorder.STATUS_FI, Recorder.STATUS_FA, Recorder.STATUS_K)
@@ -62,6 +68,7 @@ class JobOutcome:
 
     recorder: Recorder
     action: str
+    reason: str = ""  # why an earlier run is used
 
     @property
     def error(self) -> str | None:
@@ -101,24 +108,26 @@ def run_sweep_job(
 
     A finished run is used as it is; an interrupted one is resumed from its checkpoint; a failed
     one stays failed unless `retry`. If a run differs only in its records, its training is reused.
-    A job that another live process works on is left to that process.
+    A run is only used if the data, the code of the user's modules and qtorch are the same now;
+    otherwise the job is trained in a new run, and a warning says why. A job that another live
+    process works on is left to that process.
     """
     complete, tags = identify_task(task)
     experiment = R.get_exp(experiment_name=experiment_name)
+    runs = _EarlierRuns(experiment.id, complete, tags, member)
     # A finished run needs no claim: taking over that of a dead process of another machine lasts a
     # minute.
-    earlier = _find_earlier_run(experiment.id, tags, member)
+    earlier = runs.find()
     if earlier is not None and earlier.status == Recorder.STATUS_FI:
-        return _adopt_earlier_run(earlier, member, SKIPPED)
+        return runs.skip(earlier)
     is_waiting = False
     while True:
         with hold_claim(claim_path(experiment.id, tags)) as has_claim:
-            earlier = _find_earlier_run(experiment.id, tags, member)
+            earlier = runs.find()
             if earlier is not None and earlier.status == Recorder.STATUS_FI:
-                return _adopt_earlier_run(earlier, member, SKIPPED)
+                return runs.skip(earlier)
             if has_claim:
-                names = (experiment_name, recorder_name)
-                return _run_with_claim(complete, tags, member, earlier, experiment.id, *names)
+                return _run_with_claim(runs, earlier, experiment_name, recorder_name)
         if earlier is not None:
             return _adopt_earlier_run(earlier, member, ELSEWHERE)
         if not is_waiting:
@@ -127,29 +136,25 @@ def run_sweep_job(
         time.sleep(POLL_SECONDS)
 
 
-def _run_with_claim(
-    task: dict[str, Any],
-    tags: Mapping[str, str],
-    member: SweepMember,
-    earlier: RunRow | None,
-    experiment_id: str,
-    *names: str | None,
-) -> JobOutcome:
+def _run_with_claim(runs: _EarlierRuns, earlier: RunRow | None, *names: str | None) -> JobOutcome:
     """Do the remaining work of a job whose claim this process holds.
 
     A new run uses the training of an earlier one if possible. `names` are those of the experiment
     and of the run.
     """
+    task, member = runs.task, runs.member
     if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
         return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
-    with with_run_tags({**tags, **member.tags, PARENT_TAG: member.sweep_id}):
+    with with_run_tags({**runs.tags, **member.tags, PARENT_TAG: member.sweep_id}):
         if earlier is not None:
             return _resume_run(task, member, earlier)
-        for row in _find_trained_runs(experiment_id, task, tags, member):
-            with with_run_tags({FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}):
+        for row in runs.find_trained_runs():
+            reuse_tags = {FIT_FROM_TAG: row.id, FIT_TAG: row.tags[FIT_TAG]}
+            with with_run_tags({**reuse_tags, **runs.inputs.tags}):
                 recorder = _reuse_training(task, row.id, *names)
             if recorder is not None:
-                return JobOutcome(recorder, RECORDS_ONLY)
+                log.info("used the training of run %s (%s)", row.id, runs.inputs.describe())
+                return JobOutcome(recorder, RECORDS_ONLY, runs.inputs.describe())
         return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
 
 
@@ -209,10 +214,12 @@ def find_finished_job(
 
     That is a finished run, or a failed one without `retry`. None if there is work to do.
     """
-    _, tags = identify_task(task)
-    earlier = _find_earlier_run(R.get_exp(experiment_name=experiment_name).id, tags, member)
+    complete, tags = identify_task(task)
+    experiment = R.get_exp(experiment_name=experiment_name)
+    runs = _EarlierRuns(experiment.id, complete, tags, member)
+    earlier = runs.find()
     if earlier is not None and earlier.status == Recorder.STATUS_FI:
-        return _adopt_earlier_run(earlier, member, SKIPPED)
+        return runs.skip(earlier)
     if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
         return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
     return None
@@ -221,73 +228,106 @@ def find_finished_job(
 # -- earlier runs ----------------------------------------------------------------------------------
 
 
-def _find_earlier_run(
-    experiment_id: str, tags: Mapping[str, str], member: SweepMember
-) -> RunRow | None:
-    """The earlier run of the same task to use.
+@dataclass
+class _EarlierRuns:
+    """The runs of an experiment that a job may use instead of training.
 
-    A finished run comes before an interrupted one, which comes before a failed one; of several
-    the newest is used. Unfinished runs only count if they belong to a sweep.
+    `task` is complete, `tags` identify it.
     """
-    rows = _runs_with_tag(experiment_id, TASK_TAG, tags, member)
-    for statuses in ((Recorder.STATUS_FI,), INTERRUPTED, (Recorder.STATUS_FA,)):
-        for row in rows:
-            is_in_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
-            if row.status in statuses and (is_in_sweep or row.status == Recorder.STATUS_FI):
-                return row
-    return None
+
+    experiment_id: str
+    task: dict[str, Any]
+    tags: Mapping[str, str]
+    member: SweepMember
+    _reported_ids: set[str] = field(default_factory=set)
+
+    @cached_property
+    def inputs(self) -> RunInputs:
+        """The data and code of the task as they are now; computed if there is an earlier run."""
+        return collect_task_inputs(self.task)
+
+    def find(self) -> RunRow | None:
+        """The earlier run of the same task to use; its data and code are the same as now.
+
+        A finished run comes before an interrupted one, which comes before a failed one; of several
+        the newest is used. Unfinished runs only count if they belong to a sweep.
+        """
+        rows = self._rows_with_tag(TASK_TAG)
+        for statuses in ((Recorder.STATUS_FI,), INTERRUPTED, (Recorder.STATUS_FA,)):
+            for row in rows:
+                is_in_sweep = any(key.startswith(JOB_TAG) for key in row.tags)
+                is_finished = row.status == Recorder.STATUS_FI
+                if row.status in statuses and (is_in_sweep or is_finished) and self._fits(row):
+                    return row
+        return None
+
+    def find_trained_runs(self) -> list[RunRow]:
+        """The runs with the same training on the same data and code, finished ones first.
+
+        Runs that failed or were stopped after their training (in a record, say) are included; runs
+        that may still be alive are not.
+        """
+        rows = self._rows_with_tag(FIT_KEY_TAG)
+        rows = [r for r in rows if r.status in ENDED and FIT_TAG in r.tags]
+        if not rows:
+            return []
+        task_fit_id = _compute_fit_id(self.task, self.inputs)
+        rows = [r for r in rows if r.tags[FIT_TAG] == task_fit_id]
+        return sorted(rows, key=lambda r: r.status != Recorder.STATUS_FI)
+
+    def skip(self, row: RunRow) -> JobOutcome:
+        """Use a finished run as it is."""
+        log.info("using the finished run %s (%s)", row.id, self.inputs.describe())
+        return _adopt_earlier_run(row, self.member, SKIPPED, self.inputs.describe())
+
+    def _rows_with_tag(self, tag: str) -> list[RunRow]:
+        """The runs with the same tag, the newest first; without `reuse` the sweep's only."""
+        from qtorch.tracking.mlflow_store import open_store
+
+        condition = f"tags.`{tag}` = '{self.tags[tag]}'"
+        rows = open_store(R.get_uri()).runs([self.experiment_id], filter_string=condition)
+        if self.member.reuse:
+            return rows
+        return [r for r in rows if JOB_TAG + self.member.sweep_id in r.tags]
+
+    def _fits(self, row: RunRow) -> bool:
+        """Whether a run has the data and the code of now; the reason why not is logged once."""
+        if row.status != Recorder.STATUS_FI and DATA_TAG not in row.tags and not row.metrics:
+            return True  # it was interrupted, or failed, before its training
+        try:
+            differences = self.inputs.find_differences(row.tags)
+        except QtorchError as error:
+            differences = [f"the dataset cannot be built: {error}"]
+        if differences and row.id not in self._reported_ids:
+            self._reported_ids.add(row.id)
+            reasons = "; ".join(differences)
+            log.warning("not using run %s (%s) of the same task: %s", row.id, row.status, reasons)
+        return not differences
 
 
-def _runs_with_tag(
-    experiment_id: str, tag: str, tags: Mapping[str, str], member: SweepMember
-) -> list[RunRow]:
-    """The runs with the same value of a tag, the newest first; without `reuse` the sweep's only."""
-    from qtorch.tracking.mlflow_store import open_store
-
-    condition = f"tags.`{tag}` = '{tags[tag]}'"
-    rows = open_store(R.get_uri()).runs([experiment_id], filter_string=condition)
-    return rows if member.reuse else [r for r in rows if JOB_TAG + member.sweep_id in r.tags]
-
-
-def _adopt_earlier_run(row: RunRow, member: SweepMember, action: str) -> JobOutcome:
+def _adopt_earlier_run(
+    row: RunRow, member: SweepMember, action: str, reason: str = ""
+) -> JobOutcome:
     """Tag an earlier run as a job of this sweep."""
     recorder: Recorder = R.get_recorder(recorder_id=row.id)
     if member.tags.items() - row.tags.items():
         recorder.set_tags(**member.tags)
     announce_run(recorder)
-    return JobOutcome(recorder, action)
-
-
-def _find_trained_runs(
-    experiment_id: str, task: Mapping[str, Any], tags: Mapping[str, str], member: SweepMember
-) -> list[RunRow]:
-    """The runs with the same training on the same data, finished ones first.
-
-    Runs that failed or were stopped after their training (in a record, say) are included; runs
-    that may still be alive are not.
-    """
-    rows = _runs_with_tag(experiment_id, FIT_KEY_TAG, tags, member)
-    rows = [r for r in rows if r.status in ENDED and FIT_TAG in r.tags]
-    if not rows:
-        return []
-    task_fit_id = _compute_fit_id(task, init_instance_by_config(task["dataset"]))
-    rows = [r for r in rows if r.tags[FIT_TAG] == task_fit_id]
-    return sorted(rows, key=lambda r: r.status != Recorder.STATUS_FI)
+    return JobOutcome(recorder, action, reason)
 
 
 # -- tags of a run ---------------------------------------------------------------------------------
 
 
-def _tag_fit(task: Mapping[str, Any], recorder: Recorder, dataset: Any) -> None:
-    task_fit_id = _compute_fit_id(task, dataset)
+def _tag_fit(task: Mapping[str, Any], recorder: Recorder, inputs: RunInputs) -> None:
+    task_fit_id = _compute_fit_id(task, inputs)
     if task_fit_id is not None:
         recorder.set_tags(**{FIT_TAG: task_fit_id})
 
 
-def _compute_fit_id(task: Mapping[str, Any], dataset: Any) -> str | None:
-    """The ID of a training; None if the dataset is a user's class without a fingerprint."""
-    fingerprint = getattr(dataset, "fingerprint", None)
-    return fit_id(task, fingerprint()) if callable(fingerprint) else None
+def _compute_fit_id(task: Mapping[str, Any], inputs: RunInputs) -> str | None:
+    """The ID of a training; None if its data or code is unknown."""
+    return None if inputs.identity is None else fit_id(task, inputs.identity)
 
 
 def _without_seed(task: Mapping[str, Any]) -> dict[str, Any]:

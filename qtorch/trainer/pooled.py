@@ -16,8 +16,10 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import record_failure
 from qtorch.trainer.run import (
+    INPUTS_FIELD,
     TRACKING_KEY,
     begin_task_train,
+    collect_task_inputs,
     complete_task,
     end_task_train,
     split_tracking,
@@ -45,8 +47,9 @@ class TrainerRM(TrainerR):
     it submits the tasks and waits for workers (`qtorch worker pool=NAME`, or `worker()` in another
     process). `force_release` runs each of this process's tasks in a separate process.
 
-    A task that is already in the pool (with an equal definition) is not trained again; a task
-    without a seed gets one derived from its definition. Failed tasks are retried by the pool's
+    A task that is already in the pool (with an equal definition) is not trained again, unless its
+    data, the code of the user's modules or qtorch has changed since; a task without a seed gets
+    one derived from its definition. Failed tasks are retried by the pool's
     rules; recorders are returned in the order of the tasks, as by TrainerR. Corresponds to
     qlib/model/trainer.py.
     """
@@ -328,7 +331,7 @@ class DelayTrainerRM(TrainerRM):
 def pool_definition(
     task: Mapping[str, Any], experiment_name: str | None, recorder_name: str | None = None
 ) -> dict[str, Any]:
-    """Return the definition to store in a pool: complete, and with the location of the run.
+    """Return the definition to store in a pool: complete, with the location and inputs of the run.
 
     Raises ConfigError for a task without model or dataset, TaskDefinitionError for live objects.
     """
@@ -344,9 +347,28 @@ def pool_definition(
         "experiment_name": experiment_name,
         "recorder_name": recorder_name,
         "uri": None if "@" in uri else uri,  # never store passwords in a pool
+        INPUTS_FIELD: _identify_inputs(complete),
     }
     location = {k: v for k, v in {**defaults, **tracking}.items() if v is not None}
     return {**complete, TRACKING_KEY: location} if location else complete
+
+
+def _identify_inputs(task: Mapping[str, Any]) -> str | None:
+    """Identify the data and code of a task, so that changed data makes it another task.
+
+    None if they are not known here, e.g. because only the workers have the data.
+    """
+    try:
+        identity = collect_task_inputs(task).identity
+    except Exception as error:
+        log.debug("cannot identify the data of a task: %s", error)
+        identity = None
+    if identity is None:
+        log.warning(
+            "the data or code of a task cannot be identified: the pool does not train it again "
+            "when they change"
+        )
+    return identity
 
 
 def _load_run(task: PoolTask) -> Recorder | None:

@@ -5,35 +5,34 @@ It is used to repeat a run (`qtorch replay`) and to explain differences in the r
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import logging
+import os
 import platform
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import qtorch
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.identity import digest
+from qtorch.core.source_files import package_digest, source_digests
 from qtorch.tracking.provenance import git_output
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-PACKAGE_FOLDERS = {"site-packages", "dist-packages"}
-EXCLUDED_FOLDERS = tuple(  # the standard library and qtorch, whose versions are recorded separately
-    Path(p).resolve() for p in (sysconfig.get_path("stdlib"), Path(qtorch.__file__).parent)
-)
 ENVIRONMENT = "environment"
+DATA_TAG, SOURCES_TAG = "qtorch.data_fingerprint", "qtorch.user_code"
+LIBRARY_TAG = "qtorch.version"
+UNKNOWN = "unknown"
 FORMAT = 2
 PACKAGES = (  # packages that can influence results; those not installed are skipped
     *("torch", "pytorch-lightning", "lightning", "hydra-core", "omegaconf"),
@@ -42,23 +41,103 @@ PACKAGES = (  # packages that can influence results; those not installed are ski
 )
 
 
-def save_environment(
-    recorder: Recorder, model: Any, dataset: Any, sources: Mapping[str, str | None] | None
-) -> None:
+@dataclass(frozen=True)
+class RunInputs:
+    """What the numbers of a run depend on besides its task; None where it is unknown.
+
+    `data` is the fingerprint of the dataset's bars, taken before they are loaded; `sources` are the
+    digests of the files of the user's modules; `library` is qtorch's version and a digest of its
+    code.
+    """
+
+    data: str | None
+    sources: Mapping[str, str | None] | None
+    library: str
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags of a run with these inputs."""
+        known_sources = self.sources is not None and None not in self.sources.values()
+        sources = digest(self.sources) if known_sources else UNKNOWN
+        return {DATA_TAG: self.data or UNKNOWN, SOURCES_TAG: sources, LIBRARY_TAG: self.library}
+
+    @property
+    def identity(self) -> str | None:
+        """A hash of the inputs; None if a part is unknown, so that nothing can be equal to them."""
+        return None if UNKNOWN in self.tags.values() else digest(self.tags)
+
+    def find_differences(self, tags: Mapping[str, str]) -> list[str]:
+        """Describe in which inputs a run with these tags differs; empty if it has the same."""
+        if DATA_TAG not in tags:
+            return ["it has no record of its data and code"]
+        modules = ", ".join(self.sources or ()) or "none"
+        names = {
+            DATA_TAG: ("the data", "a dataset without fingerprint()"),
+            SOURCES_TAG: (f"the code of the task's own modules ({modules})", "no source file"),
+            LIBRARY_TAG: ("qtorch's version or code", ""),
+        }
+        texts = []
+        for tag, value in self.tags.items():
+            name, reason = names[tag]
+            if UNKNOWN in (value, tags.get(tag, UNKNOWN)):
+                texts.append(f"{name} cannot be compared ({reason})")
+            elif tags[tag] != value:
+                texts.append(f"{name} changed ({tags[tag][:12]} then, {value[:12]} now)")
+        return texts
+
+    def describe(self) -> str:
+        """Name what a reused run has in common with a task, for log lines."""
+        return (
+            f"same task, data {str(self.data)[:12]}, code of "
+            f"{', '.join(self.sources or ()) or 'qtorch only'}, qtorch {self.library[:12]}"
+        )
+
+
+def collect_inputs(task: Mapping[str, Any], dataset: Any) -> RunInputs:
+    """Collect the inputs of a task before its data is loaded; never raises."""
+    library = f"{qtorch.__version__} {package_digest()}"
+    return RunInputs(_fingerprint(dataset), collect_source_digests(task), library)
+
+
+def refuse_changed_data(dataset: Any, inputs: RunInputs) -> None:
+    """Raise DataError if the dataset's data is no longer what it was before it was loaded."""
+    if inputs.data is None:
+        return
+    try:
+        current = str(dataset.fingerprint())
+    except OSError as error:
+        current = f"none: {error}"
+    if current != inputs.data:
+        raise DataError(
+            f"the data of {_data_location(dataset)} changed during the run (fingerprint "
+            f"{inputs.data} before it was loaded, {current} now), so that nobody can tell which "
+            "data the result is from. Run it again when nothing writes to the data."
+        )
+
+
+def _data_location(dataset: Any) -> str:
+    """Return the paths in a dataset's configuration, else its class."""
+    try:
+        strings = find_strings(dataset.to_config())
+    except (AttributeError, ConfigError):
+        strings = iter(())
+    paths = dict.fromkeys(text for text in strings if os.sep in text and os.path.exists(text))
+    return ", ".join(paths) or type(dataset).__name__
+
+
+def save_environment(recorder: Recorder, model: Any, inputs: RunInputs) -> None:
     """Save the artifact `environment`; never raises, so that it cannot fail a training."""
     try:
-        recorder.save_objects(environment=describe_environment(model, dataset, sources))
+        recorder.save_objects(environment=describe_environment(model, inputs))
     except Exception as error:
         log.warning("could not record the run's environment: %s", error)
 
 
-def describe_environment(
-    model: Any, dataset: Any, sources: Mapping[str, str | None] | None
-) -> dict[str, Any]:
+def describe_environment(model: Any, inputs: RunInputs) -> dict[str, Any]:
     """Describe the environment as plain data: `format`, `python`, `packages`, `code`, `device`, ...
 
-    `sources` are digests of the files of the user's modules, `data` is the fingerprint of the
-    dataset's bars. Unknown values are None (e.g. for a dataset without a fingerprint).
+    `sources` and `data` are those of `inputs`. Unknown values are None (e.g. for a dataset without
+    a fingerprint).
     """
     return {
         "format": FORMAT,
@@ -66,9 +145,9 @@ def describe_environment(
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": _package_versions(),
         "code": _code_version(),
-        "sources": None if sources is None else dict(sources),
+        "sources": None if inputs.sources is None else dict(inputs.sources),
         **_device_info(model),
-        "data": _fingerprint(dataset),
+        "data": inputs.data,
     }
 
 
@@ -145,42 +224,41 @@ def _fingerprint(dataset: Any) -> str | None:
 
 
 def collect_source_digests(task: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """Collect the source digests for `describe_environment`.
+    """Collect the digests of the source files of the user's modules that a task uses.
 
-    Called before the training, because files may be edited while it runs. Returns None if the
-    digests cannot be computed; never raises.
+    These are the modules that the task names, those of registered operators that it names, and all
+    that these import. Called before the training, because files may be edited while it runs.
+    Returns None if the digests cannot be computed; never raises.
     """
     try:
-        return source_digests(task)
+        return source_digests([*_find_names(task), *_operator_modules(task)])
     except Exception as error:
         log.warning("could not record the sources of the user's modules: %s", error)
         return None
 
 
-def source_digests(task: Mapping[str, Any]) -> dict[str, str | None]:
-    """Map each user module that a task names, directly or through imports, to its file's digest.
+def _operator_modules(task: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the modules of the user's operators in the expressions of a task."""
+    operators = sys.modules.get("qtorch.data.expression.operators")
+    if operators is None:
+        return
+    functions = {n: o.function for n, o in operators.get_operators().items() if o.function}
+    text = "\n".join(find_strings(task)) if functions else ""
+    for name, function in functions.items():
+        if re.search(rf"\b{name}\s*\(", text):
+            yield function.__module__
 
-    Modules of qtorch and installed packages are left out. The digest is None if there is no file
-    to read (e.g. classes defined in a notebook). Files are read in their current state, so for a
-    module that was edited after its import the digest is that of the edited file. Nothing is
-    imported.
-    """
-    digests: dict[str, str | None] = {}
-    pending = list(_find_names(task))
-    visited_names = set()
-    while pending:
-        name = pending.pop()
-        if name in visited_names:
-            continue
-        visited_names.add(name)
-        for module, path in _module_files(name):
-            if module in digests:
-                continue
-            source = _read_bytes(path)
-            digests[module] = None if source is None else hashlib.sha256(source).hexdigest()[:12]
-            if path is not None and source is not None:
-                pending += _find_imports(source, module, is_package=path.stem == "__init__")
-    return dict(sorted(digests.items()))
+
+def find_strings(part: Any) -> Iterator[str]:
+    """Yield all strings of a nested configuration, keys left out."""
+    if isinstance(part, Mapping):
+        for value in part.values():
+            yield from find_strings(value)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from find_strings(value)
+    elif isinstance(part, str):
+        yield part
 
 
 def _find_names(part: Any) -> Iterator[str]:
@@ -205,75 +283,3 @@ def _find_names(part: Any) -> Iterator[str]:
             yield part
     else:
         yield getattr(part, "__module__", None) or type(part).__module__
-
-
-def _module_files(name: str) -> Iterator[tuple[str, Path | None]]:
-    """Yield the user modules of a dotted name (with their parent packages) and their files.
-
-    Yields nothing if there is no such module.
-    """
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        if path.is_file():
-            yield name, path.resolve()
-        return
-    if name.partition(".")[0] == "__main__":
-        origin = getattr(sys.modules["__main__"], "__file__", None)
-        yield "__main__", None if origin is None else Path(origin).resolve()
-        return
-    folders: Any = None
-    parts = name.split(".")
-    for k in range(1, len(parts) + 1):
-        module = ".".join(parts[:k])
-        spec = _find_spec(module, folders)
-        if spec is None:
-            if module in sys.modules:  # created at runtime, without a file
-                yield module, None
-            return
-        if spec.has_location and spec.origin is not None:
-            path = Path(spec.origin).resolve()
-            if PACKAGE_FOLDERS & set(path.parts) or any(
-                path.is_relative_to(p) for p in EXCLUDED_FOLDERS
-            ):
-                return
-            yield module, path
-        folders = spec.submodule_search_locations
-        if folders is None:
-            return
-
-
-def _find_spec(module: str, folders: Any) -> ModuleSpec | None:
-    """Find the spec of a module without importing; a submodule is searched in `folders`."""
-    if module in sys.modules:
-        return getattr(sys.modules[module], "__spec__", None)
-    if folders is not None:
-        return PathFinder.find_spec(module, folders)
-    try:
-        return importlib.util.find_spec(module)
-    except ValueError:  # not a module name
-        return None
-
-
-def _read_bytes(path: Path | None) -> bytes | None:
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError:
-        return None
-
-
-def _find_imports(source: bytes, module: str, *, is_package: bool) -> Iterator[str]:
-    """Yield the names that a source file imports; nothing if it is not valid Python."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = (
-                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            )
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -31,12 +31,20 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.store_types import NotInStoreError
 from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
-from qtorch.trainer.provenance import collect_source_digests, save_environment
+from qtorch.trainer.provenance import (
+    DATA_TAG,
+    RunInputs,
+    collect_inputs,
+    refuse_changed_data,
+    save_environment,
+)
 
 log = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("model", "dataset")
-TRACKING_KEY, TRACKING_FIELDS = "tracking", ("experiment_name", "recorder_name", "uri")
+TRACKING_KEY = "tracking"
+INPUTS_FIELD = "inputs"
+TRACKING_FIELDS = ("experiment_name", "recorder_name", "uri", INPUTS_FIELD)
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
 PATH_ARGUMENTS = {"provider_uri", "path"}  # arguments of data sources that are paths on disk
 RECORD_MODULE = "qtorch.record"
@@ -52,7 +60,7 @@ def task_train(
     recorder_name: str | None = None,
     *,
     run: Mapping[str, Any] | None = None,
-    on_fitted: Callable[[Recorder, Any], None] | None = None,
+    on_fitted: Callable[[Recorder, RunInputs], None] | None = None,
 ) -> Recorder:
     """Train one task in a new run and return the run.
 
@@ -60,23 +68,33 @@ def task_train(
     fitted model as `params.pkl`, the dataset's configuration as `dataset` (without data),
     `environment` (code, packages, device), and the output of the task's records. An error marks
     the run FAILED, is stored in it (tag `error`, `error.txt`) and is raised again; Ctrl-C marks the
-    run KILLED. Corresponds to qlib/model/trainer.py.
+    run KILLED. Data that changes while the model is trained is an error. Corresponds to
+    qlib/model/trainer.py.
 
     `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task, which
-    is resumed from its last checkpoint; a FINISHED run is returned unchanged. A task can set where
-    its run is stored (`tracking`, see `qtorch.trainer.run`); arguments take precedence.
-    `on_fitted(recorder, dataset)` is called after the training and before the records.
+    is resumed from its last checkpoint; a FINISHED run is returned unchanged. If the data, the code
+    of the user's modules or qtorch has changed since that attempt, its run is left as it is and a
+    new run is started, with a warning. A task can set where its run is stored (`tracking`, see
+    `qtorch.trainer.run`); arguments take precedence. `on_fitted(recorder, inputs)` is called after
+    the training and before the records.
     """
     bare_task, tracking = split_tracking(task)
     complete = complete_task(bare_task)
     name = experiment_name or tracking.get("experiment_name")
     with _tracking_store(run, tracking):
         earlier_run = _earlier_run(run)
+        if earlier_run is not None and bare_task.get("seed") is None:
+            complete["seed"] = _load_seed(earlier_run, complete["seed"])
+        if earlier_run is not None and (changes := _find_changes(earlier_run, complete)):
+            log.warning(
+                "not using run %s of an earlier attempt, training in a new run: %s",
+                earlier_run.id,
+                changes,
+            )
+            earlier_run = None
         if earlier_run is not None and earlier_run.status == Recorder.STATUS_FI:
             announce_run(earlier_run)
             return earlier_run
-        if earlier_run is not None and bare_task.get("seed") is None:
-            complete["seed"] = _load_seed(earlier_run, complete["seed"])
         recorder_name = recorder_name or tracking.get("recorder_name")
         with _open_run(earlier_run, name, recorder_name) as recorder:
             _log_task(recorder, complete)
@@ -125,17 +143,45 @@ def end_task_train(
 
     The run knows its experiment; `experiment_name` exists only for compatibility with Qlib. `run`
     tells that there was an earlier attempt: if it is FINISHED it is returned unchanged.
+
+    Raises DataError if the data, the code of the user's modules or qtorch has changed since an
+    earlier attempt at this run: its metrics and its checkpoint belong to the former data.
     """
     with _tracking_store({"tracking_uri": getattr(rec, "uri", None)}, {}):
-        if run is not None:
-            earlier_run = _find_delivered_run(str(rec.id))
-            if earlier_run.status == Recorder.STATUS_FI:
-                announce_run(earlier_run)
-                return earlier_run
+        earlier_run = _find_delivered_run(str(rec.id))
+        if changes := _find_changes(earlier_run, _begun_tasks.get(rec.id)):
+            raise DataError(
+                f"cannot continue run {rec.id}: {changes} since its earlier attempt. Train the "
+                "task in a new run, or restore the former data and code."
+            )
+        if run is not None and earlier_run.status == Recorder.STATUS_FI:
+            announce_run(earlier_run)
+            return earlier_run
         with _open_run(rec) as recorder:
             task = _begun_tasks.pop(rec.id, None) or complete_task(recorder.load_object(TASK))
             _execute(recorder, task)
     return recorder
+
+
+def collect_task_inputs(task: Mapping[str, Any]) -> RunInputs:
+    """Collect what the numbers of a complete task depend on now; the data is not loaded."""
+    return collect_inputs(task, _build(task["dataset"]))
+
+
+def _find_changes(earlier_run: Recorder, task: Mapping[str, Any] | None = None) -> str:
+    """Describe which inputs of a task have changed since an earlier attempt; empty if none.
+
+    `task`: None is the task that the run contains.
+    """
+    tags = earlier_run.list_tags()
+    if DATA_TAG not in tags and not earlier_run.list_metrics():
+        return ""  # the attempt did not begin to train
+    try:
+        inputs = collect_task_inputs(task or complete_task(earlier_run.load_object(TASK)))
+    except Exception as error:  # the new attempt raises it again
+        log.debug("cannot compare the inputs of run %s: %s", earlier_run.id, error)
+        return ""
+    return "; ".join(inputs.find_differences(tags))
 
 
 def reuse_trained_run(
@@ -158,6 +204,7 @@ def reuse_trained_run(
         _log_task(recorder, complete)
         with session_context(seed=complete["seed"]):
             seed_everything(complete["seed"])
+            inputs = collect_inputs(complete, dataset)
             # Metrics per epoch have a slash in their name, those of records do not.
             for key in (k for k in trained_run.list_metrics() if "/" in k):
                 for step, value in trained_run.metric_history(key).items():
@@ -167,6 +214,7 @@ def reuse_trained_run(
                 recorder.save_objects(**{FIT_REPORT: trained_run.load_object(FIT_REPORT)})
             _save_dataset(recorder, dataset)
             make_records(recorder, complete.get("record"), model, dataset)
+            refuse_changed_data(dataset, inputs)
     return recorder
 
 
@@ -249,29 +297,31 @@ def _execute(
     recorder: Recorder,
     task: dict[str, Any],
     *,
-    on_fitted: Callable[[Recorder, Any], None] | None = None,
+    on_fitted: Callable[[Recorder, RunInputs], None] | None = None,
 ) -> None:
     """Fit the model, save it and generate the records."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
         check_config_trust(task)
         beat("data")
-        sources = collect_source_digests(task)
         model = _build(task["model"])
         dataset = _build(task["dataset"])
+        inputs = collect_inputs(task, dataset)
+        recorder.set_tags(**inputs.tags)
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
             options["reweighter"] = _build(task["reweighter"])
         _check_segments(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
+        refuse_changed_data(dataset, inputs)
         beat("saving")
         recorder.save_objects(**{"params.pkl": model})
         if getattr(model, "fit_report_", None):
             recorder.save_objects(**{FIT_REPORT: model.fit_report_})
         _save_dataset(recorder, dataset)
-        save_environment(recorder, model, dataset, sources)
+        save_environment(recorder, model, inputs)
         if on_fitted is not None:
-            on_fitted(recorder, dataset)
+            on_fitted(recorder, inputs)
         make_records(recorder, task.get("record"), model, dataset)
 
 
@@ -377,10 +427,11 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
 def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     """Split a task into the task without `tracking`, and `tracking`: where its run is stored.
 
-    `tracking` is `{"experiment_name", "recorder_name", "uri"}`, each optional. A trainer with a
-    task pool writes it, so that a worker in another folder stores the run in the trainer's
-    experiment. It does not influence the training, so the run's params and its artifact `task` do
-    not contain it.
+    `tracking` is `{"experiment_name", "recorder_name", "uri", "inputs"}`, each optional. A trainer
+    with a task pool writes it, so that a worker in another folder stores the run in the trainer's
+    experiment. `inputs` identifies the data and code at the time of submission, so that the task of
+    changed data is another one. It does not influence the training, so the run's params and its
+    artifact `task` do not contain it.
     """
     if not isinstance(task, Mapping) or TRACKING_KEY not in task:
         return task, {}

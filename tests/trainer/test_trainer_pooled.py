@@ -180,6 +180,7 @@ def test_tracking_location_is_stored_in_the_pool_only(make_task, tmp_path):
         _submit_without_running(trainer, task)
     (stored_task,) = TaskManager("pool").query({}, decode=False)
     tracking = stored_task["def"]["tracking"]
+    assert len(tracking.pop("inputs")) == 32
     assert tracking == {"experiment_name": "exp", "recorder_name": "mine", "uri": R.get_uri()}
     qtorch.init(tracking_uri=f"sqlite:///{tmp_path}/elsewhere.db")
     assert run_task("qtorch.trainer.run.task_train", "pool") is True

@@ -26,6 +26,9 @@ class FakeDataset(Serializable, Configured):
         self.noise = noise
         self.segments = {"test": ("2020-01-01", "2020-01-08")}
 
+    def fingerprint(self) -> str:
+        return f"noise {self.noise}"
+
     def prepare(self, segments, col_set="__all", data_key="infer"):
         values = np.random.default_rng(0).normal(size=len(index()))
         return pd.DataFrame({"LABEL0": values}, index=index())

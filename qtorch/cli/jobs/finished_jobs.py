@@ -86,7 +86,7 @@ def _skip_job(
     apply_outcome(result, outcome)
     command_results.store(result, Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)))
     if result.error is None:
-        print_skipped_job(result)
+        print_skipped_job(result, outcome)
     else:
         print_failure(result)
     job_return = JobReturn(overrides=task_words, cfg=job, status=JobStatus.COMPLETED)

@@ -85,7 +85,7 @@ def execute_job(request: Mapping[str, Any]) -> None:
                 _log_seconds(request, result, run)
             command_results.store(result, folder)
     if result.status == FINISHED and result.note == SKIPPED:
-        print_skipped_job(result)
+        print_skipped_job(result, outcome)
     elif result.status == FINISHED:
         print_summary(result, outcome.recorder, show_command=request["sweep"] is None)
     elif result.status == FAILED and request["sweep"] is not None:
@@ -114,9 +114,10 @@ def print_failure(result: JobResult) -> None:
     print(f"job {result.number} failed: {result.error}", file=sys.stderr)
 
 
-def print_skipped_job(result: JobResult) -> None:
-    """Report that a job was already finished."""
-    print(f"job {result.number}: already finished in run {result.run_id}", file=sys.stderr)
+def print_skipped_job(result: JobResult, outcome: JobOutcome) -> None:
+    """Report that a job was already finished, and by what its run was found."""
+    text = f"job {result.number}: already finished in run {result.run_id} ({outcome.reason})"
+    print(text, file=sys.stderr)
 
 
 def _train_job(request: Mapping[str, Any]) -> JobOutcome:

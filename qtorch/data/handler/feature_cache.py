@@ -3,14 +3,14 @@
 An entry is a folder named by a hash of everything that its values depend on: the source's
 content, the expressions, the universe and its filters, the dates, and the code that computes
 them. It is written to a temporary folder and renamed, so that an entry is either complete or
-absent. The least recently used entries are evicted when the cache is full. A process that has
-mapped an evicted entry can still read it.
+absent. Every file of an entry is compared with its checksum when the entry is opened; a damaged
+entry is computed again. The least recently used entries are evicted when the cache is full. A
+process that has mapped an evicted entry can still read it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -18,15 +18,16 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
+import numpy as np
+import pandas as pd
 import torch
 
 from qtorch.core.configured import plain_value
@@ -34,7 +35,10 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.files import cache_folder
 from qtorch.core.identity import digest
 from qtorch.core.names import import_path
+from qtorch.core.source_files import package_digest
 from qtorch.core.trust import StoredText
+from qtorch.data.expression.operators import get_operators
+from qtorch.data.handler.code_digest import code_digest, is_user_code
 from qtorch.data.handler.filter import DynamicFilter
 from qtorch.data.panel.infinite import is_infinity_allowed
 from qtorch.data.panel.stored_view import META, read_view, view_num_bytes, write_view
@@ -51,6 +55,8 @@ MIN_FREE_SHARE = 0.05  # share of the disk that stays free
 STALE_SECONDS = 3600.0  # older temporary folders belong to a dead writer
 LOCK_TIMEOUT_SECONDS = 900.0  # how long to wait while another process computes
 _PART, _TRASH, _LOCK = ".part-", ".gone-", ".lock-"
+# What reading an incomplete or damaged entry raises (RuntimeError: torch, for a wrong shape).
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, BadZipFile)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -77,10 +83,18 @@ class FeatureCache:
         self.folder = Path(folder).expanduser() if folder else cache_folder() / FOLDER
         self.max_bytes = _read_max_bytes() if max_bytes is None else max_bytes
 
-    def get(self, key: str, summary: dict[str, Any], *, compute: Callable[[], View]) -> View:
+    def get(
+        self,
+        key: str,
+        summary: dict[str, Any],
+        *,
+        compute: Callable[[], View],
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> View:
         """Return the view of a key, computing and storing it if it is not cached.
 
-        `summary` describes the entry in listings.
+        `summary` describes the entry in listings. `is_current` is called after the computation
+        and tells whether the result still belongs to the key; otherwise it is not stored.
         """
         cached_view = self._load(key)
         if cached_view is not None:
@@ -91,6 +105,11 @@ class FeatureCache:
             if cached_view is not None:
                 return cached_view
             view = compute()
+            if not is_current():
+                log.warning(
+                    "features are not cached: the data changed while they were computed from it"
+                )
+                return view
             is_stored = self._store(key, view, summary)
         # Read it back: mapped memory is shared with the other processes that read the entry.
         return (self._load(key) if is_stored else None) or view
@@ -107,6 +126,21 @@ class FeatureCache:
             except (OSError, ValueError, KeyError) as error:
                 log.debug("%s is not an entry of the feature cache: %s", path, error)
         return sorted(result, key=lambda e: -e.last_used)
+
+    def keys(self) -> list[str]:
+        """List the keys of all entries, also of damaged ones."""
+        return [path.name for path in self._folders()]
+
+    def find_damage(self) -> dict[str, str]:
+        """Compare every entry with its checksums; return what is wrong with the others by key."""
+        problems = {}
+        for path in self._folders():
+            try:
+                read_view(path, path.name)
+            except READ_ERRORS as error:
+                if path.exists():
+                    problems[path.name] = str(error)
+        return problems
 
     def remove(self, key: str) -> bool:
         """Remove an entry; return False if it does not exist."""
@@ -125,7 +159,7 @@ class FeatureCache:
     def clear(self) -> int:
         """Remove all entries and return how many there were."""
         self._remove_stale(min_age=0.0)
-        return sum(self.remove(path.name) for path in self._folders())
+        return sum(self.remove(key) for key in self.keys())
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -137,13 +171,13 @@ class FeatureCache:
     def _load(self, key: str) -> View | None:
         path = self.folder / key
         try:
-            view = read_view(path)
+            view = read_view(path, key)
             os.utime(path / META)
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except READ_ERRORS as error:
             if not path.exists():
                 return None
             log.warning(
-                "cannot read the cached features in %s, computing them again: %s", path, error
+                "cannot use the cached features in %s, computing them again: %s", path, error
             )
             self.remove(key)
             return None
@@ -159,7 +193,7 @@ class FeatureCache:
             if not self._make_room(num_bytes):
                 log.info("features (%d MiB) do not fit in the cache", num_bytes >> 20)
                 return False
-            write_view(view, partial, summary)
+            write_view(view, partial, summary, key)
             partial.chmod(0o755)
             try:
                 partial.rename(self.folder / key)
@@ -280,14 +314,14 @@ def current_feature_cache() -> FeatureCache | None:
 
 # -- keys -----------------------------------------------------------------------------------------
 
-PACKAGE_PREFIX = "qtorch."
-# The files of `qtorch/data` whose code determines the numbers: a change in any of them changes the
-# key.
-ENGINE_PATTERNS = (
-    "expression/*.py",
-    "source/*.py",
-    *("panel/panel.py", "panel/window_columns.py", "panel/stored_view.py"),
-    *("handler/loader.py", "handler/alpha.py", "handler/filter.py"),
+LOADER_METHODS = ("compute_columns", "group_reach", "group_fields")
+# Attributes of every QlibDataLoader. The key contains them in another form, or they act after the
+# cache; what a user's class adds is part of the key.
+LOADER_ATTRIBUTES = frozenset(
+    [
+        *("_arguments", "config", "filter_pipe", "freq", "inst_processors", "source"),
+        *("_fields", "_filters", "_inst_processors", "_own_source"),
+    ]
 )
 
 
@@ -304,20 +338,9 @@ def feature_key(
 ) -> tuple[str, dict[str, Any]] | None:
     """Return the cache key and a summary of the entry; None if the features cannot be cached.
 
-    They cannot be cached if a user's class computes them or a live object takes part, because no
-    hash identifies these.
+    They cannot be cached if a live object takes part in computing them, or code of the user that
+    has no source file, because no hash identifies these.
     """
-    code = [
-        getattr(type(loader), name) for name in ("compute_columns", "group_reach", "group_fields")
-    ]
-    user_code = [
-        t
-        for t in (*code, *(type(f) for f in filters))
-        if not t.__module__.startswith(PACKAGE_PREFIX)
-    ]
-    if user_code:
-        log.info("features are not cached: %s computes them", user_code[0].__qualname__)
-        return None
     dates = source.calendar(start_time, end_time, freq)
     if not len(dates):
         return None  # loading raises a better error
@@ -325,9 +348,10 @@ def feature_key(
     try:
         parts = {
             "engine": engine_digest(),
+            "code": code_digest(_user_code(loader, source, fields, filters)),
             "source": source.fingerprint(),
             "fields": [[g, list(f.items())] for g, f in fields.items()],
-            "computed": [each.__qualname__ for each in code],
+            "computed": [getattr(type(loader), name).__qualname__ for name in LOADER_METHODS],
             "windowed": getattr(loader, "_uses_windows", None),
             "universe": plain_value(universe),
             "filters": [f.to_config() for f in filters],
@@ -350,17 +374,40 @@ def feature_key(
     return key, summary
 
 
-@cache
+def _user_code(
+    loader: Any,
+    source: Source,
+    fields: Mapping[str, Mapping[str, str]],
+    filters: Sequence[DynamicFilter],
+) -> dict[str, Any]:
+    """Return the user's objects that take part in computing the features, by name."""
+    objects: dict[str, Any] = {
+        f"{type(loader).__name__}.{name}": getattr(type(loader), name) for name in LOADER_METHODS
+    }
+    classes = [type(loader), type(source), *map(type, filters)]
+    objects |= {cls.__name__: cls for cls in classes if is_user_code(cls.__module__)}
+    if is_user_code(type(loader).__module__):
+        added = {k: v for k, v in vars(loader).items() if k not in LOADER_ATTRIBUTES}
+        objects[f"a {type(loader).__name__}"] = added
+    for k, each in enumerate(filters):
+        if is_user_code(type(each).__module__):
+            objects[f"filter {k}"] = each
+    expressions = [e for part in fields.values() for e in part.values()]
+    expressions += [e for each in filters for e in each.expressions()]
+    # A user's class may evaluate further expressions.
+    names = None if len(objects) > len(LOADER_METHODS) else _operator_names(expressions)
+    for name, operator in sorted(get_operators().items()):
+        if operator.function is not None and (names is None or name in names):
+            arguments = [operator.arguments, operator.returns_condition, operator.min_window]
+            objects[f"operator {name}"] = [*arguments, operator.reach, operator.function]
+    return objects
+
+
+def _operator_names(expressions: Iterable[str]) -> set[str]:
+    return {name for text in expressions for name in re.findall(r"\w+(?=\s*\()", text)}
+
+
 def engine_digest() -> str:
-    """Return a hash of the code that computes features and of torch's version."""
-    folder = Path(__file__).parents[1]
-    hasher = hashlib.sha256(torch.__version__.encode())
-    for path in engine_files(folder):
-        hasher.update(path.relative_to(folder).as_posix().encode())
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()[:32]
-
-
-def engine_files(folder: Path) -> list[Path]:
-    """Return the files in the folder of `qtorch.data` that match ENGINE_PATTERNS, sorted."""
-    return sorted({path for pattern in ENGINE_PATTERNS for path in folder.glob(pattern)})
+    """Return a hash of qtorch's code that reads data, and of the versions that compute with it."""
+    versions = [torch.__version__, np.__version__, pd.__version__]
+    return digest([package_digest("data"), package_digest("core"), *map(str, versions)])

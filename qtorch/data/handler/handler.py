@@ -80,7 +80,20 @@ class DataHandler(Configured, Serializable):
         self.data_loader: DataLoader = build_loader(data_loader)
         self.source = self._build_source(source)
         if init_data:
+            self._load_at_once()
+
+    def _load_at_once(self) -> None:
+        """Load the data, and raise DataError if it changes meanwhile."""
+        if type(self.data_loader).fingerprint is DataLoader.fingerprint:  # it would load it twice
             self._raw_view()
+            return
+        fingerprint = self.fingerprint()
+        self._raw_view()
+        if self.fingerprint() != fingerprint:
+            raise DataError(
+                f"the data changed while {type(self).__name__} loaded it (init_data=True). Load it "
+                "again when nothing writes to it."
+            )
 
     def _build_source(self, config: Any) -> Source | None:
         if config is not None:

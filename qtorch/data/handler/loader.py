@@ -7,6 +7,7 @@ import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ import torch
 
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.file_digest import digest_text
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import trust_subclasses
@@ -92,7 +94,11 @@ class DataLoader(Configured, ABC):
         return False
 
     def fingerprint(self, source: Source | None = None) -> str:
-        """Return a hash of the content that is loaded."""
+        """Return a hash of the content that is loaded.
+
+        This loads the data; a loader of large data should override it. A training compares the
+        hash before it loads the data with that after it.
+        """
         return view_fingerprint(self.view(source=source))
 
 
@@ -170,10 +176,8 @@ class QlibDataLoader(DataLoader):
         def compute() -> View:
             return self._compute_view(source, universe, start_time, end_time, fields, filters)
 
-        cache = current_feature_cache()
-        cache_entry = None
-        if cache is not None:
-            cache_entry = feature_key(
+        def find_key() -> tuple[str, dict[str, Any]] | None:
+            return feature_key(
                 self,
                 source,
                 universe=universe,
@@ -183,10 +187,16 @@ class QlibDataLoader(DataLoader):
                 fields=fields,
                 filters=filters,
             )
+
+        cache = current_feature_cache()
+        cache_entry = None if cache is None else find_key()
         if cache is None or cache_entry is None:
             view = compute()
         else:
-            view = cache.get(*cache_entry, compute=compute)
+            # If the data changes while it is loaded, the features belong to neither key.
+            view = cache.get(
+                *cache_entry, compute=compute, is_current=lambda: find_key() == cache_entry
+            )
         for process in self._inst_processors:
             view = process(view)
         return view
@@ -292,6 +302,7 @@ class StaticDataLoader(DataLoader):
         self.config = config
         self.join = join
         self._view: View | None = None
+        self._view_fingerprint: str | None = None
 
     def view(
         self,
@@ -303,6 +314,7 @@ class StaticDataLoader(DataLoader):
         columns: Names | None = None,
     ) -> View:
         if self._view is None:
+            self._view_fingerprint = self._files_fingerprint()
             self._view = self._read()
         members = resolve_members(instruments, self._view, source)
         view = restrict_view(self._view, members, start_time, end_time)
@@ -310,6 +322,35 @@ class StaticDataLoader(DataLoader):
             groups = {g: c.keep(columns[g]) for g, c in view.groups.items() if columns.get(g)}
             view = replace(view, groups=groups)
         return check_view(view)
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        """Hash the bytes of the files, or the frames, and the source of the universes if any.
+
+        Raises DataError if a file has changed since this loader has read it.
+        """
+        fingerprint = self._files_fingerprint()
+        if fingerprint is None:
+            return super().fingerprint(source)
+        if self._view_fingerprint not in (None, fingerprint):
+            raise DataError(
+                f"the files of {self!r} have changed since they were read (fingerprint "
+                f"{self._view_fingerprint} then, {fingerprint} now): {self.config!r:.200}. Start "
+                "again with the new data, and do not write to the files while they are in use."
+            )
+        return fingerprint if source is None else digest([fingerprint, source.fingerprint()])
+
+    def _files_fingerprint(self) -> str | None:
+        """Return a hash of the files and frames; None if there is no file."""
+        parts = self.config if isinstance(self.config, Mapping) else {FLAT: self.config}
+        if not any(isinstance(part, str | Path) for part in parts.values()):
+            return None
+        contents = {
+            str(group): digest_text(part)
+            if isinstance(part, str | Path)
+            else view_fingerprint(view_from_frame(read_frame(part)))
+            for group, part in parts.items()
+        }
+        return digest([contents, self.join])
 
     def _read(self) -> View:
         if isinstance(self.config, Mapping):

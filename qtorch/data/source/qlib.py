@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pandas as pd
 import torch
 
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
+from qtorch.core.file_digest import file_digest
 from qtorch.core.session import session
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(10))]
 )
-
-_digests: dict[tuple[str, int, int], bytes] = {}
 
 
 class QlibSource(Source):
@@ -60,8 +58,9 @@ class QlibSource(Source):
         self.provider_uri = str(folder)
         self.strict = strict
         self._folder = Path(folder).expanduser()
-        self._calendars: dict[str, pd.DatetimeIndex] = {}
-        self._memberships: dict[str, Membership] = {}
+        # By path and the digest of the file, so that a changed file is read again.
+        self._calendars: dict[tuple[Path, bytes], pd.DatetimeIndex] = {}
+        self._memberships: dict[tuple[Path, bytes], Membership] = {}
         # A task's config must name its data folder, also if it comes from qtorch.init.
         self._arguments = {**self._arguments, "provider_uri": self.provider_uri}
         self._check_folders()
@@ -82,36 +81,34 @@ class QlibSource(Source):
     # -- calendars and universes -----------------------------------------------------------------
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
-        if freq not in self._calendars:
-            path = self._folder / "calendars" / f"{freq}.txt"
-            if not path.is_file():
-                frequencies = [
-                    p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
-                ]
-                raise DataError(
-                    f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
-                )
+        path = self._folder / "calendars" / f"{freq}.txt"
+        if not path.is_file():
+            frequencies = [
+                p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
+            ]
+            raise DataError(
+                f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
+            )
+        key = path, file_digest(path)
+        if key not in self._calendars:
             lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
             calendar = normalise_calendar(lines)
             if not (calendar.is_monotonic_increasing and calendar.is_unique):
                 raise DataError(f"{path}: the dates must be ascending and unique.")
-            self._calendars[freq] = calendar
-        return self._calendars[freq]
+            self._calendars[key] = calendar
+        return self._calendars[key]
 
     def universes(self) -> tuple[str, ...]:
         return tuple(sorted(p.stem for p in (self._folder / "instruments").glob("*.txt")))
 
     def read_membership(self, universe: str) -> Membership:
-        if universe not in self._memberships:
-            path = self._folder / "instruments" / f"{universe}.txt"
-            self._memberships[universe] = _read_instruments(path)
-        return self._memberships[universe]
+        path = self._folder / "instruments" / f"{universe}.txt"
+        key = path, file_digest(path)
+        if key not in self._memberships:
+            self._memberships[key] = _read_instruments(path)
+        return self._memberships[key]
 
     # -- features --------------------------------------------------------------------------------
-
-    @cached_property
-    def _folders(self) -> frozenset[str]:
-        return frozenset(p.name for p in (self._folder / "features").iterdir())
 
     def fields(self, freq: str = "day") -> tuple[str, ...]:
         suffix = f".{freq}.bin"
@@ -121,7 +118,8 @@ class QlibSource(Source):
         return tuple(sorted(names))
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
-        present_names = [n for n in names if folder_name(n) in self._folders]
+        folders = {p.name for p in (self._folder / "features").iterdir()}
+        present_names = [n for n in names if folder_name(n) in folders]
         missing = sorted(set(names) - set(present_names))
         if missing:
             logger.warning(
@@ -205,11 +203,14 @@ class QlibSource(Source):
     # -- content ---------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Hash the bytes of every file; a process hashes an unchanged file only once."""
+        """Hash the names and bytes of all files; a process reads an unchanged file only once.
+
+        See `qtorch.core.file_digest` for how a changed file is noticed.
+        """
         digest = hashlib.sha256()
         for entry, relative in self._files():
             digest.update(relative.encode())
-            digest.update(_file_digest(entry))
+            digest.update(file_digest(entry))
         return digest.hexdigest()[:32]
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -307,13 +308,3 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder, sorted by name."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
-
-
-def _file_digest(entry: os.DirEntry[str]) -> bytes:
-    """Hash a file; the hash is cached by path, size and modification time."""
-    stat = entry.stat()
-    key = (entry.path, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        with open(entry.path, "rb") as file:
-            _digests[key] = hashlib.blake2b(file.read(), digest_size=16).digest()
-    return _digests[key]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtorch.core.dates import as_stamp, date_rows, last_date
 from qtorch.core.errors import ConfigError
+from qtorch.core.identity import digest
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import PanelSource, mask_membership, span_membership
@@ -322,6 +323,14 @@ class SyntheticSource(PanelSource):
 
     def memberships(self) -> Mapping[str, Membership]:
         return self._market().memberships
+
+    def fingerprint(self) -> str:
+        """Hash what the market is simulated from, without simulating it."""
+        if type(self) is not SyntheticSource:
+            return super().fingerprint()  # a subclass may change the bars
+        names = ("num_instruments", "seed", "signal", "num_sectors", "regimes")
+        options = {name: getattr(self, name) for name in names}
+        return digest([options, self._dates[0], self._dates[-1], np.__version__])
 
     def signal_scores(self) -> Panel:
         """Return the true score at each close as a panel `[D, N, 1]` with the field `score`.

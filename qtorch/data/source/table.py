@@ -12,6 +12,8 @@ import pandas as pd
 
 from qtorch.core.dates import as_stamp, convert_dates, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.file_digest import digest_text
+from qtorch.core.identity import digest
 from qtorch.core.tables import read_csv
 from qtorch.data.panel.panel import (
     NAMES,
@@ -81,6 +83,7 @@ class TableSource(PanelSource):
             )
         self._panel: Panel | None = None
         self._memberships: dict[str, Membership] | None = None
+        self._panel_fingerprint: str | None = None
 
     def panel(self) -> Panel:
         if self._panel is None:
@@ -89,6 +92,7 @@ class TableSource(PanelSource):
                 "per_instrument": self._read_per_instrument,
                 "wide": self._read_wide,
             }
+            self._panel_fingerprint = self._compute_fingerprint()
             try:
                 self._panel = readers[self.layout]()
             except DataError as error:
@@ -112,7 +116,33 @@ class TableSource(PanelSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the data, which can be read again from the files."""
-        return {**self.__dict__, "_panel": None, "_memberships": None}
+        empty = dict.fromkeys(("_panel", "_memberships", "_panel_fingerprint"))
+        return {**self.__dict__, **empty}
+
+    def fingerprint(self) -> str:
+        """Hash the bytes of the files and the options, without parsing the files.
+
+        Raises DataError if a file has changed since this source has read it.
+        """
+        fingerprint = self._compute_fingerprint()
+        if self._panel_fingerprint not in (None, fingerprint):
+            raise DataError(
+                f"{self._root} has changed since it was read (fingerprint "
+                f"{self._panel_fingerprint} then, {fingerprint} now). Start again with the new "
+                "data, and do not write to the files while they are in use."
+            )
+        return fingerprint
+
+    def _compute_fingerprint(self) -> str:
+        files = list_tables(self._root) if self._root.is_dir() else [self._root]
+        universes: Any = self._universes
+        if isinstance(universes, str | Path):
+            universes = digest_text(universes)
+        elif universes is not None:
+            universes = {name: _plain_members(each) for name, each in universes.items()}
+        names = [f.relative_to(self._root).as_posix() for f in files]
+        contents = [digest_text(file) for file in files]
+        return digest([self.layout, self.columns, self.freq, universes, names, contents])
 
     # -- layouts ---------------------------------------------------------------------------------
 
@@ -237,6 +267,12 @@ class TableSource(PanelSource):
             f"{file}: no column for the {level}; set it with columns={{{level!r}: ...}}. "
             f"Columns: {', '.join(table.columns[:12])}."
         )
+
+
+def _plain_members(members: Sequence[str] | Mapping[str, Any]) -> list[Any]:
+    if not isinstance(members, Mapping):
+        return [str(name) for name in members]
+    return [[str(n), [[str(a), str(b)] for a, b in spans]] for n, spans in members.items()]
 
 
 def list_tables(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -17,8 +18,10 @@ import pandas as pd
 import pytest
 import torch
 
+from qtorch.core import source_files
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Alpha158, Alpha360, DataHandlerLP, TSDatasetH
+from qtorch.data.expression import register_operator, unregister_operator
 from qtorch.data.handler import feature_cache
 from qtorch.data.handler.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
 from qtorch.data.handler.loader import QlibDataLoader
@@ -132,6 +135,49 @@ def test_changed_bars_change_the_key(market, folder, tmp_path):
     assert_frames_equal(after, handler(copy, False).fetch(data_key="raw"))
 
 
+@pytest.fixture
+def changing_market(market, tmp_path, monkeypatch) -> Path:
+    """A copy of the market whose bars change each time that they are read."""
+    copy = shutil.copytree(market, tmp_path / "copy")
+    read_bars = QlibSource.read_bars
+
+    def change_bars(self, *arguments):
+        bars = read_bars(self, *arguments)
+        path = copy / "features" / "s3" / "close.day.bin"
+        close_values = np.fromfile(path, dtype="<f4")
+        close_values[40] *= 1.5
+        close_values.tofile(path)
+        return bars
+
+    monkeypatch.setattr(QlibSource, "read_bars", change_bars)
+    return copy
+
+
+def test_features_of_data_that_changes_meanwhile_are_not_cached(changing_market, folder, caplog):
+    handler(changing_market, folder).view("raw")
+    assert FeatureCache(folder).entries() == []
+    assert "the data changed while they were computed" in caplog.text
+
+
+def test_data_that_changes_while_a_handler_loads_it_at_once_is_an_error(changing_market):
+    handler(changing_market, False).view("raw")
+    with pytest.raises(DataError, match="the data changed while Alpha158 loaded it"):
+        handler(changing_market, False, init_data=True)
+
+
+def test_source_reads_a_changed_universe_again(market, folder, tmp_path):
+    copy = shutil.copytree(market, tmp_path / "copy")
+    source = QlibSource(copy)
+    first = Alpha158("stocks", source=source, columns=COLUMNS, cache=folder).fetch(data_key="raw")
+    path = copy / "instruments" / "stocks.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    for cache in (folder, False):
+        options = {"source": source, "columns": COLUMNS, "cache": cache}
+        frame = Alpha158("stocks", **options).fetch(data_key="raw")
+        assert frame.index.get_level_values("instrument").nunique() == 4
+    assert first.index.get_level_values("instrument").nunique() == 8
+
+
 def test_inst_processors_run_after_the_cache(market, folder):
     calls = []
 
@@ -155,16 +201,204 @@ def test_inst_processors_run_after_the_cache(market, folder):
 
 
 class UserLoader(QlibDataLoader):
+    def __init__(self, config, helper=None):
+        super().__init__(config)
+        self.helper = helper
+
     def compute_columns(self, group, bars, span, expressions):
         return super().compute_columns(group, bars, span, expressions)
 
 
-def test_a_user_defined_loader_is_not_cached(market, folder, caplog):
+def test_live_object_in_a_user_loader_prevents_caching(market, folder, caplog):
     caplog.set_level("INFO")
-    loader = UserLoader({"feature": ["$close"]})
+    loader = UserLoader({"feature": ["$close"]}, helper=threading.Lock())
     DataHandlerLP("stocks", data_loader=loader, source=str(market), cache=folder).view("raw")
     assert FeatureCache(folder).entries() == []
-    assert "not cached: UserLoader.compute_columns computes them" in caplog.text
+    assert "not cached: a UserLoader['helper'] is a live lock" in caplog.text
+
+
+def test_attributes_of_a_user_loader_are_part_of_the_key(market, folder):
+    for helper in (1, 2, 1):
+        loader = UserLoader({"feature": ["$close"]}, helper=helper)
+        DataHandlerLP("stocks", data_loader=loader, source=str(market), cache=folder).view("raw")
+    assert len(FeatureCache(folder).entries()) == 2
+
+
+def test_key_leaves_out_only_attributes_that_every_loader_has():
+    assert vars(QlibDataLoader(["$close"])).keys() == feature_cache.LOADER_ATTRIBUTES
+
+
+PARTS_SOURCE = """
+import own_far
+
+SCALE = 1.0
+
+def scaled(x):
+    return x * SCALE
+"""
+FAR_SOURCE = "def shifted(x):\n    return x + 0.0\n"
+CODE_SOURCE = """
+import own_parts
+from own_parts import scaled
+from qtorch.data import ExpressionDFilter, QlibDataLoader, SyntheticSource, register_operator
+
+OFFSET = 0.0
+
+def halved(x):
+    return x / 2
+
+def late(x):
+    from own_far import shifted
+    return shifted(x)
+
+def make(value):
+    def function(x, window):
+        return late(own_parts.scaled(halved(x))) + OFFSET + value
+    return function
+
+register_operator("Own", make(0.0), replace=True)
+
+class Loader(QlibDataLoader):
+    def compute_columns(self, group, bars, span, expressions, mask_bars=None):
+        columns = super().compute_columns(group, bars, span, expressions, mask_bars)
+        columns.plain_panel().values.mul_(self.factor())
+        return columns
+
+    def factor(self):
+        return 2.0
+
+class Filter(ExpressionDFilter):
+    def passes(self, bars):
+        return super().passes(bars)
+
+class Source(SyntheticSource):
+    def read_bars(self, *args):
+        bars = super().read_bars(*args)
+        return type(bars)(bars.values * 1.0, bars.spans)
+"""
+ABOVE_MEDIAN = "bars.mask & (bars.values[..., 0] > bars.values[..., 0].nanmedian())"
+CODE_FILES = {"own_code.py": CODE_SOURCE, "own_parts.py": PARTS_SOURCE, "own_far.py": FAR_SOURCE}
+
+
+@pytest.fixture
+def user_code(tmp_path, monkeypatch):
+    """A function that writes user modules with one text replaced, and imports them anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def load(text: str = "", replacement: str = ""):
+        for name, source in CODE_FILES.items():
+            (tmp_path / name).write_text(source.replace(text, replacement) if text else source)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        for name in CODE_FILES:
+            sys.modules.pop(name.removesuffix(".py"), None)
+        return importlib.import_module("own_code")
+
+    yield load
+    unregister_operator("Own")
+    for name in CODE_FILES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def load_own(code, kind, market, folder) -> pd.DataFrame:
+    source = code.Source(8, "2018-01-01", "2018-12-31", num_sectors=2, seed=1)
+    loader = {
+        "operator": lambda: QlibDataLoader(["Own($close, 3)"]),
+        "loader": lambda: code.Loader(["$close"]),
+        "filter": lambda: QlibDataLoader(["$close"], filter_pipe=[code.Filter("$close > 0")]),
+        "source": lambda: QlibDataLoader(["$close"]),
+    }[kind]()
+    handler = DataHandlerLP(
+        "stocks",
+        data_loader=loader,
+        source=source if kind == "source" else str(market),
+        cache=folder,
+    )
+    return handler.fetch(data_key="raw")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "replacement"),
+    [
+        pytest.param("operator", "+ OFFSET", "- OFFSET - 1", id="body"),
+        pytest.param("operator", "x / 2", "x / 4", id="function of the same module"),
+        pytest.param("operator", "OFFSET = 0.0", "OFFSET = 1.0", id="global"),
+        pytest.param("operator", "make(0.0)", "make(1.0)", id="closure"),
+        pytest.param("operator", "SCALE = 1.0", "SCALE = 3.0", id="global of another module"),
+        pytest.param("operator", "x + 0.0", "x + 1.0", id="import inside a function"),
+        pytest.param("loader", "return 2.0", "return 3.0", id="loader"),
+        pytest.param("filter", "super().passes(bars)", ABOVE_MEDIAN, id="filter"),
+        pytest.param("source", "* 1.0, bars.spans", "* 2.0, bars.spans", id="source"),
+    ],
+)
+def test_changed_user_code_changes_the_key(
+    market, folder, user_code, kind, text, replacement, monkeypatch
+):
+    first = load_own(user_code(), kind, market, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(QlibDataLoader, "_compute_view", None)  # computing would fail
+        assert_frames_equal(load_own(user_code(), kind, market, folder), first)
+    code = user_code(text, replacement)
+    changed = load_own(code, kind, market, folder)
+    assert not changed.equals(first)
+    assert_frames_equal(changed, load_own(code, kind, market, False))
+
+
+def test_values_that_change_without_an_edit_change_the_key(market, folder, user_code):
+    code = user_code()
+    first = load_own(code, "operator", market, folder)
+    for owner, name, value in (
+        (code, "OFFSET", 1.0),
+        (code, "halved", lambda x: x),
+        (code.own_parts, "SCALE", 5.0),
+    ):
+        setattr(owner, name, value)
+        changed = load_own(code, "operator", market, folder)
+        assert not changed.equals(first)
+        assert_frames_equal(changed, load_own(code, "operator", market, False))
+        first = changed
+
+
+def test_unused_operators_are_not_part_of_the_key(market, folder, user_code):
+    user_code()
+    handler(market, folder).view("raw")
+    user_code("x / 2", "x / 4")
+    handler(market, folder).view("raw")
+    assert len(FeatureCache(folder).entries()) == 1
+
+
+def test_operators_that_no_hash_identifies_prevent_caching(market, folder, caplog):
+    caplog.set_level("INFO")
+    network = torch.nn.Linear(1, 1)
+    namespace: dict = {}
+    exec("def doubled(x):\n    return x * 2", namespace)
+    for function, problem in (
+        (lambda x: x + network.bias.detach(), "network is a live Linear"),
+        (namespace["doubled"], "belongs to no module"),
+        (torch.jit.script(double_values), "is a live ScriptFunction"),
+    ):
+        register_operator("Live", function, arguments=("series",), replace=True)
+        try:
+            loader = QlibDataLoader(["Live($close)"])
+            DataHandlerLP("stocks", data_loader=loader, source=str(market), cache=folder).view()
+        finally:
+            unregister_operator("Live")
+        assert "not cached: operator Live" in caplog.text
+        assert problem in caplog.text
+    assert FeatureCache(folder).entries() == []
+
+
+def double_values(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_versions_of_libraries_are_part_of_the_key(monkeypatch):
+    first = feature_cache.engine_digest()
+    for module in (torch, np, pd):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "1.0")
+            assert feature_cache.engine_digest() != first
+    assert feature_cache.engine_digest() == first
 
 
 def test_errors_are_raised_and_leave_no_entry(market, folder):
@@ -217,22 +451,84 @@ def test_features_larger_than_the_cache_are_computed_without_caching(folder):
     assert [p for p in folder.iterdir() if not p.name.startswith(".lock")] == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "meta", "arrays"])
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def edit_meta(entry: Path, **changes) -> None:
+    meta = json.loads((entry / "meta.json").read_text())
+    (entry / "meta.json").write_text(json.dumps({**meta, **changes}))
+
+
+def swap_blocks(entry: Path) -> None:
+    content = (entry / "0.f32").read_bytes()
+    (entry / "0.f32").write_bytes(content[512:1024] + content[:512] + content[1024:])
+
+
+def copy_from_another_entry(entry: Path, name: str = "") -> None:
+    FeatureCache(entry.parent).get("b", {}, compute=lambda: make_view(9.0))
+    if name:
+        shutil.copy(entry.parent / "b" / name, entry / name)
+    else:
+        shutil.rmtree(entry)
+        shutil.copytree(entry.parent / "b", entry)
+
+
+DAMAGES = {
+    "values truncated": lambda entry: os.truncate(entry / "0.f32", 100),
+    "first byte": lambda entry: flip_byte(entry / "0.f32", 0),
+    "last byte": lambda entry: flip_byte(entry / "0.f32", -1),
+    "blocks in another order": swap_blocks,
+    "zeros": lambda entry: (entry / "0.f32").write_bytes(bytes(4 * 4 * 4 * 64)),
+    "values missing": lambda entry: (entry / "0.f32").unlink(),
+    "no json": lambda entry: (entry / "meta.json").write_text("{"),
+    "edited meta": lambda entry: edit_meta(entry, instruments=list("BACD")),
+    "arrays truncated": lambda entry: os.truncate(entry / "arrays.npz", 50),
+    "byte of arrays": lambda entry: flip_byte(entry / "arrays.npz", 200),
+    "older format": lambda entry: edit_meta(entry, format=1),
+    "another entry": copy_from_another_entry,
+    "file of another entry": lambda entry: copy_from_another_entry(entry, "0.f32"),
+}
+
+
+@pytest.fixture(params=DAMAGES)
+def damage(request):
+    return DAMAGES[request.param]
+
+
+def make_distinct_view() -> View:
+    view = make_view(1.0)
+    values = view.groups["feature"].plain_panel().values
+    values.copy_(torch.arange(values.numel()).view(values.shape))
+    return view
+
+
 def test_a_damaged_entry_is_recomputed(folder, damage, caplog):
     cache = FeatureCache(folder)
-    cache.get("a", {}, compute=lambda: make_view(1.0))
-    entry = folder / "a"
-    match damage:
-        case "cut":
-            os.truncate(entry / "0.f32", 100)
-        case "gone":
-            (entry / "0.f32").unlink()
-        case "meta":
-            (entry / "meta.json").write_text("{")
-        case "arrays":
-            os.truncate(entry / "arrays.npz", 50)
+    cache.get("a", {}, compute=make_distinct_view)
+    damage(folder / "a")
     assert read_value(cache.get("a", {}, compute=lambda: make_view(2.0))) == 2.0
+    assert f"cannot use the cached features in {folder / 'a'}" in caplog.text
     assert read_value(cache.get("a", {}, compute=lambda: pytest.fail("a is cached"))) == 2.0
+
+
+def test_verify_names_and_removes_damaged_entries(folder, damage, capsys):
+    from qtorch.cli.main import main
+
+    cache, words = FeatureCache(folder), ["data", "cache", "verify", f"folder={folder}"]
+    for key in ("a", "good"):
+        cache.get(key, {}, compute=make_distinct_view)
+    assert main(words) == 0
+    assert "0 of them damaged" in capsys.readouterr().out
+    damage(folder / "a")
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "removed a: " in out
+    assert "removed good" not in out
+    assert {e.key for e in cache.entries()} - {"b"} == {"good"}
+    assert main(words) == 0
 
 
 def test_a_full_disk_only_disables_caching(folder, monkeypatch, caplog):
@@ -311,11 +607,15 @@ def test_threads_share_one_computation(folder):
     assert len(computations) == 1
 
 
-def test_the_key_depends_on_the_code_that_computes_features():
-    folder = Path(feature_cache.__file__).parents[1]
-    names = {p.relative_to(folder).as_posix() for p in feature_cache.engine_files(folder)}
-    assert all(list(folder.glob(pattern)) for pattern in feature_cache.ENGINE_PATTERNS)
-    assert {"expression/rolling.py", "panel/panel.py", "source/qlib.py"} <= names
+def test_the_digest_of_a_part_of_qtorch_covers_its_files(tmp_path, monkeypatch):
+    folder = shutil.copytree(source_files.PACKAGE_FOLDER / "data", tmp_path / "data")
+    monkeypatch.setattr(source_files, "PACKAGE_FOLDER", tmp_path)
+    package_digest = source_files.package_digest.__wrapped__
+    digests = [package_digest("data")]
+    for name in ("expression/rolling.py", "panel/panel.py", "source/qlib.py"):
+        (folder / name).write_text((folder / name).read_text() + "#")
+        digests.append(package_digest("data"))
+    assert len(set(digests)) == 4
 
 
 WORK = """
