@@ -37,9 +37,7 @@ def write_frame(data: pd.DataFrame | pd.Series, path: Path, header: dict[str, An
         raise NotTabularError("its dtypes have no equivalent in parquet")
     metadata = json.dumps({**header, "layout": layout})
     dictionary_columns = [f.name for f in table.schema if not pa.types.is_floating(f.type)]
-    with pq.ParquetWriter(
-        path, table.schema, use_dictionary=dictionary_columns or False
-    ) as writer:
+    with pq.ParquetWriter(path, table.schema, use_dictionary=dictionary_columns or False) as writer:
         writer.write_table(table)
         # In this order: the header may contain user's text that looks like a digest.
         writer.add_key_value_metadata({METADATA: metadata, DIGEST: PLACEHOLDER})
