@@ -178,8 +178,9 @@ class LightningModel(ModelFT):
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second Ctrl-C stops at once. Raises DataError if there is nothing to
-        learn from or a weight ends as NaN or infinite, and ConfigError for invalid settings (such as an `init_from` whose run does not
-        exist or has no matching weight; the message lists the shapes).
+        learn from or a weight ends as NaN or infinite, and ConfigError for invalid settings (such
+        as an `init_from` whose run does not exist or has no matching weight; the message lists the
+        shapes).
         """
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)

@@ -46,14 +46,13 @@ def check_scores(scores: pd.Series) -> None:
 
 def describe_nonfinite(scores: pd.Series | pd.DataFrame) -> str | None:
     """Say how many scores, by (datetime, instrument), are NaN or infinite; None if none is."""
-    is_finite = np.isfinite(np.asarray(scores, dtype=np.float64))
-    if is_finite.all():
+    is_bad = ~np.isfinite(np.asarray(scores, dtype=np.float64))
+    if not is_bad.any():
         return None
-    rows = ~(is_finite if is_finite.ndim == 1 else is_finite.all(axis=1))
     days = scores.index.get_level_values("datetime")
-    bad_days = days[rows].unique()
+    bad_days = days[np.flatnonzero(is_bad.reshape(len(days), -1).any(axis=1))].unique()
     return (
-        f"{int((~is_finite).sum()):,} of {format_count(is_finite.size, 'score')} are NaN or "
+        f"{int(is_bad.sum()):,} of {format_count(is_bad.size, 'score')} are NaN or "
         f"infinite, on {len(bad_days):,} of {format_count(days.nunique(), 'day')}, the first of "
         f"which is {bad_days.min():%Y-%m-%d}"
     )

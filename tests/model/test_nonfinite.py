@@ -16,49 +16,44 @@ from qtorch.record.signal import predict_frame
 
 
 @pytest.fixture(scope="module")
-def fitted_model(dataset: ToyDataset) -> Model:
+def model(dataset: ToyDataset) -> Model:
     return fit_model(dataset, epochs=1)
-
-
-def set_feature(dataset: ToyDataset, day: int, instrument: int, value: float) -> None:
-    dataset.view.groups["feature"]._panel.values[day, instrument, 0] = value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_prediction_with_nonfinite_weights_raises(
-    dataset: ToyDataset, fitted_model: Model, value: float
+    dataset: ToyDataset, model: Model, value: float
 ) -> None:
-    weight = next(fitted_model.network_.parameters())
+    weight = next(model.network_.parameters())
     original_weight = weight.detach().clone()
-    name = next(iter(fitted_model.network_.state_dict()))
-    count = sum(p.numel() for p in fitted_model.network_.parameters())
+    name = next(iter(model.network_.state_dict()))
+    count = sum(p.numel() for p in model.network_.parameters())
     with torch.no_grad():
         weight.view(-1)[:2] = value
     try:
         message = rf"2 of {count} weights of the MLP are NaN or infinite, the first in '{name}'"
         with pytest.raises(DataError, match=f"{message}.*allow_nonfinite"):
-            fitted_model.predict(dataset)
-        fitted_model.allow_nonfinite = True
-        assert not np.isfinite(fitted_model.predict(dataset)).all()
+            model.predict(dataset)
+        model.allow_nonfinite = True
+        assert not np.isfinite(model.predict(dataset)).all()
     finally:
-        fitted_model.allow_nonfinite = False
+        model.allow_nonfinite = False
         with torch.no_grad():
             weight.copy_(original_weight)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_scores_are_counted_by_day(
-    fitted_model: Model, value: float, caplog: pytest.LogCaptureFixture
+    model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = ToyDataset()
     samples = dataset.samples("test")
     day, name = samples.index[40]
     days = samples.index.get_level_values("datetime").unique()
-    index = dataset.view.calendar.get_loc(day), list(dataset.view.instruments).index(name)
-    set_feature(dataset, *index, value)
+    row = dataset.view.calendar.get_loc(day), list(dataset.view.instruments).index(name), 0
+    dataset.view.groups["feature"]._panel.values[row] = torch.nan
     with pytest.raises(DataError) as error:
-        fitted_model.predict(dataset)
-    bad = ~np.isfinite(_predict_anyway(fitted_model, dataset))
+        model.predict(dataset)
+    bad = ~np.isfinite(_predict_anyway(model, dataset))
     num_days = bad[bad].index.get_level_values("datetime").nunique()
     assert 1 <= num_days <= dataset.step_len
     description = (
@@ -67,10 +62,10 @@ def test_nonfinite_scores_are_counted_by_day(
     )
     assert str(error.value).startswith(f"{description}. ")
     assert "Fillna" in str(error.value)
-    fitted_model.allow_nonfinite = True
+    model.allow_nonfinite = True
     with caplog.at_level(logging.WARNING, logger="qtorch"):
-        frame = predict_frame(fitted_model, dataset)
-    fitted_model.allow_nonfinite = False
+        frame = predict_frame(model, dataset)
+    model.allow_nonfinite = False
     assert description in caplog.text
     assert describe_nonfinite(frame.dropna().clip(-1, 1)) is None
 

@@ -6,7 +6,6 @@ import json
 import pickle
 import random
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -82,8 +82,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "checkpoint is unchanged."
             ) from error
 
-    def load_checkpoint(self, path: Any, *_: Any, **options: Any) -> dict[str, Any]:
-        """Read a checkpoint to the CPU, whatever Lightning asks for; see `read_checkpoint`."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint with its tensors on the CPU; see `read_checkpoint`."""
         return read_checkpoint(path)
 
 
