@@ -57,7 +57,7 @@ def test_checkpoint_stays_an_ordinary_file_of_torch(checkpoint: Path) -> None:
     assert torch.equal(weights, torch.arange(200.0))
     with zipfile.ZipFile(checkpoint) as archive:
         assert archive.testzip() is None
-        assert archive.comment.startswith(b"qtorch-blake2b-")
+        assert archive.comment.startswith(b"qtorch-crc32-")
 
 
 def test_damaged_last_checkpoint_does_not_replace_the_previous_one(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_other_programs_read_the_files(tmp_path):
     paths = {k: write_object(v, tmp_path, f"{i}.pkl") for i, (k, v) in enumerate(VALUES.items())}
     assert len(pd.read_parquet(paths["parquet"])) == 40
     metadata = pq.read_metadata(paths["parquet"]).metadata
-    assert metadata[DIGEST].startswith(b"qtorch-blake2b-")
+    assert metadata[DIGEST].startswith(b"qtorch-crc32-")
     assert json.loads(paths["json"].read_text())["value"]["lr"] == 0.001
     with safe_open(paths["safetensors"], framework="numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("0"), VALUES["safetensors"]["w"])
