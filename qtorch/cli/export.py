@@ -17,6 +17,7 @@ qtorch export: export the network of a finished run for use in other programs
 
 usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=true]
                      [segment=...] [tolerance=...] [data=...]
+                     [allow_nonfinite=true]
 
   run        the run ID
   format     onnx         for onnxruntime and others; requires pip install 'qtorch[export]'
@@ -27,6 +28,7 @@ usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=tr
   segment    data for the check: a segment of the run's dataset, or two dates
   tolerance  largest allowed score difference, relative to the largest score (1e-5)
   data       use another data source: data=qlib data.provider_uri=...
+  allow_nonfinite  true: export a model with NaN or infinite weights or scores too
 
 onnx and torch files accept batches of any size and return the scores of `qtorch predict`. x has
 the shape [batch, step_len, features] (flat networks: [batch, features * step_len]); networks that
@@ -49,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
 
     with handle_stop_signals():
         recorder = load_finished_run(settings["run"])
-        model, dataset = load_model_and_dataset(recorder, settings.get("data"))
+        model, dataset = load_model_and_dataset(
+            recorder, settings.get("data"), allow_nonfinite=settings["allow_nonfinite"]
+        )
         result = export_model(
             model,
             dataset,

@@ -9,17 +9,19 @@ from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import output_path
 from qtorch.cli.runs import load_finished_run, load_model_and_dataset, parse_segment
 from qtorch.core.errors import ConfigError, DataError, format_count
-from qtorch.record.signal import as_frame
+from qtorch.record.signal import predict_frame
 
 USAGE = """\
 qtorch predict: write the scores of a finished run
 
 usage: qtorch predict run=RUN_ID [segment=test] out=scores.parquet [tracking.uri=...] [data=...]
+                      [allow_nonfinite=true]
 
   run      the run ID
   segment  a segment of the run's dataset, or dates: segment=[2020-01-01,2020-06-30]
   out      a .parquet or .csv file
   data     use another data source: data=qlib data.provider_uri=...
+  allow_nonfinite  true: write NaN and infinite scores too, with a warning instead of an error
 """
 
 
@@ -32,9 +34,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"out={path}: expected a name that ends in .parquet or .csv.")
     with handle_stop_signals():
         recorder = load_finished_run(settings["run"])
-        model, dataset = load_model_and_dataset(recorder, settings.get("data"))
+        model, dataset = load_model_and_dataset(
+            recorder, settings.get("data"), allow_nonfinite=settings["allow_nonfinite"]
+        )
         span = parse_segment(settings["segment"], dataset)
-        scores = as_frame(model.predict(dataset, segment=span))
+        scores = predict_frame(model, dataset, span)
     if not len(scores):
         raise DataError(f"segment {settings['segment']} contains no samples; no file was written.")
     if path.suffix == ".csv":

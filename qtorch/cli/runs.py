@@ -23,12 +23,17 @@ def load_finished_run(run_id: str | float) -> Recorder:
     return recorder
 
 
-def load_model_and_dataset(recorder: Recorder, source: dict[str, Any] | None) -> tuple[Any, Any]:
+def load_model_and_dataset(
+    recorder: Recorder, source: dict[str, Any] | None, *, allow_nonfinite: bool
+) -> tuple[Any, Any]:
     """Load a run's model and dataset.
 
     If `source` is given, the dataset reads that source with the run's fitted processors.
+    `allow_nonfinite` sets this attribute of the model, see `LightningModel`.
     """
     model, dataset = recorder.load_object("params.pkl"), recorder.load_object("dataset")
+    if allow_nonfinite:
+        model.allow_nonfinite = True
     if source is not None:
         dataset.setup_data(source=init_instance_by_config(source))
     return model, dataset

@@ -42,6 +42,7 @@ from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import build_early_stopping, trainer_device, trainer_options
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import build_network, complete_network_config, network_config
+from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
 
@@ -98,6 +99,8 @@ class LightningModel(ModelFT):
     wherever name and shape match. The run may have another architecture (GATs or HIST start from an
     LSTM or GRU, as in their papers). Features are matched by name, and tags record the source run.
     "run:RUN_ID/NAME" uses the model that was saved there as NAME.
+    `allow_nonfinite`: accept NaN and infinite weights after a training, and return NaN and infinite
+    scores, instead of raising DataError. It can also be set later, as an attribute.
     `seed`: seed of initial weights, dropout and sample order; None uses the session's seed, or a
     random one.
 
@@ -123,6 +126,7 @@ class LightningModel(ModelFT):
         inner_steps: int | Literal["auto"] = "auto",
         compile: bool | Mapping[str, Any] = False,
         init_from: str | None = None,
+        allow_nonfinite: bool = False,
         seed: int | None = None,
     ) -> None:
         self.network = network
@@ -135,7 +139,7 @@ class LightningModel(ModelFT):
         self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
         check_initial_run(init_from)
-        self.init_from = init_from
+        self.init_from, self.allow_nonfinite = init_from, allow_nonfinite
         trainer_options(self.trainer, ())  # fail now on a wrong name, not after loading data
         self.network_: nn.Module | None = None
         self.network_config_: dict[str, Any] | None = None
@@ -173,8 +177,9 @@ class LightningModel(ModelFT):
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt); a second Ctrl-C stops at once. Raises DataError if there is nothing to
-        learn from, and ConfigError for invalid settings (such as an `init_from` whose run does not
-        exist or has no matching weight; the message lists the shapes).
+        learn from or a weight ends as NaN or infinite, and ConfigError for invalid settings (such
+        as an `init_from` whose run does not exist or has no matching weight; the message lists the
+        shapes).
         """
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
@@ -306,6 +311,8 @@ class LightningModel(ModelFT):
         return train, valid
 
     def _store_result(self, result: FitResult, recipe: Recipe, dataset: Any) -> None:
+        if not self.allow_nonfinite:
+            check_weights(result.network)
         self.statistics_, self.seed_ = get_statistics(dataset), recipe.seed
         self.network_ = result.network.eval()
         self.optimizer_state_ = result.optimizer_state
@@ -349,9 +356,12 @@ class LightningModel(ModelFT):
 
         The result is a float32 Series "score", indexed by (datetime, instrument). With several
         outputs, the score is the loss's readout, by default the first output. Raises NotFittedError
-        before `fit`, and DataError if the dataset's features do not match those of the training.
+        before `fit`, and DataError if the dataset's features do not match those of the training,
+        or if a weight or a score is NaN or infinite, unless `allow_nonfinite` is set.
         """
         network = self._require_network()
+        if not self.allow_nonfinite:
+            check_weights(network)
         samples = get_samples(dataset, segment, data_key="infer")
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
@@ -359,13 +369,16 @@ class LightningModel(ModelFT):
         samples = get_module_class(self.module).prepare_prediction(
             network, samples.to(device), partial(self._load_labeled_samples, dataset)
         )
-        return score_series(
+        scores = score_series(
             network,
             samples,
             device=device,
             batch_size=evaluation_batch_size(self.batch, device),
             readout=get_readout(build_loss(self.loss)),
         )
+        if not self.allow_nonfinite:
+            check_scores(scores)
+        return scores
 
     def _load_labeled_samples(self, dataset: Any, dates: slice) -> Samples:
         """Return all samples of the dates that have a label, with labels as in training."""

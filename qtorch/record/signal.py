@@ -19,6 +19,7 @@ from qtorch.metrics.signal import (
     calc_long_short_return,
     mean_over_std,
 )
+from qtorch.model.nonfinite import describe_nonfinite
 from qtorch.record.base import Names, Record
 from qtorch.record.report.signal_charts import ic_chart
 from qtorch.tracking.recorder import Recorder
@@ -51,7 +52,7 @@ class SignalRecord(Record):
                     f"SignalRecord needs a {name}; set '{name}: <{name.upper()}>' in the task's "
                     "record, or pass the object itself."
                 )
-        pred = as_frame(self.model.predict(self.dataset))
+        pred = predict_frame(self.model, self.dataset)
         label = raw_label(self.dataset)
         self.save(**{"pred.pkl": pred, "label.pkl": label})
         log.info("saved %d scores of the test segment to pred.pkl", len(pred))
@@ -59,6 +60,15 @@ class SignalRecord(Record):
 
     def list(self) -> Names:
         return ["pred.pkl", "label.pkl"]
+
+
+def predict_frame(model: Any, dataset: Any, *segment: Any) -> pd.DataFrame:
+    """Return a model's scores as a frame, with a warning if some are NaN or infinite."""
+    scores = as_frame(model.predict(dataset, *segment))
+    description = describe_nonfinite(scores)
+    if description is not None:
+        log.warning("%s", description)
+    return scores
 
 
 def as_frame(scores: pd.Series | pd.DataFrame) -> pd.DataFrame:
@@ -226,8 +236,8 @@ class SegmentICRecord(Record):
             try:
                 return self.recorder.load_object("pred.pkl")
             except LoadObjectError:
-                return as_frame(self.model.predict(self.dataset))
-        return as_frame(self.model.predict(self.dataset, segment))
+                return predict_frame(self.model, self.dataset)
+        return predict_frame(self.model, self.dataset, segment)
 
 
 class HFSignalRecord(Record):

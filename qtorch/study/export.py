@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import warnings
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 import qtorch
 from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name_message
+from qtorch.core.file_digest import PLACEHOLDER, check_digest, insert_digest
 from qtorch.core.files import atomic_write
 from qtorch.core.trust import as_stored_text
 from qtorch.data.dataset.batch import Batch
@@ -34,6 +36,7 @@ TOLERANCE = 1e-5
 MIN_SCALE = 0.1  # the tolerance is relative to the largest score, but at least to this value
 NUM_CHECK_DAYS = 3
 METADATA_KEY = "qtorch"  # of the metadata inside a file
+DIGEST_KEY = "digest"  # of a safetensors file's metadata; files of older versions have none
 PROCESSOR_NOTE = (
     "x holds the features after the dataset's infer processors; the fitted statistics of the "
     "processors are not in this file."
@@ -75,8 +78,8 @@ def export_model(
     `load_network`); by default the format follows from the suffix. Both programs accept batches of
     any size and return the scores of `predict`. JSON metadata beside the file, and inside it under
     "qtorch", lists the names and shapes of the inputs, the features in order, step_len, the
-    network's configuration and the ID of the `run`. The fitted statistics of the dataset's
-    processors are not included.
+    network's configuration and the ID of the `run`; beside the file also its SHA-256. The fitted
+    statistics of the dataset's processors are not included.
 
     The check scores the first days of `segment` with the exact bytes to be written, in batches of
     one and of several, on the CPU. If a score differs by more than `tolerance` times the largest
@@ -110,15 +113,17 @@ def export_model(
         path, description, file_format, len(data), len(model_scores), difference, allowed
     )
     check = {k: v for k, v in asdict(result).items() if k in ("samples", "difference", "allowed")}
+    content = {**metadata, "sha256": hashlib.sha256(data).hexdigest(), "check": check}
     with atomic_write(description) as temporary:
-        temporary.write_text(json.dumps({**metadata, "check": check}, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return result
 
 
 def load_network(path: str | Path) -> nn.Module:
     """Load the network of a "safetensors" export, in evaluation mode.
 
-    The class names in the file must be trusted. Raises DataError for any other file.
+    The class names in the file must be trusted. Raises DataError for a damaged file and any other
+    one.
     """
     return _load_network_bytes(Path(path).expanduser().read_bytes(), str(path))
 
@@ -273,8 +278,10 @@ def _safetensors_bytes(network: nn.Module, metadata: dict[str, Any]) -> bytes:
             "format=torch."
         )
     tensors = {k: v.detach().contiguous().clone() for k, v in network.state_dict().items()}
-    data: bytes = save(tensors, metadata={METADATA_KEY: json.dumps(metadata)})
-    return data
+    text = json.dumps({DIGEST_KEY: PLACEHOLDER, **metadata})
+    file = io.BytesIO(save(tensors, metadata={METADATA_KEY: text}))
+    insert_digest(file)
+    return file.getvalue()
 
 
 def _load_network_bytes(data: bytes, name: str) -> nn.Module:
@@ -282,12 +289,18 @@ def _load_network_bytes(data: bytes, name: str) -> nn.Module:
     from safetensors.torch import load
 
     try:
+        is_intact = check_digest(data)
+    except DataError as error:
+        raise DataError(f"{name} is damaged: {error}") from error
+    try:
         tensors = load(data)
         # The file starts with the length of its JSON header: 8 bytes, little endian.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][METADATA_KEY])
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{name} is not a network exported by qtorch: {error}") from error
+    if DIGEST_KEY in metadata and not is_intact:
+        raise DataError(f"{name} is damaged: its digest is missing.")
     network = build_network(as_stored_text(metadata["network"])).eval()
     network.load_state_dict(tensors)
     return network

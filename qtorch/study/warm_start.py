@@ -100,6 +100,15 @@ class WarmStart(ModelFT):
         return self.model_
 
     @property
+    def allow_nonfinite(self) -> bool:
+        """Whether the model returns NaN and infinite scores; see `LightningModel`."""
+        return bool(getattr(self.model_, "allow_nonfinite", False))
+
+    @allow_nonfinite.setter
+    def allow_nonfinite(self, value: bool) -> None:
+        self._require_model().allow_nonfinite = value  # type: ignore[attr-defined]
+
+    @property
     def network_(self) -> Any:
         """The model's fitted network; None before `fit`, or if the model has none."""
         return getattr(self.model_, "network_", None)

@@ -13,7 +13,8 @@
 
 The logical name `pred.pkl` becomes the file `pred.pkl.parquet`, `task` becomes
 `task.object.json`. The logical name can be derived from the file name, and a file that a user
-logged by hand is never mistaken for an object. Each file records its format version.
+logged by hand is never mistaken for an object. Each file records its format version and, from
+format 2 on, a digest of its bytes (`qtorch.core.file_digest`), so that a damaged one is refused.
 
 `RunFiles` puts these files where the run's store wants them.
 """
@@ -46,6 +47,7 @@ from qtorch.core.errors import (
     TrustError,
     unknown_name_message,
 )
+from qtorch.core.file_digest import PLACEHOLDER, check_digest, has_digest, insert_digest
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path
 from qtorch.core.serial import State, Stateful
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # format 1 has no digest
 SUFFIXES = (".parquet", ".json", ".safetensors", ".zip", ".pickle")
 _OBJECT_FILE = re.compile(r"^(?:(.*\.pkl)|(.*)\.object)\.(?:parquet|json|safetensors|zip|pickle)$")
 _PICKLE_HEAD = b"qtorch pickle "
@@ -99,6 +101,8 @@ def write_object(value: Any, folder: Path, name: str) -> Path:
         try:
             with atomic_write(target) as temporary:
                 write(value, temporary)
+                with temporary.open("rb+") as file:
+                    insert_digest(file)
             return target
         except (NotTabularError, NotPlainError) as error:  # try the next format
             last_error = error
@@ -140,9 +144,12 @@ def read_object(path: Path, name: str) -> Any:
     is not trusted.
     """
     try:
-        match path.suffix if logical_name(path.name) else "":
+        suffix = path.suffix if logical_name(path.name) else ""
+        if suffix:
+            check_digest(path)
+        match suffix:
             case ".parquet":
-                _check_format((frame_header(path) or {}).get("format", FORMAT), name)
+                _check_format(frame_header(path)["format"], name, path)
                 return read_frame(path)
             case ".json":
                 return _read_json(path, name)
@@ -157,12 +164,15 @@ def read_object(path: Path, name: str) -> Any:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
 
 
-def _check_format(version: Any, name: str) -> None:
+def _check_format(version: Any, name: str, content: Path | bytes) -> None:
     if not isinstance(version, int) or version > FORMAT:
         raise LoadObjectError(
             f"{name!r} was stored in format {version} by a newer qtorch; this one reads formats up "
             f"to {FORMAT}. Update qtorch."
         )
+    if version >= 2 and not has_digest(content):
+        place = f" ({content})" if isinstance(content, Path) else ""
+        raise LoadObjectError(f"the file of {name!r}{place} is damaged: its digest is missing.")
 
 
 def _write_parquet(value: Any, path: Path) -> None:
@@ -174,13 +184,13 @@ def _write_json(value: Any, path: Path) -> None:
 
 
 def _json_text(kind: str, content: dict[str, Any]) -> str:
-    head = {_KEY: {"format": FORMAT, "kind": kind}}
+    head = {_KEY: {"format": FORMAT, "digest": PLACEHOLDER, "kind": kind}}
     return json.dumps({**head, **content}, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _read_json(path: Path, name: str) -> Any:
     document = json.loads(path.read_text(encoding="utf-8"))
-    _check_format(document[_KEY]["format"], name)
+    _check_format(document[_KEY]["format"], name, path)
     if document[_KEY]["kind"] == "state":
         return _rebuild(document)
     return as_stored_text(decode(document["value"]))
@@ -263,7 +273,7 @@ def _read_tensors(path: Path, name: str) -> Any:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
-    _check_format(document[_KEY]["format"], name)
+    _check_format(document[_KEY]["format"], name, path)
     if document[_KEY]["kind"] == "state":
         return _rebuild(document, tensors)
     values = {n: tensors[str(i)] for i, n in enumerate(document["names"])}
@@ -291,12 +301,13 @@ def _write_zip(value: Any, path: Path) -> None:
             archive.writestr("tree.json", text)
             for file in files:
                 archive.write(file, file.name)
+            archive.comment = PLACEHOLDER.encode()
 
 
 def _read_zip(path: Path, name: str) -> Any:
     with zipfile.ZipFile(path) as archive, TemporaryDirectory() as scratch:
         document = json.loads(archive.read("tree.json"))
-        _check_format(document[_KEY]["format"], name)
+        _check_format(document[_KEY]["format"], name, path)
 
         def value(tree: Any) -> Any:
             ((kind, parts),) = tree.items()
@@ -312,15 +323,20 @@ def _read_zip(path: Path, name: str) -> Any:
 def _write_pickle(value: Any, path: Path) -> None:
     body = io.BytesIO()
     pickle.dump(value, body)
-    path.write_bytes(_PICKLE_HEAD + f"{FORMAT}\n".encode() + body.getvalue())
+    path.write_bytes(_PICKLE_HEAD + f"{FORMAT} {PLACEHOLDER}\n".encode() + body.getvalue())
 
 
 def pickle_body(data: bytes, name: str) -> bytes:
     """Return the pickle inside a file written by qtorch, or the bytes of a plain pickle file."""
-    if data.startswith(_PICKLE_HEAD):
-        head, _, data = data[len(_PICKLE_HEAD) :].partition(b"\n")
-        _check_format(int(head), name)
-    return data
+    try:
+        check_digest(data)
+    except DataError as error:
+        raise LoadObjectError(f"{name!r} cannot be read: {error}") from error
+    if not data.startswith(_PICKLE_HEAD):
+        return data
+    head, _, body = data[len(_PICKLE_HEAD) :].partition(b"\n")
+    _check_format(int(head.split()[0]), name, data)
+    return body
 
 
 def _read_pickle(path: Path, name: str) -> Any:

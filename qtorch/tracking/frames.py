@@ -15,9 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qtorch.core.errors import DataError
+from qtorch.core.file_digest import PLACEHOLDER
 from qtorch.tracking.lossless_json import NotPlainError, decode, encode
 
-METADATA = b"qtorch"
+METADATA, DIGEST = b"qtorch", b"qtorch_digest"
 
 
 class NotTabularError(ValueError):
@@ -25,29 +27,34 @@ class NotTabularError(ValueError):
 
 
 def write_frame(data: pd.DataFrame | pd.Series, path: Path, header: dict[str, Any]) -> None:
-    """Write a parquet file; NotTabularError, and no file, if it would not be restored exactly."""
+    """Write a parquet file; NotTabularError, and no file, if it would not be restored exactly.
+
+    `header` is stored in its metadata, together with a placeholder for the file's digest.
+    """
     table, layout = _to_table(data)
     sample, _ = _to_table(data.iloc[:2])
     if _signature(_from_table(sample, layout)) != _signature(data.iloc[:2]):
         raise NotTabularError("its dtypes have no equivalent in parquet")
     metadata = json.dumps({**header, "layout": layout})
-    table = table.replace_schema_metadata({METADATA: metadata.encode()})
     dictionary_columns = [f.name for f in table.schema if not pa.types.is_floating(f.type)]
-    pq.write_table(table, path, use_dictionary=dictionary_columns or False)
+    with pq.ParquetWriter(path, table.schema, use_dictionary=dictionary_columns or False) as writer:
+        writer.write_table(table)
+        # In this order: the header may contain user's text that looks like a digest.
+        writer.add_key_value_metadata({METADATA: metadata, DIGEST: PLACEHOLDER})
 
 
-def frame_header(path: Path) -> dict[str, Any] | None:
-    """Return the header passed to `write_frame`; None for a file written by another program."""
-    metadata = pq.read_schema(path).metadata or {}
-    return json.loads(metadata[METADATA]) if METADATA in metadata else None
+def frame_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file of `write_frame`; DataError if another program wrote it."""
+    metadata = pq.read_metadata(path).metadata or {}
+    if METADATA not in metadata:
+        raise DataError("it is damaged, or another program wrote it: it has no qtorch metadata.")
+    header: dict[str, Any] = json.loads(metadata[METADATA])
+    return header
 
 
 def read_frame(path: Path) -> pd.DataFrame | pd.Series:
-    """Read a file of `write_frame`; read any other parquet file as pandas does."""
-    header = frame_header(path)
-    if header is None:
-        return pd.read_parquet(path)
-    return _from_table(pq.read_table(path), header["layout"])
+    """Read a file of `write_frame`."""
+    return _from_table(pq.read_table(path), frame_header(path)["layout"])
 
 
 def _to_table(data: pd.DataFrame | pd.Series) -> tuple[pa.Table, dict[str, Any]]:

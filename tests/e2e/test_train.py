@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
+import torch
 
 from qtorch.data.source.synthetic import SyntheticSource
 
@@ -56,6 +59,33 @@ def test_predict_reproduces_the_scores_of_the_run(train, runs, qtorch_cli, folde
     assert subset["datetime"].nunique() == 5
     result = qtorch_cli("predict", f"run={run.id}", "segment=tset", "out=x.csv")
     assert "Did you mean 'test'?" in result.error()
+
+
+@pytest.mark.slow
+def test_damaged_or_nonfinite_weights_of_a_run_are_not_used(train, runs, qtorch_cli, folder):
+    assert train("+model.allow_nonfinite=false").code == 0
+    (run,) = runs()
+    command = ("predict", f"run={run.id}", "out=scores.parquet")
+    path = Path(run.download_artifact("params.pkl"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    error = qtorch_cli(*command).error()
+    assert f"'params.pkl' cannot be read from {path}: the bytes do not match the digest" in error
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    model = run.load_object("params.pkl")
+    with torch.no_grad():
+        next(model.network_.parameters())[0, 0] = torch.nan
+    run.save_objects(**{"params.pkl": model})
+    error = qtorch_cli(*command).error()
+    assert "are NaN or infinite" in error
+    assert "allow_nonfinite=true" in error
+    assert not (folder / "scores.parquet").exists()
+    result = qtorch_cli(*command, "allow_nonfinite=true")
+    assert result.code == 0
+    assert "scores are NaN or infinite, on " in result.err
+    assert pd.read_parquet(folder / "scores.parquet")["score"].isna().any()
 
 
 @pytest.mark.slow

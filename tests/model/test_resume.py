@@ -17,6 +17,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.model.loop.checkpoint import (
+    ACCUMULATORS,
     BEST,
     CALLBACK_STATE_KEY,
     LAST,
@@ -118,16 +119,48 @@ def test_resumes_exactly_after_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit of a weight", "flipped bit of a sum"])
 def test_damaged_checkpoint_falls_back_to_the_previous_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit, caplog
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit, caplog, damage: str
 ) -> None:
     _fail_before_batch(monkeypatch, tmp_path / "run", 2, 13)
     last = tmp_path / "run" / "checkpoints" / LAST
-    last.write_bytes(last.read_bytes()[:-2000])
+    content = last.read_bytes()
+    if damage == "truncated":
+        last.write_bytes(content[:-2000])
+    else:
+        state = torch.load(last, weights_only=True)
+        is_weight = damage == "flipped bit of a weight"
+        tensor = (
+            next(iter(state["state_dict"].values()))
+            if is_weight
+            else state[CALLBACK_STATE_KEY][ACCUMULATORS][0]
+        )
+        value = tensor.numpy().tobytes()[:16]
+        assert value in content
+        last.write_bytes(content.replace(value, bytes([value[0] ^ 1]) + value[1:]))
+        torch.load(last, weights_only=True)  # torch itself notices nothing
     with caplog.at_level(logging.WARNING, logger="qtorch"):
         model, history = _resume_fit(tmp_path / "run")
-    assert "cannot be read" in caplog.text
+    assert f"{last} cannot be read" in caplog.text
     assert model.fit_report_["resumed_from"].endswith(PREVIOUS)
+    assert same_weights(model_weights(model), model_weights(reference_fit[0]))
+    assert history == reference_fit[1]
+
+
+@pytest.mark.slow
+def test_intact_checkpoint_stays_until_there_is_a_newer_one_than_the_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference_fit
+) -> None:
+    _fail_before_batch(monkeypatch, tmp_path / "run", 2, 6)
+    last, previous = (tmp_path / "run" / "checkpoints" / name for name in (LAST, PREVIOUS))
+    damaged, intact = last.read_bytes()[:-1], previous.read_bytes()
+    last.write_bytes(damaged)
+    _fail_before_batch(monkeypatch, tmp_path / "run", 2, 6)
+    assert previous.read_bytes() == intact
+    assert last.read_bytes() != damaged
+    model, history = _resume_fit(tmp_path / "run")
+    assert model.fit_report_["resumed_from"] == str(last)
     assert same_weights(model_weights(model), model_weights(reference_fit[0]))
     assert history == reference_fit[1]
 
@@ -184,7 +217,7 @@ def test_checkpoint_of_an_older_format_is_refused(recorder: ToyRecorder) -> None
     torch.save(content, path)
     original_bytes = path.read_bytes()
     for resume in (path, path.parent, "auto"):
-        with pytest.raises(ConfigError, match=r"has checkpoint format 1, but .* reads 2 and 3"):
+        with pytest.raises(ConfigError, match=r"has checkpoint format 1, but .* reads 2, 3, 4"):
             resumable_model().fit(ToyDataset(), resume=resume, recorder=recorder)
     assert path.read_bytes() == original_bytes
 

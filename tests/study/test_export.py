@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import random
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 
 from qtorch import init_instance_by_config
@@ -77,6 +81,28 @@ def test_safetensors_export_rebuilds_network(fit_model, tmp_path, name):
     (tmp_path / "other.safetensors").write_bytes(b"not one")
     with pytest.raises(DataError, match="not a network exported by qtorch"):
         load_network(tmp_path / "other.safetensors")
+
+
+def test_damaged_safetensors_export_is_refused(fit_model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model, dataset = fit_model("MLP")
+    export_model(model, dataset, path)
+    data, rng = path.read_bytes(), random.Random(0)
+    assert json.loads((tmp_path / "m.safetensors.json").read_text())["sha256"] == (
+        hashlib.sha256(data).hexdigest()
+    )
+    for position in {*range(60), *range(-60, 0), *rng.choices(range(len(data)), k=300)}:
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            load_network(path)
+    tensors = safetensors.torch.load(data)
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    content = json.loads(metadata["qtorch"])
+    del content["digest"]  # as older versions wrote it
+    safetensors.torch.save_file(tensors, path, metadata={"qtorch": json.dumps(content)})
+    assert load_network(path).state_dict().keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("name", ["MLP", pytest.param("GATs", marks=pytest.mark.slow)])

@@ -222,10 +222,10 @@ def test_unpicklable_object_raises(tmp_path):
 
 @pytest.mark.parametrize("value", [prediction(), {"a": 1}, np.eye(2), [prediction()], Counter(1)])
 def test_newer_format_raises_with_the_name(value, tmp_path, monkeypatch):
-    monkeypatch.setattr("qtorch.tracking.artifacts.FORMAT", 2)
+    monkeypatch.setattr("qtorch.tracking.artifacts.FORMAT", 3)
     path = write_object(value, tmp_path, "thing.pkl")
     monkeypatch.undo()
-    with pytest.raises(LoadObjectError, match=r"'thing\.pkl' was stored in format 2"):
+    with pytest.raises(LoadObjectError, match=r"'thing\.pkl' was stored in format 3"):
         read_object(path, "thing.pkl")
 
 

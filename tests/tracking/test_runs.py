@@ -355,7 +355,7 @@ def test_full_disk_fails_the_run(uri, monkeypatch):
         R.start(experiment_name="e"),
     ):
         recorder = R.get_recorder()
-        monkeypatch.setattr("pyarrow.parquet.write_table", raise_disk_full)
+        monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", raise_disk_full)
         R.save_objects(**{"pred.pkl": pd.Series([1.0])})
     assert read_status(recorder) == "FAILED"
     assert "pred.pkl" not in recorder.list_artifacts()

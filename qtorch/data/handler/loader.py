@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from qtorch.core.configured import Configured
+from qtorch.core.content_digest import digest_text
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
-from qtorch.core.file_digest import digest_text
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import trust_subclasses

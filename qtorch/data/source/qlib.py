@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from qtorch.core.content_digest import file_digest
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.core.file_digest import file_digest
 from qtorch.core.session import session
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -205,7 +205,7 @@ class QlibSource(Source):
     def fingerprint(self) -> str:
         """Hash the names and bytes of all files; a process reads an unchanged file only once.
 
-        See `qtorch.core.file_digest` for how a changed file is noticed.
+        See `qtorch.core.content_digest` for how a changed file is noticed.
         """
         digest = hashlib.sha256()
         for entry, relative in self._files():

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qtorch.core.content_digest import digest_text
 from qtorch.core.dates import as_stamp, convert_dates, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
-from qtorch.core.file_digest import digest_text
 from qtorch.core.identity import digest
 from qtorch.core.tables import read_csv
 from qtorch.data.panel.panel import (

@@ -1,6 +1,7 @@
 """Checkpoints: their files, what an exact resume needs, and the callback that writes them.
 
-Files are written atomically, the previous one is kept, and a damaged one is skipped.
+Files are written atomically, with a digest of their bytes (`qtorch.core.file_digest`). The previous
+one is kept, and a damaged one is skipped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import pickle
 import random
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
+from qtorch.core.file_digest import PLACEHOLDER, check_digest, insert_digest
 from qtorch.core.files import atomic_write, remove_partial_files
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.lightning_internals import (
@@ -46,8 +49,10 @@ log = logging.getLogger(__name__)
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 CALLBACK_STATE_KEY = "qtorch_keeper"
 GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"  # keys of RankStates
-FORMAT_VERSION = 3  # of the entry under CALLBACK_STATE_KEY
-READABLE_FORMATS = (2, 3)  # format 2 holds one member, without a list of members
+FORMAT_VERSION = 4  # of the entry under CALLBACK_STATE_KEY
+# Format 2 holds one member, without a list of members; formats 2 and 3 have no digest.
+READABLE_FORMATS = (2, 3, 4)
+FIRST_FORMAT_WITH_DIGEST = 4
 
 
 class CheckpointError(QtorchError, OSError):
@@ -58,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically: to a temporary file, flushed to disk, then renamed.
 
     A crash leaves either the old file or the new one. Files hold tensors and plain values only, and
-    are read with `weights_only=True`.
+    are read with `weights_only=True`. The digest is the comment of the zip that torch writes.
     """
 
     def save_checkpoint(
@@ -67,25 +72,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(path) as temporary:
                 torch.save(checkpoint, temporary)
+                with zipfile.ZipFile(temporary, "a") as archive:
+                    archive.comment = PLACEHOLDER.encode()
+                with temporary.open("rb+") as file:
+                    insert_digest(file)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"could not write checkpoint {path}: {error}. Is the disk full? The existing "
                 "checkpoint is unchanged."
             ) from error
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint with its tensors on the CPU; see `read_checkpoint`."""
+        return read_checkpoint(path)
 
-def save_and_rotate(save: Any, folder: Path, *, rotate: bool = True) -> Path:
+
+def save_and_rotate(
+    save: Any, folder: Path, *, rotate: bool = True, keep_previous: bool = False
+) -> Path:
     """Save the folder's last checkpoint by calling `save(path)`; keep the old one as the previous.
 
     `rotate` is False in a process that only takes part in a collective save, whose file another one
-    writes.
+    writes. `keep_previous`: the old last one is damaged, so that the previous one stays as it is.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     new_path = _temporary_path(folder, LAST)
     save(str(new_path))
     if not rotate:
         return last
-    if last.exists():
+    if last.exists() and not keep_previous:
         os.replace(last, previous)
     os.replace(new_path, last)
     return last
@@ -119,26 +136,34 @@ def _temporary_path(folder: Path, name: str) -> Path:
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint; raise CheckpointError if it is damaged or not written by qtorch."""
+    path = Path(path)
     try:
+        is_intact = check_digest(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first}") from error
     if not isinstance(content, dict) or CALLBACK_STATE_KEY not in content:
         raise CheckpointError(f"{path} is not a checkpoint written by qtorch.")
+    if not is_intact and _format_version(content) >= FIRST_FORMAT_WITH_DIGEST:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: its digest is missing.")
     return content
+
+
+def _format_version(content: dict[str, Any]) -> int:
+    return int(content[CALLBACK_STATE_KEY].get("format", 1))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest readable checkpoint of a folder; skip a damaged one with a warning."""
-    for name in (LAST, PREVIOUS):
-        path = folder / name
-        if not path.is_file():
-            continue
+    paths = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
+    for path in paths:
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:
-            log.warning("%s; trying the previous checkpoint.", error)
+            log.warning("%s It is skipped.", error)
+    if paths:
+        log.warning("%s contains no intact checkpoint.", folder)
     return None
 
 
@@ -163,9 +188,9 @@ def find_resume_checkpoint(
         if checkpoint is None:
             raise ConfigError(f"{resume} contains no checkpoint to resume from.")
     path, state = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY]
-    version = state.get("format", 1)
+    version = _format_version(checkpoint[1])
     if version not in READABLE_FORMATS:
-        readable = " and ".join(map(str, READABLE_FORMATS))
+        readable = ", ".join(map(str, READABLE_FORMATS))
         raise ConfigError(
             f"{path} has checkpoint format {version}, but this version reads {readable}: "
             "finish the training with the version that started it, or start from scratch."
@@ -356,6 +381,7 @@ class CheckpointCallback(Checkpoint):
         self.num_train_samples = 0  # samples that were trained on in train_seconds
         self.stop_position: tuple[int, int] | None = None
         self._resume_states: RankStates | None = None
+        self.resumed_from: Path | None = None  # until the first checkpoint is written
         self._start_time = self._epoch_start_time = time.perf_counter()
         self._valid_seconds = 0.0
         self._has_validated = False
@@ -527,7 +553,13 @@ class CheckpointCallback(Checkpoint):
             self.update_seconds()
             beat("checkpoint")
             # Every rank takes part in gathering the state; only the first one writes the file.
-            save_and_rotate(trainer.save_checkpoint, self.folder, rotate=self.ranks.is_first)
+            save_and_rotate(
+                trainer.save_checkpoint,
+                self.folder,
+                rotate=self.ranks.is_first,
+                keep_previous=self.resumed_from == self.folder / PREVIOUS,
+            )
+            self.resumed_from = None
 
     def _send_heartbeat(
         self, trainer: pl.Trainer, position: int, values: dict[str, float] | None = None

@@ -321,6 +321,7 @@ class Training:
         path = None if checkpoint is None else checkpoint[0]
         if checkpoint is not None:
             log.info("resuming from %s", path)
+            self.checkpoint_callback.resumed_from = path
             self.loader.set_boundaries(
                 checkpoint[1][CALLBACK_STATE_KEY]["inner_steps"],
                 checkpoint[1][CALLBACK_STATE_KEY]["cut_every"],

@@ -6,13 +6,13 @@ import os
 
 import pytest
 
-from qtorch.core import file_digest as file_digest_module
-from qtorch.core.file_digest import file_digest
+from qtorch.core import content_digest
+from qtorch.core.content_digest import file_digest
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_digest_module, "FRESH_SECONDS", -1.0)  # as if written long ago
+    monkeypatch.setattr(content_digest, "FRESH_SECONDS", -1.0)  # as if written long ago
     path = tmp_path / "bars.bin"
     path.write_bytes(b"one day")
     return path
@@ -42,9 +42,9 @@ def test_replacement_with_the_same_size_and_time_is_noticed(path, tmp_path):
 
 def test_fresh_file_is_read_again(path, monkeypatch):
     """A second change within the resolution of the file system's clock has no new time stamp."""
-    monkeypatch.setattr(file_digest_module, "FRESH_SECONDS", 60.0)
-    signature = file_digest_module._read_signature(path)
+    monkeypatch.setattr(content_digest, "FRESH_SECONDS", 60.0)
+    signature = content_digest._read_signature(path)
     first = file_digest(path)
     path.write_bytes(b"a night")
-    monkeypatch.setattr(file_digest_module, "_read_signature", lambda _: signature)
+    monkeypatch.setattr(content_digest, "_read_signature", lambda _: signature)
     assert file_digest(path) != first
