@@ -46,6 +46,10 @@ class TrackingError(QtorchError, RuntimeError):
     """The tracking store rejected a request or did not answer."""
 
 
+class RunHeldError(TrackingError):
+    """Another live process works on the run."""
+
+
 class LoadObjectError(TrackingError):
     """A recorder has no object of that name, or the object cannot be read."""
 
