@@ -69,12 +69,18 @@ class ProcessIdentity:
 
 def machine_id() -> str:
     """Return host, boot ID and process ID namespace (of a container) as one text."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    parts = [socket.gethostname(), *filter(None, [boot_id()])]
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def boot_id() -> str:
+    """Return a text that changes when the machine is started again; empty if it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _start_ticks(pid: int) -> str | None:
@@ -108,8 +114,8 @@ def _is_suspended(pid: int) -> bool:
 class RenewalThread:
     """Context manager in which a thread calls `renew` every `interval` seconds.
 
-    The thread ends when `renew` returns False. If it raises an exception, the error is logged and
-    the next call tries again. `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and
+    The thread ends when `renew` returns False. If it raises an exception, the next call tries
+    again, and the error is logged, once while it stays the same. `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and
     `_pause_seconds`.
     """
 
@@ -144,6 +150,7 @@ class RenewalThread:
             self._thread.join(self.join_seconds)
 
     def _loop(self) -> None:
+        last_error = None
         while True:
             self._wake_event.wait(self._pause_seconds())
             self._wake_event.clear()
@@ -152,10 +159,13 @@ class RenewalThread:
             try:
                 if not self._renew():
                     return
+                last_error = None
             except Exception as error:
                 is_expected = isinstance(error, QtorchError | OSError)
-                log.warning("could not renew the %s: %s", self._name, error,
-                            exc_info=not is_expected)  # fmt: skip
+                if str(error) != last_error:
+                    log.warning("could not renew the %s: %s", self._name, error,
+                                exc_info=not is_expected)  # fmt: skip
+                last_error = str(error)
 
     def _pause_seconds(self) -> float:
         return self._interval
@@ -166,9 +176,9 @@ def hold_claim(path: Path) -> Iterator[bool]:
     """Hold a claim inside the block; yield False if another live process holds it.
 
     If the holder is on another machine or suspended, the claim file is watched: for seconds if the
-    holder touches it, else for `STALE_SECONDS`. A holder that was suspended for so long that another
-    process took over its job exits as soon as it notices, because two processes must not write
-    into one run.
+    holder touches it, else for `STALE_SECONDS`. A holder that was suspended for so long that
+    another process took over its job exits as soon as it notices, because two processes must not
+    write into one run.
     """
     identity = ProcessIdentity.current()
     token = {
@@ -264,7 +274,7 @@ class _ClaimRenewal:
 
     def __call__(self) -> bool:
         current = _read_token(self.path)
-        # Another process may have taken over the job, and have finished it, during a long suspension.
+        # During a long suspension another process may have taken over the job and finished it.
         was_suspended = time.monotonic() - self.last_touch > STALE_SECONDS
         if current == self.token:
             os.utime(self.path)
