@@ -115,8 +115,8 @@ class RenewalThread:
     """Context manager in which a thread calls `renew` every `interval` seconds.
 
     The thread ends when `renew` returns False. If it raises an exception, the next call tries
-    again, and the error is logged, once while it stays the same. `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and
-    `_pause_seconds`.
+    again, and the error is logged, once while it stays the same.
+    `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and `_pause_seconds`.
     """
 
     join_seconds: float | None = None  # how long `stop` waits for a call of `renew` to return

@@ -416,8 +416,7 @@ class TaskManager:
     ) -> TaskTimeout:
         tasks = [t for t in self.query(query, decode=False) if t["status"] not in final_statuses]
         descriptions = [
-            f"{t['_id']} ({t['status']}{_host_text(t['worker'])})"
-            for t in tasks[:MAX_LISTED]
+            f"{t['_id']} ({t['status']}{_host_text(t['worker'])})" for t in tasks[:MAX_LISTED]
         ]
         if len(tasks) > MAX_LISTED:
             descriptions.append(f"and {len(tasks) - MAX_LISTED} more")

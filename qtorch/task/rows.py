@@ -50,10 +50,12 @@ def _read_count(value: Any) -> int:
 
 
 def _read_time(value: Any) -> float | None:
+    if value is None:
+        return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and math.isfinite(value)):
+    if not is_number or not math.isfinite(value):
         raise ValueError(f"it is {_shorten(value)}, not a time")
-    return value
+    return float(value)
 
 
 def _read_text(value: Any) -> str | None:
@@ -66,15 +68,15 @@ def _read_optional_mapping(value: Any) -> dict[str, Any] | None:
     return None if value is None else decode_mapping(value)
 
 
-def _return_zero(value: Any) -> int:
+def _zero(value: Any) -> int:
     return 0
 
 
-def _return_none(value: Any) -> None:
+def _none(value: Any) -> None:
     return None
 
 
-def _return_failed(value: Any) -> str:
+def _failed_status(value: Any) -> str:
     return FAILED
 
 
@@ -86,11 +88,9 @@ def _shorten(value: Any) -> str:
 COLUMNS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "definition": (decode_definition, str),
     "res": (decode_result, str),
-    "status": (check_status, _return_failed),
-    **dict.fromkeys(
-        ("priority", "attempt", "errors", "lost", "preemptions"), (_read_count, _return_zero)
-    ),
-    **dict.fromkeys(("deadline", "created", "updated"), (_read_time, _return_none)),
+    "status": (check_status, _failed_status),
+    **dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), (_read_count, _zero)),
+    **dict.fromkeys(("deadline", "created", "updated"), (_read_time, _none)),
     **dict.fromkeys(("error", "traceback"), (_read_text, str)),
-    **dict.fromkeys(("worker", "run", "progress"), (_read_optional_mapping, _return_none)),
+    **dict.fromkeys(("worker", "run", "progress"), (_read_optional_mapping, _none)),
 }

@@ -179,7 +179,7 @@ def _open_run(
             start = R.start(experiment_name=experiment_name, recorder_name=recorder_name)
         else:
             claim.enter_context(hold_run(str(earlier_run.id), R.get_uri()))
-            _check_unfinished(earlier_run)
+            _reject_finished_run(earlier_run)
             start = R.start(
                 experiment_id=earlier_run.experiment_id,
                 recorder_id=earlier_run.id,
@@ -200,7 +200,7 @@ def _open_run(
                 raise
 
 
-def _check_unfinished(earlier_run: Recorder) -> None:
+def _reject_finished_run(earlier_run: Recorder) -> None:
     """Raise TrackingError if another process finished the run while this one waited for it."""
     status = R.get_recorder(recorder_id=earlier_run.id).status
     if status == Recorder.STATUS_FI != earlier_run.status:

@@ -85,7 +85,8 @@ def test_second_resume_of_a_run_is_refused(start, interrupt, runs, qtorch_cli, f
     (held_run,) = runs()
     assert (held_run.status, held_run.list_tags().get("error")) == ("RUNNING", None)
     (folder / "signal-sent").touch()
-    assert child.communicate(timeout=120) and child.returncode == 0
+    child.communicate(timeout=120)
+    assert child.returncode == 0
     (finished_run,) = runs()
     assert set(finished_run.metric_history("valid/loss")) == set(range(EPOCHS))
 

@@ -17,23 +17,23 @@ from qtorch.task.stores.base import StoreFileLost
 DELETED, REPLACED = "deleted", "replaced"
 
 
-def lose(path, how):
+def lose(path, kind):
     """Delete the file of a pool, or put an equal copy in its place."""
     copy = path.with_suffix(".copy")
     shutil.copy(path, copy)
-    if how == DELETED:
+    if kind == DELETED:
         path.unlink()
     else:
         os.replace(copy, path)
 
 
-@pytest.mark.parametrize("how", [DELETED, REPLACED])
-def test_every_call_is_refused_until_the_store_is_opened_again(tmp_path, how):
+@pytest.mark.parametrize("kind", [DELETED, REPLACED])
+def test_every_call_is_refused_until_the_store_is_opened_again(tmp_path, kind):
     path = tmp_path / "tasks.db"
     manager = TaskManager("pool", f"sqlite:///{path}")
     manager.create_task([{"number": 1}, {"number": 2}])
     task = manager.fetch_task()
-    lose(path, how)
+    lose(path, kind)
     calls = (
         manager.task_stat,
         manager.fetch_task,
@@ -43,11 +43,11 @@ def test_every_call_is_refused_until_the_store_is_opened_again(tmp_path, how):
         lambda: manager.wait(timeout=5),
     )
     for call in calls:
-        with pytest.raises(StoreFileLost, match=rf"{path} of the task pool was {how}"):
+        with pytest.raises(StoreFileLost, match=rf"{path} of the task pool was {kind}"):
             call()
-    assert path.exists() == (how == REPLACED)
+    assert path.exists() == (kind == REPLACED)
     manager.close()
-    assert manager.task_stat() == ({"running": 1, "waiting": 1} if how == REPLACED else {})
+    assert manager.task_stat() == ({"running": 1, "waiting": 1} if kind == REPLACED else {})
     manager.close()
 
 
@@ -77,9 +77,9 @@ def test_check_of_the_file_costs_microseconds(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("behavior", "how"), [("quick", DELETED), ("quick", REPLACED), ("long", DELETED)]
+    ("behavior", "kind"), [("quick", DELETED), ("quick", REPLACED), ("long", DELETED)]
 )
-def test_worker_stops_with_the_reason(tmp_path, behavior, how):
+def test_worker_stops_with_the_reason(tmp_path, behavior, kind):
     path, journal = tmp_path / "tasks.db", tmp_path / "journal"
     manager = TaskManager("pool", f"sqlite:///{path}")
     definition = {"behavior": behavior, "number": 1, "journal": str(journal), "go": "never"}
@@ -98,11 +98,11 @@ def test_worker_stops_with_the_reason(tmp_path, behavior, how):
     if behavior == "quick":
         wait_until(lambda: manager.task_stat() == {"done": 1})
     manager.close()
-    lose(path, how)
+    lose(path, kind)
     out = worker.communicate(timeout=60)[0].decode()
     assert worker.returncode == 1, out
-    assert f"error: the file {path} of the task pool was {how} while it was open" in out
-    assert path.exists() == (how == REPLACED)
+    assert f"error: the file {path} of the task pool was {kind} while it was open" in out
+    assert path.exists() == (kind == REPLACED)
     if behavior == "long":
         child = int(journal.read_text().split()[1])
         wait_until(lambda: not os.path.exists(f"/proc/{child}"))

@@ -230,9 +230,9 @@ class SqlStore(Store):
         for name, value in change.values.items():
             parts.append(f"{name} = :set_{name}")
             parameters[f"set_{name}"] = value
-        least = "min" if self.is_sqlite else "least"
+        minimum = "min" if self.is_sqlite else "least"
         for name, step in change.steps.items():
-            parts.append(f"{name} = {least}({name}, {MAX_COUNT}) + :add_{name}")
+            parts.append(f"{name} = {minimum}({name}, {MAX_COUNT}) + :add_{name}")
             parameters[f"add_{name}"] = step
         if change.lease is not None:
             parts.append(f"deadline = {self._clock} + :lease")
