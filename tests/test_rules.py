@@ -368,6 +368,33 @@ def test_csv_files_are_read_in_one_place():
     assert [*package, *scripts] == [PACKAGE / "core" / "tables.py"]
 
 
+# What would show a user's words as markup, or as commands of the terminal: the console of
+# `qtorch.core.terminal` does neither.
+RICH_PARTS = {"rich.console.Console", "rich.markup", "rich.print", "rich.progress.Progress",
+              "rich.progress.track", "rich.get_console"}  # fmt: skip
+CONSOLE_FILE = "qtorch/core/terminal.py"
+
+
+def test_users_words_are_never_markup():
+    wrong = []
+    for path, tree in modules().items():
+        file = path.relative_to(ROOT).as_posix()
+        if file == CONSOLE_FILE:
+            continue
+        wrong += [
+            f"{file}:{node.lineno} imports {module}"
+            for module, node in imports(tree)
+            if module in RICH_PARTS
+        ]
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            keywords = {keyword.arg for keyword in node.keywords}
+            needs = {"RichHandler": "console", "Live": "console", "TextColumn": "markup"}.get(name)
+            if name in ("from_markup", "render_str") or (needs and needs not in keywords):
+                wrong.append(f"{file}:{node.lineno} calls {name} without {needs}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_keywords_of_any_name_are_passed_on():
     """A `**kwargs` that nobody reads would swallow a typo."""
     wrong = []

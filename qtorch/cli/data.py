@@ -9,7 +9,13 @@ from typing import Any
 
 from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
-from qtorch.core.errors import ArgumentError, ConfigError, format_count, unknown_name_message
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    format_count,
+    printable_text,
+    unknown_name_message,
+)
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.data.handler.feature_cache import Entry, FeatureCache
 
@@ -70,7 +76,7 @@ def _describe(settings: dict[str, Any]) -> int:
     if out.suffix != ".png":
         raise ConfigError(f"out={out}: expected a name that ends in .png.")
     description = describe(source, universe=settings["universe"], freq=settings["freq"])
-    print(description.text())
+    print(printable_text(description.text()))
     description.plot().savefig(out, dpi=130)
     print(f"saved chart to {out}")
     return 0

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from qtorch.core.errors import QtorchError
+from qtorch.core.errors import QtorchError, printable_text
 from qtorch.core.runtime import change_environment, configure_logging
 from qtorch.core.session import PICKLE_VARIABLE, init
 from qtorch.process.stops import StopSignals
@@ -69,7 +69,7 @@ def print_error(error: BaseException) -> None:
 def error_line(error: BaseException) -> str:
     """Format an error as one line; prepend the type unless the error is one of ours."""
     cause = _find_qtorch_error(error)
-    text = " ".join(_POINTER.sub(_describe_position, str(cause)).split())
+    text = printable_text(" ".join(_POINTER.sub(_describe_position, str(cause)).split()))
     if isinstance(cause, QtorchError):
         return text
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:

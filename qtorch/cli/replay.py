@@ -27,7 +27,7 @@ a table shows what else has changed: data, code (including your own modules), ve
 exit code: 0 if everything is equal, 1 if something differs (or could not be repeated)
 """
 PARSERS = {"run": str, "experiment_name": str, "tracking.uri": str, "log_level": str}
-SIGN = {True: "[green]equal[/green]", False: "[red]different[/red]", None: "[dim]-[/dim]"}
+VERDICTS = {True: ("equal", "green"), False: ("different", "red"), None: ("-", "dim")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,12 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_result(result: Replay) -> None:
+    from rich.text import Text
+
     from qtorch.cli.tables.console import new_table, print_table, terminal
 
     console = terminal()
     table = new_table("result", "", "details")
     for check in result.checks:
-        table.add_row(check.name, SIGN[check.equal], check.detail)
+        table.add_row(check.name, Text(*VERDICTS[check.equal]), check.detail)
     print_table(table)
     if result.differences:
         table = new_table("difference", "original run", "this run")

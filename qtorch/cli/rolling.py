@@ -85,7 +85,13 @@ def _create_trainer(settings: dict[str, Any]) -> Trainer:
 
 
 def _print_result(result: RollingResult, seconds: float) -> None:
-    from qtorch.cli.tables.console import format_number, new_table, print_table, terminal
+    from qtorch.cli.tables.console import (
+        format_number,
+        new_table,
+        print_table,
+        terminal,
+        with_label,
+    )
     from qtorch.cli.tables.jobs import FIGURES, mlflow_command
     from qtorch.task.rolling import task_segments
 
@@ -102,4 +108,4 @@ def _print_result(result: RollingResult, seconds: float) -> None:
     overall_figures = [format_number(metrics.get(f)) for f in FIGURES]
     table.add_row("all", "", "stitched signal", str(result.recorder.id), *overall_figures)
     print_table(table)
-    terminal().print(f"[dim]view the runs:[/dim] {mlflow_command()}", soft_wrap=True)
+    terminal().print(with_label("view the runs:", mlflow_command()), soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_known_options
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
+from qtorch.core.errors import ArgumentError, ConfigError, printable_text, unknown_name_message
 from qtorch.core.session import init
 
 USAGE = """\
@@ -141,7 +141,7 @@ def _show(name: str, options: dict[str, Any]) -> int:
     jobs = sweep_jobs(row.id)
     print_sweep(row.tags[SWEEP_TAG], jobs, get_job_count(row), row.tags.get(COMMAND_TAG, ""))
     for job in (j for j in jobs if j.error):
-        print(f"job {job.number}: {job.error}", file=sys.stderr)
+        print(f"job {job.number}: {printable_text(str(job.error))}", file=sys.stderr)
     return 0
 
 

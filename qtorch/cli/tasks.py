@@ -20,12 +20,12 @@ from qtorch.cli.options import (
 )
 from qtorch.cli.tables import tasks as task_tables
 from qtorch.cli.tables.tasks import model_name, task_counts_text
-from qtorch.core.errors import ConfigError, format_count, unknown_name_message
+from qtorch.core.errors import ConfigError, format_count, printable_text, unknown_name_message
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
-from qtorch.task.stores.base import STATUSES
+from qtorch.task.stores.base import STATUSES, URL_FORMS
 
-USAGE = """\
+USAGE = f"""\
 qtorch tasks: inspect and repair a task pool
 
 usage: qtorch tasks ACTION pool=NAME [url=URL] [QUERY ...]
@@ -40,8 +40,8 @@ A QUERY is id=3,5  status=failed,waiting  model=lstm  seed=3, or a key of the ta
 as dataset.step_len=20; a task must match all of them. Without a query, an action applies to the
 whole pool. `qtorch tasks list` without a pool lists the pools.
 
-  url      sqlite:///FILE, postgresql+psycopg://..., mongodb://...; default: QTORCH_TASK_URL,
-           else mlruns/tasks.db in this folder
+  url      {URL_FORMS};
+           default: QTORCH_TASK_URL, else mlruns/tasks.db in this folder
 """
 PARSERS: dict[str, Callable[[str], Any]] = {
     "pool": str,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         query_words[0] = f"id={query_words[0]}"
     if name == "list" and options.get("pool") is None and not query_words:
         pools = TaskManager.list(options.get("url"))
-        print("\n".join(pools) if pools else "no pools yet.")
+        print(printable_text("\n".join(pools)) if pools else "no pools yet.")
         return 0
     pool = require_option(options, "pool", f"qtorch tasks {name}")
     return ACTIONS[name](TaskManager(pool, options.get("url"), patience=30.0), query_words, options)
@@ -108,7 +108,7 @@ def _wait(manager: TaskManager, words: Sequence[str], options: dict[str, Any]) -
         stat = manager.wait(query, timeout=options.get("timeout"), on_progress=on_progress)
     print(f"{task_counts_text(stat) or 'no tasks'} after {time.monotonic() - start:.1f} s")
     for task in stat.failed_tasks:
-        print(f"error: task {task['_id']}: {task['error']}", file=sys.stderr)
+        print(f"error: task {task['_id']}: {printable_text(task['error'] or '')}", file=sys.stderr)
     return int(bool(stat.failed_tasks))
 
 
@@ -164,7 +164,8 @@ def _export(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
         return 0
     path = Path(out).expanduser()
     is_csv = path.suffix == ".csv"
-    path.write_text(task_tables.csv_text(tasks) if is_csv else json.dumps(tasks, indent=1))
+    text = task_tables.csv_text(tasks) if is_csv else json.dumps(tasks, indent=1)
+    path.write_text(text, errors="backslashreplace")  # the definitions may contain any text
     print(format_count(len(tasks), "task"), f"saved to {path}")
     return 0
 

@@ -27,7 +27,7 @@ from qtorch.cli.launchers.plugins import register_plugins
 from qtorch.cli.launchers.slurm import requeue_slurm_job
 from qtorch.cli.tables.console import print_table
 from qtorch.cli.tables.jobs import jobs_table
-from qtorch.core.errors import format_count
+from qtorch.core.errors import format_count, printable_text
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 # Our launcher configs have the names of Hydra's plugins, and Hydra warns that it validates them
@@ -119,7 +119,7 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
             raise KeyboardInterrupt(f"{first_sentence}. {requeue_text}")
         raise interruption
     for failed_job in (j for j in jobs if j.error):
-        print(f"error: {failed_job.error}", file=sys.stderr)
+        print(f"error: {printable_text(str(failed_job.error))}", file=sys.stderr)
     if any(j.status == KILLED for j in jobs):
         return INTERRUPTED
     return int(any(j.error for j in jobs))

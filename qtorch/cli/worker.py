@@ -14,21 +14,22 @@ from typing import Any
 from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds, require_option
 from qtorch.cli.tables.tasks import task_counts_text, total_counts
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, printable_text
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
+from qtorch.task.stores.base import URL_FORMS
 from qtorch.task.worker import Show, Supervisor, WorkerOptions
 from qtorch.tracking.locations import redact_password
 
-USAGE = """\
+USAGE = f"""\
 qtorch worker: train tasks from a task pool until stopped
 
 usage: qtorch worker pool=NAME [url=URL] [devices=auto] [per_device=1] [max_tasks=N]
                      [idle_timeout=SECONDS] [force_release=true] ...
 
   pool           name of the pool
-  url            database of the pool: sqlite:///FILE, postgresql+psycopg://..., mongodb://...;
-                 default: QTORCH_TASK_URL, else mlruns/tasks.db in this folder
+  url            database of the pool; default: QTORCH_TASK_URL, else mlruns/tasks.db in this folder
+                 {URL_FORMS}
   devices        auto (all visible GPUs, else the CPU), cpu, or GPU indices: 0,1
   per_device     number of concurrent trainings on each device
   max_tasks      stop after so many tasks
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     totals = total_counts([slot.display for slot in supervisor.slots])
     print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_text(error)}", file=sys.stderr)
     return code
 
 
@@ -146,7 +147,8 @@ def _live_table(pool: str, show_table: bool) -> Iterator[Show | None]:
         return
     from rich.live import Live
 
+    from qtorch.cli.tables.console import terminal
     from qtorch.cli.tables.tasks import worker_table
 
-    with Live(worker_table(pool, []), auto_refresh=False) as live:
+    with Live(worker_table(pool, []), console=terminal(), auto_refresh=False) as live:
         yield lambda slots: live.update(worker_table(pool, slots), refresh=True)

@@ -7,7 +7,12 @@ the nearest valid one (`unknown_name_message`).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
+
+# All but tab and line feed, with the characters that change the direction of text.
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class QtorchError(Exception):
@@ -44,6 +49,10 @@ class FileLockError(QtorchError, OSError):
 
 class TrackingError(QtorchError, RuntimeError):
     """The tracking store rejected a request or did not answer."""
+
+
+class RunHeldError(TrackingError):
+    """Another live process works on the run."""
 
 
 class LoadObjectError(TrackingError):
@@ -140,6 +149,14 @@ def refuse_old_names(owner: object, new_names: Mapping[str, str]) -> None:
                 f"{cls.__module__}.{cls.__qualname__} defines {old!r}, which has no effect: its "
                 f"name is {new!r} now. Rename it."
             )
+
+
+def printable_text(text: str) -> str:
+    """Return a text without control characters, such as the ESC that begins a terminal's commands.
+
+    Lone surrogates, which no terminal can encode, are replaced.
+    """
+    return _LONE_SURROGATES.sub("\ufffd", _CONTROL_CHARACTERS.sub("", text))
 
 
 def format_count(number: int, singular: str, plural: str | None = None) -> str:

@@ -81,11 +81,12 @@ def configure_logging(level: int | str = logging.INFO) -> None:
         return
     handler: logging.Handler
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.logging import RichHandler
 
+        from qtorch.core.terminal import Terminal
+
         handler = RichHandler(
-            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+            console=Terminal(stderr=True), show_path=False, log_time_format="%H:%M:%S"
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
@@ -104,11 +105,10 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     if not sys.stderr.isatty():
         yield from items
         return
-    from rich.console import Console
-    from rich.progress import Progress
+    from qtorch.core.terminal import progress_bars
 
     begin = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    with progress_bars(transient=True) as bars:
         bar = bars.add_task(description, total=total, visible=False)
         for item in items:
             yield item

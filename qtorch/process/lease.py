@@ -4,10 +4,11 @@ A `RenewalThread` renews a lease while its holder works: a claim file (below), a
 (`qtorch.task.manager`) or a trial of a study (`qtorch.study.search`). A `ProcessIdentity` tells
 at once whether a process of this machine still runs, even if its process ID was reused.
 
-`hold_claim` makes sure that only one process at a time works on a job. The holder touches the
-claim file while it works. Whether the holder is still alive is known from its identity on its own
-machine; on other machines it is judged by the time of the last touch, so a process that wants the
-job watches the file for up to `STALE_SECONDS`. The machines must share the file's folder.
+`hold_claim` makes sure that only one process at a time works on a job or a run. The holder touches
+the claim file while it works. Whether the holder is still alive is known from its identity on its
+own machine. If it is on another machine, or suspended, it is judged by the time of the last touch,
+so a process that wants the job watches the file for up to `STALE_SECONDS`. The machines must share
+the file's folder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,20 +59,28 @@ class ProcessIdentity:
         return cls(machine_id(), os.getpid(), _start_ticks(os.getpid()))
 
     def is_alive(self) -> bool | None:
-        """Whether the process is running; None if it is on another machine."""
+        """Whether the process is running; None if it is on another machine or suspended."""
         if self.machine != machine_id():
             return None
-        return self.start is not None and _start_ticks(self.pid) == self.start
+        if self.start is None or _start_ticks(self.pid) != self.start:
+            return False
+        return None if _is_suspended(self.pid) else True
 
 
 def machine_id() -> str:
     """Return host, boot ID and process ID namespace (of a container) as one text."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    parts = [socket.gethostname(), *filter(None, [boot_id()])]
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def boot_id() -> str:
+    """Return a text that changes when the machine is started again; empty if it has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _start_ticks(pid: int) -> str | None:
@@ -92,12 +101,22 @@ def _start_ticks(pid: int) -> str | None:
         return None
 
 
+def _is_suspended(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or Ctrl-Z or by a debugger."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class RenewalThread:
     """Context manager in which a thread calls `renew` every `interval` seconds.
 
-    The thread ends when `renew` returns False. If it raises an exception, the error is logged and
-    the next call tries again. `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and
-    `_pause_seconds`.
+    The thread ends when `renew` returns False. If it raises an exception, the next call tries
+    again, and the error is logged, once while it stays the same.
+    `qtorch.task.manager.LeaseRenewer` overrides `join_seconds` and `_pause_seconds`.
     """
 
     join_seconds: float | None = None  # how long `stop` waits for a call of `renew` to return
@@ -131,6 +150,7 @@ class RenewalThread:
             self._thread.join(self.join_seconds)
 
     def _loop(self) -> None:
+        last_error = None
         while True:
             self._wake_event.wait(self._pause_seconds())
             self._wake_event.clear()
@@ -139,10 +159,13 @@ class RenewalThread:
             try:
                 if not self._renew():
                     return
+                last_error = None
             except Exception as error:
                 is_expected = isinstance(error, QtorchError | OSError)
-                log.warning("could not renew the %s: %s", self._name, error,
-                            exc_info=not is_expected)  # fmt: skip
+                if str(error) != last_error:
+                    log.warning("could not renew the %s: %s", self._name, error,
+                                exc_info=not is_expected)  # fmt: skip
+                last_error = str(error)
 
     def _pause_seconds(self) -> float:
         return self._interval
@@ -152,10 +175,10 @@ class RenewalThread:
 def hold_claim(path: Path) -> Iterator[bool]:
     """Hold a claim inside the block; yield False if another live process holds it.
 
-    If the holder is on another machine, the claim file is watched: for seconds if the holder is
-    alive, for `STALE_SECONDS` if it is not. A holder that was suspended for so long that another
-    process took over its job exits as soon as it notices, because two processes must not write
-    into one run.
+    If the holder is on another machine or suspended, the claim file is watched: for seconds if the
+    holder touches it, else for `STALE_SECONDS`. A holder that was suspended for so long that
+    another process took over its job exits as soon as it notices, because two processes must not
+    write into one run.
     """
     identity = ProcessIdentity.current()
     token = {
@@ -166,8 +189,9 @@ def hold_claim(path: Path) -> Iterator[bool]:
     if not (_take_claim(path, token) or _take_stale_claim(path, token)):
         yield False
         return
+    renew = _ClaimRenewal(path, token)
     try:
-        with RenewalThread(partial(_renew_claim, path, token), HEARTBEAT_SECONDS, f"claim {path}"):
+        with RenewalThread(renew, HEARTBEAT_SECONDS, f"claim {path}"):
             yield True
     finally:
         try:
@@ -183,9 +207,21 @@ def is_held(path: Path) -> bool:
     state = _read_state(path)
     if state is None:
         return False
-    token = state[0]
-    is_alive = ProcessIdentity(token["machine"], *token["process"]).is_alive()
+    is_alive = _holder(state[0]).is_alive()
     return _seconds_since_touch(path, state) < STALE_SECONDS if is_alive is None else is_alive
+
+
+def describe_holder(path: Path) -> str:
+    """Name the holder of a claim: its process ID and host, and since when it holds the claim."""
+    token = _read_token(path)
+    if token is None:  # released in the meantime
+        return "another process"
+    holder = _holder(token)
+    text = f"process {holder.pid} on {holder.machine.partition(' ')[0]}"
+    if "since" not in token:  # an older qtorch has written it
+        return text
+    start_time = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(token["since"]))
+    return f"{text} (since {start_time})"
 
 
 def _take_claim(path: Path, token: dict[str, Any], stale_state: ClaimState | None = None) -> bool:
@@ -194,13 +230,14 @@ def _take_claim(path: Path, token: dict[str, Any], stale_state: ClaimState | Non
         is_stale = stale_state is not None and _read_state(path) == stale_state
         is_free = is_stale or not is_held(path)
         if is_free:
+            token["since"] = time.time()
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(token))
         return is_free
 
 
 def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
-    """Take the claim of a holder on another machine if it is not touched while we watch it.
+    """Take a claim that may be stale if it is not touched while we watch it.
 
     When a node dies, its job is retried within seconds, while the claim still looks alive. Only
     our own clock measures the wait, and the lock is not held meanwhile.
@@ -208,14 +245,13 @@ def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
     last_state = _read_state(path)
     if last_state is None:
         return _take_claim(path, token)
-    holder = str(last_state[0]["machine"])
-    if holder == token["machine"]:
-        return False
+    if _holder(last_state[0]).is_alive() is not None:  # known, so there is nothing to watch
+        return _take_claim(path, token)
     # The age may be negative, because the machines' clocks differ.
     max_wait = min(STALE_SECONDS, STALE_SECONDS - _seconds_since_touch(path, last_state))
     log.info(
-        "this job is claimed by %s: waiting up to %.0f s to see whether it is still alive",
-        holder.partition(" ")[0],
+        "claimed by %s: waiting up to %.0f s to see whether it is still alive",
+        describe_holder(path),
         max_wait,
     )
     deadline = time.monotonic() + max_wait
@@ -229,26 +265,38 @@ def _take_stale_claim(path: Path, token: dict[str, Any]) -> bool:
     return _take_claim(path, token, last_state)
 
 
-def _renew_claim(path: Path, token: dict[str, Any]) -> bool:
-    """Touch the claim; exit the process if another one has taken it."""
-    current = _read_token(path)
-    if current is None:
-        _take_claim(path, token)
-    elif current == token:
-        os.utime(path)
-    else:
-        log.critical("another process has taken over this job; exiting.")
-        os._exit(LOST_CLAIM_EXIT_CODE)
-    return True
+class _ClaimRenewal:
+    """Touches a claim when it is called; exits the process if another one has taken the claim."""
+
+    def __init__(self, path: Path, token: dict[str, Any]) -> None:
+        self.path, self.token = path, token
+        self.last_touch = time.monotonic()
+
+    def __call__(self) -> bool:
+        current = _read_token(self.path)
+        # During a long suspension another process may have taken over the job and finished it.
+        was_suspended = time.monotonic() - self.last_touch > STALE_SECONDS
+        if current == self.token:
+            os.utime(self.path)
+        elif current is not None or was_suspended or not _take_claim(self.path, self.token):
+            log.critical("another process has taken over this job; exiting.")
+            os._exit(LOST_CLAIM_EXIT_CODE)
+        self.last_touch = time.monotonic()
+        return True
 
 
 def _lock_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
+    """Return one of 256 lock files, so that a folder of many claims does not fill with locks."""
+    return path.with_name(f".{sha256(path.name.encode()).hexdigest()[:2]}.lock")
 
 
 def _read_token(path: Path) -> dict[str, Any] | None:
     state = _read_state(path)
     return None if state is None else state[0]
+
+
+def _holder(token: dict[str, Any]) -> ProcessIdentity:
+    return ProcessIdentity(str(token["machine"]), *token["process"])
 
 
 def _read_state(path: Path) -> ClaimState | None:
@@ -259,8 +307,10 @@ def _read_state(path: Path) -> ClaimState | None:
     """
     try:
         with path.open() as file:
-            return json.load(file), os.fstat(file.fileno()).st_mtime_ns
-    except (FileNotFoundError, ValueError):
+            token = json.load(file)
+            _holder(token)
+            return token, os.fstat(file.fileno()).st_mtime_ns
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.files import atomic_write, cache_folder, file_lock
-from qtorch.process.lease import is_held
+from qtorch.tracking.claims import is_run_held
 from qtorch.tracking.experiment import Experiment
 from qtorch.tracking.locations import claims_folder, redact_password
 from qtorch.tracking.manager import R
@@ -169,7 +169,7 @@ def sweep_jobs(sweep_id: str) -> list[JobResult]:
 
 def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     status, note = row.status, None
-    if status == Recorder.STATUS_R and not is_held(claim_path(row.experiment_id, row.tags)):
+    if status == Recorder.STATUS_R and not is_run_held(row.id, R.get_uri()):
         status, note = Recorder.STATUS_K, "its process is gone"
     seconds = float(row.tags.get(SECONDS_TAG, "nan"))
     if math.isnan(seconds) and row.start_time and row.end_time:

@@ -16,6 +16,7 @@ from qtorch.core.instantiate import resolve_config
 from qtorch.core.session import session
 from qtorch.process.lease import hold_claim
 from qtorch.study.sweep import JOB_TAG, SECONDS_TAG, SETTING_TAG, TASK_TAG, claim_path
+from qtorch.tracking.claims import is_run_held
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import PARENT_TAG, Recorder, with_run_tags
 from qtorch.tracking.store_types import NotInStoreError, RunRow
@@ -143,6 +144,8 @@ def _run_with_claim(runs: _EarlierRuns, earlier: RunRow | None, *names: str | No
     and of the run.
     """
     task, member = runs.task, runs.member
+    if earlier is not None and is_run_held(earlier.id, R.get_uri()):  # somebody has resumed it
+        return _adopt_earlier_run(earlier, member, ELSEWHERE)
     if earlier is not None and earlier.status == Recorder.STATUS_FA and not member.retry:
         return _adopt_earlier_run(earlier, member, FAILED_BEFORE)
     with with_run_tags({**runs.tags, **member.tags, PARENT_TAG: member.sweep_id}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -17,6 +18,8 @@ from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
 from qtorch.core.trust import as_stored_text
 
 RECORDER = "$recorder"  # key of a run's ids in a stored result
+MAX_DEPTH = 100  # of nested lists and dicts in a stored value
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 
 
 class Task(dict[str, Any]):
@@ -65,27 +68,75 @@ def encode_definition(definition: Mapping[str, Any]) -> Definition:
     try:
         plain = plain_value(definition, "task")
         canonical = canonical_json(definition)
+        _check_parts(plain)
     except ConfigError as error:
         raise TaskDefinitionError(f"the pool cannot store this task: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskDefinitionError(f"the pool cannot store this task: {TOO_DEEP}.") from error
     # A query may use the user's spelling (`class`, `kwargs`) or the canonical one (`_target_`).
     tokens = {token for form in (plain, json.loads(canonical)) for token in _query_tokens(form)}
     return Definition(json.dumps(plain), _hash_canonical(canonical), tuple(sorted(tokens)))
 
 
 def decode_definition(text: str) -> dict[str, Any]:
-    """Decode a stored definition; raise TaskDefinitionError if it is invalid."""
-    try:
-        value = as_stored_text(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise TaskDefinitionError(
-            f"the stored definition is not valid JSON ({error}); replace or remove the task."
-        ) from error
+    """Decode a stored definition; raise ValueError with the reason if it is invalid."""
+    value = decode_mapping(text)
+    _check_parts(value, only_finite=True)
+    definition: dict[str, Any] = as_stored_text(value)
+    return definition
+
+
+def decode_mapping(text: str) -> dict[str, Any]:
+    """Decode a column with a JSON object; raise ValueError with the reason if it is none."""
+    value = decode_json(text)
     if not isinstance(value, dict):
-        raise TaskDefinitionError(
-            f"the stored definition is a JSON {type(value).__name__}, not an object; replace or "
-            "remove the task."
-        )
+        raise ValueError(f"it is a JSON {type(value).__name__}, not an object")
     return value
+
+
+def decode_json(text: str) -> Any:
+    """Decode the JSON text of a column; raise ValueError with the reason if it is invalid.
+
+    Another program may have written the column, so it may contain anything.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"it is {type(text).__name__}, not text")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    _check_parts(value)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return value
+
+
+def _check_parts(value: Any, *, only_finite: bool = False) -> None:
+    """Raise ValueError if a value is nested too deeply, or for NaN and infinity if `only_finite`.
+
+    Without recursion, which would fail at some depth.
+    """
+    parts, depth = [value], 0
+    while parts:
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+        if only_finite and any(isinstance(p, float) and not math.isfinite(p) for p in parts):
+            raise ValueError("it contains NaN or a number that is infinite")
+        depth += 1
+        parts = [
+            inner
+            for part in parts
+            if isinstance(part, dict | list)
+            for inner in (part.values() if isinstance(part, dict) else part)
+        ]
 
 
 def query_token(path: str, value: Any) -> str:
@@ -104,15 +155,27 @@ def encode_result(result: Any) -> str:
 
     Raises TaskResultError for other objects that are not plain data.
     """
-    return json.dumps(convert_tree(result, _plain_result_part, "result"))
+    try:
+        plain = convert_tree(result, _plain_result_part, "result")
+        _check_parts(plain)
+    except (ValueError, RecursionError) as error:
+        raise TaskResultError(f"the pool cannot store this result: {TOO_DEEP}.") from error
+    return json.dumps(plain)
 
 
-def decode_result(text: str | None, *, load_recorders: bool = True) -> Any:
-    """Decode a stored result; with `load_recorders` replace the ids of runs by Recorders."""
+def decode_result(text: str | None) -> Any:
+    """Decode a stored result, in which runs are `{"$recorder": ids}`.
+
+    Raises ValueError with the reason if it is invalid.
+    """
     if text is None:
         return None
-    value = as_stored_text(json.loads(text))
-    return convert_tree(value, _restore_recorder) if load_recorders else value
+    return as_stored_text(convert_tree(decode_json(text), _check_reference))
+
+
+def restore_recorders(result: Any) -> Any:
+    """Replace the ids of runs in a result by Recorders; NotInStoreError for a run that is gone."""
+    return convert_tree(result, _restore_recorder)
 
 
 def recorder_reference(recorder: Any) -> dict[str, Any]:
@@ -172,15 +235,25 @@ def _plain_result_part(value: Any, location: str) -> Any:
     )
 
 
+def _check_reference(value: Any, location: str) -> Any:
+    reference = value.get(RECORDER) if _is_reference(value) else {"recorder_id": ""}
+    if not isinstance(reference, dict) or not isinstance(reference.get("recorder_id"), str):
+        raise ValueError(f"its {RECORDER} does not name a run")
+    return value
+
+
 def _restore_recorder(value: Any, location: str) -> Any:
-    is_reference = isinstance(value, dict) and set(value) == {RECORDER}
-    return _load_recorder(value[RECORDER]) if is_reference else value
+    return _load_recorder(value[RECORDER]) if _is_reference(value) else value
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {RECORDER}
 
 
 def _load_recorder(reference: Mapping[str, Any]) -> Any:
     from qtorch.tracking.manager import R
 
-    ids = {"recorder_id": reference["recorder_id"], "experiment_id": reference["experiment_id"]}
+    ids = {name: reference.get(name) for name in ("recorder_id", "experiment_id")}
     uri = reference.get("tracking_uri")
     if not uri:
         return R.get_recorder(**ids)

@@ -22,7 +22,8 @@ from qtorch.core.errors import (
 from qtorch.process.heartbeat import RUN
 from qtorch.process.lease import RenewalThread
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
-from qtorch.task.pool import Pool, default_url, error_columns, row_to_task
+from qtorch.task.pool import Pool, default_url, error_columns
+from qtorch.task.rows import row_to_task
 from qtorch.task.stores.base import (
     DONE,
     FAILED,
@@ -31,11 +32,14 @@ from qtorch.task.stores.base import (
     WAITING,
     Change,
     Condition,
+    StoreFileLost,
+    ValueTooLarge,
     check_status,
     open_store,
     parse_query,
     retry_while_unavailable,
 )
+from qtorch.tracking.store_types import NotInStoreError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ class WaitResult(dict[str, int]):
 class TaskManager:
     """A pool of tasks in a store that many processes share.
 
-    `url` is sqlite:///FILE, postgresql+psycopg://... or mongodb://...; None is `default_url()`.
+    `url` is one of `qtorch.task.stores.base.URL_FORMS`; None is `default_url()`.
     Fetching a task claims it with a lease of `lease` seconds (by the store's clock), which the
     worker renews every `renew_every` seconds (`renew`). If the lease expires, the next worker that
     fetches can claim the task, and a commit of the former worker is rejected (LeaseLost). A task
@@ -143,7 +147,10 @@ class TaskManager:
         if dry_run:
             return []
         if new:
-            self._pool.call("create tasks", lambda s: s.insert(self.task_pool, list(new.values())))
+            with _translate_too_large(TaskDefinitionError):
+                self._pool.call(
+                    "create tasks", lambda s: s.insert(self.task_pool, list(new.values()))
+                )
             ids = self._find_ids(definitions)
         return [ids[d.hash] for d in definitions]
 
@@ -161,9 +168,10 @@ class TaskManager:
         values = {**RESET_VALUES, "status": WAITING, "res": None, "committed": None, "run": None}
         change = Change({**values, "progress": None})
         try:
-            is_replaced = self._pool.call(
-                "replace a task", lambda s: s.redefine(task["_id"], definition, change)
-            )
+            with _translate_too_large(TaskDefinitionError):
+                is_replaced = self._pool.call(
+                    "replace a task", lambda s: s.redefine(task["_id"], definition, change)
+                )
         except ValueError as error:
             if isinstance(error, TaskError):
                 raise
@@ -178,7 +186,8 @@ class TaskManager:
         """Return the matching tasks, oldest first.
 
         With `decode` a run in a result is returned as a Recorder, else as `{"$recorder": ids}`,
-        which needs no access to the tracking store. An invalid definition is returned as text.
+        which needs no access to the tracking store. In a task that another program has damaged,
+        an invalid definition or result is returned as text, and `error` says what is wrong.
         """
         condition = parse_query(query)
         rows = self._pool.call("query", lambda s: s.find(self.task_pool, condition))
@@ -238,7 +247,8 @@ class TaskManager:
         """Claim the matching task with the highest priority, then the oldest; None if none matches.
 
         A task with an expired lease counts as having its status before the claim. A task with an
-        invalid definition is marked as failed, and the next one is claimed. `worker` is the name of
+        invalid definition or another invalid column, or whose run is gone, is marked as failed, and
+        the next one is claimed. `worker` is the name of
         the claiming worker; `decode` as in `query`.
         """
         condition = parse_query(query, status)
@@ -251,8 +261,8 @@ class TaskManager:
                 return None
             try:
                 return row_to_task(row, load_recorders=decode)
-            except TaskDefinitionError as error:
-                self.fail_task(row_to_task(row, load_recorders=False, strict=False), error)
+            except (TaskDefinitionError, NotInStoreError) as error:
+                self._pool.fail_row(row, error)
 
     @contextmanager
     def safe_fetch_task(
@@ -311,7 +321,9 @@ class TaskManager:
         if run is not None:
             task["run"] = dict(run)
             values["run"] = encode_result(dict(run))
-        self._pool.change_claimed_task(task, Change(values, lease=self.lease), "renew the lease")
+        change = Change(values, lease=self.lease)
+        with _translate_too_large(TaskResultError):
+            self._pool.change_claimed_task(task, change, "renew the lease")
 
     def commit_task_res(self, task: Task, res: Any, status: str | None = DONE) -> None:
         """Store the result of a claimed task: plain data, or a Recorder (stored as its ids).
@@ -322,9 +334,9 @@ class TaskManager:
         """
         new_status = _check_new_status(status or DONE)
         values = {"status": new_status, "res": encode_result(res), "committed": task["attempt"]}
-        self._pool.change_claimed_task(
-            task, Change({**values, "error": None, "traceback": None}), "commit the result"
-        )
+        change = Change({**values, "error": None, "traceback": None})
+        with _translate_too_large(TaskResultError):
+            self._pool.change_claimed_task(task, change, "commit the result")
         task.update(status=new_status, res=res, error=None, traceback=None, deadline=None)
 
     def return_task(
@@ -404,8 +416,7 @@ class TaskManager:
     ) -> TaskTimeout:
         tasks = [t for t in self.query(query, decode=False) if t["status"] not in final_statuses]
         descriptions = [
-            f"{t['_id']} ({t['status']}{' on ' + t['worker']['host'] if t['worker'] else ''})"
-            for t in tasks[:MAX_LISTED]
+            f"{t['_id']} ({t['status']}{_host_text(t['worker'])})" for t in tasks[:MAX_LISTED]
         ]
         if len(tasks) > MAX_LISTED:
             descriptions.append(f"and {len(tasks) - MAX_LISTED} more")
@@ -446,6 +457,22 @@ class TaskManager:
             max_lost=self._pool.max_lost,
             patience=self._pool.patience,
         )
+
+
+@contextmanager
+def _translate_too_large(error_class: type[TaskError]) -> Iterator[None]:
+    """Raise an error of this class if the store cannot hold the value that the block stores."""
+    try:
+        yield
+    except ValueTooLarge as error:
+        raise error_class(
+            f"{error} Store large values in a run (recorder.save_objects) or a file, and refer to "
+            "them."
+        ) from error
+
+
+def _host_text(worker: Mapping[str, Any] | None) -> str:
+    return f" on {worker.get('host')}" if worker else ""
 
 
 def _check_new_status(status: str) -> str:
@@ -531,6 +558,10 @@ class LeaseRenewer(RenewalThread):
             if not self.is_stopping and not self.task.is_settling:
                 log.warning("%s", error)
                 self._end_work(self.lease_lost)
+            return False
+        except StoreFileLost as error:
+            log.error("%s", error)
+            self._end_work(self.lease_lost)
             return False
         return True
 

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 from qtorch.core.errors import LeaseLost, TaskDefinitionError
 from qtorch.core.session import session
-from qtorch.task.definition import Task, decode_definition, decode_result
+from qtorch.task.definition import Task
+from qtorch.task.rows import row_to_task
 from qtorch.task.stores.base import (
     FAILED,
+    PART_DONE,
     RUNNING,
     WAITING,
     Change,
@@ -37,9 +39,6 @@ T = TypeVar("T")
 URL_VARIABLE = "QTORCH_TASK_URL"
 MAX_ERROR_CHARS, MAX_TRACEBACK_CHARS = 5000, 100_000
 COUNTERS = ("errors", "lost", "preemptions")
-JSON_COLUMNS = ("worker", "run", "progress")
-PLAIN_COLUMNS = ("status", "priority", "attempt", "errors", "lost", "preemptions", "deadline",
-                 "created", "updated", "error", "traceback")  # fmt: skip
 
 
 def default_url() -> str:
@@ -120,18 +119,30 @@ class Pool:
         for row in self.call(
             "search expired leases", lambda s: s.find_expired_rows(self.task_pool)
         ):
-            num_lost = int(row["lost"]) + 1
-            worker_info = json.loads(row["worker"] or "{}")
+            try:
+                task = row_to_task(row, load_recorders=False)
+            except TaskDefinitionError as error:
+                count += self.fail_row(row, error)
+                continue
+            num_lost, worker_info = task["lost"] + 1, task["worker"] or {}
             text = (
                 f"lost its lease on {worker_info.get('host')} (process {worker_info.get('pid')}), "
                 f"{num_lost} in all"
             )
             is_failed = num_lost >= self.max_lost
-            values = {"status": FAILED if is_failed else row["origin"] or WAITING, "error": text}
+            origin = row["origin"] if row["origin"] in (WAITING, PART_DONE) else WAITING
+            values = {"status": FAILED if is_failed else origin, "error": text}
             if self._reclaim_task(row, Change(values, {"lost": 1})):
                 count += 1
                 log.warning("task %s %s%s", row["id"], text, ": failed" if is_failed else "")
         return count
+
+    def fail_row(self, row: Row, error: Exception) -> int:
+        """Mark a running task as failed whose row is invalid; return whether it was (0 or 1)."""
+        log.error("task %s failed: %s", row["id"], error)
+        condition = Condition(ids=(row["id"],), statuses=(RUNNING,))
+        change = Change({"status": FAILED, **error_columns(error, None)}, {"errors": 1})
+        return self.call("fail a task", lambda s: s.change_all(self.task_pool, condition, change))
 
     def _reclaim_task(self, row: Row, change: Change) -> bool:
         return self.call(
@@ -180,24 +191,6 @@ class Pool:
             return self._process_store[1]
 
 
-def row_to_task(row: Row, *, load_recorders: bool, strict: bool = True) -> Task:
-    """Convert a row to a Task; with `load_recorders` runs in its result become Recorders.
-
-    An invalid definition raises TaskDefinitionError if `strict`, else it is returned as text.
-    """
-    task = Task(_id=row["id"])
-    try:
-        task["def"] = decode_definition(row["definition"])
-    except TaskDefinitionError:
-        if strict:
-            raise
-        task["def"] = row["definition"]
-    task["res"] = decode_result(row["res"], load_recorders=load_recorders)
-    task.update({k: row[k] for k in PLAIN_COLUMNS})
-    task.update({k: json.loads(row[k]) if row[k] else None for k in JSON_COLUMNS})
-    return task
-
-
 def error_columns(error: BaseException | str, traceback_text: str | None) -> dict[str, Any]:
     """Return the columns `error` and `traceback` of a row."""
     text = error
@@ -205,9 +198,14 @@ def error_columns(error: BaseException | str, traceback_text: str | None) -> dic
         text = " ".join(f"{type(error).__name__}: {error}".split())
         traceback_text = traceback_text or "".join(traceback.format_exception(error))
     return {
-        "error": str(text)[:MAX_ERROR_CHARS],
-        "traceback": traceback_text and traceback_text[-MAX_TRACEBACK_CHARS:],
+        "error": _storable_text(str(text)[:MAX_ERROR_CHARS]),
+        "traceback": traceback_text and _storable_text(traceback_text[-MAX_TRACEBACK_CHARS:]),
     }
+
+
+def _storable_text(text: str) -> str:
+    """Return a text that every store accepts, without NUL and lone surrogates."""
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()
 
 
 def _has_result_of(change: Change, task: Task, row: Row) -> bool:

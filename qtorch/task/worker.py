@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtorch.core.errors import LeaseLost, TaskError
+from qtorch.core.errors import LeaseLost, TaskError, TaskResultError
 from qtorch.process.child import Child
 from qtorch.process.fork_server import ForkError, ForkServer
 from qtorch.process.stops import StopSignals
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.devices import CPU, device_environment
 from qtorch.task.manager import LeaseRenewer, TaskManager
-from qtorch.task.stores.base import StoreTimeout
+from qtorch.task.stores.base import StoreFileLost, StoreTimeout
 from qtorch.task.worker_process import (
     SIGNAL_SECONDS,
     OutcomeWaiter,
@@ -165,6 +165,7 @@ class Slot(threading.Thread):
         self.worker, self.environment, self.output = worker, environment, output
         self.child: Child | None = None
         self.error: BaseException | None = None
+        self._fetch_error: str | None = None  # of the last poll
 
     def run(self) -> None:
         """Run until there is no more work or the worker stops."""
@@ -221,9 +222,14 @@ class Slot(threading.Thread):
                 task = manager.fetch_task(
                     self.options.query, status, worker=self.worker, decode=False
                 )
+            except StoreFileLost:
+                raise
             except TaskError as error:
-                log.error("%s: %s", self.name, error)
+                if str(error) != self._fetch_error:
+                    log.error("%s: %s", self.name, error)
+                self._fetch_error = str(error)
                 return None
+            self._fetch_error = None
             if task is not None:
                 return task, status
         return None
@@ -287,7 +293,7 @@ class Slot(threading.Thread):
             if tracking:
                 definition = {**definition, "tracking": {**tracking, "uri": options.tracking_uri}}
             run = run and {**run, "tracking_uri": options.tracking_uri}
-            if isinstance(result, Mapping) and RECORDER in result:
+            if isinstance(result, Mapping) and isinstance(result.get(RECORDER), Mapping):
                 result = {RECORDER: {**result[RECORDER], "tracking_uri": options.tracking_uri}}
         return {
             "func": options.functions[status_before],
@@ -319,10 +325,8 @@ class Slot(threading.Thread):
         try:
             if outcome.get("lost"):
                 raise LeaseLost("the lease expired")
+            outcome = self._commit_result(manager, task, outcome, lease)
             if "result" in outcome:
-                self._retry_while_unavailable(
-                    lambda: manager.commit_task_res(task, outcome["result"]), lease
-                )
                 display.counts["done"] += 1
                 log.info("%s: %s is done", self.name, name)
             elif outcome.get("interrupted"):
@@ -342,6 +346,20 @@ class Slot(threading.Thread):
             log.warning(
                 "%s: lost the lease of %s, nothing is committed: %s", self.name, name, error
             )
+
+    def _commit_result(
+        self, manager: TaskManager, task: Task, outcome: Mapping[str, Any], lease: LeaseRenewer
+    ) -> Mapping[str, Any]:
+        """Commit the result, if any; return the outcome, which is an error if that is refused."""
+        if "result" not in outcome:
+            return outcome
+        try:
+            self._retry_while_unavailable(
+                lambda: manager.commit_task_res(task, outcome["result"]), lease
+            )
+        except TaskResultError as error:
+            return {"error": str(error)}
+        return outcome
 
     def _report_failure(
         self, manager: TaskManager, task: Task, status_before: str, outcome: Mapping[str, Any]

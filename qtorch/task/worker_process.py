@@ -29,7 +29,7 @@ from qtorch.process.fork_server import (
 )
 from qtorch.process.heartbeat import RUN, beat, listen
 from qtorch.process.stops import STOP_SIGNALS, received_signals
-from qtorch.task.definition import decode_result, encode_result
+from qtorch.task.definition import encode_result, restore_recorders
 from qtorch.task.manager import LeaseRenewer
 from qtorch.tracking.delivery import wait_for_delivery
 
@@ -219,7 +219,7 @@ def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
         except QtorchError as error:
             return {"refused": str(error)}
         stored_result = request.get("res")
-        first = definition if stored_result is None else decode_result(json.dumps(stored_result))
+        first = definition if stored_result is None else restore_recorders(stored_result)
         options = filter_options(function, request["options"])
         with wait_for_delivery(lambda: beat(DELIVERY)):
             result = function(first, **options)

@@ -81,7 +81,7 @@ def outbox_folder() -> Path:
 
 
 def claims_folder(tracking_uri: str) -> Path:
-    """Return the folder of the claim files (`qtorch.process.lease`) of a store's sweep jobs.
+    """Return the folder of the claim files (`qtorch.process.lease`) of a store's jobs and runs.
 
     It lies beside a local store, else in the user's cache folder, which the nodes of a cluster
     share with the home folder (as they share the checkpoints).

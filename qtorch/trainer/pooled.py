@@ -12,6 +12,7 @@ from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
 from qtorch.task.manager import LEASE_SECONDS, TaskManager
 from qtorch.task.run import HANG_SECONDS, run_task
+from qtorch.tracking.claims import is_run_held
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import record_failure
@@ -243,7 +244,8 @@ class TrainerRM(TrainerR):
         error = TaskError(str(task["error"]))
         if recorder is None:
             return create_failed_run(name, error, self.default_rec_name)
-        if recorder.status not in (Recorder.STATUS_FI, Recorder.STATUS_FA):
+        has_ended = recorder.status in (Recorder.STATUS_FI, Recorder.STATUS_FA)
+        if not has_ended and not is_run_held(str(recorder.id), recorder.uri):
             record_failure(recorder, error)  # its last worker was killed before it could do so
             recorder.end_run(Recorder.STATUS_FA)
         return recorder

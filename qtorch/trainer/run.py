@@ -7,12 +7,12 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, TrackingError, unknown_name_message
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
@@ -26,6 +26,7 @@ from qtorch.core.runtime import seed_everything
 from qtorch.core.session import session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
+from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
@@ -226,27 +227,43 @@ def _open_run(
 ) -> Iterator[Recorder]:
     """Resume the run of an earlier attempt, or start a new one; store an error of the block in it.
 
-    The error of the earlier attempt is removed from the run.
+    The error of the earlier attempt is removed from the run. The run is held inside the block:
+    RunHeldError, and the run is not changed, if another process works on it.
     """
-    if earlier_run is None:
-        start = R.start(experiment_name=experiment_name, recorder_name=recorder_name)
-    else:
-        start = R.start(
-            experiment_id=earlier_run.experiment_id,
-            recorder_id=earlier_run.id,
-            recorder_name=recorder_name,
-            resume=True,
+    with ExitStack() as claim:  # it ends after the run: nobody may resume a run that is still open
+        if earlier_run is None:
+            start = R.start(experiment_name=experiment_name, recorder_name=recorder_name)
+        else:
+            claim.enter_context(hold_run(str(earlier_run.id), R.get_uri()))
+            _reject_finished_run(earlier_run)
+            start = R.start(
+                experiment_id=earlier_run.experiment_id,
+                recorder_id=earlier_run.id,
+                recorder_name=recorder_name,
+                resume=True,
+            )
+        with start:
+            recorder: Recorder = R.get_recorder()
+            if earlier_run is None:
+                claim.enter_context(hold_run(str(recorder.id), R.get_uri()))
+            announce_run(recorder)
+            try:
+                if earlier_run is not None and ERROR_TAG in recorder.list_tags():
+                    recorder.delete_tags(ERROR_TAG)
+                yield recorder
+            except Exception as error:
+                record_failure(recorder, error)
+                raise
+
+
+def _reject_finished_run(earlier_run: Recorder) -> None:
+    """Raise TrackingError if another process finished the run while this one waited for it."""
+    status = R.get_recorder(recorder_id=earlier_run.id).status
+    if status == Recorder.STATUS_FI != earlier_run.status:
+        raise TrackingError(
+            f"another process has finished run {earlier_run.id} in the meantime: there is nothing "
+            "to resume."
         )
-    with start:
-        recorder: Recorder = R.get_recorder()
-        announce_run(recorder)
-        try:
-            if earlier_run is not None and ERROR_TAG in recorder.list_tags():
-                recorder.delete_tags(ERROR_TAG)
-            yield recorder
-        except Exception as error:
-            record_failure(recorder, error)
-            raise
 
 
 def _tracking_store(
@@ -266,7 +283,7 @@ def _earlier_run(run: Mapping[str, Any] | None) -> Recorder | None:
     except NotInStoreError as error:
         log.warning("the run of an earlier attempt no longer exists, starting a new run: %s", error)
         return None
-    if getattr(recorder, "deleted", False):
+    if recorder.is_deleted:
         log.warning("run %s of an earlier attempt is deleted, starting a new run", recorder.id)
         return None
     return recorder

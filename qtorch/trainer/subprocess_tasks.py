@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.core.errors import ConfigError, QtorchError, RunHeldError
 from qtorch.core.session import init, session
 from qtorch.process.child import Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, fork_server
 from qtorch.process.heartbeat import RUN, listen
+from qtorch.tracking.claims import is_run_held
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.failure import announce_run, error_summary, record_failure
@@ -57,6 +58,8 @@ def train_in_child(
     recorder = _announce_child_run(replies)
     if exit_status.code == 0 and recorder is not None:
         return recorder
+    if "run_held" in replies:
+        raise RunHeldError(replies["run_held"])
     if "error" in replies:
         raise IsolatedError(replies["error"])
     ending = "" if exit_status.is_refused else " without returning a result"
@@ -124,6 +127,9 @@ def serve_call(request: Mapping[str, Any], parent: Parent) -> int:
             recorder = function(first, experiment_name, **options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except RunHeldError as error:
+        parent.send({"run_held": str(error)})
+        return 1
     except Exception as error:
         parent.send({"error": error_summary(error)})
         return 1
@@ -144,7 +150,10 @@ def report_started_runs(parent: Parent) -> Iterator[None]:
 
 
 def fail_run(recorder: Recorder, message: str) -> None:
-    """Mark the run of a dead process as FAILED if its status is still running."""
-    if recorder.status == Recorder.STATUS_R:
+    """Mark the run of a dead process as FAILED if its status is still running.
+
+    A run that another process has resumed in the meantime stays unchanged.
+    """
+    if recorder.status == Recorder.STATUS_R and not is_run_held(str(recorder.id), recorder.uri):
         record_failure(recorder, ProcessLostError(message))
         recorder.end_run(Recorder.STATUS_FA)

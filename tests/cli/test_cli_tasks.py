@@ -9,13 +9,13 @@ import threading
 import time
 
 import pytest
-from rich.console import Console
 
 from qtorch.cli.jobs.pool_jobs import pool_options
 from qtorch.cli.main import main
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds
 from qtorch.cli.tables.tasks import format_duration, model_name, worker_table
 from qtorch.core.errors import ConfigError
+from qtorch.core.terminal import Terminal
 from qtorch.task import TaskManager
 from qtorch.task.worker import SlotStatus
 
@@ -227,7 +227,7 @@ def test_live_table(pool):
     busy = SlotStatus("slot 0", "0", task, time.monotonic() - 65, progress=task["progress"])
     busy.progress["samples_per_second"] = 12345
     busy.counts["done"] = 2
-    console = Console(width=160, file=io.StringIO())
+    console = Terminal(width=160, file=io.StringIO())
     console.print(worker_table("pool", [busy, SlotStatus("slot 1", "1")]))
     output = console.file.getvalue()
     for text in ("pool pool: 2 done", "LSTM", "training", "2/8", "12,345", "valid/ic 0.05", "1:05"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from rich.console import Console
 
 from qtorch.cli.tables import jobs as job_tables
 from qtorch.cli.tables.console import OverridesCell, print_table
+from qtorch.core.terminal import Terminal
 from qtorch.study.sweep import JobResult, SeedGroup
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -22,7 +22,7 @@ def render_jobs(monkeypatch):
     """Return `render_jobs(width)`: the lines of a table of one job on a terminal of that width."""
 
     def render(width: int) -> list[str]:
-        console = Console(width=width)
+        console = Terminal(width=width)
         monkeypatch.setattr(job_tables, "terminal", lambda: console)
         metrics = {"test.IC": 0.0123, "test.Rank ICIR": 0.4567}
         job = JobResult(0, OVERRIDES, "FINISHED", 1.5, RUN, metrics=metrics, note="records only")
@@ -55,7 +55,7 @@ def test_narrow_table_has_one_line_per_part(render_jobs):
 
 
 def test_table_over_seeds_fits_a_narrow_terminal(monkeypatch):
-    console = Console(width=80)
+    console = Terminal(width=80)
     monkeypatch.setattr(job_tables, "terminal", lambda: console)
     metrics = {f"test.{figure}": 0.0123 for figure in job_tables.FIGURES}
     jobs = [
@@ -69,7 +69,7 @@ def test_table_over_seeds_fits_a_narrow_terminal(monkeypatch):
 
 
 def test_long_word_is_broken_at_commas_then_at_dots_then_anywhere():
-    console = Console(width=10)
+    console = Terminal(width=10)
     with console.capture() as capture:
         console.print(OverridesCell("model.lstm.size=8,16 a=bbbbbbbbbbbbb,c lr=0.001"))
     assert capture.get().split("\n") == [

@@ -70,6 +70,27 @@ def test_run_can_be_resumed_after_ctrl_c(start, interrupt, runs, qtorch_cli, fol
     assert "FINISHED" in result.error()
 
 
+def test_second_resume_of_a_run_is_refused(start, interrupt, runs, qtorch_cli, folder):
+    child = start(*JOB)
+    run = interrupt(child, signal.SIGINT)
+    child.communicate(timeout=120)
+    (folder / "signal-sent").unlink()
+    child = start("train", f"resume={run.id}")
+    end = time.monotonic() + 120
+    while [r.status for r in runs()] != ["RUNNING"]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    result = qtorch_cli("train", f"resume={run.id}")
+    assert (result.code, f"run {run.id} is in use: process {child.pid}" in result.error()) == (1, 1)
+    (held_run,) = runs()
+    assert (held_run.status, held_run.list_tags().get("error")) == ("RUNNING", None)
+    (folder / "signal-sent").touch()
+    child.communicate(timeout=120)
+    assert child.returncode == 0
+    (finished_run,) = runs()
+    assert set(finished_run.metric_history("valid/loss")) == set(range(EPOCHS))
+
+
 SLOW = """
 import time
 from pathlib import Path

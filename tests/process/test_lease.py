@@ -64,6 +64,56 @@ def test_dead_holder_on_same_machine_is_detected_at_once(holder):
         assert has_claim is True
 
 
+def test_suspended_holder_is_judged_by_its_last_touch(holder, monkeypatch):
+    path, child, end = holder
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.02)
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert is_held(path)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
+    with hold_claim(path) as has_claim:
+        assert has_claim is True
+        os.kill(child.pid, signal.SIGCONT)
+        end.put(None)
+        child.join(10)
+        assert json.loads(path.read_text())["process"][0] == os.getpid()
+
+
+def hold_for_long(path, ready):
+    lease.HEARTBEAT_SECONDS, lease.STALE_SECONDS = 0.02, 0.1
+    with hold_claim(path):
+        ready.put(True)
+        time.sleep(30)
+
+
+def test_holder_exits_if_its_job_may_have_been_finished_while_it_was_suspended(tmp_path):
+    """Another process has taken over the claim, has finished the job and released the claim."""
+    path, ready = tmp_path / "job.json", context.SimpleQueue()
+    child = start_process(hold_for_long, path, ready)
+    assert ready.get()
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    path.unlink()
+    time.sleep(0.2)
+    os.kill(child.pid, signal.SIGCONT)
+    child.join(10)
+    assert child.exitcode == lease.LOST_CLAIM_EXIT_CODE
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "1", '{"token": 1}', '{"machine": "m", "process": 1}'])
+def test_file_that_is_no_claim_is_replaced(tmp_path, text):
+    path = tmp_path / "job.json"
+    path.write_text(text)
+    assert not is_held(path)
+    assert lease.describe_holder(path) == "another process"
+    with hold_claim(path) as has_claim:
+        assert has_claim is True
+        assert f"process {os.getpid()} on {lease.socket.gethostname()} (since 2" in (
+            lease.describe_holder(path)
+        )
+
+
 def test_reused_process_id_does_not_hold_claim(tmp_path):
     path = tmp_path / "job.json"
     token = {"token": "x", "machine": lease.machine_id(), "process": [os.getpid(), "1"]}
@@ -106,7 +156,7 @@ def test_claim_of_dead_remote_holder_is_taken_over(remote_claim, caplog):
     lock_attempts = []
 
     def try_the_lock():
-        with file_lock(remote_claim.with_name(f".{remote_claim.name}.lock"), timeout=0.2):
+        with file_lock(lease._lock_path(remote_claim), timeout=0.2):
             lock_attempts.append(True)
 
     timer = run_later(0.3, try_the_lock)
@@ -117,7 +167,7 @@ def test_claim_of_dead_remote_holder_is_taken_over(remote_claim, caplog):
     assert 0.8 < time.monotonic() - start_time < 3
     timer.join()
     assert lock_attempts
-    assert "this job is claimed by another" in caplog.text
+    assert "claimed by process 1 on another: waiting up to 1 s" in caplog.text
 
 
 def test_remote_holder_that_touches_its_claim_keeps_it(remote_claim):

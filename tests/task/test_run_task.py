@@ -17,7 +17,7 @@ from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import beat
 from qtorch.task import TaskManager, run_task
-from qtorch.task.definition import decode_result, encode_result
+from qtorch.task.definition import decode_result, encode_result, restore_recorders
 from qtorch.task.worker_process import task_fork_server
 
 
@@ -417,7 +417,7 @@ def test_recorder_result_is_returned_as_recorder(manager, url, tmp_path):
     assert task["res"].uri == uri
     (encoded_task,) = manager.query(decode=False)
     assert encoded_task["res"]["$recorder"]["recorder_id"] == task["res"].id
-    decoded_result = decode_result(encode_result([task["res"], {"a": (1, 2)}]))
+    decoded_result = restore_recorders(decode_result(encode_result([task["res"], {"a": (1, 2)}])))
     assert decoded_result == [task["res"], {"a": [1, 2]}]
 
 

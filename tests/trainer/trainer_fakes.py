@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,9 @@ class FakeModel(Model):
             raise SystemExit(1)
         if self.fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail == "wait":
+            while not Path(f"{self.log}.go").exists():
+                time.sleep(0.01)
         self.random_number = float(torch.rand(()))
         recorder.log_metrics(random_number=self.random_number)
 

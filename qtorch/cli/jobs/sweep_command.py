@@ -28,7 +28,7 @@ from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.tables.jobs import print_sweep
-from qtorch.core.errors import ConfigError, TrackingError
+from qtorch.core.errors import ConfigError, TrackingError, printable_text
 from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import (
     COMMAND_TAG,
@@ -163,7 +163,8 @@ class SweepCommand:
             print(f"error: {tracking_error}", file=sys.stderr)
         for result in results:
             if result.error and result.status != KILLED:
-                print(f"error: job {result.number}: {result.error}", file=sys.stderr)
+                error_text = printable_text(str(result.error))
+                print(f"error: job {result.number}: {error_text}", file=sys.stderr)
         if error is not None:
             raise error
         if is_interrupted:

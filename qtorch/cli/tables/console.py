@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from qtorch.core.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
 
 # The statuses of runs, of a search's trials and of a pool's tasks.
 STATUS_STYLES = {
@@ -22,9 +26,9 @@ STATUS_STYLES = {
 PIPE_WIDTH = 160
 
 
-def terminal() -> Console:
+def terminal() -> Terminal:
     """Create a console; pipes and files get wide lines, because they are searched, not viewed."""
-    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    return Terminal() if sys.stdout.isatty() else Terminal(width=PIPE_WIDTH)
 
 
 def new_table(
@@ -106,7 +110,13 @@ def format_number(value: Any, digits: int = 4) -> str:
     return "-" if value is None else f"{float(value):.{digits}f}"
 
 
-def format_status(status: str) -> str:
-    """Colour a status by how well the work goes."""
-    style = STATUS_STYLES.get(status)
-    return f"[{style}]{status}[/{style}]" if style else status
+def format_status(status: str, note: str | None = None) -> Text:
+    """Colour a status by how well the work goes; a note follows in parentheses."""
+    return Text.assemble(
+        (status, STATUS_STYLES.get(status, "")), f" ({note})" if note else "", overflow="fold"
+    )
+
+
+def with_label(label: str, text: str) -> Text:
+    """Return a line that begins with a label."""
+    return Text.assemble((label, "dim"), " ", text)

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from qtorch.cli.tables.console import (
     OverridesCell,
@@ -19,6 +19,7 @@ from qtorch.cli.tables.console import (
     new_table,
     print_table,
     terminal,
+    with_label,
 )
 from qtorch.core.errors import ConfigError, format_count
 from qtorch.study.sweep import (
@@ -48,7 +49,7 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
     console = terminal()
     facts_table = Table.grid(padding=(0, 2))
     for name, text in _facts(result, recorder).items():
-        facts_table.add_row(f"[dim]{name}[/dim]", text)
+        facts_table.add_row(Text(name, style="dim"), text)
     console.print()
     console.print(facts_table)
     quality_table = new_table("segment", *FIGURES, numbers=FIGURES)
@@ -59,7 +60,7 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
     if quality_table.row_count:
         print_table(quality_table)
     if show_command:
-        console.print(f"[dim]view the run:[/dim] {mlflow_command()}", soft_wrap=True)
+        console.print(with_label("view the run:", mlflow_command()), soft_wrap=True)
 
 
 def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
@@ -126,7 +127,7 @@ def print_sweep(
     print_table(jobs_table(f"sweep {name}: {job_counts_text(jobs, num_expected)}", jobs, common))
     if common:
         override_text = " ".join(o for o in jobs[0].overrides if o in common)
-        console.print(f"[dim]common overrides:[/dim] {escape(override_text)}", soft_wrap=True)
+        console.print(with_label("common overrides:", override_text), soft_wrap=True)
     groups = seed_groups(jobs)
     if any(len(g.jobs) > 1 for g in groups):
         print_table(_groups_table(groups))
@@ -136,7 +137,7 @@ def print_sweep(
         except ConfigError as error:
             # The runs have no Rank IC; users can run qtorch sweep best NAME metric=...
             log.debug("%s", error)
-    console.print(f"[dim]view the runs:[/dim] {mlflow_command()}", soft_wrap=True)
+    console.print(with_label("view the runs:", mlflow_command()), soft_wrap=True)
 
 
 def job_counts_text(jobs: Sequence[JobResult], num_expected: int | None = None) -> str:
@@ -163,13 +164,13 @@ def print_best(
         console.print(f"no finished job has {metric}.")
         return
     override_text = _override_text(job, common_overrides(jobs))
-    text = f"[dim]best by {metric}:[/dim] {format_number(job.metrics[metric])}  "
-    text += f"job {job.number} ({escape(override_text)}), run {job.run_id}"
-    console.print(text, soft_wrap=True)
+    text = f"{format_number(job.metrics[metric])}  "
+    text += f"job {job.number} ({override_text}), run {job.run_id}"
+    console.print(with_label(f"best by {metric}:", text), soft_wrap=True)
     group = best_group(groups, metric, mode)
     if group is not None and len(group.jobs) > 1:
-        text = f"[dim]best over seeds:[/dim] {_mean_text(group, metric)}  {escape(group.name)}"
-        console.print(text, soft_wrap=True)
+        text = f"{_mean_text(group, metric)}  {group.name}"
+        console.print(with_label("best over seeds:", text), soft_wrap=True)
 
 
 def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:
@@ -188,13 +189,13 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
         no_wrap=("status", "run"),
     )
     for job in jobs:
-        status, note = format_status(job.status), job.note
+        note = job.note
         run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
         overrides = OverridesCell(_override_text(job, common))
         values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in figures]
-        cells: tuple[Any, ...] = (overrides, f"{status} ({note})" if note else status, run)
+        cells: tuple[Any, ...] = (overrides, format_status(job.status, note), run)
         if is_narrow:
-            cells = (Group(overrides, *filter(None, (run, note))), status)
+            cells = (Group(overrides, *filter(None, (run, note))), format_status(job.status))
         table.add_row(
             str(job.number),
             *cells,

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
 from qtorch.core.errors import format_count
+from qtorch.core.terminal import progress_bars
 from qtorch.task.definition import RECORDER, Task
 from qtorch.task.stores.base import STATUSES
 from qtorch.task.worker import SlotStatus
@@ -41,8 +41,8 @@ def model_name(definition: Any) -> str:
     model = definition.get("model") if isinstance(definition, Mapping) else None
     if not isinstance(model, Mapping):
         return _last_part(model)
-    options = model if "_target_" in model else model.get("kwargs") or {}
-    network = options.get("network")
+    options = model if "_target_" in model else model.get("kwargs")
+    network = options.get("network") if isinstance(options, Mapping) else None
     return (_config_name(network) if network is not None else "") or _config_name(model)
 
 
@@ -94,17 +94,17 @@ def worker_table(pool: str, slots: Sequence[SlotStatus]) -> Table:
     return table
 
 
-def _cells(slot: SlotStatus) -> list[str]:
+def _cells(slot: SlotStatus) -> list[str | Text]:
     task, progress = slot.task, slot.progress
     if task is None:
-        return ["-", "", "[dim]idle[/dim]", "", "", "", ""]
+        return ["-", "", Text("idle", style="dim"), "", "", "", ""]
     rate = progress.get("samples_per_second")
     return [
         str(task["_id"]),
         model_name(task["def"]),
         stage_text(progress),
         epoch_text(progress),
-        f"{rate:,}" if rate else "",
+        _format_value(rate, ",") if rate else "",
         metrics_text(progress),
         format_duration(time.monotonic() - slot.since),
     ]
@@ -127,9 +127,20 @@ def epoch_text(progress: Mapping[str, Any]) -> str:
 
 def metrics_text(progress: Mapping[str, Any]) -> str:
     """Format the last epoch's validation metrics, or the training metrics if there are none."""
-    metrics = progress.get("metrics") or {}
+    metrics = progress.get("metrics")
+    if not isinstance(metrics, Mapping):
+        return ""
     names = [n for n in metrics if n.startswith("valid/")] or list(metrics)
-    return "  ".join(f"{n} {metrics[n]:.4g}" for n in names[:2] if metrics[n] is not None)
+    texts = {n: _format_value(metrics[n], ".4g") for n in names[:2] if metrics[n] is not None}
+    return "  ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _format_value(value: Any, form: str) -> str:
+    """Format a number; a task may report other values too."""
+    try:
+        return format(value, form)
+    except (TypeError, ValueError, OverflowError):
+        return str(value)
 
 
 # -- the tasks of a pool ---------------------------------------------------------------------------
@@ -173,14 +184,14 @@ def print_task(task: Task) -> None:
     }
     for name, value in facts.items():
         if value:
-            lines.add_row(f"[dim]{name}[/dim]", escape(str(value)))
+            lines.add_row(Text(name, style="dim"), str(value))
     console.print(lines)
     for name in ("traceback", "progress", "def", "res"):
         value = task.get(name)
         if value:
-            console.print(f"[dim]{name}[/dim]")
+            console.print(Text(name, style="dim"))
             text = value if isinstance(value, str) else json.dumps(value, indent=1)
-            console.print(text, markup=False, highlight=False)
+            console.print(text, highlight=False)
 
 
 def attempts_text(task: Mapping[str, Any]) -> str:
@@ -198,12 +209,13 @@ def task_run_id(task: Mapping[str, Any]) -> str:
     """Return the ID of the task's run."""
     result = task.get("res")
     recorder = result.get(RECORDER) if isinstance(result, Mapping) else None
-    return str((recorder or task.get("run") or {}).get("recorder_id") or "")
+    run = recorder if isinstance(recorder, Mapping) else task.get("run")
+    return str((run or {}).get("recorder_id") or "")
 
 
 def _activity_text(task: Mapping[str, Any]) -> str:
     if task["status"] in ("failed", "waiting", "part_done"):
-        return escape(str(task.get("error") or "")[:200])
+        return str(task.get("error") or "")[:200]
     progress = task.get("progress") or {}
     if task["status"] == "done":
         return metrics_text(progress)
@@ -242,19 +254,12 @@ def show_progress(pool: str) -> Iterator[Callable[[Mapping[str, int]], None]]:
     if not sys.stderr.isatty():
         yield lambda stat: print(task_counts_text(stat), file=sys.stderr, flush=True)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with progress_bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bars:
         bar = bars.add_task(pool, total=None)
 
         def update(stat: Mapping[str, int]) -> None:
             num_finished = stat.get("done", 0) + stat.get("failed", 0)
-            failed_text = f", [red]{stat['failed']} failed[/red]" if stat.get("failed") else ""
+            failed_text = f", {stat['failed']} failed" if stat.get("failed") else ""
             running_text = f", {stat['running']} running" if stat.get("running") else ""
             bars.update(
                 bar,

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from qtorch.cli.tables.console import (
     STATUS_STYLES,
     format_number,
     new_table,
     print_table,
     terminal,
+    with_label,
 )
 from qtorch.core.errors import QtorchError, format_count
 from qtorch.study.search.trial import TrialRow
@@ -57,7 +60,7 @@ def report_study(study: SharedStudy, metric: str, folder: Path, sweep_run_id: st
         paths.append(folder / CHART_FILE)
     if sweep_run_id is not None:
         _log_artifacts(sweep_run_id, paths)
-    terminal().print(f"[dim]saved to:[/dim] {paths[-1]}", soft_wrap=True)
+    terminal().print(with_label("saved to:", str(paths[-1])), soft_wrap=True)
 
 
 def _print_trials(
@@ -79,7 +82,7 @@ def _print_trials(
         style = "dim" if row.replaced else STATUS_STYLES.get(row.state, "dim")
         table.add_row(
             str(row.number),
-            f"[{style}]{row.state}[/{style}]",
+            Text(row.state, style=style),
             format_number(row.value),
             *(_format_value(row.params.get(n)) for n in names),
             str(row.steps or "-"),

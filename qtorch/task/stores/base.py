@@ -34,8 +34,11 @@ STORES = {
     "postgres": "qtorch.task.stores.sql.SqlStore",
     "mongodb": "qtorch.task.stores.mongo.MongoStore",
 }
+URL_FORMS = "sqlite:///FILE, postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE"
 SCHEMA_VERSION = 1
 TASKS, SCHEMA = "qtorch_tasks", "qtorch_task_schema"  # names of the tables or collections
+MAX_LEASE_SECONDS = 1e9  # a deadline that is further away is not one of ours
+MAX_COUNT = 2**62  # of a column that is counted up; at most half of what stores can hold
 MAX_PAUSE_SECONDS = 5.0
 LOG_SECONDS = 30.0  # between two warnings about an unavailable store
 
@@ -66,12 +69,20 @@ class StoreTimeout(TaskStoreError):
     """The store was unavailable for longer than the caller was ready to wait."""
 
 
+class StoreFileLost(TaskStoreError):
+    """The store's file was deleted or replaced while it was open."""
+
+
+class ValueTooLarge(TaskStoreError):
+    """The store cannot hold a value of this size."""
+
+
 @dataclass(frozen=True)
 class Change:
     """An update of a row: `values` are set, `steps` are added, `lease` sets the deadline.
 
     The store sets `updated`, and the deadline `lease` seconds from now, by its own clock. A change
-    of status without a lease clears the deadline.
+    of status without a lease clears the deadline. Adding to something that is no number sets it.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -91,6 +102,9 @@ class Store(ABC):
     res, definition. In a new row the numbers from priority to preemptions are 0, and everything
     that is not known yet is None. Times are seconds since 1970, by the store's clock. The store
     also keeps the pool, and the hash and the tokens of the definition, which queries refer to.
+
+    Other programs may write into the store too. A row may therefore contain anything; one with an
+    unknown status counts as failed, and a running one without a valid deadline as expired.
     """
 
     @abstractmethod
@@ -158,7 +172,7 @@ class Store(ABC):
 
 
 def open_store(url: str) -> Store:
-    """Open the store of a URL: sqlite:///FILE, postgresql://..., mongodb://..."""
+    """Open the store of a URL (`URL_FORMS`)."""
     scheme, separator, _ = url.partition(":")
     scheme = scheme.partition("+")[0]
     if scheme not in STORES:
@@ -169,11 +183,24 @@ def open_store(url: str) -> Store:
             else f"{url!r} has no scheme."
         )
         raise TaskStoreError(
-            f"the task URL names no store that qtorch supports: {reason} Use sqlite:///FILE, "
-            "postgresql+psycopg://USER@HOST/DATABASE or mongodb://HOST/DATABASE."
+            f"the task URL names no store that qtorch supports: {reason} Use {URL_FORMS}."
         )
     store: Store = locate(STORES[scheme])(url)
     return store
+
+
+def sum_counts(groups: Iterable[tuple[Any, int]]) -> dict[str, int]:
+    """Return the numbers of rows by status; those with an unknown status count as failed."""
+    counts: dict[str, int] = {}
+    for status, number in groups:
+        known_status = status if status in STATUSES else FAILED
+        counts[known_status] = counts.get(known_status, 0) + number
+    return counts
+
+
+def other_statuses(statuses: Sequence[str]) -> list[str] | None:
+    """Return all statuses but these if FAILED is one of them, which includes unknown statuses."""
+    return [s for s in STATUSES if s not in statuses] if FAILED in statuses else None
 
 
 def is_current_version(version: int | None, store_name: str) -> bool:

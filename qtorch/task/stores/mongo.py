@@ -16,6 +16,8 @@ from typing import Any
 from qtorch.core.errors import TaskStoreError
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
+    MAX_COUNT,
+    MAX_LEASE_SECONDS,
     RUNNING,
     SCHEMA,
     SCHEMA_VERSION,
@@ -26,12 +28,16 @@ from qtorch.task.stores.base import (
     Row,
     Store,
     StoreUnavailable,
+    ValueTooLarge,
     is_current_version,
+    other_statuses,
+    sum_counts,
 )
 
 try:
     import pymongo
     from bson import ObjectId
+    from bson.errors import BSONError
     from pymongo import errors
     from pymongo.collection import Collection
     from pymongo.database import Database
@@ -56,6 +62,10 @@ NULL_FIELDS: Document = dict.fromkeys(
      "res")
 )  # fmt: skip
 ZERO_FIELDS: Document = dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), 0)
+# Another program may have removed fields of a task.
+EMPTY_ROW: Document = {
+    **NULL_FIELDS, **ZERO_FIELDS, **dict.fromkeys(("status", "created", "updated", "definition"))
+}  # fmt: skip
 
 # The functions that migrate from each version to the next.
 MIGRATIONS: dict[int, Callable[[Database[Document]], None]] = {}
@@ -67,7 +77,13 @@ class MongoStore(Store):
     def __init__(self, url: str) -> None:
         try:
             self._client: pymongo.MongoClient[Document] = pymongo.MongoClient(
-                url, tz_aware=True, appname="qtorch", serverSelectionTimeoutMS=SELECTION_MS
+                url,
+                tz_aware=True,
+                appname="qtorch",
+                serverSelectionTimeoutMS=SELECTION_MS,
+                # Another program may have stored text or times that Python cannot represent.
+                unicode_decode_error_handler="replace",
+                datetime_conversion="DATETIME_AUTO",
             )
             database = self._client.get_default_database(DATABASE)
         except (errors.InvalidURI, errors.ConfigurationError, ValueError) as error:
@@ -128,7 +144,7 @@ class MongoStore(Store):
 
     def find_expired_rows(self, pool: str) -> list[Row]:
         with self._translate_errors():
-            query = {"pool": pool, "status": RUNNING, "deadline": {"$lt": self._now()}}
+            query = {**_filter(pool, Condition(statuses=(RUNNING,))), **_is_expired(self._now())}
             return [_to_row(d) for d in self._tasks.find(query, sort=CLAIM_ORDER[1:])]
 
     def change(
@@ -137,7 +153,7 @@ class MongoStore(Store):
         query: Document = {"_id": _object_id(id), "attempt": attempt, "status": RUNNING}
         with self._translate_errors():
             if only_if_expired:
-                query["deadline"] = {"$lt": self._now()}
+                query.update(_is_expired(self._now()))
             return self._tasks.update_one(query, _pipeline(change)).matched_count == 1
 
     def change_all(self, pool: str, condition: Condition, change: Change) -> int:
@@ -168,7 +184,7 @@ class MongoStore(Store):
         group = {"$group": {"_id": "$status", "n": {"$sum": 1}}}
         with self._translate_errors():
             groups = self._tasks.aggregate([{"$match": _filter(pool, condition)}, group])
-            return {d["_id"]: int(d["n"]) for d in groups}
+            return sum_counts((d["_id"], int(d["n"])) for d in groups)
 
     def delete(self, pool: str, condition: Condition) -> int:
         with self._translate_errors():
@@ -176,7 +192,7 @@ class MongoStore(Store):
 
     def pools(self) -> list[str]:
         with self._translate_errors():
-            return sorted(self._tasks.distinct("pool"))
+            return sorted(map(str, self._tasks.distinct("pool")))
 
     def close(self) -> None:
         self._client.close()
@@ -210,14 +226,31 @@ class MongoStore(Store):
             if error.code in TRANSIENT_CODES or error.has_error_label("RetryableWriteError"):
                 raise StoreUnavailable(str(error)[:200]) from error
             raise TaskStoreError(f"the task store rejected an operation: {error}") from error
+        except errors.DocumentTooLarge as error:
+            text = f"MongoDB stores at most 16 MB for a task ({' '.join(str(error).split())})."
+            raise ValueTooLarge(text) from error
+        except (BSONError, UnicodeEncodeError, OverflowError) as error:
+            raise TaskStoreError(f"the task store cannot hold a value: {error}") from error
+
+
+def _is_expired(now: datetime.datetime) -> Document:
+    """Return the query for deadlines that have passed, or are no times that qtorch has set."""
+    last = now + datetime.timedelta(seconds=MAX_LEASE_SECONDS)
+    return {"$nor": [{"deadline": {"$gte": now, "$lte": last}}]}
 
 
 def _filter(pool: str, condition: Condition) -> Document:
-    """Return the query for the tasks of a pool that meet a condition."""
-    query: Document = {"pool": pool}
+    """Return the query for the tasks of a pool that meet a condition.
+
+    A document whose id is no ObjectId is not a task of qtorch.
+    """
+    query: Document = {"pool": pool, "_id": {"$type": "objectId"}}
     if condition.ids is not None:
         query["_id"] = {"$in": [_object_id(i) for i in condition.ids]}
-    if condition.statuses is not None:
+    excluded_statuses = other_statuses(condition.statuses or ())
+    if excluded_statuses is not None:
+        query["status"] = {"$nin": excluded_statuses}
+    elif condition.statuses is not None:
         query["status"] = {"$in": list(condition.statuses)}
     if condition.hashes is not None:
         query["hash"] = {"$in": list(condition.hashes)}
@@ -231,7 +264,9 @@ def _pipeline(change: Change) -> list[Document]:
     sets: Document = {"updated": "$$NOW"}
     # Without $literal, a text that begins with $ would be a field's name.
     sets.update({k: {"$literal": v} for k, v in change.values.items()})
-    sets.update({k: {"$add": [f"${k}", step]} for k, step in change.steps.items()})
+    for name, step in change.steps.items():
+        is_number = {"$in": [{"$type": f"${name}"}, ["int", "long", "double"]]}
+        sets[name] = {"$add": [{"$cond": [is_number, {"$min": [f"${name}", MAX_COUNT]}, 0]}, step]}
     if change.lease is not None:
         sets["deadline"] = {"$add": ["$$NOW", round(change.lease * 1000)]}
     elif "status" in change.values:  # nobody works on the task any more
@@ -241,7 +276,7 @@ def _pipeline(change: Change) -> list[Document]:
 
 def _to_row(document: Mapping[str, Any]) -> Row:
     """Convert a document: the id to text, times to seconds since 1970."""
-    row = {k: v for k, v in document.items() if k not in ("_id", "tokens")}
+    row = {**EMPTY_ROW, **{k: v for k, v in document.items() if k not in ("_id", "tokens")}}
     row["id"] = str(document["_id"])
     for name in TIMES:
         if isinstance(row[name], datetime.datetime):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +25,11 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from qtorch.core.errors import TaskStoreError
+from qtorch.process.lease import boot_id
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
+    MAX_COUNT,
+    MAX_LEASE_SECONDS,
     RUNNING,
     SCHEMA,
     SCHEMA_VERSION,
@@ -34,8 +39,11 @@ from qtorch.task.stores.base import (
     Condition,
     Row,
     Store,
+    StoreFileLost,
     StoreUnavailable,
     is_current_version,
+    other_statuses,
+    sum_counts,
 )
 
 COLUMNS = (
@@ -58,6 +66,8 @@ CREATE TABLE IF NOT EXISTS {tasks} (
 """
 INDEX = "CREATE INDEX IF NOT EXISTS {tasks}_by_turn ON {tasks} (pool, status, priority DESC, id)"
 
+CLOCKS = "qtorch_task_clocks"  # a table of SQLite stores only
+CLOCK_TOLERANCE = 60.0  # seconds
 BUSY_SECONDS = 5.0
 CONNECT_SECONDS = 10
 LOCK_KEY = 716_726_384  # for PostgreSQL's advisory locks
@@ -75,12 +85,17 @@ class SqlStore(Store):
     def __init__(self, url: str) -> None:
         self.url = _parse_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._now = (
-            ":now" if self.is_sqlite else "CAST(extract(epoch FROM clock_timestamp()) AS FLOAT8)"
+        server_time = "CAST(extract(epoch FROM clock_timestamp()) AS FLOAT8)"
+        self._now = ":now" if self.is_sqlite else server_time
+        self._clock = ":clock" if self.is_sqlite else server_time  # of deadlines
+        self._is_expired = (
+            f"(deadline BETWEEN {self._clock} AND {self._clock} + {MAX_LEASE_SECONDS}) IS NOT TRUE"
         )
         self._skip_locked = "" if self.is_sqlite else "FOR UPDATE SKIP LOCKED"
+        self._file_identity: tuple[int, int] | None = None  # of SQLite's file, once it is open
         self._engine = self._create_engine()
         self._prepare()
+        self._clock_start = self._load_clock_start() if self.is_sqlite else 0.0
 
     def insert(self, pool: str, definitions: Sequence[Definition]) -> int:
         statement = (
@@ -136,7 +151,7 @@ class SqlStore(Store):
     def find_expired_rows(self, pool: str) -> list[Row]:
         return self._rows(
             f"SELECT {COLUMNS} FROM {TASKS} WHERE pool = :pool AND status = '{RUNNING}' "
-            f"AND deadline < {self._now} ORDER BY id",
+            f"AND {self._is_expired} ORDER BY id",
             {"pool": pool, **self._now_parameter()},
         )
 
@@ -146,7 +161,7 @@ class SqlStore(Store):
         sets, values = self._set_clause(change)
         conditions = f"id = :row_id AND attempt = :row_attempt AND status = '{RUNNING}'"
         if only_if_expired:
-            conditions += f" AND deadline < {self._now}"
+            conditions += f" AND {self._is_expired}"
         parameters = {
             "row_id": _row_id(id),
             "row_attempt": attempt,
@@ -188,14 +203,15 @@ class SqlStore(Store):
             f"SELECT status, count(*) AS n FROM {TASKS} WHERE {conditions} GROUP BY status",
             parameters,
         )
-        return {row["status"]: int(row["n"]) for row in rows}
+        return sum_counts((row["status"], int(row["n"])) for row in rows)
 
     def delete(self, pool: str, condition: Condition) -> int:
         conditions, parameters = self._build_conditions(pool, condition)
         return self._update(f"DELETE FROM {TASKS} WHERE {conditions}", parameters)
 
     def pools(self) -> list[str]:
-        return [r["pool"] for r in self._rows(f"SELECT DISTINCT pool FROM {TASKS} ORDER BY 1", {})]
+        rows = self._rows(f"SELECT DISTINCT pool FROM {TASKS} ORDER BY 1", {})
+        return [str(row["pool"]) for row in rows]
 
     def close(self) -> None:
         self._engine.dispose()
@@ -203,21 +219,23 @@ class SqlStore(Store):
     # -- statements ---------------------------------------------------------------------------
 
     def _now_parameter(self) -> dict[str, float]:
-        """Return the parameter of `_now`; PostgreSQL uses its own clock."""
-        return {"now": time.time()} if self.is_sqlite else {}
+        """Return the parameters of `_now` and `_clock`; PostgreSQL uses its own clock."""
+        if not self.is_sqlite:
+            return {}
+        return {"now": time.time(), "clock": self._clock_start + time.monotonic()}
 
     def _set_clause(self, change: Change) -> tuple[str, dict[str, Any]]:
         parts = [f"updated = {self._now}"]
         parameters: dict[str, Any] = self._now_parameter()
         for name, value in change.values.items():
             parts.append(f"{name} = :set_{name}")
-            # PostgreSQL rejects the NUL character, which tracebacks may contain.
-            parameters[f"set_{name}"] = value.replace("\0", "") if isinstance(value, str) else value
+            parameters[f"set_{name}"] = value
+        minimum = "min" if self.is_sqlite else "least"
         for name, step in change.steps.items():
-            parts.append(f"{name} = {name} + :add_{name}")
+            parts.append(f"{name} = {minimum}({name}, {MAX_COUNT}) + :add_{name}")
             parameters[f"add_{name}"] = step
         if change.lease is not None:
-            parts.append(f"deadline = {self._now} + :lease")
+            parts.append(f"deadline = {self._clock} + :lease")
             parameters["lease"] = float(change.lease)
         elif "status" in change.values:
             parts.append("deadline = NULL")
@@ -231,9 +249,14 @@ class SqlStore(Store):
             "status": condition.statuses,
             "hash": condition.hashes,
         }
+        excluded_statuses = other_statuses(condition.statuses or ())
+        if excluded_statuses is not None:
+            column_values["status"] = excluded_statuses
         for name, values in column_values.items():
             if values is not None:
-                parts.append(self._in_clause(name, f"in_{name}"))
+                is_excluding = name == "status" and excluded_statuses is not None
+                prefix = "NOT " if is_excluding else ""
+                parts.append(prefix + self._in_clause(name, f"in_{name}"))
                 parameters[f"in_{name}"] = (
                     json.dumps(list(values)) if self.is_sqlite else list(values)
                 )
@@ -266,6 +289,7 @@ class SqlStore(Store):
 
         It bypasses SQLAlchemy, whose overhead would exceed the cost of a claim.
         """
+        self._check_file()
         dialect, driver = self._engine.dialect, self._engine.dialect.loaded_dbapi
         connection = cursor = None
         with self._translate_errors():
@@ -316,12 +340,36 @@ class SqlStore(Store):
             connection.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
+            # Another program may have stored text that is not valid UTF-8.
+            connection.text_factory = lambda text: text.decode(errors="replace")
+            self._file_identity = self._file_identity or self._find_file_identity()
 
         return engine
+
+    def _find_file_identity(self) -> tuple[int, int] | None:
+        """Return device and inode of the SQLite file; None if there is none at its path."""
+        try:
+            status = os.stat(str(self.url.database))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_dev, status.st_ino
+
+    def _check_file(self) -> None:
+        """Raise StoreFileLost if the path no longer leads to the file that the connections use."""
+        if self._file_identity is None:
+            return
+        identity = self._find_file_identity()
+        if identity != self._file_identity:
+            raise StoreFileLost(
+                f"the file {self.url.database} of the task pool was "
+                f"{'replaced' if identity else 'deleted'} while it was open: what is written into "
+                "the former file is lost. Restore the file if that was a mistake, then start again."
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         """A transaction of several statements, begun by hand: the engine commits each statement."""
+        self._check_file()
         with self._translate_errors(), self._engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
             try:
@@ -342,6 +390,8 @@ class SqlStore(Store):
             yield
         except exc.IntegrityError:
             raise
+        except (UnicodeEncodeError, OverflowError) as error:  # the driver cannot convert it
+            raise TaskStoreError(f"the task store cannot hold a value: {error}") from error
         except exc.DBAPIError as error:
             if self._is_transient(error):
                 raise StoreUnavailable(" ".join(str(error.orig).split())[:200]) from error
@@ -364,6 +414,36 @@ class SqlStore(Store):
         return error.connection_invalidated or not PERMANENT_MESSAGES.search(text)
 
     # -- tables -------------------------------------------------------------------------------
+
+    def _load_clock_start(self) -> float:
+        """Return the start of the clock of deadlines, in seconds since 1970; on SQLite only.
+
+        The clock of the machine may be set while tasks are running, so that deadlines are measured
+        by the time since the machine was started. All processes use the same start, which the first
+        one after a restart of the machine stores.
+        """
+        boot, now, clock = boot_id(), time.time(), time.monotonic()
+        if not boot:
+            return now - clock
+        with self._translate_errors(), self._engine.connect() as connection:
+            start = _read_clock_start(connection, boot)
+        if start is not None:
+            return start
+        with self._transaction() as connection:
+            start = _read_clock_start(connection, boot)
+            if start is not None:  # another process was faster
+                return start
+            statements = (
+                f"CREATE TABLE IF NOT EXISTS {CLOCKS} (boot TEXT PRIMARY KEY, start REAL NOT NULL)",
+                f"INSERT OR REPLACE INTO {CLOCKS} (boot, start) VALUES (:boot, :start)",
+                # Changed in the future: the clock was set back since the machine's last run.
+                f"UPDATE {TASKS} SET deadline = :now WHERE status = '{RUNNING}' "
+                "AND updated > :now + :tolerance",
+            )
+            values = {"boot": boot, "start": now - clock, "now": now, "tolerance": CLOCK_TOLERANCE}
+            for statement in statements:
+                connection.exec_driver_sql(statement, values)
+            return now - clock
 
     def _prepare(self) -> None:
         """Create the tables, or migrate those of an older version."""
@@ -406,6 +486,15 @@ class SqlStore(Store):
             statements.append(f"INSERT INTO {SCHEMA} (version) VALUES ({SCHEMA_VERSION})")
         for statement in statements:
             connection.exec_driver_sql(statement.format(**template_values))
+
+
+def _read_clock_start(connection: Connection, boot: str) -> float | None:
+    table_query = f"SELECT name FROM sqlite_master WHERE type = 'table' AND name = '{CLOCKS}'"
+    if connection.exec_driver_sql(table_query).scalar() is None:
+        return None
+    query = f"SELECT start FROM {CLOCKS} WHERE boot = :boot"
+    start = connection.exec_driver_sql(query, {"boot": boot}).scalar()
+    return start if isinstance(start, float) and math.isfinite(start) else None
 
 
 @functools.lru_cache(maxsize=256)
