@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.secrets import redact_urls
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,14 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     return torch_device
 
 
+class RedactingFormatter(logging.Formatter):
+    """Formats log records without the secrets in URLs, also those in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        return redact_urls(super().format(record))
+
+
 def configure_logging(level: int | str = logging.INFO) -> None:
     """Write qtorch's log to stderr (with rich on a terminal); repeated calls change the level."""
     logger = logging.getLogger("qtorch")
@@ -70,11 +79,11 @@ def configure_logging(level: int | str = logging.INFO) -> None:
         handler = RichHandler(
             console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(RedactingFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+            RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
         )
     logger.addHandler(handler)
     logger.propagate = False

@@ -183,6 +183,19 @@ def check_complete(url: str, setting: str, error: type[Exception] = ConfigError)
     return complete
 
 
+def check_encoding(url: str, error: type[Exception] = ConfigError) -> None:
+    """Raise `error` if characters of a URL's password end it too early for the usual parsers."""
+    match = _URL_IN_WORD.match(url)
+    if match is None:
+        return
+    userinfo = match[2][: _find_userinfo_end(match[1], match[2])]
+    if re.search(r"[/?#@]", userinfo[:-1].partition(":")[2]):
+        raise error(
+            f"the password in {redact_urls(url)} contains one of the characters / ? # @: write "
+            "them as %2F %3F %23 %40."
+        )
+
+
 def url_variables() -> dict[str, str]:
     """Return the environment variable with which a child process completes the same URLs."""
     urls = [*_urls.values(), *_read_url_variable()]

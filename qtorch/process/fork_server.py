@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError
+from qtorch.core.secrets import url_variables
 from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child_main, connect
 from qtorch.process.stops import STOP_SIGNALS
 
@@ -117,7 +118,10 @@ class ForkServer(forkserver.ForkServer):
             {
                 "function": function,
                 "request": request,
-                "environment": dict(current_environment() if environment is None else environment),
+                "environment": {
+                    **(current_environment() if environment is None else environment),
+                    **url_variables(),
+                },
                 "is_interruptible": is_interruptible,
                 "orphan_seconds": orphan_seconds,
                 "silence_timeout": silence_timeout,

@@ -47,6 +47,7 @@ from qtorch.core.errors import (
 )
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path, locate
+from qtorch.core.secrets import complete_tree, redact_tree
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import check_name_trust, load_pickle
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
@@ -181,13 +182,13 @@ def _read_json(path: Path, name: str) -> Any:
     document = json.loads(path.read_text(encoding="utf-8"))
     _check_format(document[_KEY]["format"], name)
     if document[_KEY]["kind"] == "state":
-        return _rebuild(document["_target_"], State(decode(document["config"])))
+        return _rebuild(document["_target_"], State(complete_tree(decode(document["config"]))))
     return decode(document["value"])
 
 
 def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
     """Return a function that writes a state; raise NotPlainError if its config is not plain."""
-    content = {"_target_": import_path(cls), "config": encode(state.config)}
+    content = {"_target_": import_path(cls), "config": encode(redact_tree(state.config))}
 
     def write(_: Any, path: Path) -> None:
         text = _json_text("state", content)
@@ -264,7 +265,9 @@ def _read_tensors(path: Path, name: str) -> Any:
         raise LoadObjectError(f"{name!r} cannot be read from {path}: {error}") from error
     _check_format(document[_KEY]["format"], name)
     if document[_KEY]["kind"] == "state":
-        return _rebuild(document["_target_"], State(decode(document["config"]), tensors))
+        return _rebuild(
+            document["_target_"], State(complete_tree(decode(document["config"])), tensors)
+        )
     values = {n: tensors[str(i)] for i, n in enumerate(document["names"])}
     values = {n: v.numpy() if n in document["arrays"] else v for n, v in values.items()}
     return values[""] if document["single"] else values

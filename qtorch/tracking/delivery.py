@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking.locations import default_uri, outbox_folder, redact_password
+from qtorch.core.secrets import redact_urls
+from qtorch.tracking.locations import outbox_folder
 from qtorch.tracking.store_types import MetricPoint, RefusedError, RunRow
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class Sender:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
         if num_unsent:
-            store_uri = redact_password(self._store.uri)
+            store_uri = redact_urls(self._store.uri)
             return error or TrackingError(f"the tracking store {store_uri} was too slow.")
         return None
 
@@ -272,7 +273,7 @@ class Journal:
         self._header = {
             "outbox": FORMAT,
             "run": run_id,
-            "uri": redact_password(uri),
+            "uri": redact_urls(uri),
             "attempt": attempt,
         }
         self.path = outbox_folder() / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
@@ -402,8 +403,8 @@ def send_outbox(
 
     Files of running processes are skipped. A file is removed once the store has all of its
     entries, so that this function can be called repeatedly. `tracking_uri` replaces the URI in
-    the files, which is stored without its password. An unreachable store raises no error; it is
-    in `Delivery.error`.
+    the files, which is stored without its password (`resolve_uri` completes it). An unreachable
+    store raises no error; it is in `Delivery.error`.
     """
     deliveries = []
     for path in outbox_files(run_id, folder):
@@ -421,12 +422,6 @@ def send_outbox(
         if delivery is not None:
             deliveries.append(delivery)
     return deliveries
-
-
-def _target_uri(header: Entry) -> str:
-    """Return the URI to send a file to; the default URI if it is the same, as it has a password."""
-    default = default_uri()
-    return default if redact_password(default) == header["uri"] else str(header["uri"])
 
 
 def _read_entries(path: Path) -> tuple[Entry | None, list[Entry]]:
@@ -456,7 +451,7 @@ def _send_file(path: Path, tracking_uri: str | None) -> Delivery | None:
     if header is None:
         path.unlink(missing_ok=True)  # the process ended before it wrote anything
         return None
-    store = open_store(tracking_uri or _target_uri(header))
+    store = open_store(tracking_uri or header["uri"])
     run = store.run(header["run"])
     new_entries = _select_new_entries(store, run, entries)
     batchable = [e for e in new_entries if {"metric", "param", "tag"} & set(e)]

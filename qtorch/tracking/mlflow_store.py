@@ -34,7 +34,8 @@ from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder, file_lock
-from qtorch.tracking.locations import redact_password, resolve_uri, sqlite_path
+from qtorch.core.secrets import redact_error, redact_urls
+from qtorch.tracking.locations import resolve_uri, sqlite_path
 from qtorch.tracking.store_types import (
     AlreadyInStoreError,
     ExperimentRow,
@@ -102,7 +103,7 @@ class MLflowStore:
             _ensure_sqlite_store(path)
             return MlflowClient(tracking_uri=self.uri)
         # The first client that opens a server's new database migrates it, so take turns.
-        name = sha256(self.uri.encode()).hexdigest()[:16]
+        name = sha256(redact_urls(self.uri).encode()).hexdigest()[:16]
         with file_lock(cache_folder() / f"open-{name}.lock"):
             client = MlflowClient(tracking_uri=self.uri)
             client.search_experiments(max_results=1)
@@ -124,8 +125,9 @@ class MLflowStore:
                 address = (parts.hostname, parts.port or port)
                 socket.create_connection(address, timeout=timeout).close()
         except (MlflowException, OSError, ValueError) as error:
+            redact_error(error)
             raise TrackingError(
-                f"the tracking server {redact_password(self.uri)} does not answer ({_reason(error)}"
+                f"the tracking server {redact_urls(self.uri)} does not answer ({_reason(error)}"
                 "). Start it, or use another tracking URI."
             ) from error
 
@@ -145,9 +147,10 @@ class MLflowStore:
                     log.debug("could not %s: the database is locked", action)
                     time.sleep(random.uniform(0.05, 0.5))
                     continue
+                redact_error(error)
                 code = str(getattr(error, "error_code", ""))
                 raise _ERROR_CLASSES.get(code, TrackingError)(
-                    f"could not {action} at {redact_password(self.uri)}: {_first_line(error)}"
+                    f"could not {action} at {redact_urls(self.uri)}: {_first_line(error)}"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
 
@@ -387,7 +390,7 @@ def _folder_name(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = redact_urls(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import string
 from urllib.parse import quote
@@ -103,23 +104,14 @@ HARMLESS = [
 ]
 
 
-def split_example(marked_url: str) -> tuple[str, str, list[str]]:
-    """Return the URL, its redacted form and its secrets."""
-    plain, redacted, url_secrets = "", "", []
-    for part in marked_url.split("«"):
-        secret, bracket, text = part.partition("»")
-        if not bracket:
-            secret, text = "", part
-        else:
-            url_secrets.append(secret)
-        plain += secret + text
-        redacted += ("***" if bracket else "") + text
-    return plain, redacted, url_secrets
+def split_example(marked_url: str) -> tuple[str, str]:
+    """Return the URL and its redacted form."""
+    return marked_url.replace("«", "").replace("»", ""), re.sub("«[^»]*»", "***", marked_url)
 
 
 @pytest.mark.parametrize("marked_url", URLS)
 def test_secrets_of_urls(marked_url):
-    url, redacted, url_secrets = split_example(marked_url)
+    url, redacted = split_example(marked_url)
     assert redact_urls(url) == redacted
     assert redact_urls(f"tracking.uri={url}") == f"tracking.uri={redacted}"
     assert redact_urls(redacted) == redacted
@@ -327,7 +319,7 @@ def test_child_processes_get_the_complete_urls(monkeypatch):
 
 
 def test_messages_of_an_exception_and_its_causes():
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is compared below
+    with pytest.raises(ValueError) as raised:
         try:
             raise KeyError(f"no {FULL}")
         except KeyError as cause:

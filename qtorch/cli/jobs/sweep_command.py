@@ -26,6 +26,7 @@ from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_resul
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
+from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.process.stops import CommandLock, StopSignals
@@ -59,6 +60,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect results from the sweep's folder; start its run and its processes."""
+        redact_config(config)
         command_results.watch_folder(Path(str(config.hydra.sweep.dir)))
         sweep = SweepCommand()
         _sweeps.append(sweep)
