@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import mlflow.store.db_migrations
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -217,7 +217,9 @@ class MLflowStore:
         if end_time is None:
             self._call(action, lambda: self.client.update_run(run_id, status=status))
         else:
-            self._call(action, lambda: self.client.set_terminated(run_id, status, end_time))
+            # Not `set_terminated`, which prints the address of the run with its password.
+            store, number = self.client._tracking_client.store, RunStatus.from_string(status)
+            self._call(action, lambda: store.update_run_info(run_id, number, end_time, None))
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted."""
