@@ -57,8 +57,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def write_private(path: Path, text: str) -> None:
     """Write a text file that only its owner can read."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        os.fchmod(file.fileno(), 0o600)  # it may have existed
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        os.fchmod(handle, 0o600)  # it may have existed
         file.write(text)
 
 

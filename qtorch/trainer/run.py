@@ -23,7 +23,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
-from qtorch.core.secrets import check_complete, complete_tree, has_mask, redact_tree
+from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
@@ -366,7 +366,10 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_url(value: Any, location: str) -> Any:
     if isinstance(value, str) and has_mask(value):
-        check_complete(value, f"an environment variable (this is {location})")
+        raise ConfigError(
+            f"{location} is {value}, stored without its password: set an environment variable (of "
+            "any name) to the complete URL."
+        )
     return value
 
 

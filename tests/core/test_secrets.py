@@ -259,12 +259,6 @@ def test_names_of_secret_variables():
     assert not any(map(is_secret_name, ("QTORCH_CACHE", "QTORCH_NUM_TOKENS", "QTORCH_TASK_URL")))
 
 
-@pytest.fixture(autouse=True)
-def forget_urls(monkeypatch):
-    monkeypatch.setattr(secrets, "_urls", {})
-    monkeypatch.delenv(URLS_VARIABLE, raising=False)
-
-
 FULL, STORED = "postgresql://me:s3cret@host:5432/db?a=b", "postgresql://me:***@host:5432/db?a=b"
 
 
