@@ -15,7 +15,8 @@ usage: qtorch tracking send [run=RUN_ID] [folder=FOLDER] [tracking.uri=URI]
 
   run           only this run
   folder        outbox folder; default: the outbox of this user
-  tracking.uri  destination; default: the original store (required if its URI has a password)
+  tracking.uri  destination; default: the original store (its password, if it has one, is taken
+                from MLFLOW_TRACKING_URI)
 """
 ACTIONS = ("send",)
 PARSERS = {"run": str, "folder": str, "tracking.uri": str}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -148,9 +149,7 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     argument_uri = secret_url("argument", server.uri)
     config_file = tmp_path / "conf" / "tracking" / "mine.yaml"
     config_file.parent.mkdir(parents=True)
-    config_file.write_text(
-        f"uri: '{secret_url('file', server.uri).replace(chr(39), chr(39) * 2)}'\n"
-    )
+    config_file.write_text(json.dumps({"uri": secret_url("file", server.uri)}))  # also YAML
     environment_uri = secret_url("environment", server.uri)
 
     commands.run("train", *TINY, f"tracking.uri={argument_uri}")
