@@ -26,6 +26,7 @@ from qtorch.core.secrets import (
     URLS_VARIABLE,
     complete_tree,
     complete_url,
+    redact_secrets,
     redact_tree,
     redact_urls,
     url_variables,
@@ -110,8 +111,8 @@ def _redact_nodes(node: DictConfig | ListConfig) -> None:
 def save_config(cfg: DictConfig, filename: str, output_dir: Path) -> None:
     """Save a job's configuration in `.hydra`, without secrets, for the user alone."""
     plain = redact_tree(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_private(output_dir / filename, OmegaConf.to_yaml(OmegaConf.create(plain)))
+    text = redact_secrets(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    write_private(output_dir / filename, text)
 
 
 def replace_config_writer() -> None:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     totals = total_counts([slot.display for slot in supervisor.slots])
     print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact_urls(error)}", file=sys.stderr)
     return code
 
 

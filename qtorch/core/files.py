@@ -56,7 +56,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a text file that only its owner can read."""
+    """Write a text file that only its owner can read, in a folder that is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         os.fchmod(handle, 0o600)  # it may have existed

@@ -111,10 +111,18 @@ def test_saved_configuration(tmp_path):
     path = Path(tmp_path, ".hydra", "config.yaml")
     assert path.read_text() == OmegaConf.to_yaml(OmegaConf.create(plain))
     assert path.stat().st_mode & 0o777 == 0o600
-    secret = {"uri": 'http://me:"s3\'cret"@h', "list": ["tracking.uri=http://s3cret@h"]}
+    secret = {
+        "password": "hunter2",
+        "uri": 'http://me:"s3\'cret"@h',
+        "list": ["tracking.uri=http://s3cret@h"],
+    }
     save_config(OmegaConf.create(secret), "config.yaml", tmp_path / ".hydra")
     stored_config = OmegaConf.to_container(OmegaConf.load(path))
-    assert stored_config == {"uri": "http://me:***@h", "list": ["tracking.uri=http://***@h"]}
+    assert stored_config == {
+        "password": "***",
+        "uri": "http://me:***@h",
+        "list": ["tracking.uri=http://***@h"],
+    }
 
 
 def test_configuration_on_the_screen(capsys):

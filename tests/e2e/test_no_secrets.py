@@ -187,5 +187,7 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     assert not leaks
     (diff,) = {p.read_text() for p in files if p.name == "code_diff.txt"}
     assert '+password = "***"' in diff
-    for path in (p for p in files if p.parent.name == ".hydra"):
-        assert path.stat().st_mode & 0o777 == 0o600
+    private_files = [
+        p for p in files if p.parent.name == ".hydra" or p.name in ("multirun.yaml", "job.json")
+    ]
+    assert {oct(p.stat().st_mode & 0o777) for p in private_files} == {"0o600"}

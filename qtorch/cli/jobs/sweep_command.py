@@ -29,6 +29,7 @@ from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError
+from qtorch.core.files import write_private
 from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import (
     COMMAND_TAG,
@@ -66,6 +67,8 @@ class SweepCallback(Callback):
         _sweeps.append(sweep)
         try:
             sweep.start(config)
+            # Hydra writes into this file.
+            write_private(Path(str(config.hydra.sweep.dir), "multirun.yaml"), "")
         except Exception as error:
             raise SweepStartError from error
 
