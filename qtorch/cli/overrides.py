@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtorch.core.files import write_private
 from qtorch.core.secrets import (
+    MASK,
     URLS_VARIABLE,
     complete_tree,
     complete_url,
+    is_secret_name,
     redact_secrets,
-    redact_tree,
     redact_urls,
     url_variables,
 )
@@ -110,9 +111,19 @@ def _redact_nodes(node: DictConfig | ListConfig) -> None:
 
 def save_config(cfg: DictConfig, filename: str, output_dir: Path) -> None:
     """Save a job's configuration in `.hydra`, without secrets, for the user alone."""
-    plain = redact_tree(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
-    text = redact_secrets(OmegaConf.to_yaml(OmegaConf.create(plain)))
-    write_private(output_dir / filename, text)
+    plain = _redact_values(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
+    write_private(output_dir / filename, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def _redact_values(value: Any, name: str = "") -> Any:
+    """Redact the texts in a configuration, and all of a value whose name says that it is secret."""
+    if isinstance(value, dict):
+        return {key: _redact_values(part, str(key)) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_redact_values(part) for part in value]
+    if not isinstance(value, str) or value == "???" or value.startswith("${"):
+        return value
+    return MASK if is_secret_name(name) else redact_secrets(value)
 
 
 def replace_config_writer() -> None:

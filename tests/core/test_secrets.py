@@ -177,7 +177,7 @@ SCHEMES = ["http", "https", "postgresql", "postgresql+psycopg", "mongodb", "mong
 def test_random_secrets_never_survive(
     password, form, scheme, user, host, path, before, after, is_quoted
 ):
-    secret = "S3" + quote(password, safe=UNRESERVED_IN_PASSWORDS if "@" in form else "")
+    secret = "S3" + quote(password, safe="" if "={secret}" in form else UNRESERVED_IN_PASSWORDS)
     if form.startswith("https://{secret}"):
         secret = secret.replace(":", "%3A")
     url = form.format(scheme=scheme, user=user, secret=secret, host=host, path=path)
