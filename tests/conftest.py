@@ -42,11 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start each test with qtorch's defaults, whatever another test has set."""
-    from qtorch.core import session
+    from qtorch.core import secrets, session
     from qtorch.process.stops import received_signals
     from qtorch.tracking.recorder import remove_running, running_recorders
 
     monkeypatch.setattr(session, "_process", session.Session())
+    monkeypatch.setattr(secrets, "_urls", {})
+    monkeypatch.delenv(secrets.URLS_VARIABLE, raising=False)
     yield
     received_signals.clear()
     # A run left open by this test must not leak into the next one.

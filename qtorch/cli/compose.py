@@ -120,6 +120,14 @@ def translate_hydra_errors(argv: Sequence[str] = (), root: str = ROOT_CONFIG) ->
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_error(error, argv, root)) from error
+    except ValueError as error:
+        if "Config group override must be a string" not in str(error):
+            raise
+        words = [word for word in argv if re.search(r"=(.*,)?(null|None)(,|$)", word)]
+        raise ConfigError(
+            f"{' '.join(words)}: an option of a config group cannot be null. Leave it out for the "
+            "default (for debug and experiment: none)."
+        ) from error
 
 
 def check_missing_values(config: DictConfig) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from qtorch.core.errors import QtorchError, printable_text
 from qtorch.core.runtime import change_environment, configure_logging
+from qtorch.core.secrets import redact_urls
 from qtorch.core.session import PICKLE_VARIABLE, init
 from qtorch.process.stops import StopSignals
 
@@ -51,7 +52,7 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
         with change_environment(switches):
             return command([a for a in argv if a not in SWITCHES])
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        print(redact_urls(f"interrupted. {interrupt}".rstrip()), file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         with change_environment(switches):
@@ -62,13 +63,16 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 def print_error(error: BaseException) -> None:
     """Print an error to stderr, with its traceback if debugging is enabled."""
     if is_debug_enabled():
-        traceback.print_exception(error)
+        print(redact_urls("".join(traceback.format_exception(error))), file=sys.stderr)
     print(f"error: {error_line(error)}", file=sys.stderr)
 
 
 def error_line(error: BaseException) -> str:
-    """Format an error as one line; prepend the type unless the error is one of ours."""
-    cause = _find_qtorch_error(error)
+    """Format an error as one line, without secrets; prepend the type unless it is one of ours."""
+    return redact_urls(_describe_error(_find_qtorch_error(error)))
+
+
+def _describe_error(cause: BaseException) -> str:
     text = printable_text(" ".join(_POINTER.sub(_describe_position, str(cause)).split()))
     if isinstance(cause, QtorchError):
         return text
@@ -94,7 +98,8 @@ def _find_qtorch_error(error: BaseException) -> BaseException:
     while current is not None:
         if isinstance(current, QtorchError):
             return current
-        current = current.__cause__ or current.__context__
+        is_suppressed = current.__suppress_context__  # by `raise ... from`
+        current = current.__cause__ if is_suppressed else current.__context__
     return error
 
 

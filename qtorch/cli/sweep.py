@@ -12,6 +12,7 @@ from typing import Any
 from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_known_options
 from qtorch.core.errors import ArgumentError, ConfigError, printable_text, unknown_name_message
+from qtorch.core.secrets import redact_urls
 from qtorch.core.session import init
 
 USAGE = """\
@@ -158,8 +159,8 @@ def _resume(name: str, options: dict[str, Any]) -> int:
     """Repeat each command of the sweep in its original folder; return the worst exit code."""
     from qtorch.cli import train
     from qtorch.cli.jobs.stored_command import check_stored_words, words_to_repeat
+    from qtorch.cli.overrides import quote_value
     from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
-    from qtorch.tracking.locations import redact_password
     from qtorch.tracking.manager import R
 
     row, uri = find_sweep(name), R.get_uri()
@@ -178,11 +179,8 @@ def _resume(name: str, options: dict[str, Any]) -> int:
         "sweep.stored=true",
         f"sweep.name={row.tags[SWEEP_TAG]}",
         "sweep.retry=" + str(bool(options.get("retry"))),
+        f"tracking.uri={quote_value(redact_urls(uri))}",  # completed by the command
     ]
-    if redact_password(uri) == uri:
-        extra_overrides.append(f"tracking.uri='{uri}'")
-    else:
-        os.environ["MLFLOW_TRACKING_URI"] = uri
     codes = []
     for words in commands:
         print(f"in {folder}: qtorch train -m {shlex.join(words)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qtorch.cli.options import parse_options
 from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.secrets import redact_urls
 
 USAGE = """\
 qtorch tracking: deliver data that was stored on disk while the tracking store was unreachable
@@ -15,7 +16,8 @@ usage: qtorch tracking send [run=RUN_ID] [folder=FOLDER] [tracking.uri=URI]
 
   run           only this run
   folder        outbox folder; default: the outbox of this user
-  tracking.uri  destination; default: the original store (required if its URI has a password)
+  tracking.uri  destination; default: the original store (its password, if it has one, is taken
+                from MLFLOW_TRACKING_URI)
 """
 ACTIONS = ("send",)
 PARSERS = {"run": str, "folder": str, "tracking.uri": str}
@@ -44,5 +46,6 @@ def main(argv: Sequence[str]) -> int:
         problems = [*report.rejections, *([report.error] if report.error else [])]
         for problem in problems:
             has_failed = True
-            print(f"error: run {report.run_id}: {' '.join(problem.split())}", file=sys.stderr)
+            problem_text = redact_urls(" ".join(problem.split()))
+            print(f"error: run {report.run_id}: {problem_text}", file=sys.stderr)
     return int(has_failed)

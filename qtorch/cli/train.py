@@ -25,6 +25,7 @@ from qtorch.cli.jobs.sweep_command import (
 )
 from qtorch.cli.launchers.plugins import register_plugins
 from qtorch.cli.launchers.slurm import requeue_slurm_job
+from qtorch.cli.overrides import redact_output, redact_overrides, replace_config_writer
 from qtorch.cli.tables.console import print_table
 from qtorch.cli.tables.jobs import jobs_table
 from qtorch.core.errors import format_count, printable_text
@@ -33,6 +34,7 @@ _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 # Our launcher configs have the names of Hydra's plugins, and Hydra warns that it validates them
 # against the plugins' schemas. The filter is set at import, so that launcher workers get it too.
 warnings.filterwarnings("ignore", message=r".*\n?.*validated against ConfigStore schema")
+replace_config_writer()  # likewise
 # Hydra composes its help without the root configuration, so the template cannot be chosen there.
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
@@ -66,7 +68,13 @@ def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
 
 
 def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
-    with _patch_arguments(argv), handle_stop_signals(), translate_hydra_errors(argv):
+    with (
+        redact_overrides(argv) as words,
+        _patch_arguments(words),
+        handle_stop_signals(),
+        translate_hydra_errors(words),
+        redact_output(words),
+    ):
         try:
             hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
                 _run_job

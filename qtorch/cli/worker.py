@@ -15,11 +15,11 @@ from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_seconds, require_option
 from qtorch.cli.tables.tasks import task_counts_text, total_counts
 from qtorch.core.errors import ConfigError, printable_text
+from qtorch.core.secrets import redact_urls
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.stores.base import URL_FORMS
 from qtorch.task.worker import Show, Supervisor, WorkerOptions
-from qtorch.tracking.locations import redact_password
 
 USAGE = f"""\
 qtorch worker: train tasks from a task pool until stopped
@@ -86,14 +86,14 @@ def main(argv: Sequence[str]) -> int:
     os.environ["QTORCH_WORKER_LOG"] = level
     logs_text = f", training output in {logs}" if logs else ""
     print(f"worker {os.getpid()} on {', '.join(devices)}{logs_text}")
-    print(f"pool {options.pool} ({pool_counts}) in {redact_password(manager.url)}", flush=True)
+    print(f"pool {options.pool} ({pool_counts}) in {redact_urls(manager.url)}", flush=True)
     with _live_table(options.pool, show_table) as show:
         supervisor = Supervisor(options, devices, show=show, logs=logs)
         code = supervisor.run()
     totals = total_counts([slot.display for slot in supervisor.slots])
     print("finished: " + ", ".join(f"{number} {name}" for name, number in totals.items()))
     for error in {str(slot.error) for slot in supervisor.slots if slot.error is not None}:
-        print(f"error: {printable_text(error)}", file=sys.stderr)
+        print(f"error: {printable_text(redact_urls(error))}", file=sys.stderr)
     return code
 
 

@@ -55,6 +55,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a text file that only its owner can read, in a folder that is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        os.fchmod(handle, 0o600)  # it may have existed
+        file.write(text)
+
+
 def remove_partial_files(folder: str | Path) -> None:
     """Delete the temporary files that killed writers left in a folder.
 
@@ -75,7 +84,7 @@ def file_lock(path: Path, *, timeout: float = 120.0) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise FileLockError(f"cannot lock {path}: {error}") from error
     try:

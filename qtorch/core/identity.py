@@ -11,6 +11,7 @@ from typing import Any
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
 from qtorch.core.plain import convert_tree
+from qtorch.core.secrets import redact_urls
 
 # Trainer arguments that change what is printed or stored, but not the results.
 SILENT_TRAINER_ARGUMENTS = frozenset(
@@ -39,8 +40,11 @@ def canonical_json(value: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return the first 32 hexadecimal digits of the SHA-256 of `canonical_json(value)`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+    """Return the first 32 hexadecimal digits of the SHA-256 of `canonical_json(value)`.
+
+    Secrets of URLs do not count: a new password does not make another task.
+    """
+    return hashlib.sha256(redact_urls(canonical_json(value)).encode()).hexdigest()[:32]
 
 
 def task_id(task: Mapping[str, Any]) -> str:

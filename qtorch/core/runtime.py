@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.secrets import redact_urls
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,14 @@ def change_environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class RedactingFormatter(logging.Formatter):
+    """Formats log records without the secrets in URLs, also those in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        return redact_urls(super().format(record))
+
+
 def configure_logging(level: int | str = logging.INFO) -> None:
     """Write qtorch's log to stderr (with rich on a terminal); repeated calls change the level."""
     logger = logging.getLogger("qtorch")
@@ -88,11 +97,11 @@ def configure_logging(level: int | str = logging.INFO) -> None:
         handler = RichHandler(
             console=Terminal(stderr=True), show_path=False, log_time_format="%H:%M:%S"
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(RedactingFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+            RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
         )
     logger.addHandler(handler)
     logger.propagate = False

@@ -35,6 +35,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from qtorch.core.names import import_object
+from qtorch.core.secrets import redact_urls
 from qtorch.process.stops import (
     STOP_SIGNALS,
     StopRequest,
@@ -398,7 +399,7 @@ def child_main(connection: Connection, outputs: Sequence[int]) -> int:
             return parent.report_exit(0, is_refused=True)
         return parent.report_exit(int(function(call["request"], parent) or 0))
     except BaseException:
-        traceback.print_exc()
+        sys.stderr.write(redact_urls(traceback.format_exc()))
         return parent.report_exit(1)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from qtorch.core.errors import QtorchError
 from qtorch.core.runtime import change_environment
+from qtorch.core.secrets import url_variables
 from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child_main, connect
 from qtorch.process.stops import STOP_SIGNALS
 
@@ -118,7 +119,10 @@ class ForkServer(forkserver.ForkServer):
             {
                 "function": function,
                 "request": request,
-                "environment": dict(current_environment() if environment is None else environment),
+                "environment": {
+                    **(current_environment() if environment is None else environment),
+                    **url_variables(),
+                },
                 "is_interruptible": is_interruptible,
                 "orphan_seconds": orphan_seconds,
                 "silence_timeout": silence_timeout,

@@ -14,9 +14,10 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.files import atomic_write, cache_folder, file_lock
+from qtorch.core.secrets import redact_urls
 from qtorch.tracking.claims import is_run_held
 from qtorch.tracking.experiment import Experiment
-from qtorch.tracking.locations import claims_folder, redact_password
+from qtorch.tracking.locations import claims_folder
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import PARENT_TAG, Recorder, with_run_tags
 from qtorch.tracking.store_types import NotInStoreError, RunRow
@@ -124,7 +125,7 @@ def _save_plan(recorder: Recorder, command: Any, settings: dict[str, Any]) -> No
         commands = list(recorder.load_object(PLAN)["commands"])
     if command not in commands:
         other_commands = [c for c in commands if c["told"] != command["told"]]
-        plan = {"format": PLAN_FORMAT, "tracking_uri": redact_password(recorder.uri), **settings}
+        plan = {"format": PLAN_FORMAT, "tracking_uri": redact_urls(recorder.uri), **settings}
         artifacts: dict[str, Any] = {PLAN: {**plan, "commands": [*other_commands, command]}}
         recorder.save_objects(**artifacts)
 
@@ -221,7 +222,7 @@ def find_sweep(name_or_id: str) -> RunRow:
     if not matches:
         raise ConfigError(
             f"{unknown_name_message('sweep', name_or_id, {s.tags[SWEEP_TAG] for s in sweeps})} "
-            f"Searched in {redact_password(R.get_uri())}; for another store set tracking.uri=..."
+            f"Searched in {redact_urls(R.get_uri())}; for another store set tracking.uri=..."
         )
     if len(matches) > 1:
         ids = ", ".join(s.id for s in matches)
@@ -257,9 +258,7 @@ def _find_runs(condition: str, experiment_ids: Sequence[str] | None = None) -> l
 
 def _register_sweep(name: str, recorder: Recorder) -> None:
     """Note the store of a sweep in the user's cache, for commands that run in other folders."""
-    if redact_password(recorder.uri) != recorder.uri:
-        return  # never copy a password to another file
-    entry = {"name": name, "id": recorder.id, "tracking_uri": recorder.uri}
+    entry = {"name": name, "id": recorder.id, "tracking_uri": redact_urls(recorder.uri)}
     try:
         with atomic_write(cache_folder() / REGISTRY_FOLDER / f"{recorder.id}.json") as path:
             path.write_text(json.dumps(entry))

@@ -15,6 +15,7 @@ from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskResultError
 from qtorch.core.identity import canonical_json
 from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
+from qtorch.core.secrets import redact_urls
 from qtorch.core.trust import as_stored_text
 
 RECORDER = "$recorder"  # key of a run's ids in a stored result
@@ -183,7 +184,7 @@ def recorder_reference(recorder: Any) -> dict[str, Any]:
     return {
         "experiment_id": recorder.experiment_id,
         "recorder_id": recorder.id,
-        "tracking_uri": recorder.uri,
+        "tracking_uri": redact_urls(recorder.uri),
     }
 
 

@@ -16,13 +16,15 @@ from qtorch.core.errors import (
     TaskDefinitionError,
     TaskError,
     TaskResultError,
+    TaskStoreError,
     TaskTimeout,
     format_count,
 )
+from qtorch.core.secrets import check_complete
 from qtorch.process.heartbeat import RUN
 from qtorch.process.lease import RenewalThread
 from qtorch.task.definition import Definition, Task, encode_definition, encode_result
-from qtorch.task.pool import Pool, default_url, error_columns
+from qtorch.task.pool import URL_VARIABLE, Pool, default_url, error_columns
 from qtorch.task.rows import row_to_task
 from qtorch.task.stores.base import (
     DONE,
@@ -98,7 +100,9 @@ class TaskManager:
         if lease <= 0:
             raise ConfigError(f"lease must be a number of seconds above 0; got {lease!r}.")
         self.task_pool = task_pool
-        self.url = url or default_url()
+        self.url = check_complete(
+            url or default_url(), f"{URL_VARIABLE} or url", error=TaskStoreError
+        )
         self.lease = float(lease)
         self.renew_every = self.lease / 12 if renew_every is None else float(renew_every)
         self.max_errors = max_errors

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qtorch.core.errors import LeaseLost, TaskDefinitionError
+from qtorch.core.secrets import redact_urls
 from qtorch.core.session import session
 from qtorch.task.definition import Task
 from qtorch.task.rows import row_to_task
@@ -198,8 +199,9 @@ def error_columns(error: BaseException | str, traceback_text: str | None) -> dic
         text = " ".join(f"{type(error).__name__}: {error}".split())
         traceback_text = traceback_text or "".join(traceback.format_exception(error))
     return {
-        "error": _storable_text(str(text)[:MAX_ERROR_CHARS]),
-        "traceback": traceback_text and _storable_text(traceback_text[-MAX_TRACEBACK_CHARS:]),
+        "error": _storable_text(redact_urls(str(text))[:MAX_ERROR_CHARS]),
+        "traceback": traceback_text
+        and _storable_text(redact_urls(traceback_text)[-MAX_TRACEBACK_CHARS:]),
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.runtime import configure_logging
+from qtorch.core.secrets import redact_urls
 from qtorch.core.trust import as_stored_text, check_config_trust, locate
 from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import (
@@ -242,6 +243,9 @@ def filter_options(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of a qtorch error, or type and message of another error, in one line."""
-    text = " ".join(str(error).split())
+    """Return the message of a qtorch error, or type and message of another error, in one line.
+
+    It has no secrets of URLs.
+    """
+    text = redact_urls(" ".join(str(error).split()))
     return text if isinstance(error, QtorchError) and text else f"{type(error).__name__}: {text}"

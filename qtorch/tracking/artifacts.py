@@ -50,6 +50,7 @@ from qtorch.core.errors import (
 from qtorch.core.file_digest import PLACEHOLDER, check_digest, has_digest, insert_digest
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path
+from qtorch.core.secrets import complete_tree, redact_tree
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import as_stored_text, load_pickle, locate
 from qtorch.tracking.frames import NotTabularError, frame_header, read_frame, write_frame
@@ -198,7 +199,7 @@ def _read_json(path: Path, name: str) -> Any:
 
 def _state_writer(cls: type, state: State) -> Callable[[Any, Path], None]:
     """Return a function that writes a state; raise NotPlainError if its config is not plain."""
-    content = {"_target_": import_path(cls), "config": encode(state.config)}
+    content = {"_target_": import_path(cls), "config": encode(redact_tree(state.config))}
 
     def write(_: Any, path: Path) -> None:
         text = _json_text("state", content)
@@ -220,7 +221,8 @@ def _rebuild(document: dict[str, Any], tensors: dict[str, Any] | None = None) ->
         raise LoadObjectError(
             f"{target} is not a class with from_state; was it stored by another version?"
         )
-    return cls.from_state(State(as_stored_text(decode(document["config"])), tensors or {}))
+    config = as_stored_text(complete_tree(decode(document["config"])))
+    return cls.from_state(State(config, tensors or {}))
 
 
 def _is_tensors(value: Any) -> bool:

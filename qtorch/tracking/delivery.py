@@ -34,7 +34,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qtorch.core.errors import TrackingError
-from qtorch.tracking.locations import default_uri, outbox_folder, redact_password
+from qtorch.core.secrets import redact_urls
+from qtorch.tracking.locations import outbox_folder
 from qtorch.tracking.store_types import MetricPoint, NotInStoreError, RefusedError, RunRow
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class Sender:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
         if num_unsent:
-            store_uri = redact_password(self._store.uri)
+            store_uri = redact_urls(self._store.uri)
             return error or TrackingError(f"the tracking store {store_uri} was too slow.")
         return None
 
@@ -318,7 +319,7 @@ class Journal:
         self._header = {
             "outbox": FORMAT,
             "run": run_id,
-            "uri": redact_password(uri),
+            "uri": redact_urls(uri),
             "attempt": attempt,
         }
         self.path = outbox_folder() / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
@@ -496,7 +497,8 @@ def send_outbox(
     Files of running processes are skipped. A file is removed once the store has all of its
     entries, so that this function can be called repeatedly. A run gets its status after the
     entries of all its files. `tracking_uri` replaces the URI in the files, which is stored without
-    its password. An unreachable store raises no error; it is in `Delivery.error`.
+    its password (`resolve_uri` completes it). An unreachable store raises no error; it is in
+    `Delivery.error`.
     """
     return _send_files(outbox_files(run_id, folder), tracking_uri)
 
@@ -538,12 +540,6 @@ def _send_unless_in_use(path: Path, tracking_uri: str | None) -> Delivery | None
         return Delivery(path, path.name.split(".")[0], error=str(error), is_final=is_final)
 
 
-def _target_uri(header: Entry) -> str:
-    """Return the URI to send a file to; the default URI if it is the same, as it has a password."""
-    default = default_uri()
-    return default if redact_password(default) == header["uri"] else str(header["uri"])
-
-
 def _read_entries(path: Path) -> tuple[Entry | None, list[Entry]]:
     lines = path.read_bytes().split(b"\n")
     partial_line = lines.pop()
@@ -571,7 +567,7 @@ def _send_file(path: Path, tracking_uri: str | None) -> Delivery | None:
     if header is None:
         _remove_outbox_file(path)  # the process ended before it wrote anything
         return None
-    store = open_store(tracking_uri or _target_uri(header))
+    store = open_store(tracking_uri or header["uri"])
     run = store.run(header["run"])
     # A later attempt at the run has values of its own, which must not be replaced by older ones.
     is_late = run.tags.get(ATTEMPT_TAG, "1") != str(header["attempt"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder
+from qtorch.core.secrets import check_complete, check_encoding, redact_urls
 from qtorch.core.session import session
 
 SQLITE = "sqlite:///"
@@ -28,11 +28,14 @@ def default_uri() -> str:
 
 
 def resolve_uri(uri: str | Path) -> str:
-    """Make the path in a URI absolute, so that it stays valid when the working folder changes.
+    """Make a URI valid in this process: its path absolute, its password in it.
 
-    Raises TrackingError for a bare folder: MLflow 3.13 and later reject such stores.
+    A URI that was stored without its password gets it from this process's configuration. Raises
+    TrackingError if it is not there, and for a bare folder: MLflow 3.13 and later reject such
+    stores.
     """
-    text = str(uri).strip()
+    text = check_complete(str(uri).strip(), "MLFLOW_TRACKING_URI or tracking.uri", TrackingError)
+    check_encoding(text, TrackingError)
     path = sqlite_path(text)
     if path is not None:
         _, question, query = text.partition("?")
@@ -57,11 +60,6 @@ def sqlite_path(uri: str) -> Path | None:
     if name in ("", ":memory:"):
         return None
     return Path(name).expanduser().absolute()
-
-
-def redact_password(uri: str) -> str:
-    """Replace the password in a URI by `***`, for logs, messages and files."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def local_folder(artifact_uri: str | None) -> Path | None:
@@ -90,4 +88,4 @@ def claims_folder(tracking_uri: str) -> Path:
     path = sqlite_path(uri)
     if path is not None:
         return path.parent / "claims"
-    return cache_folder() / "claims" / sha256(uri.encode()).hexdigest()[:16]
+    return cache_folder() / "claims" / sha256(redact_urls(uri).encode()).hexdigest()[:16]

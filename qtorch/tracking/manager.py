@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.core.secrets import redact_urls
 from qtorch.tracking.experiment import Experiment, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
 from qtorch.tracking.recorder import Recorder, current_recorder, final_status
@@ -40,7 +41,7 @@ class ExpManager:
         self._default_exp_name = default_exp_name or DEFAULT_EXPERIMENT
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(uri={self.uri!r})"
+        return f"{type(self).__name__}(uri={redact_urls(self.uri)!r})"
 
     @property
     def uri(self) -> str:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import mlflow.store.db_migrations
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
@@ -35,7 +35,8 @@ from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder, file_lock
-from qtorch.tracking.locations import redact_password, resolve_uri, sqlite_path
+from qtorch.core.secrets import redact_error, redact_urls
+from qtorch.tracking.locations import resolve_uri, sqlite_path
 from qtorch.tracking.mlflow_responses import check_responses
 from qtorch.tracking.store_types import (
     AlreadyInStoreError,
@@ -109,7 +110,7 @@ class MLflowStore:
             _ensure_sqlite_store(path)
             return MlflowClient(tracking_uri=self.uri)
         # The first client that opens a server's new database migrates it, so take turns.
-        name = sha256(self.uri.encode()).hexdigest()[:16]
+        name = sha256(redact_urls(self.uri).encode()).hexdigest()[:16]
         with file_lock(cache_folder() / f"open-{name}.lock"):
             client = MlflowClient(tracking_uri=self.uri)
             client.search_experiments(max_results=1)
@@ -131,8 +132,9 @@ class MLflowStore:
                 address = (parts.hostname, parts.port or port)
                 socket.create_connection(address, timeout=timeout).close()
         except (MlflowException, OSError, ValueError) as error:
+            redact_error(error)
             raise TrackingError(
-                f"the tracking server {redact_password(self.uri)} does not answer ({_reason(error)}"
+                f"the tracking server {redact_urls(self.uri)} does not answer ({_reason(error)}"
                 "). Start it, or use another tracking URI."
             ) from error
 
@@ -152,9 +154,10 @@ class MLflowStore:
                     log.debug("could not %s: the database is locked", action)
                     time.sleep(random.uniform(0.05, 0.5))
                     continue
+                redact_error(error)
                 code = str(getattr(error, "error_code", ""))
                 raise _ERROR_CLASSES.get(code, TrackingError)(
-                    f"could not {action} at {redact_password(self.uri)}: {_first_line(error)}"
+                    f"could not {action} at {redact_urls(self.uri)}: {_first_line(error)}"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
 
@@ -221,7 +224,9 @@ class MLflowStore:
         if end_time is None:
             self._call(action, lambda: self.client.update_run(run_id, status=status))
         else:
-            self._call(action, lambda: self.client.set_terminated(run_id, status, end_time))
+            # Not `set_terminated`, which prints the address of the run with its password.
+            store, number = self.client._tracking_client.store, RunStatus.from_string(status)
+            self._call(action, lambda: store.update_run_info(run_id, number, end_time, None))
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted."""
@@ -333,7 +338,7 @@ class MLflowStore:
                     continue  # MLflow lists a folder "a" with a single file "a" as empty
                 if sizes.get(path) != local.stat().st_size:
                     raise TrackingError(
-                        f"could not store {path!r} at {redact_password(self.uri)}: the server "
+                        f"could not store {path!r} at {redact_urls(self.uri)}: the server "
                         f"confirmed it, but lists it with {sizes.get(path)} bytes instead of "
                         f"{local.stat().st_size} (is there a proxy in front of the server?)."
                     )
@@ -433,7 +438,7 @@ def _folder_name(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = redact_urls(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__
 
 

@@ -10,24 +10,32 @@ import subprocess
 import sys
 import tempfile
 
-from qtorch.tracking.locations import redact_password
+from qtorch.core.secrets import MASK, URLS_VARIABLE, is_secret_name, redact_secrets, redact_urls
 
 log = logging.getLogger(__name__)
 
 PREFIX = "QTORCH_"
-SWITCH = "QTORCH_RECORD_DIFF"  # "0" switches the recording of uncommitted changes off
+# "0" switches the recording off: of uncommitted changes, and of QTORCH_* variables.
+DIFF_SWITCH, ENVIRONMENT_SWITCH = "QTORCH_RECORD_DIFF", "QTORCH_RECORD_ENVIRONMENT"
 MAX_TEXT = 1_000_000
 GIT_SECONDS = 10.0
 
 
 def command_line() -> str:
-    """Return the command line of this process, quoted for a shell, without passwords in URLs."""
-    return redact_password(shlex.join(sys.argv))
+    """Return the command line of this process, quoted for a shell, without secrets."""
+    # In the quoted text a quotation mark could end a password too early.
+    return redact_secrets(shlex.join(map(redact_urls, sys.argv)))
 
 
 def qtorch_environment() -> dict[str, str]:
-    """Return the QTORCH_* environment variables, without passwords in URLs."""
-    return {k: redact_password(v) for k, v in sorted(os.environ.items()) if k.startswith(PREFIX)}
+    """Return the QTORCH_* environment variables, without secrets."""
+    if os.environ.get(ENVIRONMENT_SWITCH) == "0":
+        return {}
+    return {
+        name: MASK if is_secret_name(name) else redact_secrets(value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith(PREFIX) and name != URLS_VARIABLE
+    }
 
 
 def source_tags() -> dict[str, str]:
@@ -44,14 +52,17 @@ def source_tags() -> dict[str, str]:
 
 
 def git_changes() -> dict[str, str]:
-    """Return git's diff and status here as `{file name: text}`, each cut to 1 MB."""
-    if os.environ.get(SWITCH, "1") == "0":
+    """Return git's diff and status here as `{file name: text}`, without secrets, up to 1 MB each.
+
+    QTORCH_RECORD_DIFF=0 switches it off.
+    """
+    if os.environ.get(DIFF_SWITCH) == "0":
         return {}
     texts = {
         "code_diff.txt": git_output(["git", "diff", "HEAD"]),
         "code_status.txt": git_output(["git", "status", "--short"]),
     }
-    return {name: text for name, text in texts.items() if text}
+    return {name: redact_secrets(text) for name, text in texts.items() if text}
 
 
 def git_output(command: list[str]) -> str | None:

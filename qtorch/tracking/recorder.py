@@ -24,6 +24,7 @@ from qtorch.core.errors import (
     TrackingError,
     check_name,
 )
+from qtorch.core.secrets import redact_urls
 from qtorch.tracking.artifacts import RunFiles
 from qtorch.tracking.delivery import (
     ATTEMPT_TAG,
@@ -366,7 +367,7 @@ class Recorder:
         return dict(self._run_ledger.metrics.get(clean_key(key), {}))
 
     def log_params(self, **kwargs: Any) -> None:
-        """Log params as text; a param that the run already has is never sent again.
+        """Log params as text, without secrets in URLs; each param is sent once.
 
         A different value for it is logged as the tag `qtorch.changed_param.<name>`, with a warning.
         A text of more than 6000 characters is truncated with a warning, and its full text becomes
@@ -374,7 +375,7 @@ class Recorder:
         """
         entries: list[Entry] = []
         for name, raw_value in kwargs.items():
-            key, text = clean_key(name), str(raw_value)
+            key, text = clean_key(name), redact_urls(str(raw_value))
             value = text[:MAX_PARAM]
             existing = self._run_ledger.record_param(key, value)
             if existing is None:
@@ -406,10 +407,13 @@ class Recorder:
             self._files.save_path(path, TEXT_FOLDER)
 
     def set_tags(self, **kwargs: Any) -> None:
-        """Set tags as text; a later value replaces an earlier one. Truncated to 8000 characters."""
+        """Set tags as text, without secrets in URLs; a later value replaces an earlier one.
+
+        Truncated to 8000 characters.
+        """
         entries = []
         for name, raw_value in kwargs.items():
-            key, text = clean_key(name), str(raw_value)
+            key, text = clean_key(name), redact_urls(str(raw_value))
             if len(text) > MAX_TAG:
                 self._save_long_text(key, text)
             entries.append({"tag": key, "value": text[:MAX_TAG]})

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from qtorch.core.secrets import redact_urls
 from qtorch.process.heartbeat import RUN, beat
 from qtorch.tracking.recorder import Recorder
 
@@ -42,7 +43,7 @@ def announce_run(recorder: Recorder) -> None:
         RUN,
         experiment_id=recorder.experiment_id,
         recorder_id=recorder.id,
-        tracking_uri=recorder.uri,
+        tracking_uri=redact_urls(recorder.uri),
     )
     runs = _started_runs.get()
     if runs is not None:
@@ -50,8 +51,8 @@ def announce_run(recorder: Recorder) -> None:
 
 
 def error_summary(error: BaseException) -> str:
-    """`Type: message` on one line, short enough for a tag."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:TAG_LIMIT]
+    """`Type: message` on one line, short enough for a tag, without the secrets in URLs."""
+    return redact_urls(" ".join(f"{type(error).__name__}: {error}".split()))[:TAG_LIMIT]
 
 
 def record_failure(recorder: Recorder, error: BaseException) -> None:
@@ -76,7 +77,8 @@ def _tag_error(recorder: Recorder, error: BaseException) -> None:
 def _save_traceback(recorder: Recorder, error: BaseException) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, ERROR_FILE)
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        text = redact_urls("".join(traceback.format_exception(error)))
+        path.write_text(text, encoding="utf-8")
         recorder.log_artifact(path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtorch.core.errors import ConfigError, TaskError, TaskTimeout, join_names
+from qtorch.core.secrets import redact_tree
 from qtorch.core.session import session
 from qtorch.task.definition import Task as PoolTask
 from qtorch.task.definition import encode_definition
@@ -338,21 +339,20 @@ def pool_definition(
     Raises ConfigError for a task without model or dataset, TaskDefinitionError for live objects.
     """
     bare_task, tracking = split_tracking(task)
-    complete = complete_task(bare_task)
+    complete = redact_tree(complete_task(bare_task))  # workers complete the URLs
     if bare_task.get("seed") is None and session().seed is None:
         # With a random seed, submitting the task again would create a different task. The seed is
         # therefore derived from the definition.
         encoded_definition = encode_definition({k: v for k, v in complete.items() if k != "seed"})
         complete["seed"] = int(encoded_definition.hash[:7], 16)
-    uri = R.get_uri()
     defaults = {
         "experiment_name": experiment_name,
         "recorder_name": recorder_name,
-        "uri": None if "@" in uri else uri,  # never store passwords in a pool
+        "uri": R.get_uri(),
         INPUTS_FIELD: _identify_inputs(complete),
     }
     location = {k: v for k, v in {**defaults, **tracking}.items() if v is not None}
-    return {**complete, TRACKING_KEY: location} if location else complete
+    return {**complete, TRACKING_KEY: redact_tree(location)} if location else complete
 
 
 def _identify_inputs(task: Mapping[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
+from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
@@ -305,7 +306,7 @@ def _load_seed(recorder: Recorder, default_seed: int) -> int:
 
 def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.log_params(**flatten_dict(loggable_task(task)))
-    recorder.save_objects(task=task)
+    recorder.save_objects(task=redact_tree(task))
     recorder.set_tags(hostname=socket.gethostname())
     recorder.flush()  # so that even a run killed at once contains its task
 
@@ -416,10 +417,11 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a task and write the defaults of this process into it.
 
     Seed: the task's, else the session's, else a random one (so that the run can be repeated).
-    Data source: a handler configured without one gets the session's `provider_uri`. Raises
-    ConfigError for a task without model or dataset.
+    Data source: a handler configured without one gets the session's `provider_uri`. URLs that were
+    stored without their secrets are completed. Raises ConfigError for a task without model or
+    dataset, and for a URL that cannot be completed.
     """
-    task = resolve_config(task)
+    task = complete_tree(resolve_config(task))
     if not isinstance(task, Mapping):
         raise ConfigError(
             f"a task must be a dict with {', '.join(REQUIRED_KEYS)} and record, got "
@@ -438,7 +440,17 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
     complete["dataset"] = _resolve_source(complete["dataset"])
+    convert_tree(complete, _check_url, "task")
     return complete
+
+
+def _check_url(value: Any, location: str) -> Any:
+    if isinstance(value, str) and has_mask(value):
+        raise ConfigError(
+            f"{location} is {value}, stored without its password: set an environment variable (of "
+            "any name) to the complete URL."
+        )
+    return value
 
 
 def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

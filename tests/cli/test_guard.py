@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 
 import pytest
 
 from qtorch.cli.guard import error_line, run_command
 from qtorch.cli.main import main
 from qtorch.core.errors import DataError, ExpressionError
+from qtorch.core.runtime import configure_logging
 from qtorch.data.expression import parse
 
 
@@ -28,6 +30,45 @@ def test_wrapped_qtorch_error_is_shown():
     wrapping = RuntimeError("Error in call to target")
     wrapping.__cause__ = DataError("ours")
     assert error_line(wrapping) == "ours"
+
+
+def test_suppressed_qtorch_error_is_not_shown():
+    with pytest.raises(ZeroDivisionError) as raised:
+        try:
+            raise DataError("ours")
+        except DataError:
+            raise ZeroDivisionError("theirs") from None
+    assert error_line(raised.value).startswith("ZeroDivisionError: theirs")
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_errors_are_shown_without_secrets(capsys, options):
+    error = RuntimeError("cannot open postgresql://me:hunter/2@host/db?password=hunter/2")
+    error.__cause__ = KeyError("https://hunter2@host")
+    assert run_command(failing_command(error), options) == 1
+    output = capsys.readouterr().err
+    assert "postgresql://me:***@host/db?password=***" in output
+    assert "hunter" not in output
+
+
+def test_log_is_written_without_secrets(capsys):
+    configure_logging()
+    log = logging.getLogger("qtorch.test")
+    log.warning("%s does not answer", "http://me:s3cret@host")
+    url = "http://me:s3cret@host"
+    try:
+        raise ValueError(url)
+    except ValueError:
+        log.exception("failed")
+    output = capsys.readouterr().err
+    assert "s3cret" not in output
+    assert output.count("http://me:***@host") == 2
+
+
+def test_null_for_a_config_group(capsys):
+    assert main(["train", "debug=null", "seed=0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: debug=null: an option of a config group cannot be null.")
 
 
 def test_other_errors_show_their_type_and_a_debug_hint():

@@ -96,6 +96,12 @@ def test_equal_tasks_have_equal_identities():
         canonical_json({"a": float("nan")})
 
 
+def test_password_does_not_change_the_id():
+    urls = ("mysql://me:first@host/db", "mysql://me:s/econd@host/db", "mysql://me:***@host/db")
+    assert len({task_id({"a": {"url": url}, "b": "x@y"}) for url in urls}) == 1
+    assert task_id({"a": {"url": "mysql://me:first@host/db2"}}) != task_id({"a": {"url": urls[0]}})
+
+
 def test_fit_id_ignores_settings_that_do_not_change_results():
     def task(record="r", source="here", bar=True, epochs=3):
         return {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, FileLockError
-from qtorch.core.files import atomic_write, file_lock, remove_partial_files
+from qtorch.core.files import atomic_write, file_lock, remove_partial_files, write_private
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import init, session, session_context
 
@@ -62,6 +62,25 @@ def test_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "claims.lock"
     with pytest.raises(FileLockError, match=f"cannot lock {path}: .*No locks"), file_lock(path):
         pass
+
+
+def test_lock_file_is_not_created_through_a_link(tmp_path):
+    """In a shared folder, a link of another user must not let this one create files elsewhere."""
+    (tmp_path / "claims.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileLockError, match="cannot lock"), file_lock(tmp_path / "claims.lock"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_private_file_is_readable_by_its_owner_alone(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a longer old text")
+    path.chmod(0o644)
+    for _ in range(2):
+        write_private(path, "new ÄÖ")
+        assert path.read_text(encoding="utf-8") == "new ÄÖ"
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.unlink(missing_ok=True)
 
 
 def test_atomic_write_leaves_the_old_file_on_an_error(tmp_path):

@@ -393,6 +393,7 @@ def test_custom_step_must_declare_whether_it_can_be_shared(dataset: ToyDataset) 
         ({"strategy": "ddp_spawn"}, {}, "starts its processes itself"),
         ({"num_nodes": 2}, {}, "torchrun --nnodes 2 --nproc-per-node 2"),
         ({"devices": "many"}, {}, "expected a number of devices"),
+        ({"devices": ","}, {}, "trainer.devices is ','; expected a number of devices"),
         ({"num_nodes": 0}, {}, "num_nodes is 0"),
         ({}, {"order": "day"}, "Set batch.days_per_batch to 2 or more"),
         ({}, {"size": 1}, "Set batch.size to 2 or more"),

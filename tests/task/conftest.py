@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pool_workers import STARTED, kill, postgres
+from local_servers import postgres
+from pool_workers import STARTED, kill
 
 from qtorch.task import TaskManager
 

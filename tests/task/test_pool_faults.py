@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from pool_workers import kill, postgres, start, wait_until
+from local_servers import postgres
+from pool_workers import kill, start, wait_until
 
 from qtorch.task import TaskManager
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mlflow_server import Proxy, Server
+from local_servers import MlflowServer
+from misbehaving_proxy import Proxy
 
 from qtorch.core.errors import TrackingError
 from qtorch.task import TaskManager, run_task
@@ -37,7 +38,7 @@ def server(tmp_path_factory, template_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTORCH_CACHE", str(template_cache))
         open_store(f"sqlite:///{folder}/server.db")  # a copy is faster than the migrations
-        server = Server(folder)
+        server = MlflowServer(folder)
         server.start()
     yield server
     server.stop()

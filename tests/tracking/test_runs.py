@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from local_servers import MlflowServer
 
 from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError
 from qtorch.core.session import init
@@ -400,21 +401,83 @@ def test_provenance_is_recorded(uri, tmp_path, monkeypatch):
     (repository / "code.py").write_text("a = 1\n")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *command], check=True)
-    (repository / "code.py").write_text("a = 2\n")
-    monkeypatch.setenv("QTORCH_SOMETHING", "postgresql://me:secret@host/db")
-    monkeypatch.setattr("sys.argv", ["study.py", "--seed", "3"])
+    (repository / "code.py").write_text("a = 2\npassword = 'hunter2'\n")
+    monkeypatch.setenv("QTORCH_SOMETHING", "postgresql://me:se/cret@host/db")
+    monkeypatch.setenv("QTORCH_MY_TOKEN", "hunter2")
+    monkeypatch.setattr("sys.argv", ["study.py", "--seed", "3", "url=http://me:a'b@h"])
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
     params = recorder.list_params()
     assert params["QTORCH_SOMETHING"] == "postgresql://me:***@host/db"
-    assert params["cmd-sys.argv"] == "study.py --seed 3"
-    with open(recorder.download_artifact("code_diff.txt")) as file:
-        assert "+a = 2" in file.read()
+    assert params["QTORCH_MY_TOKEN"] == "***"
+    assert params["cmd-sys.argv"] == "study.py --seed 3 'url=http://me:***@h'"
+    diff = Path(recorder.download_artifact("code_diff.txt")).read_text()
+    assert "+a = 2\n+password = '***'" in diff
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert recorder.list_tags()["mlflow.source.git.commit"] == head.stdout.strip()
     with R.start(recorder_id=recorder.id, resume=True):
         pass
     assert recorder.list_tags()["qtorch.attempt"] == "2"
+
+
+def test_provenance_can_be_switched_off(uri, monkeypatch):
+    monkeypatch.setattr("qtorch.tracking.provenance.git_output", lambda command: "text")
+    monkeypatch.setenv("QTORCH_SOMETHING", "a")
+    monkeypatch.setenv("QTORCH_RECORD_DIFF", "0")
+    monkeypatch.setenv("QTORCH_RECORD_ENVIRONMENT", "0")
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+    assert not [p for p in recorder.list_params() if p.startswith("QTORCH")]
+    assert recorder.list_artifacts() == []
+
+
+def test_params_and_tags_contain_no_secrets_of_urls(uri):
+    long_text = "x" * 10_000 + " http://me:s3cret@host"
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        recorder.log_params(source="http://me:s3cret@host", long=long_text)
+        recorder.log_params(source="http://me:s3cret@other")
+        recorder.set_tags(source="http://s3cret@host", long=long_text)
+    assert recorder.list_params()["source"] == "http://me:***@host"
+    tags = recorder.list_tags()
+    assert tags["source"] == "http://***@host"
+    assert tags["qtorch.changed_param.source"] == "http://me:***@other"
+    files = [p for p in Path(recorder.get_local_dir()).rglob("*") if p.is_file()]
+    assert files
+    assert not [p for p in files if b"s3cret" in p.read_bytes()]
+
+
+def test_stored_uri_is_completed(monkeypatch):
+    full, stored = "postgresql://me:s3cret@host/db", "postgresql://me:***@host/db"
+    with pytest.raises(TrackingError, match=r"me:\*\*\*@host/db is stored without .* set MLFLOW"):
+        R.set_uri(stored)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", full)
+    with R.uri_context(stored):
+        assert R.get_uri() == full
+        assert repr(R) == f"Workflow(uri={stored!r})"
+
+
+@pytest.mark.parametrize("password", ["a/b", "a@b", "a#b", "a?b", "1/2"])
+def test_password_that_parsers_would_split_is_rejected(password):
+    with pytest.raises(TrackingError, match=r"me:\*\*\*@host/db contains one of") as error:
+        resolve_uri(f"postgresql://me:{password}@host/db")
+    assert password not in str(error.value)
+
+
+@pytest.mark.slow
+def test_mlflow_prints_no_password(tmp_path, capfd):
+    """MLflow prints the address of a run that ends."""
+    open_store(f"sqlite:///{tmp_path}/server.db")
+    server = MlflowServer(tmp_path)
+    server.start()
+    try:
+        with R.uri_context(server.uri.replace("://", "://me:s3cret@")):
+            with R.start(experiment_name="e"):
+                recorder = R.get_recorder()
+            assert R.get_recorder(recorder_id=recorder.id).status == "FINISHED"
+    finally:
+        server.stop()
+    assert "s3cret" not in "".join(capfd.readouterr())
 
 
 def test_precedence_of_tracking_uris(tmp_path, monkeypatch):

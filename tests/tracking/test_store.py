@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pandas as pd
 import pytest
-from mlflow_server import Server
+from local_servers import MlflowServer
 
 from qtorch.tracking import R
 from qtorch.tracking import delivery as outbox
@@ -125,7 +125,7 @@ def test_open_run_ends_with_its_program(uri, last_line, expected_status):
 @pytest.fixture
 def server(tmp_path):
     open_store(f"sqlite:///{tmp_path}/server.db")  # a copy is faster than the server's migrations
-    server = Server(tmp_path)
+    server = MlflowServer(tmp_path)
     server.start()
     yield server
     server.stop()

@@ -10,6 +10,7 @@ import pytest
 
 import qtorch
 from qtorch import R
+from qtorch.core import secrets
 from qtorch.core.errors import ConfigError, TaskDefinitionError, TaskError, TaskTimeout
 from qtorch.task import TaskManager, run_task
 from qtorch.tracking import Recorder
@@ -19,8 +20,11 @@ from qtorch.trainer import (
     TrainerR,
     TrainerRM,
     begin_task_train,
+    end_task_train,
     task_train,
 )
+from qtorch.trainer.failure import record_failure
+from qtorch.trainer.pooled import pool_definition
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +194,53 @@ def test_tracking_location_is_stored_in_the_pool_only(make_task, tmp_path):
     assert not [p for p in recorder.list_params() if p.startswith("tracking")]
     with pytest.raises(ConfigError, match="Did you mean 'recorder_name'"):
         task_train({**task, "tracking": {"recorder_nam": "x"}})
+
+
+def test_pool_and_runs_contain_no_secrets(make_task, tmp_path, store, monkeypatch):
+    """The worker completes the task's URL from its own environment, whatever name it has there."""
+    full, stored = "postgresql://me:s3cret@host/db", "postgresql://me:***@host/db"
+    task = make_task(record=[], fail=full)
+    with R.uri_context("http://me:s3cret@host:5000"):
+        definition = pool_definition(task, "exp")
+    assert definition["tracking"]["uri"] == "http://me:***@host:5000"
+    with pytest.raises(TaskTimeout):
+        _submit_without_running(TrainerRM("exp", "pool", skip_run_task=True), task)
+    secrets._urls.clear()  # as in another process
+    assert run_task("qtorch.trainer.run.task_train", "pool") is True
+    (pool_task,) = TaskManager("pool").query({}, decode=False)
+    assert f"task.model.kwargs.fail is {stored}, stored without its" in pool_task["error"]
+    monkeypatch.setenv("MARKET_DATABASE", full)
+    TaskManager("pool").reset_status({}, "waiting")
+    run_task("qtorch.trainer.run.task_train", "pool")
+    (pool_task,) = TaskManager("pool").query({})
+    recorder = pool_task["res"]
+    assert recorder.load_object("task")["model"]["kwargs"]["fail"] == stored
+    assert recorder.load_object("params.pkl").fail == full
+    prepared_run = begin_task_train(task, "exp")
+    assert end_task_train(prepared_run).load_object("params.pkl").fail == full
+    # A pickle of a user's own object contains whatever the object does.
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".pickle"]
+    assert len(files) > 5
+    assert not [p for p in files if b"s3cret" in p.read_bytes()]
+
+
+def test_errors_in_pool_and_run_contain_no_secrets(make_task, tmp_path, monkeypatch):
+    def fail(task, experiment_name=None):
+        raise ValueError("no answer from http://me:s3cret@host") from KeyError("x://s3cret:a@b")
+
+    TaskManager("pool", max_errors=1).create_task([{"a": 1}])
+    run_task(fail, "pool")
+    (pool_task,) = TaskManager("pool").query({})
+    assert "http://me:***@host" in pool_task["error"]
+    assert "x://s3cret:***@b" in pool_task["traceback"]
+    with pytest.raises(ValueError, match="no answer"), R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        error = ValueError("no answer from http://me:s3cret@host")
+        record_failure(recorder, error)
+        raise error
+    assert recorder.list_tags()["error"] == "ValueError: no answer from http://me:***@host"
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in files if b"me:s3cret" in p.read_bytes()]
 
 
 def _submit_without_running(trainer: TrainerRM, task) -> None:

@@ -28,6 +28,7 @@ from qtorch.cli.jobs.work import (
 from qtorch.core.errors import QtorchError
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.runtime import progress
+from qtorch.core.secrets import complete_tree
 from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import find_finished_job, has_finished_jobs
 
@@ -65,8 +66,8 @@ def _skip_job(
     job: DictConfig, number: int, sweep_id: str, calendars: Calendars
 ) -> JobReturn | None:
     hydra = HydraConfig.get()
-    settings = resolve_config(
-        OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+    settings = complete_tree(
+        resolve_config(OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"]))
     )
     task_words = task_overrides(hydra.overrides.task)
     member = sweep_member(settings, sweep_id, number, task_words)

@@ -35,6 +35,7 @@ from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
 from qtorch.cli.launchers.slurm import run_submitit_job
 from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.secrets import complete_tree
 from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 
@@ -122,7 +123,7 @@ def _validate_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings as plain data after checking that they are complete."""
     with translate_hydra_errors():
         check_missing_values(config)
-        settings: dict[str, Any] = resolve_config(config)
+        settings: dict[str, Any] = complete_tree(resolve_config(config))
     check_runner(settings["runner"])
     return settings
 

@@ -12,11 +12,11 @@ from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.results import FAILED, FINISHED
 from qtorch.cli.tables import tasks as task_tables
 from qtorch.core.errors import ConfigError, QtorchError, format_count
+from qtorch.core.secrets import redact_urls
 from qtorch.study.sweep import JobResult
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
 from qtorch.task.pool import URL_VARIABLE
-from qtorch.tracking.locations import redact_password
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.pooled import pool_definition
 
@@ -30,7 +30,7 @@ def submit_to_pool(request: Mapping[str, Any]) -> dict[str, Any]:
     pool = settings["pool"] or experiment
     manager = TaskManager(pool, settings["url"])
     (id,) = manager.create_task([pool_definition(task, experiment, request["run_name"])])
-    return {"id": id, "pool": pool, "url": manager.url, "wait": bool(settings["wait"])}
+    return {"id": id, "pool": pool, "url": redact_urls(manager.url), "wait": bool(settings["wait"])}
 
 
 def wait_for_pool_jobs(jobs: Sequence[JobResult]) -> None:
@@ -66,9 +66,9 @@ def wait_for_pool_jobs(jobs: Sequence[JobResult]) -> None:
 
 def pool_options(pool: str, url: str) -> str:
     """Format the options that select a pool, without passwords and without the default URL."""
-    if url == os.environ.get(URL_VARIABLE):
+    if redact_urls(url) == redact_urls(os.environ.get(URL_VARIABLE, "")):
         return f"pool={pool}"
-    return f"pool={pool} url={redact_password(url)}"
+    return f"pool={pool} url={redact_urls(url)}"
 
 
 def _fill_result(job: JobResult, task: Task) -> None:

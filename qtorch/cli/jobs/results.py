@@ -11,6 +11,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from qtorch.core.files import write_private
 from qtorch.study.sweep import JobResult
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class CommandResults:
         """
         self.add(result)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1))
+            write_private(folder / RESULT_FILE, json.dumps(asdict(result), indent=1))
         except OSError as error:
             log.warning("cannot write the result of the job: %s", error)
 

@@ -27,8 +27,10 @@ from qtorch.cli.jobs.stored_command import RESUME_WORDS
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
+from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError, printable_text
+from qtorch.core.files import write_private
 from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import (
     COMMAND_TAG,
@@ -60,11 +62,14 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect results from the sweep's folder; start its run and its processes."""
+        redact_config(config)
         command_results.watch_folder(Path(str(config.hydra.sweep.dir)))
         sweep = SweepCommand()
         _sweeps.append(sweep)
         try:
             sweep.start(config)
+            # Hydra writes into this file.
+            write_private(Path(str(config.hydra.sweep.dir), "multirun.yaml"), "")
         except Exception as error:
             raise SweepStartError from error
 

@@ -30,6 +30,7 @@ from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import OwnProcessLauncher
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.secrets import is_secret_name, redact_urls
 from qtorch.process.stops import SCHEDULER_SIGNALS, received_signals
 
 log = logging.getLogger(__name__)
@@ -125,12 +126,13 @@ class RayLauncher(UnfinishedJobsMixin, OwnProcessLauncher, Launcher):
         return ray
 
     def _run_tasks(self, ray: Any, jobs: Jobs) -> dict[int, JobReturn]:
+        environment, secret_variables = _split_secrets(self._environment())
         options = {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
             "max_retries": self.max_retries,
             "max_calls": 1,  # one process per job, so that no state leaks into the next job
-            "runtime_env": {"env_vars": self._environment()},
+            "runtime_env": {"env_vars": environment},
             **({} if self.memory is None else {"memory": self.memory}),
             **self.remote,
         }
@@ -147,6 +149,7 @@ class RayLauncher(UnfinishedJobsMixin, OwnProcessLauncher, Launcher):
                 self.task_function,
                 state,
                 os.getcwd(),
+                secret_variables,
             )
         try:
             return {n: self._job_return(ray, result, n, jobs[n]) for n, result in results.items()}
@@ -189,8 +192,10 @@ def run_in_worker(
     task_function: TaskFunction,
     singleton_state: Any,
     folder: str,
+    secret_variables: dict[str, str],
 ) -> JobReturn:
     """Run one job in a Ray worker, in the sweep's working folder, as Hydra's own launchers do."""
+    os.environ.update(secret_variables)
     os.chdir(folder)
     setup_globals()
     Singleton.set_state(singleton_state)
@@ -207,6 +212,18 @@ def run_in_worker(
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _split_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Split variables into those for Ray, and those with secrets.
+
+    Ray writes the variables of a worker to its log files and to the worker's command line.
+    """
+    secret_names = {k for k, v in variables.items() if is_secret_name(k) or redact_urls(v) != v}
+    return (
+        {k: v for k, v in variables.items() if k not in secret_names},
+        {k: v for k, v in variables.items() if k in secret_names},
+    )
 
 
 @contextmanager

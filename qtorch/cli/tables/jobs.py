@@ -22,6 +22,7 @@ from qtorch.cli.tables.console import (
     with_label,
 )
 from qtorch.core.errors import ConfigError, format_count
+from qtorch.core.secrets import redact_urls
 from qtorch.study.sweep import (
     JobResult,
     SeedGroup,
@@ -106,7 +107,7 @@ def _data_facts(task: Any) -> dict[str, str]:
 
 def mlflow_command() -> str:
     """Return the command that opens MLflow's UI on the current store, or the server's address."""
-    uri = R.get_uri()
+    uri = redact_urls(R.get_uri())
     if uri.startswith(("http://", "https://")):
         return uri
     return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000"

@@ -20,8 +20,8 @@ from qtorch.cli.tables.console import (
     with_label,
 )
 from qtorch.core.errors import QtorchError, format_count
+from qtorch.core.secrets import redact_urls
 from qtorch.study.search.trial import TrialRow
-from qtorch.tracking.locations import redact_password
 from qtorch.tracking.manager import R
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def report_study(study: SharedStudy, metric: str, folder: Path, sweep_run_id: st
         "study": study.name,
         "metric": metric,
         "direction": study.direction,
-        "storage": redact_password(study.url),
+        "storage": redact_urls(study.url),
         "importances": importances,
         "trials": [asdict(r) for r in rows],
     }

@@ -156,7 +156,7 @@ def parse_devices(arguments: Mapping[str, Any]) -> int | list[int]:
         return 1
     if isinstance(devices, str):
         devices = [d for d in devices.split(",") if d.strip()] if "," in devices else [devices]
-        devices = devices if len(devices) > 1 else devices[0]
+        devices = devices[0] if len(devices) == 1 else devices
     try:
         if isinstance(devices, list | tuple):
             indices = [int(d) for d in devices]

@@ -14,9 +14,10 @@ from optuna.trial import FrozenTrial
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import file_lock
+from qtorch.core.secrets import redact_error, redact_urls
 from qtorch.study.search.sampler import suppress_warnings
 from qtorch.study.search.trial import POSTGRES, SCHEMA, SCHEMA_OPTION
-from qtorch.tracking.locations import redact_password, sqlite_path
+from qtorch.tracking.locations import sqlite_path
 
 LOCK_SECONDS = 120.0
 
@@ -46,9 +47,8 @@ def open_storage(
                     heartbeat_stale_trial_callback=on_stale_trial,
                 )
     except Exception as error:
-        raise ConfigError(
-            f"cannot open the study's storage {redact_password(url)}: {error}"
-        ) from error
+        redact_error(error)
+        raise ConfigError(f"cannot open the study's storage {redact_urls(url)}: {error}") from error
 
 
 def _make_schema(url: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 from qtorch.core.errors import ConfigError
-from qtorch.tracking.locations import SQLITE, redact_password, sqlite_path
+from qtorch.core.secrets import check_complete, redact_urls
+from qtorch.tracking.locations import SQLITE, sqlite_path
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def storage_url(storage: str | None, tracking_uri: str) -> str:
     """
     if storage is not None:
         path = sqlite_path(str(storage))
-        return str(storage) if path is None else f"{SQLITE}{path}"
+        url = check_complete(str(storage), "the sweeper's storage")
+        return url if path is None else f"{SQLITE}{path}"
     path = sqlite_path(tracking_uri)
     if path is not None:
         return f"{SQLITE}{path.with_name(f'{path.stem}-optuna.db')}"
@@ -93,6 +95,6 @@ def storage_url(storage: str | None, tracking_uri: str) -> str:
     if tracking_uri.startswith(("http://", "https://")):
         return f"{SQLITE}{Path('mlruns', 'optuna.db').absolute()}"
     raise ConfigError(
-        f"the tracking store {redact_password(tracking_uri)} cannot store a study's trials: set "
+        f"the tracking store {redact_urls(tracking_uri)} cannot store a study's trials: set "
         "hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."
     )

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import TaskStoreError
+from qtorch.core.secrets import check_encoding
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
     MAX_COUNT,
@@ -75,6 +76,7 @@ class MongoStore(Store):
     """Stores tasks as documents of the collection `qtorch_tasks`."""
 
     def __init__(self, url: str) -> None:
+        check_encoding(url, TaskStoreError)
         try:
             self._client: pymongo.MongoClient[Document] = pymongo.MongoClient(
                 url,

@@ -25,6 +25,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from qtorch.core.errors import TaskStoreError
+from qtorch.core.secrets import check_encoding, redact_urls
 from qtorch.process.lease import boot_id
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
@@ -396,8 +397,8 @@ class SqlStore(Store):
             if self._is_transient(error):
                 raise StoreUnavailable(" ".join(str(error.orig).split())[:200]) from error
             raise TaskStoreError(
-                f"the task store {self.url.render_as_string()} rejected a statement: "
-                f"{' '.join(str(error.orig).split())}"
+                f"the task store {redact_urls(self.url.render_as_string())} rejected a statement: "
+                f"{redact_urls(' '.join(str(error.orig).split()))}"
             ) from error
         except exc.TimeoutError as error:  # no free connection
             raise StoreUnavailable(str(error)) from error
@@ -449,7 +450,7 @@ class SqlStore(Store):
         """Create the tables, or migrate those of an older version."""
         with self._translate_errors(), self._engine.connect() as connection:
             version = self._read_version(connection)
-        if not is_current_version(version, self.url.render_as_string()):
+        if not is_current_version(version, redact_urls(self.url.render_as_string())):
             with self._transaction() as connection:
                 if not self.is_sqlite:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY}, 0)")
@@ -514,17 +515,20 @@ def _open_engine(url: URL, options: dict[str, Any]) -> Engine:
 
 
 def _parse_url(text: str) -> URL:
+    check_encoding(text, TaskStoreError)
     try:
         url = make_url(text)
     except exc.ArgumentError as error:
-        raise TaskStoreError(f"{text!r} is not a database URL: {error}") from error
+        raise TaskStoreError(
+            f"{redact_urls(text)!r} is not a database URL: {redact_urls(str(error))}"
+        ) from error
     if url.get_backend_name() == "postgres" or url.drivername == "postgresql":
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
             raise TaskStoreError(
-                f"{text!r} is a database in memory, which other processes cannot reach; use a "
-                "file: sqlite:///path/to/tasks.db."
+                f"{redact_urls(text)!r} is a database in memory, which other processes cannot "
+                "reach; use a file: sqlite:///path/to/tasks.db."
             )
         return url.set(database=str(Path(str(url.database)).expanduser().absolute()))
     return url

@@ -1,0 +1,132 @@
+"""Secrets stay out of the overrides that Hydra gets, and of the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import hydra.core.utils
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from qtorch.cli.overrides import (
+    quote_value,
+    redact_config,
+    redact_output,
+    redact_overrides,
+    replace_config_writer,
+    save_config,
+)
+from qtorch.core.secrets import URLS_VARIABLE, complete_tree
+
+
+@pytest.mark.parametrize(
+    ("word", "redacted", "values"),
+    [
+        ("seed=1,2", "seed=1,2", [1, 2]),
+        (
+            "tracking.uri=http://me:s3cret@h:5000",
+            "tracking.uri='http://me:***@h:5000'",
+            ["http://me:s3cret@h:5000"],
+        ),
+        (
+            "+url='http://me:s3{c,r}et@h/?a=b&c=d'",
+            "+url='http://me:***@h/?a=b&c=d'",
+            ["http://me:s3{c,r}et@h/?a=b&c=d"],
+        ),
+        (
+            "url=http://me:s3{c,ret@h",  # Hydra could not parse it
+            "url='http://me:***@h'",
+            ["http://me:s3{c,ret@h"],
+        ),
+        (
+            r"url='http://me:it\'s3cret@h'",
+            "url='http://me:***@h'",
+            ["http://me:it's3cret@h"],
+        ),
+        (
+            "url=http://me:s3cret@h1,http://me:s3crets@h2",
+            "url=http://me:***@h1,http://me:***@h2",
+            ["http://me:s3cret@h1", "http://me:s3crets@h2"],
+        ),
+        (
+            "a={b:['http://s3cret@h',1]}",
+            "a={b:['http://***@h',1]}",
+            [{"b": ["http://s3cret@h", 1]}],
+        ),
+    ],
+)
+def test_overrides(word, redacted, values):
+    with redact_overrides(["-m", word]) as words:
+        assert words == ["-m", redacted]
+        override = OverridesParser.create().parse_override(redacted)
+        if override.is_sweep_override():
+            parser = OverridesParser.create()
+            texts = [f"{override.key_or_group}={t}" for t in override.sweep_string_iterator()]
+            parsed_values = [parser.parse_override(t).value() for t in texts]
+        else:
+            parsed_values = [override.value()]
+        assert complete_tree(parsed_values) == values
+        assert ("s3c" in os.environ.get(URLS_VARIABLE, "")) == ("s3c" in word)
+    assert URLS_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("text", ["a", "it's", 'x"y', "a\\'b", "sqlite:///C:\\", "http://h/?a=b"])
+def test_quoted_value_is_parsed_as_the_text(text):
+    assert OverridesParser.create().parse_override(f"a={quote_value(text)}").value() == text
+
+
+def test_configuration_of_a_sweep(monkeypatch):
+    monkeypatch.setenv(URLS_VARIABLE, "[]")
+    monkeypatch.setenv("PW", "s3cret")
+    source = {
+        "tracking": {"uri": "http://me:s3cret@h"},
+        "same": "${tracking.uri}",
+        "whole": "${tracking}",
+        "built": "http://me:${oc.env:PW}@h/x",
+        "list": ["http://s3cret@h", 1, None],
+        "missing": "???",
+        "unknown": "${oc.env:NO_SUCH_VARIABLE}",
+    }
+    config = OmegaConf.create(source)
+    OmegaConf.set_readonly(config, True)
+    redact_config(config)
+    assert OmegaConf.to_container(config, resolve=False) == {
+        **source,
+        "tracking": {"uri": "http://me:***@h"},
+        "built": "http://me:***@h/x",
+        "list": ["http://***@h", 1, None],
+    }
+    urls = ["http://me:s3cret@h", "http://me:s3cret@h/x", "http://s3cret@h"]
+    assert json.loads(os.environ[URLS_VARIABLE]) == urls
+
+
+def test_saved_configuration(tmp_path):
+    replace_config_writer()
+    assert hydra.core.utils._save_config is save_config
+    plain = {"a": [1, None, "x: y", "${b.c}"], "b": {"c": "it's", "d": "???", "e": 1e-3}}
+    save_config(OmegaConf.create(plain), "config.yaml", tmp_path / ".hydra")
+    path = Path(tmp_path, ".hydra", "config.yaml")
+    assert path.read_text() == OmegaConf.to_yaml(OmegaConf.create(plain))
+    assert path.stat().st_mode & 0o777 == 0o600
+    secret = {
+        "password": "hunter2",
+        "uri": 'http://me:"s3\'cret"@h',
+        "list": ["tracking.uri=http://s3cret@h"],
+    }
+    save_config(OmegaConf.create(secret), "config.yaml", tmp_path / ".hydra")
+    stored_config = OmegaConf.to_container(OmegaConf.load(path))
+    assert stored_config == {
+        "password": "***",
+        "uri": "http://me:***@h",
+        "list": ["tracking.uri=http://***@h"],
+    }
+
+
+def test_configuration_on_the_screen(capsys):
+    for words, text in ((["--cfg", "job"], "***"), (["seed=1"], "s3cret")):
+        with redact_output(words):
+            print("uri: http://me:s3cret@h")
+        assert capsys.readouterr().out == f"uri: http://me:{text}@h\n"
