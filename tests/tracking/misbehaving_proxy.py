@@ -117,7 +117,7 @@ class Proxy:
     def _send_empty(self, request, _) -> None:
         self._respond(request, body=b"")
 
-    def _send_not_found(self, request, _) -> None:
+    def _send_404(self, request, _) -> None:
         self._respond(request, 404)
 
     def _send_bad_request(self, request, _) -> None:
