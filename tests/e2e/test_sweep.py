@@ -171,7 +171,8 @@ def test_interrupted_and_killed_sweep_gives_equal_results(
     assert f"qtorch sweep resume {name}" in err
     assert [r.status for r in jobs()] == ["KILLED"]
     assert parent.status == "KILLED"
-    last_epoch = max(run.metric_history("valid/loss"))
+    # Not of `run`, which has read its metrics before the end.
+    last_epoch = max(jobs()[0].metric_history("valid/loss"))
 
     child = start(*job, new_session=True)
     wait_for_epoch(jobs, child, last_epoch + 2)
