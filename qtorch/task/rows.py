@@ -76,7 +76,7 @@ def _none(value: Any) -> None:
     return None
 
 
-def _status_of_failure(value: Any) -> str:
+def _unknown_status(value: Any) -> str:
     return FAILED
 
 
@@ -88,7 +88,7 @@ def _shorten(value: Any) -> str:
 COLUMNS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "definition": (decode_definition, str),
     "res": (decode_result, str),
-    "status": (check_status, _status_of_failure),
+    "status": (check_status, _unknown_status),
     **dict.fromkeys(("priority", "attempt", "errors", "lost", "preemptions"), (_read_count, _zero)),
     **dict.fromkeys(("deadline", "created", "updated"), (_read_time, _none)),
     **dict.fromkeys(("error", "traceback"), (_read_text, str)),

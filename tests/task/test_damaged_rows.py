@@ -127,6 +127,9 @@ class TestEachFault:
     @pytest.mark.parametrize(("column", "name"), CASES)
     def test_task_fails_with_the_reason_and_others_go_on(self, manager, column, name, capsys):
         ids = manager.create_task([{"number": k} for k in range(3)])
+        is_converted = name == "half" or column in ("error", "traceback")
+        if is_converted and manager.url.startswith("postgres"):
+            pytest.skip("PostgreSQL converts such a value to the type of the column")
         if is_refused(manager, ids[1], **{column: FAULTS[column][name]}):
             pytest.skip("the database refuses such a value")
         run_commands(manager, capsys)
