@@ -134,7 +134,7 @@ class TestEachFault:
             pytest.skip("the database refuses such a value")
         run_commands(manager, capsys)
         run_task(get_number, manager.task_pool, url=manager.url)
-        tasks = list(manager.query(decode=False))
+        tasks = sorted(manager.query(decode=False), key=lambda t: ids.index(t["_id"]))
         assert [t["status"] for t in tasks] == ["done", "failed", "done"]
         assert f"the stored {column} is invalid: it" in tasks[1]["error"]
         assert "replace or remove the task" in tasks[1]["error"]
