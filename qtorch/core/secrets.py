@@ -237,7 +237,8 @@ def complete_tree(value: Any) -> Any:
 
 def _convert_texts(value: Any, convert: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return convert(value)
+        text = convert(value)
+        return value if text == value else type(value)(text)  # `StoredText` stays `StoredText`
     if type(value) is dict:
         return {key: _convert_texts(part, convert) for key, part in value.items()}
     if type(value) in (list, tuple):

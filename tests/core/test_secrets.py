@@ -27,6 +27,7 @@ from qtorch.core.secrets import (
     url_variables,
 )
 from qtorch.core.session import init
+from qtorch.core.trust import StoredText, as_stored_text
 
 # A URL with its secret between « and », and the URL without it ("same": only the secret is masked).
 URLS = [
@@ -321,3 +322,11 @@ def test_messages_of_an_exception_and_its_causes():
     redact_error(raised.value)
     assert raised.value.args == (f"cannot use {STORED}", 1)
     assert raised.value.__cause__.args == (f"no {STORED}",)
+
+
+def test_stored_text_stays_stored_text(monkeypatch):
+    monkeypatch.setenv("DATABASE", "postgresql://me:s3cret@host/db")
+    tree = as_stored_text({"a": ["plain", "postgresql://me:***@host/db", "http://a:b@c"]})
+    for changed in (complete_tree(tree), redact_tree(tree)):
+        assert {type(text) for text in changed["a"]} == {StoredText}
+    assert complete_tree(tree)["a"][1] == "postgresql://me:s3cret@host/db"

@@ -69,7 +69,7 @@ def user_code(store, tmp_path, monkeypatch):
     folder = tmp_path / "code"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
-    qtorch.init(trusted=["own_model"])
+    qtorch.init(trusted=["own_model"], trusted_pickle=True)
 
     def forget() -> None:
         for name in ("own_model", "own_factor"):

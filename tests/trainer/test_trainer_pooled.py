@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -215,9 +217,11 @@ def test_pool_and_runs_contain_no_secrets(make_task, tmp_path, store, monkeypatc
     (pool_task,) = TaskManager("pool").query({})
     recorder = pool_task["res"]
     assert recorder.load_object("task")["model"]["kwargs"]["fail"] == stored
-    assert recorder.load_object("params.pkl").fail == full
+    load_model = partial(recorder.load_object, "params.pkl", unpickler=pickle.Unpickler)
+    assert load_model().fail == full
     prepared_run = begin_task_train(task, "exp")
-    assert end_task_train(prepared_run).load_object("params.pkl").fail == full
+    ended_run = end_task_train(prepared_run)
+    assert ended_run.load_object("params.pkl", unpickler=pickle.Unpickler).fail == full
     # A pickle of a user's own object contains whatever the object does.
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".pickle"]
     assert len(files) > 5
