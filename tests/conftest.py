@@ -59,6 +59,9 @@ def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+    # So does Hydra's, which it adds to the root logger.
+    for handler in [h for h in logging.root.handlers if type(h) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,9 @@ rows = st.dictionaries(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(rows, min_size=1, max_size=10))
 def test_generated_rows_end_alone(tmp_path, capsys, columns_of_rows):
