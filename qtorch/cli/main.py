@@ -43,11 +43,13 @@ HELP_OPTIONS = ("-h", "--help")
 HELP = """\
 qtorch: deep learning for stock research on PyTorch Lightning, Hydra and MLflow
 
-usage: qtorch COMMAND [--debug] ...
+usage: qtorch COMMAND [--debug] [trusted_pickle=true] ...
 
 {commands}
 
   qtorch COMMAND --help     show the options of a command
+  --debug                   show the traceback of an error
+  trusted_pickle=true       load pickles, which run the code that their author put into them
   qtorch --version          show the version
 
 examples
