@@ -21,14 +21,15 @@ qtorch sweep: manage the sweeps of `qtorch train -m`
 usage: qtorch sweep list
        qtorch sweep show NAME
        qtorch sweep best NAME [metric="valid.IC"] [mode=max]
-       qtorch sweep resume NAME [retry=true]
+       qtorch sweep resume NAME [retry=true] [trusted=true]
 
   list     list the sweeps of the tracking store, newest first
   show     show the jobs of a sweep, statistics over seeds, and the best job
   best     show the best job and setting by a metric (default: Rank IC on the valid segment)
   resume   repeat the sweep's command in its folder: finished jobs are skipped, interrupted
            jobs resume from their checkpoints, failed jobs are retried with retry=true
-           (a search continues its study)
+           (a search continues its study); trusted=true: the stored command may contain words
+           that run code, and names of classes that are not trusted otherwise
 
   NAME           name of the sweep, or its run ID
   tracking.uri   MLflow tracking URI; default: the store of this folder (or MLFLOW_TRACKING_URI);
@@ -38,9 +39,15 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "metric": str,
     "mode": str,
     "retry": parse_bool,
+    "trusted": parse_bool,
     "tracking.uri": str,
 }
-ACTION_OPTIONS = {"list": (), "show": (), "best": ("metric", "mode"), "resume": ("retry",)}
+ACTION_OPTIONS = {
+    "list": (),
+    "show": (),
+    "best": ("metric", "mode"),
+    "resume": ("retry", "trusted"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -172,11 +179,12 @@ def _resume(name: str, options: dict[str, Any]) -> int:
             f"next to its data, with sweep.name={row.tags[SWEEP_TAG]}."
         )
     commands = [words_to_repeat(command["words"]) for command in plan["commands"]]
-    for words in commands:
-        check_stored_words(words, str(folder))
+    if not options.get("trusted"):
+        for words in commands:
+            check_stored_words(words)
     os.chdir(folder)
     extra_overrides = [
-        "sweep.stored=true",
+        f"sweep.stored={not options.get('trusted')}",
         f"sweep.name={row.tags[SWEEP_TAG]}",
         "sweep.retry=" + str(bool(options.get("retry"))),
         f"tracking.uri={quote_value(redact_urls(uri))}",  # completed by the command

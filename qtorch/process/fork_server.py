@@ -19,11 +19,12 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from qtorch.process.child import REFUSED_CALL, Child, ExitStatus, Message, child
 from qtorch.process.stops import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
+MAX_TEMPORARY_PATH = 70  # bytes
 ORPHAN_SECONDS = 60.0  # for a child to write a checkpoint after its parent is gone
 TRAINING_PRELOAD = "qtorch.trainer.preload"  # a module that imports what trainings need
 # With the first variable torch counts GPUs without creating a CUDA context. The second keeps
@@ -67,6 +69,7 @@ class ForkServer(forkserver.ForkServer):
         with _lock:
             if self._is_running():
                 return
+            _choose_socket_folder()
             resource_tracker.ensure_running()  # it would unblock the signals below
             with _server_environment():
                 # A signal in the middle of the imports, or of the start of a child, would do harm.
@@ -272,6 +275,20 @@ def current_environment() -> dict[str, str]:
     """Return a copy of this process's environment, without what a starting server changes in it."""
     with _lock:
         return dict(os.environ)
+
+
+def _choose_socket_folder() -> None:
+    """Let multiprocessing create its folder of sockets in /tmp if the path of TMPDIR is too long.
+
+    The path of a socket has at most 107 bytes, of which the folder and its name need about 30.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_TEMPORARY_PATH:
+        return
+    previous, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        util.get_temp_dir()
+    finally:
+        tempfile.tempdir = previous
 
 
 def _server_environment() -> AbstractContextManager[None]:

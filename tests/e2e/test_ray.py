@@ -153,7 +153,7 @@ def test_sweep_survives_killed_workers(cluster, train, qtorch_cli, runs, folder)
     assert statuses_by_seed(runs()) == {"0": "FINISHED", "1": "FINISHED", "2": "FAILED"}
     assert not running_jobs(cluster)
 
-    result = qtorch_cli("sweep", "resume", "signals", "retry=true")
+    result = qtorch_cli("sweep", "resume", "signals", "retry=true", "trusted=true")
     assert result.code == 0, result.err
     assert len([line for line in result.out.splitlines() if "(retried)" in line]) == 1
     assert statuses_by_seed(runs()) == dict.fromkeys(SIGNALS_BY_SEED, "FINISHED")

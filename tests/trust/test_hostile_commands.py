@@ -205,10 +205,10 @@ def test_hostile_plan(store, watch, word):
 
 @pytest.mark.parametrize("word", HOSTILE_WORDS)
 def test_hostile_word_is_refused(word):
-    with pytest.raises(TrustError, match="repeat it yourself"):
-        check_stored_words(["seed=1", word], "/data/study")
+    with pytest.raises(TrustError, match="trusted=true"):
+        check_stored_words(["seed=1", word])
 
 
 @pytest.mark.parametrize("word", HARMLESS_WORDS)
 def test_harmless_word_is_repeated(word):
-    check_stored_words(["seed=1", word], "/data/study")
+    check_stored_words(["seed=1", word])

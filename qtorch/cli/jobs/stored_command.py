@@ -27,14 +27,14 @@ _OPTUNA_CLASS = re.compile(r"optuna\.(samplers|pruners)\.\w+")
 _LAUNCHER_NAMES = ("account", "comment", "constraint", "name", "partition", "qos")
 
 
-def check_stored_words(words: Sequence[str], folder: str) -> None:
+def check_stored_words(words: Sequence[str]) -> None:
     """Raise TrustError for the first word of a sweep's stored command that could run code."""
     for word in words:
         reason = _find_danger(word)
         if reason is not None:
             raise TrustError(
-                f"the stored command contains {word!r}: {reason}. If you trust the command, repeat "
-                f"it yourself: cd {shlex.quote(folder)} && qtorch train -m {shlex.join(words)}"
+                f"the stored command contains {word!r}: {reason}. If the command is yours, or you "
+                f"trust it, add trusted=true. It is: qtorch train -m {shlex.join(words)}"
             )
 
 
