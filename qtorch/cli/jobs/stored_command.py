@@ -77,7 +77,9 @@ def _is_harmless_setting(key: str, values: list[tuple[str, Any]]) -> bool:
     if key in ("hydra.sweep.dir", "hydra.run.dir"):
         return not any(str(v).startswith(("/", "~")) or ".." in str(v) for _, v in texts)
     if key.startswith("hydra.launcher."):
-        return all(n in _LAUNCHER_NAMES and _WORD.fullmatch(str(v)) for n, v in texts)
+        return all(
+            v == "auto" or (n in _LAUNCHER_NAMES and _WORD.fullmatch(str(v))) for n, v in texts
+        )
     if key.startswith("hydra.sweeper."):
         return all(n != "_target_" or _OPTUNA_CLASS.fullmatch(str(v)) for n, v in texts)
     return False
