@@ -145,10 +145,9 @@ class ForkServer(forkserver.ForkServer):
         }
         with _lock:
             try:
-                status_pipe, data = self.connect_to_new_process(descriptors)
-            except OSError:
-                self.close()  # whatever it was, the next use needs another server
-                raise
+                status_pipe, data = self._connect(descriptors)
+            except ConnectionRefusedError:  # the server has just been killed
+                status_pipe, data = self._connect(descriptors)
             server_pid: int = self._forkserver_pid  # type: ignore[attr-defined]  # not in the stubs
         with open(data, "wb") as pipe:
             try:
@@ -157,6 +156,13 @@ class ForkServer(forkserver.ForkServer):
                 os.close(status_pipe)
                 raise
         return Child(own_end, status_pipe, server_pid)
+
+    def _connect(self, descriptors: list[int]) -> tuple[int, int]:
+        try:
+            return self.connect_to_new_process(descriptors)
+        except OSError:
+            self.close()  # whatever it was, the next use needs another server
+            raise
 
     def call(
         self,
