@@ -66,24 +66,33 @@ class RunInputs:
         """A hash of the inputs; None if a part is unknown, so that nothing can be equal to them."""
         return None if UNKNOWN in self.tags.values() else digest(self.tags)
 
+    def find_changes(self, tags: Mapping[str, str]) -> list[str]:
+        """Describe which inputs a run with these tags is known to have had otherwise."""
+        return [
+            f"{self._name(tag)} changed ({tags[tag][:12]} then, {value[:12]} now)"
+            for tag, value in self.tags.items()
+            if UNKNOWN not in (value, tags.get(tag, UNKNOWN)) and tags[tag] != value
+        ]
+
     def find_differences(self, tags: Mapping[str, str]) -> list[str]:
-        """Describe in which inputs a run with these tags differs; empty if it has the same."""
+        """Describe which inputs differ, or cannot be compared; empty only if all are equal."""
         if DATA_TAG not in tags:
             return ["it has no record of its data and code"]
+        reasons = {DATA_TAG: "a dataset without fingerprint()", SOURCES_TAG: "no source file"}
+        unknown = [
+            f"{self._name(tag)} cannot be compared ({reasons.get(tag, 'no record')})"
+            for tag, value in self.tags.items()
+            if UNKNOWN in (value, tags.get(tag, UNKNOWN))
+        ]
+        return [*unknown, *self.find_changes(tags)]
+
+    def _name(self, tag: str) -> str:
         modules = ", ".join(self.sources or ()) or "none"
-        names = {
-            DATA_TAG: ("the data", "a dataset without fingerprint()"),
-            SOURCES_TAG: (f"the code of the task's own modules ({modules})", "no source file"),
-            LIBRARY_TAG: ("qtorch's version or code", ""),
-        }
-        texts = []
-        for tag, value in self.tags.items():
-            name, reason = names[tag]
-            if UNKNOWN in (value, tags.get(tag, UNKNOWN)):
-                texts.append(f"{name} cannot be compared ({reason})")
-            elif tags[tag] != value:
-                texts.append(f"{name} changed ({tags[tag][:12]} then, {value[:12]} now)")
-        return texts
+        return {
+            DATA_TAG: "the data",
+            SOURCES_TAG: f"the code of the task's own modules ({modules})",
+            LIBRARY_TAG: "qtorch's version or code",
+        }[tag]
 
     def describe(self) -> str:
         """Name what a reused run has in common with a task, for log lines."""

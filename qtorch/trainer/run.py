@@ -171,7 +171,7 @@ def collect_task_inputs(task: Mapping[str, Any]) -> RunInputs:
 
 
 def _find_changes(earlier_run: Recorder, task: Mapping[str, Any] | None = None) -> str:
-    """Describe which inputs of a task have changed since an earlier attempt; empty if none.
+    """Describe which inputs of a task have changed since an earlier attempt; empty if none has.
 
     `task`: None is the task that the run contains.
     """
@@ -183,7 +183,7 @@ def _find_changes(earlier_run: Recorder, task: Mapping[str, Any] | None = None) 
     except Exception as error:  # the new attempt raises it again
         log.debug("cannot compare the inputs of run %s: %s", earlier_run.id, error)
         return ""
-    return "; ".join(inputs.find_differences(tags))
+    return "; ".join(inputs.find_changes(tags))
 
 
 def reuse_trained_run(

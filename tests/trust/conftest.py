@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hostile_things import EVIL_MODULES, write_evil_module
 
-import qtorch
+from qtorch import R
 from qtorch.cli.main import main
 
 # Harmless programs that qtorch and its libraries start themselves.
@@ -92,10 +92,12 @@ def folder_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setenv("QTORCH_OUTBOX", str(folder / "outbox"))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         small = ("debug=tiny", "log_level=WARNING", "model=mlp", "record=none")
-        assert main(["train", *small]) == 0
         sweep = ("sweep.name=theirs", "sweep.isolate=false", "seed=1")
-        assert main(["train", "-m", *small, *sweep]) == 0
+        with R.uri_context(f"sqlite:///{folder}/mlruns/mlflow.db"):
+            assert main(["train", *small]) == 0
+            assert main(["train", "-m", *small, *sweep]) == 0
     return folder
 
 
@@ -104,8 +106,8 @@ def store(folder_of_runs: Path, tmp_path: Path, watch: Any) -> Iterator[Path]:
     """The folder with the finished runs; their artifacts are restored after the test."""
     artifacts, backup = folder_of_runs / "mlruns" / "artifacts", tmp_path / "backup"
     shutil.copytree(artifacts, backup)
-    qtorch.init(tracking_uri=f"sqlite:///{folder_of_runs}/mlruns/mlflow.db")
-    yield folder_of_runs
+    with R.uri_context(f"sqlite:///{folder_of_runs}/mlruns/mlflow.db"):
+        yield folder_of_runs
     shutil.copytree(backup, artifacts, dirs_exist_ok=True)
     for path in artifacts.rglob("*"):
         if path.is_file() and not (backup / path.relative_to(artifacts)).exists():
