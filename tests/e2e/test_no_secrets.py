@@ -156,7 +156,7 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     sweep = ["-m", *TINY, "seed=1,2", "sweep.name=two"]
     sweep += ["tracking=mine", "hydra/launcher=joblib", f"--config-dir={tmp_path / 'conf'}"]
     commands.run("train", *sweep)
-    commands.run("sweep", "resume", "two", MLFLOW_TRACKING_URI=environment_uri)
+    commands.run("sweep", "resume", "two", "trusted=true", MLFLOW_TRACKING_URI=environment_uri)
 
     pool = ["pool=secret-pool", f"url={pool_url}"]
     remote = ["runner=rm", "wait=false", *pool, f"tracking.uri={argument_uri}", "seed=7"]
