@@ -294,11 +294,17 @@ class _EarlierRuns:
         return [r for r in rows if JOB_TAG + self.member.sweep_id in r.tags]
 
     def _fits(self, row: RunRow) -> bool:
-        """Whether a run has the data and the code of now; the reason why not is logged once."""
+        """Whether a run has the data and the code of now; the reason why not is logged once.
+
+        A finished run must be known to have them. One that is continued must not be known to have
+        had others.
+        """
         if row.status != Recorder.STATUS_FI and DATA_TAG not in row.tags and not row.metrics:
             return True  # it was interrupted, or failed, before its training
         try:
-            differences = self.inputs.find_differences(row.tags)
+            is_finished = row.status == Recorder.STATUS_FI
+            compare = self.inputs.find_differences if is_finished else self.inputs.find_changes
+            differences = compare(row.tags)
         except QtorchError as error:
             differences = [f"the dataset cannot be built: {error}"]
         if differences and row.id not in self._reported_ids:
