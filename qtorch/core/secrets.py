@@ -252,5 +252,5 @@ def redact_error(error: BaseException) -> None:
     while current is not None:
         current.args = redact_tree(current.args)
         if isinstance(getattr(current, "message", None), str):
-            current.message = redact_urls(current.message)  # type: ignore[attr-defined]
+            current.message = redact_urls(current.message)  # type: ignore[attr-defined]  # of MLflow's errors
         current = current.__cause__ or current.__context__

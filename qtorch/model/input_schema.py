@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from qtorch.core.errors import DataError, join_names
-from qtorch.core.trust import trust_subclasses
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.samples import Samples
 
 log = logging.getLogger(__name__)
 
 
-@trust_subclasses
 @dataclass(frozen=True)
 class InputSchema:
     """The features and window length of the samples that a model was trained on."""

@@ -282,6 +282,7 @@ def _find_names(part: Any) -> Iterator[str]:
         module = part.get("module_path")
         if isinstance(module, str):
             yield module
+        yield from (k for k in part if isinstance(k, str) and DOTTED.fullmatch(k))  # of losses
         for value in part.values():
             yield from _find_names(value)
     elif isinstance(part, list | tuple):
