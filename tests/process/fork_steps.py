@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def describe(request, parent):
@@ -55,9 +56,10 @@ def report_variable(request, parent):
 
 
 def send_many(request, parent):
-    """Send several messages at once."""
+    """Send several messages at once, then create the file `sent`."""
     for number in range(request["count"]):
         parent.send({"number": number})
+    Path(request["sent"]).touch()
 
 
 def ignore_stops(request, parent):

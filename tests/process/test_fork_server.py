@@ -345,23 +345,27 @@ def send_interrupts(*delays):
         signal.signal(signal.SIGINT, previous)
 
 
-def test_interruption_loses_no_message(server):
+def test_interruption_loses_no_message(server, tmp_path):
     """Not even if it arrives while an earlier message is handled."""
-    messages, begin_event = [], threading.Event()
+    sent = tmp_path / "sent"
+    messages, begin_event, interrupt_event = [], threading.Event(), threading.Event()
 
     def handle(message):
         begin_event.set()
-        time.sleep(0.3)
+        assert interrupt_event.wait(60)
         messages.append(message)
 
     def interrupt():
         begin_event.wait()
+        while not sent.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+        interrupt_event.set()
 
     thread = threading.Thread(target=interrupt)
     with send_interrupts(), pytest.raises(KeyboardInterrupt):
         thread.start()
-        server.call("fork_steps.send_many", {"count": 5}, handle)
+        server.call("fork_steps.send_many", {"count": 5, "sent": str(sent)}, handle)
     assert [m["number"] for m in messages] == [0, 1, 2, 3, 4]
 
 

@@ -88,7 +88,10 @@ def test_worker_stops_with_the_reason(tmp_path, behavior, kind):
     worker = subprocess.Popen(
         [sys.executable, "-m", "qtorch.cli.main", "worker", *words, "devices=cpu", "per_device=2"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
