@@ -347,7 +347,7 @@ def send_interrupts(*delays):
 
 def test_interruption_loses_no_message(server, tmp_path):
     """Not even if it arrives while an earlier message is handled."""
-    sent = tmp_path / "sent"
+    sent_file = tmp_path / "sent"
     messages, begin_event, interrupt_event = [], threading.Event(), threading.Event()
 
     def handle(message):
@@ -357,7 +357,7 @@ def test_interruption_loses_no_message(server, tmp_path):
 
     def interrupt():
         begin_event.wait()
-        while not sent.exists():
+        while not sent_file.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         interrupt_event.set()
@@ -365,7 +365,7 @@ def test_interruption_loses_no_message(server, tmp_path):
     thread = threading.Thread(target=interrupt)
     with send_interrupts(), pytest.raises(KeyboardInterrupt):
         thread.start()
-        server.call("fork_steps.send_many", {"count": 5, "sent": str(sent)}, handle)
+        server.call("fork_steps.send_many", {"count": 5, "sent": str(sent_file)}, handle)
     assert [m["number"] for m in messages] == [0, 1, 2, 3, 4]
 
 
