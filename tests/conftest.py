@@ -22,6 +22,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m "not slow"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first; skip those whose requirements are missing, with a reason."""
     # A long test that is started last keeps one process busy while the others are idle.
@@ -30,8 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "QTORCH_QLIB_MISSING", "QTORCH_QLIB_PYTHON is not set to a Python with pyqlib"
     )
     for item in items:
-        if item.get_closest_marker("qlib") and not os.environ.get("QTORCH_QLIB_PYTHON"):
-            item.add_marker(pytest.mark.skip(reason=qlib_missing))
+        if item.get_closest_marker("qlib"):
+            item.add_marker(pytest.mark.slow)
+            if not os.environ.get("QTORCH_QLIB_PYTHON"):
+                item.add_marker(pytest.mark.skip(reason=qlib_missing))
         if item.get_closest_marker("gpu"):
             import torch
 

@@ -68,14 +68,10 @@ DATES = ["segments.train=[2018-07-01,2019-06-30]", "segments.valid=[2019-07-01,2
 
 # Each takes about a second: the fast suite runs only one of each kind.
 FAST = (
-    "missing provider folder",
     "unknown universe",
     "unknown model option",
     "unknown field",
-    "unknown operator",
-    "syntax error",
     "label that is always NaN",
-    "empty segment",
     "unreachable tracking server",
 )
 FAULTS = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in CONFIG_FAULTS]
