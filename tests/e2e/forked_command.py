@@ -43,6 +43,8 @@ class ForkedCommand(ForkedProcess):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         os.environ.update({"OMP_NUM_THREADS": "1", **environment})
+        sys.argv = ["qtorch", *self.args]
+        tempfile.tempdir = None  # TMPDIR of `environment` counts
         path = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [str(folder), *filter(None, path)]
         torch.set_num_threads(1)

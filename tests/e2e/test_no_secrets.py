@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psutil
 import pytest
 import sqlalchemy as sa
+from forked_command import ForkedCommand
 from local_servers import MlflowServer, postgres
 
 from qtorch.tracking.mlflow_store import open_store
@@ -66,7 +68,6 @@ class Commands:
         temporary = folder / "tmp"
         temporary.mkdir()
         self.environment = {
-            **os.environ,
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             "TMPDIR": str(temporary),
             "QTORCH_CACHE": str(folder / "cache"),
@@ -77,20 +78,27 @@ class Commands:
             "QTORCH_MIRROR": f"https://{SECRETS['token']}@mirror.example/data?a=b",
         }
 
-    def run(self, *words: str, code: int = 0, **environment: str) -> str:
-        """Run one command to its end and return its output; check its exit code."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qtorch", *words],
-            cwd=self.folder,
-            env={**self.environment, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def run(self, *words: str, code: int = 0, is_forked: bool = True, **environment: str) -> str:
+        """Run one command to its end and return its output; check its exit code.
+
+        A forked command starts in no time, but its own process has the command line of the tests.
+        """
+        process: Any
+        if is_forked:
+            process = ForkedCommand(words, self.folder, {**self.environment, **environment}, False)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qtorch", *words],
+                cwd=self.folder,
+                env={**os.environ, **self.environment, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         reader = ProcessListReader(psutil.Process(process.pid))
         reader.start()
         try:
-            output, _ = process.communicate(timeout=180)
+            output = "".join(process.communicate(timeout=180))
         finally:
             process.kill()
             reader.has_ended.set()
@@ -152,10 +160,10 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     config_file.write_text(json.dumps({"uri": secret_url("file", server.uri)}))  # also YAML
     environment_uri = secret_url("environment", server.uri)
 
-    commands.run("train", *TINY, f"tracking.uri={argument_uri}")
+    commands.run("train", *TINY, f"tracking.uri={argument_uri}", is_forked=False)
     sweep = ["-m", *TINY, "seed=1,2", "sweep.name=two"]
     sweep += ["tracking=mine", "hydra/launcher=joblib", f"--config-dir={tmp_path / 'conf'}"]
-    commands.run("train", *sweep)
+    commands.run("train", *sweep, is_forked=False)
     commands.run("sweep", "resume", "two", "trusted=true", MLFLOW_TRACKING_URI=environment_uri)
 
     pool = ["pool=secret-pool", f"url={pool_url}"]
@@ -163,7 +171,7 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     commands.run("train", *TINY, *remote)
     worker_uri = secret_url("worker", server.uri, "worker")
     worker = ["worker", "max_tasks=1", "idle_timeout=5"]
-    commands.run(*worker, *pool, MLFLOW_TRACKING_URI=worker_uri)
+    commands.run(*worker, *pool, is_forked=False, MLFLOW_TRACKING_URI=worker_uri)
     task_text = commands.run("tasks", "show", "1", *pool)
     assert "(done)" in task_text, task_text
     commands.run("tasks", "export", *pool, "out=tasks.json")
