@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,10 +51,10 @@ class TrainerRM(TrainerR):
     process). `force_release` runs each of this process's tasks in a separate process.
 
     A task that is already in the pool (with an equal definition) is not trained again, unless its
-    data, the code of the user's modules or qtorch has changed since; a task without a seed gets
-    one derived from its definition. Failed tasks are retried by the pool's
-    rules; recorders are returned in the order of the tasks, as by TrainerR. Corresponds to
-    qlib/model/trainer.py.
+    data, the code of the user's modules or qtorch has changed since, or it is done and nobody can
+    tell (a dataset without `fingerprint()`, a class without a source file). A task without a seed
+    gets one derived from its definition. Failed tasks are retried by the pool's rules; recorders
+    are returned in the order of the tasks, as by TrainerR. Corresponds to qlib/model/trainer.py.
     """
 
     TM_ID = "_id in TaskManager"
@@ -151,7 +152,7 @@ class TrainerRM(TrainerR):
         valid_definitions = [d for d in definitions if not isinstance(d, ConfigError)]
         for definition in valid_definitions:
             encode_definition(definition)  # raises for live objects before any task is submitted
-        ids = iter(manager.create_task(valid_definitions))
+        ids = iter(_create_tasks(manager, valid_definitions))
         return [
             create_failed_run(name, d, self.default_rec_name)
             if isinstance(d, ConfigError)
@@ -361,16 +362,43 @@ def _identify_inputs(task: Mapping[str, Any]) -> str | None:
     None if they are not known here, e.g. because only the workers have the data.
     """
     try:
-        identity = collect_task_inputs(task).identity
+        return collect_task_inputs(task).identity
     except Exception as error:
         log.debug("cannot identify the data of a task: %s", error)
-        identity = None
-    if identity is None:
-        log.warning(
-            "the data or code of a task cannot be identified: the pool does not train it again "
-            "when they change"
-        )
-    return identity
+        return None
+
+
+def _create_tasks(manager: TaskManager, definitions: Sequence[dict[str, Any]]) -> list[str]:
+    """Create the tasks that are not in the pool yet, and return the IDs of all.
+
+    A finished task is used again only if its data and code are known to be those of now; else the
+    definition becomes another task.
+    """
+    ids = list(manager.create_task(definitions))
+    unidentified = [
+        k for k, d in enumerate(definitions) if INPUTS_FIELD not in d.get(TRACKING_KEY, {})
+    ]
+    query = {"_id": {"$in": [ids[k] for k in unidentified]}, "status": manager.STATUS_DONE}
+    done_ids = {t["_id"] for t in manager.query(query, decode=False)} if unidentified else set()
+    repeated = [k for k in unidentified if ids[k] in done_ids]
+    if not repeated:
+        return ids
+    log.warning(
+        "%d finished tasks of the pool are trained again, because their data or code cannot be "
+        "compared (a dataset without fingerprint(), or a class without a source file)",
+        len(done_ids),
+    )
+    submission = uuid.uuid4().hex
+    renewed_definitions = [
+        {
+            **definitions[k],
+            TRACKING_KEY: {**definitions[k].get(TRACKING_KEY, {}), INPUTS_FIELD: submission},
+        }
+        for k in repeated
+    ]
+    for k, id in zip(repeated, manager.create_task(renewed_definitions), strict=True):
+        ids[k] = id
+    return ids
 
 
 def _load_run(task: PoolTask) -> Recorder | None:

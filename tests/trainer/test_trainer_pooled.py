@@ -87,6 +87,24 @@ def test_equal_task_is_not_trained_again(make_task, tmp_path):
     assert recorders[0].list_params()["seed"] != recorders[1].list_params()["seed"]
 
 
+def test_finished_task_whose_data_cannot_be_compared_is_trained_again(
+    make_task, tmp_path, monkeypatch, fakes, caplog
+):
+    monkeypatch.delattr(f"{fakes}.FakeDataset.fingerprint")
+    log = tmp_path / "log"
+    tasks = [make_task(record=[], value=v, log=str(log)) for v in (1.0, 2.0, 1.0)]
+    waiting = TaskManager("pool").create_task([pool_definition(t, "exp") for t in tasks[:2]])
+    recorders = TrainerRM("exp", "pool")(tasks)
+    assert recorders[0] == recorders[2] != recorders[1]
+    assert {r.list_tags()[TrainerRM.TM_ID] for r in recorders} == set(waiting)  # not done yet
+    assert "trained again" not in caplog.text
+    repeated_recorders = TrainerRM("exp", "pool")(tasks)
+    assert repeated_recorders[0] == repeated_recorders[2] != repeated_recorders[1]
+    assert not {r.id for r in recorders} & {r.id for r in repeated_recorders}
+    assert "2 finished tasks of the pool are trained again" in caplog.text
+    assert len(log.read_text().splitlines()) == 4
+
+
 def test_failing_task_is_tried_three_times_without_affecting_others(make_task, tmp_path, caplog):
     log = tmp_path / "log"
     values = [0.1, 0.2, 0.3]
