@@ -14,7 +14,7 @@ import pandas as pd
 from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import ConfigError, DataError, install_command
 from qtorch.core.tables import read_csv
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Source
@@ -133,7 +133,7 @@ def _import_cvxpy() -> Any:
         import cvxpy  # type: ignore[import-not-found,unused-ignore]  # an extra
     except ImportError as error:
         raise ConfigError(
-            "EnhancedIndexingStrategy needs cvxpy: pip install 'qtorch[optimize]'."
+            f"EnhancedIndexingStrategy needs cvxpy: {install_command('optimize')}."
         ) from error
     return cvxpy
 

@@ -23,7 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from qtorch.core.errors import ArgumentError, ConfigError, unknown_name_message
+from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import as_stored_text
@@ -34,8 +34,6 @@ QUOTES = (
     "Values that contain ( ) , = : or $ need quotes inside the shell's quotes: "
     "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
 )
-PLUGINS = "Launchers and sweepers are plugins: pip install 'qtorch[sweep]' installs joblib."
-
 Calendars = dict[str, pd.DatetimeIndex]
 
 
@@ -150,7 +148,9 @@ def _explain_error(error: BaseException, argv: Sequence[str], root: str) -> str:
             message = unknown_name_message(
                 f"option of {group}", option, [o for o in options if " " not in o]
             )
-            return f"{message} {PLUGINS}" if group.startswith("hydra/") else message
+            if group.startswith("hydra/"):
+                message += f" Launchers and sweepers are plugins: {install_command('sweep')}."
+            return message
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key_text(match[1], argv, root)
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:

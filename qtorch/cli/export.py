@@ -20,7 +20,7 @@ usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=tr
                      [allow_nonfinite=true]
 
   run        the run ID
-  format     onnx         for onnxruntime and others; requires pip install 'qtorch[export]'
+  format     onnx         for onnxruntime and others; needs the packages of the extra `export`
              torch        .pt2, a program for torch.export.load; needs nothing but torch
              safetensors  weights and the network's configuration, for qtorch.study.load_network
   out        output file; default: RUN_ID.onnx, .pt2 or .safetensors in this folder

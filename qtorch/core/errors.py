@@ -10,6 +10,8 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+# The import is `qtorch`; on PyPI the name qtorch belongs to another project.
+DISTRIBUTION = "qtorch-quant"
 # All but tab and line feed, with the characters that change the direction of text.
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
@@ -135,6 +137,24 @@ def join_names(names: Collection[str], limit: int = 8) -> str:
     """Join names by commas; of more than `limit`, the first ones and the total number."""
     suffix = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(list(names)[:limit]) + suffix
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra (e.g. `export`) of qtorch.
+
+    The packages themselves are named, so that it works for a checkout and for an installed wheel.
+    """
+    from importlib.metadata import PackageNotFoundError, requires  # slow, and rarely needed
+
+    try:
+        requirements = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:  # the checkout is on the path, but not installed
+        return f"pip install -e '.[{extra}]' (in the folder of qtorch's checkout)"
+    parts = [text.partition(";") for text in requirements]
+    packages = [
+        name.strip() for name, _, condition in parts if condition.strip() == f"extra == '{extra}'"
+    ]
+    return "pip install " + " ".join(f"'{package}'" for package in packages)
 
 
 def refuse_old_names(owner: object, new_names: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, install_command
 
 try:
     import onnx
@@ -19,7 +19,7 @@ try:
     import onnxscript
 except ModuleNotFoundError as missing:
     raise ConfigError(
-        f"exporting to ONNX needs {missing.name}: pip install 'qtorch[export]'."
+        f"exporting to ONNX needs {missing.name}: {install_command('export')}."
     ) from missing
 
 REQUIRED_MODULES = (onnx, onnxruntime, onnxscript)  # onnxscript is used by torch's exporter

@@ -209,5 +209,5 @@ def test_invalid_arguments_raise_at_construction(monkeypatch):
     with pytest.raises(ConfigError, match="only ridge and lasso"):
         LinearModel("ols", alpha=1.0)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'qtorch\[lightgbm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lightgbm>="):
         LGBModel()

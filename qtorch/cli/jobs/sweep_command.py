@@ -29,7 +29,7 @@ from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, laun
 from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
-from qtorch.core.errors import ConfigError, TrackingError, printable_text
+from qtorch.core.errors import ConfigError, TrackingError, install_command, printable_text
 from qtorch.core.files import write_private
 from qtorch.process.stops import CommandLock, StopSignals
 from qtorch.study.sweep import (
@@ -96,7 +96,7 @@ class SweepCommand:
         launcher = str(config.hydra.launcher._target_)
         if launcher not in Plugins.instance().class_name_to_class:
             raise ConfigError(
-                f"the launcher {launcher} is not installed: pip install 'qtorch[sweep]' installs "
+                f"the launcher {launcher} is not installed: {install_command('sweep')} installs "
                 "joblib and submitit."
             )
         self.launcher = launcher_class(launcher)

@@ -35,7 +35,7 @@ from qtorch.cli.jobs.results import FINISHED, KILLED, RUNNING, command_results
 from qtorch.cli.jobs.sweep_command import current_sweep
 from qtorch.cli.launchers.ray import RayLauncher
 from qtorch.cli.tables.trials import report_study
-from qtorch.core.errors import ConfigError, format_count, unknown_name_message
+from qtorch.core.errors import ConfigError, format_count, install_command, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import resolve_config
 from qtorch.study.search.trial import Choice, Space, Span, storage_url
@@ -152,7 +152,7 @@ class OptunaSweeper(Sweeper):
             from qtorch.study.search.study import SharedStudy
         except ImportError as error:
             raise ConfigError(
-                "hydra/sweeper=optuna requires Optuna 5: pip install 'qtorch[sweep]'."
+                f"hydra/sweeper=optuna requires Optuna 5: {install_command('sweep')}."
             ) from error
         if is_grid(self.sampler):
             num_points = math.prod(len(values) for values in grid_values(search.space).values())

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, open_dict
 from qtorch.cli.guard import handle_stop_signals
 from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import OwnProcessLauncher
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, install_command
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.secrets import is_secret_name, redact_urls
 from qtorch.process.stops import SCHEDULER_SIGNALS, received_signals
@@ -104,7 +104,7 @@ class RayLauncher(UnfinishedJobsMixin, OwnProcessLauncher, Launcher):
             import ray
         except ImportError as error:
             raise ConfigError(
-                "hydra/launcher=ray requires Ray: pip install 'qtorch[ray]'."
+                f"hydra/launcher=ray requires Ray: {install_command('ray')}."
             ) from error
         if ray.is_initialized():
             return ray

@@ -16,6 +16,7 @@ from qtorch.core.errors import (
     ArgumentError,
     ConfigError,
     check_name,
+    install_command,
     nearest_name,
     unknown_name_message,
 )
@@ -265,5 +266,5 @@ def _import_lightgbm() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "lightgbm":  # a dependency of LightGBM is missing
             raise
-        raise ConfigError("LGBModel needs LightGBM: pip install 'qtorch[lightgbm]'.") from error
+        raise ConfigError(f"LGBModel needs LightGBM: {install_command('lightgbm')}.") from error
     return lightgbm

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qtorch.core.errors import TaskStoreError
+from qtorch.core.errors import TaskStoreError, install_command
 from qtorch.core.secrets import check_encoding
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
@@ -44,7 +44,7 @@ try:
     from pymongo.database import Database
 except ModuleNotFoundError as missing:
     raise TaskStoreError(
-        f"a task pool on MongoDB needs {missing.name}; install it with pip install 'qtorch[mongo]'."
+        f"a task pool on MongoDB needs {missing.name}: {install_command('mongo')}."
     ) from missing
 
 Document = dict[str, Any]

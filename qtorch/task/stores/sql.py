@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from qtorch.core.errors import TaskStoreError
+from qtorch.core.errors import TaskStoreError, install_command
 from qtorch.core.secrets import check_encoding, redact_urls
 from qtorch.process.lease import boot_id
 from qtorch.task.definition import Definition
@@ -509,8 +509,8 @@ def _open_engine(url: URL, options: dict[str, Any]) -> Engine:
         return sa.create_engine(url, **options)
     except ModuleNotFoundError as error:
         raise TaskStoreError(
-            f"a task pool on {url.get_backend_name()} needs {error.name}; install it with "
-            "pip install 'qtorch[postgres]'."
+            f"a task pool on {url.get_backend_name()} needs {error.name}: "
+            f"{install_command('postgres')}."
         ) from error
 
 
