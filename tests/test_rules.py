@@ -40,7 +40,11 @@ DOORS = {
     "pytorch_lightning": ("qtorch/model/",),
     "lightning": ("qtorch/model/",),
     "lightning_fabric": ("qtorch/model/",),
-    "mlflow": ("qtorch/tracking/mlflow_store.py", "qtorch/tracking/mlflow_responses.py"),
+    "mlflow": (
+        "qtorch/tracking/mlflow_store.py",
+        "qtorch/tracking/mlflow_responses.py",
+        "qtorch/tracking/mlflow_active_run.py",
+    ),
     "hydra": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "lightgbm": ("qtorch/model/tabular/gbdt.py",),

@@ -42,13 +42,12 @@ HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 def main(argv: Sequence[str]) -> int:
     """Run the jobs; return 0 if every job finished, 130 after Ctrl-C, otherwise 1."""
     command_results.clear()
-    is_multirun = any(a in ("-m", "--multirun") for a in argv)
     register_plugins()
     try:
         outcome = _run_jobs(argv)
         if isinstance(outcome, int):
             return outcome
-        return _report_results(is_multirun, outcome)
+        return _report_results(outcome)
     finally:
         close_sweep()
 
@@ -99,7 +98,7 @@ def _get_started_sweep() -> SweepCommand | None:
     return None if sweep is None or sweep.recorder is None else sweep
 
 
-def _report_results(is_multirun: bool, interruption: BaseException | None) -> int:
+def _report_results(interruption: BaseException | None) -> int:
     """Print the results of the jobs and return the exit code.
 
     `interruption` is the exception that kept jobs from running to their end.
@@ -110,13 +109,9 @@ def _report_results(is_multirun: bool, interruption: BaseException | None) -> in
 
         with handle_stop_signals():
             wait_for_pool_jobs(jobs)
-    if is_multirun:
-        sweep = _get_started_sweep()
-        if sweep is not None:
-            return sweep.finish(jobs, interruption)
-        if interruption is not None:
-            raise interruption
-        return 1
+    sweep = _get_started_sweep()
+    if sweep is not None:
+        return sweep.finish(jobs, interruption)
     if any(j.pool_task for j in jobs):
         print_table(jobs_table(format_count(len(jobs), "job"), jobs))
     if interruption is not None:

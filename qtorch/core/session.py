@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import check_name
@@ -14,6 +15,8 @@ from qtorch.core.errors import check_name
 REGIONS = ("us", "cn")
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
 PICKLE_VARIABLE = "QTORCH_TRUSTED_PICKLE"  # "1" in commands with trusted_pickle=true
+# Set in jobs whose process works in a folder of its own (hydra.job.chdir=true), and their children.
+FOLDER_VARIABLE = "QTORCH_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Session:
     seed: int | None = None
     trusted: tuple[str, ...] = ()
     trusted_pickle: bool = False
+    folder: str | None = None
 
 
 _process = Session()
@@ -50,6 +54,9 @@ def init(
 ) -> Session:
     """Set the defaults of this process; a later call changes only the arguments it passes.
 
+    From the first call on, relative paths of stores start in the folder of that call, whatever
+    folder the process changes to.
+
     provider_uri: data folder in Qlib's layout.
     region: "us" or "cn"; sets the trade unit and the price limit.
     tracking_uri: URI of the MLflow tracking store.
@@ -69,6 +76,7 @@ def init(
         "seed": seed,
         "trusted": (*_process.trusted, *packages) if packages else None,
         "trusted_pickle": trusted_pickle,
+        "folder": _process.folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd(),
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
@@ -82,6 +90,16 @@ def session_context(**changes: Any) -> Iterator[Session]:
         yield session()
     finally:
         _local.reset(token)
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return a path of the user's as an absolute one.
+
+    A relative path starts where the command began, or where `init` was first called; without
+    either, in the current folder. `~` is the home folder.
+    """
+    start = session().folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd()
+    return Path(start, Path(path).expanduser())
 
 
 def get_trusted_packages() -> tuple[str, ...]:

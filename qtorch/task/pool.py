@@ -12,12 +12,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qtorch.core.errors import LeaseLost, TaskDefinitionError
 from qtorch.core.secrets import redact_urls
-from qtorch.core.session import session
+from qtorch.core.session import resolve_path, session
 from qtorch.task.definition import Task
 from qtorch.task.rows import row_to_task
 from qtorch.task.stores.base import (
@@ -48,7 +47,7 @@ def default_url() -> str:
     The SQLite file is `mlruns/tasks.db` in the working folder, beside the default tracking store.
     """
     url = session().task_url or os.environ.get(URL_VARIABLE)
-    return url or f"sqlite:///{Path('mlruns', 'tasks.db').absolute()}"
+    return url or f"sqlite:///{resolve_path('mlruns/tasks.db')}"
 
 
 class Pool:

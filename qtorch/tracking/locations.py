@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder
 from qtorch.core.secrets import check_complete, check_encoding, redact_urls
-from qtorch.core.session import session
+from qtorch.core.session import resolve_path, session
 
 SQLITE = "sqlite:///"
+ARTIFACTS = "artifacts"  # the folder beside a store's file, and that of each run in it
 ALLOW_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 NAMED_STORES = ("databricks", "databricks-uc", "uc")  # MLflow's URIs that are bare words
 
@@ -24,7 +25,7 @@ def default_uri() -> str:
     `mlruns/artifacts`.
     """
     uri = session().tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return resolve_uri(uri or f"{SQLITE}{Path('mlruns', 'mlflow.db').absolute()}")
+    return resolve_uri(uri or f"{SQLITE}{resolve_path('mlruns/mlflow.db')}")
 
 
 def resolve_uri(uri: str | Path) -> str:
@@ -44,7 +45,7 @@ def resolve_uri(uri: str | Path) -> str:
     if text in NAMED_STORES:
         return text
     if scheme in ("", "file") and os.environ.get(ALLOW_FILE_STORE, "").lower() != "true":
-        folder = Path(unquote(urlsplit(text).path) if scheme else text).expanduser().absolute()
+        folder = resolve_path(unquote(urlsplit(text).path) if scheme else text)
         raise TrackingError(
             f"the tracking URI {text!r} is a folder, which MLflow no longer supports as a store; "
             f"use '{SQLITE}{folder / 'mlflow.db'}' (`mlflow migrate-filestore` moves old runs)."
@@ -59,7 +60,25 @@ def sqlite_path(uri: str) -> Path | None:
     name = uri[len(SQLITE) :].partition("?")[0]
     if name in ("", ":memory:"):
         return None
-    return Path(name).expanduser().absolute()
+    return resolve_path(name)
+
+
+def find_artifacts(uri: str, artifact_uri: str) -> str:
+    """Return where a run's artifacts lie now: beside the store's file, also after both were moved.
+
+    MLflow stores absolute paths. `<old>/artifacts/<experiment>/<run>/artifacts` is replaced by the
+    same place beside the store's file, if it exists there, or if the old folder is gone, or has a
+    store of the same name (this one is its copy). Other places, which a user has chosen, stay.
+    """
+    store, folder = sqlite_path(uri), local_folder(artifact_uri)
+    if store is None or folder is None or folder.parts[-4::3] != (ARTIFACTS, ARTIFACTS):
+        return artifact_uri
+    old_root = folder.parents[3]
+    if old_root == store.parent:
+        return artifact_uri
+    moved = store.parent.joinpath(*folder.parts[-4:])
+    is_moved = moved.exists() or not old_root.exists() or (old_root / store.name).exists()
+    return str(moved) if is_moved else artifact_uri
 
 
 def local_folder(artifact_uri: str | None) -> Path | None:

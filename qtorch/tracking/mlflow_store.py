@@ -1,8 +1,8 @@
-"""The MLflow client: with `mlflow_responses` the only module that imports MLflow.
+"""The MLflow client: one of the three modules that import MLflow, see `DOORS` in test_rules.py.
 
 Everything goes through a client of one tracking URI; MLflow's global tracking URI and active run
-are neither read nor set. MLflow's environment variables (credentials, timeouts, system metrics)
-apply.
+are neither read nor set here. MLflow's environment variables (credentials, timeouts, system
+metrics) apply.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mlflow.utils.rest_utils import http_request
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder, file_lock
 from qtorch.core.secrets import redact_error, redact_urls
-from qtorch.tracking.locations import resolve_uri, sqlite_path
+from qtorch.tracking.locations import ARTIFACTS, find_artifacts, resolve_uri, sqlite_path
 from qtorch.tracking.mlflow_responses import check_responses
 from qtorch.tracking.store_types import (
     AlreadyInStoreError,
@@ -179,7 +179,7 @@ class MLflowStore:
     def create_experiment(self, name: str) -> ExperimentRow:
         """Create an experiment; AlreadyInStoreError if the name exists, even as a deleted one."""
         path = sqlite_path(self.uri)
-        folder = None if path is None else str(path.parent / "artifacts" / _folder_name(name))
+        folder = None if path is None else str(path.parent / ARTIFACTS / _folder_name(name))
         new_id = self._call(
             f"create the experiment {name!r}",
             lambda: self.client.create_experiment(name, artifact_location=folder),
@@ -209,12 +209,13 @@ class MLflowStore:
                 experiment_id, start_time=start_time, tags=dict(tags), run_name=name
             ),
         )
-        return _run_row(run)
+        return self._run_row(run)
 
     def run(self, run_id: str) -> RunRow:
         """Return a run; NotInStoreError if there is none."""
         try:
-            return _run_row(self._call(f"read run {run_id}", lambda: self.client.get_run(run_id)))
+            run = self._call(f"read run {run_id}", lambda: self.client.get_run(run_id))
+            return self._run_row(run)
         except RefusedError as error:
             raise NotInStoreError(str(error)) from error
 
@@ -258,7 +259,23 @@ class MLflowStore:
 
         limit = MAX_RUNS if max_results is None else max_results
         entities = self._call("search the runs", lambda: list(_pages(page, limit)))
-        return [_run_row(run) for run in entities]
+        return [self._run_row(run) for run in entities]
+
+    def _run_row(self, run: Any) -> RunRow:
+        info, data = run.info, run.data
+        return RunRow(
+            id=info.run_id,
+            name=info.run_name or data.tags.get("mlflow.runName", ""),
+            experiment_id=str(info.experiment_id),
+            status=info.status,
+            start_time=info.start_time,
+            end_time=info.end_time,
+            artifact_uri=find_artifacts(self.uri, info.artifact_uri),
+            is_deleted=info.lifecycle_stage == "deleted",
+            metrics={k: _metric_value(v) for k, v in data.metrics.items()},
+            params=dict(data.params),
+            tags=dict(data.tags),
+        )
 
     # Logging
 
@@ -404,23 +421,6 @@ def _experiment_row(entity: Any) -> ExperimentRow:
     )
 
 
-def _run_row(run: Any) -> RunRow:
-    info, data = run.info, run.data
-    return RunRow(
-        id=info.run_id,
-        name=info.run_name or data.tags.get("mlflow.runName", ""),
-        experiment_id=str(info.experiment_id),
-        status=info.status,
-        start_time=info.start_time,
-        end_time=info.end_time,
-        artifact_uri=info.artifact_uri,
-        is_deleted=info.lifecycle_stage == "deleted",
-        metrics={k: _metric_value(v) for k, v in data.metrics.items()},
-        params=dict(data.params),
-        tags=dict(data.tags),
-    )
-
-
 def _pages(fetch: Callable[..., Any], limit: int = sys.maxsize) -> Iterator[Any]:
     token, num_left = None, limit
     while num_left > 0:
@@ -497,7 +497,7 @@ def _build_store(path: Path) -> None:
             log.info("creating the tracking store %s (once; takes some seconds)", path)
             _migrate(fresh)
             _save_template(fresh, template)
-        _move_default_experiment(fresh, path.parent / "artifacts" / "Default")
+        _move_default_experiment(fresh, path.parent / ARTIFACTS / "Default")
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)

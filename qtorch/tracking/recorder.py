@@ -98,7 +98,8 @@ class Recorder:
     A recorder that was created but not yet started is SCHEDULED and has no ID. `start_time` and
     `end_time` are local times as text. Logged values are buffered, written to disk and sent by a
     background thread (see `qtorch.tracking.delivery`). `client` is the MlflowClient, for
-    everything that this class does not offer; MLflow's active run is not touched.
+    everything that this class does not offer. While the run is active it is MLflow's active run
+    too, so that `mlflow.log_metric` and autolog log to it, as in Qlib.
     Difference from Qlib: MLflow is the only backend, so that there is no separate interface.
     """
 
@@ -133,6 +134,7 @@ class Recorder:
         self._sender: Sender | None = None
         self._run_files: RunFiles | None = None
         self._stop_monitor: Callable[[], None] | None = None
+        self._deactivate: Callable[[], None] | None = None
         self._attempt = 1
         if mlflow_run is not None:
             self._load_row(mlflow_run)
@@ -176,7 +178,7 @@ class Recorder:
         self._attempt = int(run.tags.get(ATTEMPT_TAG, "1"))
 
     def __getstate__(self) -> dict[str, Any]:
-        process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor")
+        process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor", "_deactivate")
         return {**self.__dict__, **dict.fromkeys(process_attributes), "owner": 0}
 
     @property
@@ -235,15 +237,17 @@ class Recorder:
             raise TrackingError(f"run {self.id} is already running.")
         is_resumed = self.id is not None
         if is_resumed:
-            self._reopen()
+            row = self._reopen()
         else:
             tags = {**source_tags(), **_initial_tags.get(), ATTEMPT_TAG: "1"}
-            self._load_row(self._store.create_run(self.experiment_id, self.name, tags, now_ms()))
+            row = self._store.create_run(self.experiment_id, self.name, tags, now_ms())
+            self._load_row(row)
             self._ledger = Ledger()
         self.status, self.end_time = self.STATUS_R, None
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
+        self._activate(row)
         try:
             self._log_provenance(is_resumed)
             self._start_system_monitor(is_resumed)
@@ -253,7 +257,12 @@ class Recorder:
         log.info("started run %s (%s)", self.id, self.name)
         return self
 
-    def _reopen(self) -> None:
+    def _activate(self, row: RunRow) -> None:
+        from qtorch.tracking.mlflow_active_run import activate_run
+
+        self._deactivate = activate_run(self._uri, row)
+
+    def _reopen(self) -> RunRow:
         run_id = self._run_id
         send_outbox(run_id, tracking_uri=self._uri)
         row = self._store.run(run_id)
@@ -264,6 +273,7 @@ class Recorder:
         self._attempt += 1
         self._store.log_batch(run_id, tags={ATTEMPT_TAG: str(self._attempt)})
         self._ledger = Ledger(self._store.history(run_id, row.metrics), row.params)
+        return row
 
     def _log_provenance(self, is_resumed: bool) -> None:
         origin = {COMMAND_PARAM: command_line(), **qtorch_environment()}
@@ -297,8 +307,10 @@ class Recorder:
         run_id, end = self._run_id, now_ms()
         remove_running(self)
         stop_monitor, self._stop_monitor = self._stop_monitor, None
-        if stop_monitor is not None:
-            stop_monitor()
+        deactivate, self._deactivate = self._deactivate, None
+        for undo in (stop_monitor, deactivate):
+            if undo is not None:
+                undo()
         sender = self._sender or Sender(self._store, run_id, self._attempt)
         self._sender = None
         sender.enqueue([{"status": status, "time": end}])

@@ -526,14 +526,15 @@ def test_invalid_store_file_raises(tmp_path):
         pass
 
 
-def test_mlflow_global_state_is_unchanged(uri):
+def test_mlflow_global_state_is_restored(uri):
     import mlflow
 
     before = mlflow.get_tracking_uri()
     with R.start(experiment_name="e"):
-        assert mlflow.active_run() is None
-        assert mlflow.get_tracking_uri() == before
         assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert mlflow.active_run() is None
+    assert mlflow.get_tracking_uri() == before
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_console_messages_are_not_repeated(uri, caplog):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from local_servers import MlflowServer
 
-from qtorch.tracking import R
+from qtorch import init
+from qtorch.task.pool import default_url
+from qtorch.tracking import R, locations
 from qtorch.tracking import delivery as outbox
 from qtorch.tracking.locations import claims_folder
 from qtorch.tracking.mlflow_store import open_store
@@ -189,3 +193,55 @@ def test_claims_folder_lies_beside_local_store(tmp_path, monkeypatch):
     server_folder = claims_folder("http://localhost:5000")
     assert server_folder.parent == tmp_path / "cache" / "claims"
     assert server_folder != claims_folder("http://localhost:5001")
+
+
+def save_run(value) -> str:
+    with R.start(experiment_name="e"):
+        R.save_objects(x=value)
+        return str(R.get_recorder().id)
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_runs_stay_readable_when_their_folder_moves(tmp_path, monkeypatch, is_copy):
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    run_id = save_run({"a": 1})
+    monkeypatch.chdir(tmp_path)
+    if is_copy:
+        shutil.copytree("old", "new")
+    else:
+        os.rename("old", "new")
+    monkeypatch.chdir(tmp_path / "new")
+    recorder = R.get_recorder(recorder_id=run_id)
+    assert recorder.load_object("x") == {"a": 1}
+    assert Path(recorder.get_local_dir()).is_relative_to(tmp_path / "new")
+    new_recorder = R.get_recorder(recorder_id=save_run({"a": 2}))  # in the experiment that moved
+    assert Path(new_recorder.get_local_dir()).is_relative_to(tmp_path / "new")
+    assert new_recorder.load_object("x") == {"a": 2}
+    assert (tmp_path / "old").exists() == is_copy
+    if is_copy:
+        monkeypatch.chdir(tmp_path / "old")
+        assert len(R.list_recorders(experiment_name="e")) == 1
+
+
+def test_artifacts_in_a_place_that_the_user_has_chosen_stay_there(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for root in ("elsewhere", "elsewhere/artifacts/e/run"):
+        folder = tmp_path / root
+        folder.mkdir(parents=True)
+        assert locations.find_artifacts(uri, str(folder)) == str(folder)
+    chosen = tmp_path / "elsewhere" / "artifacts" / "e" / "run" / "artifacts"
+    chosen.mkdir()
+    assert locations.find_artifacts(uri, str(chosen)) == str(chosen)
+    remote = "s3://bucket/artifacts/e/run/artifacts"
+    assert locations.find_artifacts(uri, remote) == remote
+    assert locations.find_artifacts("http://server", str(chosen)) == str(chosen)
+
+
+def test_stores_stay_the_same_when_the_process_changes_its_folder(tmp_path, monkeypatch):
+    init(seed=1)
+    before = (R.get_uri(), default_url())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert (R.get_uri(), default_url()) == before
+    assert locations.resolve_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"

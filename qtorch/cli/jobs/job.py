@@ -35,7 +35,9 @@ from qtorch.cli.launchers.kinds import DetachedLauncher, launcher_class
 from qtorch.cli.launchers.slurm import run_submitit_job
 from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.runtime import change_environment
 from qtorch.core.secrets import complete_tree
+from qtorch.core.session import FOLDER_VARIABLE
 from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 
@@ -50,6 +52,11 @@ def run_job(config: DictConfig) -> None:
     """
     result = _create_result(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    with change_environment({FOLDER_VARIABLE: str(HydraConfig.get().runtime.cwd)}):
+        _run(config, result, folder)
+
+
+def _run(config: DictConfig, result: JobResult, folder: Path) -> None:
     try:
         settings = _validate_settings(config)
         request = _build_request(config, settings, result, folder)

@@ -246,7 +246,7 @@ def _merge_results(results: Sequence[JobResult], jobs: Sequence[JobResult]) -> l
 
 def command_words() -> list[str]:
     """Return the words of the command that `qtorch sweep resume` repeats."""
-    words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
+    words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun", "hydra.mode=MULTIRUN")]
     return [w for w in dict.fromkeys(words) if not w.startswith(RESUME_WORDS)]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.secrets import check_complete, redact_urls
+from qtorch.core.session import resolve_path
 from qtorch.tracking.locations import SQLITE, sqlite_path
 
 
@@ -93,7 +93,7 @@ def storage_url(storage: str | None, tracking_uri: str) -> str:
         separator = "&" if "?" in tracking_uri else "?"
         return f"{tracking_uri}{separator}{SCHEMA_OPTION}"
     if tracking_uri.startswith(("http://", "https://")):
-        return f"{SQLITE}{Path('mlruns', 'optuna.db').absolute()}"
+        return f"{SQLITE}{resolve_path('mlruns/optuna.db')}"
     raise ConfigError(
         f"the tracking store {redact_urls(tracking_uri)} cannot store a study's trials: set "
         "hydra.sweeper.storage=postgresql+psycopg://... or sqlite:///study.db."

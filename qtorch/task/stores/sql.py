@@ -26,6 +26,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from qtorch.core.errors import TaskStoreError, install_command
 from qtorch.core.secrets import check_encoding, redact_urls
+from qtorch.core.session import resolve_path
 from qtorch.process.lease import boot_id
 from qtorch.task.definition import Definition
 from qtorch.task.stores.base import (
@@ -530,7 +531,7 @@ def _parse_url(text: str) -> URL:
                 f"{redact_urls(text)!r} is a database in memory, which other processes cannot "
                 "reach; use a file: sqlite:///path/to/tasks.db."
             )
-        return url.set(database=str(Path(str(url.database)).expanduser().absolute()))
+        return url.set(database=str(resolve_path(str(url.database))))
     return url
 
 

@@ -1,0 +1,68 @@
+"""Make a running recorder MLflow's active run, for `mlflow.log_metric`, `log_figure`, autolog, ...
+
+`mlflow.start_run` would read and change a run in the store that this process has just created or
+read, and replace its status. So the run is put directly on the stack of active runs that MLflow
+keeps for each thread; this is the only module that touches that stack and MLflow's tracking URI.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import mlflow
+from mlflow.entities import LifecycleStage, Run, RunData, RunInfo
+from mlflow.environment_variables import MLFLOW_TRACKING_URI
+from mlflow.tracking import fluent
+from mlflow.tracking._tracking_service import utils as tracking_service
+
+from qtorch.tracking.store_types import RunRow
+
+
+def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
+    """Make a run MLflow's active run in this thread; return the function that undoes it.
+
+    MLflow's tracking URI becomes that of the run, for the whole process, until then. An active run
+    of the user's own stays below it on the stack. The environment does not change, so that no
+    child process inherits a URI with a password.
+    """
+    earlier_uri = tracking_service._tracking_uri
+    _set_tracking_uri(uri)
+    info = RunInfo(
+        row.id,
+        row.experiment_id,
+        user_id="",
+        status=row.status,
+        start_time=row.start_time or 0,
+        end_time=None,
+        lifecycle_stage=LifecycleStage.ACTIVE,
+        artifact_uri=row.artifact_uri,
+        run_name=row.name,
+    )
+    active_run = fluent.ActiveRun(Run(info, RunData()))
+    _stack().append(active_run)
+
+    def deactivate() -> None:
+        # The run may end in another thread than the one in which it started.
+        for stack in (_stack(), *fluent._active_run_stack.get_all_thread_values().values()):
+            stack[:] = [r for r in stack if r is not active_run]
+        if tracking_service._tracking_uri == uri:  # else the user has set another one meanwhile
+            _set_tracking_uri(earlier_uri)
+
+    return deactivate
+
+
+def _stack() -> list[Any]:
+    stack: list[Any] = fluent._active_run_stack.get()
+    return stack
+
+
+def _set_tracking_uri(uri: str | None) -> None:
+    variable = MLFLOW_TRACKING_URI.name
+    value = os.environ.get(variable)
+    mlflow.set_tracking_uri(uri)  # type: ignore[arg-type]  # None restores MLflow's default
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
