@@ -19,7 +19,7 @@ usage: qtorch export run=RUN_ID format=onnx|torch|safetensors [out=FILE] [log=tr
                      [segment=...] [tolerance=...] [data=...]
                      [allow_nonfinite=true]
 
-  run        the run ID
+  run        the run ID, its first digits, a name, or latest
   format     onnx         for onnxruntime and others; needs the packages of the extra `export`
              torch        .pt2, a program for torch.export.load; needs nothing but torch
              safetensors  weights and the network's configuration, for qtorch.study.load_network

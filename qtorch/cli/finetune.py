@@ -19,7 +19,8 @@ qtorch finetune: fine-tune the model of a finished run in a new run
 
 usage: qtorch finetune run=RUN_ID [dataset.KEY=VALUE ...] [OPTION=VALUE ...]
 
-  run             the run whose model is fine-tuned; it is not modified
+  run             the run whose model is fine-tuned (ID, first digits, name, or latest); it is
+                  not modified
   dataset.KEY     override of that run's dataset: dataset.segments.train=[2016-01-01,2016-12-31]
                   dataset.handler.instruments=smallcaps
   max_epochs, lr, early_stop, trainer   override the model's settings

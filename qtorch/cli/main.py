@@ -15,6 +15,7 @@ from qtorch.core.errors import unknown_name_message
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
     "sweep": ("qtorch.cli.sweep", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
+    "runs": ("qtorch.cli.runs", "list the runs of the tracking store; filter them, choose columns"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
     "finetune": (
         "qtorch.cli.finetune",

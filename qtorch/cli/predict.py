@@ -17,7 +17,7 @@ qtorch predict: write the scores of a finished run
 usage: qtorch predict run=RUN_ID [segment=test] out=scores.parquet [tracking.uri=...] [data=...]
                       [allow_nonfinite=true]
 
-  run      the run ID
+  run      the run ID, its first digits, a name, or latest
   segment  a segment of the run's dataset, or dates: segment=[2020-01-01,2020-06-30]
   out      a .parquet or .csv file
   data     use another data source: data=qlib data.provider_uri=...

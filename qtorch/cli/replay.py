@@ -16,7 +16,7 @@ qtorch replay: repeat a finished run and compare the results
 
 usage: qtorch replay run=RUN_ID [experiment_name=...] [tracking.uri=...]
 
-  run              the run ID
+  run              the run ID, its first digits, a name, or latest
   experiment_name  experiment of the new run; default: that of the original run
   tracking.uri     the tracking store of the run
 
@@ -35,10 +35,13 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv, PARSERS, "replay")
     run_id = require_option(options, "run", "replay")
     configure_process(options.get("log_level") or "INFO", options.get("tracking.uri"))
+    from qtorch.cli.runs import find_run
     from qtorch.study.replay import replay_run
 
     with handle_stop_signals():
-        result = replay_run(run_id, experiment_name=options.get("experiment_name"))
+        result = replay_run(
+            str(find_run(run_id).id), experiment_name=options.get("experiment_name")
+        )
     _print_result(result)
     return int(not result.equal)
 

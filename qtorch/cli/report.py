@@ -37,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
     configure_process(tracking_uri=settings["tracking"].get("uri"))
     ids = _run_ids(settings["runs"])
     out = _output_folder(settings["out"])
-    from qtorch.tracking.manager import R
+    from qtorch.cli.runs import find_run
 
     with handle_stop_signals():
-        recorders = [R.get_recorder(recorder_id=run) for run in ids]
+        recorders = [find_run(run) for run in ids]
         if len(recorders) == 1:
             page = _report_run(recorders[0], settings, out)
         else:

@@ -1,21 +1,122 @@
-"""Load the model and dataset of a finished run."""
+"""`qtorch runs`: list the runs of a store; and how other commands find a run and load it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from qtorch.cli.guard import configure_process
+from qtorch.cli.options import parse_count, parse_options
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.tracking.manager import R
+from qtorch.study.sweep import SWEEP_TAG
+from qtorch.tracking.lookup import list_runs, select_run, select_store
 from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.store_types import RunRow, format_local_time
+
+USAGE = """\
+qtorch runs: list the runs of the tracking store, newest first
+
+usage: qtorch runs [experiment=NAME] [status=FINISHED] [filter=EXPRESSION] [columns=NAME,...]
+                   [limit=20] [tracking.uri=URI]
+
+  experiment    runs of this experiment; default: of all
+  status        RUNNING, FINISHED, FAILED or KILLED
+  filter        MLflow's search syntax: filter='metrics.`test.IC` > 0.02 and params.seed = "1"'
+  columns       metrics, params or tags to show: columns=test.IC,model.network._target_,seed
+                default: IC and Rank IC of the test segment
+  limit         number of runs
+  tracking.uri  MLflow tracking URI; default: MLFLOW_TRACKING_URI, the store of this folder or of
+                the nearest folder above
+
+Where a command takes run=..., it accepts a run ID, its first digits (four or more), the name of a
+run (its newest), or `latest`: the newest finished run.
+"""
+PARSERS = {
+    "experiment": str,
+    "status": str,
+    "filter": str,
+    "columns": str,
+    "limit": parse_count,
+    "tracking.uri": str,
+}
+DEFAULT_LIMIT = 20
+FIGURES = ("IC", "Rank IC")
 
 
-def load_finished_run(run_id: str | float) -> Recorder:
-    """Return the run with this ID; raise ConfigError unless it is finished.
+def main(argv: Sequence[str]) -> int:
+    """Print a table of runs."""
+    options = parse_options(argv, PARSERS, "qtorch runs")
+    configure_process(tracking_uri=options.get("tracking.uri"))
+    select_store()
+    conditions = [options.get("filter")]
+    if options.get("status"):
+        status = options["status"].upper()
+        if status not in Recorder.STATUSES:
+            raise ConfigError(unknown_name_message("status", status, Recorder.STATUSES))
+        conditions.append(f"attributes.status = '{status}'")
+    rows = list_runs(
+        options.get("experiment"),
+        filter_string=" and ".join(c for c in conditions if c),
+        max_results=options.get("limit") or DEFAULT_LIMIT,
+    )
+    columns = options.get("columns")
+    _print_rows(rows, None if columns is None else [c.strip() for c in columns.split(",")])
+    return 0
 
-    A mistyped ID without letters is a number for Hydra.
+
+def _print_rows(rows: Sequence[RunRow], columns: Sequence[str] | None) -> None:
+    from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
+    from qtorch.tracking.manager import R
+
+    if not rows:
+        terminal().print("no runs; start one with: qtorch train")
+        return
+    names = {e.id: name for name, e in R.list_experiments().items()}
+    shown_columns = FIGURES if columns is None else columns
+    table = new_table(
+        *("run", "name", "experiment", "status", "started"),
+        *shown_columns,
+        numbers=shown_columns if columns is None else (),
+        no_wrap=("run", "status", "started"),
+    )
+    for row in rows:
+        values = (
+            [row.metrics.get(f"test.{f}", row.metrics.get(f)) for f in FIGURES]
+            if columns is None
+            else [find_value(row, c) for c in columns]
+        )
+        table.add_row(
+            row.id[:12],
+            row.name,
+            names.get(row.experiment_id, row.experiment_id),
+            format_status(row.status),
+            (format_local_time(row.start_time) or "")[:16],
+            *("-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in values),
+        )
+    print_table(table)
+
+
+def find_value(row: RunRow, name: str) -> float | str | None:
+    """Return the metric, param or tag of a run with this name, or None."""
+    for values in (row.metrics, row.params, row.tags):
+        if name in values:
+            value: float | str = values[name]  # type: ignore[index]  # one of three mappings
+            return value
+    return None
+
+
+def find_run(text: object) -> Recorder:
+    """Return the run that `run=...` names, see `select_run`; `latest` is a finished training.
+
+    Digits without a letter are a number for Hydra.
     """
-    recorder: Recorder = R.get_recorder(recorder_id=str(run_id))
+    return select_run(str(text), status=Recorder.STATUS_FI, without_tags=(SWEEP_TAG,))
+
+
+def load_finished_run(run: object) -> Recorder:
+    """Return the run that `run=...` names; raise ConfigError unless it is finished."""
+    recorder = find_run(run)
     if recorder.status != Recorder.STATUS_FI:
         raise ConfigError(
             f"run {recorder.id} is {recorder.status}; only a finished run has a fitted model."

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from qtorch.cli.options import parse_bool, parse_known_options
 from qtorch.core.errors import ArgumentError, ConfigError, printable_text, unknown_name_message
 from qtorch.core.secrets import redact_urls
 from qtorch.core.session import init
+from qtorch.tracking.lookup import select_store
+from qtorch.tracking.store_types import NotInStoreError
 
 USAGE = """\
 qtorch sweep: manage the sweeps of `qtorch train -m`
@@ -67,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
             f"qtorch sweep {action} {expectation}; got {' '.join(names) or 'none'}."
         )
     configure_process(tracking_uri=options.get("tracking.uri"))
+    with suppress(NotInStoreError):  # a sweep also names its store itself
+        select_store()
     if action == "list":
         return _list()
     if not options.get("tracking.uri"):

@@ -35,6 +35,7 @@ from qtorch.study.sweep_job import (
     identify_task,
     run_sweep_job,
 )
+from qtorch.tracking.lookup import select_run
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, with_run_tags
 from qtorch.trainer.failure import collect_started_runs
@@ -124,7 +125,7 @@ def _train_job(request: Mapping[str, Any]) -> JobOutcome:
     """Train or resume the run of a job."""
     settings, resume_id = request["settings"], request["resume"]
     if resume_id is not None:
-        recorder = R.get_recorder(recorder_id=resume_id)
+        recorder = select_run(resume_id)
         if recorder.status == FINISHED:
             raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
         return JobOutcome(end_task_train(recorder), TRAINED)
