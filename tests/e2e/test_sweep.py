@@ -203,6 +203,24 @@ def test_interrupted_and_killed_sweep_gives_equal_results(
     assert metric_points(database, single_run.id) == sweep_points
 
 
+def test_mode_in_a_file_and_folders_of_jobs_change_nothing(
+    session_fork_server, train, jobs, qtorch_cli, folder
+):
+    experiments = folder / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    (experiments / "seeds.yaml").write_text(
+        "# @package _global_\n"
+        "hydra: {mode: MULTIRUN, job: {chdir: true}, sweeper: {params: {seed: '0,1'}}}\n"
+    )
+    words = (f"--config-dir={folder / 'conf'}", "experiment=seeds", "record=none", "sweep.name=two")
+    result = train(*words)
+    assert result.code == 0, result.err
+    assert len(matching_rows(result, "FINISHED")) == 2
+    assert [r.status for r in jobs()] == ["FINISHED"] * 2
+    assert [p.relative_to(folder) for p in folder.rglob("mlflow.db")] == [Path("mlruns/mlflow.db")]
+    assert "all finished" in qtorch_cli("sweep", "show", "two").out
+
+
 def test_killed_job_fails_alone(session_fork_server, train, jobs, folder, monkeypatch):
     (folder / "fatal.py").write_text(
         "import os, signal\nfrom qtorch.nn import LSTM\n\n\nclass Fatal(LSTM):\n"
