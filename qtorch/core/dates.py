@@ -1,31 +1,76 @@
-"""Parse dates and find their rows in a trading calendar."""
+"""Parse dates by one rule, and find their rows in a trading calendar."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.tables import MISSING_VALUES
+
+UNITS = ("s", "ms", "us", "ns")
+"""Values of `date_format` for numbers that count the time since 1970."""
+
+# A time of day follows the date in the last group of the patterns.
+_YEAR_FIRST = re.compile(r"(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})日?((?:[T ].*)?)")
+_YEAR_MONTH = re.compile(r"(\d{4})[-/.年](\d{1,2})月?")
+_COMPACT = re.compile(r"(\d{4})(\d{2})(\d{2})((?:[T ].*)?)")
+_NUMBER = re.compile(r"(\d{4})(\d{2})(\d{2})(?:(\d{2})(\d{2})(\d{2})?)?")
+_YEAR_LAST = re.compile(r"(\d{1,2})[-/. ](\d{1,2})[-/. ](\d{4})((?:[T ,].*)?)")
+_SHORT_YEAR = re.compile(r"\d{1,2}[-/. ]\d{1,2}[-/. ]\d{2}(?:[T ,].*)?")
+_MONTH_NAME = re.compile(
+    r"(?<![a-z])(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*(?![a-z])", re.IGNORECASE
+)
+_OFFSET = re.compile(r"(?:\d:\d{2}|T\d{4,6}).*?(Z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$")
+_PARTIAL = re.compile(r"\d{4}(?:-?[qQ][1-4]|[-/.年]\d{1,2}月?)?|[a-zA-Z]{3,9}\.? \d{4}")
+_MISSING = frozenset({*MISSING_VALUES, "NaT"})
+_FORMAT_HINT = "write them as YYYY-MM-DD, or set date_format=, such as '%d/%m/%Y' or '%m/%d/%Y'"
+
+
+# -- one date --------------------------------------------------------------------------------------
 
 
 def as_stamp(date: Any) -> pd.Timestamp:
     """Convert a date to a pandas Timestamp without a time zone.
 
-    Raises DataError for anything that is not a date, for a date with a time zone, and for a
-    number, which pandas would read as nanoseconds since 1970.
+    Raises DataError for anything that is not a date, for a date with a time zone, for a number,
+    which pandas would read as nanoseconds since 1970, and for a text such as 01/02/2020, which has
+    two readings.
     """
+    stamp = _as_any_stamp(date)
+    try:
+        return stamp.as_unit("ns")
+    except ValueError as error:
+        raise DataError(f"{date!r} is not a date that can be stored: {error}") from error
+
+
+def _as_any_stamp(date: Any) -> pd.Timestamp:
+    """Convert a date like `as_stamp`, but allow years outside 1677 to 2262."""
     if isinstance(date, numbers.Number):
         raise DataError(f"{date!r} is a number, not a date; write it as 'YYYY-MM-DD'.")
     try:
-        stamp = pd.Timestamp(date).as_unit("ns")
+        stamp = pd.Timestamp(_iso_text(date) if isinstance(date, str) else date)
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         raise DataError(f"{date!r} is not a date: {error}") from error
+    if stamp is pd.NaT:
+        raise DataError(f"{date!r} is not a date.")
     if stamp.tz is not None:
         raise DataError(f"the date {date!r} has a time zone; pass a date without one.")
     return stamp
+
+
+def _iso_text(text: str) -> str:
+    """Put the year first in a text whose order is known; return other texts unchanged."""
+    text = text.strip()
+    if _PARTIAL.fullmatch(text):
+        return text.replace("年", "-").removesuffix("月")
+    return text if _find_kind(text) is None else _put_year_first([text])[0]
 
 
 def last_instant(date: Any) -> pd.Timestamp:
@@ -54,14 +99,304 @@ def last_date(date: Any) -> pd.Timestamp:
 def parse_period(text: str) -> pd.Period | None:
     """Return the year, month, day or time that a text names, or None if it is none."""
     try:
-        return pd.Period(text)
+        return pd.Period(_iso_text(text))
     except ValueError:
         return None
 
 
-def convert_dates(dates: pd.Series, convert: Callable[[Any], pd.Timestamp]) -> pd.Series:
-    """Convert a column of dates with `as_stamp` or `last_date`; missing dates stay missing."""
-    return pd.to_datetime(dates.map({date: convert(date) for date in dates.dropna().unique()}))
+def span_bound(date: Any, *, is_end: bool) -> pd.Timestamp:
+    """Convert the start or the end of a membership span to a Timestamp.
+
+    A missing date, and a year outside 1678 to 2261 such as that of 9999-12-31, is an open end: the
+    first or last Timestamp. The end of a partial date is the last day of its month or year.
+    """
+    if date.strip() in _MISSING if isinstance(date, str) else pd.isna(date):
+        return pd.Timestamp.max if is_end else pd.Timestamp.min
+    stamp = _as_any_stamp(date)
+    if stamp.year >= pd.Timestamp.max.year:
+        return pd.Timestamp.max
+    if stamp.year <= pd.Timestamp.min.year:
+        return pd.Timestamp.min
+    return last_date(date) if is_end and isinstance(date, str) else stamp.as_unit("ns")
+
+
+# -- a column of dates -----------------------------------------------------------------------------
+
+
+def parse_dates(
+    values: Any,
+    *,
+    date_format: str | None = None,
+    timezone: str | None = None,
+    context: Iterable[str] = (),
+) -> pd.DatetimeIndex:
+    """Parse a column of dates by one format; return datetime64[ns] without a time zone.
+
+    The format is inferred from the whole column: the year first (2020-01-31, 2020/1/31, 20200131,
+    also with a time), the name of a month, or one of day/month/year and month/day/year. Where no
+    cell of the column tells day and month apart, the texts of `context` do, e.g. those of another
+    column. Numbers are dates if they are written as 20200131, 202001310930 or 20200131093000.
+    `date_format`: a format of `strptime`, or s, ms, us, ns for numbers that count since 1970.
+    `timezone`: the zone to which dates with a time zone are converted; other dates are local.
+
+    Missing cells become NaT. Raises DataError for several formats in one column, for days and
+    months that cannot be told apart, for two-digit years, for other numbers, and for time zones
+    without `timezone`; ConfigError for an unknown time zone.
+    """
+    if date_format in UNITS:
+        dates = _parse_counts(values, date_format)
+    else:
+        dates = _parse_column(pd.Series(values), date_format, timezone, context)
+    dates = _remove_zone(dates, timezone)
+    try:
+        return pd.DatetimeIndex(dates.as_unit("ns"), freq=None)
+    except ValueError as error:
+        raise DataError(f"the dates cannot be stored: {error}") from error
+
+
+def parse_bounds(
+    values: pd.Series,
+    *,
+    is_end: bool,
+    date_format: str | None = None,
+    context: Iterable[str] = (),
+) -> pd.Series:
+    """Parse a column of span starts or ends by one format; open and partial dates are allowed.
+
+    See `span_bound` for open and partial dates, and `parse_dates` for the formats and errors.
+    """
+    codes, uniques = pd.factorize(values.map(_cell_text))
+    full_texts = [t for t in uniques if t not in _MISSING and not _PARTIAL.fullmatch(t)]
+    if date_format is not None:
+        full_texts = [text for text in uniques if text not in _MISSING]
+    full_dates = _parse_texts(full_texts, date_format, None, context)
+    dates = dict(zip(full_texts, full_dates, strict=True))
+    bounds = [span_bound(dates.get(text, text), is_end=is_end) for text in uniques]
+    return pd.Series([bounds[code] for code in codes], values.index, dtype="datetime64[ns]")
+
+
+def date_texts(values: pd.Series) -> list[str]:
+    """Return the distinct texts of a column of dates, as a `context` for another column."""
+    if not (pd.api.types.is_object_dtype(values) or pd.api.types.is_string_dtype(values)):
+        return []
+    return [value.strip() for value in values.dropna().unique() if isinstance(value, str)]
+
+
+def _parse_column(
+    values: pd.Series, date_format: str | None, timezone: str | None, context: Iterable[str]
+) -> pd.DatetimeIndex:
+    """Parse a column of any type; the result may have a time zone and any resolution."""
+    if pd.api.types.is_datetime64_any_dtype(values):
+        return pd.DatetimeIndex(values)
+    kind = pd.api.types.infer_dtype(values, skipna=True)
+    if kind == "period":
+        return pd.PeriodIndex(values).to_timestamp()
+    if kind in ("datetime", "datetime64", "date"):
+        return _parse_with_pandas(list(values), timezone)
+    codes, uniques = pd.factorize(values)
+    dates = _parse_texts([_cell_text(value) for value in uniques], date_format, timezone, context)
+    return dates.insert(len(dates), pd.NaT)[codes]  # the code of a missing cell is -1
+
+
+def _cell_text(value: Any) -> str:
+    """Return a cell of a column of dates as text; a missing one is empty."""
+    if isinstance(value, str):
+        return value.strip()
+    if pd.isna(value):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace").strip()
+    if isinstance(value, numbers.Real) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _parse_counts(values: Any, unit: str) -> pd.DatetimeIndex:
+    """Parse numbers, or texts of numbers, that count units of time since 1970 in UTC."""
+    try:
+        counts = pd.to_numeric(pd.Series(values))
+        return pd.DatetimeIndex(pd.to_datetime(counts, unit=unit))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"date_format={unit!r} needs numbers that count {unit} since 1970: {error}"
+        ) from error
+
+
+def _parse_texts(
+    texts: Sequence[str], date_format: str | None, timezone: str | None, context: Iterable[str]
+) -> pd.DatetimeIndex:
+    """Parse distinct texts; missing ones become NaT."""
+    known_texts = [text for text in texts if text not in _MISSING]
+    if date_format is not None:
+        try:
+            dates = pd.DatetimeIndex(pd.to_datetime(known_texts, format=date_format))
+        except ValueError as error:
+            raise DataError(f"the dates are not written as {date_format!r}: {error}") from error
+    else:
+        dates = _parse_with_pandas(_put_year_first(known_texts, context), timezone)
+    rows = iter(range(len(dates)))
+    return dates.insert(len(dates), pd.NaT)[[-1 if t in _MISSING else next(rows) for t in texts]]
+
+
+def _put_year_first(texts: Sequence[str], context: Iterable[str] = ()) -> list[str]:
+    """Rewrite the texts of one column as ISO dates; texts with names of months are kept.
+
+    Raises DataError for several kinds of dates, and for what is none.
+    """
+    kinds: dict[str, str] = {}
+    for text in texts:
+        kind = _find_kind(text)
+        if kind is None and text.isdecimal():
+            raise DataError(
+                f"the column contains numbers, not dates: {text}. Expected 20200131, or "
+                "date_format='s', 'ms', 'us' or 'ns' for numbers that count since 1970."
+            )
+        if kind is None:
+            raise DataError(f"the dates cannot be parsed: {text!r} is not a date; {_FORMAT_HINT}.")
+        kinds.setdefault(kind, text)
+    if len(kinds) > 1:
+        cells = " and ".join(repr(text) for text in list(kinds.values())[:2])
+        raise DataError(
+            f"the dates have several formats, such as {cells}, so some of them may have been "
+            f"converted wrongly before; {_FORMAT_HINT}."
+        )
+    if "year first" in kinds:
+        return [_join_date(*_match_year_first(text)) for text in texts]
+    if "year last" in kinds:
+        parts = [_YEAR_LAST.fullmatch(text).groups() for text in texts]  # type: ignore[union-attr]
+        if _is_day_first(texts, context):
+            return [_join_date(year, month, day, time) for day, month, year, time in parts]
+        return [_join_date(year, month, day, time) for month, day, year, time in parts]
+    if "short year" in kinds:
+        raise DataError(
+            f"the dates have years of two digits, such as {kinds['short year']!r}; write them as "
+            "YYYY-MM-DD, or set date_format=, such as '%d/%m/%y'."
+        )
+    return list(texts)
+
+
+def _find_kind(text: str) -> str | None:
+    """Return how a date is written; None if it is no full date, or written in another way."""
+    if _match_year_first(text) is not None:
+        return "year first"
+    if _YEAR_LAST.fullmatch(text):
+        return "year last"
+    if _SHORT_YEAR.fullmatch(text):
+        return "short year"
+    return "month name" if _MONTH_NAME.search(text) else None
+
+
+def _match_year_first(text: str) -> tuple[str, str, str, str] | None:
+    match = _YEAR_FIRST.fullmatch(text) or _COMPACT.fullmatch(text)
+    if match is not None:
+        year, month, day, time = match.groups()
+        return year, month, day, time
+    match = _NUMBER.fullmatch(text)
+    if match is not None:
+        year, month, day, hour, minute, second = match.groups()
+        return year, month, day, f" {hour}:{minute}:{second or '00'}" if hour else ""
+    match = _YEAR_MONTH.fullmatch(text)
+    return None if match is None else (match.group(1), match.group(2), "01", "")
+
+
+def _join_date(year: str, month: str, day: str, time: str) -> str:
+    return f"{year}-{month:0>2}-{day:0>2}{time.replace(',', ' ', 1)}"
+
+
+def _is_day_first(texts: Iterable[str], context: Iterable[str]) -> bool:
+    """Return whether the first number of every text is the day, else the month.
+
+    Raises DataError if both occur, or if neither these texts nor the context decide it.
+    """
+    day_first, month_first, either = _find_orders(texts)
+    if day_first and month_first:
+        raise DataError(
+            f"the dates {day_first!r} (day/month) and {month_first!r} (month/day) are in one "
+            f"column; {_FORMAT_HINT}."
+        )
+    if not (day_first or month_first) and either:
+        examples = ", ".join(either[:3])
+        day_first, month_first, _ = _find_orders(context)
+        if bool(day_first) == bool(month_first):
+            raise DataError(
+                f"the dates {examples} can be read as day/month or month/day, and no other cell "
+                f"decides it; {_FORMAT_HINT}."
+            )
+    return not month_first
+
+
+def _find_orders(texts: Iterable[str]) -> tuple[str, str, list[str]]:
+    """Return a text with the day first, one with the month first, and those that may be either."""
+    day_first, month_first, either = "", "", []
+    for text in texts:
+        match = _YEAR_LAST.fullmatch(text)
+        if match is None:
+            continue
+        first, second = int(match.group(1)), int(match.group(2))
+        if first > 12 >= second:
+            day_first = day_first or text
+        elif second > 12 >= first:
+            month_first = month_first or text
+        elif first > 12:
+            raise DataError(f"the dates cannot be parsed: {text!r} is not a date.")
+        elif first != second:
+            either.append(text)
+    return day_first, month_first, either
+
+
+def _parse_with_pandas(dates: Sequence[Any], timezone: str | None) -> pd.DatetimeIndex:
+    """Parse texts that pandas reads in one way only, or dates that are objects of Python."""
+    zones = {_zone_of(date) for date in dates if not pd.isna(date)}
+    if None in zones and len(zones) > 1:
+        plain = next(date for date in dates if not pd.isna(date) and _zone_of(date) is None)
+        raise DataError(f"some dates have a time zone, but others, such as {str(plain)!r}, do not.")
+    if len(zones) > 1 and timezone is None:  # e.g. text with the offsets of summer and winter
+        raise DataError(_time_zone_message("several time zones"))
+    options: dict[str, Any] = {"utc": True} if len(zones) > 1 else {}
+    try:
+        index = pd.to_datetime(list(dates), format="ISO8601", **options)
+    except ValueError:
+        try:
+            index = pd.to_datetime(list(dates), format="mixed", **options)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"the dates cannot be parsed: {error}") from error
+    return pd.DatetimeIndex(index)
+
+
+def _zone_of(date: Any) -> str | None:
+    """Return the time zone of a text or of an object, None if it has none."""
+    if isinstance(date, str):
+        match = _OFFSET.search(date)
+        return None if match is None else match.group(1)
+    zone = getattr(date, "tzinfo", None)
+    return None if zone is None else str(zone)
+
+
+def _remove_zone(dates: pd.DatetimeIndex, timezone: str | None) -> pd.DatetimeIndex:
+    """Convert dates with a time zone to local dates of `timezone`."""
+    if dates.tz is None:
+        return dates
+    if timezone is None:
+        raise DataError(_time_zone_message(f"the time zone {dates.tz}"))
+    try:
+        return dates.tz_convert(timezone).tz_localize(None)
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise ConfigError(
+            f"timezone={timezone!r} is not a time zone; expected a name such as 'America/New_York' "
+            "or 'Asia/Shanghai'."
+        ) from error
+
+
+def _time_zone_message(zone: str) -> str:
+    return (
+        f"the dates have {zone}; qtorch expects naive local session dates. Set timezone= to the "
+        "zone of the exchange, such as 'America/New_York' (TableSource, FrameSource, "
+        "StaticDataLoader; data.timezone=... on the command line), or convert them first with "
+        "df.index.tz_convert(zone).tz_localize(None)."
+    )
+
+
+# -- rows of a calendar ----------------------------------------------------------------------------
 
 
 def first_row(calendar: pd.DatetimeIndex, date: Any) -> int:

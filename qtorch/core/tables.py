@@ -1,11 +1,21 @@
-"""Read CSV files that contain names, such as instruments."""
+"""Read parquet and CSV files, and frames of other libraries, so that names stay text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gzip
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import unquote
 
+import numpy as np
 import pandas as pd
+
+from qtorch.core.errors import DataError
+
+NameColumn: TypeAlias = str | int | Collection[str]
+"""A column's name, its position, or alternative names, of which the first in the file is meant."""
 
 # pandas' own list; to treat some columns differently, it must be passed for the others.
 MISSING_VALUES = [
@@ -29,26 +39,317 @@ MISSING_VALUES = [
     "nan",
     "null",
 ]
+PARQUET_SUFFIXES = (".parquet", ".pq")
+CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SUFFIXES = (*PARQUET_SUFFIXES, *CSV_SUFFIXES)
+HEAD_BYTES = 2**16
+SEPARATORS = (",", ";", "\t", "|")
+TICKER_LEVEL = "Ticker"
+_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # how Excel keeps the zeros of "000001"
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-def read_csv(path: str | Path, name_columns: Iterable[str | int | tuple[str, ...]]) -> pd.DataFrame:
+# -- text and CSV ----------------------------------------------------------------------------------
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte-order mark.
+
+    Raises DataError for another encoding.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return content.decode(_find_encoding(content))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
+
+
+def _find_encoding(content: bytes) -> str:
+    is_utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return "utf-16" if is_utf16 else "utf-8-sig"  # with or without its byte-order mark
+
+
+def read_csv(
+    path: str | Path, name_columns: Iterable[NameColumn], *, decimal: str = "."
+) -> pd.DataFrame:
     """Read a CSV file; the values of `name_columns` stay text as written.
 
-    An instrument may be called NA, null or 000001, so in these columns only an empty cell is
-    missing. Each is a column's name, its position, or a tuple of names, of which the first that
-    the file has is meant. Columns that the file does not have are ignored.
+    An instrument may be called NA, null, TRUE or 000001, so in these columns only an empty cell is
+    missing. Columns that the file does not have are ignored. The separator (comma, semicolon, tab
+    or bar) is that of the first line; gzip and byte-order marks are recognised by the content.
+    `decimal`: the decimal point of the numbers.
+
+    The tables of yfinance, whose header has a line of fields and one of tickers, become one row per
+    date and ticker. Raises DataError for a file that is not UTF-8.
     """
-    columns = list(pd.read_csv(path, nrows=0).columns)
+    lines, options = _inspect_csv(path)
+    options |= {"decimal": decimal, "low_memory": False}
+    try:
+        if _has_ticker_header(lines, options["sep"]):
+            table = pd.read_csv(path, header=[0, 1], index_col=0, **options)
+            return _stack_tickers(table).reset_index()
+        columns = list(pd.read_csv(path, nrows=0, **options).columns)
+        names = _present_names(columns, name_columns)
+        table = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(names, str),
+            keep_default_na=False,
+            na_values={c: [""] if c in names else MISSING_VALUES for c in columns},
+            skipinitialspace=True,
+            **options,
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
+    for column in names:
+        table[column] = _strip_names(table[column])
+    return table.rename(columns=str.strip)
+
+
+def _inspect_csv(path: str | Path) -> tuple[list[str], dict[str, Any]]:
+    """Return the first lines of a CSV file, and pandas' options for its compression and so on."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if is_gzip else open(path, "rb") as file:
+        content = file.read(HEAD_BYTES)
+    encoding = _find_encoding(content)
+    lines = content.decode(encoding, "replace").lstrip("\r\n").splitlines()[:4]
+    options = {"encoding": encoding, "compression": "gzip" if is_gzip else None}
+    separator_line = re.fullmatch(r'"?sep=(.)"?', lines[0]) if lines else None  # Excel's own
+    if separator_line:
+        return lines[1:], {**options, "sep": separator_line.group(1), "skiprows": 1}
+    return lines, {**options, "sep": _find_separator(lines[0] if lines else "")}
+
+
+def _find_separator(line: str) -> str:
+    """Return the separator that occurs most often in a line, outside of quotes."""
+    return max(SEPARATORS, key=re.sub(r'"[^"]*"', "", line).count)
+
+
+def _has_ticker_header(lines: Sequence[str], separator: str) -> bool:
+    """Whether the first lines are yfinance's: fields, tickers and the name of the dates."""
+    first_cells = [line.split(separator, 1)[0].strip() for line in lines[:3]]
+    return sorted(first_cells[:2]) == ["Price", TICKER_LEVEL] and len(first_cells) == 3
+
+
+def _stack_tickers(table: pd.DataFrame) -> pd.DataFrame:
+    """Convert a table with a level of tickers in its columns to one row per date and ticker."""
+    stacked = table.stack(TICKER_LEVEL, future_stack=True).dropna(how="all")
+    return stacked.rename_axis(index=[table.index.name or "Date", TICKER_LEVEL], columns=None)
+
+
+def _present_names(columns: Sequence[str], name_columns: Iterable[NameColumn]) -> set[str]:
     names = set()
     for column in name_columns:
         if isinstance(column, int):
             names.add(columns[column])
         else:
             alternatives = (column,) if isinstance(column, str) else column
-            names.update([c for c in alternatives if c in columns][:1])
-    return pd.read_csv(
-        path,
-        dtype=dict.fromkeys(names, str),
-        keep_default_na=False,
-        na_values={column: [""] if column in names else MISSING_VALUES for column in columns},
+            names.add(find_column(columns, alternatives))
+    return {name for name in names if name is not None}
+
+
+def _strip_names(names: pd.Series) -> pd.Series:
+    names = names.str.strip()
+    if names.str.startswith("=").any():
+        names = names.str.replace(_EXCEL_TEXT, r"\1", regex=True)
+    return names.where(names != "")
+
+
+# -- columns ---------------------------------------------------------------------------------------
+
+
+def spelling_key(name: object) -> str:
+    """Return a name's letters and digits in lower case: one key for `Adj Close` and `adj_close`."""
+    return re.sub(r"[\W_]+", "", str(name)).lower()
+
+
+def find_column(columns: Iterable[str], alternatives: Iterable[str]) -> str | None:
+    """Return the first of the alternative names that the columns have, as written there.
+
+    A name as written comes before one that differs in case, spaces or punctuation.
+    """
+    columns = list(columns)
+    by_key: dict[str, str] = {}
+    for column in columns:
+        by_key.setdefault(spelling_key(column), column)
+    for name in alternatives:
+        if name in columns:
+            return name
+        if spelling_key(name) in by_key:
+            return by_key[spelling_key(name)]
+    return None
+
+
+# -- parquet and CSV -------------------------------------------------------------------------------
+
+
+def read_table(
+    path: Path, name_columns: Iterable[NameColumn] = (), *, decimal: str = "."
+) -> pd.DataFrame:
+    """Read a parquet or CSV file; a stored index becomes columns, and column names are text.
+
+    Raises DataError for a file that is neither, or is damaged. See `read_csv` for the arguments.
+    """
+    if not is_table(path):
+        raise DataError(
+            f"{path} is not a table; expected a file that ends in {', '.join(SUFFIXES)}."
+        )
+    try:
+        if path.name.lower().endswith(PARQUET_SUFFIXES):
+            table = _read_parquet(path)
+        else:
+            table = read_csv(path, name_columns, decimal=decimal)
+    except DataError:
+        raise
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+    return index_to_columns(table)
+
+
+def read_indexed_table(path: Path) -> pd.DataFrame:
+    """Read a table whose index is its first column, or the index that a parquet file stores."""
+    if path.name.lower().endswith(PARQUET_SUFFIXES):
+        table = _read_parquet(path)
+        if not isinstance(table.index, pd.RangeIndex):
+            return table
+    else:
+        table = read_table(path, [0])
+    return table.set_index(table.columns[0])
+
+
+def index_to_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose named index levels, or index of dates, are columns with text as names.
+
+    A level of tickers in the columns, as in the frames of yfinance, becomes a column too.
+    """
+    if table.columns.nlevels == 2 and TICKER_LEVEL in table.columns.names:
+        table = _stack_tickers(table)
+    if isinstance(table.index, pd.DatetimeIndex) and table.index.name is None:
+        table = table.rename_axis(index="datetime")
+    if any(name is not None for name in table.index.names):
+        table = table.reset_index()
+    return table.set_axis([str(c) for c in table.columns], axis=1)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pyarrow.parquet as pq
+
+    # The file alone: what the names of its folders say is read by `partition_values`.
+    return pq.read_table(path, partitioning=None).to_pandas()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file has the name of a parquet or CSV file."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """Return the tables in a folder and its subfolders, sorted by path.
+
+    Hidden files and folders are left out, as are folders that begin with an underscore, in which
+    other programs keep their own files.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if is_table(path) and path.is_file() and not _is_hidden(path.relative_to(folder))
     )
+    if not files:
+        raise DataError(f"{folder} has no table; expected files that end in {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or any(p.startswith((".", "_")) for p in path.parts[:-1])
+
+
+def file_stem(path: Path) -> str:
+    """Return a file's name without its suffix (`BRK.B` for `BRK.B.csv`)."""
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
+
+
+def partition_values(path: Path, root: Path) -> dict[str, str | None]:
+    """Return what folders such as `symbol=AAA/year=2020` between `root` and a file say, as text."""
+    values: dict[str, str | None] = {}
+    for part in path.relative_to(root).parts[:-1]:
+        key, equals, value = part.partition("=")
+        if equals:
+            values[unquote(key)] = None if value == _NO_PARTITION else unquote(value)
+    return values
+
+
+# -- frames and values -----------------------------------------------------------------------------
+
+
+def is_frame(data: object) -> bool:
+    """Whether data is a pandas DataFrame, or one of another library that Arrow can read."""
+    return isinstance(data, pd.DataFrame) or hasattr(data, "__arrow_c_stream__")
+
+
+def as_pandas(data: Any) -> pd.DataFrame:
+    """Return a frame of pandas, polars or another library that Arrow can read as a pandas one.
+
+    Raises DataError for anything else.
+    """
+    if isinstance(data, pd.DataFrame):
+        return data
+    if isinstance(data, pd.Series):
+        return data.to_frame()
+    if not hasattr(data, "__arrow_c_stream__"):
+        kind = f"{type(data).__module__}.{type(data).__qualname__}"
+        raise DataError(
+            f"expected a pandas DataFrame, got {kind}; convert it, e.g. with .to_pandas()."
+        )
+    import pyarrow as pa
+
+    return pa.table(data).to_pandas()
+
+
+def text_names(names: Iterable[Any]) -> list[str]:
+    """Return names, such as instruments, as text; whole numbers have no decimal point.
+
+    Raises DataError for truth values, which have lost the spelling of a name such as TRUE.
+    """
+    return list(_iterate_names(names))
+
+
+def _iterate_names(names: Iterable[Any]) -> Iterator[str]:
+    for name in names:
+        if isinstance(name, str):
+            yield str(name)
+        elif isinstance(name, bytes):
+            yield name.decode("utf-8", "replace")
+        elif str(name) in ("True", "False"):
+            raise DataError(
+                f"the name {name} is a truth value; read names as text, e.g. with "
+                "pd.read_csv(path, dtype={'instrument': str}, keep_default_na=False)."
+            )
+        elif isinstance(name, float) and name.is_integer():
+            yield str(int(name))
+        else:
+            yield str(name)
+
+
+def convert_decimals(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose columns of decimal numbers are floats; other columns are unchanged."""
+    kinds = ("decimal", "mixed-integer-float", "floating", "integer")
+    columns = [
+        k
+        for k in range(table.shape[1])
+        if table.dtypes.iloc[k] is np.dtype(object)
+        and pd.api.types.infer_dtype(table.iloc[:, k], skipna=True) in kinds
+    ]
+    if not columns:
+        return table
+    parts = [
+        table.iloc[:, k].map(_as_float) if k in columns else table.iloc[:, k]
+        for k in range(table.shape[1])
+    ]
+    return pd.concat(parts, axis=1).set_axis(table.columns, axis=1)
+
+
+def _as_float(value: Any) -> float:
+    return float("nan") if value is None or value is pd.NA else float(value)

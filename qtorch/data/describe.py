@@ -193,7 +193,7 @@ def describe(
         calendar=panel.calendar,
         instruments=panel.instruments,
         fields=panel.fields,
-        universes={name: len(source.read_membership(name)) for name in source.universes()},
+        universes={name: len(members) for name, members in source.read_memberships().items()},
         num_rows=int(mask.sum()),
         missing={f: float((np.isnan(v) & mask).sum() / count) for f, v in columns.items()},
         num_listed_late=int((is_listed & ~mask[0]).sum()),

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, convert_dates, date_rows, last_date
-from qtorch.core.errors import ConfigError, DataError
-from qtorch.core.tables import read_csv
+from qtorch.core.dates import date_rows
+from qtorch.core.errors import ConfigError
+from qtorch.core.tables import as_pandas, is_frame
 from qtorch.core.trust import trust_subclasses
+from qtorch.data.panel.column_names import INSTRUMENT_COLUMNS
+from qtorch.data.panel.spans import read_spans
 
 RESERVED = ("raw_label", "instrument", "date")
+CONCEPT_COLUMNS = ("concept", "industry", "sector", "theme", "group")
 
 
 class Gatherable(ABC):
@@ -53,7 +56,8 @@ class Concepts(Extra):
     """The concepts (industries, themes, indices) that an instrument belonged to on a date.
 
     `table`: a DataFrame or a parquet or CSV file with one row per membership: `instrument`,
-    `concept`, and optionally `start` and `end` (inclusive dates; a missing date is open). Returns
+    `concept`, and optionally `start` and `end` (inclusive dates; a missing date, and a year such as
+    that of 9999-12-31, is open). The usual spellings of these columns are found too. Returns
     `[B, K]` float32 of 0 and 1 for the K concepts of `names`, as of the sample's date without
     look-ahead. Instruments without rows belong to no concept; rows of unknown instruments are
     ignored.
@@ -131,27 +135,15 @@ def check_extras(extras: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _read_memberships(table: Any) -> pd.DataFrame:
-    if isinstance(table, str | Path):
-        path = Path(table)
-        if not path.exists():
-            raise DataError(f"concept memberships not found: there is no file {path}.")
-        table = (
-            pd.read_parquet(path)
-            if path.suffix == ".parquet"
-            else read_csv(path, ["instrument", "concept", "start", "end"])
-        )
-    if not isinstance(table, pd.DataFrame):
-        raise ConfigError(f"concepts must be a DataFrame or a file, got a {type(table).__name__}.")
-    missing = [c for c in ("instrument", "concept") if c not in table]
-    if missing:
-        raise DataError(
-            f"a concept table needs the columns instrument and concept (start and end are "
-            f"optional); {missing} are missing, found {list(table.columns)}."
-        )
-    frame = table.reindex(columns=["instrument", "concept", "start", "end"])
-    if frame[["instrument", "concept"]].isna().any(axis=None):
-        raise DataError("a row of the concept table has no instrument or no concept.")
-    frame["start"] = convert_dates(frame["start"], as_stamp)
-    frame["end"] = convert_dates(frame["end"], last_date).dt.normalize()  # the end is a whole day
-    frame["concept"] = frame["concept"].astype(str)
+    """Return the columns instrument, concept, start and end; an open start or end is NaT."""
+    if not isinstance(table, str | Path):
+        if not is_frame(table):
+            kind = type(table).__name__
+            raise ConfigError(f"concepts must be a DataFrame or a file, got a {kind}.")
+        table = as_pandas(table)
+    names = {"instrument": INSTRUMENT_COLUMNS, "concept": CONCEPT_COLUMNS}
+    frame = read_spans(table, names, kind="concept table")
+    frame["start"] = frame["start"].where(frame["start"] != pd.Timestamp.min)
+    frame["end"] = frame["end"].where(frame["end"] != pd.Timestamp.max)
+    frame["end"] = frame["end"].dt.normalize()  # the end is a whole day
     return frame

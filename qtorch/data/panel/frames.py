@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from qtorch.core.dates import parse_dates
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.core.tables import read_csv
+from qtorch.core.tables import (
+    TICKER_LEVEL,
+    as_pandas,
+    find_column,
+    index_to_columns,
+    is_table,
+    read_table,
+    text_names,
+)
 from qtorch.core.trust import load_pickle
+from qtorch.data.panel.column_names import DATE_COLUMNS, INSTRUMENT_COLUMNS
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import NAMES, Panel
 from qtorch.data.panel.view import FLAT, View, join_views
+
+LEVEL_COLUMNS = (*DATE_COLUMNS, *INSTRUMENT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How dates and numbers are written; see `qtorch.core.dates.parse_dates`."""
+
+    date_format: str | None = None
+    timezone: str | None = None
+    decimal: str = "."
+
+    def parse_dates(self, values: Any, context: Iterable[str] = ()) -> pd.DatetimeIndex:
+        """Parse a column of dates."""
+        dates = parse_dates(
+            values, date_format=self.date_format, timezone=self.timezone, context=context
+        )
+        return dates.rename(NAMES[0])
 
 
 def view_from_frame(frame: pd.DataFrame) -> View:
@@ -29,7 +58,7 @@ def view_from_frame(frame: pd.DataFrame) -> View:
         raise DataError(
             f"the frame's columns have {levels} levels; expected (group, column) or one level."
         )
-    panel = Panel.from_frame(_set_index(frame))
+    panel = Panel.from_frame(index_frame(frame))
     if levels == 1:
         return View({FLAT: PanelColumns(panel)}, panel.mask, panel.mask)
     groups: dict[str, list[int]] = {}
@@ -77,41 +106,87 @@ def view_fingerprint(view: View) -> str:
     return hasher.hexdigest()[:32]
 
 
-def read_frame(data: Any) -> pd.DataFrame:
-    """Return a frame as it is, or read it from a parquet or CSV file (pickles only if trusted)."""
-    if isinstance(data, pd.DataFrame):
-        return data
-    if isinstance(data, pd.Series):
-        return data.to_frame()
+def read_frame(data: Any, options: ReadOptions | None = None) -> pd.DataFrame:
+    """Return a `(datetime, instrument)` frame from a frame, or from a parquet or CSV file.
+
+    Pickles are read only if they are trusted. Frames of polars and similar libraries become
+    pandas frames.
+    """
+    options = options or ReadOptions()
     if not isinstance(data, str | Path):
-        raise ConfigError(f"expected a DataFrame or the path of a file, got {type(data).__name__}.")
+        return index_frame(as_pandas(data), options)
     path = Path(data).expanduser()
     if not path.is_file():
         raise DataError(f"cannot read a frame: there is no file {str(path)!r}.")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _set_index(pd.read_parquet(path))
-    if suffix == ".csv" or path.name.lower().endswith(".csv.gz"):
-        return _set_index(read_csv(path, [NAMES[1]]))
-    if suffix in (".pkl", ".pickle"):
+    if path.suffix.lower() in (".pkl", ".pickle"):
         frame = load_pickle(path)
         if isinstance(frame, pd.DataFrame):
-            return frame
+            return index_frame(frame, options)
         raise DataError(f"{path} contains a {type(frame).__name__}, expected a DataFrame.")
-    raise DataError(f"{path.name}: expected a .parquet or .csv file.")
+    if not is_table(path):
+        raise DataError(f"{path.name}: expected a .parquet or .csv file.")
+    table = read_table(path, [INSTRUMENT_COLUMNS, DATE_COLUMNS], decimal=options.decimal)
+    try:
+        return index_frame(table, options)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
-def _set_index(frame: pd.DataFrame) -> pd.DataFrame:
-    """Set `datetime` and `instrument` as the frame's index if they are columns."""
-    if isinstance(frame.index, pd.MultiIndex) and set(frame.index.names) == set(NAMES):
-        return frame
-    if isinstance(frame.index, pd.MultiIndex) and frame.index.names == [None, None]:
-        return frame.rename_axis(list(NAMES))
-    flat = frame.reset_index() if frame.index.name in NAMES else frame
-    if not set(NAMES) <= set(flat.columns):
+def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.DataFrame:
+    """Return a frame with the index `(datetime, instrument)`, its dates parsed and naive.
+
+    Both may be index levels or columns, with their usual spellings in any case. An index of two
+    levels without names is taken as dates and instruments, in the order that its types show.
+    Raises DataError for other frames.
+    """
+    options = options or ReadOptions()
+    if isinstance(frame.index, pd.MultiIndex) and frame.index.nlevels == 2:
+        frame = frame.rename_axis(index=_level_names(frame.index))
+        if set(frame.index.names) == set(NAMES):
+            return _parse_levels(frame, options)
+    elif frame.index.name is not None and not find_column([str(frame.index.name)], LEVEL_COLUMNS):
+        frame = frame.reset_index(drop=True)  # neither dates nor instruments
+    is_flat = frame.columns.nlevels == 1 or TICKER_LEVEL in frame.columns.names
+    table = index_to_columns(frame) if is_flat else frame
+    columns = list(table.columns) if is_flat else []
+    date_column = find_column(columns, DATE_COLUMNS)
+    instrument_column = find_column(columns, INSTRUMENT_COLUMNS)
+    if date_column is None or instrument_column is None:
         raise DataError(
             f"expected an index or columns {NAMES}, got columns {list(frame.columns)[:8]} and "
             f"index {list(frame.index.names)}. Rename them, or frame.set_index([...])."
         )
-    dates = pd.to_datetime(flat[NAMES[0]])
-    return flat.assign(**{NAMES[0]: dates}).set_index(list(NAMES))
+    names = table[instrument_column]
+    index = pd.MultiIndex.from_arrays(
+        [
+            options.parse_dates(table[date_column]),
+            pd.Index(names.where(names.isna(), pd.Series(text_names(names), names.index))),
+        ],
+        names=list(NAMES),
+    )
+    return table.drop(columns=[date_column, instrument_column]).set_index(index)
+
+
+def _level_names(index: pd.MultiIndex) -> list[Any]:
+    """Return `datetime` and `instrument` for levels with usual spellings, or without names."""
+    if index.names == [None, None]:
+        kinds = [pd.api.types.is_datetime64_any_dtype(level.dtype) for level in index.levels]
+        return list(NAMES[::-1] if kinds == [False, True] else NAMES)
+    dates = find_column(map(str, index.names), DATE_COLUMNS)
+    instruments = find_column(map(str, index.names), INSTRUMENT_COLUMNS)
+    names = {dates: NAMES[0], instruments: NAMES[1]}
+    return [names.get(str(name), name) for name in index.names]
+
+
+def _parse_levels(frame: pd.DataFrame, options: ReadOptions) -> pd.DataFrame:
+    """Parse the dates of the index, unless they are naive timestamps already."""
+    index: Any = frame.index
+    k = index.names.index(NAMES[0])
+    level = index.levels[k]
+    if isinstance(level, pd.DatetimeIndex) and level.tz is None:
+        return frame
+    dates = options.parse_dates(pd.Series(level))
+    codes = index.codes[k]
+    levels = [dates.insert(len(dates), pd.NaT)[codes], index.get_level_values(1 - k)]
+    parsed = pd.MultiIndex.from_arrays(levels[::-1] if k else levels, names=index.names)
+    return frame.set_axis(parsed, axis=0)

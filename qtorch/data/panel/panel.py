@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.dates import date_rows
+from qtorch.core.dates import date_rows, parse_dates
 from qtorch.core.errors import DataError, unknown_name_message
+from qtorch.core.tables import convert_decimals, text_names
 
 NAMES = ("datetime", "instrument")
 
@@ -20,26 +21,10 @@ NAMES = ("datetime", "instrument")
 def normalise_calendar(dates: Any) -> pd.DatetimeIndex:
     """Convert dates to a naive `datetime64[ns]` index named "datetime".
 
-    Raises DataError for time-zone-aware dates (their day is ambiguous) and for values that are not
-    dates.
+    Raises DataError as `qtorch.core.dates.parse_dates` does, e.g. for dates with a time zone (their
+    day is ambiguous).
     """
-    try:
-        index = pd.DatetimeIndex(dates)
-    except (ValueError, TypeError) as error:
-        if "Mixed timezones" in str(error):  # text whose offsets change with daylight saving time
-            raise DataError(_time_zone_message("several time zones")) from error
-        raise DataError(f"the dates cannot be parsed: {error}") from error
-    if index.tz is not None:
-        raise DataError(_time_zone_message(f"the time zone {index.tz}"))
-    return index.as_unit("ns").rename(NAMES[0])
-
-
-def _time_zone_message(zone: str) -> str:
-    return (
-        f"the dates have {zone}; qtorch expects naive local session dates. Convert them with "
-        "df.index.tz_convert(market_zone).tz_localize(None), using the zone whose midnight "
-        "separates your sessions (text with offsets: pd.to_datetime(text, utc=True) first)."
-    )
+    return parse_dates(dates).rename(NAMES[0])
 
 
 def coverage_dates(calendar: pd.DatetimeIndex, empty: str = "no dates") -> str:
@@ -298,26 +283,31 @@ def _parse_index(
     level_codes = {name: (index.levels[k], index.codes[k]) for k, name in enumerate(index.names)}
     dates, row = level_codes[NAMES[0]]
     names, column = level_codes[NAMES[1]]
-    if (np.asarray(row) < 0).any():
+    calendar_dates = normalise_calendar(dates)
+    if (np.asarray(row) < 0).any() or calendar_dates.hasnans:
         raise DataError("some rows have no date (NaT); drop or fix them first.")
     if (np.asarray(column) < 0).any():
         raise DataError("some rows have no instrument; drop or fix them first.")
-    calendar, level_rows = np.unique(normalise_calendar(dates), return_inverse=True)
-    texts, level_columns = np.unique(
-        np.array([str(n) for n in names], dtype=object), return_inverse=True
-    )
+    calendar, level_rows = np.unique(calendar_dates, return_inverse=True)
+    texts, level_columns = np.unique(np.array(text_names(names), dtype=object), return_inverse=True)
     return pd.DatetimeIndex(calendar), level_rows[row], list(texts), level_columns[column]
 
 
 def non_numeric_columns(frame: pd.DataFrame) -> str:
-    """Return up to five columns that are not numeric with their types, for messages."""
-    kinds = [
-        f"{c!r} ({t})" for c, t in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(t)
-    ]
-    return ", ".join(kinds[:5])
+    """Return up to five columns that are not numeric with a cell of each, for messages."""
+    problems = []
+    for k, (column, kind) in enumerate(frame.dtypes.items()):
+        if not pd.api.types.is_numeric_dtype(kind):
+            cells = frame.iloc[:, k].dropna()
+            numbers = pd.to_numeric(cells, errors="coerce")
+            wrong_cells = cells[numbers.isna().to_numpy()] if len(cells) else cells
+            example = f", e.g. {str(wrong_cells.iloc[0])!r:.40}" if len(wrong_cells) else ""
+            problems.append(f"{column!r} ({kind}{example})")
+    return ", ".join(problems[:5])
 
 
 def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
+    frame = convert_decimals(frame)
     if bad := non_numeric_columns(frame):
         raise DataError(f"every column must be numeric; not numeric: {bad}. Drop or encode them.")
     return frame.to_numpy(dtype=np.float32, na_value=np.nan)

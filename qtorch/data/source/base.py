@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, date_rows, last_date
+from qtorch.core.dates import date_rows, span_bound
 from qtorch.core.errors import DataError, unknown_name_message
+from qtorch.core.tables import text_names
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import (
@@ -29,6 +31,8 @@ from qtorch.data.panel.panel import Panel, clip_spans, coverage_dates, within_sp
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
 Instruments: TypeAlias = str | Sequence[str] | Mapping[str, Spans]
+
+logger = logging.getLogger(__name__)
 
 _UNIT_NAMES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
 
@@ -89,7 +93,21 @@ class Source(Configured, ABC):
 
     def instrument_names(self) -> frozenset[str]:
         """Return all instruments of the source, which are those that a list may contain."""
-        return frozenset(name for u in self.universes() for name in self.read_membership(u))
+        return frozenset(name for members in self.read_memberships().values() for name in members)
+
+    def stored_instruments(self) -> list[str]:
+        """Return all instruments of the source, sorted."""
+        return sorted(self.instrument_names())
+
+    def read_memberships(self) -> dict[str, Membership]:
+        """Return all universes; one that cannot be read is left out with a warning."""
+        memberships = {}
+        for universe in self.universes():
+            try:
+                memberships[universe] = self.read_membership(universe)
+            except DataError as error:
+                logger.warning("universe %r cannot be read and is left out: %s", universe, error)
+        return memberships
 
     def calendar(
         self, start_time: Any = None, end_time: Any = None, freq: str = "day"
@@ -257,13 +275,13 @@ class Source(Configured, ABC):
         """Convert a list or mapping of instruments to spans; DataError for an unknown name."""
         if not isinstance(instruments, Mapping):
             always = (pd.Timestamp.min, pd.Timestamp.max)
-            instruments = {str(name): [always] for name in instruments}
+            instruments = {name: [always] for name in text_names(instruments)}
         stored_names = self.instrument_names()
         for name in instruments:
             if name not in stored_names:
                 raise DataError(unknown_name_message("instrument", name, stored_names))
         return {
-            str(name): [(as_stamp(a), last_date(b)) for a, b in spans]
+            str(name): [(span_bound(a, is_end=False), span_bound(b, is_end=True)) for a, b in spans]
             for name, spans in instruments.items()
         }
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.dates import as_stamp, last_date
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.dates import span_bound
+from qtorch.core.errors import ConfigError, DataError, join_names, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
+from qtorch.core.tables import as_pandas, is_frame
+from qtorch.data.panel.column_names import describe_names, name_fields
+from qtorch.data.panel.frames import ReadOptions, index_frame
 from qtorch.data.panel.panel import Panel
-from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
+from qtorch.data.source.base import Bars, Membership, Source, frequency
 from qtorch.data.source.qlib import QlibSource
+
+logger = logging.getLogger(__name__)
+
+# A close may be outside low..high by rounding, or in a few damaged bars.
+TOLERANCE = 1e-4
+MIXED_SHARE = 0.05
 
 Universes: TypeAlias = Mapping[str, Sequence[str] | Mapping[str, Any]]
 """By name: a list of instruments, or `{instrument: [(start, end), ...]}`."""
@@ -88,31 +98,37 @@ class PanelSource(Source):
 class FrameSource(PanelSource):
     """Bars from a `(datetime, instrument)` DataFrame of numeric columns, or from a Panel.
 
-    Column names are the fields (`$close` and `close` are the same). `universes` maps a name to a
+    Dates and instruments are index levels or columns with a usual spelling (`Date`, `ticker`, ...).
+    The other columns are the fields (`$close`, `close` and `Close` are the same). Frames of polars
+    and of other libraries that Arrow can read are converted. `date_format` and `timezone`: see
+    `qtorch.core.dates.parse_dates`. `universes` maps a name to a
     list of instruments or to `{instrument: [(start, end), ...]}`. The universe `all` always
     exists and has each instrument from its first to its last row. A date between the two without
     a row for the instrument is a suspended day: its values are NaN. If a Panel's mask is narrower
     than `all`, it becomes the universe `members`.
 
-    Raises DataError for a frame that `Panel.from_frame` rejects.
+    Raises DataError for a frame that `Panel.from_frame` rejects, and for what is no frame.
     """
 
     def __init__(
         self,
-        frame: pd.DataFrame | Panel,
+        frame: pd.DataFrame | Panel | Any,
         *,
         universes: Universes | None = None,
         freq: str = "day",
+        date_format: str | None = None,
+        timezone: str | None = None,
     ) -> None:
         self.freq = frequency(freq)
-        panel = frame if isinstance(frame, Panel) else Panel.from_frame(frame)
+        options = ReadOptions(date_format, timezone)
+        panel = frame if isinstance(frame, Panel) else read_bar_frame(frame, options)
         self._panel = sort_panel(panel)
         self._memberships: dict[str, Membership] = {"all": span_membership(self._panel)}
         if isinstance(frame, Panel):
             members = mask_membership(self._panel)
             if members != self._memberships["all"]:
                 self._memberships["members"] = members
-        self._memberships |= build_memberships(universes, self._panel)
+        self._memberships |= Memberships(universes or {}, self._panel)
 
     def panel(self) -> Panel:
         return self._panel
@@ -122,12 +138,44 @@ class FrameSource(PanelSource):
 
 
 def as_source(data: Source | Panel | pd.DataFrame) -> Source:
-    """Convert a Panel or `(datetime, instrument)` DataFrame to a source; return a source as is."""
+    """Convert a Panel or a frame, as in FrameSource, to a source; return a source as it is."""
     if isinstance(data, Source):
         return data
-    if isinstance(data, Panel | pd.DataFrame):
+    if isinstance(data, Panel) or is_frame(data):
         return FrameSource(data)
     raise DataError(f"expected a Source, a Panel or a DataFrame, got {type(data).__name__}.")
+
+
+def read_bar_frame(frame: Any, options: ReadOptions) -> Panel:
+    """Convert a user's frame of bars to a panel, with the usual names of its fields."""
+    frame = index_frame(as_pandas(frame), options)
+    if frame.columns.nlevels == 1:
+        fields = name_fields([str(c) for c in frame.columns])
+        names = {column: field for field, column in fields.items()}
+        frame = frame.set_axis([names[str(c)] for c in frame.columns], axis=1)
+        if text := describe_names(fields):
+            logger.info("columns read under their usual names: %s", text)
+    panel = Panel.from_frame(frame)
+    warn_mixed_prices(panel, "the frame")
+    return panel
+
+
+def warn_mixed_prices(panel: Panel, location: str) -> None:
+    """Warn if many closes are outside low..high, as adjusted closes beside raw prices are."""
+    if not {"low", "high", "close"} <= set(panel.fields):
+        return
+    low, high, close = (panel.column(name) for name in ("low", "high", "close"))
+    is_bar = ~(low.isnan() | high.isnan() | close.isnan())
+    is_outside = is_bar & ((close < low * (1 - TOLERANCE)) | (close > high * (1 + TOLERANCE)))
+    share = float(is_outside.sum()) / max(int(is_bar.sum()), 1)
+    if share > MIXED_SHARE:
+        logger.warning(
+            "%s: the close is outside low..high in %.0f%% of the bars, as if it were adjusted and "
+            "the other prices were not. Read the raw close, and scale all prices together with "
+            "adjust=, the name of the adjusted close (TableSource, data.adjust='Adj Close').",
+            location,
+            100 * share,
+        )
 
 
 def sort_panel(panel: Panel) -> Panel:
@@ -160,36 +208,61 @@ def mask_membership(panel: Panel) -> Membership:
     return membership
 
 
-def build_memberships(universes: Universes | None, panel: Panel) -> dict[str, Membership]:
-    """Convert a user's universes to spans within the calendar.
+class Memberships(Mapping[str, Membership]):
+    """A user's universes as spans within the calendar of a panel; each is built on first use.
 
-    Raises DataError for an instrument that is not in the panel.
+    An instrument that is not in the panel raises DataError; with `skip_unknown` it is left out with
+    a warning, as long as others remain.
     """
-    return {name: _build_membership(name, each, panel) for name, each in (universes or {}).items()}
 
+    def __init__(self, universes: Universes, panel: Panel, *, skip_unknown: bool = False) -> None:
+        self._universes = universes
+        self._panel = panel
+        self._skip_unknown = skip_unknown
+        self._memberships: dict[str, Membership] = {}
 
-def _build_membership(
-    universe: str, universe_members: Sequence[str] | Mapping[str, Any], panel: Panel
-) -> Membership:
-    stored_names = set(panel.instruments)
-    all_days: Spans = [(panel.calendar[0], panel.calendar[-1])]
-    named_spans = (
-        universe_members
-        if isinstance(universe_members, Mapping)
-        else dict.fromkeys(universe_members, all_days)
-    )
-    for name in named_spans:
-        if name not in stored_names:
-            raise DataError(
-                f"universe {universe!r}: {unknown_name_message('instrument', name, stored_names)}"
+    def __getitem__(self, universe: str) -> Membership:
+        if universe not in self._memberships:
+            self._memberships[universe] = self._build(universe, self._universes[universe])
+        return self._memberships[universe]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._universes)
+
+    def __len__(self) -> int:
+        return len(self._universes)
+
+    def _build(self, universe: str, members: Sequence[str] | Mapping[str, Any]) -> Membership:
+        if not len(self._panel.calendar):
+            return {}
+        stored_names = set(self._panel.instruments)
+        start, end = self._panel.calendar[0], self._panel.calendar[-1]
+        spans = (
+            members if isinstance(members, Mapping) else {name: [(start, end)] for name in members}
+        )
+        unknown = [name for name in spans if str(name) not in stored_names]
+        if unknown and (not self._skip_unknown or len(unknown) == len(spans)):
+            message = unknown_name_message("instrument", str(unknown[0]), stored_names)
+            raise DataError(f"universe {universe!r}: {message}")
+        if unknown:
+            logger.warning(
+                "universe %r: %d of %d instruments have no bars and are left out: %s",
+                universe,
+                len(unknown),
+                len(spans),
+                join_names([str(name) for name in unknown]),
             )
-    start, end = all_days[0]
-    return {
-        str(name): [
-            (max(as_stamp(first), start), min(last_date(last), end)) for first, last in spans
-        ]
-        for name, spans in named_spans.items()
-    }
+        return {
+            str(name): [
+                (
+                    max(span_bound(first, is_end=False), start),
+                    min(span_bound(last, is_end=True), end),
+                )
+                for first, last in each
+            ]
+            for name, each in spans.items()
+            if str(name) in stored_names
+        }
 
 
 def build_source(config: Any) -> Source:

@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 
 from qtorch.core.content_digest import file_digest
+from qtorch.core.dates import parse_bounds
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
 from qtorch.core.session import session
+from qtorch.core.tables import read_text
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
 
@@ -91,15 +93,19 @@ class QlibSource(Source):
             )
         key = path, file_digest(path)
         if key not in self._calendars:
-            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-            calendar = normalise_calendar(lines)
+            lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            try:
+                calendar = normalise_calendar(lines)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
             if not (calendar.is_monotonic_increasing and calendar.is_unique):
                 raise DataError(f"{path}: the dates must be ascending and unique.")
             self._calendars[key] = calendar
         return self._calendars[key]
 
     def universes(self) -> tuple[str, ...]:
-        return tuple(sorted(p.stem for p in (self._folder / "instruments").glob("*.txt")))
+        paths = (self._folder / "instruments").glob("*.txt")
+        return tuple(sorted(p.stem for p in paths if not p.name.startswith(".") and p.is_file()))
 
     def read_membership(self, universe: str) -> Membership:
         path = self._folder / "instruments" / f"{universe}.txt"
@@ -280,27 +286,31 @@ def _find_longest_file(
 
 
 def _read_instruments(path: Path) -> Membership:
-    """Parse lines of tab-separated instrument, start and end; further columns are ignored."""
-    membership: Membership = {}
-    names: list[str] = []
-    dates: list[str] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    """Parse lines of tab-separated instrument, start and end; further columns are ignored.
+
+    A blank end, or one such as 9999-12-31, is open.
+    """
+    rows: list[list[str]] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        parts = line.rstrip("\r\n").split("\t")
-        if len(parts) < 3:
+        parts = [part.strip() for part in line.split("\t")]
+        if len(parts) < 2 or not parts[0]:
             raise DataError(
                 f"{path}, line {number}: expected tab-separated instrument, start and end, "
                 f"got {line!r}."
             )
-        names.append(parts[0].strip())
-        dates += parts[1:3]
+        rows.append([*parts, ""][:3])
+    table = pd.DataFrame(rows, columns=["instrument", "start", "end"], dtype=object)
     try:
-        stamps = list(normalise_calendar(dates))
+        texts = [*table["start"], *table["end"]]
+        starts = parse_bounds(table["start"], is_end=False, context=texts)
+        ends = parse_bounds(table["end"], is_end=True, context=texts)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    for k, name in enumerate(names):
-        membership.setdefault(name, []).append((stamps[2 * k], stamps[2 * k + 1]))
+    membership: Membership = {}
+    for name, start, end in zip(table["instrument"], starts, ends, strict=True):
+        membership.setdefault(name, []).append((start, end))
     return membership
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,77 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.content_digest import digest_text
-from qtorch.core.dates import as_stamp, convert_dates, last_date
+from qtorch.core.dates import date_texts
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
-from qtorch.core.tables import read_csv
-from qtorch.data.panel.panel import (
-    NAMES,
-    Panel,
-    duplicate_names,
-    non_numeric_columns,
-    normalise_calendar,
+from qtorch.core.tables import (
+    convert_decimals,
+    file_stem,
+    find_column,
+    list_tables,
+    partition_values,
+    read_table,
+    text_names,
 )
+from qtorch.data.panel.column_names import (
+    ADJUSTED_CLOSE,
+    DATE_COLUMNS,
+    EVENT_FIELDS,
+    INSTRUMENT_COLUMNS,
+    UNIVERSE_COLUMNS,
+    describe_names,
+    name_fields,
+    require_column,
+    usual_field,
+)
+from qtorch.data.panel.frames import ReadOptions
+from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, non_numeric_columns
+from qtorch.data.panel.spans import read_spans
 from qtorch.data.source.base import Membership, frequency
-from qtorch.data.source.frame import PanelSource, Universes, build_memberships, span_membership
+from qtorch.data.source.frame import (
+    Memberships,
+    PanelSource,
+    Universes,
+    span_membership,
+    warn_mixed_prices,
+)
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("long", "per_instrument", "wide")
-SUFFIXES = (".parquet", ".pq", ".csv", ".csv.gz")
+AUTO, LONG, PER_INSTRUMENT, WIDE = LAYOUTS = ("auto", "long", "per_instrument", "wide")
 DATETIME, INSTRUMENT = NAMES
-DATE_COLUMNS = (DATETIME, "date", "time", "timestamp")
-INSTRUMENT_COLUMNS = (INSTRUMENT, "symbol", "ticker", "code")
+PRICES = ("open", "high", "low", "close", "vwap")
 
 
 class TableSource(PanelSource):
     """Reads bars from parquet and CSV files into memory.
 
-    `layout` is one of: `long`, one row per bar, in one file or in a folder of parts (a dataset);
-    `per_instrument`, a folder with one file per instrument, named after it; `wide`, a folder with
-    one file per field, named after it, with a row per date and a column per instrument. CSV files
-    end in `.csv` or `.csv.gz`, parquet files in `.parquet` or `.pq`; folders include subfolders.
+    `layout` is one of: `long`, one row per bar, in one file or in a folder of parts (a dataset,
+    also partitioned in Hive's way: `symbol=AAA/part.parquet`); `per_instrument`, a folder with one
+    file per instrument, named after it; `wide`, a folder with one file per field, named after it,
+    with a row per date and a column per instrument. `auto` takes a folder as `wide` if all files
+    have the names of usual fields, as `long` if the tables have a column for the instrument, else
+    as `per_instrument`. CSV files end in `.csv`, `.tsv`, `.csv.gz` or `.tsv.gz`, parquet files in
+    `.parquet` or `.pq`; folders include subfolders, but not hidden files.
 
     `columns` maps qtorch's names to the names in the file: `{"datetime": "date", "instrument":
     "symbol", "close": "adj_close"}`. If it names fields, only those are read; otherwise all
-    columns except date and instrument are fields. Without a mapping, dates are read from
-    `datetime`, `date`, `time` or `timestamp`, and instruments from `instrument`, `symbol`,
-    `ticker` or `code`, including the levels of a stored index. For `wide`, the mapping's fields
-    are the names of files.
+    columns except date and instrument are fields. Without a mapping, dates, instruments and fields
+    are known by their usual spellings, such as `Date`, `ticker`, `Open` and `Adj Close`, including
+    the levels of a stored index. For `wide`, the mapping's fields are the names of files.
+
+    `adjust` names the column of the adjusted closes. Open, high, low, close and vwap are then
+    scaled by adjusted close / close, the volume by its inverse, and the scale is the field
+    `factor`, as in Qlib.
+
+    Dates are parsed by one format a column (see `qtorch.core.dates.parse_dates`), which
+    `date_format` sets; `timezone` converts dates with a time zone. `decimal`: the decimal point of
+    CSV files. Names of instruments are text as written; whole columns of decimals are floats.
 
     `universes` is the path of a membership file (columns universe, instrument, start, end; the
-    last two optional) or a mapping as in FrameSource. The universe `all` always exists and has
-    each instrument from its first to its last row.
+    last two optional, a blank one is open) or a mapping as in FrameSource. The universe `all`
+    always exists and has each instrument from its first to its last row. Members of a file that
+    have no bars are left out with a warning; a universe is only built when it is asked for.
 
     Within a file the rows of an instrument must ascend by date. Raises DataError for duplicate
     or descending rows, dates with a time zone, columns that are not numeric, and names in the
@@ -62,10 +92,14 @@ class TableSource(PanelSource):
         self,
         path: str | Path,
         *,
-        layout: str = "long",
+        layout: str = AUTO,
         columns: Mapping[str, str] | None = None,
         universes: str | Path | Universes | None = None,
         freq: str = "day",
+        adjust: str | None = None,
+        date_format: str | None = None,
+        timezone: str | None = None,
+        decimal: str = ".",
     ) -> None:
         if layout not in LAYOUTS:
             raise ConfigError(unknown_name_message("layout", layout, LAYOUTS))
@@ -74,44 +108,41 @@ class TableSource(PanelSource):
         self.columns = dict(columns or {})
         self._universes = universes
         self.freq = frequency(freq)
+        self.adjust = adjust
+        self._options = ReadOptions(date_format, timezone, decimal)
         self._root = Path(path).expanduser()
         if not self._root.exists():
             raise DataError(f"no file or folder {self._root}; check the path of TableSource.")
-        if layout != "long" and not self._root.is_dir():
+        if layout in (PER_INSTRUMENT, WIDE) and not self._root.is_dir():
             raise DataError(
                 f"layout {layout!r} needs a folder of files, but {self._root} is a file."
             )
         self._panel: Panel | None = None
-        self._memberships: dict[str, Membership] | None = None
+        self._memberships: Mapping[str, Membership] | None = None
         self._panel_fingerprint: str | None = None
 
     def panel(self) -> Panel:
         if self._panel is None:
-            readers: dict[str, Callable[[], Panel]] = {
-                "long": self._read_long,
-                "per_instrument": self._read_per_instrument,
-                "wide": self._read_wide,
-            }
             self._panel_fingerprint = self._compute_fingerprint()
             try:
-                self._panel = readers[self.layout]()
+                self._panel = self._read()
             except DataError as error:
                 # Add the path for the user; an error about a single file names it already.
                 if str(self._root) in str(error):
                     raise
                 raise DataError(f"{self._root}: {error}") from error
             logger.info("read %s from %s", self._panel, self._root)
+            warn_mixed_prices(self._panel, str(self._root))
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
         if self._memberships is None:
             panel, universes = self.panel(), self._universes
+            is_file = isinstance(universes, str | Path)
             if isinstance(universes, str | Path):
-                universes = read_memberships(universes)
-            self._memberships = {
-                "all": span_membership(panel),
-                **build_memberships(universes, panel),
-            }
+                universes = read_memberships(universes, self._options.date_format)
+            universes = {"all": span_membership(panel), **(universes or {})}
+            self._memberships = Memberships(universes, panel, skip_unknown=is_file)
         return self._memberships
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +165,7 @@ class TableSource(PanelSource):
         return fingerprint
 
     def _compute_fingerprint(self) -> str:
-        files = list_tables(self._root) if self._root.is_dir() else [self._root]
+        files = self._files()
         universes: Any = self._universes
         if isinstance(universes, str | Path):
             universes = digest_text(universes)
@@ -142,131 +173,237 @@ class TableSource(PanelSource):
             universes = {name: _plain_members(each) for name, each in universes.items()}
         names = [f.relative_to(self._root).as_posix() for f in files]
         contents = [digest_text(file) for file in files]
-        return digest([self.layout, self.columns, self.freq, universes, names, contents])
+        parts = [self.layout, self.columns, self.freq, universes, names, contents]
+        return digest([*parts, self.adjust, vars(self._options)])
+
+    def _files(self) -> list[Path]:
+        """Return the files of bars."""
+        if not self._root.is_dir():
+            return [self._root]
+        files = list_tables(self._root)
+        if isinstance(self._universes, str | Path):
+            members = Path(self._universes).expanduser().resolve()
+            files = [file for file in files if file.resolve() != members]
+        return files
 
     # -- layouts ---------------------------------------------------------------------------------
 
-    def _read_long(self) -> Panel:
-        files = list_tables(self._root) if self._root.is_dir() else [self._root]
-        column = self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS)
-        frames = [self._parse_bars(read_table(file, [column]), file, None) for file in files]
-        return Panel.from_frame(_concat_frames(frames))
+    def _read(self) -> Panel:
+        files = self._files()
+        layout = LONG if self.layout == AUTO and not self._root.is_dir() else self.layout
+        is_wide = all(usual_field(file_stem(file)) for file in files)
+        if layout == WIDE or (layout == AUTO and is_wide):
+            frame = self._read_wide(files)
+        else:
+            frame = self._read_bars(files, layout)
+        return Panel.from_frame(frame if self.adjust is None else _adjust_prices(frame))
 
-    def _read_per_instrument(self) -> Panel:
-        files = list_tables(self._root)
-        frames = [self._parse_bars(read_table(file), file, file_stem(file)) for file in files]
-        common_fields = set.intersection(*(set(frame.columns) for frame in frames))
-        missing_fields = [f for f in frames[0].columns if f not in common_fields]
-        if missing_fields:
-            raise DataError(
-                f"the files do not have the same columns: {missing_fields} are not in all of them. "
-                "Name the fields to read with columns={'close': 'close', ...}."
-            )
-        fields = list(frames[0].columns)
-        return Panel.from_frame(_concat_frames([frame[fields] for frame in frames]))
+    def _read_bars(self, files: Sequence[Path], layout: str) -> pd.DataFrame:
+        """Read one row per bar; files of `per_instrument` need no column of instruments."""
+        names = [self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS), self._date_names()]
+        tables = {file: self._read_table(file, names) for file in files}
+        if layout == AUTO:
+            has_column = {
+                file: find_column(table.columns, _alternatives(names[0])) is not None
+                for file, table in tables.items()
+            }
+            if len(set(has_column.values())) == 2:
+                without = next(file for file, has in has_column.items() if not has)
+                raise DataError(
+                    f"{without} has no column for the instrument, but other files have one; set "
+                    "layout='long' or 'per_instrument', or keep the files in two folders."
+                )
+            layout = LONG if all(has_column.values()) else PER_INSTRUMENT
+        frames = []
+        for number, (file, table) in enumerate(tables.items()):
+            instrument = file_stem(file) if layout == PER_INSTRUMENT else None
+            context = self._all_date_texts(tables)
+            frames.append(self._parse_bars(table, file, instrument, context, is_first=number == 0))
+        if layout == PER_INSTRUMENT:
+            frames = _select_common_fields(frames)
+        return _concat_frames(frames)
 
-    def _read_wide(self) -> Panel:
+    def _read_table(self, file: Path, name_columns: Sequence[Any]) -> pd.DataFrame:
+        """Read a file, with the columns that the names of its folders add."""
+        table = read_table(file, name_columns, decimal=self._options.decimal)
+        if self._root.is_dir():
+            for column, value in partition_values(file, self._root).items():
+                if column not in table:
+                    table[column] = pd.Series(value, table.index, dtype="str")
+        return table
+
+    def _read_wide(self, paths: Sequence[Path]) -> pd.DataFrame:
         files: dict[str, list[Path]] = {}
-        for file in list_tables(self._root):
+        for file in paths:
             files.setdefault(file_stem(file), []).append(file)
-        fields = self._field_columns() or {name: name for name in files}
+        fields = self._name_fields(list(files), "file of a field")
         for name in fields.values():
-            if name not in files:
-                raise DataError(unknown_name_message("file of a field", name, files))
             if len(files[name]) > 1:
                 first, second = files[name][:2]
                 raise DataError(
                     f"{first} and {second} have the same name; layout 'wide' reads one file per "
                     "field. Join them into one table."
                 )
+        tables = {
+            file: self._read_table(file, [self.columns.get(DATETIME, 0)])
+            for file in dict.fromkeys(files[name][0] for name in fields.values())
+        }
         columns = [
-            self._read_wide_field(files[name][0]).rename(field.lstrip("$"))
+            self._parse_wide_field(
+                tables[files[name][0]], files[name][0], self._all_date_texts(tables)
+            ).rename(field)
             for field, name in fields.items()
         ]
-        return Panel.from_frame(pd.concat(columns, axis=1).sort_index())
+        return pd.concat(columns, axis=1).sort_index()
 
-    def _read_wide_field(self, file: Path) -> pd.Series:
-        """Read a field's table as a `(datetime, instrument)` Series without its NaN cells."""
-        table = read_table(file)
-        date_column, dates = self._parse_dates(table, file)
-        wide = table.drop(columns=date_column)
+    def _parse_wide_field(
+        self, table: pd.DataFrame, file: Path, context: Iterator[str]
+    ) -> pd.Series:
+        """Convert a field's table to a `(datetime, instrument)` Series without its NaN cells."""
+        date_column = self._date_column(table, file, is_wide=True)
+        dates = self._parse_dates(table[date_column], file, context)
+        wide = convert_decimals(table.drop(columns=date_column))
         _require_numeric(wide, file)
         if not (dates.is_monotonic_increasing and dates.is_unique):
             raise DataError(f"{file}: the dates must be ascending and unique.")
         names = pd.Index([str(c) for c in wide.columns])
         if duplicates := duplicate_names(names):
             raise DataError(f"{file}: some instruments have more than one column: {duplicates}.")
-        values = wide.to_numpy(dtype=np.float32, na_value=np.nan).reshape(-1)
+        values = wide.to_numpy(dtype=np.float64, na_value=np.nan).reshape(-1)
         present_cells = np.flatnonzero(~np.isnan(values))
         index = pd.MultiIndex.from_product([dates, names], names=[DATETIME, INSTRUMENT])
         return pd.Series(values[present_cells], index=index[present_cells])
 
-    def _field_columns(self) -> dict[str, str]:
-        """Return the part of `columns` that names fields, empty if all fields are read."""
-        return {field: name for field, name in self.columns.items() if field not in NAMES}
+    # -- names -----------------------------------------------------------------------------------
+
+    def _name_fields(self, columns: Sequence[str], kind: str) -> dict[str, str]:
+        """Return the columns (or files) to read by their fields."""
+        mapping = {field: name for field, name in self.columns.items() if field not in NAMES}
+        for name in mapping.values():
+            if name not in columns:
+                raise DataError(unknown_name_message(kind, name, columns))
+        fields = {f.lstrip("$"): name for f, name in mapping.items()} or name_fields(columns)
+        if self.adjust is None:
+            return fields
+        adjusted = find_column(columns, [self.adjust])
+        if adjusted is None:
+            message = unknown_name_message(f"{kind} for adjust", self.adjust, columns)
+            raise DataError(message)
+        if fields.get("close", adjusted) == adjusted or "factor" in fields:
+            raise DataError(
+                f"adjust={self.adjust!r} needs the raw close beside the adjusted one, and no field "
+                f"factor; the fields are {fields}."
+            )
+        fields = {field: name for field, name in fields.items() if name != adjusted}
+        return {**fields, ADJUSTED_CLOSE: adjusted}
+
+    def _date_names(self) -> Sequence[str]:
+        column = self.columns.get(DATETIME)
+        return DATE_COLUMNS if column is None else (column,)
+
+    def _date_column(self, table: pd.DataFrame, file: Path, *, is_wide: bool = False) -> str:
+        if DATETIME in self.columns:
+            return _mapped_column(self.columns[DATETIME], table, file)
+        columns = list(table.columns)
+        if is_wide:
+            # Other columns are instruments, one of which may be called DATE.
+            exact_names = [name for name in DATE_COLUMNS if name in columns]
+            is_first = find_column(columns[:1], DATE_COLUMNS) is not None
+            return columns[0] if is_first or not exact_names else exact_names[0]
+        return _usual_column(DATETIME, DATE_COLUMNS, columns, file)
+
+    def _log_names(self, names: Mapping[str, str], file: Path) -> None:
+        """Say how the columns were read, and warn if adjusted and raw prices are mixed."""
+        text = describe_names(names)
+        if ADJUSTED_CLOSE in names and self.adjust is None:
+            text = f"{text or 'all under their names'}; prices are not adjusted, adjust="
+            text += f"{names[ADJUSTED_CLOSE]!r} scales them"
+        if text:
+            logger.info("columns of %s: %s", file, text)
+        raw_prices = [
+            names[field]
+            for field in ("open", "high", "low")
+            if field in names and usual_field(names[field]) == field
+        ]
+        if raw_prices and usual_field(names.get("close", "")) == ADJUSTED_CLOSE:
+            logger.warning(
+                "%s: the close is the adjusted %r, but %s are raw; read the raw close, and scale "
+                "all prices together with adjust=%r.",
+                file,
+                names["close"],
+                ", ".join(raw_prices),
+                names["close"],
+            )
 
     # -- one file --------------------------------------------------------------------------------
 
-    def _parse_bars(self, table: pd.DataFrame, file: Path, instrument: str | None) -> pd.DataFrame:
+    def _parse_bars(
+        self,
+        table: pd.DataFrame,
+        file: Path,
+        instrument: str | None,
+        context: Iterator[str],
+        *,
+        is_first: bool,
+    ) -> pd.DataFrame:
         """Convert a file's rows to a `(datetime, instrument)` frame with qtorch's field names.
 
-        `instrument`: that of all rows; None if the file has a column for it.
+        `instrument`: that of all rows; None if the file has a column for it. The names of the
+        columns are logged for the first file.
         """
-        date_column, dates = self._parse_dates(table, file)
-        index_columns = [date_column]
+        date_column = self._date_column(table, file)
+        dates = self._parse_dates(table[date_column], file, context)
+        index_columns = {DATETIME: date_column}
         if instrument is None:
-            column = self._find_column(INSTRUMENT, INSTRUMENT_COLUMNS, table, file)
+            column = self._instrument_column(table, file)
             if table[column].isna().any():
                 raise DataError(f"{file}: some rows have no instrument in {column!r}.")
-            instruments = pd.Index(table[column].astype(str))
-            index_columns.append(column)
+            instruments = pd.Index(text_names(table[column]))
+            index_columns[INSTRUMENT] = column
         else:
             instruments = pd.Index([instrument] * len(table))
-        fields = self._field_columns()
-        if not fields:
-            fields = {c.lstrip("$"): c for c in table.columns if c not in index_columns}
-        for file_column in fields.values():
-            _require_column(file_column, table, file)
-        bars = table[list(fields.values())]
+        folder_columns = partition_values(file, self._root) if self._root.is_dir() else {}
+        ignored = {*index_columns.values(), *folder_columns, *_row_numbers(table)}
+        try:
+            if self._has_field_mapping():
+                fields = self._name_fields(list(table.columns), "column")
+            else:
+                fields = self._name_fields([c for c in table.columns if c not in ignored], "column")
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
+        if is_first:
+            self._log_names({**index_columns, **fields}, file)
+        bars = convert_decimals(table[list(fields.values())])
         _require_numeric(bars, file)
-        bars = bars.set_axis([f.lstrip("$") for f in fields], axis=1)
+        bars = bars.set_axis(list(fields), axis=1)
         bars.index = pd.MultiIndex.from_arrays([dates, instruments], names=[DATETIME, INSTRUMENT])
         return bars
 
-    def _parse_dates(self, table: pd.DataFrame, file: Path) -> tuple[str, pd.DatetimeIndex]:
-        """Return the name of the date column and its parsed dates."""
-        candidates = (*DATE_COLUMNS, table.columns[0]) if self.layout == "wide" else DATE_COLUMNS
-        column = self._find_column(DATETIME, candidates, table, file)
-        values = table[column]
-        if pd.api.types.is_numeric_dtype(values):
-            # Many files write dates as numbers such as 20200131; reject counts of seconds.
-            numbers = values.dropna()
-            if not numbers.between(10_000_000, 99_999_999).all():
-                raise DataError(f"{file}: the column {column!r} contains numbers, not dates.")
-            values = numbers.astype("int64").astype(str).reindex(values.index)
-        try:
-            dates = normalise_calendar(values)
-        except DataError as error:
-            raise DataError(f"{file}, column {column!r}: {error}") from error
-        if dates.hasnans:
-            raise DataError(f"{file}: some rows have no date in {column!r}.")
-        return column, dates
+    def _has_field_mapping(self) -> bool:
+        return not set(self.columns) <= set(NAMES)
 
-    def _find_column(
-        self, level: str, candidates: Sequence[str], table: pd.DataFrame, file: Path
-    ) -> str:
-        """Find the column of "datetime" or "instrument" by the mapping or else by common names."""
-        column = self.columns.get(level)
-        if column is not None:
-            _require_column(column, table, file)
-            return column
-        for name in candidates:
-            if name in table.columns:
-                return name
-        raise DataError(
-            f"{file}: no column for the {level}; set it with columns={{{level!r}: ...}}. "
-            f"Columns: {', '.join(table.columns[:12])}."
-        )
+    def _instrument_column(self, table: pd.DataFrame, file: Path) -> str:
+        if INSTRUMENT in self.columns:
+            return _mapped_column(self.columns[INSTRUMENT], table, file)
+        return _usual_column(INSTRUMENT, INSTRUMENT_COLUMNS, list(table.columns), file)
+
+    def _parse_dates(
+        self, values: pd.Series, file: Path, context: Iterator[str]
+    ) -> pd.DatetimeIndex:
+        """Parse a column of dates; raise DataError with its place for one that has none."""
+        try:
+            dates = self._options.parse_dates(values, context)
+        except DataError as error:
+            raise DataError(f"{file}, column {values.name!r}: {error}") from error
+        if dates.hasnans:
+            raise DataError(f"{file}: some rows have no date in {values.name!r}.")
+        return dates
+
+    def _all_date_texts(self, tables: Mapping[Path, pd.DataFrame]) -> Iterator[str]:
+        """Iterate over the dates of all files, which may tell days and months apart for one."""
+        for table in tables.values():
+            column = find_column(table.columns, self._date_names())
+            yield from date_texts(table[column] if column else table.iloc[:, 0])
 
 
 def _plain_members(members: Sequence[str] | Mapping[str, Any]) -> list[Any]:
@@ -275,70 +412,47 @@ def _plain_members(members: Sequence[str] | Mapping[str, Any]) -> list[Any]:
     return [[str(n), [[str(a), str(b)] for a, b in spans]] for n, spans in members.items()]
 
 
-def list_tables(folder: Path) -> list[Path]:
-    """Return the tables in a folder and its subfolders, sorted by path."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-    if not files:
-        raise DataError(f"{folder} has no table; expected files that end in {', '.join(SUFFIXES)}.")
-    return files
-
-
-def file_stem(file: Path) -> str:
-    """Return a file's name without its suffix (`BRK.B` for `BRK.B.csv`)."""
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if file.name.endswith(suffix):
-            return file.name[: -len(suffix)]
-    return file.name
-
-
-def read_table(file: Path, name_columns: Iterable[str | tuple[str, ...]] = ()) -> pd.DataFrame:
-    """Read a parquet or CSV file; a stored index becomes columns, and column names are strings.
-
-    `name_columns`: the columns of a CSV file that stay text as written (instruments such as 000001
-    or NA). A tuple lists alternatives, of which the first that the file has is meant.
-    """
-    if not file.name.endswith(SUFFIXES):
-        raise DataError(
-            f"{file} is not a table; expected a file that ends in {', '.join(SUFFIXES)}."
-        )
-    try:
-        if file.name.endswith((".parquet", ".pq")):
-            table = pd.read_parquet(file)
-        else:
-            table = read_csv(file, name_columns)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file} cannot be read as a table: {error}") from error
-    if isinstance(table.index, pd.DatetimeIndex) and table.index.name is None:
-        table.index.name = DATETIME
-    if any(name is not None for name in table.index.names):
-        table = table.reset_index()
-    table.columns = pd.Index([str(c) for c in table.columns])
-    return table
-
-
-def read_memberships(path: str | Path) -> dict[str, dict[str, list[tuple[Any, Any]]]]:
+def read_memberships(
+    path: str | Path, date_format: str | None = None
+) -> dict[str, dict[str, list[tuple[Any, Any]]]]:
     """Read universes from a file with columns universe, instrument and optionally start, end."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise DataError(f"there is no membership file {file}.")
-    # Read dates as text too, because 2020 and 20200131 would become numbers.
-    table = read_table(file, ("universe", "instrument", "start", "end"))
-    for column in ("universe", "instrument"):
-        _require_column(column, table, file)
-    bounds = {}
-    for column, convert, default in (
-        ("start", as_stamp, pd.Timestamp.min),
-        ("end", last_date, pd.Timestamp.max),
-    ):
-        values = table[column] if column in table else pd.Series(pd.NaT, index=table.index)
-        bounds[column] = convert_dates(values, convert).fillna(default)
+    names = {"universe": UNIVERSE_COLUMNS, "instrument": INSTRUMENT_COLUMNS}
+    table = read_spans(path, names, kind="membership", date_format=date_format)
     memberships: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
-    names = table["universe"].astype(str), table["instrument"].astype(str)
-    for universe, instrument, start, end in zip(
-        *names, bounds["start"], bounds["end"], strict=True
-    ):
+    for universe, instrument, start, end in table.itertuples(index=False):
         memberships.setdefault(universe, {}).setdefault(instrument, []).append((start, end))
     return memberships
+
+
+def _adjust_prices(bars: pd.DataFrame) -> pd.DataFrame:
+    """Scale prices by adjusted close / close, the volume by its inverse, and add the scale."""
+    bars = bars.copy()
+    adjusted = bars.pop(ADJUSTED_CLOSE)
+    factor = (adjusted / bars["close"]).where(bars["close"] != 0)
+    for field in PRICES:
+        if field in bars:
+            bars[field] = bars[field] * factor
+    bars["close"] = adjusted.where(factor.notna())
+    if "volume" in bars:
+        bars["volume"] = (bars["volume"] / factor).where(factor != 0)
+    bars["factor"] = factor
+    return bars
+
+
+def _select_common_fields(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Give all frames the columns of the first, in its order; a missing event is 0."""
+    names = list(dict.fromkeys(name for frame in frames for name in frame.columns))
+    missing = [
+        name
+        for name in names
+        if name not in EVENT_FIELDS and not all(name in frame for frame in frames)
+    ]
+    if missing:
+        raise DataError(
+            f"the files do not have the same columns: {missing} are not in all of them. "
+            "Name the fields to read with columns={'close': 'close', ...}."
+        )
+    return [frame.reindex(columns=names, fill_value=0.0) for frame in frames]
 
 
 def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -350,14 +464,41 @@ def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(non_empty) if len(non_empty) > 1 else (non_empty or frames)[0]
 
 
-def _require_column(column: str, table: pd.DataFrame, file: Path) -> None:
+def _alternatives(names: str | Sequence[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _mapped_column(column: str, table: pd.DataFrame, file: Path) -> str:
+    """Return a column of the user's mapping; raise DataError if the file does not have it."""
     if column not in table.columns:
         raise DataError(f"{file}: {unknown_name_message('column', column, table.columns)}")
+    return column
+
+
+def _usual_column(level: str, candidates: Sequence[str], columns: Sequence[str], file: Path) -> str:
+    try:
+        return require_column(level, candidates, columns)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _row_numbers(table: pd.DataFrame) -> list[str]:
+    """Return the columns without a name that number the rows, as `to_csv` writes the index."""
+    unnamed = [c for c in table.columns if c.startswith("Unnamed: ")]
+    numbers = [str(k) for k in range(len(table))]
+    return [c for c in unnamed if list(table[c].astype(str)) == numbers]
 
 
 def _require_numeric(table: pd.DataFrame, file: Path) -> None:
     if problems := non_numeric_columns(table):
+        hint = ", or set decimal=',' for decimal commas" if has_decimal_commas(table) else ""
         raise DataError(
             f"{file}: columns that are not numeric: {problems}. Name the fields "
-            "to read to leave them out: columns={'close': 'close', ...}."
+            f"to read to leave them out: columns={{'close': 'close', ...}}{hint}."
         )
+
+
+def has_decimal_commas(table: pd.DataFrame) -> bool:
+    """Whether some cells of text are numbers with a decimal comma."""
+    texts = table.select_dtypes(include=["object", "str"])
+    return any(texts[c].astype(str).str.fullmatch(r"-?\d+,\d+").any() for c in texts.columns)

@@ -15,7 +15,7 @@ import pandas as pd
 from qtorch.core.errors import DataError
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Membership, Source, frequency
-from qtorch.data.source.frame import Universes, as_source, build_memberships, span_membership
+from qtorch.data.source.frame import Memberships, Universes, as_source, span_membership
 from qtorch.data.source.qlib import folder_name
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def write_qlib(
     _check_names(names)
     panel = source.load(fields, instruments=names, freq=freq)
     memberships = {name: source.instruments(name) for name in source.universes()}
-    memberships |= build_memberships(universes, panel)
+    memberships |= Memberships(universes or {}, panel)
     memberships["all"] = span_membership(panel)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

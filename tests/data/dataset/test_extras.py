@@ -46,7 +46,7 @@ def test_a_table_without_dates_and_from_a_file(tmp_path: Path) -> None:
 def test_invalid_tables_and_names_are_refused() -> None:
     with pytest.raises(DataError, match=r"\['concept'\] are missing"):
         Concepts(TABLE.drop(columns="concept")).bind(CALENDAR, NAMES)
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="no concept table file"):
         Concepts("nowhere.csv").bind(CALENDAR, NAMES)
     with pytest.raises(DataError, match="has no instrument"):
         Concepts(TABLE.assign(instrument=None)).bind(CALENDAR, NAMES)

@@ -188,12 +188,12 @@ def test_unknown_columns_raise(tmp_path, long_frame):
     )
     assert_data_error(
         tmp_path,
-        long_frame.rename(columns={"instrument": "asset"}),
+        long_frame.rename(columns={"instrument": "holding"}),
         "no column for the instrument; set it with columns=",
     )
     assert_data_error(
         tmp_path,
-        long_frame.rename(columns={"datetime": "trading_day"}),
+        long_frame.rename(columns={"datetime": "moment"}),
         "no column for the datetime",
     )
 
