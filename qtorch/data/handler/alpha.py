@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, ExpressionError, join_names, unknown_name_message
+from qtorch.data.expression import expression_fields
 from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.window_columns import FIELDS, WindowColumns
+from qtorch.data.source.base import Source
+from qtorch.data.source.derived import DerivedSource
 
 Features: TypeAlias = tuple[list[str], list[str]]
 """Expressions and their names, in the same order."""
 
+log = logging.getLogger(__name__)
+
 FEATURE = "feature"
+VWAP = "vwap"
+VWAP_HINT = (
+    "to compute a substitute, set vwap='(high+low+close)/3' (on the command line "
+    "'handler.vwap=\"(high+low+close)/3\"')"
+)
+_BARE_FIELD = re.compile(r"(?<![\w$.])([A-Za-z_]\w*)(?!\w*\s*\()")
 STEPS = 60  # the days of Alpha360's windows
 
 LABEL = "Ref($close, -2)/Ref($close, -1) - 1"
@@ -246,7 +259,66 @@ def _numbers(value: object) -> tuple[int, ...]:
 # -- loaders ---------------------------------------------------------------------------------------
 
 
-class Alpha158DL(QlibDataLoader):
+class _AlphaDL(QlibDataLoader):
+    """Common base of the Alpha loaders: what stands for a vwap that the bars do not have.
+
+    `vwap`: an expression of the same bar's fields, such as `(high+low+close)/3`; None for NaN.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        config: Mapping[str, Any] | None,
+        filter_pipe: Sequence[Any] | None,
+        swap_level: bool,
+        freq: str | Mapping[str, str],
+        inst_processors: Sequence[Any] | Mapping[str, Any] | None,
+        *,
+        vwap: str | None,
+        source: Any,
+    ) -> None:
+        self.vwap = None if vwap is None else _BARE_FIELD.sub(r"$\1", vwap)
+        self._has_warned = False
+        self._has_own_features = FEATURE in (config or {})
+        super().__init__(
+            {FEATURE: features, **(config or {})},
+            filter_pipe,
+            swap_level,
+            freq,
+            inst_processors,
+            source=source,
+        )
+
+    def resolve_source(
+        self, source: Source | None, fields: Mapping[str, Mapping[str, str]]
+    ) -> Source:
+        source = super().resolve_source(source, fields)
+        columns = [
+            (name, group == FEATURE and not self._has_own_features)
+            for group, expressions in fields.items()
+            for name, expression in expressions.items()
+            if VWAP in expression_fields(expression)
+        ]
+        if not columns or VWAP in source.fields(self.freq):
+            return source
+        own_columns = [name for name, is_alpha in columns if not is_alpha]
+        if self.vwap is None and own_columns:
+            raise ExpressionError(
+                f"the bars have no field vwap, which {join_names(own_columns, 3)} reads; "
+                f"{VWAP_HINT}."
+            )
+        if self.vwap is None and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the bars have no field vwap, so %s %s NaN; %s.",
+                join_names([name for name, _ in columns], 3),
+                "is" if len(columns) == 1 else "are",
+                VWAP_HINT,
+            )
+        return DerivedSource(source, {VWAP: self.vwap})
+
+
+class Alpha158DL(_AlphaDL):
     """Load Alpha158's features as the group "feature"; `config` adds or replaces groups.
 
     `market`: indices whose `market_features` are appended to the features.
@@ -262,18 +334,18 @@ class Alpha158DL(QlibDataLoader):
         *,
         columns: Sequence[str] | None = None,
         market: Sequence[str] = (),
+        vwap: str | None = None,
         source: Any = None,
     ) -> None:
         features, index_features = select_features(alpha158(), columns), market_features(market)
         super().__init__(
-            {
-                FEATURE: (features[0] + index_features[0], features[1] + index_features[1]),
-                **(config or {}),
-            },
+            (features[0] + index_features[0], features[1] + index_features[1]),
+            config,
             filter_pipe,
             swap_level,
             freq,
             inst_processors,
+            vwap=vwap,
             source=source,
         )
 
@@ -285,7 +357,7 @@ class Alpha158DL(QlibDataLoader):
         return alpha158() if config is None else alpha158_from_config(dict(config))
 
 
-class Alpha360DL(QlibDataLoader):
+class Alpha360DL(_AlphaDL):
     """Load Alpha360's features as the group "feature", stored as windows of six fields.
 
     A column is only computed if it is requested by name. `config` adds or replaces groups; a group
@@ -301,15 +373,18 @@ class Alpha360DL(QlibDataLoader):
         inst_processors: Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         columns: Sequence[str] | None = None,
+        vwap: str | None = None,
         source: Any = None,
     ) -> None:
         self._uses_windows = FEATURE not in (config or {})
         super().__init__(
-            {FEATURE: select_features(alpha360(), columns), **(config or {})},
+            select_features(alpha360(), columns),
+            config,
             filter_pipe,
             swap_level,
             freq,
             inst_processors,
+            vwap=vwap,
             source=source,
         )
 
@@ -389,6 +464,8 @@ class Alpha158(_Alpha):
     `market`: names of indices, whether or not they belong to the universe. 21 columns per index,
     the same for all instruments, are appended after the other columns (see
     `qtorch.data.handler.alpha.market_features`); MASTER's gate reads them.
+    `vwap`: what stands for a vwap that the bars do not have, such as `(high+low+close)/3`; without
+    it VWAP0 is NaN, with a warning, as in Qlib (a label on vwap is an error).
     """
 
     def __init__(
@@ -409,6 +486,7 @@ class Alpha158(_Alpha):
         label: Any = None,
         columns: Sequence[str] | None = None,
         market: Sequence[str] = (),
+        vwap: str | None = None,
         drop_raw: bool = False,
         allow_wide_fit: bool = False,
         init_data: bool = False,
@@ -423,6 +501,7 @@ class Alpha158(_Alpha):
             inst_processors=inst_processors,
             columns=columns,
             market=market,
+            vwap=vwap,
         )
         super().__init__(
             instruments,
@@ -474,6 +553,7 @@ class Alpha360(_Alpha):
         shared_processors: Sequence[Any] = (),
         label: Any = None,
         columns: Sequence[str] | None = None,
+        vwap: str | None = None,
         drop_raw: bool = False,
         allow_wide_fit: bool = False,
         init_data: bool = False,
@@ -487,6 +567,7 @@ class Alpha360(_Alpha):
             freq=freq,
             inst_processors=inst_processors,
             columns=columns,
+            vwap=vwap,
         )
         super().__init__(
             instruments,

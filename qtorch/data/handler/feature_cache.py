@@ -44,6 +44,7 @@ from qtorch.data.panel.infinite import is_infinity_allowed
 from qtorch.data.panel.stored_view import META, read_view, view_num_bytes, write_view
 from qtorch.data.panel.view import View
 from qtorch.data.source.base import Source
+from qtorch.data.source.derived import DerivedSource
 from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
@@ -320,7 +321,7 @@ LOADER_METHODS = ("compute_columns", "group_reach", "group_fields")
 LOADER_ATTRIBUTES = frozenset(
     [
         *("_arguments", "config", "filter_pipe", "freq", "inst_processors", "source"),
-        *("_fields", "_filters", "_inst_processors", "_own_source"),
+        *("_fields", "_filters", "_inst_processors", "_own_source", "_has_warned"),
     ]
 )
 
@@ -365,7 +366,7 @@ def feature_key(
         return None
     universe_text = universe if isinstance(universe, str) else f"{len(universe)} instruments"
     summary = {
-        "source": import_path(type(source)).rpartition(".")[2],
+        "source": import_path(_source_class(source)).rpartition(".")[2],
         "universe": universe_text,
         "columns": sum(len(f) for f in fields.values()),
         "span": [text[:10] for text in span],
@@ -384,7 +385,7 @@ def _user_code(
     objects: dict[str, Any] = {
         f"{type(loader).__name__}.{name}": getattr(type(loader), name) for name in LOADER_METHODS
     }
-    classes = [type(loader), type(source), *map(type, filters)]
+    classes = [type(loader), _source_class(source), *map(type, filters)]
     objects |= {cls.__name__: cls for cls in classes if is_user_code(cls.__module__)}
     if is_user_code(type(loader).__module__):
         added = {k: v for k, v in vars(loader).items() if k not in LOADER_ATTRIBUTES}
@@ -401,6 +402,11 @@ def _user_code(
             arguments = [operator.arguments, operator.returns_condition, operator.min_window]
             objects[f"operator {name}"] = [*arguments, operator.reach, operator.function]
     return objects
+
+
+def _source_class(source: Source) -> type[Source]:
+    """Return the class that reads the files."""
+    return type(source.source if isinstance(source, DerivedSource) else source)
 
 
 def _operator_names(expressions: Iterable[str]) -> set[str]:

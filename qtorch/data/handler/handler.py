@@ -13,6 +13,7 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.session import session
+from qtorch.core.tables import as_pandas
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.handler.feature_cache import use_feature_cache
 from qtorch.data.handler.fetch import (
@@ -24,6 +25,7 @@ from qtorch.data.handler.fetch import (
     squeeze_frame,
 )
 from qtorch.data.handler.loader import DataLoader, StaticDataLoader, build_loader
+from qtorch.data.panel.frames import index_frame
 from qtorch.data.panel.infinite import infinity_policy
 from qtorch.data.panel.view import View
 from qtorch.data.processor import pipeline
@@ -593,12 +595,14 @@ class DataHandlerLP(DataHandler):
         """
         if label is None:
             return cls(data_loader=StaticDataLoader(df), **options)
+        df = as_pandas(df)
         names = [label] if isinstance(label, str) else list(label)
         if df.columns.nlevels != 1:
             raise ConfigError("label=... requires a frame whose columns have one level.")
         for name in names:
             if name not in df.columns:
                 raise ConfigError(unknown_name_message("column", name, map(str, df.columns)))
+        df = index_frame(df)
         parts = {"feature": df.drop(columns=names), "label": df[names]}
         return cls(data_loader=StaticDataLoader(parts), **options)
 

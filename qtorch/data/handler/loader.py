@@ -18,6 +18,7 @@ from qtorch.core.content_digest import digest_text
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.core.tables import is_frame
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import join_reaches, max_reach
@@ -25,6 +26,7 @@ from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
 from qtorch.data.handler.filter import DynamicFilter, build_filters
 from qtorch.data.panel.columns import Columns, PanelColumns, instrument_major
 from qtorch.data.panel.frames import (
+    ReadOptions,
     read_frame,
     view_fingerprint,
     view_from_frame,
@@ -156,6 +158,12 @@ class QlibDataLoader(DataLoader):
     def needs_source(self) -> bool:
         return self._own_source is None
 
+    def resolve_source(
+        self, source: Source | None, fields: Mapping[str, Mapping[str, str]]
+    ) -> Source:
+        """Return the source of the fields: the loader's own, the handler's, or the session's."""
+        return self._own_source or source or default_source()
+
     def fingerprint(self, source: Source | None = None) -> str:
         return (self._own_source or source or default_source()).fingerprint()
 
@@ -169,7 +177,7 @@ class QlibDataLoader(DataLoader):
         columns: Names | None = None,
     ) -> View:
         fields = select_fields(self._fields, columns)
-        source = self._own_source or source or default_source()
+        source = self.resolve_source(source, fields)
         universe, filter_config = _split_universe(instruments)
         filters = [*self._filters, *build_filters(filter_config)]
 
@@ -288,19 +296,30 @@ class StaticDataLoader(DataLoader):
     """Load a user's own data: a DataFrame, `{group: DataFrame or path}`, or a path.
 
     Frames are indexed by `(datetime, instrument)`; two-level columns are `(group, column)`. Files
-    are parquet or CSV, with `datetime` and `instrument` as index or columns. `join` selects the
-    rows of the result if there are several frames. Values become float32; infinite ones need a
-    ProcessInf.
+    are parquet or CSV, with `datetime` and `instrument` (or a usual spelling, such as `Date` and
+    `ticker`) as index or columns; frames of polars are converted. `join` selects the rows of the
+    result if there are several frames. Values become float32; infinite ones need a ProcessInf.
+    `date_format`, `timezone` and `decimal` say how dates and numbers are written, as in
+    TableSource.
 
     Instruments are a list, the name of one instrument of the data, or a universe of the handler's
     source; None and "all" mean every instrument.
     """
 
-    def __init__(self, config: Any, join: str = "outer") -> None:
+    def __init__(
+        self,
+        config: Any,
+        join: str = "outer",
+        *,
+        date_format: str | None = None,
+        timezone: str | None = None,
+        decimal: str = ".",
+    ) -> None:
         if join not in HOW:
             raise ConfigError(unknown_name_message("join", join, HOW))
         self.config = config
         self.join = join
+        self._options = ReadOptions(date_format, timezone, decimal)
         self._view: View | None = None
         self._view_fingerprint: str | None = None
 
@@ -347,16 +366,16 @@ class StaticDataLoader(DataLoader):
         contents = {
             str(group): digest_text(part)
             if isinstance(part, str | Path)
-            else view_fingerprint(view_from_frame(read_frame(part)))
+            else view_fingerprint(view_from_frame(read_frame(part, self._options)))
             for group, part in parts.items()
         }
-        return digest([contents, self.join])
+        return digest([contents, self.join, vars(self._options)])
 
     def _read(self) -> View:
         if isinstance(self.config, Mapping):
-            frames = {str(g): read_frame(part) for g, part in self.config.items()}
+            frames = {str(g): read_frame(part, self._options) for g, part in self.config.items()}
             return view_from_frames(frames, self.join)
-        return view_from_frame(read_frame(self.config))
+        return view_from_frame(read_frame(self.config, self._options))
 
 
 class NestedDataLoader(DataLoader):
@@ -423,7 +442,7 @@ def build_loader(config: Any) -> DataLoader:
     config = resolve_config(config)
     if config is None:
         raise ConfigError("a handler needs data_loader=..., or DataHandlerLP.from_df(frame).")
-    if isinstance(config, pd.DataFrame):
+    if is_frame(config):
         return StaticDataLoader(config)
     if not isinstance(config, str | Mapping) and callable(getattr(config, "load", None)):
         return config if isinstance(config, DataLoader) else LoaderAdapter(config)

@@ -183,10 +183,12 @@ def _parse_levels(frame: pd.DataFrame, options: ReadOptions) -> pd.DataFrame:
     index: Any = frame.index
     k = index.names.index(NAMES[0])
     level = index.levels[k]
-    if isinstance(level, pd.DatetimeIndex) and level.tz is None:
+    names = index.levels[1 - k]
+    is_parsed = isinstance(level, pd.DatetimeIndex) and level.tz is None
+    if is_parsed and pd.api.types.is_string_dtype(names.dtype):
         return frame
     dates = options.parse_dates(pd.Series(level))
-    codes = index.codes[k]
-    levels = [dates.insert(len(dates), pd.NaT)[codes], index.get_level_values(1 - k)]
+    texts = pd.Index([*text_names(names), None], dtype=object)
+    levels = [dates.insert(len(dates), pd.NaT)[index.codes[k]], texts[index.codes[1 - k]]]
     parsed = pd.MultiIndex.from_arrays(levels[::-1] if k else levels, names=index.names)
     return frame.set_axis(parsed, axis=0)
