@@ -14,8 +14,9 @@ import pandas as pd
 from qtorch.backtest.exchange import Bools, Exchange, Floats
 from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
+from qtorch.core.dates import parse_dates
 from qtorch.core.errors import ConfigError, DataError, install_command
-from qtorch.core.tables import read_csv
+from qtorch.core.tables import read_indexed_table, text_names
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Source
 
@@ -202,7 +203,7 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         self._benchmark_table = (
             self._load_benchmark_weights(exchange.source, exchange.freq, dates)
             if self.benchmark_weights is None
-            else self.benchmark_weights
+            else _name_axes(self.benchmark_weights)
         )
 
     def target_weights(self, context: StepContext) -> Floats:
@@ -272,10 +273,7 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         file_names = [mapped_name] if mapped_name else [f"{name}.parquet", f"{name}.csv"]
         for path in (folder / n for n in file_names):
             if path.exists():
-                if path.suffix == ".parquet":
-                    return pd.read_parquet(path)
-                table = read_csv(path, [0])
-                return table.set_index(table.columns[0])
+                return read_indexed_table(path)
         return None
 
     def _get_benchmark_weights(self, day: pd.Timestamp, universe: pd.Index) -> Floats:
@@ -299,6 +297,12 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         panel = source.feature_panel("all", [f"${name}"], begin, dates[-1], freq)
         values = panel.column(f"${name}").cpu().numpy()
         return pd.DataFrame(values, index=panel.calendar, columns=panel.instruments)
+
+
+def _name_axes(weights: pd.DataFrame) -> pd.DataFrame:
+    """Return a user's table of weights with parsed dates, and instruments as text."""
+    names = pd.Index(text_names(weights.columns), dtype="str")
+    return weights.set_axis(parse_dates(weights.index), axis=0).set_axis(names, axis=1)
 
 
 def _align_factors(cov: pd.DataFrame, factors: pd.Index) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import simulate
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.dates import as_stamp, date_rows, last_instant
+from qtorch.core.dates import as_stamp, date_rows, last_instant, parse_dates
 from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.source.base import Source, frequency
@@ -103,7 +103,7 @@ def benchmark_returns(
         return pd.Series(np.nan, index=dates, name="bench")
     if isinstance(benchmark, pd.Series):
         returns = benchmark.copy()
-        returns.index = pd.DatetimeIndex(returns.index).as_unit("ns")
+        returns.index = parse_dates(returns.index)
         returns = returns.reindex(dates)
         if returns.isna().all():
             raise DataError(
@@ -120,6 +120,11 @@ def benchmark_returns(
 
 
 def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
+    if isinstance(benchmark, bool | int | float):
+        raise ConfigError(
+            f"the benchmark {benchmark!r} is not text; write a name that looks like a number or a "
+            "truth value in quotes, on the command line as 'benchmark=\"...\"'."
+        )
     instruments = source.instrument_names()
     if isinstance(benchmark, str):
         if benchmark in instruments:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.data.panel.frames import index_frame
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def _validate_scores(scores: Frame) -> Frame:
         )
     if index.names[0] == "instrument" or index.names[1] == "datetime":
         scores = scores.swaplevel()
+    scores = index_frame(scores)
     if not scores.shape[1] or not len(scores):
         raise DataError(f"the scores are empty: shape {scores.shape}.")
     values = scores.to_numpy(dtype=np.float64)

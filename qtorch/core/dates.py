@@ -144,7 +144,7 @@ def parse_dates(
     without `timezone`; ConfigError for an unknown time zone.
     """
     if date_format in UNITS:
-        dates = _parse_counts(values, date_format)
+        dates = _parse_counts(values, date_format, timezone)
     else:
         dates = _parse_column(pd.Series(values), date_format, timezone, context)
     dates = _remove_zone(dates, timezone)
@@ -211,11 +211,14 @@ def _cell_text(value: Any) -> str:
     return str(value)
 
 
-def _parse_counts(values: Any, unit: str) -> pd.DatetimeIndex:
-    """Parse numbers, or texts of numbers, that count units of time since 1970 in UTC."""
+def _parse_counts(values: Any, unit: str, timezone: str | None) -> pd.DatetimeIndex:
+    """Parse numbers, or texts of numbers, that count units of time since 1970 in UTC.
+
+    The result is in UTC; without a time zone to convert it to, UTC counts as local.
+    """
     try:
         counts = pd.to_numeric(pd.Series(values))
-        return pd.DatetimeIndex(pd.to_datetime(counts, unit=unit))
+        return pd.DatetimeIndex(pd.to_datetime(counts, unit=unit, utc=timezone is not None))
     except (ValueError, TypeError) as error:
         raise DataError(
             f"date_format={unit!r} needs numbers that count {unit} since 1970: {error}"
@@ -231,7 +234,9 @@ def _parse_texts(
         try:
             dates = pd.DatetimeIndex(pd.to_datetime(known_texts, format=date_format))
         except ValueError as error:
-            raise DataError(f"the dates are not written as {date_format!r}: {error}") from error
+            raise DataError(
+                f"the dates are not written as {date_format!r}: {str(error).partition('. You ')[0]}"
+            ) from error
     else:
         dates = _parse_with_pandas(_put_year_first(known_texts, context), timezone)
     rows = iter(range(len(dates)))
@@ -291,7 +296,7 @@ def _match_year_first(text: str) -> tuple[str, str, str, str] | None:
     if match is not None:
         year, month, day, time = match.groups()
         return year, month, day, time
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text.removesuffix(".0"))
     if match is not None:
         year, month, day, hour, minute, second = match.groups()
         return year, month, day, f" {hour}:{minute}:{second or '00'}" if hour else ""
@@ -379,12 +384,20 @@ def _remove_zone(dates: pd.DatetimeIndex, timezone: str | None) -> pd.DatetimeIn
     if timezone is None:
         raise DataError(_time_zone_message(f"the time zone {dates.tz}"))
     try:
-        return dates.tz_convert(timezone).tz_localize(None)
+        local_dates = dates.tz_convert(timezone).tz_localize(None)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise ConfigError(
             f"timezone={timezone!r} is not a time zone; expected a name such as 'America/New_York' "
             "or 'Asia/Shanghai'."
         ) from error
+    is_midnight = (dates == dates.normalize()) | dates.isna()
+    is_local_midnight = local_dates == local_dates.normalize()
+    if len(dates) and is_midnight.all() and not is_local_midnight.any() and not dates.isna().all():
+        raise DataError(
+            f"the dates are midnights in {dates.tz}, which {timezone} has at another time of day, "
+            f"the first at {local_dates.dropna()[0]}; dates of sessions need timezone='{dates.tz}'."
+        )
+    return local_dates
 
 
 def _time_zone_message(zone: str) -> str:

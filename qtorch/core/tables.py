@@ -83,7 +83,7 @@ def read_csv(
     date and ticker. Raises DataError for a file that is not UTF-8.
     """
     lines, options = _inspect_csv(path)
-    options |= {"decimal": decimal, "low_memory": False}
+    options |= {"decimal": decimal, "low_memory": False, "skipinitialspace": True}
     try:
         if _has_ticker_header(lines, options["sep"]):
             table = pd.read_csv(path, header=[0, 1], index_col=0, **options)
@@ -95,7 +95,6 @@ def read_csv(
             dtype=dict.fromkeys(names, str),
             keep_default_na=False,
             na_values={c: [""] if c in names else MISSING_VALUES for c in columns},
-            skipinitialspace=True,
             **options,
         )
     except UnicodeDecodeError as error:
@@ -195,7 +194,7 @@ def read_table(
             f"{path} is not a table; expected a file that ends in {', '.join(SUFFIXES)}."
         )
     try:
-        if path.name.lower().endswith(PARQUET_SUFFIXES):
+        if _is_parquet(path):
             table = _read_parquet(path)
         else:
             table = read_csv(path, name_columns, decimal=decimal)
@@ -207,14 +206,18 @@ def read_table(
 
 
 def read_indexed_table(path: Path) -> pd.DataFrame:
-    """Read a table whose index is its first column, or the index that a parquet file stores."""
-    if path.name.lower().endswith(PARQUET_SUFFIXES):
+    """Read a table whose index is its first column, or the index that a parquet file stores.
+
+    The index has names as text.
+    """
+    if _is_parquet(path):
         table = _read_parquet(path)
-        if not isinstance(table.index, pd.RangeIndex):
-            return table
+        has_names = not pd.api.types.is_numeric_dtype(table.dtypes.iloc[0])
     else:
-        table = read_table(path, [0])
-    return table.set_index(table.columns[0])
+        table, has_names = read_table(path, [0]), True
+    if isinstance(table.index, pd.RangeIndex) and has_names:
+        table = table.set_index(table.columns[0])
+    return table.set_axis(pd.Index(text_names(table.index), dtype="str"), axis=0)
 
 
 def index_to_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -236,6 +239,10 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
     # The file alone: what the names of its folders say is read by `partition_values`.
     return pq.read_table(path, partitioning=None).to_pandas()
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(PARQUET_SUFFIXES)
 
 
 def is_table(path: Path) -> bool:
@@ -300,9 +307,8 @@ def as_pandas(data: Any) -> pd.DataFrame:
         return data.to_frame()
     if not hasattr(data, "__arrow_c_stream__"):
         kind = f"{type(data).__module__}.{type(data).__qualname__}"
-        raise DataError(
-            f"expected a pandas DataFrame, got {kind}; convert it, e.g. with .to_pandas()."
-        )
+        method = ".collect()" if hasattr(data, "collect") else ".to_pandas()"
+        raise DataError(f"expected a pandas DataFrame, got {kind}; convert it, e.g. with {method}.")
     import pyarrow as pa
 
     return pa.table(data).to_pandas()

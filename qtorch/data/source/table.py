@@ -117,6 +117,7 @@ class TableSource(PanelSource):
             raise DataError(
                 f"layout {layout!r} needs a folder of files, but {self._root} is a file."
             )
+        self._is_mixture = False  # adjusted and raw prices by the names of their columns
         self._panel: Panel | None = None
         self._memberships: Mapping[str, Membership] | None = None
         self._panel_fingerprint: str | None = None
@@ -132,7 +133,8 @@ class TableSource(PanelSource):
                     raise
                 raise DataError(f"{self._root}: {error}") from error
             logger.info("read %s from %s", self._panel, self._root)
-            warn_mixed_prices(self._panel, str(self._root))
+            if not self._is_mixture:
+                warn_mixed_prices(self._panel, str(self._root))
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
@@ -325,7 +327,9 @@ class TableSource(PanelSource):
             for field in ("open", "high", "low")
             if field in names and usual_field(names[field]) == field
         ]
-        if raw_prices and usual_field(names.get("close", "")) == ADJUSTED_CLOSE:
+        is_adjusted = usual_field(names.get("close", "")) == ADJUSTED_CLOSE
+        self._is_mixture = bool(raw_prices) and is_adjusted
+        if self._is_mixture:
             logger.warning(
                 "%s: the close is the adjusted %r, but %s are raw; read the raw close, and scale "
                 "all prices together with adjust=%r.",
@@ -374,7 +378,10 @@ class TableSource(PanelSource):
         if is_first:
             self._log_names({**index_columns, **fields}, file)
         bars = convert_decimals(table[list(fields.values())])
-        _require_numeric(bars, file)
+        if len(bars):
+            _require_numeric(bars, file)
+        else:
+            bars = bars.astype(np.float64)
         bars = bars.set_axis(list(fields), axis=1)
         bars.index = pd.MultiIndex.from_arrays([dates, instruments], names=[DATETIME, INSTRUMENT])
         return bars
@@ -461,7 +468,9 @@ def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
     The rows of an instrument must ascend, and the file names need not follow the dates.
     """
     non_empty = sorted((f for f in frames if len(f)), key=lambda frame: frame.index[0][0])
-    return pd.concat(non_empty) if len(non_empty) > 1 else (non_empty or frames)[0]
+    if not non_empty:
+        raise DataError("the table has no rows.")
+    return pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
 
 
 def _alternatives(names: str | Sequence[str]) -> Sequence[str]:

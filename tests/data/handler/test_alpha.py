@@ -216,3 +216,73 @@ def test_loaders_without_a_handler(source) -> None:
     torch.testing.assert_close(
         view.group("feature").column("CLOSE0").nan_to_num(1.0), torch.ones(view.rows.shape)
     )
+
+
+# -- bars without vwap -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bars_without_vwap(source) -> pd.DataFrame:
+    return source.load(["open", "high", "low", "close", "volume"]).to_frame()
+
+
+@pytest.mark.parametrize("kind", [Alpha158, Alpha360])
+def test_without_vwap_its_columns_are_nan_with_one_warning(source, bars_without_vwap, kind, caplog):
+    options = {**SPAN, "infer_processors": (), "learn_processors": ()}
+    handler = kind(source=FrameSource(bars_without_vwap), **options)
+    frame, expected = (
+        each.fetch(data_key="raw") for each in (handler, kind(source=source, **options))
+    )
+    handler.fetch(data_key="infer")
+    is_vwap = expected.columns.get_level_values(1).str.startswith("VWAP")
+    assert is_vwap.sum() == (1 if kind is Alpha158 else 60)
+    assert frame.loc[:, is_vwap].isna().all(axis=None)
+    pd.testing.assert_frame_equal(frame.loc[:, ~is_vwap], expected.loc[:, ~is_vwap])
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "the bars have no field vwap" in warnings[0]
+    assert "vwap='(high+low+close)/3'" in warnings[0]
+
+
+@pytest.mark.parametrize("expression", ["(high+low+close)/3", "($high + $low + $close) / 3"])
+def test_an_expression_stands_for_vwap(source, bars_without_vwap, expression, caplog):
+    typical = bars_without_vwap.assign(
+        vwap=lambda bars: (bars["high"] + bars["low"] + bars["close"]) / 3
+    )
+    for kind in (Alpha158vwap, Alpha360vwap):
+        options = {**SPAN, "infer_processors": (), "learn_processors": ()}
+        handler = kind(source=FrameSource(bars_without_vwap), vwap=expression, **options)
+        expected = kind(source=FrameSource(typical), **options).fetch(data_key="raw")
+        pd.testing.assert_frame_equal(handler.fetch(data_key="raw"), expected, rtol=1e-5)
+    assert "vwap" not in caplog.text
+    handler = Alpha158(source=source, vwap=expression, **SPAN)  # the bars' own comes first
+    expected = Alpha158(source=source, **SPAN).fetch(data_key="raw", col_set="feature")
+    pd.testing.assert_frame_equal(handler.fetch(data_key="raw", col_set="feature"), expected)
+
+
+def test_a_label_on_a_missing_vwap_is_an_error(bars_without_vwap):
+    source = FrameSource(bars_without_vwap)
+    with pytest.raises(ExpressionError, match=r"no field vwap, which LABEL0 reads; .*set vwap="):
+        Alpha158vwap(source=source, **SPAN).fetch()
+    with pytest.raises(ConfigError, match="must read no other bars"):
+        Alpha158(source=source, vwap="Ref($close, 1)", **SPAN).fetch()
+
+
+def test_without_the_columns_of_vwap_nothing_is_missing(bars_without_vwap, caplog):
+    handler = Alpha158(source=FrameSource(bars_without_vwap), columns=["KMID"], **SPAN)
+    assert handler.fetch(data_key="raw").shape[1] == 2
+    assert "vwap" not in caplog.text
+
+
+def test_networks_see_the_missing_columns_as_filled(bars_without_vwap):
+    processors = [
+        {"class": "RobustZScoreNorm", "kwargs": {"fields_group": "feature"}},
+        {"class": "Fillna", "kwargs": {"fields_group": "feature"}},
+    ]
+    for kind in (Alpha158, Alpha360):
+        source = FrameSource(bars_without_vwap)
+        handler = kind(source=source, infer_processors=processors, **SPAN, **FIT)
+        frame = handler.fetch(col_set="feature", data_key="infer")
+        is_vwap = frame.columns.str.startswith("VWAP")
+        assert (frame.loc[:, is_vwap] == 0).all(axis=None)
+        assert frame.notna().all(axis=None)
