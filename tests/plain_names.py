@@ -187,7 +187,7 @@ PREPOSITIONS = frozenset(
 )
 VERBS = frozenset(["back_off", "fall_back", "log_in", "shut_down", "spin_up", "tear_down", "to"])
 # Adjectives of the field that begin the noun of a result.
-TERMS = frozenset(["deflated", "expected", "masked", "paired"])
+TERMS = frozenset(["deflated", "expected", "masked", "paired", "stored"])
 PREFIXES = ("test_", "on_", "is_", "has_", "visit_")
 
 

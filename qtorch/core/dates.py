@@ -5,8 +5,10 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import ConfigError, DataError
@@ -104,7 +106,7 @@ def parse_period(text: str) -> pd.Period | None:
         return None
 
 
-def span_bound(date: Any, *, is_end: bool) -> pd.Timestamp:
+def parse_bound(date: Any, *, is_end: bool) -> pd.Timestamp:
     """Convert the start or the end of a membership span to a Timestamp.
 
     A missing date, and a year outside 1678 to 2261 such as that of 9999-12-31, is an open end: the
@@ -163,7 +165,7 @@ def parse_bounds(
 ) -> pd.Series:
     """Parse a column of span starts or ends by one format; open and partial dates are allowed.
 
-    See `span_bound` for open and partial dates, and `parse_dates` for the formats and errors.
+    See `parse_bound` for open and partial dates, and `parse_dates` for the formats and errors.
     """
     codes, uniques = pd.factorize(values.map(_cell_text))
     full_texts = [t for t in uniques if t not in _MISSING and not _PARTIAL.fullmatch(t)]
@@ -171,7 +173,7 @@ def parse_bounds(
         full_texts = [text for text in uniques if text not in _MISSING]
     full_dates = _parse_texts(full_texts, date_format, None, context)
     dates = dict(zip(full_texts, full_dates, strict=True))
-    bounds = [span_bound(dates.get(text, text), is_end=is_end) for text in uniques]
+    bounds = [parse_bound(dates.get(text, text), is_end=is_end) for text in uniques]
     return pd.Series([bounds[code] for code in codes], values.index, dtype="datetime64[ns]")
 
 
@@ -194,7 +196,8 @@ def _parse_column(
     if kind in ("datetime", "datetime64", "date"):
         return _parse_with_pandas(list(values), timezone)
     codes, uniques = pd.factorize(values)
-    dates = _parse_texts([_cell_text(value) for value in uniques], date_format, timezone, context)
+    texts = [_cell_text(value) for value in np.asarray(uniques, dtype=object).tolist()]
+    dates = _parse_texts(texts, date_format, timezone, context)
     return dates.insert(len(dates), pd.NaT)[codes]  # the code of a missing cell is -1
 
 
@@ -206,7 +209,8 @@ def _cell_text(value: Any) -> str:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").strip()
-    if isinstance(value, numbers.Real) and float(value).is_integer():
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if is_number and float(value).is_integer():
         return str(int(value))
     return str(value)
 
@@ -229,6 +233,9 @@ def _parse_texts(
     texts: Sequence[str], date_format: str | None, timezone: str | None, context: Iterable[str]
 ) -> pd.DatetimeIndex:
     """Parse distinct texts; missing ones become NaT."""
+    if date_format is None:
+        with suppress(ValueError):  # the usual case, which pandas parses fast
+            return pd.DatetimeIndex(pd.to_datetime(pd.Index(texts, dtype=str), format="%Y-%m-%d"))
     known_texts = [text for text in texts if text not in _MISSING]
     if date_format is not None:
         try:
@@ -351,9 +358,9 @@ def _find_orders(texts: Iterable[str]) -> tuple[str, str, list[str]]:
 
 def _parse_with_pandas(dates: Sequence[Any], timezone: str | None) -> pd.DatetimeIndex:
     """Parse texts that pandas reads in one way only, or dates that are objects of Python."""
-    zones = {_zone_of(date) for date in dates if not pd.isna(date)}
+    zones = {_find_zone(date) for date in dates if not pd.isna(date)}
     if None in zones and len(zones) > 1:
-        plain = next(date for date in dates if not pd.isna(date) and _zone_of(date) is None)
+        plain = next(date for date in dates if not pd.isna(date) and _find_zone(date) is None)
         raise DataError(f"some dates have a time zone, but others, such as {str(plain)!r}, do not.")
     if len(zones) > 1 and timezone is None:  # e.g. text with the offsets of summer and winter
         raise DataError(_time_zone_message("several time zones"))
@@ -368,7 +375,7 @@ def _parse_with_pandas(dates: Sequence[Any], timezone: str | None) -> pd.Datetim
     return pd.DatetimeIndex(index)
 
 
-def _zone_of(date: Any) -> str | None:
+def _find_zone(date: Any) -> str | None:
     """Return the time zone of a text or of an object, None if it has none."""
     if isinstance(date, str):
         match = _OFFSET.search(date)

@@ -148,10 +148,16 @@ def _present_names(columns: Sequence[str], name_columns: Iterable[NameColumn]) -
 
 
 def _strip_names(names: pd.Series) -> pd.Series:
-    names = names.str.strip()
-    if names.str.startswith("=").any():
-        names = names.str.replace(_EXCEL_TEXT, r"\1", regex=True)
-    return names.where(names != "")
+    """Strip spaces and Excel's quotes; what is empty then is missing."""
+    codes, uniques = pd.factorize(names)
+    texts = np.asarray(uniques, dtype=object).tolist()  # a list is faster to read than Arrow's
+    stripped = [text.strip() for text in texts]
+    if any(text.startswith("=") for text in stripped):
+        stripped = [_EXCEL_TEXT.sub(r"\1", text) for text in stripped]
+    if stripped == texts:
+        return names
+    stripped = [text or None for text in stripped]
+    return pd.Series([*stripped, None], dtype="str").take(codes).set_axis(names.index)
 
 
 # -- columns ---------------------------------------------------------------------------------------

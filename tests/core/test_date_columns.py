@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.dates import as_stamp, parse_bounds, parse_dates, span_bound
+from qtorch.core.dates import as_stamp, parse_bounds, parse_dates, parse_bound
 from qtorch.core.errors import ConfigError, DataError
 
 
@@ -120,7 +120,7 @@ def test_bounds_of_spans():
     last = pd.Timestamp.max
     expected = [last, last, last, *map(pd.Timestamp, ("2020-12-31", "2020-02-29", "2020-02-03"))]
     assert list(parse_bounds(ends, is_end=True)) == expected
-    assert [span_bound(end, is_end=True) for end in ends] == expected
+    assert [parse_bound(end, is_end=True) for end in ends] == expected
     starts = pd.Series(["0001-01-01", "", "2020", "2020-02"], dtype=object)
     first = pd.Timestamp.min
     expected = [first, first, pd.Timestamp("2020-01-01"), pd.Timestamp("2020-02-01")]

@@ -64,7 +64,7 @@ def flat_frame(table, folder):
     return read_source(FrameSource(table))
 
 
-def indexed_frame(table, folder):
+def frame_by_index(table, folder):
     return read_source(FrameSource(table.set_index(["ticker", "date"]).sort_index()))
 
 
@@ -89,27 +89,27 @@ def scores(table, folder):
     return read_index(score_frame(table.set_index(["date", "ticker"])["close"]))
 
 
-WAYS = [
+READERS = [
     long_csv,
     csv_per_instrument,
     parquet,
     flat_frame,
-    indexed_frame,
+    frame_by_index,
     frame_of_another_library,
     static_csv,
     static_frame,
     frame_of_features,
     scores,
 ]
-parametrize_ways = pytest.mark.parametrize("way", WAYS)
+parametrize_readers = pytest.mark.parametrize("reader", READERS)
 
 
-@parametrize_ways
-def test_names_are_text(way, tmp_path):
-    assert way(long_table(), tmp_path) == (NAMES, DAYS)
+@parametrize_readers
+def test_names_are_text(reader, tmp_path):
+    assert reader(long_table(), tmp_path) == (NAMES, DAYS)
 
 
-@parametrize_ways
+@parametrize_readers
 @pytest.mark.parametrize(
     "dates",
     [
@@ -119,11 +119,11 @@ def test_names_are_text(way, tmp_path):
         [datetime.date(2020, 1, 2), datetime.date(2020, 1, 13)],
     ],
 )
-def test_dates_have_one_reading(way, dates, tmp_path):
-    assert way(long_table(dates), tmp_path) == (NAMES, DAYS)
+def test_dates_have_one_reading(reader, dates, tmp_path):
+    assert reader(long_table(dates), tmp_path) == (NAMES, DAYS)
 
 
-@parametrize_ways
+@parametrize_readers
 @pytest.mark.parametrize(
     ("dates", "message"),
     [
@@ -133,9 +133,9 @@ def test_dates_have_one_reading(way, dates, tmp_path):
         (["2020-01-02T05:00:00Z", "2020-01-03T05:00:00Z"], "time zone UTC.*timezone="),
     ],
 )
-def test_dates_without_a_reading_are_refused(way, dates, message, tmp_path):
+def test_dates_without_a_reading_are_refused(reader, dates, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        way(long_table(dates), tmp_path)
+        reader(long_table(dates), tmp_path)
 
 
 @pytest.mark.parametrize("kind", [FrameSource, StaticDataLoader])
@@ -154,13 +154,13 @@ def test_frames_that_are_not_pandas_are_named():
     class Frame:
         columns = ("datetime", "instrument", "close")
 
-    for way in (
+    for reader in (
         lambda: FrameSource(Frame()),
         lambda: StaticDataLoader(Frame()).load(),
         lambda: DataHandlerLP.from_df(Frame(), label="close"),
     ):
         with pytest.raises(DataError, match=r"expected a pandas DataFrame, got .*Frame; convert"):
-            way()
+            reader()
 
 
 def test_a_frame_of_yfinance():

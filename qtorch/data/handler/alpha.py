@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
+from weakref import WeakSet
 
 from qtorch.core.errors import ConfigError, ExpressionError, join_names, unknown_name_message
 from qtorch.data.expression import expression_fields
@@ -29,6 +30,8 @@ VWAP_HINT = (
     "to compute a substitute, set vwap='(high+low+close)/3' (on the command line "
     "'handler.vwap=\"(high+low+close)/3\"')"
 )
+# Those that have warned already; an attribute would be part of a user's loader's cache key.
+_loaders_without_vwap: WeakSet[_AlphaDL] = WeakSet()
 _BARE_FIELD = re.compile(r"(?<![\w$.])([A-Za-z_]\w*)(?!\w*\s*\()")
 STEPS = 60  # the days of Alpha360's windows
 
@@ -278,7 +281,6 @@ class _AlphaDL(QlibDataLoader):
         source: Any,
     ) -> None:
         self.vwap = None if vwap is None else _BARE_FIELD.sub(r"$\1", vwap)
-        self._has_warned = False
         self._has_own_features = FEATURE in (config or {})
         super().__init__(
             {FEATURE: features, **(config or {})},
@@ -307,8 +309,8 @@ class _AlphaDL(QlibDataLoader):
                 f"the bars have no field vwap, which {join_names(own_columns, 3)} reads; "
                 f"{VWAP_HINT}."
             )
-        if self.vwap is None and not self._has_warned:
-            self._has_warned = True
+        if self.vwap is None and self not in _loaders_without_vwap:
+            _loaders_without_vwap.add(self)
             log.warning(
                 "the bars have no field vwap, so %s %s NaN; %s.",
                 join_names([name for name, _ in columns], 3),

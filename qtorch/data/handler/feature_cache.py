@@ -321,7 +321,7 @@ LOADER_METHODS = ("compute_columns", "group_reach", "group_fields")
 LOADER_ATTRIBUTES = frozenset(
     [
         *("_arguments", "config", "filter_pipe", "freq", "inst_processors", "source"),
-        *("_fields", "_filters", "_inst_processors", "_own_source", "_has_warned"),
+        *("_fields", "_filters", "_inst_processors", "_own_source"),
     ]
 )
 

@@ -305,7 +305,7 @@ class TableSource(PanelSource):
 
     def _date_column(self, table: pd.DataFrame, file: Path, *, is_wide: bool = False) -> str:
         if DATETIME in self.columns:
-            return _mapped_column(self.columns[DATETIME], table, file)
+            return _require_column(self.columns[DATETIME], table, file)
         columns = list(table.columns)
         if is_wide:
             # Other columns are instruments, one of which may be called DATE.
@@ -391,7 +391,7 @@ class TableSource(PanelSource):
 
     def _instrument_column(self, table: pd.DataFrame, file: Path) -> str:
         if INSTRUMENT in self.columns:
-            return _mapped_column(self.columns[INSTRUMENT], table, file)
+            return _require_column(self.columns[INSTRUMENT], table, file)
         return _usual_column(INSTRUMENT, INSTRUMENT_COLUMNS, list(table.columns), file)
 
     def _parse_dates(
@@ -477,7 +477,7 @@ def _alternatives(names: str | Sequence[str]) -> Sequence[str]:
     return (names,) if isinstance(names, str) else names
 
 
-def _mapped_column(column: str, table: pd.DataFrame, file: Path) -> str:
+def _require_column(column: str, table: pd.DataFrame, file: Path) -> str:
     """Return a column of the user's mapping; raise DataError if the file does not have it."""
     if column not in table.columns:
         raise DataError(f"{file}: {unknown_name_message('column', column, table.columns)}")
