@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.dates import as_stamp, parse_bounds, parse_dates, parse_bound
+from qtorch.core.dates import as_stamp, parse_bound, parse_bounds, parse_dates
 from qtorch.core.errors import ConfigError, DataError
 
 

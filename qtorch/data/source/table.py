@@ -192,30 +192,46 @@ class TableSource(PanelSource):
 
     def _read(self) -> Panel:
         files = self._files()
-        layout = LONG if self.layout == AUTO and not self._root.is_dir() else self.layout
-        is_wide = all(usual_field(file_stem(file)) for file in files)
-        if layout == WIDE or (layout == AUTO and is_wide):
-            frame = self._read_wide(files)
-        else:
-            frame = self._read_bars(files, layout)
+        is_wide = self.layout == WIDE or (self.layout == AUTO and self._looks_wide(files))
+        frame = self._read_wide(files) if is_wide else self._read_bars(files)
         return Panel.from_frame(frame if self.adjust is None else _adjust_prices(frame))
 
-    def _read_bars(self, files: Sequence[Path], layout: str) -> pd.DataFrame:
+    def _looks_wide(self, files: Sequence[Path]) -> bool:
+        """Whether a folder's files are named after fields, and their columns are not."""
+        if not self._root.is_dir() or not all(usual_field(file_stem(file)) for file in files):
+            return False
+        columns = list(self._read_table(files[0], ()).columns)
+        dates = find_column(columns, self._date_names())
+        # Instruments may be called OPEN and LOW, but rarely all of them.
+        return not all(usual_field(column) for column in columns if column != dates)
+
+    def _find_layout(self, tables: Mapping[Path, pd.DataFrame]) -> str:
+        """Return `long` or `per_instrument`, by the columns of the files."""
+        if self.layout != AUTO or not self._root.is_dir():
+            return LONG if self.layout == AUTO else self.layout
+        names = self._instrument_names()
+        without = [f for f, t in tables.items() if find_column(t.columns, names) is None]
+        if not without:
+            return LONG
+        if len(without) < len(tables):
+            raise DataError(
+                f"{without[0]} has no column for the instrument, but other files have one; set "
+                "layout='long' or 'per_instrument', or keep the files in two folders."
+            )
+        columns = list(tables[without[0]].columns)
+        if not self._has_field_mapping() and not any(map(usual_field, columns)):
+            raise DataError(
+                f"{without[0]} has no column for the instrument and none of a usual field; set "
+                "layout='per_instrument' if its columns are fields, or 'wide' if they are "
+                f"instruments. Columns: {', '.join(columns[:12])}."
+            )
+        return PER_INSTRUMENT
+
+    def _read_bars(self, files: Sequence[Path]) -> pd.DataFrame:
         """Read one row per bar; files of `per_instrument` need no column of instruments."""
-        names = [self.columns.get(INSTRUMENT, INSTRUMENT_COLUMNS), self._date_names()]
+        names = [self._instrument_names(), self._date_names()]
         tables = {file: self._read_table(file, names) for file in files}
-        if layout == AUTO:
-            has_column = {
-                file: find_column(table.columns, _alternatives(names[0])) is not None
-                for file, table in tables.items()
-            }
-            if len(set(has_column.values())) == 2:
-                without = next(file for file, has in has_column.items() if not has)
-                raise DataError(
-                    f"{without} has no column for the instrument, but other files have one; set "
-                    "layout='long' or 'per_instrument', or keep the files in two folders."
-                )
-            layout = LONG if all(has_column.values()) else PER_INSTRUMENT
+        layout = self._find_layout(tables)
         frames = []
         for number, (file, table) in enumerate(tables.items()):
             instrument = file_stem(file) if layout == PER_INSTRUMENT else None
@@ -299,6 +315,10 @@ class TableSource(PanelSource):
         fields = {field: name for field, name in fields.items() if name != adjusted}
         return {**fields, ADJUSTED_CLOSE: adjusted}
 
+    def _instrument_names(self) -> Sequence[str]:
+        column = self.columns.get(INSTRUMENT)
+        return INSTRUMENT_COLUMNS if column is None else (column,)
+
     def _date_names(self) -> Sequence[str]:
         column = self.columns.get(DATETIME)
         return DATE_COLUMNS if column is None else (column,)
@@ -366,6 +386,9 @@ class TableSource(PanelSource):
             index_columns[INSTRUMENT] = column
         else:
             instruments = pd.Index([instrument] * len(table))
+            own_name = find_column(table.columns, self._instrument_names())
+            if own_name and set(text_names(table[own_name])) <= {instrument}:
+                index_columns[INSTRUMENT] = own_name
         folder_columns = partition_values(file, self._root) if self._root.is_dir() else {}
         ignored = {*index_columns.values(), *folder_columns, *_row_numbers(table)}
         try:
@@ -471,10 +494,6 @@ def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
     if not non_empty:
         raise DataError("the table has no rows.")
     return pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
-
-
-def _alternatives(names: str | Sequence[str]) -> Sequence[str]:
-    return (names,) if isinstance(names, str) else names
 
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> str:

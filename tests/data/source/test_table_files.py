@@ -179,8 +179,9 @@ def test_a_folder_with_a_file_per_ticker(tmp_path, caplog):
 def test_yfinance_writes_two_lines_of_header(tmp_path):
     for name in ("NA", "KO"):
         (tmp_path / f"{name}.csv").write_text(YFINANCE.format(name))
-    source = TableSource(tmp_path)
-    assert source.stored_instruments() == ["KO", "NA"]
+    for layout in ("auto", "long", "per_instrument"):
+        source = TableSource(tmp_path, layout=layout)
+        assert source.stored_instruments() == ["KO", "NA"]
     assert source.fields() == ("close", "high", "low", "open", "volume")
     (tmp_path / "KO.csv").unlink()
     (tmp_path / "NA.csv").write_text(
@@ -210,6 +211,16 @@ def test_the_layout_of_a_folder(tmp_path):
     source = TableSource(wide)
     assert source.fields() == ("close", "open")
     assert source.stored_instruments() == ["000001", "TIME"]
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "LOW.csv").write_text(YAHOO)  # an instrument, not a field
+    source = TableSource(single)
+    assert source.stored_instruments() == ["LOW"]
+    (single / "LOW.csv").rename(single / "pe.csv")
+    (single / "pe.csv").write_text("Date,000001,TIME\n2020-01-02,1,2\n")
+    with pytest.raises(DataError, match="layout='per_instrument' if its columns are fields, or"):
+        TableSource(single).panel()
+    assert TableSource(single, layout="wide").fields() == ("pe",)
     (mixed / "A.csv").write_text("date,close\n2020-01-02,1\n")
     (mixed / "B.csv").write_text("date,symbol,close\n2020-01-02,B,1\n")
     with pytest.raises(DataError, match=r"A.csv has no column for the instrument, but other"):
