@@ -106,7 +106,7 @@ def parse_period(text: str) -> pd.Period | None:
         return None
 
 
-def parse_bound(date: Any, *, is_end: bool) -> pd.Timestamp:
+def parse_span_date(date: Any, *, is_end: bool) -> pd.Timestamp:
     """Convert the start or the end of a membership span to a Timestamp.
 
     A missing date, and a year outside 1678 to 2261 such as that of 9999-12-31, is an open end: the
@@ -156,7 +156,7 @@ def parse_dates(
         raise DataError(f"the dates cannot be stored: {error}") from error
 
 
-def parse_bounds(
+def parse_span_dates(
     values: pd.Series,
     *,
     is_end: bool,
@@ -165,7 +165,7 @@ def parse_bounds(
 ) -> pd.Series:
     """Parse a column of span starts or ends by one format; open and partial dates are allowed.
 
-    See `parse_bound` for open and partial dates, and `parse_dates` for the formats and errors.
+    See `parse_span_date` for open and partial dates, and `parse_dates` for the formats and errors.
     """
     codes, uniques = pd.factorize(values.map(_cell_text))
     full_texts = [t for t in uniques if t not in _MISSING and not _PARTIAL.fullmatch(t)]
@@ -173,7 +173,7 @@ def parse_bounds(
         full_texts = [text for text in uniques if text not in _MISSING]
     full_dates = _parse_texts(full_texts, date_format, None, context)
     dates = dict(zip(full_texts, full_dates, strict=True))
-    bounds = [parse_bound(dates.get(text, text), is_end=is_end) for text in uniques]
+    bounds = [parse_span_date(dates.get(text, text), is_end=is_end) for text in uniques]
     return pd.Series([bounds[code] for code in codes], values.index, dtype="datetime64[ns]")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.dates import as_stamp, parse_bound, parse_bounds, parse_dates
+from qtorch.core.dates import as_stamp, parse_dates, parse_span_date, parse_span_dates
 from qtorch.core.errors import ConfigError, DataError
 
 
@@ -119,13 +119,13 @@ def test_bounds_of_spans():
     ends = pd.Series(["9999-12-31", "", None, "2020", "2020-02", "2020-02-03"], dtype=object)
     last = pd.Timestamp.max
     expected = [last, last, last, *map(pd.Timestamp, ("2020-12-31", "2020-02-29", "2020-02-03"))]
-    assert list(parse_bounds(ends, is_end=True)) == expected
-    assert [parse_bound(end, is_end=True) for end in ends] == expected
+    assert list(parse_span_dates(ends, is_end=True)) == expected
+    assert [parse_span_date(end, is_end=True) for end in ends] == expected
     starts = pd.Series(["0001-01-01", "", "2020", "2020-02"], dtype=object)
     first = pd.Timestamp.min
     expected = [first, first, pd.Timestamp("2020-01-01"), pd.Timestamp("2020-02-01")]
-    assert list(parse_bounds(starts, is_end=False)) == expected
+    assert list(parse_span_dates(starts, is_end=False)) == expected
     day_first = pd.Series(["01/02/2020", "31/12/9999"])
-    assert list(parse_bounds(day_first, is_end=True)) == [pd.Timestamp("2020-02-01"), last]
+    assert list(parse_span_dates(day_first, is_end=True)) == [pd.Timestamp("2020-02-01"), last]
     with pytest.raises(DataError, match="date_format="):
-        parse_bounds(day_first[:1], is_end=True)
+        parse_span_dates(day_first[:1], is_end=True)

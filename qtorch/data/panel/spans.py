@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qtorch.core.dates import date_texts, parse_bounds
+from qtorch.core.dates import date_texts, parse_span_dates
 from qtorch.core.errors import DataError
 from qtorch.core.tables import find_column, index_to_columns, read_table, text_names
 from qtorch.data.panel.column_names import END_COLUMNS, START_COLUMNS
@@ -58,7 +58,7 @@ def read_spans(
         column = columns[name]
         values = pd.Series(None, table.index, dtype=object) if column is None else table[column]
         try:
-            spans[name] = parse_bounds(
+            spans[name] = parse_span_dates(
                 values, is_end=name == END, date_format=date_format, context=context
             )
         except DataError as error:

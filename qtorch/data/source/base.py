@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import date_rows, parse_bound
+from qtorch.core.dates import date_rows, parse_span_date
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.core.tables import text_names
 from qtorch.core.trust import trust_subclasses
@@ -282,7 +282,8 @@ class Source(Configured, ABC):
                 raise DataError(unknown_name_message("instrument", name, stored_names))
         return {
             str(name): [
-                (parse_bound(a, is_end=False), parse_bound(b, is_end=True)) for a, b in spans
+                (parse_span_date(a, is_end=False), parse_span_date(b, is_end=True))
+                for a, b in spans
             ]
             for name, spans in instruments.items()
         }

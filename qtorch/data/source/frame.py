@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.dates import parse_bound
+from qtorch.core.dates import parse_span_date
 from qtorch.core.errors import ConfigError, DataError, join_names, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
@@ -255,8 +255,8 @@ class Memberships(Mapping[str, Membership]):
         return {
             str(name): [
                 (
-                    max(parse_bound(first, is_end=False), start),
-                    min(parse_bound(last, is_end=True), end),
+                    max(parse_span_date(first, is_end=False), start),
+                    min(parse_span_date(last, is_end=True), end),
                 )
                 for first, last in each
             ]

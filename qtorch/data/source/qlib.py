@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from qtorch.core.content_digest import file_digest
-from qtorch.core.dates import parse_bounds
+from qtorch.core.dates import parse_span_dates
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
 from qtorch.core.session import session
 from qtorch.core.tables import read_text
@@ -304,8 +304,8 @@ def _read_instruments(path: Path) -> Membership:
     table = pd.DataFrame(rows, columns=["instrument", "start", "end"], dtype=object)
     try:
         texts = [*table["start"], *table["end"]]
-        starts = parse_bounds(table["start"], is_end=False, context=texts)
-        ends = parse_bounds(table["end"], is_end=True, context=texts)
+        starts = parse_span_dates(table["start"], is_end=False, context=texts)
+        ends = parse_span_dates(table["end"], is_end=True, context=texts)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     membership: Membership = {}

@@ -220,6 +220,8 @@ def test_loaders_without_a_handler(source) -> None:
 
 # -- bars without vwap -----------------------------------------------------------------------------
 
+SHORT_SPAN = {"start_time": "2015-12-01", "end_time": "2015-12-31"}
+
 
 @pytest.fixture(scope="module")
 def bars_without_vwap(source) -> pd.DataFrame:
@@ -228,7 +230,7 @@ def bars_without_vwap(source) -> pd.DataFrame:
 
 @pytest.mark.parametrize("kind", [Alpha158, Alpha360])
 def test_without_vwap_its_columns_are_nan_with_one_warning(source, bars_without_vwap, kind, caplog):
-    options = {**SPAN, "infer_processors": (), "learn_processors": ()}
+    options = {**SHORT_SPAN, "infer_processors": (), "learn_processors": ()}
     handler = kind(source=FrameSource(bars_without_vwap), **options)
     frame, expected = (
         each.fetch(data_key="raw") for each in (handler, kind(source=source, **options))
@@ -249,23 +251,24 @@ def test_an_expression_stands_for_vwap(source, bars_without_vwap, expression, ca
     typical = bars_without_vwap.assign(
         vwap=lambda bars: (bars["high"] + bars["low"] + bars["close"]) / 3
     )
-    for kind in (Alpha158vwap, Alpha360vwap):
-        options = {**SPAN, "infer_processors": (), "learn_processors": ()}
+    for kind, columns in ((Alpha158vwap, ["KMID", "VWAP0"]), (Alpha360vwap, None)):
+        options = {**SHORT_SPAN, "infer_processors": (), "learn_processors": (), "columns": columns}
         handler = kind(source=FrameSource(bars_without_vwap), vwap=expression, **options)
         expected = kind(source=FrameSource(typical), **options).fetch(data_key="raw")
         pd.testing.assert_frame_equal(handler.fetch(data_key="raw"), expected, rtol=1e-5)
     assert "vwap" not in caplog.text
-    handler = Alpha158(source=source, vwap=expression, **SPAN)  # the bars' own comes first
-    expected = Alpha158(source=source, **SPAN).fetch(data_key="raw", col_set="feature")
+    options = {**SHORT_SPAN, "columns": ["VWAP0"]}
+    handler = Alpha158(source=source, vwap=expression, **options)  # the bars' own comes first
+    expected = Alpha158(source=source, **options).fetch(data_key="raw", col_set="feature")
     pd.testing.assert_frame_equal(handler.fetch(data_key="raw", col_set="feature"), expected)
 
 
 def test_a_label_on_a_missing_vwap_is_an_error(bars_without_vwap):
     source = FrameSource(bars_without_vwap)
     with pytest.raises(ExpressionError, match=r"no field vwap, which LABEL0 reads; .*set vwap="):
-        Alpha158vwap(source=source, **SPAN).fetch()
+        Alpha158vwap(source=source, **SHORT_SPAN).fetch()
     with pytest.raises(ConfigError, match="must read no other bars"):
-        Alpha158(source=source, vwap="Ref($close, 1)", **SPAN).fetch()
+        Alpha158(source=source, vwap="Ref($close, 1)", **SHORT_SPAN).fetch()
 
 
 def test_without_the_columns_of_vwap_nothing_is_missing(bars_without_vwap, caplog):
@@ -281,7 +284,8 @@ def test_networks_see_the_missing_columns_as_filled(bars_without_vwap):
     ]
     for kind in (Alpha158, Alpha360):
         source = FrameSource(bars_without_vwap)
-        handler = kind(source=source, infer_processors=processors, **SPAN, **FIT)
+        fit = {f"fit_{name}": date for name, date in SHORT_SPAN.items()}
+        handler = kind(source=source, infer_processors=processors, **SHORT_SPAN, **fit)
         frame = handler.fetch(col_set="feature", data_key="infer")
         is_vwap = frame.columns.str.startswith("VWAP")
         assert (frame.loc[:, is_vwap] == 0).all(axis=None)
