@@ -60,7 +60,7 @@ def _as_any_stamp(date: Any) -> pd.Timestamp:
         raise
     except (ValueError, TypeError) as error:
         raise DataError(f"{date!r} is not a date: {error}") from error
-    if stamp is pd.NaT:
+    if pd.isna(stamp):
         raise DataError(f"{date!r} is not a date.")
     if stamp.tz is not None:
         raise DataError(f"the date {date!r} has a time zone; pass a date without one.")
@@ -151,7 +151,7 @@ def parse_dates(
         dates = _parse_column(pd.Series(values), date_format, timezone, context)
     dates = _remove_zone(dates, timezone)
     try:
-        return pd.DatetimeIndex(dates.as_unit("ns"), freq=None)
+        return pd.DatetimeIndex(np.asarray(dates.as_unit("ns")))
     except ValueError as error:
         raise DataError(f"the dates cannot be stored: {error}") from error
 
@@ -198,7 +198,8 @@ def _parse_column(
     codes, uniques = pd.factorize(values)
     texts = [_cell_text(value) for value in np.asarray(uniques, dtype=object).tolist()]
     dates = _parse_texts(texts, date_format, timezone, context)
-    return dates.insert(len(dates), pd.NaT)[codes]  # the code of a missing cell is -1
+    # The code of a missing cell is -1, which is the last row.
+    return pd.DatetimeIndex(dates.insert(len(dates), pd.NaT)[codes])
 
 
 def _cell_text(value: Any) -> str:
@@ -222,7 +223,8 @@ def _parse_counts(values: Any, unit: str, timezone: str | None) -> pd.DatetimeIn
     """
     try:
         counts = pd.to_numeric(pd.Series(values))
-        return pd.DatetimeIndex(pd.to_datetime(counts, unit=unit, utc=timezone is not None))
+        dates: Any = pd.to_datetime(counts, unit=unit, utc=timezone is not None)  # type: ignore[call-overload]
+        return pd.DatetimeIndex(dates)
     except (ValueError, TypeError) as error:
         raise DataError(
             f"date_format={unit!r} needs numbers that count {unit} since 1970: {error}"
@@ -246,8 +248,9 @@ def _parse_texts(
             ) from error
     else:
         dates = _parse_with_pandas(_put_year_first(known_texts, context), timezone)
-    rows = iter(range(len(dates)))
-    return dates.insert(len(dates), pd.NaT)[[-1 if t in _MISSING else next(rows) for t in texts]]
+    row_numbers = iter(range(len(dates)))
+    rows = [-1 if text in _MISSING else next(row_numbers) for text in texts]
+    return pd.DatetimeIndex(dates.insert(len(dates), pd.NaT)[rows])
 
 
 def _put_year_first(texts: Sequence[str], context: Iterable[str] = ()) -> list[str]:
@@ -255,6 +258,20 @@ def _put_year_first(texts: Sequence[str], context: Iterable[str] = ()) -> list[s
 
     Raises DataError for several kinds of dates, and for what is none.
     """
+    kind = _find_column_kind(texts)
+    if kind == "month name":
+        return list(texts)
+    if kind == "year last":
+        matches = [match for match in map(_YEAR_LAST.fullmatch, texts) if match]
+        parts = [match.groups() for match in matches]
+        if _is_day_first(texts, context):
+            return [_join_date(year, month, day, time) for day, month, year, time in parts]
+        return [_join_date(year, month, day, time) for month, day, year, time in parts]
+    return [_join_date(*parts) for parts in map(_match_year_first, texts) if parts is not None]
+
+
+def _find_column_kind(texts: Sequence[str]) -> str:
+    """Return how all dates of a column are written; raise DataError if it is not in one way."""
     kinds: dict[str, str] = {}
     for text in texts:
         kind = _find_kind(text)
@@ -272,19 +289,12 @@ def _put_year_first(texts: Sequence[str], context: Iterable[str] = ()) -> list[s
             f"the dates have several formats, such as {cells}, so some of them may have been "
             f"converted wrongly before; {_FORMAT_HINT}."
         )
-    if "year first" in kinds:
-        return [_join_date(*_match_year_first(text)) for text in texts]
-    if "year last" in kinds:
-        parts = [_YEAR_LAST.fullmatch(text).groups() for text in texts]  # type: ignore[union-attr]
-        if _is_day_first(texts, context):
-            return [_join_date(year, month, day, time) for day, month, year, time in parts]
-        return [_join_date(year, month, day, time) for month, day, year, time in parts]
     if "short year" in kinds:
         raise DataError(
             f"the dates have years of two digits, such as {kinds['short year']!r}; write them as "
             "YYYY-MM-DD, or set date_format=, such as '%d/%m/%y'."
         )
-    return list(texts)
+    return next(iter(kinds), "year first")
 
 
 def _find_kind(text: str) -> str | None:

@@ -86,7 +86,7 @@ def read_csv(
     options |= {"decimal": decimal, "low_memory": False, "skipinitialspace": True}
     try:
         if _has_ticker_header(lines, options["sep"]):
-            table = pd.read_csv(path, header=[0, 1], index_col=0, **options)
+            table: pd.DataFrame = pd.read_csv(path, header=[0, 1], index_col=0, **options)
             return _stack_tickers(table).reset_index()
         columns = list(pd.read_csv(path, nrows=0, **options).columns)
         names = _present_names(columns, name_columns)
@@ -101,7 +101,7 @@ def read_csv(
         raise DataError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
     for column in names:
         table[column] = _strip_names(table[column])
-    return table.rename(columns=str.strip)
+    return table.set_axis([str(column).strip() for column in table.columns], axis=1)
 
 
 def _inspect_csv(path: str | Path) -> tuple[list[str], dict[str, Any]]:
@@ -132,19 +132,21 @@ def _has_ticker_header(lines: Sequence[str], separator: str) -> bool:
 
 def _stack_tickers(table: pd.DataFrame) -> pd.DataFrame:
     """Convert a table with a level of tickers in its columns to one row per date and ticker."""
-    stacked = table.stack(TICKER_LEVEL, future_stack=True).dropna(how="all")
-    return stacked.rename_axis(index=[table.index.name or "Date", TICKER_LEVEL], columns=None)
+    stacked: Any = table.stack(TICKER_LEVEL, future_stack=True).dropna(how="all")
+    index_names = [table.index.name or "Date", TICKER_LEVEL]
+    frame: pd.DataFrame = stacked.rename_axis(index=index_names, columns=None)
+    return frame
 
 
 def _present_names(columns: Sequence[str], name_columns: Iterable[NameColumn]) -> set[str]:
-    names = set()
+    names = []
     for column in name_columns:
         if isinstance(column, int):
-            names.add(columns[column])
+            names.append(columns[column])
         else:
             alternatives = (column,) if isinstance(column, str) else column
-            names.add(find_column(columns, alternatives))
-    return {name for name in names if name is not None}
+            names += filter(None, [find_column(columns, alternatives)])
+    return set(names)
 
 
 def _strip_names(names: pd.Series) -> pd.Series:
@@ -244,7 +246,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     # The file alone: what the names of its folders say is read by `partition_values`.
-    return pq.read_table(path, partitioning=None).to_pandas()
+    table: pd.DataFrame = pq.read_table(path, partitioning=None).to_pandas()
+    return table
 
 
 def _is_parquet(path: Path) -> bool:
@@ -317,7 +320,8 @@ def as_pandas(data: Any) -> pd.DataFrame:
         raise DataError(f"expected a pandas DataFrame, got {kind}; convert it, e.g. with {method}.")
     import pyarrow as pa
 
-    return pa.table(data).to_pandas()
+    frame: pd.DataFrame = pa.table(data).to_pandas()
+    return frame
 
 
 def text_names(names: Iterable[Any]) -> list[str]:
