@@ -291,10 +291,10 @@ class _AlphaDL(QlibDataLoader):
             source=source,
         )
 
-    def resolve_source(
+    def field_source(
         self, source: Source | None, fields: Mapping[str, Mapping[str, str]]
     ) -> Source:
-        source = super().resolve_source(source, fields)
+        source = super().field_source(source, fields)
         columns = [
             (name, group == FEATURE and not self._has_own_features)
             for group, expressions in fields.items()

@@ -158,14 +158,20 @@ class QlibDataLoader(DataLoader):
     def needs_source(self) -> bool:
         return self._own_source is None
 
-    def resolve_source(
-        self, source: Source | None, fields: Mapping[str, Mapping[str, str]]
-    ) -> Source:
-        """Return the source of the fields: the loader's own, the handler's, or the session's."""
+    def fingerprint(self, source: Source | None = None) -> str:
+        return self._resolve_source(source).fingerprint()
+
+    def _resolve_source(self, source: Source | None) -> Source:
         return self._own_source or source or default_source()
 
-    def fingerprint(self, source: Source | None = None) -> str:
-        return (self._own_source or source or default_source()).fingerprint()
+    def field_source(
+        self, source: Source | None, fields: Mapping[str, Mapping[str, str]]
+    ) -> Source:
+        """Return the source of the fields `{group: {column: expression}}`.
+
+        It is the loader's own, else `source`, the handler's, else the session's.
+        """
+        return self._resolve_source(source)
 
     def view(
         self,
@@ -177,7 +183,7 @@ class QlibDataLoader(DataLoader):
         columns: Names | None = None,
     ) -> View:
         fields = select_fields(self._fields, columns)
-        source = self.resolve_source(source, fields)
+        source = self.field_source(source, fields)
         universe, filter_config = _split_universe(instruments)
         filters = [*self._filters, *build_filters(filter_config)]
 
