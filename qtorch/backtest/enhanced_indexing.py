@@ -301,7 +301,7 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
 
 def _name_axes(weights: pd.DataFrame) -> pd.DataFrame:
     """Return a user's table of weights with parsed dates, and instruments as text."""
-    names = pd.Index(text_names(weights.columns), dtype="str")
+    names = text_names(weights.columns)
     return weights.set_axis(parse_dates(weights.index), axis=0).set_axis(names, axis=1)
 
 

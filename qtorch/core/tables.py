@@ -225,7 +225,7 @@ def read_indexed_table(path: Path) -> pd.DataFrame:
         table, has_names = read_table(path, [0]), True
     if isinstance(table.index, pd.RangeIndex) and has_names:
         table = table.set_index(table.columns[0])
-    return table.set_axis(pd.Index(text_names(table.index), dtype="str"), axis=0)
+    return table.set_axis(text_names(table.index), axis=0)
 
 
 def index_to_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -243,10 +243,8 @@ def index_to_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    import pyarrow.parquet as pq
-
     # The file alone: what the names of its folders say is read by `partition_values`.
-    table: pd.DataFrame = pq.read_table(path, partitioning=None).to_pandas()
+    table: pd.DataFrame = pd.read_parquet(path, partitioning=None)
     return table
 
 
@@ -324,12 +322,18 @@ def as_pandas(data: Any) -> pd.DataFrame:
     return frame
 
 
-def text_names(names: Iterable[Any]) -> list[str]:
+def text_names(names: Sequence[Any] | pd.Series | pd.Index) -> pd.Index:
     """Return names, such as instruments, as text; whole numbers have no decimal point.
+
+    A missing name stays missing.
 
     Raises DataError for truth values, which have lost the spelling of a name such as TRUE.
     """
-    return list(_iterate_names(names))
+    if isinstance(names, pd.Series | pd.Index) and isinstance(names.dtype, pd.StringDtype):
+        return pd.Index(names)
+    codes, uniques = pd.factorize(pd.Series(names, dtype=None if len(names) else object))
+    texts = [*_iterate_names(np.asarray(uniques, dtype=object).tolist()), None]
+    return pd.Index(texts, dtype="str").take(codes)  # the code of a missing name is -1
 
 
 def _iterate_names(names: Iterable[Any]) -> Iterator[str]:

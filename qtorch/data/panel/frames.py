@@ -156,11 +156,10 @@ def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.D
             f"expected an index or columns {NAMES}, got columns {list(frame.columns)[:8]} and "
             f"index {list(frame.index.names)}. Rename them, or frame.set_index([...])."
         )
-    names = table[instrument_column]
     index = pd.MultiIndex.from_arrays(
         [
             options.parse_dates(table[date_column]),
-            pd.Index(names.where(names.isna(), pd.Series(text_names(names), names.index))),
+            text_names(table[instrument_column]),
         ],
         names=list(NAMES),
     )
@@ -188,7 +187,7 @@ def _parse_levels(frame: pd.DataFrame, options: ReadOptions) -> pd.DataFrame:
     if is_parsed and pd.api.types.is_string_dtype(names.dtype):
         return frame
     dates = options.parse_dates(pd.Series(level))
-    texts = pd.Index([*text_names(names), None], dtype=object)
+    texts = pd.Index([*text_names(names), None], dtype="str")
     levels = [dates.insert(len(dates), pd.NaT)[index.codes[k]], texts[index.codes[1 - k]]]
     parsed = pd.MultiIndex.from_arrays(levels[::-1] if k else levels, names=index.names)
     return frame.set_axis(parsed, axis=0)

@@ -275,7 +275,7 @@ class Source(Configured, ABC):
         """Convert a list or mapping of instruments to spans; DataError for an unknown name."""
         if not isinstance(instruments, Mapping):
             always = (pd.Timestamp.min, pd.Timestamp.max)
-            instruments = {name: [always] for name in text_names(instruments)}
+            instruments = {name: [always] for name in text_names(list(instruments))}
         stored_names = self.instrument_names()
         for name in instruments:
             if name not in stored_names:

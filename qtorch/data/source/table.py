@@ -382,7 +382,7 @@ class TableSource(PanelSource):
             column = self._instrument_column(table, file)
             if table[column].isna().any():
                 raise DataError(f"{file}: some rows have no instrument in {column!r}.")
-            instruments = pd.Index(text_names(table[column]))
+            instruments = text_names(table[column])
             index_columns[INSTRUMENT] = column
         else:
             instruments = pd.Index([instrument] * len(table))
@@ -513,8 +513,8 @@ def _usual_column(level: str, candidates: Sequence[str], columns: Sequence[str],
 def _row_numbers(table: pd.DataFrame) -> list[str]:
     """Return the columns without a name that number the rows, as `to_csv` writes the index."""
     unnamed = [c for c in table.columns if c.startswith("Unnamed: ")]
-    numbers = [str(k) for k in range(len(table))]
-    return [c for c in unnamed if list(table[c].astype(str)) == numbers]
+    row_numbers = np.arange(len(table))
+    return [c for c in unnamed if (pd.to_numeric(table[c], errors="coerce") == row_numbers).all()]
 
 
 def _require_numeric(table: pd.DataFrame, file: Path) -> None:
