@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qtorch.backtest.exchange import Bools, Floats, Indices
+from qtorch.backtest.quotes import Bools, Floats, Indices
 
 # Qlib treats a sale as a sale of the whole position within these tolerances (numpy's isclose).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-5, 1e-8
@@ -26,7 +26,8 @@ class Account:
     `cash [M]` can be spent now; `unsettled_cash [M]` becomes cash at the end of the bar (used only
     with `settle_cash`). `amount [M, N]` are adjusted shares, negative for short positions; `price
     [M, N]` is the last close, NaN without a position; `count [M, N]` is the number of bars that
-    the position has been held. `cost` and `turnover [M]` are the totals since the start.
+    the position has been held. `cost`, `turnover` and `lending_fee [M]` are the totals since the
+    start; `cost` includes the lending fee.
     """
 
     cash: Floats
@@ -37,6 +38,8 @@ class Account:
     unsettled_cash: Floats
     cost: Floats
     turnover: Floats
+    lending_fee: Floats
+    _places: Indices | None = None  # those of `places()`, until a position is opened or closed
 
     @classmethod
     def create(
@@ -50,7 +53,7 @@ class Account:
             np.broadcast_to(price, shape).copy(),
             np.zeros(shape, dtype=np.int32),
             settle_cash,
-            *(np.zeros(num_members) for _ in range(3)),
+            *(np.zeros(num_members) for _ in range(4)),
         )
 
     @property
@@ -59,10 +62,22 @@ class Account:
         is_held: Bools = self.amount != 0
         return is_held
 
+    def places(self) -> Indices:
+        """The places of all positions in the flattened `[M, N]` arrays, in ascending order."""
+        if self._places is None:
+            self._places = np.flatnonzero(self.amount != 0)
+        return self._places
+
     def holdings(self) -> Floats:
         """`[M]`: the value of the positions at their last close."""
-        values: Floats = np.where(self.amount != 0, self.amount * self.price, 0.0).sum(axis=1)
-        return values
+        places = self.places()
+        value = self.amount.ravel()[places] * self.price.ravel()[places]
+        return self.sum_by_member(places, value)
+
+    def sum_by_member(self, places: Indices, values: Floats) -> Floats:
+        """Sum the values of positions to `[M]`, in the order of the places."""
+        num_members, num_instruments = self.amount.shape
+        return np.bincount(places // num_instruments, values, minlength=num_members)
 
     def value(self) -> Floats:
         """`[M]`: cash (including unsettled cash) plus the value of the positions."""
@@ -86,17 +101,42 @@ class Account:
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
         self._add_totals(member, value, cost)
 
+    def pay_out(self, member: Indices, instrument: Indices, price: Floats) -> None:
+        """Close positions at a price, without cost or turnover."""
+        value = self.amount[member, instrument] * price
+        np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value)
+        self.amount[member, instrument] = 0.0
+        self.price[member, instrument] = np.nan
+        self.count[member, instrument] = 0
+        self._places = None
+
+    def charge_lending_fee(self, rate: float) -> None:
+        """Charge a fraction of the value of the short positions at their last close."""
+        places = self.places()
+        value = self.amount.ravel()[places] * self.price.ravel()[places]
+        fee = self.sum_by_member(places, np.maximum(-value, 0.0)) * rate
+        self.cash -= fee
+        self.cost += fee
+        self.lending_fee += fee
+
     def _change_positions(
         self, member: Indices, instrument: Indices, shares: Floats, price: Floats
     ) -> None:
         """Add shares to positions; a position that is nearly zero afterwards is closed."""
-        position = self.amount[member, instrument]
+        place = member * self.amount.shape[1] + instrument
+        amount = self.amount.reshape(-1)
+        position = amount[place]
         new_position = np.where(is_close(-shares, position), 0.0, position + shares)
-        self.amount[member, instrument] = new_position
+        amount[place] = new_position
         is_closed, is_opened = new_position == 0, position == 0
-        self.price[member[is_opened], instrument[is_opened]] = price[is_opened]
-        self.price[member[is_closed], instrument[is_closed]] = np.nan
-        self.count[member[is_closed], instrument[is_closed]] = 0
+        if is_opened.any():
+            self.price.reshape(-1)[place[is_opened]] = price[is_opened]
+            self._places = None
+        if is_closed.any():
+            closed = place[is_closed]
+            self.price.reshape(-1)[closed] = np.nan
+            self.count.reshape(-1)[closed] = 0
+            self._places = None
 
     def _add_totals(self, member: Indices, value: Floats, cost: Floats) -> None:
         np.add.at(self.turnover, member, value)
@@ -104,14 +144,20 @@ class Account:
 
     def close_bar(self, close: Floats) -> None:
         """Mark positions to the bar's closes (`[N]`, NaN if suspended) and count one more bar."""
-        is_held = self.is_held
-        np.copyto(self.price, close, where=is_held & ~np.isnan(close))
-        self.count += is_held
+        places = self.places()
+        marks = close[places % self.amount.shape[1]]
+        has_close = ~np.isnan(marks)
+        if has_close.all():
+            self.price.reshape(-1)[places] = marks
+        else:
+            self.price.reshape(-1)[places[has_close]] = marks[has_close]
+        self.count.reshape(-1)[places] += 1
 
     def settle(self) -> None:
         """Make unsettled cash available."""
-        self.cash += self.unsettled_cash
-        self.unsettled_cash[:] = 0.0
+        if self.settle_cash:
+            self.cash += self.unsettled_cash
+            self.unsettled_cash[:] = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,3 +207,8 @@ class Fills:
     price: Floats
     value: Floats
     cost: Floats
+
+    @classmethod
+    def empty(cls, count: int) -> Self:
+        """The fills of orders that were not executed."""
+        return cls(np.zeros(count), np.full(count, np.nan), np.zeros(count), np.zeros(count))
