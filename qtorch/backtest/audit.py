@@ -155,9 +155,12 @@ class Auditor:
         amount, deal_amount, price, value, cost = columns
         rate = np.where(self.sign[rows] > 0, exchange.open_cost, exchange.close_cost)
         is_fault = ~(np.abs(value - deal_amount * price) <= TOLERANCE * value)
-        # The impact is that of the order, of which less may have been dealt.
+        # The impact is that of the order: less may have been dealt, or a tenth of a share more.
+        factor = self.quotes.factor
+        place = orders.bar[rows] + self.quotes.first, orders.instrument[rows]
+        rounded = 0.0 if factor is None else 0.1 / factor[place]
         for traded, side in (
-            (np.minimum(amount, deal_amount), 1),
+            (np.maximum(np.minimum(amount, deal_amount) - rounded, 0.0), 1),
             (np.maximum(amount, deal_amount), -1),
         ):
             share = self._volume_share(traded, rows) if exchange.impact_cost else 0.0
