@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qtorch.backtest.quotes import Bools, Floats, Indices
 
+_NO_INDICES: Indices = np.zeros(0, dtype=np.intp)
 # Qlib treats a sale as a sale of the whole position within these tolerances (numpy's isclose).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-5, 1e-8
 
@@ -65,8 +66,15 @@ class Account:
     def places(self) -> Indices:
         """The places of all positions in the flattened `[M, N]` arrays, in ascending order."""
         if self._places is None:
-            self._places = np.flatnonzero(self.amount != 0)
+            self._places = (self.amount.ravel() != 0).nonzero()[0]
         return self._places
+
+    def num_held(self) -> Indices:
+        """`[M]`: the number of positions."""
+        num_members, num_instruments = self.amount.shape
+        if num_members == 1:
+            return np.array([len(self.places())])
+        return np.bincount(self.places() // num_instruments, minlength=num_members)
 
     def holdings(self) -> Floats:
         """`[M]`: the value of the positions at their last close."""
@@ -177,8 +185,7 @@ class Orders:
     @classmethod
     def empty(cls) -> Self:
         """An empty set of orders."""
-        empty = np.zeros(0, dtype=np.intp)
-        return cls(empty, empty, np.zeros(0), np.zeros(0, dtype=np.bool_))
+        return cls(_NO_INDICES, _NO_INDICES, np.zeros(0), np.zeros(0, dtype=np.bool_))
 
     @classmethod
     def from_mask(cls, mask: Bools, amount: Floats, *, buying: bool) -> Self:
@@ -188,8 +195,14 @@ class Orders:
 
     def append(self, orders: Orders) -> Self:
         """These orders followed by the other orders."""
-        pairs = ((getattr(self, n), getattr(orders, n)) for n in self.__dataclass_fields__)
-        return type(self)(*(np.concatenate(pair) for pair in pairs))
+        if not len(orders.member):
+            return self
+        return type(self)(
+            np.concatenate((self.member, orders.member)),
+            np.concatenate((self.instrument, orders.instrument)),
+            np.concatenate((self.amount, orders.amount)),
+            np.concatenate((self.buying, orders.buying)),
+        )
 
     def select(self, mask: Bools) -> Self:
         """The orders for which `mask [K]` is True."""

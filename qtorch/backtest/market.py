@@ -91,6 +91,8 @@ class Market:
         `allow_short`.
         """
         fills = Fills.empty(len(orders.amount))
+        if not len(orders.amount):
+            return fills
         for buying in (True, False) if buy_first else (False, True):
             rows = self._tradable_orders(orders, buying)
             if len(rows):
@@ -118,7 +120,7 @@ class Market:
         The proceeds of a sale pay for the costs of the next even if cash settles later.
         """
         fills = Fills.empty(len(sales.amount))
-        rows = self._tradable_orders(sales, False)
+        rows = self._tradable_orders(sales, False) if len(sales.amount) else ()
         if len(rows):
             trades = self._size_trades(
                 sales, rows, False, account, traded_today, allow_short=allow_short
@@ -134,7 +136,9 @@ class Market:
     def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
         """The rows of the orders of one side whose instruments can be traded."""
         limits = self.quotes.limit_buy if buying else self.quotes.limit_sell
-        return np.flatnonzero((orders.buying == buying) & ~limits[self.row, orders.instrument])
+        is_limited = limits[self.row][orders.instrument]
+        mask = orders.buying > is_limited if buying else ~(orders.buying | is_limited)
+        return mask.nonzero()[0]
 
     def _size_trades(
         self,

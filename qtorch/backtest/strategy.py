@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -205,7 +205,7 @@ class TopkDropoutStrategy(Strategy):
         num_members = len(score)
         has_score, is_held = ~np.isnan(score), account.is_held
         eligible = context.market.is_tradable() if self.only_tradable else None
-        num_held = account.sum_by_member(account.places(), np.ones(len(account.places())))
+        num_held = account.num_held()
         max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
         candidates = self._candidates(score, has_score, is_held, eligible, max_count, context.step)
         # Members without any score on this bar do not trade.
@@ -222,7 +222,7 @@ class TopkDropoutStrategy(Strategy):
             risk_degree = self.risk_degree_at(context.step)
         proceeds = np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
         num_free = (self.topk - num_held + num_sold)[candidates.member]
-        purchases = candidates.select(_places_in_member(candidates.member) < num_free)
+        purchases = candidates.select(candidates.rank < num_free)
         cash = (account.cash + proceeds) * risk_degree
         return sales.append(self._purchases(purchases, cash, context))
 
@@ -276,15 +276,18 @@ class TopkDropoutStrategy(Strategy):
             rows = np.flatnonzero(places.member == member)
             random = np.random.default_rng([self.seed, step, stream])
             is_drawn[random.choice(rows, min(int(count), len(rows)), replace=False)] = True
-        return places.select(is_drawn)
+        return places.select(is_drawn).renumber()
 
     def _sales(self, worst: _Places, context: StepContext) -> Orders:
         """Sell those of the worst holdings that can be sold, in the order of their names."""
+        if not len(worst.member):
+            return Orders.empty()
         is_tradable = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "sell")
         place = worst.member * len(is_tradable) + worst.instrument
         is_sold = is_tradable[worst.instrument]
         is_sold &= context.account.count.ravel()[place] >= self.hold_thresh
-        place = np.sort(place[is_sold])
+        place = place[is_sold]
+        place.sort()
         member, instrument = np.divmod(place, len(is_tradable))
         amount = context.account.amount.ravel()[place]
         return Orders(member, instrument, amount, np.zeros(len(place), dtype=np.bool_))
@@ -295,6 +298,8 @@ class TopkDropoutStrategy(Strategy):
         The share of an instrument that cannot be bought stays in cash.
         """
         member, instrument = places.member, places.instrument
+        if not len(member):
+            return Orders.empty()
         share = cash / np.maximum(np.bincount(member, minlength=len(cash)), 1)
         can_buy = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "buy")[
             instrument
@@ -306,23 +311,33 @@ class TopkDropoutStrategy(Strategy):
         return Orders(member, instrument, amount, np.ones(len(member), dtype=np.bool_))
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Instruments of members `[K]`, by member and within a member in the order of their rank."""
+class _Places(NamedTuple):
+    """Instruments of members `[K]`, by member and within a member by their rank, from 0."""
 
     member: Indices
     instrument: Indices
+    rank: Indices
+
+    @classmethod
+    def create(cls, member: Indices, place: Indices, num_instruments: int) -> _Places:
+        """Rank places of the flattened `[M, N]` arrays that are sorted by their member."""
+        return cls(member, place % num_instruments, _ranks_in_member(member))
 
     def select(self, mask: Bools) -> _Places:
-        return self if mask.all() else _Places(self.member[mask], self.instrument[mask])
+        return _Places(self.member[mask], self.instrument[mask], self.rank[mask])
+
+    def renumber(self) -> _Places:
+        """Close the gaps in the ranks."""
+        return self._replace(rank=_ranks_in_member(self.member))
 
 
-def _places_in_member(member: Indices) -> Indices:
-    """The place of each element within its member, from 0; `member [K]` is in ascending order."""
-    if not len(member):
-        return member
-    counts = np.bincount(member)
-    return np.arange(len(member)) - (np.cumsum(counts) - counts)[member]
+def _ranks_in_member(member: Indices) -> Indices:
+    """Count the earlier elements of the same member; `member [K]` is in ascending order."""
+    ranks = np.arange(len(member))
+    if len(member) and member[0] != member[-1]:
+        counts = np.bincount(member)
+        ranks -= (counts.cumsum() - counts)[member]
+    return ranks
 
 
 def _best_places(score: Floats, allowed: Bools, count: Floats) -> _Places:
@@ -330,39 +345,54 @@ def _best_places(score: Floats, allowed: Bools, count: Floats) -> _Places:
 
     Only those at or above the member's lowest score that counts are sorted.
     """
-    num_instruments, max_count = score.shape[1], int(count.max())
+    num_members, num_instruments = score.shape
+    max_count = int(count.max())
     if max_count <= 0:
-        return _Places(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp))
+        return _NO_PLACES
     if max_count < num_instruments:
         values = np.where(allowed, score, -np.inf)
         kth = num_instruments - max_count
         allowed = allowed & (values >= np.partition(values, kth, axis=1)[:, kth, None])
-    place = np.flatnonzero(allowed)
-    member = place // num_instruments
-    order = np.lexsort((-score.ravel()[place], member))  # stable: equal scores stay by name
-    member, place = member[order], place[order]
-    places = _Places(member, place % num_instruments)
-    return places.select(_places_in_member(member) < count[member])
+    place = allowed.ravel().nonzero()[0]
+    values = -score.ravel()[place]
+    if num_members == 1:  # stable: equal scores stay in the order of their names
+        place = place[values.argsort(kind="stable")]
+        member = np.zeros(len(place), dtype=np.intp)
+    else:
+        member = place // num_instruments
+        order = np.lexsort((values, member))
+        member, place = member[order], place[order]
+    places = _Places.create(member, place, num_instruments)
+    return places.select(places.rank < count[member])
 
 
 def _worst_places(score: Floats, allowed: Bools, count: int) -> _Places:
     """The worst `count` allowed instruments of each member, worst first: those without a score."""
-    num_instruments = score.shape[1]
-    place = np.flatnonzero(allowed)
-    member, values = place // num_instruments, score.ravel()[place]
+    num_members, num_instruments = score.shape
+    place = allowed.ravel().nonzero()[0]
+    if count == 0 or not len(place):
+        return _NO_PLACES
+    place = place[::-1]  # of equal scores the last name is the worst
+    values = score.ravel()[place]
     values[np.isnan(values)] = -np.inf
-    width = int(np.bincount(member, minlength=1).max())
-    if count == 0 or not width:
-        return _Places(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp))
+    if num_members == 1:
+        place = place[values.argsort(kind="stable")[:count]]
+        return _Places.create(np.zeros(len(place), dtype=np.intp), place, num_instruments)
+    member = place // num_instruments
+    counts = np.bincount(member, minlength=num_members)
+    width = int(counts.max())
     if count < width:
-        table = np.full((len(score), width), np.inf)
-        table[member, _places_in_member(member)] = values
+        table = np.full((num_members, width), np.inf)
+        # The members come in descending order.
+        table[member, np.arange(len(member)) - (len(member) - counts.cumsum())[member]] = values
         is_low = values <= np.partition(table, count - 1, axis=1)[member, count - 1]
         place, member, values = place[is_low], member[is_low], values[is_low]
-    order = np.lexsort((-place, values, member))  # of equal scores the last name is the worst
-    member, place = member[order], place[order]
-    places = _Places(member, place % num_instruments)
-    return places.select(_places_in_member(member) < count)
+    order = np.lexsort((values, member))
+    places = _Places.create(member[order], place[order], num_instruments)
+    return places.select(places.rank < count)
+
+
+_NO_PLACES = _Places(*(np.zeros(0, dtype=np.intp) for _ in range(3)))
 
 
 class WeightStrategyBase(Strategy):
