@@ -97,8 +97,9 @@ class Account:
         """Book executed purchases; each (member, instrument) pair occurs at most once."""
         self._change_positions(member, instrument, value / price, price)
         np.subtract.at(self.cash, member, value + cost)  # one by one, in the order of the trades
-        # A purchase that spends all of the cash can leave a rounding error below zero.
-        self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
+        if self.cash.min() < 0:
+            # A purchase that spends all of the cash can leave a rounding error below zero.
+            self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
         self._add_totals(member, value, cost)
 
     def sell(
@@ -136,12 +137,11 @@ class Account:
         position = amount[place]
         new_position = np.where(is_close(-shares, position), 0.0, position + shares)
         amount[place] = new_position
-        is_closed, is_opened = new_position == 0, position == 0
-        if is_opened.any():
-            self.price.reshape(-1)[place[is_opened]] = price[is_opened]
+        opened, closed = place[position == 0], place[new_position == 0]
+        if len(opened):
+            self.price.reshape(-1)[opened] = price[position == 0]
             self._places = None
-        if is_closed.any():
-            closed = place[is_closed]
+        if len(closed):
             self.price.reshape(-1)[closed] = np.nan
             self.count.reshape(-1)[closed] = 0
             self._places = None
@@ -224,4 +224,11 @@ class Fills:
     @classmethod
     def empty(cls, count: int) -> Self:
         """The fills of orders that were not executed."""
-        return cls(np.zeros(count), np.full(count, np.nan), np.zeros(count), np.zeros(count))
+        price = np.empty(count)
+        price.fill(np.nan)
+        return cls(np.zeros(count), price, np.zeros(count), np.zeros(count))
+
+    def write_to(self, fills: Fills, rows: Indices) -> None:
+        """Write these fills to rows of the fills of more orders."""
+        fills.amount[rows], fills.price[rows] = self.amount, self.price
+        fills.value[rows], fills.cost[rows] = self.value, self.cost

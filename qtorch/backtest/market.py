@@ -16,6 +16,7 @@ from qtorch.backtest.quotes import Bools, Floats, Indices, Quotes
 from qtorch.core.errors import check_name
 
 Side = Literal["buy", "sell"]
+_NO_INDICES: Indices = np.zeros(0, dtype=np.intp)
 _MIN_TRADE_VALUE = 1e-5  # in money; a trade of less value is not executed
 
 
@@ -69,7 +70,7 @@ class Market:
         """Round adjusted amounts down to whole trade units; `instrument` has one index each."""
         if self.quotes.factor is None:
             return amount
-        unit, factor = self.exchange.trade_unit, self.quotes.factor[self.row, instrument]
+        unit, factor = self.exchange.trade_unit, self.quotes.factor[self.row][instrument]
         # As in Qlib, 0.1 share is added so that floating-point error does not cost a whole lot.
         lots: Floats = (amount * factor + 0.1) // unit * unit / factor
         return lots
@@ -99,12 +100,10 @@ class Market:
                 trades = self._size_trades(
                     orders, rows, buying, account, traded_today, allow_short=allow_short
                 )
-                value, cost = self._book_trades(trades, account)
-                amount = value / trades.price
+                executed = self._book_trades(trades, account)
+                executed.write_to(fills, rows)
                 if self.quotes.buy_volume or self.quotes.sell_volume:
-                    traded_today[trades.member, trades.instrument] += amount
-                fills.amount[rows], fills.price[rows] = amount, trades.price
-                fills.value[rows], fills.cost[rows] = value, cost
+                    traded_today[trades.member, trades.instrument] += executed.amount
         return fills
 
     def preview_sales(
@@ -119,18 +118,22 @@ class Market:
 
         The proceeds of a sale pay for the costs of the next even if cash settles later.
         """
-        fills = Fills.empty(len(sales.amount))
         rows = self._tradable_orders(sales, False) if len(sales.amount) else ()
-        if len(rows):
-            trades = self._size_trades(
-                sales, rows, False, account, traded_today, allow_short=allow_short
-            )
-            value, cost = self._price_sales(trades, None)
-            if len(self._find_cash_limited_orders(trades, value, cost, account.cash)):
-                trial = replace(copy.deepcopy(account), settle_cash=False)
-                value, cost = self._book_trades(trades, trial)
-            fills.amount[rows], fills.price[rows] = value / trades.price, trades.price
-            fills.value[rows], fills.cost[rows] = value, cost
+        if not len(rows):
+            return Fills.empty(len(sales.amount))
+        trades = self._size_trades(
+            sales, rows, False, account, traded_today, allow_short=allow_short
+        )
+        value, cost = self._price_sales(trades, None)
+        if len(self._find_cash_limited_orders(trades, value, cost, account.cash)):
+            trial = replace(copy.deepcopy(account), settle_cash=False)
+            executed = self._book_trades(trades, trial)
+        else:
+            executed = Fills(value / trades.price, trades.price, value, cost)
+        if len(rows) == len(sales.amount):
+            return executed
+        fills = Fills.empty(len(sales.amount))
+        executed.write_to(fills, rows)
         return fills
 
     def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
@@ -153,7 +156,7 @@ class Market:
         """The trades of orders of one side: their amounts within the volume and the position."""
         member, instrument = orders.member[rows], orders.instrument[rows]
         prices = self.quotes.buy_price if buying else self.quotes.sell_price
-        price, amount = prices[self.row, instrument], orders.amount[rows]
+        price, amount = prices[self.row][instrument], orders.amount[rows]
         for limit in self.quotes.buy_volume if buying else self.quotes.sell_volume:
             max_amount = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
             if limit.cumulative and traded_today is not None:
@@ -165,8 +168,8 @@ class Market:
             amount = self._cap_to_position(amount, position, instrument, allow_short)
         return _Trades(member, instrument, amount, price, ratio, buying)
 
-    def _book_trades(self, trades: _Trades, account: Account) -> tuple[Floats, Floats]:
-        """Book the trades of one side and return their value and cost, zero if not executed.
+    def _book_trades(self, trades: _Trades, account: Account) -> Fills:
+        """Book the trades of one side and return their fills.
 
         They are executed all together unless a member's cash may run short.
         """
@@ -176,7 +179,7 @@ class Market:
         cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash)
         if not len(cash_limited):
             _book_executed(book, trades, value, cost)
-            return value, cost
+            return Fills(value / trades.price, trades.price, value, cost)
         member = trades.member
         round_number = np.zeros(len(member), dtype=np.intp)
         round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
@@ -186,7 +189,7 @@ class Market:
             selected_trades = trades.select(batch)
             value[batch], cost[batch] = price_trades(selected_trades, cash)
             _book_executed(book, selected_trades, value[batch], cost[batch])
-        return value, cost
+        return Fills(value / trades.price, trades.price, value, cost)
 
     def _find_cash_limited_orders(
         self, trades: _Trades, value: Floats, cost: Floats, cash: Floats
@@ -203,21 +206,22 @@ class Market:
             member_need = np.bincount(trades.member, need, minlength=len(cash))
         else:
             shortfall = np.maximum(self._cost(value, trades.ratio) - value, 0.0)
+            if not shortfall.any():
+                return _NO_INDICES
             member_need = np.bincount(trades.member, shortfall, minlength=len(cash))
             member_need[member_need == 0] = -np.inf
         is_limited = member_need > cash
-        if not is_limited.any():
-            return np.zeros(0, dtype=np.intp)
-        return np.flatnonzero(is_limited[trades.member])
+        return is_limited[trades.member].nonzero()[0] if is_limited.any() else _NO_INDICES
 
     def _cap_to_position(
         self, amount: Floats, position: Floats, instrument: Indices, allow_short: bool
     ) -> Floats:
-        capped_amount = amount if allow_short else np.minimum(amount, np.maximum(position, 0.0))
         # A sale of the whole position includes its odd lots, so it is not rounded.
-        return np.where(
-            is_close(amount, position), amount, self.round_lots(capped_amount, instrument)
-        )
+        is_whole = is_close(amount, position)
+        if is_whole.all():
+            return amount
+        capped_amount = amount if allow_short else np.minimum(amount, np.maximum(position, 0.0))
+        return np.where(is_whole, amount, self.round_lots(capped_amount, instrument))
 
     def _cost_ratio(
         self, value: Floats, price: Floats, instrument: Indices, buying: bool

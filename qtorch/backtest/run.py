@@ -14,7 +14,7 @@ import pandas as pd
 
 from qtorch.backtest.account import Account
 from qtorch.backtest.exchange import Exchange
-from qtorch.backtest.quotes import ZERO_PRICE, Floats, Quotes, fill_forward
+from qtorch.backtest.quotes import ZERO_PRICE, Bools, Floats, Quotes, fill_forward
 from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import DELISTINGS, Delisting, simulate
@@ -88,7 +88,14 @@ def backtest(
         universe &= quotes.instruments.isin(scores.instruments)
     accounts = _open_accounts(account, quotes, exchange, len(members), execution)
     dates = quotes.dates[quotes.first :]
-    bench = benchmark_returns(benchmark, exchange.source, dates, exchange.freq, as_qlib=as_qlib)
+    bench = benchmark_returns(
+        benchmark,
+        exchange.source,
+        dates,
+        exchange.freq,
+        as_qlib=as_qlib,
+        quotes=quotes if exchange.codes == "all" else None,
+    )
     built_strategy.start(exchange, quotes.instruments, dates, universe)
     ledger = simulate(
         exchange,
@@ -112,6 +119,7 @@ def benchmark_returns(
     freq: str,
     *,
     as_qlib: bool = False,
+    quotes: Quotes | None = None,
 ) -> pd.Series:
     """Return of the benchmark on each bar, as a fraction; all NaN without a benchmark.
 
@@ -119,7 +127,8 @@ def benchmark_returns(
     trade on the bar); or a series of returns by date. The return of an instrument is that since its
     last close, over any gap; a close of 0 is a gap. A bar without a return counts as 0, as in Qlib.
     Difference from Qlib: a series that covers none of the dates, and a name that is neither an
-    instrument nor a universe, are errors. `as_qlib` loses the move over a gap as Qlib does.
+    instrument nor a universe, are errors. `as_qlib` loses the move over a gap as Qlib does. With
+    the `quotes` of a backtest over `dates` listed instruments need not be read again.
     """
     if benchmark is None:
         return pd.Series(np.nan, index=dates, name="bench")
@@ -138,25 +147,34 @@ def benchmark_returns(
         frame = panel.to_frame()[_RETURN].astype(np.float64)
         returns = frame.groupby(level=0).mean().reindex(dates)
         return returns.fillna(0.0).rename("bench")
-    return pd.Series(_mean_moves(instruments, source, dates, freq), index=dates, name="bench")
-
-
-def _mean_moves(
-    instruments: str | list[str], source: Source, dates: pd.DatetimeIndex, freq: str
-) -> Floats:
-    """The mean return `[D]` of the instruments that trade on a bar, each since its last close."""
+    if isinstance(instruments, list) and quotes is not None:
+        columns = quotes.instruments.get_indexer(pd.Index(instruments))
+        if (columns >= 0).all():
+            close = np.vstack([quotes.earlier_close[columns], quotes.close[:, columns]])
+            means = _mean_moves(close)[quotes.first :]
+            return pd.Series(means, index=dates, name="bench")
     calendar = source.read_calendar(freq)
     row = int(calendar.searchsorted(dates[0]))
     begin = calendar[max(row - _BENCHMARK_BARS, 0)]
     panel = source.feature_panel(instruments, ["$close"], begin, dates[-1], freq)
     close = panel.column("$close").cpu().numpy().astype(np.float64)
     close[close <= ZERO_PRICE] = np.nan
-    before = fill_forward(close, np.full(close.shape[1], np.nan))[:-1]
-    moves = close[1:] / before - 1
-    moves[~panel.mask.cpu().numpy()[1:]] = np.nan
+    means = _mean_moves(close, panel.mask.cpu().numpy())
+    returns = pd.Series(means, panel.calendar[1:]).reindex(dates)
+    return returns.fillna(0.0).rename("bench")
+
+
+def _mean_moves(close: Floats, is_member: Bools | None = None) -> Floats:
+    """The mean move on each but the first bar of `close [D, N]` of those that trade on it.
+
+    A move is that since the last close. It is 0 on a bar on which no instrument trades.
+    """
+    moves = close[1:] / fill_forward(close, np.full(close.shape[1], np.nan))[:-1] - 1
+    if is_member is not None:
+        moves[~is_member[1:]] = np.nan
     count = (~np.isnan(moves)).sum(axis=1)
-    means = np.nansum(moves, axis=1) / np.maximum(count, 1)
-    return np.asarray(pd.Series(means, panel.calendar[1:]).reindex(dates).fillna(0.0))
+    means: Floats = np.nansum(moves, axis=1) / np.maximum(count, 1)
+    return means
 
 
 def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
