@@ -167,7 +167,9 @@ class Exchange(Configured):
             moves = [np.full_like(close, np.nan) if change is None else change] * 2
         else:
             earlier_close, end_row = self._bars_outside(close, panel.calendar, panel.instruments)
-            moves = [price_moves(price, close, change, earlier_close) for price in deal_prices]
+            moves = [price_moves(deal_prices[0], close, change, earlier_close)] * 2
+            if deal_prices[1] is not deal_prices[0]:
+                moves[1] = price_moves(deal_prices[1], close, change, earlier_close)
         limit_buy, limit_sell = self._limits(close, moves, read)
         factor = read("factor") if "factor" in expressions else None
         limits = {

@@ -32,6 +32,7 @@ class Market:
         self.exchange, self.quotes, self.row = exchange, quotes, row
         self.close: Floats = quotes.close[row]
         self.volume: Floats = quotes.volume[row]
+        self._preview: tuple[Orders, Indices, _Trades, Fills] | None = None
 
     @property
     def date(self) -> pd.Timestamp:
@@ -61,9 +62,7 @@ class Market:
 
         With None an instrument must not be at the limit of either side.
         """
-        # The limits of a suspended instrument are True.
-        buy, sell = self.quotes.limit_buy[self.row], self.quotes.limit_sell[self.row]
-        is_tradable: Bools = ~(buy | sell if side is None else buy if side == "buy" else sell)
+        is_tradable: Bools = self.quotes.is_tradable[side][self.row]
         return is_tradable
 
     def round_lots(self, amount: Floats, instrument: Indices) -> Floats:
@@ -138,9 +137,8 @@ class Market:
 
     def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
         """The rows of the orders of one side whose instruments can be traded."""
-        limits = self.quotes.limit_buy if buying else self.quotes.limit_sell
-        is_limited = limits[self.row][orders.instrument]
-        mask = orders.buying > is_limited if buying else ~(orders.buying | is_limited)
+        is_tradable = self.is_tradable("buy" if buying else "sell")[orders.instrument]
+        mask = is_tradable & orders.buying if buying else is_tradable > orders.buying
         return mask.nonzero()[0]
 
     def _size_trades(

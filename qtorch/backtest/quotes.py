@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,6 +65,12 @@ class Quotes:
     buy_volume: tuple[VolumeLimit, ...] = ()
     sell_volume: tuple[VolumeLimit, ...] = ()
     fields: Mapping[str, Floats] = field(default_factory=dict)
+
+    @cached_property
+    def is_tradable(self) -> Mapping[str | None, Bools]:
+        """`[D, N]` by side ("buy", "sell", None: both): neither suspended nor at the limit."""
+        buy, sell = ~self.limit_buy, ~self.limit_sell  # the limits of a suspended one are True
+        return {"buy": buy, "sell": sell, None: buy & sell}
 
     @property
     def is_suspended(self) -> Bools:
@@ -146,12 +153,19 @@ def price_moves(
     prices do not show; where it is NaN the closes themselves are compared. `earlier_close [N]` is
     the last close before the first row.
     """
+    if change is None:
+        by_change = np.full_like(close, np.nan)
+    elif price is close:
+        by_change = change
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by_change = np.where(price == close, change, price / close * (1 + change) - 1)
+    is_open = np.isnan(by_change) & ~np.isnan(close)
+    if not is_open.any():
+        return by_change
     before = np.vstack([earlier_close, fill_forward(close, earlier_close)[:-1]])
     with np.errstate(divide="ignore", invalid="ignore"):
-        moves: Floats = price / before - 1
-        if change is not None:
-            by_change = np.where(price == close, change, price / close * (1 + change) - 1)
-            moves = np.where(np.isnan(change), moves, by_change)
+        moves: Floats = np.where(is_open, price / before - 1, by_change)
     return moves
 
 

@@ -209,7 +209,8 @@ class TopkDropoutStrategy(Strategy):
         max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
         candidates = self._candidates(score, has_score, is_held, eligible, max_count, context.step)
         # Members without any score on this bar do not trade.
-        ranked = is_held & has_score.any(axis=1, keepdims=True)
+        is_active = has_score.any(axis=1, keepdims=True)
+        ranked = is_held if is_active.all() else is_held & is_active
         worst = self._worst(score, ranked, candidates, eligible, context.step)
         sales = self._sales(worst, context)
         fills = context.preview_sales(sales)
@@ -372,22 +373,20 @@ def _worst_places(score: Floats, allowed: Bools, count: int) -> _Places:
     place = allowed.ravel().nonzero()[0]
     if count == 0 or not len(place):
         return _NO_PLACES
-    place = place[::-1]  # of equal scores the last name is the worst
-    values = score.ravel()[place]
-    values[np.isnan(values)] = -np.inf
-    if num_members == 1:
-        place = place[values.argsort(kind="stable")[:count]]
+    values = -score.ravel()[place]
+    if num_members == 1:  # NaN comes last; of equal scores the last name is the worst
+        place = place[values.argsort(kind="stable")[: -count - 1 : -1]]
         return _Places.create(np.zeros(len(place), dtype=np.intp), place, num_instruments)
+    values[np.isnan(values)] = np.inf
     member = place // num_instruments
     counts = np.bincount(member, minlength=num_members)
     width = int(counts.max())
     if count < width:
-        table = np.full((num_members, width), np.inf)
-        # The members come in descending order.
-        table[member, np.arange(len(member)) - (len(member) - counts.cumsum())[member]] = values
-        is_low = values <= np.partition(table, count - 1, axis=1)[member, count - 1]
+        table = np.full((num_members, width), -np.inf)
+        table[member, _ranks_in_member(member)] = values
+        is_low = values >= np.partition(table, width - count, axis=1)[member, width - count]
         place, member, values = place[is_low], member[is_low], values[is_low]
-    order = np.lexsort((values, member))
+    order = np.lexsort((-place, -values, member))
     places = _Places.create(member[order], place[order], num_instruments)
     return places.select(places.rank < count)
 
