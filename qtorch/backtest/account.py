@@ -174,13 +174,14 @@ class Orders:
 
     `member [K]` and `instrument [K]` are indices, `amount [K]` adjusted shares (zero or more),
     `buying [K]` is True for purchases. A member may have at most one purchase and one sale per
-    instrument.
+    instrument. `head` are the first of these orders, to which `append` added purchases alone.
     """
 
     member: Indices
     instrument: Indices
     amount: Floats
     buying: Bools
+    head: Orders | None = None
 
     @classmethod
     def empty(cls) -> Self:
@@ -202,11 +203,13 @@ class Orders:
             np.concatenate((self.instrument, orders.instrument)),
             np.concatenate((self.amount, orders.amount)),
             np.concatenate((self.buying, orders.buying)),
+            self if orders.buying.all() else None,
         )
 
     def select(self, mask: Bools) -> Self:
         """The orders for which `mask [K]` is True."""
-        return type(self)(*(getattr(self, n)[mask] for n in self.__dataclass_fields__))
+        arrays = (self.member, self.instrument, self.amount, self.buying)
+        return type(self)(*(array[mask] for array in arrays))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ class Market:
         self.exchange, self.quotes, self.row = exchange, quotes, row
         self.close: Floats = quotes.close[row]
         self.volume: Floats = quotes.volume[row]
-        self._preview: tuple[Orders, Indices, _Trades, Fills] | None = None
+        self._preview: _Preview | None = None
 
     @property
     def date(self) -> pd.Timestamp:
@@ -94,6 +94,16 @@ class Market:
         if not len(orders.amount):
             return fills
         for buying in (True, False) if buy_first else (False, True):
+            preview = self._preview
+            if (
+                preview
+                and preview.sales is orders.head
+                and not (buying or buy_first or allow_short)
+            ):
+                trades, executed = preview.trades, preview.fills
+                _book_executed(account.sell, trades, executed.value, executed.cost)
+                executed.write_to(fills, preview.rows)
+                continue
             rows = self._tradable_orders(orders, buying)
             if len(rows):
                 trades = self._size_trades(
@@ -129,6 +139,8 @@ class Market:
             executed = self._book_trades(trades, trial)
         else:
             executed = Fills(value / trades.price, trades.price, value, cost)
+            if not (self.quotes.sell_volume or allow_short):
+                self._preview = _Preview(sales, rows, trades, executed)
         if len(rows) == len(sales.amount):
             return executed
         fills = Fills.empty(len(sales.amount))
@@ -298,6 +310,15 @@ class _Trades:
     def select(self, rows: Indices) -> _Trades:
         arrays = (self.member, self.instrument, self.amount, self.price, self.ratio)
         return _Trades(*(array[rows] for array in arrays), self.buying)
+
+
+class _Preview(NamedTuple):
+    """The fills of sales that depend neither on the cash nor on what else is traded."""
+
+    sales: Orders
+    rows: Indices
+    trades: _Trades
+    fills: Fills
 
 
 def _book_executed(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
