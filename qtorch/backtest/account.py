@@ -69,7 +69,7 @@ class Account:
             self._places = (self.amount.ravel() != 0).nonzero()[0]
         return self._places
 
-    def num_held(self) -> Indices:
+    def count_positions(self) -> Indices:
         """`[M]`: the number of positions."""
         num_members, num_instruments = self.amount.shape
         if num_members == 1:
@@ -110,7 +110,7 @@ class Account:
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
         self._add_totals(member, value, cost)
 
-    def pay_out(self, member: Indices, instrument: Indices, price: Floats) -> None:
+    def close_positions(self, member: Indices, instrument: Indices, price: Floats) -> None:
         """Close positions at a price, without cost or turnover."""
         value = self.amount[member, instrument] * price
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value)
@@ -231,7 +231,7 @@ class Fills:
         price.fill(np.nan)
         return cls(np.zeros(count), price, np.zeros(count), np.zeros(count))
 
-    def write_to(self, fills: Fills, rows: Indices) -> None:
+    def copy_rows(self, fills: Fills, rows: Indices) -> None:
         """Write these fills to rows of the fills of more orders."""
         fills.amount[rows], fills.price[rows] = self.amount, self.price
         fills.value[rows], fills.cost[rows] = self.value, self.cost

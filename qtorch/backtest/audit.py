@@ -79,11 +79,11 @@ class Auditor:
         return faults + self._compare_days("value of the positions", totals["value"], value)
 
     def _cash_faults(self) -> list[str]:
-        totals, orders, ended = self.ledger.totals, self.orders, self.ledger.ended
+        totals, orders, endings = self.ledger.totals, self.orders, self.ledger.endings
         flow = -self.sign * orders.column("value") - orders.column("cost")
         payments = self._sum_by_day(orders, flow)
-        if self.ledger.closes_ended:
-            payments += self._sum_by_day(ended, ended.column("value"))
+        if self.ledger.closes_endings:
+            payments += self._sum_by_day(endings, endings.column("value"))
         expected = self.ledger.opening_cash + payments.cumsum(axis=0) - totals["lending_fee"]
         return self._compare_days("cash", totals["cash"] + totals["unsettled"], expected)
 
@@ -114,17 +114,17 @@ class Auditor:
         The amounts of a day are compared as one weighted sum over the instruments, whose weights
         are random, so that no two errors cancel each other.
         """
-        rows, orders, ended = self.positions, self.orders, self.ledger.ended
+        rows, orders, endings = self.positions, self.orders, self.ledger.endings
         weights = 1 + np.random.default_rng(0).random(len(self.quotes.instruments))
         amount = rows.column("amount") * weights[rows.instrument]
         change = self.sign * orders.column("deal_amount") * weights[orders.instrument]
         position_sum = self._sum_by_day(rows, amount)
         change_sum = self._sum_by_day(orders, change)
         scale = self._sum_by_day(rows, np.abs(amount)) + self._sum_by_day(orders, np.abs(change))
-        if self.ledger.closes_ended:
-            closed = ended.column("amount") * weights[ended.instrument]
-            change_sum -= self._sum_by_day(ended, closed)
-            scale += self._sum_by_day(ended, np.abs(closed))
+        if self.ledger.closes_endings:
+            closed = endings.column("amount") * weights[endings.instrument]
+            change_sum -= self._sum_by_day(endings, closed)
+            scale += self._sum_by_day(endings, np.abs(closed))
         before = np.vstack([self.ledger.opening_amount @ weights, position_sum[:-1]])
         # A position is closed if an order leaves a rest within the tolerance of `is_close`.
         is_fault = ~(np.abs(position_sum - before - change_sum) <= 2e-5 * scale + 1e-6)
@@ -164,8 +164,8 @@ class Auditor:
             (np.maximum(amount, deal_amount), -1),
         ):
             share = self._volume_share(traded, rows) if exchange.impact_cost else 0.0
-            least = np.maximum(value * (rate + exchange.impact_cost * share**2), exchange.min_cost)
-            is_fault |= ~(side * (cost - least) >= -TOLERANCE * (least + 1))
+            limit = np.maximum(value * (rate + exchange.impact_cost * share**2), exchange.min_cost)
+            is_fault |= ~(side * (cost - limit) >= -TOLERANCE * (limit + 1))
         text = "{deal_amount:.10g} at {price:.10g}, value {value:.10g}, cost {cost:.10g}"
         return self._describe(orders, rows[is_fault], text)
 

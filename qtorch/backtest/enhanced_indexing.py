@@ -224,7 +224,7 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         position_value = context.account.amount * np.nan_to_num(context.account.price)
         # Like the target weights, these are fractions of the invested part of the account.
         # With a degree of 0 all is sold, and they do not matter.
-        risk_degree = self.risk_degree_at(context.step) or 1.0
+        risk_degree = self.read_risk_degree(context.step) or 1.0
         current_weights = position_value / context.account.value()[:, None] / risk_degree
         for member, score in enumerate(context.score):
             if np.isnan(score).all():

@@ -101,8 +101,8 @@ class Market:
                 and not (buying or buy_first or allow_short)
             ):
                 trades, executed = preview.trades, preview.fills
-                _book_executed(account.sell, trades, executed.value, executed.cost)
-                executed.write_to(fills, preview.rows)
+                _book_fills(account.sell, trades, executed.value, executed.cost)
+                executed.copy_rows(fills, preview.rows)
                 continue
             rows = self._tradable_orders(orders, buying)
             if len(rows):
@@ -110,7 +110,7 @@ class Market:
                     orders, rows, buying, account, traded_today, allow_short=allow_short
                 )
                 executed = self._book_trades(trades, account)
-                executed.write_to(fills, rows)
+                executed.copy_rows(fills, rows)
                 if self.quotes.buy_volume or self.quotes.sell_volume:
                     traded_today[trades.member, trades.instrument] += executed.amount
         return fills
@@ -144,7 +144,7 @@ class Market:
         if len(rows) == len(sales.amount):
             return executed
         fills = Fills.empty(len(sales.amount))
-        executed.write_to(fills, rows)
+        executed.copy_rows(fills, rows)
         return fills
 
     def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
@@ -188,7 +188,7 @@ class Market:
         value, cost = price_trades(trades, None)
         cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash)
         if not len(cash_limited):
-            _book_executed(book, trades, value, cost)
+            _book_fills(book, trades, value, cost)
             return Fills(value / trades.price, trades.price, value, cost)
         member = trades.member
         round_number = np.zeros(len(member), dtype=np.intp)
@@ -198,7 +198,7 @@ class Market:
             cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
             selected_trades = trades.select(batch)
             value[batch], cost[batch] = price_trades(selected_trades, cash)
-            _book_executed(book, selected_trades, value[batch], cost[batch])
+            _book_fills(book, selected_trades, value[batch], cost[batch])
         return Fills(value / trades.price, trades.price, value, cost)
 
     def _find_cash_limited_orders(
@@ -321,7 +321,7 @@ class _Preview(NamedTuple):
     fills: Fills
 
 
-def _book_executed(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
+def _book_fills(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
     """Book the trades that were executed: those with a value."""
     arrays = trades.member, trades.instrument, value, cost, trades.price
     is_executed = value > 0

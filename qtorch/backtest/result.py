@@ -133,7 +133,7 @@ class BacktestResult:
         return frame
 
     def _delistings(self, k: int) -> pd.DataFrame:
-        return self._frame(self._ledger.ended, k)
+        return self._frame(self._ledger.endings, k)
 
     def _frame(self, rows: Rows, k: int) -> pd.DataFrame:
         """A member's rows as a frame by (datetime, instrument)."""

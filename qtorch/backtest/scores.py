@@ -115,7 +115,7 @@ class Scores:
         self.has_scores = np.zeros(len(calendar), dtype=np.bool_)
         self.has_scores[self._bars] = True
 
-    def values_of(self, instruments: pd.Index) -> NDArray[Any]:
+    def align(self, instruments: pd.Index) -> NDArray[Any]:
         """The scores `[D, M, N]` of instruments, which include those of the scores.
 
         NaN means no score.

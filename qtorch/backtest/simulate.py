@@ -21,7 +21,7 @@ DELISTINGS = ("last_close", "zero", "keep")
 TOTALS = ("account", "cash", "unsettled", "value", "total_cost", "total_turnover", "lending_fee")
 POSITION = ("amount", "price", "count", "weight")
 ORDER = ("buying", "amount", "deal_amount", "price", "value", "cost")
-ENDED = ("amount", "price", "value")
+ENDING = ("amount", "price", "value")
 _YEAR = pd.Timedelta(days=365)
 
 log = logging.getLogger(__name__)
@@ -89,16 +89,16 @@ class Ledger:
     `totals` are arrays `[D, M]` at the end of each bar, by the names of TOTALS: the account, its
     parts in money, and the sums of costs, turnover and lending fees since the start. `opening`,
     `opening_cash [M]` and `opening_amount [M, N]` are those before the first bar. `positions` are
-    those at the end of the bars, `orders` come with their fills, and `ended` are the positions in
-    instruments whose bars end, with the price at which they were closed, if `closes_ended`.
+    those at the end of the bars, `orders` come with their fills, and `endings` are the positions in
+    instruments whose bars end, with the price at which they were closed, if `closes_endings`.
     """
 
-    def __init__(self, dates: pd.DatetimeIndex, account: Account, *, closes_ended: bool) -> None:
-        self.dates, self.closes_ended = dates, closes_ended
+    def __init__(self, dates: pd.DatetimeIndex, account: Account, *, closes_endings: bool) -> None:
+        self.dates, self.closes_endings = dates, closes_endings
         self.opening, self.opening_cash = account.value(), account.cash.copy()
         self.opening_amount = account.amount.copy()
         self.totals = {name: np.empty((len(dates), len(account.cash))) for name in TOTALS}
-        self.positions, self.orders, self.ended = Rows(POSITION), Rows(ORDER), Rows(ENDED)
+        self.positions, self.orders, self.endings = Rows(POSITION), Rows(ORDER), Rows(ENDING)
 
     def record_bar(self, bar: int, account: Account, orders: Orders, fills: Fills) -> None:
         """Add the state at the end of a bar."""
@@ -166,8 +166,8 @@ def simulate(
     """
     refuse_old_strategy_names(strategy)
     first = quotes.first
-    ledger = Ledger(quotes.dates[first:], account, closes_ended=delisting != "keep")
-    score_values = None if scores is None else scores.values_of(quotes.instruments)
+    ledger = Ledger(quotes.dates[first:], account, closes_endings=delisting != "keep")
+    score_values = None if scores is None else scores.align(quotes.instruments)
     traded_today = np.zeros_like(account.amount)
     days = quotes.dates.normalize()
     is_new_day = np.r_[True, np.asarray(days[1:] != days[:-1])]
@@ -182,8 +182,8 @@ def simulate(
         if exchange.lending_fee:
             account.charge_lending_fee(exchange.lending_fee * years[row])
         if row in rows_with_ends:
-            ended = np.flatnonzero(end_rows == row)
-            _close_ended_positions(ledger, row - first, account, ended, delisting)
+            columns = np.flatnonzero(end_rows == row)
+            _close_ended_positions(ledger, row - first, account, columns, delisting)
         score = None
         if score_values is not None and row > 0 and scores.has_scores[row - 1]:
             score = np.asarray(score_values[row - 1], dtype=np.float64)
@@ -210,25 +210,25 @@ def simulate(
 
 
 def _close_ended_positions(
-    ledger: Ledger, bar: int, account: Account, ended: Indices, delisting: Delisting
+    ledger: Ledger, bar: int, account: Account, columns: Indices, delisting: Delisting
 ) -> None:
-    """Close the positions in the instruments `ended`, which have no more bars, and record them."""
-    member, column = np.nonzero(account.amount[:, ended])
+    """Close and record the positions in the instruments `columns`, which have no more bars."""
+    member, column = np.nonzero(account.amount[:, columns])
     if not len(member):
         return
-    instrument = ended[column]
+    instrument = columns[column]
     amount, price = account.amount[member, instrument], account.price[member, instrument]
     if delisting == "zero":
         price = np.zeros_like(price)
-    ledger.ended.append(bar, member, instrument, amount, price, amount * price)
+    ledger.endings.append(bar, member, instrument, amount, price, amount * price)
     if delisting != "keep":
-        account.pay_out(member, instrument, price)
+        account.close_positions(member, instrument, price)
 
 
 def _report_ended_positions(ledger: Ledger, quotes: Quotes, delisting: Delisting) -> None:
-    if not len(ledger.ended):
+    if not len(ledger.endings):
         return
-    ends = dict(zip(ledger.ended.instrument.tolist(), ledger.ended.bar.tolist(), strict=True))
+    ends = dict(zip(ledger.endings.instrument.tolist(), ledger.endings.bar.tolist(), strict=True))
     texts = [f"{quotes.instruments[k]} on {ledger.dates[bar]:%Y-%m-%d}" for k, bar in ends.items()]
     action = {
         "last_close": "were closed at their last close on the day after",
@@ -237,7 +237,7 @@ def _report_ended_positions(ledger: Ledger, quotes: Quotes, delisting: Delisting
     }[delisting]
     log.warning(
         "%d positions in instruments whose bars end %s: %s%s (delisting=%s).",
-        len(ledger.ended),
+        len(ledger.endings),
         action,
         ", ".join(texts[:10]),
         ", ..." if len(texts) > 10 else "",

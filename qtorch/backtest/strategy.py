@@ -96,7 +96,7 @@ class Strategy(Configured, ABC):
         """The fraction of the account to invest at a bar, which `trade_step` counts from 0."""
         return self.risk_degree
 
-    def risk_degree_at(self, step: int) -> float:
+    def read_risk_degree(self, step: int) -> float:
         """`get_risk_degree` of a bar; raises ConfigError unless it is a fraction from 0 to 1."""
         degree = self.get_risk_degree(step)
         if not isinstance(degree, numbers.Real) or not 0 <= degree <= 1:
@@ -205,7 +205,7 @@ class TopkDropoutStrategy(Strategy):
         num_members = len(score)
         has_score, is_held = ~np.isnan(score), account.is_held
         eligible = context.market.is_tradable() if self.only_tradable else None
-        num_held = account.num_held()
+        num_held = account.count_positions()
         max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
         candidates = self._candidates(score, has_score, is_held, eligible, max_count, context.step)
         # Members without any score on this bar do not trade.
@@ -220,7 +220,7 @@ class TopkDropoutStrategy(Strategy):
         else:
             is_closed = is_close(fills.amount, sales.amount) & (fills.amount > 0)
             num_sold = np.bincount(sales.member, is_closed, minlength=num_members)
-            risk_degree = self.risk_degree_at(context.step)
+            risk_degree = self.read_risk_degree(context.step)
         proceeds = np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
         num_free = (self.topk - num_held + num_sold)[candidates.member]
         purchases = candidates.select(candidates.rank < num_free)
@@ -425,7 +425,7 @@ class WeightStrategyBase(Strategy):
         account, market = context.account, context.market
         weights = self.target_weights(context)
         has_target = ~np.isnan(weights).all(axis=1, keepdims=True)
-        risk_degree = self.risk_degree_at(context.step)
+        risk_degree = self.read_risk_degree(context.step)
         value = np.maximum(account.value(), 0.0)[:, None] * risk_degree
         was_tradable = np.zeros_like(market.is_suspended)
         previous_close = np.full_like(market.close, np.nan)

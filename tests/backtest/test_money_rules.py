@@ -26,7 +26,7 @@ def topk(scores, **kwargs):
     return TopkDropoutStrategy(signal=scores, **{"topk": 1, "n_drop": 1, **kwargs})
 
 
-def held_names(result):
+def position_names(result):
     """The instruments held on each day, as one text per day."""
     frame = result.positions.reset_index()
     return frame.groupby("datetime")["instrument"].apply("".join).tolist()
@@ -49,16 +49,16 @@ def test_a_sale_that_is_not_made_frees_no_slot(days, source, kwargs):
     scores = score_table({"A": [2, 1, 1], "B": [1, 2, 2]}, days)
     # A is bought on the second day. On the third it should be replaced by B but cannot be sold.
     right = run(topk(scores, **kwargs), market, end=days[2], **source)
-    assert held_names(right) == ["A", "A"]
+    assert position_names(right) == ["A", "A"]
     qlib = run(topk(scores, **kwargs), market, end=days[2], as_qlib=True, **source)
-    assert held_names(qlib) == ["A", "AB"]
+    assert position_names(qlib) == ["A", "AB"]
 
 
 def test_a_suspended_holding_keeps_its_slot(days):
     market = bars({"A": [10, 10, NAN, 10, 10], "B": [10] * 5})
     scores = score_table({"A": [2, 1, 1, 1], "B": [1, 2, 2, 2]}, days)
-    assert held_names(run(topk(scores), market)) == ["A", "A", "B", "B"]
-    assert held_names(run(topk(scores), market, as_qlib=True)) == ["A", "AB", "B", "B"]
+    assert position_names(run(topk(scores), market)) == ["A", "A", "B", "B"]
+    assert position_names(run(topk(scores), market, as_qlib=True)) == ["A", "AB", "B", "B"]
 
 
 @pytest.mark.parametrize("method", [{}, {"method_sell": "random", "method_buy": "random"}])
@@ -140,7 +140,7 @@ def test_buying_and_selling_prices_have_their_own_limit(days):
     scores = score_table({"A": [2, 1, 1], "B": [1, 2, 2]}, days)
     exchange = {"limit_threshold": 0.15, "deal_price": ("close", "low")}
     # A falls to 8 on the third day: it is not sold at the low of that day, nor of the next.
-    assert held_names(run(topk(scores), source, exchange=exchange)) == ["A", "A", "A"]
+    assert position_names(run(topk(scores), source, exchange=exchange)) == ["A", "A", "A"]
 
 
 @pytest.mark.parametrize("field", ["change", "other"])
@@ -178,20 +178,20 @@ def test_the_default_limit_is_that_of_the_region(days):
 
 
 @pytest.mark.parametrize(
-    ("delisting", "account", "held"),
+    ("delisting", "account", "names"),
     [
         ("last_close", [1_000, 1_200, 1_200, 1_200, 1_200], ["A", "A", "B", "B", "B"]),
         ("zero", [1_000, 1_200, 0, 0, 0], ["A", "A"]),
         ("keep", [1_000, 1_200, 1_200, 1_200, 1_200], ["A"] * 5),
     ],
 )
-def test_a_position_whose_bars_end(days, caplog, delisting, account, held):
+def test_a_position_whose_bars_end(days, caplog, delisting, account, names):
     source = bars({"A": [10, 10, 12, NAN, NAN, NAN], "B": [5] * 6})
     scores = score_table({"A": [2, 2, NAN, NAN, NAN], "B": [1] * 5}, days)
     with caplog.at_level("WARNING"):
         result = run(topk(scores, n_drop=0, risk_degree=1.0), source, delisting=delisting)
     assert result.report["account"].tolist() == pytest.approx(account)
-    assert held_names(result) == held
+    assert position_names(result) == names
     assert f"A on {days[3]:%Y-%m-%d}" in caplog.text
     assert f"delisting={delisting}" in caplog.text
     price = {"zero": 0}.get(delisting, 12)
@@ -211,7 +211,7 @@ def test_qlib_keeps_a_position_whose_bars_end(days):
     source = bars({"A": [10, 10, 12, NAN, NAN], "B": [5] * 5})
     scores = score_table({"A": [2, 2, NAN, NAN], "B": [1] * 4}, days)
     result = run(topk(scores, n_drop=0), source, as_qlib=True)
-    assert held_names(result) == ["A"] * 4
+    assert position_names(result) == ["A"] * 4
     assert result.delistings.empty
 
 
@@ -223,7 +223,7 @@ def test_a_short_position_whose_bars_end_is_bought_back(days):
     # 500 short in B at 10, which falls to 5: a gain of 250 that stays.
     assert result.report["account"].tolist() == [1_000, 1_250, 1_250, 1_250, 1_250]
     assert result.report["cash"].tolist() == [1_000, 1_000, 750, 750, 750]
-    assert held_names(result)[2:] == ["A", "A", "A"]
+    assert position_names(result)[2:] == ["A", "A", "A"]
     result.check()
 
 
@@ -233,7 +233,7 @@ def test_a_suspension_is_no_end(days):
     # The backtest ends within the suspension; the bars go on after it.
     result = run(topk(scores), bars(prices), end=days[5])
     assert result.delistings.empty
-    assert held_names(result)[-1] == "A"
+    assert position_names(result)[-1] == "A"
 
 
 def test_an_initial_position_whose_bars_ended_before_is_closed_at_once(days):
@@ -243,7 +243,7 @@ def test_an_initial_position_whose_bars_ended_before_is_closed_at_once(days):
     strategy = topk(scores, n_drop=0, risk_degree=1.0)
     result = run(strategy, source, account=account, start=days[2])
     assert result.report["account"].tolist() == [500, 500]
-    assert held_names(result) == ["B", "B"]
+    assert position_names(result) == ["B", "B"]
     result.check()
 
 

@@ -212,8 +212,8 @@ def test_positions_whose_bars_end_are_stored_and_counted(recorder, days_of_two):
     record = PortAnaRecord(recorder, settings, dataset=Dataset(days_of_two.source))
     objects = record.generate()
     assert recorder.list_metrics()["1day.ended_positions"] == 1
-    ended = recorder.load_object("portfolio_analysis/delistings_normal_1day.pkl")
-    assert ended.index.get_level_values("instrument").tolist() == ["A"]
+    frame = recorder.load_object("portfolio_analysis/delistings_normal_1day.pkl")
+    assert frame.index.get_level_values("instrument").tolist() == ["A"]
     assert objects["report_normal_1day.pkl"]["value"].iloc[-1] > 0  # in B
 
 
