@@ -8,8 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from qtorch.backtest.exchange import Bools, Floats, Indices
+from qtorch.backtest.quotes import Bools, Floats, Indices
 
+_NO_INDICES: Indices = np.zeros(0, dtype=np.intp)
 # Qlib treats a sale as a sale of the whole position within these tolerances (numpy's isclose).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-5, 1e-8
 
@@ -26,7 +27,8 @@ class Account:
     `cash [M]` can be spent now; `unsettled_cash [M]` becomes cash at the end of the bar (used only
     with `settle_cash`). `amount [M, N]` are adjusted shares, negative for short positions; `price
     [M, N]` is the last close, NaN without a position; `count [M, N]` is the number of bars that
-    the position has been held. `cost` and `turnover [M]` are the totals since the start.
+    the position has been held. `cost`, `turnover` and `lending_fee [M]` are the totals since the
+    start; `cost` includes the lending fee.
     """
 
     cash: Floats
@@ -37,6 +39,8 @@ class Account:
     unsettled_cash: Floats
     cost: Floats
     turnover: Floats
+    lending_fee: Floats
+    _places: Indices | None = None  # those of `places()`, until a position is opened or closed
 
     @classmethod
     def create(
@@ -50,7 +54,7 @@ class Account:
             np.broadcast_to(price, shape).copy(),
             np.zeros(shape, dtype=np.int32),
             settle_cash,
-            *(np.zeros(num_members) for _ in range(3)),
+            *(np.zeros(num_members) for _ in range(4)),
         )
 
     @property
@@ -59,10 +63,29 @@ class Account:
         is_held: Bools = self.amount != 0
         return is_held
 
+    def places(self) -> Indices:
+        """The places of all positions in the flattened `[M, N]` arrays, in ascending order."""
+        if self._places is None:
+            self._places = (self.amount.ravel() != 0).nonzero()[0]
+        return self._places
+
+    def count_positions(self) -> Indices:
+        """`[M]`: the number of positions."""
+        num_members, num_instruments = self.amount.shape
+        if num_members == 1:
+            return np.array([len(self.places())])
+        return np.bincount(self.places() // num_instruments, minlength=num_members)
+
     def holdings(self) -> Floats:
         """`[M]`: the value of the positions at their last close."""
-        values: Floats = np.where(self.amount != 0, self.amount * self.price, 0.0).sum(axis=1)
-        return values
+        places = self.places()
+        value = self.amount.ravel()[places] * self.price.ravel()[places]
+        return self.sum_by_member(places, value)
+
+    def sum_by_member(self, places: Indices, values: Floats) -> Floats:
+        """Sum the values of positions to `[M]`, in the order of the places."""
+        num_members, num_instruments = self.amount.shape
+        return np.bincount(places // num_instruments, values, minlength=num_members)
 
     def value(self) -> Floats:
         """`[M]`: cash (including unsettled cash) plus the value of the positions."""
@@ -74,8 +97,9 @@ class Account:
         """Book executed purchases; each (member, instrument) pair occurs at most once."""
         self._change_positions(member, instrument, value / price, price)
         np.subtract.at(self.cash, member, value + cost)  # one by one, in the order of the trades
-        # A purchase that spends all of the cash can leave a rounding error below zero.
-        self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
+        if self.cash.min() < 0:
+            # A purchase that spends all of the cash can leave a rounding error below zero.
+            self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
         self._add_totals(member, value, cost)
 
     def sell(
@@ -86,17 +110,41 @@ class Account:
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
         self._add_totals(member, value, cost)
 
+    def close_positions(self, member: Indices, instrument: Indices, price: Floats) -> None:
+        """Close positions at a price, without cost or turnover."""
+        value = self.amount[member, instrument] * price
+        np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value)
+        self.amount[member, instrument] = 0.0
+        self.price[member, instrument] = np.nan
+        self.count[member, instrument] = 0
+        self._places = None
+
+    def charge_lending_fee(self, rate: float) -> None:
+        """Charge a fraction of the value of the short positions at their last close."""
+        places = self.places()
+        value = self.amount.ravel()[places] * self.price.ravel()[places]
+        fee = self.sum_by_member(places, np.maximum(-value, 0.0)) * rate
+        self.cash -= fee
+        self.cost += fee
+        self.lending_fee += fee
+
     def _change_positions(
         self, member: Indices, instrument: Indices, shares: Floats, price: Floats
     ) -> None:
         """Add shares to positions; a position that is nearly zero afterwards is closed."""
-        position = self.amount[member, instrument]
+        place = member * self.amount.shape[1] + instrument
+        amount = self.amount.reshape(-1)
+        position = amount[place]
         new_position = np.where(is_close(-shares, position), 0.0, position + shares)
-        self.amount[member, instrument] = new_position
-        is_closed, is_opened = new_position == 0, position == 0
-        self.price[member[is_opened], instrument[is_opened]] = price[is_opened]
-        self.price[member[is_closed], instrument[is_closed]] = np.nan
-        self.count[member[is_closed], instrument[is_closed]] = 0
+        amount[place] = new_position
+        opened, closed = place[position == 0], place[new_position == 0]
+        if len(opened):
+            self.price.reshape(-1)[opened] = price[position == 0]
+            self._places = None
+        if len(closed):
+            self.price.reshape(-1)[closed] = np.nan
+            self.count.reshape(-1)[closed] = 0
+            self._places = None
 
     def _add_totals(self, member: Indices, value: Floats, cost: Floats) -> None:
         np.add.at(self.turnover, member, value)
@@ -104,14 +152,20 @@ class Account:
 
     def close_bar(self, close: Floats) -> None:
         """Mark positions to the bar's closes (`[N]`, NaN if suspended) and count one more bar."""
-        is_held = self.is_held
-        np.copyto(self.price, close, where=is_held & ~np.isnan(close))
-        self.count += is_held
+        places = self.places()
+        marks = close[places % self.amount.shape[1]]
+        has_close = ~np.isnan(marks)
+        if has_close.all():
+            self.price.reshape(-1)[places] = marks
+        else:
+            self.price.reshape(-1)[places[has_close]] = marks[has_close]
+        self.count.reshape(-1)[places] += 1
 
     def settle(self) -> None:
         """Make unsettled cash available."""
-        self.cash += self.unsettled_cash
-        self.unsettled_cash[:] = 0.0
+        if self.settle_cash:
+            self.cash += self.unsettled_cash
+            self.unsettled_cash[:] = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,19 +174,19 @@ class Orders:
 
     `member [K]` and `instrument [K]` are indices, `amount [K]` adjusted shares (zero or more),
     `buying [K]` is True for purchases. A member may have at most one purchase and one sale per
-    instrument.
+    instrument. `head` are the first of these orders, to which `append` added purchases alone.
     """
 
     member: Indices
     instrument: Indices
     amount: Floats
     buying: Bools
+    head: Orders | None = None
 
     @classmethod
     def empty(cls) -> Self:
         """An empty set of orders."""
-        empty = np.zeros(0, dtype=np.intp)
-        return cls(empty, empty, np.zeros(0), np.zeros(0, dtype=np.bool_))
+        return cls(_NO_INDICES, _NO_INDICES, np.zeros(0), np.zeros(0, dtype=np.bool_))
 
     @classmethod
     def from_mask(cls, mask: Bools, amount: Floats, *, buying: bool) -> Self:
@@ -142,12 +196,20 @@ class Orders:
 
     def append(self, orders: Orders) -> Self:
         """These orders followed by the other orders."""
-        pairs = ((getattr(self, n), getattr(orders, n)) for n in self.__dataclass_fields__)
-        return type(self)(*(np.concatenate(pair) for pair in pairs))
+        if not len(orders.member):
+            return self
+        return type(self)(
+            np.concatenate((self.member, orders.member)),
+            np.concatenate((self.instrument, orders.instrument)),
+            np.concatenate((self.amount, orders.amount)),
+            np.concatenate((self.buying, orders.buying)),
+            self if orders.buying.all() else None,
+        )
 
     def select(self, mask: Bools) -> Self:
         """The orders for which `mask [K]` is True."""
-        return type(self)(*(getattr(self, n)[mask] for n in self.__dataclass_fields__))
+        arrays = (self.member, self.instrument, self.amount, self.buying)
+        return type(self)(*(array[mask] for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -161,3 +223,15 @@ class Fills:
     price: Floats
     value: Floats
     cost: Floats
+
+    @classmethod
+    def empty(cls, count: int) -> Self:
+        """The fills of orders that were not executed."""
+        price = np.empty(count)
+        price.fill(np.nan)
+        return cls(np.zeros(count), price, np.zeros(count), np.zeros(count))
+
+    def copy_rows(self, fills: Fills, rows: Indices) -> None:
+        """Write these fills to rows of the fills of more orders."""
+        fills.amount[rows], fills.price[rows] = self.amount, self.price
+        fills.value[rows], fills.cost[rows] = self.value, self.cost

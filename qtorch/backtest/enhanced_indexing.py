@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.exchange import Bools, Exchange, Floats
+from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.quotes import Bools, Floats
 from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
 from qtorch.core.dates import parse_dates
@@ -223,7 +224,9 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         hold = ~(np.nan_to_num(_take_or_nan(context.previous.volume, column)) > 0)
         position_value = context.account.amount * np.nan_to_num(context.account.price)
         # Like the target weights, these are fractions of the invested part of the account.
-        current_weights = position_value / context.account.value()[:, None] / self.risk_degree
+        # With a degree of 0 all is sold, and they do not matter.
+        risk_degree = self.read_risk_degree(context.step) or 1.0
+        current_weights = position_value / context.account.value()[:, None] / risk_degree
         for member, score in enumerate(context.score):
             if np.isnan(score).all():
                 continue

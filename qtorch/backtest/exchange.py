@@ -5,14 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from qtorch.backtest.quotes import (
+    ZERO_PRICE,
+    Bools,
+    Floats,
+    Indices,
+    Quotes,
+    VolumeLimit,
+    add_extra_quotes,
+    drop_zero_closes,
+    price_moves,
+    rows_after_last,
+)
 from qtorch.core.configured import Configured
 from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, check_name
@@ -21,9 +31,6 @@ from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Instruments, Source, frequency
 from qtorch.data.source.frame import build_source, default_source
 
-Floats: TypeAlias = NDArray[np.float64]
-Bools: TypeAlias = NDArray[np.bool_]
-Indices: TypeAlias = NDArray[np.intp]
 Region: TypeAlias = Literal["region"]
 Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | None
 
@@ -33,78 +40,6 @@ CUMULATIVE, CURRENT = "cum", "current"
 # Trade unit and price limit by region, as in Qlib (qlib/config.py).
 TRADE_UNITS = {"us": 1, "cn": 100}
 LIMITS = {"us": None, "cn": 0.095}
-ZERO_PRICE = 1e-8
-_CHANGE = "$close/Ref($close, 1)-1"
-
-
-@dataclass(frozen=True)
-class VolumeLimit:
-    """The maximum amount that can be traded: `amount [D, N]`; NaN means nothing can be traded.
-
-    `cumulative`: amounts traded earlier on the same day count towards the limit.
-    """
-
-    amount: Floats
-    cumulative: bool
-
-
-@dataclass(frozen=True)
-class Quotes:
-    """Bars of all instruments on the dates of a backtest, plus the bar before them if there is one.
-
-    `first` is the row of the first trading bar: 1, or 0 if there is no earlier bar. All arrays are
-    `[D, N]`, float64 or bool. `close` is NaN when an instrument does not trade. `buy_price` and
-    `sell_price` fall back to the close. `limit_buy` and `limit_sell` are True when an instrument
-    cannot be bought or sold. `factor` is None when amounts are not rounded to trade units.
-    `fields` are the exchange's `subscribe_fields`.
-    """
-
-    dates: pd.DatetimeIndex
-    first: int
-    instruments: pd.Index
-    close: Floats
-    buy_price: Floats
-    sell_price: Floats
-    volume: Floats
-    factor: Floats | None
-    limit_buy: Bools
-    limit_sell: Bools
-    buy_volume: tuple[VolumeLimit, ...] = ()
-    sell_volume: tuple[VolumeLimit, ...] = ()
-    fields: Mapping[str, Floats] = field(default_factory=dict)
-
-    @property
-    def is_suspended(self) -> Bools:
-        """`[D, N]`: whether an instrument has no close, so that it cannot be traded."""
-        return np.isnan(self.close)
-
-    def add_instruments(self, instruments: pd.Index) -> Quotes:
-        """Add instruments without any bars (always suspended); the result is in sorted order."""
-        names = self.instruments.union(instruments)
-        column = self.instruments.get_indexer(names)
-        exists = column >= 0
-
-        def widen(array: Any, fill: float = np.nan) -> Any:
-            return np.where(exists, array[:, column], fill)
-
-        def widen_limits(limits: tuple[VolumeLimit, ...]) -> tuple[VolumeLimit, ...]:
-            return tuple(VolumeLimit(widen(limit.amount), limit.cumulative) for limit in limits)
-
-        return Quotes(
-            self.dates,
-            self.first,
-            names,
-            close=widen(self.close),
-            buy_price=widen(self.buy_price),
-            sell_price=widen(self.sell_price),
-            volume=widen(self.volume),
-            factor=None if self.factor is None else widen(self.factor),
-            limit_buy=widen(self.limit_buy, True),
-            limit_sell=widen(self.limit_sell, True),
-            buy_volume=widen_limits(self.buy_volume),
-            sell_volume=widen_limits(self.sell_volume),
-            fields={name: widen(values) for name, values in self.fields.items()},
-        )
 
 
 @trust_subclasses
@@ -113,24 +48,30 @@ class Exchange(Configured):
 
     `deal_price`: a field or an expression ("close", "$open", "Ref($open, -1)"), or a pair of them,
     for buying and for selling; a missing price is replaced by the close. `limit_threshold`: a
-    fraction (no buying if the day's `change` is at or above it, no selling if `change` is at or
-    below its negative), or two expressions that are non-zero when buying, and when selling, is not
+    fraction (no buying if the deal price is that much above the close before, no selling if it is
+    that much below), or two expressions that are non-zero when buying, and when selling, is not
     possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
     with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
     the region's (us 1, cn 100). Costs are fractions of a trade's value; `min_cost` is an amount of
     money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
-    traded value and added to the cost rate. `volume_threshold`: `("current" | "cum", expression)`,
-    or a mapping of "all", "buy", "sell" to such pairs: the maximum amount per bar, in adjusted
-    shares; with "cum" the amount already traded that day is subtracted. `extra_quote`: a frame by
+    traded value and added to the cost rate; `lending_fee` is the yearly fee for borrowing, as a
+    fraction of the value of the short positions, charged for each calendar day between two bars (a
+    365th part of it). `volume_threshold`: `("current" | "cum", expression)`, or a mapping of "all",
+    "buy", "sell" to such pairs: the maximum amount per bar, in adjusted shares; with "cum" the
+    amount already traded that day is subtracted. `extra_quote`: a frame by
     (instrument, datetime) with quotes of additional instruments: the column $close and optionally
     other prices, $volume, $factor, limit_buy, limit_sell. `subscribe_fields`: fields or expressions
     that a strategy reads with `Market.field`. `codes`: the universe or list of instruments that
     trade; all others count as suspended. `start_time`, `end_time`: inclusive bounds of the bars
     that may be traded; a backtest beyond them raises ConfigError (in Qlib it finds no quotes).
 
-    An instrument without a close is suspended. Differences from Qlib: `change` is computed if the
-    source has no such field (Qlib then applies no limit at all); the deal price may be any
-    expression; `limit_threshold` can be disabled in every region; negative costs are rejected.
+    An instrument without a close is suspended; a close of 0 or below is a missing bar. The close
+    before is that of the last bar, over any gap: the field `change` (close / close before - 1)
+    tells it, else the closes do. Differences from Qlib: a limit is judged by the deal price (Qlib
+    judges an order at the open by a close that is not known yet) and also without a field `change`
+    (Qlib then applies no limit); a close of 0 is no bar (a backtest with `as_qlib=True` keeps
+    Qlib's rules in these three); the deal price may be any expression; `limit_threshold` can be
+    disabled in every region; negative costs are rejected.
     """
 
     def __init__(
@@ -150,6 +91,7 @@ class Exchange(Configured):
         extra_quote: pd.DataFrame | None = None,
         trade_unit: float | Region | None = "region",
         source: Any = None,
+        lending_fee: float = 0.0,
     ) -> None:
         self.freq = frequency(freq)
         self.start_time = None if start_time is None else as_stamp(start_time)
@@ -159,14 +101,15 @@ class Exchange(Configured):
         self.subscribe_fields = tuple(subscribe_fields)
         self.limit_threshold = _parse_limit(limit_threshold)
         self.volume_threshold = _parse_volume_threshold(volume_threshold)
-        for name in ("open_cost", "close_cost", "min_cost", "impact_cost"):
+        for name in ("open_cost", "close_cost", "min_cost", "impact_cost", "lending_fee"):
             _validate_cost(name, locals()[name])
         self.open_cost, self.close_cost = float(open_cost), float(close_cost)
         self.min_cost, self.impact_cost = float(min_cost), float(impact_cost)
+        self.lending_fee = float(lending_fee)
         self.extra_quote = extra_quote
         self.trade_unit = _parse_trade_unit(trade_unit)
         self._source = source
-        self._quotes: dict[tuple[Any, Any], Quotes] = {}
+        self._quotes: dict[tuple[Any, Any, bool], Quotes] = {}
 
     @property
     def source(self) -> Source:
@@ -180,22 +123,26 @@ class Exchange(Configured):
         """All bars of the source in ascending order."""
         return self.source.read_calendar(self.freq)
 
-    def quotes(self, start: pd.Timestamp, end: pd.Timestamp) -> Quotes:
-        """Quotes between two bars (inclusive) and of the bar before them; cached."""
+    def quotes(self, start: pd.Timestamp, end: pd.Timestamp, *, as_qlib: bool = False) -> Quotes:
+        """Quotes between two bars (inclusive) and of the bar before them; cached.
+
+        `as_qlib` keeps closes of 0 and judges limits by the field `change` alone.
+        """
         if (self.start_time or start) > start or (self.end_time or end) < end:
             raise ConfigError(
                 f"the backtest goes from {start} to {end}, but the exchange's start_time and "
                 f"end_time allow {self.start_time} to {self.end_time}."
             )
-        if (start, end) not in self._quotes:
-            self._quotes[start, end] = self._read(start, end)
-        return self._quotes[start, end]
+        key = start, end, as_qlib
+        if key not in self._quotes:
+            self._quotes[key] = self._read(start, end, as_qlib)
+        return self._quotes[key]
 
-    def _read(self, start: pd.Timestamp, end: pd.Timestamp) -> Quotes:
+    def _read(self, start: pd.Timestamp, end: pd.Timestamp, as_qlib: bool) -> Quotes:
         calendar = self.calendar()
         row = int(calendar.searchsorted(start))
         first_bar = calendar[max(0, row - 1)]
-        expressions = self._quote_expressions()
+        expressions = self._quote_expressions(as_qlib)
         panel = self.source.feature_panel(
             self.codes, list(dict.fromkeys(expressions.values())), first_bar, end, self.freq
         )
@@ -206,8 +153,24 @@ class Exchange(Configured):
             values[not_member] = np.nan
             return values
 
-        close = read("close")
-        limit_buy, limit_sell = self._limits(close, read)
+        close = read("close") if as_qlib else drop_zero_closes(read("close"), panel.instruments)
+        deal_prices = [
+            close if expressions[side] == "$close" else self._deal_price(read(side), close, side)
+            for side in ("buy", "sell")
+        ]
+        change = read("change") if "change" in expressions else None
+        if as_qlib:
+            earlier_close, end_row = (
+                np.full(close.shape[1], np.nan),
+                np.full(close.shape[1], len(close)),
+            )
+            moves = [np.full_like(close, np.nan) if change is None else change] * 2
+        else:
+            earlier_close, end_row = self._bars_outside(close, panel.calendar, panel.instruments)
+            moves = [price_moves(deal_prices[0], close, change, earlier_close)] * 2
+            if deal_prices[1] is not deal_prices[0]:
+                moves[1] = price_moves(deal_prices[1], close, change, earlier_close)
+        limit_buy, limit_sell = self._limits(close, moves, read)
         factor = read("factor") if "factor" in expressions else None
         limits = {
             k: VolumeLimit(read(f"volume {k}"), v[0] == CUMULATIVE)
@@ -218,38 +181,97 @@ class Exchange(Configured):
             min(1, row),
             panel.instruments,
             close=close,
-            buy_price=self._deal_price(read("buy"), close, "buy"),
-            sell_price=self._deal_price(read("sell"), close, "sell"),
+            buy_price=deal_prices[0],
+            sell_price=deal_prices[1],
             volume=read("volume") if "volume" in expressions else np.full_like(close, np.nan),
             factor=self._usable_factor(factor, close),
             limit_buy=limit_buy,
             limit_sell=limit_sell,
+            earlier_close=earlier_close,
+            end_row=end_row,
+            low=read("low") if "low" in expressions else None,
+            high=read("high") if "high" in expressions else None,
             buy_volume=tuple(limits[k] for k in limits if k != "sell"),
             sell_volume=tuple(limits[k] for k in limits if k != "buy"),
             fields={name: read(f"field {name}") for name in self.subscribe_fields},
         )
-        return quotes if self.extra_quote is None else self._add_extra_quotes(quotes)
+        if self.extra_quote is None:
+            return quotes
+        fields = self.buy_field, self.sell_field
+        return add_extra_quotes(quotes, self.extra_quote, fields, as_qlib=as_qlib)
 
-    def _quote_expressions(self) -> dict[str, str]:
+    def _quote_expressions(self, as_qlib: bool) -> dict[str, str]:
         """The expressions to read from the source, by their purpose."""
         available = self.source.fields(self.freq)
         expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
-        expressions |= {name: f"${name}" for name in ("volume", "factor") if name in available}
+        fields = ("volume", "factor", "low", "high")
+        expressions |= {name: f"${name}" for name in fields if name in available}
         if isinstance(self.limit_threshold, float):
-            expressions["change"] = "$change" if "change" in available else _CHANGE
+            if "change" in available:
+                expressions["change"] = "$change"
+            elif as_qlib:
+                log.warning("the source has no field 'change': as in Qlib, no price limit applies.")
         elif self.limit_threshold is not None:
             expressions["no buying"], expressions["no selling"] = self.limit_threshold
         expressions |= {f"field {name}": _as_expression(name) for name in self.subscribe_fields}
         return expressions | {f"volume {k}": v[1] for k, v in self.volume_threshold.items()}
 
-    def _limits(self, close: Floats, read: Any) -> tuple[Bools, Bools]:
-        is_suspended = np.isnan(close)
-        if self.limit_threshold is None:
+    def _bars_outside(
+        self, close: Floats, dates: pd.DatetimeIndex, instruments: pd.Index
+    ) -> tuple[Floats, Indices]:
+        """Look for bars before and after those of `close [D, N]`: `earlier_close` and `end_row`.
+
+        Only instruments without a close on the first, or on the last, of the dates are read.
+        """
+        earlier_close = np.full(len(instruments), np.nan)
+        end_row = rows_after_last(close)
+        calendar = self.calendar()
+        first, last = calendar.searchsorted(dates[[0, -1]])
+        absent = instruments[np.isnan(close[0])]
+        for name, values in self._closes(absent, calendar[:first]).items():
+            earlier_close[instruments.get_loc(name)] = values[-1]
+        for name in self._closes(instruments[end_row < len(close)], calendar[last + 1 :]):
+            end_row[instruments.get_loc(name)] = len(close)
+        return earlier_close, end_row
+
+    def _closes(self, names: pd.Index, dates: pd.DatetimeIndex) -> dict[str, Floats]:
+        """The closes between dates of those instruments that have any there, by name."""
+        if not len(names) or not len(dates):
+            return {}
+        members: Any = (
+            self.source.instruments(self.codes) if isinstance(self.codes, str) else self.codes
+        )
+        if isinstance(members, Mapping):
+            members = {
+                name: members[name]
+                for name in names
+                if any(
+                    as_stamp(a) <= dates[-1] and last_instant(b) >= dates[0]
+                    for a, b in members.get(name, ())
+                )
+            }
+        else:
+            members = list(names)
+        if not members:
+            return {}
+        panel = self.source.feature_panel(members, ["$close"], dates[0], dates[-1], self.freq)
+        values = panel.column("$close").cpu().numpy().astype(np.float64)
+        is_bar = panel.mask.cpu().numpy() & (values > ZERO_PRICE)
+        return {
+            str(name): values[is_bar[:, k], k]
+            for k, name in enumerate(panel.instruments)
+            if is_bar[:, k].any()
+        }
+
+    def _limits(
+        self, close: Floats, moves: Sequence[Floats], read: Callable[[str], Floats]
+    ) -> tuple[Bools, Bools]:
+        """Whether each instrument cannot be bought, and cannot be sold, at prices moved so far."""
+        is_suspended, threshold = np.isnan(close), self.limit_threshold
+        if threshold is None:
             return is_suspended, is_suspended
-        if isinstance(self.limit_threshold, float):
-            change = read("change")
-            up, down = change >= self.limit_threshold, change <= -self.limit_threshold
-            return up | is_suspended, down | is_suspended
+        if isinstance(threshold, float):
+            return (moves[0] >= threshold) | is_suspended, (moves[1] <= -threshold) | is_suspended
         # NaN counts as limited, as in Qlib.
         return (read("no buying") != 0) | is_suspended, (read("no selling") != 0) | is_suspended
 
@@ -277,40 +299,6 @@ class Exchange(Configured):
             )
             return None
         return factor
-
-    def _add_extra_quotes(self, quotes: Quotes) -> Quotes:
-        frame = self.extra_quote
-        assert frame is not None
-        if "$close" not in frame:
-            raise ConfigError(f"extra_quote has no column $close, only {list(frame.columns)}.")
-        if "instrument" in frame.index.names and frame.index.names[0] != "instrument":
-            frame = frame.swaplevel()
-        names = pd.Index(sorted(set(frame.index.get_level_values(0).astype("str"))), dtype="str")
-        duplicates = names.intersection(quotes.instruments)
-        if len(duplicates):
-            raise ConfigError(f"extra_quote contains {list(duplicates[:5])}, also in the source.")
-        all_quotes = quotes.add_instruments(names)
-        columns = all_quotes.instruments.get_indexer(names)
-
-        def column(name: str, default: Any) -> Any:
-            if name not in frame:
-                return default
-            table = frame[name].unstack(0)
-            table.columns = table.columns.astype("str")
-            return table.reindex(index=all_quotes.dates, columns=names).to_numpy()
-
-        close = column("$close", None).astype(np.float64)
-        all_quotes.close[:, columns] = close
-        all_quotes.buy_price[:, columns] = column(self.buy_field, close)
-        all_quotes.sell_price[:, columns] = column(self.sell_field, close)
-        all_quotes.volume[:, columns] = column("$volume", np.nan)
-        if all_quotes.factor is not None:
-            all_quotes.factor[:, columns] = column("$factor", 1.0)
-        for name in ("limit_buy", "limit_sell"):
-            limits = column(name, False)
-            is_limited = np.isnan(close) | pd.isna(limits) | np.equal(limits, True)
-            getattr(all_quotes, name)[:, columns] = is_limited
-        return all_quotes
 
 
 def _parse_deal_prices(deal_price: str | Sequence[str] | None) -> tuple[str, str]:
@@ -375,5 +363,6 @@ def _validate_cost(name: str, value: Any) -> None:
         expected = {
             "min_cost": "zero or more, an amount of money",
             "impact_cost": "zero or more, a factor of the squared share of the bar's traded value",
+            "lending_fee": "zero or more, a fraction of the short positions' value per year",
         }.get(name, "zero or more and below 1, a fraction of the trade's value (5 bp: 0.0005)")
         raise ConfigError(f"{name}={value!r}: expected {expected}.")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from qtorch.backtest.account import Account, Fills, Orders, is_close
-from qtorch.backtest.exchange import Bools, Exchange, Floats, Indices, Quotes
+from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.quotes import Bools, Floats, Indices, Quotes
 from qtorch.core.errors import check_name
 
 Side = Literal["buy", "sell"]
+_NO_INDICES: Indices = np.zeros(0, dtype=np.intp)
 _MIN_TRADE_VALUE = 1e-5  # in money; a trade of less value is not executed
 
 
@@ -26,10 +30,20 @@ class Market:
 
     def __init__(self, exchange: Exchange, quotes: Quotes, row: int) -> None:
         self.exchange, self.quotes, self.row = exchange, quotes, row
-        self.date: pd.Timestamp = quotes.dates[row]
         self.close: Floats = quotes.close[row]
-        self.is_suspended: Bools = np.isnan(self.close)
         self.volume: Floats = quotes.volume[row]
+        self._preview: _Preview | None = None
+
+    @property
+    def date(self) -> pd.Timestamp:
+        """The date, or the beginning, of the bar."""
+        date: pd.Timestamp = self.quotes.dates[self.row]
+        return date
+
+    @property
+    def is_suspended(self) -> Bools:
+        """Whether each instrument has no bar."""
+        return np.isnan(self.close)
 
     def price(self, side: Side) -> Floats:
         """Deal prices `[N]`; the close if an instrument has no deal price."""
@@ -48,16 +62,14 @@ class Market:
 
         With None an instrument must not be at the limit of either side.
         """
-        buy, sell = self.quotes.limit_buy[self.row], self.quotes.limit_sell[self.row]
-        at_limit = buy | sell if side is None else buy if side == "buy" else sell
-        is_tradable: Bools = ~(self.is_suspended | at_limit)
+        is_tradable: Bools = self.quotes.is_tradable[side][self.row]
         return is_tradable
 
     def round_lots(self, amount: Floats, instrument: Indices) -> Floats:
         """Round adjusted amounts down to whole trade units; `instrument` has one index each."""
         if self.quotes.factor is None:
             return amount
-        unit, factor = self.exchange.trade_unit, self.quotes.factor[self.row, instrument]
+        unit, factor = self.exchange.trade_unit, self.quotes.factor[self.row][instrument]
         # As in Qlib, 0.1 share is added so that floating-point error does not cost a whole lot.
         lots: Floats = (amount * factor + 0.1) // unit * unit / factor
         return lots
@@ -78,94 +90,148 @@ class Market:
         the cost. Purchases are reduced to the available cash, and sales to the position unless
         `allow_short`.
         """
-        fills = Fills(*(np.zeros(len(orders.amount)) for _ in range(4)))
-        fills.price[:] = np.nan
+        fills = Fills.empty(len(orders.amount))
+        if not len(orders.amount):
+            return fills
         for buying in (True, False) if buy_first else (False, True):
-            is_tradable = self.is_tradable("buy" if buying else "sell")[orders.instrument]
-            rows = np.flatnonzero((orders.buying == buying) & is_tradable)
+            preview = self._preview
+            if (
+                preview
+                and preview.sales is orders.head
+                and not (buying or buy_first or allow_short)
+            ):
+                trades, executed = preview.trades, preview.fills
+                _book_fills(account.sell, trades, executed.value, executed.cost)
+                executed.copy_rows(fills, preview.rows)
+                continue
+            rows = self._tradable_orders(orders, buying)
             if len(rows):
-                self._execute_side(orders, rows, buying, account, traded_today, fills, allow_short)
+                trades = self._size_trades(
+                    orders, rows, buying, account, traded_today, allow_short=allow_short
+                )
+                executed = self._book_trades(trades, account)
+                executed.copy_rows(fills, rows)
+                if self.quotes.buy_volume or self.quotes.sell_volume:
+                    traded_today[trades.member, trades.instrument] += executed.amount
         return fills
 
-    def _execute_side(
+    def preview_sales(
+        self,
+        sales: Orders,
+        account: Account,
+        traded_today: Floats | None = None,
+        *,
+        allow_short: bool = False,
+    ) -> Fills:
+        """The fills of sales if they were executed now; books nothing.
+
+        The proceeds of a sale pay for the costs of the next even if cash settles later.
+        """
+        rows = self._tradable_orders(sales, False) if len(sales.amount) else ()
+        if not len(rows):
+            return Fills.empty(len(sales.amount))
+        trades = self._size_trades(
+            sales, rows, False, account, traded_today, allow_short=allow_short
+        )
+        value, cost = self._price_sales(trades, None)
+        if len(self._find_cash_limited_orders(trades, value, cost, account.cash)):
+            trial = replace(copy.deepcopy(account), settle_cash=False)
+            executed = self._book_trades(trades, trial)
+        else:
+            executed = Fills(value / trades.price, trades.price, value, cost)
+            if not (self.quotes.sell_volume or allow_short):
+                self._preview = _Preview(sales, rows, trades, executed)
+        if len(rows) == len(sales.amount):
+            return executed
+        fills = Fills.empty(len(sales.amount))
+        executed.copy_rows(fills, rows)
+        return fills
+
+    def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
+        """The rows of the orders of one side whose instruments can be traded."""
+        is_tradable = self.is_tradable("buy" if buying else "sell")[orders.instrument]
+        mask = is_tradable & orders.buying if buying else is_tradable > orders.buying
+        return mask.nonzero()[0]
+
+    def _size_trades(
         self,
         orders: Orders,
         rows: Indices,
         buying: bool,
         account: Account,
-        traded_today: Floats,
-        fills: Fills,
+        traded_today: Floats | None,
+        *,
         allow_short: bool,
-    ) -> None:
-        """Execute the orders of one side, all together unless a member's cash may run short."""
+    ) -> _Trades:
+        """The trades of orders of one side: their amounts within the volume and the position."""
         member, instrument = orders.member[rows], orders.instrument[rows]
-        price = self.price("buy" if buying else "sell")[instrument]
-        amount = self._cap_to_volume(orders.amount[rows], member, instrument, buying, traded_today)
+        prices = self.quotes.buy_price if buying else self.quotes.sell_price
+        price, amount = prices[self.row][instrument], orders.amount[rows]
+        for limit in self.quotes.buy_volume if buying else self.quotes.sell_volume:
+            max_amount = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
+            if limit.cumulative and traded_today is not None:
+                max_amount = max_amount - traded_today[member, instrument]
+            amount = np.clip(amount, 0.0, np.maximum(max_amount, 0.0))
         ratio = self._cost_ratio(amount * price, price, instrument, buying)
         if not buying:
             position = account.amount[member, instrument]
             amount = self._cap_to_position(amount, position, instrument, allow_short)
-        trades = _Trades(member, instrument, amount, price, ratio)
-        price_trades = self._price_purchases if buying else self._price_sales
-        book = account.buy if buying else account.sell
-        value, cost = price_trades(trades, np.full(len(rows), np.inf))
-        cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash, buying)
-        round_number = np.zeros(len(rows), dtype=np.intp)
+        return _Trades(member, instrument, amount, price, ratio, buying)
+
+    def _book_trades(self, trades: _Trades, account: Account) -> Fills:
+        """Book the trades of one side and return their fills.
+
+        They are executed all together unless a member's cash may run short.
+        """
+        price_trades = self._price_purchases if trades.buying else self._price_sales
+        book = account.buy if trades.buying else account.sell
+        value, cost = price_trades(trades, None)
+        cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash)
+        if not len(cash_limited):
+            _book_fills(book, trades, value, cost)
+            return Fills(value / trades.price, trades.price, value, cost)
+        member = trades.member
+        round_number = np.zeros(len(member), dtype=np.intp)
         round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
         for number in range(int(round_number.max()) + 1):
             batch = np.flatnonzero(round_number == number)
-            if len(cash_limited):
-                cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
-                value[batch], cost[batch] = price_trades(trades.select(batch), cash)
-            filled = batch[value[batch] > 0]
-            book(member[filled], instrument[filled], value[filled], cost[filled], price[filled])
-        traded_today[member, instrument] += value / price
-        fills.amount[rows], fills.price[rows] = value / price, price
-        fills.value[rows], fills.cost[rows] = value, cost
+            cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
+            selected_trades = trades.select(batch)
+            value[batch], cost[batch] = price_trades(selected_trades, cash)
+            _book_fills(book, selected_trades, value[batch], cost[batch])
+        return Fills(value / trades.price, trades.price, value, cost)
 
     def _find_cash_limited_orders(
-        self, trades: _Trades, value: Floats, cost: Floats, cash: Floats, buying: bool
+        self, trades: _Trades, value: Floats, cost: Floats, cash: Floats
     ) -> Indices:
         """Find the orders of members whose `cash [M]` may not cover all of their orders.
 
         `value` and `cost` are those with unlimited cash. These orders must be executed one after
         another, in rounds of one order per member.
         """
-        if buying:
+        if trades.buying:
             order_value = trades.amount * trades.price
             order_cost = self._cost(order_value, trades.ratio)
             need = np.maximum(order_value + order_cost, value + cost)
             member_need = np.bincount(trades.member, need, minlength=len(cash))
         else:
             shortfall = np.maximum(self._cost(value, trades.ratio) - value, 0.0)
+            if not shortfall.any():
+                return _NO_INDICES
             member_need = np.bincount(trades.member, shortfall, minlength=len(cash))
             member_need[member_need == 0] = -np.inf
-        return np.flatnonzero((member_need > cash)[trades.member])
-
-    def _cap_to_volume(
-        self,
-        amount: Floats,
-        member: Indices,
-        instrument: Indices,
-        buying: bool,
-        traded_today: Floats,
-    ) -> Floats:
-        limits = self.quotes.buy_volume if buying else self.quotes.sell_volume
-        for limit in limits:
-            max_amount = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
-            if limit.cumulative:
-                max_amount = max_amount - traded_today[member, instrument]
-            amount = np.clip(amount, 0.0, np.maximum(max_amount, 0.0))
-        return amount
+        is_limited = member_need > cash
+        return is_limited[trades.member].nonzero()[0] if is_limited.any() else _NO_INDICES
 
     def _cap_to_position(
         self, amount: Floats, position: Floats, instrument: Indices, allow_short: bool
     ) -> Floats:
-        capped_amount = amount if allow_short else np.minimum(amount, np.maximum(position, 0.0))
         # A sale of the whole position includes its odd lots, so it is not rounded.
-        return np.where(
-            is_close(amount, position), amount, self.round_lots(capped_amount, instrument)
-        )
+        is_whole = is_close(amount, position)
+        if is_whole.all():
+            return amount
+        capped_amount = amount if allow_short else np.minimum(amount, np.maximum(position, 0.0))
+        return np.where(is_whole, amount, self.round_lots(capped_amount, instrument))
 
     def _cost_ratio(
         self, value: Floats, price: Floats, instrument: Indices, buying: bool
@@ -182,16 +248,25 @@ class Market:
     def _cost(self, value: Floats, ratio: Floats) -> Floats:
         return np.maximum(value * ratio, self.exchange.min_cost)
 
-    def _price_sales(self, trades: _Trades, cash: Floats) -> tuple[Floats, Floats]:
-        """Value and cost of sales with `cash [K]` available; zeros if not executed."""
+    def _price_sales(self, trades: _Trades, cash: Floats | None) -> tuple[Floats, Floats]:
+        """Value and cost of sales with `cash [K]` (None: enough); zeros if not executed."""
         value = trades.amount * trades.price
         cost = self._cost(value, trades.ratio)
-        is_executed = (cash + value >= cost) & (value > _MIN_TRADE_VALUE)
+        is_executed = value > _MIN_TRADE_VALUE
+        if cash is not None:
+            is_executed &= cash + value >= cost
         return np.where(is_executed, value, 0.0), np.where(is_executed, cost, 0.0)
 
-    def _price_purchases(self, trades: _Trades, cash: Floats) -> tuple[Floats, Floats]:
-        """Value and cost of purchases with `cash [K]` available; zeros if not executed."""
+    def _price_purchases(self, trades: _Trades, cash: Floats | None) -> tuple[Floats, Floats]:
+        """Value and cost of purchases with `cash [K]` (None: enough); zeros if not executed."""
         amount, price, ratio = trades.amount, trades.price, trades.ratio
+        if cash is None:
+            value = self.round_lots(amount, trades.instrument) * price
+            is_executed = value > _MIN_TRADE_VALUE
+            return (
+                np.where(is_executed, value, 0.0),
+                np.where(is_executed, self._cost(value, ratio), 0.0),
+            )
         order_value = amount * price
         cost = self._cost(order_value, ratio)
         is_short = cash < order_value + cost
@@ -230,9 +305,30 @@ class _Trades:
     amount: Floats
     price: Floats
     ratio: Floats
+    buying: bool
 
     def select(self, rows: Indices) -> _Trades:
-        return _Trades(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        arrays = (self.member, self.instrument, self.amount, self.price, self.ratio)
+        return _Trades(*(array[rows] for array in arrays), self.buying)
+
+
+class _Preview(NamedTuple):
+    """The fills of sales that depend neither on the cash nor on what else is traded."""
+
+    sales: Orders
+    rows: Indices
+    trades: _Trades
+    fills: Fills
+
+
+def _book_fills(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
+    """Book the trades that were executed: those with a value."""
+    arrays = trades.member, trades.instrument, value, cost, trades.price
+    is_executed = value > 0
+    if not is_executed.all():
+        arrays = tuple(array[is_executed] for array in arrays)
+    if len(arrays[0]):
+        book(*arrays)
 
 
 def _count_earlier_orders(member: Indices) -> Indices:

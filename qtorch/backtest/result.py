@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.simulate import Ledger
+from qtorch.backtest.audit import Audit, Auditor
+from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.quotes import Quotes
+from qtorch.backtest.simulate import Ledger, Rows
 from qtorch.core.errors import check_name
 from qtorch.metrics.portfolio import parse_frequency
-
-POSITION = ("amount", "price", "count", "weight")
-ORDER = ("direction", "amount", "deal_amount", "price", "value", "cost")
 
 
 class BacktestResult:
@@ -22,24 +22,24 @@ class BacktestResult:
 
     With one member the frames have no member level. With several, the member is the first column
     level (for positions and orders: the first index level), and `result[name]` is the result of
-    one member. Money is in the account's currency.
+    one member. Money is in the account's currency. `check` audits the numbers.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         members: list[str],
-        instruments: pd.Index,
+        exchange: Exchange,
+        quotes: Quotes,
         bench: pd.Series,
-        opening: Any,
-        freq: str,
-        ledger_columns: list[int] | None = None,
+        all_members: list[str] | None = None,
     ) -> None:
-        self.members, self.freq = list(members), freq
-        self._ledger_columns = ledger_columns or list(range(len(members)))
-        self._ledger, self._instruments, self._bench = ledger, instruments, bench
-        self._opening = np.asarray(opening, dtype=np.float64)
+        self.members, self.freq = list(members), exchange.freq
         self.dates = pd.DatetimeIndex(ledger.dates, name="datetime")
+        self._ledger, self._bench = ledger, bench
+        self._exchange, self._quotes = exchange, quotes
+        self._all_members = all_members or self.members
+        self._ledger_columns = [self._all_members.index(member) for member in self.members]
 
     def __getitem__(self, member: str) -> BacktestResult:
         check_name("member", member, self.members)
@@ -90,55 +90,60 @@ class BacktestResult:
         """
         return self._join_members(self._indicators, axis="columns")
 
+    @cached_property
+    def delistings(self) -> pd.DataFrame:
+        """Positions in instruments whose bars end, by (datetime, instrument) of the bar after.
+
+        They were closed for `amount` times `price` = `value`, without cost (with
+        `delisting="keep"` they are still held, at that value).
+        """
+        return self._join_members(self._delistings, axis="index")
+
+    @cached_property
+    def lending_fees(self) -> pd.DataFrame | pd.Series:
+        """The fees paid for short positions on each bar, in money; `cost` includes them."""
+        fees = np.diff(self._ledger.totals["lending_fee"], axis=0, prepend=0.0)
+        if len(self.members) == 1:
+            return pd.Series(fees[:, self._ledger_columns[0]], self.dates, name="lending_fee")
+        return pd.DataFrame(fees[:, self._ledger_columns], self.dates, self.members)
+
+    def check(self) -> Audit:
+        """Audit the results of all members, recomputed from the orders and the bars.
+
+        On each day the account is the cash and the positions; cash, positions, turnover and costs
+        follow from the orders; each order was executed on a bar that exists, at a price between
+        its low and its high. Raises AuditError with the first faults of each kind.
+        """
+        return Auditor(self._ledger, self._exchange, self._quotes, self._all_members).check()
+
     # -- frames of one member --------------------------------------------------------------------
 
     def _report(self, k: int) -> pd.DataFrame:
-        ledger = self._ledger
-        account, cash, value, cost, turnover = (
-            np.array([row[k] for row in rows])
-            for rows in (ledger.account, ledger.cash, ledger.value, ledger.cost, ledger.turnover)
-        )
-        previous = np.r_[self._opening[k], account[:-1]]
-        daily_cost, daily_turnover = np.diff(cost, prepend=0.0), np.diff(turnover, prepend=0.0)
-        columns = {
-            "account": account,
-            "return": (account - previous + daily_cost) / previous,
-            "total_turnover": turnover,
-            "turnover": daily_turnover / previous,
-            "total_cost": cost,
-            "cost": daily_cost / previous,
-            "value": value,
-            "cash": cash,
-            "bench": self._bench.to_numpy(),
-        }
-        return pd.DataFrame(columns, index=self.dates)
+        daily = self._ledger.daily
+        columns = np.stack([*(values[:, k] for values in daily.values()), self._bench.to_numpy()])
+        return pd.DataFrame(columns.T, index=self.dates, columns=[*daily, "bench"])
 
     def _positions(self, k: int) -> pd.DataFrame:
-        rows, columns, values = [], [], []
-        for row, (member, instrument, *numbers) in enumerate(self._ledger.positions):
-            member_rows = np.flatnonzero(member == k)
-            rows.append(np.full(len(member_rows), row))
-            columns.append(instrument[member_rows])
-            values.append(np.stack([n[member_rows] for n in numbers], axis=1))
-        frame = pd.DataFrame(
-            np.concatenate(values), index=self._index(rows, columns), columns=list(POSITION)
-        )
-        return frame.astype({"count": "int64"})
+        return self._frame(self._ledger.positions, k).astype({"count": "int64"})
 
     def _orders(self, k: int) -> pd.DataFrame:
-        rows, columns, parts = [], [], []
-        for row, (orders, fills) in enumerate(self._ledger.orders):
-            member_rows = np.flatnonzero(orders.member == k)
-            rows.append(np.full(len(member_rows), row))
-            columns.append(orders.instrument[member_rows])
-            numbers = (orders.amount, fills.amount, fills.price, fills.value, fills.cost)
-            parts.append(np.stack([orders.buying, *numbers], axis=1)[member_rows])
-        values = np.concatenate(parts)
-        frame = pd.DataFrame(
-            values[:, 1:], index=self._index(rows, columns), columns=list(ORDER[1:])
-        )
-        frame.insert(0, ORDER[0], np.where(values[:, 0] > 0, "buy", "sell"))
+        frame = self._frame(self._ledger.orders, k)
+        direction = np.where(frame.pop("buying") > 0, "buy", "sell")
+        frame.insert(0, "direction", direction)
         return frame
+
+    def _delistings(self, k: int) -> pd.DataFrame:
+        return self._frame(self._ledger.endings, k)
+
+    def _frame(self, rows: Rows, k: int) -> pd.DataFrame:
+        """A member's rows as a frame by (datetime, instrument)."""
+        member_rows = rows.of_member(k)
+        index = pd.MultiIndex(
+            levels=[self.dates, self._quotes.instruments],  # type: ignore[list-item]  # the stubs allow only lists
+            codes=[rows.bar[member_rows], rows.instrument[member_rows]],  # type: ignore[list-item]  # same reason
+            names=["datetime", "instrument"],
+        ).remove_unused_levels()
+        return pd.DataFrame(rows.values[member_rows], index=index, columns=list(rows.names))
 
     def _indicators(self, k: int) -> pd.DataFrame:
         orders = self._orders(k)
@@ -157,13 +162,6 @@ class BacktestResult:
         ).reindex(self.dates)
         return frame.fillna({"deal_amount": 0.0, "value": 0.0, "count": 0.0})
 
-    def _index(self, rows: list[Any], columns: list[Any]) -> pd.MultiIndex:
-        return pd.MultiIndex(
-            levels=[self.dates, self._instruments],  # type: ignore[list-item]  # the stubs allow only lists
-            codes=[np.concatenate(part) for part in (rows, columns)],  # type: ignore[misc]  # same reason
-            names=["datetime", "instrument"],
-        ).remove_unused_levels()
-
     # -- combining and selecting members ---------------------------------------------------------
 
     def _join_members(
@@ -177,8 +175,8 @@ class BacktestResult:
         return frame
 
     def _member_result(self, k: int) -> BacktestResult:
-        common = (self._ledger, [self.members[k]], self._instruments, self._bench, self._opening)
-        return BacktestResult(*common, self.freq, [self._ledger_columns[k]])
+        common = (self._ledger, [self.members[k]], self._exchange, self._quotes, self._bench)
+        return BacktestResult(*common, self._all_members)
 
 
 _PANDAS_UNITS = {"min": "min", "day": "D", "week": "W", "month": "M"}

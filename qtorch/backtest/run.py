@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from qtorch.backtest.account import Account
-from qtorch.backtest.exchange import Exchange, Floats, Quotes
+from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.quotes import ZERO_PRICE, Bools, Floats, Quotes, fill_forward
 from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
-from qtorch.backtest.simulate import simulate
+from qtorch.backtest.simulate import DELISTINGS, Delisting, simulate
 from qtorch.backtest.strategy import Strategy
 from qtorch.core.dates import as_stamp, date_rows, last_instant, parse_dates
 from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CASH = 1e9
 _RETURN = "$close/Ref($close, 1)-1"
+_BENCHMARK_BARS = 250  # the last close of a benchmark may be this many bars old at the start
 _PRICE_DAYS = 30  # the price of an initial position may be this many days old, as in Qlib
 
 
@@ -42,6 +44,8 @@ def backtest(
     exchange_kwargs: Mapping[str, Any] | None = None,
     *,
     source: Any = None,
+    delisting: Delisting = "last_close",
+    as_qlib: bool = False,
 ) -> BacktestResult:
     """Simulate a strategy from `start_time` to `end_time` (inclusive dates).
 
@@ -54,19 +58,28 @@ def backtest(
     {"time_per_step": "day", "trade_type": "serial" | "parallel", "settle_type": None | "cash"}}`;
     optional.
 
+    `delisting`: what becomes of a position when the bars of its instrument end: on the next bar it
+    is closed at its last close, or at "zero", without cost; or it is kept ("keep"). Logged, and
+    listed in `result.delistings`.
+
     The scores of a bar are traded at the next bar. By default the dates are those of the scores,
     shifted by one bar: from the bar after the first score to the bar after the last. Corresponds
     to Qlib's `backtest` (backtest/__init__.py), which instead returns two dictionaries by
-    frequency. Differences: the initial portfolio counts at its value from the start (Qlib's first
-    return reports that value as a profit); there is no benchmark by default.
+    frequency, and has a benchmark by default.
+
+    `as_qlib` gives Qlib's numbers where Qlib is wrong about money. Without it: an initial
+    portfolio counts at its value from the start (Qlib's first return reports that value as a
+    profit); positions are closed when bars end (Qlib keeps them); benchmarks keep their move over
+    a gap (Qlib loses it); for the rest see `TopkDropoutStrategy` and `Exchange`.
     """
+    check_name("delisting", delisting, DELISTINGS)
     built_strategy = _build_strategy(strategy)
     execution = _Execution.parse(executor)
     exchange = _build_exchange(exchange_kwargs, source, execution.time_per_step)
     frame = built_strategy.scores()
     calendar = exchange.calendar()
     start, end = _trading_span(start_time, end_time, frame, calendar)
-    quotes = exchange.quotes(start, end)
+    quotes = exchange.quotes(start, end, as_qlib=as_qlib)
     scores = None if frame is None else Scores(frame, quotes.dates, exchange.freq)
     members = ["account"] if scores is None else scores.members
     quotes = quotes if scores is None else _add_unknown_instruments(quotes, scores)
@@ -74,9 +87,15 @@ def backtest(
     if scores is not None:
         universe &= quotes.instruments.isin(scores.instruments)
     accounts = _open_accounts(account, quotes, exchange, len(members), execution)
-    opening = accounts.value()
     dates = quotes.dates[quotes.first :]
-    bench = benchmark_returns(benchmark, exchange.source, dates, exchange.freq)
+    bench = benchmark_returns(
+        benchmark,
+        exchange.source,
+        dates,
+        exchange.freq,
+        as_qlib=as_qlib,
+        quotes=quotes if exchange.codes == "all" else None,
+    )
     built_strategy.start(exchange, quotes.instruments, dates, universe)
     ledger = simulate(
         exchange,
@@ -85,19 +104,31 @@ def backtest(
         scores,
         accounts,
         buy_first=execution.trade_type == "parallel",
+        delisting="keep" if as_qlib else delisting,
+        as_qlib=as_qlib,
     )
-    return BacktestResult(ledger, members, quotes.instruments, bench, opening, exchange.freq)
+    if as_qlib:
+        ledger.opening = ledger.opening_cash
+    return BacktestResult(ledger, members, exchange, quotes, bench)
 
 
 def benchmark_returns(
-    benchmark: Benchmark, source: Source, dates: pd.DatetimeIndex, freq: str
+    benchmark: Benchmark,
+    source: Source,
+    dates: pd.DatetimeIndex,
+    freq: str,
+    *,
+    as_qlib: bool = False,
+    quotes: Quotes | None = None,
 ) -> pd.Series:
     """Return of the benchmark on each bar, as a fraction; all NaN without a benchmark.
 
     `benchmark`: an instrument; a universe or a list of instruments (the mean return of those that
-    trade on the bar); or a series of returns by date. A bar without a return counts as 0, as in
-    Qlib. Difference from Qlib: a series that covers none of the dates, and a name that is neither
-    an instrument nor a universe, are errors.
+    trade on the bar); or a series of returns by date. The return of an instrument is that since its
+    last close, over any gap; a close of 0 is a gap. A bar without a return counts as 0, as in Qlib.
+    Difference from Qlib: a series that covers none of the dates, and a name that is neither an
+    instrument nor a universe, are errors. `as_qlib` loses the move over a gap as Qlib does. With
+    the `quotes` of a backtest over `dates` listed instruments need not be read again.
     """
     if benchmark is None:
         return pd.Series(np.nan, index=dates, name="bench")
@@ -109,14 +140,41 @@ def benchmark_returns(
             raise DataError(
                 f"the benchmark's returns cover none of {dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}."
             )
-    else:
-        panel = source.feature_panel(
-            _resolve_instruments(benchmark, source), [_RETURN], dates[0], dates[-1], freq
-        )
-        returns = (
-            panel.to_frame()[_RETURN].astype(np.float64).groupby(level=0).mean().reindex(dates)
-        )
+        return returns.fillna(0.0).rename("bench")
+    instruments = _resolve_instruments(benchmark, source)
+    if as_qlib:
+        panel = source.feature_panel(instruments, [_RETURN], dates[0], dates[-1], freq)
+        frame = panel.to_frame()[_RETURN].astype(np.float64)
+        returns = frame.groupby(level=0).mean().reindex(dates)
+        return returns.fillna(0.0).rename("bench")
+    if isinstance(instruments, list) and quotes is not None:
+        columns = quotes.instruments.get_indexer(pd.Index(instruments))
+        if (columns >= 0).all():
+            close = np.vstack([quotes.earlier_close[columns], quotes.close[:, columns]])
+            means = _mean_moves(close)[quotes.first :]
+            return pd.Series(means, index=dates, name="bench")
+    calendar = source.read_calendar(freq)
+    row = int(calendar.searchsorted(dates[0]))
+    begin = calendar[max(row - _BENCHMARK_BARS, 0)]
+    panel = source.feature_panel(instruments, ["$close"], begin, dates[-1], freq)
+    close = panel.column("$close").cpu().numpy().astype(np.float64)
+    close[close <= ZERO_PRICE] = np.nan
+    means = _mean_moves(close, panel.mask.cpu().numpy())
+    returns = pd.Series(means, panel.calendar[1:]).reindex(dates)
     return returns.fillna(0.0).rename("bench")
+
+
+def _mean_moves(close: Floats, is_member: Bools | None = None) -> Floats:
+    """The mean move on each but the first bar of `close [D, N]` of those that trade on it.
+
+    A move is that since the last close. It is 0 on a bar on which no instrument trades.
+    """
+    moves = close[1:] / fill_forward(close, np.full(close.shape[1], np.nan))[:-1] - 1
+    if is_member is not None:
+        moves[~is_member[1:]] = np.nan
+    count = (~np.isnan(moves)).sum(axis=1)
+    means: Floats = np.nansum(moves, axis=1) / np.maximum(count, 1)
+    return means
 
 
 def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:

@@ -84,8 +84,9 @@ def _validate_scores(scores: Frame) -> Frame:
 class Scores:
     """The scores of all members on the bars of a backtest.
 
-    `values [D, M, N]` over the bars of `calendar` and the instruments `instruments`; NaN means no
-    score. If several scores of an instrument fall into one bar, the latest that is not NaN is used.
+    `members` and `instruments` are the names; `has_scores [D]` tells whether any member has a
+    score on a bar of `calendar`. If several scores of an instrument fall into one bar, the latest
+    that is not NaN is used.
     """
 
     def __init__(self, scores: Frame, calendar: pd.DatetimeIndex, freq: str) -> None:
@@ -96,23 +97,48 @@ class Scores:
         stamp_codes, name_codes = (np.asarray(c) for c in index.codes)
         stamp_bars = _find_bars(stamps, calendar, freq)
         # The levels may have entries without a row, which would be warned of and traded.
-        used_stamps, used_names = np.unique(stamp_codes), np.unique(name_codes)
+        used_stamps = np.flatnonzero(np.bincount(stamp_codes, minlength=len(stamps)))
+        used_names = np.flatnonzero(np.bincount(name_codes, minlength=len(names)))
         is_gap = stamp_bars[used_stamps] == IN_A_GAP
         _warn_non_trading_dates(stamps[used_stamps[is_gap]], calendar)
         self.instruments = names[used_names].sort_values()
         bars = stamp_bars[stamp_codes]
-        columns = self.instruments.get_indexer(names)[name_codes]
         rows = np.flatnonzero(bars >= 0)
         # Sorted by time, so that a later score of a bar overwrites an earlier one. The codes do
         # not tell the time: the dates of a level may have any order.
-        rows = rows[np.argsort(stamps.asi8[stamp_codes[rows]], kind="stable")]
-        shape = (len(calendar), len(self.members), len(self.instruments))
-        score_values = scores.to_numpy()
-        dtype = score_values.dtype if score_values.dtype.kind == "f" else np.float64
-        self.values: NDArray[Any] = np.full(shape, np.nan, dtype=dtype)
-        for m in range(len(self.members)):
-            scored_rows = rows[~np.isnan(score_values[rows, m].astype(np.float64))]
-            self.values[bars[scored_rows], m, columns[scored_rows]] = score_values[scored_rows, m]
+        times = stamps.asi8[stamp_codes[rows]]
+        if (times[1:] < times[:-1]).any():
+            rows = rows[np.argsort(times, kind="stable")]
+        used_bars = stamp_bars[used_stamps]
+        used_bars = used_bars[used_bars >= 0]
+        self._is_overwritten = len(np.unique(used_bars)) < len(used_bars)
+        self._names, self._name_codes = names, name_codes[rows]
+        self._bars, self._rows, self._scores = bars[rows], rows, scores.to_numpy()
+        self.has_scores = np.zeros(len(calendar), dtype=np.bool_)
+        self.has_scores[self._bars] = True
+
+    def align(self, instruments: pd.Index) -> NDArray[Any]:
+        """The scores `[D, M, N]` of instruments, which include those of the scores.
+
+        NaN means no score.
+        """
+        scores = self._scores
+        dtype = scores.dtype if scores.dtype.kind == "f" else np.dtype(np.float64)
+        shape = (len(self.has_scores), len(self.members), len(instruments))
+        values: NDArray[Any] = np.full(shape, np.nan, dtype=dtype)
+        columns = instruments.get_indexer(self._names)[self._name_codes]
+        if self._is_overwritten:
+            for m in range(len(self.members)):
+                has_score = ~np.isnan(scores[self._rows, m].astype(np.float64))
+                values[self._bars[has_score], m, columns[has_score]] = scores[
+                    self._rows[has_score], m
+                ]
+            return values
+        edges = np.searchsorted(self._bars, np.arange(shape[0] + 1))
+        for bar in np.flatnonzero(self.has_scores):
+            part = slice(edges[bar], edges[bar + 1])
+            values[bar][:, columns[part]] = scores[self._rows[part]].T
+        return values
 
 
 def _find_bars(stamps: pd.DatetimeIndex, calendar: pd.DatetimeIndex, freq: str) -> NDArray[np.intp]:

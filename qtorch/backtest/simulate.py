@@ -2,55 +2,147 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from qtorch.backtest.account import Account, Fills, Orders
-from qtorch.backtest.exchange import Exchange, Floats, Indices, Quotes
+from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.market import Market
+from qtorch.backtest.quotes import Floats, Indices, Quotes
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.strategy import StepContext, Strategy, refuse_old_strategy_names
 
+Delisting: TypeAlias = Literal["last_close", "zero", "keep"]
+DELISTINGS = ("last_close", "zero", "keep")
+TOTALS = ("account", "cash", "unsettled", "value", "total_cost", "total_turnover", "lending_fee")
+POSITION = ("amount", "price", "count", "weight")
+ORDER = ("buying", "amount", "deal_amount", "price", "value", "cost")
+ENDING = ("amount", "price", "value")
+_YEAR = pd.Timedelta(days=365)
 
-@dataclass
-class Ledger:
-    """The records of a simulation, one list entry per bar; arrays by member are `[M]`.
+log = logging.getLogger(__name__)
 
-    `positions`: member, instrument, amount, price, bars held and fraction of the account of each
-    position at the end of the bar. `orders`: the orders and their fills.
+
+class Rows:
+    """Rows of several columns that are collected bar by bar, each of a member and an instrument.
+
+    `bar`, `member` and `instrument [K]` are indices; `values [K, C]` are the columns `names`.
     """
 
-    dates: list[pd.Timestamp] = field(default_factory=list)
-    account: list[Floats] = field(default_factory=list)
-    cash: list[Floats] = field(default_factory=list)
-    value: list[Floats] = field(default_factory=list)
-    cost: list[Floats] = field(default_factory=list)
-    turnover: list[Floats] = field(default_factory=list)
-    positions: list[tuple[Indices, Indices, Floats, Floats, Floats, Floats]] = field(
-        default_factory=list
-    )
-    orders: list[tuple[Orders, Fills]] = field(default_factory=list)
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._parts: list[tuple[int, Indices, Indices, tuple[Floats, ...]]] = []
 
-    def record_bar(
-        self, date: pd.Timestamp, account: Account, orders: Orders, fills: Fills
-    ) -> None:
-        """Append the state at the end of a bar."""
-        holdings = account.holdings()
+    def append(self, bar: int, member: Indices, instrument: Indices, *columns: Floats) -> None:
+        """Append one bar's rows; nothing for none."""
+        if len(member):
+            self._parts.append((bar, member, instrument, columns))
+
+    def __len__(self) -> int:
+        return sum(len(part[1]) for part in self._parts)
+
+    @cached_property
+    def bar(self) -> Indices:
+        bars = [part[0] for part in self._parts]
+        return np.repeat(np.array(bars, dtype=np.intp), [len(part[1]) for part in self._parts])
+
+    @cached_property
+    def member(self) -> Indices:
+        return np.concatenate([np.zeros(0, dtype=np.intp), *(part[1] for part in self._parts)])
+
+    @cached_property
+    def instrument(self) -> Indices:
+        return np.concatenate([np.zeros(0, dtype=np.intp), *(part[2] for part in self._parts)])
+
+    @cached_property
+    def values(self) -> Floats:
+        columns = [
+            np.concatenate([np.zeros(0), *(part[3][k] for part in self._parts)])
+            for k in range(len(self.names))
+        ]
+        return np.stack(columns, axis=1)
+
+    def column(self, name: str) -> Floats:
+        """The values `[K]` of a column."""
+        values: Floats = self.values[:, self.names.index(name)]
+        return values
+
+    @cached_property
+    def _member_order(self) -> tuple[Indices, Indices]:
+        order = np.argsort(self.member, kind="stable")
+        return order, self.member[order]
+
+    def of_member(self, member: int) -> Indices:
+        """The rows of a member, bar by bar."""
+        order, members = self._member_order
+        first, last = np.searchsorted(members, [member, member + 1])
+        return order[first:last]
+
+
+class Ledger:
+    """The records of a simulation of D bars and M members.
+
+    `totals` are arrays `[D, M]` at the end of each bar, by the names of TOTALS: the account, its
+    parts in money, and the sums of costs, turnover and lending fees since the start. `opening`,
+    `opening_cash [M]` and `opening_amount [M, N]` are those before the first bar. `positions` are
+    those at the end of the bars, `orders` come with their fills, and `endings` are the positions in
+    instruments whose bars end, with the price at which they were closed, if `closes_endings`.
+    """
+
+    def __init__(self, dates: pd.DatetimeIndex, account: Account, *, closes_endings: bool) -> None:
+        self.dates, self.closes_endings = dates, closes_endings
+        self.opening, self.opening_cash = account.value(), account.cash.copy()
+        self.opening_amount = account.amount.copy()
+        self.totals = {name: np.empty((len(dates), len(account.cash))) for name in TOTALS}
+        self.positions, self.orders, self.endings = Rows(POSITION), Rows(ORDER), Rows(ENDING)
+
+    def record_bar(self, bar: int, account: Account, orders: Orders, fills: Fills) -> None:
+        """Add the state at the end of a bar."""
+        places = account.places()
+        member, instrument = np.divmod(places, account.amount.shape[1])
+        amount, price = account.amount.ravel()[places], account.price.ravel()[places]
+        position_value = amount * price
+        holdings = np.bincount(member, position_value, minlength=len(account.cash))
         value = holdings + (account.cash + account.unsettled_cash)
-        self.dates.append(date)
-        self.account.append(value)
-        self.cash.append(account.cash.copy())
-        self.value.append(holdings)
-        self.cost.append(account.cost.copy())
-        self.turnover.append(account.turnover.copy())
-        member, instrument = np.nonzero(account.amount)
-        amount, price = account.amount[member, instrument], account.price[member, instrument]
-        count = account.count[member, instrument].astype(np.float64)
-        weight = amount * price / value[member]
-        self.positions.append((member, instrument, amount, price, count, weight))
-        self.orders.append((orders, fills))
+        for name, column in (
+            ("account", value),
+            ("cash", account.cash),
+            ("unsettled", account.unsettled_cash),
+            ("value", holdings),
+            ("total_cost", account.cost),
+            ("total_turnover", account.turnover),
+            ("lending_fee", account.lending_fee),
+        ):
+            self.totals[name][bar] = column
+        count, weight = account.count.ravel()[places], position_value / value[member]
+        self.positions.append(bar, member, instrument, amount, price, count, weight)
+        numbers = (orders.buying, orders.amount, fills.amount, fills.price, fills.value, fills.cost)
+        self.orders.append(bar, orders.member, orders.instrument, *numbers)
+
+    @cached_property
+    def daily(self) -> dict[str, Floats]:
+        """The columns `[D, M]` of Qlib's report, without the benchmark."""
+        totals = self.totals
+        account = totals["account"]
+        previous = np.vstack([self.opening, account[:-1]])
+        cost, turnover = (
+            np.diff(totals[name], axis=0, prepend=0.0) for name in ("total_cost", "total_turnover")
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {
+                "account": account,
+                "return": (account - previous + cost) / previous,
+                "total_turnover": totals["total_turnover"],
+                "turnover": turnover / previous,
+                "total_cost": totals["total_cost"],
+                "cost": cost / previous,
+                "value": totals["value"],
+                "cash": totals["cash"],
+            }
 
 
 def simulate(
@@ -61,43 +153,93 @@ def simulate(
     account: Account,
     *,
     buy_first: bool = False,
+    delisting: Delisting = "last_close",
+    as_qlib: bool = False,
 ) -> Ledger:
     """Run a strategy over the bars of `quotes`; updates `account` in place.
 
     The scores of a bar are traded at the next bar. `scores` cover the dates of the quotes and some
     of their instruments. `buy_first` executes purchases before sales, so that the proceeds of a
-    sale cannot pay for a purchase on the same bar.
+    sale cannot pay for a purchase on the same bar. On the bar after the last bar of an instrument,
+    before the strategy decides, its positions are closed as `delisting` says: at the last close,
+    at zero, or not at all ("keep").
     """
     refuse_old_strategy_names(strategy)
-    ledger = Ledger()
-    column = None if scores is None else quotes.instruments.get_indexer(scores.instruments)
+    first = quotes.first
+    ledger = Ledger(quotes.dates[first:], account, closes_endings=delisting != "keep")
+    score_values = None if scores is None else scores.align(quotes.instruments)
     traded_today = np.zeros_like(account.amount)
-    previous = Market(exchange, quotes, 0) if quotes.first else None
-    for row in range(quotes.first, len(quotes.dates)):
+    days = quotes.dates.normalize()
+    is_new_day = np.r_[True, np.asarray(days[1:] != days[:-1])]
+    years = np.r_[0.0, np.asarray((quotes.dates[1:] - quotes.dates[:-1]) / _YEAR)]
+    end_rows = np.maximum(quotes.end_row, first)
+    rows_with_ends = set(end_rows[end_rows < len(quotes.dates)].tolist())
+    previous = Market(exchange, quotes, 0) if first else None
+    for row in range(first, len(quotes.dates)):
         market = Market(exchange, quotes, row)
-        if previous is None or previous.date.normalize() != market.date.normalize():
+        if is_new_day[row]:
             traded_today[:] = 0.0
-        score = _expand_scores(scores, column, row - 1, account.amount.shape)
-        step = row - quotes.first
-        context = StepContext(step, quotes.instruments, score, market, previous, account)
+        if exchange.lending_fee:
+            account.charge_lending_fee(exchange.lending_fee * years[row])
+        if row in rows_with_ends:
+            columns = np.flatnonzero(end_rows == row)
+            _close_ended_positions(ledger, row - first, account, columns, delisting)
+        score = None
+        if score_values is not None and row > 0 and scores.has_scores[row - 1]:
+            score = np.asarray(score_values[row - 1], dtype=np.float64)
+        context = StepContext(
+            row - first,
+            quotes.instruments,
+            score,
+            market,
+            previous,
+            account,
+            traded_today=None if as_qlib else traded_today,
+            as_qlib=as_qlib,
+        )
         orders = strategy.decide(context)
         fills = market.execute(
             orders, account, traded_today, allow_short=strategy.allow_short, buy_first=buy_first
         )
         account.close_bar(market.close)
-        ledger.record_bar(market.date, account, orders, fills)
+        ledger.record_bar(row - first, account, orders, fills)
         account.settle()
         previous = market
+    _report_ended_positions(ledger, quotes, delisting)
     return ledger
 
 
-def _expand_scores(
-    scores: Scores | None, column: Indices | None, row: int, shape: tuple[int, ...]
-) -> Floats | None:
-    """The scores of a bar for all instruments `[M, N]`, or None if the bar has no scores."""
-    if scores is None or row < 0 or np.isnan(scores.values[row]).all():
-        return None
-    assert column is not None
-    out = np.full(shape, np.nan)
-    out[:, column] = scores.values[row]
-    return out
+def _close_ended_positions(
+    ledger: Ledger, bar: int, account: Account, columns: Indices, delisting: Delisting
+) -> None:
+    """Close and record the positions in the instruments `columns`, which have no more bars."""
+    member, column = np.nonzero(account.amount[:, columns])
+    if not len(member):
+        return
+    instrument = columns[column]
+    amount, price = account.amount[member, instrument], account.price[member, instrument]
+    if delisting == "zero":
+        price = np.zeros_like(price)
+    ledger.endings.append(bar, member, instrument, amount, price, amount * price)
+    if delisting != "keep":
+        account.close_positions(member, instrument, price)
+
+
+def _report_ended_positions(ledger: Ledger, quotes: Quotes, delisting: Delisting) -> None:
+    if not len(ledger.endings):
+        return
+    ends = dict(zip(ledger.endings.instrument.tolist(), ledger.endings.bar.tolist(), strict=True))
+    texts = [f"{quotes.instruments[k]} on {ledger.dates[bar]:%Y-%m-%d}" for k, bar in ends.items()]
+    action = {
+        "last_close": "were closed at their last close on the day after",
+        "zero": "were closed at zero on the day after",
+        "keep": "are kept at their last close",
+    }[delisting]
+    log.warning(
+        "%d positions in instruments whose bars end %s: %s%s (delisting=%s).",
+        len(ledger.endings),
+        action,
+        ", ".join(texts[:10]),
+        ", ..." if len(texts) > 10 else "",
+        delisting,
+    )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import numbers
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from qtorch.backtest.account import Account, Orders
-from qtorch.backtest.exchange import Bools, Exchange, Floats
+from qtorch.backtest.account import Account, Fills, Orders, is_close
+from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.market import Market
+from qtorch.backtest.quotes import Bools, Floats, Indices
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError, check_name, refuse_old_names
@@ -26,7 +27,9 @@ class StepContext:
     `step` counts the bars from 0. `score [M, N]` are the scores of the previous bar (NaN: no
     score); it is None if no member has a score or the strategy has no signal. `market` is the bar
     at which the orders are executed, `previous` the bar before it (None at the first bar of the
-    calendar). A strategy must not modify `account`.
+    calendar). `traded_today [M, N]` are the amounts traded earlier on the same day (None: ignore
+    them). With `as_qlib` a strategy follows Qlib where Qlib is wrong about money. A strategy must
+    not modify the scores, the account and the amounts.
     """
 
     step: int
@@ -35,20 +38,22 @@ class StepContext:
     market: Market
     previous: Market | None
     account: Account
+    traded_today: Floats | None = None
+    as_qlib: bool = False
 
     @property
     def date(self) -> pd.Timestamp:
         """The bar at which the orders are executed."""
         return self.market.date
 
+    def preview_sales(self, sales: Orders) -> Fills:
+        """The fills that sales would have if they were executed now; books nothing."""
+        return self.market.preview_sales(sales, self.account, self.traded_today)
+
     def proceeds(self, sales: Orders) -> Floats:
         """The cash `[M]` that sales would yield after costs if executed now; books nothing."""
-        total = np.zeros(len(self.account.cash))
-        if len(sales.amount):
-            trial = replace(copy.deepcopy(self.account), settle_cash=False)
-            fills = self.market.execute(sales, trial, np.zeros_like(trial.amount))
-            np.add.at(total, sales.member, fills.value - fills.cost)
-        return total
+        fills, num_members = self.preview_sales(sales), len(self.account.cash)
+        return np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
 
 
 @trust_subclasses
@@ -57,7 +62,8 @@ class Strategy(Configured, ABC):
 
     `signal`: scores as a frame or series by (datetime, instrument), `(model, dataset)`, or None
     for a strategy without scores. A frame with several columns runs one member per column in the
-    same pass, each with its own account. `risk_degree` is the fraction of the account to invest.
+    same pass, each with its own account. `risk_degree` is the fraction of the account to invest; a
+    subclass that times the market overrides `get_risk_degree`.
     """
 
     allow_short: ClassVar[bool] = False
@@ -86,6 +92,20 @@ class Strategy(Configured, ABC):
         """The scores by (datetime, instrument), one column per member."""
         return None if self.signal is None else score_frame(self.signal)
 
+    def get_risk_degree(self, trade_step: int | None = None) -> float:
+        """The fraction of the account to invest at a bar, which `trade_step` counts from 0."""
+        return self.risk_degree
+
+    def read_risk_degree(self, step: int) -> float:
+        """`get_risk_degree` of a bar; raises ConfigError unless it is a fraction from 0 to 1."""
+        degree = self.get_risk_degree(step)
+        if not isinstance(degree, numbers.Real) or not 0 <= degree <= 1:
+            raise ConfigError(
+                f"{type(self).__name__}.get_risk_degree({step}) is {degree!r}; expected a fraction "
+                "from 0 to 1."
+            )
+        return float(degree)
+
     def start(
         self,
         exchange: Exchange,
@@ -112,23 +132,27 @@ def refuse_old_strategy_names(strategy: Strategy | type[Strategy]) -> None:
 
 
 class TopkDropoutStrategy(Strategy):
-    """Holds about `topk` instruments and replaces the `n_drop` worst of them on each bar.
+    """Holds at most `topk` instruments and replaces the `n_drop` worst of them on each bar.
 
     On each bar, the candidates are the best instruments not yet held: `n_drop` of them, plus one
     for each free slot. Candidates and holdings are ranked together, and the holdings among the
-    `n_drop` worst are sold; the best candidates fill the free slots. The cash after the sales,
-    times `risk_degree`, is split evenly over the purchases. `method_sell`: "bottom", or "random"
-    (any `n_drop` holdings); `method_buy`: "top", or "random" (any of the best `topk`). A position
-    is not sold before it has been held for `hold_thresh` bars. `only_tradable`: instruments that
-    cannot be traded at this bar are excluded from the ranking. `forbid_all_trade_at_limit`: an
-    instrument at either price limit is not traded at all; otherwise sales at the upper limit and
-    purchases at the lower limit are allowed. Instruments without a score rank last and are never
-    bought. Equal scores are ranked by instrument name.
+    `n_drop` worst are sold; the best candidates fill the slots that are free after the sales that
+    can be executed: a holding that is suspended, at its limit, or held too short keeps its slot.
+    The cash after the sales, times `risk_degree`, is split evenly over the purchases.
+    `method_sell`: "bottom", or "random" (any `n_drop` holdings); `method_buy`: "top", or "random"
+    (any of the best `topk`). A position is not sold before it has been held for `hold_thresh`
+    bars. `only_tradable`: instruments that cannot be traded at this bar are excluded from the
+    ranking. `forbid_all_trade_at_limit`: an instrument at either price limit is not traded at all;
+    otherwise sales at the upper limit and purchases at the lower limit are allowed. Instruments
+    without a score rank last and are never bought. Equal scores are ranked by instrument name.
 
     Corresponds to Qlib's strategy of that name (contrib/strategy/signal_strategy.py). Differences:
-    `n_drop=0` sells nothing (Qlib sells everything); with more than `topk + n_drop` holdings
-    nothing is bought (Qlib's negative slice buys nearly everything); instruments without a score
-    (NaN) are not bought; random choices depend on `seed` and are the same for every member.
+    a sale that was not made frees no slot (Qlib buys for it all the same and ends up with more than
+    `topk` positions), and `get_risk_degree` of a subclass is asked (Qlib's strategy reads
+    `risk_degree`); `as_qlib=True` of the backtest gives Qlib's rule for both. `n_drop=0` sells
+    nothing (Qlib sells everything); with more than `topk + n_drop` holdings nothing is bought
+    (Qlib's negative slice buys nearly everything); instruments without a score (NaN) are not
+    bought; random choices depend on `seed` and are the same for every member.
     """
 
     needs_signal: ClassVar[bool] = True
@@ -174,102 +198,200 @@ class TopkDropoutStrategy(Strategy):
             )
 
     def decide(self, context: StepContext) -> Orders:
-        """Sell the worst holdings, then buy the best candidates, with `[M, N]` masks by rank."""
+        """Sell the worst holdings, then buy the best candidates."""
         if context.score is None:
             return Orders.empty()
+        score, account = context.score, context.account
+        num_members = len(score)
+        has_score, is_held = ~np.isnan(score), account.is_held
+        eligible = context.market.is_tradable() if self.only_tradable else None
+        num_held = account.count_positions()
+        max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
+        candidates = self._candidates(score, has_score, is_held, eligible, max_count, context.step)
         # Members without any score on this bar do not trade.
-        active = (~np.isnan(context.score)).any(axis=1, keepdims=True)
-        # NaN comes last; equal scores stay in the order of instrument names.
-        order = np.argsort(-context.score, axis=1, kind="stable")
-        is_held = context.account.is_held
-        rank = _Ranking(order, is_held & active, context.score, self._eligible_mask(context))
-        num_free = self.topk - is_held.sum(axis=1, keepdims=True)
-        candidates = self._candidates(rank, np.maximum(num_free + self.n_drop, 0), context)
-        sell = self._worst(rank, candidates, context)
-        num_slots = np.maximum(sell.sum(axis=1, keepdims=True) + num_free, 0)
-        buy = candidates & (np.cumsum(candidates, axis=1) <= num_slots)
-        sales = Orders.from_mask(
-            self._sellable_mask(rank.to_instrument_order(sell), context),
-            context.account.amount,
-            buying=False,
-        )
-        return sales.append(
-            self._purchases(rank, buy, context.account.cash + context.proceeds(sales), context)
-        )
+        is_active = has_score.any(axis=1, keepdims=True)
+        ranked = is_held if is_active.all() else is_held & is_active
+        worst = self._worst(score, ranked, candidates, eligible, context.step)
+        sales = self._sales(worst, context)
+        fills = context.preview_sales(sales)
+        if context.as_qlib:
+            num_sold = np.bincount(worst.member, minlength=num_members)
+            risk_degree = self.risk_degree
+        else:
+            is_closed = is_close(fills.amount, sales.amount) & (fills.amount > 0)
+            num_sold = np.bincount(sales.member, is_closed, minlength=num_members)
+            risk_degree = self.read_risk_degree(context.step)
+        proceeds = np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
+        num_free = (self.topk - num_held + num_sold)[candidates.member]
+        purchases = candidates.select(candidates.rank < num_free)
+        cash = (account.cash + proceeds) * risk_degree
+        return sales.append(self._purchases(purchases, cash, context))
 
-    def _eligible_mask(self, context: StepContext) -> Bools:
-        market = context.market
-        return market.is_tradable() if self.only_tradable else np.ones(len(market.close), np.bool_)
-
-    def _candidates(self, rank: _Ranking, max_count: Floats, context: StepContext) -> Bools:
-        """Up to `max_count [M, 1]` instruments to consider buying, in rank order."""
+    def _candidates(
+        self,
+        score: Floats,
+        has_score: Bools,
+        is_held: Bools,
+        eligible: Bools | None,
+        max_count: Floats,
+        step: int,
+    ) -> _Places:
+        """Up to `max_count [M]` instruments to consider buying, best first."""
         if self.method_buy == "top":
-            candidates: Bools = rank.has_score & rank.eligible & ~rank.is_held
-            candidates &= np.cumsum(candidates, axis=1) <= max_count
-            return candidates
-        best = rank.has_score & rank.eligible
-        best &= np.cumsum(best, axis=1) <= self.topk
-        return self._draw_random(best & ~rank.is_held, max_count, context.step, 0)
+            allowed = has_score & ~is_held
+            return _best_places(
+                score, allowed if eligible is None else allowed & eligible, max_count
+            )
+        allowed = has_score if eligible is None else has_score & eligible
+        best = _best_places(score, allowed, np.full(len(score), self.topk))
+        best = best.select(~is_held[best.member, best.instrument])
+        return self._draw_random(best, max_count, step, 0)
 
-    def _worst(self, rank: _Ranking, candidates: Bools, context: StepContext) -> Bools:
-        """Up to `n_drop` holdings to sell, in rank order."""
+    def _worst(
+        self,
+        score: Floats,
+        ranked: Bools,
+        candidates: _Places,
+        eligible: Bools | None,
+        step: int,
+    ) -> _Places:
+        """Up to `n_drop` of the holdings `ranked [M, N]` to sell."""
+        if eligible is not None:
+            ranked = ranked & eligible
         if self.method_sell == "random":
-            max_count = np.full((len(candidates), 1), self.n_drop)
-            return self._draw_random(rank.is_held & rank.eligible, max_count, context.step, 1)
-        is_ranked = (rank.is_held | candidates) & rank.eligible
-        rank_from_bottom = np.cumsum(is_ranked[:, ::-1], axis=1)[:, ::-1]
-        worst: Bools = rank.is_held & is_ranked & (rank_from_bottom <= self.n_drop)
-        return worst
+            score = np.where(np.isnan(score), -np.inf, score)
+            holdings = _best_places(score, ranked, np.full(len(score), score.shape[1]))
+            return self._draw_random(holdings, np.full(len(score), self.n_drop), step, 1)
+        together = ranked.copy()
+        together[candidates.member, candidates.instrument] = True
+        worst = _worst_places(score, together, self.n_drop)
+        return worst.select(ranked[worst.member, worst.instrument])
 
-    def _draw_random(self, is_allowed: Bools, max_count: Floats, step: int, stream: int) -> Bools:
-        """Draw up to `max_count` of the allowed instruments without replacement.
+    def _draw_random(self, places: _Places, max_count: Floats, step: int, stream: int) -> _Places:
+        """Draw up to `max_count [M]` of the places of each member without replacement.
 
         `stream` separates the random numbers of purchases (0) and sales (1).
         """
-        out = np.zeros_like(is_allowed)
-        for member, row in enumerate(is_allowed):
-            places = np.flatnonzero(row)
+        is_drawn = np.zeros(len(places.member), dtype=np.bool_)
+        for member, count in enumerate(max_count):
+            rows = np.flatnonzero(places.member == member)
             random = np.random.default_rng([self.seed, step, stream])
-            count = min(int(max_count[member, 0]), len(places))
-            out[member, random.choice(places, count, replace=False)] = True
-        return out
+            is_drawn[random.choice(rows, min(int(count), len(rows)), replace=False)] = True
+        return places.select(is_drawn).renumber()
 
-    def _sellable_mask(self, sell: Bools, context: StepContext) -> Bools:
-        market = context.market
-        is_tradable = market.is_tradable(None if self.forbid_all_trade_at_limit else "sell")
-        return sell & is_tradable & (context.account.count >= self.hold_thresh)
+    def _sales(self, worst: _Places, context: StepContext) -> Orders:
+        """Sell those of the worst holdings that can be sold, in the order of their names."""
+        if not len(worst.member):
+            return Orders.empty()
+        is_tradable = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "sell")
+        place = worst.member * len(is_tradable) + worst.instrument
+        is_sold = is_tradable[worst.instrument]
+        is_sold &= context.account.count.ravel()[place] >= self.hold_thresh
+        place = place[is_sold]
+        place.sort()
+        member, instrument = np.divmod(place, len(is_tradable))
+        amount = context.account.amount.ravel()[place]
+        return Orders(member, instrument, amount, np.zeros(len(place), dtype=np.bool_))
 
-    def _purchases(self, rank: _Ranking, buy: Bools, cash: Floats, context: StepContext) -> Orders:
-        """Split the cash equally over the purchases, in rank order.
+    def _purchases(self, places: _Places, cash: Floats, context: StepContext) -> Orders:
+        """Split the cash `[M]` equally over the purchases, in rank order.
 
         The share of an instrument that cannot be bought stays in cash.
         """
-        member, rank_index = np.nonzero(buy)
-        instrument = rank.order[member, rank_index]
-        share = cash * self.risk_degree / np.maximum(buy.sum(axis=1), 1)
+        member, instrument = places.member, places.instrument
+        if not len(member):
+            return Orders.empty()
+        share = cash / np.maximum(np.bincount(member, minlength=len(cash)), 1)
         can_buy = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "buy")[
             instrument
         ]
-        member, instrument = member[can_buy], instrument[can_buy]
+        if not can_buy.all():
+            member, instrument = member[can_buy], instrument[can_buy]
         amount = share[member] / context.market.price("buy")[instrument]
         amount = context.market.round_lots(amount, instrument)
         return Orders(member, instrument, amount, np.ones(len(member), dtype=np.bool_))
 
 
-class _Ranking:
-    """Masks `[M, N]` whose columns are in the order of the scores, best first."""
+class _Places(NamedTuple):
+    """Instruments of members `[K]`, by member and within a member by their rank, from 0."""
 
-    def __init__(self, order: Any, is_held: Bools, score: Floats, eligible: Bools) -> None:
-        self.order = order
-        self.is_held = np.take_along_axis(is_held, order, axis=1)
-        self.has_score = ~np.isnan(np.take_along_axis(score, order, axis=1))
-        self.eligible = eligible[order]
+    member: Indices
+    instrument: Indices
+    rank: Indices
 
-    def to_instrument_order(self, rank_mask: Bools) -> Bools:
-        """Convert a mask in rank order to a mask in instrument order."""
-        out = np.zeros_like(rank_mask)
-        np.put_along_axis(out, self.order, rank_mask, axis=1)
-        return out
+    @classmethod
+    def create(cls, member: Indices, place: Indices, num_instruments: int) -> _Places:
+        """Rank places of the flattened `[M, N]` arrays that are sorted by their member."""
+        return cls(member, place % num_instruments, _ranks_in_member(member))
+
+    def select(self, mask: Bools) -> _Places:
+        return _Places(self.member[mask], self.instrument[mask], self.rank[mask])
+
+    def renumber(self) -> _Places:
+        """Close the gaps in the ranks."""
+        return self._replace(rank=_ranks_in_member(self.member))
+
+
+def _ranks_in_member(member: Indices) -> Indices:
+    """Count the earlier elements of the same member; `member [K]` is in ascending order."""
+    ranks = np.arange(len(member))
+    if len(member) and member[0] != member[-1]:
+        counts = np.bincount(member)
+        ranks -= (counts.cumsum() - counts)[member]
+    return ranks
+
+
+def _best_places(score: Floats, allowed: Bools, count: Floats) -> _Places:
+    """The best `count [M]` allowed instruments of each member; `score [M, N]` is not NaN there.
+
+    Only those at or above the member's lowest score that counts are sorted.
+    """
+    num_members, num_instruments = score.shape
+    max_count = int(count.max())
+    if max_count <= 0:
+        return _NO_PLACES
+    if max_count < num_instruments:
+        values = np.where(allowed, score, -np.inf)
+        kth = num_instruments - max_count
+        allowed = allowed & (values >= np.partition(values, kth, axis=1)[:, kth, None])
+    place = allowed.ravel().nonzero()[0]
+    values = -score.ravel()[place]
+    if num_members == 1:  # stable: equal scores stay in the order of their names
+        place = place[values.argsort(kind="stable")]
+        member = np.zeros(len(place), dtype=np.intp)
+    else:
+        member = place // num_instruments
+        order = np.lexsort((values, member))
+        member, place = member[order], place[order]
+    places = _Places.create(member, place, num_instruments)
+    return places.select(places.rank < count[member])
+
+
+def _worst_places(score: Floats, allowed: Bools, count: int) -> _Places:
+    """The worst `count` allowed instruments of each member, worst first: those without a score."""
+    num_members, num_instruments = score.shape
+    place = allowed.ravel().nonzero()[0]
+    if count == 0 or not len(place):
+        return _NO_PLACES
+    values = -score.ravel()[place]
+    if num_members == 1:  # NaN comes last; of equal scores the last name is the worst
+        place = place[values.argsort(kind="stable")[: -count - 1 : -1]]
+        return _Places.create(np.zeros(len(place), dtype=np.intp), place, num_instruments)
+    values[np.isnan(values)] = np.inf
+    member = place // num_instruments
+    counts = np.bincount(member, minlength=num_members)
+    width = int(counts.max())
+    if count < width:
+        table = np.full((num_members, width), -np.inf)
+        table[member, _ranks_in_member(member)] = values
+        is_low = values >= np.partition(table, width - count, axis=1)[member, width - count]
+        place, member, values = place[is_low], member[is_low], values[is_low]
+    order = np.lexsort((-place, -values, member))
+    places = _Places.create(member[order], place[order], num_instruments)
+    return places.select(places.rank < count)
+
+
+_NO_PLACES = _Places(*(np.zeros(0, dtype=np.intp) for _ in range(3)))
 
 
 class WeightStrategyBase(Strategy):
@@ -303,7 +425,8 @@ class WeightStrategyBase(Strategy):
         account, market = context.account, context.market
         weights = self.target_weights(context)
         has_target = ~np.isnan(weights).all(axis=1, keepdims=True)
-        value = np.maximum(account.value(), 0.0)[:, None] * self.risk_degree
+        risk_degree = self.read_risk_degree(context.step)
+        value = np.maximum(account.value(), 0.0)[:, None] * risk_degree
         was_tradable = np.zeros_like(market.is_suspended)
         previous_close = np.full_like(market.close, np.nan)
         if context.previous is not None:
@@ -365,7 +488,8 @@ class LongShortStrategy(WeightStrategyBase):
     Each side holds `topk` instruments, or the fraction `quantile` of those with a score (rounded
     down, at least one), worth half of the account times `risk_degree`. The portfolio is rebalanced
     every `rebalance` bars. Sales beyond a position open a short position: the proceeds become
-    cash, and borrowing fees are not modelled. Equal scores are ranked by instrument name.
+    cash, and borrowing costs the exchange's `lending_fee`. Equal scores are ranked by instrument
+    name.
     """
 
     allow_short: ClassVar[bool] = True

@@ -65,6 +65,10 @@ class ExportError(QtorchError, RuntimeError):
     """An exported file does not reproduce the scores of its model."""
 
 
+class AuditError(QtorchError, RuntimeError):
+    """The numbers of a backtest contradict its orders or its bars."""
+
+
 class RecordError(QtorchError, RuntimeError):
     """A record cannot be made because something that it depends on is missing."""
 

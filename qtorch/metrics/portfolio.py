@@ -24,17 +24,16 @@ def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
     return r.cumsum() if mode == "sum" else (1 + r).cumprod() - 1
 
 
-def drawdown(r: pd.Series, mode: Mode = "sum") -> pd.Series:
+def drawdown(r: pd.Series, mode: Mode = "sum", *, as_qlib: bool = False) -> pd.Series:
     """Drawdown of the cumulative return from its running maximum: zero or negative.
 
-    A fraction of the initial capital ("sum") or of the running maximum ("product"). As in Qlib's
-    `risk_analysis` the curve starts at the first return, so a loss on the first day is not a
-    drawdown.
+    A fraction of the initial capital ("sum") or of the running maximum ("product"). The curve
+    starts at the initial capital, so a loss in the first period is a drawdown. With `as_qlib` it
+    starts at the first return, as in Qlib's `risk_analysis`.
     """
     total = cumulative_return(r, mode)
-    if mode == "sum":
-        return total - total.cummax()
-    return (1 + total) / (1 + total).cummax() - 1
+    peak = total.cummax() if as_qlib else total.cummax().clip(lower=0.0)
+    return total - peak if mode == "sum" else (1 + total) / (1 + peak) - 1
 
 
 def periods_per_year(freq: str) -> float:
@@ -58,6 +57,8 @@ def risk_analysis(
     N: float | None = None,
     freq: str | None = None,
     mode: Mode = "sum",
+    *,
+    as_qlib: bool = False,
 ) -> pd.DataFrame:
     """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
 
@@ -66,8 +67,8 @@ def risk_analysis(
     cummax(cumsum)). Mode "product" compounds them: geometric mean, standard deviation of log
     returns, drawdown as a fraction of the peak. Standard deviations use ddof 1. Returns a frame
     with one column "risk". Corresponds to `risk_analysis` of qlib/contrib/evaluate.py.
-    Differences: `freq` defaults to "day", so passing `N` alone does not warn; passing both is an
-    error.
+    Differences: a loss in the first period counts as a drawdown (not with `as_qlib`); `freq`
+    defaults to "day", so passing `N` alone does not warn; passing both is an error.
     """
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")
@@ -87,7 +88,7 @@ def risk_analysis(
         "std": std,
         "annualized_return": annual,
         "information_ratio": float(np.divide(mean, std) * math.sqrt(scale)),
-        "max_drawdown": float(drawdown(r, mode).min()),
+        "max_drawdown": float(drawdown(r, mode, as_qlib=as_qlib).min()),
     }
     return pd.Series(values).to_frame("risk")
 

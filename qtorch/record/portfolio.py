@@ -12,7 +12,7 @@ import pandas as pd
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, check_name
+from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
 from qtorch.metrics.portfolio import indicator_analysis, risk_analysis
 from qtorch.record.base import Names, Record
@@ -32,13 +32,13 @@ DEFAULT_CONFIG: dict[str, Any] = {
         "account": 1e8,
         "exchange_kwargs": {
             "deal_price": "close",
-            "limit_threshold": 0.095,
             "open_cost": 0.0005,
             "close_cost": 0.0015,
             "min_cost": 5,
         },
     },
 }
+_AUDITS = ("error", "warning", "off")
 _PARTS = ("strategy", "executor", "backtest")
 _PASS_FIGURES = ("annualized_return", "information_ratio")
 
@@ -61,9 +61,15 @@ class PortAnaRecord(Record):
     benchmark), `1day.ffr`, `1day.pa` and `1day.pos`. `risk_analysis_freq` and
     `indicator_analysis_freq` are the frequencies to analyse; coarser ones are aggregated.
 
+    When all is stored and logged the backtest is audited (`BacktestResult.check`): with `audit`
+    "error" a fault is a RecordError, with "warning" it is logged, with "off" nothing is checked.
+    Positions in instruments whose bars end are stored as `delistings_normal_1day`, their number is
+    the metric `1day.ended_positions`.
+
     Corresponds to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime,
     instrument); coarser frequencies need no executor of their own; the default benchmark is not
-    CSI 300.
+    CSI 300, the default price limit is the region's and not 0.095. With `as_qlib: true` in the
+    part `backtest` the numbers are Qlib's, also those of the risk analysis.
     """
 
     artifact_path: ClassVar[str | None] = "portfolio_analysis"
@@ -80,8 +86,10 @@ class PortAnaRecord(Record):
         skip_existing: bool = False,
         *,
         dataset: Any = None,
+        audit: str = "error",
     ) -> None:
         super().__init__(recorder)
+        check_name("audit", audit, _AUDITS)
         settings = dict(resolve_config(config or DEFAULT_CONFIG))
         for part in settings:
             check_name("part of the config", part, _PARTS)
@@ -94,6 +102,7 @@ class PortAnaRecord(Record):
         self.indicator_analysis_method = indicator_analysis_method
         self.skip_existing = skip_existing
         self.dataset = dataset
+        self.audit = audit
 
     def generate(self) -> dict[str, Any] | None:
         """Backtest, store and log; return the stored objects, or None if skipped."""
@@ -105,6 +114,7 @@ class PortAnaRecord(Record):
         self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**objects)
         self._log_summary(metrics)
+        self._audit(result)
         return objects
 
     def list(self) -> Names:
@@ -154,6 +164,26 @@ class PortAnaRecord(Record):
                 return None
         return getattr(getattr(dataset, "handler", None), "source", None)
 
+    def _audit(self, result: BacktestResult) -> None:
+        """Check the backtest; what it is about is stored by now."""
+        if self.audit == "off":
+            return
+        try:
+            checked = result.check()
+        except AuditError as error:
+            hint = "audit=warning logs this and continues"
+            if self.audit == "error":
+                raise RecordError(f"{error}\nAll is stored; {hint}.") from error
+            log.error("%s", error)
+        else:
+            log.info(
+                "audited the backtest: %d days, %d positions, %d orders, %d of their prices",
+                checked.num_days,
+                checked.num_positions,
+                checked.num_orders,
+                checked.num_prices,
+            )
+
     # -- the analysis ----------------------------------------------------------------------------
 
     def _analyze(self, result: BacktestResult) -> tuple[dict[str, Any], dict[str, float]]:
@@ -170,12 +200,14 @@ class PortAnaRecord(Record):
         objects: dict[str, Any] = {
             f"positions_normal_{self.freq}.pkl": result.positions,
             f"orders_normal_{self.freq}.pkl": result.orders,
+            f"delistings_normal_{self.freq}.pkl": result.delistings,
         }
         objects |= {f"report_normal_{freq}.pkl": frame for freq, frame in reports.items()}
         objects |= {f"indicators_normal_{freq}.pkl": frame for freq, frame in trades.items()}
-        metrics: dict[str, float] = {}
+        metrics = {f"{self.freq}.ended_positions": float(len(result.delistings))}
+        as_qlib = bool(self.backtest.get("as_qlib"))
         for freq in self.risk_freqs:
-            analysis = analyze_risk(reports[freq], freq)
+            analysis = analyze_risk(reports[freq], freq, as_qlib=as_qlib)
             objects[f"port_analysis_{freq}.pkl"] = analysis
             nested_values = analysis["risk"].unstack().T.to_dict()
             metrics |= {f"{freq}.{name}": v for name, v in flatten_dict(nested_values).items()}
@@ -199,7 +231,7 @@ class PortAnaRecord(Record):
                 )
 
 
-def analyze_risk(report: pd.DataFrame, freq: str) -> pd.DataFrame:
+def analyze_risk(report: pd.DataFrame, freq: str, *, as_qlib: bool = False) -> pd.DataFrame:
     """Analyse the risk of a report's excess returns over the benchmark, without and with cost.
 
     Without a benchmark the returns themselves are analysed. Both tables are concatenated.
@@ -208,11 +240,12 @@ def analyze_risk(report: pd.DataFrame, freq: str) -> pd.DataFrame:
         name, returns = "return", report["return"]
     else:
         name, returns = "excess_return", report["return"] - report["bench"]
+    series = {
+        f"{name}_without_cost": returns,
+        f"{name}_with_cost": returns - report["cost"],
+    }
     return pd.concat(
-        {
-            f"{name}_without_cost": risk_analysis(returns, freq=freq),
-            f"{name}_with_cost": risk_analysis(returns - report["cost"], freq=freq),
-        }
+        {key: risk_analysis(r, freq=freq, as_qlib=as_qlib) for key, r in series.items()}
     )
 
 
@@ -254,9 +287,15 @@ class MultiPassPortAnaRecord(PortAnaRecord):
         *,
         seed: int = 0,
         dataset: Any = None,
+        audit: str = "error",
     ) -> None:
         super().__init__(
-            recorder, config, risk_analysis_freq, skip_existing=skip_existing, dataset=dataset
+            recorder,
+            config,
+            risk_analysis_freq,
+            skip_existing=skip_existing,
+            dataset=dataset,
+            audit=audit,
         )
         if pass_num < 2:
             raise ConfigError(f"pass_num={pass_num!r}: expected at least 2 passes.")
@@ -284,6 +323,7 @@ class MultiPassPortAnaRecord(PortAnaRecord):
             metrics |= {str(k): float(v) for k, v in flatten_dict(nested_values).items()}
         self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**objects)
+        self._audit(result)
         return objects
 
     def list(self) -> Names:

@@ -113,6 +113,7 @@ def run_qtorch(
         exchange_kwargs={
             "exchange": Exchange(codes=codes, source=QlibSource(provider), **exchange_kwargs(case))
         },
+        as_qlib=True,
     )
 
 

@@ -58,10 +58,11 @@ def ask_qlib(python: str, provider: str, scores: pd.Series, folder: Path) -> dic
 
 def run_qtorch(provider: str, scores: pd.Series, folder: Path) -> dict[str, float]:
     """The metrics logged by qtorch's record."""
+    config = {**CONFIG, "backtest": {**CONFIG["backtest"], "as_qlib": True}}
     qtorch.init(provider_uri=provider, tracking_uri=f"sqlite:///{folder}/own.db")
     with R.start(experiment_name="parity"):
         recorder = R.get_recorder()
         recorder.save_objects(**{"pred.pkl": scores.to_frame("score")})
-        PortAnaRecord(recorder, CONFIG).generate()
+        PortAnaRecord(recorder, config).generate()
         metrics: dict[str, float] = recorder.list_metrics()
     return metrics

@@ -70,8 +70,11 @@ def check_invariants(result, exchange, market, *, short=False):
     limit = exchange["limit_threshold"]
     if limit != "none":
         buying = executed_orders["direction"] == "buy"
-        assert not (bars["$change"][buying] >= limit).any()
-        assert not (bars["$change"][~buying] <= -limit).any()
+        close_before = bars["$close"] / (1 + bars["$change"])
+        move = executed_orders["price"] / close_before - 1
+        assert not (move[buying] >= limit + 1e-6).any()
+        assert not (move[~buying] <= -limit - 1e-6).any()
+    result.check()
 
 
 @pytest.mark.slow
@@ -86,6 +89,7 @@ def test_topk_dropout_invariants(strategy, exchange, synthetic_market, random_sc
         source=synthetic_market,
     )
     check_invariants(result, exchange, synthetic_market)
+    assert result.positions.groupby(level=0).size().max() <= strategy["topk"]
 
 
 @pytest.mark.slow

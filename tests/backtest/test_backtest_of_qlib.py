@@ -48,7 +48,9 @@ def test_daily_report_positions_and_costs_equal_qlib(number, market, golden):
         benchmark=BENCHMARK,
         exchange_kwargs=exchange_kwargs(case),
         source=market,
+        as_qlib=True,
     )
+    result.check()
     names, days = sorted(market.instruments("all")), market.calendar(*SPAN)
     report = golden[f"{number}/report"]
     np.testing.assert_allclose(result.report[list(FIELDS)], report, rtol=1e-9, atol=1e-9)

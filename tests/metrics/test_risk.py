@@ -9,9 +9,14 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError
-from qtorch.metrics.portfolio import indicator_analysis, periods_per_year, risk_analysis
+from qtorch.metrics.portfolio import (
+    drawdown,
+    indicator_analysis,
+    periods_per_year,
+    risk_analysis,
+)
 
-RETURNS = [0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
+RETURNS = [-0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,16 @@ def test_product_mode_by_hand() -> None:
     assert risk["std"] == pytest.approx(np.std(np.log([1.1, 0.8, 1.05]), ddof=1))
 
 
+def test_a_loss_in_the_first_period_is_a_drawdown() -> None:
+    r = pd.Series([-0.5, 0.1, 0.1])
+    assert drawdown(r).tolist() == pytest.approx([-0.5, -0.4, -0.3])
+    assert drawdown(r, "product").tolist() == pytest.approx([-0.5, -0.45, -0.395])
+    for mode in ("sum", "product"):
+        assert risk_analysis(r, mode=mode).loc["max_drawdown", "risk"] == pytest.approx(-0.5)
+        # Qlib's curve begins after the loss.
+        assert risk_analysis(r, mode=mode, as_qlib=True).loc["max_drawdown", "risk"] == 0
+
+
 @pytest.mark.qlib
 def test_risk_analysis_equals_qlib() -> None:
     script = f"""
@@ -60,7 +75,7 @@ print("RESULT" + json.dumps([
     assert process.returncode == 0, process.stderr[-2000:]
     qlib_results = json.loads(process.stdout.split("RESULT")[1])
     results = [
-        risk_analysis(pd.Series(RETURNS), freq=f, mode=m)["risk"].to_dict()
+        risk_analysis(pd.Series(RETURNS), freq=f, mode=m, as_qlib=True)["risk"].to_dict()
         for f in ("day", "week", "month")
         for m in ("sum", "product")
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import pytest
 import qtorch
 from qtorch.backtest import TopkDropoutStrategy, backtest
 from qtorch.core.errors import ConfigError, RecordError
-from qtorch.data import SyntheticSource
+from qtorch.data import FrameSource, SyntheticSource
 from qtorch.metrics import risk_analysis
 from qtorch.record import HFSignalRecord, MultiPassPortAnaRecord, PortAnaRecord
 
@@ -42,6 +44,17 @@ class Dataset:
 def run(recorder, scores, market):
     recorder.save_objects(**{"pred.pkl": scores.to_frame()})
     return recorder, Dataset(market)
+
+
+@pytest.fixture
+def days_of_two():
+    """Six days of A, whose bars end, and of B."""
+    days = pd.bdate_range("2020-01-01", periods=6, name="datetime")
+    index = pd.MultiIndex.from_product([days, ["A", "B"]], names=["datetime", "instrument"])
+    frame = pd.DataFrame({"close": 10.0, "factor": 1.0}, index=index)
+    has_bar = (index.get_level_values(1) == "B") | (index.get_level_values(0) < days[3])
+    scores = pd.Series([2.0, 1.0] * 6, index=index)[has_bar]
+    return SimpleNamespace(scores=scores, source=FrameSource(frame[has_bar]))
 
 
 def config(signal="<PRED>", **settings):
@@ -138,8 +151,9 @@ def test_scored_benchmark_and_no_benchmark(run, market, scores):
     objects = PortAnaRecord(recorder, settings, dataset=dataset).generate()
     bench = objects["report_normal_1day.pkl"]["bench"]
     names = sorted(set(scores.index.get_level_values(1)))
-    returns = market.features(names, ["$close/Ref($close,1)-1"], bench.index[0], bench.index[-1])
-    np.testing.assert_allclose(bench, returns.iloc[:, 0].groupby(level=1).mean(), atol=1e-7)
+    close = market.features(names, ["$close"], None, bench.index[-1]).iloc[:, 0].unstack(0)
+    returns = (close / close.ffill().shift(1) - 1).loc[bench.index[0] :]
+    np.testing.assert_allclose(bench, returns.mean(axis=1), atol=1e-7)
     objects = PortAnaRecord(recorder, config(benchmark=None), dataset=dataset).generate()
     assert objects["report_normal_1day.pkl"]["bench"].isna().all()
     assert "1day.return_with_cost.annualized_return" in recorder.list_metrics()
@@ -157,6 +171,50 @@ def test_errors_and_skip_existing(recorder, scores, market):
     assert PortAnaRecord(recorder, config(), dataset=Dataset(market)).generate() is not None
     second_record = PortAnaRecord(recorder, config(), skip_existing=True, dataset=Dataset(market))
     assert second_record.generate() is None
+
+
+def test_a_fault_of_the_audit_is_loud_and_all_is_stored(run, market, caplog):
+    recorder, dataset = run
+    wrong = config(start_time="2019-11-20")
+    wrong["backtest"]["exchange_kwargs"] = {**COSTS, "deal_price": "1.5*$close"}
+    with pytest.raises(RecordError, match=r"outside the low and the high(.|\n)*All is stored"):
+        PortAnaRecord(recorder, wrong, dataset=dataset).generate()
+    assert "1day.ffr" in recorder.list_metrics()
+    assert len(recorder.load_object("portfolio_analysis/orders_normal_1day.pkl"))
+    PortAnaRecord(recorder, wrong, dataset=dataset, audit="warning").generate()
+    assert "the audit of the backtest failed" in caplog.text
+    caplog.clear()
+    PortAnaRecord(recorder, wrong, dataset=dataset, audit="off").generate()
+    assert "audit" not in caplog.text
+    with pytest.raises(ConfigError, match="audit"):
+        PortAnaRecord(recorder, wrong, audit="loud")
+
+
+def test_as_qlib_holds_for_the_backtest_and_its_risk(run, market, scores):
+    recorder, dataset = run
+    settings = config(start_time="2019-11-01", as_qlib=True)
+    objects = PortAnaRecord(recorder, settings, dataset=dataset).generate()
+    strategy = TopkDropoutStrategy(signal=scores, topk=8, n_drop=2)
+    dates = {"start_time": "2019-11-01", "strategy": strategy, "source": market}
+    report = backtest(**dates, **BACKTEST, as_qlib=True).report
+    pd.testing.assert_frame_equal(objects["report_normal_1day.pkl"], report, check_freq=False)
+    excess_return = report["return"] - report["bench"]
+    risk = risk_analysis(excess_return, freq="day", as_qlib=True)["risk"]
+    logged = recorder.list_metrics()["1day.excess_return_without_cost.max_drawdown"]
+    assert logged == pytest.approx(risk["max_drawdown"])
+
+
+def test_positions_whose_bars_end_are_stored_and_counted(recorder, days_of_two):
+    recorder.save_objects(**{"pred.pkl": days_of_two.scores.to_frame("score")})
+    settings = config()
+    settings["strategy"]["kwargs"] |= {"topk": 1, "n_drop": 0}
+    settings["backtest"] = {"account": 1e6, "exchange_kwargs": COSTS}
+    record = PortAnaRecord(recorder, settings, dataset=Dataset(days_of_two.source))
+    objects = record.generate()
+    assert recorder.list_metrics()["1day.ended_positions"] == 1
+    frame = recorder.load_object("portfolio_analysis/delistings_normal_1day.pkl")
+    assert frame.index.get_level_values("instrument").tolist() == ["A"]
+    assert objects["report_normal_1day.pkl"]["value"].iloc[-1] > 0  # in B
 
 
 @pytest.mark.slow

@@ -119,8 +119,10 @@ class QlibSource(Source):
     def fields(self, freq: str = "day") -> tuple[str, ...]:
         suffix = f".{freq}.bin"
         names: set[str] = set()
-        for folder in (self._folder / "features").iterdir():
-            names.update(p.name[: -len(suffix)] for p in folder.glob(f"*{suffix}"))
+        for folder in os.scandir(self._folder / "features"):
+            if folder.is_dir():
+                files = (n for n in os.listdir(folder) if n.endswith(suffix))
+                names.update(n[: -len(suffix)] for n in files)
         return tuple(sorted(names))
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
@@ -240,7 +242,7 @@ def folder_name(instrument: str) -> str:
 def _read_bin(path: str, num_dates: int) -> tuple[int, np.ndarray] | None:
     """Return the first calendar row and the values of one file; None if there is no file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             raw = file.read()
     except FileNotFoundError:
         return None
@@ -272,11 +274,15 @@ def _find_longest_file(
     end = file_ends[name]
     if end < 0:
         return name, end  # the instrument stores none of these fields
-    sizes = {e.name: e.stat().st_size for e in _entries(folder) if e.name.endswith(f".{freq}.bin")}
-    # A file of a size that was seen has the same span, so it need not be opened.
-    checked_sizes = {sizes[n] for n in file_ends if n in sizes}
+    # A file that was read is known; one of the size of the longest has the same span.
+    sizes = {
+        e.name: e.stat().st_size
+        for e in _entries(folder)
+        if e.name.endswith(f".{freq}.bin") and (e.name == name or e.name not in file_ends)
+    }
+    longest_size = sizes.get(name)
     for file_name, size in sizes.items():
-        if size not in checked_sizes and size > 4:
+        if size != longest_size and size > 4:
             with open(f"{folder}/{file_name}", "rb") as file:
                 first = float(np.frombuffer(file.read(4), dtype="<f4")[0])
             row = first + size // 4 - 2
