@@ -1,4 +1,4 @@
-"""Rolling operators that Qlib's language does not have: DecayLinear and Product."""
+"""Rolling operators beyond Qlib's language: DecayLinear, Product, ArgMax, ArgMin."""
 
 from __future__ import annotations
 
@@ -48,4 +48,28 @@ def _rolling_products(series: Series) -> dict[int, Tensor]:
     return {w: results[w] for w in windows}
 
 
-KERNELS: dict[str, Kernel] = {"DecayLinear": _decay_linear, "Product": _product}
+def _argument_kernel(sign: float) -> Kernel:
+    """Build ArgMax (sign 1) or ArgMin (sign -1)."""
+
+    def kernel(executor: Executor, step: Step) -> Tensor:
+        series, window = executor.get_series(step), executor.get_window(step)
+        block, rows = executor.block, series.rows
+        values = torch.nan_to_num(series.numbers * sign, nan=-torch.inf)
+        best, lags = values.clone(), torch.zeros_like(values)
+        for lag in range(1, window):
+            older, newest = values[:-lag], best[lag:]
+            is_better = older >= newest
+            newest.copy_(torch.where(is_better, older, newest))
+            lags[lag:].masked_fill_(is_better, lag)
+        position = block.window_lengths(window).to(lags.dtype) - lags
+        return block.mask_outside_span(rows.mask_empty(position.to(step.dtype), window))
+
+    return kernel
+
+
+KERNELS: dict[str, Kernel] = {
+    "DecayLinear": _decay_linear,
+    "Product": _product,
+    "ArgMax": _argument_kernel(1.0),
+    "ArgMin": _argument_kernel(-1.0),
+}

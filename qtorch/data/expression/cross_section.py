@@ -30,7 +30,8 @@ _ROUNDING = 1e-28
 
 
 def _rank(values: Tensor, used: Tensor, groups: Tensor | None) -> Tensor:
-    values = values.masked_fill(~used, torch.nan)  # sorts behind infinity
+    # Unused cells sort last. They are not NaN, because numpy sorts arrays with NaN much slower.
+    values = values.clamp(max=torch.finfo(values.dtype).max).masked_fill_(~used, torch.inf)
     sorted_values, order = sort_days(values)
     if groups is None:
         ranks = average_ranks(sorted_values)
@@ -122,7 +123,7 @@ def compute_day_step(
             used, values = used & values.isfinite(), values.to(torch.float64)
         if groups is not None:
             used = used & ~groups.isnan()
-            groups = groups.masked_fill(~used, torch.nan)
+            groups = groups.masked_fill(~used, torch.inf)
         with torch.no_grad():  # by thread
             result[rows] = (
                 kernel(values, used, groups).masked_fill_(~used, torch.nan).to(step.dtype)

@@ -127,8 +127,20 @@ def _rolling_operators() -> list[Operator]:
             "rolling quantile, interpolated",
             reach=_window_reach,
         ),
-        Operator("DecayLinear", window, "mean with weights 1..w", reach=_window_reach),
+        Operator("DecayLinear", window, "rolling mean with weights 1..w", reach=_window_reach),
         Operator("Product", window, "rolling product", reach=_window_reach),
+        Operator(
+            "ArgMax",
+            window,
+            "position of the first maximum in the window, from 1, whatever is missing",
+            reach=_window_reach,
+        ),
+        Operator(
+            "ArgMin",
+            window,
+            "position of the first minimum in the window, from 1, whatever is missing",
+            reach=_window_reach,
+        ),
         Operator("EMA", window, "exponential mean", allows_alpha=True, reach=_all_history),
         Operator(
             "Corr", pair, "rolling correlation; NaN at deviations < 2e-5", reach=_window_reach

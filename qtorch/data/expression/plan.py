@@ -51,6 +51,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "WMA": _REGRESSION_SUMS,
     "DecayLinear": _REGRESSION_SUMS,
     "Product": ("factor",),
+    "ArgMax": ("latest",),
+    "ArgMin": ("latest",),
     "Max": ("max",),
     "Min": ("min",),
     "IdxMax": ("argmax",),
@@ -60,7 +62,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Med": ("quantile",),
 }
 # Operators whose results on float32 inputs are exact in float32.
-_EXACT_IN_FLOAT32 = {"Max", "Min", "IdxMax", "IdxMin", "Count"}
+_EXACT_IN_FLOAT32 = {"Max", "Min", "IdxMax", "IdxMin", "ArgMax", "ArgMin", "Count"}
 # Operators whose results have the dtype of their input.
 _KEEP_INPUT_DTYPE = {"Ref", "Delta", "Abs", "Log", "Mask"}
 

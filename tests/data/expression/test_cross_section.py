@@ -228,7 +228,16 @@ def test_rolling_operators_beyond_qlibs(random_bars):
         values = values[~np.isnan(values)]
         return (weights * values).sum() / weights.sum() if len(values) else NAN
 
-    for text, function in {"DecayLinear": decay, "Product": lambda v: np.nanprod(v)}.items():
+    def position(extreme):
+        return lambda v: NAN if np.isnan(v).all() else extreme(v) + 1.0
+
+    functions = {
+        "DecayLinear": decay,
+        "Product": lambda v: NAN if np.isnan(v).all() else np.nanprod(v),
+        "ArgMax": position(np.nanargmax),
+        "ArgMin": position(np.nanargmin),
+    }
+    for text, function in functions.items():
         for window in (1, 3, 20):
             result = column(f"{text}($x/20, {window})", bars)
             for k, (first, last) in enumerate(rows.to_numpy()):
