@@ -65,12 +65,14 @@ def main() -> None:
     panel = evaluate(dict(zip(names, expressions, strict=True)), bars)
     shares = {}
     for number, name in enumerate(names, start=1):
-        if (theirs := kunquant.get(f"alpha{number:03d}")) is None:
+        if (kunquant_values := kunquant.get(f"alpha{number:03d}")) is None:
             continue
         factor, shift = SCALES.get(number, (1.0, 0.0))
-        ours = panel.column(name).double().numpy()[FIRST_FULL_DATE:] * factor + shift
-        scale = 2e-3 * float(np.nanmedian(np.abs(ours)))
-        is_equal = np.isclose(ours, theirs[FIRST_FULL_DATE:], 1e-3, scale, equal_nan=True)
+        values = panel.column(name).double().numpy()[FIRST_FULL_DATE:] * factor + shift
+        scale = 2e-3 * float(np.nanmedian(np.abs(values)))
+        is_equal = np.isclose(
+            values, kunquant_values[FIRST_FULL_DATE:], 1e-3, scale, equal_nan=True
+        )
         shares[name] = float(is_equal.mean())
     equal = [name for name, share in shares.items() if share > 0.94]
     print(f"{len(equal)} of {len(shares)} columns are equal (in over 94% of cells): {equal}")

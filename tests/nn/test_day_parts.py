@@ -191,8 +191,13 @@ def test_price_head_gives_the_return_of_a_price() -> None:
 
 def test_a_column_names_the_close() -> None:
     samples = SimpleNamespace(
-        **{"num_features": 3, "num_steps": 4, "label_names": ("LABEL0",), "extras": {}},
-        **{"instruments": range(5), "calendar": range(9), "horizon": None},
+        num_features=3,
+        num_steps=4,
+        label_names=("LABEL0",),
+        extras={},
+        instruments=range(5),
+        calendar=range(9),
+        horizon=None,
         feature_names=("OPEN", "CLOSE", "VOLUME"),
     )
     spec = {"_target_": "qtorch.nn.StockMixer", "price_head": True, "close_column": "CLOSE"}

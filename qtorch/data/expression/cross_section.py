@@ -53,21 +53,21 @@ def _unsort(values: Tensor, order: Tensor) -> Tensor:
 
 def _zscore(values: Tensor, used: Tensor, groups: Tensor | None) -> Tensor:
     sums = _GroupSums(used, groups)
-    count = sums.add_up(torch.ones_like(values))
-    deviations = values - sums.add_up(values) / count
-    squares = sums.add_up(deviations.square())
-    is_flat = squares <= sums.add_up(values.square()) * _ROUNDING
+    count = sums.compute_totals(torch.ones_like(values))
+    deviations = values - sums.compute_totals(values) / count
+    squares = sums.compute_totals(deviations.square())
+    is_flat = squares <= sums.compute_totals(values.square()) * _ROUNDING
     deviation = (squares / (count - 1)).sqrt_()
     return deviations / deviation.masked_fill_(is_flat | (count < 2), torch.nan)
 
 
 def _scale(values: Tensor, used: Tensor, groups: Tensor | None) -> Tensor:
-    return values / _GroupSums(used, groups).add_up(values.abs())
+    return values / _GroupSums(used, groups).compute_totals(values.abs())
 
 
 def _demean(values: Tensor, used: Tensor, groups: Tensor | None) -> Tensor:
     sums = _GroupSums(used, groups)
-    return values - sums.add_up(values) / sums.add_up(torch.ones_like(values))
+    return values - sums.compute_totals(values) / sums.compute_totals(torch.ones_like(values))
 
 
 class _GroupSums:
@@ -81,7 +81,7 @@ class _GroupSums:
             first, _ = run_bounds(sorted_groups[:, 1:] != sorted_groups[:, :-1])
             self._numbers = _unsort(first, order)
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def compute_totals(self, values: Tensor) -> Tensor:
         """Return the sum that each cell belongs to, `[D, 1]` or `[D, N]`."""
         values = values.masked_fill(~self._used, 0)
         if self._numbers is None:
@@ -116,8 +116,8 @@ def compute_day_step(
     result = torch.empty(members.shape, dtype=step.dtype, device=block.device)
 
     def run(rows: slice) -> None:
-        values, *others = (a[rows] for a in arguments if isinstance(a, Tensor))
-        groups = others[0].to(torch.float64) if others else None
+        values, *group_arguments = (a[rows] for a in arguments if isinstance(a, Tensor))
+        groups = group_arguments[0].to(torch.float64) if group_arguments else None
         used = members[rows] & ~values.isnan()
         if step.operator not in _USES_INFINITY:
             used, values = used & values.isfinite(), values.to(torch.float64)

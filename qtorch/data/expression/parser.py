@@ -494,11 +494,11 @@ def _build_call(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
     if name == "ChangeInstrument":
         name, arguments = "Mask", arguments[::-1]
     if name == "Mask":
-        _check_masked(arguments[0])
+        _check_mask_argument(arguments[0])
     return Call(name, arguments, span)
 
 
-def _check_masked(node: Node) -> None:
+def _check_mask_argument(node: Node) -> None:
     for part in walk(node):
         if is_cross_section(part):
             assert isinstance(part, Call)

@@ -196,7 +196,7 @@ class _Planner:
 
     def add_root(self, root: Node) -> int:
         """Add the steps of an expression and return the index of its last step."""
-        index = fold(root, self.add_step, _planned_children)
+        index = fold(root, self.add_step, _children_in_plan)
         assert isinstance(index, int), root
         return index
 
@@ -280,7 +280,7 @@ class _Planner:
             self.windows.setdefault((key, family), set()).add(window)
 
 
-def _planned_children(node: Node) -> tuple[Node, ...]:
+def _children_in_plan(node: Node) -> tuple[Node, ...]:
     """Return the arguments of a call. That of Mask has a separate plan, for another instrument."""
     return () if isinstance(node, Call) and node.operator == "Mask" else subnodes(node)
 

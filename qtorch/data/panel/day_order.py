@@ -39,6 +39,6 @@ def run_bounds(is_change: Tensor) -> tuple[Tensor, Tensor]:
     starts = is_start.flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([d * n]))
     first = starts % n
-    both = torch.stack([first, first + lengths - 1])
-    first, last = both.repeat_interleave(lengths, dim=1, output_size=d * n).reshape(2, d, n)
+    bounds = torch.stack([first, first + lengths - 1])
+    first, last = bounds.repeat_interleave(lengths, dim=1, output_size=d * n).reshape(2, d, n)
     return first, last

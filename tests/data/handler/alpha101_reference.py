@@ -86,9 +86,9 @@ def _pairs(x: pd.DataFrame, y: pd.DataFrame, days: float, function: Any) -> pd.D
     left, right = _windows(x, days), _windows(y, days)
     result = np.full(left.shape[:2], np.nan)
     for cell in np.ndindex(*result.shape):
-        both = ~np.isnan(left[cell]) & ~np.isnan(right[cell])
-        if both.sum() > 1:
-            result[cell] = function(left[cell][both], right[cell][both])
+        is_pair = ~np.isnan(left[cell]) & ~np.isnan(right[cell])
+        if is_pair.sum() > 1:
+            result[cell] = function(left[cell][is_pair], right[cell][is_pair])
     return pd.DataFrame(result, x.index, x.columns)
 
 
@@ -128,7 +128,7 @@ def _position(extreme: Any) -> Any:
     return function
 
 
-def _where(condition: pd.DataFrame, x: Any, y: Any) -> pd.DataFrame:
+def _if_else(condition: pd.DataFrame, x: Any, y: Any) -> pd.DataFrame:
     x, y = (v if isinstance(v, pd.DataFrame) else condition * 0.0 + v for v in (x, y))
     return x.where(condition, y)
 
@@ -137,7 +137,7 @@ FUNCTIONS: dict[str, Any] = {
     "abs": lambda x: x.abs(),
     "sign": np.sign,
     "log": np.log,
-    "where": _where,
+    "where": _if_else,
     "SignedPower": lambda x, power: np.sign(x) * x.abs() ** power,
     "min": lambda x, y: x.where(x <= y, y).where(x.notna() & y.notna()),
     "max": lambda x, y: x.where(x >= y, y).where(x.notna() & y.notna()),

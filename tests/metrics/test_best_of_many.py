@@ -53,8 +53,8 @@ def test_extremes_of_overfitting() -> None:
     assert overfitting_probability(reverse, num_blocks=2).probability == 1
     flat = pd.DataFrame({"cash": np.full(160, 1e-4), "x": steady[0], "y": steady[1]})
     assert 0 < overfitting_probability(flat).mean_rank <= 1
-    few = overfitting_probability(steady.head(10))
-    assert math.isnan(few.probability)
+    short_result = overfitting_probability(steady.head(10))
+    assert math.isnan(short_result.probability)
     with pytest.raises(ArgumentError, match="even number"):
         overfitting_probability(steady, num_blocks=5)
     with pytest.raises(ArgumentError, match="frame"):
@@ -81,9 +81,9 @@ def test_many_strategies_need_a_larger_ratio() -> None:
     poor = pd.concat([returns, pd.DataFrame(noise(4, 600, 50).to_numpy() - 0.01)], axis=1)
     poor.columns = range(100)
     # Strategies that are clearly worse make the other bounds conservative, not Hansen's.
-    again = superiority_test(poor, block_length=1, num_samples=3000)
-    assert again.p_value == pytest.approx(result.p_value, abs=0.03)
-    assert again.upper > again.p_value + 0.02
+    result_with_poor = superiority_test(poor, block_length=1, num_samples=3000)
+    assert result_with_poor.p_value == pytest.approx(result.p_value, abs=0.03)
+    assert result_with_poor.upper > result_with_poor.p_value + 0.02
 
 
 def test_blocks_keep_the_autocorrelation() -> None:
@@ -134,8 +134,8 @@ def test_noise_is_no_find_and_a_planted_edge_is_found() -> None:
         p_values.append(selection.superiority.p_value)
         probabilities.append(selection.overfitting.probability)
         returns[123] += 0.0035
-        found = assess_selection(returns, num_samples=500)
-        finds += found.is_beyond_luck and found.best == "123"
+        edge_selection = assess_selection(returns, num_samples=500)
+        finds += edge_selection.is_beyond_luck and edge_selection.best == "123"
     assert false_finds <= 1
     # One test alone errs in 5% of the repeats; more than three of 20 has a probability of 1.6%.
     assert sum(p < 0.05 for p in p_values) <= 3
