@@ -16,7 +16,7 @@ from qtorch.data.expression import accumulation, elementwise, history, quantile,
 from qtorch.data.expression.cross_section import check_result, compute_day_step
 from qtorch.data.expression.executor import Executor, Kernel
 from qtorch.data.expression.operators import Function, get_operators
-from qtorch.data.expression.parser import Field, field_name, parse, walk
+from qtorch.data.expression.parser import Field, Node, field_name, parse, walk
 from qtorch.data.expression.plan import Plan, Stage, Step, make_plan
 from qtorch.data.expression.series import Block
 from qtorch.data.panel.panel import Panel, select_rows
@@ -24,6 +24,7 @@ from qtorch.data.threads import map_threads
 from qtorch.process.heartbeat import beat
 
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
+MAX_STORED_BYTES = 2**30  # of values that comparisons of the instruments of a day hold at once
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
     **rolling.KERNELS,
@@ -71,7 +72,6 @@ def evaluate(
     for node in (n for root in nodes for n in walk(root)):
         if isinstance(node, Field):
             field_name(node, bars.fields)
-    plan = make_plan(nodes)
     result_bars = bars if rows is None else select_rows(bars, rows)
     d, n, _ = result_bars.shape
     if out is None:
@@ -83,8 +83,24 @@ def evaluate(
         )
     threads = _resolve_num_threads(num_threads, bars.device)
     if d and n:
-        _Evaluation(plan, bars, mask_bars, out, rows, threads).run()
+        first = 0
+        for plan in _split_plan(nodes, len(bars.calendar) * n):
+            part = out[:, :, first : first + plan.num_outputs]
+            _Evaluation(plan, bars, mask_bars, part, rows, threads).run()
+            first += plan.num_outputs
     return result_bars.replace(values=out, fields=names)
+
+
+def _split_plan(nodes: Sequence[Node], num_cells: int) -> list[Plan]:
+    """Plan all expressions together, or in parts if they would store too many values `[D, N]`.
+
+    Parts share no steps, so they compute some of them again.
+    """
+    plan = make_plan(nodes)
+    if len(nodes) == 1 or plan.num_stored_bytes(num_cells) <= MAX_STORED_BYTES:
+        return [plan]
+    middle = len(nodes) // 2
+    return [p for part in (nodes[:middle], nodes[middle:]) for p in _split_plan(part, num_cells)]
 
 
 class _Evaluation:

@@ -130,6 +130,11 @@ class Plan:
             sorted({w for windows in self.windows.values() for w in windows} | {*quantile_windows})
         )
 
+    @property
+    def num_outputs(self) -> int:
+        """The number of expressions."""
+        return sum(len(step.outputs) for step in self.steps)
+
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order; a single one without operators that compare instruments.
@@ -159,6 +164,16 @@ class Plan:
                 last_level = max((level for level, _ in readers), default=levels[at])
                 stages[last_level].released.append(at)
         return tuple(stages)
+
+    def num_stored_bytes(self, num_cells: int) -> int:
+        """Return the largest number of bytes of values `[D, N]` that the stages hold at once."""
+        sizes = [torch.empty(0, dtype=s.dtype).element_size() * num_cells for s in self.steps]
+        current, largest = 0, 0
+        for stage in self.stages:
+            current += sum(sizes[at] for at in [*stage.stored, *stage.day_steps])
+            largest = max(largest, current)
+            current -= sum(sizes[at] for at in stage.released)
+        return largest
 
     def get_windows(self, key: Key, *families: str) -> tuple[int, ...]:
         """Return the windows of a series for the given families (default: all), ascending."""

@@ -101,6 +101,9 @@ def test_blocks_of_columns_threads_and_neighbours_do_not_matter(monkeypatch):
         text = TEXTS[k]
         single = evaluate([text], bars).values[:, :, 0]
         torch.testing.assert_close(single, expected[:, :, k], equal_nan=True, msg=text)
+    monkeypatch.setattr("qtorch.data.expression.evaluation.MAX_STORED_BYTES", 60_000)
+    in_parts = evaluate(TEXTS, bars).values
+    torch.testing.assert_close(in_parts, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
     order = list(reversed(bars.instruments))
     reversed_values = evaluate(TEXTS, bars.select(instruments=order)).values.flip(1)
     torch.testing.assert_close(reversed_values, expected, equal_nan=True)
