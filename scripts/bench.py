@@ -115,7 +115,8 @@ def format_rate(count: float, value: float | None) -> str:
 def measure_features(bench: Bench) -> None:
     for threads in sorted({1, bench.args.threads}):
         qtorch, qlib = bench.run_both("features", threads=threads, repeats=bench.args.repeats)
-        kunquant = bench.run("kunquant_side", str(bench.folder / "bars.npz"), threads=threads)
+        bars = str(bench.folder / "bars_alpha158.npz")
+        kunquant = bench.run("kunquant_side", bars, threads=threads)
         if qtorch is None:
             continue
         qlib_seconds = qlib and qlib["seconds"]
@@ -134,6 +135,26 @@ def measure_features(bench: Bench) -> None:
             "KunQuant " + format_seconds(kunquant_seconds),
             safe_ratio(kunquant_seconds, qtorch["alone"]),
             "> 1",
+        )
+
+
+def measure_alpha101(bench: Bench) -> None:
+    for threads in sorted({1, bench.args.threads}):
+        qtorch = bench.run("qtorch_side", "features101", threads=threads, repeats=3)
+        if qtorch is None:
+            continue
+        bars = str(bench.folder / "bars_alpha101.npz")
+        kunquant = bench.run("kunquant_side", bars, threads=threads, alphas="alpha101", repeats=3)
+        seconds = median(kunquant["seconds"]) if kunquant else None
+        # By column, because KunQuant lacks the alphas with industries.
+        rate = qtorch["columns"] / qtorch["alone"]
+        kunquant_rate = kunquant["columns"] / seconds if kunquant and seconds else None
+        bench.add_row(
+            f"Alpha101, {qtorch['columns']} columns, {threads} thread(s), without reading",
+            format_seconds(qtorch["alone"]),
+            f"KunQuant, {kunquant['columns'] if kunquant else 0} columns {format_seconds(seconds)}",
+            safe_ratio(rate, kunquant_rate),
+            "by column",
         )
 
 
@@ -408,6 +429,7 @@ def measure_backtests(bench: Bench) -> None:
 
 MEASUREMENTS = {
     "features": measure_features,
+    "alpha101": measure_alpha101,
     "handlers": measure_handlers,
     "windows": measure_windows,
     "lstm": measure_lstm,

@@ -19,10 +19,10 @@ qtorch report: HTML page of one run or several, readable without network or serv
 usage: qtorch report runs=[RUN_ID,...] [out=FOLDER] [mode=sum] [tries=N] [log=true]
 
   runs   one ID: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run
-         several: runs grouped over seeds, paired tests, deflated Sharpe ratio
+         several: runs grouped over seeds, paired tests, deflated Sharpe ratio, overfitting
   out    folder for the page and its charts (PNG); default for several runs: comparison
   mode   returns of one run: sum (cumulated by addition) or product (compounded)
-  tries  total number of strategies tried; default: the number of runs
+  tries  total number of strategies tried; default: all jobs of the runs' sweeps
   log    true: also log a comparison as artifacts of each run, under comparison/
 
 The page of one run is logged as the artifact report/report.html of the run, and its numbers as

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qtorch.data.handler.alpha import Alpha360 as Alpha360
     from qtorch.data.handler.alpha import Alpha360DL as Alpha360DL
     from qtorch.data.handler.alpha import Alpha360vwap as Alpha360vwap
+    from qtorch.data.handler.alpha101 import Alpha101 as Alpha101
+    from qtorch.data.handler.alpha101 import Alpha101DL as Alpha101DL
     from qtorch.data.handler.filter import ExpressionDFilter as ExpressionDFilter
     from qtorch.data.handler.filter import NameDFilter as NameDFilter
     from qtorch.data.handler.handler import DataHandler as DataHandler

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from qtorch.metrics.portfolio import drawdown as drawdown
     from qtorch.metrics.portfolio import indicator_analysis as indicator_analysis
     from qtorch.metrics.portfolio import risk_analysis as risk_analysis
+    from qtorch.metrics.selection import Overfitting as Overfitting
+    from qtorch.metrics.selection import SelectionTest as SelectionTest
+    from qtorch.metrics.selection import SuperiorityTest as SuperiorityTest
+    from qtorch.metrics.selection import assess_selection as assess_selection
+    from qtorch.metrics.selection import overfitting_probability as overfitting_probability
+    from qtorch.metrics.selection import superiority_test as superiority_test
     from qtorch.metrics.signal import calc_ic as calc_ic
     from qtorch.metrics.signal import calc_long_short_prec as calc_long_short_prec
     from qtorch.metrics.signal import calc_long_short_return as calc_long_short_return

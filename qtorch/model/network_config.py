@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
 from qtorch.core.names import import_path
 from qtorch.data.dataset.samples import Samples
@@ -27,8 +27,9 @@ def complete_network_config(
     A live module is returned unchanged. `d_feat` is the number of features (for a flat network
     times the number of steps). Also filled in: `step_len`, `num_outputs` (by default the number of
     labels), `num_instruments` and `num_days` (of the panel), `label_horizon` (rows that the labels
-    look ahead, if known), and for an extra "concept" its width `num_concepts`. Raises ConfigError
-    if the configuration contradicts the data.
+    look ahead, if known), for an extra "concept" its width `num_concepts`, and for an argument
+    `close_column` that names a feature its position `close_index`. Raises ConfigError if the
+    configuration contradicts the data.
     """
     if isinstance(spec, nn.Module):
         return spec
@@ -36,6 +37,7 @@ def complete_network_config(
     flat = getattr(target, "inputs", "window") == "flat"
     features, steps = samples.num_features, samples.num_steps
     labels = len(samples.label_names)
+    parameters = inspect.signature(target).parameters
     data_arguments = {
         "d_feat": features * steps if flat else features,
         "step_len": steps,
@@ -44,8 +46,8 @@ def complete_network_config(
         "num_days": len(samples.calendar),
         **{f"num_{name}s": each.width for name, each in samples.extras.items()},
         **({} if samples.horizon is None else {"label_horizon": samples.horizon}),
+        **_column_positions(arguments, parameters, samples.feature_names),
     }
-    parameters = inspect.signature(target).parameters
     for name, value in data_arguments.items():
         if name not in parameters:
             continue
@@ -61,6 +63,21 @@ def complete_network_config(
     if isinstance(spec, Mapping):
         options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec}
     return {"_target_": import_path(target), **options, **arguments}
+
+
+def _column_positions(
+    arguments: Mapping[str, Any], parameters: Iterable[str], names: Sequence[str]
+) -> dict[str, int]:
+    """Return `{name}_index` for each argument `{name}_column`, which names a feature."""
+    positions = {}
+    for parameter in parameters:
+        argument = f"{parameter.removesuffix('_index')}_column"
+        column = arguments.get(argument) if parameter.endswith("_index") else None
+        if column is not None:
+            if column not in names:
+                raise ConfigError(unknown_name_message(argument, str(column), names, limit=40))
+            positions[parameter] = list(names).index(column)
+    return positions
 
 
 def build_network(config: dict[str, Any] | nn.Module) -> nn.Module:

@@ -16,7 +16,8 @@ class Network(nn.Module):
     is Qlib's order of Alpha360. `forward` returns `[B]`, or `[B, Q]` if `num_outputs` (Q, one per
     label column) is more than one. `d_feat` is the number of features (of inputs, for a flat
     network). It is filled in from the dataset if it is not set, as are the constructor arguments
-    `step_len` (T), `num_instruments` (of the dataset's panel) and `num_days` (of its calendar).
+    `step_len` (T), `num_instruments` (of the dataset's panel) and `num_days` (of its calendar). An
+    argument `close_column` that names a feature gives `close_index`, its position, and so on.
 
     A network with `cross_section` takes whole days: `forward(x, mask)` takes `x [G, N, T, F]`
     (`[G, N, F * T]` if flat; G days in a batch) and `mask [G, N]` bool, False for padding, and

@@ -11,6 +11,7 @@ from itertools import combinations
 import pandas as pd
 
 from qtorch.core.errors import ConfigError
+from qtorch.metrics.selection import SelectionTest, assess_selection
 from qtorch.metrics.signal import mean_over_std
 from qtorch.metrics.significance import (
     DeflatedSharpe,
@@ -27,6 +28,7 @@ from qtorch.record.report.results import (
     net_return,
     run_results,
 )
+from qtorch.study.sweep import count_tried_jobs
 from qtorch.tracking.recorder import COMMAND_PARAM, Recorder, load_if_present
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
@@ -101,13 +103,17 @@ class Comparison:
     """The result of `compare_runs`.
 
     `sharpe` holds the deflated Sharpe ratio by run ID, as if the run were the best of `tries`;
-    `returns_description` describes the daily returns that were used.
+    `selection` assesses the choice of the best run (None without two runs with daily returns).
+    `returns_description` describes the daily returns that were used, `tries_description` where the
+    number of tries comes from.
     """
 
     groups: tuple[RunGroup, ...]
     tests: tuple[GroupTest, ...]
     sharpe: Mapping[str, DeflatedSharpe]
+    selection: SelectionTest | None
     tries: int
+    tries_description: str
     returns_description: str
 
     @property
@@ -123,8 +129,10 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
     is one. If a run has no portfolio, the returns of all runs are those of their long-short
     quantiles (before costs). Groups are compared by the daily mean of their runs (`paired_test`);
     the p-values of a series are adjusted by Holm's method for the number of pairs. `tries` is the
-    total number of strategies that were tried, including those not compared here (default: the
-    number of runs). The deflated Sharpe ratio is only as honest as this number.
+    total number of strategies that were tried, including those not compared here (default: all
+    jobs of the sweeps and searches of the runs, or else the runs). The deflated Sharpe ratio is
+    only as honest as this number. The best run by Sharpe ratio is also assessed by the probability
+    of backtest overfitting and by Hansen's test, on the days that all runs have.
     """
     recorders = list({r.id: r for r in recorders}.values())
     if len(recorders) < 2:
@@ -144,7 +152,11 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
         )
         for recorder, results, returns in zip(recorders, results_list, daily, strict=True)
     ]
-    num_tries = len(runs) if tries is None else tries
+    num_tries, source = len(runs), "the compared runs"
+    if tries is not None:
+        num_tries, source = tries, "as given"
+    elif (num_jobs := count_tried_jobs(recorders)) > len(runs):
+        num_tries, source = num_jobs, "all jobs of the runs' sweeps"
     if num_tries < len(runs):
         raise ConfigError(
             f"tries={tries}, but {len(runs)} runs are compared and each of them counts as a try."
@@ -154,7 +166,9 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
         groups=groups,
         tests=tuple(t for series in SERIES_TITLES for t in _test_pairs(groups, series)),
         sharpe=_sharpe_by_run(runs, num_tries),
+        selection=_assess_runs(runs, num_tries),
         tries=num_tries,
+        tries_description=source,
         returns_description=description,
     )
 
@@ -250,3 +264,8 @@ def _sharpe_by_run(runs: Sequence[ComparedRun], tries: int) -> dict[str, Deflate
     return {
         run: deflated_sharpe(returns, tries, sharpes) for run, returns in returns_by_run.items()
     }
+
+
+def _assess_runs(runs: Sequence[ComparedRun], tries: int) -> SelectionTest | None:
+    table = pd.DataFrame({r.id: r.returns for r in runs if r.returns is not None})
+    return assess_selection(table, tries=tries) if table.shape[1] > 1 else None

@@ -168,6 +168,23 @@ def sweep_jobs(sweep_id: str) -> list[JobResult]:
     return sorted(jobs.values(), key=lambda j: (j.number, j.run_id))
 
 
+def count_tried_jobs(recorders: Sequence[Recorder]) -> int:
+    """Count the different jobs of all sweeps and searches that the runs belong to, and other runs.
+
+    Jobs that were stopped early or failed count: they were tried.
+    """
+    tasks: set[str] = set()
+    sweeps: set[str] = set()
+    for recorder in recorders:
+        tags = recorder.list_tags()
+        sweeps |= {t.removeprefix(JOB_TAG) for t in tags if t.startswith(JOB_TAG)}
+        tasks.add(tags.get(TASK_TAG, str(recorder.id)))
+    for sweep_id in sweeps:
+        rows = _find_runs(f"tags.`{JOB_TAG}{sweep_id}` != ''")
+        tasks |= {row.tags.get(TASK_TAG, row.id) for row in rows}
+    return len(tasks)
+
+
 def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     status, note = row.status, None
     if status == Recorder.STATUS_R and not is_run_held(row.id, R.get_uri()):

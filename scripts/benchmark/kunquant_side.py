@@ -1,8 +1,9 @@
-"""Benchmark KunQuant's compiled Alpha158 on the same bars; needs a Python with kunquant.
+"""Benchmark KunQuant's compiled alphas on the same bars; needs a Python with kunquant.
 
-    python kunquant_side.py bars.npz --threads 2
+    python kunquant_side.py bars.npz --alphas alpha101 --threads 2
 
 `bars.npz` holds open, high, low, close, volume, vwap as float32 `[D, N]`. Compilation is not timed.
+--save writes the values of all columns to another file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from KunQuant.Driver import KunCompilerConfig
 from KunQuant.jit import cfake
 from KunQuant.Op import Builder, Input, Output
-from KunQuant.predefined import Alpha158
+from KunQuant.predefined import Alpha101, Alpha158
 from KunQuant.runner import KunRunner
 from KunQuant.Stage import Function
 
@@ -27,9 +28,31 @@ CONFIG = {
 FIELDS = ("open", "close", "high", "low", "volume", "amount")
 
 
+def build_alpha158() -> list[str]:
+    data = Alpha158.AllData(**{k: Input(k) for k in FIELDS})
+    prices = [("OPEN", data.open), ("HIGH", data.high), ("LOW", data.low), ("VWAP", data.vwap)]
+    CONFIG["price"]["feature"] = prices
+    values, names = data.build(CONFIG)
+    for value, name in zip(values, names, strict=True):
+        Output(value, name)
+    return list(names)
+
+
+def build_alpha101() -> list[str]:
+    data = Alpha101.AllData(**{k: Input(k) for k in FIELDS})
+    for alpha in Alpha101.all_alpha:
+        Output(alpha(data), alpha.__name__)
+    return [alpha.__name__ for alpha in Alpha101.all_alpha]
+
+
+ALPHAS = {"alpha158": build_alpha158, "alpha101": build_alpha101}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bars")
+    parser.add_argument("--alphas", choices=ALPHAS, default="alpha158")
+    parser.add_argument("--save")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -38,20 +61,17 @@ def main() -> None:
     bars["amount"] = bars["vwap"] * bars["volume"]
     d, n = bars["close"].shape
     pad = -n % 8  # KunQuant's time-major layout needs a multiple of the vector width
+    if pad and args.alphas == "alpha101":
+        raise SystemExit(f"alpha101 compares instruments: {n} of them must be a multiple of 8")
     inputs = {k: np.pad(bars[k], ((0, 0), (0, pad)), mode="edge") for k in FIELDS}
     inputs = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in inputs.items()}
     builder = Builder()
     with builder:
-        data = Alpha158.AllData(**{k: Input(k) for k in FIELDS})
-        prices = [("OPEN", data.open), ("HIGH", data.high), ("LOW", data.low), ("VWAP", data.vwap)]
-        CONFIG["price"]["feature"] = prices
-        values, names = data.build(CONFIG)
-        for value, name in zip(values, names, strict=True):
-            Output(value, name)
+        names = ALPHAS[args.alphas]()
     config = KunCompilerConfig(input_layout="TS", output_layout="TS")
-    graph = [("alpha158", Function(builder.ops), config)]
+    graph = [(args.alphas, Function(builder.ops), config)]
     library = cfake.compileit(graph, "qtorch_bench", cfake.CppCompilerConfig())
-    module = library.getModule("alpha158")
+    module = library.getModule(args.alphas)
     executor = (
         KunRunner.createMultiThreadExecutor(args.threads)
         if args.threads > 1
@@ -63,6 +83,8 @@ def main() -> None:
         begin = time.perf_counter()
         KunRunner.runGraph(executor, module, inputs, 0, d, outputs)
         seconds.append(time.perf_counter() - begin)
+    if args.save:
+        np.savez(args.save, **{name: value[:, :n] for name, value in outputs.items()})
     print(json.dumps({"seconds": seconds[1:], "columns": len(names)}))
 
 

@@ -88,19 +88,23 @@ def get_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure_features(args: argparse.Namespace) -> dict[str, Any]:
-    """Compute the 158 columns: with reading the bars (as Qlib does), and without (KunQuant)."""
+def measure_features(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Compute a set of columns: with reading the bars (as Qlib does), and without (KunQuant)."""
     import numpy as np
 
     from qtorch.data.expression import evaluate
     from qtorch.data.handler.alpha import alpha158
+    from qtorch.data.handler.alpha101 import alpha101
 
-    expressions, names = alpha158()
+    expressions, names = {"alpha158": alpha158, "alpha101": alpha101}[name]()
     expressions_by_name = dict(zip(names, expressions, strict=True))
 
     def read_bars() -> Any:
         source = init_instance_by_config(source_config(args))
-        return source.load(instruments="nyse500", start_time=SPAN[0], end_time=SPAN[1])
+        bars = source.load(instruments="nyse500", start_time=SPAN[0], end_time=SPAN[1])
+        # KunQuant compares a multiple of eight instruments.
+        keep = bars.instruments[: len(bars.instruments) // 8 * 8]
+        return bars if name == "alpha158" else bars.select(instruments=list(keep))
 
     bars = read_bars()
     evaluate(expressions_by_name, bars, num_threads=args.threads)
@@ -111,7 +115,7 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
         lambda: evaluate(expressions_by_name, read_bars(), num_threads=args.threads), args.repeats
     )
     fields = ("open", "high", "low", "close", "volume", "vwap")
-    path = Path(args.work) / "bars.npz"
+    path = Path(args.work) / f"bars_{name}.npz"
     np.savez(path, **{f: bars.column(f).contiguous().numpy() for f in fields})
     return {
         "seconds": median(total_seconds),
@@ -359,7 +363,8 @@ def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "features": measure_features,
+    "features": lambda a: measure_features(a, "alpha158"),
+    "features101": lambda a: measure_features(a, "alpha101"),
     "alpha158": lambda a: measure_handler(a, "Alpha158"),
     "alpha360": lambda a: measure_handler(a, "Alpha360"),
     "windows": measure_windows,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtorch.core.errors import ConfigError
+from qtorch.model.network_config import build_network, complete_network_config
 from qtorch.nn import ADD, IGMTF, MASTER
 from qtorch.nn.cross_section.add import reverse_gradient
 from qtorch.nn.cross_section.layers import MaskedBatchNorm
-from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer
+from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer, StockMixer
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -160,3 +164,45 @@ def test_igmtf_with_a_filled_bank_passes_the_network_contract() -> None:
     copy = IGMTF(d_feat=3, hidden_size=4, num_layers=1, k_day=2, n_neighbor=3)
     copy.load_state_dict(network.state_dict())
     torch.testing.assert_close(copy(x, mask)[mask], scores[0])
+
+
+def test_price_head_gives_the_return_of_a_price() -> None:
+    """As in the authors' loss: (price - last close) / last close; 0 without a close."""
+    torch.manual_seed(0)
+    options = {"d_feat": 3, "step_len": 4, "num_instruments": 5, "num_outputs": 2}
+    plain = StockMixer(**options)
+    priced = StockMixer(**options, price_head=True, close_index=1)
+    priced.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 5, 4, 3) + 0.5
+    x[0, 2, -1, 1] = 0
+    batch = {"mask": torch.ones(2, 5, dtype=torch.bool), "instrument": torch.arange(5).expand(2, 5)}
+    price, score = plain(x, **batch), priced(x, **batch)
+    close = x[:, :, -1, 1, None]
+    expected = (price - close) / close
+    expected[0, 2] = 0
+    torch.testing.assert_close(score, expected)
+    score.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in priced.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="close_column"):
+        StockMixer(**options, price_head=True)
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        StockMixer(**options, price_head=True, close_index=3)
+
+
+def test_a_column_names_the_close() -> None:
+    samples = SimpleNamespace(
+        num_features=3,
+        num_steps=4,
+        label_names=("LABEL0",),
+        extras={},
+        instruments=range(5),
+        calendar=range(9),
+        horizon=None,
+        feature_names=("OPEN", "CLOSE", "VOLUME"),
+    )
+    spec = {"_target_": "qtorch.nn.StockMixer", "price_head": True, "close_column": "CLOSE"}
+    config = complete_network_config(spec, samples)
+    assert config["close_index"] == 1
+    assert build_network(config).close_index == 1
+    with pytest.raises(ConfigError, match="Did you mean 'CLOSE'"):
+        complete_network_config({**spec, "close_column": "CLOES"}, samples)

@@ -17,6 +17,7 @@ from qtorch.metrics import deflated_sharpe
 from qtorch.study import compare_runs, write_comparison
 from qtorch.study.comparison import differing_params
 from qtorch.study.comparison_page import _metric_columns
+from qtorch.study.sweep import JOB_TAG
 
 DAYS = pd.bdate_range("2020-01-01", periods=120, name="datetime")
 
@@ -112,6 +113,27 @@ def test_sharpe_is_deflated_by_number_of_tries(six_runs):
         with_more_tries.sharpe[six_runs[0].id].probability
         < comparison.sharpe[six_runs[0].id].probability
     )
+
+
+@pytest.mark.slow
+def test_the_best_run_is_assessed_and_the_tries_are_those_of_the_sweep(six_runs, tmp_path):
+    comparison = compare_runs(six_runs[:3])
+    assert comparison.tries == 3
+    assert comparison.tries_description == "the compared runs"
+    for k, run in enumerate(six_runs):
+        run.set_tags(**{f"{JOB_TAG}sweep1": f'{{"number": {k}, "overrides": []}}'})
+    comparison = compare_runs(six_runs[:3])  # three jobs of the sweep are not shown
+    assert comparison.tries == 6
+    assert "sweeps" in comparison.tries_description
+    best = max(comparison.sharpe, key=lambda run: comparison.sharpe[run].sharpe)
+    selection = comparison.selection
+    assert selection is not None
+    assert selection.best == best
+    assert selection.sharpe == comparison.sharpe[best]
+    assert selection.superiority.num_strategies == 3
+    text = write_comparison(six_runs[:3], tmp_path).read_text()
+    assert "Probability of overfitting" in text
+    assert "all jobs of the runs&#39; sweeps" in text
 
 
 def test_long_short_return_is_used_without_portfolios(make_run):

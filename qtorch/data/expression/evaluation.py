@@ -5,28 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
-from qtorch.data.expression import elementwise, history, quantile, rolling
+from qtorch.data.expression import accumulation, elementwise, history, quantile, rolling
+from qtorch.data.expression.cross_section import check_result, compute_day_step
 from qtorch.data.expression.executor import Executor, Kernel
-from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import Field, field_name, parse, walk
-from qtorch.data.expression.plan import Plan, Step, make_plan
+from qtorch.data.expression.operators import Function, get_operators
+from qtorch.data.expression.parser import Field, Node, field_name, parse, walk
+from qtorch.data.expression.plan import Plan, Stage, Step, make_plan
 from qtorch.data.expression.series import Block
-from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.panel import Panel, select_rows
 from qtorch.data.threads import map_threads
 from qtorch.process.heartbeat import beat
 
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
+MAX_STORED_BYTES = 2**30  # of values that comparisons of the instruments of a day hold at once
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
     **rolling.KERNELS,
     **quantile.KERNELS,
     **history.KERNELS,
+    **accumulation.KERNELS,
 }
 
 
@@ -36,6 +40,7 @@ def evaluate(
     *,
     out: Tensor | None = None,
     mask_bars: Panel | None = None,
+    rows: slice | None = None,
     num_threads: int | None = None,
 ) -> Panel:
     """Evaluate expressions on bars and return a panel with the same calendar and instruments.
@@ -44,10 +49,13 @@ def evaluate(
     those of Qlib: a window of w rows ends at its date and uses the values that it contains (NaN
     if there are none), windows are clipped at the first stored row of an instrument, and values
     outside its span are NaN. Only `Ref` and `Delta` with a negative lag use future rows.
+    Operators that compare the instruments of a day (CSRank, ...) see those that `bars.mask` has on
+    that day, and return NaN for the others.
 
     bars: stored fields `[D, N, F]`, on the CPU or a GPU; the computation runs on their device.
     out: a float32 tensor `[D, N, number of expressions]` of any strides that receives the
     result; by default a new field-major tensor.
+    rows: the rows of the result; the others are only read by windows. By default all.
     mask_bars: bars with the same dates and fields, of further instruments that `Mask` may name.
     num_threads: number of Python threads on the CPU, each with one torch thread; by default
     torch's number of threads.
@@ -64,8 +72,8 @@ def evaluate(
     for node in (n for root in nodes for n in walk(root)):
         if isinstance(node, Field):
             field_name(node, bars.fields)
-    plan = make_plan(nodes)
-    d, n, _ = bars.shape
+    result_bars = bars if rows is None else select_rows(bars, rows)
+    d, n, _ = result_bars.shape
     if out is None:
         out = _new_storage(d, n, len(texts), bars.device)
     elif tuple(out.shape) != (d, n, len(texts)) or out.dtype != torch.float32:
@@ -73,21 +81,83 @@ def evaluate(
             f"out is {out.dtype} {tuple(out.shape)}; expected float32 {(d, n, len(texts))} "
             "(dates, instruments, expressions)."
         )
-    target = out
-
-    def run(span: tuple[int, int]) -> None:
-        start, stop = span
-        beat("features", columns=f"{stop}/{n}")
-        with torch.no_grad():  # by thread
-            executor = Executor(Block(bars, start, stop, mask_bars), plan, kernels)
-            executor.run(lambda k: target[:, start:stop, k])
-
-    kernels = _select_kernels(plan)
     threads = _resolve_num_threads(num_threads, bars.device)
     if d and n:
-        spans = _column_spans(n, bars.device)
-        map_threads(run, spans, min(len(spans), threads))
-    return bars.replace(values=target, fields=names)
+        first = 0
+        for plan in _split_plan(nodes, len(bars.calendar) * n):
+            part = out[:, :, first : first + plan.num_outputs]
+            _Evaluation(plan, bars, mask_bars, part, rows, threads).run()
+            first += plan.num_outputs
+    return result_bars.replace(values=out, fields=names)
+
+
+def _split_plan(nodes: Sequence[Node], num_cells: int) -> list[Plan]:
+    """Plan all expressions together, or in parts if they would store too many values `[D, N]`.
+
+    Parts share no steps, so they compute some of them again.
+    """
+    plan = make_plan(nodes)
+    if len(nodes) == 1 or plan.num_stored_bytes(num_cells) <= MAX_STORED_BYTES:
+        return [plan]
+    middle = len(nodes) // 2
+    return [p for part in (nodes[:middle], nodes[middle:]) for p in _split_plan(part, num_cells)]
+
+
+class _Evaluation:
+    """The evaluation of a plan on all instruments, stage by stage, into `out`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        bars: Panel,
+        mask_bars: Panel | None,
+        out: Tensor,
+        rows: slice | None,
+        num_threads: int,
+    ) -> None:
+        self.plan, self.bars, self.mask_bars = plan, bars, mask_bars
+        self.out, self.rows, self.num_threads = out, rows, num_threads
+        self.kernels = _select_kernels(plan)
+        self.stored: dict[int, Tensor] = {}  # by step, values [D, N] that whole days or stages read
+
+    def run(self) -> None:
+        for stage in self.plan.stages:
+            if stage.steps:
+                self.run_block_steps(stage)
+            if stage.day_steps:
+                self.run_day_steps(stage)
+            for at in stage.released:
+                del self.stored[at]
+
+    def run_block_steps(self, stage: Stage) -> None:
+        """Compute the steps on blocks of instruments."""
+        d, n, _ = self.bars.shape
+        for at in stage.stored:
+            dtype = self.plan.steps[at].dtype
+            self.stored[at] = torch.empty((d, n), dtype=dtype, device=self.bars.device)
+
+        def run(span: tuple[int, int]) -> None:
+            start, stop = span
+            beat("features", columns=f"{stop}/{n}")
+            with torch.no_grad():  # by thread
+                block = Block(self.bars, start, stop, self.mask_bars)
+                executor = Executor(block, self.plan, self.kernels, stage, self.stored)
+                executor.run(lambda k: self.out[:, start:stop, k], self.rows)
+
+        spans = _column_spans(n, self.bars.device)
+        map_threads(run, spans, min(len(spans), self.num_threads))
+
+    def run_day_steps(self, stage: Stage) -> None:
+        """Compute the steps that compare the instruments of a day."""
+        block = Block(self.bars, 0, len(self.bars.instruments))
+        for at in stage.day_steps:
+            step = self.plan.steps[at]
+            beat("features", operator=step.operator)
+            self.stored[at] = compute_day_step(
+                step, self.plan, self.stored, block, num_threads=self.num_threads
+            )
+            for output in step.outputs:
+                self.out[:, :, output] = self.stored[at][self.rows or slice(None)]
 
 
 def _split_names(
@@ -127,14 +197,37 @@ def _user_kernel(executor: Executor, step: Step) -> Tensor:
     ]
     result = operator.function(*arguments)
     block = executor.block
-    shape = (block.num_rows, block.num_columns)
-    if not isinstance(result, Tensor) or tuple(result.shape) != shape:
-        actual = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ExpressionError(
-            f"the operator {step.operator!r} returned {actual}; expected a tensor {shape} "
-            "(dates, instruments), the shape of its arguments."
-        )
+    check_result(step.operator, result, (block.num_rows, block.num_columns))
+    if block.start == 0:
+        _check_independence(step.operator, operator.function, arguments, result)
     return block.mask_outside_span(result.to(step.dtype, copy=True), head=True)
+
+
+def _check_independence(
+    name: str, function: Function, arguments: Sequence[Any], result: Tensor
+) -> None:
+    """Raise ExpressionError if a user's operator gives other values for a part of the columns."""
+    n = result.shape[1]
+    if n < 2:
+        return
+    # Two parts without a common column: an operator that depends on a single one is found too.
+    parts = [slice(0, n, 9), slice(4, n, 9)] if n > 9 else [slice(0, n // 2), slice(n // 2, n)]
+    for columns in parts:
+        part = function(
+            *(a[:, columns].contiguous() if isinstance(a, Tensor) else a for a in arguments)
+        )
+        expected = result[:, columns]
+        check_result(name, part, tuple(expected.shape))
+        scale = torch.nan_to_num(expected.double(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax()
+        tolerance = 1e-6 * float(scale)
+        if not torch.allclose(
+            part.double(), expected.double(), rtol=1e-4, atol=tolerance, equal_nan=True
+        ):
+            raise ExpressionError(
+                f"the operator {name!r} gives an instrument other values when some of the other "
+                "instruments are left out. Register it with cross_section=True if it compares "
+                "the instruments of a day; otherwise it must treat each column independently."
+            )
 
 
 # -- blocks and threads ----------------------------------------------------------------------------

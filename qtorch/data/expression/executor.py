@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from qtorch.data.expression.parser import Number, Text
-from qtorch.data.expression.plan import Key, Plan, Step
+from qtorch.data.expression.plan import Key, Plan, Stage, Step
 from qtorch.data.expression.series import Block, Pair, Rows, Series, find_valid_cells
 
 Kernel: TypeAlias = "Callable[[Executor, Step], Tensor]"
 
 
 class Executor:
-    """Executes a plan on a block and holds the values of its steps.
+    """Executes a stage of a plan on a block and holds the values of its steps.
 
     Kernels read their arguments from the executor. A value and its cached rolling sums are freed
-    after the last step that reads them.
+    after the last step that reads them. `stored` holds the values `[D, N]` of earlier stages, and
+    receives those of this stage that later ones read.
     """
 
-    def __init__(self, block: Block, plan: Plan, kernels: dict[str, Kernel]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        plan: Plan,
+        kernels: dict[str, Kernel],
+        stage: Stage | None = None,
+        stored: Mapping[int, Tensor] | None = None,
+    ) -> None:
         self.block, self.plan, self.kernels = block, plan, kernels
+        self.stage = plan.stages[0] if stage is None else stage
+        self._stored = {} if stored is None else stored
         self._values: dict[int, Tensor] = {}
         self._series: dict[int, Series] = {}
         self._pairs: dict[Key, Pair] = {}
         self._rows: list[Rows] = []
         self._target: Tensor | None = None
-        self._num_pending_uses = [len(step.consumers) for step in plan.steps]
+        self._num_pending_uses = Counter(
+            i for at in self.stage.steps for i in set(plan.steps[at].inputs)
+        )
 
-    def run(self, out: Callable[[int], Tensor]) -> None:
-        """Compute all steps and write output `k` to the tensor `out(k)` `[D, n]`."""
-        for at, step in enumerate(self.plan.steps):
+    def run(self, out: Callable[[int], Tensor], rows: slice | None = None) -> None:
+        """Compute the steps and write the rows of output `k` (default: all) to `out(k)`."""
+        for at in self.stage.steps:
+            step = self.plan.steps[at]
+            self._load_inputs(step)
             targets = [out(output) for output in step.outputs]
-            self._target = targets[0] if targets and not step.consumers else None
+            is_final = rows is None and targets and not step.consumers
+            self._target = targets[0] if is_final else None
             value = self.kernels[step.operator](self, step)
             for target in targets:
                 if target is not value:
-                    target.copy_(self.block.as_numbers(value))
+                    target.copy_(self.block.as_numbers(value)[rows or slice(None)])
             self._release(step)
             if step.consumers:
-                self._values[at] = value if step.is_condition else value.to(step.dtype)
+                self._keep(at, value if step.is_condition else value.to(step.dtype))
+
+    def _load_inputs(self, step: Step) -> None:
+        for i in step.inputs:
+            if i not in self._values:
+                self._values[i] = self._stored[i][
+                    :, self.block.start : self.block.stop
+                ].contiguous()
+
+    def _keep(self, at: int, value: Tensor) -> None:
+        if at in self.stage.stored:
+            self._stored[at][:, self.block.start : self.block.stop] = value
+        if self._num_pending_uses[at]:
+            self._values[at] = value
 
     def get_output(self, step: Step) -> Tensor | None:
         """Return the output tensor that a kernel may write to directly, saving a copy, or None."""

@@ -31,8 +31,9 @@ class Operator:
 
     `min_window` is the smallest window other than 0. With `allows_alpha`, the window may be a
     number in (0, 1), the alpha of an exponential mean. `reach` maps the numeric arguments to the
-    needed rows (before, after); None before means all history. `function` is the implementation
-    of a user-defined operator.
+    needed rows (before, after); None before means all history. `num_optional` arguments at the
+    end may be left out. A `cross_section` operator compares the instruments of a day. `function`
+    is the implementation of a user-defined operator.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Operator:
     min_window: int = 1
     allows_alpha: bool = False
     reach: Reach | None = None
+    num_optional: int = 0
+    cross_section: bool = False
     function: Function | None = None
 
 
@@ -124,6 +127,20 @@ def _rolling_operators() -> list[Operator]:
             "rolling quantile, interpolated",
             reach=_window_reach,
         ),
+        Operator("DecayLinear", window, "rolling mean with weights 1..w", reach=_window_reach),
+        Operator("Product", window, "rolling product", reach=_window_reach),
+        Operator(
+            "ArgMax",
+            window,
+            "position of the first maximum in the window, from 1, whatever is missing",
+            reach=_window_reach,
+        ),
+        Operator(
+            "ArgMin",
+            window,
+            "position of the first minimum in the window, from 1, whatever is missing",
+            reach=_window_reach,
+        ),
         Operator("EMA", window, "exponential mean", allows_alpha=True, reach=_all_history),
         Operator(
             "Corr", pair, "rolling correlation; NaN at deviations < 2e-5", reach=_window_reach
@@ -136,8 +153,29 @@ def _rolling_operators() -> list[Operator]:
     ]
 
 
+def _cross_section_operators() -> list[Operator]:
+    summaries = {
+        "CSRank": "rank among the day's members as a fraction of their number; ties: average rank",
+        "CSZScore": "(x - mean) / standard deviation (n - 1) of the day's members",
+        "CSScale": "x divided by the sum of the absolute values of the day's members",
+        "CSDemean": "x minus the mean of the day's members",
+    }
+    return [
+        Operator(
+            name,
+            ("series", "series"),
+            f"{summary}; a second series limits it to members with an equal value, such as an "
+            "industry",
+            num_optional=1,
+            cross_section=True,
+        )
+        for name, summary in summaries.items()
+    ]
+
+
 BUILT_IN: dict[str, Operator] = {
-    o.name: o for o in [*_elementwise_operators(), *_rolling_operators()]
+    o.name: o
+    for o in [*_elementwise_operators(), *_rolling_operators(), *_cross_section_operators()]
 }
 _user_operators: dict[str, Operator] = {}
 _KINDS = get_args(Kind)
@@ -162,6 +200,7 @@ def register_operator(
     arguments: Sequence[Kind] = ("series", "window"),
     reach: Reach | None = None,
     summary: str = "",
+    cross_section: bool = False,
     replace: bool = False,
 ) -> Any:
     """Register a user-defined operator; can be used as a decorator.
@@ -170,7 +209,12 @@ def register_operator(
     a missing value, also before the first and after the last stored row of an instrument) and a
     number for each constant, and returns a `[D, N]` tensor. Conditions are passed as 0 and 1. A
     call may contain any subset of the instruments, so the function must treat each column
-    independently, and it must not modify its arguments.
+    independently, and it must not modify its arguments. Every evaluation compares its result on a
+    few columns with a second call, and raises ExpressionError if it depends on the others.
+
+    With `cross_section`, the function may compare the instruments of a day: one call contains all
+    rows and instruments, and values of instruments that are not in the universe on their day are
+    NaN, before and after the call.
 
     `arguments` lists the kind of each argument (see `Kind`). `reach(*numbers)` maps the numeric
     arguments to the needed rows (before, after); None before means all history. By default, a
@@ -201,7 +245,12 @@ def register_operator(
     def register(function: Function) -> Function:
         operator_reach = reach or _default_reach(tuple(k for k in arguments if k in NUMBER_KINDS))
         _user_operators[name] = Operator(
-            name, tuple(arguments), summary or name, reach=operator_reach, function=function
+            name,
+            tuple(arguments),
+            summary or name,
+            reach=operator_reach,
+            cross_section=cross_section,
+            function=function,
         )
         return function
 

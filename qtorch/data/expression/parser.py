@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from qtorch.core.errors import ExpressionError, format_count, unknown_name_message
 from qtorch.data.expression.operators import (
@@ -95,18 +95,53 @@ class Call:
     span: Span = field(compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.operator}({','.join(map(str, self.arguments))})"
+        return fold(self, _format_node)
 
 
 Node: TypeAlias = Field | Number | Text | Call
+T = TypeVar("T")
 
 
 def walk(node: Node) -> Iterator[Node]:
     """Yield the node and all its descendants, parents first, in the order of the text."""
-    yield node
-    if isinstance(node, Call):
-        for argument in node.arguments:
-            yield from walk(argument)
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        nodes.extend(reversed(subnodes(node)))
+
+
+def subnodes(node: Node) -> tuple[Node, ...]:
+    """Return the arguments of a call; other nodes have none."""
+    return node.arguments if isinstance(node, Call) else ()
+
+
+def fold(
+    root: Node,
+    combine: Callable[[Node, tuple[T, ...]], T],
+    children: Callable[[Node], Sequence[Node]] = subnodes,
+) -> T:
+    """Compute a value for each node from those of its children, and return that of the root.
+
+    Children come first, in the order of the text. Trees of generated expressions are deeper than
+    Python's recursion limit, so functions of trees use this loop instead of recursion.
+    """
+    results: list[T] = []
+    pending: list[tuple[Node, int]] = [(root, -1)]
+    while pending:
+        node, num_children = pending.pop()
+        if num_children < 0:
+            parts = children(node)
+            pending.append((node, len(parts)))
+            pending.extend((part, -1) for part in reversed(parts))
+        else:
+            first = len(results) - num_children
+            results[first:] = [combine(node, tuple(results[first:]))]
+    return results[0]
+
+
+def _format_node(node: Node, arguments: tuple[str, ...]) -> str:
+    return f"{node.operator}({','.join(arguments)})" if isinstance(node, Call) else str(node)
 
 
 def field_name(field: Field, stored_names: Sequence[str]) -> str:
@@ -209,7 +244,11 @@ _CONSTANT: dict[str, Callable[[Any, Any], Any]] = {
     "Power": lambda a, b: a**b if abs(b) <= 64 else float(a) ** b,
 }
 _WORD_SYMBOLS = {"and": "&", "or": "|", "not": "~"}
-_MAX_DEPTH = 100  # the functions on trees are recursive, and Python allows a thousand calls
+# Generated expressions nest hundreds of levels; a text beyond these limits is an accident or an
+# attack on the memory.
+_MAX_NESTING = 2_000
+_MAX_DEPTH = 5_000
+_MAX_MASK_DEPTH = 20  # each level of Mask is evaluated by a recursive call
 
 
 def parse(text: str) -> Node:
@@ -237,13 +276,40 @@ def _parse(text: str, _operators: tuple[Operator, ...]) -> Node:
 
 
 def _check_depth(node: Node) -> None:
-    """Raise for trees too deep for recursive functions, such as a sum of very many terms."""
+    """Raise for trees that are too deep, such as a sum of very many terms."""
     level, nodes = 0, [node]
     while nodes:
         level += 1
-        if level > _MAX_DEPTH * 2:
-            raise expression_error(nodes[0].span, f"more than {_MAX_DEPTH * 2} nested operators")
-        nodes = [a for n in nodes if isinstance(n, Call) for a in n.arguments]
+        if level > _MAX_DEPTH:
+            raise expression_error(nodes[0].span, f"more than {_MAX_DEPTH} nested operators")
+        nodes = [a for n in nodes for a in subnodes(n)]
+
+    def count_masks(node: Node, counts: tuple[int, ...]) -> int:
+        is_mask = isinstance(node, Call) and node.operator == "Mask"
+        count = max(counts, default=0) + is_mask
+        if count > _MAX_MASK_DEPTH:
+            raise expression_error(node.span, f"more than {_MAX_MASK_DEPTH} nested Mask")
+        return count
+
+    fold(node, count_masks)
+
+
+Parsing: TypeAlias = Generator[Any, Any, Node]
+"""A method of the parser: it yields the methods that it calls, and receives their nodes."""
+
+
+def _run(parsing: Parsing) -> Node:
+    """Run a method of the parser with an explicit stack of calls, however deep the text nests."""
+    calls, node = [parsing], None
+    while calls:
+        try:
+            calls.append(calls[-1].send(node))
+            node = None
+        except StopIteration as stop:
+            calls.pop()
+            node = stop.value
+    assert node is not None
+    return node
 
 
 class _Parser:
@@ -256,18 +322,18 @@ class _Parser:
     # -- grammar -------------------------------------------------------------------------------
 
     def parse_all(self) -> Node:
-        node = self.parse_binary(_COMPARISON)
+        node = _run(self.parse_binary(_COMPARISON))
         token = self.peek()
         if token.kind != "end":
             raise self.token_error(token, "an operator or the end")
         return node
 
-    def parse_binary(self, level: int) -> Node:
+    def parse_binary(self, level: int) -> Parsing:
         self.enter_level(self.peek())
-        left = self.parse_unary()
+        left = yield self.parse_unary()
         while (next_level := _LEVELS.get(self.peek_symbol(), 0)) >= level:
             token = self.advance()
-            right = self.parse_binary(next_level + 1)
+            right = yield self.parse_binary(next_level + 1)
             if next_level == _COMPARISON and _LEVELS.get(self.peek_symbol()) == _COMPARISON:
                 raise expression_error(
                     self.peek().span,
@@ -277,12 +343,12 @@ class _Parser:
         self.depth -= 1
         return left
 
-    def parse_unary(self) -> Node:
+    def parse_unary(self) -> Parsing:
         token = self.peek()
         if token.text not in ("-", "+", "~") or token.kind != "symbol":
-            return self.parse_power()
+            return (yield self.parse_power())
         self.enter_level(self.advance())
-        operand = self.parse_unary()
+        operand = yield self.parse_unary()
         self.depth -= 1
         span = Span(self.text, token.span.start, operand.span.end)
         if token.text == "~":
@@ -293,14 +359,14 @@ class _Parser:
             return Number(-operand.value, span)
         return _build_call("Mul", (operand, Number(-1, span)), span)
 
-    def parse_power(self) -> Node:
-        base = self.parse_atom()
+    def parse_power(self) -> Parsing:
+        base = yield self.parse_atom()
         if self.peek_symbol() != "**":
             return base
         self.advance()
-        return self.combine_operands("Power", base, self.parse_unary())
+        return self.combine_operands("Power", base, (yield self.parse_unary()))
 
-    def parse_atom(self) -> Node:
+    def parse_atom(self) -> Parsing:
         token = self.advance()
         if token.kind == "number":
             text = token.text
@@ -310,9 +376,9 @@ class _Parser:
         if token.kind == "text":
             return Text(token.text[1:-1], token.span)
         if token.kind == "name":
-            return self.parse_call(token)
+            return (yield self.parse_call(token))
         if token.text == "(":
-            node = self.parse_binary(_COMPARISON)
+            node = yield self.parse_binary(_COMPARISON)
             self.expect(")", parenthesis=token)
             return node
         if token.kind == "period":
@@ -321,7 +387,7 @@ class _Parser:
             )
         raise self.token_error(token, "a field, a number, an operator or '('")
 
-    def parse_call(self, name: Token) -> Node:
+    def parse_call(self, name: Token) -> Parsing:
         if self.peek().text != "(":
             symbol = _WORD_SYMBOLS.get(name.text)
             hint = f"write {symbol}" if symbol else "an operator needs (...), a field needs $"
@@ -335,7 +401,7 @@ class _Parser:
         parenthesis = self.advance()
         arguments: list[Node] = []
         while self.peek().text != ")":
-            arguments.append(self.parse_binary(_COMPARISON))
+            arguments.append((yield self.parse_binary(_COMPARISON)))
             if self.peek().text != ",":
                 break
             self.advance()
@@ -351,8 +417,8 @@ class _Parser:
 
     def enter_level(self, token: Token) -> None:
         self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise expression_error(token.span, f"nested deeper than {_MAX_DEPTH} levels")
+        if self.depth > _MAX_NESTING:
+            raise expression_error(token.span, f"nested deeper than {_MAX_NESTING} levels")
 
     # -- tokens --------------------------------------------------------------------------------
 
@@ -399,12 +465,15 @@ def _fold_constants(name: str, left: Number, right: Number, span: Span) -> Numbe
 
 def _build_call(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
     definition = get_operators()[name]
-    if len(arguments) != len(definition.arguments):
-        expected = format_count(len(definition.arguments), "argument")
+    max_count = len(definition.arguments)
+    min_count = max_count - definition.num_optional
+    if not min_count <= len(arguments) <= max_count:
+        expected = format_count(max_count, "argument")
+        expected = expected if min_count == max_count else f"{min_count} or {expected}"
         kinds = ", ".join(definition.arguments)
         raise expression_error(span, f"{name} takes {expected} ({kinds}), got {len(arguments)}")
     for position, (kind, node) in enumerate(
-        zip(definition.arguments, arguments, strict=True), start=1
+        zip(definition.arguments, arguments, strict=False), start=1
     ):
         problem = _argument_problem(definition, kind, node)
         if problem:
@@ -424,15 +493,32 @@ def _build_call(name: str, arguments: tuple[Node, ...], span: Span) -> Node:
         return Field(arguments[0].value, span)
     if name == "ChangeInstrument":
         name, arguments = "Mask", arguments[::-1]
+    if name == "Mask":
+        _check_mask_argument(arguments[0])
     return Call(name, arguments, span)
+
+
+def _check_mask_argument(node: Node) -> None:
+    for part in walk(node):
+        if is_cross_section(part):
+            assert isinstance(part, Call)
+            raise expression_error(
+                part.span,
+                f"{part.operator} compares the instruments of a day, but Mask selects a single "
+                f"one; write {part.operator}(Mask(...))",
+            )
+
+
+def is_cross_section(node: Node) -> bool:
+    """Whether the node is a call of an operator that compares the instruments of a day."""
+    return isinstance(node, Call) and get_operators()[node.operator].cross_section
 
 
 def is_condition(node: Node) -> bool:
     """Whether the values of the node are booleans instead of numbers."""
-    return isinstance(node, Call) and (
-        get_operators()[node.operator].returns_condition
-        or (node.operator == "Mask" and is_condition(node.arguments[0]))
-    )
+    while isinstance(node, Call) and node.operator == "Mask":
+        node = node.arguments[0]
+    return isinstance(node, Call) and get_operators()[node.operator].returns_condition
 
 
 def _argument_problem(definition: Operator, kind: Kind, node: Node) -> str | None:

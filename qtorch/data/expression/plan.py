@@ -3,6 +3,9 @@
 Equal subexpressions become one step. Rolling operators on the same step share their rolling sums
 (Mean, Std, Slope and Corr of a series all use its sum), so the plan also collects all windows for
 each series and family of sums.
+
+A plan runs in stages. Within a stage, blocks of instruments are independent of each other.
+Operators that compare the instruments of a day need all blocks of their stage, and end it.
 """
 
 from __future__ import annotations
@@ -10,12 +13,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import Call, Field, Node, Number, Text, is_condition
+from qtorch.data.expression.parser import (
+    Call,
+    Field,
+    Node,
+    Number,
+    Text,
+    fold,
+    is_condition,
+    is_cross_section,
+    subnodes,
+)
 
 Argument: TypeAlias = int | Number | Text
 """An argument of a step: the index of another step, or a constant."""
@@ -36,6 +49,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Resi": _REGRESSION_SUMS,
     "Rsquare": (*_REGRESSION_SUMS, "square"),
     "WMA": _REGRESSION_SUMS,
+    "DecayLinear": _REGRESSION_SUMS,
+    "Product": ("factor",),
+    "ArgMax": ("latest",),
+    "ArgMin": ("latest",),
     "Max": ("max",),
     "Min": ("min",),
     "IdxMax": ("argmax",),
@@ -45,7 +62,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Med": ("quantile",),
 }
 # Operators whose results on float32 inputs are exact in float32.
-_EXACT_IN_FLOAT32 = {"Max", "Min", "IdxMax", "IdxMin", "Count"}
+_EXACT_IN_FLOAT32 = {"Max", "Min", "IdxMax", "IdxMin", "ArgMax", "ArgMin", "Count"}
 # Operators whose results have the dtype of their input.
 _KEEP_INPUT_DTYPE = {"Ref", "Delta", "Abs", "Log", "Mask"}
 
@@ -77,6 +94,25 @@ class Step:
         """The numeric arguments in order."""
         return tuple(a.value for a in self.arguments if isinstance(a, Number))
 
+    @cached_property
+    def is_cross_section(self) -> bool:
+        """Whether the step compares the instruments of a day."""
+        return is_cross_section(self.node)
+
+
+@dataclass
+class Stage:
+    """A part of a plan: steps on blocks of instruments, then steps on whole days.
+
+    `stored` are the steps on blocks whose values whole days or later stages read. `released` are
+    the stored steps and steps on whole days that no later stage reads.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    day_steps: list[int] = field(default_factory=list)
+    stored: set[int] = field(default_factory=set)
+    released: list[int] = field(default_factory=list)
+
 
 @dataclass
 class Plan:
@@ -93,6 +129,51 @@ class Plan:
         return tuple(
             sorted({w for windows in self.windows.values() for w in windows} | {*quantile_windows})
         )
+
+    @property
+    def num_outputs(self) -> int:
+        """The number of expressions."""
+        return sum(len(step.outputs) for step in self.steps)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order; a single one without operators that compare instruments.
+
+        Fields are loaded again in each stage that reads them, because this is cheaper than storing
+        them.
+        """
+        levels: list[int] = []
+        for step in self.steps:
+            inputs = [levels[i] + self.steps[i].is_cross_section for i in step.inputs]
+            levels.append(max(inputs, default=0))
+        stages = [Stage() for _ in range(max(levels, default=0) + 1)]
+        for at, step in enumerate(self.steps):
+            # (level, whether it reads whole days) of each consumer
+            readers = {(levels[c], self.steps[c].is_cross_section) for c in step.consumers}
+            if step.operator == "Field":
+                for level in {level for level, is_day_step in readers if not is_day_step}:
+                    stages[level].steps.append(at)
+                if step.outputs and at not in stages[0].steps:
+                    stages[0].steps.append(at)
+                continue
+            stage = stages[levels[at]]
+            (stage.day_steps if step.is_cross_section else stage.steps).append(at)
+            if not step.is_cross_section and readers - {(levels[at], False)}:
+                stage.stored.add(at)
+            if step.is_cross_section or at in stage.stored:
+                last_level = max((level for level, _ in readers), default=levels[at])
+                stages[last_level].released.append(at)
+        return tuple(stages)
+
+    def num_stored_bytes(self, num_cells: int) -> int:
+        """Return the largest number of bytes of values `[D, N]` that the stages hold at once."""
+        sizes = [torch.empty(0, dtype=s.dtype).element_size() * num_cells for s in self.steps]
+        current, largest = 0, 0
+        for stage in self.stages:
+            current += sum(sizes[at] for at in [*stage.stored, *stage.day_steps])
+            largest = max(largest, current)
+            current -= sum(sizes[at] for at in stage.released)
+        return largest
 
     def get_windows(self, key: Key, *families: str) -> tuple[int, ...]:
         """Return the windows of a series for the given families (default: all), ascending."""
@@ -113,13 +194,13 @@ def make_plan(roots: Sequence[Node]) -> Plan:
 class _Planner:
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.positions: dict[Node, int] = {}
+        self.positions: dict[tuple[Any, ...], int] = {}
         self.windows: dict[tuple[Key, str], set[int]] = {}
         self.quantile_levels: dict[tuple[Key, int], set[float]] = {}
 
     def plan(self, roots: Iterable[Node]) -> Plan:
         for output, root in enumerate(roots):
-            self.steps[self.add_step(_hoist_masks(root))].outputs.append(output)
+            self.steps[self.add_root(_hoist_masks(root))].outputs.append(output)
         for step in self.steps:
             step.dtype = self.choose_dtype(step)
         return Plan(
@@ -128,26 +209,37 @@ class _Planner:
             {key: tuple(sorted(s)) for key, s in self.quantile_levels.items()},
         )
 
-    def add_step(self, node: Node) -> int:
-        position = self.positions.get(node)
-        if position is not None:
-            return position
-        assert isinstance(node, Field | Call), node
+    def add_root(self, root: Node) -> int:
+        """Add the steps of an expression and return the index of its last step."""
+        index = fold(root, self.add_step, _children_in_plan)
+        assert isinstance(index, int), root
+        return index
+
+    def add_step(self, node: Node, arguments: tuple[Argument, ...]) -> Argument:
+        """Return the index of the step of a node, adding it if no equal step exists."""
+        if isinstance(node, Number | Text):
+            return node
         operator = "Field" if isinstance(node, Field) else node.operator
-        arguments: tuple[Argument, ...] = ()
-        # The argument of Mask is evaluated for another instrument, with a separate plan.
-        if isinstance(node, Call) and operator != "Mask":
-            arguments = tuple(
-                a if isinstance(a, Number | Text) else self.add_step(a) for a in node.arguments
-            )
+        key: tuple[Any, ...] = (operator, *arguments)
+        if isinstance(node, Field):
+            key = (operator, node.name)
+        elif operator == "Mask":
+            key = (operator, self.masked_planner.add_root(node.arguments[0]), node.arguments[1])
+        if key in self.positions:
+            return self.positions[key]
         step = Step(node, operator, arguments, False, is_condition(node))
         step.is_wide = self.is_wide(step)
-        index = self.positions[node] = len(self.steps)
+        index = self.positions[key] = len(self.steps)
         self.steps.append(step)
         for i in set(step.inputs):
             self.steps[i].consumers.append(index)
         self.collect_windows(step)
         return index
+
+    @cached_property
+    def masked_planner(self) -> _Planner:
+        """The planner that tells apart the arguments of Mask and knows their precision."""
+        return _Planner()
 
     def is_wide(self, step: Step) -> bool:
         """Whether numpy and pandas would return float64."""
@@ -155,8 +247,8 @@ class _Planner:
             return False
         if step.operator == "Mask":
             assert isinstance(step.node, Call)
-            inner = _Planner()
-            return inner.steps[inner.add_step(step.node.arguments[0])].is_wide
+            inner = self.masked_planner
+            return inner.steps[inner.add_root(step.node.arguments[0])].is_wide
         inputs = [self.steps[i] for i in step.inputs]
         if step.operator in _KEEP_INPUT_DTYPE:
             return any(s.is_wide for s in inputs)
@@ -203,18 +295,26 @@ class _Planner:
             self.windows.setdefault((key, family), set()).add(window)
 
 
-def _hoist_masks(node: Node) -> Node:
+def _children_in_plan(node: Node) -> tuple[Node, ...]:
+    """Return the arguments of a call. That of Mask has a separate plan, for another instrument."""
+    return () if isinstance(node, Call) and node.operator == "Mask" else subnodes(node)
+
+
+def _hoist_masks(root: Node) -> Node:
     """Move Mask outwards as far as possible without changing the meaning.
 
     `Mean(Mask($close, 'x'), 5)` is `Mask(Mean($close, 5), 'x')`: the window uses the rows of x.
     """
+    return fold(root, _hoist_mask)
+
+
+def _hoist_mask(node: Node, arguments: tuple[Node, ...]) -> Node:
     if not isinstance(node, Call):
         return node
-    arguments = tuple(_hoist_masks(a) for a in node.arguments)
     series = [a for a in arguments if isinstance(a, Field | Call)]
     masks = {a.arguments[1] for a in series if isinstance(a, Call) and a.operator == "Mask"}
     is_masked_throughout = all(isinstance(a, Call) and a.operator == "Mask" for a in series)
-    if not (is_masked_throughout and len(masks) == 1):
+    if is_cross_section(node) or not (is_masked_throughout and len(masks) == 1):
         return Call(node.operator, arguments, node.span)
     if node.operator == "Mask":  # the inner Mask takes precedence, as in Qlib
         return series[0]

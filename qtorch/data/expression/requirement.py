@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from qtorch.data.expression.operators import get_operators
-from qtorch.data.expression.parser import Call, Field, Node, Number, Text, field_name, parse, walk
+from qtorch.data.expression.parser import (
+    Call,
+    Field,
+    Node,
+    Number,
+    Text,
+    field_name,
+    fold,
+    is_cross_section,
+    parse,
+    walk,
+)
 
 
 def expression_fields(expressions: str | Iterable[str] | Mapping[str, str]) -> tuple[str, ...]:
@@ -68,15 +80,31 @@ def join_reaches(reaches: Iterable[tuple[int | None, int]]) -> tuple[int | None,
     return before, after
 
 
-def _reach(node: Node) -> tuple[int | None, int]:
+def is_cross_sectional(expressions: Iterable[str]) -> bool:
+    """Whether any of the expressions compares the instruments of a day."""
+    return any(is_cross_section(node) for text in expressions for node in walk(parse(text)))
+
+
+_Reach: TypeAlias = tuple[int | None, int]
+
+
+def _reach(root: Node) -> _Reach:
     """Return the reach with signs: `Ref($close, 3)` needs only row t - 3, which is (3, -3)."""
+    return fold(root, _combine_reaches)
+
+
+def _combine_reaches(node: Node, argument_reaches: tuple[_Reach, ...]) -> _Reach:
     if not isinstance(node, Call):
         return 0, 0
-    argument_reaches = [_reach(a) for a in node.arguments if isinstance(a, Field | Call)]
+    series_reaches = [
+        r
+        for a, r in zip(node.arguments, argument_reaches, strict=True)
+        if isinstance(a, Field | Call)
+    ]
     before: int | None = None
-    if all(b is not None for b, _ in argument_reaches):
-        before = max(b for b, _ in argument_reaches if b is not None)
-    after = max(a for _, a in argument_reaches)
+    if all(b is not None for b, _ in series_reaches):
+        before = max(b for b, _ in series_reaches if b is not None)
+    after = max(a for _, a in series_reaches)
     operator_reach = get_operators()[node.operator].reach
     if operator_reach is None:
         return before, after

@@ -438,7 +438,7 @@ INFER_PROCESSORS_360: tuple[Any, ...] = (
 )
 
 
-class _Alpha(DataHandlerLP):
+class AlphaHandler(DataHandlerLP):
     """Common base of the Alpha handlers: the label that their loaders add to the features."""
 
     label_config: ClassVar[tuple[Sequence[str], Sequence[str]]] = DEFAULT_LABEL
@@ -452,7 +452,7 @@ class _Alpha(DataHandlerLP):
         return {"label": self.get_label_config() if label is None else label}
 
 
-class Alpha158(_Alpha):
+class Alpha158(AlphaHandler):
     """158 features of the last 60 days' bars; the label is the return from tomorrow's close on.
 
     The label's return ends at the close of the day after tomorrow.
@@ -531,7 +531,7 @@ class Alpha158vwap(Alpha158):
     label_config = DEFAULT_VWAP_LABEL
 
 
-class Alpha360(_Alpha):
+class Alpha360(AlphaHandler):
     """The last 60 days of open, high, low, close, vwap and volume over today's close or volume.
 
     The arguments are those of Alpha158. The 360 columns are only computed if they are requested by

@@ -400,6 +400,7 @@ def _user_code(
     for name, operator in sorted(get_operators().items()):
         if operator.function is not None and (names is None or name in names):
             arguments = [operator.arguments, operator.returns_condition, operator.min_window]
+            arguments += [operator.num_optional, operator.cross_section]
             objects[f"operator {name}"] = [*arguments, operator.reach, operator.function]
     return objects
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from qtorch.core.configured import Configured
 from qtorch.core.content_digest import digest_text
@@ -21,7 +20,7 @@ from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.tables import is_frame
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
-from qtorch.data.expression.requirement import join_reaches, max_reach
+from qtorch.data.expression.requirement import is_cross_sectional, join_reaches, max_reach
 from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
 from qtorch.data.handler.filter import DynamicFilter, build_filters
 from qtorch.data.panel.columns import Columns, PanelColumns, instrument_major
@@ -34,8 +33,8 @@ from qtorch.data.panel.frames import (
     view_to_frame,
 )
 from qtorch.data.panel.infinite import check_view
-from qtorch.data.panel.panel import Panel, clip_spans, duplicate_names
-from qtorch.data.panel.view import FLAT, HOW, View, join_views, restrict_view
+from qtorch.data.panel.panel import Panel, duplicate_names
+from qtorch.data.panel.view import FLAT, HOW, View, join_views, reindex_view, restrict_view
 from qtorch.data.processor.base import Names
 from qtorch.data.processor.instrument import build_inst_processors
 from qtorch.data.source.base import Source
@@ -44,7 +43,6 @@ from qtorch.data.source.frame import build_source, default_source
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
-INSTRUMENTS_AT_ONCE = 128  # whose whole history is evaluated before it is cut to the dates
 POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
 
 
@@ -228,8 +226,9 @@ class QlibDataLoader(DataLoader):
         reaches = [self.group_reach(group, expressions) for group, expressions in fields.items()]
         before, after = join_reaches([*reaches, max_reach(rules)])
         field_names = [n for group, part in fields.items() for n in self.group_fields(group, part)]
+        expressions = [*(e for part in fields.values() for e in part.values()), *rules]
         bars, mask_bars = source.load_for_expressions(
-            [*(e for part in fields.values() for e in part.values()), *rules],
+            expressions,
             instruments=universe,
             fields=list(dict.fromkeys([*field_names, *expression_fields(rules)])),
             start_time=start_time,
@@ -240,15 +239,19 @@ class QlibDataLoader(DataLoader):
         )
         for dynamic_filter in filters:
             bars = bars.replace(mask=dynamic_filter.members(bars))
-        bars = _drop_nonmembers(bars, start_time, end_time) if filters else bars
         span = bars.rows(start_time, end_time)
+        is_cross_section = is_cross_sectional(expressions)
+        members = _find_members(bars, span) if filters or is_cross_section else bars.instruments
+        if len(members) < len(bars.instruments) and not is_cross_section:
+            bars = bars.select(instruments=list(members))
         mask_arguments = {} if mask_bars is None else {"mask_bars": mask_bars}
         groups = {
             g: self.compute_columns(g, bars, span, names, **mask_arguments)
             for g, names in fields.items()
         }
         rows = bars.mask[span].contiguous()
-        return View(groups, rows, rows)
+        # Members of other days have taken part in comparisons of the instruments of a day.
+        return reindex_view(View(groups, rows, rows), bars.calendar[span], members)
 
     def compute_columns(
         self,
@@ -272,18 +275,8 @@ class QlibDataLoader(DataLoader):
         n = len(bars.instruments)
         # Stored by instrument, so that packing needs no copy.
         out = instrument_major(span.stop - span.start, n, len(expressions))
-        if span == slice(0, len(visible_bars.calendar)):
-            return PanelColumns(evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars))
-        # The rows before the dates are history that the result does not need: compute blocks of
-        # instruments on all rows and cut them.
-        for first in range(0, n, INSTRUMENTS_AT_ONCE):
-            part = slice(first, first + INSTRUMENTS_AT_ONCE)
-            block = _select_instruments(visible_bars, part)
-            out[:, part] = evaluate(expressions, block, mask_bars=mask_bars).values[span]
-        dates = bars.calendar[span]
-        mask, spans = bars.mask[span], clip_spans(bars.spans - span.start, len(dates))
         return PanelColumns(
-            Panel(out, dates, bars.instruments, list(expressions), mask=mask, spans=spans)
+            evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars, rows=span)
         )
 
     def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:
@@ -552,23 +545,12 @@ def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
 # -- columns ---------------------------------------------------------------------------------------
 
 
-def _select_instruments(bars: Panel, part: slice) -> Panel:
-    return Panel(
-        bars.values[:, part],
-        bars.calendar,
-        bars.instruments[part],
-        bars.fields,
-        mask=bars.mask[:, part],
-        spans=bars.spans[part],
-    )
-
-
-def _drop_nonmembers(bars: Panel, start: Any, end: Any) -> Panel:
-    """Drop instruments that are members on none of the dates."""
-    is_member = bars.mask[bars.rows(start, end)].any(0)
-    if bool(is_member.all()):
-        return bars
-    if not bool(is_member.any()):
-        raise DataError("the filter_pipe excludes every instrument on every day; relax its rules.")
-    columns = torch.nonzero(is_member)[:, 0].cpu().numpy()
-    return bars.select(instruments=list(bars.instruments[columns]))
+def _find_members(bars: Panel, span: slice) -> pd.Index:
+    """Return the instruments that are members on at least one of the rows."""
+    is_member = bars.mask[span].any(0).cpu().numpy()
+    if not is_member.any():
+        raise DataError(
+            "the universe or its filter_pipe excludes every instrument on every day; relax its "
+            "rules, or choose other dates."
+        )
+    return bars.instruments[is_member]

@@ -136,10 +136,8 @@ class Panel:
         end: Any = None,
     ) -> Panel:
         """Return a panel of some fields, instruments and dates (both ends inclusive)."""
-        rows = self.rows(start, end)
-        values, mask = self.values[rows], self.mask[rows]
-        spans = clip_spans(self.spans - rows.start, values.shape[0])
-        names = self.instruments
+        panel = select_rows(self, self.rows(start, end))
+        values, mask, spans, names = panel.values, panel.mask, panel.spans, panel.instruments
         if instruments is not None:
             columns = names.get_indexer(pd.Index(list(instruments), dtype="str"))
             if (columns < 0).any():
@@ -154,7 +152,7 @@ class Panel:
             index = torch.tensor(field_places, dtype=torch.int64, device=values.device)
             values = values.permute(2, 0, 1)[index].permute(1, 2, 0)
         field_names = self.fields if fields is None else fields
-        return Panel(values, self.calendar[rows], names, field_names, mask=mask, spans=spans)
+        return Panel(values, panel.calendar, names, field_names, mask=mask, spans=spans)
 
     def replace(
         self,
@@ -236,6 +234,18 @@ class Panel:
         for k, name in enumerate(names):
             data[:, k] = self.column(name)[rows][cells].cpu().numpy()
         return pd.DataFrame(data, index=index, columns=pd.Index(names, dtype="str"))
+
+
+def select_rows(panel: Panel, rows: slice) -> Panel:
+    """Return a panel of some of the calendar rows, which shares the storage."""
+    return Panel(
+        panel.values[rows],
+        panel.calendar[rows],
+        panel.instruments,
+        panel.fields,
+        mask=panel.mask[rows],
+        spans=clip_spans(panel.spans - (rows.start or 0), panel.values[rows].shape[0]),
+    )
 
 
 def within_spans(spans: Tensor, num_dates: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.data.panel.day_order import average_ranks
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import FieldsGroup, Processor
 
@@ -60,7 +61,7 @@ def day_rank_norm(values: Tensor, rows: Tensor) -> Tensor:
     # the ranks of those are computed separately below.
     key = values.masked_fill(~used, torch.inf)
     sorted_key, order = key.sort(dim=1)
-    ranks = torch.empty_like(values).scatter_(1, order, _average_ranks(sorted_key).to(values.dtype))
+    ranks = torch.empty_like(values).scatter_(1, order, average_ranks(sorted_key).to(values.dtype))
     largest = used & key.isposinf()
     smaller = count - largest.sum(1, keepdim=True)
     ranks = torch.where(largest, ((smaller + count + 1) / 2).to(ranks.dtype), ranks)
@@ -95,20 +96,6 @@ def day_median(values: Tensor, rows: Tensor) -> Tensor:
 
 def _sum(values: Tensor, used: Tensor) -> Tensor:
     return values.masked_fill(~used, 0).sum(1, keepdim=True)
-
-
-def _average_ranks(sorted_values: Tensor) -> Tensor:
-    """Compute ranks `[D, N]` from 1 for ascending rows; ties get their average rank."""
-    d, n = sorted_values.shape
-    position = torch.arange(n, device=sorted_values.device).expand(d, n)
-    is_tied = sorted_values[:, 1:] == sorted_values[:, :-1]
-    if not bool(is_tied.any()):
-        return position + 1
-    true = torch.ones(d, 1, dtype=torch.bool, device=sorted_values.device)
-    starts, ends = torch.cat([true, ~is_tied], 1), torch.cat([~is_tied, true], 1)
-    first = position.where(starts, torch.zeros_like(position)).cummax(1).values
-    last = position.where(ends, torch.full_like(position, n)).flip(1).cummin(1).values.flip(1)
-    return (first + last).double().div_(2).add_(1)
 
 
 def _rank_outside(ranks: Tensor, values: Tensor, used: Tensor, sorted_key: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import (
     check_fields,
     expression_fields,
+    is_cross_sectional,
     mask_instruments,
     max_reach,
 )
@@ -130,6 +131,7 @@ class Source(Configured, ABC):
         freq: str = "day",
         before: int | None = 0,
         after: int | None = 0,
+        members_before: bool = False,
     ) -> Panel:
         """Load a panel of bars: the fields (default: all) of the members between two dates.
 
@@ -138,6 +140,8 @@ class Source(Configured, ABC):
         instrument is in the panel if it is a member on at least one day between the dates. Its
         values include all that is stored, also on days outside its membership. On every row of
         the panel, `mask` is True if the instrument is a member and the row is in its stored span.
+        With `members_before`, the panel also has the instruments that are members on the rows
+        added at the two ends alone, so that every row has its whole universe.
 
         Raises DataError if the dates, universe, instruments or fields are unknown or select
         nothing. Infinite values raise DataError while a handler without a processor for them
@@ -148,7 +152,9 @@ class Source(Configured, ABC):
         rows = _select_rows(calendar, start_time, end_time)
         first = 0 if before is None else max(0, rows.start - before)
         last = len(calendar) if after is None else min(len(calendar), rows.stop + after)
-        membership = self._select_members(instruments, calendar, rows)
+        membership = self._select_members(
+            instruments, calendar, slice(first, last) if members_before else rows
+        )
         field_names = tuple(
             self.fields(freq) if fields is None else (f.lstrip("$") for f in fields)
         )
@@ -207,8 +213,9 @@ class Source(Configured, ABC):
             before=before,
             after=after,
         )
-        panel = evaluate(list(fields), bars, mask_bars=mask_bars)
-        return panel.select(start=start_time, end=end_time)
+        rows = bars.rows(start_time, end_time)
+        panel = evaluate(list(fields), bars, mask_bars=mask_bars, rows=rows)
+        return drop_nonmembers(panel) if is_cross_sectional(fields) else panel
 
     def load_for_expressions(
         self, expressions: Iterable[str], *, instruments: Instruments, **load_arguments: Any
@@ -216,11 +223,15 @@ class Source(Configured, ABC):
         """Load the bars that expressions read, and those of the instruments that `Mask` names.
 
         `load_arguments` are the other arguments of `load`. The named instruments are loaded
-        whether or not they belong to the universe; None if there are none. A user wrote the
-        expressions, not the list of fields, so an error for a missing field shows the expression.
+        whether or not they belong to the universe; None if there are none. For an expression that
+        compares the instruments of a day, the bars have the whole universe of every row. A user
+        wrote the expressions, not the list of fields, so an error for a missing field shows the
+        expression.
         """
         expressions = list(expressions)
         try:
+            if is_cross_sectional(expressions):
+                load_arguments["members_before"] = True
             bars = self.load(instruments=instruments, **load_arguments)
         except DataError:
             check_fields(expressions, self.fields(load_arguments["freq"]))
@@ -299,6 +310,12 @@ def frequency(freq: str) -> str:
         return f"{int(count or 1)}min"
     unit = _UNIT_NAMES.get(unit, unit)
     return unit if count in ("", "1") else f"{count}{unit}"
+
+
+def drop_nonmembers(panel: Panel) -> Panel:
+    """Drop the instruments that are members on none of the panel's dates."""
+    is_member = panel.mask.any(0).cpu().numpy()
+    return panel if is_member.all() else panel.select(instruments=panel.instruments[is_member])
 
 
 def extend_to_day_end(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:

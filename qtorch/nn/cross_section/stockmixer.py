@@ -22,6 +22,13 @@ class StockMixer(Network):
     the whole universe is present every day, while here the market states and the norm are computed
     over the day's instruments, so that neither absent instruments nor padding count; the coarser
     scale has T / 2 steps for any T; `dropout` (the authors use none) and `num_outputs`.
+
+    The authors' network gives a price, and the score is its return, price / last close - 1. This
+    is `price_head`: `close_column` names the feature with the close (`close_index`, its position,
+    is filled in from the dataset). It must be a price up to a positive factor of the instrument,
+    such as `$close/Ref($close, 0)`, so no processor may centre it, and the label a return that is
+    not normalised either. The score is 0 where the close is 0, which stands for a missing one.
+    Without `price_head`, the network's output is the score.
     """
 
     cross_section = True
@@ -35,8 +42,20 @@ class StockMixer(Network):
         market_dim: int = 20,
         dropout: float = 0.0,
         num_outputs: int = 1,
+        *,
+        price_head: bool = False,
+        close_column: str | None = None,
+        close_index: int | None = None,
     ) -> None:
         super().__init__(num_outputs)
+        if price_head and close_index is None:
+            raise ValueError(
+                "price_head=True needs the close: pass close_column, the name of its feature (or "
+                "close_index, its position)."
+            )
+        if close_index is not None and not 0 <= close_index < d_feat:
+            raise ValueError(f"close_index is {close_index}; expected 0 to {d_feat - 1}.")
+        self.price_head, self.close_index = price_head, close_index
         if step_len < 2:
             raise ValueError(
                 f"step_len is {step_len}; expected at least 2, for a coarser time scale."
@@ -59,7 +78,13 @@ class StockMixer(Network):
         own = self.channel_fc(scales)[..., 0].unflatten(0, x.shape[:2])  # [G, N, L]
         own = self.dropout(own)
         market = self.stock_mixer(own, mask, instrument)
-        return self.scores(self.time_fc(own) + self.time_fc_(market))
+        output = self.time_fc(own) + self.time_fc_(market)
+        if self.price_head:
+            close = x[:, :, -1, self.close_index, None]
+            has_close = close != 0
+            change = output / close.where(has_close, torch.ones_like(close)) - 1
+            output = change.where(has_close, torch.zeros_like(change))
+        return self.scores(output)
 
 
 class TimeMixer(nn.Module):

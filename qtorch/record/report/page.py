@@ -24,7 +24,7 @@ CSS_DPI = 96
 DPI = 2 * CSS_DPI  # for high-resolution screens and for print
 
 _PERCENT = ("return", "drawdown", "turnover", "cost", "weight", "share", "spread", "volatility")
-_PROBABILITY = ("probabilistic_sharpe", "deflated_sharpe")
+_PROBABILITY = ("probabilistic_sharpe", "deflated_sharpe", "probability")
 _STATISTICS = ("mean", "std")  # statistics of the quantity named by the word before
 _COUNTS = ("positions", "days", "tries", "epoch", "count")
 

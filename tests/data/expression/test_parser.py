@@ -131,9 +131,11 @@ def test_errors_underline_the_position(text, message, underlined):
 
 def test_errors_of_long_nested_and_empty_texts():
     with pytest.raises(ExpressionError, match="nested deeper"):
-        parse("(" * 500 + "$a" + ")" * 500)
+        parse("(" * 3_000 + "$a" + ")" * 3_000)
     with pytest.raises(ExpressionError, match="nested operators"):
-        parse("+".join(["$a"] * 1000))
+        parse("+".join(["$a"] * 5_100))
+    with pytest.raises(ExpressionError, match="nested Mask"):
+        parse("($b+Mask(" * 21 + "$a" + ", 'x'))" * 21)
     with pytest.raises(ExpressionError) as error_info:
         parse("$a+" * 80 + "Maen($b, 3)" + "+$c" * 80)
     lines = str(error_info.value).splitlines()
