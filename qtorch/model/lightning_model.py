@@ -79,7 +79,8 @@ class LightningModel(ModelFT):
     `Batch`, and its `predict_step` returns the scores of a batch; `loss`, `optimizer`, `scheduler`
     and `inner_steps` are ignored, and `monitor` is a metric that it logs (otherwise ConfigError).
 
-    `loss`, `optimizer`, `scheduler`: see `qtorch.model.loop.factories`.
+    `loss`, `optimizer`: see `qtorch.model.loop.factories`; `scheduler`: see
+    `qtorch.model.loop.schedules`.
     `batch`: `size`, `order` ("random", or "day" for batches of `days_per_batch` whole days),
     `eval_size` (batch size for validation and prediction; the default is larger on a GPU),
     `drop_last` (leave out a smaller last batch in training. Without it, a network with batch norms

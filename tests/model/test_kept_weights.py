@@ -24,6 +24,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.metrics.loss import MSE
 from qtorch.model import EpochAveraging
 from qtorch.model.loop.progress import FitProgress, find_metric
+from qtorch.model.loop.scoring import ForwardAdapter
 
 FAST = {"_target_": "torch.optim.Adam", "lr": 0.1}
 
@@ -33,7 +34,8 @@ def valid_loss(model: Any, dataset: ToyDataset) -> float:
     samples = dataset.samples("valid", data_key="learn")
     batch = samples.batch(torch.arange(len(samples)))
     network = model.network_.eval()
-    scores = network.scores(batch) if isinstance(network, UserModule) else network(batch.x)
+    forward = network.scores if isinstance(network, UserModule) else ForwardAdapter(network)
+    scores = forward(batch)
     return float((scores.detach().reshape(-1) - batch.y[:, 0]).square().mean())
 
 

@@ -144,9 +144,9 @@ def test_reports_that_the_user_asked_for_are_shown(
     dataset: ToyDataset, caplog, monkeypatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("pytorch_lightning"), "propagate", True)
-    trainer = {"profiler": "simple", "enable_model_summary": True}
+    summary = lightning_callbacks.ModelSummary()
     with caplog.at_level(logging.INFO):
-        fit_model(dataset, epochs=1, trainer=trainer)
+        fit_model(dataset, epochs=1, trainer={"profiler": "simple"}, callbacks=[summary])
     assert "Profiler Report" in caplog.text
     assert "Trainable params" in caplog.text
     assert "available" not in caplog.text  # Lightning's greetings
@@ -194,7 +194,7 @@ def test_components_are_lists_or_named_mappings(dataset: ToyDataset) -> None:
     named = {
         "first": lambda_callback,
         "none": None,
-        "bar": {"class": "TQDMProgressBar", "module_path": LIGHTNING},
+        "bar": {"class": "LearningRateMonitor", "module_path": LIGHTNING},
     }
     for callbacks in (named, OmegaConf.create(named)):
         assert len(make_model(callbacks=callbacks).callbacks) == 2
@@ -254,6 +254,23 @@ def test_optimizers_in_all_forms_of_a_configuration() -> None:
     optimizer = optimizer_factory({"lr": 0.25})(parameters)
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_parameter_groups_by_name(dataset: ToyDataset) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4), torch.nn.Linear(4, 1))
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    groups = {"*.bias": {"lr": 0.0}, "2.*": {"weight_decay": 0.5}}
+    model = fit_model(dataset, network, epochs=1, optimizer={"optimizer": sgd, "groups": groups})
+    states = [
+        (group["lr"], group["weight_decay"], len(group["params"]))
+        for group in model.optimizer_state_["param_groups"]
+    ]
+    assert states == [(0.1, 0, 1), (0.0, 0, 2), (0.1, 0.5, 1)]
+    assert torch.equal(model_weights(model)["1.bias"], network[1].bias)
+    model.finetune(dataset, lr=0.2, max_epochs=1)
+    assert model.optimizer_state_["param_groups"][0]["lr"] == 0.2
+    with pytest.raises(ConfigError, match=r"'head\.\*' matches no parameter"):
+        fit_model(dataset, optimizer={"groups": {"head.*": {}}})
 
 
 # -- loggers ---------------------------------------------------------------------------------------
@@ -436,7 +453,7 @@ def test_optimizer_with_an_optional_closure_trains_as_without(dataset: ToyDatase
 
 def test_lbfgs_on_batches_warns(dataset: ToyDataset, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="qtorch"):
-        fit_model(dataset, optimizer="lbfgs", epochs=1)
+        fit_model(dataset, optimizer="lbfgs", epochs=1, trainer={"limit_train_batches": 3})
     assert caplog.text.count("LBFGS takes the difference") == 1
 
 
@@ -449,13 +466,36 @@ def test_lbfgs_on_batches_warns(dataset: ToyDataset, caplog) -> None:
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_schedule_ends_with_the_training(dataset: ToyDataset, scheduler, accumulate) -> None:
-    model = fit_model(
-        dataset, epochs=3, scheduler=scheduler, trainer={"accumulate_grad_batches": accumulate}
+def test_schedule_covers_all_steps_of_the_training(
+    dataset: ToyDataset, scheduler, accumulate
+) -> None:
+    class Rates(pl.Callback):
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.values.append(optimizer.param_groups[0]["lr"])
+
+    rates = Rates()
+    trainer = {"accumulate_grad_batches": accumulate}
+    fit_model(dataset, epochs=3, scheduler=scheduler, trainer=trainer, callbacks=[rates])
+    total = 3 * math.ceil(
+        math.ceil(len(dataset.samples("train", data_key="learn")) / 64) / accumulate
     )
-    rates = model.evals_result_["train"]["lr"]
-    assert rates[0] > 5 * rates[1] / 4 > 0
-    assert rates[-1] == pytest.approx(0, abs=2e-7)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    factories: list[Any] = [
+        lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=total),
+        lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
+        lambda: WarmupCosine(optimizer, total, warmup=0.1),
+    ]
+    name = scheduler.get("_target_", scheduler.get("class")).rpartition(".")[2]
+    own = factories[["OneCycleLR", "CosineAnnealingLR", "WarmupCosine"].index(name)]()
+    expected = []
+    for _ in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        own.step()
+    assert rates.values == pytest.approx(expected)
 
 
 def test_length_of_a_training() -> None:
@@ -472,8 +512,10 @@ def test_length_of_a_training() -> None:
         scheduler_plan({"scheduler": onecycle, "interval": "epoch"}), TrainingLength(5, 4, -1)
     )
     assert by_epoch is not None
+    assert by_epoch.factory(optimizer).total_steps == 4
+    without_momentum = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(ConfigError, match="OneCycleLR does not accept"):
-        by_epoch.factory(optimizer)  # plain SGD has no momentum to cycle
+        by_epoch.factory(without_momentum)
     with pytest.raises(ConfigError, match="max_epochs"):
         complete_plan(scheduler_plan(onecycle), TrainingLength(5, -1, -1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any, cast
 
@@ -66,7 +67,8 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     """Return a factory parameters -> optimizer.
 
     `spec` is None (Adam with lr 1e-3), the name of an optimizer in torch.optim, a configuration
-    without `params`, its arguments alone (`{"lr": 1e-4}`, for Adam), or a callable.
+    without `params`, its arguments alone (`{"lr": 1e-4}`, for Adam), or a callable. For parameters
+    with other arguments see `group_parameters`.
     """
     if spec is None:
         return partial(torch.optim.Adam, lr=1e-3)
@@ -102,9 +104,49 @@ def explain_errors(factory: Callable[..., Any], kind: str = "optimizer") -> Call
     return make
 
 
+def group_parameters(spec: Spec | None, network: nn.Module) -> OptimizerFactory:
+    """Return an optimizer factory; parameters may have arguments of their own, by their names.
+
+    `spec` is one of `optimizer_factory`, or a mapping with `optimizer` (such a spec) and `groups`:
+    `{"*.bias": {"weight_decay": 0.0}}`. The first pattern that a name matches counts. Raises
+    ConfigError for a pattern that matches no parameter.
+    """
+    if not isinstance(spec, Mapping) or "groups" not in spec:
+        return optimizer_factory(spec)
+    for name in spec:
+        check_name("option of optimizer", name, ("optimizer", "groups"))
+    factory, groups = optimizer_factory(spec.get("optimizer")), dict(spec["groups"] or {})
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for pattern in groups:
+        if not any(fnmatch(name, pattern) for name in names.values()):
+            raise ConfigError(
+                f"optimizer.groups: {pattern!r} matches no parameter; the names are "
+                f"{list(names.values())}."
+            )
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        members: dict[str | None, list[nn.Parameter]] = {None: [], **{p: [] for p in groups}}
+        for parameter in parameters:
+            name = names.get(id(parameter), "")
+            pattern = next((p for p in groups if name and fnmatch(name, p)), None)
+            members[pattern].append(parameter)
+        all_groups = [
+            {"params": part, **({} if pattern is None else groups[pattern])}
+            for pattern, part in members.items()
+            if part
+        ]
+        return factory(all_groups)  # type: ignore[arg-type]  # torch takes groups as well
+
+    return make
+
+
 def with_learning_rate(spec: Spec | None, lr: float | None) -> Spec | None:
     """Return an optimizer's specification with another learning rate (None: unchanged)."""
-    return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
+    if lr is None:
+        return spec
+    if isinstance(spec, Mapping) and "groups" in spec:
+        return {**spec, "optimizer": with_learning_rate(spec.get("optimizer"), lr)}
+    return partial(cast(Any, optimizer_factory(spec)), lr=lr)
 
 
 def build_factory(spec: Any, kind: str) -> Callable[..., Any]:

@@ -403,13 +403,13 @@ def build_trainer(
     rejects.
     """
     arguments: dict[str, Any] = {
-        "max_epochs": options.max_epochs,
         "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
         "enable_model_summary": False,
         "enable_progress_bar": sys.stderr.isatty() or options.has_progress_bar,
         "log_every_n_steps": 1,
         "default_root_dir": None if root is None else str(root),
         **options.arguments,
+        "max_epochs": options.max_epochs,
     }
     arguments |= _device_arguments(options, rank_info)
     if automatic_optimization:
@@ -421,12 +421,7 @@ def build_trainer(
     is_disabled = arguments.get("logger") is False
     user_loggers = component_list(arguments.get("logger")) if is_first_rank else []
     arguments["logger"] = build_loggers(user_loggers, logger, disabled=is_disabled) or False
-    plugins = arguments.get("plugins")
-    user_plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    user_plugins = [plugin for plugin in user_plugins if plugin is not None]
-    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
-    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
-    arguments["plugins"] = [*user_plugins, AtomicCheckpointIO(), environment]
+    arguments["plugins"] = _plugins(arguments.get("plugins"), rank_info)
     user_callbacks = options.callbacks
     if not is_first_rank:
         user_callbacks = [c for c in user_callbacks if not isinstance(c, ProgressBar)]
@@ -437,6 +432,14 @@ def build_trainer(
         return pl.Trainer(**arguments, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
+
+
+def _plugins(user_plugins: Any, rank_info: RankInfo | None) -> list[Any]:
+    """Return the user's plugins, none, one or several, and those of a fit."""
+    plugins = list(user_plugins) if isinstance(user_plugins, list | tuple) else [user_plugins]
+    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
+    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
+    return [*(p for p in plugins if p is not None), AtomicCheckpointIO(), environment]
 
 
 def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from qtorch.model.loop.factories import (
     build_factory,
     build_loss,
     explain_errors,
-    optimizer_factory,
+    group_parameters,
 )
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
@@ -274,9 +275,14 @@ class Training:
         return self.train.target is not None and not bool(self.train.target.isnan().any())
 
     def _build_optimizer_factory(self) -> OptimizerFactory:
-        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
         factory = explain_errors(factory)
         if self.tuning is not None:
+            has_groups = isinstance(self.recipe.optimizer, Mapping) and (
+                "groups" in self.recipe.optimizer
+            )
+            if has_groups and self.tuning.layer_decay != 1:
+                raise ConfigError("layer_decay sets the rates itself: remove optimizer.groups.")
             factory = self.tuning.scale_layer_rates(factory, self.network)
         return factory if state is None else partial(_restore_optimizer, factory, state)
 
@@ -393,6 +399,7 @@ class Training:
             network = self.network if self.unsharded_network is None else self.unsharded_network
         if weights:
             network.load_state_dict(weights)
+        self._warn_nan_monitor(member)
         network.cpu()
         if self.tuning is not None:
             network = self.tuning.finalize_network(network)
@@ -401,6 +408,14 @@ class Training:
         report = self._build_report(member, None if checkpoint is None else checkpoint[0])
         names = self.checkpoint_callback.validation_names
         return FitResult(network, member.history, report, member.best_optimizer, names)
+
+    def _warn_nan_monitor(self, member: FitProgress) -> None:
+        monitor = self.checkpoint_callback.monitor
+        values = [point[monitor] for point in member.history if monitor in point]
+        if values and all(math.isnan(value) for value in values):
+            log.warning(
+                "%s was NaN each time: the weights are the last ones, not the best ones.", monitor
+            )
 
     def _build_report(self, member: FitProgress, resumed_from: Path | None) -> dict[str, Any]:
         callback = self.checkpoint_callback
