@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from qtorch.cli.compose import compose_settings, resolve_segments, segment_dates
+from qtorch.cli.compose import compose_settings
 from qtorch.core.errors import ConfigError
+from qtorch.trainer.segments import resolve_segments, segment_dates
 
 CALENDAR = pd.bdate_range("2020-01-01", periods=10)
 

@@ -99,5 +99,9 @@ def _read_file(folder: Path) -> dict[str, list[str]]:
     path = folder / TRAININGS_FILE
     if not path.exists():
         return {}
-    content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        log.warning("%s cannot be read, curves of earlier trainings may be mixed: %s", path, error)
+        return {}
     return content
