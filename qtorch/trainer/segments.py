@@ -26,7 +26,8 @@ def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None
     segments = dataset.get("segments")
     if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
         return dict(task)
-    source = (dataset.get("handler") or {}).get("source")
+    handler = dataset.get("handler")
+    source = handler.get("source") if isinstance(handler, Mapping) else None
     if source is None:
         raise ConfigError(
             "segments given as fractions need the data's calendar, but the handler has no "

@@ -101,7 +101,7 @@ def test_each_validation_is_a_point_of_the_curve(
     ],
     ids=["EMA", "epochs", "configured"],
 )
-@pytest.mark.parametrize("interval", [1.0, 5])
+@pytest.mark.parametrize("interval", [1.0, pytest.param(5, marks=pytest.mark.slow)])
 def test_kept_weights_are_the_averaged_ones_that_were_validated(
     dataset: ToyDataset, callback, interval
 ) -> None:

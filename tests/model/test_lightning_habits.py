@@ -58,7 +58,7 @@ class Watch(pl.Callback):
         ({"max_steps": 3, "limit_train_batches": 5}, 5, 3),
     ],
 )
-@pytest.mark.parametrize("is_user_module", [False, True])
+@pytest.mark.parametrize("is_user_module", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cut_epochs_end_with_a_step(
     dataset: ToyDataset, trainer, num_batches, num_steps, is_user_module
 ) -> None:
@@ -110,7 +110,7 @@ def test_overfit_batches_are_the_same_in_every_epoch(dataset: ToyDataset) -> Non
     ],
     ids=lambda callback: type(callback).__name__,
 )
-@pytest.mark.parametrize("has_recorder", [False, True])
+@pytest.mark.parametrize("has_recorder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_callbacks_work_with_and_without_a_run_and_a_terminal(
     dataset: ToyDataset, recorder: ToyRecorder, monkeypatch, tmp_path, callback, has_recorder
 ) -> None:
