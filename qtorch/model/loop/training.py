@@ -499,7 +499,7 @@ def training_identity(
         },
         "rules": [_describe_spec(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
         "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
-        "limit": options.limit_train,
+        "limit": ["same", options.limit_train] if options.overfits_batches else options.limit_train,
         "precision": str(options.arguments.get("precision")),
         "seed": recipe.seed,
         "start": start,
