@@ -246,7 +246,7 @@ def test_checkpoint_of_format_2_resumes_exactly(
 def test_only_last_previous_and_best_checkpoints_are_kept(recorder: ToyRecorder) -> None:
     model, folder = resumable_model(), recorder.checkpoint_dir()
     assert ForkedProcess(lambda: _kill_while_writing(folder)).wait(120) == -signal.SIGKILL
-    assert len(list(folder.glob("*.ckpt"))) == 2
+    assert len(list(folder.iterdir())) == 2
     model.fit(ToyDataset(), recorder=recorder)
     names = [LAST, PREVIOUS, BEST, TRAININGS_FILE]
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
