@@ -152,7 +152,7 @@ class WeightUpdate:
             return
         self.module.on_before_optimizer_step(optimizer)
         if self.uses_closure:
-            optimizer.step(self._build_closure(optimizer))
+            optimizer.step(self._build_closure(optimizer))  # type: ignore[arg-type]  # torch's annotation says float, its examples return tensors
         else:
             optimizer.step()
         optimizer.zero_grad()
