@@ -35,7 +35,7 @@ from qtorch.model.loop.factories import (
     explain_errors,
     optimizer_factory,
 )
-from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.loader import StepLoader, unpack_batches
 from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.options import (
     build_early_stopping,
@@ -81,7 +81,7 @@ def _loader(**options) -> StepLoader:
 
 
 def _rows(loader: StepLoader) -> list[list[torch.Tensor]]:
-    return [[b.instrument + 1000 * b.date for b in steps] for steps in loader]
+    return [[b.instrument + 1000 * b.date for b in unpack_batches(steps)] for steps in loader]
 
 
 def flatten(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
