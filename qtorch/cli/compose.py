@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
@@ -24,9 +23,9 @@ from omegaconf.errors import (
 )
 
 from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
-from qtorch.core.identity import digest
-from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.core.instantiate import resolve_config
 from qtorch.core.trust import as_stored_text
+from qtorch.trainer.segments import Calendars, resolve_segments
 
 ROOT_CONFIG = "train"
 LOCAL, POOL = "local", "rm"  # the values of `runner`: this machine, or the workers of a task pool
@@ -34,7 +33,6 @@ QUOTES = (
     "Values that contain ( ) , = : or $ need quotes inside the shell's quotes: "
     "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
 )
-Calendars = dict[str, pd.DatetimeIndex]
 
 
 def config_path() -> Path:
@@ -229,69 +227,8 @@ def _is_override_for(override: str, key: str) -> bool:
     return override.lstrip("+~").split("=")[0].split("@")[0] == key
 
 
-# -- segments given as fractions -------------------------------------------------------------------
-
-
-def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
-    """Replace fractional segments of the task's dataset by dates of its source's calendar.
-
-    Segments that are dates already stay as they are, and the source is not read. `calendars` caches
-    calendars for further tasks with the same source.
-    """
-    dataset = task.get("dataset")
-    if not isinstance(dataset, Mapping):
-        return dict(task)
-    segments = dataset.get("segments")
-    if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
-        return dict(task)
-    source = (dataset.get("handler") or {}).get("source")
-    if source is None:
-        raise ConfigError(
-            "segments given as fractions need the data's calendar, but the handler has no "
-            "source; use dates: segments.train=[2008-01-01,2014-12-31] and so on."
-        )
-    calendar_cache, key = ({} if calendars is None else calendars), digest(source)
-    if key not in calendar_cache:
-        calendar_cache[key] = init_instance_by_config(source).calendar()
-    dates = segment_dates(segments, calendar_cache[key])
-    return {**task, "dataset": {**dataset, "segments": dates}}
-
-
 def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
     """Return a job's task with dates as segments; its text is stored text in a resumed sweep."""
     task = settings["task"]
     is_stored = settings["sweep"]["stored"]
     return resolve_segments(as_stored_text(task) if is_stored else task, calendars)
-
-
-def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> dict[str, list[str]]:
-    """Convert fractions of a calendar, in their order, into inclusive `[first, last]` dates.
-
-    Raises ConfigError if fractions and dates are mixed, if a fraction is not in (0, 1], if the sum
-    exceeds 1, or if a segment contains no day.
-    """
-    dates = [name for name, value in segments.items() if not _is_fraction(value)]
-    if dates:
-        raise ConfigError(
-            f"segments must be all fractions or all dates; {', '.join(dates)} is not a fraction, "
-            "the others are."
-        )
-    total = sum(float(v) for v in segments.values())
-    if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):
-        shares = ", ".join(f"{k}={v}" for k, v in segments.items())
-        raise ConfigError(f"segments {shares}: each must be in (0, 1] and their sum at most 1.")
-    segments_out, share = {}, 0.0
-    for name, value in segments.items():
-        first = round(share * len(calendar))
-        share += float(value)
-        last = round(share * len(calendar)) - 1
-        if last < first:
-            raise ConfigError(
-                f"segment {name}={value} contains no day: the calendar has {len(calendar)} days."
-            )
-        segments_out[name] = [f"{calendar[k]:%Y-%m-%d}" for k in (first, last)]
-    return segments_out
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

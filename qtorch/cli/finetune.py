@@ -8,11 +8,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qtorch.cli.compose import compose_settings, resolve_segments
+from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.runs import load_finished_run
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import resolve_config
+from qtorch.trainer.segments import resolve_segments
 
 USAGE = """\
 qtorch finetune: fine-tune the model of a finished run in a new run

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtorch.cli.compose import LOCAL, check_runner, compose_settings, resolve_segments
+from qtorch.cli.compose import LOCAL, check_runner, compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.tables.tasks import model_name
 from qtorch.core.errors import format_count
+from qtorch.trainer.segments import resolve_segments
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult

@@ -6,16 +6,30 @@ import datetime
 import enum
 import functools
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Self
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name
 from qtorch.core.names import import_path
-from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
+from qtorch.core.plain import (
+    convert_tree,
+    is_numpy_scalar,
+    is_plain_scalar,
+    resolve_config,
+)
 
 
-class Configured:
+class ConfiguredMeta(ABCMeta):
+    """Metaclass of Configured: constructors get OmegaConf's configs as dicts and lists."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(resolve_config(a) for a in args)
+        return super().__call__(*args, **{k: resolve_config(v) for k, v in kwargs.items()})
+
+
+class Configured(metaclass=ConfiguredMeta):
     """Base class of objects built from a configuration; it stores the constructor's arguments.
 
     `to_config()` returns them as plain data, so that a task, a saved model and a run's record

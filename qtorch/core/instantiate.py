@@ -12,10 +12,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from omegaconf import OmegaConf
-
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError
+from qtorch.core.plain import resolve_config as resolve_config
 from qtorch.core.trust import load_pickle, locate
 
 log = logging.getLogger(__name__)
@@ -52,8 +51,7 @@ def init_instance_by_config(
     """
     if accept_types != () and isinstance(config, accept_types):
         return config
-    if OmegaConf.is_config(config):
-        config = resolve_config(config)
+    config = resolve_config(config)
     if isinstance(config, Path):
         return load_pickle(_require_file(config))
     if isinstance(config, str) and config.startswith("file:"):
@@ -242,11 +240,6 @@ def _lookup_path(config: Any, path: str, placeholder: str) -> Any:
             log.warning("placeholder %s matches nothing; leaving it unchanged.", placeholder)
             return placeholder
     return config
-
-
-def resolve_config(config: Any) -> Any:
-    """Convert an OmegaConf config to plain containers, interpolations resolved; else unchanged."""
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
 def _uri_path(uri: str) -> Path:

@@ -39,3 +39,23 @@ def is_numpy_scalar(value: Any) -> bool:
     """Whether the value is a numpy scalar (checked without importing numpy)."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic)
+
+
+def resolve_config(value: Any) -> Any:
+    """Return a value with OmegaConf's configs as dicts and lists, interpolations resolved.
+
+    They are looked for within dicts, lists and tuples too. Anything else is returned unchanged.
+    """
+    omegaconf = sys.modules.get("omegaconf")  # without it there are no such configs
+    if omegaconf is None:
+        return value
+    if omegaconf.OmegaConf.is_config(value):
+        return omegaconf.OmegaConf.to_container(value, resolve=True)
+    if type(value) is dict:
+        resolved = {k: resolve_config(v) for k, v in value.items()}
+        return resolved if any(resolved[k] is not v for k, v in value.items()) else value
+    if type(value) in (list, tuple):
+        parts = [resolve_config(v) for v in value]
+        is_same = all(a is b for a, b in zip(parts, value, strict=True))
+        return value if is_same else type(value)(parts)
+    return value

@@ -43,7 +43,8 @@ ALLOWED_PACKAGES = (
 # Lightning's callbacks that neither write files nor call functions that they are given.
 ALLOWED_CALLBACKS = frozenset(
     {
-        *("DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler"),
+        *("DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping"),
+        "GradientAccumulationScheduler",
         *("LearningRateMonitor", "ModelSummary", "RichModelSummary", "RichProgressBar"),
         *("StochasticWeightAveraging", "TQDMProgressBar", "Timer"),
     }

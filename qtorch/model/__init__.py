@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
     from qtorch.model.lightning_model import LightningModel as LightningModel
+    from qtorch.model.loop.callbacks import EpochAveraging as EpochAveraging
     from qtorch.model.loop.interruption import TrainingInterrupted as TrainingInterrupted
     from qtorch.model.loop.module import ScoreModule as ScoreModule
+    from qtorch.model.loop.schedules import WarmupCosine as WarmupCosine
     from qtorch.model.loop.sharding import Sharded as Sharded
     from qtorch.model.methods.adarnn import ADARNNModule as ADARNNModule
     from qtorch.model.methods.add import ADDModule as ADDModule

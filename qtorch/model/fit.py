@@ -24,6 +24,7 @@ from qtorch.model.loop.checkpoint import (
     preserve_generators,
     remove_leftovers,
 )
+from qtorch.model.loop.curves import name_curves
 from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
@@ -60,6 +61,8 @@ def fit_network(
             start = digest({"start": start, "tuning": tuning.description})
         identity = training_identity(network, train, valid, recipe, start)
         with _checkpoint_folder(recipe, recorder) as folder:
+            kind = "fit" if tuning is None else "finetune"
+            recorder = name_curves(recorder, folder, kind, identity)
             checkpoint = find_resume_checkpoint(resume, folder, identity)
             if recipe.trainer.num_devices > 1:
                 with _convert_interruption(folder, recorder):
@@ -76,7 +79,14 @@ def fit_network(
                         optimizer_state=optimizer_state,
                     )
             device_samples = train.to(device), None if valid is None else valid.to(device)
-            training = Training(network, *device_samples, recipe, tuning, optimizer_state)
+            training = Training(
+                network,
+                *device_samples,
+                recipe,
+                tuning,
+                optimizer_state,
+                keeps_folder=recorder is not None or recipe.checkpoint.get("dir") is not None,
+            )
             checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
             with _convert_interruption(folder, recorder, checkpoint_callback):
                 training.run(checkpoint)

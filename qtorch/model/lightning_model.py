@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import NotFittedError, check_name
 from qtorch.core.names import import_path
+from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
@@ -37,9 +38,14 @@ from qtorch.model.input_schema import (
     has_valid_segment,
     load_training_samples,
 )
-from qtorch.model.loop.factories import build_loss, with_learning_rate
+from qtorch.model.loop.factories import build_loss, component_list, with_learning_rate
 from qtorch.model.loop.module import get_module_class
-from qtorch.model.loop.options import build_early_stopping, trainer_device, trainer_options
+from qtorch.model.loop.options import (
+    build_early_stopping,
+    check_validation,
+    trainer_device,
+    trainer_options,
+)
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import build_network, complete_network_config, network_config
 from qtorch.model.nonfinite import check_scores, check_weights
@@ -57,6 +63,7 @@ BATCH_DEFAULTS: dict[str, Any] = {
     "order": "random",
     "days_per_batch": 1,
     "eval_size": None,
+    "drop_last": False,
 }
 CHECKPOINT_DEFAULTS: dict[str, Any] = {"every_n_steps": None, "dir": None, "enabled": True}
 
@@ -72,9 +79,12 @@ class LightningModel(ModelFT):
     `Batch`, and its `predict_step` returns the scores of a batch; `loss`, `optimizer`, `scheduler`
     and `inner_steps` are ignored, and `monitor` is a metric that it logs (otherwise ConfigError).
 
-    `loss`, `optimizer`, `scheduler`: see `qtorch.model.loop.factories`.
+    `loss`, `optimizer`: see `qtorch.model.loop.factories`; `scheduler`: see
+    `qtorch.model.loop.schedules`.
     `batch`: `size`, `order` ("random", or "day" for batches of `days_per_batch` whole days),
-    `eval_size` (batch size for validation and prediction; the default is larger on a GPU).
+    `eval_size` (batch size for validation and prediction; the default is larger on a GPU),
+    `drop_last` (leave out a smaller last batch in training. Without it, a network with batch norms
+    shares the samples of the last two batches equally if the last one has a single sample).
     `trainer`: any argument of pl.Trainer. If `devices` (2, [0, 1], -1) times `num_nodes` is above
     one, `fit` starts a process for each device. A batch has the same total size as on one device
     and is shared among them, so that the number of devices changes the time and not the result
@@ -88,7 +98,7 @@ class LightningModel(ModelFT):
     `checkpoint`: `every_n_steps` (also save within an epoch, at each multiple of it), `dir`,
     `enabled`. Checkpoints are saved in the recorder's run, or in a temporary folder if there is no
     recorder.
-    `callbacks`: Lightning callbacks, configured or live.
+    `callbacks`: Lightning callbacks, configured or live: a list, or a mapping of names to them.
     `module`: a subclass of `qtorch.model.ScoreModule` for networks with a training step of their
     own, as a name or a configuration with its additional arguments.
     `day_label`: `drop_extreme` (fraction) and `zscore` of each training day's labels; needs day
@@ -120,7 +130,7 @@ class LightningModel(ModelFT):
         monitor: str = "loss",
         early_stop: int | Mapping[str, Any] | None = None,
         checkpoint: Mapping[str, Any] | None = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | Mapping[str, Any] = (),
         module: Any = None,
         day_label: Mapping[str, Any] | None = None,
         inner_steps: int | Literal["auto"] = "auto",
@@ -135,12 +145,13 @@ class LightningModel(ModelFT):
         self.trainer = dict(trainer or {})
         self.monitor, self.early_stop = monitor, early_stop
         self.checkpoint = _merge_options("checkpoint", checkpoint, CHECKPOINT_DEFAULTS)
-        self.callbacks = list(callbacks or ())
+        self.callbacks = component_list(callbacks)
         self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
         check_initial_run(init_from)
         self.init_from, self.allow_nonfinite = init_from, allow_nonfinite
-        trainer_options(self.trainer, ())  # fail now on a wrong name, not after loading data
+        # Fail now on a wrong name, not after loading data.
+        check_validation(early_stop, monitor, trainer_options(self.trainer, ()))
         self.network_: nn.Module | None = None
         self.network_config_: dict[str, Any] | None = None
         self.input_schema_: InputSchema | None = None
@@ -248,22 +259,23 @@ class LightningModel(ModelFT):
         """
         network = self._require_network()
         tuning = FineTuning(
-            train=train,
-            frozen=frozen,
+            train=resolve_config(train),
+            frozen=resolve_config(frozen),
             layer_decay=layer_decay,
             unfreeze_every=unfreeze_every,
-            lora=lora,
+            lora=resolve_config(lora),
             keep_optimizer=keep_optimizer,
             statistics=statistics,
         )
         tuning.check(network)
         state = tuning.optimizer_state(network, self.optimizer_state_, self.fit_report_)
         epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
+        trainer, optimizer, scheduler = map(resolve_config, (trainer, optimizer, scheduler))
         recipe = self._build_recipe(
             trainer={**self.trainer, **(trainer or {}), **epochs},
             optimizer=with_learning_rate(self.optimizer if optimizer is None else optimizer, lr),
             scheduler=self.scheduler if scheduler is None else scheduler,
-            early_stop=self.early_stop if early_stop is None else early_stop,
+            early_stop=self.early_stop if early_stop is None else resolve_config(early_stop),
         )
         if self.input_schema_ is not None and statistics in ("keep", "adapt"):
             # Check before the processors do: they would only report the first unknown column.
@@ -318,15 +330,21 @@ class LightningModel(ModelFT):
         self.optimizer_state_ = result.optimizer_state
         self.fit_report_ = result.report
         self.evals_result_ = {}
-        for epoch in result.history:
-            for key, value in epoch.items():
+        for point in result.history:
+            for key, value in point.items():
                 segment, _, name = key.partition("/")
-                group = self.evals_result_.setdefault(segment if name else "train", {})
-                group.setdefault(name or segment, []).append(value)
+                if key in result.validation_names:
+                    segment, name = "valid", key.removeprefix("valid/")
+                elif not name:
+                    segment, name = "train", key
+                self.evals_result_.setdefault(segment, {}).setdefault(name, []).append(value)
 
     def _build_recipe(self, **overrides: Any) -> Recipe:
         """Return the training settings, with the overrides of a fine-tuning."""
         trainer = overrides.get("trainer", self.trainer)
+        options = trainer_options(trainer, self.callbacks)
+        early_stop = overrides.get("early_stop", self.early_stop)
+        check_validation(early_stop, self.monitor, options)
         seed = self.seed if self.seed is not None else session().seed
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
@@ -340,9 +358,9 @@ class LightningModel(ModelFT):
             optimizer=overrides.get("optimizer", self.optimizer),
             scheduler=overrides.get("scheduler", self.scheduler),
             batch=self.batch,
-            trainer=trainer_options(trainer, self.callbacks),
+            trainer=options,
             monitor=self.monitor,
-            early_stop=overrides.get("early_stop", self.early_stop),
+            early_stop=early_stop,
             checkpoint=checkpoint,
             inner_steps=self.inner_steps,
             compile=dict(self.compile) if isinstance(self.compile, Mapping) else self.compile,

@@ -20,6 +20,7 @@ from qtorch.core.errors import (
     TaskTimeout,
     format_count,
 )
+from qtorch.core.plain import resolve_config
 from qtorch.core.secrets import check_complete
 from qtorch.process.heartbeat import RUN
 from qtorch.process.lease import RenewalThread
@@ -139,7 +140,7 @@ class TaskManager:
         `dry_run` nothing is created and, as in Qlib, `[]` is returned; `print_nt` logs the new
         definitions.
         """
-        definitions = [encode_definition(d) for d in defs]
+        definitions = [encode_definition(d) for d in resolve_config(defs)]
         ids = self._find_ids(definitions)
         new = {d.hash: d for d in definitions if d.hash not in ids}
         log.info("%d task definitions, %d new", len(definitions), len(new))

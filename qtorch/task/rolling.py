@@ -133,6 +133,7 @@ def task_generator(
     For example, 3 tasks and generators of 2 and 3 tasks each make 18 tasks. A single task or
     generator counts as a list of one.
     """
+    tasks = resolve_config(tasks)
     generated_tasks = [dict(t) for t in ([tasks] if isinstance(tasks, Mapping) else tasks)]
     for generator in [generators] if isinstance(generators, TaskGen) else generators:
         generated_tasks = [new for task in generated_tasks for new in generator.generate(task)]

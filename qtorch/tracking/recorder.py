@@ -81,6 +81,9 @@ class MetricRecorder(Protocol):
     def log_batch(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log metrics of one step; return immediately."""
 
+    def log_params(self, **kwargs: Any) -> None:
+        """Log params of the run as text."""
+
     def set_tags(self, **kwargs: Any) -> None:
         """Set tags of the run."""
 

@@ -40,6 +40,7 @@ from qtorch.trainer.provenance import (
     refuse_changed_data,
     save_environment,
 )
+from qtorch.trainer.segments import resolve_segments
 
 log = logging.getLogger(__name__)
 
@@ -418,8 +419,8 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
 
     Seed: the task's, else the session's, else a random one (so that the run can be repeated).
     Data source: a handler configured without one gets the session's `provider_uri`. URLs that were
-    stored without their secrets are completed. Raises ConfigError for a task without model or
-    dataset, and for a URL that cannot be completed.
+    stored without their secrets are completed. Segments: fractions become dates. Raises ConfigError
+    for a task without model or dataset, and for a URL that cannot be completed.
     """
     task = complete_tree(resolve_config(task))
     if not isinstance(task, Mapping):
@@ -440,6 +441,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
     complete["dataset"] = _resolve_source(complete["dataset"])
+    complete = resolve_segments(complete)
     convert_tree(complete, _check_url, "task")
     return complete
 

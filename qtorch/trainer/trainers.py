@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtorch.core.errors import TrackingError
+from qtorch.core.plain import resolve_config
 from qtorch.core.runtime import progress
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
@@ -205,4 +206,5 @@ def log_failures(recorders: Sequence[Recorder]) -> None:
 
 def as_list(items: Any, single: type) -> list[Any]:
     """Return the items as a list; a single item becomes a list of one."""
+    items = resolve_config(items)
     return [items] if isinstance(items, single) else list(items)

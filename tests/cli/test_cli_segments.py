@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
-from qtorch.cli.compose import compose_settings, resolve_segments, segment_dates
+from qtorch.cli.compose import compose_settings
 from qtorch.core.errors import ConfigError
+from qtorch.trainer.run import complete_task
+from qtorch.trainer.segments import resolve_segments, segment_dates
 
 CALENDAR = pd.bdate_range("2020-01-01", periods=10)
 
@@ -51,6 +54,16 @@ def test_the_original_task_is_not_modified():
     new_task = resolve_segments(task)
     assert task["dataset"]["segments"] == {"train": 0.5}
     assert new_task["dataset"]["segments"]["train"][0] == "2015-01-01"
+
+
+def test_a_task_of_python_may_have_fractions_too():
+    segments = {"train": 0.5, "test": 0.5}
+    source = {"_target_": "qtorch.data.source.synthetic.SyntheticSource", "num_instruments": 2}
+    task = {"model": "m", "dataset": {"segments": segments, "handler": {"source": source}}}
+    for form in (task, OmegaConf.create(task)):
+        spans = complete_task(form)["dataset"]["segments"]
+        assert spans["train"][0] == "2015-01-01"
+        assert spans["train"][1] < spans["test"][0]
 
 
 def test_part_of_a_reference_is_set_at_its_source():

@@ -13,9 +13,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from qtorch.cli.compose import compose_settings, resolve_segments
+from qtorch.cli.compose import compose_settings
 from qtorch.task import TaskManager
 from qtorch.trainer import DelayTrainerR, DelayTrainerRM, TrainerR, TrainerRM
+from qtorch.trainer.segments import resolve_segments
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 

@@ -25,6 +25,7 @@ from qtorch.model.devices.rank_process import build_rank_variables, start_rank
 from qtorch.model.devices.ranks import RankError
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.checkpoint import LAST
+from qtorch.model.loop.curves import TRAININGS_FILE
 from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.process.child import Child
 from qtorch.process.heartbeat import listen
@@ -279,7 +280,7 @@ def test_metrics_and_heartbeats_arrive_once(
     ]
     assert {"starting ranks", "training"} <= {stage for stage, _ in heartbeats}
     names = sorted(p.name for p in recorder.checkpoint_dir().iterdir())
-    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt", TRAININGS_FILE]
     assert all(rank.exit_status.code == 0 for rank in rank_processes)
 
 

@@ -27,6 +27,7 @@ from qtorch.model.loop.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
+from qtorch.model.loop.curves import TRAININGS_FILE
 from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import MODULE_STATE_KEY
 from qtorch.process.stops import STOP_SIGNALS, StopSignals, received_signals
@@ -247,7 +248,8 @@ def test_only_last_previous_and_best_checkpoints_are_kept(recorder: ToyRecorder)
     assert ForkedProcess(lambda: _kill_while_writing(folder)).wait(120) == -signal.SIGKILL
     assert len(list(folder.iterdir())) == 2
     model.fit(ToyDataset(), recorder=recorder)
-    assert sorted(p.name for p in folder.iterdir()) == sorted([LAST, PREVIOUS, BEST])
+    names = [LAST, PREVIOUS, BEST, TRAININGS_FILE]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     best = read_checkpoint(folder / BEST)["state_dict"]
     assert all(torch.equal(best[f"network.{k}"], v) for k, v in model_weights(model).items())
 

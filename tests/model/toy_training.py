@@ -91,6 +91,7 @@ class ToyRecorder:
         self.folder = Path(folder)
         self.points: list[tuple[str, int, float]] = []
         self.tags: dict[str, Any] = {}
+        self.params: dict[str, Any] = {}
 
     def checkpoint_dir(self) -> Path:
         return self.folder / "checkpoints"
@@ -100,6 +101,9 @@ class ToyRecorder:
             for key, value in metrics.items():
                 self.points.append((key, step, value))
                 file.write(json.dumps([key, step, value]) + "\n")
+
+    def log_params(self, **params: Any) -> None:
+        self.params.update(params)
 
     def set_tags(self, **tags: Any) -> None:
         self.tags.update(tags)

@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qtorch.cli.compose import LOCAL, Calendars, job_task
+from qtorch.cli.compose import LOCAL, job_task
 from qtorch.cli.jobs.results import FINISHED, command_results
 from qtorch.cli.jobs.sweep_command import current_sweep, task_overrides
 from qtorch.cli.jobs.work import (
@@ -31,6 +31,7 @@ from qtorch.core.runtime import progress
 from qtorch.core.secrets import complete_tree
 from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import find_finished_job, has_finished_jobs
+from qtorch.trainer.segments import Calendars
 
 Jobs = Mapping[int, Sequence[str]]
 

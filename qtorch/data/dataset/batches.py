@@ -46,7 +46,9 @@ class BatchLoader:
     `days_per_batch` whole days `[G, N, ...]` per batch in shuffled order, "day_sequential" the
     same in chronological order. The order depends only on (seed, epoch), not on a global random
     generator or on the device. The last batch may be smaller. With `pad_tail` it is padded and
-    every batch has a mask, so that all batches have the same shape (for torch.compile).
+    every batch has a mask, so that all batches have the same shape (for torch.compile). With
+    `min_tail`, a last batch of fewer samples shares the samples of the last two batches equally (a
+    batch norm cannot train on a single sample).
 
     `state_dict` and `load_state_dict` hold (epoch, step): a loader that is resumed in mid-epoch
     yields exactly the batches that were left. After its last batch, the epoch starts anew.
@@ -61,6 +63,7 @@ class BatchLoader:
         seed: int = 0,
         days_per_batch: int = 1,
         pad_tail: bool = False,
+        min_tail: int = 1,
     ) -> None:
         if order not in ORDERS:
             raise ConfigError(unknown_name_message("order", order, ORDERS))
@@ -70,7 +73,7 @@ class BatchLoader:
         self.samples = samples
         self.order: str = order
         self.seed = seed
-        self.pad_tail = pad_tail
+        self.pad_tail, self.min_tail = pad_tail, min_tail
         self.by_day = order.startswith("day")
         self.size = days_per_batch if self.by_day else batch_size
         self.sampler = EpochSampler(len(samples))
@@ -129,8 +132,20 @@ class BatchLoader:
             batch = next_batch
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
-        rows = slice(step * self.size, (step + 1) * self.size)
+        rows = self._rows(step)
         return self._gather(order, device_order, rows, self.size if self.pad_tail else None)
+
+    def _rows(self, step: int) -> slice:
+        """Return the places of a batch in the epoch's order."""
+        begin, end = step * self.size, min((step + 1) * self.size, self._count)
+        last = -(-self._count // self.size) - 1
+        if not self.by_day and last > 0 and self._count - last * self.size < self.min_tail:
+            middle = ((last - 1) * self.size + self._count + 1) // 2
+            if step == last:
+                begin = middle
+            elif step == last - 1:
+                end = middle
+        return slice(begin, end)
 
     def _gather(
         self, order: Tensor, device_order: Tensor, rows: slice, pad: int | None = None
@@ -242,7 +257,8 @@ class ShardedLoader(BatchLoader):
         return num_full + int(remainder >= self.world_size if self.trim else remainder > 0)
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
-        begin, end = step * self.size, min((step + 1) * self.size, self._count)
+        batch_rows = self._rows(step)
+        begin, end = batch_rows.start, batch_rows.stop
         part = shard_slice(end - begin, self.rank, self.world_size)
         rows = slice(begin + part.start, begin + part.stop)
         batch = self._gather(order, device_order, rows)

@@ -1,8 +1,8 @@
 """A rank: a child process that trains its share of each batch of a training on several devices.
 
-Recorder, prediction and records belong to its parent process, which gets these messages: `metrics`
-and `tags` for the recorder, `log` lines, `beat` (heartbeats), and at the end `done`, `stopped` with
-the position, or `error`.
+Recorder, prediction and records belong to its parent process, which gets these messages: `metrics`,
+`params` and `tags` for the recorder, `log` lines, `beat` (heartbeats), and at the end `done`,
+`stopped` with the position, or `error`.
 """
 
 from __future__ import annotations
@@ -244,6 +244,10 @@ class ParentRecorder:
     def log_batch(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send metrics to the parent, which logs them."""
         self._parent.send({"metrics": [dict(metrics), step]})
+
+    def log_params(self, **params: Any) -> None:
+        """Send params to the parent, which logs them."""
+        self._parent.send({"params": {name: str(value) for name, value in params.items()}})
 
     def set_tags(self, **tags: Any) -> None:
         """Send tags to the parent, which sets them."""

@@ -213,6 +213,8 @@ class RankSupervisor:
             beat(stage, **details)
         elif "metrics" in message:
             self.recorder.log_batch(message["metrics"][0], step=message["metrics"][1])
+        elif "params" in message:
+            self.recorder.log_params(**message["params"])
         elif "tags" in message:
             self.recorder.set_tags(**message["tags"])
         elif "log" in message:

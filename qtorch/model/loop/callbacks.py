@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
@@ -44,6 +44,22 @@ class BatchProgressBar(RichProgressBar):
     ) -> None:
         batch_number = self.loader.position - 1  # of the step's last batch; Lightning adds one
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_number)
+
+
+class EpochAveraging(WeightAveraging):
+    """Average the weights at the ends of epochs, from epoch `start` on (stochastic averaging).
+
+    Validations, the best epoch and the final weights are those of the average. After Izmailov et
+    al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.start = start
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the average takes up the weights after this step or epoch."""
+        return epoch_idx is not None and epoch_idx >= self.start
 
 
 class PruningCallback(pl.Callback):

@@ -13,7 +13,7 @@ import pickle
 import random
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
@@ -38,7 +39,13 @@ from qtorch.model.loop.lightning_internals import (
 )
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.module import ScoreModule
-from qtorch.model.loop.progress import METRICS, PRETRAIN_LOSS, TRAIN_LOSS, FitProgress
+from qtorch.model.loop.progress import (
+    METRICS,
+    PRETRAIN_LOSS,
+    TRAIN_LOSS,
+    FitProgress,
+    find_metric,
+)
 from qtorch.model.loop.rank_group import RankGroup
 from qtorch.model.loop.sharding import gather_optimizer_state, gather_weights
 from qtorch.process.heartbeat import beat, has_listeners
@@ -356,6 +363,11 @@ class CheckpointCallback(Checkpoint):
 
     `monitor` is the metric that decides the best epoch, `mode` is "min" or "max". This callback
     must be the last one to see the end of an epoch.
+
+    The weights that are kept are those that were validated: also if a validation takes place within
+    an epoch, and if a callback (weight averaging) or the optimizer (schedule-free) exchanges the
+    weights for the validation. Each validation is a point of the history. Points are numbered by
+    epoch, or by optimizer steps if there are validations within epochs.
     """
 
     def __init__(
@@ -384,7 +396,11 @@ class CheckpointCallback(Checkpoint):
         self.resumed_from: Path | None = None  # until the first checkpoint is written
         self._start_time = self._epoch_start_time = time.perf_counter()
         self._valid_seconds = 0.0
-        self._has_validated = False
+        self._has_validated = self._has_ever_validated = False
+        self.validation_names: set[str] = set()  # metrics of a user's module from its validation
+        self._metrics_before_validation: dict[str, Tensor] = {}
+        self._validated_weights: dict[str, Tensor] | None = None
+        self._is_new_best = False  # and not yet in a checkpoint
         self._is_checkpoint_due = False  # within the epoch, not yet written
         self._unsent_metrics: list[tuple[dict[str, float], int]] = []
 
@@ -405,18 +421,34 @@ class CheckpointCallback(Checkpoint):
         self._epoch_start_time = time.perf_counter()
         self._valid_seconds = 0.0
         self._has_validated = False
+        for logger in trainer.loggers:
+            logger.save()  # what Lightning has sent at the end of the last epoch
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._valid_start_time = time.perf_counter()
+        self._metrics_before_validation = dict(trainer.callback_metrics)
         # Each rank has batch norm statistics of its own. Validate what is saved: the first rank's.
         self.ranks.broadcast(pl_module.buffers())
 
     def on_validation_batch_end(self, *_: Any) -> None:
         beat("validation")
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated_weights = None
+        if not trainer.sanity_checking and _exchanges_weights(trainer):
+            # Other callbacks have exchanged the weights by now, and will have put them back later.
+            self._validated_weights = gather_weights(get_network(pl_module))
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._has_validated = True
         self._valid_seconds += time.perf_counter() - self._valid_start_time
+        if trainer.sanity_checking:
+            return
+        self._has_validated = self._has_ever_validated = True
+        before = self._metrics_before_validation
+        logged = trainer.callback_metrics
+        self.validation_names |= {k for k, v in logged.items() if before.get(k) is not v}
+        if self.loader.position < self.loader.num_batches:
+            self._finish_inner_validation(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -447,25 +479,46 @@ class CheckpointCallback(Checkpoint):
         source = self.loader.source
         num_batches = self.loader.num_batches - self.loader.start_position
         self.num_train_samples += round(len(source.samples) * num_batches / len(source))
-        is_best = False
         for member, values in zip(self.members, member_values, strict=True):
-            member.history.append(values)
+            member.epochs += 1
+            member.add_point(values, self._curve_step(trainer))
             self._log_epoch(trainer, values, end_time - self._epoch_start_time)
             if has_listeners():
                 self._send_heartbeat(trainer, self.loader.position, values)
-            is_best |= self._update_best(trainer, pl_module, member, values)
+            self._update_best(trainer, pl_module, member, values)
             if isinstance(pl_module, ScoreModule):
                 # Send before the checkpoint: after a crash between the two, a resume sends again.
-                self._send_metrics(trainer, values, trainer.current_epoch)
+                self._send_metrics(trainer, values, member.steps[-1])
                 self._check_loss(trainer, member, values)
+            else:
+                _warn_nan(values, trainer.current_epoch)
+        self._validated_weights = None
         if all(member.is_stopped for member in self.members):
             trainer.should_stop = True
-        if self.folder is not None:
-            self._save_checkpoint(trainer)
-            if is_best and self.ranks.is_first:
-                link_best_checkpoint(self.folder)
+        self._save_checkpoint(trainer)
         if self.ranks.any_rank(self.interruption.stop_requested):
             self._stop(trainer.current_epoch + 1, 0)
+
+    def _finish_inner_validation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Add the metrics of a validation within an epoch to the history, and judge its weights."""
+        if isinstance(module, ScoreModule):
+            member_values = [dict(metrics) for metrics in module.accumulator.epoch_metrics]
+            module.accumulator.clear_metrics()  # they do not belong to the end of the epoch
+        else:
+            names = self.validation_names
+            member_values = [self._logged_values(trainer, lambda name: name in names)]
+        self._has_validated = False  # what the epoch's end has to report
+        for member, values in zip(self.members, member_values, strict=True):
+            member.add_point(values, self._curve_step(trainer))
+            self._log_epoch(trainer, values, time.perf_counter() - self._epoch_start_time)
+            self._update_best(trainer, module, member, values)
+            if isinstance(module, ScoreModule):
+                self._send_metrics(trainer, values, member.steps[-1])
+        self._validated_weights = None
+
+    def _curve_step(self, trainer: pl.Trainer) -> int:
+        """Return the place of the current metrics on the axis of the curves."""
+        return trainer.global_step if validates_within_epochs(trainer) else trainer.current_epoch
 
     def _epoch_values(
         self, trainer: pl.Trainer, module: pl.LightningModule
@@ -476,10 +529,21 @@ class CheckpointCallback(Checkpoint):
                 {k: metrics[k] for k in METRICS if k in metrics}
                 for metrics in module.accumulator.epoch_metrics
             ]
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
-        self._require_monitor(values)
+        # Without a validation at the epoch's end, the metrics of an earlier one are not repeated.
+        old_names = set() if self._has_validated else self.validation_names
+        values = self._logged_values(trainer, lambda name: name not in old_names)
+        if self._has_ever_validated:
+            self._require_monitor(self.validation_names | set(values))
         return [values]
+
+    def _logged_values(
+        self, trainer: pl.Trainer, is_included: Callable[[str], bool]
+    ) -> dict[str, float]:
+        """Return what a user's module has logged, the same on all ranks."""
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if is_included(k)}
+        values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
+        self.monitor = find_metric(self.monitor, values)
+        return values
 
     def resend_metrics(self, trainer: pl.Trainer) -> None:
         """Send once the metrics that a killed process may not have delivered.
@@ -499,18 +563,21 @@ class CheckpointCallback(Checkpoint):
         module: pl.LightningModule,
         member: FitProgress,
         values: dict[str, float],
-    ) -> bool:
+    ) -> None:
         value = values.get(self.monitor, math.nan)
         if not member.is_improvement(value, self.mode):
-            return False
-        network = get_network(module)
-        member.best_weights = gather_weights(network)
+            return
+        network, weights = get_network(module), None
+        if self.monitor in self.validation_names:
+            weights = self._validated_weights
+        member.best_weights = gather_weights(network) if weights is None else weights
         member.best_optimizer = None
         if trainer.optimizers:
             state = gather_optimizer_state(trainer.strategy, trainer.optimizers[0], network)
             member.best_optimizer = _clone_tensors(state)
         member.best_epoch, member.best_value = trainer.current_epoch, value
-        return True
+        member.best_step = trainer.global_step
+        self._is_new_best = True
 
     def _check_loss(
         self, trainer: pl.Trainer, member: FitProgress, values: dict[str, float]
@@ -529,37 +596,42 @@ class CheckpointCallback(Checkpoint):
         )
         member.is_stopped = True
 
-    def _require_monitor(self, values: dict[str, float]) -> None:
+    def _require_monitor(self, names: set[str]) -> None:
         """Raise ConfigError if a user's module has not logged the monitored metric.
 
         Such a module chooses its metric names itself, so this can only be checked after an epoch
         with its validation.
         """
-        if self.monitor in values or not self._has_validated:
+        if self.monitor in names:
             return
         raise ConfigError(
             f"the LightningModule did not log the metric to monitor, {self.monitor!r}, in an "
-            f"epoch; it logged {', '.join(sorted(values)) or 'nothing'}. "
+            f"epoch; it logged {', '.join(sorted(names)) or 'nothing'}. "
             "Set monitor to one of its metrics, or log the monitored one with self.log."
         )
 
     def _send_metrics(self, trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
+            logger.save()  # a CSVLogger writes its file only now
 
     def _save_checkpoint(self, trainer: pl.Trainer) -> None:
         self._is_checkpoint_due = False
-        if self.folder is not None:
-            self.update_seconds()
-            beat("checkpoint")
-            # Every rank takes part in gathering the state; only the first one writes the file.
-            save_and_rotate(
-                trainer.save_checkpoint,
-                self.folder,
-                rotate=self.ranks.is_first,
-                keep_previous=self.resumed_from == self.folder / PREVIOUS,
-            )
-            self.resumed_from = None
+        if self.folder is None:
+            return
+        self.update_seconds()
+        beat("checkpoint")
+        # Every rank takes part in gathering the state; only the first one writes the file.
+        save_and_rotate(
+            trainer.save_checkpoint,
+            self.folder,
+            rotate=self.ranks.is_first,
+            keep_previous=self.resumed_from == self.folder / PREVIOUS,
+        )
+        self.resumed_from = None
+        if self._is_new_best and self.ranks.is_first:
+            link_best_checkpoint(self.folder)  # the checkpoint holds the best weights
+        self._is_new_best = False
 
     def _send_heartbeat(
         self, trainer: pl.Trainer, position: int, values: dict[str, float] | None = None
@@ -590,7 +662,10 @@ class CheckpointCallback(Checkpoint):
     def _log_epoch(self, trainer: pl.Trainer, values: dict[str, float], seconds: float) -> None:
         metrics = "  ".join(f"{k} {v:.6g}" for k, v in values.items())
         level = logging.INFO if self.log_epochs else logging.DEBUG
-        log.log(level, "epoch %d: %s  (%.2f s)", trainer.current_epoch, metrics, seconds)
+        place = f"epoch {trainer.current_epoch}"
+        if self.loader.position < self.loader.num_batches:
+            place += f", step {trainer.global_step}"
+        log.log(level, "%s: %s  (%.2f s)", place, metrics, seconds)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -603,6 +678,7 @@ class CheckpointCallback(Checkpoint):
             **RankStates.collect(self.ranks, pl_module).to_checkpoint(),
             "members": [member.state_dict() for member in self.members],
             "due": [] if isinstance(pl_module, ScoreModule) else unsent_metrics(trainer),
+            "validation_names": sorted(self.validation_names),
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "num_trained": self.num_train_samples,
@@ -619,12 +695,39 @@ class CheckpointCallback(Checkpoint):
         self.members = FitProgress.from_states(state.get("members", [state]))
         if isinstance(pl_module, ScoreModule):
             self._unsent_metrics = [
-                (values, epoch) for m in self.members for epoch, values in enumerate(m.history)
+                point for m in self.members for point in zip(m.history, m.steps, strict=True)
             ]
         else:
             self._unsent_metrics = list(state["due"])
+        self.validation_names = set(state.get("validation_names", ()))
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.num_train_samples = state["num_trained"]
+
+
+def validates_within_epochs(trainer: pl.Trainer) -> bool:
+    """Whether validations take place at other times than at the end of epochs."""
+    interval = trainer.val_check_interval
+    return interval not in (None, 1.0) or trainer.check_val_every_n_epoch is None
+
+
+def _exchanges_weights(trainer: Any) -> bool:
+    """Whether the weights may be exchanged for a validation, by a callback or the optimizer."""
+    hooks = (
+        ("on_validation_start", "on_validation_epoch_start"),
+        ("on_validation_epoch_end", "on_validation_end"),
+    )
+    return any(callable(getattr(o, "eval", None)) for o in trainer.optimizers) or any(
+        all(any(is_overridden(name, callback, pl.Callback) for name in names) for names in hooks)
+        for callback in trainer.callbacks
+        if not isinstance(callback, ProgressBar | CheckpointCallback)
+    )
+
+
+def _warn_nan(values: dict[str, float], epoch: int) -> None:
+    """Warn about metrics of a user's module that are NaN."""
+    names = [name for name, value in values.items() if math.isnan(value)]
+    if names:
+        log.warning("epoch %d: %s is NaN.", epoch, ", ".join(names))
 
 
 def get_network(module: pl.LightningModule) -> torch.nn.Module:

@@ -1,9 +1,9 @@
-"""Build losses, optimizers and schedulers from their configuration."""
+"""Build losses, optimizers and other parts of a training from their configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any, cast
 
@@ -12,26 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, check_name, unknown_name_message
-from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config, resolve_config
+from qtorch.core.trust import NAME_KEYS
 from qtorch.metrics.loss import LOSSES, BaseLoss, Combined
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-@dataclass(frozen=True)
-class SchedulerPlan:
-    """A scheduler factory and when the scheduler steps.
-
-    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency` the
-    number of intervals between two steps, `monitor` the metric that is passed to a scheduler such
-    as ReduceLROnPlateau.
-    """
-
-    factory: Callable[[Optimizer], Any]
-    interval: str = "epoch"
-    frequency: int = 1
-    monitor: str | None = None
+TARGET_KEYS = set(NAME_KEYS)  # one of them names what a configuration builds
 
 
 def build_loss(spec: Spec) -> Callable[..., Any]:
@@ -43,7 +30,7 @@ def build_loss(spec: Spec) -> Callable[..., Any]:
     if isinstance(spec, str) and "." not in spec:
         check_name("loss", spec, LOSSES)
         return LOSSES[spec]()
-    if isinstance(spec, Mapping) and not {"_target_", "class"} & set(spec):
+    if isinstance(spec, Mapping) and not TARGET_KEYS & set(spec):
         return _build_combined_loss(spec)
     loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
     if not callable(loss):
@@ -80,10 +67,13 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     """Return a factory parameters -> optimizer.
 
     `spec` is None (Adam with lr 1e-3), the name of an optimizer in torch.optim, a configuration
-    without `params`, or a callable.
+    without `params`, its arguments alone (`{"lr": 1e-4}`, for Adam), or a callable. For parameters
+    with other arguments see `group_parameters`.
     """
     if spec is None:
         return partial(torch.optim.Adam, lr=1e-3)
+    if isinstance(spec, Mapping) and not TARGET_KEYS & set(spec):
+        return build_factory({"_target_": "torch.optim.Adam", "lr": 1e-3, **spec}, "optimizer")
     if isinstance(spec, str) and "." not in spec:
         optimizers = {
             name: value
@@ -92,51 +82,71 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
         }
         for name, optimizer_class in optimizers.items():
             if name.lower() == spec.lower():
+                if optimizer_class is torch.optim.LBFGS:  # its fixed steps of length 1 diverge
+                    return partial(torch.optim.LBFGS, line_search_fn="strong_wolfe")
                 return cast(OptimizerFactory, optimizer_class)
         raise ConfigError(unknown_name_message("optimizer", spec, optimizers))
     return build_factory(spec, "optimizer")
 
 
-def explain_errors(factory: OptimizerFactory) -> OptimizerFactory:
-    """Wrap an optimizer factory to raise ConfigError for a bad argument (a string for lr)."""
+def explain_errors(factory: Callable[..., Any], kind: str = "optimizer") -> Callable[..., Any]:
+    """Wrap the factory of an optimizer to raise ConfigError for a bad argument (text for lr)."""
+
+    def make(subject: Any, **lengths: Any) -> Any:
+        try:
+            return factory(subject, **lengths)
+        except (TypeError, ValueError, AttributeError) as error:
+            product_class = getattr(factory, "func", factory)
+            arguments = {**getattr(factory, "keywords", {}), **lengths}
+            name = getattr(product_class, "__name__", type(product_class).__name__)
+            raise ConfigError(f"the {kind} {name} does not accept {arguments}: {error}") from error
+
+    return make
+
+
+def group_parameters(spec: Spec | None, network: nn.Module) -> OptimizerFactory:
+    """Return an optimizer factory; parameters may have arguments of their own, by their names.
+
+    `spec` is one of `optimizer_factory`, or a mapping with `optimizer` (such a spec) and `groups`:
+    `{"*.bias": {"weight_decay": 0.0}}`. The first pattern that a name matches counts. Raises
+    ConfigError for a pattern that matches no parameter.
+    """
+    if not isinstance(spec, Mapping) or "groups" not in spec:
+        return optimizer_factory(spec)
+    for name in spec:
+        check_name("option of optimizer", name, ("optimizer", "groups"))
+    factory, groups = optimizer_factory(spec.get("optimizer")), dict(spec["groups"] or {})
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for pattern in groups:
+        if not any(fnmatch(name, pattern) for name in names.values()):
+            raise ConfigError(
+                f"optimizer.groups: {pattern!r} matches no parameter; the names are "
+                f"{list(names.values())}."
+            )
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        try:
-            return factory(parameters)
-        except (TypeError, ValueError) as error:
-            optimizer_class = getattr(factory, "func", factory)
-            arguments = getattr(factory, "keywords", {})
-            name = getattr(optimizer_class, "__name__", type(optimizer_class).__name__)
-            raise ConfigError(
-                f"the optimizer {name} does not accept {arguments}: {error}"
-            ) from error
+        members: dict[str | None, list[nn.Parameter]] = {None: [], **{p: [] for p in groups}}
+        for parameter in parameters:
+            name = names.get(id(parameter), "")
+            pattern = next((p for p in groups if name and fnmatch(name, p)), None)
+            members[pattern].append(parameter)
+        all_groups = [
+            {"params": part, **({} if pattern is None else groups[pattern])}
+            for pattern, part in members.items()
+            if part
+        ]
+        return factory(all_groups)  # type: ignore[arg-type]  # torch takes groups as well
 
     return make
 
 
 def with_learning_rate(spec: Spec | None, lr: float | None) -> Spec | None:
     """Return an optimizer's specification with another learning rate (None: unchanged)."""
-    return spec if lr is None else partial(cast(Any, optimizer_factory(spec)), lr=lr)
-
-
-def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
-    """Build a SchedulerPlan from `spec`.
-
-    `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`
-    and any of `interval`, `frequency`, `monitor`.
-    """
-    if spec is None or isinstance(spec, SchedulerPlan):
+    if lr is None:
         return spec
-    options: dict[str, Any] = {}
-    if isinstance(spec, Mapping) and "scheduler" in spec:
-        options = dict(spec)
-        spec = options.pop("scheduler")
-        for name in options:
-            valid = ("scheduler", "interval", "frequency", "monitor")
-            check_name("option of scheduler", name, valid)
-    plan = SchedulerPlan(build_factory(spec, "scheduler"), **options)
-    check_name("interval of the scheduler", plan.interval, ("epoch", "step"))
-    return plan
+    if isinstance(spec, Mapping) and "groups" in spec:
+        return {**spec, "optimizer": with_learning_rate(spec.get("optimizer"), lr)}
+    return partial(cast(Any, optimizer_factory(spec)), lr=lr)
 
 
 def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
@@ -145,14 +155,18 @@ def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
     The remaining arguments are passed to the factory later. `kind` ("optimizer", "scheduler", ...)
     is used in error messages.
     """
+    spec = resolve_config(spec)
     if isinstance(spec, str):
         spec = {"_target_": spec}
     if isinstance(spec, Mapping):
-        if "_target_" not in spec:
+        if not TARGET_KEYS & set(spec):
             raise ConfigError(
                 f"the {kind} is configured with {sorted(spec)}; expected "
-                f"{{'_target_': 'torch.optim....', 'lr': ...}}."
+                f"{{'_target_': 'package.module.Class', ...}}."
             )
+        if "_target_" not in spec:
+            target, arguments = get_callable_kwargs(spec)
+            spec = {"_target_": target, **arguments}
         spec = init_instance_by_config({**spec, "_partial_": True})
     if not callable(spec):
         raise ConfigError(
@@ -160,3 +174,18 @@ def build_factory(spec: Any, kind: str) -> Callable[..., Any]:
             "builds one."
         )
     return spec  # type: ignore[no-any-return]  # callable() does not narrow the return type
+
+
+def component_list(value: Any) -> list[Any]:
+    """Return the components (callbacks, loggers) of a configuration as a list.
+
+    `value` is None, a component, a list of them, or a mapping of names to components, in which None
+    leaves one out.
+    """
+    value = resolve_config(value)
+    if value is None or isinstance(value, bool):
+        return []
+    if isinstance(value, Mapping) and not TARGET_KEYS & set(value):
+        value = list(value.values())
+    components = list(value) if isinstance(value, list | tuple) else [value]
+    return [component for component in components if component is not None]

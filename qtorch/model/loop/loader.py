@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qtorch.data.dataset.batch import Batch
@@ -33,14 +33,38 @@ class StepBatches:
         return self._loader.position == self._loader.num_batches
 
 
+class SingleStep:
+    """One batch as the batches of a `training_step`."""
+
+    def __init__(self, loader: StepLoader, batch: Batch) -> None:
+        self._loader, self._batch = loader, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self._batch
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last training step of the epoch."""
+        return self._loader.position == self._loader.num_batches
+
+    is_epoch_end = is_last
+
+
+def unpack_batches(batches: StepBatches | Batch) -> Iterable[Batch]:
+    """Return the batches of a validation step."""
+    return [batches] if isinstance(batches, Batch) else batches
+
+
 class StepLoader:
     """The iterable that Lightning trains on.
 
-    It yields a `StepBatches` of up to `inner_steps` batches per training step, or single `Batch`es
-    if `yield_batches` is set, so that Lightning's overhead is paid once per step. With `cut_every`,
+    It yields a `StepBatches` of up to `inner_steps` batches per training step, so that Lightning's
+    overhead is paid once per step. With `inner_steps=1`, and always with `yield_batches`, it yields
+    each `Batch` itself, so that hooks of callbacks see it. With `cut_every`,
     a step ends at each multiple of it in the epoch, so that a checkpoint can be written there.
     `limit` keeps only the first batches of an epoch. `epoch` returns the number of the running
-    epoch: the order of its batches depends on that and on the loader's seed only.
+    epoch: the order of its batches depends on that and on the loader's seed only. With
+    `same_batches` every epoch has the batches of the first one.
 
     A saved state holds the position in the epoch. A resumed epoch starts there and yields the
     number of remaining steps that Lightning expects.
@@ -55,12 +79,14 @@ class StepLoader:
         limit: int | None = None,
         cut_every: int | None = None,
         yield_batches: bool = False,
+        same_batches: bool = False,
     ) -> None:
         self.source = source
         self.num_batches = len(source) if limit is None else min(limit, len(source))
         self.position = 0
         self.start_position = 0  # the epoch's position at which this process started
         self._epoch, self._yield_batches = epoch, yield_batches
+        self._same_batches = same_batches
         self._chunk = 0
         self._resume: dict[str, int] | None = None
         self.set_boundaries(inner_steps, cut_every)
@@ -85,10 +111,10 @@ class StepLoader:
         epoch = self._epoch()
         self.position, self._chunk = self._start(epoch)
         self.start_position = self.position
-        batches = self.source.batches(epoch, self.position)
+        batches = self.source.batches(0 if self._same_batches else epoch, self.position)
         for end in self._ends[self._chunk :]:
             self._chunk += 1
-            if self._yield_batches:
+            if self.inner_steps == 1:
                 batch = next(batches)
                 self.position += 1
                 yield batch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,8 +19,8 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import BaseLoss, mean_from_sums
 from qtorch.model.loop.day_label import DayLabel
-from qtorch.model.loop.factories import OptimizerFactory, SchedulerPlan, build_factory
-from qtorch.model.loop.loader import StepBatches
+from qtorch.model.loop.factories import OptimizerFactory, build_factory
+from qtorch.model.loop.loader import SingleStep, StepBatches, StepLoader, unpack_batches
 from qtorch.model.loop.progress import (
     LEARNING_RATE,
     PRETRAIN_LOSS,
@@ -33,9 +33,10 @@ from qtorch.model.loop.progress import (
     mean_or_nan,
 )
 from qtorch.model.loop.rank_group import RankGroup
+from qtorch.model.loop.schedules import SchedulerPlan
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
 from qtorch.model.loop.sharding import shard
-from qtorch.model.loop.weight_update import WeightUpdate
+from qtorch.model.loop.weight_update import WeightUpdate, check_optimizer
 from qtorch.nn.lora import LoRA, use_effective_weights
 
 MODULE_STATE_KEY = "qtorch_module"
@@ -245,17 +246,44 @@ class ScoreModule(pl.LightningModule):
         """The object that updates the weights from the losses of batches."""
         return WeightUpdate(self, self.plan, self.accumulate)
 
+    def on_train_start(self) -> None:
+        self._set_optimizer_mode("train")
+
+    def on_train_end(self) -> None:
+        self._set_optimizer_mode("eval")
+
+    def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
+        """Switch the weights of schedule-free optimizers between training and evaluation."""
+        for optimizer in self.trainer.optimizers:
+            switch = getattr(optimizer, mode, None)
+            if callable(switch):
+                switch()
+
     def on_train_epoch_start(self) -> None:
         self.accumulator.reset(self.device)
         self.accumulator.clear_metrics()
 
-    def training_step(self, steps: StepBatches) -> None:
-        accumulator, weight_update = self.accumulator, self.weight_update
+    def training_step(self, batches: StepBatches | Batch) -> Tensor | None:
+        """Train on the batches; return the loss of a single one, for the hooks of callbacks."""
+        if isinstance(batches, StepBatches):
+            self._train_batches(batches)
+            return None
+        loader: Any = self.trainer.train_dataloader
+        assert isinstance(loader, StepLoader)
+        return self._train_batches(SingleStep(loader, batches))
+
+    def _train_batches(self, steps: StepBatches | SingleStep) -> Tensor | None:
+        """Train on the batches of a step; return the loss of the last one."""
+        accumulator, weight_update, loss = self.accumulator, self.weight_update, None
         weight_update.begin(is_pretraining=self.is_pretraining)
         for batch in steps:
             total, weight = self.training_sums(batch)
             loss = self._rank_loss(total, weight, batch)
-            is_updated = weight_update.add(loss, is_epoch_end=steps.is_epoch_end)
+            is_updated = weight_update.add(
+                loss,
+                is_epoch_end=steps.is_epoch_end,
+                compute_again=partial(self._batch_loss, batch),
+            )
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
@@ -263,6 +291,10 @@ class ScoreModule(pl.LightningModule):
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break
+        return None if loss is None else loss.detach()
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        return self._rank_loss(*self.training_sums(batch), batch)
 
     def _rank_loss(self, total: Tensor, weight: Tensor | int, batch: Batch) -> Tensor:
         """Return the batch's mean loss; on several ranks, this rank's part of it.
@@ -292,12 +324,18 @@ class ScoreModule(pl.LightningModule):
 
     # -- validation ----------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        self._set_optimizer_mode("eval")
+
+    def on_validation_end(self) -> None:
+        self._set_optimizer_mode("train")
+
     def on_validation_epoch_start(self) -> None:
         self.valid_accumulator.reset(self.device)
         self.meter.reset()
 
-    def validation_step(self, steps: StepBatches) -> None:
-        for batch in steps:
+    def validation_step(self, batches: StepBatches | Batch) -> None:
+        for batch in unpack_batches(batches):
             total, weight, score = self.loss_sums(batch)
             self.valid_accumulator.add(total, weight)
             label = batch.extra.get("raw_label", batch.y)
@@ -344,6 +382,7 @@ class ScoreModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizers = [self.optimizer_factory(self.trainable_parameters()), *self.extra_optimizers()]
+        check_optimizer(optimizers[0], self.ranks.size)
         return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
 
     # -- for Lightning -------------------------------------------------------------------------

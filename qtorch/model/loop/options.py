@@ -14,8 +14,14 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
     ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -24,15 +30,16 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Pa
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
-from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.runtime import resolve_device
 from qtorch.core.trust import StoredText
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
+from qtorch.model.loop.factories import component_list
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.loggers import RecorderLogger, build_loggers
 from qtorch.model.loop.module import ScoreModule
-from qtorch.model.loop.progress import METRICS, MONITOR_NAMES
+from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, find_metric
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
 DEFAULT_MAX_EPOCHS = 100
@@ -47,10 +54,29 @@ BATCH_HOOKS = (
     "on_before_zero_grad",
 )
 
+# Callbacks that cannot work, with the reason and what to do instead.
+REJECTED_CALLBACKS: dict[type, str] = {
+    StochasticWeightAveraging: "uses averaged weights at the end that no validation has seen: use "
+    "pytorch_lightning.callbacks.EMAWeightAveraging or qtorch.model.EpochAveraging, whose averages "
+    "are validated.",
+    ModelPruning: "replaces the parameters by others, so that the best weights cannot be restored: "
+    "prune network_ after the fit.",
+    BatchSizeFinder: "cannot change the batches of a running fit: set batch.size, or search for it "
+    "in a sweep.",
+    LearningRateFinder: "trains inside of the fit that it belongs to: search for the learning rate "
+    "in a sweep.",
+}
+REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
+    GradientAccumulationScheduler: "needs a LightningModule of your own: set "
+    "trainer.accumulate_grad_batches.",
+    BackboneFinetuning: "needs a LightningModule with a `backbone`: use "
+    "finetune(unfreeze_every=...).",
+}
+
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
-    **dict.fromkeys(("limit_train_batches", "limit_val_batches"), (int, float)),
+    **dict.fromkeys(("limit_train_batches", "limit_val_batches", "overfit_batches"), (int, float)),
     "gradient_clip_val": (int, float),
 }
 
@@ -70,6 +96,7 @@ class TrainerOptions:
     clip_algorithm: str | None = None
     limit_train: int | float | None = None
     limit_valid: int | float | None = None
+    overfits_batches: bool = False
     callbacks: list[Callback] = field(default_factory=list)
 
     @property
@@ -87,11 +114,22 @@ class TrainerOptions:
     def counts_batches(self) -> bool:
         """Whether one of the arguments counts single training batches."""
         arguments = self.arguments
-        return bool(
-            arguments.get("val_check_interval") not in (None, 1.0)
-            or arguments.get("fast_dev_run")
-            or arguments.get("overfit_batches")
-        )
+        return arguments.get("val_check_interval") not in (None, 1.0)
+
+    @property
+    def max_epochs(self) -> int:
+        """The largest number of epochs, -1 without a limit."""
+        arguments = self.arguments
+        if arguments.get("fast_dev_run"):
+            return 1
+        if arguments.get("max_epochs") is not None:
+            return int(arguments["max_epochs"])
+        return DEFAULT_MAX_EPOCHS if arguments.get("max_steps", -1) == -1 else -1
+
+    @property
+    def has_progress_bar(self) -> bool:
+        """Whether one of the user's callbacks is a progress bar."""
+        return any(isinstance(c, ProgressBar) for c in self.callbacks)
 
     def build_strategy(self) -> Any:
         """Return the user's strategy: a name, an object, or None. A configured one is built."""
@@ -99,11 +137,12 @@ class TrainerOptions:
         return init_instance_by_config(strategy) if isinstance(strategy, Mapping) else strategy
 
 
-def trainer_options(
-    user_arguments: Mapping[str, Any] | None, callbacks: Sequence[Any]
-) -> TrainerOptions:
-    """Validate trainer arguments; an unknown one raises ArgumentError with the nearest name."""
-    user_arguments = dict(user_arguments or {})
+def trainer_options(user_arguments: Mapping[str, Any] | None, callbacks: Any) -> TrainerOptions:
+    """Validate trainer arguments; an unknown one raises ArgumentError with the nearest name.
+
+    `callbacks` and the argument of that name are a list, or a mapping of names to callbacks.
+    """
+    user_arguments = dict(resolve_config(user_arguments) or {})
     valid = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
     for name in user_arguments:
         check_name("argument of the trainer", name, valid, limit=60, error=ArgumentError)
@@ -113,19 +152,39 @@ def trainer_options(
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
-    callback_specs = [*_as_list(arguments.pop("callbacks", None)), *callbacks]
+    callback_specs = component_list(arguments.pop("callbacks", None)) + component_list(callbacks)
     all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
-    reject_averaging(all_callbacks)
+    reject_callbacks(all_callbacks, REJECTED_CALLBACKS)
+    overfit_batches = arguments.pop("overfit_batches", None) or 0
+    limits = _batch_limits(arguments, overfit_batches)
     return TrainerOptions(
         user_arguments=user_arguments,
         arguments=arguments,
         accumulate=int(arguments.pop("accumulate_grad_batches", None) or 1),
         clip_value=None if clip is None else float(clip),
         clip_algorithm=arguments.pop("gradient_clip_algorithm", None),
-        limit_train=arguments.pop("limit_train_batches", None),
-        limit_valid=arguments.pop("limit_val_batches", None),
+        limit_train=limits[0],
+        limit_valid=limits[1],
+        overfits_batches=overfit_batches > 0,
         callbacks=all_callbacks,
     )
+
+
+def _batch_limits(
+    arguments: dict[str, Any], overfit_batches: int | float
+) -> tuple[int | float | None, int | float | None]:
+    """Take the limits of training and validation batches out of the arguments.
+
+    The loaders apply them, so that an epoch ends where the last batch is, also for Lightning's
+    `overfit_batches` (the same batches in every epoch) and `fast_dev_run`.
+    """
+    limits = arguments.pop("limit_train_batches", None), arguments.pop("limit_val_batches", None)
+    if overfit_batches > 0:
+        limits = overfit_batches, overfit_batches
+    if arguments.get("fast_dev_run"):
+        count = int(arguments["fast_dev_run"])  # True is one batch
+        limits = count, count
+    return limits
 
 
 def _check_devices(arguments: Mapping[str, Any]) -> None:
@@ -185,14 +244,33 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name} is {value!r}; expected {type_name}.")
 
 
-def reject_averaging(callbacks: Sequence[Callback]) -> None:
-    """Raise ConfigError for callbacks that replace the validated weights by averaged ones."""
+def reject_callbacks(callbacks: Sequence[Callback], reasons: Mapping[type, str]) -> None:
+    """Raise ConfigError, with the reason, for a callback that cannot work."""
     for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise ConfigError(
-                f"{type(callback).__name__} replaces the weights by averaged ones at the end, but "
-                "a fit keeps the weights of the best epoch: remove the callback."
-            )
+        for kind, reason in reasons.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"the callback {type(callback).__name__} {reason}")
+
+
+def check_callbacks(options: TrainerOptions) -> None:
+    """Raise ConfigError for callbacks that cannot work with a ScoreModule."""
+    reject_callbacks(options.callbacks, REJECTED_FOR_SCORE_MODULES)
+    for callback in options.callbacks:
+        if isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor is not None:
+            check_monitor(callback.monitor, full_name=True)
+    if is_sharding(options):
+        reason = "keeps a whole copy of the weights, which trainer=fsdp shards: remove one of them."
+        reject_callbacks(options.callbacks, {WeightAveraging: reason})
+
+
+def check_validation(early_stop: Any, monitor: str, options: TrainerOptions) -> None:
+    """Raise ConfigError if early stopping needs a validation that is turned off."""
+    callback, name, _ = build_early_stopping(early_stop, monitor)
+    if callback is not None and name.startswith("valid/") and options.limit_valid == 0:
+        raise ConfigError(
+            f"early_stop monitors {name!r}, but limit_val_batches=0 turns validation off: set "
+            "early_stop to null (callbacks=no_stop), or remove limit_val_batches."
+        )
 
 
 def device_name(options: TrainerOptions) -> str:
@@ -230,8 +308,7 @@ def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_bat
         )
     if inner_steps > 1 and options.counts_batches:
         raise ConfigError(
-            "val_check_interval, overfit_batches and fast_dev_run count single batches: set "
-            "inner_steps=1 (or 'auto')."
+            "val_check_interval counts single batches: set inner_steps=1 (or 'auto')."
         )
     return inner_steps
 
@@ -252,27 +329,42 @@ def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
     return name, mode or ("min" if is_lower_better else "max")
 
 
-def check_monitor(name: str) -> None:
+def check_monitor(name: str, *, full_name: bool = False) -> None:
     """Raise ConfigError, with the nearest name, for a metric that a ScoreModule does not log."""
     if name not in METRICS:
-        valid = (*MONITOR_NAMES, *METRICS)
+        valid = METRICS if full_name else (*MONITOR_NAMES, *METRICS)
         raise ConfigError(unknown_name_message("metric to monitor", name, valid))
 
 
 class ScoreEarlyStopping(EarlyStopping):
-    """Early stopping that ignores pretraining epochs, which have no score to monitor."""
+    """Early stopping that ignores epochs without the monitored metric.
+
+    These are pretraining epochs, which have no score, and an epoch that ends before its validation
+    (`max_time`, `max_steps`). A user's module may write the metric in another way, see
+    `find_metric`.
+    """
+
+    def __init__(self, monitor: str, **options: Any) -> None:
+        super().__init__(monitor, strict=False, check_finite=False, **options)
+        self._state_key = super().state_key
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback in checkpoints, which does not depend on the spelling."""
+        return self._state_key
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _is_pretraining(pl_module):
+        if self._is_due(trainer, pl_module):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _is_pretraining(pl_module):
+        if self._is_due(trainer, pl_module):
             super().on_train_epoch_end(trainer, pl_module)
 
-
-def _is_pretraining(module: pl.LightningModule) -> bool:
-    return isinstance(module, ScoreModule) and module.is_pretraining
+    def _is_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+        self.monitor = find_metric(self.monitor, trainer.callback_metrics)
+        is_pretraining = isinstance(module, ScoreModule) and module.is_pretraining
+        return not is_pretraining and self.monitor in trainer.callback_metrics
 
 
 def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None, str, str]:
@@ -289,9 +381,7 @@ def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None,
         check_name("option of early_stop", name, valid)
     name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
     patience = int(options.pop("patience", 10))
-    callback = ScoreEarlyStopping(
-        monitor=name, mode=mode, patience=patience, check_finite=False, **options
-    )
+    callback = ScoreEarlyStopping(name, mode=mode, patience=patience, **options)
     return callback, name, mode
 
 
@@ -300,7 +390,7 @@ def build_trainer(
     *,
     internal_callbacks: Sequence[Callback],
     logger: RecorderLogger | None,
-    folder: Path | None,
+    root: Path | None,
     loader: StepLoader,
     automatic_optimization: bool,
     rank_info: RankInfo | None = None,
@@ -308,17 +398,18 @@ def build_trainer(
     """Build the pl.Trainer of one fit.
 
     `automatic_optimization`: the module uses Lightning's own optimization. `rank_info`: which rank
-    this process is if several devices share the training. Raises ConfigError for arguments that
-    Lightning rejects.
+    this process is if several devices share the training. `root` is the folder for files of the
+    user's callbacks; None: the working folder. Raises ConfigError for arguments that Lightning
+    rejects.
     """
     arguments: dict[str, Any] = {
-        "max_epochs": DEFAULT_MAX_EPOCHS if options.arguments.get("max_steps", -1) == -1 else -1,
         "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
         "enable_model_summary": False,
-        "enable_progress_bar": sys.stderr.isatty(),
+        "enable_progress_bar": sys.stderr.isatty() or options.has_progress_bar,
         "log_every_n_steps": 1,
-        "default_root_dir": str(folder) if folder is not None else None,
+        "default_root_dir": None if root is None else str(root),
         **options.arguments,
+        "max_epochs": options.max_epochs,
     }
     arguments |= _device_arguments(options, rank_info)
     if automatic_optimization:
@@ -326,16 +417,16 @@ def build_trainer(
         arguments["gradient_clip_val"] = options.clip_value
         arguments["gradient_clip_algorithm"] = options.clip_algorithm
     arguments["enable_checkpointing"] = True  # CheckpointCallback is a Lightning Checkpoint
-    loggers = arguments.get("logger") if rank_info is None or rank_info.rank == 0 else None
-    user_loggers = [] if isinstance(loggers, bool) else _as_list(loggers)
-    arguments["logger"] = build_loggers(user_loggers, logger) or False
-    user_plugins = _as_list(arguments.get("plugins"))
-    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
-    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
-    arguments["plugins"] = [*user_plugins, AtomicCheckpointIO(), environment]
-    callbacks = [*options.callbacks, *internal_callbacks]
-    has_progress_bar = any(isinstance(c, ProgressBar) for c in callbacks)
-    if arguments["enable_progress_bar"] and not has_progress_bar:
+    is_first_rank = rank_info is None or rank_info.rank == 0
+    is_disabled = arguments.get("logger") is False
+    user_loggers = component_list(arguments.get("logger")) if is_first_rank else []
+    arguments["logger"] = build_loggers(user_loggers, logger, disabled=is_disabled) or False
+    arguments["plugins"] = _plugins(arguments.get("plugins"), rank_info)
+    user_callbacks = options.callbacks
+    if not is_first_rank:
+        user_callbacks = [c for c in user_callbacks if not isinstance(c, ProgressBar)]
+    callbacks = [*user_callbacks, *internal_callbacks]
+    if arguments["enable_progress_bar"] and not options.has_progress_bar:
         callbacks.append(BatchProgressBar(loader))
     try:
         return pl.Trainer(**arguments, callbacks=callbacks)
@@ -343,12 +434,20 @@ def build_trainer(
         raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
 
 
+def _plugins(user_plugins: Any, rank_info: RankInfo | None) -> list[Any]:
+    """Return the user's plugins, none, one or several, and those of a fit."""
+    plugins = list(user_plugins) if isinstance(user_plugins, list | tuple) else [user_plugins]
+    # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
+    environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
+    return [*(p for p in plugins if p is not None), AtomicCheckpointIO(), environment]
+
+
 def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:
     """Return Lightning's device arguments, for one device or for all that share the training."""
     is_cpu = device_name(options) == "cpu"
     arguments: dict[str, Any] = {
         "accelerator": "cpu" if is_cpu else options.arguments.get("accelerator", "auto"),
-        "devices": parse_devices(options.arguments),
+        "devices": options.num_local if is_cpu else parse_devices(options.arguments),
     }
     strategy = options.build_strategy() or "auto"
     if rank_info is None:
@@ -365,10 +464,3 @@ def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> di
 def is_sharding(options: TrainerOptions) -> bool:
     """Whether the strategy shards the weights over the devices."""
     return isinstance(options.build_strategy(), ModelParallelStrategy)
-
-
-def _as_list(values: Any) -> list[Any]:
-    """Return the values of an argument that takes none, one, or several."""
-    if values is None:
-        return []
-    return list(values) if isinstance(values, list | tuple) else [values]

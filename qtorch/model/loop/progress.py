@@ -8,7 +8,8 @@ have a member axis `[M]`, and each member has its own history, best weights and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -35,6 +36,23 @@ MONITOR_NAMES = {
     "rank_ic": VALID_RANK_IC,
     "train_loss": TRAIN_LOSS,
 }
+# How a user's module may name the segment of a metric: val_loss, validation/loss, train_loss.
+SEGMENT_NAMES = {"valid": "valid|val|validation", "train": "train|training"}
+
+
+def find_metric(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that `name` stands for: itself, or another spelling of its segment.
+
+    "valid/loss" also stands for "val_loss" and "validation/loss" if exactly one of them is logged.
+    Without such a metric `name` is returned.
+    """
+    names = list(names)
+    segment, separator, rest = name.partition("/")
+    if name in names or not separator or segment not in SEGMENT_NAMES:
+        return name
+    pattern = rf"(?:{SEGMENT_NAMES[segment]})[/_.\- ]?{re.escape(rest)}"
+    matches = [n for n in names if re.fullmatch(pattern, n, re.IGNORECASE)]
+    return matches[0] if len(matches) == 1 else name
 
 
 class LossAccumulator:
@@ -106,12 +124,17 @@ def mean_or_nan(total: float, weight: float) -> float:
 class FitProgress:
     """The metrics of one member by epoch, and its best epoch with the weights of that epoch.
 
-    `best_optimizer` is the optimizer state of the best epoch. `is_stopped`: the member's loss was
-    not finite, so that it is not trained any further.
+    `history` has an entry for each epoch, and one for each validation within an epoch; `steps` are
+    their places on the curves' axis. `epochs` counts the finished epochs. `best_step` is the number
+    of optimizer steps, `best_optimizer` the optimizer state of the best weights. `is_stopped`: the
+    member's loss was not finite, so that it is not trained any further.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    epochs: int = 0
     best_epoch: int | None = None
+    best_step: int | None = None
     best_value: float = math.nan
     best_weights: dict[str, Tensor] | None = None
     best_optimizer: dict[str, Any] | None = None
@@ -122,13 +145,23 @@ class FitProgress:
         is_better = value < self.best_value if mode == "min" else value > self.best_value
         return not math.isnan(value) and (is_better or math.isnan(self.best_value))
 
+    def add_point(self, values: dict[str, float], step: int) -> None:
+        """Add metrics to the history."""
+        self.history.append(values)
+        self.steps.append(step)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of a checkpoint."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "history": [dict(v) for v in self.history]}
+        return {**values, "history": [dict(v) for v in self.history], "steps": list(self.steps)}
 
     @classmethod
     def from_states(cls, states: Sequence[dict[str, Any]]) -> list[Self]:
         """Return the members of a checkpoint; further entries of a state are ignored."""
         names = [f.name for f in fields(cls)]
-        return [cls(**{n: state[n] for n in names if n in state}) for state in states]
+        members = [cls(**{n: state[n] for n in names if n in state}) for state in states]
+        for member, state in zip(members, states, strict=True):
+            if "steps" not in state:  # written when every point was an epoch
+                member.epochs = len(member.history)
+                member.steps = list(range(member.epochs))
+        return members

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
@@ -29,13 +31,11 @@ from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback,
 from qtorch.model.loop.day_label import DayLabel, build_day_label
 from qtorch.model.loop.factories import (
     OptimizerFactory,
-    SchedulerPlan,
     Spec,
     build_factory,
     build_loss,
     explain_errors,
-    optimizer_factory,
-    scheduler_plan,
+    group_parameters,
 )
 from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
 from qtorch.model.loop.loader import StepLoader
@@ -45,6 +45,7 @@ from qtorch.model.loop.options import (
     TrainerOptions,
     build_early_stopping,
     build_trainer,
+    check_callbacks,
     check_monitor,
     is_sharding,
     limit_batches,
@@ -52,6 +53,12 @@ from qtorch.model.loop.options import (
 )
 from qtorch.model.loop.progress import FitProgress
 from qtorch.model.loop.rank_group import RankGroup, RankInfo
+from qtorch.model.loop.schedules import (
+    SchedulerPlan,
+    TrainingLength,
+    complete_plan,
+    scheduler_plan,
+)
 from qtorch.model.loop.scoring import evaluation_batch_size
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
@@ -61,11 +68,13 @@ from qtorch.tracking.recorder import MetricRecorder
 log = logging.getLogger(__name__)
 
 LIGHTNING_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
+SHOWN_LOGGERS = ("pytorch_lightning.callbacks", "pytorch_lightning.profilers")
 DDP_STRATEGIES = (None, "auto", "ddp")
 IGNORED_WARNINGS = (
     r".*LeafSpec.*is deprecated",
     r".*`validation_step` but have no `val_dataloader`",
     r".*`srun` command is available",  # qtorch starts its rank processes itself
+    r".*WeightAveraging callback with a model that overrides the configure_model",
     r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # already summed over ranks
     r".*FSDP2-wrapped module.* returned a view",  # scores are never modified in place
 )
@@ -92,19 +101,23 @@ class Recipe:
 
 @dataclass
 class FitResult:
-    """The result of a training: network with the best weights, metric history, report."""
+    """The result of a training: network with the best weights, metric history, report.
+
+    `validation_names` are the metrics that were logged by validations.
+    """
 
     network: nn.Module
     history: list[dict[str, float]]
     report: dict[str, Any] = field(default_factory=dict)
     optimizer_state: dict[str, Any] | None = None
+    validation_names: set[str] = field(default_factory=set)
 
 
 class Training:
     """Build the parts of one training and run Lightning over them.
 
     `rank_info`: which of several ranks this process is; its loaders then return its share of each
-    batch. None: the only process.
+    batch. None: the only process. `keeps_folder`: the checkpoint folder outlives the training.
     """
 
     def __init__(
@@ -116,7 +129,10 @@ class Training:
         tuning: FineTuning | None,
         optimizer_state: dict[str, Any] | None,
         rank_info: RankInfo | None = None,
+        *,
+        keeps_folder: bool = True,
     ) -> None:
+        self.keeps_folder = keeps_folder
         self.rank_info = rank_info
         self.ranks = RankGroup() if rank_info is None else RankGroup(rank_info.rank, rank_info.size)
         self.recipe, self.train, self.valid = recipe, train, valid
@@ -142,6 +158,7 @@ class Training:
         early_stopping, monitor, mode = build_early_stopping(recipe.early_stop, recipe.monitor)
         if not self.is_user_module:
             check_monitor(monitor)
+            check_callbacks(recipe.trainer)
         if early_stopping is not None and self.valid is None and monitor.startswith("valid/"):
             raise ConfigError(
                 f"early_stop monitors {monitor!r}, but the dataset has no segment 'valid'."
@@ -149,8 +166,8 @@ class Training:
         every_n_steps = recipe.checkpoint.get("every_n_steps")
         if every_n_steps is not None:
             every_n_steps = -(-int(every_n_steps) // options.accumulate) * options.accumulate
-        self.module = self._build_module(interruption)
         self.loader = self._build_loader(self.train, True, options.limit_train, every_n_steps)
+        self.module = self._build_module(interruption)
         checkpoint_callback = CheckpointCallback(
             self.loader,
             folder=folder,
@@ -174,8 +191,8 @@ class Training:
         self.trainer = build_trainer(
             options,
             internal_callbacks=internal_callbacks,
-            logger=None if recorder is None else RecorderLogger(recorder),
-            folder=folder,
+            logger=None if recorder is None else RecorderLogger(recorder, folder),
+            root=folder if self.keeps_folder else None,
             loader=self.loader,
             automatic_optimization=self.module.automatic_optimization,
             rank_info=self.rank_info,
@@ -225,7 +242,7 @@ class Training:
             self.network,
             loss,
             self._build_optimizer_factory(),
-            scheduler_plan(recipe.scheduler),
+            self._build_scheduler_plan(),
             num_days=len(self.train.calendar if self.valid is None else self.valid.calendar),
             accumulate=options.accumulate,
             clip_value=options.clip_value,
@@ -258,11 +275,25 @@ class Training:
         return self.train.target is not None and not bool(self.train.target.isnan().any())
 
     def _build_optimizer_factory(self) -> OptimizerFactory:
-        factory, state = optimizer_factory(self.recipe.optimizer), self.optimizer_state
+        factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
         factory = explain_errors(factory)
         if self.tuning is not None:
+            has_groups = isinstance(self.recipe.optimizer, Mapping) and (
+                "groups" in self.recipe.optimizer
+            )
+            if has_groups and self.tuning.layer_decay != 1:
+                raise ConfigError("layer_decay sets the rates itself: remove optimizer.groups.")
             factory = self.tuning.scale_layer_rates(factory, self.network)
         return factory if state is None else partial(_restore_optimizer, factory, state)
+
+    def _build_scheduler_plan(self) -> SchedulerPlan | None:
+        options = self.recipe.trainer
+        length = TrainingLength(
+            steps_per_epoch=-(-self.loader.num_batches // options.accumulate),
+            max_epochs=options.max_epochs,
+            max_steps=int(options.arguments.get("max_steps", -1)),
+        )
+        return complete_plan(scheduler_plan(self.recipe.scheduler), length)
 
     def _build_loader(
         self, samples: Samples, training: bool, limit: int | float | None, cut_every: int | None
@@ -277,12 +308,13 @@ class Training:
             "order": order,
             "seed": self.recipe.seed,
             "days_per_batch": batch["days_per_batch"],
+            "min_tail": self._min_tail() if training else 1,
         }
         if self.rank_info is None:
             source = BatchLoader(samples, **loader_arguments)
         else:
             source, limit = self._build_sharded_source(samples, training, limit, loader_arguments)
-        num_batches = limit_batches(len(source), limit)
+        num_batches = limit_batches(self._count_batches(source, training), limit)
         if num_batches == 0 and training:
             raise ConfigError(
                 f"limit_train_batches={limit} leaves none of the {len(source)} batches."
@@ -294,7 +326,23 @@ class Training:
             limit=num_batches,
             cut_every=cut_every,
             yield_batches=self.is_user_module,
+            same_batches=options.overfits_batches,
         )
+
+    def _count_batches(self, source: BatchLoader, training: bool) -> int:
+        """Return the number of batches of an epoch, without a smaller last one if it is dropped."""
+        samples, num_batches = source.samples, len(source)
+        count = samples.num_days if source.by_day else len(samples)
+        is_smaller = num_batches > 1 and count < num_batches * source.size
+        drops_last = training and self.recipe.batch["drop_last"] and is_smaller
+        return num_batches - int(drops_last)
+
+    def _min_tail(self) -> int:
+        """Return the least number of samples that the last batch of an epoch needs."""
+        if self.recipe.batch["drop_last"] or (self.is_user_module and self.ranks.size > 1):
+            return 1
+        has_batch_norms = any(isinstance(m, _BatchNorm) for m in self.network.modules())
+        return 2 * self.ranks.size if has_batch_norms else 1
 
     def _build_sharded_source(
         self,
@@ -329,6 +377,8 @@ class Training:
         valid_loader, limit = None, self.recipe.trainer.limit_valid
         if self.valid is not None and limit != 0:
             valid_loader = self._build_loader(self.valid, False, limit, None)
+            if len(valid_loader) == 0:
+                raise ConfigError(f"limit_val_batches={limit} leaves no batch for validation.")
         self.trainer.fit(
             self.module,
             self.loader,
@@ -349,20 +399,31 @@ class Training:
             network = self.network if self.unsharded_network is None else self.unsharded_network
         if weights:
             network.load_state_dict(weights)
+        self._warn_nan_monitor(member)
         network.cpu()
         if self.tuning is not None:
             network = self.tuning.finalize_network(network)
         if self.recipe.compile:
             network._compiled_call_impl = None  # a compiled call cannot be saved
         report = self._build_report(member, None if checkpoint is None else checkpoint[0])
-        return FitResult(network, member.history, report, member.best_optimizer)
+        names = self.checkpoint_callback.validation_names
+        return FitResult(network, member.history, report, member.best_optimizer, names)
+
+    def _warn_nan_monitor(self, member: FitProgress) -> None:
+        monitor = self.checkpoint_callback.monitor
+        values = [point[monitor] for point in member.history if monitor in point]
+        if values and all(math.isnan(value) for value in values):
+            log.warning(
+                "%s was NaN each time: the weights are the last ones, not the best ones.", monitor
+            )
 
     def _build_report(self, member: FitProgress, resumed_from: Path | None) -> dict[str, Any]:
         callback = self.checkpoint_callback
         seconds = callback.train_seconds
         report: dict[str, Any] = {
-            "epochs": len(member.history),
+            "epochs": member.epochs,
             "best_epoch": member.best_epoch,
+            "best_step": member.best_step,
             "monitor": callback.monitor,
             "best_value": member.best_value,
             "seconds": callback.seconds,
@@ -403,6 +464,10 @@ def quiet_lightning() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(max(logging.WARNING, logger.level))
+    # What the user has asked for: model summaries, verbose callbacks, reports of profilers.
+    shown_loggers = [logging.getLogger(n) for n in SHOWN_LOGGERS]
+    for logger in shown_loggers:
+        logger.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             for pattern in IGNORED_WARNINGS:
@@ -411,6 +476,8 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        for logger in shown_loggers:
+            logger.setLevel(logging.NOTSET)
 
 
 def training_identity(
@@ -425,10 +492,14 @@ def training_identity(
         "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
         "class": type(network).__qualname__,
         "data": [None if s is None else data_identity(s) for s in (train, valid)],
-        "batch": {k: v for k, v in recipe.batch.items() if k != "eval_size"},
+        "batch": {
+            k: v
+            for k, v in recipe.batch.items()
+            if k != "eval_size" and (k, v) != ("drop_last", False)
+        },
         "rules": [_describe_spec(s) for s in (recipe.loss, recipe.optimizer, recipe.scheduler)],
         "clip": [options.clip_value, options.clip_algorithm, options.accumulate],
-        "limit": options.limit_train,
+        "limit": ["same", options.limit_train] if options.overfits_batches else options.limit_train,
         "precision": str(options.arguments.get("precision")),
         "seed": recipe.seed,
         "start": start,

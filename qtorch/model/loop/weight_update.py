@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,12 +15,15 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import check_name
-from qtorch.model.loop.factories import SchedulerPlan
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.model.loop.lightning_internals import count_optimizer_step
 from qtorch.model.loop.progress import MONITOR_NAMES
+from qtorch.model.loop.schedules import SchedulerPlan
+
+log = logging.getLogger(__name__)
 
 # Callback hooks that Lightning calls between a batch's backward pass and its optimizer step.
 STEP_HOOKS = (
@@ -41,11 +47,18 @@ class WeightUpdate:
     multi-device strategy is involved), both are called directly, without Lightning in between: the
     numbers are the same and the step is faster. The module's own hook, which clips the gradients,
     is called in either case.
+
+    An optimizer that computes the loss several times in a step (LBFGS, SAM) gets a closure for it.
+    Its first call returns the loss that is already known, unless the optimizer has changed weights
+    or gradients before.
     """
 
     def __init__(self, module: pl.LightningModule, plan: SchedulerPlan | None, accumulate: int):
         self.module, self.plan, self.accumulate = module, plan, accumulate
         self.num_pending = 0
+        self._closure_losses: list[Callable[[], Tensor]] = []  # of the pending batches
+        self._loss_value = torch.zeros(())
+        self._has_warned = False
         self.bypass_hooks = _can_bypass_hooks(module.trainer)
         self.is_autocast = False
 
@@ -58,24 +71,41 @@ class WeightUpdate:
         optimizers: Any = module.optimizers()
         self.optimizer: LightningOptimizer
         self.optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        self.uses_closure = uses_closure(self.optimizer.optimizer, module.trainer.world_size)
         self.is_autocast = torch.is_autocast_enabled(module.device.type)
         self.is_pretraining = is_pretraining
         self.max_steps: int = module.trainer.max_steps
 
-    def add(self, loss: Tensor, *, is_epoch_end: bool) -> bool:
+    def add(self, loss: Tensor, *, is_epoch_end: bool, compute_again: Callable[[], Tensor]) -> bool:
         """Run backward on a batch's mean loss; return whether the weights were updated.
 
-        An update, every `accumulate` batches, also steps a scheduler with the interval "step".
+        `compute_again` computes the same loss with the current weights. An update, every
+        `accumulate` batches, also steps a scheduler with the interval "step".
         """
         self._backward(loss if self.accumulate == 1 else loss / self.accumulate)
         self.num_pending += 1
+        if self.uses_closure:
+            self._closure_losses.append(compute_again)
+            if not is_epoch_end and self.num_pending >= self.accumulate:
+                self._warn_about_batches()
+            self._loss_value = self._loss_value.to(loss.device) + loss.detach() / self.accumulate
         if self.num_pending < self.accumulate and not is_epoch_end:
             return False
         self._update_weights()
         self.num_pending = 0
+        self._closure_losses, self._loss_value = [], torch.zeros(())
         if self.plan is not None and not self.is_pretraining:
             self.step_scheduler("step", self.module.trainer.global_step)
         return True
+
+    def _warn_about_batches(self) -> None:
+        """Warn once that LBFGS compares the gradients of different samples."""
+        if not self._has_warned and isinstance(self.optimizer.optimizer, torch.optim.LBFGS):
+            log.warning(
+                "LBFGS takes the difference between the gradients of two batches for curvature: "
+                "set batch.size (or trainer.accumulate_grad_batches) to one step per epoch."
+            )
+        self._has_warned = True
 
     def has_reached_max_steps(self) -> bool:
         """Whether the fit has as many optimizer steps as `max_steps` allows (-1: any number)."""
@@ -112,15 +142,67 @@ class WeightUpdate:
             backward()
 
     def _update_weights(self) -> None:
+        optimizer = self.optimizer.optimizer
         if not self.bypass_hooks:
-            self.optimizer.step()
+            if self.uses_closure:
+                self.optimizer.step(closure=self._build_closure(optimizer))
+            else:
+                self.optimizer.step()
             self.optimizer.zero_grad()
             return
-        optimizer = self.optimizer.optimizer
         self.module.on_before_optimizer_step(optimizer)
-        optimizer.step()
+        if self.uses_closure:
+            optimizer.step(self._build_closure(optimizer))  # type: ignore[arg-type]  # torch's annotation says float, its examples return tensors
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         count_optimizer_step(self.module.trainer)
+
+    def _build_closure(self, optimizer: Optimizer) -> Callable[[], Tensor]:
+        """Return the function that computes loss and gradients of the pending batches."""
+        versions = _tensor_versions(optimizer)
+
+        def closure() -> Tensor:
+            if _tensor_versions(optimizer) == versions:
+                return self._loss_value
+            optimizer.zero_grad()
+            total = torch.zeros_like(self._loss_value)
+            with torch.enable_grad():
+                for compute_loss in self._closure_losses:
+                    loss = compute_loss() / self.accumulate
+                    self._backward(loss)
+                    total += loss.detach()
+            if self.bypass_hooks:  # otherwise Lightning calls the hook
+                self.module.on_before_optimizer_step(optimizer)
+            return total
+
+        return closure
+
+
+def uses_closure(optimizer: Optimizer, num_devices: int) -> bool:
+    """Whether an optimizer may compute the loss several times in a step.
+
+    Those of torch do not, except LBFGS. On several devices no optimizer gets a closure.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return True
+    is_of_torch = type(optimizer).__module__.startswith("torch.optim")
+    return num_devices == 1 and not is_of_torch and bool(signature(optimizer.step).parameters)
+
+
+def check_optimizer(optimizer: Optimizer, num_devices: int) -> None:
+    """Raise ConfigError for an optimizer that cannot work on several devices."""
+    if num_devices > 1 and isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS computes the loss as often as its value demands, which differs between the "
+            f"{num_devices} devices: set trainer.devices=1, or use another optimizer."
+        )
+
+
+def _tensor_versions(optimizer: Optimizer) -> list[tuple[int, int, int]]:
+    """Return numbers that change if a parameter or its gradient is modified or replaced."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in parameters]
 
 
 def _can_bypass_hooks(trainer: Any) -> bool:

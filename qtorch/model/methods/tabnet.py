@@ -12,7 +12,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import mean_from_sums
-from qtorch.model.loop.loader import StepBatches
+from qtorch.model.loop.loader import StepBatches, unpack_batches
 from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.progress import PRETRAIN_VALID_LOSS, mean_losses
 from qtorch.nn.tabnet import TabNet
@@ -121,11 +121,11 @@ class TabNetModule(ScoreModule):
 
     # -- validation ----------------------------------------------------------------------------
 
-    def validation_step(self, steps: StepBatches) -> None:
+    def validation_step(self, batches: StepBatches | Batch) -> None:
         if not self.is_pretraining:
-            super().validation_step(steps)
+            super().validation_step(batches)
             return
-        for batch in steps:
+        for batch in unpack_batches(batches):
             self.valid_accumulator.add(*self.pretraining_sums(batch, self._generator))
 
     def on_validation_epoch_start(self) -> None:

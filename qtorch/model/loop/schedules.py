@@ -1,0 +1,159 @@
+"""Learning rate schedules, and the length of a training that some of them need."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qtorch.core.errors import ConfigError, check_name
+from qtorch.model.loop.factories import Spec, build_factory, explain_errors
+
+OPTIONS = ("scheduler", "interval", "frequency", "monitor")
+# An argument of this name is filled in if it is not configured.
+LENGTH_ARGUMENTS = ("total_steps", "num_training_steps")
+# Texts that stand for a number, as the value of an argument: {"T_max": "total_steps"}.
+LENGTH_NAMES = ("total_steps", "max_epochs", "steps_per_epoch")
+
+
+@dataclass(frozen=True)
+class SchedulerPlan:
+    """A scheduler factory and when the scheduler steps.
+
+    `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency` the
+    number of intervals between two steps, `monitor` the metric that is passed to a scheduler such
+    as ReduceLROnPlateau.
+    """
+
+    factory: Callable[[Optimizer], Any]
+    interval: str = "epoch"
+    frequency: int = 1
+    monitor: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How long a training is: its epochs and optimizer steps. `max_*` is -1 without a limit."""
+
+    steps_per_epoch: int
+    max_epochs: int
+    max_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """The number of optimizer steps, or -1 if it has no limit."""
+        if self.max_epochs == -1:
+            return self.max_steps
+        total = self.steps_per_epoch * self.max_epochs
+        return total if self.max_steps == -1 else min(total, self.max_steps)
+
+    @property
+    def total_epochs(self) -> int:
+        """The number of epochs that are at least begun, or -1 if it has no limit."""
+        total = self.total_steps
+        return total if total == -1 else -(-total // self.steps_per_epoch)
+
+
+def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
+    """Build a SchedulerPlan from `spec`.
+
+    `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`
+    and any of `interval`, `frequency`, `monitor`. The default interval is "step" for a schedule
+    over the number of optimizer steps (such as OneCycleLR), otherwise "epoch".
+    """
+    if spec is None or isinstance(spec, SchedulerPlan):
+        return spec
+    options: dict[str, Any] = {}
+    if isinstance(spec, Mapping) and "scheduler" in spec:
+        options = dict(spec)
+        spec = options.pop("scheduler")
+        for name in options:
+            check_name("option of scheduler", name, OPTIONS)
+    factory = build_factory(spec, "scheduler")
+    if options.get("interval") is None:
+        arguments = _configured_arguments(factory)
+        counts_steps = bool(_missing_lengths(factory)) or "total_steps" in arguments.values()
+        options["interval"] = "step" if counts_steps else "epoch"
+    plan = SchedulerPlan(factory, **options)
+    check_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+    return plan
+
+
+def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> SchedulerPlan | None:
+    """Return the plan with the length of the training filled in where its scheduler needs it.
+
+    `total_steps` and `num_training_steps` are filled in by name; the texts "total_steps",
+    "max_epochs" and "steps_per_epoch" as values of any argument are replaced. For a scheduler with
+    the interval "epoch", a step is an epoch. Raises ConfigError if the training has no limit.
+    """
+    if plan is None:
+        return None
+    total = length.total_steps if plan.interval == "step" else length.total_epochs
+    values = {
+        "total_steps": -(-total // plan.frequency) if total != -1 else -1,
+        "max_epochs": length.total_epochs,
+        "steps_per_epoch": length.steps_per_epoch,
+    }
+    arguments = {
+        name: values[value]
+        for name, value in _configured_arguments(plan.factory).items()
+        if isinstance(value, str) and value in LENGTH_NAMES
+    } | dict.fromkeys(_missing_lengths(plan.factory), values["total_steps"])
+    if -1 in arguments.values():
+        raise ConfigError(
+            "the scheduler needs the number of steps, but the training has no end: set "
+            "trainer.max_epochs or trainer.max_steps."
+        )
+    factory = explain_errors(plan.factory, "scheduler")
+    return replace(plan, factory=partial(factory, **arguments) if arguments else factory)
+
+
+def _configured_arguments(factory: Any) -> dict[str, Any]:
+    return dict(factory.keywords) if isinstance(factory, partial) else {}
+
+
+def _missing_lengths(factory: Any) -> list[str]:
+    """Return the names of the arguments that have to be filled in."""
+    arguments = _configured_arguments(factory)
+    if {"epochs", "steps_per_epoch"} <= set(arguments):
+        return []  # OneCycleLR multiplies them
+    try:
+        parameters = inspect.signature(getattr(factory, "func", factory)).parameters
+    except (TypeError, ValueError):
+        return []
+    return [n for n in LENGTH_ARGUMENTS if n in parameters and arguments.get(n) is None]
+
+
+class WarmupCosine(LambdaLR):
+    """Increase the learning rate linearly, then decrease it along a cosine.
+
+    `warmup`: the number of steps of the increase, or their fraction of `total_steps` (a float).
+    `final`: the last learning rate, as a fraction of the optimizer's. `total_steps` is filled in
+    from the training. After Goyal et al. 2017 (warm-up) and Loshchilov and Hutter 2017 (cosine).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: int | float = 0.05,
+        final: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        num_warmup = warmup if isinstance(warmup, int) else round(warmup * total_steps)
+        if not 0 <= num_warmup < total_steps:
+            raise ValueError(f"warmup is {num_warmup} of {total_steps} steps.")
+
+        def factor(step: int) -> float:
+            if step < num_warmup:
+                return (step + 1) / (num_warmup + 1)
+            progress = min(1.0, (step - num_warmup) / (total_steps - num_warmup))
+            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+        super().__init__(optimizer, factor, last_epoch)
