@@ -14,11 +14,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, last_instant
+from qtorch.core.dates import as_stamp, bar_text, frequency, last_instant
 from qtorch.core.errors import ConfigError, check_name
-from qtorch.core.session import session
+from qtorch.core.session import get_region
 from qtorch.core.trust import trust_subclasses
-from qtorch.data.source.base import Instruments, Source, frequency
+from qtorch.data.source.base import Instruments, Source
 from qtorch.data.source.frame import build_source, default_source
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -30,9 +30,6 @@ Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | N
 log = logging.getLogger(__name__)
 
 CUMULATIVE, CURRENT = "cum", "current"
-# Trade unit and price limit by region, as in Qlib (qlib/config.py).
-TRADE_UNITS = {"us": 1, "cn": 100}
-LIMITS = {"us": None, "cn": 0.095}
 ZERO_PRICE = 1e-8
 _CHANGE = "$close/Ref($close, 1)-1"
 
@@ -117,7 +114,8 @@ class Exchange(Configured):
     below its negative), or two expressions that are non-zero when buying, and when selling, is not
     possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
     with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
-    the region's (us 1, cn 100). Costs are fractions of a trade's value; `min_cost` is an amount of
+    the region's (us 1, cn 100, tw 1000). `region`: "us", "cn" or "tw", by default that of
+    `qtorch.init`. `freq`: the frequency of the bars; None is that of the source. Costs are fractions of a trade's value; `min_cost` is an amount of
     money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
     traded value and added to the cost rate. `volume_threshold`: `("current" | "cum", expression)`,
     or a mapping of "all", "buy", "sell" to such pairs: the maximum amount per bar, in adjusted
@@ -135,7 +133,7 @@ class Exchange(Configured):
 
     def __init__(
         self,
-        freq: str = "day",
+        freq: str | None = None,
         start_time: Any = None,
         end_time: Any = None,
         codes: Instruments = "all",
@@ -150,21 +148,23 @@ class Exchange(Configured):
         extra_quote: pd.DataFrame | None = None,
         trade_unit: float | Region | None = "region",
         source: Any = None,
+        *,
+        region: str | None = None,
     ) -> None:
-        self.freq = frequency(freq)
+        self._freq = None if freq is None else frequency(freq)
         self.start_time = None if start_time is None else as_stamp(start_time)
         self.end_time = None if end_time is None else last_instant(end_time)
         self.codes = codes
         self.buy_field, self.sell_field = _parse_deal_prices(deal_price)
         self.subscribe_fields = tuple(subscribe_fields)
-        self.limit_threshold = _parse_limit(limit_threshold)
+        self.limit_threshold = _parse_limit(limit_threshold, region)
         self.volume_threshold = _parse_volume_threshold(volume_threshold)
         for name in ("open_cost", "close_cost", "min_cost", "impact_cost"):
             _validate_cost(name, locals()[name])
         self.open_cost, self.close_cost = float(open_cost), float(close_cost)
         self.min_cost, self.impact_cost = float(min_cost), float(impact_cost)
         self.extra_quote = extra_quote
-        self.trade_unit = _parse_trade_unit(trade_unit)
+        self.trade_unit = _parse_trade_unit(trade_unit, region)
         self._source = source
         self._quotes: dict[tuple[Any, Any], Quotes] = {}
 
@@ -175,6 +175,11 @@ class Exchange(Configured):
             config = self._source
             self._source = default_source() if config is None else build_source(config)
         return self._source
+
+    @property
+    def freq(self) -> str:
+        """The frequency of the bars: the `freq` argument, or that of the source."""
+        return self._freq or self.source.resolve_frequency()
 
     def calendar(self) -> pd.DatetimeIndex:
         """All bars of the source in ascending order."""
@@ -197,7 +202,11 @@ class Exchange(Configured):
         first_bar = calendar[max(0, row - 1)]
         expressions = self._quote_expressions()
         panel = self.source.feature_panel(
-            self.codes, list(dict.fromkeys(expressions.values())), first_bar, end, self.freq
+            self.codes,
+            list(dict.fromkeys(expressions.values())),
+            first_bar,
+            bar_text(end),  # a date without a time would include the later bars of its day
+            self.freq,
         )
         not_member = ~panel.mask.cpu().numpy()
 
@@ -330,9 +339,9 @@ def _as_expression(text: str) -> str:
     return f"${text}" if re.fullmatch(r"[A-Za-z_]\w*", text) else text
 
 
-def _parse_limit(threshold: Limit) -> tuple[str, str] | float | None:
+def _parse_limit(threshold: Limit, region: str | None) -> tuple[str, str] | float | None:
     if threshold is None:
-        return LIMITS[session().region]
+        return get_region(region).limit_threshold
     if isinstance(threshold, str):
         if threshold == "none":
             return None
@@ -361,8 +370,8 @@ def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
     return {side: (str(limit[0]), str(limit[1])) for side, limit in limits.items()}
 
 
-def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
-    unit = TRADE_UNITS[session().region] if trade_unit == "region" else trade_unit
+def _parse_trade_unit(trade_unit: float | str | None, region: str | None) -> float | None:
+    unit = get_region(region).trade_unit if trade_unit == "region" else trade_unit
     if unit is None or (isinstance(unit, int | float) and unit > 0):
         return unit
     raise ConfigError(f"trade_unit={trade_unit!r}: expected shares per lot, null, or 'region'.")

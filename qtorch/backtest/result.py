@@ -11,7 +11,7 @@ import pandas as pd
 
 from qtorch.backtest.simulate import Ledger
 from qtorch.core.errors import check_name
-from qtorch.metrics.portfolio import parse_frequency
+from qtorch.core.dates import parse_frequency
 
 POSITION = ("amount", "price", "count", "weight")
 ORDER = ("direction", "amount", "deal_amount", "price", "value", "cost")

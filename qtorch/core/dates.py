@@ -1,14 +1,17 @@
-"""Parse dates and find their rows in a trading calendar."""
+"""Parse dates, find their rows in a trading calendar, and name the frequency of its bars."""
 
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+
 
 
 def as_stamp(date: Any) -> pd.Timestamp:
@@ -82,3 +85,76 @@ def date_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) ->
     first = 0 if start is None else first_row(calendar, start)
     last = len(calendar) if end is None else end_row(calendar, end)
     return slice(first, max(first, last))
+
+
+# -- frequencies -----------------------------------------------------------------------------------
+
+FREQUENCY_UNITS = ("min", "day", "week", "month")
+_MINUTES = dict.fromkeys(("min", "minute", "minutes", "t"), 1)
+_HOURS = dict.fromkeys(("h", "hour", "hours", "hourly"), 60)
+_LONG_UNITS = {"d": "day", "daily": "day", "w": "week", "weekly": "week"}
+_LONG_UNITS |= {"m": "month", "mon": "month", "monthly": "month"}
+
+
+def parse_frequency(freq: str) -> tuple[int, str]:
+    """Split a frequency such as "5min", "1h", "day" or "2week" into its count and a unit of `FREQUENCY_UNITS`.
+
+    Hours count as 60 minutes. Raises ConfigError for an unknown unit.
+    """
+    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
+    count, unit = (int(match[1] or 1), match[2]) if match else (0, "")
+    minutes = (_MINUTES | _HOURS).get(unit)
+    if minutes is not None:
+        count, unit = count * minutes, "min"
+    unit = _LONG_UNITS.get(unit, unit)
+    if unit not in FREQUENCY_UNITS or count < 1:
+        message = unknown_name_message("frequency", str(freq), FREQUENCY_UNITS)
+        raise ConfigError(f"{message} Expected e.g. 'day', '30min', '1h', 'week'.")
+    return count, unit
+
+
+def frequency(freq: str) -> str:
+    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `60min`, `week`."""
+    count, unit = parse_frequency(freq)
+    return unit if count == 1 and unit != "min" else f"{count}{unit}"
+
+
+def is_intraday(calendar: pd.DatetimeIndex) -> bool:
+    """Whether some date of an ascending calendar has more than one bar."""
+    days = calendar.normalize()
+    return bool((days[1:] == days[:-1]).any())
+
+
+def detect_frequency(calendar: pd.DatetimeIndex) -> str:
+    """Return the frequency of an ascending calendar of bars.
+
+    Bars within a day have the most frequent distance between them. One bar a date is "day", unless
+    ten dates or more are a week or a month apart. Raises DataError for bars of less than a minute.
+    """
+    distances = np.diff(calendar.as_unit("ns").asi8)
+    days = calendar.normalize()
+    within_day = np.asarray(days[1:] == days[:-1])
+    if within_day.any():
+        values, counts = np.unique(distances[within_day], return_counts=True)
+        minutes = values[counts.argmax()] / 60e9
+        if minutes < 1 or minutes != int(minutes):
+            raise DataError(
+                f"most bars are {pd.Timedelta(values[counts.argmax()])} apart, which is not a "
+                "number of minutes; resample them, or pass the frequency, e.g. freq='1min'."
+            )
+        return f"{int(minutes)}min"
+    if len(calendar) >= 10:
+        lowest, median = distances.min() / 86400e9, np.median(distances) / 86400e9
+        if lowest >= 3 and 6 <= median <= 8:
+            return "week"
+        if lowest >= 20 and 27 <= median <= 32:
+            return "month"
+    return "day"
+
+
+def bar_text(bar: pd.Timestamp) -> str:
+    """Return the time of a bar as text that means only this instant, also as the end of a span.
+
+    A date without a time would include its whole day.
+    """
+    return f"{bar:%Y-%m-%d %H:%M:%S}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, date_rows, last_date
+from qtorch.core.dates import as_stamp, date_rows, frequency, last_date
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
@@ -29,8 +28,6 @@ from qtorch.data.panel.panel import Panel, clip_spans, coverage_dates, within_sp
 Spans: TypeAlias = list[tuple[pd.Timestamp, pd.Timestamp]]
 Membership: TypeAlias = dict[str, Spans]
 Instruments: TypeAlias = str | Sequence[str] | Mapping[str, Spans]
-
-_UNIT_NAMES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
 
 
 class Bars(NamedTuple):
@@ -54,8 +51,12 @@ class Source(Configured, ABC):
     `read_membership`, `read_bars`, `fields`, `universes` and `fingerprint`. Field names are
     written without Qlib's `$`. The argument `instruments` is always the name of a universe, a
     list of instruments (each a member on all days), or a mapping of instruments to membership
-    spans. Dates are inclusive at both ends.
+    spans. Dates are inclusive at both ends. `freq=None` means the source's own frequency
+    (`resolve_frequency`); a source of other than daily bars overrides `frequencies`.
     """
+
+    #: The frequency that is read if none is requested; None: see `resolve_frequency`.
+    freq: str | None = None
 
     # -- methods to implement --------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class Source(Configured, ABC):
         """Return the bars of the calendar rows `rows`; raise DataError for an unknown field."""
 
     @abstractmethod
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
         """Return the names of the fields stored for a frequency, without `$`."""
 
     @abstractmethod
@@ -87,15 +88,38 @@ class Source(Configured, ABC):
 
     # -- methods that every source inherits ------------------------------------------------------
 
+    def frequencies(self) -> tuple[str, ...]:
+        """Return the frequencies of the stored bars, as `frequency` spells them."""
+        return ("day" if self.freq is None else frequency(self.freq),)
+
+    def resolve_frequency(self, freq: str | None = None) -> str:
+        """Return `freq` in Qlib's spelling.
+
+        None means the source's `freq`, else daily bars if it has them, else its only frequency.
+        Raises DataError if it has several, none of them daily.
+        """
+        freq = self.freq if freq is None else freq
+        if freq is not None:
+            return frequency(freq)
+        stored = self.frequencies()
+        if "day" in stored:
+            return "day"
+        if len(stored) == 1:
+            return stored[0]
+        raise DataError(
+            f"the data has bars of several frequencies ({', '.join(stored)}) and none of them is "
+            f"daily; choose one, e.g. freq={stored[0]!r}." if stored else "the data has no bars."
+        )
+
     def instrument_names(self) -> frozenset[str]:
         """Return all instruments of the source, which are those that a list may contain."""
         return frozenset(name for u in self.universes() for name in self.read_membership(u))
 
     def calendar(
-        self, start_time: Any = None, end_time: Any = None, freq: str = "day"
+        self, start_time: Any = None, end_time: Any = None, freq: str | None = None
     ) -> pd.DatetimeIndex:
         """Return the trading days (or timestamps) of a date span; `D.calendar` in Qlib."""
-        calendar = self.read_calendar(frequency(freq))
+        calendar = self.read_calendar(self.resolve_frequency(freq))
         return calendar[date_rows(calendar, start_time, end_time)]
 
     def instruments(self, universe: str = "all") -> Membership:
@@ -109,7 +133,7 @@ class Source(Configured, ABC):
         instruments: Instruments = "all",
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
         before: int | None = 0,
         after: int | None = 0,
     ) -> Panel:
@@ -125,7 +149,7 @@ class Source(Configured, ABC):
         nothing. Infinite values raise DataError while a handler without a processor for them
         loads the bars, and otherwise cause a warning.
         """
-        freq = frequency(freq)
+        freq = self.resolve_frequency(freq)
         calendar = self.read_calendar(freq)
         rows = _select_rows(calendar, start_time, end_time)
         first = 0 if before is None else max(0, rows.start - before)
@@ -155,7 +179,7 @@ class Source(Configured, ABC):
         fields: Sequence[str],
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> pd.DataFrame:
         """Evaluate expressions and return a DataFrame; `D.features` in Qlib.
 
@@ -171,7 +195,7 @@ class Source(Configured, ABC):
         fields: Sequence[str],
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> Panel:
         """Return the result of `features` as a Panel of the requested dates."""
         if isinstance(fields, str) or not len(fields):
@@ -205,7 +229,7 @@ class Source(Configured, ABC):
         try:
             bars = self.load(instruments=instruments, **load_arguments)
         except DataError:
-            check_fields(expressions, self.fields(load_arguments["freq"]))
+            check_fields(expressions, self.fields(self.resolve_frequency(load_arguments.get("freq"))))
             raise
         mask_names = {name.lower() for name in mask_instruments(expressions)}
         if not mask_names:
@@ -266,18 +290,6 @@ class Source(Configured, ABC):
             str(name): [(as_stamp(a), last_date(b)) for a, b in spans]
             for name, spans in instruments.items()
         }
-
-
-def frequency(freq: str) -> str:
-    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `5min`, ..."""
-    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
-    if match is None:
-        raise DataError(f"{freq!r} is not a frequency; expected e.g. 'day', '1min', '30min'.")
-    count, unit = match.group(1), match.group(2)
-    if unit in ("min", "minute"):
-        return f"{int(count or 1)}min"
-    unit = _UNIT_NAMES.get(unit, unit)
-    return unit if count in ("", "1") else f"{count}{unit}"
 
 
 def extend_to_day_end(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:

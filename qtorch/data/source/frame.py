@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.dates import as_stamp, last_date
+from qtorch.core.dates import as_stamp, detect_frequency, frequency, is_intraday, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
 from qtorch.data.panel.panel import Panel
-from qtorch.data.source.base import Bars, Membership, Source, Spans, frequency
+from qtorch.data.source.base import Bars, Membership, Source, Spans
 from qtorch.data.source.qlib import QlibSource
 
 Universes: TypeAlias = Mapping[str, Sequence[str] | Mapping[str, Any]]
@@ -27,10 +27,11 @@ class PanelSource(Source):
     """Base class of sources that have one frequency and whose bars fit in memory.
 
     A subclass implements `panel()`, which should cache its result (it is read only), and
-    overrides `memberships()` if it has universes other than `all`. `freq` is its frequency.
+    overrides `memberships()` if it has universes other than `all`. `freq` is its frequency; None
+    is detected from the times of the bars.
     """
 
-    freq: str = "day"
+    _detected_freq: str | None = None
 
     @abstractmethod
     def panel(self) -> Panel:
@@ -40,12 +41,21 @@ class PanelSource(Source):
         """Return the universes; `all` has each instrument from its first to its last stored day."""
         return {"all": span_membership(self.panel())}
 
+    def frequencies(self) -> tuple[str, ...]:
+        if self._detected_freq is None:
+            calendar = self.panel().calendar
+            if self.freq is None:
+                self._detected_freq = detect_frequency(calendar)
+            else:
+                self._detected_freq = _check_bars(frequency(self.freq), calendar)
+        return (self._detected_freq,)
+
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
         self._check_frequency(freq)
         return self.panel().calendar
 
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
-        self._check_frequency(freq)
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
+        self._check_frequency(self.resolve_frequency(freq))
         return self.panel().fields
 
     def universes(self) -> tuple[str, ...]:
@@ -81,8 +91,18 @@ class PanelSource(Source):
         return digest.hexdigest()[:32]
 
     def _check_frequency(self, freq: str) -> None:
-        if frequency(freq) != frequency(self.freq):
-            raise DataError(unknown_name_message("frequency", freq, [self.freq]))
+        if frequency(freq) not in self.frequencies():
+            raise DataError(unknown_name_message("frequency", freq, self.frequencies()))
+
+
+def _check_bars(freq: str, calendar: pd.DatetimeIndex) -> str:
+    """Return the frequency; raise DataError if bars within a day are called daily or longer."""
+    if freq.endswith("min") or not is_intraday(calendar):
+        return freq
+    raise DataError(
+        f"freq={freq!r}, but several bars have the same date: they look like "
+        f"{detect_frequency(calendar)!r}. Pass that frequency, or leave out freq to detect it."
+    )
 
 
 class FrameSource(PanelSource):
@@ -92,7 +112,8 @@ class FrameSource(PanelSource):
     list of instruments or to `{instrument: [(start, end), ...]}`. The universe `all` always
     exists and has each instrument from its first to its last row. A date between the two without
     a row for the instrument is a suspended day: its values are NaN. If a Panel's mask is narrower
-    than `all`, it becomes the universe `members`.
+    than `all`, it becomes the universe `members`. `freq` is the frequency of the bars, such as
+    "30min"; None detects it.
 
     Raises DataError for a frame that `Panel.from_frame` rejects.
     """
@@ -102,9 +123,8 @@ class FrameSource(PanelSource):
         frame: pd.DataFrame | Panel,
         *,
         universes: Universes | None = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> None:
-        self.freq = frequency(freq)
         panel = frame if isinstance(frame, Panel) else Panel.from_frame(frame)
         self._panel = sort_panel(panel)
         self._memberships: dict[str, Membership] = {"all": span_membership(self._panel)}
@@ -113,6 +133,8 @@ class FrameSource(PanelSource):
             if members != self._memberships["all"]:
                 self._memberships["members"] = members
         self._memberships |= build_memberships(universes, self._panel)
+        self.freq = None if freq is None else frequency(freq)
+        self.freq = self.frequencies()[0]
 
     def panel(self) -> Panel:
         return self._panel
@@ -193,14 +215,22 @@ def _build_membership(
 
 
 def build_source(config: Any) -> Source:
-    """Build a source from a Source, a configuration, a folder of Qlib files, a frame or a Panel."""
+    """Build a source from a Source, a configuration, a frame, a Panel, or Qlib's folders.
+
+    The latter are one folder, or `{frequency: folder}`.
+    """
     config = resolve_config(config)
-    if isinstance(config, Mapping):
+    if isinstance(config, Mapping) and not _is_folder_by_frequency(config):
         source = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
         return as_source(source)
-    if isinstance(config, str) or hasattr(config, "__fspath__"):
+    if isinstance(config, str | Mapping) or hasattr(config, "__fspath__"):
         return QlibSource(config)
     return as_source(config)
+
+
+def _is_folder_by_frequency(config: Mapping[str, Any]) -> bool:
+    """Whether a mapping is Qlib's `{frequency: folder}` and not a configuration."""
+    return bool(config) and not {"_target_", "class", "func"} & set(config)
 
 
 def default_source() -> Source:

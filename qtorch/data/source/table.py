@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.content_digest import digest_text
-from qtorch.core.dates import as_stamp, convert_dates, last_date
+from qtorch.core.dates import as_stamp, convert_dates, frequency, last_date
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.tables import read_csv
@@ -22,7 +22,7 @@ from qtorch.data.panel.panel import (
     non_numeric_columns,
     normalise_calendar,
 )
-from qtorch.data.source.base import Membership, frequency
+from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import PanelSource, Universes, build_memberships, span_membership
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class TableSource(PanelSource):
         layout: str = "long",
         columns: Mapping[str, str] | None = None,
         universes: str | Path | Universes | None = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise ConfigError(unknown_name_message("layout", layout, LAYOUTS))
@@ -73,7 +73,7 @@ class TableSource(PanelSource):
         self.layout = layout
         self.columns = dict(columns or {})
         self._universes = universes
-        self.freq = frequency(freq)
+        self.freq = None if freq is None else frequency(freq)
         self._root = Path(path).expanduser()
         if not self._root.exists():
             raise DataError(f"no file or folder {self._root}; check the path of TableSource.")
@@ -142,7 +142,7 @@ class TableSource(PanelSource):
             universes = {name: _plain_members(each) for name, each in universes.items()}
         names = [f.relative_to(self._root).as_posix() for f in files]
         contents = [digest_text(file) for file in files]
-        return digest([self.layout, self.columns, self.freq, universes, names, contents])
+        return digest([self.layout, self.columns, self.freq or "day", universes, names, contents])
 
     # -- layouts ---------------------------------------------------------------------------------
 
