@@ -115,7 +115,8 @@ class Exchange(Configured):
     possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
     with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
     the region's (us 1, cn 100, tw 1000). `region`: "us", "cn" or "tw", by default that of
-    `qtorch.init`. `freq`: the frequency of the bars; None is that of the source. Costs are fractions of a trade's value; `min_cost` is an amount of
+    `qtorch.init`. `freq`: the frequency of the bars; None is that of the source. Costs are
+    fractions of a trade's value; `min_cost` is an amount of
     money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
     traded value and added to the cost rate. `volume_threshold`: `("current" | "cum", expression)`,
     or a mapping of "all", "buy", "sell" to such pairs: the maximum amount per bar, in adjusted

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from qtorch.backtest.simulate import Ledger
-from qtorch.core.errors import check_name
 from qtorch.core.dates import parse_frequency
+from qtorch.core.errors import check_name
 
 POSITION = ("amount", "price", "count", "weight")
 ORDER = ("direction", "amount", "deal_amount", "price", "value", "cost")

@@ -13,7 +13,6 @@ import pandas as pd
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 
 
-
 def as_stamp(date: Any) -> pd.Timestamp:
     """Convert a date to a pandas Timestamp without a time zone.
 
@@ -90,33 +89,41 @@ def date_rows(calendar: pd.DatetimeIndex, start: Any = None, end: Any = None) ->
 # -- frequencies -----------------------------------------------------------------------------------
 
 FREQUENCY_UNITS = ("min", "day", "week", "month")
-_MINUTES = dict.fromkeys(("min", "minute", "minutes", "t"), 1)
-_HOURS = dict.fromkeys(("h", "hour", "hours", "hourly"), 60)
+_UNIT_MINUTES = dict.fromkeys(("min", "minute", "minutes", "t"), 1)
+_UNIT_MINUTES |= dict.fromkeys(("h", "hour", "hours", "hourly"), 60)
 _LONG_UNITS = {"d": "day", "daily": "day", "w": "week", "weekly": "week"}
 _LONG_UNITS |= {"m": "month", "mon": "month", "monthly": "month"}
 
 
 def parse_frequency(freq: str) -> tuple[int, str]:
-    """Split a frequency such as "5min", "1h", "day" or "2week" into its count and a unit of `FREQUENCY_UNITS`.
+    """Split a frequency such as "5min", "1h", "day" or "2week" into count and unit.
 
-    Hours count as 60 minutes. Raises ConfigError for an unknown unit.
+    The unit is one of `FREQUENCY_UNITS`; hours count as 60 minutes. Raises ConfigError for others.
     """
-    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
-    count, unit = (int(match[1] or 1), match[2]) if match else (0, "")
-    minutes = (_MINUTES | _HOURS).get(unit)
-    if minutes is not None:
-        count, unit = count * minutes, "min"
-    unit = _LONG_UNITS.get(unit, unit)
+    count, unit = _split_frequency(freq)
     if unit not in FREQUENCY_UNITS or count < 1:
-        message = unknown_name_message("frequency", str(freq), FREQUENCY_UNITS)
-        raise ConfigError(f"{message} Expected e.g. 'day', '30min', '1h', 'week'.")
+        raise ConfigError(unknown_name_message("frequency", str(freq), FREQUENCY_UNITS))
     return count, unit
 
 
 def frequency(freq: str) -> str:
-    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `60min`, `week`."""
-    count, unit = parse_frequency(freq)
+    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `60min`, `week`.
+
+    Unknown units stay as they are. Raises DataError for what is no number and unit.
+    """
+    count, unit = _split_frequency(freq)
+    if not unit:
+        raise DataError(f"{freq!r} is not a frequency; expected e.g. 'day', '1min', '30min', '1h'.")
     return unit if count == 1 and unit != "min" else f"{count}{unit}"
+
+
+def _split_frequency(freq: str) -> tuple[int, str]:
+    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
+    if match is None:
+        return 0, ""
+    count, unit = int(match[1] or 1), match[2]
+    minutes = _UNIT_MINUTES.get(unit)
+    return (count, _LONG_UNITS.get(unit, unit)) if minutes is None else (count * minutes, "min")
 
 
 def is_intraday(calendar: pd.DatetimeIndex) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 from qtorch.core.errors import check_name
 
 
-
 @dataclass(frozen=True)
 class Region:
     """The rules of a market, and how many bars a year has for annual figures.

@@ -67,12 +67,12 @@ def risk_analysis(
     """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
 
     `r` are returns per period (fractions). `N` is the number of periods per year, by default that
-    of `freq` in the session's region (`periods_per_year`). Mode "sum" adds returns: annual return mean x N, drawdown min(cumsum -
-    cummax(cumsum)). Mode "product" compounds them: geometric mean, standard deviation of log
-    returns, drawdown as a fraction of the peak. Standard deviations use ddof 1. Returns a frame
-    with one column "risk". Corresponds to `risk_analysis` of qlib/contrib/evaluate.py.
-    Differences: `freq` defaults to that of the index, else to "day"; passing both is an error; days
-    per year are those of the region (Qlib: 238 everywhere).
+    of `freq` in the session's region (`periods_per_year`). Mode "sum" adds returns: annual return
+    mean x N, drawdown min(cumsum - cummax(cumsum)). Mode "product" compounds them: geometric mean,
+    standard deviation of log returns, drawdown as a fraction of the peak. Standard deviations use
+    ddof 1. Returns a frame with one column "risk". Corresponds to `risk_analysis` of
+    qlib/contrib/evaluate.py. Differences: `freq` defaults to that of the index, else to "day";
+    passing both is an error; days per year are those of the region (Qlib: 238 everywhere).
     """
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")

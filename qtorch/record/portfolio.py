@@ -64,8 +64,9 @@ class PortAnaRecord(Record):
     `report_normal_1day`, `positions_normal_1day` and `orders_normal_1day` (both only for the
     bars), `indicators_normal_1day`, `port_analysis_1day`, `indicator_analysis_1day`. Logs metrics
     such as `1day.excess_return_with_cost.annualized_return` (`1day.return_with_cost...` without a
-    benchmark), `1day.periods_per_year` (of the annual figures), `1day.ffr`, `1day.pa` and `1day.pos`. `risk_analysis_freq` and
-    `indicator_analysis_freq` are the frequencies to analyse; coarser ones are aggregated.
+    benchmark), `1day.periods_per_year` (of the annual figures), `1day.ffr`, `1day.pa` and
+    `1day.pos`. `risk_analysis_freq` and `indicator_analysis_freq` are the frequencies to analyse;
+    coarser ones are aggregated.
 
     Corresponds to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime,
     instrument); coarser frequencies need no executor of their own; the default benchmark is not
@@ -255,9 +256,7 @@ class PortAnaRecord(Record):
                 )
 
 
-def analyze_risk(
-    report: pd.DataFrame, freq: str, periods: float | None = None
-) -> pd.DataFrame:
+def analyze_risk(report: pd.DataFrame, freq: str, periods: float | None = None) -> pd.DataFrame:
     """Analyse the risk of a report's excess returns over the benchmark, without and with cost.
 
     Without a benchmark the returns themselves are analysed. Both tables are concatenated.

@@ -117,8 +117,8 @@ class SigAnaRecord(Record):
     Writes `ic.pkl`, `ric.pkl` (Series by day) and the chart `ic.png`; with `ana_long_short` also
     `long_short_r.pkl` and `long_avg_r.pkl`. Logs IC, ICIR, Rank IC, Rank ICIR, and with
     `ana_long_short` the annual return (mean x `ann_scaler`) and Sharpe ratio of both series.
-    `ann_scaler` is the number of bars per year, by default that of the scores' frequency in `region`
-    (default: the session's): 252 for daily bars of the US.
+    `ann_scaler` is the number of bars per year, by default that of the scores' frequency in
+    `region` (default: the session's): 252 for daily bars of the US.
     `label_col` selects one of several label columns; `skip_existing` skips the work if the
     artifacts exist. Corresponds to Qlib's SigAnaRecord; a missing dependency is an error here,
     and Qlib's `ann_scaler` is always 252.

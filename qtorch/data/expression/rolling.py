@@ -95,7 +95,7 @@ def _mask_flat(values: Tensor, series: Series, window: int, min_count: int) -> T
 
 def _slope(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
-    slope = series.row_codeviation(window) * series.rows.inverse_row_deviation(window)
+    slope = series.row_codeviation(window).mul_(series.rows.inverse_row_deviation(window))
     return executor.block.mask_outside_span(slope.to(step.dtype))
 
 
@@ -103,7 +103,7 @@ def _residual(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
     rows = series.rows
     distance = executor.block.rows - rows.mean_row(window)
-    estimate = series.row_codeviation(window) * (rows.inverse_row_deviation(window) * distance)
+    estimate = series.row_codeviation(window).mul_(rows.inverse_row_deviation(window) * distance)
     estimate.addcmul_(series.sum("sum", window).to(torch.float64), rows.inverse_count(window))
     residual = torch.sub(series.values_or_zero, estimate, out=estimate)
     return executor.block.mask_outside_span(rows.mask_missing(residual.to(step.dtype)))
@@ -116,7 +116,7 @@ def _rsquare(executor: Executor, step: Step) -> Tensor:
         variance = series.variance_or_nan(window)
     else:  # Qlib has no threshold for all past rows, but a flat series still has no R squared
         variance = torch.threshold(series.variance(window), 0.0, torch.nan)
-    result = series.row_codeviation(window).square().div_(variance)
+    result = series.row_codeviation(window).square_().div_(variance)
     result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window)).clamp_(max=1)
     return executor.block.mask_outside_span(result.to(step.dtype))
 

@@ -257,7 +257,7 @@ class Rows(_WindowCache):
     ) -> None:
         super().__init__()
         self.block, self.num_leading_nans, self.is_dense = block, num_leading_nans, valid is None
-        self._windows, self._valid = windows, valid
+        self.windows, self._valid = windows, valid
 
     def matches(self, num_leading_nans: int, valid: Tensor | None) -> bool:
         """Whether the valid cells equal the given ones."""
@@ -314,7 +314,7 @@ class Rows(_WindowCache):
         return self._sparse_count(window).to(torch.float64)
 
     def _sparse_count(self, window: int) -> Tensor:
-        counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))
+        counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self.windows))
         return counts[window]
 
     @_cache_by_window
@@ -350,7 +350,7 @@ class Rows(_WindowCache):
     def _row_power_sum(self, power: int, window: int) -> Tensor:
         def compute() -> dict[int, Tensor]:
             base = self.valid.to(torch.float64) * self.block.rows**power
-            return rolling_sums(base, self._windows)
+            return rolling_sums(base, self.windows)
 
         return self.compute_windows(f"row{power}", compute)[window]
 
@@ -394,6 +394,7 @@ class Series(_WindowCache):
         self.block, self.values = block, values
         self._get_windows, self._get_rows = get_windows, get_rows
         self.quantiles: dict[tuple[int, float], Tensor] | None = None
+        self._row_codeviations: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def windows(self, *families: str) -> tuple[int, ...]:
         """Return all windows that the plan needs for the families, ascending."""
@@ -460,17 +461,21 @@ class Series(_WindowCache):
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
         return torch.threshold(self.variance(window), 4e-10, torch.nan)
 
-    @_cache_by_window
     def row_codeviation(self, window: int) -> Tensor:
         """Return the sum of the products of the deviations of values and row numbers, float64.
 
-        Rows without a value still count in the row numbers of later rows.
+        Rows without a value still count in the row numbers of later rows. The tensor is new at each
+        call, so that the caller may work in place; only the second pass is kept.
         """
         total, position = self.sum("sum", window), self.sum("position", window)
         codeviation = torch.addcmul(position, self.rows.mean_row(window), total, value=-1)
-        for cells in find_cancelled_cells(codeviation, position, window, self):
-            deviations = self.gather_deviations(cells, window)
-            codeviation.view(-1)[cells] = deviations @ self.block.rows[:window, 0]
+        if window not in self._row_codeviations:
+            self._row_codeviations[window] = [
+                (cells, self.gather_deviations(cells, window) @ self.block.rows[:window, 0])
+                for cells in find_cancelled_cells(codeviation, position, window, self)
+            ]
+        for cells, values in self._row_codeviations[window]:
+            codeviation.view(-1)[cells] = values
         return codeviation
 
     # -- second pass -----------------------------------------------------------------------------
@@ -482,7 +487,7 @@ class Series(_WindowCache):
         A window whose squared deviations add up to 1e-8 of its squares has no move above 1.5e-4 *
         sqrt(window) of its values. Sums with row numbers lose more digits on long calendars.
         """
-        windows = self.windows() or (1,)
+        windows = self.rows.windows
         values, num_rows = self.values_or_zero, self.block.num_rows
         limit = 1.5 * (_MIN_DIFFERENCE * windows[-1]) ** 0.5
         limit *= max(1.0, 3.5e-4 * num_rows / windows[0])
@@ -499,6 +504,8 @@ class Series(_WindowCache):
             shift = min(length, num_moves - length)
             is_small[shift:] &= is_small[:-shift].clone()
             length += shift
+        if not self.block.is_full:
+            is_small &= self.block.is_stored
         return is_small.view(-1).nonzero()[:, 0]
 
     @cached_property

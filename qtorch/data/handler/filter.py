@@ -77,8 +77,8 @@ class ExpressionDFilter(DynamicFilter):
     """Keep days on which an expression is true (not zero), e.g. `"$close > 5"`.
 
     The rule may look at other instruments (`Mask`, `ChangeInstrument`), also at those outside the
-    universe. A missing value is false (Qlib treats it as true). With `keep`, an instrument without a stored
-    day between the dates stays a member there; it has no rows there in either case.
+    universe. A missing value is false (Qlib treats it as true). With `keep`, an instrument without
+    a stored day between the dates stays a member there; it has no rows there in either case.
     """
 
     def __init__(

@@ -11,8 +11,6 @@ from qtorch.data.panel.view import FLAT, View
 from qtorch.data.processor.base import LABEL, FieldsGroup, Processor
 from qtorch.data.processor.cross_section import day_finite_mean
 
-LABEL = "label"  # the group of labels
-
 
 class Fillna(Processor):
     """Replaces missing values by `fill_value`."""

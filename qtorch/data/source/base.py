@@ -108,7 +108,9 @@ class Source(Configured, ABC):
             return stored[0]
         raise DataError(
             f"the data has bars of several frequencies ({', '.join(stored)}) and none of them is "
-            f"daily; choose one, e.g. freq={stored[0]!r}." if stored else "the data has no bars."
+            f"daily; choose one, e.g. freq={stored[0]!r}."
+            if stored
+            else "the data has no bars."
         )
 
     def instrument_names(self) -> frozenset[str]:
@@ -229,7 +231,9 @@ class Source(Configured, ABC):
         try:
             bars = self.load(instruments=instruments, **load_arguments)
         except DataError:
-            check_fields(expressions, self.fields(self.resolve_frequency(load_arguments.get("freq"))))
+            check_fields(
+                expressions, self.fields(self.resolve_frequency(load_arguments.get("freq")))
+            )
             raise
         mask_names = {name.lower() for name in mask_instruments(expressions)}
         if not mask_names:

@@ -162,9 +162,7 @@ class QlibSource(Source):
                 ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else ""),
             )
         if not present_names:
-            raise DataError(
-                f"none of the {len(names)} instruments has a folder in {features}."
-            )
+            raise DataError(f"none of the {len(names)} instruments has a folder in {features}.")
         return present_names
 
     def read_bars(
