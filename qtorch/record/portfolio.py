@@ -96,6 +96,8 @@ class PortAnaRecord(Record):
         self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
         self.executor = settings.get("executor")
         self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))
+        for freq in (risk_analysis_freq, indicator_analysis_freq):
+            _period_names(freq, "1day")  # raises early for an unknown frequency
         self._risk_analysis_freq = risk_analysis_freq
         self._indicator_analysis_freq = indicator_analysis_freq
         self.indicator_analysis_method = indicator_analysis_method

@@ -232,7 +232,7 @@ def test_records_have_the_frequency_of_the_dataset(recorder):
     objects = record.generate()
     assert record.list()[0] == "report_normal_30min.pkl"
     report = objects["report_normal_30min.pkl"]
-    assert len(report) == 40
+    assert len(report) == 41  # the first bar of the scores to the bar after the last
     metrics = recorder.list_metrics()
     assert metrics["30min.periods_per_year"] == 4 * 252
     excess = report["return"] - report["bench"]

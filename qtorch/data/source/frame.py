@@ -42,17 +42,15 @@ class PanelSource(Source):
         return {"all": span_membership(self.panel())}
 
     def frequencies(self) -> tuple[str, ...]:
+        if self.freq is not None:
+            return (frequency(self.freq),)
         if self._detected_freq is None:
-            calendar = self.panel().calendar
-            if self.freq is None:
-                self._detected_freq = detect_frequency(calendar)
-            else:
-                self._detected_freq = _check_bars(frequency(self.freq), calendar)
+            self._detected_freq = detect_frequency(self.panel().calendar)
         return (self._detected_freq,)
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
         self._check_frequency(freq)
-        return self.panel().calendar
+        return _check_bars(freq, self.panel().calendar)
 
     def fields(self, freq: str | None = None) -> tuple[str, ...]:
         self._check_frequency(self.resolve_frequency(freq))
@@ -95,10 +93,10 @@ class PanelSource(Source):
             raise DataError(unknown_name_message("frequency", freq, self.frequencies()))
 
 
-def _check_bars(freq: str, calendar: pd.DatetimeIndex) -> str:
-    """Return the frequency; raise DataError if bars within a day are called daily or longer."""
-    if freq.endswith("min") or not is_intraday(calendar):
-        return freq
+def _check_bars(freq: str, calendar: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    """Return the calendar; raise DataError if its bars within a day are called daily or longer."""
+    if frequency(freq).endswith("min") or not is_intraday(calendar):
+        return calendar
     raise DataError(
         f"freq={freq!r}, but several bars have the same date: they look like "
         f"{detect_frequency(calendar)!r}. Pass that frequency, or leave out freq to detect it."
@@ -135,6 +133,7 @@ class FrameSource(PanelSource):
         self._memberships |= build_memberships(universes, self._panel)
         self.freq = None if freq is None else frequency(freq)
         self.freq = self.frequencies()[0]
+        _check_bars(self.freq, self._panel.calendar)
 
     def panel(self) -> Panel:
         return self._panel
