@@ -213,13 +213,13 @@ def intraday_run(recorder) -> DatasetH:
     """Store scores of half-hours, four a day, and return their dataset."""
     days = pd.bdate_range("2024-01-02", periods=12)
     stamps = [d + pd.Timedelta(minutes=m) for d in days for m in (600, 630, 660, 690)]
-    index = pd.MultiIndex.from_product([stamps, list("ABCD")], names=["datetime", "instrument"])
-    close = 10 * np.exp(np.random.default_rng(0).normal(0, 0.01, (48, 4)).cumsum(0)).ravel()
+    index = pd.MultiIndex.from_product([stamps, list("ABCDEFGHIJ")], names=["datetime", "instrument"])
+    close = 10 * np.exp(np.random.default_rng(0).normal(0, 0.01, (48, 10)).cumsum(0)).ravel()
     bars = pd.DataFrame({"close": close, "volume": 1e5}, index)
     loader = QlibDataLoader({"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]})
     handler = DataHandlerLP("all", data_loader=loader, source=FrameSource(bars))
-    score = (-bars[["close"]]).rename(columns={"close": "score"}).iloc[:160]
-    label = bars[["close"]].groupby(level=1).pct_change().fillna(0.0).iloc[:160]
+    score = (-bars[["close"]]).rename(columns={"close": "score"}).iloc[:400]
+    label = bars[["close"]].groupby(level=1).pct_change().fillna(0.0).iloc[:400]
     recorder.save_objects(**{"pred.pkl": score, "label.pkl": label})
     return DatasetH(handler, {"test": ("2024-01-02", "2024-01-17")})
 
