@@ -107,7 +107,7 @@ class QlibSource(Source):
         stored = {
             freq
             for name, folder in self._folders.items()
-            for freq in ([name] if name != ANY_FREQUENCY else _stored_frequencies(folder))
+            for freq in ([name] if name != ANY_FREQUENCY else _find_frequencies(folder))
         }
         return tuple(sorted(stored))
 
@@ -117,7 +117,7 @@ class QlibSource(Source):
         folder = self._frequency_folder(freq)
         path = folder / "calendars" / f"{freq}.txt"
         if not path.is_file():
-            message = unknown_name_message("frequency", freq, _stored_frequencies(folder))
+            message = unknown_name_message("frequency", freq, _find_frequencies(folder))
             raise DataError(f"{path.parent}: {message}")
         key = path, file_digest(path)
         if key not in self._calendars:
@@ -267,7 +267,7 @@ def _folders_by_frequency(provider_uri: str | dict[str, str]) -> dict[str, Path]
     }
 
 
-def _stored_frequencies(folder: Path) -> list[str]:
+def _find_frequencies(folder: Path) -> list[str]:
     paths = (folder / "calendars").glob("*.txt")
     return sorted(p.stem for p in paths if not p.stem.endswith("future"))
 
