@@ -117,6 +117,11 @@ def frequency(freq: str) -> str:
     return unit if count == 1 and unit != "min" else f"{count}{unit}"
 
 
+def is_frequency(text: Any) -> bool:
+    """Whether a text names a frequency with a unit of `FREQUENCY_UNITS`, such as "5min"."""
+    return _split_frequency(text)[1] in FREQUENCY_UNITS
+
+
 def _split_frequency(freq: str) -> tuple[int, str]:
     match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
     if match is None:

@@ -42,7 +42,7 @@ def periods_per_year(
 
     `region` (default: the session's) sets the trading days per year, 252 for "us" and 238 for "cn"
     and "tw", and the minutes of its session. For bars within a day the number of bars on a day is
-    the median of `dates`, if these are such bars. Without `freq` it is that of `dates`, or "day".
+    the median of the days of `dates`, without the first and last, if these are such bars. Without `freq` it is that of `dates`, or "day".
     """
     calendar = dates.unique().sort_values() if isinstance(dates, pd.DatetimeIndex) else None
     if freq is None:
@@ -54,8 +54,9 @@ def periods_per_year(
         return years[unit] / count
     if calendar is None or not is_intraday(calendar):
         return rules.days_per_year * rules.minutes_per_day / count
-    bars_per_day = float(np.median(np.unique(calendar.normalize(), return_counts=True)[1]))
-    return rules.days_per_year * bars_per_day
+    counts = np.unique(calendar.normalize(), return_counts=True)[1]
+    whole_days = counts[1:-1] if len(counts) > 2 else counts.max()  # the edges may be cut
+    return rules.days_per_year * float(np.median(whole_days))
 
 
 def risk_analysis(

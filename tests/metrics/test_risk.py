@@ -41,6 +41,7 @@ def test_bars_of_a_day_are_counted_in_the_dates() -> None:
     r.iloc[0] = 0.002
     risk = risk_analysis(r)["risk"]
     assert risk["annualized_return"] == pytest.approx(r.mean() * 4 * 252)
+    assert periods_per_year(dates=bars[2:-3]) == 4 * 252  # half of a day at both ends
     assert periods_per_year(dates=days) == 252
     weeks = pd.date_range("2020-01-03", periods=20, freq="W-FRI")
     assert periods_per_year(dates=weeks) == 52

@@ -213,7 +213,8 @@ def intraday_run(recorder) -> DatasetH:
     """Store scores of half-hours, four a day, and return their dataset."""
     days = pd.bdate_range("2024-01-02", periods=12)
     stamps = [d + pd.Timedelta(minutes=m) for d in days for m in (600, 630, 660, 690)]
-    index = pd.MultiIndex.from_product([stamps, list("ABCDEFGHIJ")], names=["datetime", "instrument"])
+    names = list("ABCDEFGHIJ")
+    index = pd.MultiIndex.from_product([stamps, names], names=["datetime", "instrument"])
     close = 10 * np.exp(np.random.default_rng(0).normal(0, 0.01, (48, 10)).cumsum(0)).ravel()
     bars = pd.DataFrame({"close": close, "volume": 1e5}, index)
     loader = QlibDataLoader({"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]})

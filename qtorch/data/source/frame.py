@@ -11,13 +11,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.dates import as_stamp, detect_frequency, frequency, is_intraday, last_date
+from qtorch.core.dates import (
+    as_stamp,
+    detect_frequency,
+    frequency,
+    is_frequency,
+    is_intraday,
+    last_date,
+)
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Bars, Membership, Source, Spans
-from qtorch.data.source.qlib import QlibSource
+from qtorch.data.source.qlib import ANY_FREQUENCY, QlibSource
 
 Universes: TypeAlias = Mapping[str, Sequence[str] | Mapping[str, Any]]
 """By name: a list of instruments, or `{instrument: [(start, end), ...]}`."""
@@ -229,7 +236,7 @@ def build_source(config: Any) -> Source:
 
 def _is_folder_by_frequency(config: Mapping[str, Any]) -> bool:
     """Whether a mapping is Qlib's `{frequency: folder}` and not a configuration."""
-    return bool(config) and not {"_target_", "class", "func"} & set(config)
+    return bool(config) and all(key == ANY_FREQUENCY or is_frequency(key) for key in config)
 
 
 def default_source() -> Source:
