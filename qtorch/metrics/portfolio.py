@@ -41,8 +41,9 @@ def periods_per_year(
     """Return the number of bars per year of a frequency such as "day", "month", "5min" or "2week".
 
     `region` (default: the session's) sets the trading days per year, 252 for "us" and 238 for "cn"
-    and "tw", and the minutes of its session. For bars within a day the number of bars on a day is
-    the median of the days of `dates`, without the first and last, if these are such bars. Without `freq` it is that of `dates`, or "day".
+    and "tw", and the minutes of its session. If `dates` are bars within a day, these are counted:
+    a day has the median of their number over all days but the first and last. Without `freq` it
+    is that of `dates`, or "day".
     """
     calendar = dates.unique().sort_values() if isinstance(dates, pd.DatetimeIndex) else None
     if freq is None:
