@@ -529,6 +529,8 @@ class Series(_WindowCache):
         stored_rows = rows.clamp(min=0)
         valid = self.rows.valid[stored_rows, columns].to(torch.float64) * (rows >= 0)
         values = self.values_or_zero[stored_rows, columns].to(torch.float64)
+        # From the first value on, so that the deviations of a flat window are exactly 0.
+        values -= values.gather(1, valid.argmax(1, keepdim=True))
         mean = (values * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
         return (values - mean).mul_(valid)
 
@@ -552,7 +554,9 @@ def find_cancelled_cells(
         for each in series:
             is_cancelled &= each.last_change > each.block.rows - (window - 1)
         cells = is_cancelled.view(-1).nonzero()[:, 0]
-    yield from cells.split(max(1, _SECOND_PASS_SIZE // window))
+    size = max(1, _SECOND_PASS_SIZE // window)
+    for start in range(0, len(cells), size):
+        yield cells[start : start + size]
 
 
 def _is_cancelled(difference: Tensor, total: Tensor) -> Tensor:

@@ -280,6 +280,17 @@ def test_windows_that_hardly_move_keep_their_digits(window):
             assert not wrong.any(), (column, row, result[row, column], expected)
 
 
+def test_few_flat_windows_stay_zero():
+    """A mean of 0.1f is no float64 sum of 0.1f divided by its count: not 1e-17, exactly 0."""
+    bars = narrow_bars()
+    bars.values[100:107, 5, 0] = 0.1
+    bars.values[104, 5, 0] = torch.nan
+    result = evaluate(["Std($x, 3)", "Var($x, 7)", "Slope($x, 3)", "Skew($x, 7)"], bars).values
+    assert (result[102:107, 5, [0, 2]] == 0).all()
+    assert result[106, 5, 1] == 0
+    assert result[106, 5, 3].isnan()
+
+
 def test_many_flat_windows_stay_zero():
     bars = narrow_bars()
     bars.values[:, :3, 0] = 60000.0
